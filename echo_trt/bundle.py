@@ -1,0 +1,95 @@
+"""What a build leaves behind: a folder, complete by itself, that says what is in it and can prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from echo_trt.errors import UserError
+from echo_trt.recipe import Recipe
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class NetworkFacts(BaseModel):
+    """What the runtime must know of a network without loading its framework."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    parameters: int
+    feature_size: int = 0  # of an EAGLE-3 head's features
+
+
+class SelfCheck(BaseModel):
+    """The compiled engine against the PyTorch reference, on a prompt and on a tree: largest error over largest logit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_error: float
+    tree_error: float
+    bound: float
+    same_argmax: float
+
+
+class Manifest(BaseModel):
+    """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    name: str
+    engine: str
+    precision: str
+    recipe: Recipe
+    target: NetworkFacts
+    draft: NetworkFacts | None
+    eos_token_ids: list[int]
+    target_sha256: str
+    checks: dict[str, SelfCheck]
+    tools: dict[str, str]
+    files: dict[str, str]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        raise UserError(f"{path}: format is {found!r}, but this version reads {FORMAT}; build the bundle again.")
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key} is not valid ({first['msg']}); build the bundle again.") from error
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse a bundle whose files are not those that were built."""
+    for name, digest in manifest.files.items():
+        file = folder / name
+        if not file.exists():
+            raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
+        if sha256(file) != digest:
+            raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

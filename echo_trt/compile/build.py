@@ -1,0 +1,144 @@
+"""``echo-trt build``: a recipe to a bundle, checked against the reference before it is put in its place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from echo_trt import __version__
+from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, sha256
+from echo_trt.compile.onnx_export import export
+from echo_trt.compile.self_check import check_engine
+from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.sources import locate
+from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
+from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.recipe import Recipe
+from echo_trt.runtime.assemble import reserve_of
+
+TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
+Progress = Callable[[str], None]
+
+
+def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = lambda stage: None) -> Manifest:
+    """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all."""
+    if recipe.engine != "openvino":
+        raise UserError(f"engine is {recipe.engine!r}, which this version does not compile; use openvino.")
+    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        manifest = _build_into(recipe, recipe_folder, work, progress)
+        (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress) -> Manifest:
+    progress("reading the target")
+    checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
+    positions = recipe.limits.context + reserve_of(recipe.decoding)
+    target = load_decoder(checkpoint, positions)
+    digest = weights_sha256(checkpoint.path)
+    tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
+    draft, feature_layers = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
+
+    roles: dict[str, Role] = {"target": TargetRole(target, feature_layers)}
+    if draft is not None:
+        roles["draft"] = draft
+    checks, facts = {}, {}
+    for name, role in roles.items():
+        progress(f"compiling the {name}")
+        checks[name] = _compile(role, work / f"{name}.onnx", recipe.precision)
+        facts[name] = _facts(role, f"{name}.onnx")
+    progress("writing the bundle")
+    tokenizer.save_pretrained(work)
+    files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    return Manifest(
+        name=recipe.name,
+        engine=recipe.engine,
+        precision=recipe.precision,
+        recipe=recipe,
+        target=facts["target"],
+        draft=facts.get("draft"),
+        eos_token_ids=_eos(checkpoint, target, tokenizer),
+        target_sha256=digest,
+        checks=checks,
+        tools={"echo-trt": __version__, "python": platform.python_version(), **{t: importlib.metadata.version(t) for t in TOOLS}},
+        files={name: sha256(work / name) for name in files},
+    )
+
+
+def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, progress: Progress):
+    """The draft's role, if it has a network, and the target layers whose inputs it wants as features."""
+    draft = recipe.draft
+    if draft.source is None:
+        return None, ()
+    progress("reading the draft")
+    checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
+    positions = target.rotary.cos.shape[0]
+    if draft.kind == "model":
+        where = str(checkpoint.path)
+        check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
+        return DraftRole(load_decoder(checkpoint, positions), draft.top_k), ()
+    head = load_eagle3(checkpoint, positions, target)
+    if head.config.target_sha256 and head.config.target_sha256 != digest:
+        raise UserError(
+            f"{checkpoint.path}: target_sha256 says that this head was trained for other weights than the recipe's target; "
+            "train one with scripts/train_eagle3.py, or use the target it belongs to."
+        )
+    return HeadRole(head, draft.top_k), head.config.feature_layers or target.config.feature_layers
+
+
+def _compile(role: Role, path: Path, precision: str) -> SelfCheck:
+    from echo_trt.compile.openvino import compress_to_int8
+    from echo_trt.engines.openvino import OpenVINOEngine
+
+    export(role, path)
+    if precision == "int8":
+        compress_to_int8(path)
+    return check_engine(role, lambda blocks: OpenVINOEngine(path, precision, blocks), precision)
+
+
+def _facts(role: Role, file: str) -> NetworkFacts:
+    config = role.network.config
+    return NetworkFacts(
+        file=file,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=role.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        parameters=sum(p.numel() for p in _own_parameters(role)),
+        feature_size=3 * config.target_hidden_size if isinstance(role, HeadRole) else 0,
+    )
+
+
+def _own_parameters(role: Role) -> list[nn.Parameter]:
+    return list({id(p): p for p in role.parameters()}.values())
+
+
+def _eos(checkpoint: Checkpoint, target: Decoder, tokenizer) -> list[int]:
+    """The configuration's end tokens and the tokenizer's; instruction-tuned models often name two different ones."""
+    ids = [*target.config.eos_token_ids, tokenizer.eos_token_id]
+    return sorted({int(i) for i in ids if i is not None})
+
+
+def _folder(name: str | None, recipe_folder: Path) -> Path | None:
+    return None if name is None else recipe_folder / name

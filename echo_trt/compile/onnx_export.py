@@ -1,0 +1,128 @@
+"""PyTorch to ONNX: everything standard but ``echo::SuperTreeAttention``, weights as external data.
+
+A graph's inputs are its role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches,
+``key_cache.0, value_cache.0, key_cache.1, ...``; its outputs are its role's.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import defs
+from onnxscript import values
+from torch import Tensor, nn
+
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.models.layers import Attend
+from echo_trt.models.roles import HeadRole, Role
+
+OPSET = 23
+DOMAIN, OPERATOR = "echo", "SuperTreeAttention"
+METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
+
+
+@torch.library.custom_op("echo::super_tree_attention", mutates_args=())
+def _operator(
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
+    past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor,
+    tree_mask: Tensor, tree_mask_begins: Tensor, num_kv_heads: int, head_dim: int, max_context: int,
+) -> Tensor:  # fmt: skip
+    """A symbol for tracing, which computes nothing; super_tree_attention.reference does."""
+    return torch.empty_like(query)
+
+
+@_operator.register_fake
+def _(query: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(query)
+
+
+def export(role: Role, path: Path) -> None:
+    """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data) without a second copy in memory."""
+    _register_schema()
+    inputs, metadata, caches = _example(role)
+    auto = {0: torch.export.Dim.DYNAMIC}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            _Graph(role),
+            kwargs={"inputs": inputs, "metadata": metadata, "logit_rows": torch.zeros(2, dtype=torch.long), "caches": caches},
+            input_names=[*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
+            output_names=list(role.outputs),
+            opset_version=OPSET,
+            dynamic_shapes={
+                "inputs": dict.fromkeys(inputs, auto),
+                "metadata": [auto] * len(metadata),
+                "logit_rows": auto,
+                "caches": [auto] * len(caches),
+            },
+            custom_translation_table={torch.ops.echo.super_tree_attention.default: _to_onnx},
+            verbose=False,
+        )
+    program.save(path, external_data=True)
+
+
+def cache_names(num_layers: int) -> list[str]:
+    return [f"{kind}_cache.{layer}" for layer in range(num_layers) for kind in ("key", "value")]
+
+
+class _Graph(nn.Module):
+    """A role whose attention is the operator, over caches that are inputs."""
+
+    def __init__(self, role: Role):
+        super().__init__()
+        self.role = role
+
+    def forward(self, inputs: dict[str, Tensor], metadata: list[Tensor], logit_rows: Tensor, caches: list[Tensor]):
+        return self.role(inputs, logit_rows, self._attend(metadata, caches))
+
+    def _attend(self, metadata: list[Tensor], caches: list[Tensor]) -> Attend:
+        config, longest = self.role.network.config, self.role.network.rotary.cos.shape[0]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            pools = caches[2 * layer : 2 * layer + 2]
+            attributes = config.num_kv_heads, config.head_dim, longest
+            return torch.ops.echo.super_tree_attention(query, key, value, *pools, *metadata, *attributes)
+
+        return attend
+
+
+def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """Inputs of sizes that no two axes share by accident, for the tracer."""
+    config, dtype = role.network.config, next(role.parameters()).dtype
+    inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
+    if isinstance(role, HeadRole):
+        inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)
+        inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
+    lengths = (2, 3, 4, 3, 13, 3)
+    metadata = [torch.zeros(n, dtype=torch.uint8 if m == "tree_mask" else torch.int32) for m, n in zip(METADATA, lengths, strict=True)]
+    # One tensor a cache: the exporter takes two uses of one tensor for one input.
+    caches = [torch.zeros(7, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype) for _ in range(2 * role.num_layers)]
+    return inputs, metadata, caches
+
+
+def _to_onnx(query, key, value, key_cache, value_cache, *rest):
+    metadata, attributes = rest[: len(METADATA)], dict(zip(ATTRIBUTES, rest[len(METADATA) :], strict=True))
+    return values.Opset(DOMAIN, 1).SuperTreeAttention(query, key, value, key_cache, value_cache, *metadata, **attributes)
+
+
+def _register_schema() -> None:
+    if defs.has(OPERATOR, domain=DOMAIN):
+        return
+    names = ("query", "key", "value", "key_cache", "value_cache", *METADATA)
+    types = ["T"] * 5 + ["tensor(int32)"] * 4 + ["tensor(uint8)", "tensor(int32)"]
+    schema = defs.OpSchema(
+        OPERATOR,
+        DOMAIN,
+        1,
+        inputs=[defs.OpSchema.FormalParameter(n, t) for n, t in zip(names, types, strict=True)],
+        outputs=[defs.OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches")],
+        attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in ATTRIBUTES],
+    )
+    onnx.defs.register_schema(schema)

@@ -1,0 +1,87 @@
+"""ONNX to OpenVINO: ``echo::SuperTreeAttention`` becomes OpenVINO's PagedAttention, whose qq_bias is our tree mask."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino as ov
+from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
+from openvino.frontend.onnx import ConversionExtension
+from openvino.op import Constant
+
+from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
+
+#: precision -> (compute type, cache type)
+PRECISIONS = {"fp32": (ov.Type.f32, ov.Type.f32), "bf16": (ov.Type.bf16, ov.Type.bf16), "int8": (ov.Type.bf16, ov.Type.bf16)}
+
+
+def read_graph(path: Path) -> ov.Model:
+    """The exported graph as an OpenVINO model, weights memory-mapped."""
+    core = ov.Core()
+    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, _to_paged_attention))
+    return core.read_model(path)
+
+
+def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:
+    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO."""
+    for parameter in model.get_parameters():
+        if "_cache." in parameter.get_friendly_name():
+            parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
+            parameter.set_element_type(ov.Type.dynamic)
+    model.validate_nodes_and_infer_types()
+    compute, cache = PRECISIONS[precision]
+    options = {
+        "INFERENCE_PRECISION_HINT": compute.to_string(),
+        "KV_CACHE_PRECISION": cache.to_string(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if precision == "int8":
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return ov.Core().compile_model(model, "CPU", options)
+
+
+def compress_to_int8(path: Path) -> None:
+    """Replace the graph's weight matrices by 8-bit ones with a scale a channel, in place."""
+    import nncf  # slow to import, and only an int8 build needs it
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # its tables
+        model = nncf.compress_weights(onnx.load(path), mode=nncf.CompressWeightsMode.INT8_ASYM)
+    data = path.with_name(path.name + ".data")
+    data.unlink()
+    onnx.save(model, path, save_as_external_data=True, location=data.name)
+    data.chmod(0o644)
+
+
+def _constant(values: object, dtype: type) -> ov.Output:
+    array = np.array(values, dtype=dtype)
+    return Constant(ov.Type(dtype), ov.Shape(array.shape), array.reshape(-1).tolist()).output(0)
+
+
+def _to_paged_attention(node) -> list[ov.Output]:
+    inputs = [node.get_input(i) for i in range(node.get_input_size())]
+    kv_heads, head_dim = node.get_attribute("num_kv_heads"), node.get_attribute("head_dim")
+    no_int, no_float = _constant([], np.int32), _constant([], np.float32)
+    scale, no_window = _constant(head_dim**-0.5, np.float32), _constant(0, np.int32)
+    longest = _constant(node.get_attribute("max_context"), np.int32)  # sizes a workspace that batch 1 clears at every call
+    attention = _PagedAttentionExtension(
+        [
+            *inputs[:9],  # query, key, value, caches, past_lens, seq_begins, block_indices, block_begins
+            *(scale, no_window, no_float, longest, no_int),  # scale, sliding window, alibi, max context, score window
+            *(no_int, no_int, no_float, no_float),  # rotation of evicted blocks (3), sparse attention threshold
+            *(_constant(64, np.int32), _constant(8, np.int32), no_float),  # sparse attention block and stride, sinks
+            *(no_window, no_int, no_int, no_int, no_int),  # adaptive eviction, token types
+            *inputs[9:11],  # tree_mask, tree_mask_begins
+        ]
+    )
+    info = attention.get_rt_info()
+    for name, value in (("num_k_heads", kv_heads), ("k_head_size", head_dim), ("num_v_heads", kv_heads), ("v_head_size", head_dim)):
+        info[name] = value
+    return [attention.output(0)]

@@ -1,0 +1,59 @@
+"""A build's last word: does the compiled engine compute what the reference does, on a prompt and on a tree?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from echo_trt.bundle import SelfCheck
+from echo_trt.decoding.pack import Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engines.base import Engine
+from echo_trt.engines.torch import TorchEngine
+from echo_trt.errors import UserError
+from echo_trt.models.roles import HeadRole, Role
+
+#: Largest error allowed, as a share of the largest logit.
+BOUNDS = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}
+PROMPT, BLOCKS = 45, 4
+
+
+def check_engine(role: Role, compiled: Callable[[int], Engine], precision: str) -> SelfCheck:
+    """Both engines read a prompt, then a tree over it; ``compiled`` makes the engine with so many KV blocks."""
+    engines = [TorchEngine(role, BLOCKS), compiled(BLOCKS)]
+    rng = np.random.default_rng(0)
+    table = np.array([[2, 0, 3]], np.int32)
+    vocab = role.network.config.vocab_size
+    prompt = pack(rng.integers(0, vocab, PROMPT), np.arange(PROMPT), np.zeros(1, np.int64), np.array([PROMPT]), table, np.arange(PROMPT))
+    tree = SuperTree.from_roots(rng.integers(0, vocab, 1))
+    for parent in (0, 0, 1, 1, 2, 3):
+        tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
+    past, size = np.array([PROMPT]), np.array([len(tree)])
+    branch = pack(tree.token, PROMPT + tree.depth, past, size, table, np.arange(len(tree)), ancestor_mask(tree))
+    (prompt_error, same), (tree_error, _) = (_compare(engines, role, call) for call in (prompt, branch))
+    check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
+    if not max(prompt_error, tree_error) <= check.bound:
+        raise UserError(
+            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit off the "
+            f"reference, and {check.bound} is allowed; build with --precision fp32."
+        )
+    return check
+
+
+def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, float]:
+    """Largest error over largest value of the first output, and the share of rows with the same best token."""
+    inputs = {}
+    if isinstance(role, HeadRole):
+        rng, config = np.random.default_rng(1), role.network.config
+        count = len(call.token_ids)
+        split = count // 2
+        inputs["features"] = rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32)
+        inputs["hidden"] = rng.standard_normal((count - split, config.hidden_size)).astype(np.float32)
+    want, got = (engine.run(call, **inputs) for engine in engines)
+    first, best = ("logits", want["logits"].argmax(1)) if "logits" in want else ("scores", want["candidates"][:, 0])
+    found = got["logits"].argmax(1) if "logits" in got else got["candidates"][:, 0]
+    error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
+    return float(error), float((best == found).mean())
+
+

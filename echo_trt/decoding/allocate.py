@@ -1,0 +1,34 @@
+"""Allocate: which candidates are verified, under one budget for the whole batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.super_tree import SuperTree
+
+
+def allocate(tree: SuperTree, reach: np.ndarray, policy: Policy) -> np.ndarray:
+    """The nodes to verify, an ancestor-closed set that holds every root: indices, ascending.
+
+    Depth first: each request's best path down to its ``reach`` [B]. Then width: whatever the budget still holds goes to
+    the best-scored candidates anywhere, which at low load is a wide fan under each unsure node and at high load nothing.
+    One rule for both; there is no mode switch.
+    """
+    if policy.per_request:
+        return np.flatnonzero(rank_within(tree.request, tree.score) < policy.per_request)
+    taken = tree.ancestors_and_self(_path_ends(tree, reach))
+    taken[: tree.num_requests] = True
+    left = policy.budget - int(taken.sum())
+    if left > 0:
+        # Scores only fall along a path and a parent stands before its child, so a prefix of this order is closed.
+        others = np.flatnonzero(~taken)
+        taken[others[np.argsort(-tree.score[others], kind="stable")[:left]]] = True
+    return np.flatnonzero(taken)
+
+
+def _path_ends(tree: SuperTree, reach: np.ndarray) -> np.ndarray:
+    """Each request's best node at its reach; the root where that is 0."""
+    ends = np.flatnonzero(tree.depth == reach[tree.request])
+    return ends[rank_within(tree.request[ends], tree.score[ends]) == 0]

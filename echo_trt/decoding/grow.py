@@ -1,0 +1,97 @@
+"""Draft and gate: grow every request's tree level by level, as deep as its confidence carries it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.super_tree import SuperTree
+
+
+class Draft(Protocol):
+    """A draft model's side of one iteration, over the requests of the batch."""
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The root's children of ``requests`` [A]: log q float [A, k], best first, and their tokens int [A, k]."""
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The children of ``nodes`` [F], all of one depth: log q [F, k], best first, and tokens [F, k]."""
+
+
+def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> tuple[SuperTree, np.ndarray]:
+    """Draft level by level; at a gated depth an unsure request is truncated, and the budget's depth goes to the others.
+
+    roots [B]: pending tokens. room [B]: how many draft tokens in a row each request could still use.
+    Returns the tree of all candidates and reach [B], the depth to which each request has a claim (see ``allocate``).
+    A score of -inf marks a child that does not exist.
+    """
+    tree = SuperTree.from_roots(roots)
+    reach = np.zeros(len(roots), np.int64)
+    spare = policy.spare(len(roots))
+    requests = np.flatnonzero(room > 0)
+    if spare == 0 or len(requests) == 0:
+        return tree, reach
+    frontier = requests[:, None]
+    log_q, tokens = draft.expand_roots(requests)
+    for depth in range(1, policy.max_depth + 1):
+        children, scores = _add_children(tree, frontier, log_q, tokens, policy.width)
+        confidence = np.exp(scores.max(axis=1))
+        deeper = policy.passes(depth, confidence) & (confidence > 0)
+        if not policy.per_request:
+            deeper = _most_confident(deeper, confidence, spare)
+            spare -= int(deeper.sum())
+        reach[requests[deeper]] = depth
+        deeper &= room[requests] > depth
+        if depth == policy.max_depth or spare == 0 or not deeper.any():
+            break
+        requests = requests[deeper]
+        frontier = _best(children[deeper], scores[deeper], policy.beams)
+        expanded = frontier >= 0
+        log_q, tokens = _scatter(expanded, *draft.expand(tree, frontier[expanded]))
+    return tree, reach
+
+
+def _add_children(
+    tree: SuperTree, frontier: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Children of frontier [A, w] from log_q and tokens [A * w, k]: their indices and scores, [A, w * width] each.
+
+    A child that does not exist has index -1 and score -inf.
+    """
+    log_q, tokens = log_q[:, :width], tokens[:, :width]
+    parents = np.repeat(frontier.reshape(-1), log_q.shape[1])
+    scores = (np.where(frontier >= 0, tree.score[frontier], -np.inf).reshape(-1, 1) + log_q).reshape(-1)
+    exists = scores > -np.inf
+    index = np.full(len(scores), -1, np.int64)
+    index[exists] = tree.add(parents[exists], tokens.reshape(-1)[exists], scores[exists])
+    return index.reshape(len(frontier), -1), scores.reshape(len(frontier), -1)
+
+
+def _best(children: np.ndarray, scores: np.ndarray, beams: int) -> np.ndarray:
+    """The ``beams`` best of each row, [A, min(beams, width)]; -1 where there are fewer."""
+    if scores.shape[1] > beams:
+        best = np.argpartition(-scores, beams - 1, axis=1)[:, :beams]
+        return np.take_along_axis(children, best, axis=1)
+    return children
+
+
+def _scatter(expanded: np.ndarray, log_q: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spread rows [F, k] over the frontier's places [A * w, k]."""
+    if expanded.all():
+        return log_q, tokens
+    places = expanded.reshape(-1)
+    full_q = np.full((len(places), log_q.shape[1]), -np.inf, np.float32)
+    full_tokens = np.zeros(full_q.shape, np.int64)
+    full_q[places], full_tokens[places] = log_q, tokens
+    return full_q, full_tokens
+
+
+def _most_confident(wanting: np.ndarray, confidence: np.ndarray, spare: int) -> np.ndarray:
+    """Of those that want one more level, as many as the budget can pay, the most confident first."""
+    if wanting.sum() <= spare:
+        return wanting
+    chosen = np.zeros_like(wanting)
+    chosen[np.argsort(-np.where(wanting, confidence, -1.0), kind="stable")[:spare]] = True
+    return chosen

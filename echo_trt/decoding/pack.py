@@ -1,0 +1,59 @@
+"""Flatten and pack: a ragged batch of prompt chunks, single tokens and trees as one engine call, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.ragged import begins, ragged_arange
+
+BLOCK = 32  # tokens in a KV block
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
+
+    token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
+    block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    past_lens: np.ndarray
+    seq_begins: np.ndarray
+    block_indices: np.ndarray
+    block_begins: np.ndarray
+    tree_mask: np.ndarray
+    tree_mask_begins: np.ndarray
+    logit_rows: np.ndarray
+
+
+def pack(
+    token_ids: np.ndarray,
+    positions: np.ndarray,
+    past: np.ndarray,
+    counts: np.ndarray,
+    block_table: np.ndarray,
+    logit_rows: np.ndarray,
+    mask: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Packed:
+    """counts [B]: tokens of each request; past [B]: its committed tokens; block_table [B, M]: its KV blocks in order.
+
+    ``mask`` is what ``ancestor_mask`` returns, for the first of the B requests; those after them are causal.
+    """
+    used = -(-(past + counts) // BLOCK)
+    tree_mask, mask_begins = mask if mask else (np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    causal = len(counts) + 1 - len(mask_begins)
+    return Packed(
+        token_ids=np.ascontiguousarray(token_ids, np.int64),
+        positions=np.ascontiguousarray(positions, np.int64),
+        past_lens=past.astype(np.int32),
+        seq_begins=begins(counts).astype(np.int32),
+        block_indices=block_table[np.repeat(np.arange(len(used)), used), ragged_arange(used)].astype(np.int32),
+        block_begins=begins(used).astype(np.int32),
+        tree_mask=tree_mask,
+        tree_mask_begins=np.concatenate((mask_begins, np.full(causal, mask_begins[-1]))).astype(np.int32),
+        logit_rows=np.ascontiguousarray(logit_rows, np.int64),
+    )

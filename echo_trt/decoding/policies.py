@@ -1,0 +1,81 @@
+"""Policies: how deep and wide to draft, where to gate, and who gets the verification budget.
+
+All five are one rule with other numbers, so that a comparison of them compares the numbers:
+
+| policy         | gates                              | budget                                        |
+|----------------|------------------------------------|-----------------------------------------------|
+| autoregressive | -                                  | nothing beyond the roots                      |
+| static         | none                               | the same for each request (EAGLE-3's tree)    |
+| dense          | at every depth                     | one for the batch                             |
+| fixed          | at ECHO's depths, one threshold    | one for the batch                             |
+| echo           | at a few depths, each its threshold| one for the batch, depth first, then width    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from echo_trt.errors import UserError
+
+NAMES = ("autoregressive", "static", "dense", "fixed", "echo")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """max_depth: levels below the root; beams: nodes of a level that are expanded; width: children scored under each.
+
+    gates: depth -> tau, compared with conf(i, d) = exp(max_j S(i, d, j)). budget: K_max, tokens verified in an iteration
+    over the whole batch, roots included. per_request: K_i instead, where the budget is not shared (static).
+    """
+
+    name: str
+    max_depth: int = 0
+    beams: int = 1
+    width: int = 1
+    gates: Mapping[int, float] = field(default_factory=dict)
+    budget: int = 0
+    per_request: int = 0
+
+    def spare(self, requests: int) -> int:
+        """Draft tokens that the budget has room for beside one root a request."""
+        if self.max_depth == 0:
+            return 0
+        return requests * (self.per_request - 1) if self.per_request else max(self.budget - requests, 0)
+
+    def passes(self, depth: int, confidence: np.ndarray) -> np.ndarray:
+        """The sparse gate: whether each request (confidence [A]) may go deeper than ``depth``. bool [A]"""
+        return confidence > self.gates.get(depth, -1.0)
+
+    @property
+    def nodes_per_request(self) -> int:
+        """The most new KV rows that one request can need, to draft or to verify, root included."""
+        verified = self.per_request or self.budget
+        return max(1 + self.beams * max(self.max_depth - 1, 0), verified) if self.max_depth else 1
+
+
+def make_policy(name: str, settings: Mapping) -> Policy:
+    """A policy by name from a recipe's ``decoding`` section (echo_trt.recipe.Decoding as a mapping)."""
+    shape = {"max_depth": settings["max_depth"], "beams": settings["beams"], "width": settings["width"]}
+    gates, budget = dict(settings["gates"]), settings["budget"]
+    if name == "autoregressive":
+        return Policy(name)
+    if name == "static":
+        tree = settings["static"]
+        return Policy(name, tree["depth"], tree["top_k"], tree["top_k"], per_request=tree["tokens"])
+    if name == "echo":
+        return Policy(name, gates=gates, budget=budget, **shape)
+    if name == "fixed":
+        return Policy(name, gates=dict.fromkeys(gates, settings["fixed_threshold"]), budget=budget, **shape)
+    if name == "dense":
+        return Policy(name, gates=_interpolated(gates, shape["max_depth"]), budget=budget, **shape)
+    raise UserError(f"policy is {name!r}; choose one of {', '.join(NAMES)}.")
+
+
+def _interpolated(gates: Mapping[int, float], max_depth: int) -> dict[int, float]:
+    """A threshold for every depth, on straight lines between the sparse ones."""
+    known = sorted(gates)
+    depths = range(1, max_depth + 1)
+    return dict(zip(depths, np.interp(depths, known, [gates[d] for d in known]).tolist(), strict=True)) if known else {}

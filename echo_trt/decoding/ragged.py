@@ -1,0 +1,27 @@
+"""Ragged batches as flat arrays: the few index tricks that keep Python loops out of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def begins(counts: np.ndarray) -> np.ndarray:
+    """counts [B] -> where each section begins, and the total: int64 [B+1]."""
+    out = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+def ragged_arange(counts: np.ndarray) -> np.ndarray:
+    """counts [B] -> 0..counts[0]-1, 0..counts[1]-1, ... as one array [sum counts]."""
+    start = begins(counts)
+    return np.arange(start[-1]) - np.repeat(start[:-1], counts)
+
+
+def rank_within(groups: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Each element's rank by descending ``key`` among those of its group; ties go to the earlier element. [n]"""
+    order = np.lexsort((-key, groups))
+    counts = np.bincount(groups, minlength=0)
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = ragged_arange(counts)
+    return ranks

@@ -1,0 +1,92 @@
+"""The super-tree: every request's draft tree, over the whole batch, as a structure of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.ragged import begins
+
+
+@dataclass
+class SuperTree:
+    """Nodes of B trees. A parent always stands before its children.
+
+    token int64 [n], parent int64 [n] (-1 at a root), request int64 [n] (0..B-1), depth int64 [n] (0 at a root),
+    score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root.
+    """
+
+    token: np.ndarray
+    parent: np.ndarray
+    request: np.ndarray
+    depth: np.ndarray
+    score: np.ndarray
+    num_requests: int
+
+    @classmethod
+    def from_roots(cls, tokens: np.ndarray) -> SuperTree:
+        """One root a request: its pending token, which is committed but not yet in the KV cache. tokens [B]."""
+        count = len(tokens)
+        none = np.zeros(count, np.int64)
+        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), np.zeros(count, np.float32), count)
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """K_i, the nodes of each request, root included: int64 [B]."""
+        return np.bincount(self.request, minlength=self.num_requests)
+
+    def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """Hang new nodes (all [m]) under existing ones; returns their indices [m]."""
+        start = len(self)
+        self.token = np.concatenate((self.token, token))
+        self.parent = np.concatenate((self.parent, parent))
+        self.request = np.concatenate((self.request, self.request[parent]))
+        self.depth = np.concatenate((self.depth, self.depth[parent] + 1))
+        self.score = np.concatenate((self.score, score.astype(np.float32)))
+        return np.arange(start, len(self))
+
+    def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
+        """The part made of ``nodes``, request by request, parents still before children.
+
+        A node whose parent is left out becomes a top of its own (parent -1), so the part may be a forest. Returns it
+        and its nodes' indices in this tree, in the new order.
+        """
+        nodes = np.sort(nodes)
+        nodes = nodes[np.argsort(self.request[nodes], kind="stable")]
+        new_index = np.full(len(self) + 1, -1, np.int64)  # one more, so that parent -1 finds -1
+        new_index[nodes] = np.arange(len(nodes))
+        columns = (a[nodes] for a in (self.token, self.request, self.depth, self.score))
+        token, request, depth, score = columns
+        return SuperTree(token, new_index[self.parent[nodes]], request, depth, score, self.num_requests), nodes
+
+    def ancestors_and_self(self, nodes: np.ndarray) -> np.ndarray:
+        """Mark ``nodes`` and everything above them: bool [n]."""
+        marked = np.zeros(len(self), bool)
+        while len(nodes):
+            marked[nodes] = True
+            nodes = self.parent[nodes]
+            nodes = nodes[nodes >= 0]
+        return marked
+
+
+def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
+    """The operator's tree_mask: row-major K_i x K_i matrices, 1 where the row's node may attend the column's.
+
+    ``tree`` must be sorted by request. Returns uint8 [sum K_i^2] and where each request's matrix begins, int64 [B+1].
+    """
+    sizes = tree.sizes
+    first = begins(sizes)
+    mask_begins = begins(sizes**2)
+    local = np.arange(len(tree)) - first[tree.request]
+    row_begin = mask_begins[tree.request] + local * sizes[tree.request]
+    mask = np.zeros(mask_begins[-1], np.uint8)
+    rows, ancestors = np.arange(len(tree)), np.arange(len(tree))
+    while len(rows):
+        mask[row_begin[rows] + local[ancestors]] = 1
+        ancestors = tree.parent[ancestors]
+        rows, ancestors = rows[ancestors >= 0], ancestors[ancestors >= 0]
+    return mask, mask_begins

@@ -1,0 +1,1 @@
+"""Run a compiled engine: one protocol (base.py), one file a runtime."""

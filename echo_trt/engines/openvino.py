@@ -1,0 +1,51 @@
+"""The OpenVINO engine: the embedded default, on any CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from echo_trt.compile.openvino import PRECISIONS, compile_graph, read_graph
+from echo_trt.decoding.pack import BLOCK, Packed
+
+_ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
+
+
+class OpenVINOEngine:
+    """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, touched only as it fills."""
+
+    def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
+        self.num_blocks = num_blocks
+        compiled = compile_graph(read_graph(graph), precision, threads)
+        self._request = compiled.create_infer_request()
+        self._inputs = {i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()}
+        self._outputs = [o.get_any_name() for o in compiled.outputs]
+        self._pool = self._bind_pool(compiled, PRECISIONS[precision][1])
+        self._held: list[ov.Tensor] = []
+
+    def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:
+        caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
+        _, heads, block, head_dim = (d.get_length() if d.is_static else -1 for d in caches[0].partial_shape)
+        if block != BLOCK or caches[0].element_type != cache_type:
+            raise RuntimeError(f"OpenVINO laid the KV cache out as {caches[0]}; this build expects blocks of {BLOCK} in {cache_type}")
+        # One array for all layers, so that a commit is one indexed copy. calloc leaves untouched pages unallocated.
+        pool = np.zeros((len(caches), self.num_blocks, heads, block, head_dim), _ARRAY_TYPES[cache_type])
+        self._caches = [ov.Tensor(part, ov.Shape(part.shape), cache_type) for part in pool]
+        for node, tensor in zip(caches, self._caches, strict=True):
+            self._request.set_tensor(node.get_any_name(), tensor)
+        return pool
+
+    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        # The request reads our arrays in place, so they must outlive it.
+        held = [ov.Tensor(getattr(call, name) if name not in inputs else inputs[name]) for name in self._inputs]
+        for name, tensor in zip(self._inputs, held, strict=True):
+            self._request.set_tensor(name, tensor)
+        self._held = held
+        self._request.infer()
+        return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        rows = self._pool[:, source // BLOCK, :, source % BLOCK]
+        self._pool[:, target // BLOCK, :, target % BLOCK] = rows

@@ -1,0 +1,94 @@
+"""Checkpoints on disk, read one tensor at a time: Hugging Face folders (safetensors) and GGUF files.
+
+Both answer with Hugging Face's tensor names and an equivalent ``config.json``, so nothing above knows the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from echo_trt.errors import UserError
+
+
+class Checkpoint(Protocol):
+    path: Path
+    config: dict[str, Any]
+
+    def names(self) -> Sequence[str]:
+        """Every tensor's name."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, in the type it is stored in (GGUF: float32)."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A folder with config.json and safetensors, or a .gguf file."""
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"checkpoint {path} is a single file; give a Hugging Face folder or a .gguf file.")
+    if path.suffix == ".gguf":
+        from echo_trt.models.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    return SafetensorsCheckpoint(path)
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face folder: config.json and one or many safetensors files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        files = sorted(path.glob("*.safetensors"))
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index} holds no weight_map object; download the checkpoint again.")
+            files = sorted({path / name for name in weight_map.values()})
+        if not files:
+            raise UserError(f"checkpoint {path} holds no *.safetensors file; download it whole.")
+        self._files = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"checkpoint file {file} cannot be read ({error}); download it again.") from error
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def names(self) -> Sequence[str]:
+        return list(self._files)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give the folder of a complete checkpoint.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, not an object; download the checkpoint again.")
+    return data
+
+
+def weights_sha256(path: Path) -> str:
+    """A digest of the checkpoint's weight files, which tells one target from another."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""The decoder: Qwen3, Qwen3-MoE and Llama, told apart by configuration alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from echo_trt.models.config import DecoderConfig
+from echo_trt.models.layers import MLP, Attend, Attention, Experts, RMSNorm, Rotary
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer, config.hidden_size, config.qk_norm)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = Experts(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder over packed tokens.
+
+    ``positions`` is the length of the rotary table: the longest context plus the deepest tree that will be asked for.
+    """
+
+    def __init__(self, config: DecoderConfig, positions: int):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary = Rotary(config, positions)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        attend: Attend,
+        feature_layers: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
+        """token_ids [N] and positions [N], int; logit_rows [R], the rows whose next token is asked for.
+
+        Returns logits [R, V] and, where ``feature_layers`` names layers, their inputs side by side [N, len * H].
+        """
+        x = self.embed(token_ids)
+        cos, sin = self.rotary(positions)
+        features = {}
+        for i, layer in enumerate(self.layers):
+            if i in feature_layers:
+                features[i] = x
+            x = layer(x, cos, sin, attend)
+        rows = self.norm(x[logit_rows])
+        head = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        logits = torch.nn.functional.linear(rows, head)
+        return logits, torch.cat([features[i] for i in feature_layers], dim=-1) if feature_layers else None

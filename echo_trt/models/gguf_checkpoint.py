@@ -1,0 +1,166 @@
+"""GGUF files: dequantised weights under Hugging Face names, the configuration, and the tokenizer they carry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from echo_trt.errors import UserError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+CONTROL_TOKEN, USER_TOKEN = 3, 4
+
+
+class GgufCheckpoint:
+    """A .gguf file of the llama or qwen3 architecture."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, LookupError) as error:
+            raise UserError(
+                f"checkpoint file {path} is not a complete GGUF file ({error}); download it again."
+            ) from error
+        self.config = self._config()
+        self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        stored = self._tensors[name]
+        try:
+            data = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        except NotImplementedError:
+            kind = stored.tensor_type.name
+            raise UserError(f"{self.path}: tensor {stored.name} is {kind}, which cannot be read; use Q8_0.") from None
+        if self._architecture == "llama" and (heads := self._permuted_heads(name)):
+            # llama.cpp interleaves the two halves of each head's rotary dimensions; Hugging Face keeps them apart.
+            data = data.view(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
+        return data
+
+    def field(self, key: str, default: Any = None) -> Any:
+        entry = self._reader.get_field(key)
+        return default if entry is None else entry.contents()
+
+    def _need(self, key: str) -> Any:
+        value = self.field(key)
+        if value is None:
+            raise UserError(f"{self.path}: {key} is missing; use a complete GGUF file of a language model.")
+        return value
+
+    def _permuted_heads(self, name: str) -> int:
+        if name.endswith("q_proj.weight"):
+            return self.config["num_attention_heads"]
+        return self.config["num_key_value_heads"] if name.endswith("k_proj.weight") else 0
+
+    def _config(self) -> dict[str, Any]:
+        self._architecture = kind = self.field("general.architecture")
+        if kind not in ARCHITECTURES:
+            raise UserError(
+                f"{self.path}: general.architecture is {kind!r}; use a GGUF file of {' or '.join(ARCHITECTURES)}."
+            )
+        heads = self._need(f"{kind}.attention.head_count")
+        hidden = self._need(f"{kind}.embedding_length")
+        scaling = {
+            "rope_type": self.field(f"{kind}.rope.scaling.type", "none"),
+            "factor": self.field(f"{kind}.rope.scaling.factor"),
+            "original_max_position_embeddings": self.field(f"{kind}.rope.scaling.original_context_length"),
+        }
+        names = {tensor.name for tensor in self._reader.tensors}
+        if "rope_freqs.weight" in names:
+            raise UserError(
+                f"{self.path}: scaled rotary frequencies (rope_freqs) are not supported; use the safetensors folder."
+            )
+        return {
+            "architectures": [ARCHITECTURES[kind]],
+            "vocab_size": len(self._need("tokenizer.ggml.tokens")),
+            "hidden_size": hidden,
+            "intermediate_size": self._need(f"{kind}.feed_forward_length"),
+            "num_hidden_layers": self._need(f"{kind}.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.field(f"{kind}.attention.head_count_kv", heads),
+            "head_dim": self.field(f"{kind}.attention.key_length", hidden // heads),
+            "rms_norm_eps": self._need(f"{kind}.attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.field(f"{kind}.rope.freq_base", 10000.0),
+            "rope_scaling": None if scaling["rope_type"] == "none" else scaling,
+            "max_position_embeddings": self._need(f"{kind}.context_length"),
+            "tie_word_embeddings": "output.weight" not in names,
+            "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
+        }
+
+    def _hf_name(self, name: str) -> str:
+        stem, _, suffix = name.rpartition(".")
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
+            if match[2] in LAYER_NAMES:
+                return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{suffix}"
+        elif stem in TOP_NAMES:
+            return f"{TOP_NAMES[stem]}.{suffix}"
+        raise UserError(
+            f"{self.path}: tensor {name} belongs to no part of a {self._architecture} network; use a file without it."
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The byte-level BPE tokenizer and the chat template that the file carries."""
+        if self.field("tokenizer.ggml.model") != "gpt2":
+            raise UserError(
+                f"{self.path}: tokenizer.ggml.model must be gpt2 (byte-level BPE); add a tokenizer.json beside it."
+            )
+        tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
+        merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
+        tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+        tokenizer.pre_tokenizer = _pre_tokenizer(self.field("tokenizer.ggml.pre", "default"), self.path)
+        tokenizer.decoder = decoders.ByteLevel()
+        for token, kind in zip(tokens, kinds, strict=True):
+            if kind in (CONTROL_TOKEN, USER_TOKEN):  # both are found whole in a text, control tokens are not printed
+                tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
+        special = {
+            f"{role}_token": tokens[index]
+            for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+            if (index := self.field(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=self.field("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            **special,
+        )
+
+
+def _pre_tokenizer(kind: str, path: Path) -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    if kind == "qwen2":
+        split = Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), byte_level])
+    raise UserError(
+        f"{path}: tokenizer.ggml.pre is {kind!r}, which is not known here; put the model's tokenizer.json beside it."
+    )

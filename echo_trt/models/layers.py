@@ -1,0 +1,155 @@
+"""The arithmetic that the decoder and the EAGLE-3 head share.
+
+Tokens of all requests are packed along the first axis, so there is no batch axis and no padding. A layer does not know
+how keys and values are cached: it hands its packed query, key and value to ``attend``, which the caller supplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echo_trt.models.config import DecoderConfig, Eagle3Config
+
+#: (layer, query [N, Hq*D], key [N, Hk*D], value [N, Hk*D]) -> output [N, Hq*D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Config = DecoderConfig | Eagle3Config
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864) from a table, so that low precision never touches an angle."""
+
+    def __init__(self, config: Config, positions: int):
+        super().__init__()
+        inv_freq, scale = rope_frequencies(config)
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq[None, :]
+        self.register_buffer("cos", angles.cos() * scale, persistent=False)
+        self.register_buffer("sin", angles.sin() * scale, persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [N] -> cos and sin, each [N, 1, D/2]."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [N, H, D] by the angles of each token's position."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rope_frequencies(config: Config) -> tuple[Tensor, float]:
+    """Inverse frequencies [D/2] and the factor on cos and sin, for default, linear, llama3 and yarn scaling."""
+    scaling, dim = config.rope_scaling, config.head_dim
+    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return freq, 1.0
+    if kind == "linear":
+        return freq / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3_frequencies(freq, scaling), 1.0
+    return _yarn_frequencies(freq, config)
+
+
+def _llama3_frequencies(freq: Tensor, scaling: dict) -> Tensor:
+    # Llama 3.1: long wavelengths are stretched by the factor, short ones kept, those between blended.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq * keep + freq / scaling["factor"] * (1 - keep)
+
+
+def _yarn_frequencies(freq: Tensor, config: Config) -> tuple[Tensor, float]:
+    # YaRN (arXiv 2309.00071): interpolate the dimensions that turn less than beta_slow times in the trained context.
+    scaling, dim = config.rope_scaling, config.head_dim
+    factor = scaling["factor"]
+    trained = scaling.get("original_max_position_embeddings") or config.max_position
+
+    def dim_of(turns: float) -> float:
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    scale = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return freq / factor * ramp + freq * (1 - ramp), scale
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one merged projection, and QK norm where the network has it (Qwen3)."""
+
+    def __init__(self, config: Config, layer: int, input_size: int, qk_norm: bool):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = (
+            layer,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.qkv = nn.Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        query, key, value = self.qkv(x).split(
+            [h * self.head_dim for h in (self.heads, self.kv_heads, self.kv_heads)], dim=-1
+        )
+        query, key = query.unflatten(-1, (self.heads, self.head_dim)), key.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, cos, sin).flatten(1), rotate(key, cos, sin).flatten(1)
+        return self.out(attend(self.layer, query, key, value))
+
+
+class MLP(nn.Module):
+    """Gated SiLU, gate and up projections merged."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Experts(nn.Module):
+    """Mixture of experts (Qwen3-MoE) in standard operators.
+
+    Every expert sees every token and the router's weights, zero for the experts that were not chosen, pick the result.
+    That is exact and exports to any compiler; it does E/k times the arithmetic of a routed kernel.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        hidden, size, count = config.hidden_size, config.expert_size, config.num_experts
+        self.top_k, self.normalise = config.experts_per_token, config.norm_expert_weights
+        self.router = nn.Linear(hidden, count, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * size, hidden))
+        self.down = nn.Parameter(torch.empty(count, hidden, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        probs = self.router(x).float().softmax(dim=-1)
+        top, chosen = probs.topk(self.top_k, dim=-1)
+        if self.normalise:
+            top = top / top.sum(dim=-1, keepdim=True)
+        weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
+        gate, up = torch.matmul(x.unsqueeze(0), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, size]
+        outputs = torch.matmul(F.silu(gate) * up, self.down.transpose(1, 2))  # [E, N, H]
+        return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)

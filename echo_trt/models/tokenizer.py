@@ -1,0 +1,38 @@
+"""A checkpoint's tokenizer, read for a bundle, and what must agree between a target's and a draft's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.gguf_checkpoint import GgufCheckpoint
+
+
+def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """From ``folder`` where one is named, else from the checkpoint."""
+    if folder is None and isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.tokenizer()
+    place = folder or checkpoint.path
+    if not (place / "tokenizer.json").exists():
+        raise UserError(f"{place / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
+    return load_tokenizer(place)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+
+
+def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:
+    """A draft proposes token ids, so they must mean the same to both."""
+    theirs, mine = target.get_vocab(), draft.get_vocab()
+    if theirs == mine:
+        return
+    example = next((t for t, i in sorted(theirs.items(), key=lambda item: item[1]) if mine.get(t) != i), None)
+    detail = f"token {example!r} is {theirs[example]} there and {mine.get(example)} here" if example else "it has more tokens"
+    raise UserError(f"{where}: tokenizer differs from the target's ({detail}); use a draft with the target's tokenizer.")

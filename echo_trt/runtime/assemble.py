@@ -1,0 +1,64 @@
+"""From a bundle to a running loop: engines, KV pool, drafter, policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from echo_trt.bundle import Manifest, read_manifest, verify_files
+from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.engines.base import Engine
+from echo_trt.errors import UserError
+from echo_trt.recipe import Decoding
+from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.runtime.lookup import LookupDrafter
+from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.slots import Slots, blocks_for
+
+
+def policy_of(decoding: Decoding, name: str | None = None) -> Policy:
+    """The recipe's policy, or another one with the recipe's numbers."""
+    return make_policy(name or decoding.policy, decoding.model_dump())
+
+
+def reserve_of(decoding: Decoding) -> int:
+    """KV rows that any policy of the recipe may need beyond a request's committed tokens."""
+    return max(policy_of(decoding, name).nodes_per_request for name in ("static", "echo"))
+
+
+def load_loop(folder: Path, policy: str | None = None, batch: int | None = None) -> tuple[Loop, Manifest]:
+    """Open a bundle. ``batch`` lowers (or raises) the recipe's number of running requests."""
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    recipe = manifest.recipe
+    limits, reserve = recipe.limits, reserve_of(recipe.decoding)
+    count = batch or limits.batch
+    one = blocks_for(limits.context + reserve)
+    blocks = limits.kv_blocks or one * count
+    if blocks < one:
+        raise UserError(
+            f"limits.kv_blocks is {blocks}, but one request of limits.context {limits.context} needs {one}; "
+            "raise kv_blocks or lower context, and build again."
+        )
+    state = Slots(count, limits.context, reserve, blocks)
+    target = _engine(folder / manifest.target.file, manifest, blocks)
+    drafter = _drafter(folder, manifest, state, blocks)
+    loop = Loop(target, drafter, state, policy_of(recipe.decoding, policy), manifest.eos_token_ids, limits.prefill_chunk)
+    return loop, manifest
+
+
+def _engine(file: Path, manifest: Manifest, blocks: int) -> Engine:
+    from echo_trt.engines.openvino import OpenVINOEngine
+
+    return OpenVINOEngine(file, manifest.precision, blocks)
+
+
+def _drafter(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Drafter | None:
+    draft, facts = manifest.recipe.draft, manifest.draft
+    if draft.kind == "none":
+        return None
+    if draft.kind == "lookup":
+        return LookupDrafter(state, draft.min_match, draft.acceptance)
+    engine, chunk = _engine(folder / facts.file, manifest, blocks), manifest.recipe.limits.prefill_chunk
+    if draft.kind == "model":
+        return EngineDrafter(engine, state, chunk)
+    return Eagle3Drafter(engine, state, chunk, facts.feature_size, facts.hidden_size)

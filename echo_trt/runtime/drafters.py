@@ -1,0 +1,153 @@
+"""Drafts that keep in step with their requests: an EAGLE-3 head, a smaller model, or prompt lookup.
+
+A drafter remembers how many of a request's tokens its own KV cache holds. Whatever is missing, after a prompt, an
+accepted path or a pause of any length, is caught up in the pass that next needs it; not drafting costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from echo_trt.decoding.grow import Draft
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.ragged import ragged_arange
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engines.base import Engine
+from echo_trt.runtime.slots import Slots
+
+
+class Drafter(Protocol):
+    def begin(self, slots: np.ndarray) -> Draft:
+        """This iteration's draft, over the requests in ``slots`` [B]."""
+
+    def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
+        """The target has committed tokens to pool ``rows`` [m]; its outputs for them are at ``output_rows`` [m]."""
+
+    def forget(self, slot: int) -> None:
+        """The slot's request has left, or its KV blocks have."""
+
+
+class EngineDrafter:
+    """A draft with an engine: a standalone model, whose entry j is token j."""
+
+    #: How many entries a request has once its draft is in step, less its committed tokens: the root is one of them.
+    ahead = 1
+
+    def __init__(self, engine: Engine, state: Slots, chunk: int):
+        self.engine, self.state, self.chunk = engine, state, chunk
+        self.held = np.zeros(state.count, np.int64)  # entries in the draft's KV cache
+
+    def begin(self, slots: np.ndarray) -> EngineDraft:
+        return EngineDraft(self, slots)
+
+    def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
+        pass  # a standalone model draws on tokens alone
+
+    def forget(self, slot: int) -> None:
+        self.held[slot] = 0
+
+    def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Tokens and further inputs of committed entries ``index`` [m] of ``slots`` [m]."""
+        return self.state.tokens[slots, index], {}
+
+    def node_inputs(self, hidden: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Further inputs of drafted nodes, whose parents' states are ``hidden`` [m, H]."""
+        return {}
+
+    def catch_up(self, slots: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Bring the draft's cache in step. Returns the outputs of the last pass and the newest entries' rows in it [B]."""
+        state = self.state
+        goal = state.committed[slots] + self.ahead
+        # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
+        start = np.minimum(self.held[slots], goal - 1)
+        while (goal - start > self.chunk).any():
+            long = np.flatnonzero(goal - start > self.chunk)[:1]
+            self._run_entries(slots[long], start[long], np.full(1, self.chunk), np.zeros(0, np.int64))
+            start[long] += self.chunk
+        newest = np.cumsum(goal - start) - 1
+        outputs = self._run_entries(slots, start, goal - start, newest)
+        self.held[slots] = goal
+        return outputs, newest
+
+    def _run_entries(self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:
+        owner = np.repeat(slots, counts)
+        index = np.repeat(start, counts) + ragged_arange(counts)
+        tokens, inputs = self.entries(owner, index)
+        return self.engine.run(pack(tokens, index, start, counts, self.state.block_table[slots], asked), **inputs)
+
+
+class Eagle3Drafter(EngineDrafter):
+    """An EAGLE-3 head: entry j is token j+1 beside the target's features of token j, which are kept by pool row."""
+
+    ahead = 0
+
+    def __init__(self, engine: Engine, state: Slots, chunk: int, feature_size: int, hidden_size: int):
+        super().__init__(engine, state, chunk)
+        # calloc: only the blocks that are used take memory.
+        self._features = np.zeros((engine.num_blocks * BLOCK, feature_size), np.float32)
+        self._no_features = np.zeros((0, feature_size), np.float32)
+        self._no_hidden = np.zeros((0, hidden_size), np.float32)
+
+    def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
+        self._features[rows] = outputs["features"][output_rows]
+
+    def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        features = self._features[self.state.rows(slots, index)]
+        return self.state.tokens[slots, index + 1], {"features": features, "hidden": self._no_hidden}
+
+    def node_inputs(self, hidden: np.ndarray | None) -> dict[str, np.ndarray]:
+        return {"features": self._no_features, "hidden": hidden}
+
+
+class EngineDraft:
+    """One iteration of an EngineDrafter.
+
+    The operator shows all committed entries to all new ones, so a level's pass takes the expanded nodes above it along
+    (their KV rows are written again, with the same values) and a mask tells the paths apart.
+    """
+
+    def __init__(self, drafter: EngineDrafter, slots: np.ndarray):
+        self._drafter, self._slots = drafter, slots
+        self._past = drafter.state.committed[slots] + drafter.ahead
+        self._expanded = np.zeros(0, np.int64)
+        self._states: np.ndarray | None = None  # what each root, then each expanded node, hands to its children [m, H]
+        self._state_row = np.full(len(slots), -1, np.int64)  # tree index -> row of _states
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs, newest = self._drafter.catch_up(self._slots[requests])
+        self._keep_states(outputs, requests, newest, len(self._slots))
+        return outputs["scores"].copy(), outputs["candidates"].copy()
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        drafter, running = self._drafter, np.zeros(tree.num_requests, bool)
+        running[tree.request[nodes]] = True
+        above = self._expanded[running[tree.request[self._expanded]]]
+        part, order = tree.sorted_by_request(np.concatenate((above, nodes)))
+        mask, mask_begins = ancestor_mask(part)
+        requests = np.flatnonzero(running)
+        row_of = np.empty(len(tree), np.int64)
+        row_of[order] = np.arange(len(order))
+        call = pack(
+            part.token,
+            self._past[part.request] + part.depth - 1,
+            self._past[requests],
+            part.sizes[requests],
+            drafter.state.block_table[self._slots[requests]],
+            row_of[nodes],
+            (mask, np.append(mask_begins[requests], mask_begins[-1])),
+        )
+        hidden = None if self._states is None else self._states[self._state_row[tree.parent[order]]]
+        outputs = drafter.engine.run(call, **drafter.node_inputs(hidden))
+        self._expanded = np.concatenate((self._expanded, nodes))
+        self._keep_states(outputs, nodes, row_of[nodes], len(tree))
+        return outputs["scores"].copy(), outputs["candidates"].copy()
+
+    def _keep_states(self, outputs: dict[str, np.ndarray], nodes: np.ndarray, rows: np.ndarray, tree_size: int) -> None:
+        if "state" not in outputs:
+            return
+        known = np.zeros((0, outputs["state"].shape[1]), np.float32) if self._states is None else self._states
+        self._states = np.concatenate((known, outputs["state"][rows]))
+        self._state_row = np.concatenate((self._state_row, np.full(tree_size - len(self._state_row), -1)))
+        self._state_row[nodes] = len(known) + np.arange(len(nodes))

@@ -1,0 +1,96 @@
+"""The offline interface: ``LLM(bundle).generate(prompts, params)``, whole or streamed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from echo_trt.errors import UserError
+from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.runtime.assemble import load_loop, policy_of
+from echo_trt.runtime.loop import Request
+from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
+from echo_trt.runtime.text import TextStream
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A bundle, ready to answer. Not for several threads at once."""
+
+    def __init__(self, bundle: str | Path, policy: str | None = None, batch: int | None = None):
+        """``policy`` and ``batch`` (running requests) override the recipe's."""
+        if batch is not None and not 1 <= batch <= 4096:
+            raise UserError(f"batch is {batch}; give a whole number from 1 to 4096.")
+        self.loop, self.manifest = load_loop(Path(bundle), policy, batch)
+        self.tokenizer = load_tokenizer(Path(bundle))
+        self._backend = self.tokenizer.backend_tokenizer
+        self._serial = itertools.count()
+
+    @property
+    def counters(self) -> Counters:
+        return self.loop.counters
+
+    def set_policy(self, name: str) -> None:
+        """Another policy from now on, with the recipe's numbers; the text stays the same."""
+        self.loop.policy = policy_of(self.manifest.recipe.decoding, name)
+
+    def chat_ids(self, message: str) -> list[int]:
+        """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(message)["input_ids"]
+        turn = [{"role": "user", "content": message}]
+        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+        """Answers in the order of the prompts. A string is a user turn; token ids are taken as they are."""
+        finished = {d.id: d.completion for d in self.stream(prompts, params) if d.completion}
+        return [finished[request_id] for request_id in sorted(finished, key=int)]
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Delta]:
+        """The same, as text comes: a Delta for each piece, with the Completion in a request's last one."""
+        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
+        texts: dict[Request, TextStream] = {}
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
+                request = Request(str(next(self._serial)), self._checked(ids), own)
+                self.loop.add(request)
+                texts[request] = TextStream(self._backend, own.stop)
+            while texts:
+                for request, tokens in self.loop.step():
+                    yield from self._deltas(request, tokens, texts)
+        finally:  # an abandoned stream leaves nothing behind
+            for request in texts:
+                self.loop.cancel(request)
+
+    def _checked(self, ids: Sequence[int]) -> np.ndarray:
+        array = np.asarray(ids, np.int64).reshape(-1)
+        if len(array) and (array.min() < 0 or array.max() >= self.manifest.target.vocab_size):
+            raise UserError(f"prompt holds a token id outside 0..{self.manifest.target.vocab_size - 1}.")
+        return array
+
+    def _deltas(self, request: Request, tokens: list[int], texts: dict[Request, TextStream]) -> Iterator[Delta]:
+        stream = texts[request]
+        piece, used = stream.push(tokens)
+        if stream.stopped:
+            # The stop string may end inside an accepted path: what follows it was never said.
+            del request.generated[len(request.generated) - (len(tokens) - used) :]
+            request.finish_reason = "stop"
+            self.loop.cancel(request)
+        if request.finish_reason:
+            del texts[request]
+            piece += stream.finish()
+            yield Delta(request.id, piece, _completion(request, stream.text))
+        elif piece:
+            yield Delta(request.id, piece)
+
+
+def _completion(request: Request, text: str) -> Completion:
+    accepted = len(request.generated) / max(request.verifications, 1)
+    return Completion(request.id, text, request.generated, request.finish_reason, accepted, len(request.prompt))

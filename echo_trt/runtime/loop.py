@@ -1,0 +1,292 @@
+"""The loop: one iteration of ECHO over all running requests, and the queue that feeds it.
+
+``step`` is the paper's iteration: draft, gate, allocate (``_draft``), pack and verify (``_verify``), accept, commit.
+Prompts are computed in chunks inside the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from echo_trt.decoding.accept import accept
+from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.grow import grow
+from echo_trt.decoding.pack import pack
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.sampling import sample, uniforms
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engines.base import Engine
+from echo_trt.errors import UserError
+from echo_trt.runtime.drafters import Drafter
+from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
+from echo_trt.runtime.slots import Slots, blocks_for
+
+
+@dataclass(eq=False)
+class Request:
+    """A request from its arrival to its end. ``generated`` survives preemption; ``finish_reason`` ends it."""
+
+    id: str
+    prompt: np.ndarray
+    params: SamplingParams
+    generated: list[int] = field(default_factory=list)
+    verifications: int = 0
+    finish_reason: str = ""
+    slot: int = -1
+
+
+class Loop:
+    """Continuous batching: requests join and leave at any iteration; ``policy`` may be exchanged between two."""
+
+    def __init__(
+        self, target: Engine, drafter: Drafter | None, state: Slots, policy: Policy, eos: Iterable[int], chunk: int = 256
+    ):
+        self.target, self.drafter, self.state, self.policy = target, drafter, state, policy
+        self.eos, self.chunk = tuple(eos), chunk
+        self.counters = Counters()
+        self.waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}
+        self._admissions = 0
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its prompt and max_tokens are cut to nothing: what does not fit the context is refused."""
+        room = self.state.context - len(request.prompt)
+        if len(request.prompt) == 0:
+            raise UserError(f"prompt of request {request.id} is empty; give at least one token.")
+        if room < 1:
+            raise UserError(
+                f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is {self.state.context}; "
+                "shorten it, or raise limits.context in the recipe and build again."
+            )
+        if len(self._stop_tokens(request.params)) > MAX_STOP_TOKENS:
+            raise UserError(f"stop_token_ids has {len(request.params.stop_token_ids)} ids; give at most {MAX_STOP_TOKENS}.")
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it is; its KV blocks are free at once."""
+        if request.slot >= 0:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self._running)
+
+    def _stop_tokens(self, params: SamplingParams) -> list[int]:
+        return [*(() if params.ignore_eos else self.eos), *params.stop_token_ids]
+
+    def _admit(self) -> None:
+        """Oldest first, while there is a slot, and room for the whole text so far."""
+        state = self.state
+        while self.waiting and not state.active.all():
+            request = self.waiting[0]
+            length = len(request.prompt) + len(request.generated)
+            if blocks_for(length + state.reserve) > state.free_blocks:
+                return
+            self.waiting.popleft()
+            slot = int(np.flatnonzero(~state.active)[0])
+            state.hold(np.array([slot]), np.array([length]))
+            params, stops = request.params, self._stop_tokens(request.params)
+            state.tokens[slot, :length] = np.concatenate((request.prompt, request.generated))
+            state.length[slot], state.committed[slot], state.prompt_length[slot] = length, 0, len(request.prompt)
+            state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
+            state.temperature[slot], state.top_k[slot], state.top_p[slot] = params.temperature, params.top_k, params.top_p
+            state.seed[slot] = params.seed
+            state.stop_tokens[slot] = -1
+            state.stop_tokens[slot, : len(stops)] = stops
+            state.verifications[slot] = request.verifications
+            state.admitted[slot], self._admissions = self._admissions, self._admissions + 1
+            state.active[slot] = True
+            self._running[slot], request.slot = request, slot
+
+    def _leave(self, request: Request) -> None:
+        request.verifications = int(self.state.verifications[request.slot])
+        self.state.release(request.slot)
+        if self.drafter:
+            self.drafter.forget(request.slot)
+        del self._running[request.slot]
+        request.slot = -1
+
+    def _preempt_youngest(self) -> None:
+        """Set the youngest request back: its text is kept and computed again later, nothing is emitted twice."""
+        request = self._running[max(self._running, key=lambda slot: self.state.admitted[slot])]
+        self._leave(request)
+        self.waiting.appendleft(request)
+        self.counters.preemptions += 1
+
+    # -- one iteration -------------------------------------------------------------------------------------------
+
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """One iteration. Returns each request that emitted, with its new tokens; the finished have a finish_reason."""
+        self._admit()
+        slots = self._hold_for_decoding()
+        chunk_slots, chunks = self._plan_chunks()
+        if len(slots) + len(chunk_slots) == 0:
+            return []
+        tree = self._draft(slots)
+        verified = self._verify(tree, slots, chunk_slots, chunks)
+        with self._timed("accept"):
+            path, emitted = accept(verified.tree, verified.next_token)
+        with self._timed("commit"):
+            return self._commit(verified, path, emitted, chunk_slots, chunks)
+
+    def _hold_for_decoding(self) -> np.ndarray:
+        """Decoding slots, each with KV blocks for what it may draft and verify; the youngest give way if they must."""
+        while True:
+            slots = self.state.decoding()
+            if self.state.hold(slots, self.state.committed[slots] + self.state.reserve):
+                return slots
+            self._preempt_youngest()
+
+    def _plan_chunks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and how many tokens each."""
+        slots = self.state.prefilling()
+        missing = self.state.length[slots] - self.state.committed[slots]
+        before = begins(missing)[:-1]
+        chunks = np.clip(self.chunk - before, 0, missing)
+        return slots[chunks > 0], chunks[chunks > 0]
+
+    def _draft(self, slots: np.ndarray) -> SuperTree:
+        """The super-tree to verify for decoding ``slots`` [B], sorted by request."""
+        state = self.state
+        roots = state.tokens[slots, state.length[slots] - 1]
+        if len(slots) == 0 or self.drafter is None or self.policy.spare(len(slots)) == 0:
+            return SuperTree.from_roots(roots)
+        with self._timed("draft"):
+            room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
+            room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
+            candidates, reach = grow(roots, self.drafter.begin(slots), self.policy, room)
+        with self._timed("allocate"):
+            tree, _ = candidates.sorted_by_request(allocate(candidates, reach, self.policy))
+        self.counters.drafted_tokens += len(tree) - len(slots)
+        return tree
+
+    def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> _Verified:
+        """One pass of the target over all trees and prompt chunks."""
+        state = self.state
+        with self._timed("pack"):
+            place = ragged_arange(chunks)
+            owner = np.repeat(chunk_slots, chunks)
+            position = state.committed[owner] + place
+            ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
+            chunk_ends = len(tree) + np.cumsum(chunks)[ends] - 1
+            all_slots = np.concatenate((slots, chunk_slots))
+            call = pack(
+                np.concatenate((tree.token, state.tokens[owner, position])),
+                np.concatenate((state.committed[slots][tree.request] + tree.depth, position)),
+                state.committed[all_slots],
+                np.concatenate((tree.sizes, chunks)),
+                state.block_table[all_slots],
+                np.concatenate((np.arange(len(tree)), chunk_ends)),
+                ancestor_mask(tree) if len(tree) > len(slots) else None,
+            )
+        with self._timed("verify"):
+            outputs = self.target.run(call)
+        finishing = chunk_slots[ends]
+        last = state.tokens[finishing, state.length[finishing] - 1]
+        return _Verified(_with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
+
+    def _commit(
+        self, verified: _Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
+    ) -> list[tuple[Request, list[int]]]:
+        """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
+        state, slots, tree = self.state, verified.slots, verified.tree
+        counts = np.bincount(tree.request[path], minlength=len(slots))
+        place = ragged_arange(counts)
+        owner = slots[tree.request[path]]
+        trees = int((state.length[slots] - state.committed[slots] == 1).sum())  # decoding slots come first
+        in_tree = tree.request[path] < trees
+        source = state.committed[owner] + path - begins(tree.sizes)[tree.request[path]]
+        target = state.committed[owner] + place
+        moved = in_tree & (source != target)
+        if moved.any():
+            self.target.move(state.rows(owner[moved], source[moved]), state.rows(owner[moved], target[moved]))
+        if self.drafter:
+            self._observe(verified, owner[in_tree], target[in_tree], path[in_tree], chunk_slots, chunks)
+        state.committed[slots[:trees]] += counts[:trees]
+        state.committed[chunk_slots] += chunks
+        self.counters.prompt_tokens += int(chunks.sum())
+        return self._emit(slots, counts, emitted, len(tree))
+
+    def _observe(self, verified, owner, positions, path, chunk_slots, chunks) -> None:
+        chunk_owner = np.repeat(chunk_slots, chunks)
+        chunk_positions = self.state.committed[chunk_owner] + ragged_arange(chunks)
+        rows = self.state.rows(np.concatenate((owner, chunk_owner)), np.concatenate((positions, chunk_positions)))
+        total = len(verified.call.token_ids)
+        output_rows = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
+        self.drafter.observe(rows, verified.outputs, output_rows)
+
+    def _emit(self, slots: np.ndarray, counts: np.ndarray, emitted: np.ndarray, verified: int) -> list[tuple[Request, list[int]]]:
+        if len(slots) == 0:
+            return []
+        state = self.state
+        kept, stopped, full = state.append(slots, counts, emitted)
+        state.verifications[slots] += 1
+        self.counters.iterations += 1
+        self.counters.verifications += len(slots)
+        self.counters.verified_tokens += verified
+        self.counters.emitted_tokens += int(kept.sum())
+        tokens, begin = emitted.tolist(), begins(counts).tolist()
+        events = []
+        for i, (slot, count) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
+            request, new = self._running[slot], tokens[begin[i] : begin[i] + count]
+            request.generated.extend(new)
+            if stopped[i] or full[i]:
+                request.finish_reason = "stop" if stopped[i] else "length"
+                self._leave(request)
+            events.append((request, new))
+        return events
+
+    @contextmanager
+    def _timed(self, phase: str):
+        start = time.perf_counter()
+        yield
+        seconds = self.counters.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class _Verified:
+    """The target's word on a call: trees first, then one root for each prompt that ended in it."""
+
+    tree: SuperTree
+    slots: np.ndarray  # of the tree's requests
+    outputs: dict[str, np.ndarray]
+    call: object
+    state: Slots
+
+    def next_token(self, nodes: np.ndarray) -> np.ndarray:
+        """The target's next token at each node [m]: its argmax, or its draw for (seed, position)."""
+        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        logits = self.outputs["logits"]
+        temperature = state.temperature[slots]
+        rows = logits if len(nodes) == len(logits) else logits[nodes]
+        if not temperature.any():
+            return rows.argmax(axis=1)
+        generated = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
+        return sample(rows, temperature, state.top_k[slots], state.top_p[slots], uniforms(state.seed[slots], generated))
+
+
+def _with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:
+    """The tree with further requests of one node each, whose children nobody drafted."""
+    if len(tokens) == 0:
+        return tree
+    more, count = SuperTree.from_roots(tokens), tree.num_requests
+    return SuperTree(
+        np.concatenate((tree.token, more.token)),
+        np.concatenate((tree.parent, more.parent)),
+        np.concatenate((tree.request, more.request + count)),
+        np.concatenate((tree.depth, more.depth)),
+        np.concatenate((tree.score, more.score)),
+        count + more.num_requests,
+    )

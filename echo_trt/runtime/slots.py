@@ -1,0 +1,94 @@
+"""The running requests, as arrays: one slot each, so that a step treats a batch of any size with the same Python."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.runtime.params import MAX_STOP_TOKENS
+
+
+class Slots:
+    """State of up to S running requests, and the KV blocks they hold.
+
+    tokens [S, context]: prompt and generated tokens; length: how many; committed: how many are in the KV cache.
+    A request decodes when length - committed == 1: the last token is the root of its tree. Until then it prefills.
+    """
+
+    def __init__(self, count: int, context: int, reserve: int, num_blocks: int):
+        """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens."""
+        ints = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
+        self.count, self.context, self.reserve = count, context, reserve
+        self.active = np.zeros(count, bool)
+        self.tokens = np.zeros((count, context), np.int32)
+        self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
+        self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
+        self.verifications = ints(count)
+        self.temperature, self.top_p = np.zeros(count), np.ones(count)
+        self.top_k, self.seed = ints(count), ints(count)
+        self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
+        self.block_table = np.zeros((count, blocks_for(context + reserve)), np.int32)
+        self.blocks_held = ints(count)
+        self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack
+        self._free_count = num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        return self._free_count
+
+    def decoding(self) -> np.ndarray:
+        """Slots whose prompt is in the cache, oldest first."""
+        return self._oldest_first(self.active & (self.length - self.committed == 1))
+
+    def prefilling(self) -> np.ndarray:
+        return self._oldest_first(self.active & (self.length - self.committed > 1))
+
+    def _oldest_first(self, chosen: np.ndarray) -> np.ndarray:
+        slots = np.flatnonzero(chosen)
+        return slots[np.argsort(self.admitted[slots], kind="stable")]
+
+    def hold(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
+        """Give each slot the blocks for ``lengths`` tokens, all of them or none. False: the pool is too empty."""
+        wanted = np.maximum(blocks_for(lengths) - self.blocks_held[slots], 0)
+        total = int(wanted.sum())
+        if total > self._free_count:
+            return False
+        self._free_count -= total
+        places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
+        self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
+        self.blocks_held[slots] += wanted
+        return True
+
+    def release(self, slot: int) -> None:
+        """Free the slot and its blocks."""
+        held = int(self.blocks_held[slot])
+        self._free[self._free_count : self._free_count + held] = self.block_table[slot, :held]
+        self._free_count += held
+        self.blocks_held[slot] = 0
+        self.active[slot] = False
+
+    def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Pool rows of token ``positions`` [m] of ``slots`` [m]; row r is block r // BLOCK, r % BLOCK."""
+        return self.block_table[slots, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
+
+    def append(self, slots: np.ndarray, counts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Append each slot's emitted tokens (ragged, ``counts`` each), up to its first stop token and its limit.
+
+        Returns, per slot: how many were kept, whether a stop token ended it, whether its limit did.
+        """
+        begin = begins(counts)
+        place = ragged_arange(counts)
+        owner = np.repeat(slots, counts)
+        stops = (tokens[:, None] == self.stop_tokens[owner]).any(axis=1)
+        first_stop = np.minimum.reduceat(np.where(stops, place, len(tokens)), begin[:-1]) + 1
+        kept = np.minimum(np.minimum(counts, first_stop), self.limit[slots] - self.length[slots])
+        keep = place < np.repeat(kept, counts)
+        self.tokens[owner[keep], self.length[owner[keep]] + place[keep]] = tokens[keep]
+        self.length[slots] += kept
+        return kept, first_stop <= kept, self.length[slots] >= self.limit[slots]
+
+
+def blocks_for(tokens):
+    """Blocks that hold this many tokens; an int or an array of them."""
+    return -(-tokens // BLOCK)

@@ -1,0 +1,59 @@
+"""Tokens to text as they come: whole characters only, and stop strings wherever they begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """One request's text. ``text`` is what has been given out; a possible beginning of a stop string is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._decoded = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Returns the text that became certain and how many tokens were used: fewer once a stop string is complete."""
+        for used, token in enumerate(tokens, 1):
+            self._tokens.append(token)
+            piece = self._stream.step(self._tokenizer, token)
+            if piece:
+                begin = max(len(self._decoded) - max(map(len, self._stop), default=0), 0)
+                self._decoded += piece
+                if cut := self._first_stop(begin):
+                    self._decoded, self.stopped = self._decoded[: cut - 1], True
+                    return self._give_out(len(self._decoded)), used
+        return self._give_out(len(self._decoded) - self._held_back()), len(tokens)
+
+    def finish(self) -> str:
+        """Whatever was held back; bytes that never became a character come as U+FFFD."""
+        if not self.stopped:
+            whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+            if whole.startswith(self._decoded):
+                self._decoded = whole
+        return self._give_out(len(self._decoded))
+
+    def _give_out(self, end: int) -> str:
+        new = self._decoded[len(self.text) : end]
+        self.text += new
+        return new
+
+    def _first_stop(self, begin: int) -> int:
+        """1 + where the earliest stop string begins, at or after ``begin``; 0 if there is none."""
+        found = [place for s in self._stop if (place := self._decoded.find(s, begin)) >= 0]
+        return min(found) + 1 if found else 0
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = max(map(len, self._stop), default=0) - 1
+        for size in range(min(longest, len(self._decoded)), 0, -1):
+            if any(s.startswith(self._decoded[-size:]) for s in self._stop):
+                return size
+        return 0

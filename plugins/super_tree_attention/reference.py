@@ -1,0 +1,52 @@
+"""The operator in plain PyTorch: what every kernel and every converted graph is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def super_tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    past_lens: Tensor,
+    seq_begins: Tensor,
+    block_indices: Tensor,
+    block_begins: Tensor,
+    tree_mask: Tensor,
+    tree_mask_begins: Tensor,
+) -> Tensor:
+    """Shapes and types are the table's in this package's docstring. Writes the new rows into the caches, in place.
+
+    Returns [N, Hq*D] in the query's type; the arithmetic is float32.
+    """
+    _, kv_heads, block, head_dim = key_cache.shape
+    group = query.shape[1] // (kv_heads * head_dim)
+    output = torch.empty_like(query)
+    for i, past in enumerate(past_lens.tolist()):
+        rows = slice(int(seq_begins[i]), int(seq_begins[i + 1]))
+        count = rows.stop - rows.start
+        blocks = block_indices[int(block_begins[i]) : int(block_begins[i + 1])].long()
+        new = torch.arange(past, past + count)
+        key_cache[blocks[new // block], :, new % block] = key[rows].view(count, kv_heads, head_dim).to(key_cache.dtype)
+        value_cache[blocks[new // block], :, new % block] = value[rows].view(count, kv_heads, head_dim).to(value_cache.dtype)
+        seen = torch.arange(past + count)
+        keys = key_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)  # [T, Hq, D]
+        values = value_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)
+        queries = query[rows].view(count, -1, head_dim).float()
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * head_dim**-0.5
+        allowed = torch.ones(count, past + count, dtype=torch.bool)
+        allowed[:, past:] = _new_token_mask(tree_mask, tree_mask_begins, i, count)
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
+        output[rows] = torch.einsum("hqk,khd->qhd", weights, values).reshape(count, -1).to(output.dtype)
+    return output
+
+
+def _new_token_mask(tree_mask: Tensor, begins: Tensor, request: int, count: int) -> Tensor:
+    section = tree_mask[int(begins[request]) : int(begins[request + 1])]
+    if len(section):
+        return section.view(count, count).bool()
+    return torch.ones(count, count, dtype=torch.bool).tril()

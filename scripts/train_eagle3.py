@@ -1,0 +1,133 @@
+"""Train an EAGLE-3 head (arXiv 2503.01840) for a target of your own, on text that the target generated.
+
+    python scripts/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
+
+Progress is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
+from eagle3_training.features import missing_features, write_features
+from eagle3_training.head import feature_scale, head_config, warm_start
+from eagle3_training.loop import Recipe, Trainer, load_state
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.weights import load_decoder
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+console = Console()
+DEFAULT = Recipe(minutes=45)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps the commands' names in use even while there is one."""
+
+
+@app.command()
+def train(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[Path, typer.Option(help="folder of shard-*.npz with text that the target generated")],
+    out: Annotated[Path, typer.Option(help="folder for the head and its training state")],
+    minutes: Annotated[float, typer.Option(help="training time, earlier runs included where it resumes")] = 45,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last save in --out")] = False,
+    draft_vocab: Annotated[int, typer.Option(help="how many of the target's tokens the head can draft")] = 8192,
+    learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
+    loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
+    unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
+    unroll_from: Annotated[float, typer.Option(help="share of the time when chains begin")] = DEFAULT.unroll_from,
+    max_length: Annotated[int, typer.Option(help="leave out samples with more tokens")] = 2048,
+    save_every: Annotated[float, typer.Option(help="minutes between two saves")] = DEFAULT.save_every,
+    seed: Annotated[int, typer.Option(help="of the warm start")] = 0,
+    fp32: Annotated[bool, typer.Option("--fp32", help="no bfloat16 in the head's arithmetic")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Train a head, writing config.json and model.safetensors in Hugging Face's layout."""
+    torch.manual_seed(seed)
+    recipe = Recipe(
+        minutes=minutes,
+        learning_rate=learning_rate,
+        loss_rows=loss_rows,
+        unroll_steps=unroll_steps,
+        unroll_from=unroll_from,
+        save_every=save_every,
+        bf16=not fp32,
+    )
+    checkpoint = open_checkpoint(target)
+    decoder = load_decoder(checkpoint, max_length + unroll_steps).to(device)
+    _prepare_features(decoder, data)
+    corpus = Corpus(data, max_length)
+    size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
+    console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
+    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, resume)
+    with _progress("training") as report:
+        agreement = trainer.train(report)
+    console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
+
+
+def _trainer(
+    checkpoint: Checkpoint, target: Decoder, corpus: Corpus, recipe: Recipe, out: Path, draft_vocab: int, resume: bool
+) -> Trainer:
+    state = load_state(out) if resume else None
+    if state:
+        target_ids, scale = state["head"]["target_ids"], state["scale"]
+    else:
+        size = min(draft_vocab, target.config.vocab_size)
+        target_ids = draft_vocabulary(corpus, target.config.vocab_size, size, always=target.config.eos_token_ids)
+        scale = feature_scale(corpus)
+    config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path))
+    positions = target.rotary.cos.shape[0]
+    trainer = Trainer(warm_start(config, target, target_ids, scale, positions), target, scale, corpus, recipe, out)
+    if state:
+        trainer.resume(state)
+    return trainer
+
+
+def _prepare_features(target: Decoder, data: Path) -> None:
+    missing = missing_features(data)
+    if not missing:
+        return
+    with _progress("features") as report:
+        for number, shard in enumerate(missing):
+            report(number / len(missing), f"{features_path(shard).name}")
+            write_features(target, shard)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda share, text: print(f"{title} {share:6.1%} {text}", flush=True)
+        return
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), note)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=1.0, note="")
+        yield lambda share, text: bar.update(task, completed=share, note=text)
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Tiny random networks of transformers, and the EAGLE-3 heads that go with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 20,
+    "intermediate_size": 36,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11}
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    sizes = {**SIZES, **changes}
+    sizes["hidden_size"] = 4 * sizes["num_attention_heads"]  # transformers asks for a multiple
+    return randomise(LlamaForCausalLM(LlamaConfig(**sizes)))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    return randomise(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, **changes})))
+
+
+def qwen3_moe(**changes: Any) -> PreTrainedModel:
+    config = Qwen3MoeConfig(**{**SIZES, **EXPERTS, **changes})
+    config._experts_implementation = "eager"  # the grouped one asks for sizes that are multiples of 16 bytes
+    return randomise(Qwen3MoeForCausalLM(config))
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights under which every part counts: norms away from 1, activations near 1, logits near 10."""
+    generator = torch.Generator().manual_seed(11)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
+    model.get_output_embeddings().weight.mul_(6)
+    return model.eval()
+
+
+def tokens(*lengths: int, vocab_size: int = SIZES["vocab_size"]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(13)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def head_config(**changes: Any) -> dict[str, Any]:
+    """A head for a network of SIZES, with other shapes of its own, as SpecForge writes it."""
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "num_hidden_layers": 1,
+        "vocab_size": SIZES["vocab_size"],
+        "draft_vocab_size": 31,
+        "hidden_size": SIZES["hidden_size"],
+        "intermediate_size": 28,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5000.0,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+
+
+def head_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of a head, with its own embeddings, in EAGLE's spelling."""
+    hidden, size = config["hidden_size"], config["intermediate_size"]
+    features = config.get("target_hidden_size") or hidden
+    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+    shapes = {
+        "embed_tokens.weight": (config["vocab_size"], hidden),
+        "fc.weight": (hidden, 3 * features),
+        "midlayer.input_layernorm.weight": (hidden,),
+        "midlayer.hidden_norm.weight": (hidden,),
+        "midlayer.self_attn.q_proj.weight": (queries, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (keys, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, queries),
+        "midlayer.post_attention_layernorm.weight": (hidden,),
+        "midlayer.mlp.gate_proj.weight": (size, hidden),
+        "midlayer.mlp.up_proj.weight": (size, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, size),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (config["draft_vocab_size"], hidden),
+    }
+    if config.get("fc_norm"):
+        shapes |= {f"fc_norm.{i}.weight": (features,) for i in range(3)}
+    generator = torch.Generator().manual_seed(17)
+    tensors = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.3 * noise if len(shape) == 1 else noise * shape[-1] ** -0.5
+    tensors["lm_head.weight"] *= 6
+    chosen = torch.randperm(config["vocab_size"], generator=generator)[: config["draft_vocab_size"]].sort().values
+    tensors["d2t"] = chosen - torch.arange(len(chosen))
+    tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill(0, chosen, True)
+    return tensors

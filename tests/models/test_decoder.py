@@ -1,0 +1,132 @@
+"""The decoder against transformers' own implementation, on checkpoints that transformers writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import llama, qwen3, qwen3_moe, tokens
+from paged import PagedCache, run_decoder
+from transformers import PreTrainedModel
+
+from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.weights import load_decoder
+
+TOLERANCE = 1e-4
+LENGTHS = (23, 14)
+#: New tokens of each request in call after call: a prompt chunk, single tokens, a chunk that crosses blocks.
+CALLS = ((11, 3), (1, 1), (1, 1), (1, 1), (9, 8))
+
+
+def rope(kind: str, **parameters: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+def load(folder: Path) -> Decoder:
+    return load_decoder(open_checkpoint(folder), positions=64)
+
+
+def assert_same_network(decoder: Decoder, theirs: PreTrainedModel) -> None:
+    sequences = tokens(*LENGTHS, vocab_size=decoder.config.vocab_size)
+    cache = PagedCache(decoder.config, decoder.config.num_layers, len(sequences), max(LENGTHS))
+    logits, features = [], []
+    with torch.no_grad():
+        for counts in CALLS:
+            spans = zip(sequences, cache.lengths, counts, strict=True)
+            ours = run_decoder(decoder, cache, [sequence[past : past + count] for sequence, past, count in spans])
+            logits.append(ours[0])
+            features.append(ours[1])
+            cache.commit(counts)
+        for i, sequence in enumerate(sequences):
+            expected = theirs(torch.tensor([sequence]), output_hidden_states=True)
+            assert 5 < expected.logits.abs().max() < 100
+            ours = torch.cat([call[i] for call in logits])
+            torch.testing.assert_close(ours, expected.logits[0], atol=TOLERANCE, rtol=0)
+            inputs = torch.cat([expected.hidden_states[layer][0] for layer in decoder.config.feature_layers], dim=-1)
+            ours = torch.cat([call[i] for call in features])
+            torch.testing.assert_close(ours, inputs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("build", [llama, qwen3, qwen3_moe])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (5, 1), (16, 2)], ids=lambda n: str(n))
+def test_logits_and_features_equal_transformers(build, heads, kv_heads, tied, tmp_path):
+    theirs = build(num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path)
+    decoder = load(tmp_path)
+    assert (decoder.lm_head is None) == tied
+    assert_same_network(decoder, theirs)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        rope("default", rope_theta=500000.0),
+        rope("linear", factor=2.5),
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        rope("yarn", factor=4.0, original_max_position_embeddings=32),
+        rope("yarn", factor=3.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=0.5),
+        rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.5),
+    ],
+    ids=["theta", "linear", "llama3", "yarn", "yarn betas", "yarn attention factor"],
+)
+@pytest.mark.parametrize("build", [llama, qwen3])
+def test_rope_scaling_equals_transformers(build, scaling, tmp_path):
+    theirs = build(**scaling)
+    theirs.save_pretrained(tmp_path)
+    assert_same_network(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(
+    "layout", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=["all", "every second", "some dense"]
+)
+def test_experts_equal_transformers(layout, normalised, tmp_path):
+    theirs = qwen3_moe(norm_topk_prob=normalised, **layout)
+    theirs.save_pretrained(tmp_path)
+    assert_same_network(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("per_expert", [True, False], ids=["a tensor an expert", "all experts in one tensor"])
+def test_both_expert_layouts_load(per_expert, tmp_path):
+    theirs = qwen3_moe()
+    theirs.save_pretrained(tmp_path, save_original_format=per_expert)
+    names = open_checkpoint(tmp_path).names()
+    assert ("model.layers.0.mlp.experts.gate_up_proj" in names) != per_expert
+    assert_same_network(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("build", [llama, qwen3, qwen3_moe])
+def test_many_files_load(build, tmp_path):
+    theirs = build()
+    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    assert_same_network(load(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_features_of_shallow_networks(depth, tmp_path):
+    theirs = qwen3(num_hidden_layers=depth)
+    theirs.save_pretrained(tmp_path)
+    assert_same_network(load(tmp_path), theirs)
+
+
+def test_config_of_earlier_transformers_loads(tmp_path):
+    theirs = qwen3_moe(**rope("yarn", factor=4.0, original_max_position_embeddings=32))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = {"type": scaling.pop("rope_type"), **scaling}
+    config["num_experts"] = config.pop("num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_network(load(tmp_path), theirs)
+
+
+def test_weights_take_the_asked_type(tmp_path):
+    theirs = qwen3().to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    decoder = load_decoder(open_checkpoint(tmp_path), positions=64, dtype=torch.float32)
+    assert_same_network(decoder, theirs.float())
+    assert load_decoder(open_checkpoint(tmp_path), 64, torch.bfloat16).norm.weight.dtype == torch.bfloat16
