@@ -32,7 +32,7 @@ class NetworkFacts(BaseModel):
 
 
 class SelfCheck(BaseModel):
-    """The compiled engine against the PyTorch reference, on a prompt and on a tree: largest error over largest logit."""
+    """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit."""
 
     model_config = ConfigDict(extra="forbid")
 

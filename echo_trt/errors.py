@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence: the field, the value and the remedy. The CLI prints it and exits with 2."""
+    """Bad input. The message is one sentence: field, value and remedy. The CLI prints it and exits with 2."""

@@ -58,7 +58,7 @@ class Draft(_Section):
 
 
 class Limits(_Section):
-    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens, for all; prefill_chunk: an iteration's."""
+    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens; prefill_chunk: an iteration's."""
 
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
     context: Annotated[int, Field(ge=2)] = 2048
@@ -100,7 +100,9 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:
-        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(self.decoding.width, self.decoding.static.top_k):
+        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(
+            self.decoding.width, self.decoding.static.top_k
+        ):
             raise ValueError("draft.top_k must be at least decoding.width and decoding.static.top_k")
         return self
 

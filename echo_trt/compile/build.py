@@ -80,7 +80,11 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         eos_token_ids=_eos(checkpoint, target, tokenizer),
         target_sha256=digest,
         checks=checks,
-        tools={"echo-trt": __version__, "python": platform.python_version(), **{t: importlib.metadata.version(t) for t in TOOLS}},
+        tools={
+            "echo-trt": __version__,
+            "python": platform.python_version(),
+            **{t: importlib.metadata.version(t) for t in TOOLS},
+        },
         files={name: sha256(work / name) for name in files},
     )
 
@@ -100,7 +104,7 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
     head = load_eagle3(checkpoint, positions, target)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(
-            f"{checkpoint.path}: target_sha256 says that this head was trained for other weights than the recipe's target; "
+            f"{checkpoint.path}: target_sha256 says that this head is for other weights than the recipe's target; "
             "train one with scripts/train_eagle3.py, or use the target it belongs to."
         )
     return HeadRole(head, draft.top_k), head.config.feature_layers or target.config.feature_layers

@@ -51,7 +51,12 @@ def export(role: Role, path: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             _Graph(role),
-            kwargs={"inputs": inputs, "metadata": metadata, "logit_rows": torch.zeros(2, dtype=torch.long), "caches": caches},
+            kwargs={
+                "inputs": inputs,
+                "metadata": metadata,
+                "logit_rows": torch.zeros(2, dtype=torch.long),
+                "caches": caches,
+            },
             input_names=[*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
             output_names=list(role.outputs),
             opset_version=OPSET,
@@ -100,15 +105,22 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
         inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
     lengths = (2, 3, 4, 3, 13, 3)
-    metadata = [torch.zeros(n, dtype=torch.uint8 if m == "tree_mask" else torch.int32) for m, n in zip(METADATA, lengths, strict=True)]
+    metadata = [
+        torch.zeros(n, dtype=torch.uint8 if m == "tree_mask" else torch.int32)
+        for m, n in zip(METADATA, lengths, strict=True)
+    ]
     # One tensor a cache: the exporter takes two uses of one tensor for one input.
-    caches = [torch.zeros(7, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype) for _ in range(2 * role.num_layers)]
+    caches = [
+        torch.zeros(7, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype) for _ in range(2 * role.num_layers)
+    ]
     return inputs, metadata, caches
 
 
 def _to_onnx(query, key, value, key_cache, value_cache, *rest):
     metadata, attributes = rest[: len(METADATA)], dict(zip(ATTRIBUTES, rest[len(METADATA) :], strict=True))
-    return values.Opset(DOMAIN, 1).SuperTreeAttention(query, key, value, key_cache, value_cache, *metadata, **attributes)
+    return values.Opset(DOMAIN, 1).SuperTreeAttention(
+        query, key, value, key_cache, value_cache, *metadata, **attributes
+    )
 
 
 def _register_schema() -> None:

@@ -17,7 +17,11 @@ from openvino.op import Constant
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
 
 #: precision -> (compute type, cache type)
-PRECISIONS = {"fp32": (ov.Type.f32, ov.Type.f32), "bf16": (ov.Type.bf16, ov.Type.bf16), "int8": (ov.Type.bf16, ov.Type.bf16)}
+PRECISIONS = {
+    "fp32": (ov.Type.f32, ov.Type.f32),
+    "bf16": (ov.Type.bf16, ov.Type.bf16),
+    "int8": (ov.Type.bf16, ov.Type.bf16),
+}
 
 
 def read_graph(path: Path) -> ov.Model:
@@ -70,7 +74,9 @@ def _to_paged_attention(node) -> list[ov.Output]:
     kv_heads, head_dim = node.get_attribute("num_kv_heads"), node.get_attribute("head_dim")
     no_int, no_float = _constant([], np.int32), _constant([], np.float32)
     scale, no_window = _constant(head_dim**-0.5, np.float32), _constant(0, np.int32)
-    longest = _constant(node.get_attribute("max_context"), np.int32)  # sizes a workspace that batch 1 clears at every call
+    longest = _constant(
+        node.get_attribute("max_context"), np.int32
+    )  # sizes a workspace that batch 1 clears at every call
     attention = _PagedAttentionExtension(
         [
             *inputs[:9],  # query, key, value, caches, past_lens, seq_begins, block_indices, block_begins
@@ -82,6 +88,11 @@ def _to_paged_attention(node) -> list[ov.Output]:
         ]
     )
     info = attention.get_rt_info()
-    for name, value in (("num_k_heads", kv_heads), ("k_head_size", head_dim), ("num_v_heads", kv_heads), ("v_head_size", head_dim)):
+    for name, value in (
+        ("num_k_heads", kv_heads),
+        ("k_head_size", head_dim),
+        ("num_v_heads", kv_heads),
+        ("v_head_size", head_dim),
+    ):
         info[name] = value
     return [attention.output(0)]

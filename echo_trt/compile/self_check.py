@@ -25,7 +25,14 @@ def check_engine(role: Role, compiled: Callable[[int], Engine], precision: str) 
     rng = np.random.default_rng(0)
     table = np.array([[2, 0, 3]], np.int32)
     vocab = role.network.config.vocab_size
-    prompt = pack(rng.integers(0, vocab, PROMPT), np.arange(PROMPT), np.zeros(1, np.int64), np.array([PROMPT]), table, np.arange(PROMPT))
+    prompt = pack(
+        rng.integers(0, vocab, PROMPT),
+        np.arange(PROMPT),
+        np.zeros(1, np.int64),
+        np.array([PROMPT]),
+        table,
+        np.arange(PROMPT),
+    )
     tree = SuperTree.from_roots(rng.integers(0, vocab, 1))
     for parent in (0, 0, 1, 1, 2, 3):
         tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
@@ -35,8 +42,8 @@ def check_engine(role: Role, compiled: Callable[[int], Engine], precision: str) 
     check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
     if not max(prompt_error, tree_error) <= check.bound:
         raise UserError(
-            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit off the "
-            f"reference, and {check.bound} is allowed; build with --precision fp32."
+            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit "
+            f"off the reference, and {check.bound} is allowed; build with --precision fp32."
         )
     return check
 
@@ -55,5 +62,3 @@ def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, fl
     found = got["logits"].argmax(1) if "logits" in got else got["candidates"][:, 0]
     error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
     return float(error), float((best == found).mean())
-
-

@@ -13,7 +13,7 @@ def allocate(tree: SuperTree, reach: np.ndarray, policy: Policy) -> np.ndarray:
     """The nodes to verify, an ancestor-closed set that holds every root: indices, ascending.
 
     Depth first: each request's best path down to its ``reach`` [B]. Then width: whatever the budget still holds goes to
-    the best-scored candidates anywhere, which at low load is a wide fan under each unsure node and at high load nothing.
+    the best-scored candidates anywhere, at low load a wide fan under each unsure node, at high load nothing.
     One rule for both; there is no mode switch.
     """
     if policy.per_request:

@@ -60,7 +60,7 @@ def _add_children(
 
     A child that does not exist has index -1 and score -inf.
     """
-    log_q, tokens = log_q[:, :width], tokens[:, :width]
+    log_q, tokens = np.minimum(log_q[:, :width], 0), tokens[:, :width]  # low precision may round log 1 to above 0
     parents = np.repeat(frontier.reshape(-1), log_q.shape[1])
     scores = (np.where(frontier >= 0, tree.score[frontier], -np.inf).reshape(-1, 1) + log_q).reshape(-1)
     exists = scores > -np.inf

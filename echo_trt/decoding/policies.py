@@ -27,7 +27,7 @@ NAMES = ("autoregressive", "static", "dense", "fixed", "echo")
 class Policy:
     """max_depth: levels below the root; beams: nodes of a level that are expanded; width: children scored under each.
 
-    gates: depth -> tau, compared with conf(i, d) = exp(max_j S(i, d, j)). budget: K_max, tokens verified in an iteration
+    gates: depth -> tau, compared with conf(i, d) = exp(max_j S(i, d, j)). budget: K_max, tokens verified an iteration
     over the whole batch, roots included. per_request: K_i instead, where the budget is not shared (static).
     """
 

@@ -20,7 +20,12 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     k0, k1 = key
     for _ in range(10):
         product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (product1 >> _SHIFT) ^ c1 ^ k0, product1 & _LOW, (product0 >> _SHIFT) ^ c3 ^ k1, product0 & _LOW
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT) ^ c1 ^ k0,
+            product1 & _LOW,
+            (product0 >> _SHIFT) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return np.stack((c0, c1, c2, c3))
 
@@ -29,14 +34,16 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One number in [0, 1) for each (seed, position), both integer [n]. float64 [n]"""
     seeds, positions = np.asarray(seeds).astype(np.uint64), np.asarray(positions).astype(np.uint64)
     zero = np.zeros_like(positions)
-    words = philox4x32(np.stack((positions & _LOW, positions >> _SHIFT, zero, zero)), np.stack((seeds & _LOW, seeds >> _SHIFT)))
+    words = philox4x32(
+        np.stack((positions & _LOW, positions >> _SHIFT, zero, zero)), np.stack((seeds & _LOW, seeds >> _SHIFT))
+    )
     return ((words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 
 def sample(
     logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
 ) -> np.ndarray:
-    """A token for each row of logits [n, V]: argmax where temperature is 0, else a draw from the processed distribution.
+    """A token for each row of logits [n, V]: argmax at temperature 0, else a draw from the processed distribution.
 
     temperature, top_k (0: all), top_p (1: all) and uniform are [n]. Temperature comes first, then top-k, then top-p.
     """
@@ -51,7 +58,9 @@ def sample(
     return tokens
 
 
-def processed_probabilities(logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> np.ndarray:
+def processed_probabilities(
+    logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray
+) -> np.ndarray:
     """Softmax of logits / temperature, zero outside top-k and then outside the nucleus; not renormalised. [n, V]"""
     scaled = logits.astype(np.float32) / temperature[:, None].astype(np.float32)
     scaled -= scaled.max(axis=1, keepdims=True)

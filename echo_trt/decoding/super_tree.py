@@ -29,7 +29,9 @@ class SuperTree:
         """One root a request: its pending token, which is committed but not yet in the KV cache. tokens [B]."""
         count = len(tokens)
         none = np.zeros(count, np.int64)
-        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), np.zeros(count, np.float32), count)
+        return cls(
+            np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), np.zeros(count, np.float32), count
+        )
 
     def __len__(self) -> int:
         return len(self.token)

@@ -29,7 +29,9 @@ class OpenVINOEngine:
         caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
         _, heads, block, head_dim = (d.get_length() if d.is_static else -1 for d in caches[0].partial_shape)
         if block != BLOCK or caches[0].element_type != cache_type:
-            raise RuntimeError(f"OpenVINO laid the KV cache out as {caches[0]}; this build expects blocks of {BLOCK} in {cache_type}")
+            raise RuntimeError(
+                f"OpenVINO laid the KV cache out as {caches[0]}; this build expects blocks of {BLOCK} in {cache_type}"
+            )
         # One array for all layers, so that a commit is one indexed copy. calloc leaves untouched pages unallocated.
         pool = np.zeros((len(caches), self.num_blocks, heads, block, head_dim), _ARRAY_TYPES[cache_type])
         self._caches = [ov.Tensor(part, ov.Shape(part.shape), cache_type) for part in pool]

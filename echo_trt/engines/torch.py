@@ -1,13 +1,13 @@
-"""The reference engine: a role run by PyTorch with the operator's plain implementation. Slow, and what others are held to."""
+"""The reference engine: a role in PyTorch, with the operator in plain operators. Slow, but the measure of others."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from super_tree_attention import super_tree_attention
 
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.models.roles import Role
+from super_tree_attention import super_tree_attention
 
 
 class TorchEngine:
@@ -18,7 +18,9 @@ class TorchEngine:
         config = role.network.config
         self._role = role
         dtype = next(role.parameters()).dtype
-        self._pool = torch.zeros(2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype)
+        self._pool = torch.zeros(
+            2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype
+        )
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -26,7 +28,14 @@ class TorchEngine:
         named = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in self._role.inputs}
         metadata = [
             torch.from_numpy(a)
-            for a in (call.past_lens, call.seq_begins, call.block_indices, call.block_begins, call.tree_mask, call.tree_mask_begins)
+            for a in (
+                call.past_lens,
+                call.seq_begins,
+                call.block_indices,
+                call.block_begins,
+                call.tree_mask,
+                call.tree_mask_begins,
+            )
         ]
 
         def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

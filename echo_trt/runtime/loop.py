@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,9 +31,12 @@ from echo_trt.runtime.slots import Slots, blocks_for
 
 @dataclass(eq=False)
 class Request:
-    """A request from its arrival to its end. ``generated`` survives preemption; ``finish_reason`` ends it."""
+    """A request from its arrival to its end.
 
-    id: str
+    ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
+    """
+
+    id: int | str
     prompt: np.ndarray
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
@@ -42,33 +45,58 @@ class Request:
     slot: int = -1
 
 
+@dataclass(frozen=True)
+class Emission:
+    """What one iteration emitted: requests (an object array [B]), their new tokens end to end, and how many each."""
+
+    requests: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+
+    def __iter__(self) -> Iterator[tuple[Request, list[int]]]:
+        tokens, begin = self.tokens.tolist(), begins(self.counts).tolist()
+        for i, request in enumerate(self.requests):
+            yield request, tokens[begin[i] : begin[i + 1]]
+
+
+NOTHING = Emission(np.empty(0, object), np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
 class Loop:
     """Continuous batching: requests join and leave at any iteration; ``policy`` may be exchanged between two."""
 
     def __init__(
-        self, target: Engine, drafter: Drafter | None, state: Slots, policy: Policy, eos: Iterable[int], chunk: int = 256
+        self,
+        target: Engine,
+        drafter: Drafter | None,
+        state: Slots,
+        policy: Policy,
+        eos: Iterable[int],
+        chunk: int = 256,
     ):
         self.target, self.drafter, self.state, self.policy = target, drafter, state, policy
         self.eos, self.chunk = tuple(eos), chunk
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
-        self._running: dict[int, Request] = {}
+        self._request_in = np.full(state.count, None, object)
         self._admissions = 0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request. Its prompt and max_tokens are cut to nothing: what does not fit the context is refused."""
+        """Queue a request; a prompt that leaves no room for an answer is refused."""
         room = self.state.context - len(request.prompt)
         if len(request.prompt) == 0:
             raise UserError(f"prompt of request {request.id} is empty; give at least one token.")
         if room < 1:
             raise UserError(
-                f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is {self.state.context}; "
-                "shorten it, or raise limits.context in the recipe and build again."
+                f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is "
+                f"{self.state.context}; shorten it, or raise limits.context in the recipe and build again."
             )
         if len(self._stop_tokens(request.params)) > MAX_STOP_TOKENS:
-            raise UserError(f"stop_token_ids has {len(request.params.stop_token_ids)} ids; give at most {MAX_STOP_TOKENS}.")
+            raise UserError(
+                f"stop_token_ids has {len(request.params.stop_token_ids)} ids; give at most {MAX_STOP_TOKENS}."
+            )
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -80,7 +108,7 @@ class Loop:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self._running)
+        return bool(self.waiting) or bool(self.state.active.any())
 
     def _stop_tokens(self, params: SamplingParams) -> list[int]:
         return [*(() if params.ignore_eos else self.eos), *params.stop_token_ids]
@@ -100,39 +128,46 @@ class Loop:
             state.tokens[slot, :length] = np.concatenate((request.prompt, request.generated))
             state.length[slot], state.committed[slot], state.prompt_length[slot] = length, 0, len(request.prompt)
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
-            state.temperature[slot], state.top_k[slot], state.top_p[slot] = params.temperature, params.top_k, params.top_p
+            state.temperature[slot], state.top_k[slot], state.top_p[slot] = (
+                params.temperature,
+                params.top_k,
+                params.top_p,
+            )
             state.seed[slot] = params.seed
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot] = request.verifications
             state.admitted[slot], self._admissions = self._admissions, self._admissions + 1
             state.active[slot] = True
-            self._running[slot], request.slot = request, slot
+            self._request_in[slot], request.slot = request, slot
 
     def _leave(self, request: Request) -> None:
-        request.verifications = int(self.state.verifications[request.slot])
-        self.state.release(request.slot)
+        """Out of its slot; the request itself keeps its text."""
+        state, slot = self.state, request.slot
+        request.verifications = int(state.verifications[slot])
+        request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
+        state.release(slot)
         if self.drafter:
-            self.drafter.forget(request.slot)
-        del self._running[request.slot]
-        request.slot = -1
+            self.drafter.forget(slot)
+        self._request_in[slot], request.slot = None, -1
 
     def _preempt_youngest(self) -> None:
         """Set the youngest request back: its text is kept and computed again later, nothing is emitted twice."""
-        request = self._running[max(self._running, key=lambda slot: self.state.admitted[slot])]
+        state = self.state
+        request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
         self._leave(request)
         self.waiting.appendleft(request)
         self.counters.preemptions += 1
 
     # -- one iteration -------------------------------------------------------------------------------------------
 
-    def step(self) -> list[tuple[Request, list[int]]]:
-        """One iteration. Returns each request that emitted, with its new tokens; the finished have a finish_reason."""
+    def step(self) -> Emission:
+        """One iteration. Of the requests that emitted, the finished have a finish_reason."""
         self._admit()
         slots = self._hold_for_decoding()
         chunk_slots, chunks = self._plan_chunks()
         if len(slots) + len(chunk_slots) == 0:
-            return []
+            return NOTHING
         tree = self._draft(slots)
         verified = self._verify(tree, slots, chunk_slots, chunks)
         with self._timed("accept"):
@@ -149,7 +184,7 @@ class Loop:
             self._preempt_youngest()
 
     def _plan_chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and how many tokens each."""
+        """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and their tokens."""
         slots = self.state.prefilling()
         missing = self.state.length[slots] - self.state.committed[slots]
         before = begins(missing)[:-1]
@@ -198,7 +233,7 @@ class Loop:
 
     def _commit(
         self, verified: _Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
-    ) -> list[tuple[Request, list[int]]]:
+    ) -> Emission:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
         state, slots, tree = self.state, verified.slots, verified.tree
         counts = np.bincount(tree.request[path], minlength=len(slots))
@@ -226,9 +261,9 @@ class Loop:
         output_rows = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
         self.drafter.observe(rows, verified.outputs, output_rows)
 
-    def _emit(self, slots: np.ndarray, counts: np.ndarray, emitted: np.ndarray, verified: int) -> list[tuple[Request, list[int]]]:
+    def _emit(self, slots: np.ndarray, counts: np.ndarray, emitted: np.ndarray, verified: int) -> Emission:
         if len(slots) == 0:
-            return []
+            return NOTHING
         state = self.state
         kept, stopped, full = state.append(slots, counts, emitted)
         state.verifications[slots] += 1
@@ -236,16 +271,12 @@ class Loop:
         self.counters.verifications += len(slots)
         self.counters.verified_tokens += verified
         self.counters.emitted_tokens += int(kept.sum())
-        tokens, begin = emitted.tolist(), begins(counts).tolist()
-        events = []
-        for i, (slot, count) in enumerate(zip(slots.tolist(), kept.tolist(), strict=True)):
-            request, new = self._running[slot], tokens[begin[i] : begin[i] + count]
-            request.generated.extend(new)
-            if stopped[i] or full[i]:
-                request.finish_reason = "stop" if stopped[i] else "length"
-                self._leave(request)
-            events.append((request, new))
-        return events
+        emission = Emission(self._request_in[slots], emitted[ragged_arange(counts) < np.repeat(kept, counts)], kept)
+        for i in np.flatnonzero(stopped | full):
+            request = emission.requests[i]
+            request.finish_reason = "stop" if stopped[i] else "length"
+            self._leave(request)
+        return emission
 
     @contextmanager
     def _timed(self, phase: str):

@@ -29,7 +29,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, valid, rule in (
             ("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "a whole number of 1 or more"),
-            ("temperature", _is_number(self.temperature) and 0 <= self.temperature <= 100, "a number from 0 (greedy) to 100"),
+            (
+                "temperature",
+                _is_number(self.temperature) and 0 <= self.temperature <= 100,
+                "a number from 0 (greedy) to 100",
+            ),
             ("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -55,7 +59,6 @@ class Completion:
     finish_reason: "stop" (end of text, a stop token or string) or "length".
     """
 
-    id: str
     text: str
     token_ids: list[int]
     finish_reason: str
@@ -65,9 +68,9 @@ class Completion:
 
 @dataclass
 class Delta:
-    """New text of a running request; ``completion`` comes with the last one."""
+    """New text of the prompt at ``index``; ``completion`` comes with its last one."""
 
-    id: str
+    index: int
     text: str
     completion: Completion | None = None
 

@@ -72,7 +72,9 @@ class Slots:
         """Pool rows of token ``positions`` [m] of ``slots`` [m]; row r is block r // BLOCK, r % BLOCK."""
         return self.block_table[slots, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
 
-    def append(self, slots: np.ndarray, counts: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def append(
+        self, slots: np.ndarray, counts: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Append each slot's emitted tokens (ragged, ``counts`` each), up to its first stop token and its limit.
 
         Returns, per slot: how many were kept, whether a stop token ended it, whether its limit did.

@@ -32,7 +32,9 @@ def super_tree_attention(
         blocks = block_indices[int(block_begins[i]) : int(block_begins[i + 1])].long()
         new = torch.arange(past, past + count)
         key_cache[blocks[new // block], :, new % block] = key[rows].view(count, kv_heads, head_dim).to(key_cache.dtype)
-        value_cache[blocks[new // block], :, new % block] = value[rows].view(count, kv_heads, head_dim).to(value_cache.dtype)
+        value_cache[blocks[new // block], :, new % block] = (
+            value[rows].view(count, kv_heads, head_dim).to(value_cache.dtype)
+        )
         seen = torch.arange(past + count)
         keys = key_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)  # [T, Hq, D]
         values = value_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)

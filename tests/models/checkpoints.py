@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -55,11 +58,6 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
         parameter.copy_(1 + 0.3 * noise if noise.dim() == 1 else noise * noise.shape[-1] ** -0.5)
     model.get_output_embeddings().weight.mul_(6)
     return model.eval()
-
-
-def tokens(*lengths: int, vocab_size: int = SIZES["vocab_size"]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(13)
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def head_config(**changes: Any) -> dict[str, Any]:
@@ -114,3 +112,10 @@ def head_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     tensors["d2t"] = chosen - torch.arange(len(chosen))
     tensors["t2d"] = torch.zeros(config["vocab_size"], dtype=torch.bool).index_fill(0, chosen, True)
     return tensors
+
+
+def write_head(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder

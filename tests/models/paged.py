@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import accumulate
 
 import torch
-from super_tree_attention import super_tree_attention
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Attend, Config
+from super_tree_attention import super_tree_attention
 
 BLOCK = 4
 
@@ -71,13 +72,44 @@ def run_decoder(
     counts = [len(new) for new in tokens]
     depths = [torch.arange(count) if tree is None else tree.depths for count, tree in zip(counts, trees, strict=True)]
     logits, features = decoder(
-        torch.tensor(sum(tokens, [])),
+        torch.tensor([token for new in tokens for token in new]),
         torch.cat([length + depth for length, depth in zip(cache.lengths, depths, strict=True)]),
         torch.arange(sum(counts)),
         cache.attend(counts, [None if tree is None else tree.mask for tree in trees]),
         decoder.config.feature_layers,
     )
     return list(logits.split(counts)), list(features.split(counts))
+
+
+def run_in_calls(
+    decoder: Decoder, sequences: list[list[int]], calls: list[list[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every token's logits and features, of sequences that come in call after call."""
+    cache = PagedCache(decoder.config, decoder.config.num_layers, len(sequences), max(map(len, sequences)))
+    outputs = []
+    with torch.no_grad():
+        for counts in calls:
+            spans = zip(sequences, cache.lengths, counts, strict=True)
+            outputs.append(run_decoder(decoder, cache, [tokens[past : past + count] for tokens, past, count in spans]))
+            cache.commit(counts)
+    logits, features = ([torch.cat(parts) for parts in zip(*kind, strict=True)] for kind in zip(*outputs, strict=True))
+    return logits, features
+
+
+def assert_same_network(decoder: Decoder, theirs: PreTrainedModel) -> None:
+    """Logits and features equal transformers': prompt chunks, single tokens, and a chunk that crosses blocks."""
+    calls = [[11, 3], [1, 1], [1, 1], [1, 1], [9, 8]]
+    generator = torch.Generator().manual_seed(13)
+    vocab, lengths = decoder.config.vocab_size, [sum(counts) for counts in zip(*calls, strict=True)]
+    sequences = [torch.randint(vocab, (length,), generator=generator).tolist() for length in lengths]
+    logits, features = run_in_calls(decoder, sequences, calls)
+    for i, sequence in enumerate(sequences):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([sequence]), output_hidden_states=True)
+        assert 5 < expected.logits.abs().max() < 100
+        torch.testing.assert_close(logits[i], expected.logits[0], atol=1e-4, rtol=0)
+        inputs = torch.cat([expected.hidden_states[layer][0] for layer in decoder.config.feature_layers], dim=-1)
+        torch.testing.assert_close(features[i], inputs, atol=1e-4, rtol=0)
 
 
 def _begins(lengths: list[int]) -> Tensor:

@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import llama, qwen3, qwen3_moe, tokens
-from paged import PagedCache, run_decoder
-from transformers import PreTrainedModel
+from checkpoints import llama, qwen3, qwen3_moe
+from paged import assert_same_network
+from transformers import Qwen3ForCausalLM
 
 from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.weights import load_decoder
-
-TOLERANCE = 1e-4
-LENGTHS = (23, 14)
-#: New tokens of each request in call after call: a prompt chunk, single tokens, a chunk that crosses blocks.
-CALLS = ((11, 3), (1, 1), (1, 1), (1, 1), (9, 8))
 
 
 def rope(kind: str, **parameters: float) -> dict[str, object]:
@@ -25,27 +20,6 @@ def rope(kind: str, **parameters: float) -> dict[str, object]:
 
 def load(folder: Path) -> Decoder:
     return load_decoder(open_checkpoint(folder), positions=64)
-
-
-def assert_same_network(decoder: Decoder, theirs: PreTrainedModel) -> None:
-    sequences = tokens(*LENGTHS, vocab_size=decoder.config.vocab_size)
-    cache = PagedCache(decoder.config, decoder.config.num_layers, len(sequences), max(LENGTHS))
-    logits, features = [], []
-    with torch.no_grad():
-        for counts in CALLS:
-            spans = zip(sequences, cache.lengths, counts, strict=True)
-            ours = run_decoder(decoder, cache, [sequence[past : past + count] for sequence, past, count in spans])
-            logits.append(ours[0])
-            features.append(ours[1])
-            cache.commit(counts)
-        for i, sequence in enumerate(sequences):
-            expected = theirs(torch.tensor([sequence]), output_hidden_states=True)
-            assert 5 < expected.logits.abs().max() < 100
-            ours = torch.cat([call[i] for call in logits])
-            torch.testing.assert_close(ours, expected.logits[0], atol=TOLERANCE, rtol=0)
-            inputs = torch.cat([expected.hidden_states[layer][0] for layer in decoder.config.feature_layers], dim=-1)
-            ours = torch.cat([call[i] for call in features])
-            torch.testing.assert_close(ours, inputs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -125,8 +99,7 @@ def test_config_of_earlier_transformers_loads(tmp_path):
 
 
 def test_weights_take_the_asked_type(tmp_path):
-    theirs = qwen3().to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path)
-    decoder = load_decoder(open_checkpoint(tmp_path), positions=64, dtype=torch.float32)
-    assert_same_network(decoder, theirs.float())
-    assert load_decoder(open_checkpoint(tmp_path), 64, torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    qwen3().to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_network(load_decoder(open_checkpoint(tmp_path), 64, torch.float32), theirs)
+    assert load_decoder(open_checkpoint(tmp_path), 64, torch.bfloat16).lm_head.weight.dtype == torch.bfloat16

@@ -1,0 +1,163 @@
+"""The command line: build | generate | inspect."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from echo_trt import __version__
+from echo_trt.decoding.policies import NAMES
+from echo_trt.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Elastic speculative decoding (ECHO, arXiv 2604.09603), compiled.\n\n"
+    "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
+    "and `--compare` shows what speculation is worth.",
+)
+messages = Console(stderr=True)
+
+Policies = StrEnum("Policies", {name: name for name in NAMES})
+Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "int8")})
+Engines = StrEnum("Engines", {"openvino": "openvino"})
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        messages.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _escaped(error: UserError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"echo-trt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file, as in build/.")],
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder. Default: bundles/NAME.")] = None,
+    engine: Annotated[Engines | None, typer.Option(help="Compile for this runtime instead of the recipe's.")] = None,
+    precision: Annotated[
+        Precisions | None, typer.Option(help="Compute in this precision instead of the recipe's.")
+    ] = None,
+) -> None:
+    """Compile a recipe's target and draft into a bundle.
+
+    The bundle is checked against the reference before it is put in its place: it appears whole or not at all.
+
+    Example: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`
+    """
+    from echo_trt.recipe import load_recipe
+
+    settings = load_recipe(recipe)
+    changes = {k: v.value for k, v in (("engine", engine), ("precision", precision)) if v}
+    settings = settings.model_copy(update=changes)
+    with messages.status("starting") as status:
+        from echo_trt.compile.build import build as run
+
+        def progress(stage: str) -> None:
+            status.update(stage)
+            if not messages.is_terminal:
+                messages.print(stage)
+
+        folder = out or Path("bundles") / settings.name
+        manifest = run(settings, recipe.parent, folder, progress)
+    from echo_trt.report import manifest_table
+
+    Console().print(manifest_table(manifest, folder))
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
+    prompt: Annotated[str | None, typer.Argument(help="One user turn, put into the model's chat template.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL: id and prompt, or turns, a line.")] = None,
+    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Requests running at once. Default: the recipe's; 1 with --compare.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text, whatever policy and batch.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer twice, plain and speculating, and compare.")
+    ] = False,
+) -> None:
+    """Answer prompts with a bundle; text streams as it comes.
+
+    Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
+    `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
+    """
+    from echo_trt.generate import Job, run
+    from echo_trt.prompts import Prompt, read_prompts
+    from echo_trt.runtime.params import SamplingParams
+
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either PROMPT or --prompts FILE.")
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
+    run(Job(bundle, rows, params, policy.value if policy else None, batch, json_file, compare), Console(), messages)
+
+
+@app.command()
+def inspect(
+    place: Annotated[Path, typer.Argument(metavar="BUNDLE|RECIPE", help="A bundle folder, or a recipe.")],
+) -> None:
+    """Show what a bundle holds, or what a recipe says.
+
+    A bundle's files are checked against their hashes; a recipe is validated.
+    """
+    from echo_trt.report import manifest_table, recipe_table
+
+    if place.is_dir():
+        from echo_trt.bundle import read_manifest, verify_files
+
+        manifest = read_manifest(place)
+        verify_files(place, manifest)
+        Console().print(manifest_table(manifest, place))
+    else:
+        from echo_trt.recipe import load_recipe
+
+        Console().print(recipe_table(load_recipe(place)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_trt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    text: str
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Every line of the file; a mistake is told with its line number."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
+    prompts = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts file {path} holds no prompt; give one JSON object a line.")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise UserError(f"{path}: id {prompt.id!r} stands twice; give each prompt an id of its own.")
+        seen.add(prompt.id)
+    return prompts
+
+
+def _parse(line: bytes, where: str) -> Prompt:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); give one object a line.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds {type(row).__name__}, not an object; give one with id and prompt.")
+    text = row.get("prompt")
+    if text is None and isinstance(row.get("turns"), list) and row["turns"]:
+        text = row["turns"][0]
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
+    if not isinstance(row.get("id"), str | int) or isinstance(row.get("id"), bool):
+        raise UserError(f"{where}: id is {row.get('id')!r}; give a string or a whole number.")
+    return Prompt(str(row["id"]), text)

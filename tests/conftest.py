@@ -1,0 +1,60 @@
+"""Bundles of tiny pairs (pairs.py), built once a session and only where a test asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import recipe_of, reference_engines, write_networks
+from transformers.utils import logging
+
+from echo_trt.compile.build import build
+from echo_trt.runtime.llm import LLM
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_quiet_thread() -> Iterator[None]:
+    """The networks here are tiny: threads and progress bars only get in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    write_networks(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_of(networks, tmp_path_factory) -> Callable[[str], Path]:
+    """pair -> its bundle, in fp32."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def get(pair: str) -> Path:
+        if not (folder / pair).exists():
+            build(recipe_of(pair, networks), networks, folder / pair)
+        return folder / pair
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def open_llm(bundle_of, networks) -> Callable[..., LLM]:
+    """(pair, policy, batch, engine) -> an LLM of its own; with engine "torch" the reference runs behind the same loop."""
+
+    def get(pair: str, policy: str = "echo", batch: int = 3, engine: str = "openvino") -> LLM:
+        llm = LLM(bundle_of(pair), policy, batch)
+        if engine == "torch":
+            engines = reference_engines(pair, networks, llm.loop.target.num_blocks)
+            llm.loop.target = engines["target"]
+            if "draft" in engines:
+                llm.loop.drafter.engine = engines["draft"]
+        return llm
+
+    return get

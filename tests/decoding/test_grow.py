@@ -1,0 +1,185 @@
+"""Growth against a request-by-request, level-by-level retelling, and what it must never do."""
+
+import numpy as np
+import pytest
+from forests import nodes_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
+
+from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.grow import grow
+from echo_trt.decoding.policies import NAMES, Policy, make_policy
+from echo_trt.decoding.super_tree import SuperTree
+
+AMPLE = 10**6
+Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
+
+
+def policy_of(name: str, budget: int = 16, **changes) -> Policy:
+    settings = {
+        "budget": budget,
+        "max_depth": 5,
+        "beams": 2,
+        "width": 3,
+        "gates": {1: 0.3, 3: 0.2},
+        "fixed_threshold": 0.4,
+        "static": {"depth": 3, "top_k": 3, "tokens": 8},
+    }
+    return make_policy(name, settings | changes)
+
+
+def grown(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[int], SuperTree]:
+    tree, reach = grow(np.arange(len(room)), draft, policy, np.array(room))
+    return paths_by_request(tree), reach.tolist(), tree
+
+
+def paths_by_request(tree: SuperTree) -> list[Paths]:
+    return [
+        {drafted(tree, node): tree.score[node] for node in nodes_of(tree, request)}
+        for request in range(tree.num_requests)
+    ]
+
+
+def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[int]]:
+    """What ``grow`` promises, one request and one node at a time."""
+    trees: list[Paths] = [{(): np.float32(0)} for _ in room]
+    reach = [0] * len(room)
+    frontiers = {request: [()] for request, length in enumerate(room) if length > 0}
+    spare = policy.spare(len(room))
+    for depth in range(1, policy.max_depth + 1):
+        if spare == 0:
+            break
+        levels: dict[int, list[tuple[int, ...]]] = {}
+        for request, frontier in frontiers.items():
+            level: Paths = {}
+            for path in frontier:
+                for log_q, token in list(zip(*draft.children(request, path), strict=True))[: policy.width]:
+                    if log_q > -np.inf:
+                        level[(*path, int(token))] = trees[request][path] + log_q
+            trees[request] |= level
+            if level and np.exp(max(level.values())) > policy.gates.get(depth, 0):
+                levels[request] = sorted(level, key=level.get, reverse=True)
+        chosen = sorted(levels, key=lambda request: trees[request][levels[request][0]], reverse=True)
+        if not policy.per_request:
+            chosen = chosen[:spare]
+            spare -= len(chosen)
+        for request in chosen:
+            reach[request] = depth
+        frontiers = {request: levels[request][: policy.beams] for request in chosen if room[request] > depth}
+    return trees, reach
+
+
+drafts = st.builds(
+    SeededDraft,
+    seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=6, unique=True),
+    spread=st.sampled_from([0.05, 0.2, 0.6]),
+    missing=st.sampled_from([0.0, 0.4]),
+)
+
+
+@st.composite
+def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
+    draft = draw(drafts)
+    return draft, [draw(st.integers(0, 7)) for _ in draft.seeds]
+
+
+@settings(max_examples=150, deadline=None)
+@given(drafts_and_room(), st.sampled_from(NAMES), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
+def test_growth_is_what_it_promises(case, name, budget):
+    draft, room = case
+    policy = policy_of(name, budget)
+    trees, reach, tree = grown(draft, policy, room)
+    want_trees, want_reach = retold(draft, policy, room)
+    assert trees == want_trees
+    assert reach == want_reach
+    assert np.isfinite(tree.score).all()  # a child of -inf never becomes a node
+    assert all(tree.depth[node] <= room[tree.request[node]] for node in range(len(tree)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30))
+def test_the_budget_holds(case, name, budget):
+    draft, room = case
+    policy = policy_of(name, budget)
+    _, reach, tree = grown(draft, policy, room)
+    sizes = tree.sorted_by_request(allocate(tree, np.array(reach), policy))[0].sizes
+    assert sizes.min() >= 1
+    assert sizes.max() <= max(policy.nodes_per_request, 1)
+    if name == "static":
+        assert sizes.tolist() == np.minimum(tree.sizes, policy.per_request).tolist()
+    elif name == "autoregressive":
+        assert sizes.sum() == len(room)
+    else:
+        assert sizes.sum() == min(max(budget, len(room)), len(tree))
+
+
+@settings(max_examples=50, deadline=None)
+@given(drafts_and_room(), st.sampled_from(["static", "echo"]))
+def test_a_request_drafts_no_more_rows_than_the_policy_says(case, name):
+    draft, room = case
+    policy = policy_of(name, AMPLE)
+    grown(draft, policy, room)
+    expanded = np.bincount(draft.expanded, minlength=1)
+    assert expanded.max() <= 1 + policy.beams * (policy.max_depth - 1)
+
+
+@pytest.mark.parametrize("budget", [0, 3, 4])
+@pytest.mark.parametrize("name", ["dense", "fixed", "echo"])
+def test_a_budget_of_the_roots_alone_asks_no_draft(name, budget):
+    policy = policy_of(name, budget)
+    tree, reach = grow(np.arange(4), NoDraft(), policy, np.full(4, 9))
+    assert allocate(tree, reach, policy).tolist() == [0, 1, 2, 3]
+
+
+def test_autoregressive_asks_no_draft():
+    policy = policy_of("autoregressive", AMPLE)
+    tree, reach = grow(np.array([5, 6]), NoDraft(), policy, np.full(2, 9))
+    assert allocate(tree, reach, policy).tolist() == [0, 1]
+    assert tree.token.tolist() == [5, 6]
+    assert reach.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_room_no_draft_is_asked(name):
+    tree, _ = grow(np.arange(3), NoDraft(), policy_of(name, AMPLE), np.array([0, 0, -1]))
+    assert len(tree) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch(name):
+    policy = policy_of(name)
+    tree, reach = grow(np.zeros(0, np.int64), NoDraft(), policy, np.zeros(0, np.int64))
+    assert len(allocate(tree, reach, policy)) == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(drafts_and_room())
+def test_static_does_not_know_its_batch_mates(case):
+    draft, room = case
+    policy = policy_of("static")
+    together, reach, tree = grown(draft, policy, room)
+    verified = paths_by_request(tree.sorted_by_request(allocate(tree, np.array(reach), policy))[0])
+    for request, seed in enumerate(draft.seeds):
+        alone, own_reach, own = grown(
+            SeededDraft([seed], draft.k, draft.spread, draft.missing), policy, [room[request]]
+        )
+        assert alone[0] == together[request]
+        assert own_reach == [reach[request]]
+        assert paths_by_request(own.sorted_by_request(allocate(own, np.array(own_reach), policy))[0]) == [
+            verified[request]
+        ]
+
+
+def test_static_grows_to_its_depth_with_its_beams():
+    _, reach, tree = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), policy_of("static"), [9, 9])
+    assert reach == [3, 3]
+    assert [np.bincount(tree.depth[tree.request == request]).tolist() for request in (0, 1)] == [[1, 3, 9, 9]] * 2
+
+
+def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():
+    """A log-softmax in low precision can end a little above 0."""
+    draft = SteadyDraft([[1.06, 0.01]])
+    _, _, tree = grown(draft, policy_of("echo"), [9])
+    below = np.flatnonzero(tree.parent >= 0)
+    assert (tree.score[below] <= tree.score[tree.parent[below]]).all()

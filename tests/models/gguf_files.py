@@ -1,0 +1,107 @@
+"""GGUF files of transformers' networks, written as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+USER_DEFINED = ("<think>", "</think>")
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TRAINING_TEXT = "the cat and the hat, the year 2024 and the café; it's what they say, and they'll say 1234567 things."
+
+
+class Vocabulary(NamedTuple):
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """A byte-level BPE vocabulary with control and user-defined tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TRAINING_TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    learned = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    kinds = gguf.TokenType
+    return Vocabulary(
+        tokens=[*CONTROL, *learned, *USER_DEFINED],
+        types=[kinds.CONTROL] * len(CONTROL) + [kinds.NORMAL] * len(learned) + [kinds.USER_DEFINED] * len(USER_DEFINED),
+        merges=[" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]],
+    )
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    storage: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    pre_tokenizer: str = "smollm",
+    without: str = "",
+) -> Path:
+    """Write ``model``, and give it the weights that the file now holds; ``without`` leaves out a field or a tensor."""
+    config, is_llama = model.config, isinstance(model, LlamaForCausalLM)
+    kind = gguf.MODEL_ARCH.LLAMA if is_llama else gguf.MODEL_ARCH.QWEN3
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_rope(writer, config.rope_parameters)
+    _add_tokenizer(writer, pre_tokenizer)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        data = parameter.detach().numpy()
+        stored = storage if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = quantize(data, stored)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(np.array(dequantize(data, stored))))
+        if is_llama and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            data = data.reshape(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2).reshape(data.shape)
+        name = names.get_name(name, try_suffixes=(".weight",))
+        if name != without:
+            writer.add_tensor(name, data, raw_dtype=stored)
+    writer.kv_data[0].pop(without, None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, pre_tokenizer: str) -> None:
+    tokens, types, merges = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)

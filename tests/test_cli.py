@@ -1,0 +1,165 @@
+"""The command line, run as a user runs it: real bundles, exit codes, what is printed and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from pairs import recipe_of
+
+from echo_trt.cli import main
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def echo_trt(capsys, monkeypatch) -> Callable[..., Outcome]:
+    monkeypatch.setenv("COLUMNS", "400")  # no table and no sentence is wrapped
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["echo-trt", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return Outcome(done.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "prompt": "abc " * (i + 1)} for i in range(5)]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return file
+
+
+def generated(echo_trt, tmp_path, *words: object) -> dict:
+    file = tmp_path / "answers.json"
+    outcome = echo_trt("generate", *words, "--max-tokens", 12, "--json", file)
+    assert outcome.code == 0, outcome.err
+    return json.loads(file.read_text("utf-8"))
+
+
+def test_json_holds_a_result_for_each_prompt_in_order(echo_trt, bundle_of, prompts, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("close"), "--prompts", prompts, "--batch", 2)
+    assert [r["id"] for r in answer["results"]] == ["p0", "p1", "p2", "p3", "p4"]
+    for result in answer["results"]:
+        assert set(result) == {"id", "text", "token_ids", "finish_reason", "accepted_length"}
+        assert result["finish_reason"] in ("stop", "length")
+        assert 1 <= len(result["token_ids"]) <= 12
+    assert answer["summary"]["tokens"] == sum(len(r["token_ids"]) for r in answer["results"])
+    assert answer["summary"]["tokens_per_s"] > 0
+    assert answer["summary"]["policy"] == "echo"
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.95, "--seed", 3]])
+def test_every_policy_gives_the_same_text(echo_trt, bundle_of, prompts, tmp_path, sampling):
+    texts = {}
+    for policy in ("autoregressive", "static", "dense", "fixed", "echo"):
+        words = [bundle_of("close"), "--prompts", prompts, "--policy", policy, *sampling]
+        texts[policy] = [r["token_ids"] for r in generated(echo_trt, tmp_path, *words)["results"]]
+    assert all(ids == texts["autoregressive"] for ids in texts.values())
+
+
+def test_compare_prints_both_and_their_ratio(echo_trt, bundle_of, prompts, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("self"), "--prompts", prompts, "--compare")
+    assert answer["summary"]["identical"] == 5
+    assert answer["plain"]["accepted_length"] == 1.0
+    assert answer["summary"]["accepted_length"] > 1.5  # the draft is the target
+    table = echo_trt("generate", bundle_of("self"), "abc", "--compare", "--max-tokens", 8).out
+    assert "autoregressive" in table
+    assert "identical texts" in table
+    assert "1 of 1" in table
+
+
+def test_a_single_prompt_streams_its_text_and_nothing_else_to_stdout(echo_trt, bundle_of, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("close"), "hello there")
+    outcome = echo_trt("generate", bundle_of("close"), "hello there", "--max-tokens", 12)
+    assert outcome.out == answer["results"][0]["text"] + "\n"
+    assert "tokens/s" in outcome.err
+
+
+def test_build_and_inspect(echo_trt, networks, tmp_path):
+    recipe = networks / "cli.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("lookup", networks).model_dump(exclude_none=True)), "utf-8")
+    bundle = tmp_path / "made" / "bundle"
+    built = echo_trt("build", recipe, "-o", bundle, "--precision", "bf16")
+    assert built.code == 0, built.err
+    assert json.loads((bundle / "manifest.json").read_text())["precision"] == "bf16"
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+    for place, word in ((bundle, "self-check"), (recipe, "limits")):
+        shown = echo_trt("inspect", place)
+        assert shown.code == 0
+        assert word in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["hi", "--max-tokens", 0], ["max_tokens", "0", "1 or more"]),
+        (["hi", "--max-tokens", -4], ["max_tokens", "-4"]),
+        (["hi", "--temperature", -1], ["temperature", "-1"]),
+        (["hi", "--temperature", "nan"], ["temperature", "nan"]),
+        (["hi", "--top-p", 0], ["top_p", "0"]),
+        (["hi", "--top-k", -1], ["top_k", "-1"]),
+        (["hi", "--seed", -1], ["seed", "-1"]),
+        (["hi", "--batch", 0], ["batch", "0"]),
+        (["hi", "--stop", ""], ["stop"]),
+        (["hi", "--json", "/nowhere/a.json"], ["--json", "/nowhere/a.json"]),
+        (["hi", "--policy", "magic"], ["policy", "magic", "echo"]),
+        (["hi", "--prompts", "p.jsonl"], ["either PROMPT or --prompts"]),
+        ([], ["either PROMPT or --prompts"]),
+        (["word " * 400], ["prompt", "context", "160"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, told):
+    outcome = echo_trt("generate", bundle_of("lookup"), *words)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert all(word in outcome.err for word in told), outcome.err
+    if "Usage" not in outcome.err:
+        assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+
+
+def test_a_failed_run_leaves_no_result_file(echo_trt, bundle_of, tmp_path):
+    file = tmp_path / "answers.json"
+    assert echo_trt("generate", bundle_of("lookup"), "word " * 400, "--json", file).code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["nothing.yaml", "."])
+def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    outcome = echo_trt("inspect", place)
+    assert outcome.code == 2
+    assert place in outcome.err
+
+
+def test_ctrl_c_ends_a_build_at_once_and_leaves_nothing(networks, tmp_path):
+    recipe = networks / "interrupted.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")
+    words = [sys.executable, "-m", "echo_trt.cli", "build", str(recipe), "-o", str(tmp_path / "bundle")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while "compiling" not in (line := process.stderr.readline()):
+        assert line, "the build ended before it compiled"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10  # a second or two on a quiet machine
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

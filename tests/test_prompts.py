@@ -1,0 +1,43 @@
+"""Prompt files, and how a mistake in one is told."""
+
+from __future__ import annotations
+
+import pytest
+from refusal import refused
+
+from echo_trt.prompts import Prompt, read_prompts
+
+
+def test_prompt_or_the_first_of_turns(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"id": "a", "prompt": "één"}\n\n{"id": 7, "turns": ["first", "second"], "category": "x"}\n', "utf-8"
+    )
+    assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": "\xff"}', ["line 2", "UTF-8"]),
+        (b'{"id": 1, "prompt": "x"}\n\n{"id": 2, prompt}', ["line 3", "JSON"]),
+        (b'["x"]', ["line 1", "object"]),
+        (b'{"id": 1}', ["line 1", "prompt"]),
+        (b'{"id": 1, "turns": []}', ["line 1", "turns"]),
+        (b'{"id": 1, "prompt": 5}', ["line 1", "prompt"]),
+        (b'{"prompt": "x"}', ["line 1", "id", "None"]),
+        (b'{"id": true, "prompt": "x"}', ["line 1", "id", "True"]),
+        (b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "y"}', ["id '1'", "twice"]),
+        (b"\n\n", ["no prompt"]),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(tmp_path, content, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    with refused(file, *words):
+        read_prompts(file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with refused(tmp_path / "none.jsonl", "cannot be read"):
+        read_prompts(tmp_path / "none.jsonl")
