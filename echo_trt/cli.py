@@ -110,6 +110,9 @@ def generate(
     batch: Annotated[
         int | None, typer.Option(help="Requests running at once. Default: the recipe's; 1 with --compare.")
     ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="K_max, verified tokens an iteration. Default: the recipe's.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is off.")] = 0,
@@ -134,7 +137,8 @@ def generate(
         raise UserError("give either PROMPT or --prompts FILE.")
     params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
     rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
-    run(Job(bundle, rows, params, policy.value if policy else None, batch, json_file, compare), Console(), messages)
+    name = policy.value if policy else None
+    run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Console(), messages)
 
 
 @app.command()

@@ -32,6 +32,7 @@ class Job:
     params: SamplingParams
     policy: str | None = None
     batch: int | None = None
+    budget: int | None = None
     json_file: Path | None = None
     compare: bool = False
 
@@ -62,7 +63,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
     with _output_file(job.json_file) as write:
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
-            llm = LLM(job.bundle, job.policy, batch)
+            llm = LLM(job.bundle, job.policy, batch, job.budget)
         policy = llm.loop.policy.name
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         write((_compare if job.compare else _answer)(job, llm, policy, out, messages))
@@ -87,7 +88,7 @@ def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -
     for begin in range(0, len(job.prompts), size):
         part = job.prompts[begin : begin + size]
         for each in runs:
-            llm.set_policy(each.policy)
+            llm.set_policy(each.policy, job.budget)
             if len(part) == 1:
                 out.print(f"\n[bold]{each.policy}[/] answers [italic]{part[0].id}[/]", highlight=False)
             _run_round(llm, job, part, each, out, messages, header=len(part) > 1)

@@ -75,16 +75,26 @@ class StaticTree(_Section):
 
 
 class Decoding(_Section):
-    """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration."""
+    """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration.
+
+    per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
+    """
 
     policy: Literal["autoregressive", "static", "dense", "fixed", "echo"] = "echo"
     budget: Positive = 8
+    per_request: Annotated[int, Field(ge=2, le=1024)] = 64
     max_depth: Annotated[int, Field(ge=1, le=32)] = 6
     beams: Annotated[int, Field(ge=1, le=64)] = 4
     width: Annotated[int, Field(ge=1, le=64)] = 8
     gates: dict[Positive, Probability] = {1: 0.2, 3: 0.3}
     fixed_threshold: Probability = 0.3
     static: StaticTree = StaticTree()
+
+    @model_validator(mode="after")
+    def _depth_fits(self) -> Decoding:
+        if self.per_request <= self.max_depth:
+            raise ValueError(f"per_request is {self.per_request}; it must be more than max_depth {self.max_depth}")
+        return self
 
 
 class Recipe(_Section):

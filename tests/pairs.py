@@ -28,7 +28,7 @@ from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe, parse_recipe
-from echo_trt.runtime.assemble import reserve_of
+from echo_trt.decoding.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close")
 VOCAB = 300
@@ -154,7 +154,7 @@ def recipe_of(pair: str, networks: Path, **changes: Any) -> Recipe:
 def roles_of(pair: str, networks: Path) -> dict[str, Role]:
     """The pair's networks in PyTorch, as a build has them before it exports them."""
     recipe = recipe_of(pair, networks)
-    positions = recipe.limits.context + reserve_of(recipe.decoding)
+    positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target_folder, kind, draft_folder = FOLDERS[pair]
     target = load_decoder(open_checkpoint(networks / target_folder), positions)
     if kind == "lookup":

@@ -16,6 +16,7 @@ from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, sha256
 from echo_trt.compile.onnx_export import export
 from echo_trt.compile.self_check import check_engine
+from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from echo_trt.models.decoder import Decoder
@@ -24,7 +25,6 @@ from echo_trt.models.sources import locate
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe
-from echo_trt.runtime.assemble import reserve_of
 
 TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 Progress = Callable[[str], None]
@@ -53,7 +53,7 @@ def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = l
 def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress) -> Manifest:
     progress("reading the target")
     checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
-    positions = recipe.limits.context + reserve_of(recipe.decoding)
+    positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target = load_decoder(checkpoint, positions)
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))

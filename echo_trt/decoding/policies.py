@@ -28,7 +28,7 @@ class Policy:
     """max_depth: levels below the root; beams: nodes of a level that are expanded; width: children scored under each.
 
     gates: depth -> tau, compared with conf(i, d) = exp(max_j S(i, d, j)). budget: K_max, tokens verified an iteration
-    over the whole batch, roots included. per_request: K_i instead, where the budget is not shared (static).
+    over the whole batch, roots included; 0 where it is not shared (static). per_request: the most of one request, K_i.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Policy:
         """Draft tokens that the budget has room for beside one root a request."""
         if self.max_depth == 0:
             return 0
-        return requests * (self.per_request - 1) if self.per_request else max(self.budget - requests, 0)
+        return max(self.budget - requests, 0) if self.budget else requests * (self.per_request - 1)
 
     def passes(self, depth: int, confidence: np.ndarray) -> np.ndarray:
         """The sparse gate: whether each request (confidence [A]) may go deeper than ``depth``. bool [A]"""
@@ -52,26 +52,30 @@ class Policy:
     @property
     def nodes_per_request(self) -> int:
         """The most new KV rows that one request can need, to draft or to verify, root included."""
-        verified = self.per_request or self.budget
-        return max(1 + self.beams * max(self.max_depth - 1, 0), verified) if self.max_depth else 1
+        return max(1 + self.beams * max(self.max_depth - 1, 0), self.per_request or self.budget)
 
 
 def make_policy(name: str, settings: Mapping) -> Policy:
     """A policy by name from a recipe's ``decoding`` section (echo_trt.recipe.Decoding as a mapping)."""
-    shape = {"max_depth": settings["max_depth"], "beams": settings["beams"], "width": settings["width"]}
-    gates, budget = dict(settings["gates"]), settings["budget"]
+    shared = {key: settings[key] for key in ("max_depth", "beams", "width", "budget", "per_request")}
+    gates = dict(settings["gates"])
     if name == "autoregressive":
         return Policy(name)
     if name == "static":
         tree = settings["static"]
         return Policy(name, tree["depth"], tree["top_k"], tree["top_k"], per_request=tree["tokens"])
     if name == "echo":
-        return Policy(name, gates=gates, budget=budget, **shape)
+        return Policy(name, gates=gates, **shared)
     if name == "fixed":
-        return Policy(name, gates=dict.fromkeys(gates, settings["fixed_threshold"]), budget=budget, **shape)
+        return Policy(name, gates=dict.fromkeys(gates, settings["fixed_threshold"]), **shared)
     if name == "dense":
-        return Policy(name, gates=_interpolated(gates, shape["max_depth"]), budget=budget, **shape)
+        return Policy(name, gates=_interpolated(gates, shared["max_depth"]), **shared)
     raise UserError(f"policy is {name!r}; choose one of {', '.join(NAMES)}.")
+
+
+def reserve_for(settings: Mapping) -> int:
+    """KV rows beyond its committed tokens that a request can need, whichever policy is in force and whatever K_max."""
+    return max(make_policy(name, settings).nodes_per_request for name in ("static", "echo"))
 
 
 def _interpolated(gates: Mapping[int, float], max_depth: int) -> dict[int, float]:

@@ -12,6 +12,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_COLDEST = 1e-6  # a temperature that is greedy already, and does not overflow
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -62,8 +63,9 @@ def processed_probabilities(
     logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray
 ) -> np.ndarray:
     """Softmax of logits / temperature, zero outside top-k and then outside the nucleus; not renormalised. [n, V]"""
-    scaled = logits.astype(np.float32) / temperature[:, None].astype(np.float32)
+    scaled = logits.astype(np.float32)
     scaled -= scaled.max(axis=1, keepdims=True)
+    scaled /= np.maximum(temperature, _COLDEST)[:, None].astype(np.float32)
     probs = np.exp(scaled)
     probs /= probs.sum(axis=1, keepdims=True)
     limited = np.flatnonzero((top_k > 0) & (top_k < probs.shape[1]))
@@ -82,14 +84,13 @@ def _nucleus(probs: np.ndarray, top_p: np.ndarray) -> np.ndarray:
     total = probs.sum(axis=1, dtype=np.float64)
     # Tokens below (1 - p) / V together weigh less than 1 - p: the set lies among the others, which are few to sort.
     floor = (1 - top_p) * total / probs.shape[1]
-    row, token = np.nonzero(probs > floor[:, None])
+    row, token = np.nonzero(probs >= floor[:, None])
     value = probs[row, token].astype(np.float64)
     order = np.lexsort((-value, row))
-    running = np.cumsum(value[order])
+    before = np.concatenate(([0.0], np.cumsum(value[order])))
     first = np.searchsorted(row, np.arange(len(probs)))  # rows are ascending, before and after the sort
-    before_row = np.concatenate(([0.0], running))[first]
-    above = running - value[order] - before_row[row[order]]
-    kept = order[above < (top_p * total)[row[order]]]
+    above = before[:-1] - before[first][row]
+    kept = order[above < (top_p * total)[row]]
     out = np.zeros_like(probs)
     out[row[kept], token[kept]] = probs[row[kept], token[kept]]
     return out

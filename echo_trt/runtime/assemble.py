@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.bundle import Manifest, read_manifest, verify_files
-from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.decoding.policies import Policy, make_policy, reserve_for
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.recipe import Decoding
@@ -15,22 +16,20 @@ from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import Slots, blocks_for
 
 
-def policy_of(decoding: Decoding, name: str | None = None) -> Policy:
-    """The recipe's policy, or another one with the recipe's numbers."""
-    return make_policy(name or decoding.policy, decoding.model_dump())
+def policy_of(decoding: Decoding, name: str | None = None, budget: int | None = None) -> Policy:
+    """The recipe's policy, or another one with the recipe's numbers; ``budget`` replaces K_max where it is shared."""
+    policy = make_policy(name or decoding.policy, decoding.model_dump())
+    return replace(policy, budget=budget) if budget and policy.budget else policy
 
 
-def reserve_of(decoding: Decoding) -> int:
-    """KV rows that any policy of the recipe may need beyond a request's committed tokens."""
-    return max(policy_of(decoding, name).nodes_per_request for name in ("static", "echo"))
-
-
-def load_loop(folder: Path, policy: str | None = None, batch: int | None = None) -> tuple[Loop, Manifest]:
-    """Open a bundle. ``batch`` lowers (or raises) the recipe's number of running requests."""
+def load_loop(
+    folder: Path, policy: str | None = None, batch: int | None = None, budget: int | None = None
+) -> tuple[Loop, Manifest]:
+    """Open a bundle; what is given overrides the recipe's policy, number of running requests and K_max."""
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     recipe = manifest.recipe
-    limits, reserve = recipe.limits, reserve_of(recipe.decoding)
+    limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
     one = blocks_for(limits.context + reserve)
     blocks = limits.kv_blocks or one * count
@@ -42,10 +41,8 @@ def load_loop(folder: Path, policy: str | None = None, batch: int | None = None)
     state = Slots(count, limits.context, reserve, blocks)
     target = _engine(folder / manifest.target.file, manifest, blocks)
     drafter = _drafter(folder, manifest, state, blocks)
-    loop = Loop(
-        target, drafter, state, policy_of(recipe.decoding, policy), manifest.eos_token_ids, limits.prefill_chunk
-    )
-    return loop, manifest
+    chosen = policy_of(recipe.decoding, policy, budget)
+    return Loop(target, drafter, state, chosen, manifest.eos_token_ids, limits.prefill_chunk), manifest
 
 
 def _engine(file: Path, manifest: Manifest, blocks: int) -> Engine:

@@ -20,11 +20,15 @@ Prompt = str | Sequence[int]
 class LLM:
     """A bundle, ready to answer. Not for several threads at once."""
 
-    def __init__(self, bundle: str | Path, policy: str | None = None, batch: int | None = None):
-        """``policy`` and ``batch`` (running requests) override the recipe's."""
+    def __init__(
+        self, bundle: str | Path, policy: str | None = None, batch: int | None = None, budget: int | None = None
+    ):
+        """``policy``, ``batch`` (running requests) and ``budget`` (K_max) override the recipe's."""
         if batch is not None and not 1 <= batch <= 4096:
             raise UserError(f"batch is {batch}; give a whole number from 1 to 4096.")
-        self.loop, self.manifest = load_loop(Path(bundle), policy, batch)
+        if budget is not None and budget < 1:
+            raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
+        self.loop, self.manifest = load_loop(Path(bundle), policy, batch, budget)
         self.tokenizer = load_tokenizer(Path(bundle))
         self._backend = self.tokenizer.backend_tokenizer
 
@@ -32,9 +36,9 @@ class LLM:
     def counters(self) -> Counters:
         return self.loop.counters
 
-    def set_policy(self, name: str) -> None:
-        """Another policy from now on, with the recipe's numbers; the text stays the same."""
-        self.loop.policy = policy_of(self.manifest.recipe.decoding, name)
+    def set_policy(self, name: str, budget: int | None = None) -> None:
+        """Another policy from now on, with the recipe's numbers or another K_max; the text stays the same."""
+        self.loop.policy = policy_of(self.manifest.recipe.decoding, name, budget)
 
     def chat_ids(self, message: str) -> list[int]:
         """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""

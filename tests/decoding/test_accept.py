@@ -65,6 +65,7 @@ POLICIES = {
         name,
         {
             "budget": 14,
+            "per_request": 64,
             "max_depth": 5,
             "beams": 2,
             "width": 4,

@@ -19,6 +19,7 @@ Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
 def policy_of(name: str, budget: int = 16, **changes) -> Policy:
     settings = {
         "budget": budget,
+        "per_request": 64,
         "max_depth": 5,
         "beams": 2,
         "width": 3,

@@ -134,12 +134,12 @@ def a_prompt_that_just_ended(llm):
 
 
 def being_set_back(llm):
-    requests = [add(llm.loop, prompt_ids(60, seed), max_tokens=80) for seed in range(3)]
-    run(llm.loop, 18)
+    requests = [add(llm.loop, prompt_ids(40, seed), max_tokens=100) for seed in range(3)]
+    run(llm.loop, 9)
     llm.loop._preempt_youngest()
     llm.loop._preempt_youngest()
-    run(llm.loop, 6)
-    assert all(request.slot >= 0 for request in requests)
+    run(llm.loop, 7)
+    assert all(request.slot in llm.loop.state.decoding() for request in requests)
 
 
 @pytest.mark.parametrize(
