@@ -46,7 +46,7 @@ def bundle_of(networks, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def open_llm(bundle_of, networks) -> Callable[..., LLM]:
-    """(pair, policy, batch, engine) -> an LLM of its own; with engine "torch" the reference runs behind the same loop."""
+    """An LLM of its own for each test; with engine "torch" the reference runs behind the same loop."""
 
     def get(pair: str, policy: str = "echo", batch: int = 3, engine: str = "openvino") -> LLM:
         llm = LLM(bundle_of(pair), policy, batch)

@@ -23,17 +23,20 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from echo_trt.decoding.policies import reserve_for
 from echo_trt.engines.torch import TorchEngine
 from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe, parse_recipe
-from echo_trt.decoding.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close")
 VOCAB = 300
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
-CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -48,6 +51,7 @@ LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
 DECODING = {
     "policy": "echo",
     "budget": 24,
+    "per_request": 16,
     "max_depth": 4,
     "beams": 3,
     "width": 4,

@@ -16,22 +16,22 @@ def allocate(tree: SuperTree, reach: np.ndarray, policy: Policy) -> np.ndarray:
     the best-scored candidates anywhere, at low load a wide fan under each unsure node, at high load nothing.
     One rule for both; there is no mode switch.
     """
-    if not policy.budget:
+    if policy.budget is None:
         return np.flatnonzero(rank_within(tree.request, tree.score) < policy.per_request)
     taken = tree.ancestors_and_self(_path_ends(tree, reach))
     taken[: tree.num_requests] = True
     left = policy.budget - int(taken.sum())
     if left > 0:
         # Scores only fall along a path and a parent stands before its child, so a prefix of this order is closed.
-        others = np.flatnonzero(~taken)
-        if policy.per_request:
-            others = _within_request_limit(tree, taken, others, policy.per_request)
+        others = _within_request_limit(tree, taken, np.flatnonzero(~taken), policy.per_request)
         taken[others[np.argsort(-tree.score[others], kind="stable")[:left]]] = True
     return np.flatnonzero(taken)
 
 
 def _within_request_limit(tree: SuperTree, taken: np.ndarray, others: np.ndarray, limit: int) -> np.ndarray:
     """Of the nodes not yet taken, those that their request may still have: its best, up to ``limit`` nodes in all."""
+    if limit >= len(tree):
+        return others
     owner = tree.request[others]
     claimed = np.bincount(tree.request[taken], minlength=tree.num_requests)
     return others[rank_within(owner, tree.score[others]) < (limit - claimed)[owner]]

@@ -39,7 +39,7 @@ def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> t
         children, scores = _add_children(tree, frontier, log_q, tokens, policy.width)
         confidence = np.exp(scores.max(axis=1))
         deeper = policy.passes(depth, confidence) & (confidence > 0)
-        if policy.budget:
+        if policy.budget is not None:
             deeper = _most_confident(deeper, confidence, spare)
             spare -= int(deeper.sum())
         reach[requests[deeper]] = depth

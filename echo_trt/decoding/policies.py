@@ -28,7 +28,7 @@ class Policy:
     """max_depth: levels below the root; beams: nodes of a level that are expanded; width: children scored under each.
 
     gates: depth -> tau, compared with conf(i, d) = exp(max_j S(i, d, j)). budget: K_max, tokens verified an iteration
-    over the whole batch, roots included; 0 where it is not shared (static). per_request: the most of one request, K_i.
+    over the whole batch, roots included; None: not shared (static). per_request: the most of one request, K_i.
     """
 
     name: str
@@ -36,14 +36,15 @@ class Policy:
     beams: int = 1
     width: int = 1
     gates: Mapping[int, float] = field(default_factory=dict)
-    budget: int = 0
-    per_request: int = 0
+    budget: int | None = None
+    per_request: int = 64
 
     def spare(self, requests: int) -> int:
         """Draft tokens that the budget has room for beside one root a request."""
         if self.max_depth == 0:
             return 0
-        return max(self.budget - requests, 0) if self.budget else requests * (self.per_request - 1)
+        shared = self.budget is not None
+        return max(self.budget - requests, 0) if shared else requests * (self.per_request - 1)
 
     def passes(self, depth: int, confidence: np.ndarray) -> np.ndarray:
         """The sparse gate: whether each request (confidence [A]) may go deeper than ``depth``. bool [A]"""
@@ -52,7 +53,7 @@ class Policy:
     @property
     def nodes_per_request(self) -> int:
         """The most new KV rows that one request can need, to draft or to verify, root included."""
-        return max(1 + self.beams * max(self.max_depth - 1, 0), self.per_request or self.budget)
+        return max(1 + self.beams * max(self.max_depth - 1, 0), self.per_request)
 
 
 def make_policy(name: str, settings: Mapping) -> Policy:

@@ -19,7 +19,7 @@ from echo_trt.runtime.slots import Slots, blocks_for
 def policy_of(decoding: Decoding, name: str | None = None, budget: int | None = None) -> Policy:
     """The recipe's policy, or another one with the recipe's numbers; ``budget`` replaces K_max where it is shared."""
     policy = make_policy(name or decoding.policy, decoding.model_dump())
-    return replace(policy, budget=budget) if budget and policy.budget else policy
+    return replace(policy, budget=budget) if budget is not None and policy.budget is not None else policy
 
 
 def load_loop(

@@ -77,8 +77,10 @@ class LLM:
 
     def _checked(self, ids: Sequence[int]) -> np.ndarray:
         array = np.asarray(ids, np.int64).reshape(-1)
-        if len(array) and (array.min() < 0 or array.max() >= self.manifest.target.vocab_size):
-            raise UserError(f"prompt holds a token id outside 0..{self.manifest.target.vocab_size - 1}.")
+        size = self.manifest.target.vocab_size
+        unknown = array[(array < 0) | (array >= size)]
+        if len(unknown):
+            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
         return array
 
     def _deltas(self, request: Request, tokens: list[int], texts: dict[Request, TextStream]) -> Iterator[Delta]:

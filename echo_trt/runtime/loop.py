@@ -93,10 +93,10 @@ class Loop:
                 f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is "
                 f"{self.state.context}; shorten it, or raise limits.context in the recipe and build again."
             )
-        if len(self._stop_tokens(request.params)) > MAX_STOP_TOKENS:
-            raise UserError(
-                f"stop_token_ids has {len(request.params.stop_token_ids)} ids; give at most {MAX_STOP_TOKENS}."
-            )
+        own = len(request.params.stop_token_ids)
+        most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + own
+        if own > most:
+            raise UserError(f"stop_token_ids has {own} ids; give at most {most}.")
         self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:

@@ -37,7 +37,7 @@ class SamplingParams:
             ("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
+            ("stop", _is_several(self.stop) and all(isinstance(s, str) and s for s in self.stop), "a tuple of strings that are not empty"),
             ("stop_token_ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "token ids of 0 or more"),
         ):
             if not valid:

@@ -1,4 +1,4 @@
-"""Acceptance against a plain walk, and the promise it is there for: the text is the target's own, whatever was drafted."""
+"""Acceptance against a plain walk, and its promise: the text is the target's own, whatever was drafted."""
 
 from collections.abc import Callable
 from hashlib import blake2b

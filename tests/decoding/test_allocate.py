@@ -1,6 +1,6 @@
 """Allocation against the rule in words, and against every other choice there is."""
 
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -76,8 +76,8 @@ def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
 def test_static_gives_each_request_its_own_best(tree, per_request):
     reach = np.zeros(tree.num_requests, np.int64)
     nodes = allocate(tree, reach, Policy("static", max_depth=9, per_request=per_request)).tolist()
-    want = [best_first(tree, nodes_of(tree, request))[:per_request] for request in range(tree.num_requests)]
-    assert nodes == sorted(sum(want, []))
+    best = [best_first(tree, nodes_of(tree, request))[:per_request] for request in range(tree.num_requests)]
+    assert nodes == sorted(chain.from_iterable(best))
     assert is_closed(tree, set(nodes))
 
 

@@ -14,6 +14,7 @@ from echo_trt.errors import UserError
 AMPLE = 10**6
 SETTINGS = {
     "budget": AMPLE,
+    "per_request": 64,
     "max_depth": 6,
     "beams": 2,
     "width": 4,

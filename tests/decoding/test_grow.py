@@ -62,7 +62,7 @@ def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Path
             if level and np.exp(max(level.values())) > policy.gates.get(depth, 0):
                 levels[request] = sorted(level, key=level.get, reverse=True)
         chosen = sorted(levels, key=lambda request: trees[request][levels[request][0]], reverse=True)
-        if not policy.per_request:
+        if policy.budget is not None:
             chosen = chosen[:spare]
             spare -= len(chosen)
         for request in chosen:

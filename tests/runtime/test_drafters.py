@@ -68,7 +68,7 @@ def assert_in_step(loop, scratch: FromScratch) -> None:
         if level == 2:
             return
         children = tree.add(np.repeat(nodes, 3), expanded[1][:, [2, 0, 1]].reshape(-1), np.zeros(3 * len(nodes)))
-        # The first request goes on from two of the three, the others from one, from the second level on the last does not.
+        # The first request goes on from two of three children, the others from one, the last only at the first level.
         nodes = children[(children % 3 == 0) | ((tree.request[children] == 0) & (children % 3 == 1))]
         if level == 1 and len(slots) > 1:
             nodes = nodes[tree.request[nodes] < len(slots) - 1]
@@ -240,7 +240,7 @@ def test_catching_up_reads_no_more_than_a_chunk_of_one_request_at_once(open_llm)
 
 
 def test_features_stay_with_their_tokens_when_a_branch_is_accepted(open_llm, from_scratch):
-    """The head's inputs, by pool row, are the target's features of the text alone, whichever tree rows they came from."""
+    """Features are kept by pool row, and are those of the text alone, whichever rows of a tree they came from."""
     llm = open_llm("close", "static")
     llm.loop.target = target = Counted(llm.loop.target)
     requests = [add(llm.loop, prompt_ids(12 + 9 * seed, seed), max_tokens=60) for seed in range(3)]

@@ -1,0 +1,298 @@
+"""Requests through time: joining, leaving, limits, setbacks, and a KV pool that is right after every commit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from driving import Counted, Foresight, add, assert_all_free, prompt_ids, run
+from pairs import LIMITS, PAIRS, VOCAB, reference_engines
+from refusal import refused
+
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.policies import Policy
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.params import MAX_STOP_TOKENS, SamplingParams
+from echo_trt.runtime.slots import blocks_for
+
+CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
+
+
+@pytest.fixture
+def with_blocks(bundle_of, tmp_path):
+    """The bundle of a pair whose recipe gives the KV pool so many blocks."""
+
+    def get(pair: str, blocks: int):
+        folder = tmp_path / pair
+        shutil.copytree(bundle_of(pair), folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["recipe"]["limits"]["kv_blocks"] = blocks
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return get
+
+
+def last_logits(engine, text) -> np.ndarray:
+    """The next token's logits after ``text``, read in one pass into blocks in no particular order."""
+    count = np.array([len(text)])
+    table = np.array([[6, 1, 7, 0, 4, 2, 5, 3]])
+    call = pack(np.asarray(text), np.arange(len(text)), np.zeros(1, np.int64), count, table, count - 1)
+    return engine.run(call)["logits"][0]
+
+
+def pool_logits(loop: Loop, request: Request) -> np.ndarray:
+    """The pending token's logits over the KV rows that the loop has committed for its request."""
+    state, slot = loop.state, np.array([request.slot])
+    past = state.committed[slot]
+    call = pack(state.tokens[slot, past], past, past, np.ones(1, np.int64), state.block_table[slot], np.zeros(1))
+    return loop.target.run(call)["logits"][0]
+
+
+# -- commit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("policy", ["static", "echo"])
+def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open_llm, networks):
+    llm = open_llm("lookup", "autoregressive", 3, engine)
+    prompts = [prompt_ids(7 + 13 * seed, seed) for seed in range(3)]
+    texts = [p + c.token_ids for p, c in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=60)), strict=True)]
+    llm.set_policy(policy)
+    loop = llm.loop
+    loop.drafter = Foresight(loop.state, texts)
+    loop.target = target = Counted(loop.target)
+    requests = [add(loop, prompt, max_tokens=60) for prompt in prompts]
+    reference = reference_engines("lookup", networks, 8)["target"]
+    for _ in range(3):
+        run(loop, 4)
+        for request in requests:
+            text = loop.state.tokens[request.slot, : loop.state.length[request.slot]]
+            np.testing.assert_allclose(pool_logits(loop, request), last_logits(reference, text), atol=1e-4)
+    assert len(target.moves) > 3
+
+
+# -- requests come and go ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_blocks):
+    prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
+    params = [SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i in range(4)]
+    wanted = open_llm(pair, policy, 4).generate(prompts, params)
+
+    llm = LLM(with_blocks(pair, 8), policy, 4)
+    pieces, completions = [""] * 4, {}
+    for delta in llm.stream(prompts, params):
+        pieces[delta.index] += delta.text
+        if delta.completion:
+            completions[delta.index] = delta.completion
+    assert llm.counters.preemptions > 0
+    assert [completions[i].token_ids for i in range(4)] == [c.token_ids for c in wanted]
+    assert pieces == [completions[i].text for i in range(4)]
+    assert llm.counters.emitted_tokens == sum(len(c.token_ids) for c in wanted)
+    assert_all_free(llm.loop)
+
+
+def test_the_youngest_gives_way_and_is_the_first_to_return(with_blocks):
+    loop = LLM(with_blocks("lookup", 8), "autoregressive", 3).loop
+    old, young = add(loop, prompt_ids(90, 0), max_tokens=60), add(loop, prompt_ids(80, 1), max_tokens=60)
+    run(loop, 13)
+    assert {old.slot, young.slot} == {0, 1}
+    while young.slot >= 0:
+        loop.step()
+    assert old.slot >= 0
+    late = add(loop, prompt_ids(3, 2))
+    run(loop, 1)
+    assert list(loop.waiting) == [young, late]
+    said = young.generated.copy()
+    run(loop)
+    assert young.generated[: len(said)] == said
+    assert len(said) < len(young.generated) == 60
+    assert_all_free(loop)
+
+
+def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
+    loop = open_llm("close", batch=2).loop
+    decoding, prefilling, waiting = (add(loop, prompt_ids(n, n)) for n in (5, 100, 30))
+    run(loop, 3)
+    state = loop.state
+    assert state.decoding().tolist() == [decoding.slot]
+    assert state.prefilling().tolist() == [prefilling.slot]
+    for request in (waiting, prefilling, decoding, decoding):
+        held = int(state.blocks_held[request.slot]) if request.slot >= 0 else 0
+        free = state.free_blocks
+        loop.cancel(request)
+        assert state.free_blocks == free + held
+        assert request.slot == -1
+    assert_all_free(loop)
+    assert len(decoding.generated) > 0
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
+    llm = open_llm("self", batch=2)
+    stream = llm.stream([prompt_ids(9, seed) for seed in range(4)], SamplingParams(ignore_eos=True))
+    next(stream)
+    assert llm.loop.busy
+    stream.close()
+    assert_all_free(llm.loop)
+
+
+def test_a_refused_prompt_leaves_nothing_behind(open_llm):
+    llm = open_llm("lookup")
+    with refused(f"{CONTEXT} tokens", f"context is {CONTEXT}", "shorten it"):
+        llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
+    assert_all_free(llm.loop)
+
+
+def test_prompts_are_read_in_chunks_beside_running_requests(open_llm):
+    loop = open_llm("lookup", "static").loop
+    early = add(loop, [7, 8, 9] * 4)
+    run(loop, 4)
+    loop.target = target = Counted(loop.target)
+    late = add(loop, prompt_ids(2 * CHUNK + 5, 1))
+    mixed = 0
+    while late.slot < 0 or late.slot not in loop.state.decoding():
+        loop.step()
+        call = target.calls[-1]
+        sizes, masked = np.diff(call.seq_begins), np.diff(call.tree_mask_begins) > 0
+        mixed += bool(len(sizes) == 2 and masked[0] and sizes[1] > 1 and not masked[1])
+        assert sizes[-1] <= CHUNK
+    assert mixed
+    assert len(target.calls) == 3
+    assert early.slot >= 0
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_short_and_long_prompts(pair, open_llm):
+    """One token, a chunk and one token more, and one token less than the context."""
+    llm = open_llm(pair, "autoregressive")
+    prompts = [prompt_ids(n, n) for n in (1, CHUNK, CHUNK + 1, CONTEXT - 1, CONTEXT - 5)]
+    plain = llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=12))
+    assert [len(c.token_ids) for c in plain] == [12, 12, 12, 1, 5]
+    assert {c.finish_reason for c in plain} == {"length"}
+    for policy in ("static", "echo"):
+        llm.set_policy(policy)
+        assert [c.token_ids for c in llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=12))] == [
+            c.token_ids for c in plain
+        ]
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+def test_max_tokens_cuts_an_accepted_path(limit, policy, open_llm):
+    completion = open_llm("self", policy).generate([prompt_ids(6, 0)], SamplingParams(limit, ignore_eos=True))[0]
+    assert len(completion.token_ids) == limit
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+def test_stop_tokens_end_the_text(policy, open_llm):
+    llm = open_llm("self", "autoregressive")
+    prompt = prompt_ids(6, 3)
+    whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
+    llm.set_policy(policy)
+    for stop in (whole[3], whole[10], whole[-1]):
+        cut = llm.generate([prompt], SamplingParams(30, ignore_eos=True, stop_token_ids=(stop, 299)))[0]
+        assert cut.token_ids == whole[: whole.index(stop) + 1]
+        assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "echo"])
+def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
+    llm = open_llm("self", "autoregressive")
+    prompt = prompt_ids(6, 3)
+    whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
+    llm.set_policy(policy)
+    llm.loop.eos = (299, whole[5])
+    assert llm.generate([prompt], SamplingParams(30))[0].token_ids == whole[: whole.index(whole[5]) + 1]
+    assert llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids == whole
+
+
+def test_what_is_drafted_is_what_may_still_be_said(open_llm):
+    """No draft token beyond max_tokens is verified: the last iterations of a request get smaller trees."""
+    loop = open_llm("self", batch=1).loop
+    loop.policy = Policy("static", max_depth=3, beams=1, width=1, per_request=4)
+    for limit, chains in ((9, [6, 4, 4]), (8, [6, 4, 3]), (6, [6, 4, 1]), (2, [6, 1])):
+        loop.target = target = Counted(loop.target)
+        add(loop, prompt_ids(6, 0), max_tokens=limit)
+        run(loop)
+        assert [len(call.token_ids) for call in target.calls] == chains
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_tokens": 0}, ("max_tokens", "0", "1 or more")),
+        ({"max_tokens": -3}, ("max_tokens", "-3")),
+        ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
+        ({"max_tokens": True}, ("max_tokens", "True")),
+        ({"temperature": -0.1}, ("temperature", "-0.1", "0 (greedy)")),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"temperature": "hot"}, ("temperature", "hot")),
+        ({"top_k": -1}, ("top_k", "-1")),
+        ({"top_p": 0.0}, ("top_p", "0.0")),
+        ({"top_p": 1.1}, ("top_p", "1.1")),
+        ({"seed": -1}, ("seed", "-1")),
+        ({"seed": 2**63}, ("seed", 2**63)),
+        ({"stop": ("",)}, ("stop", "not empty")),
+        ({"stop": "END"}, ("stop", "END")),
+        ({"stop_token_ids": (-1,)}, ("stop_token_ids", "-1")),
+    ],
+    ids=str,
+)
+def test_parameters_are_checked(settings, words):
+    with refused(*words):
+        SamplingParams(**settings)
+
+
+def test_too_many_stop_tokens(open_llm):
+    loop = open_llm("lookup").loop
+    own = len(loop.eos)
+    add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own)), ignore_eos=False)
+    with refused("stop_token_ids", f"{MAX_STOP_TOKENS - own + 1} ids", f"at most {MAX_STOP_TOKENS - own}"):
+        add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own + 1)), ignore_eos=False)
+
+
+def test_prompts_are_checked(open_llm):
+    llm = open_llm("lookup")
+    with refused("empty", "at least one token"):
+        llm.generate([[]])
+    for token in (-1, VOCAB):
+        with refused(f"token id {token}", f"from 0 to {VOCAB - 1}"):
+            llm.generate([[5, token]])
+    with refused("2 entries", "3 prompts"):
+        llm.generate([[5], [6], [7]], [SamplingParams()] * 2)
+    assert_all_free(llm.loop)
+
+
+def test_a_pool_too_small_for_one_request(with_blocks):
+    folder = with_blocks("lookup", 5)
+    with refused("kv_blocks is 5", "raise kv_blocks or lower context"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 4097])
+def test_batch_is_checked(batch, bundle_of):
+    with refused(f"batch is {batch}", "from 1 to 4096"):
+        LLM(bundle_of("lookup"), batch=batch)
+
+
+def test_policy_is_checked(bundle_of):
+    with refused("policy is 'ecco'", "echo"):
+        LLM(bundle_of("lookup"), "ecco")
+
+
+def test_one_request_needs_its_context_and_a_tree(open_llm):
+    """The smallest pool that is allowed holds any request to its end."""
+    state = open_llm("lookup", batch=1).loop.state
+    assert blocks_for(CONTEXT + state.reserve) == state.block_table.shape[1] == state.free_blocks
+    assert state.free_blocks * BLOCK >= CONTEXT + state.reserve
