@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from echo_trt.errors import UserError
 
@@ -37,8 +39,8 @@ class SamplingParams:
             ("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            ("stop", _is_several(self.stop) and all(isinstance(s, str) and s for s in self.stop), "a tuple of strings that are not empty"),
-            ("stop_token_ids", all(_is_int(t) and t >= 0 for t in self.stop_token_ids), "token ids of 0 or more"),
+            ("stop", _each(self.stop, lambda s: isinstance(s, str) and s), "a list of strings that are not empty"),
+            ("stop_token_ids", _each(self.stop_token_ids, lambda t: _is_int(t) and t >= 0), "token ids of 0 or more"),
         ):
             if not valid:
                 raise UserError(f"{name} is {getattr(self, name)!r}; give {rule}.")
@@ -46,6 +48,10 @@ class SamplingParams:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _each(values: object, valid: Callable[[Any], object]) -> bool:
+    return isinstance(values, tuple | list) and all(map(valid, values))  # a bare string is not a list of characters
 
 
 def _is_number(value: object) -> bool:

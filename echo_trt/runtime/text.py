@@ -25,10 +25,8 @@ class TextStream:
             self._tokens.append(token)
             piece = self._stream.step(self._tokenizer, token)
             if piece:
-                begin = max(len(self._decoded) - max(map(len, self._stop), default=0), 0)
-                self._decoded += piece
-                if cut := self._first_stop(begin):
-                    self._decoded, self.stopped = self._decoded[: cut - 1], True
+                self._extend(piece)
+                if self.stopped:
                     return self._give_out(len(self._decoded)), used
         return self._give_out(len(self._decoded) - self._held_back()), len(tokens)
 
@@ -37,18 +35,21 @@ class TextStream:
         if not self.stopped:
             whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
             if whole.startswith(self._decoded):
-                self._decoded = whole
+                self._extend(whole[len(self._decoded) :])
         return self._give_out(len(self._decoded))
+
+    def _extend(self, piece: str) -> None:
+        """Append what was decoded, up to the first stop string that it completes."""
+        begin = max(len(self._decoded) - max(map(len, self._stop), default=0), 0)
+        self._decoded += piece
+        found = [place for s in self._stop if (place := self._decoded.find(s, begin)) >= 0]
+        if found:
+            self._decoded, self.stopped = self._decoded[: min(found)], True
 
     def _give_out(self, end: int) -> str:
         new = self._decoded[len(self.text) : end]
         self.text += new
         return new
-
-    def _first_stop(self, begin: int) -> int:
-        """1 + where the earliest stop string begins, at or after ``begin``; 0 if there is none."""
-        found = [place for s in self._stop if (place := self._decoded.find(s, begin)) >= 0]
-        return min(found) + 1 if found else 0
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""

@@ -122,6 +122,7 @@ def decode(
             return np.array([target(seeds[i], texts[i] + drafted(tree, n)) for i, n in zip(owners, nodes, strict=True)])
 
         path, emitted = accept(tree, next_token)
+        assert set(tree.request[path].tolist()) == set(range(len(running)))  # each advances, every time
         for place, i in enumerate(running):
             texts[i] += tuple(emitted[tree.request[path] == place].tolist())
         iteration, verifications = iteration + 1, verifications + len(running)

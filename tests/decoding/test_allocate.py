@@ -26,11 +26,16 @@ def claims(tree: SuperTree, reach: list[int]) -> set[int]:
     return claimed
 
 
-def widened(tree: SuperTree, taken: set[int], budget: int) -> set[int]:
-    """Then the best candidate under a taken node, one after the other."""
+def size(tree: SuperTree, nodes: set[int], request: int) -> int:
+    return sum(int(tree.request[node]) == request for node in nodes)
+
+
+def widened(tree: SuperTree, taken: set[int], policy: Policy) -> set[int]:
+    """Then the best candidate under a taken node, one after the other, where its request may have one more."""
     taken = set(taken)
-    while len(taken) < budget:
+    while len(taken) < policy.budget:
         under = [n for n in range(len(tree)) if n not in taken and int(tree.parent[n]) in taken]
+        under = [n for n in under if size(tree, taken, tree.request[n]) < policy.per_request]
         if not under:
             break
         taken.add(best_first(tree, under)[0])
@@ -41,34 +46,42 @@ def is_closed(tree: SuperTree, nodes: set[int]) -> bool:
     return all(int(tree.parent[node]) in nodes | {-1} for node in nodes)
 
 
+def within_limit(tree: SuperTree, nodes: set[int], policy: Policy) -> bool:
+    return all(size(tree, nodes, request) <= policy.per_request for request in range(tree.num_requests))
+
+
 @st.composite
-def trees_and_claims(draw, **sizes) -> tuple[SuperTree, list[int], int]:
-    """A tree, a reach for each request and a budget that pays for it."""
+def trees_and_claims(draw, **sizes) -> tuple[SuperTree, list[int], Policy]:
+    """A tree, a reach for each request, and a policy whose budget and limit pay for it."""
     tree = draw(super_trees(**sizes))
     deepest = [max(tree.depth[nodes_of(tree, request)]) for request in range(tree.num_requests)]
     reach = [draw(st.integers(0, int(depth))) for depth in deepest]
-    return tree, reach, sum(reach) + tree.num_requests + draw(st.integers(0, 12))
+    budget = sum(reach) + tree.num_requests + draw(st.integers(0, 12))
+    per_request = draw(st.sampled_from([1 + max(reach), 3 + max(reach), 64]))
+    return tree, reach, Policy("echo", max_depth=9, budget=budget, per_request=per_request)
 
 
 @given(trees_and_claims())
 def test_shared_budget_is_depth_first_then_width(case):
-    tree, reach, budget = case
-    nodes = allocate(tree, np.array(reach), Policy("echo", max_depth=9, budget=budget))
-    assert nodes.tolist() == sorted(widened(tree, claims(tree, reach), budget))
+    tree, reach, policy = case
+    nodes = allocate(tree, np.array(reach), policy)
+    assert nodes.tolist() == sorted(widened(tree, claims(tree, reach), policy))
     assert is_closed(tree, set(nodes.tolist()))
     assert set(range(tree.num_requests)) <= set(nodes.tolist())
-    assert len(nodes) == min(budget, len(tree))
+    assert len(nodes) == min(policy.budget, np.minimum(tree.sizes, policy.per_request).sum())
+    assert np.bincount(tree.request[nodes]).max() <= policy.per_request
 
 
 @settings(max_examples=50)
 @given(trees_and_claims(max_requests=3, max_nodes=8))
 def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
-    tree, reach, budget = case
-    nodes = allocate(tree, np.array(reach), Policy("echo", max_depth=9, budget=budget))
+    tree, reach, policy = case
+    nodes = allocate(tree, np.array(reach), policy)
     claimed = claims(tree, reach)
     others = [node for node in range(len(tree)) if node not in claimed]
     choices = (claimed | set(more) for more in combinations(others, len(nodes) - len(claimed)))
-    worth = max(sum(tree.score[list(choice)]) for choice in choices if is_closed(tree, choice))
+    allowed = (choice for choice in choices if is_closed(tree, choice) and within_limit(tree, choice, policy))
+    worth = max(sum(tree.score[list(choice)]) for choice in allowed)
     assert sum(tree.score[nodes]) == worth
 
 

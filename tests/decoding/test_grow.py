@@ -99,20 +99,20 @@ def test_growth_is_what_it_promises(case, name, budget):
 
 
 @settings(max_examples=100, deadline=None)
-@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30))
-def test_the_budget_holds(case, name, budget):
+@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30), st.sampled_from([6, 8, 64]))
+def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
-    policy = policy_of(name, budget)
+    policy = policy_of(name, budget, per_request=per_request)
     _, reach, tree = grown(draft, policy, room)
     sizes = tree.sorted_by_request(allocate(tree, np.array(reach), policy))[0].sizes
     assert sizes.min() >= 1
-    assert sizes.max() <= max(policy.nodes_per_request, 1)
+    assert sizes.max() <= policy.per_request <= policy.nodes_per_request
     if name == "static":
         assert sizes.tolist() == np.minimum(tree.sizes, policy.per_request).tolist()
     elif name == "autoregressive":
         assert sizes.sum() == len(room)
     else:
-        assert sizes.sum() == min(max(budget, len(room)), len(tree))
+        assert sizes.sum() == min(max(budget, len(room)), np.minimum(tree.sizes, per_request).sum())
 
 
 @settings(max_examples=50, deadline=None)

@@ -58,7 +58,9 @@ def pool_logits(loop: Loop, request: Request) -> np.ndarray:
 def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open_llm, networks):
     llm = open_llm("lookup", "autoregressive", 3, engine)
     prompts = [prompt_ids(7 + 13 * seed, seed) for seed in range(3)]
-    texts = [p + c.token_ids for p, c in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=60)), strict=True)]
+    texts = [
+        p + c.token_ids for p, c in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=60)), strict=True)
+    ]
     llm.set_policy(policy)
     loop = llm.loop
     loop.drafter = Foresight(loop.state, texts)
@@ -244,8 +246,10 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"seed": -1}, ("seed", "-1")),
         ({"seed": 2**63}, ("seed", 2**63)),
         ({"stop": ("",)}, ("stop", "not empty")),
+        ({"stop": None}, ("stop", "None")),
         ({"stop": "END"}, ("stop", "END")),
         ({"stop_token_ids": (-1,)}, ("stop_token_ids", "-1")),
+        ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
     ],
     ids=str,
 )

@@ -1,0 +1,99 @@
+"""What one iteration costs in Python, without any engine: grow, allocate, sort, mask, pack, accept.
+
+python scripts/step_time.py --repeats 300
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from echo_trt.decoding.accept import accept
+from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.grow import grow
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.recipe import Decoding
+
+LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
+GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each
+PHASES = ("grow", "allocate", "sort", "mask", "pack", "accept")
+CONTEXT = 1024
+
+
+class FreeDraft:
+    """Children of a fixed shape from a table drawn beforehand: it costs nothing but the slicing.
+
+    Half of its rows are sure of the next token, half are not, so that trees end at every depth.
+    """
+
+    def __init__(self, rows: int, k: int, rng: np.random.Generator):
+        q = np.concatenate([rng.dirichlet(np.full(4 * k, spread), -(-rows // 2)) for spread in (0.03, 2.0)])
+        q = np.sort(rng.permutation(q))[:, : -k - 1 : -1]
+        self.log_q = np.log(np.maximum(q, 1e-9)).astype(np.float32)
+        self.tokens = np.tile(np.arange(k), (rows, 1))
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.log_q[: len(requests)], self.tokens[: len(requests)]
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.log_q[: len(nodes)], self.tokens[: len(nodes)]
+
+
+def measure(policy: Policy, requests: int, repeats: int) -> tuple[np.ndarray, int]:
+    """Seconds of each phase [repeats, phases], and the tokens that an iteration verifies."""
+    rng = np.random.default_rng(0)
+    draft = FreeDraft(requests * policy.beams, policy.width, rng)
+    roots, room = rng.integers(0, 1000, requests), np.full(requests, CONTEXT)
+    past = rng.integers(1, CONTEXT - policy.nodes_per_request, requests)
+    block_table = rng.permutation(requests * (CONTEXT // BLOCK)).reshape(requests, -1)
+    target = np.where(
+        rng.random(policy.budget) < 0.6, 0, policy.width
+    )  # a node's next token: its best child's, or none
+    seconds = []
+    for _ in range(repeats):
+        marks = [time.perf_counter()]
+        candidates, reach = grow(roots, draft, policy, room)
+        marks.append(time.perf_counter())
+        nodes = allocate(candidates, reach, policy)
+        marks.append(time.perf_counter())
+        tree, _ = candidates.sorted_by_request(nodes)
+        marks.append(time.perf_counter())
+        mask = ancestor_mask(tree)
+        marks.append(time.perf_counter())
+        pack(tree.token, past[tree.request] + tree.depth, past, tree.sizes, block_table, np.arange(len(tree)), mask)
+        marks.append(time.perf_counter())
+        accept(tree, lambda nodes: target[nodes])
+        marks.append(time.perf_counter())
+        seconds.append(np.diff(marks))
+    return np.array(seconds), len(tree)
+
+
+def main(repeats: Annotated[int, typer.Option(help="iterations of each load")] = 300) -> None:
+    """Python time of one iteration at several loads, and how it grows with the batch."""
+    table = Table("B", "N", *PHASES, "median", "fastest", title="milliseconds of one iteration")
+    sizes, fastest = [], []
+    for requests, budget in sorted({*LOADS, *((count, 2 * count) for count in GROWTH)}):
+        policy = make_policy("echo", Decoding(budget=budget).model_dump())
+        measure(policy, requests, max(repeats // 10, 1))  # warm up
+        seconds, tokens = measure(policy, requests, repeats)
+        total = seconds.sum(axis=1)
+        figures = (*np.median(seconds, axis=0), np.median(total), total.min())
+        table.add_row(str(requests), str(tokens), *(f"{1e3 * value:.3f}" for value in figures))
+        if requests in GROWTH:
+            sizes.append(tokens)
+            fastest.append(total.min())
+    console = Console()
+    console.print(table)
+    exponent = np.polyfit(np.log(sizes), np.log(fastest), 1)[0]
+    console.print(f"From {sizes[0]} to {sizes[-1]} tokens the time grows as tokens^{exponent:.2f}.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""The exported graph: standard but for one operator, every weight in it once and beside it; and the check of a build."""
+
+import numpy as np
+import onnx
+import pytest
+from pairs import PAIRS, SIZES, VOCAB, recipe_of, roles_of
+from refusal import refused
+
+from echo_trt.bundle import read_manifest
+from echo_trt.compile import build as building
+from echo_trt.compile import self_check
+from echo_trt.compile.build import build
+from echo_trt.compile.onnx_export import METADATA, cache_names
+
+GRAPHS = [("lookup", "target"), ("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("close", "draft")]
+HIDDEN = SIZES["hidden_size"]
+
+
+@pytest.fixture(params=GRAPHS, ids="/".join)
+def exported(request, bundle_of, networks):
+    """A graph's file, and the network that it came from."""
+    pair, name = request.param
+    return bundle_of(pair) / f"{name}.onnx", roles_of(pair, networks)[name]
+
+
+def test_operators_are_standard_but_for_attention(exported):
+    path, role = exported
+    graph = onnx.load(path, load_external_data=False).graph
+    assert {node.domain for node in graph.node} == {"", "echo"}
+    ours = [node for node in graph.node if node.domain == "echo"]
+    assert [node.op_type for node in ours] == ["SuperTreeAttention"] * role.num_layers
+    for node in ours:
+        attributes = {a.name: a.i for a in node.attribute}
+        config = role.network.config
+        assert (attributes["num_kv_heads"], attributes["head_dim"]) == (config.num_kv_heads, config.head_dim)
+
+
+def test_inputs_and_outputs_are_the_roles(exported):
+    path, role = exported
+    graph = onnx.load(path, load_external_data=False).graph
+    assert [i.name for i in graph.input] == [*role.inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)]
+    assert [o.name for o in graph.output] == list(role.outputs)
+
+
+def test_weights_lie_beside_the_graph_and_once(exported):
+    path, role = exported
+    model = onnx.load(path, load_external_data=False)
+    stored = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    places = [{entry.key: entry.value for entry in t.external_data} for t in stored]
+    assert {place["location"] for place in places} == {path.name + ".data"}
+    ranges = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
+    assert all(end <= begin for (_, end), (begin, _) in zip(ranges[:-1], ranges[1:], strict=True))
+    parameters = {id(p): p.numel() for p in role.parameters()}
+    matrices = [tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2]
+    assert matrices.count((VOCAB, HIDDEN)) + matrices.count((HIDDEN, VOCAB)) == sum(
+        tuple(p.shape) == (VOCAB, HIDDEN) for p in role.parameters()
+    )
+    # The rotary table, and a head's token map, are all that comes on top.
+    tables = sum(b.numel() * b.element_size() for b in role.buffers())
+    size = path.with_name(path.name + ".data").stat().st_size
+    assert 4 * sum(parameters.values()) <= size <= 4 * sum(parameters.values()) + tables + 4096 * len(stored)
+    assert path.stat().st_size < 200_000
+
+
+def test_a_tied_embedding_is_stored_once(bundle_of, networks):
+    network = roles_of("model", networks)["draft"].network
+    assert network.config.tie_embeddings
+    graph = onnx.load(bundle_of("model") / "draft.onnx", load_external_data=False).graph
+    shape = tuple(network.embed.weight.shape)
+    assert [sorted(t.dims) == sorted(shape) for t in graph.initializer].count(True) == 1
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_check_is_in_the_manifest(pair, bundle_of):
+    manifest = read_manifest(bundle_of(pair))
+    assert set(manifest.checks) == ({"target"} if manifest.draft is None else {"target", "draft"})
+    for check in manifest.checks.values():
+        assert 0 < check.prompt_error < 1e-5
+        assert 0 < check.tree_error < 1e-5
+        assert check.bound == self_check.BOUNDS["fp32"]
+        assert check.same_argmax == 1
+
+
+@pytest.mark.parametrize("pair", ["lookup", "eagle3"])
+def test_a_wrong_engine_fails_the_build(pair, networks, tmp_path, monkeypatch):
+    """One weight of the last graph is changed between its export and its check."""
+    export, last = building.export, "target" if pair == "lookup" else "draft"
+
+    def corrupting(role, path):
+        export(role, path)
+        if path.name == f"{last}.onnx":
+            data = path.with_name(path.name + ".data")
+            values = np.fromfile(data, np.float32)
+            values[np.abs(values).argmax()] *= 1.5
+            values.tofile(data)
+
+    monkeypatch.setattr(building, "export", corrupting)
+    with refused("self-check failed", "fp32", "0.0001", "largest logit"):
+        build(recipe_of(pair, networks), networks, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

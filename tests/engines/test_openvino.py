@@ -1,0 +1,169 @@
+"""The OpenVINO engine is the reference engine, call by call, whatever is packed into a call."""
+
+import numpy as np
+import pytest
+from pairs import SIZES, VOCAB, recipe_of, reference_engines
+
+from echo_trt.compile.build import build
+from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engines import openvino
+from echo_trt.engines.base import Engine
+from echo_trt.engines.openvino import OpenVINOEngine
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+BLOCKS, PER_REQUEST = 24, 4
+#: A network of every role: pair, file, and how many numbers an entry's features and states have.
+NETWORKS = {
+    "target": ("lookup", "target", 0),
+    "target with features": ("eagle3", "target", 0),
+    "draft model": ("model", "draft", 0),
+    "head": ("eagle3", "draft", 3 * SIZES["hidden_size"]),
+}
+
+
+class Calls:
+    """Random calls over the same requests, each with what it commits: prompts, then trees beside prompt chunks."""
+
+    def __init__(self, seed: int, requests: int):
+        self.rng, self.count = np.random.default_rng(seed), requests
+        # Scattered blocks, that no two requests share.
+        self.table = self.rng.permutation(BLOCKS)[: requests * PER_REQUEST].reshape(requests, PER_REQUEST)
+        self.past = np.zeros(requests, np.int64)
+
+    def prompts(self) -> Packed:
+        counts = self.rng.integers(1, 2 * BLOCK, self.count)
+        positions = np.concatenate([np.arange(n) for n in counts])
+        self.past = counts
+        return self._pack(self._tokens(counts.sum()), positions, counts)
+
+    def trees_and_chunks(self) -> Packed:
+        """The first requests bring trees, some of them a root alone, the others a chunk of their prompt."""
+        with_tree = int(self.rng.integers(1, self.count + 1))
+        tree = SuperTree.from_roots(self._tokens(with_tree))
+        for _ in range(int(self.rng.integers(1, 4))):
+            parents = self.rng.integers(0, len(tree), int(self.rng.integers(1, 9)))
+            tree.add(parents, self._tokens(len(parents)), np.zeros(len(parents)))
+        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+        chunks = self.rng.integers(1, BLOCK, self.count - with_tree)
+        places = [self.past[with_tree + i] + np.arange(n) for i, n in enumerate(chunks)]
+        positions = np.concatenate((self.past[tree.request] + tree.depth, *places))
+        tokens = np.concatenate((tree.token, self._tokens(chunks.sum())))
+        return self._pack(tokens, positions, np.concatenate((tree.sizes[:with_tree], chunks)), ancestor_mask(tree))
+
+    def move(self) -> tuple[np.ndarray, np.ndarray]:
+        """Committed rows of one request, copied to distinct others; some of the targets are sources too."""
+        request = int(self.past.argmax())
+        rows = (
+            self.table[request, np.arange(self.past[request]) // BLOCK] * BLOCK + np.arange(self.past[request]) % BLOCK
+        )
+        size = len(rows) // 2
+        return self.rng.permutation(rows)[:size], self.rng.permutation(rows)[:size]
+
+    def _tokens(self, count: int) -> np.ndarray:
+        return self.rng.integers(0, VOCAB, count)
+
+    def _pack(self, tokens, positions, counts, mask=None) -> Packed:
+        asked = np.flatnonzero(self.rng.random(len(tokens)) < 0.6)
+        return pack(tokens, positions, self.past * (mask is not None), counts, self.table, asked, mask)
+
+
+def inputs_for(call: Packed, features: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if not features:
+        return {}
+    count = len(call.token_ids)
+    known = int(rng.integers(0, count + 1))
+    shapes = {"features": (known, features), "hidden": (count - known, SIZES["hidden_size"])}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def assert_same(wanted: dict[str, np.ndarray], got: dict[str, np.ndarray], tolerance: float) -> None:
+    assert wanted.keys() == got.keys()
+    for name, values in wanted.items():
+        assert got[name].shape == values.shape
+        if name != "candidates":
+            assert got[name].dtype == np.float32
+            scale = np.abs(values).max() if values.size else 1.0
+            np.testing.assert_allclose(got[name], values, atol=tolerance * scale, rtol=0)
+        elif tolerance < 1e-3:
+            assert (got[name] == values).all()
+
+
+@pytest.fixture(scope="module")
+def engines(networks, bundle_of):
+    """(network, precision) -> the reference engine and the compiled one."""
+
+    def get(network: str, precision: str = "fp32") -> tuple[Engine, Engine]:
+        pair, name, _ = NETWORKS[network]
+        compiled = OpenVINOEngine(bundle_of(pair) / f"{name}.onnx", precision, BLOCKS)
+        return reference_engines(pair, networks, BLOCKS)[name], compiled
+
+    return get
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 0.06)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_calls_of_any_shape_equal_the_reference(network, precision, tolerance, engines):
+    reference, compiled = engines(network, precision)
+    for seed in range(8):
+        calls = Calls(seed, requests=1 + seed % 6)
+        packed = [calls.prompts(), calls.trees_and_chunks(), calls.trees_and_chunks()]
+        for call in packed:
+            inputs = inputs_for(call, NETWORKS[network][2], calls.rng)
+            assert_same(reference.run(call, **inputs), compiled.run(call, **inputs), tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 0.06)])
+def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines):
+    reference, compiled = engines("target", precision)
+    for seed in range(4):
+        calls = Calls(100 + seed, requests=3)
+        prompts, later = calls.prompts(), calls.trees_and_chunks()
+        source, target = calls.move()
+        assert set(source) & set(target)
+        outputs = []
+        for engine in (reference, compiled):
+            engine.run(prompts)
+            before = engine.run(later)["logits"].copy()
+            engine.move(source, target)
+            outputs.append(engine.run(later))
+            assert np.abs(outputs[-1]["logits"] - before).max() > 0.5
+        assert_same(*outputs, tolerance)
+
+
+def test_rows_are_exactly_those_moved(bundle_of):
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 3)
+    engine._pool[:] = np.random.default_rng(0).random(engine._pool.shape)
+    by_row = np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), 3 * BLOCK, -1).copy()  # [caches, rows, values]
+    source, target = np.array([3, 40, 95, 4, 5]), np.array([4, 3, 0, 5, 64])
+    engine.move(source, target)
+    by_row[:, target] = by_row[:, source]
+    assert (np.moveaxis(engine._pool, 3, 2).reshape(by_row.shape) == by_row).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_cache_layout_is_refused(precision, bundle_of, monkeypatch):
+    """Rows are moved by hand, so a version of OpenVINO that lays the cache out otherwise must not get past loading."""
+    graph = bundle_of("lookup") / "target.onnx"
+    compiled = openvino.compile_graph(openvino.read_graph(graph), precision)
+    caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
+    shapes = {str(cache.partial_shape) for cache in caches}
+    assert shapes == {f"[?,{SIZES['num_key_value_heads']},{BLOCK},{SIZES['head_dim']}]"}
+    assert [cache.get_any_name() for cache in caches] == [
+        f"{kind}_cache.{layer}" for layer in range(SIZES["num_hidden_layers"]) for kind in ("key", "value")
+    ]
+    monkeypatch.setattr(openvino, "BLOCK", 16)
+    with pytest.raises(RuntimeError, match="blocks of 16"):
+        OpenVINOEngine(graph, precision, 2)
+
+
+def test_int8_builds_and_runs(networks, bundle_of, tmp_path):
+    manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
+    assert 0 < manifest.checks["target"].prompt_error < 0.2
+    assert 0 < manifest.checks["target"].tree_error < 0.2
+    weights = [folder / "target.onnx.data" for folder in (tmp_path / "int8", bundle_of("lookup"))]
+    assert weights[0].stat().st_size < 0.4 * weights[1].stat().st_size
+    llm = LLM(tmp_path / "int8", batch=2)
+    completions = llm.generate([[7, 8, 9], [*range(40, 90)], [5]], SamplingParams(8, ignore_eos=True))
+    assert [len(c.token_ids) for c in completions] == [8, 8, 8]
