@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -116,6 +118,17 @@ class Recipe(_Section):
             raise ValueError("draft.top_k must be at least decoding.width and decoding.static.top_k")
         return self
 
+    @model_validator(mode="after")
+    def _pool_holds_one_request(self) -> Recipe:
+        blocks, context = self.limits.kv_blocks, self.limits.context
+        needed = -(-(context + reserve_for(self.decoding.model_dump())) // BLOCK)
+        if blocks is not None and blocks < needed:
+            raise ValueError(
+                f"limits.kv_blocks is {blocks}, but one request of limits.context {context} needs {needed}; "
+                "raise kv_blocks or lower context"
+            )
+        return self
+
 
 def load_recipe(path: Path) -> Recipe:
     """Read and validate; every mistake is one sentence that names the key, the value and the file."""
@@ -123,8 +136,8 @@ def load_recipe(path: Path) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
-    except IsADirectoryError:
-        raise UserError(f"recipe {path} is a folder; name a YAML file.") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); name a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
@@ -140,7 +153,8 @@ def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
+    # A misspelt key also leaves the right one missing: name the misspelling.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = [str(p) for p in first["loc"] if p != "[key]"]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":

@@ -34,8 +34,10 @@ class FreeDraft:
     """
 
     def __init__(self, rows: int, k: int, rng: np.random.Generator):
-        q = np.concatenate([rng.dirichlet(np.full(4 * k, spread), -(-rows // 2)) for spread in (0.03, 2.0)])
-        q = np.sort(rng.permutation(q))[:, : -k - 1 : -1]
+        sure = rng.random(rows) < 0.5
+        sure[0] = True
+        q = np.where(sure[:, None], *(rng.dirichlet(np.full(4 * k, spread), rows) for spread in (0.03, 2.0)))
+        q = np.sort(q)[:, : -k - 1 : -1]
         self.log_q = np.log(np.maximum(q, 1e-9)).astype(np.float32)
         self.tokens = np.tile(np.arange(k), (rows, 1))
 

@@ -11,16 +11,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from models.checkpoints import head_config, head_tensors, qwen3
-from safetensors.torch import save_file
+from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.decoding.policies import reserve_for
@@ -100,12 +97,6 @@ def write_tokenizer(
     assert tokenizer.get_vocab_size() == VOCAB
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, chat_template=CHAT)
     fast.save_pretrained(folder)
-
-
-def write_head(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import nn
 from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, sha256
 from echo_trt.compile.onnx_export import export
-from echo_trt.compile.self_check import check_engine
+from echo_trt.compile.self_check import BOUNDS, check_engine
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
@@ -34,6 +34,10 @@ def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = l
     """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all."""
     if recipe.engine != "openvino":
         raise UserError(f"engine is {recipe.engine!r}, which this version does not compile; use openvino.")
+    if recipe.precision not in BOUNDS:
+        raise UserError(
+            f"precision is {recipe.precision!r}, which {recipe.engine} does not have; use one of {', '.join(BOUNDS)}."
+        )
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,13 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
     if draft.kind == "model":
         where = str(checkpoint.path)
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
-        return DraftRole(load_decoder(checkpoint, positions), draft.top_k), ()
+        decoder, most = load_decoder(checkpoint, positions), target.config.vocab_size
+        if decoder.config.vocab_size > most:  # its padding would be proposed as tokens that the target cannot read
+            raise UserError(
+                f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {most}; "
+                "use a draft with at most as many."
+            )
+        return DraftRole(decoder, draft.top_k), ()
     head = load_eagle3(checkpoint, positions, target)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(

@@ -24,11 +24,11 @@ def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> t
     """Draft level by level; at a gated depth an unsure request is truncated, and the budget's depth goes to the others.
 
     roots [B]: pending tokens. room [B]: how many draft tokens in a row each request could still use.
-    Returns the tree of all candidates and reach [B], the depth to which each request has a claim (see ``allocate``).
+    Returns the tree of all candidates and reach [B], the node to which each request has a claim (see ``allocate``).
     A score of -inf marks a child that does not exist.
     """
     tree = SuperTree.from_roots(roots)
-    reach = np.zeros(len(roots), np.int64)
+    reach = np.arange(len(roots))
     spare = policy.spare(len(roots))
     requests = np.flatnonzero(room > 0)
     if spare == 0 or len(requests) == 0:
@@ -37,12 +37,13 @@ def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> t
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, policy.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, policy.width)
-        confidence = np.exp(scores.max(axis=1))
+        best = np.arange(len(children)), scores.argmax(axis=1)
+        confidence = np.exp(scores[best])
         deeper = policy.passes(depth, confidence) & (confidence > 0)
         if policy.budget is not None:
             deeper = _most_confident(deeper, confidence, spare)
             spare -= int(deeper.sum())
-        reach[requests[deeper]] = depth
+        reach[requests[deeper]] = children[best][deeper]
         deeper &= room[requests] > depth
         if depth == policy.max_depth or spare == 0 or not deeper.any():
             break

@@ -18,10 +18,10 @@ def ragged_arange(counts: np.ndarray) -> np.ndarray:
     return np.arange(start[-1]) - np.repeat(start[:-1], counts)
 
 
-def rank_within(groups: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Each element's rank by descending ``key`` among those of its group; ties go to the earlier element. [n]"""
-    order = np.lexsort((-key, groups))
-    counts = np.bincount(groups, minlength=0)
+def rank_within(groups: np.ndarray) -> np.ndarray:
+    """Each element's place among those of its group: 0 for a group's first, 1 for its second, ... [n]"""
+    small = np.min_scalar_type(groups.max(initial=0))  # up to 16 bits the sort is a radix sort
+    order = np.argsort(groups.astype(small), kind="stable")
     ranks = np.empty(len(groups), np.int64)
-    ranks[order] = ragged_arange(counts)
+    ranks[order] = ragged_arange(np.bincount(groups))
     return ranks

@@ -8,7 +8,6 @@ from pathlib import Path
 from echo_trt.bundle import Manifest, read_manifest, verify_files
 from echo_trt.decoding.policies import Policy, make_policy, reserve_for
 from echo_trt.engines.base import Engine
-from echo_trt.errors import UserError
 from echo_trt.recipe import Decoding
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
@@ -31,13 +30,7 @@ def load_loop(
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
-    one = blocks_for(limits.context + reserve)
-    blocks = limits.kv_blocks or one * count
-    if blocks < one:
-        raise UserError(
-            f"limits.kv_blocks is {blocks}, but one request of limits.context {limits.context} needs {one}; "
-            "raise kv_blocks or lower context, and build again."
-        )
+    blocks = limits.kv_blocks or blocks_for(limits.context + reserve) * count
     state = Slots(count, limits.context, reserve, blocks)
     target = _engine(folder / manifest.target.file, manifest, blocks)
     drafter = _drafter(folder, manifest, state, blocks)

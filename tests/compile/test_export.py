@@ -1,9 +1,11 @@
-"""The exported graph: standard but for one operator, every weight in it once and beside it; and the check of a build."""
+"""The exported graph: standard but for one operator, each weight once and beside it; and the check of a build."""
+
+import itertools
 
 import numpy as np
 import onnx
 import pytest
-from pairs import PAIRS, SIZES, VOCAB, recipe_of, roles_of
+from pairs import PAIRS, VOCAB, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.bundle import read_manifest
@@ -13,7 +15,6 @@ from echo_trt.compile.build import build
 from echo_trt.compile.onnx_export import METADATA, cache_names
 
 GRAPHS = [("lookup", "target"), ("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("close", "draft")]
-HIDDEN = SIZES["hidden_size"]
 
 
 @pytest.fixture(params=GRAPHS, ids="/".join)
@@ -49,25 +50,20 @@ def test_weights_lie_beside_the_graph_and_once(exported):
     places = [{entry.key: entry.value for entry in t.external_data} for t in stored]
     assert {place["location"] for place in places} == {path.name + ".data"}
     ranges = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
-    assert all(end <= begin for (_, end), (begin, _) in zip(ranges[:-1], ranges[1:], strict=True))
-    parameters = {id(p): p.numel() for p in role.parameters()}
-    matrices = [tuple(t.dims) for t in model.graph.initializer if len(t.dims) == 2]
-    assert matrices.count((VOCAB, HIDDEN)) + matrices.count((HIDDEN, VOCAB)) == sum(
-        tuple(p.shape) == (VOCAB, HIDDEN) for p in role.parameters()
-    )
-    # The rotary table, and a head's token map, are all that comes on top.
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+    tables_of_tokens = [t for t in model.graph.initializer if len(t.dims) == 2 and VOCAB in t.dims]
+    parameters = list(role.parameters())
+    assert len(tables_of_tokens) == sum(p.dim() == 2 and VOCAB in p.shape for p in parameters)
+    numbers = sum(p.numel() for p in parameters)
+    # The rotary table, and a head's token map, are all that comes on top; the smallest tensors stay in the graph.
     tables = sum(b.numel() * b.element_size() for b in role.buffers())
-    size = path.with_name(path.name + ".data").stat().st_size
-    assert 4 * sum(parameters.values()) <= size <= 4 * sum(parameters.values()) + tables + 4096 * len(stored)
+    assert 0.95 * 4 * numbers < sum(end - begin for begin, end in ranges) <= 4 * numbers + tables
     assert path.stat().st_size < 200_000
 
 
-def test_a_tied_embedding_is_stored_once(bundle_of, networks):
-    network = roles_of("model", networks)["draft"].network
-    assert network.config.tie_embeddings
-    graph = onnx.load(bundle_of("model") / "draft.onnx", load_external_data=False).graph
-    shape = tuple(network.embed.weight.shape)
-    assert [sorted(t.dims) == sorted(shape) for t in graph.initializer].count(True) == 1
+def test_one_of_the_graphs_has_a_tied_embedding(networks):
+    assert roles_of("model", networks)["draft"].network.config.tie_embeddings
+    assert not roles_of("model", networks)["target"].network.config.tie_embeddings
 
 
 @pytest.mark.parametrize("pair", PAIRS)

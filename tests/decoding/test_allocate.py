@@ -18,12 +18,8 @@ def best_first(tree: SuperTree, nodes: list[int]) -> list[int]:
 
 
 def claims(tree: SuperTree, reach: list[int]) -> set[int]:
-    """Each request's best path down to its reach."""
-    claimed = set()
-    for request, depth in enumerate(reach):
-        level = [node for node in nodes_of(tree, request) if tree.depth[node] == depth]
-        claimed.update(path_to(tree, best_first(tree, level)[0]))
-    return claimed
+    """Each request's path down to its reach."""
+    return {node for end in reach for node in path_to(tree, end)}
 
 
 def size(tree: SuperTree, nodes: set[int], request: int) -> int:
@@ -52,12 +48,12 @@ def within_limit(tree: SuperTree, nodes: set[int], policy: Policy) -> bool:
 
 @st.composite
 def trees_and_claims(draw, **sizes) -> tuple[SuperTree, list[int], Policy]:
-    """A tree, a reach for each request, and a policy whose budget and limit pay for it."""
+    """A tree, a node that each request reaches, and a policy whose budget and limit pay for the way there."""
     tree = draw(super_trees(**sizes))
-    deepest = [max(tree.depth[nodes_of(tree, request)]) for request in range(tree.num_requests)]
-    reach = [draw(st.integers(0, int(depth))) for depth in deepest]
-    budget = sum(reach) + tree.num_requests + draw(st.integers(0, 12))
-    per_request = draw(st.sampled_from([1 + max(reach), 3 + max(reach), 64]))
+    reach = [draw(st.sampled_from(nodes_of(tree, request))) for request in range(tree.num_requests)]
+    budget = len(claims(tree, reach)) + draw(st.integers(0, 12))
+    longest = 1 + int(tree.depth[reach].max())
+    per_request = draw(st.sampled_from([longest, longest + 2, 64]))
     return tree, reach, Policy("echo", max_depth=9, budget=budget, per_request=per_request)
 
 
@@ -87,8 +83,8 @@ def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
 
 @given(super_trees(), st.integers(1, 8))
 def test_static_gives_each_request_its_own_best(tree, per_request):
-    reach = np.zeros(tree.num_requests, np.int64)
-    nodes = allocate(tree, reach, Policy("static", max_depth=9, per_request=per_request)).tolist()
+    roots = np.arange(tree.num_requests)
+    nodes = allocate(tree, roots, Policy("static", max_depth=9, per_request=per_request)).tolist()
     best = [best_first(tree, nodes_of(tree, request))[:per_request] for request in range(tree.num_requests)]
     assert nodes == sorted(chain.from_iterable(best))
     assert is_closed(tree, set(nodes))
@@ -97,5 +93,5 @@ def test_static_gives_each_request_its_own_best(tree, per_request):
 @pytest.mark.parametrize("budget", [0, 1, 4])
 def test_a_budget_short_of_the_roots_still_advances_every_request(budget):
     tree = SuperTree.from_roots(np.arange(5))
-    nodes = allocate(tree, np.zeros(5, np.int64), Policy("echo", max_depth=9, budget=budget))
+    nodes = allocate(tree, np.arange(5), Policy("echo", max_depth=9, budget=budget))
     assert nodes.tolist() == [0, 1, 2, 3, 4]

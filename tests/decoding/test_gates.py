@@ -30,8 +30,10 @@ def steady(*best: float, width: int = 4) -> SteadyDraft:
 
 
 def reach_of(draft: SteadyDraft, policy: Policy) -> list[int]:
+    """The depth to which each request has a claim."""
     count = len(draft.log_q)
-    return grow(np.zeros(count), draft, policy, np.full(count, 99))[1].tolist()
+    tree, reach = grow(np.zeros(count), draft, policy, np.full(count, 99))
+    return tree.depth[reach].tolist()
 
 
 def verified(draft: SteadyDraft, policy: Policy) -> SuperTree:

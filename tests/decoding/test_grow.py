@@ -30,9 +30,13 @@ def policy_of(name: str, budget: int = 16, **changes) -> Policy:
     return make_policy(name, settings | changes)
 
 
-def grown(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[int], SuperTree]:
-    tree, reach = grow(np.arange(len(room)), draft, policy, np.array(room))
-    return paths_by_request(tree), reach.tolist(), tree
+def grown(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[SuperTree, np.ndarray]:
+    return grow(np.arange(len(room)), draft, policy, np.array(room))
+
+
+def verified(draft: PathDraft, policy: Policy, room: list[int]) -> SuperTree:
+    tree, reach = grown(draft, policy, room)
+    return tree.sorted_by_request(allocate(tree, reach, policy))[0]
 
 
 def paths_by_request(tree: SuperTree) -> list[Paths]:
@@ -42,10 +46,10 @@ def paths_by_request(tree: SuperTree) -> list[Paths]:
     ]
 
 
-def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[int]]:
+def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[tuple[int, ...]]]:
     """What ``grow`` promises, one request and one node at a time."""
     trees: list[Paths] = [{(): np.float32(0)} for _ in room]
-    reach = [0] * len(room)
+    reach: list[tuple[int, ...]] = [()] * len(room)
     frontiers = {request: [()] for request, length in enumerate(room) if length > 0}
     spare = policy.spare(len(room))
     for depth in range(1, policy.max_depth + 1):
@@ -66,7 +70,7 @@ def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Path
             chosen = chosen[:spare]
             spare -= len(chosen)
         for request in chosen:
-            reach[request] = depth
+            reach[request] = levels[request][0]
         frontiers = {request: levels[request][: policy.beams] for request in chosen if room[request] > depth}
     return trees, reach
 
@@ -90,10 +94,10 @@ def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
 def test_growth_is_what_it_promises(case, name, budget):
     draft, room = case
     policy = policy_of(name, budget)
-    trees, reach, tree = grown(draft, policy, room)
+    tree, reach = grown(draft, policy, room)
     want_trees, want_reach = retold(draft, policy, room)
-    assert trees == want_trees
-    assert reach == want_reach
+    assert paths_by_request(tree) == want_trees
+    assert [drafted(tree, node) for node in reach] == want_reach
     assert np.isfinite(tree.score).all()  # a child of -inf never becomes a node
     assert all(tree.depth[node] <= room[tree.request[node]] for node in range(len(tree)))
 
@@ -103,8 +107,8 @@ def test_growth_is_what_it_promises(case, name, budget):
 def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
     policy = policy_of(name, budget, per_request=per_request)
-    _, reach, tree = grown(draft, policy, room)
-    sizes = tree.sorted_by_request(allocate(tree, np.array(reach), policy))[0].sizes
+    tree, reach = grown(draft, policy, room)
+    sizes = np.bincount(tree.request[allocate(tree, reach, policy)], minlength=len(room))
     assert sizes.min() >= 1
     assert sizes.max() <= policy.per_request <= policy.nodes_per_request
     if name == "static":
@@ -138,7 +142,7 @@ def test_autoregressive_asks_no_draft():
     tree, reach = grow(np.array([5, 6]), NoDraft(), policy, np.full(2, 9))
     assert allocate(tree, reach, policy).tolist() == [0, 1]
     assert tree.token.tolist() == [5, 6]
-    assert reach.tolist() == [0, 0]
+    assert reach.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,28 +163,23 @@ def test_an_empty_batch(name):
 def test_static_does_not_know_its_batch_mates(case):
     draft, room = case
     policy = policy_of("static")
-    together, reach, tree = grown(draft, policy, room)
-    verified = paths_by_request(tree.sorted_by_request(allocate(tree, np.array(reach), policy))[0])
+    candidates = paths_by_request(grown(draft, policy, room)[0])
+    chosen = paths_by_request(verified(draft, policy, room))
     for request, seed in enumerate(draft.seeds):
-        alone, own_reach, own = grown(
-            SeededDraft([seed], draft.k, draft.spread, draft.missing), policy, [room[request]]
-        )
-        assert alone[0] == together[request]
-        assert own_reach == [reach[request]]
-        assert paths_by_request(own.sorted_by_request(allocate(own, np.array(own_reach), policy))[0]) == [
-            verified[request]
-        ]
+        alone, own_room = SeededDraft([seed], draft.k, draft.spread, draft.missing), room[request : request + 1]
+        assert paths_by_request(grown(alone, policy, own_room)[0]) == [candidates[request]]
+        assert paths_by_request(verified(alone, policy, own_room)) == [chosen[request]]
 
 
 def test_static_grows_to_its_depth_with_its_beams():
-    _, reach, tree = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), policy_of("static"), [9, 9])
-    assert reach == [3, 3]
+    tree, reach = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), policy_of("static"), [9, 9])
+    assert [drafted(tree, node) for node in reach] == [(0, 0, 0), (0, 0, 0)]
     assert [np.bincount(tree.depth[tree.request == request]).tolist() for request in (0, 1)] == [[1, 3, 9, 9]] * 2
 
 
 def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():
     """A log-softmax in low precision can end a little above 0."""
     draft = SteadyDraft([[1.06, 0.01]])
-    _, _, tree = grown(draft, policy_of("echo"), [9])
+    tree, _ = grown(draft, policy_of("echo"), [9])
     below = np.flatnonzero(tree.parent >= 0)
     assert (tree.score[below] <= tree.score[tree.parent[below]]).all()

@@ -53,12 +53,8 @@ def test_trees_and_prompt_chunks(tree, data):
     assert call.block_indices.tolist() == blocks
     assert call.block_begins.tolist() == block_begins
     assert call.tree_mask.tolist() == mask.tolist()
-    sections = [
-        call.tree_mask[start:end].tolist()
-        for start, end in zip(call.tree_mask_begins[:-1], call.tree_mask_begins[1:], strict=True)
-    ]
-    own = [mask[mask_begins[r] : mask_begins[r + 1]].tolist() for r in range(len(mask_begins) - 1)]
-    assert sections == own + [[]] * (len(counts) - len(own))  # empty: causal
+    causal = [len(mask)] * (len(counts) + 1 - len(mask_begins))  # empty sections
+    assert call.tree_mask_begins.tolist() == [*mask_begins.tolist(), *causal]
     assert call.logit_rows.tolist() == [0, len(tokens) - 1]
 
 

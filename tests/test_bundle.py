@@ -1,0 +1,236 @@
+"""Bundles: whole or not there at all, bound to what was built, and refused with one sentence where they are not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from models.checkpoints import head_config, head_tensors, qwen3, write_head
+from pairs import FOLDERS, LIMITS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
+from refusal import refused
+
+from echo_trt.bundle import read_manifest, sha256, verify_files
+from echo_trt.compile.build import build
+from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.runtime.llm import LLM
+
+
+@pytest.fixture
+def bundle(bundle_of, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(bundle_of("model"), tmp_path / "bundle"))
+
+
+def edit_manifest(bundle: Path, **changes) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+# -- what a build leaves behind ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_bundle_is_complete_and_says_what_is_in_it(pair, bundle_of, networks):
+    folder = bundle_of(pair)
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    assert files_below(folder) == {*manifest.files, "manifest.json"}
+    assert {"target.onnx", "target.onnx.data", "tokenizer.json"} <= set(manifest.files)
+    assert ("draft.onnx" in manifest.files) == (manifest.draft is not None) == (pair != "lookup")
+    assert manifest.recipe == recipe_of(pair, networks)
+    assert manifest.target_sha256 == weights_sha256(networks / FOLDERS[pair][0])
+    assert manifest.eos_token_ids == [0]
+    assert (manifest.target.vocab_size, manifest.target.num_layers) == (VOCAB, SIZES["num_hidden_layers"])
+    assert {"openvino", "torch", "onnx", "python", "echo-trt"} <= set(manifest.tools)
+
+
+def test_a_bundle_needs_nothing_else(bundle_of, tmp_path, networks, monkeypatch):
+    """It works from another place, under another name, and nothing in it but the recipe knows where it came from."""
+    moved = shutil.copytree(bundle_of("model"), tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert LLM("elsewhere").generate(["hello"])[0].token_ids == LLM(bundle_of("model")).generate(["hello"])[0].token_ids
+    for name in files_below(moved) - {"manifest.json"}:
+        assert str(networks).encode() not in (moved / name).read_bytes()
+
+
+# -- builds that fail ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("stage", ["reading the target", "compiling the target", "writing the bundle"])
+def test_an_interrupted_build_leaves_nothing_behind(stage, stop, networks, tmp_path):
+    def progress(now: str) -> None:
+        if now == stage:
+            raise stop
+
+    with pytest.raises(stop):
+        build(recipe_of("lookup", networks), networks, tmp_path / "bundle", progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_build_leaves_the_old_bundle(networks, bundle):
+    before = {name: sha256(bundle / name) for name in files_below(bundle)}
+
+    def progress(now: str) -> None:
+        if now == "reading the draft":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe_of("model", networks), networks, bundle, progress)
+    assert {name: sha256(bundle / name) for name in files_below(bundle)} == before
+    assert list(bundle.parent.iterdir()) == [bundle]
+
+
+def test_a_build_takes_the_place_of_an_old_bundle_and_of_nothing_else(networks, bundle, tmp_path):
+    build(recipe_of("lookup", networks), networks, bundle)
+    assert read_manifest(bundle).name == "lookup"
+    assert "draft.onnx" not in files_below(bundle)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with refused(place, "not a bundle", "another folder"):
+            build(recipe_of("lookup", networks), networks, place)
+    assert files_below(tmp_path / "mine") == {"thesis.txt"}
+
+
+def other_head(folder: Path, **changes) -> dict:
+    sizes = {"vocab_size": VOCAB, "hidden_size": SIZES["hidden_size"]}
+    config = head_config(**sizes | changes)
+    write_head(folder, config, head_tensors(config))
+    return {"kind": "eagle3", "source": {"path": str(folder)}}
+
+
+def other_model(folder: Path, corpus: str = "", **changes) -> dict:
+    write_tokenizer(folder, *([corpus] if corpus else []))
+    qwen3(**SIZES | {"num_hidden_layers": 1} | changes).save_pretrained(folder)
+    return {"kind": "model", "source": {"path": str(folder)}}
+
+
+def without_tokenizer(folder: Path) -> dict:
+    draft = other_model(folder)
+    (folder / "tokenizer.json").unlink()
+    return draft
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda f: {"kind": "model", "source": {"path": str(f)}}, ("draft", "does not exist", "download")),
+        (lambda f: other_head(f, vocab_size=VOCAB + 1), (f"vocab_size is {VOCAB + 1}", f"target's is {VOCAB}")),
+        (lambda f: other_head(f, target_hidden_size=32), ("target_hidden_size is 32", "target's is 64", "this target")),
+        (lambda f: other_head(f, target_sha256="0" * 64), ("target_sha256", "other weights", "use the target")),
+        (
+            lambda f: other_model(
+                f, "quite another text, whose words pair other letters: jumping zebras vex my plucky folk; "
+            ),
+            ("tokenizer differs", "use a draft with"),
+        ),
+        (
+            lambda f: other_model(f, vocab_size=VOCAB + 20),
+            (f"vocab_size is {VOCAB + 20}", f"target's is {VOCAB}", "use"),
+        ),
+        (without_tokenizer, ("tokenizer.json", "missing", "name its folder")),
+    ],
+    ids=["missing", "vocabulary", "shape", "weights", "tokens", "more tokens", "no tokenizer"],
+)
+def test_drafts_of_another_target(make, words, networks, tmp_path):
+    draft = make(tmp_path / "draft") | {"top_k": 8}
+    (tmp_path / "out").mkdir()
+    with refused(tmp_path / "draft", *words):
+        build(recipe_of("lookup", networks, draft=draft), networks, tmp_path / "out" / "bundle")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_head_for_these_very_weights(networks, tmp_path):
+    digest = weights_sha256(networks / "target")
+    draft = other_head(tmp_path / "draft", target_sha256=digest) | {"top_k": 8}
+    stages = []
+
+    def progress(stage: str) -> None:
+        stages.append(stage)
+        if stage == "compiling the target":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe_of("lookup", networks, draft=draft), networks, tmp_path / "bundle", progress)
+    assert stages == ["reading the target", "reading the draft", "compiling the target"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target": {"path": "nowhere"}}, ("nowhere", "does not exist", "download")),
+        ({"engine": "tensorrt"}, ("engine", "'tensorrt'", "use openvino")),
+        ({"precision": "fp16"}, ("precision", "'fp16'", "fp32, bf16, int8")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_recipes_that_cannot_be_built(changes, words, networks, tmp_path):
+    with refused(*words):
+        build(recipe_of("lookup", networks, **changes), networks, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- bundles that are not what was built ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["target.onnx", "target.onnx.data", "draft.onnx.data", "tokenizer.json"])
+def test_a_changed_file(name, bundle):
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with refused(bundle / name, "changed after the build", "hash", "build it again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize("name", ["target.onnx", "draft.onnx.data", "tokenizer.json"])
+def test_a_missing_file(name, bundle):
+    (bundle / name).unlink()
+    with refused(bundle, f"lacks its file {name}", "build it again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize("found", [0, 2, "1", None])
+def test_another_format(found, bundle):
+    edit_manifest(bundle, format=found)
+    with refused("manifest.json", f"format is {found!r}", "reads 1", "build the bundle again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"files": None}, ("files is not valid",)),
+        ({"target": {"file": "target.onnx"}}, ("target.vocab_size is not valid",)),
+        ({"surprise": 1}, ("surprise is not valid",)),
+        ({"recipe": {"name": "x"}}, ("recipe.target is not valid",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_manifest_that_says_nonsense(changes, words, bundle):
+    edit_manifest(bundle, **changes)
+    with refused("manifest.json", *words, "build the bundle again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_a_manifest_that_is_none(content, bundle):
+    (bundle / "manifest.json").write_bytes(content)
+    with refused("manifest.json", "build the bundle again"):
+        LLM(bundle)
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    for place in (tmp_path, tmp_path / "none", Path(__file__)):
+        with refused(place, "not a bundle", "echo-trt build"):
+            LLM(place)
+
+
+def test_a_prompt_longer_than_the_context(bundle):
+    context = LIMITS["context"]
+    with refused(f"{context} tokens", f"the context is {context}", "shorten it", "limits.context"):
+        LLM(bundle).generate([[5] * context])
