@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from echo_trt.errors import UserError
 from echo_trt.prompts import Prompt
-from echo_trt.report import comparison_table
+from echo_trt.report import comparison_table, rounding_note
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 
@@ -95,10 +95,13 @@ def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -
     plain = runs[0]
     rows = []
     for each in runs:
-        same = sum(each.completions[p.id].token_ids == plain.completions[p.id].token_ids for p in job.prompts)
-        rows.append({**each.summary(), "identical": same})
+        pairs = [(p, plain.completions[p.id].token_ids, each.completions[p.id].token_ids) for p in job.prompts]
+        gaps = {p.id: round(llm.gap(p.text, first, second), 4) for p, first, second in pairs if first != second}
+        rows.append({**each.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps})
     out.print()
     out.print(comparison_table(rows, rows[0]))
+    if rows[1]["logit_gaps"]:
+        out.print(rounding_note(rows[1]["logit_gaps"], llm.manifest.precision), highlight=False)
     ratio = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
     return {"results": _results(job, runs[1]), "summary": {**rows[1], "ratio": round(ratio, 4)}, "plain": rows[0]}
 

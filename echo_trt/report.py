@@ -55,6 +55,16 @@ def comparison_table(rows: list[dict], plain: dict) -> Table:
     return table
 
 
+def rounding_note(gaps: dict[str, float], precision: str) -> str:
+    """Why texts differ: the two tokens' logits, where a text first parts from plain decoding's."""
+    listed = ", ".join(f"{name} {gap:.3g}" for name, gap in gaps.items())
+    return (
+        f"Where a text parts from plain decoding's, the target's logits of the two tokens differ by: {listed}. "
+        f"{precision} rounds a token alike only in calls of one shape, so such near-ties can fall either way; "
+        "build with --precision fp32 for texts that are identical token for token."
+    )
+
+
 def _facts(title: str) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)

@@ -14,16 +14,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.decoding.pack import pack
 from echo_trt.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.slots import blocks_for
 
 PLAIN = "autoregressive"
 TIE = 1e-4
@@ -53,7 +50,7 @@ def main(
             llm.set_policy(policy, max(llm.manifest.recipe.decoding.budget, budget * size))
             verifications, emitted = llm.counters.verifications, llm.counters.emitted_tokens
             answers = [c.token_ids for c in llm.generate(texts, params)]
-            gaps = [_gap(llm, t, a, b) for t, a, b in zip(texts, plain, answers, strict=True) if a != b]
+            gaps = [llm.gap(t, a, b) for t, a, b in zip(texts, plain, answers, strict=True) if a != b]
             broken += sum(gap > TIE for gap in gaps)
             rows.append(
                 {
@@ -74,19 +71,6 @@ def main(
     if out:
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if broken else 0)
-
-
-def _gap(llm: LLM, text: str, plain: list[int], other: list[int]) -> float:
-    """How far apart the target's logits of the two tokens are where the texts part, computed by one plain prefill."""
-    shared = next((i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b), None)
-    if shared is None:  # one text is longer than the other: no tie explains that
-        return float("inf")
-    ids = np.array([*llm.chat_ids(text), *plain[:shared]])
-    count = np.array([len(ids)])
-    table = np.arange(blocks_for(len(ids)))[None]  # nothing else is running
-    call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
-    logits = llm.loop.target.run(call)["logits"][0]
-    return float(abs(logits[plain[shared]] - logits[other[shared]]))
 
 
 def _show(rows: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """Train an EAGLE-3 head (arXiv 2503.01840) for a target of your own, on text that the target generated.
 
+    python scripts/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
 
 Progress is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
@@ -15,6 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
+from eagle3_training.answers import write_answers
 from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
 from eagle3_training.features import missing_features, write_features
 from eagle3_training.head import feature_scale, head_config, warm_start
@@ -26,15 +28,27 @@ from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.weights import load_decoder
+from echo_trt.prompts import read_prompts
+from echo_trt.runtime.llm import LLM
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
 console = Console()
 DEFAULT = Recipe(minutes=45)
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps the commands' names in use even while there is one."""
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="the target's bundle; a draft in it makes this faster")],
+    prompts: Annotated[Path, typer.Option(help="JSONL: id and prompt a line, in random order")],
+    data: Annotated[Path, typer.Option(help="folder for shard-*.npz; a later run goes on where this one ends")],
+    batch: Annotated[int, typer.Option(help="requests at once")] = 48,
+    max_tokens: Annotated[int, typer.Option(help="new tokens of an answer, at most")] = 224,
+    per_shard: Annotated[int, typer.Option(help="prompts of a file")] = 256,
+) -> None:
+    """Let the target answer prompts, greedily and sampled."""
+    llm = LLM(bundle, batch=batch)
+    with _progress("answers") as report:
+        write_answers(llm, read_prompts(prompts), data, max_tokens, per_shard, report)
 
 
 @app.command()

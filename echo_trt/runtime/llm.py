@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from echo_trt.decoding.pack import pack
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.assemble import load_loop, policy_of
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
+from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.text import TextStream
 
 Prompt = str | Sequence[int]
@@ -74,6 +77,21 @@ class LLM:
         finally:  # an abandoned stream leaves nothing behind
             for request in texts:
                 self.loop.cancel(request)
+
+    def gap(self, prompt: Prompt, first: Sequence[int], second: Sequence[int]) -> float:
+        """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
+
+        Infinite where one merely ends earlier. Call it while nothing is running.
+        """
+        shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        if shared is None:
+            return math.inf
+        ids = self._checked([*(self.chat_ids(prompt) if isinstance(prompt, str) else prompt), *first[:shared]])
+        count = np.array([len(ids)])
+        table = np.arange(blocks_for(len(ids)))[None]
+        call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
+        logits = self.loop.target.run(call)["logits"][0]
+        return float(abs(logits[first[shared]] - logits[second[shared]]))
 
     def _checked(self, ids: Sequence[int]) -> np.ndarray:
         array = np.asarray(ids, np.int64).reshape(-1)
