@@ -148,7 +148,7 @@ def test_a_second_stream_waits_for_the_first(open_llm):
     next(stream)
     with refused("another stream", "finish or close it"):
         llm.generate([prompt_ids(5, 1)])
-    assert [delta for delta in stream][-1].completion
+    assert list(stream)[-1].completion
     assert llm.generate([prompt_ids(5, 1)])
 
 
