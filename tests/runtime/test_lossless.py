@@ -142,9 +142,9 @@ def test_text_depends_on_the_seed_and_not_on_the_company(llm_of):
 def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, llm_of):
     prompt = prompt_ids(40, 0)
     model = AutoModelForCausalLM.from_pretrained(networks / "target")
-    logits = model(torch.tensor([[*prompt, 7, 8]])).logits[0, -1]
+    logits = model(torch.tensor([[*prompt, 7, 8]])).logits[0, -1].tolist()
     llm = llm_of("lookup", "echo", 3)
-    assert llm.gap(prompt, [7, 8, 9, 5], [7, 8, 40]) == pytest.approx(abs(float(logits[9] - logits[40])), abs=1e-4)
+    assert llm.gap(prompt, [7, 8, 9, 5], [7, 8, 40]) == pytest.approx(abs(logits[9] - logits[40]), abs=1e-4)
     assert llm.gap(prompt, [7, 8], [7, 8, 9]) == float("inf")
 
 

@@ -68,7 +68,9 @@ def test_stop_strings_end_the_text_wherever_they_lie(tokenizer, text, stops, siz
     ids = byte_ids(tokenizer, text) if split else tokenizer.encode(text).ids
     given_out, used = stream(tokenizer, ids, sizes, stops)
     for count in range(len(ids) + 1):
-        whole = tokenizer.decode(ids[:count]).rstrip("\ufffd")
+        whole = tokenizer.decode(ids[:count])
+        if whole.endswith("\ufffd"):  # in the middle of a character
+            continue
         found = [place for stop in stops if (place := whole.find(stop)) >= 0]
         if found:
             assert ("".join(given_out), used) == (whole[: min(found)], count)
