@@ -234,3 +234,17 @@ def test_a_prompt_longer_than_the_context(bundle):
     context = LIMITS["context"]
     with refused(f"{context} tokens", f"the context is {context}", "shorten it", "limits.context"):
         LLM(bundle).generate([[5] * context])
+
+
+def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tmp_path):
+    recipe = recipe_of("lookup", networks)
+    limits = recipe.limits.model_copy(update={"context": 513, "kv_blocks": None})
+    with refused("limits.context", 513, 512, "lower"):
+        build(recipe.model_copy(update={"limits": limits}), networks, tmp_path / "bundle")
+
+
+def test_end_tokens_of_the_generation_config_stop_too(networks, tmp_path):
+    folder = tmp_path / "networks"
+    shutil.copytree(networks, folder)
+    (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]

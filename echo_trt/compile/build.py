@@ -18,7 +18,7 @@ from echo_trt.compile.onnx_export import export
 from echo_trt.compile.self_check import BOUNDS, check_engine
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, read_json, weights_sha256
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.sources import locate
@@ -59,6 +59,11 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target = load_decoder(checkpoint, positions)
+    if recipe.limits.context > target.config.max_position:
+        raise UserError(
+            f"limits.context is {recipe.limits.context}, but the target knows {target.config.max_position} positions; "
+            "lower it in the recipe."
+        )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
     draft, feature_layers = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
@@ -151,6 +156,10 @@ def _own_parameters(role: Role) -> list[nn.Parameter]:
 def _eos(checkpoint: Checkpoint, target: Decoder, tokenizer) -> list[int]:
     """The configuration's end tokens and the tokenizer's; instruction-tuned models often name two different ones."""
     ids = [*target.config.eos_token_ids, tokenizer.eos_token_id]
+    generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
+    if generation.exists():
+        stated = read_json(generation).get("eos_token_id")
+        ids += stated if isinstance(stated, list) else [stated]
     return sorted({int(i) for i in ids if i is not None})
 
 

@@ -61,6 +61,8 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Delta]:
         """The same, as text comes: a Delta for each piece, with the Completion in a request's last one."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is a string; give a list of prompts, if only of one.")
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
