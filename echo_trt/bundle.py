@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from echo_trt.errors import UserError
 from echo_trt.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -43,11 +43,14 @@ class SelfCheck(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to."""
+    """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to.
+
+    ``draft_sha256``, "" without a draft network, is its checkpoint's; a calibration is bound to both.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     name: str
     engine: str
     precision: str
@@ -56,6 +59,7 @@ class Manifest(BaseModel):
     draft: NetworkFacts | None
     eos_token_ids: list[int]
     target_sha256: str
+    draft_sha256: str
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
     files: dict[str, str]

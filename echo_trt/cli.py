@@ -1,4 +1,4 @@
-"""The command line: build | generate | inspect."""
+"""The command line: build | calibrate | generate | bench | inspect."""
 
 from __future__ import annotations
 
@@ -139,6 +139,67 @@ def generate(
     rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
     name = policy.value if policy else None
     run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Console(), messages)
+
+
+@app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made; the results go into it.")],
+    prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to answer, spread over the files.")] = 160,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt, at most.")] = 96,
+    batch: Annotated[int, typer.Option(min=1, help="Requests running at once.")] = 16,
+) -> None:
+    """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
+
+    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and a
+    picture of both. Use prompts like those that will be served, but none that a benchmark is run on.
+
+    Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
+    """
+    from echo_trt.calibration.command import Job, run
+
+    run(Job(bundle, prompts, limit, max_tokens, batch), Console(), messages)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
+    prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
+    policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
+    batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
+    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy at each batch; medians are told.")] = 3,
+    requests: Annotated[int, typer.Option(min=2, help="Requests of a run, at least; two a slot.")] = 32,
+    each_file: Annotated[bool, typer.Option("--each-file", help="Also run each prompts file by itself.")] = False,
+    peers: Annotated[
+        str, typer.Option(help="openvino-genai, openvino-genai-eagle3, transformers; where installed.")
+    ] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
+    record_file: Annotated[
+        Path | None, typer.Option("--record", help="Write the draft trees of the prompts here, for simulate.")
+    ] = None,
+) -> None:
+    """Measure policies against plain decoding: closed loop, greedy, policies in turn within one run.
+
+    Example: `echo-trt bench bundles/smollm2-135m --prompts prompts.jsonl --batch 1,4,16 --html report.html`
+    """
+    from echo_trt.benchmark.command import Job, run
+
+    words = [part.strip() for part in policies.split(",") if part.strip()]
+    others = [part.strip() for part in peers.split(",") if part.strip()]
+    sizes = _numbers("--batch", batch)
+    files = (json_file, html_file, record_file)
+    run(
+        Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files), Console(), messages
+    )
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}; give whole numbers, separated by commas.") from None
 
 
 @app.command()

@@ -63,7 +63,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
     with _output_file(job.json_file) as write:
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
-            llm = LLM(job.bundle, job.policy, batch, job.budget)
+            llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print)
         policy = llm.loop.policy.name
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         write((_compare if job.compare else _answer)(job, llm, policy, out, messages))
@@ -83,7 +83,7 @@ def _answer(job: Job, llm: LLM, policy: str, out: Console, messages: Console) ->
 
 def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
     """Rounds of as many prompts as run at once, each policy in turn, so that both see the machine in the same state."""
-    runs = [Run(PLAIN), Run(policy if policy != PLAIN else "echo")]
+    runs = [Run(PLAIN), Run(policy if policy != PLAIN else "goodput")]
     size = llm.loop.state.count
     for begin in range(0, len(job.prompts), size):
         part = job.prompts[begin : begin + size]

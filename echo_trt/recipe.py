@@ -42,10 +42,16 @@ class Source(_Section):
 
 
 class Draft(_Section):
-    """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself."""
+    """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself.
+
+    ``precision`` is the draft's own, where it is not the target's. ``copy_text`` lets continuations from the text
+    itself join the draft's under the policy goodput; ``min_match`` and ``acceptance`` are theirs.
+    """
 
     kind: Literal["eagle3", "model", "lookup", "none"] = "none"
     source: Source | None = None
+    precision: Literal["fp32", "bf16", "fp16", "int8"] | None = None
+    copy_text: bool = True
     top_k: Annotated[int, Field(ge=1, le=64)] = 16
     min_match: Positive = 2
     acceptance: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.4, 0.6, 0.75]
@@ -79,17 +85,18 @@ class StaticTree(_Section):
 class Decoding(_Section):
     """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration.
 
+    What is left out of gates, fixed_threshold and budget comes from the bundle's calibration and the machine's costs.
     per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
     """
 
-    policy: Literal["autoregressive", "static", "dense", "fixed", "echo"] = "echo"
-    budget: Positive = 8
+    policy: Literal["autoregressive", "static", "dense", "fixed", "echo", "goodput", "goodput-head"] = "goodput"
+    budget: Positive | None = None
     per_request: Annotated[int, Field(ge=2, le=1024)] = 64
     max_depth: Annotated[int, Field(ge=1, le=32)] = 6
     beams: Annotated[int, Field(ge=1, le=64)] = 4
     width: Annotated[int, Field(ge=1, le=64)] = 8
-    gates: dict[Positive, Probability] = {1: 0.2, 3: 0.3}
-    fixed_threshold: Probability = 0.3
+    gates: dict[Positive, Probability] | None = None
+    fixed_threshold: Probability | None = None
     static: StaticTree = StaticTree()
 
     @model_validator(mode="after")
@@ -100,7 +107,10 @@ class Decoding(_Section):
 
 
 class Recipe(_Section):
-    """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override."""
+    """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override.
+
+    ``calibration`` is a file that echo-trt calibrate wrote for this target and draft, relative to the recipe.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Source
@@ -109,6 +119,7 @@ class Recipe(_Section):
     precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
+    calibration: str | None = None
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:

@@ -80,7 +80,9 @@ def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
     limits, decoding = recipe.limits, recipe.decoding
     blocks = limits.kv_blocks or "as many as the batch needs"
     table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
-    gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted(decoding.gates.items()))
+    gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
     table.add_row(
-        "policy", f"{decoding.policy}: budget {decoding.budget}, depth {decoding.max_depth}, gates {gates or 'none'}"
+        "policy",
+        f"{decoding.policy}: depth {decoding.max_depth}, beams {decoding.beams}, width {decoding.width}, "
+        f"budget {decoding.budget or 'calibrated'}, gates {gates or 'calibrated'}",
     )

@@ -47,7 +47,7 @@ def main(
         llm = LLM(bundle, PLAIN, size)
         plain = [c.token_ids for c in llm.generate(texts, params)]
         for policy in policies.split(","):
-            llm.set_policy(policy, max(llm.manifest.recipe.decoding.budget, budget * size))
+            llm.set_policy(policy, budget * size)
             verifications, emitted = llm.counters.verifications, llm.counters.emitted_tokens
             answers = [c.token_ids for c in llm.generate(texts, params)]
             gaps = [llm.gap(t, a, b) for t, a, b in zip(texts, plain, answers, strict=True) if a != b]

@@ -16,10 +16,10 @@ from typing import Annotated
 
 import torch
 import typer
-from eagle3_training.answers import write_answers
+from eagle3_training.answers import record, write_answers
 from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
 from eagle3_training.features import missing_features, write_features
-from eagle3_training.head import feature_scale, head_config, warm_start
+from eagle3_training.head import feature_scale, head_config, start_from, warm_start
 from eagle3_training.loop import Recipe, Trainer, load_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.weights import load_decoder
+from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
 
@@ -38,7 +38,7 @@ DEFAULT = Recipe(minutes=45)
 
 @app.command()
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="the target's bundle; a draft in it makes this faster")],
+    bundle: Annotated[Path, typer.Argument(help="the target's bundle, with an eagle3 draft of any quality")],
     prompts: Annotated[Path, typer.Option(help="JSONL: id and prompt a line, in random order")],
     data: Annotated[Path, typer.Option(help="folder for shard-*.npz; a later run goes on where this one ends")],
     batch: Annotated[int, typer.Option(help="requests at once")] = 48,
@@ -48,7 +48,7 @@ def generate(
     """Let the target answer prompts, greedily and sampled."""
     llm = LLM(bundle, batch=batch)
     with _progress("answers") as report:
-        write_answers(llm, read_prompts(prompts), data, max_tokens, per_shard, report)
+        write_answers(llm, record(llm, bundle), read_prompts(prompts), data, max_tokens, per_shard, report)
 
 
 @app.command()
@@ -58,6 +58,7 @@ def train(
     out: Annotated[Path, typer.Option(help="folder for the head and its training state")],
     minutes: Annotated[float, typer.Option(help="training time, earlier runs included where it resumes")] = 45,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last save in --out")] = False,
+    start: Annotated[Path | None, typer.Option(help="begin with this head, not with the target's last layer")] = None,
     draft_vocab: Annotated[int, typer.Option(help="how many of the target's tokens the head can draft")] = 8192,
     learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
     loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
@@ -87,6 +88,8 @@ def train(
     size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
     trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, resume)
+    if start and not resume:
+        start_from(trainer.head, load_eagle3(open_checkpoint(start), max_length + unroll_steps, decoder), trainer.scale)
     with _progress("training") as report:
         agreement = trainer.train(report)
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)

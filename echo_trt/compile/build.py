@@ -14,6 +14,7 @@ from torch import nn
 
 from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, sha256
+from echo_trt.calibration.store import CALIBRATION, read_calibration, write
 from echo_trt.compile.onnx_export import export
 from echo_trt.compile.self_check import BOUNDS, check_engine
 from echo_trt.decoding.policies import reserve_for
@@ -34,10 +35,10 @@ def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = l
     """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all."""
     if recipe.engine != "openvino":
         raise UserError(f"engine is {recipe.engine!r}, which this version does not compile; use openvino.")
-    if recipe.precision not in BOUNDS:
-        raise UserError(
-            f"precision is {recipe.precision!r}, which {recipe.engine} does not have; use one of {', '.join(BOUNDS)}."
-        )
+    for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
+        if precision is not None and precision not in BOUNDS:
+            have = ", ".join(BOUNDS)
+            raise UserError(f"{key} is {precision!r}, which {recipe.engine} does not have; use one of {have}.")
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
-    draft, feature_layers = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
+    draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
 
     roles: dict[str, Role] = {"target": TargetRole(target, feature_layers)}
     if draft is not None:
@@ -74,11 +75,15 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     checks, facts = {}, {}
     for name, role in roles.items():
         progress(f"compiling the {name}")
-        checks[name] = _compile(role, work / f"{name}.onnx", recipe.precision)
+        precision = recipe.draft.precision or recipe.precision if name == "draft" else recipe.precision
+        checks[name] = _compile(role, work / f"{name}.onnx", precision)
         facts[name] = _facts(role, f"{name}.onnx")
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
-    files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    if recipe.calibration is not None:
+        calibration = read_calibration(recipe_folder / recipe.calibration, digest, draft_digest)
+        write(work, CALIBRATION, calibration)
+    files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file() and p.name != CALIBRATION)
     return Manifest(
         name=recipe.name,
         engine=recipe.engine,
@@ -88,6 +93,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         draft=facts.get("draft"),
         eos_token_ids=_eos(checkpoint, target, tokenizer),
         target_sha256=digest,
+        draft_sha256=draft_digest,
         checks=checks,
         tools={
             "echo-trt": __version__,
@@ -99,13 +105,13 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
 
 
 def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, progress: Progress):
-    """The draft's role, if it has a network, and the target layers whose inputs it wants as features."""
+    """The draft's role, if it has a network, the target layers whose inputs it wants as features, its weights' hash."""
     draft = recipe.draft
     if draft.source is None:
-        return None, ()
+        return None, (), ""
     progress("reading the draft")
     checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
-    positions = target.rotary.cos.shape[0]
+    positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
     if draft.kind == "model":
         where = str(checkpoint.path)
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
@@ -115,14 +121,14 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
                 f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {most}; "
                 "use a draft with at most as many."
             )
-        return DraftRole(decoder, draft.top_k), ()
+        return DraftRole(decoder, draft.top_k), (), own_digest
     head = load_eagle3(checkpoint, positions, target)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(
             f"{checkpoint.path}: target_sha256 says that this head is for other weights than the recipe's target; "
             "train one with scripts/train_eagle3.py, or use the target it belongs to."
         )
-    return HeadRole(head, draft.top_k), head.config.feature_layers or target.config.feature_layers
+    return HeadRole(head, draft.top_k), head.config.feature_layers or target.config.feature_layers, own_digest
 
 
 def _compile(role: Role, path: Path, precision: str) -> SelfCheck:

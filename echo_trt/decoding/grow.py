@@ -11,7 +11,9 @@ from echo_trt.decoding.super_tree import SuperTree
 
 
 class Draft(Protocol):
-    """A draft model's side of one iteration, over the requests of the batch."""
+    """A draft model's side of one iteration, over the requests of the batch. ``entries``: tokens of its last pass."""
+
+    entries: int
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The root's children of ``requests`` [A]: log q float [A, k], best first, and their tokens int [A, k]."""

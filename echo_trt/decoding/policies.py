@@ -1,9 +1,11 @@
 """Policies: how deep and wide to draft, where to gate, and who gets the verification budget.
 
-All five are one rule with other numbers, so that a comparison of them compares the numbers:
+The paper's policies and plain decoding are one rule with other numbers, so that a comparison of them compares the
+numbers. ``goodput`` is a rule of its own, see that module; ``goodput-head`` is the same without copied text.
 
 | policy         | gates                              | budget                                        |
 |----------------|------------------------------------|-----------------------------------------------|
+| goodput        | a level is drafted if it pays      | a token is verified if it pays                |
 | autoregressive | -                                  | nothing beyond the roots                      |
 | static         | none                               | the same for each request (EAGLE-3's tree)    |
 | dense          | at every depth                     | one for the batch                             |
@@ -20,7 +22,8 @@ import numpy as np
 
 from echo_trt.errors import UserError
 
-NAMES = ("autoregressive", "static", "dense", "fixed", "echo")
+PAPER = ("autoregressive", "static", "dense", "fixed", "echo")
+NAMES = (*PAPER, "goodput", "goodput-head")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Policy:
     gates: Mapping[int, float] = field(default_factory=dict)
     budget: int | None = None
     per_request: int = 64
+
+    @property
+    def seeks_goodput(self) -> bool:
+        return self.name.startswith("goodput")
+
+    @property
+    def copies(self) -> bool:
+        """Whether continuations from the text itself join the draft's."""
+        return self.name == "goodput"
 
     def spare(self, requests: int) -> int:
         """Draft tokens that the budget has room for beside one root a request."""
@@ -57,20 +69,25 @@ class Policy:
 
 
 def make_policy(name: str, settings: Mapping) -> Policy:
-    """A policy by name from a recipe's ``decoding`` section (echo_trt.recipe.Decoding as a mapping)."""
+    """A policy by name from a recipe's ``decoding`` section (echo_trt.recipe.Decoding as a mapping).
+
+    ``dense_gates`` beside it, if there are any, are the thresholds of all depths; else the sparse ones are joined.
+    """
     shared = {key: settings[key] for key in ("max_depth", "beams", "width", "budget", "per_request")}
-    gates = dict(settings["gates"])
+    gates = dict(settings["gates"] or {})
     if name == "autoregressive":
         return Policy(name)
     if name == "static":
         tree = settings["static"]
         return Policy(name, tree["depth"], tree["top_k"], tree["top_k"], per_request=tree["tokens"])
+    if name in ("goodput", "goodput-head"):
+        return Policy(name, shared["max_depth"], shared["beams"], shared["width"], per_request=shared["per_request"])
     if name == "echo":
         return Policy(name, gates=gates, **shared)
     if name == "fixed":
         return Policy(name, gates=dict.fromkeys(gates, settings["fixed_threshold"]), **shared)
     if name == "dense":
-        return Policy(name, gates=_interpolated(gates, shared["max_depth"]), **shared)
+        return Policy(name, gates=settings.get("dense_gates") or _interpolated(gates, shared["max_depth"]), **shared)
     raise UserError(f"policy is {name!r}; choose one of {', '.join(NAMES)}.")
 
 

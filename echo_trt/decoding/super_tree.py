@@ -14,7 +14,8 @@ class SuperTree:
     """Nodes of B trees. A parent always stands before its children.
 
     token int64 [n], parent int64 [n] (-1 at a root), request int64 [n] (0..B-1), depth int64 [n] (0 at a root),
-    score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root.
+    score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root. source int8
+    [n]: who proposed it (``acceptance``: HEAD, LOOKUP or BOTH).
     """
 
     token: np.ndarray
@@ -22,6 +23,7 @@ class SuperTree:
     request: np.ndarray
     depth: np.ndarray
     score: np.ndarray
+    source: np.ndarray
     num_requests: int
 
     @classmethod
@@ -29,9 +31,8 @@ class SuperTree:
         """One root a request: its pending token, which is committed but not yet in the KV cache. tokens [B]."""
         count = len(tokens)
         none = np.zeros(count, np.int64)
-        return cls(
-            np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), np.zeros(count, np.float32), count
-        )
+        score, source = np.zeros(count, np.float32), np.zeros(count, np.int8)
+        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), score, source, count)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -41,15 +42,28 @@ class SuperTree:
         """K_i, the nodes of each request, root included: int64 [B]."""
         return np.bincount(self.request, minlength=self.num_requests)
 
-    def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray) -> np.ndarray:
+    def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray, source: int = 0) -> np.ndarray:
         """Hang new nodes (all [m]) under existing ones; returns their indices [m]."""
         start = len(self)
+        self.add_chains(parent, token, self.request[parent], self.depth[parent] + 1, score, source)
+        return np.arange(start, len(self))
+
+    def add_chains(
+        self,
+        parent: np.ndarray,
+        token: np.ndarray,
+        request: np.ndarray,
+        depth: np.ndarray,
+        score: np.ndarray,
+        source: int,
+    ) -> None:
+        """Add nodes (all [m]) whose parents may be among them, each before its children."""
         self.token = np.concatenate((self.token, token))
         self.parent = np.concatenate((self.parent, parent))
-        self.request = np.concatenate((self.request, self.request[parent]))
-        self.depth = np.concatenate((self.depth, self.depth[parent] + 1))
+        self.request = np.concatenate((self.request, request))
+        self.depth = np.concatenate((self.depth, depth))
         self.score = np.concatenate((self.score, score.astype(np.float32)))
-        return np.arange(start, len(self))
+        self.source = np.concatenate((self.source, np.full(len(parent), source, np.int8)))
 
     def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
         """The part made of ``nodes``, request by request, parents still before children.
@@ -61,9 +75,9 @@ class SuperTree:
         nodes = nodes[np.argsort(self.request[nodes], kind="stable")]
         new_index = np.full(len(self) + 1, -1, np.int64)  # one more, so that parent -1 finds -1
         new_index[nodes] = np.arange(len(nodes))
-        columns = (a[nodes] for a in (self.token, self.request, self.depth, self.score))
-        token, request, depth, score = columns
-        return SuperTree(token, new_index[self.parent[nodes]], request, depth, score, self.num_requests), nodes
+        parent = new_index[self.parent[nodes]]
+        token, *columns = (a[nodes] for a in (self.token, self.request, self.depth, self.score, self.source))
+        return SuperTree(token, parent, *columns, self.num_requests), nodes
 
     def ancestors_and_self(self, nodes: np.ndarray) -> np.ndarray:
         """Mark ``nodes`` and everything above them: bool [n]."""

@@ -1,30 +1,20 @@
-"""From a bundle to a running loop: engines, KV pool, drafter, policy."""
+"""From a bundle to a loop that can run: engines, KV pool, drafter."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.bundle import Manifest, read_manifest, verify_files
-from echo_trt.decoding.policies import Policy, make_policy, reserve_for
+from echo_trt.decoding.policies import Policy, reserve_for
 from echo_trt.engines.base import Engine
-from echo_trt.recipe import Decoding
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import Slots, blocks_for
 
 
-def policy_of(decoding: Decoding, name: str | None = None, budget: int | None = None) -> Policy:
-    """The recipe's policy, or another one with the recipe's numbers; ``budget`` replaces K_max where it is shared."""
-    policy = make_policy(name or decoding.policy, decoding.model_dump())
-    return replace(policy, budget=budget) if budget is not None and policy.budget is not None else policy
-
-
-def load_loop(
-    folder: Path, policy: str | None = None, batch: int | None = None, budget: int | None = None
-) -> tuple[Loop, Manifest]:
-    """Open a bundle; what is given overrides the recipe's policy, number of running requests and K_max."""
+def load_loop(folder: Path, batch: int | None = None) -> tuple[Loop, Manifest]:
+    """Open a bundle, with plain decoding for a start; ``batch`` overrides the recipe's number of running requests."""
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     recipe = manifest.recipe
@@ -32,25 +22,27 @@ def load_loop(
     count = batch or limits.batch
     blocks = limits.kv_blocks or blocks_for(limits.context + reserve) * count
     state = Slots(count, limits.context, reserve, blocks)
-    target = _engine(folder / manifest.target.file, manifest, blocks)
-    drafter = _drafter(folder, manifest, state, blocks)
-    chosen = policy_of(recipe.decoding, policy, budget)
-    return Loop(target, drafter, state, chosen, manifest.eos_token_ids, limits.prefill_chunk), manifest
+    target = _engine(folder / manifest.target.file, manifest.precision, blocks)
+    copier = LookupDrafter(state, recipe.draft.min_match, recipe.draft.acceptance)
+    drafter = copier if recipe.draft.kind == "lookup" else _drafter(folder, manifest, state, blocks)
+    plain, eos = Policy("autoregressive"), manifest.eos_token_ids
+    loop = Loop(target, drafter, state, plain, eos, limits.prefill_chunk)
+    loop.copier = copier if recipe.draft.copy_text else None
+    return loop, manifest
 
 
-def _engine(file: Path, manifest: Manifest, blocks: int) -> Engine:
+def _engine(file: Path, precision: str, blocks: int) -> Engine:
     from echo_trt.engines.openvino import OpenVINOEngine
 
-    return OpenVINOEngine(file, manifest.precision, blocks)
+    return OpenVINOEngine(file, precision, blocks)
 
 
 def _drafter(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Drafter | None:
     draft, facts = manifest.recipe.draft, manifest.draft
     if draft.kind == "none":
         return None
-    if draft.kind == "lookup":
-        return LookupDrafter(state, draft.min_match, draft.acceptance)
-    engine, chunk = _engine(folder / facts.file, manifest, blocks), manifest.recipe.limits.prefill_chunk
+    engine = _engine(folder / facts.file, draft.precision or manifest.precision, blocks)
+    chunk = manifest.recipe.limits.prefill_chunk
     if draft.kind == "model":
         return EngineDrafter(engine, state, chunk)
     return Eagle3Drafter(engine, state, chunk, facts.feature_size, facts.hidden_size)

@@ -6,6 +6,8 @@ accepted path or a pause of any length, is caught up in the pass that next needs
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +21,10 @@ from echo_trt.runtime.slots import Slots
 
 
 class Drafter(Protocol):
+    """``behind`` [B]: tokens that the draft of each slot has to catch up with before it can draft."""
+
+    def behind(self, slots: np.ndarray) -> np.ndarray: ...
+
     def begin(self, slots: np.ndarray) -> Draft:
         """This iteration's draft, over the requests in ``slots`` [B]."""
 
@@ -27,6 +33,29 @@ class Drafter(Protocol):
 
     def forget(self, slot: int) -> None:
         """The slot's request has left, or its KV blocks have."""
+
+
+class TimedDraft:
+    """A draft whose passes are timed: ``seconds`` so far, and each told to ``observe(tokens, context, seconds)``."""
+
+    def __init__(self, draft: Draft, context: int, observe: Callable[[int, int, float], None]):
+        self._draft, self._context, self._observe = draft, context, observe
+        self.seconds = 0.0
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._timed(self._draft.expand_roots, requests)
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._timed(self._draft.expand, tree, nodes)
+
+    def _timed(self, call: Callable, *arguments) -> tuple[np.ndarray, np.ndarray]:
+        start = time.perf_counter()
+        result = call(*arguments)
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if self._draft.entries:
+            self._observe(self._draft.entries, self._context, seconds)
+        return result
 
 
 class EngineDrafter:
@@ -56,12 +85,20 @@ class EngineDrafter:
         """Further inputs of drafted nodes, whose parents' states are ``hidden`` [m, H]."""
         return {}
 
+    def blank(self, entries: int) -> dict[str, np.ndarray]:
+        """Further inputs of so many committed entries, without content: for measuring what a pass takes."""
+        return {}
+
+    def behind(self, slots: np.ndarray) -> np.ndarray:
+        """Entries of each of ``slots`` that the next pass for it must compute: 1 or more."""
+        # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
+        return np.maximum(self.state.committed[slots] + self.ahead - self.held[slots], 1)
+
     def catch_up(self, slots: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Bring the draft's cache in step. Returns the last pass's outputs and the newest entries' rows in it [B]."""
         state = self.state
         goal = state.committed[slots] + self.ahead
-        # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
-        start = np.minimum(self.held[slots], goal - 1)
+        start = goal - self.behind(slots)
         while (goal - start > self.chunk).any():
             long = np.flatnonzero(goal - start > self.chunk)[:1]
             self._run_entries(slots[long], start[long], np.full(1, self.chunk), np.zeros(0, np.int64))
@@ -95,6 +132,9 @@ class Eagle3Drafter(EngineDrafter):
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         self._features[rows] = outputs["features"][output_rows]
 
+    def blank(self, entries: int) -> dict[str, np.ndarray]:
+        return {"features": np.zeros((entries, self._features.shape[1]), np.float32), "hidden": self._no_hidden}
+
     def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         features = self._features[self.state.rows(slots, index)]
         return self.state.tokens[slots, index + 1], {"features": features, "hidden": self._no_hidden}
@@ -112,12 +152,14 @@ class EngineDraft:
 
     def __init__(self, drafter: EngineDrafter, slots: np.ndarray):
         self._drafter, self._slots = drafter, slots
+        self.entries = 0  # tokens of the last pass
         self._past = drafter.state.committed[slots] + drafter.ahead
         self._expanded = np.zeros(0, np.int64)
         self._states: np.ndarray | None = None  # what each root, then each expanded node, hands to its children [m, H]
         self._state_row = np.full(len(slots), -1, np.int64)  # tree index -> row of _states
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.entries = int(self._drafter.behind(self._slots[requests]).sum())
         outputs, newest = self._drafter.catch_up(self._slots[requests])
         self._keep_states(outputs, requests, newest, len(self._slots))
         return outputs["scores"].copy(), outputs["candidates"].copy()
@@ -128,6 +170,7 @@ class EngineDraft:
         above = self._expanded[running[tree.request[self._expanded]]]
         part, order = tree.sorted_by_request(np.concatenate((above, nodes)))
         mask, mask_begins = ancestor_mask(part)
+        self.entries = len(part)
         requests = np.flatnonzero(running)
         row_of = np.empty(len(tree), np.int64)
         row_of[order] = np.arange(len(order))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from echo_trt.decoding.pack import pack
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
-from echo_trt.runtime.assemble import load_loop, policy_of
+from echo_trt.runtime.assemble import load_loop
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.text import TextStream
+from echo_trt.runtime.tuning import Tuning
 
 Prompt = str | Sequence[int]
 
@@ -24,24 +25,41 @@ class LLM:
     """A bundle, ready to answer. Not for several threads at once."""
 
     def __init__(
-        self, bundle: str | Path, policy: str | None = None, batch: int | None = None, budget: int | None = None
+        self,
+        bundle: str | Path,
+        policy: str | None = None,
+        batch: int | None = None,
+        budget: int | None = None,
+        note: Callable[[str], None] = lambda sentence: None,
     ):
-        """``policy``, ``batch`` (running requests) and ``budget`` (K_max) override the recipe's."""
+        """``policy``, ``batch`` (running requests) and ``budget`` (K_max) override the recipe's.
+
+        ``note`` is told, in a sentence, what a user should know of the start.
+        """
         if batch is not None and not 1 <= batch <= 4096:
             raise UserError(f"batch is {batch}; give a whole number from 1 to 4096.")
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
-        self.loop, self.manifest = load_loop(Path(bundle), policy, batch, budget)
-        self.tokenizer = load_tokenizer(Path(bundle))
+        folder = Path(bundle)
+        self.loop, self.manifest = load_loop(folder, batch)
+        self.tuning = Tuning(folder, self.manifest, self.loop, note)
+        self.set_policy(policy, budget)
+        self.tokenizer = load_tokenizer(folder)
         self._backend = self.tokenizer.backend_tokenizer
 
     @property
     def counters(self) -> Counters:
         return self.loop.counters
 
-    def set_policy(self, name: str, budget: int | None = None) -> None:
-        """Another policy from now on, with the recipe's numbers or another K_max; the text stays the same."""
-        self.loop.policy = policy_of(self.manifest.recipe.decoding, name, budget)
+    def set_policy(self, name: str | None, budget: int | None = None) -> None:
+        """Another policy from now on, None for the recipe's, or another K_max; the text stays the same.
+
+        The first that needs this machine's costs measures them, so nothing may be running then.
+        """
+        policy = self.tuning.policy(name, budget)
+        if policy.seeks_goodput and self.loop.planner is None:
+            self.loop.planner = self.tuning.planner()
+        self.loop.policy = policy
 
     def chat_ids(self, message: str) -> list[int]:
         """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from echo_trt.decoding.candidates import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.slots import Slots
 
@@ -19,10 +20,20 @@ class LookupDrafter:
 
     def __init__(self, state: Slots, min_match: int, acceptance: Sequence[float]):
         self.state, self.min_match = state, min_match
+        self.set_acceptance(acceptance)
+
+    def set_acceptance(self, acceptance: Sequence[float]) -> None:
         self.log_acceptance = np.log(np.asarray(acceptance, np.float64))
+
+    def behind(self, slots: np.ndarray) -> np.ndarray:
+        return np.zeros(len(slots), np.int64)
 
     def begin(self, slots: np.ndarray) -> LookupDraft:
         return LookupDraft(self, slots)
+
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+        """The next ``length`` tokens after each request's latest match, to stand beside another draft's."""
+        return LookupDraft(self, slots).continuations(length)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         pass  # the text is all it knows
@@ -36,29 +47,36 @@ class LookupDraft:
 
     def __init__(self, drafter: LookupDrafter, slots: np.ndarray):
         self._drafter = drafter
+        self.entries = 0
         state = drafter.state
         self._length = state.length[slots]
         self._text = state.tokens[slots, : self._length.max()]
-        self._next, matched = (
-            self._latest_match()
-        )  # [B]: where the copied text begins, and on how many tokens it matched
+        # [B]: where the copied text begins, and on how many tokens it matched
+        self._next, self._matched = self._latest_match()
         best = len(drafter.log_acceptance)
-        self._log_q = drafter.log_acceptance[np.clip(matched, 1, best) - 1]
-        self._log_q[matched < drafter.min_match] = -np.inf
+        self._log_q = drafter.log_acceptance[np.clip(self._matched, 1, best) - 1]
+        self._log_q[self._matched < drafter.min_match] = -np.inf
 
     def _latest_match(self) -> tuple[np.ndarray, np.ndarray]:
         text, length = self._text, self._length
-        rows, width = text.shape
-        ends = np.arange(width)
-        run = np.zeros(text.shape, np.int64)  # how many tokens that end here equal the text's last ones
-        alive = ends[None, :] < (length - 1)[:, None]
-        for back in range(len(self._drafter.log_acceptance)):
-            last = text[np.arange(rows), np.maximum(length - 1 - back, 0)]
-            alive[:, back:] &= text[:, : width - back] == last[:, None]
-            alive[:, :back] = False
+        count, width = text.shape
+        row, end = np.nonzero(text == text[np.arange(count), length - 1][:, None])
+        earlier = end < length[row] - 1
+        row, end = row[earlier], end[earlier]  # places before the last where the last token stands
+        run = np.ones(len(row), np.int64)  # how many tokens that end there equal the text's last ones
+        alive = np.ones(len(row), bool)
+        for back in range(1, len(self._drafter.log_acceptance)):
+            alive &= (end >= back) & (text[row, end - back] == text[row, np.maximum(length[row] - 1 - back, 0)])
             run += alive
-        end = (run * width + ends).argmax(axis=1)  # the longest match, of those the latest
-        return end + 1, run[np.arange(rows), end]
+        best = np.full(count, -1, np.int64)  # the longest match, of those the latest
+        np.maximum.at(best, row, run * width + end)
+        return np.where(best >= 0, best % width + 1, 0), np.where(best >= 0, best // width, 0)
+
+    def continuations(self, length: int) -> Continuations:
+        place = self._next[:, None] + np.arange(length)
+        inside = (place < self._length[:, None]) & (self._log_q > -np.inf)[:, None]
+        tokens = np.take_along_axis(self._text, np.minimum(place, self._text.shape[1] - 1), axis=1)
+        return Continuations(np.where(inside, tokens, -1).astype(np.int64), self._log_q, self._matched)
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._log_q[requests, None], self._copied(requests, np.zeros(len(requests), np.int64))

@@ -16,6 +16,7 @@ import numpy as np
 
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.goodput import Load, Plan, Planner
 from echo_trt.decoding.grow import grow
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.policies import Policy
@@ -24,7 +25,8 @@ from echo_trt.decoding.sampling import sample, uniforms
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
-from echo_trt.runtime.drafters import Drafter
+from echo_trt.runtime.drafters import Drafter, TimedDraft
+from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.runtime.slots import Slots, blocks_for
 
@@ -73,13 +75,17 @@ class Loop:
         policy: Policy,
         eos: Iterable[int],
         chunk: int = 256,
+        planner: Planner | None = None,
+        copier: LookupDrafter | None = None,
     ):
+        """``planner`` decides under the policy goodput, where ``copier`` adds continuations from the text itself."""
         self.target, self.drafter, self.state, self.policy = target, drafter, state, policy
+        self.planner, self.copier = planner, copier
         self.eos, self.chunk = tuple(eos), chunk
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
-        self._admissions = 0
+        self.admissions = 0
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -137,9 +143,11 @@ class Loop:
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot] = request.verifications
-            state.admitted[slot], self._admissions = self._admissions, self._admissions + 1
+            state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
             state.active[slot] = True
             self._request_in[slot], request.slot = request, slot
+            if self.planner:
+                self.planner.joined(slot)
 
     def _leave(self, request: Request) -> None:
         """Out of its slot; the request itself keeps its text."""
@@ -168,12 +176,19 @@ class Loop:
         chunk_slots, chunks = self._plan_chunks()
         if len(slots) + len(chunk_slots) == 0:
             return NOTHING
-        tree = self._draft(slots)
-        verified = self._verify(tree, slots, chunk_slots, chunks)
+        begin, passes = time.perf_counter(), self._pass_seconds()
+        load = self._load(slots, int(chunks.sum()))
+        plan = self._draft(slots, load)
+        verified = self._verify(plan.tree, slots, chunk_slots, chunks)
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
-            return self._commit(verified, path, emitted, chunk_slots, chunks)
+            emission = self._commit(verified, path, emitted, chunk_slots, chunks)
+        if self.planner and self.policy.seeks_goodput:
+            seconds = time.perf_counter() - begin
+            host = seconds - (self._pass_seconds() - passes)
+            self.planner.committed(plan, path[path < len(plan.tree)], load, seconds, host)
+        return emission
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Decoding slots, each with KV blocks for what it may draft and verify; the youngest give way if they must."""
@@ -191,20 +206,41 @@ class Loop:
         chunks = np.clip(self.chunk - before, 0, missing)
         return slots[chunks > 0], chunks[chunks > 0]
 
-    def _draft(self, slots: np.ndarray) -> SuperTree:
-        """The super-tree to verify for decoding ``slots`` [B], sorted by request."""
+    def _load(self, slots: np.ndarray, chunks: int) -> Load:
         state = self.state
+        room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
+        room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
+        behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
+        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks)
+
+    def _draft(self, slots: np.ndarray, load: Load) -> Plan:
+        """The super-tree to verify for decoding ``slots`` [B], sorted by request."""
+        state, policy = self.state, self.policy
         roots = state.tokens[slots, state.length[slots] - 1]
-        if len(slots) == 0 or self.drafter is None or self.policy.spare(len(slots)) == 0:
-            return SuperTree.from_roots(roots)
-        with self._timed("draft"):
-            room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
-            room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
-            candidates, reach = grow(roots, self.drafter.begin(slots), self.policy, room)
-        with self._timed("allocate"):
-            tree, _ = candidates.sorted_by_request(allocate(candidates, reach, self.policy))
-        self.counters.drafted_tokens += len(tree) - len(slots)
-        return tree
+        speculates = policy.seeks_goodput or policy.spare(len(slots)) > 0
+        if len(slots) == 0 or self.drafter is None or not speculates:
+            return Plan(SuperTree.from_roots(roots), np.ones(len(slots)))
+        draft = TimedDraft(self.drafter.begin(slots), load.context, self._observe_draft)
+        begin = time.perf_counter()
+        if policy.seeks_goodput:
+            copies = self.copier is not None and policy.copies
+            copied = self.copier.continuations(slots, policy.max_depth) if copies else None
+            plan = self.planner.plan(roots, None if self.drafter is self.copier else draft, policy, load, copied)
+            self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
+        else:
+            candidates, reach = grow(roots, draft, policy, load.room)
+            self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
+            with self._timed("allocate"):
+                tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
+            plan = Plan(tree, np.exp(tree.score.astype(np.float64)))
+        self._add_seconds("draft", draft.seconds)
+        self.counters.drafted_tokens += len(plan.tree) - len(slots)
+        return plan
+
+    def _observe_draft(self, entries: int, context: int, seconds: float) -> None:
+        self.counters.draft_passes += 1
+        if self.planner:
+            self.planner.draft_pass(entries, context, seconds)
 
     def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> _Verified:
         """One pass of the target over all trees and prompt chunks."""
@@ -225,8 +261,12 @@ class Loop:
                 np.concatenate((np.arange(len(tree)), chunk_ends)),
                 ancestor_mask(tree) if len(tree) > len(slots) else None,
             )
-        with self._timed("verify"):
-            outputs = self.target.run(call)
+        begin = time.perf_counter()
+        outputs = self.target.run(call)
+        seconds = time.perf_counter() - begin
+        self._add_seconds("verify", seconds)
+        if self.planner:
+            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds)
         finishing = chunk_slots[ends]
         last = state.tokens[finishing, state.length[finishing] - 1]
         return _Verified(_with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
@@ -282,8 +322,15 @@ class Loop:
     def _timed(self, phase: str):
         start = time.perf_counter()
         yield
+        self._add_seconds(phase, time.perf_counter() - start)
+
+    def _add_seconds(self, phase: str, seconds: float) -> None:
+        known = self.counters.seconds
+        known[phase] = known.get(phase, 0.0) + seconds
+
+    def _pass_seconds(self) -> float:
         seconds = self.counters.seconds
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+        return seconds.get("draft", 0.0) + seconds.get("verify", 0.0)
 
 
 @dataclass
@@ -319,5 +366,6 @@ def _with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:
         np.concatenate((tree.request, more.request + count)),
         np.concatenate((tree.depth, more.depth)),
         np.concatenate((tree.score, more.score)),
+        np.concatenate((tree.source, more.source)),
         count + more.num_requests,
     )

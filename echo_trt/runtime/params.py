@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from echo_trt.errors import UserError
@@ -89,10 +89,14 @@ class Counters:
     emitted_tokens: int = 0
     verified_tokens: int = 0
     drafted_tokens: int = 0
+    draft_passes: int = 0
     verifications: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def copy(self) -> Counters:
+        return replace(self, seconds=dict(self.seconds))
 
     @property
     def accepted_length(self) -> float:

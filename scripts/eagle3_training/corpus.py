@@ -7,9 +7,10 @@ A shard is ``shard-00000.npz``: ``tokens`` int32 (prompt and response of all its
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -56,15 +57,19 @@ class Batch:
         return mine[step:] == mine[: mine.numel() - step]
 
 
-def write_shard(path: Path, samples: Sequence[tuple[Sequence[int], int]]) -> None:
-    """Write (tokens, prompt length) pairs to ``path``, which appears whole or not at all."""
+def write_shard(path: Path, samples: Sequence[tuple[np.ndarray, int, np.ndarray]]) -> None:
+    """Write (tokens [L], prompt length, known uint16 [L, 4H]) of each sample; ``path`` appears last, and whole."""
+    tokens, prompts, known = zip(*samples, strict=True)
+    lengths = np.array([len(t) for t in tokens], np.int32)
+    _write_whole(features_path(path), lambda stream: np.save(stream, np.concatenate(known)))
+    columns = {"tokens": np.concatenate(tokens), "lengths": lengths, "prompt_lengths": np.array(prompts, np.int32)}
+    _write_whole(path, lambda stream: np.savez(stream, **columns))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     partial = path.with_name("partial-" + path.name)
-    np.savez(
-        partial,
-        tokens=np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in samples]),
-        lengths=np.array([len(tokens) for tokens, _ in samples], np.int32),
-        prompt_lengths=np.array([prompt for _, prompt in samples], np.int32),
-    )
+    with partial.open("wb") as stream:
+        write(stream)
     os.replace(partial, path)
 
 

@@ -74,6 +74,19 @@ def warm_start(config: Eagle3Config, target: Decoder, target_ids: Tensor, scale:
     return head
 
 
+@torch.no_grad()
+def start_from(head: Eagle3Head, earlier: Eagle3Head, scale: Tensor) -> None:
+    """Go on from an ``earlier`` head of the same shape. Tokens that are new to the draft vocabulary keep their rows."""
+    known = {
+        name: w for name, w in earlier.state_dict().items() if not name.startswith(("embed.", "lm_head.", "target_"))
+    }
+    head.load_state_dict({**known, "fc.weight": known["fc.weight"] * scale}, strict=False)
+    row = {token: i for i, token in enumerate(earlier.target_ids.tolist())}
+    pairs = [(i, row[token]) for i, token in enumerate(head.target_ids.tolist()) if token in row]
+    mine, its = torch.tensor(pairs).T
+    head.lm_head.weight[mine] = earlier.lm_head.weight[its].to(head.lm_head.weight.dtype)
+
+
 def output_rows(target: Decoder, target_ids: Tensor) -> Tensor:
     """The rows [V, H] of the target's output matrix that belong to a draft vocabulary."""
     return (target.embed if target.lm_head is None else target.lm_head).weight[target_ids].float()

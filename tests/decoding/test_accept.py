@@ -13,7 +13,7 @@ from seeded_draft import PathDraft, drafted
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.allocate import allocate
 from echo_trt.decoding.grow import grow
-from echo_trt.decoding.policies import NAMES, Policy, make_policy
+from echo_trt.decoding.policies import PAPER, Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 
 
@@ -74,7 +74,7 @@ POLICIES = {
             "static": {"depth": 3, "top_k": 3, "tokens": 7},
         },
     )
-    for name in NAMES
+    for name in PAPER
 }
 
 
@@ -141,7 +141,7 @@ def batch_of(size: int) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
 
 
 @pytest.mark.parametrize("hit", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("size", range(1, 10))
 def test_the_text_is_the_targets_own(size, name, hit):
     seeds, prompts, limits = batch_of(size)
@@ -154,7 +154,7 @@ def test_the_text_is_the_targets_own(size, name, hit):
         assert verifications < tokens / 2  # it did speculate
 
 
-@given(st.lists(st.sampled_from(NAMES), min_size=1, max_size=6), st.integers(1, 5), st.sampled_from([0.4, 0.8]))
+@given(st.lists(st.sampled_from(PAPER), min_size=1, max_size=6), st.integers(1, 5), st.sampled_from([0.4, 0.8]))
 def test_the_policy_may_change_between_iterations(names, size, hit):
     seeds, prompts, limits = batch_of(size)
     texts, _ = decode(seeds, prompts, limits, lambda iteration: POLICIES[names[iteration % len(names)]], hit)

@@ -9,7 +9,7 @@ from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.decoding.allocate import allocate
 from echo_trt.decoding.grow import grow
-from echo_trt.decoding.policies import NAMES, Policy, make_policy
+from echo_trt.decoding.policies import PAPER, Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 
 AMPLE = 10**6
@@ -90,7 +90,7 @@ def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drafts_and_room(), st.sampled_from(NAMES), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
+@given(drafts_and_room(), st.sampled_from(PAPER), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
 def test_growth_is_what_it_promises(case, name, budget):
     draft, room = case
     policy = policy_of(name, budget)
@@ -103,7 +103,7 @@ def test_growth_is_what_it_promises(case, name, budget):
 
 
 @settings(max_examples=100, deadline=None)
-@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30), st.sampled_from([6, 8, 64]))
+@given(drafts_and_room(), st.sampled_from(PAPER), st.integers(0, 30), st.sampled_from([6, 8, 64]))
 def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
     policy = policy_of(name, budget, per_request=per_request)
@@ -145,13 +145,13 @@ def test_autoregressive_asks_no_draft():
     assert reach.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_without_room_no_draft_is_asked(name):
     tree, _ = grow(np.arange(3), NoDraft(), policy_of(name, AMPLE), np.array([0, 0, -1]))
     assert len(tree) == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_an_empty_batch(name):
     policy = policy_of(name)
     tree, reach = grow(np.zeros(0, np.int64), NoDraft(), policy, np.zeros(0, np.int64))

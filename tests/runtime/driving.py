@@ -70,6 +70,9 @@ class Foresight:
         """``texts`` are whole: prompts and what follows them."""
         self.state, self.texts = state, [np.asarray(text) for text in texts]
 
+    def behind(self, slots: np.ndarray) -> np.ndarray:
+        return np.ones(len(slots), np.int64)
+
     def begin(self, slots: np.ndarray) -> ForesightDraft:
         return ForesightDraft(self.state, [self._text_of(slot) for slot in slots])
 
@@ -88,6 +91,7 @@ class Foresight:
 class ForesightDraft:
     def __init__(self, state: Slots, rest: list[np.ndarray]):
         self._rest = rest
+        self.entries = 0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._children(requests, np.zeros(len(requests), np.int64))

@@ -1,0 +1,1 @@
+"""Measuring echo-trt, and other engines beside it."""

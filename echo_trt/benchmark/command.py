@@ -1,0 +1,184 @@
+"""``echo-trt bench``: policies interleaved in one run, round by round, at each batch size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from echo_trt.benchmark.closed_loop import run as run_closed_loop
+from echo_trt.benchmark.figures import PLAIN, figures
+from echo_trt.benchmark.report import html_report, results_table
+from echo_trt.calibration.record import record
+from echo_trt.calibration.store import machine
+from echo_trt.decoding.policies import NAMES, Policy
+from echo_trt.errors import UserError
+from echo_trt.prompts import Prompt, read_prompts
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.slots import blocks_for
+
+
+@dataclass(frozen=True)
+class Job:
+    """``requests`` a policy, batch and round, at least two a slot; ``each_file`` adds rows for each prompts file."""
+
+    bundle: Path
+    prompts: list[Path]
+    policies: list[str]
+    batches: list[int]
+    max_tokens: int
+    rounds: int
+    requests: int
+    each_file: bool = False
+    peers: list[str] = field(default_factory=list)
+    json_file: Path | None = None
+    html_file: Path | None = None
+    record_file: Path | None = None
+
+
+def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
+    sets = {file.stem: read_prompts(file) for file in job.prompts}
+    _check(job, sets)
+    with ExitStack() as stack:
+        write_json, write_html, write_recording = (
+            stack.enter_context(_output(option, path))
+            for option, path in (
+                ("--json", job.json_file),
+                ("--html", job.html_file),
+                ("--record", job.record_file),
+            )
+        )
+        from echo_trt.benchmark.peers import open_peer
+
+        with messages.status("loading the bundle"):
+            llm = LLM(job.bundle, None, max(job.batches), note=messages.print)
+            _check_pool(llm, job)
+            peers = [open_peer(name, job.bundle, llm.manifest) for name in job.peers]
+        policies = list(dict.fromkeys((PLAIN, *job.policies)))
+        result: dict[str, Any] = {
+            "machine": machine(llm.manifest),
+            "bundle": llm.manifest.name,
+            "precision": llm.manifest.precision,
+            "max_tokens": job.max_tokens,
+            "prompts": {name: len(rows) for name, rows in sets.items()},
+            "hinge": llm.tuning.costs.hinge,
+            "results": [],
+        }
+        with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+            cells = [("all", mixed(sets))] + [(name, rows) for name, rows in sets.items() if job.each_file]
+            task = progress.add_task("bench", total=len(cells) * len(job.batches))
+            for batch in job.batches:
+                for name, rows in cells:
+                    prompts = _prompts(llm, rows, max(job.requests, 2 * batch))
+                    part = _cell(llm, policies, prompts, batch, job)
+                    part += [_peer_row(peer, prompts, batch, job, part[0]) for peer in peers]
+                    result["results"] += [{"set": name, **row} for row in part]
+                    write_json(_text(result))
+                    progress.advance(task)
+                    if not messages.is_terminal:
+                        messages.print(f"batch {batch}, {name}: done", highlight=False)
+        out.print(results_table(result))
+        write_html(html_report(result))
+        if job.record_file:
+            write_recording(_recording(llm, sets, job))
+    return result
+
+
+def _cell(llm: LLM, policies: list[str], prompts: list[list[int]], batch: int, job: Job) -> list[dict[str, Any]]:
+    """Rounds in which each policy has its turn, beginning with another one each time."""
+    samples = {policy: [] for policy in policies}
+    for number in range(job.rounds):
+        turn = number % len(policies)
+        for policy in policies[turn:] + policies[:turn]:
+            llm.set_policy(policy)
+            samples[policy].append(run_closed_loop(llm, prompts, batch, job.max_tokens))
+    k_max = int(llm.tuning.costs.hinge["k_max"])
+    return [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
+
+
+def _peer_row(peer, prompts: list[list[int]], batch: int, job: Job, plain: dict[str, Any]) -> dict[str, Any]:
+    runs = [peer.run(prompts, batch, job.max_tokens) for _ in range(job.rounds)]
+    median = sorted(runs, key=lambda r: r.tokens_per_s)[len(runs) // 2]
+    return {
+        "policy": peer.name,
+        "batch": batch,
+        "rounds": len(runs),
+        "decode_tokens_per_s": median.decode_tokens_per_s and round(median.decode_tokens_per_s, 2),
+        "end_to_end_tokens_per_s": round(median.tokens_per_s, 2),
+        "ratio": median.decode_tokens_per_s and round(median.decode_tokens_per_s / plain["decode_tokens_per_s"], 4),
+        "accepted_length": median.accepted_length and round(median.accepted_length, 4),
+    }
+
+
+def mixed(sets: dict[str, list[Prompt]]) -> list[Prompt]:
+    """The first prompt of each file, the second of each, ..."""
+    longest = max(map(len, sets.values()))
+    return [rows[i] for i in range(longest) for rows in sets.values() if i < len(rows)]
+
+
+def _prompts(llm: LLM, rows: list[Prompt], count: int) -> list[list[int]]:
+    return [llm.chat_ids(rows[i % len(rows)].text) for i in range(count)]
+
+
+def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job) -> bytes:
+    decoding = llm.manifest.recipe.decoding
+    groups = {f"{name}/{p.id}": (name, p) for name, rows in sets.items() for p in rows[: job.requests]}
+    prompts = [Prompt(key, p.text) for key, (_, p) in groups.items()]
+    shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
+    return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape).to_bytes()
+
+
+def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
+    for policy in job.policies:
+        if policy not in NAMES:
+            raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
+    if not job.batches or min(job.batches) < 1 or max(job.batches) > 4096:
+        raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to 4096.")
+    count = sum(map(len, sets.values()))
+    if count < 2:
+        raise UserError(f"--prompts holds {count} prompt; a benchmark needs 2 or more.")
+
+
+def _check_pool(llm: LLM, job: Job) -> None:
+    """A batch that the KV pool cannot hold would be preempted all the time, and measure that."""
+    state, blocks = llm.loop.state, llm.loop.target.num_blocks
+    each = blocks_for(job.max_tokens + state.reserve + 1)
+    if max(job.batches) * each > blocks:
+        raise UserError(
+            f"--batch {max(job.batches)} with --max-tokens {job.max_tokens} needs {max(job.batches) * each} KV blocks "
+            f"or more, but the bundle has {blocks}; lower one, or raise limits.kv_blocks in the recipe and build again."
+        )
+
+
+def _text(result: dict[str, Any]) -> bytes:
+    return (json.dumps(result, indent=1) + "\n").encode()
+
+
+@contextmanager
+def _output(option: str, path: Path | None) -> Iterator[Any]:
+    """A writer for ``path``, which is known to be writable before hours of work begin; each write replaces the last."""
+    if path is None:
+        yield lambda content: None
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.touch()
+    except OSError as error:
+        raise UserError(
+            f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that exists."
+        ) from error
+
+    def write(content: bytes) -> None:
+        partial.write_bytes(content)
+        partial.replace(path)
+
+    try:
+        yield write
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""From samples to figures: medians over rounds, ratios to plain decoding of the same round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from echo_trt.benchmark.closed_loop import PHASES, Sample
+
+PLAIN = "autoregressive"
+
+
+def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
+    """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own."""
+    decode = [s.decode for s in rounds]
+    iterations = sum(t.iterations for t in decode)
+    accepted = sum(t.tokens - t.verifications for t in decode)
+    drafted, verified = sum(t.drafted for t in decode), sum(t.verified for t in decode)
+    ratios = [_rate(a.decode) / _rate(b.decode) for a, b in zip(rounds, plain, strict=True)]
+    whole = [_rate(a.whole) / _rate(b.whole) for a, b in zip(rounds, plain, strict=True)]
+    return {
+        "policy": policy,
+        "batch": batch,
+        "rounds": len(rounds),
+        "decode_tokens_per_s": round(float(np.median([_rate(t) for t in decode])), 2),
+        "end_to_end_tokens_per_s": round(float(np.median([_rate(s.whole) for s in rounds])), 2),
+        "ratio": round(float(np.median(ratios)), 4),
+        "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
+        "end_to_end_ratio": round(float(np.median(whole)), 4),
+        "accepted_length": round(sum(t.tokens for t in decode) / max(sum(t.verifications for t in decode), 1), 4),
+        "draft_utilisation": round(accepted / drafted, 4) if drafted else None,
+        "verified_per_iteration": round(verified / max(iterations, 1), 2),
+        "budget_used": round(verified / max(iterations, 1) / k_max, 4) if k_max else None,
+        "draft_levels_per_iteration": round(sum(t.draft_passes for t in decode) / max(iterations, 1), 3),
+        "iteration_ms": round(1e3 * sum(t.elapsed for t in decode) / max(iterations, 1), 3),
+        "phases_ms": {p: round(1e3 * sum(t.phases[p] for t in decode) / max(iterations, 1), 4) for p in PHASES},
+        "ttft_ms": _percentiles([x for s in rounds for x in s.ttft]),
+        "inter_token_ms": _percentiles([x for s in rounds for x in s.gaps]),
+        "time_per_token_ms": _percentiles([x for s in rounds for x in s.pace]),
+        "progress_spread": round(_variation([x for s in rounds for x in s.progress]), 4),
+        "same_texts": _same(rounds, plain),
+    }
+
+
+def _rate(tally) -> float:
+    return tally.tokens / tally.elapsed if tally.elapsed else float("nan")
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    return {f"p{p}": round(1e3 * float(np.percentile(seconds, p)), 2) for p in (50, 99)}
+
+
+def _variation(values: list[float]) -> float:
+    return float(np.std(values) / np.mean(values)) if values else 0.0
+
+
+def _same(rounds: list[Sample], plain: list[Sample]) -> str:
+    pairs = [(a.texts[i], b.texts[i]) for a, b in zip(rounds, plain, strict=True) for i in a.texts]
+    return f"{sum(mine == its for mine, its in pairs)} of {len(pairs)}"

@@ -1,0 +1,111 @@
+"""The results as a terminal table, and as one self-contained HTML file with plots."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from rich.table import Table
+
+from echo_trt.benchmark.closed_loop import PHASES
+from echo_trt.benchmark.figures import PLAIN
+
+COLUMNS = {
+    "set": "prompts",
+    "batch": "batch",
+    "policy": "policy",
+    "decode_tokens_per_s": "decode tokens/s",
+    "ratio": "to plain",
+    "ratio_spread": "spread",
+    "end_to_end_tokens_per_s": "with prompts, tokens/s",
+    "accepted_length": "accepted length",
+    "draft_utilisation": "draft used",
+    "verified_per_iteration": "verified",
+    "inter_token_ms": "inter-token p50 / p99 ms",
+    "ttft_ms": "first token p50 / p99 ms",
+    "same_texts": "same texts",
+}
+TERMINAL = {
+    "set": "prompts",
+    "batch": "batch",
+    "policy": "policy",
+    "decode_tokens_per_s": "tokens/s",
+    "ratio": "ratio",
+    "ratio_spread": "spread",
+    "accepted_length": "accepted",
+    "verified_per_iteration": "verified",
+    "same_texts": "same texts",
+}
+
+
+def results_table(result: dict[str, Any]) -> Table:
+    """What fits a terminal; the HTML report has all columns."""
+    several = len({row["set"] for row in result["results"]}) > 1
+    columns = [name for name in TERMINAL if name != "set" or several]
+    table = Table(title=f"{result['bundle']} {result['precision']}, greedy, {result['machine']}", title_justify="left")
+    for name in columns:
+        table.add_column(TERMINAL[name], justify="left" if name in ("set", "policy") else "right")
+    last = None
+    for row in result["results"]:
+        key = row["set"], row["batch"]
+        if last is not None and key != last:
+            table.add_section()
+        last = key
+        table.add_row(*(_shown(name, row.get(name)) for name in columns))
+    return table
+
+
+def html_report(result: dict[str, Any]) -> bytes:
+    """Table and plots in one file without scripts or links."""
+    template = Environment(loader=PackageLoader("echo_trt.benchmark", "."), autoescape=True).get_template(
+        "report.html.j2"
+    )
+    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in result["results"]]
+    return template.render(result=result, columns=list(COLUMNS.values()), rows=rows, plots=_plots(result)).encode()
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return " / ".join(f"{v:.0f}" for v in value.values())
+    if name in ("ratio", "ratio_spread"):
+        return " to ".join(f"{v:.2f}" for v in (value if isinstance(value, list) else [value]))
+    if isinstance(value, float):
+        return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return str(value)
+
+
+def _plots(result: dict[str, Any]) -> list[str]:
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["results"] if row["set"] == "all"]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    ratio, length, phases = figure.subplots(1, 3)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == policy and row.get("ratio")]
+        batches = [row["batch"] for row in mine]
+        ratio.plot(batches, [row["ratio"] for row in mine], "o-", label=policy)
+        length.plot(batches, [row.get("accepted_length") or 1 for row in mine], "o-", label=policy)
+    ratio.set(title="decode tokens/s, to plain decoding", xlabel="batch", xscale="log")
+    length.set(title="accepted length", xlabel="batch", xscale="log")
+    ratio.legend()
+    _stack(phases, rows)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    return [stream.getvalue()[stream.getvalue().index("<svg") :]]
+
+
+def _stack(axes, rows: list[dict[str, Any]]) -> None:
+    """Where an iteration's time goes: plain decoding and goodput beside each other, by batch."""
+    shown = [row for row in rows if row["policy"] in (PLAIN, "goodput") and "phases_ms" in row]
+    names = [f"{'plain' if row['policy'] == PLAIN else 'goodput'} {row['batch']}" for row in shown]
+    base = [0.0] * len(shown)
+    for phase in PHASES:
+        height = [row["phases_ms"][phase] for row in shown]
+        axes.bar(names, height, bottom=base, label=phase)
+        base = [b + h for b, h in zip(base, height, strict=True)]
+    axes.set(title="an iteration, ms")
+    axes.tick_params(axis="x", rotation=60)
+    axes.legend()

@@ -1,0 +1,165 @@
+"""``echo-trt calibrate``: measure the machine, record draft trees, fit, show, and write both files into the bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from echo_trt.calibration.fit import Observed, acceptance_table, fit, lookup_acceptance, observe
+from echo_trt.calibration.measure import measure
+from echo_trt.calibration.plots import draw
+from echo_trt.calibration.record import record
+from echo_trt.calibration.store import CALIBRATION, COSTS, Calibration, CostTable, write
+from echo_trt.calibration.trees import Trees
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.policies import Policy
+from echo_trt.errors import UserError
+from echo_trt.prompts import Prompt, read_prompts
+from echo_trt.runtime.llm import LLM
+
+PLOT = "calibration.svg"
+FEWEST = 8  # prompts, below which an estimate is an anecdote
+BINS = 10  # of the reliability diagram
+
+
+@dataclass(frozen=True)
+class Job:
+    """``prompts`` are files; ``limit`` prompts of them all, spread evenly, are answered with ``max_tokens`` each."""
+
+    bundle: Path
+    prompts: list[Path]
+    limit: int
+    max_tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """By bins of predicted probability: mean prediction and share accepted, on trees that were not fitted on.
+
+    ``error`` is the expected calibration error: their distance, averaged over nodes.
+    """
+
+    predicted: np.ndarray
+    accepted: np.ndarray
+    error: float
+
+
+def run(job: Job, out: Console, messages: Console) -> None:
+    prompts = chosen_prompts(job.prompts, job.limit)
+    _check_writable(job.bundle)
+    with messages.status("loading the bundle"):
+        llm = LLM(job.bundle, "autoregressive", job.batch)
+    with messages.status("measuring what passes cost on this machine"):
+        costs = measure(llm.loop, llm.manifest)
+    write(job.bundle, COSTS, costs)
+    out.print(costs_table(costs))
+    if llm.manifest.draft is None:
+        messages.print("the bundle's draft has no network, so there is no acceptance to calibrate")
+        return
+    decoding = llm.manifest.recipe.decoding
+    shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task("recording draft trees", total=1.0)
+        trees = record(
+            llm,
+            prompts,
+            ["all"] * len(prompts),
+            job.max_tokens,
+            shape,
+            lambda done: progress.update(task, completed=done),
+        )
+    calibration = fit(
+        trees, llm.manifest.target_sha256, llm.manifest.draft_sha256, shape.max_depth, shape.beams, shape.width
+    )
+    write(job.bundle, CALIBRATION, calibration)
+    before, after = reliability(trees, shape)
+    draw(job.bundle / PLOT, calibration, costs, before, after)
+    out.print(gates_table(calibration))
+    out.print(
+        f"calibration error of P(accept) on the half that was not fitted on: {before.error:.3f} before, "
+        f"{after.error:.3f} after; copied tokens are accepted at "
+        f"{', '.join(f'{p:.0%}' for p in calibration.lookup)} after matches of 1, 2, ... tokens",
+        highlight=False,
+    )
+    out.print(f"written to {job.bundle}: {CALIBRATION}, {COSTS}, {PLOT}", highlight=False)
+
+
+def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
+    """``limit`` prompts, as many from each file as it allows; ids may repeat between files."""
+    rows = [read_prompts(file) for file in files]
+    share = -(-limit // len(rows))
+    chosen = [prompt for part in rows for prompt in part[:share]][:limit]
+    if len(chosen) < FEWEST:
+        names = ", ".join(map(str, files))
+        raise UserError(f"--prompts {names}: {len(chosen)} prompts; calibration needs {FEWEST} or more.")
+    return chosen
+
+
+def reliability(trees: Trees, shape: Policy) -> tuple[Reliability, Reliability]:
+    """The draft's own path probability, and the calibrated one fitted on the other half of the requests."""
+    lookup = lookup_acceptance(trees)
+    observed = observe(trees, lookup, shape.max_depth, shape.beams, shape.width)
+    odd = trees.request[observed.tree] % 2 == 1
+    table = acceptance_table(_part(observed, ~odd), shape.max_depth)
+    check = _part(observed, odd)
+    fitted = Acceptance(table, np.zeros((shape.max_depth, 1, 1))).probability(check.source, check.depth, check.score)
+    return _diagram(np.exp(check.score), check.accepted), _diagram(fitted, check.accepted)
+
+
+def _part(observed: Observed, chosen: np.ndarray) -> Observed:
+    return Observed(*(getattr(observed, name)[chosen] for name in Observed.__dataclass_fields__))
+
+
+def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
+    cell = np.minimum((predicted * BINS).astype(int), BINS - 1)
+    count = np.bincount(cell, minlength=BINS)
+    filled = count > 0
+    mean = np.bincount(cell, predicted, BINS)[filled] / count[filled]
+    share = np.bincount(cell, accepted, BINS)[filled] / count[filled]
+    return Reliability(mean, share, float((abs(mean - share) * count[filled]).sum() / count.sum()))
+
+
+def costs_table(costs: CostTable) -> Table:
+    hinge = costs.hinge
+    table = Table(title=f"a pass over N tokens, ms, on {costs.machine}", title_justify="left")
+    table.add_column("N", style="bold")
+    for size in costs.target.sizes:
+        table.add_column(str(size), justify="right")
+    table.add_row("target", *(f"{1e3 * t:.1f}" for t in costs.target.seconds))
+    drafts = dict(zip(costs.draft.sizes, costs.draft.seconds, strict=True))
+    table.add_row("draft", *(f"{1e3 * drafts[n]:.2f}" if n in drafts else "" for n in costs.target.sizes))
+    table.caption = (
+        f"target as a hinge: T_ar {1e3 * hinge['t_ar']:.1f} ms, K_max {hinge['k_max']:.0f}, gamma {hinge['gamma']:.4f} "
+        f"a token; largest error {hinge['error']:.0%}"
+    )
+    return table
+
+
+def gates_table(calibration: Calibration) -> Table:
+    table = Table(title=f"gates, from {calibration.positions:,} draft trees", title_justify="left")
+    for column in ("depth", "AUC", "accepted", "threshold", "sparse gate"):
+        table.add_column(column, justify="right" if column != "sparse gate" else "left")
+    for gate in calibration.gates:
+        why = ""
+        if gate.sweet_spot:
+            why = "the root's" if gate.depth == 1 else "confidence tells most there"
+        table.add_row(str(gate.depth), f"{gate.auc:.3f}", f"{gate.accepted:.0%}", f"{gate.threshold:.3f}", why)
+    table.caption = f"one threshold for all sparse gates (policy fixed): {calibration.fixed_threshold:.3f}"
+    return table
+
+
+def _check_writable(bundle: Path) -> None:
+    probe = bundle / ".writable"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"bundle {bundle} cannot be written ({error.strerror}); calibrate a copy that can, or name a bundle."
+        ) from error

@@ -1,0 +1,73 @@
+"""Measure T(N, context) of target and draft on this machine, in a few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+
+import numpy as np
+
+from echo_trt.bundle import Manifest
+from echo_trt.calibration.store import CostTable, CurveTable, machine
+from echo_trt.decoding.costs import fit_hinge
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.loop import Loop
+
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
+ROUNDS = 5
+
+
+def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
+    """Passes over N requests of one token, every size in turn, round by round, so that drift spreads over all.
+
+    ``seconds`` bounds the time: at least one round is run after a warm-up. Nothing may be running.
+    """
+    target = _measured(loop, lambda call: loop.target.run(call), 0.75 * seconds)
+    draft = CurveTable(sizes=[1], seconds=[0.0])
+    if isinstance(loop.drafter, EngineDrafter):
+        drafter = loop.drafter
+        draft = _measured(
+            loop, lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids))), 0.25 * seconds
+        )
+    sizes, times = np.array(target.sizes), np.array(target.seconds)
+    hinge = {k: float(v) for k, v in asdict(fit_hinge(sizes, times)).items()}
+    return CostTable(machine=machine(manifest), measured=date.today(), target=target, draft=draft, hinge=hinge)
+
+
+def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
+    blocks = loop.target.num_blocks
+    sizes = [n for n in SIZES if n <= blocks and n <= max(4 * loop.state.count, 16)]
+    wide = max(n for n in sizes if n * (LONG // BLOCK + 1) <= blocks or n == 1)
+    long = min(LONG, loop.state.context - 1)
+    shapes = [(n, min(SHORT, loop.state.context - 1)) for n in sizes] + [(wide, long)]
+    calls = [_call(loop, *shape) for shape in shapes]
+    for call in calls:
+        run(call)
+    taken: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(taken) < ROUNDS and (not taken or time.perf_counter() - begin < seconds):
+        taken.append([_seconds(run, call) for call in calls])
+    # The lower quartile: whatever else ran only ever adds.
+    *usual, far = np.quantile(taken, 0.25, axis=0).tolist()
+    context = wide * (long - shapes[0][1])
+    per_context = max(far - usual[sizes.index(wide)], 0.0) / max(context, 1)
+    base = [t - per_context * n * shapes[0][1] for n, t in zip(sizes, usual, strict=True)]
+    monotone = np.maximum.accumulate(np.maximum(base, 1e-6))
+    return CurveTable(sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context)
+
+
+def _call(loop: Loop, requests: int, context: int):
+    blocks = -(-(context + 1) // BLOCK)
+    table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
+    past = np.full(requests, context)
+    return pack(np.full(requests, 1), past, past, np.ones(requests, np.int64), table, np.arange(requests))
+
+
+def _seconds(run: Callable, call) -> float:
+    begin = time.perf_counter()
+    run(call)
+    return time.perf_counter() - begin

@@ -1,0 +1,46 @@
+"""Record draft trees: the target answers prompts, and at each token the draft says what it would have proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from echo_trt.calibration.trees import COPIED, TreeRecorder, Trees
+from echo_trt.decoding.policies import Policy
+from echo_trt.errors import UserError
+from echo_trt.prompts import Prompt
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+
+def record(
+    llm: LLM,
+    prompts: list[Prompt],
+    groups: list[str],
+    max_tokens: int,
+    shape: Policy,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Trees:
+    """Greedy answers of up to ``max_tokens``; trees of ``shape``'s max_depth, beams and width at every token."""
+    loop = llm.loop
+    if loop.drafter is None:
+        raise UserError("the bundle has no draft, so there is nothing to record; build one with a draft.")
+    kept = loop.planner, loop.policy
+    recorder = TreeRecorder(loop.state, shape)
+    loop.planner, loop.policy = recorder, replace(shape, name="goodput", max_depth=COPIED)
+    first = loop.admissions
+    try:
+        answers: list[list[int]] = [[] for _ in prompts]
+        done = 0
+        for delta in llm.stream([p.text for p in prompts], SamplingParams(max_tokens)):
+            if delta.completion:
+                answers[delta.index] = delta.completion.token_ids
+                done += 1
+                progress(done / len(prompts))
+    finally:
+        loop.planner, loop.policy = kept
+    if loop.counters.preemptions:
+        raise UserError("the KV pool was too small to record; give a smaller --batch.")
+    return recorder.trees(first + np.arange(len(prompts)), answers, groups)

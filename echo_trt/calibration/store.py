@@ -1,0 +1,153 @@
+"""The calibration on disk: ``calibration.json`` belongs to a target and its draft, ``costs.json`` to a machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from echo_trt.bundle import Manifest
+from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.errors import UserError
+
+CALIBRATION, COSTS = "calibration.json", "costs.json"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Model = TypeVar("Model", bound=_Stored)
+
+
+class Gate(_Stored):
+    """A depth: how well confidence tells acceptance there (AUC over ``samples``), and the best threshold."""
+
+    depth: int
+    auc: float
+    samples: int
+    accepted: float
+    threshold: float
+    sweet_spot: bool
+
+
+class Calibration(_Stored):
+    """``acceptance``: source -> depth by depth, P(accept) at ``echo_trt.decoding.acceptance.knots()``.
+
+    ``children`` [depth][child][quantile]; ``fixed_threshold`` is the best single one for all gates.
+    """
+
+    format: int = 1
+    target_sha256: str
+    draft_sha256: str
+    positions: int
+    gates: list[Gate]
+    fixed_threshold: float
+    acceptance: dict[str, list[list[float]]]
+    children: list[list[list[float]]]
+    lookup: list[float] = Field(description="P(a copied token is accepted) after a match of 1, 2, ... tokens")
+
+    def model(self) -> Acceptance:
+        table = np.array([self.acceptance[source] for source in SOURCES], np.float64)
+        if table.ndim != 3 or table.shape[2] != KNOTS:
+            raise ValueError(f"acceptance tables must hold {KNOTS} values a depth")
+        return Acceptance(table, np.array(self.children, np.float64))
+
+    @property
+    def sweet_spots(self) -> dict[int, float]:
+        """The sparse gates: depth -> threshold."""
+        return {g.depth: g.threshold for g in self.gates if g.sweet_spot}
+
+
+class CurveTable(_Stored):
+    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds to it."""
+
+    sizes: list[int]
+    seconds: list[float]
+    per_context: float = 0.0
+
+    def curve(self) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context)
+
+
+class CostTable(_Stored):
+    """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve."""
+
+    format: int = 1
+    machine: str
+    measured: date
+    target: CurveTable
+    draft: CurveTable
+    hinge: dict[str, float]
+
+    def costs(self) -> Costs:
+        return Costs(self.target.curve(), self.draft.curve())
+
+
+def machine(manifest: Manifest) -> str:
+    """What must be the same for measured times to hold."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = manifest.tools.get(manifest.engine, "")
+    return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {manifest.precision}".replace("  ", " ")
+
+
+def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:
+    """A calibration for this target and draft; one of others is refused."""
+    stored = _read(path, Calibration, "run echo-trt calibrate again")
+    for what, mine, its in (
+        ("target", target_sha256, stored.target_sha256),
+        ("draft", draft_sha256, stored.draft_sha256),
+    ):
+        if mine != its:
+            raise UserError(
+                f"{path} was made for another {what} (hash {its[:12] or 'none'}, this one's is {mine[:12] or 'none'}); "
+                "run echo-trt calibrate on a bundle of this pair."
+            )
+    try:
+        stored.model()
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not complete ({error}); run echo-trt calibrate again.") from error
+    return stored
+
+
+def read_costs(folder: Path, manifest: Manifest) -> CostTable | None:
+    """Costs measured on a machine like this one, or None."""
+    path = folder / COSTS
+    if not path.exists():
+        return None
+    table = _read(path, CostTable, "delete it, and it is measured again")
+    return table if table.machine == machine(manifest) else None
+
+
+def write(folder: Path, name: str, stored: _Stored) -> None:
+    """The file appears whole or not at all."""
+    partial = folder / f".{name}.partial"
+    partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / name)
+
+
+def _read(path: Path, model: type[Model], remedy: str) -> Model:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {key} is not valid ({first['msg']}); {remedy}.") from error
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

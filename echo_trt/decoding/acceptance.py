@@ -1,0 +1,72 @@
+"""P(accept | who proposed it, depth, score): what a drafted node is worth, calibrated and kept true while it runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
+HORIZON = 3  # levels that are foreseen: one that does not pay by itself may pay with the next
+SOURCES = ("head", "lookup", "both")
+KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
+_LEARNING = 0.02
+_MOST = 1.5  # the largest shift that drift may cause, in log-odds
+_CEILING = 0.999
+_USUAL_CHILDREN = np.array([[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2], [0.01, 0.03, 0.04, 0.06, 0.08]])
+
+
+def knots() -> np.ndarray:
+    """The x at which tables hold values: float64 [KNOTS], 0 to 1."""
+    return (np.arange(KNOTS) / (KNOTS - 1)) ** 2
+
+
+class Acceptance:
+    """``table`` [sources, depths, KNOTS]: P(the path to a node is accepted) at exp(score), row d for depth d + 1.
+
+    ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
+    will be worth, as a share of the node's own probability: equally likely values, ascending. ``below`` [depth] has the
+    same, [levels, w, quantiles], for that level and those under the best child. ``drift`` [sources] shifts log-odds,
+    learnt from what is verified.
+    """
+
+    def __init__(self, table: np.ndarray, children: np.ndarray):
+        self.table, self.children = table, children
+        self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
+        self.drift = np.zeros(len(table))
+        self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))  # over all verified nodes
+
+    @classmethod
+    def uncalibrated(cls, depths: int) -> Acceptance:
+        """The draft's own path probability, taken at its word; drift corrects it as it runs."""
+        table = np.broadcast_to(knots() * _CEILING, (len(SOURCES), depths, KNOTS)).copy()
+        return cls(table, np.tile(_USUAL_CHILDREN, (depths, 1, 1)))
+
+    def probability(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """P(accept) of nodes at ``depth`` >= 1 with log path probability ``score``, all [n]. float64 [n]"""
+        place = np.sqrt(np.exp(score)) * (KNOTS - 1)
+        low = np.minimum(place.astype(np.int64), KNOTS - 2)
+        row = np.minimum(depth, self.table.shape[1]) - 1
+        below, above = self.table[source, row, low], self.table[source, row, low + 1]
+        known = below + (above - below) * (place - low)
+        odds = np.exp(self.drift)[source]
+        return known * odds / (1 - known + known * odds)
+
+    def observe(self, source: np.ndarray, probability: np.ndarray, accepted: np.ndarray) -> None:
+        """Verified nodes: what each was thought to be worth, and whether it was accepted, all [n]."""
+        if len(source) == 0:
+            return
+        size = len(self.drift)
+        count = np.bincount(source, minlength=size)
+        expected = np.bincount(source, probability, minlength=size)
+        got = np.bincount(source, accepted, minlength=size)
+        self.expected += expected
+        self.accepted += got
+        # A step of stochastic gradient on the log-likelihood: unbiased whatever was chosen to be verified.
+        step = (got - expected) / np.sqrt(np.maximum(count, 1))
+        self.drift = np.clip(self.drift + _LEARNING * step, -_MOST, _MOST)
+
+
+def _foreseen(children: np.ndarray) -> np.ndarray:
+    """children [levels, w, quantiles], each level's as a share of its parent -> as a share of the first parent."""
+    best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: who is likely goes on to be
+    above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))
+    return above[:, None] * children

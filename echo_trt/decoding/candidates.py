@@ -1,0 +1,138 @@
+"""The candidates of one iteration: what the head drafts and what the text itself suggests, in one super-tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
+from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.super_tree import SuperTree
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What followed the last time a request's latest tokens stood in its text.
+
+    tokens int64 [B, L], -1 from where there are none; log_q [B]: log P(one copied token is accepted), which depends on
+    matched [B]: how many of the latest tokens stood there.
+    """
+
+    tokens: np.ndarray
+    log_q: np.ndarray
+    matched: np.ndarray
+
+
+class Candidates:
+    """A super-tree with what each node is worth: probability float64 [n], and value [n], weighted by its request.
+
+    Copied chains hang under the roots from the start. Where the head proposes a copied token too, the node stays one
+    and rises: both may be right independently, 1 - (1 - q)(1 - a).
+    """
+
+    def __init__(
+        self,
+        tree: SuperTree,
+        acceptance: Acceptance,
+        weights: np.ndarray,
+        room: np.ndarray,
+        copied: Continuations | None = None,
+    ):
+        self.tree, self.weights, self._acceptance, self._room = tree, weights, acceptance, room
+        self.probability = np.ones(len(tree))
+        self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
+        self._copy_under = np.full(len(tree), -1)  # node -> its copied child
+        self._copied_log_q = None if copied is None else copied.log_q
+        self._chain: np.ndarray | None = None
+        if copied is not None:
+            self._hang(copied)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    @property
+    def value(self) -> np.ndarray:
+        return self.probability * self.weights[self.tree.request]
+
+    def add(self, parents: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:
+        """The head's children of ``parents`` [F, 1]: log q and tokens [F, k], best first, of which ``width`` count."""
+        tree = self.tree
+        parent = np.broadcast_to(parents, tokens[:, :width].shape).reshape(-1)
+        token = np.ascontiguousarray(tokens[:, :width], np.int64).reshape(-1)
+        log_q = np.minimum(log_q[:, :width], 0).reshape(-1)  # low precision may round log 1 to above 0
+        new = (log_q > -np.inf) & (tree.depth[parent] < self._room[tree.request[parent]])
+        if self._chain is not None:
+            copy = self._copy_under[parent]
+            same = new & (copy >= 0) & (tree.token[copy] == token)
+            self._agree(copy[same], log_q[same])
+            self._expandable[copy[copy >= 0]] = True
+            new &= ~same
+        self._append(parent[new], token[new], tree.score[parent[new]] + log_q[new])
+
+    def frontier(self, depth: int, beams: int) -> np.ndarray:
+        """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
+        tree = self.tree
+        nodes = np.flatnonzero((tree.depth == depth) & self._expandable & (self._room[tree.request] > depth))
+        nodes = nodes[np.argsort(-self.value[nodes], kind="stable")]
+        return nodes[rank_within(tree.request[nodes]) < beams]
+
+    def best_child(self, requests: np.ndarray) -> np.ndarray:
+        """P(accept) of the best node of depth 1 of each of ``requests``, 0 where there is none."""
+        first = np.flatnonzero(self.tree.depth == 1)
+        best = np.zeros(self.tree.num_requests)
+        np.maximum.at(best, self.tree.request[first], self.probability[first])
+        return best[requests]
+
+    def _hang(self, copied: Continuations) -> None:
+        """The chains, request by request; ``_chain`` [B, L] has their nodes, -1 beyond a chain's end."""
+        depth = np.arange(1, copied.tokens.shape[1] + 1)
+        exists = np.logical_and.accumulate(copied.tokens >= 0, axis=1) & (depth <= self._room[:, None])
+        request, place = np.nonzero(exists)
+        if len(request) == 0:
+            return
+        nodes = len(self.tree) + np.arange(len(request))
+        parent = np.where(place == 0, request, nodes - 1)
+        score = copied.log_q[request] * (place + 1)
+        self.tree.add_chains(parent, copied.tokens[request, place], request, place + 1, score, LOOKUP)
+        self._chain = np.full(exists.shape, -1)
+        self._chain[request, place] = nodes
+        self._grow(len(nodes), expandable=False)
+        self._copy_under[parent] = nodes
+        self._appraise_chains(self._chain)
+
+    def _append(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray) -> None:
+        nodes = self.tree.add(parent, token, score, HEAD)
+        self._grow(len(nodes), expandable=True)
+        # Tables are fitted depth by depth; a path cannot be likelier than its beginning.
+        self.probability[nodes] = np.minimum(self._own(nodes), self.probability[parent])
+
+    def _grow(self, count: int, expandable: bool) -> None:
+        self.probability = np.concatenate((self.probability, np.empty(count)))
+        self._expandable = np.concatenate((self._expandable, np.full(count, expandable)))
+        self._copy_under = np.concatenate((self._copy_under, np.full(count, -1)))
+
+    def _agree(self, nodes: np.ndarray, log_q: np.ndarray) -> None:
+        """The head has proposed copied ``nodes`` with log q: they and the chains under them rise."""
+        if len(nodes) == 0:
+            return
+        tree = self.tree
+        request, depth = tree.request[nodes], tree.depth[nodes]
+        either = np.log1p(-(1 - np.exp(log_q)) * (1 - np.exp(self._copied_log_q[request])))
+        rise = either - self._copied_log_q[request]
+        tree.source[nodes] = BOTH
+        below = np.where(np.arange(self._chain.shape[1]) >= depth[:, None] - 1, self._chain[request], -1)
+        row, _ = np.nonzero(below >= 0)
+        tree.score[below[below >= 0]] += rise[row].astype(np.float32)
+        self._appraise_chains(self._chain[request])
+
+    def _own(self, nodes: np.ndarray) -> np.ndarray:
+        tree = self.tree
+        return self._acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes])
+
+    def _appraise_chains(self, chains: np.ndarray) -> None:
+        """chains [m, L]: nodes from a root's child downwards, -1 beyond the end."""
+        exists = chains >= 0
+        own = np.ones(chains.shape)
+        own[exists] = self._own(chains[exists])
+        self.probability[chains[exists]] = np.minimum.accumulate(own, axis=1)[exists]

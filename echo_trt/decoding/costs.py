@@ -1,0 +1,95 @@
+"""What a pass costs on this machine: T(N, context), as a table that follows the machine while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_NEIGHBOURHOOD = 0.5  # how far, in log N, one measurement speaks for other sizes
+_LEARNING = 0.1
+_OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
+
+
+class Curve:
+    """Seconds of a pass over N tokens whose requests have ``context`` cached tokens in all.
+
+    T(N, context) = base(N) + per_context * context. ``base`` is measured at a few sizes, monotone, straight between
+    them; nothing is assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the
+    machine: sizes near a measured one are corrected with it, those far away keep what they had.
+    """
+
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], per_context: float = 0.0):
+        """``sizes`` [m] ascending, from 1; ``seconds`` [m]."""
+        self.sizes, self.per_context = np.asarray(sizes, np.int64), per_context
+        self._measured = np.asarray(seconds, np.float64)
+        self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
+        self._log_sizes = np.log(self.sizes)
+        self._draw(int(self.sizes[-1]))
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """base at ``sizes`` as it stands now, monotone."""
+        return np.maximum.accumulate(self._measured * np.exp(self._correction))
+
+    def base(self, upto: int) -> np.ndarray:
+        """base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
+        if upto >= len(self._dense):
+            self._draw(2 * upto)
+        return self._dense
+
+    def __call__(self, tokens: int, context: int = 0) -> float:
+        return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
+
+    def observe(self, tokens: int, context: int, seconds: float) -> None:
+        """A pass has taken ``seconds``."""
+        base = max(seconds - self.per_context * context, 1e-6)
+        error = float(np.clip(np.log(base / self.base(tokens)[tokens]), -_OUTLIER, _OUTLIER))
+        distance = (self._log_sizes - np.log(tokens)) / _NEIGHBOURHOOD
+        self._correction += _LEARNING * error * np.exp(-0.5 * distance**2)
+        self._draw(len(self._dense) - 1)
+
+    def _draw(self, upto: int) -> None:
+        seconds = self.seconds
+        dense = np.interp(np.arange(upto + 1), self.sizes, seconds)
+        last = self.sizes[-1]
+        if upto > last and len(self.sizes) > 1:  # beyond the table: on, as steep as its upper half
+            half = len(self.sizes) // 2
+            slope = (seconds[-1] - seconds[half - 1]) / (last - self.sizes[half - 1])
+            dense[last:] = seconds[-1] + slope * np.arange(upto + 1 - last)
+        dense[0] = 0.0
+        self._dense = dense
+
+
+@dataclass
+class Costs:
+    """The machine as a policy sees it: passes of the target and of the draft, in seconds."""
+
+    target: Curve
+    draft: Curve
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """The paper's cost model, T(N) = T_ar (1 + gamma [N - K_max]+); ``error`` is the fit's largest relative one."""
+
+    t_ar: float
+    gamma: float
+    k_max: int
+    error: float
+
+
+def fit_hinge(sizes: np.ndarray, seconds: np.ndarray) -> Hinge:
+    """Least squares in relative terms, by trying every knee: the curve may be jagged, so nothing is descended."""
+    best: tuple[float, Hinge] | None = None
+    for knee in range(int(sizes[0]), int(sizes[-1])):
+        beyond = np.maximum(sizes - knee, 0)
+        matrix = np.stack((np.ones(len(sizes)), beyond), axis=1) / seconds[:, None]
+        (t_ar, slope), *_ = np.linalg.lstsq(matrix, np.ones(len(sizes)), rcond=None)
+        residual = matrix @ (t_ar, slope) - 1
+        loss = float((residual**2).sum())
+        if t_ar > 0 and (best is None or loss < best[0]):
+            best = loss, Hinge(float(t_ar), float(slope / t_ar), knee, float(abs(residual).max()))
+    assert best is not None, "two sizes or more"
+    return best[1]

@@ -1,0 +1,220 @@
+"""The goodput policy: over the whole batch, draft levels and nodes that commit most tokens a second.
+
+Time has a price: ``rate`` tokens a second are what this machine commits anyway. A plan is worth its expected tokens
+less the price of its passes; plain decoding is the plan without a draft. Three decisions an iteration, each a global
+search:
+
+1. before each draft level: which nodes of the frontier are expanded, if any. What their children will be worth is not
+   known yet; the calibration knows how it is distributed (``Acceptance.children``).
+2. after the last level: how many of all candidates are verified, best first over the batch (``select``).
+3. now and then, where 1 says no: one request is drafted all the same, to see whether that still holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.candidates import Candidates, Continuations
+from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.grow import Draft
+from echo_trt.decoding.history import History
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.super_tree import SuperTree
+
+BINS = 64  # of a histogram over values, the best first
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one iteration has to do. slots [B]: where each request's history is kept; room [B]: draft tokens in a row
+    it can still use; behind [B]: tokens its draft must catch up with first; context: cached tokens of all;
+    others: prompt tokens in the same call."""
+
+    slots: np.ndarray
+    room: np.ndarray
+    behind: np.ndarray
+    context: int
+    others: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The super-tree to verify, sorted by request, and P(accept) of its nodes [n], 1 at roots."""
+
+    tree: SuperTree
+    probability: np.ndarray
+
+
+class Planner:
+    """Who decides what an iteration drafts and verifies, and is told what came of it."""
+
+    def plan(
+        self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
+    ) -> Plan:
+        raise NotImplementedError
+
+    def joined(self, slot: int) -> None:
+        """Another request begins in ``slot``."""
+
+    def target_pass(self, tokens: int, context: int, seconds: float) -> None:
+        """The target has computed ``tokens`` with ``context`` cached ones."""
+
+    def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
+        """The same of the draft."""
+
+    def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
+        """An iteration took ``seconds``, ``host`` of them outside passes; ``path`` are its plan's accepted nodes."""
+
+
+class Goodput(Planner):
+    """The policy, and what it has learnt while running: costs, acceptance, each request's history."""
+
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int):
+        self.costs, self.acceptance, self.history = costs, acceptance, History(slots)
+
+    def plan(
+        self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
+    ) -> Plan:
+        """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
+        price = self.price(load)
+        weights = self.history.weights(load.slots)
+        candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
+        if draft is not None and load.room.any():
+            self._draft(candidates, draft, policy, load, price)
+        chosen = select(
+            candidates.value, candidates.tree, policy.per_request, self._target(load, len(candidates)), price
+        )
+        tree, nodes = candidates.tree.sorted_by_request(chosen)
+        return Plan(tree, candidates.probability[nodes])
+
+    def price(self, load: Load) -> float:
+        """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
+        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
+        return self.history.speedup * len(load.slots) / plain
+
+    def _target(self, load: Load, nodes: int) -> np.ndarray:
+        """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots; what context adds is the same for all."""
+        fixed = len(load.slots) + load.others
+        return self.costs.target.base(fixed + nodes)[fixed : fixed + nodes + 1]
+
+    def _draft(self, candidates: Candidates, draft: Draft, policy: Policy, load: Load, price: float) -> None:
+        history = self.history
+        history.begin(load.slots)
+        open_ = np.flatnonzero(load.room > 0)
+        promise = np.minimum(history.promise[load.slots[open_]] * candidates.weights[open_], 2.0)
+        best = np.argsort(-promise, kind="stable")
+        entries = np.cumsum(load.behind[open_][best])
+        count = self._worth_expanding(candidates, promise[best], 0, entries, load, price)
+        requests = open_[best[:count]]
+        if count == 0:
+            requests = history.probe(open_, load.slots, self.costs.draft(int(load.behind[open_].min())))
+            if len(requests) == 0:
+                return
+        requests = np.sort(requests)
+        candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
+        history.drafted(load.slots[requests], candidates.best_child(requests), self.acceptance.children[0, 0].mean())
+        expanded = 0
+        for depth in range(1, policy.max_depth):
+            frontier = candidates.frontier(depth, policy.beams)
+            if len(frontier) == 0:
+                return
+            entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
+            count = self._worth_expanding(candidates, candidates.value[frontier], depth, entries, load, price)
+            if count == 0:
+                return
+            nodes = np.sort(frontier[:count])
+            candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), policy.width)
+            expanded += count
+
+    def _worth_expanding(
+        self, candidates: Candidates, frontier: np.ndarray, depth: int, entries: np.ndarray, load: Load, price: float
+    ) -> int:
+        """How many of the frontier to expand, values [F], best first, of depth ``depth``; 0 if none pays.
+
+        entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are 1, 2, 4, ... and
+        all, with what this level and the next ones would bring, each a histogram of values over which the best number
+        of nodes to verify is searched.
+        """
+        children = self.acceptance.below[depth] if depth < len(self.acceptance.below) else None
+        if children is None:
+            return 0
+        count, levels = len(frontier), len(children)
+        groups = _doublings(count)  # 0: the first, 1: the second, 2: the third and fourth, ...
+        variants = int(groups[-1]) + 1
+        worth = np.minimum(frontier[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
+        cell = (groups[:, None, None] * levels + np.arange(levels)[:, None]) * BINS + _bin(worth)
+        size, share = variants * levels * BINS, 1.0 / children.shape[-1]
+        hist = np.empty((2, variants, levels, BINS))
+        hist[0] = np.bincount(cell.reshape(-1), minlength=size).reshape(variants, levels, BINS)
+        hist[1] = np.bincount(cell.reshape(-1), worth.reshape(-1), size).reshape(variants, levels, BINS)
+        now = _histogram(candidates.value[candidates.tree.num_requests :])
+        plans = now[:, None, None] + share * hist.cumsum(axis=1).cumsum(axis=2)
+        seconds = self._target(load, len(candidates) + count * children[0].size * levels)
+        gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
+        ends = np.minimum(2 ** np.arange(variants), count)
+        draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        net = gain - price * draft[:, None] * np.arange(1, levels + 1)
+        best = int(net.argmax())
+        return int(ends[best // levels]) if net.flat[best] > 0 else 0
+
+    def joined(self, slot: int) -> None:
+        self.history.forget(slot)
+
+    def target_pass(self, tokens: int, context: int, seconds: float) -> None:
+        self.costs.target.observe(tokens, context, seconds)
+
+    def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
+        self.costs.draft.observe(tokens, context, seconds)
+
+    def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
+        tree = plan.tree
+        drafted = np.flatnonzero(tree.parent >= 0)
+        accepted = np.zeros(len(tree))
+        accepted[path] = 1
+        self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
+        progress = np.bincount(tree.request[path], minlength=len(load.slots))
+        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
+        self.history.observe(load.slots, progress, plan.probability.sum(), seconds, host, plain, load.others > 0)
+
+
+def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:
+    """The nodes to verify, roots among them: indices, ascending. The best number of the best, over the whole batch.
+
+    value [n] only falls along a path, so that the best k are ancestor-closed for every k. seconds [n - B + 1]: the
+    target's pass with 0, 1, ... nodes more than roots; jagged, so every k is tried.
+    """
+    roots = np.arange(tree.num_requests)
+    nodes = np.arange(tree.num_requests, len(tree))
+    nodes = nodes[np.argsort(-value[nodes], kind="stable")]
+    nodes = nodes[rank_within(tree.request[nodes]) < per_request - 1]
+    worth = np.concatenate(([0.0], np.cumsum(value[nodes]))) - price * seconds[: len(nodes) + 1]
+    return np.sort(np.concatenate((roots, nodes[: int(worth.argmax())])))
+
+
+@cache
+def _doublings(count: int) -> np.ndarray:
+    """0, 1, 2, 2, 3, 3, 3, 3, ...: in which doubling of a set each of ``count`` elements joins it."""
+    return np.ceil(np.log2(np.arange(1, count + 1))).astype(np.int64)
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Numbers and sums of values by bins: float64 [2, BINS]."""
+    cell = _bin(values)
+    return np.stack((np.bincount(cell, minlength=BINS), np.bincount(cell, values, minlength=BINS)))
+
+
+def _bin(values: np.ndarray) -> np.ndarray:
+    return ((1.0 - np.minimum(values, 1.0)) * (BINS - 1e-6)).astype(np.int64)
+
+
+def _best_value(plans: np.ndarray, seconds: np.ndarray, price: float) -> np.ndarray:
+    """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
+    count, total = plans.cumsum(axis=-1)
+    low = count.astype(np.int64)
+    time = seconds[low] + (count - low) * (seconds[np.minimum(low + 1, len(seconds) - 1)] - seconds[low])
+    return np.maximum((total - price * time).max(axis=-1), -price * seconds[0])

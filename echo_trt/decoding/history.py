@@ -1,0 +1,80 @@
+"""What the goodput policy remembers of requests and of itself: who drafts well, who fell behind, what was gained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_MEMORY = 0.97  # of running means over iterations
+_FADING = 0.02  # a request that is not drafted for drifts towards the mean of all by this, an iteration
+_PROBING = 0.005  # share of the time that may go into seeing whether drafting would pay again
+_AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
+_LIMITS = 0.8, 1.25  # of that weight
+
+
+class History:
+    """promise [S]: what each slot's best first draft token is worth, as a share of what is usual."""
+
+    def __init__(self, slots: int):
+        self.promise, self._mean = np.ones(slots), 1.0
+        self._progress = np.ones(slots)  # tokens an iteration, running mean
+        self._idle = np.zeros(slots, np.int64)  # iterations since it was last drafted for
+        self._credit = 0.0
+        self._tokens = self._plain = 1e-9
+        self.host_seconds = 0.0
+        self.probes = 0
+
+    @property
+    def speedup(self) -> float:
+        """Expected tokens over those of plain decoding in the same time, running mean; 1 or more."""
+        return max(self._tokens / self._plain, 1.0)
+
+    def forget(self, slot: int) -> None:
+        """Another request begins in ``slot``."""
+        self.promise[slot], self._progress[slot], self._idle[slot] = self._mean, self._progress.mean(), 0
+
+    def weights(self, slots: np.ndarray) -> np.ndarray:
+        """[B] above 1 for requests that have progressed less than the others, below 1 for those that have more."""
+        progress = self._progress[slots]
+        return np.clip((progress.mean() / progress) ** _AGEING, *_LIMITS) if len(slots) else progress
+
+    def begin(self, slots: np.ndarray) -> None:
+        """An iteration that could draft for ``slots`` [B] begins."""
+        self._idle[slots] += 1
+        self.promise[slots] += _FADING * (self._mean - self.promise[slots])
+
+    def drafted(self, chosen: np.ndarray, best: np.ndarray, usual: float) -> None:
+        """Slots ``chosen`` [A] were drafted for; the best token of each is worth ``best`` [A]."""
+        seen = best / usual
+        self._idle[chosen] = 0
+        self.promise[chosen] += 0.3 * (seen - self.promise[chosen])
+        self._mean += (1 - _MEMORY) * (float(seen.mean()) - self._mean)
+
+    def probe(self, requests: np.ndarray, slots: np.ndarray, seconds: float) -> np.ndarray:
+        """Of ``requests`` the one that waited longest, once there is credit for its ``seconds``; else none."""
+        if self._credit < seconds:
+            return requests[:0]
+        self._credit = 0.0
+        self.probes += 1
+        return requests[self._idle[slots[requests]].argmax()][None]
+
+    def observe(
+        self,
+        slots: np.ndarray,
+        progress: np.ndarray,
+        expected: float,
+        seconds: float,
+        host: float,
+        plain: float,
+        prompts: bool,
+    ) -> None:
+        """An iteration: tokens of each request [B], those expected, what it took and what a plain one would take.
+
+        One that computed ``prompts`` too says nothing of speed.
+        """
+        self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
+        self._credit += _PROBING * seconds
+        if prompts or len(slots) == 0:
+            return
+        self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)
+        self._tokens = _MEMORY * self._tokens + expected
+        self._plain = _MEMORY * self._plain + len(slots) * seconds / plain

@@ -1,0 +1,69 @@
+"""What a bundle's policies go by: the recipe's numbers where it gives them, else the calibration's, else usual ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from echo_trt.bundle import Manifest
+from echo_trt.calibration.measure import measure
+from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calibration, read_costs, write
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.runtime.loop import Loop
+
+USUAL_GATES = {1: 0.2, 3: 0.3}
+
+
+class Tuning:
+    """A bundle's calibration and this machine's costs, which are measured when something first asks for them.
+
+    ``note`` is told, in a sentence, where something is missing or measured.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, loop: Loop, note: Callable[[str], None]):
+        self._folder, self._manifest, self._loop, self._note = folder, manifest, loop, note
+        path = folder / CALIBRATION
+        known = path.exists()
+        self.calibration = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if known else None
+        if self.calibration and loop.copier:
+            loop.copier.set_acceptance(self.calibration.lookup)
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """Nothing may be running when this is asked for the first time."""
+        table = read_costs(self._folder, self._manifest)
+        if table is None:
+            self._note("measuring what passes cost on this machine (some seconds, once)")
+            table = measure(self._loop, self._manifest)
+            with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start
+                write(self._folder, COSTS, table)
+        return table
+
+    def policy(self, name: str | None, budget: int | None) -> Policy:
+        """``name`` None: the recipe's. ``budget`` replaces K_max where one is shared."""
+        decoding, calibration = self._manifest.recipe.decoding, self.calibration
+        settings = decoding.model_dump()
+        name = name or decoding.policy
+        if settings["gates"] is None:
+            settings["gates"] = calibration.sweet_spots if calibration else USUAL_GATES
+            settings["dense_gates"] = {g.depth: g.threshold for g in calibration.gates} if calibration else None
+        if settings["fixed_threshold"] is None:
+            settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
+        settings["budget"] = budget or settings["budget"] or 0
+        policy = make_policy(name, settings)
+        if policy.budget == 0:
+            policy = replace(policy, budget=int(self.costs.hinge["k_max"]))
+        return policy
+
+    def planner(self) -> Goodput:
+        """A goodput policy that has learnt nothing yet."""
+        if self.calibration is None and self._manifest.draft is not None:
+            self._note(f"{self._folder} has no {CALIBRATION}: its draft is taken at its word; run echo-trt calibrate.")
+        depths = self._manifest.recipe.decoding.max_depth
+        acceptance = self.calibration.model() if self.calibration else Acceptance.uncalibrated(depths)
+        return Goodput(self.costs.costs(), acceptance, self._loop.state.count)
