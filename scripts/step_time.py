@@ -1,6 +1,8 @@
 """What one iteration costs in Python, without any engine: grow, allocate, sort, mask, pack, accept.
 
 python scripts/step_time.py --repeats 300
+
+For goodput, grow is all of its plan: levels, nodes, sorting.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.decoding.accept import accept
+from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.goodput import Goodput, Load
 from echo_trt.decoding.grow import grow
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import Policy, make_policy
@@ -23,6 +28,7 @@ from echo_trt.recipe import Decoding
 
 LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
 GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each
+POLICIES = ("echo", "goodput")
 PHASES = ("grow", "allocate", "sort", "mask", "pack", "accept")
 CONTEXT = 1024
 
@@ -41,6 +47,8 @@ class FreeDraft:
         self.log_q = np.log(np.maximum(q, 1e-9)).astype(np.float32)
         self.tokens = np.tile(np.arange(k), (rows, 1))
 
+    entries = 0
+
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.log_q[: len(requests)], self.tokens[: len(requests)]
 
@@ -48,25 +56,31 @@ class FreeDraft:
         return self.log_q[: len(nodes)], self.tokens[: len(nodes)]
 
 
-def measure(policy: Policy, requests: int, repeats: int) -> tuple[np.ndarray, int]:
+def measure(policy: Policy, requests: int, budget: int, repeats: int) -> tuple[np.ndarray, int]:
     """Seconds of each phase [repeats, phases], and the tokens that an iteration verifies."""
     rng = np.random.default_rng(0)
     draft = FreeDraft(requests * policy.beams, policy.width, rng)
     roots, room = rng.integers(0, 1000, requests), np.full(requests, CONTEXT)
     past = rng.integers(1, CONTEXT - policy.nodes_per_request, requests)
     block_table = rng.permutation(requests * (CONTEXT // BLOCK)).reshape(requests, -1)
-    target = np.where(
-        rng.random(policy.budget) < 0.6, 0, policy.width
-    )  # a node's next token: its best child's, or none
+    target = np.where(rng.random(budget) < 0.6, 0, policy.width)  # a node's next token: its best child's, or none
+    # Verification is free up to the budget and dear beyond, and a draft costs next to nothing.
+    costs = Costs(Curve([1, budget, 2 * budget], [0.02, 0.02, 1.0]), Curve([1, 4 * budget], [1e-6, 1e-6]))
+    goodput = Goodput(costs, Acceptance.uncalibrated(policy.max_depth), requests)
+    load = Load(np.arange(requests), room, np.ones(requests, np.int64), int(past.sum()))
     seconds = []
     for _ in range(repeats):
         marks = [time.perf_counter()]
-        candidates, reach = grow(roots, draft, policy, room)
-        marks.append(time.perf_counter())
-        nodes = allocate(candidates, reach, policy)
-        marks.append(time.perf_counter())
-        tree, _ = candidates.sorted_by_request(nodes)
-        marks.append(time.perf_counter())
+        if policy.seeks_goodput:
+            tree = goodput.plan(roots, draft, policy, load).tree
+            marks += [time.perf_counter()] * 3
+        else:
+            candidates, reach = grow(roots, draft, policy, room)
+            marks.append(time.perf_counter())
+            nodes = allocate(candidates, reach, policy)
+            marks.append(time.perf_counter())
+            tree, _ = candidates.sorted_by_request(nodes)
+            marks.append(time.perf_counter())
         mask = ancestor_mask(tree)
         marks.append(time.perf_counter())
         pack(tree.token, past[tree.request] + tree.depth, past, tree.sizes, block_table, np.arange(len(tree)), mask)
@@ -79,19 +93,24 @@ def measure(policy: Policy, requests: int, repeats: int) -> tuple[np.ndarray, in
 
 def main(repeats: Annotated[int, typer.Option(help="iterations of each load")] = 300) -> None:
     """Python time of one iteration at several loads, and how it grows with the batch."""
-    table = Table("B", "N", *PHASES, "median", "fastest", title="milliseconds of one iteration")
+    console = Console()
+    for name in POLICIES:
+        _show(console, name, repeats)
+
+
+def _show(console: Console, name: str, repeats: int) -> None:
+    table = Table("B", "N", *PHASES, "median", "fastest", title=f"{name}: milliseconds of one iteration")
     sizes, fastest = [], []
     for requests, budget in sorted({*LOADS, *((count, 2 * count) for count in GROWTH)}):
-        policy = make_policy("echo", Decoding(budget=budget).model_dump())
-        measure(policy, requests, max(repeats // 10, 1))  # warm up
-        seconds, tokens = measure(policy, requests, repeats)
+        policy = make_policy(name, Decoding(budget=budget, gates={1: 0.2, 3: 0.3}).model_dump())
+        measure(policy, requests, budget, max(repeats // 10, 1))  # warm up
+        seconds, tokens = measure(policy, requests, budget, repeats)
         total = seconds.sum(axis=1)
         figures = (*np.median(seconds, axis=0), np.median(total), total.min())
         table.add_row(str(requests), str(tokens), *(f"{1e3 * value:.3f}" for value in figures))
         if requests in GROWTH:
             sizes.append(tokens)
             fastest.append(total.min())
-    console = Console()
     console.print(table)
     exponent = np.polyfit(np.log(sizes), np.log(fastest), 1)[0]
     console.print(f"From {sizes[0]} to {sizes[-1]} tokens the time grows as tokens^{exponent:.2f}.")

@@ -16,7 +16,7 @@ from echo_trt.decoding.super_tree import SuperTree
 
 SPOTS = 3  # sparse gates: the root's and so many less one deeper
 QUANTILES = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-CHILDREN = 3  # of a node, whose worth is foreseen
+CHILDREN = 2  # of a node, whose worth is foreseen
 PRIOR = 10  # made-up observations behind each lookup probability, so that a few copies do not decide it
 BATCH = 512  # positions that are replayed together
 
@@ -146,7 +146,7 @@ def _isotonic(x: np.ndarray, accepted: np.ndarray, at: np.ndarray, fallback: np.
 
 
 def children_quantiles(observed: Observed, table: np.ndarray, max_depth: int, beams: int) -> np.ndarray:
-    """What the best, second and third child of a node that would be expanded is worth, as a share of the node.
+    """What the best and the second child of a node that would be expanded is worth, as a share of the node.
 
     Quantiles [max_depth, CHILDREN, 5], nodes counted by their own worth: the likely ones are those that are expanded.
     """

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
-HORIZON = 3  # levels that are foreseen: one that does not pay by itself may pay with the next
+HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next
 SOURCES = ("head", "lookup", "both")
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
 _LEARNING = 0.02
 _MOST = 1.5  # the largest shift that drift may cause, in log-odds
 _CEILING = 0.999
-_USUAL_CHILDREN = np.array([[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2], [0.01, 0.03, 0.04, 0.06, 0.08]])
+_USUAL_CHILDREN = np.array([[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]])
 
 
 def knots() -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 _NEIGHBOURHOOD = 0.5  # how far, in log N, one measurement speaks for other sizes
 _LEARNING = 0.1
+_REDRAWN = 4  # observations between two drawings of the table
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 
 
@@ -26,6 +28,7 @@ class Curve:
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
         self._log_sizes = np.log(self.sizes)
+        self._observed = 0
         self._draw(int(self.sizes[-1]))
 
     @property
@@ -45,10 +48,12 @@ class Curve:
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A pass has taken ``seconds``."""
         base = max(seconds - self.per_context * context, 1e-6)
-        error = float(np.clip(np.log(base / self.base(tokens)[tokens]), -_OUTLIER, _OUTLIER))
-        distance = (self._log_sizes - np.log(tokens)) / _NEIGHBOURHOOD
+        error = min(max(math.log(base / self.base(tokens)[tokens]), -_OUTLIER), _OUTLIER)
+        distance = (self._log_sizes - math.log(tokens)) / _NEIGHBOURHOOD
         self._correction += _LEARNING * error * np.exp(-0.5 * distance**2)
-        self._draw(len(self._dense) - 1)
+        self._observed += 1
+        if self._observed % _REDRAWN == 0:
+            self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:
         seconds = self.seconds

@@ -136,15 +136,15 @@ class Goodput(Planner):
     ) -> int:
         """How many of the frontier to expand, values [F], best first, of depth ``depth``; 0 if none pays.
 
-        entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are 1, 2, 4, ... and
-        all, with what this level and the next ones would bring, each a histogram of values over which the best number
-        of nodes to verify is searched.
+        entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
+        with what this level and the next would bring: each a histogram of values, over which the best number of nodes
+        to verify is searched.
         """
         children = self.acceptance.below[depth] if depth < len(self.acceptance.below) else None
         if children is None:
             return 0
         count, levels = len(frontier), len(children)
-        groups = _doublings(count)  # 0: the first, 1: the second, 2: the third and fourth, ...
+        groups, ends = _portions(count)
         variants = int(groups[-1]) + 1
         worth = np.minimum(frontier[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
         cell = (groups[:, None, None] * levels + np.arange(levels)[:, None]) * BINS + _bin(worth)
@@ -156,7 +156,6 @@ class Goodput(Planner):
         plans = now[:, None, None] + share * hist.cumsum(axis=1).cumsum(axis=2)
         seconds = self._target(load, len(candidates) + count * children[0].size * levels)
         gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
-        ends = np.minimum(2 ** np.arange(variants), count)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         net = gain - price * draft[:, None] * np.arange(1, levels + 1)
         best = int(net.argmax())
@@ -197,9 +196,12 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
 
 
 @cache
-def _doublings(count: int) -> np.ndarray:
-    """0, 1, 2, 2, 3, 3, 3, 3, ...: in which doubling of a set each of ``count`` elements joins it."""
-    return np.ceil(np.log2(np.arange(1, count + 1))).astype(np.int64)
+def _portions(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """How a set of ``count`` grows, to 1, 2, 4, ... or, if it is large, 1, 4, 16, ...: the step [count] in which each
+    element joins, and the set's size after each step."""
+    factor = 2 if count <= 16 else 4
+    steps = np.ceil(np.log(np.arange(1, count + 1)) / np.log(factor) - 1e-9).astype(np.int64)
+    return steps, np.cumsum(np.bincount(steps))
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
