@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from echo_trt.benchmark.closed_loop import Sample
 from echo_trt.benchmark.closed_loop import run as run_closed_loop
-from echo_trt.benchmark.figures import PLAIN, figures
+from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
+from echo_trt.benchmark.peers import Peer, PeerRun, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.calibration.record import record
 from echo_trt.calibration.store import machine
@@ -54,8 +56,6 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                 ("--record", job.record_file),
             )
         )
-        from echo_trt.benchmark.peers import open_peer
-
         with messages.status("loading the bundle"):
             llm = LLM(job.bundle, None, max(job.batches), note=messages.print)
             _check_pool(llm, job)
@@ -76,8 +76,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
             for batch in job.batches:
                 for name, rows in cells:
                     prompts = _prompts(llm, rows, max(job.requests, 2 * batch))
-                    part = _cell(llm, policies, prompts, batch, job)
-                    part += [_peer_row(peer, prompts, batch, job, part[0]) for peer in peers]
+                    part = _cell(llm, policies, peers, prompts, batch, job)
                     result["results"] += [{"set": name, **row} for row in part]
                     write_json(_text(result))
                     progress.advance(task)
@@ -90,30 +89,22 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     return result
 
 
-def _cell(llm: LLM, policies: list[str], prompts: list[list[int]], batch: int, job: Job) -> list[dict[str, Any]]:
-    """Rounds in which each policy has its turn, beginning with another one each time."""
-    samples = {policy: [] for policy in policies}
+def _cell(
+    llm: LLM, policies: list[str], peers: list[Peer], prompts: list[list[int]], batch: int, job: Job
+) -> list[dict[str, Any]]:
+    """Rounds in which each policy has its turn, beginning with another one each time, and then each peer."""
+    samples: dict[str, list[Sample]] = {policy: [] for policy in policies}
+    peer_runs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for number in range(job.rounds):
         turn = number % len(policies)
         for policy in policies[turn:] + policies[:turn]:
             llm.set_policy(policy)
             samples[policy].append(run_closed_loop(llm, prompts, batch, job.max_tokens))
+        for peer in peers:
+            peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
     k_max = int(llm.tuning.costs.hinge["k_max"])
-    return [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
-
-
-def _peer_row(peer, prompts: list[list[int]], batch: int, job: Job, plain: dict[str, Any]) -> dict[str, Any]:
-    runs = [peer.run(prompts, batch, job.max_tokens) for _ in range(job.rounds)]
-    median = sorted(runs, key=lambda r: r.tokens_per_s)[len(runs) // 2]
-    return {
-        "policy": peer.name,
-        "batch": batch,
-        "rounds": len(runs),
-        "decode_tokens_per_s": median.decode_tokens_per_s and round(median.decode_tokens_per_s, 2),
-        "end_to_end_tokens_per_s": round(median.tokens_per_s, 2),
-        "ratio": median.decode_tokens_per_s and round(median.decode_tokens_per_s / plain["decode_tokens_per_s"], 4),
-        "accepted_length": median.accepted_length and round(median.accepted_length, 4),
-    }
+    rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
+    return rows + [peer_figures(name, batch, runs, samples[PLAIN]) for name, runs in peer_runs.items()]
 
 
 def mixed(sets: dict[str, list[Prompt]]) -> list[Prompt]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.benchmark.closed_loop import PHASES, Sample
+from echo_trt.benchmark.peers import PeerRun
 
 PLAIN = "autoregressive"
 
@@ -41,6 +42,32 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
         "progress_spread": round(_variation([x for s in rounds for x in s.progress]), 4),
         "same_texts": _same(rounds, plain),
     }
+
+
+def peer_figures(name: str, batch: int, rounds: list[PeerRun], plain: list[Sample]) -> dict[str, Any]:
+    """A peer's row; its ratios are to our plain decoding of the same rounds."""
+    decode = [_ratio(a.decode_tokens_per_s, _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
+    whole = [_ratio(a.full_tokens_per_s, _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
+    return {
+        "policy": name,
+        "batch": batch,
+        "rounds": len(rounds),
+        "decode_tokens_per_s": _median([r.decode_tokens_per_s for r in rounds]),
+        "end_to_end_tokens_per_s": _median([r.full_tokens_per_s for r in rounds]),
+        "ratio": _median(decode),
+        "ratio_spread": [round(r, 4) for r in (min(decode), max(decode))] if None not in decode else None,
+        "end_to_end_ratio": _median(whole),
+        "accepted_length": _median([r.accepted_length for r in rounds]),
+    }
+
+
+def _ratio(rate: float | None, plain: float) -> float | None:
+    return None if rate is None else rate / plain
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return round(float(np.median(known)), 4) if known else None
 
 
 def _rate(tally) -> float:

@@ -1,0 +1,159 @@
+"""OpenVINO GenAI's ContinuousBatchingPipeline, plain or drafted by an EAGLE-3 head."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+from echo_trt.benchmark.peers import PeerRun
+from echo_trt.bundle import Manifest
+from echo_trt.compile.openvino import PRECISIONS
+from echo_trt.decoding.pack import BLOCK
+
+WARM_UP_TOKENS = 8
+
+
+class GenAI:
+    """The graph folders of a target and, where it drafts, of its head, compiled as our own engine compiles.
+
+    Compute and KV cache are in the bundle's precision, for the head as for the target; threads are left to OpenVINO.
+    No prompt shares another's cache (enable_prefix_caching is off, as echo-trt has none), prompts are computed in
+    chunks between decoding steps, and the KV cache holds every running text whole.
+
+    With a head and one text at a time, each step verifies a dynamic top-k tree: depth, children and tokens of the
+    recipe's static policy. With more at a time it is a chain of ``chain`` tokens a text, for GenAI 2026.4.1 fails in a
+    tree as soon as one text ends while another accepts a branch (PaKVReorder: block_indices_begins and
+    block_update_indices_begins of different length).
+    """
+
+    #: Tokens drafted a text where several run.
+    chain = 2
+
+    def __init__(self, name: str, manifest: Manifest, target: Path, head: Path | None = None):
+        self.name = name
+        self._target, self._head, self._manifest = target, head, manifest
+        self._tree = manifest.recipe.decoding.static
+        self._opened: _Opened | None = None
+
+    def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
+        longest = max(map(len, prompts)) + max_tokens
+        pipeline = self._pipeline(concurrency, longest)
+        return _closed_loop(pipeline, prompts, concurrency, self._generation(concurrency, max_tokens))
+
+    def _pipeline(self, concurrency: int, longest: int) -> genai.ContinuousBatchingPipeline:
+        """A pipeline for as many texts of so many tokens: the last one, where it has room for them."""
+        drafted = self._tree.depth * self._tree.top_k**2
+        blocks = concurrency * -(-(longest + drafted + BLOCK) // BLOCK)
+        if self._opened is None or self._opened.concurrency != concurrency or self._opened.blocks < blocks:
+            self._opened = None  # its memory goes before the next one's comes
+            pipeline = self._open(concurrency, blocks)
+            _closed_loop(pipeline, [[1, 1]], 1, self._generation(concurrency, WARM_UP_TOKENS))
+            self._opened = _Opened(concurrency, blocks, pipeline)
+        return self._opened.pipeline
+
+    def _open(self, concurrency: int, blocks: int) -> genai.ContinuousBatchingPipeline:
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size, scheduler.num_kv_blocks = 0, blocks
+        scheduler.max_num_seqs = concurrency
+        scheduler.max_num_batched_tokens = self._manifest.recipe.limits.prefill_chunk + concurrency * self._tree.tokens
+        scheduler.dynamic_split_fuse, scheduler.enable_prefix_caching = True, False
+        compute, cache = PRECISIONS[self._manifest.precision]
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": compute.to_string(),
+            "KV_CACHE_PRECISION": cache.to_string(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        if self._head is not None:
+            options["draft_model"] = genai.draft_model(self._head, "CPU", **options)
+        return genai.ContinuousBatchingPipeline(self._target, scheduler, "CPU", options)
+
+    def _generation(self, concurrency: int, max_tokens: int) -> genai.GenerationConfig:
+        config = genai.GenerationConfig()
+        config.do_sample = False
+        config.max_new_tokens = max_tokens
+        eos = self._manifest.eos_token_ids
+        config.ignore_eos = not eos
+        if eos:
+            config.stop_token_ids = set(eos)
+            config.eos_token_id = eos[0]  # else GenAI adds the -1 of a checkpoint that names none
+        if self._head is not None and concurrency > 1:
+            config.num_assistant_tokens = self.chain
+        elif self._head is not None:
+            config.branching_factor, config.tree_depth = self._tree.top_k, self._tree.depth
+            config.num_assistant_tokens = self._tree.tokens - 1  # ours count the root
+        return config
+
+
+@dataclass(frozen=True)
+class _Opened:
+    concurrency: int
+    blocks: int
+    pipeline: genai.ContinuousBatchingPipeline
+
+
+def _closed_loop(
+    pipeline: genai.ContinuousBatchingPipeline,
+    prompts: list[list[int]],
+    concurrency: int,
+    generation: genai.GenerationConfig,
+) -> PeerRun:
+    """Keep ``concurrency`` texts running until the prompts are used up."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    waiting, running = deque(range(len(prompts))), {}
+    full, decode = _Steps(), _Steps()
+    begin = time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < concurrency:
+            index = waiting.popleft()
+            running[index] = pipeline.add_request(index, ov.Tensor(np.array([prompts[index]], np.int64)), generation)
+        count, decoding, step_begin = len(running), all(texts[index] for index in running), time.perf_counter()
+        pipeline.step()
+        tokens = sum([_read(handle, texts[index]) for index, handle in running.items()])
+        running = {index: handle for index, handle in running.items() if _is_running(handle)}
+        if count == min(concurrency, len(prompts)):
+            for steps in (full, decode) if decoding else (full,):
+                steps.add(tokens, count, time.perf_counter() - step_begin)
+    seconds = time.perf_counter() - begin
+    return PeerRun(texts, seconds, full.tokens_per_s, decode.tokens_per_s, decode.accepted_length)
+
+
+def _read(handle: Any, text: list[int]) -> int:
+    """Move a text's new tokens from its handle; how many there were."""
+    before = len(text)
+    while handle.can_read():
+        text += next(iter(handle.read().values())).generated_ids
+    return len(text) - before
+
+
+def _is_running(handle: Any) -> bool:
+    status = handle.get_status()
+    if status == genai.GenerationStatus.IGNORED:
+        raise RuntimeError("OpenVINO GenAI gave a prompt up: its KV cache is too small")
+    return status == genai.GenerationStatus.RUNNING
+
+
+@dataclass
+class _Steps:
+    """Sums over steps: their tokens, the texts that took part in each, and the seconds."""
+
+    tokens: int = 0
+    texts: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, texts: int, seconds: float) -> None:
+        self.tokens, self.texts, self.seconds = self.tokens + tokens, self.texts + texts, self.seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.seconds if self.texts else None
+
+    @property
+    def accepted_length(self) -> float | None:
+        return self.tokens / self.texts if self.texts else None

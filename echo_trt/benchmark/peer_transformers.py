@@ -1,0 +1,98 @@
+"""Hugging Face transformers: the target as its own network, and ``generate()`` on static batches.
+
+transformers' generate() has no continuous batching on a CPU: a batch is as slow as its longest text, and the next one
+starts when all have ended. Its rates count a place as taken until its batch ends.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+from echo_trt.benchmark.peers import PeerRun
+from echo_trt.bundle import Manifest
+from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.config import DECODERS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Transformers:
+    """Batches of ``concurrency`` prompts in their order, padded on the left. Threads are left to PyTorch."""
+
+    name = "transformers"
+
+    def __init__(self, manifest: Manifest, checkpoint: Path):
+        self.model = load_network(checkpoint).to(DTYPES[manifest.precision])
+        self.model.generation_config = GenerationConfig()  # a checkpoint's own may sample or penalise repetition
+        self.eos = manifest.eos_token_ids
+
+    def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
+        self._answer(prompts[:1], min(max_tokens, 8), _FirstToken())
+        texts: list[list[int]] = []
+        decode_seconds, begin = 0.0, time.perf_counter()
+        for at in range(0, len(prompts), concurrency):
+            first = _FirstToken()
+            texts += self._answer(prompts[at : at + concurrency], max_tokens, first)
+            decode_seconds += time.perf_counter() - first.time
+        seconds = time.perf_counter() - begin
+        tokens = sum(map(len, texts))
+        decoded = tokens - len(texts)
+        decode_rate, accepted = (decoded / decode_seconds, 1.0) if decoded else (None, None)
+        return PeerRun(texts, seconds, tokens / seconds, decode_rate, accepted)
+
+    @torch.inference_mode()
+    def _answer(self, prompts: list[list[int]], max_tokens: int, first: _FirstToken) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padding = self.eos[0] if self.eos else 0
+        ids = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        output = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos or None, pad_token_id=padding
+            ),
+            logits_processor=LogitsProcessorList([first]),
+        )
+        return [self._until_end(row) for row in output[:, longest:].tolist()]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """A row without the padding that follows its end token."""
+        ends = [i for i, token in enumerate(tokens) if token in self.eos]
+        return tokens[: ends[0] + 1] if ends else tokens
+
+
+class _FirstToken(LogitsProcessor):
+    """Notes when the logits of a batch's first tokens are there: its prompts are computed."""
+
+    time = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.time = self.time or time.perf_counter()
+        return scores
+
+
+def load_network(checkpoint: Path) -> PreTrainedModel:
+    """transformers' network of a Hugging Face folder or a GGUF file (with our reading of it), in fp32."""
+    if checkpoint.is_dir():
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    source = open_checkpoint(checkpoint)
+    config = AutoConfig.for_model(DECODERS[source.config["architectures"][0]], **source.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = {name: source.get(name) for name in source.names()}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
+    return model.eval()

@@ -1,0 +1,131 @@
+"""Other engines on a bundle's target: the same weights, precision, prompts and concurrency, greedy, to compare with.
+
+| peer                  | what runs                                                                             |
+|-----------------------|---------------------------------------------------------------------------------------|
+| openvino-genai        | OpenVINO GenAI's continuous batching, plain decoding                                  |
+| openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head: a tree, or chains where several run   |
+| transformers          | Hugging Face generate() on static batches, padded on the left: no continuous batching |
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from echo_trt.bundle import Manifest
+from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.models.sources import locate
+from echo_trt.recipe import Source
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class PeerRun:
+    """What a peer made of the prompts.
+
+    ``token_ids`` are the answers in the order of the prompts, each with the end token that ended it. ``seconds`` run
+    from the first prompt's arrival to the last token; loading, compiling and a first short answer came before.
+
+    Rates that compare with ours leave out the end of the run, when places fall empty: ``full_tokens_per_s`` is over the
+    steps in which every place was taken, prompts included, and ``decode_tokens_per_s`` over those of them in which
+    every text already had its first token, so that no prompt was computed. ``accepted_length`` is what one of the
+    latter gave a text, 1 without drafting. None where there was no such step.
+    """
+
+    token_ids: list[list[int]]
+    seconds: float
+    full_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    accepted_length: float | None
+
+    @property
+    def emitted(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.emitted / self.seconds
+
+
+class Peer(Protocol):
+    name: str
+
+    def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
+        """Answer the prompts (token ids, chat template applied), greedy, at most ``concurrency`` at once.
+
+        A text ends with one of the manifest's end tokens or after ``max_tokens``, and the next takes its place.
+        """
+
+
+def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path = Path("build")) -> Peer:
+    """The peer ``name`` for the target of ``bundle``, whose recipe's relative paths start in ``recipe_folder``.
+
+    GenAI's form of the networks is made at the first call and kept in ~/.cache/echo-trt/peers.
+    """
+    if name not in PEERS:
+        raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")
+    module, package, opener = PEERS[name]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"peer {name} is not installed; run pip install {package}.")
+    if manifest.precision not in PRECISIONS:
+        raise UserError(
+            f"bundle {bundle} is in {manifest.precision}, in which peers do not run; "
+            f"build it in {' or '.join(PRECISIONS)}."
+        )
+    return opener(manifest, recipe_folder)
+
+
+def find_checkpoint(source: Source, recipe_folder: Path, digest: str) -> Path:
+    """The checkpoint that the bundle was built from, and no other: ``digest`` is its weights' in the manifest."""
+    path = locate(source, recipe_folder)
+    if weights_sha256(path) != digest:
+        raise UserError(
+            f"checkpoint {path} holds other weights than the bundle was built from; build the bundle again."
+        )
+    return path
+
+
+def _open_genai(manifest: Manifest, recipe_folder: Path) -> Peer:
+    from echo_trt.benchmark.peer_genai import GenAI
+    from echo_trt.benchmark.peer_ir import target_ir
+
+    target = find_checkpoint(manifest.recipe.target, recipe_folder, manifest.target_sha256)
+    return GenAI("openvino-genai", manifest, target_ir(target, manifest))
+
+
+def _open_genai_eagle3(manifest: Manifest, recipe_folder: Path) -> Peer:
+    from echo_trt.benchmark.peer_genai import GenAI
+    from echo_trt.benchmark.peer_ir import head_ir, target_ir
+
+    draft = manifest.recipe.draft
+    if draft.kind != "eagle3":
+        raise UserError(f"bundle {manifest.name} has a draft of kind {draft.kind}; openvino-genai-eagle3 needs eagle3.")
+    target = find_checkpoint(manifest.recipe.target, recipe_folder, manifest.target_sha256)
+    head = find_checkpoint(draft.source, recipe_folder, manifest.draft_sha256)
+    graphs = [target_ir(target, manifest), head_ir(head, target, manifest)]
+    return GenAI("openvino-genai-eagle3", manifest, *graphs)
+
+
+def _open_transformers(manifest: Manifest, recipe_folder: Path) -> Peer:
+    from echo_trt.benchmark.peer_transformers import Transformers
+
+    target = find_checkpoint(manifest.recipe.target, recipe_folder, manifest.target_sha256)
+    return Transformers(manifest, target)
+
+
+#: Of OpenVINO's packages only equal versions work together.
+_GENAI = f"openvino-genai=={importlib.metadata.version('openvino')}"
+
+#: name -> the module that must be there, the pip package that brings it, and how to open the peer
+PEERS: dict[str, tuple[str, str, Callable[[Manifest, Path], Peer]]] = {
+    "openvino-genai": ("openvino_genai", _GENAI, _open_genai),
+    "openvino-genai-eagle3": ("openvino_genai", _GENAI, _open_genai_eagle3),
+    "transformers": ("transformers", "transformers", _open_transformers),
+}
