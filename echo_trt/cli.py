@@ -1,4 +1,4 @@
-"""The command line: build | calibrate | generate | bench | inspect."""
+"""The command line: build | calibrate | generate | bench | simulate | inspect."""
 
 from __future__ import annotations
 
@@ -193,6 +193,34 @@ def bench(
     run(
         Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files), Console(), messages
     )
+
+
+@app.command()
+def simulate(
+    recording: Annotated[Path, typer.Argument(help="Draft trees, as echo-trt bench --record wrote them.")],
+    calibration: Annotated[Path, typer.Option(help="calibration.json of the bundle that was recorded.")],
+    machine: Annotated[str, typer.Option(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "h100-qwen3-8b",
+    costs: Annotated[Path | None, typer.Option(help="costs.json, for the machine this.")] = None,
+    batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,4,16,64,256,1024",
+    policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
+        "goodput,echo,dense,fixed,static,oracle"
+    ),
+    prompt: Annotated[int, typer.Option(min=0, help="Cached tokens before each answer.")] = 256,
+    budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+) -> None:
+    """Replay recorded draft trees under the same policies and another machine's costs.
+
+    Example: `echo-trt simulate trees.npz --calibration bundles/smollm2-135m/calibration.json --batch 1,64,256`
+    """
+    from echo_trt.simulation.command import SimulationJob, run
+
+    words = tuple(part.strip() for part in policies.split(",") if part.strip())
+    sizes = tuple(_numbers("--batch", batch))
+    job = SimulationJob(
+        recording, calibration, machine, costs, sizes, words, prompt=prompt, budget=budget, json_file=json_file
+    )
+    run(job, Console(), messages)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -234,4 +234,6 @@ def youden(confidence: np.ndarray, label: np.ndarray) -> float:
         return 0.0
     order = np.argsort(-confidence, kind="stable")
     kept, missed = np.cumsum(label[order]) / positive, np.cumsum(~label[order]) / (len(label) - positive)
-    return float(confidence[order][int((kept - missed).argmax())])
+    ranked = confidence[order]
+    last = int((kept - missed).argmax())  # a gate passes what is above its threshold: half-way to the next
+    return float(ranked[last] + ranked[min(last + 1, len(ranked) - 1)]) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 from datetime import date
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from echo_trt.bundle import Manifest
 from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
@@ -53,10 +54,24 @@ class Calibration(_Stored):
     children: list[list[list[float]]]
     lookup: list[float] = Field(description="P(a copied token is accepted) after a match of 1, 2, ... tokens")
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> Calibration:
+        depths = len(self.children)
+        if set(self.acceptance) != set(SOURCES):
+            raise ValueError(f"acceptance must have the sources {', '.join(SOURCES)}")
+        if not depths or any(len(rows) != depths for rows in self.acceptance.values()):
+            raise ValueError("acceptance and children must have as many depths, one or more")
+        if any(len(row) != KNOTS for rows in self.acceptance.values() for row in rows):
+            raise ValueError(f"acceptance must hold {KNOTS} values a depth")
+        shapes = {(len(depth), *map(len, depth)) for depth in self.children}
+        if len(shapes) != 1 or 0 in next(iter(shapes)) or len(set(next(iter(shapes))[1:])) != 1:
+            raise ValueError("children must hold as many quantiles for each depth and child")
+        if not self.lookup:
+            raise ValueError("lookup must hold a probability or more")
+        return self
+
     def model(self) -> Acceptance:
         table = np.array([self.acceptance[source] for source in SOURCES], np.float64)
-        if table.ndim != 3 or table.shape[2] != KNOTS:
-            raise ValueError(f"acceptance tables must hold {KNOTS} values a depth")
         return Acceptance(table, np.array(self.children, np.float64))
 
     @property
@@ -71,6 +86,15 @@ class CurveTable(_Stored):
     sizes: list[int]
     seconds: list[float]
     per_context: float = 0.0
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> CurveTable:
+        ascending = all(a < b for a, b in itertools.pairwise(self.sizes))
+        if not self.sizes or self.sizes[0] != 1 or not ascending or len(self.sizes) != len(self.seconds):
+            raise ValueError("sizes must ascend from 1, with seconds for each")
+        if min(self.seconds) < 0 or self.per_context < 0:
+            raise ValueError("seconds must not be negative")
+        return self
 
     def curve(self) -> Curve:
         return Curve(self.sizes, self.seconds, self.per_context)
@@ -109,10 +133,6 @@ def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calib
                 f"{path} was made for another {what} (hash {its[:12] or 'none'}, this one's is {mine[:12] or 'none'}); "
                 "run echo-trt calibrate on a bundle of this pair."
             )
-    try:
-        stored.model()
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is not complete ({error}); run echo-trt calibrate again.") from error
     return stored
 
 
@@ -137,10 +157,13 @@ def _read(path: Path, model: type[Model], remedy: str) -> Model:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; {remedy}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {key} is not valid ({first['msg']}); {remedy}.") from error
+        said = first["msg"].removeprefix("Value error, ").replace(". ", ", ")
+        raise UserError(f"{path}: {key} is not valid ({said}); {remedy}.") from error
 
 
 def _processor() -> str:

@@ -7,6 +7,8 @@ replay can begin an iteration at any position, with any policy whose levels, bea
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,10 +97,10 @@ class Trees:
                 return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
         except OSError as error:
             raise UserError(
-                f"recording {path} cannot be read ({error}); name a file that bench --record wrote."
+                f"recording {path} cannot be read ({error.strerror or 'not readable'}); name a file that bench --record wrote."
             ) from error
-        except (ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{path} is not a recording ({error}); name a file that bench --record wrote.") from error
+        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path} is not a recording; name a file that bench --record wrote.") from error
 
 
 class TreeRecorder(Planner):

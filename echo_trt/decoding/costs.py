@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _NEIGHBOURHOOD = 0.5  # how far, in log N, one measurement speaks for other sizes
-_LEARNING = 0.1
+_LEARNING, _LEARNING_FASTER = 0.1, 0.3  # from passes slower than the table, and from faster ones
 _REDRAWN = 4  # observations between two drawings of the table
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 
@@ -48,9 +48,11 @@ class Curve:
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A pass has taken ``seconds``."""
         base = max(seconds - self.per_context * context, 1e-6)
-        error = min(max(math.log(base / self.base(tokens)[tokens]), -_OUTLIER), _OUTLIER)
+        error = math.log(base / self.base(tokens)[tokens])
+        # Whatever else runs only ever adds: a slow pass may be an outlier, a fast one tells the truth.
+        step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * error
         distance = (self._log_sizes - math.log(tokens)) / _NEIGHBOURHOOD
-        self._correction += _LEARNING * error * np.exp(-0.5 * distance**2)
+        self._correction += step * np.exp(-0.5 * distance**2)
         self._observed += 1
         if self._observed % _REDRAWN == 0:
             self._draw(len(self._dense) - 1)

@@ -26,6 +26,8 @@ from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.super_tree import SuperTree
 
+IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
+SERVES = 32  # iterations that a longer catch-up serves, at most
 BINS = 64  # of a histogram over values, the best first
 
 
@@ -108,11 +110,14 @@ class Goodput(Planner):
         open_ = np.flatnonzero(load.room > 0)
         promise = np.minimum(history.promise[load.slots[open_]] * candidates.weights[open_], 2.0)
         best = np.argsort(-promise, kind="stable")
-        entries = np.cumsum(load.behind[open_][best])
+        behind = load.behind[open_]
+        # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
+        once = np.maximum(behind - IN_STEP, 0)
+        entries = np.cumsum((behind - once + once / np.clip(load.room[open_], 1, SERVES))[best])
         count = self._worth_expanding(candidates, promise[best], 0, entries, load, price)
         requests = open_[best[:count]]
         if count == 0:
-            requests = history.probe(open_, load.slots, self.costs.draft(int(load.behind[open_].min())))
+            requests = history.probe(open_, load.slots, self.costs.draft.base(int(behind.max()))[behind])
             if len(requests) == 0:
                 return
         requests = np.sort(requests)

@@ -49,10 +49,11 @@ class History:
         self.promise[chosen] += 0.3 * (seen - self.promise[chosen])
         self._mean += (1 - _MEMORY) * (float(seen.mean()) - self._mean)
 
-    def probe(self, requests: np.ndarray, slots: np.ndarray, seconds: float) -> np.ndarray:
-        """Of ``requests`` the one that waited longest, once there is credit for its ``seconds``; else none."""
-        if self._credit < seconds:
-            return requests[:0]
+    def probe(self, requests: np.ndarray, slots: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        """Of ``requests`` [A] that the credit pays for, ``seconds`` [A] each, the one that waited longest; or none."""
+        requests = requests[seconds <= self._credit]
+        if len(requests) == 0:
+            return requests
         self._credit = 0.0
         self.probes += 1
         return requests[self._idle[slots[requests]].argmax()][None]

@@ -14,6 +14,7 @@ from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calib
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.goodput import Goodput
 from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.errors import UserError
 from echo_trt.runtime.loop import Loop
 
 USUAL_GATES = {1: 0.2, 3: 0.3}
@@ -38,6 +39,10 @@ class Tuning:
         """Nothing may be running when this is asked for the first time."""
         table = read_costs(self._folder, self._manifest)
         if table is None:
+            if self._loop.busy:  # measuring writes over the KV pool
+                raise UserError(
+                    "what passes cost on this machine is not known yet; choose this policy while no request is running."
+                )
             self._note("measuring what passes cost on this machine (some seconds, once)")
             table = measure(self._loop, self._manifest)
             with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start

@@ -1,0 +1,27 @@
+"""Trees that a tiny pair has really drafted."""
+
+from __future__ import annotations
+
+import pytest
+from runtime.driving import prompt_ids
+
+from echo_trt.calibration.record import record
+from echo_trt.calibration.trees import Trees
+from echo_trt.decoding.policies import Policy
+from echo_trt.prompts import Prompt
+
+#: As wide and deep as the pairs' static tree, so that a replay can follow that policy.
+SHAPE = Policy("static", max_depth=3, beams=3, width=3)
+MOST = 24  # tokens of an answer
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return ["the theme of a thing", "naïve café", "another " * 6, "".join(map(chr, prompt_ids(9, 0))), "and then"]
+
+
+@pytest.fixture(scope="session")
+def recorded(open_llm, texts) -> Trees:
+    """Of the pair whose head agrees with its target in part."""
+    prompts = [Prompt(str(i), text) for i, text in enumerate(texts)]
+    return record(open_llm("close", "autoregressive", 3), prompts, ["odd", "even", "odd", "even", "odd"], MOST, SHAPE)

@@ -1,0 +1,85 @@
+"""``echo-trt calibrate`` on a tiny pair, and what a bundle's policies make of the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from refusal import refused
+from rich.console import Console
+
+from echo_trt.calibration.command import Job, run
+from echo_trt.calibration.store import CALIBRATION, COSTS
+from echo_trt.runtime.llm import LLM
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": i, "prompt": f"{i} abc abc abc"} for i in range(8)]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return file
+
+
+@pytest.fixture
+def bundle(bundle_of, tmp_path) -> Path:
+    """A copy that a test may write into."""
+    return Path(
+        shutil.copytree(bundle_of("close"), tmp_path / "bundle", ignore=shutil.ignore_patterns("cal*", "costs*"))
+    )
+
+
+def calibrate(bundle: Path, prompts: Path) -> None:
+    run(Job(bundle, [prompts], 8, 24, 4), Console(quiet=True), Console(quiet=True))
+
+
+def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
+    calibrate(bundle, prompts)
+    assert (bundle / "calibration.svg").read_text("utf-8").count("<svg") == 1
+    notes: list[str] = []
+    llm = LLM(bundle, "goodput", note=notes.append)
+    assert notes == []
+    stored = json.loads((bundle / CALIBRATION).read_text("utf-8"))
+    spots = {g["depth"]: g["threshold"] for g in stored["gates"] if g["sweet_spot"]}
+    assert 1 in spots
+    # The tiny pair's recipe has gates of its own, which stand.
+    llm.set_policy("echo")
+    assert llm.loop.policy.gates == {1: 0.05, 3: 0.01}
+
+
+def test_without_a_calibration_that_is_said_and_costs_are_measured_once(bundle):
+    notes: list[str] = []
+    LLM(bundle, "goodput", note=notes.append)
+    assert len(notes) == 2
+    assert "calibrate" in notes[0]
+    assert "measuring" in notes[1]
+    LLM(bundle, "goodput", note=notes.append)
+    assert len(notes) == 3  # the costs are known by now
+
+
+def test_costs_of_another_machine_are_measured_again(bundle):
+    LLM(bundle, "goodput")
+    stored = json.loads((bundle / COSTS).read_text("utf-8"))
+    (bundle / COSTS).write_text(json.dumps({**stored, "machine": "another"}), "utf-8")
+    notes: list[str] = []
+    LLM(bundle, "goodput", note=notes.append)
+    assert any("measuring" in note for note in notes)
+    assert json.loads((bundle / COSTS).read_text("utf-8"))["machine"] == stored["machine"]
+
+
+@pytest.mark.parametrize("key", ["target_sha256", "draft_sha256"])
+def test_a_calibration_of_another_pair_is_refused(key, bundle, prompts):
+    calibrate(bundle, prompts)
+    stored = json.loads((bundle / CALIBRATION).read_text("utf-8"))
+    (bundle / CALIBRATION).write_text(json.dumps({**stored, key: "0" * 64}), "utf-8")
+    with refused(CALIBRATION, f"another {key.split('_')[0]}", "000000000000", "echo-trt calibrate"):
+        LLM(bundle, "goodput")
+
+
+def test_a_handful_of_prompts_is_refused(bundle, tmp_path):
+    file = tmp_path / "few.jsonl"
+    file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
+    with refused("--prompts", "1 prompts", "8 or more"):
+        calibrate(bundle, file)

@@ -1,0 +1,125 @@
+"""A machine that only keeps time: passes take what its curves say, drafted tokens are right with known probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from seeded_draft import PathDraft, SteadyDraft
+
+from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
+from echo_trt.decoding.costs import Curve
+from echo_trt.decoding.goodput import Load, Plan, Planner
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.super_tree import SuperTree
+
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+USUAL = np.array([[[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]]])
+
+
+def random_acceptance(seed: int, depths: int = 3) -> Acceptance:
+    """Tables that rise with the score, and else mean nothing."""
+    table = np.sort(np.random.default_rng(seed).uniform(1e-4, 0.999, (len(SOURCES), depths, KNOTS)), axis=2)
+    return Acceptance(table, np.tile(USUAL, (depths, 1, 1)))
+
+
+def linear(first: float, each: float) -> Curve:
+    """``first`` seconds for a token and ``each`` for every further one."""
+    return Curve(SIZES, [first + each * (n - 1) for n in SIZES])
+
+
+class Server:
+    """One request a slot, without end. ``q`` [k]: what the draft says of the children of any node, best first, of
+    which ``right`` [k] are the target's own; by default the draft is calibrated."""
+
+    def __init__(self, planner: Planner, policy: Policy, target: Curve, draft: Curve, q: Sequence[float], count: int):
+        self.planner, self.policy, self.target, self.draft = planner, policy, target, draft
+        self.q = self.right = q
+        self.slots, self.behind = np.arange(count), np.full(count, 20)
+        self.rng = np.random.default_rng(0)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin counting anew."""
+        self.seconds = self.drafting = 0.0
+        self.tokens = self.drafts = 0
+        self.sizes: list[int] = []  # of each verified tree
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def run(self, iterations: int) -> Server:
+        """Counts from here on."""
+        self.reset()
+        for _ in range(iterations):
+            self._step()
+        return self
+
+    def _step(self) -> None:
+        draft = _TimedDraft(self)
+        load = Load(self.slots, np.full(len(self.slots), 99), self.behind.copy(), 0)
+        plan = self.planner.plan(np.zeros(len(self.slots)), draft, self.policy, load)
+        verified = self.target(len(plan.tree))
+        self.planner.target_pass(len(plan.tree), 0, verified)
+        path = self._accepted(plan)
+        self.behind += np.bincount(plan.tree.request[path])
+        self.planner.committed(plan, path, load, verified + draft.seconds, 0.0)
+        self.seconds += verified + draft.seconds
+        self.drafting += draft.seconds
+        self.drafts += draft.seconds > 0
+        self.tokens += len(path)
+        self.sizes.append(len(plan.tree))
+
+    def _accepted(self, plan: Plan) -> np.ndarray:
+        tree = plan.tree
+        visited = np.zeros(len(tree), bool)
+        # The children of a node are the tokens 0, 1, ...; the target's own is each with its probability, or none.
+        truth = self.rng.choice(len(self.right) + 1, len(tree), p=[*self.right, 1 - sum(self.right)])
+        for node, parent in enumerate(tree.parent.tolist()):
+            visited[node] = parent < 0 or (visited[parent] and truth[parent] == tree.token[node])
+        return np.flatnonzero(visited)
+
+
+class _TimedDraft:
+    """What a drafter does in an iteration: catch up with the asked requests, then a pass a level."""
+
+    def __init__(self, server: Server):
+        self._server, self._draft = server, SteadyDraft([server.q] * len(server.slots))
+        self._above = 0
+        self.seconds = 0.0
+
+    def _passes(self, entries: int) -> None:
+        self.entries = entries
+        taken = self._server.draft(entries)
+        self.seconds += taken
+        self._server.planner.draft_pass(entries, 0, taken)
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._passes(int(self._server.behind[requests].sum()))
+        self._server.behind[requests] = 0
+        return self._draft.expand_roots(requests)
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self._above += len(nodes)
+        self._passes(self._above)
+        return self._draft.expand(tree, nodes)
+
+
+class Recorded(PathDraft):
+    """A draft that keeps which requests its roots pass was asked for."""
+
+    def __init__(self, draft: PathDraft):
+        super().__init__()
+        self._inner, self.roots, self.passes = draft, [], 0
+
+    def children(self, request: int, path: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return self._inner.children(request, path)
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.roots, self.passes = requests.tolist(), self.passes + 1
+        return super().expand_roots(requests)
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.passes += 1
+        return super().expand(tree, nodes)

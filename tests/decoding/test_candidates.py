@@ -1,0 +1,241 @@
+"""The head's drafts and copied text in one tree, against a retelling that keeps a dictionary of paths a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from forests import nodes_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import random_acceptance
+from seeded_draft import SeededDraft, drafted
+
+from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
+from echo_trt.decoding.candidates import Candidates, Continuations
+from echo_trt.decoding.super_tree import SuperTree
+
+LENGTH = 5  # of copied continuations
+Path = tuple[int, ...]
+
+
+@dataclass
+class Node:
+    score: float
+    source: int
+    probability: float
+
+
+@dataclass
+class Retold:
+    """One request: what is known of each path, which of them are the copied chain, which were expanded."""
+
+    acceptance: Acceptance
+    room: int
+    log_a: float
+    copied: list[int]
+    nodes: dict[Path, Node] = field(default_factory=lambda: {(): Node(0.0, HEAD, 1.0)})
+    expanded: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.chain = [tuple(self.copied[: n + 1]) for n in range(min(len(self.copied), self.room))]
+        for path in self.chain:
+            self.nodes[path] = Node(len(path) * self.log_a, LOOKUP, 0.0)
+        self.appraise_chain()
+
+    def own(self, path: Path) -> float:
+        node = self.nodes[path]
+        arrays = np.array([node.source]), np.array([len(path)]), np.array([node.score])
+        return float(self.acceptance.probability(*arrays)[0])
+
+    def appraise_chain(self) -> None:
+        least = 1.0
+        for path in self.chain:
+            least = self.nodes[path].probability = min(least, self.own(path))
+
+    def expand(self, path: Path, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:
+        self.expanded.add(path)
+        if len(path) >= self.room:
+            return
+        for each, token in list(zip(np.minimum(log_q, 0).tolist(), tokens.tolist(), strict=True))[:width]:
+            child = (*path, token)
+            if each == -np.inf:
+                continue
+            if child in self.chain:
+                q, a = np.exp(each), np.exp(self.log_a)
+                rise = np.log(1 - (1 - q) * (1 - a)) - self.log_a
+                self.nodes[child].source = BOTH
+                for below in self.chain[len(path) :]:
+                    self.nodes[below].score += rise
+                self.appraise_chain()
+            else:
+                self.nodes[child] = node = Node(self.nodes[path].score + each, HEAD, 0.0)
+                node.probability = min(self.own(child), self.nodes[path].probability)
+
+    def may_be_expanded(self, depth: int) -> set[Path]:
+        return {p for p in self.nodes if len(p) == depth < self.room and p[:-1] in self.expanded}
+
+
+def copied_of(draft: SeededDraft, request: int, picks: list[int]) -> list[int]:
+    """A text of which some tokens are the draft's own children, of whatever rank, and the others are not."""
+    path: Path = ()
+    for pick in picks:
+        tokens = draft.children(request, path)[1]
+        path = (*path, int(tokens[pick]) if pick < len(tokens) else pick)
+    return list(path)
+
+
+@st.composite
+def cases(draw) -> tuple[SeededDraft, Acceptance, list[int], list[list[int]], list[float]]:
+    seeds = draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=4, unique=True))
+    draft = SeededDraft(seeds, spread=draw(st.sampled_from([0.05, 0.3])), missing=draw(st.sampled_from([0.0, 0.3])))
+    acceptance = random_acceptance(draw(st.integers(0, 99)))
+    acceptance.drift[:] = draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 3))
+    room = [draw(st.integers(0, 6)) for _ in seeds]
+    picks = st.lists(st.sampled_from([0, 0, 1, 3, 11]), max_size=LENGTH)
+    copied = [copied_of(draft, request, draw(picks)) for request in range(len(seeds))]
+    log_a = np.log(draw(st.lists(st.floats(0.05, 0.95), min_size=len(seeds), max_size=len(seeds)))).tolist()
+    return draft, acceptance, room, copied, log_a
+
+
+def continuations(copied: list[list[int]], log_a: list[float]) -> Continuations:
+    """A request without a copy has a probability of none, as prompt lookup says it."""
+    tokens = np.full((len(copied), LENGTH), -1)
+    for row, chain in zip(tokens, copied, strict=True):
+        row[: len(chain)] = chain
+    log_q = np.where([len(chain) > 0 for chain in copied], log_a, -np.inf)
+    return Continuations(tokens, log_q, np.array([2 if chain else 0 for chain in copied]))
+
+
+def assert_same(candidates: Candidates, retold: list[Retold]) -> None:
+    tree = candidates.tree
+    for request, want in enumerate(retold):
+        nodes = nodes_of(tree, request)
+        got = {drafted(tree, node): node for node in nodes}
+        assert len(got) == len(nodes)  # no two siblings with the same token
+        assert got.keys() == want.nodes.keys()
+        for path, node in got.items():
+            assert tree.depth[node] == len(path) <= max(want.room, 0)
+            assert tree.source[node] == want.nodes[path].source
+            assert tree.score[node] == pytest.approx(want.nodes[path].score, abs=1e-4)
+            assert candidates.probability[node] == pytest.approx(want.nodes[path].probability, abs=1e-3)
+    drafted_nodes = np.flatnonzero(tree.parent >= 0)
+    above = tree.parent[drafted_nodes]
+    assert (above < drafted_nodes).all()
+    assert (candidates.probability[drafted_nodes] <= candidates.probability[above]).all()
+    assert (candidates.value[drafted_nodes] <= candidates.value[above]).all()
+    assert (candidates.probability[: tree.num_requests] == 1).all()
+
+
+def assert_best(candidates: Candidates, frontier: np.ndarray, retold: list[Retold], depth: int, beams: int) -> None:
+    """``frontier`` are each request's best of those that may be expanded, best first."""
+    tree, value = candidates.tree, candidates.value
+    assert (np.diff(value[frontier]) <= 0).all()
+    for request, want in enumerate(retold):
+        chosen = {drafted(tree, node) for node in frontier if tree.request[node] == request}
+        allowed = want.may_be_expanded(depth)
+        assert chosen <= allowed
+        assert len(chosen) == min(beams, len(allowed))
+        worth = {drafted(tree, node): value[node] for node in nodes_of(tree, request)}
+        assert sorted(worth[p] for p in chosen) == sorted(worth[p] for p in allowed)[len(allowed) - len(chosen) :]
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.randoms(use_true_random=False))
+def test_candidates_are_what_they_promise(case, beams, width, copying, random):
+    draft, acceptance, room, copied, log_a = case
+    count = len(room)
+    copied = copied if copying else [[]] * count
+    weights = np.array([random.uniform(0.8, 1.25) for _ in room])
+    retold = [Retold(acceptance, r, a, c) for r, a, c in zip(room, log_a, copied, strict=True)]
+    candidates = Candidates(
+        SuperTree.from_roots(np.arange(count)),
+        acceptance,
+        weights,
+        np.array(room),
+        continuations(copied, log_a) if copying else None,
+    )
+    assert_same(candidates, retold)
+    for depth in range(5):
+        if depth == 0:
+            chosen = np.array(sorted(random.sample(range(count), random.randint(1, count))))
+        else:
+            frontier = candidates.frontier(depth, beams)
+            assert_best(candidates, frontier, retold, depth, beams)
+            chosen = np.sort(frontier[: random.randint(0, len(frontier))])
+        if len(chosen) == 0:
+            break
+        tree = candidates.tree
+        for node in chosen:
+            path, request = drafted(tree, node), int(tree.request[node])
+            retold[request].expand(path, *draft.children(request, path), width)
+        children = draft.expand_roots(chosen) if depth == 0 else draft.expand(tree, chosen)
+        candidates.add(chosen[:, None], *children, width)
+        assert_same(candidates, retold)
+        assert candidates.value == pytest.approx(candidates.probability * weights[candidates.tree.request])
+        first = {r: [n.probability for p, n in want.nodes.items() if len(p) == 1] for r, want in enumerate(retold)}
+        asked = np.arange(count)[::-1]
+        best = [max(first[request], default=0.0) for request in asked]
+        assert candidates.best_child(asked) == pytest.approx(best, abs=1e-3)
+
+
+def one_chain(room: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: float = 0.5) -> Candidates:
+    """One request, taken at its word, whose text suggests ``chain``."""
+    copied = continuations([list(chain)], [float(np.log(a))])
+    tree = SuperTree.from_roots(np.array([1]))
+    return Candidates(tree, Acceptance.uncalibrated(4), np.ones(1), np.array([room]), copied)
+
+
+def test_what_both_propose_is_one_node_and_the_chain_below_rises():
+    candidates = one_chain()
+    assert candidates.tree.source.tolist() == [HEAD, LOOKUP, LOOKUP, LOOKUP]
+    assert np.exp(candidates.tree.score[1:]) == pytest.approx([0.5, 0.25, 0.125])
+    candidates.add(np.array([[0]]), np.log([[0.6, 0.3]]), np.array([[7, 3]]), 2)
+    tree = candidates.tree
+    assert tree.token.tolist() == [1, 7, 8, 9, 3]
+    assert tree.source.tolist() == [HEAD, BOTH, LOOKUP, LOOKUP, HEAD]
+    either = 1 - 0.4 * 0.5
+    assert np.exp(tree.score[1:]) == pytest.approx([either, either * 0.5, either * 0.25, 0.3], rel=1e-5)
+    assert candidates.probability[1:] == pytest.approx(0.999 * np.exp(tree.score[1:]), abs=1e-3)
+
+
+def test_a_head_that_disagrees_leaves_the_chain_as_it_was():
+    candidates = one_chain()
+    before = candidates.probability.copy()
+    candidates.add(np.array([[0]]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
+    assert candidates.tree.token.tolist() == [1, 7, 8, 9, 3]
+    assert candidates.probability[:4].tolist() == before.tolist()
+    assert candidates.tree.source[1] == LOOKUP
+    # It was beside the head's own: the head may say what comes after it.
+    assert candidates.frontier(1, 9).tolist() == [4, 1]
+    assert candidates.frontier(2, 9).tolist() == []
+    candidates.add(np.array([[1]]), np.log([[0.9]]), np.array([[8]]), 1)
+    assert candidates.tree.source[:4].tolist() == [HEAD, LOOKUP, BOTH, LOOKUP]
+    assert candidates.frontier(2, 9).tolist() == [2]
+
+
+def test_only_requests_whose_root_was_expanded_have_a_frontier():
+    copied = continuations([[7, 8], [7, 8]], np.log([0.5, 0.5]).tolist())
+    tree = SuperTree.from_roots(np.array([1, 2]))
+    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
+    assert candidates.frontier(1, 9).tolist() == []
+    candidates.add(np.array([[1]]), np.log([[0.6]]), np.array([[3]]), 1)
+    assert candidates.tree.request[candidates.frontier(1, 9)].tolist() == [1, 1]
+
+
+def test_chains_end_with_the_room_and_where_the_text_ends():
+    assert [len(one_chain(room)) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
+    copied = Continuations(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]), np.array([2, 0]))
+    tree = SuperTree.from_roots(np.array([1, 2]))
+    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
+    assert candidates.tree.token.tolist() == [1, 2, 5]
+    candidates.add(np.array([[0], [1]]), np.log([[0.6], [0.5]]), np.array([[5], [5]]), 1)
+    assert candidates.tree.source.tolist() == [HEAD, HEAD, BOTH, HEAD]
+
+
+def test_probabilities_rounded_above_one_and_children_that_do_not_exist():
+    candidates = one_chain(chain=())
+    candidates.add(np.array([[0]]), np.array([[0.01, -np.inf]]), np.array([[3, 4]]), 2)
+    assert candidates.tree.token.tolist() == [1, 3]
+    assert candidates.tree.score.tolist() == [0, 0]

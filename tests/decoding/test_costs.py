@@ -1,0 +1,150 @@
+"""Cost curves: what they say between and beyond the measured sizes, and how they follow a machine that changes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echo_trt.decoding.costs import Costs, Curve, fit_hinge
+
+SIZES = [1, 2, 4, 8, 16, 32, 64]
+TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
+
+
+@st.composite
+def tables(draw) -> tuple[list[int], list[float]]:
+    """Ascending sizes from 1 and jagged monotone seconds."""
+    more = draw(st.lists(st.integers(2, 100), min_size=1, max_size=8, unique=True))
+    sizes = [1, *sorted(more)]
+    steps = draw(st.lists(st.sampled_from([0.0, 1e-4, 3e-3, 0.1]), min_size=len(sizes), max_size=len(sizes)))
+    return sizes, (1e-3 + np.cumsum(steps)).tolist()
+
+
+def straight(sizes: list[int], seconds: list[float], tokens: int) -> float:
+    """On the line between the measured sizes around ``tokens``; beyond the last, as steep as the upper half."""
+    if tokens == 0:
+        return 0.0
+    if tokens > sizes[-1]:
+        middle = len(sizes) // 2 - 1
+        slope = (seconds[-1] - seconds[middle]) / (sizes[-1] - sizes[middle])
+        return seconds[-1] + slope * (tokens - sizes[-1])
+    for (low, before), (high, after) in zip(
+        zip(sizes, seconds, strict=True), zip(sizes[1:], seconds[1:], strict=True), strict=False
+    ):
+        if low <= tokens <= high:
+            return before + (after - before) * (tokens - low) / (high - low)
+    raise AssertionError("sizes begin at 1")
+
+
+@given(tables(), st.lists(st.integers(0, 400), min_size=1, max_size=6))
+def test_a_curve_is_straight_between_sizes_and_goes_on_as_steep_as_its_upper_half(table, asked):
+    curve = Curve(*table)
+    for tokens in asked:  # in any order: a far one makes it look further, and must not change the near ones
+        assert curve(tokens) == pytest.approx(straight(*table, tokens))
+        assert curve.base(tokens)[tokens] == curve(tokens)
+        assert len(curve.base(tokens)) > tokens
+    assert (np.diff(curve.base(500)) >= 0).all()
+
+
+def test_no_tokens_are_no_pass():
+    curve = Curve(SIZES, TABLE, per_context=1e-3)
+    assert curve.base(3)[0] == 0
+    assert curve(0, context=500) == 0
+    assert curve(4, context=500) == pytest.approx(0.012 + 0.5)
+
+
+def test_a_curve_of_one_size_is_flat():
+    curve = Curve([1], [0.0])
+    assert [curve(n) for n in (0, 1, 7, 300)] == [0, 0, 0, 0]
+    assert Curve([1], [0.5])(40) == 0.5
+
+
+@given(
+    tables(),
+    st.lists(st.tuples(st.integers(1, 200), st.integers(0, 500), st.floats(0, 10)), max_size=40),
+)
+def test_whatever_is_observed_a_curve_stays_monotone_and_finite(table, observed):
+    curve = Curve(*table, per_context=1e-5)
+    for tokens, context, seconds in observed:
+        curve.observe(tokens, context, seconds)
+    dense = curve.base(300)
+    assert np.isfinite(dense).all()
+    assert dense[0] == 0
+    assert dense[1] > 0
+    assert (np.diff(dense) >= 0).all()
+    assert (np.diff(curve.seconds) >= 0).all()
+
+
+def test_what_is_observed_moves_near_sizes_and_hardly_those_far_away():
+    curve = Curve(SIZES, np.linspace(0.01, 0.02, len(SIZES)))
+    before = curve.base(64).copy()
+    for _ in range(200):
+        curve.observe(64, 0, 0.04)
+    after = curve.base(64)
+    assert after[64] == pytest.approx(0.04, rel=0.02)
+    assert after[[1, 2, 4, 8]] == pytest.approx(before[[1, 2, 4, 8]], rel=0.01)
+    assert before[32] * 1.05 < after[32] < 0.04
+
+
+def test_sizes_between_the_measured_ones_are_learnt_too():
+    curve = Curve([1, 100], [0.01, 0.01])
+    for _ in range(1000):
+        curve.observe(100, 0, 0.03)
+    assert curve(100) == pytest.approx(0.03, rel=0.01)
+    assert curve(1) == pytest.approx(0.01, rel=0.01)
+    fine = Curve([1, 8, 16], [0.01, 0.01, 0.01])
+    for _ in range(1000):
+        fine.observe(11, 0, 0.02)
+    assert fine(11) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_curve_finds_another_machine_and_what_context_costs_is_taken_off(factor):
+    curve = Curve(SIZES, TABLE, per_context=1e-6)
+    rng = np.random.default_rng(0)
+    for tokens in rng.choice(np.arange(1, 65), 3000):
+        truth = factor * straight(SIZES, TABLE, tokens)
+        curve.observe(int(tokens), 5000, truth * np.exp(rng.normal(0, 0.05)) + 1e-6 * 5000)
+    for tokens in (1, 3, 8, 16, 20, 40, 64):
+        assert curve(tokens) == pytest.approx(factor * straight(SIZES, TABLE, tokens), rel=0.12)
+        assert curve(tokens, 5000) - curve(tokens) == pytest.approx(5e-3)
+
+
+def test_a_pass_that_was_disturbed_says_little():
+    curve, calm = Curve(SIZES, TABLE), Curve(SIZES, TABLE)
+    curve.observe(8, 0, 100.0)
+    assert curve.seconds[3] == pytest.approx(TABLE[3] * np.exp(0.03))
+    curve.observe(8, 0, 1e-9)
+    assert curve.seconds[3] == pytest.approx(TABLE[3], rel=1e-3)
+    for i in range(300):
+        curve.observe(8, 0, 1.0 if i % 20 == 0 else TABLE[3])
+        calm.observe(8, 0, TABLE[3])
+    assert curve(8) == pytest.approx(calm(8), rel=0.04)
+
+
+def test_target_and_draft_have_curves_of_their_own():
+    costs = Costs(Curve(SIZES, TABLE), Curve([1], [1e-3]))
+    for _ in range(10):
+        costs.draft.observe(1, 0, 2e-3)
+    assert costs.target(1) == TABLE[0]
+    assert costs.draft(1) > 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-4, 1.0), st.floats(0.005, 0.5), st.integers(2, 60))
+def test_a_hinge_is_found_again(t_ar, gamma, k_max):
+    sizes = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128])
+    hinge = fit_hinge(sizes, t_ar * (1 + gamma * np.maximum(sizes - k_max, 0)))
+    assert (hinge.t_ar, hinge.gamma) == pytest.approx((t_ar, gamma), rel=1e-6)
+    assert hinge.k_max == k_max
+    assert hinge.error < 1e-9
+
+
+def test_of_a_jagged_curve_the_hinge_tells_its_error():
+    sizes = np.array([1, 2, 4, 8, 16, 32, 64])
+    seconds = np.array([0.010, 0.010, 0.010, 0.013, 0.012, 0.030, 0.060])
+    hinge = fit_hinge(sizes, seconds)
+    model = hinge.t_ar * (1 + hinge.gamma * np.maximum(sizes - hinge.k_max, 0))
+    assert hinge.error == pytest.approx(abs(model / seconds - 1).max())
+    assert 0.1 < hinge.error < 0.3
+    assert 8 <= hinge.k_max <= 20

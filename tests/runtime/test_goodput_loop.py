@@ -1,0 +1,145 @@
+"""Goodput in the loop: whatever it drafts, and whenever policies change, the text is plain decoding's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from driving import add, assert_all_free, prompt_ids, run
+from pairs import FOLDERS, PAIRS
+
+from echo_trt.calibration.store import COSTS
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.goodput import Goodput
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
+POLICIES = ("goodput", "goodput-head")
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Greedy and sampled ones, of which every second begins with a text that repeats itself."""
+    sampled = {"temperature": 0.8, "top_p": 0.95}
+    params = [
+        SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
+        for i, n in enumerate(ANSWERS)
+    ]
+    prompts = [(prompt_ids(7, i) * 9)[:n] if i % 2 else prompt_ids(n, i) for i, n in enumerate(PROMPTS)]
+    return prompts, params
+
+
+def machine(each: float = 0.0, draft: float = 0.0) -> Costs:
+    """What a further verified token and a draft pass cost, in passes of one token."""
+    return Costs(Curve([1, 256], [1e-3, 1e-3 * (1 + 255 * each)]), Curve([1, 256], [1e-9 + 1e-3 * draft] * 2))
+
+
+def plan_on(llm: LLM, costs: Costs) -> LLM:
+    """Not this machine's costs, but such that it speculates as the test wants."""
+    llm.loop.planner = Goodput(costs, Acceptance.uncalibrated(4), llm.loop.state.count)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def plain_ids(open_llm):
+    """pair -> what plain decoding writes, one request at a time."""
+    known = {}
+
+    def get(pair: str) -> list[list[int]]:
+        target = FOLDERS[pair][0]
+        if target not in known:
+            completions = open_llm(pair, "autoregressive", 1).generate(*requests())
+            known[target] = [c.token_ids for c in completions]
+        return known[target]
+
+    return get
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
+    llm = plan_on(open_llm(pair, "autoregressive", batch), machine())
+    for policy in POLICIES:
+        llm.set_policy(policy)
+        drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
+        completions = llm.generate(*requests())
+        assert [c.token_ids for c in completions] == plain_ids(pair)
+        assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy == "goodput")
+        assert (llm.counters.draft_passes > passes) == (pair != "lookup")
+        assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
+def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
+    llm = plan_on(open_llm(pair, "autoregressive", 2), machine())
+    for policy in POLICIES:
+        llm.set_policy(policy)
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > least
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = plan_on(open_llm(pair, "autoregressive", 3), machine())
+    prompts, params = requests()
+    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput", "static"])
+    costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
+    ids: dict[int, list[int]] = {}
+    for delta in llm.stream(prompts, params):
+        llm.set_policy(next(policies))
+        llm.loop.planner.costs = next(costs)
+        if delta.completion:
+            ids[delta.index] = delta.completion.token_ids
+    assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
+    assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("pair", ["lookup", "close"])
+def test_goodput_may_begin_while_requests_run(pair, open_llm, bundle_of, plain_ids):
+    """What passes cost is not known yet: to measure it must not touch what the requests have in the KV pool."""
+    (bundle_of(pair) / COSTS).unlink(missing_ok=True)
+    llm = open_llm(pair, "echo", 3)
+    prompts, params = requests()
+    ids: dict[int, list[int]] = {}
+    for number, delta in enumerate(llm.stream(prompts, params)):
+        if number == 4:
+            llm.set_policy("goodput")
+        if delta.completion:
+            ids[delta.index] = delta.completion.token_ids
+    assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
+
+
+def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
+    llm = plan_on(open_llm("close", "autoregressive", 8), machine())
+    llm.set_policy("goodput")
+    loop = llm.loop
+    prompts, params = requests()
+    added = {}
+    for i in np.random.default_rng(0).permutation(len(prompts)):
+        added[i] = add(loop, prompts[i], **vars(params[i]))
+        gone = add(loop, prompts[i][::-1])
+        run(loop, steps=2)
+        loop.cancel(gone)
+    run(loop)
+    assert [added[i].generated for i in range(len(prompts))] == plain_ids("close")
+    assert_all_free(loop)
+
+
+def test_what_is_learnt_comes_from_what_ran(open_llm):
+    llm = plan_on(open_llm("close", "autoregressive", 2), machine())
+    llm.set_policy("goodput")
+    planner = llm.loop.planner
+    target, draft = planner.costs.target.seconds, planner.costs.draft.seconds
+    llm.generate([prompt_ids(5, 0)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
+    assert (planner.costs.target.seconds != target).any()
+    assert planner.costs.draft.seconds[0] > draft[0]
+    assert planner.acceptance.accepted.sum() > 10
+    assert planner.history.speedup > 1
+    assert planner.history.host_seconds > 0
+    planner.history.promise[:] = 0.01
+    add(llm.loop, prompt_ids(5, 0))
+    run(llm.loop, steps=1)
+    assert sorted(planner.history.promise)[0] == 0.01
+    assert sorted(planner.history.promise)[1] > 0.5
