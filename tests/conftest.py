@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from pairs import recipe_of, reference_engines, write_networks
 from transformers.utils import logging
 
 from echo_trt.compile.build import build
 from echo_trt.runtime.llm import LLM
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -55,7 +55,7 @@ class Trees:
     def __len__(self) -> int:
         return len(self.request)
 
-    @property
+    @cached_property
     def left(self) -> np.ndarray:
         """Tokens of the answer after each position [P]."""
         return np.diff(self.answer_begins)[self.request] - self.index
@@ -96,9 +96,8 @@ class Trees:
             with np.load(path, allow_pickle=False) as stored:
                 return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
         except OSError as error:
-            raise UserError(
-                f"recording {path} cannot be read ({error.strerror or 'not readable'}); name a file that bench --record wrote."
-            ) from error
+            reason = error.strerror or "not readable"
+            raise UserError(f"recording {path} cannot be read ({reason}); name one of bench --record.") from error
         except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is not a recording; name a file that bench --record wrote.") from error
 

@@ -10,8 +10,9 @@ import numpy as np
 
 _NEIGHBOURHOOD = 0.5  # how far, in log N, one measurement speaks for other sizes
 _LEARNING, _LEARNING_FASTER = 0.1, 0.3  # from passes slower than the table, and from faster ones
-_REDRAWN = 4  # observations between two drawings of the table
+_REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
+_GLITCH = 1.0  # nor does one that took e^-1 of it
 
 
 class Curve:
@@ -28,7 +29,6 @@ class Curve:
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
         self._log_sizes = np.log(self.sizes)
-        self._observed = 0
         self._draw(int(self.sizes[-1]))
 
     @property
@@ -50,11 +50,14 @@ class Curve:
         base = max(seconds - self.per_context * context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
         # Whatever else runs only ever adds: a slow pass may be an outlier, a fast one tells the truth.
-        step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * error
+        step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * max(error, -_GLITCH)
         distance = (self._log_sizes - math.log(tokens)) / _NEIGHBOURHOOD
-        self._correction += step * np.exp(-0.5 * distance**2)
-        self._observed += 1
-        if self._observed % _REDRAWN == 0:
+        weight = np.exp(-0.5 * distance**2)
+        if step < 0:  # fewer tokens cannot take longer than these did
+            weight[(self.sizes < tokens) & (self.seconds > base)] = 1.0
+        self._correction += step * weight
+        self._pending += abs(step)
+        if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:
@@ -66,7 +69,7 @@ class Curve:
             slope = (seconds[-1] - seconds[half - 1]) / (last - self.sizes[half - 1])
             dense[last:] = seconds[-1] + slope * np.arange(upto + 1 - last)
         dense[0] = 0.0
-        self._dense = dense
+        self._dense, self._pending = dense, 0.0
 
 
 @dataclass

@@ -117,7 +117,8 @@ class Goodput(Planner):
         count = self._worth_expanding(candidates, promise[best], 0, entries, load, price)
         requests = open_[best[:count]]
         if count == 0:
-            requests = history.probe(open_, load.slots, self.costs.draft.base(int(behind.max()))[behind])
+            alone = self.costs.draft.per_context * load.context / len(load.slots)
+            requests = history.probe(open_, load.slots, self.costs.draft.base(int(behind.max()))[behind] + alone)
             if len(requests) == 0:
                 return
         requests = np.sort(requests)
@@ -162,6 +163,7 @@ class Goodput(Planner):
         seconds = self._target(load, len(candidates) + count * children[0].size * levels)
         gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         net = gain - price * draft[:, None] * np.arange(1, levels + 1)
         best = int(net.argmax())
         return int(ends[best // levels]) if net.flat[best] > 0 else 0

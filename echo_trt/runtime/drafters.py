@@ -38,8 +38,8 @@ class Drafter(Protocol):
 class TimedDraft:
     """A draft whose passes are timed: ``seconds`` so far, and each told to ``observe(tokens, context, seconds)``."""
 
-    def __init__(self, draft: Draft, context: int, observe: Callable[[int, int, float], None]):
-        self._draft, self._context, self._observe = draft, context, observe
+    def __init__(self, draft: Draft, observe: Callable[[int, int, float], None]):
+        self._draft, self._observe = draft, observe
         self.seconds = 0.0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ class TimedDraft:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if self._draft.entries:
-            self._observe(self._draft.entries, self._context, seconds)
+            self._observe(self._draft.entries, self._draft.context, seconds)
         return result
 
 
@@ -152,7 +152,7 @@ class EngineDraft:
 
     def __init__(self, drafter: EngineDrafter, slots: np.ndarray):
         self._drafter, self._slots = drafter, slots
-        self.entries = 0  # tokens of the last pass
+        self.entries = self.context = 0  # tokens of the last pass, and cached tokens of its requests
         self._past = drafter.state.committed[slots] + drafter.ahead
         self._expanded = np.zeros(0, np.int64)
         self._states: np.ndarray | None = None  # what each root, then each expanded node, hands to its children [m, H]
@@ -160,6 +160,7 @@ class EngineDraft:
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.entries = int(self._drafter.behind(self._slots[requests]).sum())
+        self.context = int(self._past[requests].sum())
         outputs, newest = self._drafter.catch_up(self._slots[requests])
         self._keep_states(outputs, requests, newest, len(self._slots))
         return outputs["scores"].copy(), outputs["candidates"].copy()
@@ -170,8 +171,8 @@ class EngineDraft:
         above = self._expanded[running[tree.request[self._expanded]]]
         part, order = tree.sorted_by_request(np.concatenate((above, nodes)))
         mask, mask_begins = ancestor_mask(part)
-        self.entries = len(part)
         requests = np.flatnonzero(running)
+        self.entries, self.context = len(part), int(self._past[requests].sum())
         row_of = np.empty(len(tree), np.int64)
         row_of[order] = np.arange(len(order))
         call = pack(

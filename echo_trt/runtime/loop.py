@@ -220,7 +220,7 @@ class Loop:
         speculates = policy.seeks_goodput or policy.spare(len(slots)) > 0
         if len(slots) == 0 or self.drafter is None or not speculates:
             return Plan(SuperTree.from_roots(roots), np.ones(len(slots)))
-        draft = TimedDraft(self.drafter.begin(slots), load.context, self._observe_draft)
+        draft = TimedDraft(self.drafter.begin(slots), self._observe_draft)
         begin = time.perf_counter()
         if policy.seeks_goodput:
             copies = self.copier is not None and policy.copies

@@ -139,6 +139,6 @@ def test_costs_that_cannot_be_are_refused(curve, tmp_path, manifest):
 
 
 def test_numbers_survive_the_file(tmp_path):
-    write(tmp_path, CALIBRATION, calibration(acceptance={s: [np.linspace(0, 1, KNOTS).tolist()] for s in SOURCES}))
+    write(tmp_path, CALIBRATION, calibration(acceptance={s: [np.linspace(0, 1, KNOTS).tolist()] * 3 for s in SOURCES}))
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT).model()
     assert stored.table[1, 0] == pytest.approx(np.linspace(0, 1, KNOTS), abs=1e-12)

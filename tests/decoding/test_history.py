@@ -115,7 +115,7 @@ def test_a_fresh_request_begins_with_what_is_usual():
     run(history, [1, 1, 1, 1], 100, seconds=1.0)
     history._idle[:] = [0, 5, 3, 1]
     history.forget(1)
-    assert history.probe(ALL, ALL, 1e-9).tolist() == [2]
+    assert history.probe(ALL, ALL, np.full(len(ALL), 1e-9)).tolist() == [2]
 
 
 # -- probing -------------------------------------------------------------------------------------------------------
@@ -126,10 +126,10 @@ def test_who_waited_longest_is_probed_first():
     run(history, [1, 1, 1], 1000, slots=slots, seconds=1.0)
     for waited in ([5, 1, 3], [5, 3], [5]):
         history.begin(np.array(waited))
-    assert history.probe(np.array([0, 1, 2]), slots, 0.01).tolist() == [0]
+    assert history.probe(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [0]
     run(history, [1, 1, 1], 1000, slots=slots, seconds=1.0)
     history.drafted(np.array([5]), np.array([0.5]), 0.5)
-    assert history.probe(np.array([0, 1, 2]), slots, 0.01).tolist() == [2]
+    assert history.probe(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [2]
     assert history.probes == 2
 
 
@@ -139,7 +139,7 @@ def test_probes_wait_for_their_credit(iteration, cost):
     spent = 0.0
     for _ in range(400):
         history.begin(ALL)
-        if len(history.probe(ALL, ALL, cost)):
+        if len(history.probe(ALL, ALL, np.full(len(ALL), cost))):
             spent += cost
         run(history, [1, 1, 1, 1], 1, seconds=iteration)
     assert spent <= 0.01 * 400 * iteration

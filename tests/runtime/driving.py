@@ -91,7 +91,7 @@ class Foresight:
 class ForesightDraft:
     def __init__(self, state: Slots, rest: list[np.ndarray]):
         self._rest = rest
-        self.entries = 0
+        self.entries = self.context = 0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._children(requests, np.zeros(len(requests), np.int64))

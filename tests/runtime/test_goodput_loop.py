@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from driving import add, assert_all_free, prompt_ids, run
 from pairs import FOLDERS, PAIRS
+from refusal import refused
 
 from echo_trt.calibration.store import COSTS
 from echo_trt.decoding.acceptance import Acceptance
@@ -97,15 +98,16 @@ def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_
 
 
 @pytest.mark.parametrize("pair", ["lookup", "close"])
-def test_goodput_may_begin_while_requests_run(pair, open_llm, bundle_of, plain_ids):
-    """What passes cost is not known yet: to measure it must not touch what the requests have in the KV pool."""
+def test_costs_are_not_measured_while_requests_run(pair, open_llm, bundle_of, plain_ids):
+    """To measure them would write over what the requests have in the KV pool."""
     (bundle_of(pair) / COSTS).unlink(missing_ok=True)
     llm = open_llm(pair, "echo", 3)
     prompts, params = requests()
     ids: dict[int, list[int]] = {}
     for number, delta in enumerate(llm.stream(prompts, params)):
         if number == 4:
-            llm.set_policy("goodput")
+            with refused("not known yet", "while no request is running"):
+                llm.set_policy("goodput")
         if delta.completion:
             ids[delta.index] = delta.completion.token_ids
     assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
@@ -136,7 +138,7 @@ def test_what_is_learnt_comes_from_what_ran(open_llm):
     assert (planner.costs.target.seconds != target).any()
     assert planner.costs.draft.seconds[0] > draft[0]
     assert planner.acceptance.accepted.sum() > 10
-    assert planner.history.speedup > 1
+    assert planner.history.speedup >= 1
     assert planner.history.host_seconds > 0
     planner.history.promise[:] = 0.01
     add(llm.loop, prompt_ids(5, 0))

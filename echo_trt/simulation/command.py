@@ -1,0 +1,216 @@
+"""``echo-trt simulate``: every policy at every batch on a machine that need not be here, from recorded draft trees."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from echo_trt.calibration.store import Calibration
+from echo_trt.calibration.trees import Trees
+from echo_trt.decoding.policies import NAMES, Policy, make_policy
+from echo_trt.errors import UserError
+from echo_trt.recipe import StaticTree
+from echo_trt.simulation.files import read_stored
+from echo_trt.simulation.machines import THIS, Machine, machine_named
+from echo_trt.simulation.oracle import Oracle
+from echo_trt.simulation.replay import Replay
+from echo_trt.simulation.walk import Recording
+
+ORACLE, PLAIN = "oracle", "autoregressive"
+POLICIES = (*NAMES, ORACLE)
+BATCHES = tuple(2**i for i in range(11))
+FEWEST, EACH, MOST = 4000, 400, 24_000  # tokens that are measured: EACH a slot, within these bounds
+
+
+@dataclass(frozen=True)
+class SimulationJob:
+    """``costs`` is needed by the machine "this" alone. None: max_depth, beams and width as recorded, budget the knee of
+    the machine's curve. ``prompt`` cached tokens stand before each answer; ``tokens`` are measured a policy and batch.
+    """
+
+    recording: Path
+    calibration: Path
+    machine: str = THIS
+    costs: Path | None = None
+    batches: tuple[int, ...] = BATCHES
+    policies: tuple[str, ...] = (PLAIN, "goodput", "echo", "dense", "fixed", "static", ORACLE)
+    max_depth: int | None = None
+    beams: int | None = None
+    width: int | None = None
+    budget: int | None = None
+    per_request: int = 64
+    static: tuple[int, int, int] | None = None  # depth, top_k, tokens
+    prompt: int = 256
+    tokens: int | None = None
+    json_file: Path | None = None
+
+
+def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
+    _check(job)
+    machine = machine_named(job.machine, job.costs)
+    calibration = read_calibration(job.calibration)
+    recording = Recording(Trees.read(job.recording))
+    names = list(dict.fromkeys((PLAIN, *job.policies)))
+    policies = {name: policy_for(name, job, recording, calibration, machine) for name in names}
+    result: dict[str, Any] = {
+        "machine": machine.name,
+        "recording": {"answers": len(recording.answers), "positions": len(recording.trees)},
+        "budget": _budget(job, machine),
+        "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine)],
+        "results": [],
+    }
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task("simulating", total=len(job.batches) * len(names))
+        for batch in job.batches:
+            plain = 0.0
+            for name in names:
+                row = simulate(name, policies[name], recording, calibration, machine, batch, job)
+                plain = row["tokens_per_s"] if name == PLAIN else plain
+                result["results"].append({"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row)
+                progress.advance(task)
+    out.print(table(result))
+    if job.json_file:
+        _write(job.json_file, result)
+    return result
+
+
+def simulate(
+    name: str,
+    policy: Policy,
+    recording: Recording,
+    calibration: Calibration,
+    machine: Machine,
+    batch: int,
+    job: SimulationJob,
+) -> dict[str, Any]:
+    """One cell's figures."""
+    tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
+    if name == ORACLE:
+        return Oracle(recording, machine, policy, batch, job.prompt).run(tokens).figures()
+    return Replay(recording, calibration, machine, policy, batch, job.prompt).run(tokens).figures()
+
+
+def policy_for(
+    name: str, job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
+) -> Policy:
+    """The policy's numbers as the runtime would have them (runtime/tuning.py); the oracle has goodput's candidates."""
+    usual = StaticTree()
+    static = job.static or (min(usual.depth, recording.levels), min(usual.top_k, recording.beams), usual.tokens)
+    settings = {
+        "max_depth": job.max_depth or recording.levels,
+        "beams": job.beams or recording.beams,
+        "width": job.width or recording.width,
+        "per_request": job.per_request,
+        "budget": _budget(job, machine),
+        "gates": calibration.sweet_spots,
+        "dense_gates": {g.depth: g.threshold for g in calibration.gates},
+        "fixed_threshold": calibration.fixed_threshold,
+        "static": dict(zip(("depth", "top_k", "tokens"), static, strict=True)),
+    }
+    policy = make_policy("goodput" if name == ORACLE else name, settings)
+    _check_shape(policy, recording)
+    return policy
+
+
+def read_calibration(path: Path) -> Calibration:
+    remedy = "name a calibration.json that echo-trt calibrate wrote"
+    stored = read_stored(path, Calibration, remedy)
+    try:
+        stored.model()
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not complete ({error}); {remedy}.") from error
+    return stored
+
+
+def table(result: dict[str, Any]) -> Table:
+    shown = Table(title=f"simulated on {result['machine']}, K_max {result['budget']}", title_justify="left")
+    shown.add_column("batch", justify="right", style="bold")
+    shown.add_column("policy")
+    for column in ("tokens/s", "ratio", "accepted length", "of drafts used", "verified", "levels", "spread"):
+        shown.add_column(column, justify="right")
+    batch = None
+    for row in result["results"]:
+        if batch not in (None, row["batch"]):
+            shown.add_section()
+        used = row["draft_utilisation"]
+        shown.add_row(
+            str(row["batch"]) if row["batch"] != batch else "",
+            row["policy"],
+            f"{row['tokens_per_s']:,.1f}",
+            f"{row['ratio']:.3f}x",
+            f"{row['accepted_length']:.2f}",
+            "-" if used is None else f"{used:.0%}",
+            f"{row['verified_per_iteration']:,.1f}",
+            f"{row['draft_levels_per_iteration']:.2f}",
+            f"{row['progress_spread']:.2f}",
+        )
+        batch = row["batch"]
+    return shown
+
+
+def _budget(job: SimulationJob, machine: Machine) -> int:
+    return job.budget or machine.hinge.k_max
+
+
+def _assumptions(job: SimulationJob, recording: Recording, machine: Machine) -> list[str]:
+    facts = [
+        f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy",
+        f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens a request",
+        "acceptance is as recorded: this target, this draft and these texts, whatever the machine",
+    ]
+    answers = len(recording.answers)
+    if max(job.batches) > answers:
+        facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")
+    held = machine.capacity and machine.capacity // (job.prompt + recording.longest)
+    if held and held < max(job.batches):
+        facts.append(f"above batch {held} the KV cache would not fit the machine's memory")
+    return facts
+
+
+def _check(job: SimulationJob) -> None:
+    for name in job.policies:
+        if name not in POLICIES:
+            raise UserError(f"--policies has {name!r}; choose among {', '.join(POLICIES)}.")
+    if not job.batches:
+        raise UserError("--batch is empty; give one or more positive whole numbers.")
+    for batch in job.batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise UserError(f"--batch has {batch!r}; give positive whole numbers, such as 1,8,64.")
+    for option in ("max_depth", "beams", "width", "budget", "per_request", "prompt", "tokens"):
+        value, least = getattr(job, option), 2 if option == "per_request" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; give {least} or more.")
+    if job.static and min(job.static) < 1:
+        raise UserError(f"--static is {','.join(map(str, job.static))}; give a depth, a top_k and tokens, 1 or more.")
+    if job.json_file and not job.json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {job.json_file} cannot be written; name a file in a folder that exists.")
+
+
+def _check_shape(policy: Policy, recording: Recording) -> None:
+    """Beyond what was recorded nobody knows what the draft would have said."""
+    for what, wanted, known in (
+        ("max_depth", policy.max_depth, recording.levels),
+        ("beams", policy.beams if policy.max_depth > 1 else 1, recording.beams),
+        ("width", policy.width if policy.max_depth else 0, recording.width),
+    ):
+        if wanted > known:
+            raise UserError(
+                f"policy {policy.name} has {what} {wanted}, but the recording's trees have {known}; "
+                "lower it, or record larger trees."
+            )
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written ({error.strerror}); name another file.") from error

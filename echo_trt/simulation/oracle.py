@@ -1,0 +1,155 @@
+"""The oracle: a policy with the same head, copies and costs that knows which candidates will be accepted.
+
+Each iteration it maximises tokens - rate * seconds, and ``rate`` is raised to the tokens a second that this itself
+brings until the two agree (Dinkelbach's method): the most tokens a second in the long run, if what one iteration leaves
+to the next does not depend on its choice. Within an iteration the search is exact where a draft pass takes as long for
+any number of entries (bandwidth-bound), and for a single request; elsewhere it tries each number of levels and, at
+each, the requests in the order of what they gain an entry, so it may miss a little and is a lower bound of the best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.calibration.trees import Trees
+from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.policies import Policy
+from echo_trt.simulation.machines import Machine
+from echo_trt.simulation.replay import Step, Tally
+from echo_trt.simulation.walk import Recording, Walk
+
+ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """How many draft tokens in a row will be accepted of each position [P]: copied ones, and of the head's levels."""
+
+    copied: np.ndarray
+    drafted: np.ndarray
+
+    @classmethod
+    def of(cls, trees: Trees, policy: Policy) -> Foresight:
+        """Within ``policy``'s max_depth, width and tokens a request. The last token of an answer needs no draft."""
+        most = np.minimum(trees.left - 1, min(policy.max_depth, policy.per_request - 1)).clip(0)
+        return cls(np.minimum(_copied_run(trees), most), np.minimum(_drafted_run(trees, policy.width), most))
+
+
+def _copied_run(trees: Trees) -> np.ndarray:
+    count, length = trees.copied.shape
+    position = np.repeat(np.arange(count), length)
+    truth = trees.truth(position, np.tile(np.arange(1, length + 1), count)).reshape(count, length)
+    return np.logical_and.accumulate((trees.copied == truth) & (truth >= 0), axis=1).sum(axis=1)
+
+
+def _drafted_run(trees: Trees, width: int) -> np.ndarray:
+    """The deepest accepted node of each recorded tree, of which ``width`` children of each node count."""
+    position = np.repeat(np.arange(len(trees)), np.diff(trees.node_begins))
+    above = np.where(trees.parent < 0, -1, trees.node_begins[position] + trees.parent)
+    first = np.where(above < 0, trees.node_begins[position], trees.first_child[0][above])
+    right = (trees.token == trees.truth(position, trees.depth.astype(np.int64))) & (
+        np.arange(len(above)) - first < width
+    )
+    run = np.zeros(len(trees), np.int64)
+    accepted = np.ones(len(above) + 1, bool)  # the last stands for every root, which parent -1 finds
+    for depth in range(1, int(trees.depth.max(initial=0)) + 1):
+        level = np.flatnonzero(trees.depth == depth)
+        accepted[level] = right[level] & accepted[above[level]]
+        run[position[level[accepted[level]]]] = depth
+    return run
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Draft tokens verified of each request [B], all of them accepted; which were drafted for; passes and seconds of
+    the draft; what the iteration is worth beside its roots: tokens - rate * (draft + target)."""
+
+    verified: np.ndarray
+    drafted: np.ndarray
+    levels: int
+    draft_seconds: float
+    worth: float
+
+
+def choose(
+    copied: np.ndarray, drafted: np.ndarray, behind: np.ndarray, rate: float, costs: Costs, context: int
+) -> Choice:
+    """copied, drafted [B]: tokens in a row that will be accepted; behind [B]: entries that the first level needs."""
+    batch, free = len(copied), int(copied.sum())
+    upto = free + int(np.maximum(drafted - copied, 0).sum())
+    worth = np.arange(upto + 1) - rate * costs.target.base(batch + upto)[batch : batch + upto + 1]
+    best_upto = np.maximum.accumulate(worth)  # of verifying so many or fewer
+    top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
+    for levels in range(1, int(drafted.max(initial=0)) + 1):
+        depth = np.minimum(drafted, levels)
+        able = np.flatnonzero(depth > copied)
+        entries = np.arange(levels) * (depth[able, None] > np.arange(levels))  # a level takes those above along
+        entries[:, 0] = behind[able]
+        gain = (depth - copied)[able]
+        order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
+        total = entries[order].cumsum(axis=0)
+        seconds = costs.draft.base(int(total.max(initial=0)))[total].sum(axis=1)
+        seconds += costs.draft.per_context * context * (total > 0).sum(axis=1)
+        net = best_upto[free + gain[order].cumsum()] - rate * seconds
+        if len(net) and net.max() > top[0]:
+            count = int(net.argmax())
+            top = net[count], levels, float(seconds[count]), able[order[: count + 1]]
+    value, levels, seconds, chosen = top
+    reach = copied.copy()
+    reach[chosen] = np.minimum(drafted[chosen], levels)
+    passes = int(reach[chosen].max(initial=0))
+    number = int(worth[: reach.sum() + 1].argmax())
+    return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
+
+
+def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
+    """``number`` tokens of paths of ``reach`` [B], the shallowest: [B]"""
+    if number >= reach.sum():
+        return reach
+    level = 0
+    while np.minimum(reach, level + 1).sum() <= number:
+        level += 1
+    taken = np.minimum(reach, level)
+    more = np.flatnonzero(reach > level)[: number - int(taken.sum())]
+    taken[more] += 1
+    return taken
+
+
+class Oracle:
+    """``run`` is ``replay.Replay``'s, with foresight; ``policy`` says which candidates there are."""
+
+    def __init__(self, recording: Recording, machine: Machine, policy: Policy, batch: int, prompt: int):
+        self._recording, self._batch, self._prompt = recording, batch, prompt
+        self._costs, self._host = machine.costs(), machine.host_seconds
+        self._foresight = Foresight.of(recording.trees, policy)
+
+    def run(self, tokens: int) -> Tally:
+        plain = self._batch / (self._costs.target(self._batch, self._batch * self._prompt) + self._host)
+        best = self._round(plain, tokens)
+        rate = best.rate
+        for _ in range(ROUNDS):
+            tally = self._round(rate, tokens)
+            best = max(best, tally, key=lambda t: t.rate)
+            if abs(tally.rate / rate - 1) < TOLERANCE:
+                break
+            rate = tally.rate
+        return best
+
+    def _round(self, rate: float, tokens: int) -> Tally:
+        walk, tally = Walk(self._recording, self._batch, self._prompt), Tally(np.zeros(self._batch, np.int64))
+        while tally.tokens < tokens:
+            tally.add(self._step(walk, rate))
+        return tally
+
+    def _step(self, walk: Walk, rate: float) -> Step:
+        positions, context, seen = walk.positions, walk.context, self._foresight
+        choice = choose(
+            seen.copied[positions], seen.drafted[positions], walk.behind.clip(1), rate, self._costs, context
+        )
+        walk.behind[choice.drafted] = 0
+        verified = int(choice.verified.sum())
+        seconds = self._host + choice.draft_seconds + self._costs.target(self._batch + verified, context)
+        kept = walk.advance(choice.verified + 1)
+        return Step(kept.tokens, verified, verified, choice.levels, seconds)

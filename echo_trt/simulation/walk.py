@@ -1,0 +1,121 @@
+"""Requests that are always running: each slot walks a recorded answer, and takes up another one at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from echo_trt.calibration.trees import Trees
+from echo_trt.errors import UserError
+
+BEYOND = np.iinfo(np.int64).max  # the token after an answer's end: nothing drafted equals it
+_GOLDEN = 0.6180339887498949
+
+
+class Recording:
+    """Recorded trees by place in the answers. ``answers``: those that can be walked, in an order that mixes groups."""
+
+    def __init__(self, trees: Trees):
+        self.trees = trees
+        self.lengths = np.diff(trees.answer_begins)
+        self.longest = int(self.lengths.max(initial=0))
+        known = np.flatnonzero(trees.left >= 1)
+        self._position = np.full(len(trees.answers) + 1, -1)
+        self._position[trees.answer_begins[trees.request[known]] + trees.index[known]] = known
+        self.answers = np.random.default_rng(0).permutation(np.flatnonzero(self.lengths >= 2))
+        if len(self.answers) == 0:
+            raise UserError("the recording has no answer of 2 tokens or more; record more with bench --record.")
+        if self.levels == 0:
+            raise UserError("the recording has no draft trees; record with a bundle whose draft proposes something.")
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        """An iteration may begin after any token but an answer's last."""
+        place = np.arange(len(self.trees.answers))
+        answer = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        index = place - self.trees.answer_begins[answer]
+        lost = np.flatnonzero((index >= 1) & (self._position[:-1] < 0))
+        if len(lost):
+            at = lost[0]
+            raise UserError(
+                f"the recording lacks the tree after token {index[at]} of answer {answer[at]}; record it again."
+            )
+
+    def position(self, answer: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Which tree continues answer[: index], both [m]."""
+        return self._position[self.trees.answer_begins[answer] + index]
+
+    @cached_property
+    def levels(self) -> int:
+        return int(self.trees.depth.max(initial=0))
+
+    @cached_property
+    def width(self) -> int:
+        """The most children of one node."""
+        return int(max(self.trees.first_child[1].max(initial=0), self.trees.root_children.max(initial=0)))
+
+    @cached_property
+    def beams(self) -> int:
+        """The most nodes of one level that were expanded."""
+        trees = self.trees
+        position = np.repeat(np.arange(len(trees)), np.diff(trees.node_begins))
+        expanded = trees.first_child[1] > 0
+        level = position[expanded] * (self.levels + 1) + trees.depth[expanded]
+        return max(int(np.bincount(level, minlength=1).max()), 1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an iteration brought: tokens of each slot [B], and the slots whose answers ended."""
+
+    tokens: np.ndarray
+    ended: np.ndarray
+
+
+class Walk:
+    """``batch`` slots. answer, index [B]: each continues answer[: index]; behind [B]: what its draft has to catch up.
+
+    They begin spread over their answers; with more slots than answers several walk one, from different places.
+    ``prompt`` cached tokens stand before each answer.
+    """
+
+    def __init__(self, recording: Recording, batch: int, prompt: int):
+        self._recording, self._prompt = recording, prompt
+        self.answer = recording.answers[np.arange(batch) % len(recording.answers)]
+        share = (np.arange(1, batch + 1) * _GOLDEN) % 1
+        self.index = 1 + (share * (recording.lengths[self.answer] - 1)).astype(np.int64)
+        self.behind = np.ones(batch, np.int64)
+        self._next = batch
+
+    @property
+    def positions(self) -> np.ndarray:
+        return self._recording.position(self.answer, self.index)
+
+    @property
+    def left(self) -> np.ndarray:
+        """Tokens that each slot's answer still has: 1 or more."""
+        return self._recording.lengths[self.answer] - self.index
+
+    @property
+    def room(self) -> np.ndarray:
+        """Draft tokens in a row that may still be used. Only the limit is known beforehand, not an answer's end."""
+        return self._recording.longest - self.index - 1
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache: all but each slot's newest."""
+        return int(self.index.sum()) + (self._prompt - 1) * len(self.index)
+
+    def advance(self, counts: np.ndarray) -> Kept:
+        """Each slot emits ``counts`` [B] tokens, of which those beyond its answer's end are dropped."""
+        kept = np.minimum(counts, self.left)
+        self.index += kept
+        self.behind += kept
+        ended = np.flatnonzero(self.left == 0)
+        for slot in ended:
+            self.answer[slot] = self._recording.answers[self._next % len(self._recording.answers)]
+            self.index[slot] = self.behind[slot] = 1
+            self._next += 1
+        return Kept(kept, ended)

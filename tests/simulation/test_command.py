@@ -1,0 +1,71 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from refusal import refused
+from rich.console import Console
+from synthetic import recorded
+
+from echo_trt.calibration.fit import fit
+from echo_trt.calibration.store import CALIBRATION, write
+from echo_trt.simulation.command import POLICIES, SimulationJob, run
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> SimulationJob:
+    folder = tmp_path_factory.mktemp("simulation")
+    trees = recorded([40, 30, 50, 45] * 3, 4, 2, 3)
+    trees.write(folder / "trees.npz")
+    write(folder, CALIBRATION, fit(trees, "target", "draft", 4, 2, 3))
+    return SimulationJob(
+        folder / "trees.npz", folder / CALIBRATION, "h100-qwen3-8b", batches=(1, 16), policies=("oracle", "goodput")
+    )
+
+
+def simulate(job: SimulationJob, **changes) -> tuple[dict, str]:
+    out = Console(file=io.StringIO(), width=160)
+    result = run(replace(job, **({"tokens": 200} | changes)), out, Console(file=io.StringIO()))
+    return result, out.file.getvalue()
+
+
+def test_a_row_for_each_policy_and_batch_and_plain_decoding_first(job, tmp_path):
+    result, shown = simulate(job, json_file=tmp_path / "out.json")
+    rows = [(r["batch"], r["policy"]) for r in result["results"]]
+    assert rows == [(b, p) for b in (1, 16) for p in ("autoregressive", "oracle", "goodput")]
+    assert [r["ratio"] for r in result["results"] if r["policy"] == "autoregressive"] == [1, 1]
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    assert "h100-qwen3-8b" in shown
+    assert "3.35 TB/s" in " ".join(result["assumptions"])
+    assert "above batch 12 several requests walk one recorded answer" in " ".join(result["assumptions"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
+
+
+def test_every_policy_runs(job):
+    result, shown = simulate(job, policies=POLICIES, batches=(2,))
+    assert [r["policy"] for r in result["results"]] == list(POLICIES)
+    assert all(name in shown for name in POLICIES)
+
+
+def test_bad_input(job, tmp_path):
+    for changes, words in (
+        ({"policies": ("greedy",)}, ("--policies", "'greedy'", *POLICIES)),
+        ({"machine": "a100"}, ("--machine", "'a100'", "h100-qwen3-8b")),
+        ({"batches": (4, 0)}, ("--batch", "0", "positive")),
+        ({"batches": (True,)}, ("--batch", "True")),
+        ({"batches": ("8",)}, ("--batch", "'8'")),
+        ({"batches": ()}, ("--batch", "empty")),
+        ({"tokens": 0}, ("--tokens", "0")),
+        ({"per_request": 1}, ("--per-request", "1")),
+        ({"max_depth": 5}, ("goodput", "max_depth 5", "have 4")),
+        ({"beams": 3}, ("beams 3", "have 2")),
+        ({"width": 4}, ("width 4", "have 3")),
+        ({"policies": ("static",), "static": (3, 5, 9)}, ("static", "beams 5")),
+        ({"static": (3, 0, 9)}, ("--static", "3,0,9")),
+        ({"json_file": tmp_path / "no" / "out.json"}, ("--json", "folder that exists")),
+        ({"recording": tmp_path / "none.npz"}, ("none.npz", "cannot be read")),
+        ({"calibration": tmp_path / "none.json"}, ("none.json", "cannot be read")),
+        ({"calibration": job.recording}, ("trees.npz", "calibrate")),
+    ):
+        with refused(*words):
+            simulate(job, **changes)

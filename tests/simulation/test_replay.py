@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+from synthetic import recorded
+
+from echo_trt.calibration.fit import fit
+from echo_trt.calibration.record import record
+from echo_trt.decoding.policies import Policy
+from echo_trt.prompts import Prompt
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.simulation.machines import Machine, machine_named
+from echo_trt.simulation.oracle import Oracle
+from echo_trt.simulation.replay import Replay
+from echo_trt.simulation.walk import Recording, Walk
+
+SIZES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
+SHAPE = {"max_depth": 4, "beams": 2, "width": 3}
+GOODPUT = Policy("goodput", **SHAPE)
+OTHERS = (
+    Policy("goodput-head", **SHAPE),
+    Policy("echo", **SHAPE, gates={1: 0.2, 3: 0.1}, budget=32),
+    Policy("static", **SHAPE, per_request=6),
+    Policy("autoregressive"),
+)
+
+
+def machine(target, draft, host=0.0, per_context=0.0) -> Machine:
+    return Machine("test", (SIZES, target, per_context), (SIZES, draft, 0.0), host, ())
+
+
+KNEE = machine(np.maximum(1e-2, 3e-4 * SIZES), 5e-4 + 1e-5 * SIZES, 1e-3)
+FREE = machine(np.full(9, 1e-2), np.full(9, 1e-12))
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return Recording(recorded([60, 45, 80, 64, 70, 33, 58, 90], 4, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return fit(recorded([60] * 12, 4, 2, 3, seed=9), "target", "draft", 4, 2, 3)
+
+
+def replay(recording, calibration, policy, batch, on=KNEE) -> Replay:
+    return Replay(recording, calibration, on, policy, batch, prompt=10)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_plain_decoding_has_the_rate_that_arithmetic_says(recording, calibration, batch):
+    tally = replay(recording, calibration, Policy("autoregressive"), batch).run(500)
+    assert tally.rate == pytest.approx(batch / (KNEE.costs().target(batch) + 1e-3))
+    assert tally.figures()["accepted_length"] == 1
+    assert tally.figures()["draft_utilisation"] is None
+
+
+def test_context_is_paid_for(recording, calibration):
+    slow = machine(KNEE.target[1], KNEE.draft[1], per_context=1e-5)
+    run = replay(recording, calibration, Policy("autoregressive"), 3, slow)
+    context = run.walk.context
+    assert run.step().seconds == pytest.approx(slow.costs().target(3) + 1e-5 * context)
+
+
+@pytest.mark.parametrize("policy", [GOODPUT, Policy("static", 4, 1, 1, per_request=5)])
+def test_a_draft_that_is_always_right_and_free_gives_all_its_levels_and_the_bonus(calibration, policy):
+    always = Recording(recorded([60, 45, 80], 4, 2, 3, right=1.0))
+    sure = fit(always.trees, "target", "draft", 4, 2, 3)
+    run = replay(always, sure, policy, 3, FREE)
+    for _ in range(20):
+        left = run.walk.left
+        assert (run.step().tokens == np.minimum(5, left)).all()
+
+
+def test_a_draft_that_is_never_right_is_given_up(recording):
+    never = Recording(recorded([60, 45, 80, 70] * 3, 4, 2, 3, right=0.0, copied=0.0))
+    hopeless = fit(never.trees, "target", "draft", 4, 2, 3)
+    tally = replay(never, hopeless, GOODPUT, 4).run(400)
+    assert tally.figures()["accepted_length"] == 1
+    assert tally.rate > 0.98 * replay(never, hopeless, Policy("autoregressive"), 4).run(400).rate
+
+
+@pytest.mark.parametrize("on", [KNEE, FREE, machine_named("8xh100-qwen3-235b", None)], ids=["knee", "free", "moe"])
+@pytest.mark.parametrize("batch", [1, 4, 48])
+def test_nobody_beats_the_oracle(recording, calibration, on, batch):
+    best = Oracle(recording, on, GOODPUT, batch, 10).run(1200)
+    assert best.figures()["draft_utilisation"] in (None, 1)
+    for policy in (GOODPUT, *OTHERS):
+        assert replay(recording, calibration, policy, batch, on).run(1200).rate <= best.rate * 1.001
+
+
+def test_on_a_machine_with_a_knee_the_policies_are_in_order(recording, calibration):
+    rate = {p.name: replay(recording, calibration, p, 16).run(3000).rate for p in (GOODPUT, *OTHERS)}
+    assert rate["goodput"] > rate["goodput-head"] > rate["autoregressive"] > rate["static"]
+
+
+def test_passes_take_along_what_the_runtimes_do(recording, calibration):
+    run = replay(recording, calibration, Policy("static", **SHAPE, per_request=6), 3)
+    draft_costs, target_costs = KNEE.costs().draft, KNEE.costs().target
+    for behind in (3, None):
+        behind = behind or int(run.walk.behind.sum())
+        step = run.step()
+        # 2 beams of 3 requests, and at each level those above again: 6, 12, 18 entries
+        passes = [draft_costs(n) for n in (behind, 6, 12, 18)]
+        assert step.levels == 4
+        assert step.seconds == pytest.approx(sum(passes) + target_costs(3 + step.verified) + 1e-3)
+
+
+def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
+    run = replay(recording, calibration, GOODPUT, 8)
+    run.run(500)
+    assert run.planner.costs.target.seconds == pytest.approx(KNEE.target[1])
+    assert run.planner.costs.draft.seconds == pytest.approx(KNEE.draft[1])
+    assert run.planner.history.host_seconds == pytest.approx(1e-3, rel=0.2)
+
+
+def test_runs_repeat(recording, calibration):
+    first, second = (replay(recording, calibration, GOODPUT, 7).run(500).figures() for _ in range(2))
+    assert first == second
+
+
+def test_the_replay_walks_as_the_runtime_does(open_llm):
+    """Iterations of each request, one by one: recorded trees replayed against the same policy run for real."""
+    llm = open_llm("close", "goodput", 4)
+    prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
+    trees = record(llm, prompts, ["all"] * 4, 40, Policy("record", 3, 3, 4))
+    calibration = fit(trees, "target", "draft", 3, 3, 4)
+    policy = Policy("static", 3, 3, 4, per_request=8)
+    llm.set_policy("static")
+    llm.loop.policy = policy
+    answers = llm.generate([p.text for p in prompts], SamplingParams(40))
+    recording = Recording(trees)
+    run = Replay(recording, calibration, KNEE, policy, 1, 10)
+    for i, answer in enumerate(answers):
+        walk = Walk(recording, 1, 10)
+        walk.answer[:], walk.index[:] = i, 1
+        run.walk, iterations = walk, 0
+        while walk.answer[0] == i and (iterations == 0 or walk.index[0] > 1):
+            run.step()
+            iterations += 1
+        begin, end = trees.answer_begins[i : i + 2]
+        assert answer.token_ids == trees.answers[begin:end].tolist()
+        assert answer.accepted_length == pytest.approx(len(answer.token_ids) / (iterations + 1), abs=0.01) or (
+            answer.accepted_length == pytest.approx((len(answer.token_ids) - 1) / iterations, abs=0.01)
+        )
