@@ -58,7 +58,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
         )
         with messages.status("loading the bundle"):
             llm = LLM(job.bundle, None, max(job.batches), note=messages.print)
-            _check_pool(llm, job)
+            check_pool(llm, job)
             peers = [open_peer(name, job.bundle, llm.manifest) for name in job.peers]
         policies = list(dict.fromkeys((PLAIN, *job.policies)))
         result: dict[str, Any] = {
@@ -136,7 +136,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--prompts holds {count} prompt; a benchmark needs 2 or more.")
 
 
-def _check_pool(llm: LLM, job: Job) -> None:
+def check_pool(llm: LLM, job: Job) -> None:
     """A batch that the KV pool cannot hold would be preempted all the time, and measure that."""
     state, blocks = llm.loop.state, llm.loop.target.num_blocks
     each = blocks_for(job.max_tokens + state.reserve + 1)

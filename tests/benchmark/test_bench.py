@@ -10,7 +10,7 @@ from refusal import refused
 from rich.console import Console
 
 from echo_trt.benchmark.closed_loop import run as closed_loop
-from echo_trt.benchmark.command import Job, run
+from echo_trt.benchmark.command import Job, check_pool, run
 from echo_trt.calibration.trees import Trees
 
 
@@ -83,7 +83,6 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
     [
         ({"policies": ["fastest"]}, ("--policies", "'fastest'", "goodput")),
         ({"batches": [0]}, ("--batch", "0", "1 to 4096")),
-        ({"batches": [4000]}, ("--batch 4000", "KV blocks")),
         ({"peers": ["vllm"]}, ("vllm", "transformers")),
         ({"json_file": Path("/nowhere/r.json")}, ("--json /nowhere/r.json", "cannot be written")),
         ({"html_file": Path("/nowhere/r.html")}, ("--html", "cannot be written")),
@@ -93,6 +92,13 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
 def test_refused_before_anything_runs(changes, said, bundle_of, prompts):
     with refused(*said):
         bench(job(bundle_of("close"), prompts, **changes))
+
+
+def test_a_batch_that_the_pool_cannot_hold_is_refused(open_llm, bundle_of, prompts):
+    llm = open_llm("close", "autoregressive", batch=3)
+    check_pool(llm, job(bundle_of("close"), prompts, batches=[3]))
+    with refused("--batch 40", "--max-tokens 16", "KV blocks", "kv_blocks in the recipe"):
+        check_pool(llm, job(bundle_of("close"), prompts, batches=[3, 40]))
 
 
 def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
