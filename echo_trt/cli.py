@@ -199,7 +199,7 @@ def bench(
 def simulate(
     recording: Annotated[Path, typer.Argument(help="Draft trees, as echo-trt bench --record wrote them.")],
     calibration: Annotated[Path, typer.Option(help="calibration.json of the bundle that was recorded.")],
-    machine: Annotated[str, typer.Option(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "h100-qwen3-8b",
+    machine: Annotated[str, typer.Option(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "this",
     costs: Annotated[Path | None, typer.Option(help="costs.json, for the machine this.")] = None,
     batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,4,16,64,256,1024",
     policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
@@ -211,7 +211,7 @@ def simulate(
 ) -> None:
     """Replay recorded draft trees under the same policies and another machine's costs.
 
-    Example: `echo-trt simulate trees.npz --calibration bundles/smollm2-135m/calibration.json --batch 1,64,256`
+    Example: `echo-trt simulate trees.npz --calibration bundles/smollm2-135m/calibration.json --machine h100-qwen3-8b`
     """
     from echo_trt.simulation.command import SimulationJob, run
 

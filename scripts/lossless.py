@@ -31,7 +31,7 @@ def main(
     bundle: Path,
     prompts: Annotated[list[Path], typer.Option(help="JSONL files")],
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8,32",
-    policies: Annotated[str, typer.Option(help="compared with plain decoding")] = "static,dense,fixed,echo",
+    policies: Annotated[str, typer.Option(help="compared with plain decoding")] = "static,dense,fixed,echo,goodput",
     max_tokens: int = 128,
     limit: Annotated[int, typer.Option(help="prompts of each file; 0 for all")] = 0,
     temperature: float = 0.0,
