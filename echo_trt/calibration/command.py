@@ -42,7 +42,8 @@ class Job:
 class Reliability:
     """By bins of predicted probability: mean prediction and share accepted, on trees that were not fitted on.
 
-    ``error`` is the expected calibration error: their distance, averaged over nodes.
+    ``error`` is the expected calibration error: their distance, averaged over nodes that were given 5 % or more; the
+    many below that hardly ever matter, and would hide it.
     """
 
     predicted: np.ndarray
@@ -117,6 +118,8 @@ def _part(observed: Observed, chosen: np.ndarray) -> Observed:
 
 
 def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
+    worth = predicted >= 0.05
+    predicted, accepted = predicted[worth], accepted[worth]
     cell = np.minimum((predicted * BINS).astype(int), BINS - 1)
     count = np.bincount(cell, minlength=BINS)
     filled = count > 0
@@ -127,13 +130,10 @@ def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
 
 def costs_table(costs: CostTable) -> Table:
     hinge = costs.hinge
-    table = Table(title=f"a pass over N tokens, ms, on {costs.machine}", title_justify="left")
-    table.add_column("N", style="bold")
-    for size in costs.target.sizes:
-        table.add_column(str(size), justify="right")
-    table.add_row("target", *(f"{1e3 * t:.1f}" for t in costs.target.seconds))
+    table = Table("N", "target", "draft", title=f"a pass over N tokens, ms, on {costs.machine}", title_justify="left")
     drafts = dict(zip(costs.draft.sizes, costs.draft.seconds, strict=True))
-    table.add_row("draft", *(f"{1e3 * drafts[n]:.2f}" if n in drafts else "" for n in costs.target.sizes))
+    for size, seconds in zip(costs.target.sizes, costs.target.seconds, strict=True):
+        table.add_row(str(size), f"{1e3 * seconds:.1f}", f"{1e3 * drafts[size]:.2f}" if size in drafts else "")
     table.caption = (
         f"target as a hinge: T_ar {1e3 * hinge['t_ar']:.1f} ms, K_max {hinge['k_max']:.0f}, gamma {hinge['gamma']:.4f} "
         f"a token; largest error {hinge['error']:.0%}"

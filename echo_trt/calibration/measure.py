@@ -22,7 +22,7 @@ ROUNDS = 5
 
 
 def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
-    """Passes over N requests of one token, every size in turn, round by round, so that drift spreads over all.
+    """Passes over N requests of one token, all sizes in one round after another, so that drift spreads over all.
 
     ``seconds`` bounds the time: at least one round is run after a warm-up. Nothing may be running.
     """
@@ -47,10 +47,14 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     calls = [_call(loop, *shape) for shape in shapes]
     for call in calls:
         run(call)
-    taken: list[list[float]] = []
+    taken: list[np.ndarray] = []
+    rng = np.random.default_rng(0)
     begin = time.perf_counter()
     while len(taken) < ROUNDS and (not taken or time.perf_counter() - begin < seconds):
-        taken.append([_seconds(run, call) for call in calls])
+        seconds_of = np.empty(len(calls))
+        for i in rng.permutation(len(calls)):  # what ran before leaves its weights in the cache, or evicts them
+            seconds_of[i] = _seconds(run, calls[i])
+        taken.append(seconds_of)
     # The lower quartile: whatever else ran only ever adds.
     *usual, far = np.quantile(taken, 0.25, axis=0).tolist()
     context = wide * (long - shapes[0][1])
