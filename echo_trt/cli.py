@@ -174,6 +174,7 @@ def bench(
     peers: Annotated[
         str, typer.Option(help="openvino-genai, openvino-genai-eagle3, transformers; where installed.")
     ] = "",
+    recipes: Annotated[Path, typer.Option(help="The folder of the bundle's recipe, for peers.")] = Path("build"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
     record_file: Annotated[
@@ -190,9 +191,8 @@ def bench(
     others = [part.strip() for part in peers.split(",") if part.strip()]
     sizes = _numbers("--batch", batch)
     files = (json_file, html_file, record_file)
-    run(
-        Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files), Console(), messages
-    )
+    job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes)
+    run(job, Console(), messages)
 
 
 @app.command()

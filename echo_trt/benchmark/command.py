@@ -42,6 +42,7 @@ class Job:
     json_file: Path | None = None
     html_file: Path | None = None
     record_file: Path | None = None
+    recipes: Path = Path("build")  # where the bundle's recipe stands: peers read its checkpoints
 
 
 def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
         with messages.status("loading the bundle"):
             llm = LLM(job.bundle, None, max(job.batches), note=messages.print)
             check_pool(llm, job)
-            peers = [open_peer(name, job.bundle, llm.manifest) for name in job.peers]
+            peers = [open_peer(name, job.bundle, llm.manifest, job.recipes) for name in job.peers]
         policies = list(dict.fromkeys((PLAIN, *job.policies)))
         result: dict[str, Any] = {
             "machine": machine(llm.manifest),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_NEIGHBOURHOOD = 0.5  # how far, in log N, one measurement speaks for other sizes
+_NEIGHBOURHOOD = 0.2  # how far, in log N, one measurement speaks for other sizes: what is decided by is slopes
 _LEARNING, _LEARNING_FASTER = 0.1, 0.3  # from passes slower than the table, and from faster ones
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran

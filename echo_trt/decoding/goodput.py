@@ -69,6 +69,9 @@ class Planner:
     def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
         """The same of the draft."""
 
+    def decided(self, levels: int, seconds: float) -> None:
+        """To plan ``levels`` draft levels took ``seconds`` beside their passes."""
+
     def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
         """An iteration took ``seconds``, ``host`` of them outside passes; ``path`` are its plan's accepted nodes."""
 
@@ -83,6 +86,8 @@ class Goodput(Planner):
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
+        if self.history.compares():
+            return Plan(SuperTree.from_roots(roots), np.ones(len(roots)))
         price = self.price(load)
         weights = self.history.weights(load.slots)
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
@@ -97,7 +102,7 @@ class Goodput(Planner):
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
-        return self.history.speedup * len(load.slots) / plain
+        return self.history.caution * self.history.speedup * len(load.slots) / plain
 
     def _target(self, load: Load, nodes: int) -> np.ndarray:
         """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots; what context adds is the same for all."""
@@ -164,6 +169,7 @@ class Goodput(Planner):
         gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        draft = draft + self.history.level_seconds
         net = gain - price * draft[:, None] * np.arange(1, levels + 1)
         best = int(net.argmax())
         return int(ends[best // levels]) if net.flat[best] > 0 else 0
@@ -173,6 +179,9 @@ class Goodput(Planner):
 
     def target_pass(self, tokens: int, context: int, seconds: float) -> None:
         self.costs.target.observe(tokens, context, seconds)
+
+    def decided(self, levels: int, seconds: float) -> None:
+        self.history.decided(levels, seconds)
 
     def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
         self.costs.draft.observe(tokens, context, seconds)

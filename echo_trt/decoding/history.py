@@ -7,6 +7,10 @@ import numpy as np
 _MEMORY = 0.97  # of running means over iterations
 _FADING = 0.02  # a request that is not drafted for drifts towards the mean of all by this, an iteration
 _PROBING = 0.005  # share of the time that may go into seeing whether drafting would pay again
+_UNSURE = 1.2  # a gain below which plain decoding is tried now and then, to compare
+_COMPARED = 48  # iterations between two such trials
+_CAUTION = 0.03  # how fast time becomes dearer while speculation loses
+_MOST_CAUTIOUS = 1.5
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 
@@ -20,13 +24,25 @@ class History:
         self._idle = np.zeros(slots, np.int64)  # iterations since it was last drafted for
         self._credit = 0.0
         self._tokens = self._plain = 1e-9
-        self.host_seconds = 0.0
+        self.host_seconds = self.level_seconds = 0.0
+        self.caution = 1.0
+        self._since_plain = 0
         self.probes = 0
 
     @property
     def speedup(self) -> float:
         """Expected tokens over those of plain decoding in the same time, running mean; 1 or more."""
         return max(self._tokens / self._plain, 1.0)
+
+    def compares(self) -> bool:
+        """Whether this iteration should be plain: what that takes must stay known where the gain is small."""
+        self._since_plain += 1
+        return self._since_plain >= _COMPARED and self._tokens < _UNSURE * self._plain
+
+    def decided(self, levels: int, seconds: float) -> None:
+        """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""
+        if levels:
+            self.level_seconds += (1 - _MEMORY) * (seconds / levels - self.level_seconds)
 
     def forget(self, slot: int) -> None:
         """Another request begins in ``slot``."""
@@ -70,6 +86,8 @@ class History:
     ) -> None:
         """An iteration: tokens of each request [B], those expected, what it took and what a plain one would take.
 
+        Where speculation takes longer than what it brings would take plainly, whatever the tables say, time becomes
+        dearer (``caution``) until it does not.
         One that computed ``prompts`` too says nothing of speed.
         """
         self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
@@ -77,5 +95,10 @@ class History:
         if prompts or len(slots) == 0:
             return
         self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)
+        if expected == len(slots):
+            self._since_plain = 0
+        else:
+            lost = 1 - expected * plain / (len(slots) * seconds)
+            self.caution = min(max(self.caution + _CAUTION * lost, 1.0), _MOST_CAUTIOUS)
         self._tokens = _MEMORY * self._tokens + expected
         self._plain = _MEMORY * self._plain + len(slots) * seconds / plain

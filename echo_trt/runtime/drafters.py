@@ -36,11 +36,11 @@ class Drafter(Protocol):
 
 
 class TimedDraft:
-    """A draft whose passes are timed: ``seconds`` so far, and each told to ``observe(tokens, context, seconds)``."""
+    """A draft whose passes are timed: ``seconds`` and ``passes`` of all, and each told to ``observe``."""
 
     def __init__(self, draft: Draft, observe: Callable[[int, int, float], None]):
         self._draft, self._observe = draft, observe
-        self.seconds = 0.0
+        self.seconds, self.passes = 0.0, 0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._timed(self._draft.expand_roots, requests)
@@ -53,6 +53,7 @@ class TimedDraft:
         result = call(*arguments)
         seconds = time.perf_counter() - start
         self.seconds += seconds
+        self.passes += 1
         if self._draft.entries:
             self._observe(self._draft.entries, self._draft.context, seconds)
         return result

@@ -226,7 +226,9 @@ class Loop:
             copies = self.copier is not None and policy.copies
             copied = self.copier.continuations(slots, policy.max_depth) if copies else None
             plan = self.planner.plan(roots, None if self.drafter is self.copier else draft, policy, load, copied)
-            self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
+            gate = time.perf_counter() - begin - draft.seconds
+            self._add_seconds("gate", gate)
+            self.planner.decided(draft.passes, gate)
         else:
             candidates, reach = grow(roots, draft, policy, load.room)
             self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
