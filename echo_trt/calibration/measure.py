@@ -13,11 +13,13 @@ from echo_trt.bundle import Manifest
 from echo_trt.calibration.store import CostTable, CurveTable, machine
 from echo_trt.decoding.costs import fit_hinge
 from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.ragged import begins
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.loop import Loop
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
+NODES = 3  # tokens of a small tree
 ROUNDS = 5
 
 
@@ -41,9 +43,12 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     blocks = loop.target.num_blocks
     sizes = [n for n in SIZES if n <= blocks and n <= max(4 * loop.state.count, 16)]
-    wide = max(n for n in sizes if n * (LONG // BLOCK + 1) <= blocks or n == 1)
-    long = min(LONG, loop.state.context - 1)
-    shapes = [(n, min(SHORT, loop.state.context - 1)) for n in sizes] + [(wide, long)]
+    long = min(LONG, loop.state.context - NODES)
+    short = min(SHORT, long)
+    each = -(-(long + NODES) // BLOCK)
+    wide = max(n for n in sizes if n * each <= blocks or n == 1)  # requests with long contexts, one token each
+    bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)  # the same with NODES tokens each
+    shapes = [(n, short, 1) for n in sizes] + [(wide, long, 1), (bushy, long, NODES)]
     calls = [_call(loop, *shape) for shape in shapes]
     for call in calls:
         run(call)
@@ -56,19 +61,26 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
             seconds_of[i] = _seconds(run, calls[i])
         taken.append(seconds_of)
     # The lower quartile: whatever else ran only ever adds.
-    *usual, far = np.quantile(taken, 0.25, axis=0).tolist()
-    context = wide * (long - shapes[0][1])
-    per_context = max(far - usual[sizes.index(wide)], 0.0) / max(context, 1)
-    base = [t - per_context * n * shapes[0][1] for n, t in zip(sizes, usual, strict=True)]
+    *usual, far, tree = np.quantile(taken, 0.25, axis=0).tolist()
+    per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
+    base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
+    straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
+    per_node = max(tree - straight, 0.0) / (bushy * (NODES - 1) * long)
     monotone = np.maximum.accumulate(np.maximum(base, 1e-6))
-    return CurveTable(sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context)
+    return CurveTable(
+        sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context, per_node=per_node
+    )
 
 
-def _call(loop: Loop, requests: int, context: int):
-    blocks = -(-(context + 1) // BLOCK)
+def _call(loop: Loop, requests: int, context: int, tokens: int):
+    """``tokens`` of each request: one, or a chain with a tree's mask."""
+    blocks = -(-(context + tokens) // BLOCK)
     table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
-    past = np.full(requests, context)
-    return pack(np.full(requests, 1), past, past, np.ones(requests, np.int64), table, np.arange(requests))
+    past, counts = np.full(requests, context), np.full(requests, tokens)
+    total = requests * tokens
+    mask = np.tile(np.tril(np.ones((tokens, tokens), np.uint8)).reshape(-1), requests), begins(counts**2)
+    positions = context + np.tile(np.arange(tokens), requests)
+    return pack(np.ones(total), positions, past, counts, table, np.arange(total), mask if tokens > 1 else None)
 
 
 def _seconds(run: Callable, call) -> float:

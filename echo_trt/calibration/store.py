@@ -81,23 +81,24 @@ class Calibration(_Stored):
 
 
 class CurveTable(_Stored):
-    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds to it."""
+    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node."""
 
     sizes: list[int]
     seconds: list[float]
     per_context: float = 0.0
+    per_node: float = 0.0
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CurveTable:
         ascending = all(a < b for a, b in itertools.pairwise(self.sizes))
         if not self.sizes or self.sizes[0] != 1 or not ascending or len(self.sizes) != len(self.seconds):
             raise ValueError("sizes must ascend from 1, with seconds for each")
-        if min(self.seconds) < 0 or self.per_context < 0:
+        if min(self.seconds) < 0 or self.per_context < 0 or self.per_node < 0:
             raise ValueError("seconds must not be negative")
         return self
 
     def curve(self) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context)
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node)
 
 
 class CostTable(_Stored):

@@ -18,14 +18,15 @@ _GLITCH = 1.0  # nor does one that took e^-1 of it
 class Curve:
     """Seconds of a pass over N tokens whose requests have ``context`` cached tokens in all.
 
-    T(N, context) = base(N) + per_context * context. ``base`` is measured at a few sizes, monotone, straight between
-    them; nothing is assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the
+    T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
+    seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
+    assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the
     machine: sizes near a measured one are corrected with it, those far away keep what they had.
     """
 
-    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], per_context: float = 0.0):
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], per_context: float = 0.0, per_node: float = 0.0):
         """``sizes`` [m] ascending, from 1; ``seconds`` [m]."""
-        self.sizes, self.per_context = np.asarray(sizes, np.int64), per_context
+        self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
         self._log_sizes = np.log(self.sizes)
@@ -45,9 +46,9 @@ class Curve:
     def __call__(self, tokens: int, context: int = 0) -> float:
         return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
 
-    def observe(self, tokens: int, context: int, seconds: float) -> None:
-        """A pass has taken ``seconds``."""
-        base = max(seconds - self.per_context * context, 1e-6)
+    def observe(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
+        """A pass has taken ``seconds``; ``node_context``: cached tokens that its trees' nodes attend, roots apart."""
+        base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
         # Whatever else runs only ever adds: a slow pass may be an outlier, a fast one tells the truth.
         step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * max(error, -_GLITCH)

@@ -63,8 +63,8 @@ class Planner:
     def joined(self, slot: int) -> None:
         """Another request begins in ``slot``."""
 
-    def target_pass(self, tokens: int, context: int, seconds: float) -> None:
-        """The target has computed ``tokens`` with ``context`` cached ones."""
+    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
+        """The target has computed ``tokens`` with ``context`` cached ones; ``node_context`` as in ``Curve.observe``."""
 
     def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
         """The same of the draft."""
@@ -105,9 +105,10 @@ class Goodput(Planner):
         return self.history.caution * self.history.speedup * len(load.slots) / plain
 
     def _target(self, load: Load, nodes: int) -> np.ndarray:
-        """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots; what context adds is the same for all."""
-        fixed = len(load.slots) + load.others
-        return self.costs.target.base(fixed + nodes)[fixed : fixed + nodes + 1]
+        """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots, less what is the same for all."""
+        target, fixed = self.costs.target, len(load.slots) + load.others
+        each = target.per_node * load.context / len(load.slots)  # a node attends its request's context, on average this
+        return target.base(fixed + nodes)[fixed : fixed + nodes + 1] + each * np.arange(nodes + 1)
 
     def _draft(self, candidates: Candidates, draft: Draft, policy: Policy, load: Load, price: float) -> None:
         history = self.history
@@ -177,8 +178,8 @@ class Goodput(Planner):
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
 
-    def target_pass(self, tokens: int, context: int, seconds: float) -> None:
-        self.costs.target.observe(tokens, context, seconds)
+    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
+        self.costs.target.observe(tokens, context, seconds, node_context)
 
     def decided(self, levels: int, seconds: float) -> None:
         self.history.decided(levels, seconds)

@@ -268,7 +268,9 @@ class Loop:
         seconds = time.perf_counter() - begin
         self._add_seconds("verify", seconds)
         if self.planner:
-            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds)
+            nodes = np.diff(call.seq_begins) - 1
+            again = int((nodes * call.past_lens).sum())
+            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again)
         finishing = chunk_slots[ends]
         last = state.tokens[finishing, state.length[finishing] - 1]
         return _Verified(_with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
