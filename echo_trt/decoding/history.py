@@ -9,8 +9,9 @@ _FADING = 0.02  # a request that is not drafted for drifts towards the mean of a
 _PROBING = 0.005  # share of the time that may go into seeing whether drafting would pay again
 _UNSURE = 1.2  # a gain below which plain decoding is tried now and then, to compare
 _COMPARED = 48  # iterations between two such trials
-_CAUTION = 0.03  # how fast time becomes dearer while speculation loses
-_MOST_CAUTIOUS = 1.5
+_CAUTION = 0.2  # how fast time becomes dearer while speculation loses
+_COURAGE = 0.005  # how fast that is forgotten while there is none
+_MOST_CAUTIOUS = 2.0
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 
@@ -97,6 +98,7 @@ class History:
         self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)
         if expected == len(slots):
             self._since_plain = 0
+            self.caution -= _COURAGE * (self.caution - 1)
         else:
             lost = 1 - expected * plain / (len(slots) * seconds)
             self.caution = min(max(self.caution + _CAUTION * lost, 1.0), _MOST_CAUTIOUS)

@@ -344,6 +344,7 @@ def test_a_draft_that_becomes_dear_is_left():
     assert server.run(200).rate > 1.5 * 4 / server.target(4)
     server.draft = linear(0.015, 1e-6)
     server.run(300)
+    server.run(1500)
     assert server.run(400).rate > 0.98 * 4 / server.target(4)
 
 
