@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from echo_trt.bundle import Manifest
 from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
-from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError
 
 CALIBRATION, COSTS = "calibration.json", "costs.json"
@@ -97,8 +97,8 @@ class CurveTable(_Stored):
             raise ValueError("seconds must not be negative")
         return self
 
-    def curve(self) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context, self.per_node)
+    def curve(self, reach: float) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach)
 
 
 class CostTable(_Stored):
@@ -112,7 +112,7 @@ class CostTable(_Stored):
     hinge: dict[str, float]
 
     def costs(self) -> Costs:
-        return Costs(self.target.curve(), self.draft.curve())
+        return Costs(self.target.curve(NEAR), self.draft.curve(FAR))
 
 
 def machine(manifest: Manifest) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_NEIGHBOURHOOD = 0.2  # how far, in log N, one measurement speaks for other sizes: what is decided by is slopes
+NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
 _LEARNING, _LEARNING_FASTER = 0.1, 0.3  # from passes slower than the table, and from faster ones
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
@@ -24,8 +24,16 @@ class Curve:
     machine: sizes near a measured one are corrected with it, those far away keep what they had.
     """
 
-    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], per_context: float = 0.0, per_node: float = 0.0):
-        """``sizes`` [m] ascending, from 1; ``seconds`` [m]."""
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seconds: Sequence[float],
+        per_context: float = 0.0,
+        per_node: float = 0.0,
+        reach: float = FAR,
+    ):
+        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels."""
+        self._reach = reach
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
@@ -52,7 +60,7 @@ class Curve:
         error = math.log(base / self.base(tokens)[tokens])
         # Whatever else runs only ever adds: a slow pass may be an outlier, a fast one tells the truth.
         step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * max(error, -_GLITCH)
-        distance = (self._log_sizes - math.log(tokens)) / _NEIGHBOURHOOD
+        distance = (self._log_sizes - math.log(tokens)) / self._reach
         weight = np.exp(-0.5 * distance**2)
         if step < 0:  # fewer tokens cannot take longer than these did
             weight[(self.sizes < tokens) & (self.seconds > base)] = 1.0

@@ -83,8 +83,7 @@ def test_what_is_observed_moves_near_sizes_and_hardly_those_far_away():
     after = curve.base(64)
     assert after[64] == pytest.approx(0.04, rel=0.02)
     assert after[[1, 2, 4, 8]] == pytest.approx(before[[1, 2, 4, 8]], rel=0.01)
-    assert before[32] < after[32] < 0.02  # a factor of two is far: plain decoding and trees differ by less
-    assert before[56] < after[56] < 0.04
+    assert before[32] * 1.05 < after[32] < 0.04
 
 
 def test_sizes_between_the_measured_ones_are_learnt_too():
