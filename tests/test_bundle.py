@@ -38,7 +38,8 @@ def test_a_bundle_is_complete_and_says_what_is_in_it(pair, bundle_of, networks):
     folder = bundle_of(pair)
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    assert files_below(folder) == {*manifest.files, "manifest.json"}
+    measured = {"costs.json"}  # another test may have run it by now
+    assert files_below(folder) - measured == {*manifest.files, "manifest.json"}
     assert {"target.onnx", "target.onnx.data", "tokenizer.json"} <= set(manifest.files)
     assert ("draft.onnx" in manifest.files) == (manifest.draft is not None) == (pair != "lookup")
     assert manifest.recipe == recipe_of(pair, networks)

@@ -66,7 +66,9 @@ class LookupDraft:
         run = np.ones(len(row), np.int64)  # how many tokens that end there equal the text's last ones
         alive = np.ones(len(row), bool)
         for back in range(1, len(self._drafter.log_acceptance)):
-            alive &= (end >= back) & (text[row, end - back] == text[row, np.maximum(length[row] - 1 - back, 0)])
+            alive &= (end >= back) & (
+                text[row, np.maximum(end - back, 0)] == text[row, np.maximum(length[row] - 1 - back, 0)]
+            )
             run += alive
         best = np.full(count, -1, np.int64)  # the longest match, of those the latest
         np.maximum.at(best, row, run * width + end)
