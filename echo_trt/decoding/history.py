@@ -38,7 +38,10 @@ class History:
     def compares(self) -> bool:
         """Whether this iteration should be plain: what that takes must stay known where the gain is small."""
         self._since_plain += 1
-        return self._since_plain >= _COMPARED and self._tokens < _UNSURE * self._plain
+        due = self._since_plain >= _COMPARED and self._tokens < _UNSURE * self._plain
+        if due:
+            self._since_plain = 0
+        return due
 
     def decided(self, levels: int, seconds: float) -> None:
         """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""
