@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from echo_trt.errors import UserError
+from echo_trt.outputs import json_bytes, output_file
 from echo_trt.prompts import Prompt
 from echo_trt.report import comparison_table, rounding_note
 from echo_trt.runtime.llm import LLM
@@ -60,13 +57,13 @@ class Run:
 
 
 def run(job: Job, out: Console, messages: Console) -> None:
-    with _output_file(job.json_file) as write:
+    with output_file("--json", job.json_file) as write:
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
             llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print)
         policy = llm.loop.policy.name
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
-        write((_compare if job.compare else _answer)(job, llm, policy, out, messages))
+        write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))
 
 
 def _answer(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
@@ -146,27 +143,3 @@ def _results(job: Job, done: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-@contextmanager
-def _output_file(path: Path | None) -> Iterator[Any]:
-    """A writer of the result, whose file is known to be writable before the work begins and appears only whole."""
-    if path is None:
-        yield lambda result: None
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.touch()
-    except OSError as error:
-        raise UserError(
-            f"--json {path} cannot be written ({error.strerror}); name a file in a folder that exists."
-        ) from error
-
-    def write(result: dict[str, Any]) -> None:
-        partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    try:
-        yield write
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from echo_trt.calibration.record import record
 from echo_trt.calibration.store import machine
 from echo_trt.decoding.policies import NAMES, Policy
 from echo_trt.errors import UserError
+from echo_trt.outputs import json_bytes, output_file
 from echo_trt.prompts import Prompt, read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.slots import blocks_for
@@ -50,7 +49,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     _check(job, sets)
     with ExitStack() as stack:
         write_json, write_html, write_recording = (
-            stack.enter_context(_output(option, path))
+            stack.enter_context(output_file(option, path))
             for option, path in (
                 ("--json", job.json_file),
                 ("--html", job.html_file),
@@ -79,7 +78,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                     prompts = _prompts(llm, rows, max(job.requests, 2 * batch))
                     part = _cell(llm, policies, peers, prompts, batch, job)
                     result["results"] += [{"set": name, **row} for row in part]
-                    write_json(_text(result))
+                    write_json(json_bytes(result))
                     progress.advance(task)
                     if not messages.is_terminal:
                         messages.print(f"batch {batch}, {name}: done", highlight=False)
@@ -146,31 +145,3 @@ def check_pool(llm: LLM, job: Job) -> None:
             f"--batch {max(job.batches)} with --max-tokens {job.max_tokens} needs {max(job.batches) * each} KV blocks "
             f"or more, but the bundle has {blocks}; lower one, or raise limits.kv_blocks in the recipe and build again."
         )
-
-
-def _text(result: dict[str, Any]) -> bytes:
-    return (json.dumps(result, indent=1) + "\n").encode()
-
-
-@contextmanager
-def _output(option: str, path: Path | None) -> Iterator[Any]:
-    """A writer for ``path``, which is known to be writable before hours of work begin; each write replaces the last."""
-    if path is None:
-        yield lambda content: None
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.touch()
-    except OSError as error:
-        raise UserError(
-            f"{option} {path} cannot be written ({error.strerror}); name a file in a folder that exists."
-        ) from error
-
-    def write(content: bytes) -> None:
-        partial.write_bytes(content)
-        partial.replace(path)
-
-    try:
-        yield write
-    finally:
-        partial.unlink(missing_ok=True)
