@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
-_LEARNING, _LEARNING_FASTER = 0.1, 0.3  # from passes slower than the table, and from faster ones
+_LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 _GLITCH = 1.0  # nor does one that took e^-1 of it
+_FEW = 64  # tokens of a draft's pass that is mostly its weights
+_COLDEST = 4.0  # passes of one token that a cold cache may cost
 
 
 class Curve:
@@ -58,8 +60,7 @@ class Curve:
         """A pass has taken ``seconds``; ``node_context``: cached tokens that its trees' nodes attend, roots apart."""
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
-        # Whatever else runs only ever adds: a slow pass may be an outlier, a fast one tells the truth.
-        step = _LEARNING * min(error, _OUTLIER) if error > 0 else _LEARNING_FASTER * max(error, -_GLITCH)
+        step = _LEARNING * min(max(error, -_GLITCH), _OUTLIER)
         distance = (self._log_sizes - math.log(tokens)) / self._reach
         weight = np.exp(-0.5 * distance**2)
         if step < 0:  # fewer tokens cannot take longer than these did
@@ -83,10 +84,22 @@ class Curve:
 
 @dataclass
 class Costs:
-    """The machine as a policy sees it: passes of the target and of the draft, in seconds."""
+    """The machine as a policy sees it: passes of the target and of the draft, in seconds.
+
+    ``cold``: what a draft's first pass after a target's takes more, since that has driven its weights out of the cache.
+    """
 
     target: Curve
     draft: Curve
+    cold: float = 0.0
+
+    def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
+        """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""
+        if first and tokens <= _FEW:
+            more = seconds - self.draft(tokens, context)
+            self.cold += _LEARNING * (min(max(more, 0.0), _COLDEST * self.draft(1)) - self.cold)
+        else:
+            self.draft.observe(tokens, context, max(seconds - first * self.cold, 1e-6))
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,14 @@ class Planner:
     def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
         """The target has computed ``tokens`` with ``context`` cached ones; ``node_context`` as in ``Curve.observe``."""
 
-    def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
-        """The same of the draft."""
+    def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
+        """The same of the draft; ``first`` of this iteration, right after a target's pass."""
 
     def decided(self, levels: int, seconds: float) -> None:
         """To plan ``levels`` draft levels took ``seconds`` beside their passes."""
 
     def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
-        """An iteration took ``seconds``, ``host`` of them outside passes; ``path`` are its plan's accepted nodes."""
+        """An iteration took ``seconds``, ``host`` of them outside passes and planning; ``path``: its accepted nodes."""
 
 
 class Goodput(Planner):
@@ -86,7 +86,7 @@ class Goodput(Planner):
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
-        if self.history.compares():
+        if self.history.compares() or self.history.rests(len(roots)):
             return Plan(SuperTree.from_roots(roots), np.ones(len(roots)))
         price = self.price(load)
         weights = self.history.weights(load.slots)
@@ -97,6 +97,7 @@ class Goodput(Planner):
             candidates.value, candidates.tree, policy.per_request, self._target(load, len(candidates)), price
         )
         tree, nodes = candidates.tree.sorted_by_request(chosen)
+        self.history.planned(len(tree) > len(roots))
         return Plan(tree, candidates.probability[nodes])
 
     def price(self, load: Load) -> float:
@@ -123,7 +124,7 @@ class Goodput(Planner):
         count = self._worth_expanding(candidates, promise[best], 0, entries, load, price)
         requests = open_[best[:count]]
         if count == 0:
-            alone = self.costs.draft.per_context * load.context / len(load.slots)
+            alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
             requests = history.probe(open_, load.slots, self.costs.draft.base(int(behind.max()))[behind] + alone)
             if len(requests) == 0:
                 return
@@ -170,8 +171,8 @@ class Goodput(Planner):
         gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        draft = draft + self.history.level_seconds
-        net = gain - price * draft[:, None] * np.arange(1, levels + 1)
+        draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
+        net = gain - price * (draft + (self.costs.cold if depth == 0 else 0.0))
         best = int(net.argmax())
         return int(ends[best // levels]) if net.flat[best] > 0 else 0
 
@@ -184,8 +185,8 @@ class Goodput(Planner):
     def decided(self, levels: int, seconds: float) -> None:
         self.history.decided(levels, seconds)
 
-    def draft_pass(self, tokens: int, context: int, seconds: float) -> None:
-        self.costs.draft.observe(tokens, context, seconds)
+    def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
+        self.costs.observe_draft(tokens, context, seconds, first)
 
     def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
         tree = plan.tree

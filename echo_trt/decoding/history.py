@@ -12,6 +12,7 @@ _COMPARED = 48  # iterations between two such trials
 _CAUTION = 0.2  # how fast time becomes dearer while speculation loses
 _COURAGE = 0.005  # how fast that is forgotten while there is none
 _MOST_CAUTIOUS = 2.0
+_PATIENCE, _LONGEST_REST = 4, 8  # plain plans after which one is left out, and how many at most
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 
@@ -28,6 +29,7 @@ class History:
         self.host_seconds = self.level_seconds = 0.0
         self.caution = 1.0
         self._since_plain = 0
+        self._quiet, self._rest, self._requests = 0, 0, 0
         self.probes = 0
 
     @property
@@ -42,6 +44,18 @@ class History:
         if due:
             self._since_plain = 0
         return due
+
+    def rests(self, requests: int) -> bool:
+        """Whether to do without a plan: where many in a row were plain, at the same load, the next one will be."""
+        if requests != self._requests:
+            self._requests, self._quiet, self._rest = requests, 0, 0
+        self._rest -= 1
+        return self._rest >= 0
+
+    def planned(self, speculates: bool) -> None:
+        """What the plan came to; each that is plain lets the next one wait a little longer."""
+        self._quiet = 0 if speculates else self._quiet + 1
+        self._rest = min(self._quiet // _PATIENCE, _LONGEST_REST)
 
     def decided(self, levels: int, seconds: float) -> None:
         """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""

@@ -36,9 +36,10 @@ class Drafter(Protocol):
 
 
 class TimedDraft:
-    """A draft whose passes are timed: ``seconds`` and ``passes`` of all, and each told to ``observe``."""
+    """A draft whose passes are timed: ``seconds`` and ``passes`` of all, and each told to ``observe``, with its tokens,
+    their cached context, its seconds, and whether it is the first."""
 
-    def __init__(self, draft: Draft, observe: Callable[[int, int, float], None]):
+    def __init__(self, draft: Draft, observe: Callable[[int, int, float, bool], None]):
         self._draft, self._observe = draft, observe
         self.seconds, self.passes = 0.0, 0
 
@@ -55,7 +56,7 @@ class TimedDraft:
         self.seconds += seconds
         self.passes += 1
         if self._draft.entries:
-            self._observe(self._draft.entries, self._draft.context, seconds)
+            self._observe(self._draft.entries, self._draft.context, seconds, self.passes == 1)
         return result
 
 

@@ -176,7 +176,7 @@ class Loop:
         chunk_slots, chunks = self._plan_chunks()
         if len(slots) + len(chunk_slots) == 0:
             return NOTHING
-        begin, passes = time.perf_counter(), self._pass_seconds()
+        begin, other = time.perf_counter(), self._speculating_seconds()
         load = self._load(slots, int(chunks.sum()))
         plan = self._draft(slots, load)
         verified = self._verify(plan.tree, slots, chunk_slots, chunks)
@@ -186,7 +186,7 @@ class Loop:
             emission = self._commit(verified, path, emitted, chunk_slots, chunks)
         if self.planner and self.policy.seeks_goodput:
             seconds = time.perf_counter() - begin
-            host = seconds - (self._pass_seconds() - passes)
+            host = seconds - (self._speculating_seconds() - other)
             self.planner.committed(plan, path[path < len(plan.tree)], load, seconds, host)
         return emission
 
@@ -239,10 +239,10 @@ class Loop:
         self.counters.drafted_tokens += len(plan.tree) - len(slots)
         return plan
 
-    def _observe_draft(self, entries: int, context: int, seconds: float) -> None:
+    def _observe_draft(self, entries: int, context: int, seconds: float, first: bool) -> None:
         self.counters.draft_passes += 1
         if self.planner:
-            self.planner.draft_pass(entries, context, seconds)
+            self.planner.draft_pass(entries, context, seconds, first)
 
     def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> _Verified:
         """One pass of the target over all trees and prompt chunks."""
@@ -332,9 +332,10 @@ class Loop:
         known = self.counters.seconds
         known[phase] = known.get(phase, 0.0) + seconds
 
-    def _pass_seconds(self) -> float:
+    def _speculating_seconds(self) -> float:
+        """Of passes and of deciding on them; what is left of an iteration, plain decoding takes too."""
         seconds = self.counters.seconds
-        return seconds.get("draft", 0.0) + seconds.get("verify", 0.0)
+        return sum(seconds.get(phase, 0.0) for phase in ("draft", "gate", "verify"))
 
 
 @dataclass

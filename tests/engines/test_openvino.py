@@ -167,3 +167,25 @@ def test_int8_builds_and_runs(networks, bundle_of, tmp_path):
     llm = LLM(tmp_path / "int8", batch=2)
     completions = llm.generate([[7, 8, 9], [*range(40, 90)], [5]], SamplingParams(8, ignore_eos=True))
     assert [len(c.token_ids) for c in completions] == [8, 8, 8]
+
+
+def test_a_verified_chain_has_the_bits_of_plain_decoding(bundle_of):
+    """In bf16, with another request beside it: the kernels for one token of a request are the only ones used."""
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 8)
+    table, rng = np.array([[5, 2], [3, 6]]), np.random.default_rng(0)
+    prompt, chain = rng.integers(0, VOCAB, (2, 30)), rng.integers(0, VOCAB, (2, 6))
+
+    def run(tokens: np.ndarray, past: int, mask=None) -> np.ndarray:
+        count = tokens.shape[1]
+        positions = np.tile(past + np.arange(count), 2)
+        call = pack(tokens.reshape(-1), positions, np.full(2, past), np.full(2, count), table, np.arange(2 * count), mask)
+        return engine.run(call)["logits"].reshape(2, count, -1).copy()
+
+    run(prompt, 0)
+    one_by_one = np.concatenate([run(chain[:, j : j + 1], 30 + j) for j in range(6)], axis=1)
+    tree = SuperTree.from_roots(chain[:, 0])
+    last = np.arange(2)
+    for j in range(1, 6):
+        last = tree.add(last, chain[:, j], np.zeros(2))
+    tree, _ = tree.sorted_by_request(np.arange(12))
+    assert (run(chain, 30, ancestor_mask(tree)) == one_by_one).all()
