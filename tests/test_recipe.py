@@ -47,7 +47,7 @@ def written(tmp_path):
 def test_shipped_recipes_are_valid(file):
     recipe = load_recipe(file)
     assert recipe.name == file.stem
-    assert recipe.draft.kind in ("eagle3", "model")
+    assert recipe.draft.kind in ("eagle3", "model", "lookup")
 
 
 def test_there_are_shipped_recipes():

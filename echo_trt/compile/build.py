@@ -13,10 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from echo_trt import __version__
-from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, sha256
+from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
 from echo_trt.calibration.store import CALIBRATION, read_calibration, write
 from echo_trt.compile.onnx_export import export
-from echo_trt.compile.self_check import BOUNDS, check_engine
+from echo_trt.compile.self_check import check_engine
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, read_json, weights_sha256
@@ -27,24 +27,42 @@ from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe
 
+#: Of the engines that are not TensorRT's.
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "torch": ("fp32", "bf16", "fp16")}
+#: What TensorRT measured while it built, which the next build of the bundle need not measure again.
+TIMINGS = "tensorrt.timings"
 TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
 Progress = Callable[[str], None]
+Detail = Callable[[float, str], None]
+#: Compiles a role, under a name, in a precision: the engine's file and the self-check, if one could be made.
+Compile = Callable[[Role, str, str], tuple[str, SelfCheck | None]]
 
 
-def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = lambda stage: None) -> Manifest:
-    """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all."""
-    if recipe.engine != "openvino":
-        raise UserError(f"engine is {recipe.engine!r}, which this version does not compile; use openvino.")
-    for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
-        if precision is not None and precision not in BOUNDS:
-            have = ", ".join(BOUNDS)
-            raise UserError(f"{key} is {precision!r}, which {recipe.engine} does not have; use one of {have}.")
+def build(
+    recipe: Recipe,
+    recipe_folder: Path,
+    out: Path,
+    progress: Progress = lambda stage: None,
+    detail: Detail = lambda share, phase: None,
+) -> Manifest:
+    """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all.
+
+    ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
+    """
+    if recipe.tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel is {recipe.tensor_parallel}, but networks are not divided among GPUs yet; set it to 1, "
+            "and take a target that fits one card (echo-trt inspect says which)."
+        )
+    _check_settings(recipe)
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        manifest = _build_into(recipe, recipe_folder, work, progress)
+        if (out / TIMINGS).exists():
+            shutil.copy(out / TIMINGS, work)
+        manifest = _build_into(recipe, recipe_folder, work, progress, detail)
         (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)
         if out.exists():
@@ -55,7 +73,23 @@ def build(recipe: Recipe, recipe_folder: Path, out: Path, progress: Progress = l
     return manifest
 
 
-def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress) -> Manifest:
+def _check_settings(recipe: Recipe) -> None:
+    if recipe.engine not in PRECISIONS:
+        from echo_trt.compile.tensorrt_network import check_settings
+
+        return check_settings(recipe)
+    if recipe.compute_capability:
+        raise UserError(
+            f"compute_capability is {recipe.compute_capability[0]}, but {recipe.engine} is compiled for no card; leave "
+            "it out, or use --engine tensorrt-rtx."
+        )
+    for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
+        if precision is not None and precision not in PRECISIONS[recipe.engine]:
+            have = ", ".join(PRECISIONS[recipe.engine])
+            raise UserError(f"{key} is {precision!r}, which {recipe.engine} does not have; use one of {have}.")
+
+
+def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
     progress("reading the target")
     checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
@@ -72,12 +106,15 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     roles: dict[str, Role] = {"target": TargetRole(target, feature_layers)}
     if draft is not None:
         roles["draft"] = draft
+    compile_role, tensorrt = _compiler(recipe, work, detail)
     checks, facts = {}, {}
     for name, role in roles.items():
         progress(f"compiling the {name}")
         precision = recipe.draft.precision or recipe.precision if name == "draft" else recipe.precision
-        checks[name] = _compile(role, work / f"{name}.onnx", precision)
-        facts[name] = _facts(role, f"{name}.onnx")
+        file, check = compile_role(role, name, precision)
+        facts[name] = _facts(role, file)
+        if check is not None:
+            checks[name] = check
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
     if recipe.calibration is not None:
@@ -94,6 +131,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         eos_token_ids=_eos(checkpoint, target, tokenizer),
         target_sha256=digest,
         draft_sha256=draft_digest,
+        tensorrt=tensorrt,
         checks=checks,
         tools={
             "echo-trt": __version__,
@@ -131,14 +169,34 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
     return HeadRole(head, draft.top_k), head.config.feature_layers or target.config.feature_layers, own_digest
 
 
-def _compile(role: Role, path: Path, precision: str) -> SelfCheck:
+def _compiler(recipe: Recipe, work: Path, detail: Detail) -> tuple[Compile, TensorRTFacts | None]:
+    """How the recipe's engine compiles a role into ``work``, and what TensorRT engines will be bound to."""
+    if recipe.engine == "openvino":
+        return lambda role, name, precision: _compile_openvino(role, work / f"{name}.onnx", precision), None
+    if recipe.engine == "torch":
+        return lambda role, name, precision: _save_for_torch(role, work / f"{name}.safetensors", precision), None
+    from echo_trt.compile.tensorrt_network import TensorRTBuild
+
+    build = TensorRTBuild(recipe, work, work / TIMINGS, detail)
+    return build.compile, build.facts()
+
+
+def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
     from echo_trt.compile.openvino import compress_to_int8
     from echo_trt.engines.openvino import OpenVINOEngine
 
     export(role, path)
     if precision == "int8":
         compress_to_int8(path)
-    return check_engine(role, lambda blocks: OpenVINOEngine(path, precision, blocks), precision)
+    return path.name, check_engine(role, lambda blocks: OpenVINOEngine(path, precision, blocks), precision)
+
+
+def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
+    from echo_trt.engines.torch import open_torch
+    from echo_trt.engines.torch_files import save_role
+
+    save_role(role, path, precision)
+    return path.name, check_engine(role, lambda blocks: open_torch(path, blocks), precision)
 
 
 def _facts(role: Role, file: str) -> NetworkFacts:

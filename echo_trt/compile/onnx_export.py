@@ -46,30 +46,41 @@ def export(role: Role, path: Path) -> None:
     _register_schema()
     inputs, metadata, caches = _example(role)
     auto = {0: torch.export.Dim.DYNAMIC}
+    program = trace(
+        _Graph(role),
+        (inputs, metadata, torch.zeros(2, dtype=torch.long), caches),
+        (dict.fromkeys(inputs, auto), [auto] * len(metadata), auto, [auto] * len(caches)),
+        [*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
+        list(role.outputs),
+        OPSET,
+        {torch.ops.echo.super_tree_attention.default: _to_onnx},
+    )
+    program.save(path, external_data=True)
+
+
+def trace(
+    graph: nn.Module,
+    example: tuple,
+    dynamic_shapes: tuple,
+    input_names: list[str],
+    output_names: list[str],
+    opset: int,
+    translations: dict | None = None,
+) -> torch.onnx.ONNXProgram:
+    """``graph`` in ONNX, traced on the inputs of ``example``, without the exporter's chatter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            _Graph(role),
-            kwargs={
-                "inputs": inputs,
-                "metadata": metadata,
-                "logit_rows": torch.zeros(2, dtype=torch.long),
-                "caches": caches,
-            },
-            input_names=[*inputs, *METADATA, "logit_rows", *cache_names(role.num_layers)],
-            output_names=list(role.outputs),
-            opset_version=OPSET,
-            dynamic_shapes={
-                "inputs": dict.fromkeys(inputs, auto),
-                "metadata": [auto] * len(metadata),
-                "logit_rows": auto,
-                "caches": [auto] * len(caches),
-            },
-            custom_translation_table={torch.ops.echo.super_tree_attention.default: _to_onnx},
+        return torch.onnx.export(
+            graph,
+            example,
+            input_names=input_names,
+            output_names=output_names,
+            opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+            custom_translation_table=translations,
             verbose=False,
         )
-    program.save(path, external_data=True)
 
 
 def cache_names(num_layers: int) -> list[str]:

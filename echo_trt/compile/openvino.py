@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import openvino as ov
+from openvino import opset13 as ops
 from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
 
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
 
+MAX_CONTEXT = 12  # the place of that input of PagedAttention
 #: precision -> (compute type, cache type)
 PRECISIONS = {
     "fp32": (ov.Type.f32, ov.Type.f32),
@@ -37,6 +39,7 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
         if "_cache." in parameter.get_friendly_name():
             parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
             parameter.set_element_type(ov.Type.dynamic)
+    _measure_context(model)
     model.validate_nodes_and_infer_types()
     compute, cache = PRECISIONS[precision]
     options = {
@@ -49,6 +52,16 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+def _measure_context(model: ov.Model) -> None:
+    """Let each call say how long its longest context can be: it sizes a workspace that batch 1 clears at every call."""
+    inputs = {p.get_friendly_name(): p for p in model.get_parameters()}
+    new = ops.squeeze(ops.shape_of(inputs["token_ids"], "i32"), ops.constant(np.zeros(1, np.int64)))
+    longest = ops.add(ops.reduce_max(inputs["past_lens"], np.zeros(1, np.int64)), new).output(0)
+    for node in model.get_ops():
+        if node.get_type_name() == "PagedAttentionExtension":
+            node.input(MAX_CONTEXT).replace_source_output(longest)
 
 
 def compress_to_int8(path: Path) -> None:
@@ -74,9 +87,7 @@ def _to_paged_attention(node) -> list[ov.Output]:
     kv_heads, head_dim = node.get_attribute("num_kv_heads"), node.get_attribute("head_dim")
     no_int, no_float = _constant([], np.int32), _constant([], np.float32)
     scale, no_window = _constant(head_dim**-0.5, np.float32), _constant(0, np.int32)
-    longest = _constant(
-        node.get_attribute("max_context"), np.int32
-    )  # sizes a workspace that batch 1 clears at every call
+    longest = _constant(node.get_attribute("max_context"), np.int32)
     attention = _PagedAttentionExtension(
         [
             *inputs[:9],  # query, key, value, caches, past_lens, seq_begins, block_indices, block_begins

@@ -15,15 +15,19 @@ from echo_trt.errors import UserError
 from echo_trt.models.roles import HeadRole, Role
 
 #: Largest error allowed, as a share of the largest logit.
-BOUNDS = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}
+BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.05, "int8": 0.2}
 PROMPT, BLOCKS = 45, 4
+#: The request's KV blocks: anywhere in the pool, or the first slot's where a request has a cache of its own.
+SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
 
 
-def check_engine(role: Role, compiled: Callable[[int], Engine], precision: str) -> SelfCheck:
+def check_engine(
+    role: Role, compiled: Callable[[int], Engine], precision: str, blocks: tuple[int, ...] = SCATTERED_TABLE
+) -> SelfCheck:
     """Both engines read a prompt, then a tree over it; ``compiled`` makes the engine with so many KV blocks."""
     engines = [TorchEngine(role, BLOCKS), compiled(BLOCKS)]
     rng = np.random.default_rng(0)
-    table = np.array([[2, 0, 3]], np.int32)
+    table = np.array([blocks], np.int32)
     vocab = role.network.config.vocab_size
     prompt = pack(
         rng.integers(0, vocab, PROMPT),

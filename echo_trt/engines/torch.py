@@ -1,49 +1,122 @@
-"""The reference engine: a role in PyTorch, with the operator in plain operators. Slow, but the measure of others."""
+"""The PyTorch engine: on a CPU the reference, slow but the measure of others; on a GPU the operator's Triton kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.engines.cuda_device import check_room, cuda_device, has_cuda
+from echo_trt.engines.device_rows import DeviceRows
+from echo_trt.engines.torch_calls import Arrays, Graphs, Staging, pad
+from echo_trt.engines.torch_files import load_role
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
+METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+
 
 class TorchEngine:
-    """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks."""
+    """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
 
-    def __init__(self, role: Role, num_blocks: int):
+    The role's network moves to ``device``. ``operator`` is the attention, by default the reference on a CPU and the
+    Triton kernel elsewhere. ``graphs``: replay calls of up to 512 tokens as CUDA graphs, one a size.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        num_blocks: int,
+        device: str = "cpu",
+        operator: Callable[..., Tensor] | None = None,
+        graphs: bool = True,
+    ):
         self.num_blocks = num_blocks
+        self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
-        self._role = role
-        dtype = next(role.parameters()).dtype
-        self._pool = torch.zeros(
-            2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype
-        )
+        self._role = role.to(self.device)
+        self._dtype = next(role.parameters()).dtype
+        self._operator = operator or _operator_for(self.device)
+        shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
+        if self.device.type == "cuda":
+            needed = int(np.prod(shape)) * self._dtype.itemsize
+            check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
+        self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        self._lazy = self.device.type != "cpu"  # outputs stay on the device until they are read
+        self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
-        named = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in self._role.inputs}
-        metadata = [
-            torch.from_numpy(a)
-            for a in (
-                call.past_lens,
-                call.seq_begins,
-                call.block_indices,
-                call.block_begins,
-                call.tree_mask,
-                call.tree_mask_begins,
-            )
-        ]
+        arrays = {name: np.ascontiguousarray(arrays[name]) for name in self._role.inputs}
+        arrays |= {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
+        if self._lazy:
+            return self._on_device(arrays)
+        outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return super_tree_attention(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
+    def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The role's outputs; where they stay on the device, each row's best token comes after logits and features."""
+        named = {name: tensors[name] for name in self._role.inputs}
+        named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
+        metadata = [tensors[name] for name in METADATA]
 
-        outputs = self._role(named, torch.from_numpy(call.logit_rows), attend)
-        return {name: o.numpy() for name, o in zip(self._role.outputs, outputs, strict=True)}
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Rotation is in float32, so query and key come back to the network's own type here.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
 
+        outputs = self._role(named, tensors["logit_rows"], attend)
+        if self._lazy and self._role.outputs[0] == "logits":
+            return *outputs, outputs[0].argmax(dim=-1)
+        return outputs
+
+    def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
+        """Only candidates, scores and best tokens are copied at once; logits, features and states as they are read."""
+        padded = pad(arrays) if self._graphs else None
+        if padded is None:
+            outputs = self._forward(Staging(arrays, self.device).upload(arrays))
+        else:
+            outputs = self._graphs.run(padded)
+        asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
+        read: dict[str, np.ndarray | DeviceRows] = {}
+        for name, output in zip(self._role.outputs, outputs, strict=False):
+            if name == "logits":
+                read[name] = DeviceRows(output[:asked], outputs[-1][:asked].cpu().numpy())
+            elif name in ("scores", "candidates"):
+                read[name] = _as_array(output[:asked].cpu())
+            else:
+                read[name] = DeviceRows(output[:tokens])
+        return read
+
+    @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        old, new = torch.from_numpy(source), torch.from_numpy(target)
-        self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
+        old, new = (torch.from_numpy(rows).to(self.device) for rows in (source, target))
+        if self.device.type == "cpu":
+            self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
+        else:
+            from super_tree_attention.triton_attention import move_rows
+
+            move_rows(self._pool, old, new)
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _operator_for(device: torch.device) -> Callable[..., Tensor]:
+    if device.type == "cpu":
+        return super_tree_attention
+    from super_tree_attention.triton_attention import super_tree_attention_triton
+
+    return super_tree_attention_triton
+
+
+def open_torch(file: Path, num_blocks: int) -> TorchEngine:
+    """The engine of a bundle that PyTorch runs: on the GPU where there is one."""
+    device = "cuda" if has_cuda() else "cpu"
+    return TorchEngine(load_role(file, device), num_blocks, device)

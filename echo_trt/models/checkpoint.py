@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from echo_trt.errors import UserError
+from echo_trt.models.fp8_checkpoint import dequantised
 
 
 class Checkpoint(Protocol):
@@ -29,7 +30,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A folder with config.json and safetensors, or a .gguf file."""
+    """A folder with config.json and safetensors, FP8 ones dequantised, or a .gguf file."""
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
     if path.is_file() and path.suffix != ".gguf":
@@ -38,7 +39,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from echo_trt.models.gguf_checkpoint import GgufCheckpoint
 
         return GgufCheckpoint(path)
-    return SafetensorsCheckpoint(path)
+    return dequantised(SafetensorsCheckpoint(path))
 
 
 class SafetensorsCheckpoint:

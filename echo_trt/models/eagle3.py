@@ -34,17 +34,28 @@ class Eagle3Head(nn.Module):
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.register_buffer("target_ids", torch.arange(config.draft_vocab_size))
 
-    def forward(self, token_ids: Tensor, features: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        state_rows: Tensor | None = None,
+    ) -> Tensor:
         """One layer over N = M + P entries.
 
         features [M, 3*H_target] are the target's, of the first M entries; hidden [P, H] is this head's own output for
-        the parents of the other P. Returns each entry's output [N, H], from which ``logits`` reads and which its
-        children take as their ``hidden``.
+        the parents of the other P. Where entries come in another order, ``state_rows`` [N] gives each one's row of
+        those M + P. Returns each entry's output [N, H], from which ``logits`` reads and which its children take as
+        their ``hidden``.
         """
         if self.config.fc_norm:
             parts = zip(self.fc_norms, features.chunk(3, dim=-1), strict=True)
             features = torch.cat([norm(part) for norm, part in parts], dim=-1)
         state = torch.cat((self.fc(features), hidden), dim=0)
+        if state_rows is not None:
+            state = state[state_rows]
         normed = self.hidden_norm(state)
         cos, sin = self.rotary(positions)
         x = torch.cat((self.embed_norm(self.embed(token_ids)), normed), dim=-1)
@@ -59,5 +70,6 @@ class Eagle3Head(nn.Module):
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best next tokens of each row: log-probabilities [R, k] and their indices [R, k], best first."""
+    logits = logits.float()  # a half-precision graph's log-probabilities would tie and drift
     best, index = logits.topk(k, dim=-1)
     return best - logits.logsumexp(dim=-1, keepdim=True), index

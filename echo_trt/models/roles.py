@@ -59,7 +59,8 @@ class HeadRole(nn.Module):
         self.network, self.top_k = head, top_k
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
-        state = self.network(inputs["token_ids"], inputs["features"], inputs["hidden"], inputs["positions"], attend)
+        entries = inputs["token_ids"], inputs["features"], inputs["hidden"], inputs["positions"]
+        state = self.network(*entries, attend, inputs.get("state_rows"))
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
 

@@ -20,9 +20,11 @@ def load_loop(folder: Path, batch: int | None = None) -> tuple[Loop, Manifest]:
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
-    blocks = limits.kv_blocks or blocks_for(limits.context + reserve) * count
-    state = Slots(count, limits.context, reserve, blocks)
-    target = _engine(folder / manifest.target.file, manifest.precision, blocks)
+    each = blocks_for(limits.context + reserve)
+    linear = manifest.engine == "tensorrt-rtx"  # its engines have a cache a slot instead of one pool
+    blocks = each * count if linear else limits.kv_blocks or each * count
+    state = Slots(count, limits.context, reserve, None if linear else blocks)
+    target = _engine(folder, manifest, "target", state, blocks)
     copier = LookupDrafter(state, recipe.draft.min_match, recipe.draft.acceptance)
     drafter = copier if recipe.draft.kind == "lookup" else _drafter(folder, manifest, state, blocks)
     plain, eos = Policy("autoregressive"), manifest.eos_token_ids
@@ -31,17 +33,27 @@ def load_loop(folder: Path, batch: int | None = None) -> tuple[Loop, Manifest]:
     return loop, manifest
 
 
-def _engine(file: Path, precision: str, blocks: int) -> Engine:
+def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks: int) -> Engine:
+    file = folder / (manifest.target if network == "target" else manifest.draft).file
+    if manifest.tensorrt:
+        from echo_trt.engines.tensorrt import TensorRTEngine
+
+        return TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, *state.block_table.shape, blocks)
+    if manifest.engine == "torch":
+        from echo_trt.engines.torch import open_torch
+
+        return open_torch(file, blocks)
     from echo_trt.engines.openvino import OpenVINOEngine
 
-    return OpenVINOEngine(file, precision, blocks)
+    own = manifest.recipe.draft.precision if network == "draft" else None
+    return OpenVINOEngine(file, own or manifest.precision, blocks)
 
 
 def _drafter(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Drafter | None:
     draft, facts = manifest.recipe.draft, manifest.draft
     if draft.kind == "none":
         return None
-    engine = _engine(folder / facts.file, draft.precision or manifest.precision, blocks)
+    engine = _engine(folder, manifest, "draft", state, blocks)
     chunk = manifest.recipe.limits.prefill_chunk
     if draft.kind == "model":
         return EngineDrafter(engine, state, chunk)

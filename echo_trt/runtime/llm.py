@@ -11,11 +11,11 @@ import numpy as np
 from echo_trt.decoding.pack import pack
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_loop
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
-from echo_trt.runtime.text import TextStream
 from echo_trt.runtime.tuning import Tuning
 
 Prompt = str | Sequence[int]
@@ -45,7 +45,6 @@ class LLM:
         self.tuning = Tuning(folder, self.manifest, self.loop, note)
         self.set_policy(policy, budget)
         self.tokenizer = load_tokenizer(folder)
-        self._backend = self.tokenizer.backend_tokenizer
 
     @property
     def counters(self) -> Counters:
@@ -86,18 +85,22 @@ class LLM:
             raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
         if self.loop.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
-        texts: dict[Request, TextStream] = {}
+        answers: dict[Request, Answer] = {}
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
                 ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
-                request = Request(index, self._checked(ids), own)
+                request = Request(index, self.checked(ids), own)
                 self.loop.add(request)
-                texts[request] = TextStream(self._backend, own.stop)
-            while texts:
+                answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
+            while answers:
                 for request, tokens in self.loop.step():
-                    yield from self._deltas(request, tokens, texts)
+                    piece = answers[request].take(self.loop, tokens)[0]
+                    if request.finish_reason:
+                        yield Delta(request.id, piece, answers.pop(request).completion())
+                    elif piece:
+                        yield Delta(request.id, piece)
         finally:  # an abandoned stream leaves nothing behind
-            for request in texts:
+            for request in answers:
                 self.loop.cancel(request)
 
     def gap(self, prompt: Prompt, first: Sequence[int], second: Sequence[int]) -> float:
@@ -108,37 +111,18 @@ class LLM:
         shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         if shared is None:
             return math.inf
-        ids = self._checked([*(self.chat_ids(prompt) if isinstance(prompt, str) else prompt), *first[:shared]])
+        ids = self.checked([*(self.chat_ids(prompt) if isinstance(prompt, str) else prompt), *first[:shared]])
         count = np.array([len(ids)])
         table = np.arange(blocks_for(len(ids)))[None]
         call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
         logits = self.loop.target.run(call)["logits"][0]
         return float(abs(logits[first[shared]] - logits[second[shared]]))
 
-    def _checked(self, ids: Sequence[int]) -> np.ndarray:
+    def checked(self, ids: Sequence[int]) -> np.ndarray:
+        """Token ids as the loop takes them [n] int64; ids that the target does not have are refused."""
         array = np.asarray(ids, np.int64).reshape(-1)
         size = self.manifest.target.vocab_size
         unknown = array[(array < 0) | (array >= size)]
         if len(unknown):
             raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
         return array
-
-    def _deltas(self, request: Request, tokens: list[int], texts: dict[Request, TextStream]) -> Iterator[Delta]:
-        stream = texts[request]
-        piece, used = stream.push(tokens)
-        if stream.stopped:
-            # The stop string may end inside an accepted path: what follows it was never said.
-            self.loop.cancel(request)
-            del request.generated[len(request.generated) - (len(tokens) - used) :]
-            request.finish_reason = "stop"
-        if request.finish_reason:
-            del texts[request]
-            piece += stream.finish()
-            yield Delta(request.id, piece, _completion(request, stream.text))
-        elif piece:
-            yield Delta(request.id, piece)
-
-
-def _completion(request: Request, text: str) -> Completion:
-    accepted = len(request.generated) / max(request.verifications, 1)
-    return Completion(text, request.generated, request.finish_reason, accepted, len(request.prompt))

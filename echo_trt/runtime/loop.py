@@ -43,6 +43,7 @@ class Request:
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
     verifications: int = 0
+    drafted: int = 0
     finish_reason: str = ""
     slot: int = -1
 
@@ -90,7 +91,12 @@ class Loop:
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request; a prompt that leaves no room for an answer is refused."""
+        """Queue a request that passes ``check``."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
         room = self.state.context - len(request.prompt)
         if len(request.prompt) == 0:
             raise UserError(f"prompt of request {request.id} is empty; give at least one token.")
@@ -103,7 +109,6 @@ class Loop:
         most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + own
         if own > most:
             raise UserError(f"stop_token_ids has {own} ids; give at most {most}.")
-        self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it is; its KV blocks are free at once."""
@@ -111,6 +116,19 @@ class Loop:
             self._leave(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def set_back(self) -> list[Request]:
+        """Take all requests out, oldest first. Each keeps its text so far; added again, it goes on from there."""
+        running = [self._request_in[slot] for slot in self.state.oldest_first(self.state.active)]
+        for request in running:
+            self._leave(request)
+        requests = [*running, *self.waiting]
+        self.waiting.clear()
+        return requests
+
+    @property
+    def running(self) -> int:
+        return int(self.state.active.sum())
 
     @property
     def busy(self) -> bool:
@@ -142,7 +160,7 @@ class Loop:
             state.seed[slot] = params.seed
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
-            state.verifications[slot] = request.verifications
+            state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
             state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
             state.active[slot] = True
             self._request_in[slot], request.slot = request, slot
@@ -152,7 +170,7 @@ class Loop:
     def _leave(self, request: Request) -> None:
         """Out of its slot; the request itself keeps its text."""
         state, slot = self.state, request.slot
-        request.verifications = int(state.verifications[slot])
+        request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
         request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
         state.release(slot)
         if self.drafter:
@@ -236,6 +254,7 @@ class Loop:
                 tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
             plan = Plan(tree, np.exp(tree.score.astype(np.float64)))
         self._add_seconds("draft", draft.seconds)
+        state.drafted[slots] += plan.tree.sizes - 1
         self.counters.drafted_tokens += len(plan.tree) - len(slots)
         return plan
 

@@ -16,22 +16,27 @@ class Slots:
     A request decodes when length - committed == 1: the last token is the root of its tree. Until then it prefills.
     """
 
-    def __init__(self, count: int, context: int, reserve: int, num_blocks: int):
-        """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens."""
+    def __init__(self, count: int, context: int, reserve: int, num_blocks: int | None = None):
+        """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens.
+
+        Without ``num_blocks`` the slots are linear, as engines with a cache a slot ask for: the M blocks of slot s are
+        always s * M to s * M + M - 1. Else all slots draw on one pool of so many blocks.
+        """
         ints = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
         self.count, self.context, self.reserve = count, context, reserve
         self.active = np.zeros(count, bool)
         self.tokens = np.zeros((count, context), np.int32)
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
-        self.verifications = ints(count)
+        self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
         self.temperature, self.top_p = np.zeros(count), np.ones(count)
         self.top_k, self.seed = ints(count), ints(count)
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
-        self.block_table = np.zeros((count, blocks_for(context + reserve)), np.int32)
+        blocks, self._linear = blocks_for(context + reserve), num_blocks is None
+        self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self._linear
         self.blocks_held = ints(count)
-        self._free = np.arange(num_blocks, dtype=np.int32)[::-1].copy()  # a stack
-        self._free_count = num_blocks
+        self._free_count = self.block_table.size if self._linear else num_blocks
+        self._free = np.arange(self._free_count, dtype=np.int32)[::-1].copy()  # a stack
 
     @property
     def free_blocks(self) -> int:
@@ -39,12 +44,12 @@ class Slots:
 
     def decoding(self) -> np.ndarray:
         """Slots whose prompt is in the cache, oldest first."""
-        return self._oldest_first(self.active & (self.length - self.committed == 1))
+        return self.oldest_first(self.active & (self.length - self.committed == 1))
 
     def prefilling(self) -> np.ndarray:
-        return self._oldest_first(self.active & (self.length - self.committed > 1))
+        return self.oldest_first(self.active & (self.length - self.committed > 1))
 
-    def _oldest_first(self, chosen: np.ndarray) -> np.ndarray:
+    def oldest_first(self, chosen: np.ndarray) -> np.ndarray:
         slots = np.flatnonzero(chosen)
         return slots[np.argsort(self.admitted[slots], kind="stable")]
 
@@ -55,15 +60,17 @@ class Slots:
         if total > self._free_count:
             return False
         self._free_count -= total
-        places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
-        self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
+        if not self._linear:
+            places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
+            self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
         self.blocks_held[slots] += wanted
         return True
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks."""
         held = int(self.blocks_held[slot])
-        self._free[self._free_count : self._free_count + held] = self.block_table[slot, :held]
+        if not self._linear:
+            self._free[self._free_count : self._free_count + held] = self.block_table[slot, :held]
         self._free_count += held
         self.blocks_held[slot] = 0
         self.active[slot] = False

@@ -38,12 +38,12 @@ def super_tree_attention(
         seen = torch.arange(past + count)
         keys = key_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)  # [T, Hq, D]
         values = value_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)
-        queries = query[rows].view(count, -1, head_dim).float()
+        queries = query[rows].view(count, kv_heads * group, head_dim).float()
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * head_dim**-0.5
         allowed = torch.ones(count, past + count, dtype=torch.bool)
         allowed[:, past:] = _new_token_mask(tree_mask, tree_mask_begins, i, count)
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
-        output[rows] = torch.einsum("hqk,khd->qhd", weights, values).reshape(count, -1).to(output.dtype)
+        output[rows] = torch.einsum("hqk,khd->qhd", weights, values).flatten(1).to(output.dtype)
     return output
 
 

@@ -178,7 +178,9 @@ def test_a_verified_chain_has_the_bits_of_plain_decoding(bundle_of):
     def run(tokens: np.ndarray, past: int, mask=None) -> np.ndarray:
         count = tokens.shape[1]
         positions = np.tile(past + np.arange(count), 2)
-        call = pack(tokens.reshape(-1), positions, np.full(2, past), np.full(2, count), table, np.arange(2 * count), mask)
+        call = pack(
+            tokens.reshape(-1), positions, np.full(2, past), np.full(2, count), table, np.arange(2 * count), mask
+        )
         return engine.run(call)["logits"].reshape(2, count, -1).copy()
 
     run(prompt, 0)

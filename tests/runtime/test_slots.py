@@ -55,6 +55,26 @@ class Blocks(RuleBasedStateMachine):
 
 TestBlocks = Blocks.TestCase
 
+
+class LinearBlocks(Blocks):
+    """The same where each slot has its own blocks: there is always room, and always in the same place."""
+
+    @initialize()
+    def begin(self):
+        self.state = Slots(COUNT, CONTEXT, RESERVE)
+        self.blocks = COUNT * blocks_for(CONTEXT + RESERVE)
+        self.lengths = [0] * COUNT
+
+    @invariant()
+    def every_block_has_one_place(self):
+        state = self.state
+        assert state.block_table.tolist() == np.arange(self.blocks).reshape(COUNT, -1).tolist()
+        assert state.blocks_held.tolist() == [blocks_for(n) for n in self.lengths]
+        assert state.free_blocks == self.blocks - state.blocks_held.sum()
+
+
+TestLinearBlocks = LinearBlocks.TestCase
+
 tokens = st.integers(0, 9)
 emission = st.tuples(
     st.lists(tokens, min_size=1, max_size=6),  # emitted

@@ -1,0 +1,36 @@
+"""How far a build is, on a terminal: its stage and, where the compiler says so, a bar. Elsewhere a line a stage."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class BuildProgress:
+    """``stage`` begins a stage; ``detail`` says which share of it is done, from 0 to 1, and in which phase it is."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[phase]}")
+        self._bars = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = None
+
+    def __enter__(self) -> BuildProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def stage(self, stage: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(stage)
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(stage, total=None, phase="")
+
+    def detail(self, share: float, phase: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, total=1.0, completed=share, phase=phase)

@@ -1,0 +1,69 @@
+"""What an ONNX graph must be before TensorRT sees it.
+
+TensorRT's parser passes some graphs over in silence and ends the process on others, so a graph is walked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from echo_trt.errors import UserError
+
+
+def check_graph(path: Path, knows: Callable[[str], bool], plugins: frozenset[tuple[str, str]], compiler: str) -> None:
+    """Refuse what ``compiler`` would abort on, pass over or compute wrongly.
+
+    ``knows`` says whether the compiler's parser has a standard operator; ``plugins`` are further (domain, operator)s.
+    """
+    model = onnx.load(path, load_external_data=False)
+    for node in _nodes(model.graph):
+        name = f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
+        if (node.domain, node.op_type) in plugins:
+            continue
+        if name != node.op_type or not knows(node.op_type):
+            raise UserError(
+                f"{path}: operator {name} is not one that {compiler} compiles; "
+                "export the network with echo-trt build, or use --engine openvino."
+            )
+        if problem := _silent_trap(node):
+            raise UserError(f"{path}: {problem}, which {compiler} gets wrong; export the network with echo-trt build.")
+    used = {name for node in _nodes(model.graph) for name in node.input} | {o.name for o in model.graph.output}
+    if unused := [i.name for i in model.graph.input if i.name not in used]:
+        raise UserError(f"{path}: input {unused[0]} is not used by any operator; export the network again.")
+    _check_masks(path, model, compiler)
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
+                yield from _nodes(inner)
+
+
+def _silent_trap(node: NodeProto) -> str:
+    """Why a standard operator would not compute what it says, or an empty text."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "Attention" and any(node.input[4:]):
+        return f"Attention {node.name} has inputs beyond its mask"
+    if node.op_type == "Attention" and any(node.output[1:]):
+        return f"Attention {node.name} has more than one output"
+    if node.op_type == "TensorScatter" and attributes.get("mode", b"linear") != b"linear":
+        return f"TensorScatter {node.name} is not linear"
+    return ""
+
+
+def _check_masks(path: Path, model: ModelProto, compiler: str) -> None:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inferred.input, *inferred.value_info)}
+    for node in _nodes(model.graph):
+        mask = node.input[3] if node.op_type == "Attention" and len(node.input) > 3 else ""
+        if types.get(mask) == TensorProto.BOOL:
+            raise UserError(
+                f"{path}: Attention {node.name} has a bool mask, which {compiler} gets wrong in more than one layer; "
+                "use a mask that is added to the scores."
+            )

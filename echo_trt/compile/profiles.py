@@ -1,0 +1,116 @@
+"""Optimisation profiles: for which sizes of a call an engine is made; those of decoding, and those of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from echo_trt.compile.tensorrt import Profile
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.policies import reserve_for
+from echo_trt.engines.torch_calls import bucket
+from echo_trt.recipe import Recipe
+
+#: Rows of logits that one call returns at most; a larger one is divided. At 150,000 tokens they are 300 MB.
+MOST_ROWS = 1024
+#: Least, usual and largest size of an axis.
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """What the runtime asks of an engine. ``batch`` requests of ``blocks`` KV blocks each, and of each in one call
+    ``tree`` tokens beside the others, or ``chunk`` tokens alone; ``pool`` KV blocks in all."""
+
+    batch: int
+    blocks: int
+    tree: int
+    chunk: int
+    pool: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> CallSizes:
+        limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
+        blocks = -(-(limits.context + reserve) // BLOCK)
+        tree = max(reserve, 8)  # 8: the self-check's
+        pool = limits.kv_blocks or limits.batch * blocks
+        return cls(limits.batch, blocks, tree, max(limits.prefill_chunk, tree), pool)
+
+    @property
+    def cache_rows(self) -> int:
+        """C of a linear cache: a request's blocks and, behind them, room for one call's tokens."""
+        return self.blocks * BLOCK + self.chunk
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that one short call may ask for."""
+        return min(self.batch * self.tree, max(MOST_ROWS, self.tree))
+
+
+def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
+    """For the padded graph: trees and single tokens of all slots, and prompt chunks of one."""
+    batch, tree, chunk, rows = sizes.batch, sizes.tree, sizes.chunk, sizes.rows
+    usual, most = min(8, tree), batch * tree
+    trees = {
+        "batch": (1, batch, batch),
+        "tokens": (1, usual, tree),
+        "rows": (1, min(rows, batch * usual), rows),
+        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, min(most, batch * usual), bucket(most))),
+    }
+    chunks = {
+        "batch": (1, 1, 1),
+        "tokens": (1, chunk, chunk),
+        "rows": (1, 1, chunk),
+        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, chunk, bucket(chunk))),
+    }
+    return [_of_inputs(graph, axes) for axes in (trees, chunks)]
+
+
+def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
+    """For the graph with the plugins, as prepare_graph writes it: up to 32 tokens, up to 256, and as many as come."""
+    batch, pool, most = bucket(sizes.batch), bucket(sizes.pool), bucket(max(sizes.rows, sizes.chunk) + sizes.chunk)
+    profiles = []
+    for least, largest in ((1, 32), (33, 256), (257, most)):
+        if least > most:
+            break
+        largest = min(largest, most)
+        requests = min(batch, largest)
+        axes: dict[str, Range] = {
+            "tokens": (least, largest, largest),
+            "rows": (1, min(largest, sizes.rows), largest),
+            "part": (0, largest, largest),
+            "batch": (1, requests, requests),
+            "batch + 1": (2, requests + 1, requests + 1),
+            "blocks": (1, min(pool, requests * sizes.blocks), pool),
+            "pool": (1, sizes.pool, sizes.pool),
+            "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * largest // 4)),
+        }
+        profiles.append(_of_inputs(graph, axes, PACKED_AXES))
+    return profiles
+
+
+#: The first axis of each input of the packed graph; its caches' is the pool.
+PACKED_AXES = {
+    **dict.fromkeys(("token_ids", "positions"), "tokens"),
+    "logit_rows": "rows",
+    **dict.fromkeys(("features", "hidden"), "part"),
+    "past_lens": "batch",
+    **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), "batch + 1"),
+    "block_indices": "blocks",
+    "tree_mask": "mask",
+}
+
+
+def _of_inputs(graph: Path, axes: Mapping[str, Range], first: Mapping[str, str] | None = None) -> Profile:
+    """``axes`` are by the names that the graph's dynamic axes have, or that ``first`` gives each input's only one."""
+    profile = {}
+    for value in onnx.load(graph, load_external_data=False).graph.input:
+        dims = value.type.tensor_type.shape.dim
+        only = first.get(value.name, "pool") if first else ""
+        ranges = [(d.dim_value,) * 3 if d.HasField("dim_value") else axes[only or d.dim_param] for d in dims]
+        least, usual, most = (tuple(r[i] for r in ranges) for i in range(3))
+        profile[value.name] = (least, usual, most)
+    return profile

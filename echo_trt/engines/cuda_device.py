@@ -1,0 +1,47 @@
+"""The CUDA device under an engine: is there one, which one, and does it have the room?"""
+
+from __future__ import annotations
+
+import torch
+
+from echo_trt.errors import UserError
+
+GIB = 2**30
+
+
+def cuda_device() -> torch.device:
+    """The current CUDA device; where there is none, the refusal says why."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        raise UserError(
+            f"no CUDA device: PyTorch {torch.__version__} says {reason!r}; run on a machine with an NVIDIA GPU, its "
+            "driver and a CUDA build of PyTorch, or build with --engine openvino."
+        ) from error
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def compute_capability(device: torch.device) -> str:
+    """Such as 8.9."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def check_room(device: torch.device, needed: int, what: str, remedy: str) -> None:
+    """Refuse to allocate ``needed`` bytes for ``what`` where the device has less, and say how much is missing."""
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        raise UserError(missing(needed, free, torch.cuda.get_device_name(device), what, remedy))
+
+
+def missing(needed: int, free: int, device: str, what: str, remedy: str) -> str:
+    return (
+        f"{what} needs {needed / GIB:.1f} GiB, but {device} has {free / GIB:.1f} GiB free, "
+        f"{(needed - free) / GIB:.1f} GiB too little; {remedy}."
+    )

@@ -1,0 +1,118 @@
+"""A call's arrays on their way to a GPU: padded to few sizes, sent in one copy, replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Arrays = dict[str, np.ndarray]
+Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+
+LARGEST = 512  # tokens of a call worth a graph: beyond it launching hides behind the arithmetic
+_ALIGNMENT = 16  # bytes, so that a kernel may load vectors from any of the arrays
+
+
+def bucket(count: int) -> int:
+    """The next size up of 1, 2, 4, 8, 12, 16, 24, 32, 48, ...: at most a half more than asked for."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return 3 * power // 4 if power >= 16 and count <= 3 * power // 4 else power
+
+
+def pad(arrays: Arrays) -> Arrays | None:
+    """The same call, of a size that others share; None for a call that is better run as it is.
+
+    Padding is tokens of no request, and requests of no tokens: nothing of the call sees them. Their output rows are
+    undefined.
+    """
+    tokens = len(arrays["token_ids"])
+    parts = [len(arrays[name]) for name in ("features", "hidden") if name in arrays]
+    if not 0 < tokens <= LARGEST or np.count_nonzero(parts) > 1 or len(arrays["logit_rows"]) > tokens:
+        return None
+    size, requests = bucket(tokens), bucket(len(arrays["past_lens"]))
+    sizes = {
+        **dict.fromkeys(("token_ids", "positions", "logit_rows"), size),
+        **{name: size if len(arrays[name]) else 0 for name in ("features", "hidden") if name in arrays},
+        "past_lens": requests,
+        **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), requests + 1),
+        "block_indices": bucket(len(arrays["block_indices"])),
+        "tree_mask": size * size,
+    }
+    return {name: _padded(array, sizes[name], name.endswith("_begins")) for name, array in arrays.items()}
+
+
+def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
+    out = np.zeros((size, *array.shape[1:]), array.dtype)
+    out[: len(array)] = array
+    if repeat_last:
+        out[len(array) :] = array[-1]
+    return out
+
+
+class Staging:
+    """Arrays of the shapes and types of ``like``, side by side in one pinned buffer and in one on the device."""
+
+    def __init__(self, like: Arrays, device: torch.device):
+        ends = np.cumsum([-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in like.values()])
+        self._host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.empty_like(self._host, device=device)
+        self._arrays, self.tensors = {}, {}
+        for (name, array), begin in zip(like.items(), (0, *ends[:-1]), strict=True):
+            part = slice(int(begin), int(begin) + array.nbytes)
+            dtype = torch.from_numpy(array[:0]).dtype
+            self._arrays[name] = self._host[part].numpy().view(array.dtype).reshape(array.shape)
+            self.tensors[name] = self._device[part].view(dtype).view(array.shape)
+
+    def upload(self, arrays: Arrays) -> dict[str, Tensor]:
+        """The arrays on the device, until the next upload; whatever used the last one must have ended by then."""
+        for name, array in arrays.items():
+            self._arrays[name][...] = array
+        self._device.copy_(self._host, non_blocking=True)
+        return self.tensors
+
+
+class Graphs:
+    """``forward`` as CUDA graphs, one a size of call, captured when it first comes."""
+
+    def __init__(self, forward: Forward, device: torch.device):
+        self._forward, self._device = forward, device
+        self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
+        self._outputs: list[Tensor] = []  # shared too, so that a graph keeps no memory of its own
+        self._captured: dict[tuple, tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+
+    def run(self, arrays: Arrays) -> tuple[Tensor, ...]:
+        """Outputs that are valid until the next run."""
+        key = tuple(array.shape for array in arrays.values())
+        if key not in self._captured:
+            self._captured[key] = self._capture(arrays)
+        staging, graph, outputs = self._captured[key]
+        staging.upload(arrays)
+        graph.replay()
+        return outputs
+
+    def _capture(self, arrays: Arrays) -> tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        staging = Staging(arrays, self._device)
+        inputs = staging.upload(arrays)
+        # Once outside of the graph: kernels are compiled and libraries start. The KV rows it writes are those that
+        # the replay writes again.
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            outputs = self._forward(inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        kept = self._kept(outputs)
+        del outputs
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            for place, output in zip(kept, self._forward(inputs), strict=True):
+                place.copy_(output)
+        return staging, graph, kept
+
+    def _kept(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Where outputs of these shapes are left."""
+        if not self._outputs:
+            self._outputs = [o.new_empty((LARGEST, *o.shape[1:])) for o in like]
+        return tuple(whole[: len(o)] for whole, o in zip(self._outputs, like, strict=True))

@@ -1,0 +1,61 @@
+"""A role as one safetensors file, for bundles that PyTorch runs: its weights, and in the header what they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from echo_trt.errors import UserError
+from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.layers import Rotary
+from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+
+ROLES = {"target": TargetRole, "draft": DraftRole, "head": HeadRole}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def save_role(role: Role, path: Path, precision: str) -> None:
+    """Write ``role`` in ``precision``, one of TYPES; a head that shares its target's embedding gets a copy of it."""
+    kind = next(name for name, known in ROLES.items() if isinstance(role, known))
+    header = {
+        "role": kind,
+        "config": dataclasses.asdict(role.network.config),
+        "positions": role.network.rotary.cos.shape[0],
+        "setting": list(role.feature_layers) if kind == "target" else role.top_k,
+    }
+    weights = {
+        name: (tensor.to(TYPES[precision]) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in role.network.state_dict().items()
+    }
+    save_file(weights, path, {"echo_trt": json.dumps(header)})
+
+
+def load_role(path: Path, device: str = "cpu") -> Role:
+    """What ``save_role`` wrote, its weights on ``device``."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            header = json.loads(file.metadata()["echo_trt"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the file is no mapping
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
+    kind, setting, positions = header["role"], header["setting"], header["positions"]
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
+    config = Eagle3Config(**values) if kind == "head" else DecoderConfig(**values)
+    with torch.device("meta"):
+        if kind == "head":
+            network = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        else:
+            network = Decoder(config, positions)
+    network.load_state_dict(weights, assign=True)
+    network.rotary = Rotary(config, positions).to(device)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return ROLES[kind](network.eval(), tuple(setting) if kind == "target" else setting)

@@ -1,0 +1,174 @@
+"""What a recipe needs of each GPU, and whether a card has it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.errors import UserError
+from echo_trt.recipe import Recipe
+from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
+from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
+from echo_trt.sizing.shapes import shapes
+
+if TYPE_CHECKING:
+    from echo_trt.compile.profiles import CallSizes
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on each GPU, and blocks of 32 tokens of the KV pool.
+
+    ``calls``: for what sizes of a call engines are made; ``tokens``: of the largest. ``request_blocks``: what one
+    request can hold at most. ``linear``: each running request has a cache of its own for the whole context, whatever
+    limits.kv_blocks says.
+    """
+
+    target_weights: int
+    draft_weights: int
+    target_kv_token: int
+    draft_kv_token: int
+    calls: CallSizes
+    tokens: int
+    working: int
+    blocks: int
+    request_blocks: int
+    linear: bool
+
+    @property
+    def kv_token(self) -> int:
+        return self.target_kv_token + self.draft_kv_token
+
+    @property
+    def pool(self) -> int:
+        return self.blocks * BLOCK * self.kv_token
+
+    @property
+    def fixed(self) -> int:
+        """All but the pool."""
+        return self.target_weights + self.draft_weights + self.working
+
+    def most_blocks(self, card: Card) -> int:
+        """How many the pool can have on this card; negative where not even the rest fits."""
+        return (card.usable - self.fixed) // (BLOCK * self.kv_token)
+
+
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
+    """Of each GPU; ``target`` is one GPU's share of the network (Sizes.gpus)."""
+    from echo_trt.compile.profiles import CallSizes  # imports onnx and torch
+
+    calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
+    draft_precision = recipe.draft.precision or recipe.precision
+    slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
+    # Padded trees of all slots, or what is asked for and a chunk beside it.
+    tokens = max(calls.batch * calls.tree, calls.chunk) if linear else max(calls.rows, calls.chunk) + calls.chunk
+    return Needs(
+        target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
+        draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
+        target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
+        draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
+        calls=calls,
+        tokens=tokens,
+        working=_working(recipe, target, tokens, max(calls.rows, calls.chunk) if linear else tokens),
+        blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
+        request_blocks=math.ceil(slot_blocks),
+        linear=linear,
+    )
+
+
+def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
+    """About: fp32 logits, and the activations of one layer, of which a compiler keeps a few alive at once."""
+    layer = 6 * target.hidden_size + 3 * target.intermediate_size // target.gpus
+    if target.experts:  # as exported, each expert's output stands before they are summed
+        layer += target.experts * target.hidden_size // target.gpus
+    return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe on ``count`` of a card. ``spare``: bytes left on each GPU, negative where they are missing."""
+
+    card: Card
+    count: int
+    spare: int
+    most_blocks: int
+    k_max: int
+    k_max_routed: int | None  # of a mixture of experts whose tokens are computed by their own experts alone
+    fits: bool
+    sentence: str
+
+
+def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
+    """``folder``: the recipe's. UserError where a checkpoint's shape is not known."""
+    target, draft = shapes(recipe, folder)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
+    sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
+    spare = card.usable - need.fixed - need.pool
+    compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
+    if not compiled:
+        sentence = f"TensorRT-RTX builds nothing for compute capability {card.capability}; use engine tensorrt."
+    elif spare < 0:
+        missing = gigabytes(-spare)
+        sentence = f"does not fit: {missing} a GPU are missing; {_remedy(recipe, folder, need, card, count)}."
+    elif count < gpus:
+        sentence = f"does not fit: tensor_parallel is {gpus}, but there are {count} cards; take {gpus}."
+    else:
+        sentence = f"fits: {gigabytes(spare)} a GPU are left, {_room(need, card)}."
+    return Fit(
+        card=card,
+        count=count,
+        spare=spare,
+        most_blocks=need.most_blocks(card),
+        k_max=knee(sizes.network(precision, routed=False), card.chip),
+        k_max_routed=knee(sizes.network(precision), card.chip) if sizes.experts else None,
+        fits=compiled and spare >= 0 and count >= gpus,
+        sentence=sentence,
+    )
+
+
+def _room(need: Needs, card: Card) -> str:
+    most = need.most_blocks(card)
+    return f"room for limits.batch {most // need.request_blocks:,}" if need.linear else f"room for {most:,} KV blocks"
+
+
+def _remedy(recipe: Recipe, folder: Path, need: Needs, card: Card, count: int) -> str:
+    """Which limit to lower to what, or what else to do where no limit helps."""
+    limits, most = recipe.limits, need.most_blocks(card)
+    if most >= need.request_blocks:
+        if need.linear:
+            return f"lower limits.batch from {limits.batch} to {most // need.request_blocks}"
+        now = f"from {limits.kv_blocks:,}" if limits.kv_blocks else f"({need.blocks:,}, as many as the batch needs)"
+        return f"lower limits.kv_blocks {now} to {most:,}"
+    context = most * BLOCK - (need.request_blocks * BLOCK - limits.context)
+    if context >= limits.prefill_chunk:
+        pool = "limits.batch to 1" if need.linear else f"limits.kv_blocks to {most:,}"
+        return f"lower limits.context from {limits.context:,} to {context:,} and {pool}"
+    return f"weights and working memory take {gigabytes(need.fixed)} of {gigabytes(card.usable)}; " + _more_cards(
+        recipe, folder, card, count
+    )
+
+
+def _more_cards(recipe: Recipe, folder: Path, card: Card, count: int) -> str:
+    for gpus in (2, 4, 8):
+        split = recipe.model_copy(update={"tensor_parallel": gpus})
+        if _runs(split, folder, card):
+            return f"set tensor_parallel to {gpus}" + ("" if gpus <= count else f" and take {gpus} cards")
+    others = ", ".join(other.name for other in CARDS.values() if _runs(recipe, folder, other))
+    return f"take a larger card ({others})" if others else "no card in the table holds it, so take a smaller model"
+
+
+def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
+    """Whether one request at least has room; no, where so many GPUs cannot share the network."""
+    try:
+        target, draft = shapes(recipe, folder)
+    except UserError:
+        return False
+    need = needs(recipe, target.sizes, draft and draft.sizes)
+    return need.most_blocks(card) >= need.request_blocks
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB"

@@ -1,0 +1,135 @@
+"""How many parameters a network has, where they sit, and what one GPU holds and reads of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.simulation.machines import Network
+
+#: Bytes of a weight and of a KV value, by the recipe's precision. int8 is of weights alone.
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a network by their place, over all layers. ``expert``: one expert's.
+
+    ``gpus``: how many share it by tensor parallelism. Matrices are then divided; norms, routers and the KV heads of a
+    network with fewer than ``gpus`` of them are not.
+    """
+
+    embedding: int
+    output: int  # 0 where it is the embedding
+    attention: int
+    mlp: int
+    router: int
+    norms: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # of the logits
+    hidden_size: int
+    intermediate_size: int  # of the widest MLP, all experts together
+    expert: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    gpus: int = 1
+
+    @property
+    def total(self) -> int:
+        """As model cards count them: a tied embedding once."""
+        matrices = self.embedding + self.output + self.attention + self.mlp
+        return matrices + self.expert * self.experts + self.router + self.norms
+
+    @property
+    def active(self) -> int:
+        """As model cards count what a token needs: of the experts, its own."""
+        return self.total - self.expert * (self.experts - self.experts_per_token)
+
+    @property
+    def summary(self) -> str:
+        active = f", {_billions(self.active)} active" if self.experts else ""
+        layers = f"{self.num_layers} layer{'s' * (self.num_layers > 1)}"
+        return f"{_billions(self.total)} parameters{active}, {layers}, vocabulary {self.vocab_size:,}"
+
+    @property
+    def stored(self) -> int:
+        """What an engine on one GPU holds: a tied embedding twice, as table of rows and as matrix."""
+        whole = self.router + self.norms
+        return whole + (self.total - whole + (0 if self.output else self.embedding)) // self.gpus
+
+    @property
+    def kv_values(self) -> int:
+        """Values that one cached token takes on one GPU."""
+        return 2 * self.num_layers * -(-self.num_kv_heads // self.gpus) * self.head_dim
+
+    def network(self, precision: str, routed: bool = True) -> Network:
+        """What a pass reads and computes on one GPU. Not ``routed``: each expert computes each token."""
+        output = self.output or self.embedding
+        dense = self.router + self.norms + (self.attention + self.mlp + output) / self.gpus
+        expert = self.expert / self.gpus
+        if not routed:
+            dense, expert = dense + expert * self.experts, 0.0
+        return Network(
+            dense=dense,
+            parameter_bytes=WEIGHT_BYTES[precision],
+            active=dense + expert * self.experts_per_token,
+            kv_bytes=self.kv_values * KV_BYTES[precision],
+            expert=expert,
+            experts=self.experts if expert else 0,
+            experts_per_token=self.experts_per_token,
+        )
+
+
+def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
+    hidden, layers = config.hidden_size, config.num_layers
+    sparse = sum(config.has_experts(i) for i in range(layers))
+    table = config.vocab_size * hidden
+    return Sizes(
+        embedding=table,
+        output=0 if config.tie_embeddings else table,
+        attention=layers * _attention(config, hidden),
+        mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
+        router=sparse * hidden * config.num_experts,
+        norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
+        num_layers=layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,
+        expert=sparse * 3 * hidden * config.expert_size,
+        experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        gpus=gpus,
+    )
+
+
+def head_sizes(config: Eagle3Config) -> Sizes:
+    """An EAGLE-3 head, with the embedding that its engine holds; it stands whole on each GPU."""
+    hidden, features = config.hidden_size, 3 * config.target_hidden_size
+    return Sizes(
+        embedding=config.vocab_size * hidden,
+        output=config.draft_vocab_size * hidden,
+        attention=features * hidden + _attention(config, 2 * hidden),
+        mlp=3 * hidden * config.intermediate_size,
+        router=0,
+        norms=4 * hidden + (features if config.fc_norm else 0),
+        num_layers=1,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.draft_vocab_size,
+        hidden_size=hidden,
+        intermediate_size=config.intermediate_size,
+    )
+
+
+def _attention(config: DecoderConfig | Eagle3Config, inputs: int) -> int:
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.0f} M"

@@ -1,0 +1,68 @@
+"""The shapes of a recipe's networks: from the checkpoints' config.json where that is there, else as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from echo_trt.errors import UserError
+from echo_trt.models.config import DecoderConfig, decoder_config, eagle3_config
+from echo_trt.recipe import Recipe, Source
+from echo_trt.sizing.networks import Sizes, decoder_sizes, head_sizes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network's sizes and what they were read from."""
+
+    sizes: Sizes
+    origin: str
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """Hub name or wheel -> the keys of its config.json."""
+    return yaml.safe_load(resources.files("echo_trt.sizing").joinpath("published.yaml").read_text("utf-8"))
+
+
+def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
+    """The target's, on each of ``tensor_parallel`` GPUs, and the draft's, whole on each, where it is a network."""
+    raw, origin = _config(recipe.target, recipe_folder, "target")
+    config = decoder_config(raw, origin)
+    _check_split(config, recipe.tensor_parallel)
+    target = Shape(decoder_sizes(config, recipe.tensor_parallel), origin)
+    source = recipe.draft.source
+    if source is None:
+        return target, None
+    raw, origin = _config(source, recipe_folder, "draft.source")
+    if recipe.draft.kind == "eagle3":
+        return target, Shape(head_sizes(eagle3_config(raw, origin)), origin)
+    return target, Shape(decoder_sizes(decoder_config(raw, origin)), origin)
+
+
+def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, Any], str]:
+    if source.path is not None:
+        path = recipe_folder / Path(source.path).expanduser()
+        file = path if path.is_file() else path / "config.json"
+        if file.exists():
+            from echo_trt.models.checkpoint import open_checkpoint, read_json  # imports torch
+
+            raw = open_checkpoint(file).config if file == path else read_json(file)
+            return {**raw, "quantization_config": None}, str(file)  # weights are dequantised as they are read
+    name = source.hub or source.wheel
+    if name in published():
+        return published()[name], f"{name} as published"
+    place = source.path or source.file
+    named = f", and {key}.hub {name} is not one of the published shapes" if source.hub else ""
+    raise UserError(f"{key}: {place} has no config.json yet{named}; put it there, the weights are not needed for this.")
+
+
+def _check_split(config: DecoderConfig, gpus: int) -> None:
+    for name, value in (("attention heads", config.num_heads), ("intermediate_size", config.intermediate_size)):
+        if value % gpus:
+            raise UserError(f"tensor_parallel is {gpus}, which does not divide the target's {value} {name}; lower it.")

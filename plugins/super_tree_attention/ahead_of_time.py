@@ -1,0 +1,177 @@
+"""The kernels compiled without a GPU: ``python -m super_tree_attention.ahead_of_time --arch 80,90 --out DIR``.
+
+Launch arguments: the kernel's own parameters without the constants (``CompiledKernel.arguments``, in order), then two
+null pointers, which Triton's compiler adds for scratch memory that these kernels do not use. Grids: kernel_plan.plan
+for attention and combine, (rows moved, pools) for copy_rows. A block has 32 * num_warps threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from super_tree_attention import kernel
+from super_tree_attention.kernel_plan import KEYS, MAX_SPLITS, NEW_KEYS, registers_of, rows_for, warps_of
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+DTYPES = ("bf16", "fp16")
+HEAD_DIMS = (64, 128)
+MAX_GROUP = 16
+#: Group sizes of the table: the least, Qwen3-8B's, Qwen3-14B's and the largest.
+TABLE_GROUPS = (1, 4, 5, 16)
+
+_PTX_VERSION = 88  # what drivers of CUDA 13.0 take
+_FIXED_TYPES = {"partial": "*fp32", "partial_lse": "*fp32", "tree_mask": "*u8"} | dict.fromkeys(
+    ("num_requests", "split_keys", "num_splits", "kv_heads", "num_blocks"), "i32"
+)
+_INT_POINTERS = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask_begins")
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel for one card. name: the entry's; shared: bytes of dynamic shared memory; registers: a thread's; spills:
+    bytes of a thread's stack; arguments: (name, type) as Triton writes types, such as ``*bf16`` or ``i32``."""
+
+    name: str
+    architecture: int
+    ptx: str
+    cubin: bytes
+    num_warps: int
+    shared: int
+    registers: int
+    spills: int
+    arguments: tuple[tuple[str, str], ...]
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.num_warps
+
+
+def compile_kernels(
+    compute_capability: int, dtype: str, head_dim: int, group: int, block: int = 32
+) -> dict[str, CompiledKernel]:
+    """All kernels of a network: attention_16, attention_64 (and attention_128), by rows of a tile, combine, gather_rows
+    and scatter_rows. dtype: bf16 or fp16; group: query heads of a KV head. ValueError: a value that is not supported.
+    """
+    tiles = {
+        f"attention_{rows}": compile_kernel("attention", compute_capability, dtype, head_dim, group, rows, block)
+        for rows in rows_for(compute_capability)
+    }
+    others = ("combine", "gather_rows", "scatter_rows")
+    return tiles | {kind: compile_kernel(kind, compute_capability, dtype, head_dim, block=block) for kind in others}
+
+
+@cache
+def compile_kernel(
+    kind: str, compute_capability: int, dtype: str, head_dim: int, group: int = 1, rows: int = 16, block: int = 32
+) -> CompiledKernel:
+    """One kernel: attention, combine, gather_rows or scatter_rows. ``group`` and ``rows`` matter to attention alone."""
+    _check(compute_capability, dtype, head_dim, group)
+    function = getattr(kernel, kind if hasattr(kernel, kind) else "copy_rows")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "BLOCK": block,
+        "ROWS": rows,
+        "KEYS": KEYS,
+        "NEW_KEYS": NEW_KEYS,
+        "MAX_SPLITS": MAX_SPLITS,
+        "GATHER": kind == "gather_rows",
+    }
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = _types(function.arg_names, dtype, constants)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", "*fp32")}
+    tile = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows)} if kind == "attention" else {"num_warps": 4}
+    made = triton.compile(
+        ASTSource(function, types, constants, aligned),
+        target=GPUTarget("cuda", compute_capability, 32),
+        options={"ptx_version": _PTX_VERSION, "enable_fp_fusion": True, **tile},
+    )
+    registers, spills = _resources(made.asm["cubin"])
+    return CompiledKernel(
+        name=made.metadata.name,
+        architecture=compute_capability,
+        ptx=made.asm["ptx"],
+        cubin=made.asm["cubin"],
+        num_warps=made.metadata.num_warps,
+        shared=made.metadata.shared,
+        registers=registers,
+        spills=spills,
+        arguments=tuple((name, t) for name, t in types.items() if t != "constexpr"),
+    )
+
+
+def _check(compute_capability: int, dtype: str, head_dim: int, group: int) -> None:
+    for name, value, known in (
+        ("compute capability", compute_capability, ARCHITECTURES),
+        ("dtype", dtype, DTYPES),
+        ("head dimension", head_dim, HEAD_DIMS),
+        ("group of query heads", group, range(1, MAX_GROUP + 1)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value} is not supported; choose one of {', '.join(map(str, known))}")
+
+
+def _types(names: list[str], dtype: str, constants: dict[str, int]) -> dict[str, str]:
+    types = dict.fromkeys(names, f"*{dtype}") | _FIXED_TYPES | dict.fromkeys(_INT_POINTERS, "*i32")
+    types |= dict.fromkeys(("source_rows", "target_rows"), "*i64") | dict.fromkeys(constants, "constexpr")
+    return {name: types[name] for name in names}
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+def _table(architectures: list[int], groups: tuple[int, ...]) -> Iterator[tuple[str, str, int, int, CompiledKernel]]:
+    """(kernel, dtype, head_dim, group, compiled); what does not depend on the group comes once."""
+    for architecture in architectures:
+        for dtype in DTYPES:
+            for head_dim in HEAD_DIMS:
+                for group in groups:
+                    for kind, compiled in compile_kernels(architecture, dtype, head_dim, group).items():
+                        if kind.startswith("attention") or group == groups[0]:
+                            yield kind, dtype, head_dim, group, compiled
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="super_tree_attention.ahead_of_time", description=__doc__.splitlines()[0])
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--arch", type=numbers, default=list(ARCHITECTURES), help="compute capabilities, such as 80,90")
+    parser.add_argument("--groups", type=numbers, default=list(TABLE_GROUPS), help="query heads of a KV head")
+    parser.add_argument("--out", type=Path, help="folder for PTX and cubin files")
+    chosen = parser.parse_args(arguments)
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    print("| kernel | sm | dtype | head dim | group | registers | shared, bytes | spilled, bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    try:
+        for kind, dtype, head_dim, group, made in _table(chosen.arch, tuple(chosen.groups)):
+            cells = kind, made.architecture, dtype, head_dim, group, made.registers, made.shared, made.spills
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
+            if chosen.out:
+                stem = chosen.out / f"{kind}_sm{made.architecture}_{dtype}_d{head_dim}_g{group}"
+                stem.with_suffix(".ptx").write_text(made.ptx)
+                stem.with_suffix(".cubin").write_bytes(made.cubin)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The Triton kernels: attention over a super-tree, the merge of its splits, and the move of KV rows.
+
+docs/kernel.md tells the algorithm. The launch follows from shapes alone (``kernel_plan``): a program finds out itself
+which request it works on.
+"""
+
+import triton
+import triton.language as tl
+
+_METADATA = (
+    "past_lens",
+    "seq_begins",
+    "block_indices",
+    "block_begins",
+    "tree_mask",
+    "tree_mask_begins",
+    "num_requests",
+    "split_keys",
+)
+
+
+@triton.jit
+def _sum(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+@triton.jit
+def _max(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """a @ b + acc, in float32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _request_of(slot, seq_begins, num_requests, TOKENS: tl.constexpr, SPARE: tl.constexpr):
+    """The last request i whose first slot, seq_begins[i] // TOKENS + SPARE * i, is not after ``slot``."""
+    earlier = tl.full([256], 0, tl.int32)
+    for start in range(0, num_requests, 256):
+        i = start + tl.arange(0, 256)
+        begin = tl.load(seq_begins + i, mask=i < num_requests, other=2147483647)
+        earlier += tl.where((i < num_requests) & (begin // TOKENS + SPARE * i <= slot), 1, 0)
+    return _sum(earlier, 0) - 1
+
+
+@triton.jit
+def _split_span(past, split_keys, num_splits, KEYS: tl.constexpr):
+    """Past keys of a split: at least ``split_keys``, a multiple of KEYS, and ``num_splits`` of them hold the past."""
+    tiles = (past + KEYS - 1) // KEYS
+    return tl.maximum(split_keys, (tiles + num_splits - 1) // num_splits * KEYS)
+
+
+@triton.jit
+def _attend(q, k, v, visible, peak, total, acc, SCALE: tl.constexpr):
+    """One step of the online softmax, base 2: q [ROWS, D], k and v [KEYS, D], visible [ROWS or 1, KEYS]."""
+    scores = _dot(q, tl.trans(k), tl.full([q.shape[0], k.shape[0]], 0.0, tl.float32))
+    scores = tl.where(visible, scores * SCALE, float("-inf"))
+    new_peak = tl.maximum(peak, _max(scores, 1))
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(peak - base)
+    total = total * decay + _sum(weights, 1)
+    acc = _dot(weights.to(v.dtype), v, acc * decay[:, None])
+    return new_peak, total, acc
+
+
+@triton.jit(do_not_specialize=_METADATA, do_not_specialize_on_alignment=_METADATA)
+def attention(
+    query,
+    key,
+    value,
+    key_cache,
+    value_cache,
+    past_lens,
+    seq_begins,
+    block_indices,
+    block_begins,
+    tree_mask,
+    tree_mask_begins,
+    num_requests,
+    split_keys,
+    output,
+    partial,
+    partial_lse,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    NEW_KEYS: tl.constexpr,
+):
+    """A tile of one request's query tokens, times the query heads of one KV head, over one split of its past.
+
+    Grid: (tiles, Hk, splits). Split 0 also attends the new tokens and writes its tile's own KV rows into the caches.
+    A request of one split goes to ``output``; else each split leaves its mean of values in ``partial``, float32
+    [N, Hq, splits, D], and the log2 of its softmax's sum in ``partial_lse``, float32 [N, Hq, splits].
+    """
+    TOKENS: tl.constexpr = ROWS // GROUP
+    SCALE: tl.constexpr = 1.4426950408889634 * HEAD_DIM**-0.5
+    slot, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
+
+    request = _request_of(slot, seq_begins, num_requests, TOKENS, 1)
+    begin = tl.load(seq_begins + request)
+    count = tl.load(seq_begins + request + 1) - begin
+    past = tl.load(past_lens + request)
+    first = (slot - begin // TOKENS - request) * TOKENS
+    span = _split_span(past, split_keys, num_splits, KEYS)
+    low = split * span
+    if (first >= count) | ((split > 0) & (low >= past)):
+        return
+
+    rows, keys, dims = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
+    token = first + rows // GROUP
+    live = (rows < TOKENS * GROUP) & (token < count)
+    query_row = (begin + token).to(tl.int64) * (kv_heads * GROUP) + kv_head * GROUP + rows % GROUP
+    q = tl.load(query + query_row[:, None] * HEAD_DIM + dims[None, :], mask=live[:, None], other=0.0)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, HEAD_DIM], 0.0, tl.float32)
+
+    # The loop begins at a constant: from another lower bound Triton infers no alignment, so loads come two bytes at a
+    # time, unpipelined. The blocks of a step are fetched a step ahead, so that no load of keys waits for one of them.
+    table = block_indices + tl.load(block_begins + request)
+    high = tl.minimum(low + span, past)
+    next_block = tl.load(table + (low + keys) // BLOCK, mask=low + keys < high, other=0)
+    for done in tl.range(0, high - low, KEYS):
+        position = low + done + keys
+        seen = position < high
+        block = next_block.to(tl.int64)
+        next_block = tl.load(table + (position + KEYS) // BLOCK, mask=position + KEYS < high, other=0)
+        at = ((block * kv_heads + kv_head) * BLOCK + position % BLOCK) * HEAD_DIM
+        at = at[:, None] + dims[None, :]
+        k = tl.load(key_cache + at, mask=seen[:, None], other=0.0)
+        v = tl.load(value_cache + at, mask=seen[:, None], other=0.0)
+        peak, total, acc = _attend(q, k, v, seen[None, :], peak, total, acc, SCALE)
+
+    if split == 0:
+        mask_begin = tl.load(tree_mask_begins + request)
+        has_tree = tl.load(tree_mask_begins + request + 1) > mask_begin
+        mask_row = mask_begin + token * count
+        drawn_end = tl.where(has_tree, count, 0)
+        causal = tl.where(has_tree, -1, token)[:, None]
+        end = tl.where(has_tree, count, tl.minimum(first + TOKENS, count))
+        for start in tl.range(0, end, NEW_KEYS):
+            other = start + tl.arange(0, NEW_KEYS)
+            new = other < count
+            at = ((begin + other).to(tl.int64) * kv_heads + kv_head) * HEAD_DIM
+            at = at[:, None] + dims[None, :]
+            k = tl.load(key + at, mask=new[:, None], other=0.0)
+            v = tl.load(value + at, mask=new[:, None], other=0.0)
+            in_mask = live[:, None] & (other < drawn_end)[None, :]
+            drawn = tl.load(tree_mask + (mask_row[:, None] + other[None, :]), mask=in_mask, other=0)
+            visible = new[None, :] & ((drawn != 0) | (other[None, :] <= causal))
+            peak, total, acc = _attend(q, k, v, visible, peak, total, acc, SCALE)
+
+        own = first + tl.arange(0, triton.next_power_of_2(TOKENS))
+        mine = ((own < first + TOKENS) & (own < count))[:, None]
+        source = (((begin + own).to(tl.int64) * kv_heads + kv_head) * HEAD_DIM)[:, None] + dims[None, :]
+        block = tl.load(table + (past + own) // BLOCK, mask=own < count, other=0).to(tl.int64)
+        at = (((block * kv_heads + kv_head) * BLOCK + (past + own) % BLOCK) * HEAD_DIM)[:, None] + dims[None, :]
+        tl.store(key_cache + at, tl.load(key + source, mask=mine), mask=mine)
+        tl.store(value_cache + at, tl.load(value + source, mask=mine), mask=mine)
+
+    mean = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if past <= span:
+        tl.store(output + query_row[:, None] * HEAD_DIM + dims[None, :], mean.to(q.dtype), mask=live[:, None])
+    else:
+        part = query_row * num_splits + split
+        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], mean, mask=live[:, None])
+        tl.store(partial_lse + part, peak + tl.log2(total), mask=live)
+
+
+@triton.jit(do_not_specialize=(*_METADATA, "num_splits"), do_not_specialize_on_alignment=(*_METADATA, "num_splits"))
+def combine(
+    past_lens,
+    seq_begins,
+    partial,
+    partial_lse,
+    num_requests,
+    split_keys,
+    num_splits,
+    output,
+    HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Merge the splits of one query token and head. Grid: (N, Hq). A request of one split is left as it is."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    if token >= tl.load(seq_begins + num_requests):
+        return
+    request = _request_of(token, seq_begins, num_requests, 1, 0)
+    past = tl.load(past_lens + request)
+    span = _split_span(past, split_keys, num_splits, KEYS)
+    if past <= span:
+        return
+    row = token.to(tl.int64) * tl.num_programs(1) + head
+    splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, HEAD_DIM)
+    used = splits * span < past
+    lse = tl.load(partial_lse + row * num_splits + splits, mask=used, other=float("-inf"))
+    weights = tl.exp2(lse - _max(lse, 0))
+    at = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
+    means = tl.load(partial + at, mask=used[:, None], other=0.0)
+    merged = _sum(means * weights[:, None], 0) / _sum(weights, 0)
+    tl.store(output + row * HEAD_DIM + dims, merged.to(output.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=("kv_heads", "num_blocks"))
+def copy_rows(
+    source,
+    target,
+    source_rows,
+    target_rows,
+    kv_heads,
+    num_blocks,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+):
+    """Copy one KV row, all heads, of one pool. Grid: (m, pools).
+
+    GATHER: from row source_rows[j] of the pools ``source`` [pools, num_blocks, Hk, BLOCK, D] to ``target``
+    [pools, m, Hk, D]; else from such a ``source`` to row target_rows[j] of the pools ``target``.
+    """
+    STEP: tl.constexpr = 1024
+    j, pool = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.load((source_rows if GATHER else target_rows) + j).to(tl.int64)
+    paged = ((pool * num_blocks + row // BLOCK) * kv_heads * BLOCK + row % BLOCK) * HEAD_DIM
+    dense = (pool * tl.num_programs(0) + j) * kv_heads * HEAD_DIM
+    for start in range(0, kv_heads * HEAD_DIM, STEP):
+        i = start + tl.arange(0, STEP)
+        inside = i < kv_heads * HEAD_DIM
+        in_pool = paged + i // HEAD_DIM * (BLOCK * HEAD_DIM) + i % HEAD_DIM
+        in_dense = dense + i
+        if GATHER:
+            tl.store(target + in_dense, tl.load(source + in_pool, mask=inside), mask=inside)
+        else:
+            tl.store(target + in_pool, tl.load(source + in_dense, mask=inside), mask=inside)

@@ -1,0 +1,111 @@
+"""The least that a call can cost, and what the compiled kernel does: ``python -m super_tree_attention.kernel_floor``.
+
+The floor reads each request's keys and values once, each query once, and writes each output and each new row once. The
+kernel's own traffic is counted in its PTX: the bytes that one step of the loop over the past copies from global memory.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
+from super_tree_attention.kernel_plan import KEYS, Plan, plan
+
+BANDWIDTH, FLOPS = 3.35e12, 989e12  # an H100's, bytes/s of its memory and bf16 FLOP/s
+KV_HEADS, GROUP, HEAD_DIM, ELEMENT = 8, 4, 128, 2  # Qwen3-8B in bf16
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``requests`` of ``context`` past tokens each, and ``tokens`` new ones over all of them."""
+
+    requests: int
+    context: int
+    tokens: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.requests * self.context * KV_HEADS * HEAD_DIM * 2 * ELEMENT
+
+    @property
+    def other_bytes(self) -> int:
+        """Queries and outputs, the new keys and values, read and written into the cache."""
+        return self.tokens * HEAD_DIM * ELEMENT * (2 * KV_HEADS * GROUP + 4 * KV_HEADS)
+
+    @property
+    def flops(self) -> int:
+        """Two products a query head, token and key: all of the past, and all new tokens of the request."""
+        return 4 * self.tokens * KV_HEADS * GROUP * HEAD_DIM * (self.context + self.tokens // self.requests)
+
+    @property
+    def plan(self) -> Plan:
+        entries = self.requests * -(-(self.context + self.tokens // self.requests) // BLOCK)
+        return plan(self.tokens, self.requests, entries, KV_HEADS, GROUP)
+
+
+SHAPES = (Shape(1, 32768, 64), Shape(32, 2048, 256), Shape(256, 1024, 512))
+
+
+def bytes_of_a_step(kernel: CompiledKernel) -> int:
+    """Bytes of keys and values that all threads together copy from the pools in one step of the loop over the past.
+
+    The loop over the past is the first loop of the PTX with asynchronous copies; its copies of 16 bytes are counted.
+    """
+    for body in _loops(kernel.ptx):
+        copies = len(re.findall(r"cp\.async\.cg\.shared\.global .*?, (?:0x10|16),", body))
+        if copies:
+            return copies * 16 * kernel.threads
+    raise ValueError("no loop with asynchronous copies")
+
+
+def _loops(ptx: str) -> list[str]:
+    """The text of each innermost loop: from a label to the branch back to it."""
+    place = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    branches = re.finditer(r"bra(?:\.uni)?\s+(\$\w+);", ptx)
+    spans = sorted((place[b[1]], b.end()) for b in branches if place[b[1]] < b.start())
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [ptx[start:end] for start, end in inner]
+
+
+def table() -> list[str]:
+    """Markdown: floor and kernel, one line a shape."""
+    lines = [
+        "| B, context, N | KV, MB | q, out, new, MB | GFLOP | floor, us (memory / products) | tile, splits, programs "
+        "| KV copied, MB | of it again, from L2 | products with padding, GFLOP | partial results, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [_line(shape) for shape in SHAPES]
+
+
+def _line(shape: Shape) -> str:
+    made = shape.plan
+    kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, made.rows, BLOCK)
+    each = shape.tokens // shape.requests
+    tiles = -(-each // (made.rows // GROUP))
+    past_steps = -(-shape.context // KEYS)
+    span = max(made.split_keys, -(-past_steps // made.num_splits) * KEYS)
+    splits = -(-shape.context // span)
+    steps = shape.requests * tiles * KV_HEADS * past_steps
+    copied = steps * bytes_of_a_step(kernel)
+    products = steps * KEYS * 4 * made.rows * HEAD_DIM
+    partial = 8 * shape.tokens * KV_HEADS * GROUP * splits * (HEAD_DIM + 1) if splits > 1 else 0
+    memory, compute = (shape.kv_bytes + shape.other_bytes) / BANDWIDTH, shape.flops / FLOPS
+    cells = (
+        f"{shape.requests}, {shape.context}, {shape.tokens}",
+        f"{shape.kv_bytes / 1e6:.1f}",
+        f"{shape.other_bytes / 1e6:.1f}",
+        f"{shape.flops / 1e9:.1f}",
+        f"{memory * 1e6:.1f} / {compute * 1e6:.1f}",
+        f"{made.rows}, {splits}, {shape.requests * tiles * KV_HEADS * splits}",
+        f"{copied / 1e6:.1f}",
+        f"{(copied - shape.kv_bytes) / 1e6:.1f}",
+        f"{products / 1e9:.1f}",
+        f"{partial / 1e6:.1f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -1,0 +1,48 @@
+"""The kernels as the TensorRT plugin launches them: compiled ahead of time, by the CUDA driver."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from echo_trt.decoding.pack import BLOCK
+from gpu_proof_parts.calls import Shape, random_call
+from super_tree_attention import super_tree_attention
+from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, plan
+from super_tree_attention.tensorrt_rules import Whole, split_count, tile_count
+
+
+def launched_error(rng: np.random.Generator, dtype: torch.dtype, name: str) -> float:
+    """The largest error over the largest value of one call, by the plugins' own grids, splits and arguments."""
+    from super_tree_attention.ahead_of_time import compile_kernel
+    from super_tree_attention.launch import device_facts, launch, load
+
+    capability, processors = device_facts()
+    heads, kv_heads, head_dim = 32, 8, 128
+    shape = Shape(rng.integers(0, 4000, 5), rng.integers(1, 20, 5), 3, heads, kv_heads, head_dim, dtype)
+    call = random_call(shape, rng, torch.device("cuda"))
+    wanted = super_tree_attention(**{n: t.float().cpu() if t.is_floating_point() else t.cpu() for n, t in call.items()})
+    sizes = len(call["query"]), len(call["past_lens"]), len(call["block_indices"])
+    group = heads // kv_heads
+    splits = split_count(*sizes, group, kv_heads, BLOCK, processors, Whole)
+    rows = plan(*sizes, kv_heads, group, processors=processors, compute_capability=capability).rows
+    nan = {"fill_value": float("nan"), "device": "cuda"}
+    output = torch.full((sizes[0], heads * head_dim), dtype=dtype, **nan)
+    partial = torch.full((sizes[0] * heads, splits, head_dim), dtype=torch.float32, **nan)
+    partial_lse = torch.full((sizes[0] * heads, splits), dtype=torch.float32, **nan)
+    stream = torch.cuda.current_stream().cuda_stream
+    scratch = [0, 0]  # Triton's, of no size
+    attention = compile_kernel("attention", capability, name, head_dim, group, rows)
+    combine = compile_kernel("combine", capability, name, head_dim)
+    for kernel, grid, pointers, integers, results in (
+        (attention, (tile_count(*sizes[:2], rows, group), kv_heads, splits), [*call.values()],
+         [sizes[1], MIN_SPLIT_KEYS], [output, partial, partial_lse]),
+        (combine, (sizes[0], heads, 1), [call["past_lens"], call["seq_begins"], partial, partial_lse],
+         [sizes[1], MIN_SPLIT_KEYS, splits], [output]),
+    ):  # fmt: skip
+        function = load(kernel.cubin, kernel.name, kernel.shared)
+        given, made = ([t.data_ptr() for t in tensors] for tensors in (pointers, results))
+        launch(function, grid, kernel.threads, kernel.shared, stream, given, integers, made + scratch)
+    torch.cuda.synchronize()
+    error = float((output.float().cpu() - wanted).abs().max() / wanted.abs().max())
+    return error if torch.isfinite(output).all() else float("inf")

@@ -1,0 +1,130 @@
+"""The kernel against the reference: all types, head dimensions and group sizes, on fresh random calls."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_trt.decoding.pack import BLOCK
+from gpu_proof_parts.calls import Shape, random_call
+from gpu_proof_parts.report import Proof
+from super_tree_attention import super_tree_attention
+from super_tree_attention.triton_attention import move_rows, super_tree_attention_triton
+
+#: Largest error over largest value: a few roundings of the type.
+BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5}
+POOLS = "key_cache", "value_cache"
+
+
+def prove(proof: Proof) -> None:
+    rng = np.random.default_rng()  # fresh inputs every time
+    worst: dict[tuple, float] = {}
+    calls = skipped = too_large = 0
+    for shape in shapes(rng, proof.interpret):
+        if not proof.in_time:
+            skipped += 1
+            continue
+        key = str(shape.dtype).removeprefix("torch."), shape.head_dim
+        text = f"{key[0]}, head_dim {shape.head_dim}, {shape.heads}/{shape.kv_heads} heads, past {shape.past[:4]}"
+        try:
+            error, untouched = compare(shape, rng, proof.device)
+        except Exception as failure:
+            if shape.dtype == torch.float32 and type(failure).__name__ == "OutOfResources":
+                too_large += 1  # float32 is for comparisons; its tiles need more shared memory than some cards have
+            else:
+                proof.expect(False, f"{type(failure).__name__}: {failure} ({text})")
+            continue
+        worst[key] = max(worst.get(key, 0.0), error)
+        calls += 1
+        proof.expect(error <= BOUNDS[shape.dtype], f"error {error:.2g} of the largest value ({text})")
+        proof.expect(untouched, f"the caches do not hold the new rows and nothing else ({text})")
+    proof.say(
+        f"{calls} random calls ({skipped} left out for lack of time, {too_large} in float32 for lack of shared "
+        "memory): ragged trees, chunks and single tokens, scattered blocks, unused rows NaN, output memory filled with "
+        "NaN. Error is the largest over the largest value, against the reference in float32 on the same inputs; caches "
+        "are compared bit by bit."
+    )
+    rows = [(*key, f"{error:.2g}", f"{BOUNDS[getattr(torch, key[0])]:.2g}") for key, error in sorted(worst.items())]
+    proof.table(("type", "head dimension", "largest error", "allowed"), rows)
+    moved = all(moves_exactly(rng, proof.device, proof.interpret) for _ in range(4))
+    proof.expect(moved, "move_rows does not copy rows that overlap as one indexed copy does")
+    proof.say("Rows moved onto each other, all pools at once: as by one indexed copy, bit by bit.")
+    if proof.device.type == "cuda":
+        prove_driver_launch(proof, rng)
+
+
+def prove_driver_launch(proof: Proof, rng: np.random.Generator) -> None:
+    """The cubins that the TensorRT plugin launches, by the CUDA driver."""
+    if importlib.util.find_spec("cuda") is None:
+        proof.say("The cubins' launch by the CUDA driver: left out, cuda-python is not installed.")
+        return
+    from gpu_proof_parts.driver import launched_error
+
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        error = max(launched_error(rng, dtype, name) for _ in range(3))
+        proof.say(f"Compiled ahead of time and launched by the CUDA driver, {name}: {error:.2g} off.")
+        proof.expect(error <= BOUNDS[dtype], f"the cubin in {name} is {error:.2g} off when the driver launches it")
+
+
+def shapes(rng: np.random.Generator, small: bool) -> Iterator[Shape]:
+    """Every type, head dimension and group size, over batches of every kind."""
+    types = (torch.float32,) if small else (torch.bfloat16, torch.float16, torch.float32)
+    groups = (1, 4) if small else (1, 2, 4, 5, 8, 16)
+    for dtype, group, head_dim in product(types, groups, (64,) if small else (64, 128)):
+        for requests, context, most in ((2, 40, 5),) if small else ((1, 9000, 64), (7, 700, 40), (64, 300, 6)):
+            past = rng.integers(0, context, requests)
+            past[: requests // 3] = 0  # prompts that begin
+            past[-1] = past[-1] // BLOCK * BLOCK  # a full block
+            counts = rng.integers(1, most + 1, requests)
+            counts[requests // 2] = 1 if requests > 2 else counts[requests // 2]
+            kv_heads = 2 if group > 4 or small else 4
+            yield Shape(past, counts, int(rng.integers(0, requests + 1)), group * kv_heads, kv_heads, head_dim, dtype)
+    if not small:
+        yield Shape(np.array([32_000]), np.array([64]), 1, 32, 8, 128, torch.bfloat16)
+        yield Shape(np.array([0, 70]), np.array([700, 300]), 0, 32, 8, 128, torch.bfloat16)
+
+
+def compare(shape: Shape, rng: np.random.Generator, device: torch.device) -> tuple[float, bool]:
+    """The largest error over the largest value, and whether the caches hold exactly what they must."""
+    call = random_call(shape, rng, device)
+    before = {name: tensor.cpu() for name, tensor in call.items()}
+    with poisoned_memory():
+        output = super_tree_attention_triton(**call).float().cpu()
+    single = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    wanted = super_tree_attention(**single)
+    error = (output - wanted).abs().max() / wanted.abs().max()
+    same = all(bits(call[name].cpu()).equal(bits(single[name].to(shape.dtype))) for name in POOLS)
+    return (float(error) if torch.isfinite(output).all() else float("inf")), same
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """NaN compares as a value does."""
+    return tensor.nan_to_num(nan=77.0).contiguous()
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN, so that a row which nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def moves_exactly(rng: np.random.Generator, device: torch.device, small: bool) -> bool:
+    blocks, dtype = (4, torch.float32) if small else (300, torch.bfloat16)
+    pools = torch.randn((4, blocks, 2, BLOCK, 64), device=device).to(dtype)
+    rows = torch.from_numpy(rng.permutation(blocks * BLOCK)[: blocks * BLOCK // 2]).to(device)
+    source, target = rows, rows.roll(1)  # every target is a source too
+    wanted = pools.clone()
+    wanted[:, target // BLOCK, :, target % BLOCK] = pools[:, source // BLOCK, :, source % BLOCK]
+    move_rows(pools, source, target)
+    return pools.equal(wanted)

@@ -1,0 +1,65 @@
+"""Networks of a given shape with random weights, made where they run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from echo_trt.models.config import DecoderConfig
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.layers import Rotary
+
+#: Qwen3-8B's config.json
+QWEN3_8B = DecoderConfig(
+    family="qwen3",
+    vocab_size=151_936,
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position=40_960,
+    qk_norm=True,
+)
+#: Small, and large enough that a GPU's kernels are those of a real network.
+SMALL = DecoderConfig("qwen3", 4096, 512, 1024, 6, 8, 2, 64, 1e-6, 1e6, 4096, qk_norm=True)
+TINY = DecoderConfig("qwen3", 97, 32, 48, 3, 4, 2, 16, 1e-6, 1e4, 512, qk_norm=True)
+
+
+@torch.no_grad()
+def random_decoder(config: DecoderConfig, positions: int, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Activations near 1, norms away from 1, so that every part counts."""
+    with torch.device("meta"):
+        model = Decoder(config, positions).to(dtype)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(7)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.7, 1.3, generator=generator)
+        else:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    model.rotary = Rotary(config, positions).to(device)
+    return model.eval()
+
+
+@torch.no_grad()
+def quiet_layers(model: Decoder, scale: float) -> None:
+    """Make what the layers add small beside the embedding, and choices clear: fewer layers then often agree."""
+    model.embed.weight *= model.config.hidden_size**0.5
+    model.lm_head.weight *= 6
+    for layer in model.layers:
+        layer.attention.out.weight *= scale
+        layer.mlp.down.weight *= scale
+
+
+def first_layers(model: Decoder, count: int) -> Decoder:
+    """The network that the first ``count`` layers make, on the same weights."""
+    short = Decoder.__new__(Decoder)
+    nn.Module.__init__(short)
+    short.config = model.config
+    short.embed, short.rotary, short.norm, short.lm_head = model.embed, model.rotary, model.norm, model.lm_head
+    short.layers = model.layers[:count]
+    return short

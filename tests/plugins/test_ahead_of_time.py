@@ -1,0 +1,86 @@
+"""PTX and cubin for every card, compiled here without one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the compiler is Triton's")
+
+from super_tree_attention.ahead_of_time import ARCHITECTURES, compile_kernel, compile_kernels, main
+from super_tree_attention.kernel_floor import GROUP, HEAD_DIM, bytes_of_a_step, table
+from super_tree_attention.kernel_plan import KEYS
+
+#: Shared memory that one block may ask for, in bytes.
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+VARIANTS = {
+    80: ("bf16", 128, 4),
+    89: ("fp16", 64, 16),
+    90: ("bf16", 128, 4),
+    100: ("fp16", 128, 5),
+    120: ("bf16", 64, 1),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_kernels_compile_without_a_gpu(architecture):
+    compiled = compile_kernels(architecture, *VARIANTS[architecture])
+    assert {"attention_16", "attention_64", "combine", "gather_rows", "scatter_rows"} <= set(compiled)
+    for kernel in compiled.values():
+        assert kernel.cubin.startswith(b"\x7fELF")
+        assert f".target sm_{architecture}" in kernel.ptx
+        assert ".version 8.8" in kernel.ptx
+        assert kernel.shared <= SHARED_LIMIT[architecture]
+        assert kernel.spills == 0
+        entry = re.search(rf"\.entry {kernel.name}\((.*?)\)", kernel.ptx, re.DOTALL)
+        assert entry[1].count(".param") == len(kernel.arguments) + 2
+
+
+def test_the_keys_and_values_of_the_past_are_loaded_16_bytes_at_a_time_and_ahead():
+    kernel = compile_kernel("attention", 90, "bf16", 128, 4, 64)
+    copies = re.findall(r"cp\.async\.cg\.shared\.global .*?, (0x[0-9a-f]+|\d+),", kernel.ptx)
+    assert len(copies) >= 3 * 8  # keys and values, two steps before the loop and one in it
+    assert {int(width, 0) for width in copies} == {16}
+
+
+def test_a_kernel_for_an_unknown_card_or_type_is_refused():
+    with pytest.raises(ValueError, match="compute capability 75 is not supported; choose one of 80, 89"):
+        compile_kernels(75, "bf16", 128, 4)
+    with pytest.raises(ValueError, match="head dimension 96"):
+        compile_kernels(90, "bf16", 96, 4)
+    with pytest.raises(ValueError, match="group of query heads 17"):
+        compile_kernels(90, "fp16", 128, 17)
+
+
+def test_the_table_is_printed_and_the_files_are_written(tmp_path, capsys):
+    main(["--arch", "90", "--groups", "4", "--out", str(tmp_path)])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 4 * 6
+    assert len(list(tmp_path.glob("*.cubin"))) == len(list(tmp_path.glob("*.ptx"))) == 4 * 6
+
+
+def test_an_unknown_card_ends_the_command_with_one_sentence(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--arch", "75"])
+    assert exit_.value.code == 2
+    assert "compute capability 75 is not supported" in capsys.readouterr().err
+
+
+def test_the_reference_needs_no_triton():
+    code = "import sys, super_tree_attention; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_loop_over_the_past_moves_each_key_and_value_once():
+    for rows in (16, 64, 128):
+        kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, rows)
+        assert bytes_of_a_step(kernel) == KEYS * HEAD_DIM * 2 * 2
+
+
+def test_the_floor_of_three_shapes_is_a_table():
+    header, rule, *lines = table()
+    assert len(lines) == 3
+    assert {line.count("|") for line in (header, rule, *lines)} == {11}

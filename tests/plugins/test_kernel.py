@@ -1,0 +1,150 @@
+"""The Triton kernels against the reference, by Triton's interpreter on the CPU (on a GPU, where there is one)."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from super_tree_attention import super_tree_attention
+from super_tree_attention.triton_attention import move_rows, super_tree_attention_triton
+
+BLOCK = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Of outputs of size 1, which both sides compute in float32 and round once; the kernel rounds its weights too.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+class Batch:
+    """Random arguments of a call: requests of (past, new tokens, whether they come with a mask).
+
+    Blocks are scattered over the pool, and every row that the call may not read is NaN.
+    """
+
+    def __init__(self, requests, kv_heads=1, group=1, head_dim=64, dtype=torch.float32, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        pasts, counts, masked = zip(*requests, strict=True)
+        used = [-(-(past + count) // BLOCK) for past, count in zip(pasts, counts, strict=True)]
+        tables = 1 + torch.randperm(sum(used) + 3, generator=self.generator)[: sum(used)].int()  # block 0: all NaN
+        masks = [self._mask(count) if tree else torch.zeros(0) for count, tree in zip(counts, masked, strict=True)]
+        self.metadata = (
+            torch.tensor(pasts, dtype=torch.int32),
+            _begins(counts),
+            tables,
+            _begins(used),
+            torch.cat(masks).to(torch.uint8),
+            _begins([len(mask) for mask in masks]),
+        )
+        self.caches = [self._cache(pasts, tables.split(used), kv_heads, head_dim, dtype) for _ in range(2)]
+        widths = kv_heads * group * head_dim, kv_heads * head_dim, kv_heads * head_dim
+        self.packed = [self._random(sum(counts), width).to(dtype) for width in widths]
+
+    def check(self, **options) -> None:
+        """The kernel's output and caches are the reference's: the new rows are there and nothing else has changed."""
+        dtype = self.packed[0].dtype
+        expected_caches = [cache.clone() for cache in self.caches]
+        expected = super_tree_attention(*self.packed, *expected_caches, *self.metadata)
+        caches = [cache.to(DEVICE, copy=True) for cache in self.caches]
+        others = [tensor.to(DEVICE) for tensor in (*self.packed, *self.metadata)]
+        output = super_tree_attention_triton(*others[:3], *caches, *others[3:], **options).cpu()
+        assert not expected.isnan().any()
+        torch.testing.assert_close(output.float(), expected.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        for cache, expected_cache in zip(caches, expected_caches, strict=True):
+            torch.testing.assert_close(cache.cpu(), expected_cache, atol=0, rtol=0, equal_nan=True)
+
+    def _cache(self, pasts, tables, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+        blocks = sum(map(len, tables)) + 4
+        cache = torch.full((blocks, kv_heads, BLOCK, head_dim), torch.nan, dtype=dtype)
+        for past, table in zip(pasts, tables, strict=True):
+            position = torch.arange(past)
+            rows = self._random(past, kv_heads, head_dim).to(dtype)
+            cache[table[position // BLOCK].long(), :, position % BLOCK] = rows
+        return cache
+
+    def _mask(self, count: int) -> Tensor:
+        """Any matrix in which a token sees itself: the operator does not ask that it be a tree's."""
+        seen = torch.rand(count, count, generator=self.generator) < 0.4
+        return (seen | torch.eye(count, dtype=torch.bool)).flatten()
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+
+def _begins(lengths) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+REQUEST = st.tuples(
+    st.one_of(st.sampled_from([0, 1, 31, 32, 33, 64, 128, 129]), st.integers(0, 300)),
+    st.one_of(st.sampled_from([0, 1, 32]), st.integers(1, 40)),
+    st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=4).filter(lambda batch: any(count for _, count, _ in batch)),
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),
+    head_dim=st.sampled_from([64, 128]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    num_splits=st.sampled_from([None, 1, 2, 3, 7]),
+    rows=st.sampled_from([None, 16, 64, 128]),
+    seed=st.integers(0, 2**16),
+)
+@example([(0, 1, False)], (1, 1), 64, torch.float32, None, None, 0)
+@example([(0, 7, True), (0, 0, False), (64, 1, False)], (2, 5), 64, torch.float32, 2, 64, 1)
+@example([(300, 33, True), (1, 1, True)], (1, 16), 128, torch.bfloat16, 7, 128, 2)
+def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_splits, rows, seed):
+    Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
+def test_groups(group):
+    Batch([(70, 3, True), (33, 1, False), (0, 6, False)], 2, group).check()
+
+
+def test_a_prompt_chunk_a_single_token_and_a_tree_in_one_call():
+    Batch([(96, 300, False), (200, 1, False), (40, 90, True)], 1, 4, dtype=torch.bfloat16).check()
+
+
+def test_a_long_context_in_as_many_splits_as_the_plan_chooses():
+    Batch([(3000, 5, True)], 2, 2).check()
+
+
+def test_more_requests_than_one_step_of_the_search():
+    Batch([(i % 5, i % 3, i % 2 == 0) for i in range(260)]).check(rows=16)
+
+
+def test_rows_after_the_last_request_are_left_alone():
+    batch = Batch([(40, 3, True), (0, 2, False)])
+    padded = [torch.cat([tensor, torch.full_like(tensor[:4], torch.nan)]) for tensor in batch.packed]
+    expected = super_tree_attention(*batch.packed, *[cache.clone() for cache in batch.caches], *batch.metadata)
+    arguments = [tensor.to(DEVICE) for tensor in (*padded, *batch.caches, *batch.metadata)]
+    output = super_tree_attention_triton(*arguments, num_splits=2).cpu()
+    torch.testing.assert_close(output[:5], expected, atol=2e-6, rtol=2e-6)
+
+
+def test_a_view_of_a_merged_matrix_is_taken_for_what_it_shows():
+    batch = Batch([(40, 3, True), (9, 2, False)], 2, 2)
+    merged = torch.cat(batch.packed, dim=1)
+    batch.packed = list(merged.split([tensor.shape[1] for tensor in batch.packed], dim=1))
+    batch.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moved_rows_may_overlap(dtype):
+    pools = torch.randn(4, 6, 3, BLOCK, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    source, target = torch.tensor([40, 41, 7, 160, 33]), torch.tensor([41, 7, 40, 32, 33])
+    expected = pools.clone()
+    expected[:, target // BLOCK, :, target % BLOCK] = pools[:, source // BLOCK, :, source % BLOCK]
+    moved = pools.to(DEVICE, copy=True)
+    move_rows(moved, source.to(DEVICE), target.to(DEVICE))
+    torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
+    move_rows(moved, source[:0].to(DEVICE), target[:0].to(DEVICE))
+    torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)

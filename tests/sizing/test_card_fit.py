@@ -1,0 +1,263 @@
+"""Whether a recipe fits a card; what is said to lower is enough, and no more than that."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusal import refused
+
+from echo_trt.compile.build import build
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.policies import reserve_for
+from echo_trt.errors import UserError
+from echo_trt.recipe import Recipe, load_recipe, parse_recipe
+from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
+from echo_trt.sizing.fit import Fit, fit, needs
+from echo_trt.sizing.shapes import shapes
+
+BUILD = Path(__file__).parents[2] / "build"
+#: The cards that each recipe's comment names.
+MEANT = {
+    "qwen3-0.6b": ("L4", "RTX-4090"),
+    "qwen3-1.7b": ("L4", "RTX-4090"),
+    "qwen3-4b": ("L4", "RTX-4090"),
+    "qwen3-8b": ("A100-80GB", "H100-80GB"),
+    "qwen3-0.6b-for-8b": ("A100-80GB", "H100-80GB"),
+    "qwen3-14b": ("A100-80GB", "H100-80GB"),
+    "qwen3-30b-a3b": ("A100-80GB", "H100-80GB"),
+    "qwen3-32b": ("H200", "B200"),
+    "qwen3-235b-a22b": ("A100-80GB", "H100-80GB"),
+}
+
+
+LOWER = re.compile(
+    r"(batch|context|kv_blocks|tensor_parallel)(?: from [\d,]+| \([\d,]+, as many as the batch needs\))? to ([\d,]*\d)"
+)
+
+
+def recipe(name: str = "qwen3-8b", **changes) -> Recipe:
+    found = load_recipe(BUILD / f"{name}.yaml")
+    limits = found.limits.model_copy(
+        update={k: changes.pop(k) for k in list(changes) if k in type(found.limits).model_fields}
+    )
+    return found.model_copy(update={**changes, "limits": limits})
+
+
+def on(cards: str, name: str = "qwen3-8b", **changes) -> Fit:
+    return fit(recipe(name, **changes), BUILD, *parse_cards(cards))
+
+
+def numbers(sentence: str, pattern: str) -> list[int]:
+    found = re.search(pattern, sentence)
+    assert found, sentence
+    return [int(n.replace(",", "")) for n in found.groups()]
+
+
+def test_shipped_recipes_are_all_meant_for_some_card():
+    assert {f.stem for f in BUILD.glob("*.yaml")} - {"smollm2-135m"} == set(MEANT)
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_shipped_recipes_fit_the_cards_they_are_for(name):
+    gpus = load_recipe(BUILD / f"{name}.yaml").tensor_parallel
+    for card in MEANT[name]:
+        verdict = on(f"{card} x{gpus}", name)
+        assert verdict.fits, verdict.sentence
+        assert verdict.spare >= 0
+
+
+def test_the_table_in_the_docs_is_right():
+    lines = (BUILD.parent / "docs" / "recipes.md").read_text("utf-8").splitlines()
+    table = {line.split("`")[1]: [c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("| `")}
+    assert {name: row for name, row in table.items() if name != "smollm2-135m"}.keys() == MEANT.keys()
+    for name in MEANT:
+        own = recipe(name)
+        target, draft = shapes(own, BUILD)
+        need = needs(own, target.sizes, draft and draft.sizes)
+        _, hub, head, _, weights, token, pool, knees = table[name]
+        assert hub == own.target.hub
+        assert draft is None or head == own.draft.source.hub
+        assert weights.split()[0] == f"{(need.target_weights + need.draft_weights) / 1e9:.1f}"
+        assert token.split()[0] == f"{need.kv_token / 1e3:.0f}"
+        assert pool.split()[0] == f"{need.pool / 1e9:.1f}"
+        assert knees == ", ".join(str(fit(own, BUILD, CARDS[card], 8).k_max) for card in MEANT[name])
+
+
+def test_what_an_8b_model_needs():
+    """8,190,735,360 parameters in bf16; 36 layers of 8 heads of 128, key and value, and the head's one."""
+    target, draft = (shape.sizes for shape in shapes(recipe(), BUILD))
+    need = needs(recipe(), target, draft)
+    assert need.target_weights == 2 * 8_190_735_360
+    assert need.target_kv_token == 36 * 8 * 128 * 2 * 2
+    assert need.draft_kv_token == 8 * 128 * 2 * 2
+    assert need.pool == 8192 * 32 * (147_456 + 4096)
+    assert need.fixed == need.target_weights + need.draft_weights + need.working
+    assert needs(recipe(precision="int8"), target, draft).target_weights == 8_190_735_360
+
+
+def test_a_call_grows_with_the_trees_and_the_chunk():
+    def tokens(**changes) -> int:
+        own = recipe(**changes)
+        return needs(own, shapes(own, BUILD)[0].sizes, None).tokens
+
+    assert tokens() == 1024 + 512
+    assert tokens(prefill_chunk=2048) == 2048 + 2048
+    assert tokens(batch=1) == 512 + 512  # a prompt's chunk, and another beside it
+    assert tokens(engine="tensorrt-rtx") == 128 * 71  # padded: as many as the widest tree has, for each slot
+    sizes = shapes(recipe(), BUILD)[0].sizes
+    assert needs(recipe(prefill_chunk=2048), sizes, None).working > 2 * needs(recipe(), sizes, None).working
+
+
+def test_a_pool_without_a_limit_is_what_the_batch_needs():
+    own = recipe(kv_blocks=None, batch=3)
+    need = needs(own, shapes(own, BUILD)[0].sizes, None)
+    assert need.blocks == 3 * -(-(8192 + reserve_for(own.decoding.model_dump())) // BLOCK)
+    assert not need.linear
+    rtx = needs(recipe(engine="tensorrt-rtx", kv_blocks=2000, batch=3), shapes(own, BUILD)[0].sizes, None)
+    assert rtx.blocks == need.blocks + 3 * 512 // BLOCK  # linear caches: kv_blocks says nothing, a chunk is room behind
+    assert rtx.linear
+
+
+@pytest.mark.parametrize(("card", "kv_blocks"), [("L40S", 8192), ("RTX 4090", 4096), ("A100-80GB", 100_000)])
+def test_kv_blocks_to_lower(card, kv_blocks):
+    verdict = on(card, kv_blocks=kv_blocks)
+    assert not verdict.fits
+    before, after = numbers(verdict.sentence, r"lower limits.kv_blocks from ([\d,]+) to ([\d,]+)\.$")
+    assert before == kv_blocks
+    assert after == verdict.most_blocks
+    assert on(card, kv_blocks=after).fits
+    assert not on(card, kv_blocks=after + 1).fits
+
+
+def test_kv_blocks_to_set_where_there_are_none():
+    verdict = on("L40S", kv_blocks=None)
+    _, after = numbers(
+        verdict.sentence, r"lower limits.kv_blocks \(([\d,]+), as many as the batch needs\) to ([\d,]+)\.$"
+    )
+    assert on("L40S", kv_blocks=after).fits
+
+
+def test_a_batch_to_lower_where_caches_are_linear():
+    verdict = on("L40S", engine="tensorrt-rtx")
+    before, after = numbers(verdict.sentence, r"lower limits.batch from (\d+) to (\d+)\.$")
+    assert before == 128
+    assert on("L40S", engine="tensorrt-rtx", batch=after).fits
+    # One slot more does not fit, with the working memory of the batch that was asked for.
+    assert not on("L40S", engine="tensorrt-rtx", batch=after + 1).fits
+
+
+def test_a_context_to_lower():
+    verdict = on("RTX 4090", context=32768, kv_blocks=None)
+    before, context, blocks = numbers(
+        verdict.sentence, r"lower limits.context from ([\d,]+) to ([\d,]+) and limits.kv_blocks to ([\d,]+)\.$"
+    )
+    assert before == 32768
+    assert on("RTX 4090", context=context, kv_blocks=blocks).fits
+    lowered = recipe(context=context, kv_blocks=blocks)
+    assert Recipe.model_validate(lowered.model_dump()) == lowered  # the pool holds one request of that context
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MEANT)),
+    card=st.sampled_from(sorted(CARDS)),
+    engine=st.sampled_from(["tensorrt", "tensorrt-rtx"]),
+    batch=st.sampled_from([1, 3, 64, 1000]),
+    context=st.sampled_from([100, 2048, 8191, 40960]),
+    chunk=st.sampled_from([1, 256, 4096]),
+    blocks=st.sampled_from([None, 5, 2000, 100_000]),
+)
+def test_who_does_as_told_ends_with_what_fits(name, card, engine, batch, context, chunk, blocks):
+    asked = {"batch": batch, "context": context, "prefill_chunk": chunk, "kv_blocks": blocks, "engine": engine}
+    try:
+        parse_recipe(recipe(name, **asked).model_dump(), "asked")
+    except UserError:  # a pool that holds no request
+        return
+    verdict = on(f"{card} x8", name, **asked)
+    for _ in range(3):
+        if verdict.fits:
+            parse_recipe(recipe(name, **asked).model_dump(), "told")
+            return
+        told = {key: int(number.replace(",", "")) for key, number in LOWER.findall(verdict.sentence)}
+        if not told:
+            assert re.search("take a larger card|take a smaller model|use engine tensorrt", verdict.sentence)
+            return
+        asked |= told
+        verdict = on(f"{card} x8", name, **asked)
+    raise AssertionError(verdict.sentence)
+
+
+def test_gpus_to_add():
+    verdict = on("L40S x2", "qwen3-32b")
+    assert verdict.sentence.endswith("of 43.2 GB; set tensor_parallel to 2.")
+    assert on("L40S x2", "qwen3-32b", tensor_parallel=2, kv_blocks=260).fits
+    alone = on("L4", "qwen3-32b")
+    assert "weights and working memory take 69." in alone.sentence
+    assert alone.sentence.endswith("of 21.6 GB; set tensor_parallel to 4 and take 4 cards.")
+
+
+def test_gpus_that_cannot_share_are_not_proposed(tmp_path):
+    """Of 6 heads and 4,608 columns of the MLP 2 GPUs can take their share, and 4 not."""
+    (tmp_path / "odd").mkdir()
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 128, "intermediate_size": 4608}
+    config = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "vocab_size": 1000, **sizes}
+    for layers, told in ((600, "set tensor_parallel to 2."), (1100, "take a larger card (")):
+        (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        own = parse_recipe({"name": "odd", "target": {"path": "odd"}, "engine": "tensorrt"}, "odd.yaml")
+        verdict = fit(own, tmp_path, *parse_cards("A100-80GB x8"))
+        assert told in verdict.sentence
+
+
+def test_cards_to_take_instead():
+    verdict = on("L4 x8", "qwen3-235b-a22b")
+    assert not verdict.fits
+    listed = verdict.sentence.partition("take a larger card (")[2].rstrip(").").split(", ")
+    assert "A100-80GB" in listed
+    for card in CARDS:
+        split = recipe("qwen3-235b-a22b", kv_blocks=258)
+        assert (card in listed) == (fit(split, BUILD, CARDS[card], 8).most_blocks >= 258)
+
+
+def test_cards_that_tensorrt_rtx_builds_nothing_for():
+    verdict = on("H200", "qwen3-0.6b", engine="tensorrt-rtx")
+    assert not verdict.fits
+    assert verdict.sentence == "TensorRT-RTX builds nothing for compute capability 9.0; use engine tensorrt."
+    assert on("A100-80GB", "qwen3-0.6b", engine="tensorrt-rtx").fits
+    assert on("RTX 5090", "qwen3-0.6b", engine="tensorrt-rtx", batch=16).fits
+
+
+def test_what_tensorrt_rtx_builds_for_is_what_it_says():
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'echo-trt[rtx]'")
+    from echo_trt.compile.tensorrt import known_capabilities
+
+    assert set(known_capabilities("tensorrt-rtx")) == set(RTX_CAPABILITIES)
+
+
+def test_too_few_cards_for_the_recipe():
+    verdict = on("H200 x4", "qwen3-235b-a22b")
+    assert not verdict.fits
+    assert verdict.spare > 0
+    assert verdict.sentence == "does not fit: tensor_parallel is 8, but there are 4 cards; take 8."
+
+
+def test_missing_and_left_add_up():
+    verdict = on("H100-80GB")
+    need = needs(recipe(), *(shape.sizes for shape in shapes(recipe(), BUILD)))
+    assert verdict.spare == int(0.9 * 80e9) - need.fixed - need.pool
+    assert (
+        f"fits: {verdict.spare / 1e9:.1f} GB a GPU are left, room for {verdict.most_blocks:,} KV blocks."
+        == verdict.sentence
+    )
+    missing = on("L40S").spare
+    assert f"{-missing / 1e9:.1f} GB a GPU are missing" in on("L40S").sentence
+
+
+def test_build_refuses_to_divide_a_network(tmp_path):
+    with refused("tensor_parallel is 8", "not divided among GPUs yet", "set it to 1"):
+        build(recipe("qwen3-235b-a22b"), BUILD, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

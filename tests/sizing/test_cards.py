@@ -1,0 +1,95 @@
+"""Cards by name, and the knee that their peaks give."""
+
+import numpy as np
+import pytest
+from refusal import refused
+
+from echo_trt.decoding.costs import fit_hinge
+from echo_trt.models.config import decoder_config
+from echo_trt.simulation.machines import Network, roofline
+from echo_trt.sizing.cards import CARDS, knee, parse_cards
+from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.sizing.shapes import published
+
+
+def qwen3(name: str, gpus: int = 1):
+    return decoder_sizes(decoder_config(published()[f"Qwen/Qwen3-{name}"], name), gpus)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("H100-80GB x8", "H100-80GB", 8),
+        ("h100-80gb", "H100-80GB", 1),
+        ("  RTX 4090   X 2 ", "RTX-4090", 2),
+        ("rtx4090", "RTX-4090", 1),
+        ("B200 x1", "B200", 1),
+        ("H200", "H200", 1),
+        ("L4 x16", "L4", 16),
+        ("RTX-PRO x2", "RTX-PRO-6000", 2),
+        ("A10", "A10", 1),  # a name comes before what begins with it
+    ],
+)
+def test_cards_and_how_many(text, name, count):
+    card, found = parse_cards(text)
+    assert (card.name, found) == (name, count)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ("''", "H100-80GB x8")),
+        ("   ", ("name a card",)),
+        ("H100", ("'H100'", "several", "H100-80GB, H100-PCIe,")),
+        ("A100 x8", ("several", "A100-40GB, A100-80GB,")),
+        ("Voodoo 2", ("'Voodoo 2'", "not known", *CARDS)),
+        ("H100-80GBx8", ("'H100-80GBx8'", "not known", "L4 x2")),
+        ("L4 x0", ("0 cards", "1 to 1024")),
+        ("L4 x2000", ("2000 cards",)),
+        ("L4 x-2", ("'L4 x-2'",)),
+        ("x8", ("'x8'", "not known")),
+        ("H100-80GB\nx8 x", ("name a card",)),
+    ],
+)
+def test_cards_that_are_none(text, words):
+    with refused("--fit", *words):
+        parse_cards(text)
+
+
+def test_peaks_are_in_their_units():
+    for card in CARDS.values():
+        assert 20e9 < card.usable < card.chip.memory < 300e9
+        assert 1e11 < card.chip.bandwidth < 1e13
+        assert 1e13 < card.chip.flops < 1e16
+        assert card.capability in ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def test_the_knee_is_where_arithmetic_takes_as_long_as_reading():
+    chip = CARDS["H100-80GB"].chip
+    # Dense bf16: 2 bytes read and 2 operations a token for each parameter, so the size of the network does not count.
+    expected = chip.flops * chip.flops_share / (chip.bandwidth * chip.bandwidth_share)
+    for name in ("0.6B", "8B", "32B"):
+        assert knee(qwen3(name).network("bf16"), chip) == int(np.ceil(expected)) == 222
+    assert knee(qwen3("8B").network("int8"), chip) == 111
+    assert knee(qwen3("32B", 4).network("bf16"), chip) == pytest.approx(222, abs=1)
+
+
+def test_experts_make_it_later_if_they_are_routed():
+    chip, sizes = CARDS["H100-80GB"].chip, qwen3("30B-A3B")
+    dense = knee(sizes.network("bf16", routed=False), chip)
+    routed = knee(sizes.network("bf16"), chip)
+    assert dense == 222
+    assert routed == pytest.approx(222 * (sizes.total - sizes.embedding) / (sizes.active - sizes.embedding), rel=0.01)
+    assert knee(qwen3("235B-A22B").network("bf16"), chip) > 2000
+
+
+def test_a_network_that_is_never_compute_bound_has_the_largest_knee():
+    assert knee(Network(dense=1e9, parameter_bytes=2, active=1.0, kv_bytes=1), CARDS["L4"].chip) == 1 << 16
+
+
+def test_the_hinge_that_is_fitted_to_the_same_roofline_agrees():
+    """bench and simulate fit K_max to a curve; its corner is rounded, so they find it somewhat earlier."""
+    chip, network = CARDS["H100-80GB"].chip, qwen3("8B").network("bf16")
+    sizes = np.arange(1, 1025, 8)
+    fitted = fit_hinge(sizes, roofline(network, chip, sizes, 0.0)).k_max
+    assert 0.6 * 222 < fitted <= 222

@@ -1,0 +1,129 @@
+"""echo-trt inspect on a recipe, as a user runs it: no checkpoint is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from echo_trt.cli import main
+
+BUILD = Path(__file__).parents[2] / "build"
+
+
+@pytest.fixture
+def inspect(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["echo-trt", "inspect", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def rows(out: str) -> dict[str, str]:
+    """First cell -> the others, of every table line."""
+    lines = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in out.splitlines() if "│" in line]
+    return {cells[0]: " | ".join(cells[1:]) for cells in lines}
+
+
+def test_a_recipe_says_what_it_would_build_and_need(inspect):
+    code, out, _ = inspect(BUILD / "qwen3-8b.yaml")
+    told = rows(out)
+    assert code == 0
+    sizes = "8.19 B parameters, 36 layers, vocabulary 151,936"
+    assert told["target"] == f"Qwen/Qwen3-8B ({sizes}; Qwen/Qwen3-8B as published)"
+    assert told["draft"].startswith("eagle3 AngelSlim/Qwen3-8B_eagle3 (1.02 B parameters, 1 layer, vocabulary 32,000")
+    assert told["weights"] == "target 16.4 GB, draft 2.0 GB"
+    assert told["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
+    assert told["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
+    assert told["host memory"].endswith("12.9 GB")  # 262,144 x 3 x 4,096 x 4 bytes
+    assert told["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
+    assert told["H100-80GB"].endswith("222")
+    assert told["L4"].split(" | ")[:2] == ["1", "no"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "calls"),
+    [
+        ("tensorrt", "target and draft, for calls of 1 to 1,536 packed tokens of up to 128 requests"),
+        ("tensorrt-rtx", "target and draft, for trees of up to 128 requests x 71 tokens, and chunks of 512"),
+    ],
+)
+def test_engines_and_the_calls_they_are_for(inspect, tmp_path, engine, calls):
+    file = tmp_path / "own.yaml"
+    file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", f"engine: {engine}"))
+    told = rows(inspect(file)[1])
+    assert told["engines"] == calls
+    assert ("a slot's whole context" in told["KV pool"]) == (engine == "tensorrt-rtx")
+
+
+def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
+    code, out, _ = inspect(BUILD / "qwen3-235b-a22b.yaml", "--fit", "H100-80GB x8")
+    told = rows(out)
+    assert code == 0
+    assert "235.09 B parameters, 22.19 B active" in told["target"]
+    assert "does not divide networks yet" in told["tensor_parallel"]
+    assert told["weights"] == "target 58.9 GB, draft 2.4 GB"
+    assert told["KV of a token"] == "target 48,128 bytes, draft 2,048 bytes"  # 4 heads stand twice on 8 GPUs
+    *_, dense, routed = (int(n.replace(",", "")) for n in told["H100-80GB"].split(" | ")[3:] if "GB" not in n)
+    assert dense == 222
+    assert routed > 2000
+    assert "qwen3-235b-a22b on 8 H100-80GB: fits: " in out
+
+
+def test_a_recipe_that_does_not_fit_has_exit_code_1(inspect):
+    code, out, err = inspect(BUILD / "qwen3-14b.yaml", "--fit", "L40S")
+    assert code == 1
+    assert "qwen3-14b on 1 L40S: does not fit: " in out
+    assert "lower limits.kv_blocks from 6,144 to " in out
+    assert err == ""
+
+
+def test_a_recipe_for_a_cpu_has_no_cards(inspect):
+    code, out, _ = inspect(BUILD / "smollm2-135m.yaml")
+    assert code == 0
+    assert "135 M parameters, 30 layers" in rows(out)["target"]
+    assert rows(out)["KV of a token"] == "target 23,040 bytes, draft 768 bytes"
+    assert "H100" not in out
+    code, _, err = inspect(BUILD / "smollm2-135m.yaml", "--fit", "H100-80GB")
+    assert code == 2
+    assert "--fit is about GPUs, but the recipe's engine is openvino" in err
+
+
+def test_shapes_that_are_not_known_are_said_to_be(inspect, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("name: own\nengine: tensorrt\ntarget: {path: mine}\n")
+    code, out, _ = inspect(file)
+    assert code == 0
+    assert rows(out)["needs"].startswith("not known: target: mine has no config.json yet")
+    code, out, err = inspect(file, "--fit", "L4")
+    assert code == 2
+    assert out == ""
+    assert "target: mine has no config.json yet" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--fit", "Voodoo"], "card 'Voodoo' is not known; use one of A10, A100-40GB"),
+        (["--fit", ""], "--fit is ''"),
+        (["--fit", "L4 x0"], "0 cards"),
+    ],
+)
+def test_bad_cards_are_one_sentence(inspect, words, told):
+    code, out, err = inspect(BUILD / "qwen3-8b.yaml", *words)
+    assert code == 2
+    assert told in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+def test_cards_for_a_bundle_are_refused(inspect, tmp_path):
+    code, _, err = inspect(tmp_path, "--fit", "L4")
+    assert code == 2
+    assert "--fit is about a recipe" in err

@@ -1,0 +1,161 @@
+"""Parameter counts: the published totals, and the very networks that would be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from refusal import refused
+from torch import nn
+
+from echo_trt.models.config import decoder_config, eagle3_config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.recipe import load_recipe, parse_recipe
+from echo_trt.sizing.networks import decoder_sizes, head_sizes
+from echo_trt.sizing.shapes import published, shapes
+
+#: Parameters of the safetensors files, tied embeddings once, and what the model cards call active, in billions.
+TOTALS = {
+    "Qwen/Qwen3-0.6B": (596_049_920, 0.6),
+    "Qwen/Qwen3-1.7B": (1_720_574_976, 1.7),
+    "Qwen/Qwen3-4B": (4_022_468_096, 4.0),
+    "Qwen/Qwen3-8B": (8_190_735_360, 8.2),
+    "Qwen/Qwen3-14B": (14_768_307_200, 14.8),
+    "Qwen/Qwen3-32B": (32_762_123_264, 32.8),
+    "Qwen/Qwen3-30B-A3B": (30_532_122_624, 3.3),
+    "Qwen/Qwen3-235B-A22B": (235_093_634_560, 22),
+}
+SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
+HEADS = [name for name, raw in published().items() if "Eagle3" in raw["architectures"][0]]
+DECODERS = [name for name in published() if name not in HEADS]
+
+
+def counted(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_qwen3_has_the_published_number_of_parameters(name):
+    sizes = decoder_sizes(decoder_config(published()[name], name))
+    total, active = TOTALS[name]
+    assert sizes.total == total
+    assert sizes.active / 1e9 == pytest.approx(active, rel=0.03)
+    assert (sizes.active < sizes.total) == ("A" in name.rsplit("-", 1)[-1])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoders_sizes_are_those_of_the_network_that_is_built(name):
+    config = decoder_config(published()[name], name)
+    with torch.device("meta"):
+        network = Decoder(config, 1)
+    sizes = decoder_sizes(config)
+    assert sizes.total == counted(network)
+    layers = network.layers
+    assert sizes.attention == sum(counted(layer.attention.qkv) + counted(layer.attention.out) for layer in layers)
+    experts = sum(p.numel() for layer in layers for p in layer.mlp.parameters() if p.dim() == 3)
+    assert sizes.expert * sizes.experts == experts
+    assert sizes.mlp + sizes.router == sum(counted(layer.mlp) for layer in layers) - experts
+    assert sizes.embedding == counted(network.embed)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 640}])
+def test_a_heads_sizes_are_those_of_the_network_that_is_built(name, changes):
+    config = eagle3_config(published()[name] | changes, name)
+    with torch.device("meta"):
+        head = Eagle3Head(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
+    assert head_sizes(config).total == counted(head)
+
+
+def test_mixed_layers_dense_and_of_experts():
+    raw = published()["Qwen/Qwen3-30B-A3B"] | {"mlp_only_layers": [0, 5], "num_hidden_layers": 8}
+    config = decoder_config(raw, "mixed")
+    with torch.device("meta"):
+        assert decoder_sizes(config).total == counted(Decoder(config, 1))
+
+
+def test_an_engine_holds_a_tied_embedding_twice():
+    tied, free = (decoder_sizes(decoder_config(published()[f"Qwen/Qwen3-{n}"], n)) for n in ("4B", "8B"))
+    assert tied.stored - tied.total == tied.embedding == 151_936 * 2560
+    assert free.stored == free.total
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B", "Qwen/Qwen3-235B-A22B"])
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_gpus_share_all_but_norms_routers_and_scarce_kv_heads(name, gpus):
+    config = decoder_config(published()[name], name)
+    whole, part = decoder_sizes(config), decoder_sizes(config, gpus)
+    replicated = whole.router + whole.norms
+    assert gpus * (part.stored - replicated) == pytest.approx(whole.stored - replicated, abs=gpus)
+    assert part.kv_values * gpus == whole.kv_values * max(1, gpus // config.num_kv_heads)
+    assert part.total == whole.total
+    network, shared = whole.network("bf16"), part.network("bf16")
+    assert gpus * (shared.dense - replicated) == pytest.approx(network.dense - replicated)
+    assert gpus * shared.expert == pytest.approx(network.expert)
+
+
+def test_what_a_pass_reads_and_multiplies():
+    sizes = decoder_sizes(decoder_config(published()["Qwen/Qwen3-235B-A22B"], "moe"))
+    routed, exported = sizes.network("bf16"), sizes.network("bf16", routed=False)
+    assert routed.active == pytest.approx(sizes.active - sizes.embedding)
+    assert exported.active == exported.dense == sizes.total - sizes.embedding
+    assert routed.bytes_read(1) == pytest.approx(2 * routed.active)
+    assert routed.bytes_read(1 << 20) == pytest.approx(exported.bytes_read(1))
+    assert sizes.network("fp32").kv_bytes == 2 * routed.kv_bytes == 2 * sizes.network("int8").kv_bytes
+    assert sizes.network("int8").bytes_read(1) == routed.bytes_read(1) / 2
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shapes_of_shipped_recipes_are_known_and_fit_together(file):
+    recipe = load_recipe(file)
+    target, draft = shapes(recipe, file.parent)
+    assert (draft is not None) == (recipe.draft.kind in ("eagle3", "model"))
+    assert target.sizes.gpus == recipe.tensor_parallel
+    if recipe.draft.kind == "eagle3":
+        assert draft.sizes.hidden_size == target.sizes.hidden_size
+        assert draft.sizes.embedding == target.sizes.embedding
+        assert draft.sizes.gpus == 1
+    if draft is not None:
+        assert draft.sizes.total < target.sizes.total
+
+
+def recipe_of(**changes):
+    return parse_recipe({"name": "mine", "target": {"path": "here", "hub": "Qwen/Qwen3-8B"}, **changes}, "mine.yaml")
+
+
+def test_a_config_at_hand_comes_before_the_published_one(tmp_path):
+    assert shapes(recipe_of(), tmp_path)[0].sizes.num_layers == 36
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, '
+        '"num_attention_heads": 4, "vocab_size": 100}'
+    )
+    shape = shapes(recipe_of(), tmp_path)[0]
+    assert (shape.sizes.num_layers, shape.sizes.head_dim) == (3, 16)
+    assert shape.origin.endswith("config.json")
+
+
+def test_shapes_that_nobody_knows(tmp_path):
+    with refused("target: here has no config.json", "the weights are not needed"):
+        shapes(recipe_of(target={"path": "here"}), tmp_path)
+    with refused("target: here", "target.hub Qwen/Qwen4 is not one of the published"):
+        shapes(recipe_of(target={"path": "here", "hub": "Qwen/Qwen4"}), tmp_path)
+    with refused("draft.source: head"):
+        shapes(recipe_of(draft={"kind": "eagle3", "source": {"path": "head"}}), tmp_path)
+
+
+def test_gpus_that_cannot_share():
+    odd = published()["Qwen/Qwen3-14B"] | {"num_attention_heads": 12, "num_key_value_heads": 4}
+    published()["odd"] = odd
+    try:
+        with refused("tensor_parallel is 8", "12 attention heads"):
+            shapes(recipe_of(target={"path": "here", "hub": "odd"}, tensor_parallel=8), Path("/nowhere"))
+    finally:
+        del published()["odd"]
+
+
+def test_recipe_keys():
+    with refused("mine.yaml: tensor_parallel is 3", "1, 2, 4 or 8"):
+        recipe_of(tensor_parallel=3)
+    with refused("mine.yaml: target", "hub names what path is to hold"):
+        recipe_of(target={"wheel": "a==1", "file": "b", "hub": "c"})
