@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from echo_trt.calibration.store import Calibration
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
+from echo_trt.outputs import json_bytes, output_file
 from echo_trt.recipe import StaticTree
 from echo_trt.simulation.files import read_stored
 from echo_trt.simulation.machines import THIS, Machine, machine_named
@@ -65,18 +65,20 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
         "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine)],
         "results": [],
     }
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
-        task = progress.add_task("simulating", total=len(job.batches) * len(names))
-        for batch in job.batches:
-            plain = 0.0
-            for name in names:
-                row = simulate(name, policies[name], recording, calibration, machine, batch, job)
-                plain = row["tokens_per_s"] if name == PLAIN else plain
-                result["results"].append({"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row)
-                progress.advance(task)
-    out.print(table(result))
-    if job.json_file:
-        _write(job.json_file, result)
+    with output_file("--json", job.json_file) as write_json:
+        with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+            task = progress.add_task("simulating", total=len(job.batches) * len(names))
+            for batch in job.batches:
+                plain = 0.0
+                for name in names:
+                    row = simulate(name, policies[name], recording, calibration, machine, batch, job)
+                    plain = row["tokens_per_s"] if name == PLAIN else plain
+                    result["results"].append(
+                        {"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row
+                    )
+                    progress.advance(task)
+        out.print(table(result))
+        write_json(json_bytes(result))
     return result
 
 
@@ -188,8 +190,6 @@ def _check(job: SimulationJob) -> None:
             raise UserError(f"--{option.replace('_', '-')} is {value}; give {least} or more.")
     if job.static and min(job.static) < 1:
         raise UserError(f"--static is {','.join(map(str, job.static))}; give a depth, a top_k and tokens, 1 or more.")
-    if job.json_file and not job.json_file.absolute().parent.is_dir():
-        raise UserError(f"--json {job.json_file} cannot be written; name a file in a folder that exists.")
 
 
 def _check_shape(policy: Policy, recording: Recording) -> None:
@@ -204,13 +204,3 @@ def _check_shape(policy: Policy, recording: Recording) -> None:
                 f"policy {policy.name} has {what} {wanted}, but the recording's trees have {known}; "
                 "lower it, or record larger trees."
             )
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written ({error.strerror}); name another file.") from error
