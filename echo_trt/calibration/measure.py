@@ -41,14 +41,18 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
 
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
-    blocks = loop.target.num_blocks
-    sizes = [n for n in SIZES if n <= blocks and n <= max(4 * loop.state.count, 16)]
-    long = min(LONG, loop.state.context - NODES)
+    state, blocks = loop.state, loop.target.num_blocks
+    # A slot's own blocks serve one request of a call, so that beyond the slots each request brings more tokens.
+    most = state.count if state.linear else blocks
+    long = min(LONG, state.context - NODES)
     short = min(SHORT, long)
+    tokens = {n: n // min(n, most) for n in SIZES if n % min(n, most) == 0 and n <= max(4 * state.count, 16)}
+    sizes = [n for n, chain in tokens.items() if chain <= state.context - short]
     each = -(-(long + NODES) // BLOCK)
-    wide = max(n for n in sizes if n * each <= blocks or n == 1)  # requests with long contexts, one token each
-    bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)  # the same with NODES tokens each
-    shapes = [(n, short, 1) for n in sizes] + [(wide, long, 1), (bushy, long, NODES)]
+    # Requests with long contexts, one token each; the same with NODES tokens each.
+    wide = max(n for n in sizes if n <= most and (n * each <= blocks or n == 1))
+    bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
+    shapes = [(min(n, most), short, tokens[n]) for n in sizes] + [(wide, long, 1), (bushy, long, NODES)]
     calls = [_call(loop, *shape) for shape in shapes]
     for call in calls:
         run(call)
@@ -75,7 +79,9 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
 def _call(loop: Loop, requests: int, context: int, tokens: int):
     """``tokens`` of each request: one, or a chain with a tree's mask."""
     blocks = -(-(context + tokens) // BLOCK)
-    table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
+    table = loop.state.block_table[:requests]
+    if not loop.state.linear:
+        table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
     past, counts = np.full(requests, context), np.full(requests, tokens)
     total = requests * tokens
     mask = np.tile(np.tril(np.ones((tokens, tokens), np.uint8)).reshape(-1), requests), begins(counts**2)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_trt.bundle import SelfCheck, TensorRTFacts
+from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.compile.native_export import TYPES, export_native
 from echo_trt.compile.onnx_export import export
-from echo_trt.compile.profiles import CallSizes, native_profiles, packed_profiles
+from echo_trt.compile.profiles import native_profiles, packed_profiles
 from echo_trt.compile.self_check import LINEAR_TABLE, check_engine
 from echo_trt.compile.tensorrt import (
     COMPILERS,

@@ -54,7 +54,7 @@ class History:
 
     def planned(self, speculates: bool) -> None:
         """What the plan came to; each that is plain lets the next one wait a little longer."""
-        self._quiet = 0 if speculates else self._quiet + 1
+        self._quiet = self._quiet // 2 if speculates else self._quiet + 1
         self._rest = min(self._quiet // _PATIENCE, _LONGEST_REST)
 
     def decided(self, levels: int, seconds: float) -> None:

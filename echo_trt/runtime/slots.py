@@ -32,10 +32,10 @@ class Slots:
         self.temperature, self.top_p = np.zeros(count), np.ones(count)
         self.top_k, self.seed = ints(count), ints(count)
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
-        blocks, self._linear = blocks_for(context + reserve), num_blocks is None
-        self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self._linear
+        blocks, self.linear = blocks_for(context + reserve), num_blocks is None
+        self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
         self.blocks_held = ints(count)
-        self._free_count = self.block_table.size if self._linear else num_blocks
+        self._free_count = self.block_table.size if self.linear else num_blocks
         self._free = np.arange(self._free_count, dtype=np.int32)[::-1].copy()  # a stack
 
     @property
@@ -60,7 +60,7 @@ class Slots:
         if total > self._free_count:
             return False
         self._free_count -= total
-        if not self._linear:
+        if not self.linear:
             places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
             self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
         self.blocks_held[slots] += wanted
@@ -69,7 +69,7 @@ class Slots:
     def release(self, slot: int) -> None:
         """Free the slot and its blocks."""
         held = int(self.blocks_held[slot])
-        if not self._linear:
+        if not self.linear:
             self._free[self._free_count : self._free_count + held] = self.block_table[slot, :held]
         self._free_count += held
         self.blocks_held[slot] = 0

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.recipe import Recipe
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
-
-if TYPE_CHECKING:
-    from echo_trt.compile.profiles import CallSizes
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,6 @@ class Needs:
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Of each GPU; ``target`` is one GPU's share of the network (Sizes.gpus)."""
-    from echo_trt.compile.profiles import CallSizes  # imports onnx and torch
-
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks

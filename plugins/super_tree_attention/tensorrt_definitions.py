@@ -9,14 +9,18 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
-from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, ROWS, plan
+from super_tree_attention.kernel_plan import ROWS, Plan, Whole, plan, tile_count
 from super_tree_attention.tensorrt_plugin import ATTENTION, COMBINE, NAMESPACE, relist_parameters
-from super_tree_attention.tensorrt_rules import ATTENTION_ORDER, COMBINE_ORDER, split_count, tile_count
 
 Desc, Tensor = trtp.TensorDesc, trtp.Tensor
 Launch = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 _ATTENTION, _COMBINE = f"{NAMESPACE}::{ATTENTION}", f"{NAMESPACE}::{COMBINE}"
 _BLOCK = 32
+#: The kernels' parameters as TensorRT passes them: inputs, integers, outputs (relist_parameters). Of attention, two
+#: outputs are the caches, which it writes by its inputs. Combine reads no block numbers, and its sixth input is its
+#: output.
+ATTENTION_ORDER = [*range(16), None, None]
+COMBINE_ORDER = [0, 1, None, 2, 3, None, 4, 5, 6, 7]
 _TYPES = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
 
@@ -37,10 +41,8 @@ def _describe_attention(
     head_dim: int,
     alias_caches: int,
 ) -> tuple[Desc, Desc, Desc, Desc, Desc]:
-    tokens, heads = query.shape_expr[0], query.shape_expr[1] // head_dim
-    sizes = tokens, past_lens.shape_expr[0], block_indices.shape_expr[0]
-    splits = split_count(*sizes, heads // num_kv_heads, num_kv_heads, _BLOCK, _card()[1], trtp)
-    rows = tokens * heads
+    rows = query.shape_expr[0] * (query.shape_expr[1] // head_dim)
+    splits = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).num_splits
     partial = trtp.from_shape_expr((rows, splits, head_dim), trt.float32)
     partial_lse = trtp.from_shape_expr((rows, splits), trt.float32)
     written = [cache.aliased() if alias_caches else cache.like() for cache in (key_cache, value_cache)]
@@ -49,7 +51,14 @@ def _describe_attention(
 
 @trtp.register(_COMBINE)
 def _describe_combine(
-    past_lens: Desc, seq_begins: Desc, partial: Desc, partial_lse: Desc, attended: Desc, head_dim: int
+    past_lens: Desc,
+    seq_begins: Desc,
+    block_indices: Desc,
+    partial: Desc,
+    partial_lse: Desc,
+    attended: Desc,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> Desc:
     return attended.aliased()  # requests of one split are done already
 
@@ -77,10 +86,16 @@ def _types_of_attention(
 
 @trtp.autotune(_COMBINE)
 def _types_of_combine(
-    past_lens: Desc, seq_begins: Desc, partial: Desc, partial_lse: Desc, attended: Desc, outputs: tuple[Desc]
+    past_lens: Desc,
+    seq_begins: Desc,
+    block_indices: Desc,
+    partial: Desc,
+    partial_lse: Desc,
+    attended: Desc,
+    outputs: tuple[Desc],
 ) -> list[trtp.AutoTuneCombination]:
     own = _type_name(attended)
-    return [trtp.AutoTuneCombination(", ".join(["INT32", "INT32", "FP32", "FP32", own, own]))]
+    return [trtp.AutoTuneCombination(", ".join(["INT32"] * 3 + ["FP32", "FP32", own, own]))]
 
 
 @trtp.aot_impl(_ATTENTION)
@@ -103,14 +118,14 @@ def _compile_attention(
     tactic: int,
 ) -> Launch:
     group = query.shape[1] // (num_kv_heads * head_dim)
-    usual = (_usual(query), _usual(past_lens), _usual(block_indices))
-    rows = _rows(*usual, num_kv_heads, group)
+    usual = _usual(query), _usual(past_lens), _usual(block_indices)
+    rows = _plan(*usual, num_kv_heads, group).rows
     kernel = _kernel("attention", query.dtype, head_dim, group, rows)
-    requests = past_lens.shape_expr[0]
-    launch = _launch_params(
-        kernel, tile_count(query.shape_expr[0], requests, rows, group), num_kv_heads, outputs[1].shape_expr[1]
-    )
-    integers = trtp.SymIntExprs.from_tuple((trtp.SymInt32(requests), trtp.SymInt32(MIN_SPLIT_KEYS)))
+    tokens, requests = query.shape_expr[0], past_lens.shape_expr[0]
+    tiles = tile_count(tokens, requests, rows, group, trtp)  # of the profile's tile, which the splits do not depend on
+    launch = _launch_params(kernel, tiles, num_kv_heads, outputs[1].shape_expr[1])
+    split_keys = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).split_keys
+    integers = trtp.SymIntExprs.from_tuple((trtp.SymInt32(requests), trtp.SymInt32(split_keys)))
     return kernel.name.encode(), relist_parameters(kernel.ptx, ATTENTION_ORDER).encode(), launch, integers
 
 
@@ -118,16 +133,22 @@ def _compile_attention(
 def _compile_combine(
     past_lens: Desc,
     seq_begins: Desc,
+    block_indices: Desc,
     partial: Desc,
     partial_lse: Desc,
     attended: Desc,
+    num_kv_heads: int,
     head_dim: int,
     outputs: tuple[Desc],
     tactic: int,
 ) -> Launch:
     kernel = _kernel("combine", attended.dtype, head_dim)
-    launch = _launch_params(kernel, attended.shape_expr[0], attended.shape_expr[1] // head_dim, 1)
-    integers = past_lens.shape_expr[0], MIN_SPLIT_KEYS, partial.shape_expr[1]
+    tokens, splits = attended.shape_expr[0], partial.shape_expr[1]
+    # Unless something is split, one token's programs, which find nothing to do: a grid must not be empty.
+    merged = (tokens - 1) * trtp.min(splits - 1, 1) + 1
+    launch = _launch_params(kernel, merged, attended.shape_expr[1] // head_dim, 1)
+    split_keys = _symbolic_plan(attended, past_lens, block_indices, num_kv_heads, head_dim).split_keys
+    integers = past_lens.shape_expr[0], split_keys, splits
     extra = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(i) for i in integers))
     return kernel.name.encode(), relist_parameters(kernel.ptx, COMBINE_ORDER).encode(), launch, extra
 
@@ -157,35 +178,38 @@ def _launch_attention(
     for cache, written in zip((key_cache, value_cache), outputs[3:], strict=True):
         if cache.data_ptr != written.data_ptr:
             raise RuntimeError("a cache's output is not bound to the cache's own memory")
-    tokens, requests, splits = query.shape[0], past_lens.shape[0], outputs[1].shape[1]
-    group = query.shape[1] // (num_kv_heads * head_dim)
-    rows = _rows(tokens, requests, block_indices.shape[0], num_kv_heads, group)
-    kernel = _kernel("attention", query.dtype, head_dim, group, rows)
-    grid = tile_count(tokens, requests, rows, group), num_kv_heads, splits
+    requests, group = past_lens.shape[0], query.shape[1] // (num_kv_heads * head_dim)
+    made = _plan(query.shape[0], requests, block_indices.shape[0], num_kv_heads, group)
+    kernel = _kernel("attention", query.dtype, head_dim, group, made.rows)
     results = [*(o.data_ptr for o in outputs[:3]), 0, 0]  # two null pointers: Triton's scratch memory, of no size
-    launch(_loaded(kernel), grid, kernel.threads, kernel.shared, stream,
-           [t.data_ptr for t in inputs], [requests, MIN_SPLIT_KEYS], results)  # fmt: skip
+    launch(_loaded(kernel), made.grid, kernel.threads, kernel.shared, stream,
+           [t.data_ptr for t in inputs], [requests, made.split_keys], results)  # fmt: skip
 
 
 @trtp.impl(_COMBINE)
 def _launch_combine(
     past_lens: Tensor,
     seq_begins: Tensor,
+    block_indices: Tensor,
     partial: Tensor,
     partial_lse: Tensor,
     attended: Tensor,
+    num_kv_heads: int,
     head_dim: int,
     outputs: tuple[Tensor],
     stream: int,
 ) -> None:
     from super_tree_attention.launch import launch
 
+    requests, group = past_lens.shape[0], attended.shape[1] // (num_kv_heads * head_dim)
+    made = _plan(attended.shape[0], requests, block_indices.shape[0], num_kv_heads, group)
+    if made.num_splits == 1:
+        return
     kernel = _kernel("combine", attended.dtype, head_dim)
-    grid = attended.shape[0], attended.shape[1] // head_dim, 1
-    integers = [past_lens.shape[0], MIN_SPLIT_KEYS, partial.shape[1]]
+    integers = [requests, made.split_keys, made.num_splits]
     pointers = [t.data_ptr for t in (past_lens, seq_begins, partial, partial_lse)]
     results = [outputs[0].data_ptr, 0, 0]
-    launch(_loaded(kernel), grid, kernel.threads, kernel.shared, stream, pointers, integers, results)
+    launch(_loaded(kernel), (*made.combine_grid, 1), kernel.threads, kernel.shared, stream, pointers, integers, results)
 
 
 def _launch_params(kernel: CompiledKernel, x: Any, y: Any, z: Any) -> trtp.KernelLaunchParams:
@@ -209,10 +233,19 @@ def _card() -> tuple[int, int]:
     return device_facts()
 
 
-def _rows(tokens: int, requests: int, entries: int, num_kv_heads: int, group: int) -> int:
+def _plan(tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole) -> Plan:
     capability, processors = _card()
-    launch = plan(tokens, requests, entries, num_kv_heads, group, processors=processors, compute_capability=capability)
-    return launch.rows
+    return plan(
+        tokens, requests, entries, num_kv_heads, group,
+        block=_BLOCK, processors=processors, compute_capability=capability, ops=ops,
+    )  # fmt: skip
+
+
+def _symbolic_plan(query: Desc, past_lens: Desc, block_indices: Desc, num_kv_heads: int, head_dim: int) -> Plan:
+    """What ``plan`` says of the shapes of each call. An engine's scratch memory is of these splits."""
+    group = query.shape_expr[1] // (num_kv_heads * head_dim)
+    sizes = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]
+    return _plan(*sizes, num_kv_heads, group, trtp)
 
 
 def _kernel(kind: str, dtype: trt.DataType, head_dim: int, group: int = 1, rows: int = ROWS[0]) -> CompiledKernel:

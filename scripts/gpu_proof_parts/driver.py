@@ -8,8 +8,7 @@ import torch
 from echo_trt.decoding.pack import BLOCK
 from gpu_proof_parts.calls import Shape, random_call
 from super_tree_attention import super_tree_attention
-from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, plan
-from super_tree_attention.tensorrt_rules import Whole, split_count, tile_count
+from super_tree_attention.kernel_plan import plan
 
 
 def launched_error(rng: np.random.Generator, dtype: torch.dtype, name: str) -> float:
@@ -24,25 +23,24 @@ def launched_error(rng: np.random.Generator, dtype: torch.dtype, name: str) -> f
     wanted = super_tree_attention(**{n: t.float().cpu() if t.is_floating_point() else t.cpu() for n, t in call.items()})
     sizes = len(call["query"]), len(call["past_lens"]), len(call["block_indices"])
     group = heads // kv_heads
-    splits = split_count(*sizes, group, kv_heads, BLOCK, processors, Whole)
-    rows = plan(*sizes, kv_heads, group, processors=processors, compute_capability=capability).rows
+    chosen = plan(*sizes, kv_heads, group, block=BLOCK, processors=processors, compute_capability=capability)
+    splits = chosen.num_splits
     nan = {"fill_value": float("nan"), "device": "cuda"}
     output = torch.full((sizes[0], heads * head_dim), dtype=dtype, **nan)
     partial = torch.full((sizes[0] * heads, splits, head_dim), dtype=torch.float32, **nan)
     partial_lse = torch.full((sizes[0] * heads, splits), dtype=torch.float32, **nan)
     stream = torch.cuda.current_stream().cuda_stream
     scratch = [0, 0]  # Triton's, of no size
-    attention = compile_kernel("attention", capability, name, head_dim, group, rows)
+    attention = compile_kernel("attention", capability, name, head_dim, group, chosen.rows)
     combine = compile_kernel("combine", capability, name, head_dim)
     for kernel, grid, pointers, integers, results in (
-        (attention, (tile_count(*sizes[:2], rows, group), kv_heads, splits), [*call.values()],
-         [sizes[1], MIN_SPLIT_KEYS], [output, partial, partial_lse]),
-        (combine, (sizes[0], heads, 1), [call["past_lens"], call["seq_begins"], partial, partial_lse],
-         [sizes[1], MIN_SPLIT_KEYS, splits], [output]),
+        (attention, chosen.grid, [*call.values()], [sizes[1], chosen.split_keys], [output, partial, partial_lse]),
+        (combine, (*chosen.combine_grid, 1), [call["past_lens"], call["seq_begins"], partial, partial_lse],
+         [sizes[1], chosen.split_keys, splits], [output]),
     ):  # fmt: skip
         function = load(kernel.cubin, kernel.name, kernel.shared)
-        given, made = ([t.data_ptr() for t in tensors] for tensors in (pointers, results))
-        launch(function, grid, kernel.threads, kernel.shared, stream, given, integers, made + scratch)
+        given, left = ([t.data_ptr() for t in tensors] for tensors in (pointers, results))
+        launch(function, grid, kernel.threads, kernel.shared, stream, given, integers, left + scratch)
     torch.cuda.synchronize()
     error = float((output.float().cpu() - wanted).abs().max() / wanted.abs().max())
     return error if torch.isfinite(output).all() else float("inf")

@@ -43,7 +43,7 @@ def prove_engine(proof: Proof, engine: str) -> None:
     """Build the small network in fp16; its self-check runs on this card."""
     import torch
 
-    from echo_trt.compile.profiles import CallSizes
+    from echo_trt.compile.call_sizes import CallSizes
     from echo_trt.compile.tensorrt_network import TensorRTBuild
     from echo_trt.engines.tensorrt import TensorRTEngine
     from echo_trt.recipe import parse_recipe

@@ -19,10 +19,11 @@ from echo_trt.bundle import read_manifest, verify_files
 from echo_trt.cli import main
 from echo_trt.compile import tensorrt
 from echo_trt.compile.build import build
+from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.compile.graph_checks import check_graph
 from echo_trt.compile.native_export import export_native
 from echo_trt.compile.onnx_export import export
-from echo_trt.compile.profiles import CallSizes, native_profiles, packed_profiles
+from echo_trt.compile.profiles import native_profiles, packed_profiles
 from echo_trt.compile.tensorrt import Job, check_capabilities, compile_engine, first_sentence, known_capabilities
 from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.roles import HeadRole, TargetRole
@@ -243,7 +244,7 @@ def test_another_major_version(engine, monkeypatch):
 
 
 def test_cards_are_not_for_cpus(networks, tmp_path):
-    with refused("compute_capability is 8.9", "openvino runs on CPUs", "--engine tensorrt-rtx"):
+    with refused("compute_capability is 8.9", "openvino is compiled for no card", "--engine tensorrt-rtx"):
         build(recipe_of("lookup", networks, compute_capability=["8.9"]), networks, tmp_path / "b")
 
 

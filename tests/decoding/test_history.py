@@ -145,3 +145,21 @@ def test_probes_wait_for_their_credit(iteration, cost):
     assert spent <= 0.01 * 400 * iteration
     if cost < 0.2 * iteration:
         assert spent > 0
+
+
+def test_where_plans_are_plain_some_are_left_out_until_the_load_changes():
+    history = History(4)
+
+    def planned(speculates: bool, iterations: int, requests: int = 4) -> int:
+        count = 0
+        for _ in range(iterations):
+            if not history.rests(requests):
+                history.planned(speculates)
+                count += 1
+        return count
+
+    assert planned(True, 50) == 50
+    assert 100 / 9 < planned(False, 100) < 60
+    assert planned(False, 90) in (10, 11)  # one in nine, at the longest
+    assert not history.rests(3)
+    assert planned(False, 4, requests=3) == 4

@@ -10,9 +10,10 @@ from pairs import LIMITS, SIZES, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.bundle import TensorRTFacts
+from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.compile.native_export import export_native
 from echo_trt.compile.onnx_export import METADATA, export
-from echo_trt.compile.profiles import CallSizes, native_profiles, packed_profiles
+from echo_trt.compile.profiles import native_profiles, packed_profiles
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines import tensorrt

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from super_tree_attention.kernel_plan import MAX_SPLITS, MIN_SPLIT_KEYS, plan
+from super_tree_attention.kernel_plan import MAX_SPLITS, MIN_SPLIT_KEYS, Whole, plan
 
 QWEN3_8B = {"kv_heads": 8, "group": 4}
 
@@ -47,3 +47,70 @@ def test_a_short_context_is_not_split():
 @pytest.mark.parametrize(("capability", "rows"), [(80, 64), (89, 64), (90, 128), (100, 128), (120, 64)])
 def test_the_largest_tile_depends_on_the_card(capability, rows):
     assert plan(512, 1, 512, **QWEN3_8B, compute_capability=capability).rows == rows
+
+
+class Symbol:
+    """A number of which TensorRT's symbols' operations alone are known, with the symbol on the left."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __add__(self, other):
+        return Symbol(self.value + _value(other))
+
+    def __sub__(self, other):
+        return Symbol(self.value - _value(other))
+
+    def __mul__(self, other):
+        return Symbol(self.value * _value(other))
+
+    def __floordiv__(self, other):
+        return Symbol(self.value // _value(other))
+
+    def __bool__(self):
+        raise AssertionError("a symbol is neither true nor false")
+
+
+class Symbols:
+    @staticmethod
+    def cdiv(a, b):
+        return Symbol(Whole.cdiv(a.value, _value(b)))
+
+    @staticmethod
+    def min(a, b):
+        return Symbol(min(a.value, _value(b)))
+
+    @staticmethod
+    def max(a, b):
+        return Symbol(max(a.value, _value(b)))
+
+
+def _value(number):
+    return number.value if isinstance(number, Symbol) else number
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 9000), st.integers(1, 300), st.integers(0, 9000), st.integers(1, 16)),
+    kv_heads=st.integers(1, 8),
+    processors=st.integers(1, 200),
+    capability=st.sampled_from([80, 90]),
+)
+def test_a_plan_of_symbols_is_the_plan_of_their_numbers(sizes, kv_heads, processors, capability):
+    tokens, requests, entries, group = sizes
+    card = {"processors": processors, "compute_capability": capability}
+    made = plan(tokens, requests, entries, kv_heads, group, **card)
+    symbols = plan(*map(Symbol, sizes[:3]), kv_heads, Symbol(group), **card, ops=Symbols)
+    assert made.grid == tuple(map(_value, symbols.grid))
+    assert (made.rows, made.split_keys) == (symbols.rows.value, symbols.split_keys.value)
+
+
+@given(programs=st.integers(1, 3000), processors=st.integers(1, 600))
+def test_no_fewer_splits_would_fill_the_waves(programs, processors):
+    """By trying all counts in turn."""
+    keys = 10**9
+    made = plan(64 * programs, 1, keys // 32, 1, 1, rows=64, processors=processors)
+    filled = (
+        s for s in range(1, MAX_SPLITS) if 10 * programs * s >= 9 * Whole.cdiv(programs * s, processors) * processors
+    )
+    wanted = next(filled, MAX_SPLITS)
+    assert made.num_splits == wanted

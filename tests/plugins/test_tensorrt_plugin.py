@@ -15,8 +15,6 @@ from pairs import SIZES, roles_of
 
 from echo_trt.compile.onnx_export import export
 from super_tree_attention import kernel_plan, super_tree_attention, tensorrt_plugin
-from super_tree_attention.kernel_plan import MAX_SPLITS, MIN_SPLIT_KEYS
-from super_tree_attention.tensorrt_rules import Whole, split_count
 
 INPUTS = ("query", "key", "value", "key_cache", "value_cache", "past_lens", "seq_begins", "block_indices",
           "block_begins", "tree_mask", "tree_mask_begins")  # fmt: skip
@@ -72,14 +70,14 @@ def plugin_of(trt, registered, name: str, ahead_of_time: bool, **attributes: int
 @pytest.mark.parametrize("alias", [0, 1])
 def test_outputs_are_described(trt, registered, card, ahead_of_time, alias):
     bf16, int32, single = trt.DataType.BF16, trt.DataType.INT32, trt.DataType.FLOAT
-    attributes = {"num_kv_heads": 2, "head_dim": 64, "alias_caches": alias}
-    attention = plugin_of(trt, registered, "SuperTreeAttention", ahead_of_time, **attributes)
+    attributes = {"num_kv_heads": 2, "head_dim": 64}
+    attention = plugin_of(trt, registered, "SuperTreeAttention", ahead_of_time, **attributes, alias_caches=alias)
     types = attention.get_output_data_types([bf16] * 5 + [int32] * 6, [2, 2, 2, 4, 4, 1, 1, 1, 1, 1, 1])
     assert types == [bf16, single, single, bf16, bf16]
     assert attention.aliased_map == {0: -1, 1: -1, 2: -1, 3: 3 if alias else -1, 4: 4 if alias else -1}
-    combine = plugin_of(trt, registered, "SuperTreeCombine", ahead_of_time, head_dim=64)
-    assert combine.get_output_data_types([int32, int32, single, single, bf16], [1, 1, 3, 2, 2]) == [bf16]
-    assert combine.aliased_map == {0: 4}
+    combine = plugin_of(trt, registered, "SuperTreeCombine", ahead_of_time, **attributes)
+    assert combine.get_output_data_types([int32] * 3 + [single, single, bf16], [1, 1, 1, 3, 2, 2]) == [bf16]
+    assert combine.aliased_map == {0: 5}
 
 
 @pytest.mark.parametrize("name", ["SuperTreeAttention", "SuperTreeCombine"])
@@ -102,30 +100,12 @@ def test_there_is_one_choice_of_types(trt, registered, name):
         combinations(trt.DataType.FLOAT)
 
 
-sizes = st.tuples(st.integers(1, 600), st.integers(1, 300), st.integers(0, 9000))
-
-
-@given(sizes, st.sampled_from([1, 2, 4, 5, 16]), st.integers(1, 8), st.integers(1, 200))
-def test_splits_are_few_and_fill_the_card(size, group, kv_heads, processors):
-    tokens, requests, entries = size
-    splits = split_count(tokens, requests, entries, group, kv_heads, BLOCK, processors, Whole)
-    assert 1 <= splits <= max(1, min(MAX_SPLITS, -(-entries * BLOCK // MIN_SPLIT_KEYS)))
-    programs = (tokens * group // 64 + requests) * kv_heads
-    if splits > 1:
-        assert (splits - 1) * programs < 2 * processors
-
-
 @given(st.lists(st.integers(0, 1), max_size=40))
 def test_a_mask_keeps_its_bytes(mask):
     mask = np.array(mask, np.uint8)
     words = tensorrt_plugin.words(mask)
     assert (words.dtype, len(words)) == (np.int32, -(-len(mask) // 4))
     assert (words.view(np.uint8)[: len(mask)] == mask).all()
-
-
-def test_one_long_context_is_split_and_a_full_batch_is_not():
-    assert split_count(64, 1, 1025, 4, 8, BLOCK, 132, Whole) >= 6
-    assert split_count(512, 256, 256 * 33, 4, 8, BLOCK, 132, Whole) == 1
 
 
 class Launches:
@@ -164,7 +144,7 @@ def test_what_python_launches_computes_the_operator(trt, registered, definitions
     wanted = super_tree_attention(**call | wanted_caches)
 
     tokens, requests = len(call["query"]), len(past)
-    splits = split_count(tokens, requests, len(call["block_indices"]), heads // kv_heads, kv_heads, BLOCK, 132, Whole)
+    splits = kernel_plan.plan(tokens, requests, len(call["block_indices"]), kv_heads, heads // kv_heads).num_splits
     rows = tokens * heads
     scratch = torch.full((rows, splits, head_dim), torch.nan), torch.full((rows, splits), torch.nan)
     output = torch.full_like(wanted, torch.nan)
@@ -178,9 +158,9 @@ def test_what_python_launches_computes_the_operator(trt, registered, definitions
     given = [tensor(call[name], dtype) for name in INPUTS]
     made = [tensor(t, dtype) for t in (output, *scratch)]
     registered["SuperTreeAttention"].impl_func(*given, kv_heads, head_dim, (*made, *given[3:5]), stream=0)
-    merged = [tensor(call[n], dtype) for n in ("past_lens", "seq_begins")]
-    registered["SuperTreeCombine"].impl_func(*merged, *made[1:], made[0], head_dim, (made[0],), stream=0)
-    assert driver.names == ["attention", "combine"]
+    merged = [tensor(call[n], dtype) for n in ("past_lens", "seq_begins", "block_indices")]
+    registered["SuperTreeCombine"].impl_func(*merged, *made[1:], made[0], kv_heads, head_dim, (made[0],), stream=0)
+    assert driver.names == ["attention", "combine"][: 1 + (split > 1)]
     assert splits == split
     torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
     for name, cache in wanted_caches.items():
@@ -236,8 +216,8 @@ def test_kernels_are_compiled_into_the_engine(trt, registered, card, tmp_path, d
     given += [desc(trt, int32, (length,), dynamic) for length in (8, 9, 90, 9, 50, 9)]
     made = [desc(trt, *of, dynamic) for of in ((bf16, (64, 1024)), (single, (512, 3, 128)), (single, (512, 3)))]
     attention = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), 0)
-    combine = registered["SuperTreeCombine"].aot_impl_func(*given[5:7], *made[1:], made[0], 128, (made[0],), 0)
-    for (name, ptx, _, integers), inputs, outputs in ((attention, 11, 5), (combine, 5, 1)):
+    combine = registered["SuperTreeCombine"].aot_impl_func(*given[5:8], *made[1:], made[0], 2, 128, (made[0],), 0)
+    for (name, ptx, _, integers), inputs, outputs in ((attention, 11, 5), (combine, 6, 1)):
         text = ptx.decode()
         listed = re.search(rf"\.entry {name.decode()}\((.*?)\n\)", text, re.DOTALL)[1]
         kinds = re.findall(r"\.param \.(u\d+)", listed)
@@ -282,7 +262,7 @@ def test_the_graph_has_both_plugins_and_the_caches_outputs(graphs):
     for attention, combine, node in zip(plugins[::2], plugins[1::2], old, strict=True):
         assert list(attention.input) == list(node.input)
         assert list(attention.output[3:]) == [name + ".written" for name in node.input[3:5]]
-        assert list(combine.input) == [*node.input[5:7], *attention.output[1:3], attention.output[0]]
+        assert list(combine.input) == [*node.input[5:8], *attention.output[1:3], attention.output[0]]
         assert list(combine.output) == list(node.output)
     assert [n.op_type for n in after.node if n.domain != "echo"] == [
         n.op_type for n in before.node if n.domain != "echo"
