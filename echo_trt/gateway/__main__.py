@@ -1,0 +1,47 @@
+"""``python -m echo_trt.gateway``: the gateway as a process of its own, as the images run it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from echo_trt.errors import UserError
+from echo_trt.gateway.app import LARGEST_BODY, create_app
+
+
+def run(
+    grpc_url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
+    model: Annotated[str, typer.Option(help="Name of the Triton model.")] = "echo",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9000,
+    api_keys_file: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
+    largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
+) -> None:
+    """Serve OpenAI's API from a Triton server that holds an echo model."""
+    app = create_app(grpc_url, model, api_keys_file, largest_body)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_seconds,
+    )
+
+
+def main() -> None:
+    try:
+        typer.run(run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

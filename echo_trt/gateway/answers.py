@@ -1,0 +1,143 @@
+"""Pieces of text in the shape of OpenAI's answers, whole and as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from echo_trt.gateway.choices import ClientGone
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.upstream import Piece
+
+Pieces = AsyncGenerator[tuple[int, Piece], None]
+
+
+@dataclass
+class Usage:
+    """Tokens of an answer: every prompt counts once however many choices it has, every choice counts."""
+
+    n: int
+    prompt: int = 0
+    completion: int = 0
+
+    def add(self, choice: int, last: Piece) -> None:
+        self.completion += last.completion_tokens
+        self.prompt += last.prompt_tokens if choice % self.n == 0 else 0
+
+    def body(self) -> dict[str, int]:
+        total = self.prompt + self.completion
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+
+
+@dataclass
+class Answer:
+    """One HTTP request's answer, of ``choices`` texts, n of them a prompt."""
+
+    chat: bool
+    model: str
+    choices: int
+    n: int
+    metrics: Metrics
+    wants_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(16)
+
+    async def whole(self, pieces: Pieces) -> dict[str, Any]:
+        texts, reasons, usage = [""] * self.choices, [""] * self.choices, Usage(self.n)
+        async for choice, piece in pieces:
+            texts[choice] += piece.text
+            if piece.finish_reason:
+                reasons[choice] = piece.finish_reason
+                usage.add(choice, piece)
+        self._count(usage)
+        kind = "chat.completion" if self.chat else "text_completion"
+        choices = [self._choice(index, *entry) for index, entry in enumerate(zip(texts, reasons, strict=True))]
+        return self._head(kind) | {"choices": choices, "usage": usage.body()}
+
+    async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[str]:
+        """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
+        usage = Usage(self.n)
+        try:
+            if self.chat:
+                for index in range(self.choices):
+                    yield self._chunk([_delta(index, {"role": "assistant", "content": ""})])
+            async for choice, piece in _chained(first, pieces):
+                if piece.text or not self.chat:
+                    yield self._chunk([self._new_text(choice, piece)])
+                if piece.finish_reason:
+                    usage.add(choice, piece)
+                    if self.chat:
+                        yield self._chunk([_delta(choice, {}, piece.finish_reason)])
+            if self.wants_usage:
+                yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": usage.body()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body)
+        except ClientGone:
+            self.metrics.disconnects += 1
+        finally:
+            self._count(usage)
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> str:
+        usage = {"usage": None} if self.wants_usage else {}
+        return _event(self._head(self._chunk_kind) | {"choices": choices} | usage)
+
+    def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
+        if self.chat:
+            return _delta(index, {"content": piece.text})
+        return {"index": index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+
+    def _choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+
+    def _count(self, usage: Usage) -> None:
+        self.metrics.prompt_tokens += usage.prompt
+        self.metrics.completion_tokens += usage.completion
+
+
+class EventStream(StreamingResponse):
+    """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up."""
+
+    def __init__(self, events: AsyncIterator[str], pieces: Pieces):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.stream_response(send)
+        finally:
+            await self._pieces.aclose()
+
+
+async def _chained(first: tuple[int, Piece], rest: Pieces) -> AsyncIterator[tuple[int, Piece]]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _delta(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

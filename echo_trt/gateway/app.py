@@ -1,0 +1,150 @@
+"""The HTTP application: three of OpenAI's endpoints, health and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+
+from echo_trt.gateway.answers import Answer, EventStream
+from echo_trt.gateway.choices import ClientGone, merged
+from echo_trt.gateway.edge import Edge
+from echo_trt.gateway.errors import ApiError, from_validation, log
+from echo_trt.gateway.keys import Keys
+from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
+from echo_trt.gateway.upstream import Upstream
+
+LARGEST_BODY = 2**20  # bytes
+HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
+#: What the framework refuses by itself.
+MESSAGES = {
+    400: "The body is not valid JSON.",
+    404: "There is nothing at this path.",
+    405: "This path does not take that method.",
+}
+
+
+def create_app(
+    grpc_url: str, model: str = "echo", api_keys_file: Path | None = None, largest_body: int = LARGEST_BODY
+) -> FastAPI:
+    """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
+
+    Raises UserError for a keys file that holds no usable key.
+    """
+    keys = Keys(api_keys_file) if api_keys_file else None
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.upstream = Upstream(grpc_url, model, metrics)
+        yield
+        await app.state.upstream.close()
+
+    app = FastAPI(title="echo-trt", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.metrics, app.state.model, app.state.created = metrics, model, int(time.time())
+    app.add_middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)
+    _handle_errors(app)
+    app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{name:path}", one_model)
+    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_api_route("/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/health", health)
+    app.add_api_route("/metrics", show_metrics)
+    return app
+
+
+async def models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(request)]}
+
+
+async def one_model(request: Request, name: str) -> dict[str, Any]:
+    _check_model(request, name)
+    return _model(request)
+
+
+async def chat(request: Request, asked: ChatRequest) -> Response:
+    return await _answer(request, asked)
+
+
+async def completions(request: Request, asked: CompletionRequest) -> Response:
+    return await _answer(request, asked)
+
+
+async def health(request: Request) -> dict[str, str]:
+    await request.app.state.upstream.check()
+    return {"status": "ok"}
+
+
+async def show_metrics(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+    """The first piece decides over the HTTP status: what fails before it is no 200."""
+    _check_model(request, asked.model)
+    state = request.app.state
+    inputs = [prompt | _params(asked, seed) for prompt in asked.inputs() for seed in asked.seeds()]
+    pieces = merged([state.upstream.stream(each) for each in inputs], request)
+    answer = Answer(isinstance(asked, ChatRequest), asked.model, len(inputs), asked.n, state.metrics, asked.wants_usage)
+    try:
+        if not asked.stream:
+            return JSONResponse(await answer.whole(pieces))
+        first = await anext(pieces)
+    except ClientGone:
+        state.metrics.disconnects += 1
+        return Response(status_code=HUNG_UP)
+    return EventStream(answer.events(first, pieces), pieces)
+
+
+def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]:
+    params = {
+        "max_tokens": asked.limit,
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+        "top_k": asked.top_k,
+        "seed": seed,
+        "ignore_eos": asked.ignore_eos,
+        "stream": asked.stream,
+        "exclude_input_in_output": True,
+    }
+    optional = {"stop_words": asked.stop or None, "priority": asked.priority, "deadline_ms": asked.deadline_ms}
+    return params | {name: value for name, value in optional.items() if value is not None}
+
+
+def _model(request: Request) -> dict[str, Any]:
+    state = request.app.state
+    return {"id": state.model, "object": "model", "created": state.created, "owned_by": "echo-trt"}
+
+
+def _check_model(request: Request, name: str) -> None:
+    served = request.app.state.model
+    if name != served:
+        message = f"The model {name[:80]!a} does not exist here; ask for '{served}'."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def ours(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, MESSAGES.get(error.status_code, str(error.detail))).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
+        return ApiError(500, "The gateway failed at this request; its log says why.", "server_error").response()

@@ -1,0 +1,70 @@
+"""The outermost layer: keys, the size of bodies, and the count of what was answered."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.keys import Keys
+from echo_trt.gateway.metrics import Metrics
+
+OPEN = ("/health", "/metrics")  # paths for machines that watch over us, without a key
+COUNTED = (*OPEN, "/v1/models", "/v1/chat/completions", "/v1/completions")  # others are "other": no endless labels
+
+
+class Edge:
+    def __init__(self, app: ASGIApp, keys: Keys | None, largest_body: int, metrics: Metrics):
+        self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"] if scope["path"] in COUNTED else "other"
+        headers = dict(scope["headers"])
+        began = False
+
+        async def counted_send(message: Message) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                self.metrics.requests[path, message["status"]] += 1
+            await send(message)
+
+        self.metrics.running += 1
+        try:
+            self._admit(scope["path"], headers)
+            await self.app(scope, self._measured(receive), counted_send)
+        except ApiError as error:
+            if not began:
+                await error.response()(scope, receive, counted_send)
+        except Exception:  # answered further out
+            self.metrics.requests[path, 500] += not began
+            raise
+        finally:
+            self.metrics.running -= 1
+
+    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Before a byte of the body is read. Raises ApiError."""
+        if self.keys and path not in OPEN and not self.keys.allow(headers.get(b"authorization", b"")):
+            message = "A valid API key is needed, as in Authorization: Bearer KEY."
+            raise ApiError(401, message, "authentication_error", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.largest_body:
+            raise self._too_large()
+
+    def _measured(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def measured() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.largest_body:
+                raise self._too_large()
+            return message
+
+        return measured
+
+    def _too_large(self) -> ApiError:
+        message = f"The body is larger than {self.largest_body} bytes; send a shorter prompt."
+        return ApiError(413, message, code="request_too_large")

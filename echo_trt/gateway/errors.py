@@ -1,0 +1,79 @@
+"""Every failure in OpenAI's error format, and what a gRPC status of the server means to a client."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("echo_trt.gateway")
+
+
+class ApiError(HTTPException):
+    """One sentence for the client, with the HTTP status it goes out under."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(status, message)
+        self.retry_after = retry_after
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status_code == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status_code, headers)
+
+
+def overloaded() -> ApiError:
+    message = "The server's queue is full; retry in a second."
+    return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
+
+
+def unavailable() -> ApiError:
+    return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
+
+
+def from_grpc(code: str, details: str) -> ApiError:
+    """``code`` is a gRPC status name. What a client cannot act on is logged here and not told outside."""
+    if code == "INVALID_ARGUMENT":
+        return ApiError(400, details)
+    if code == "UNAVAILABLE" and "queue" in details.lower():
+        return overloaded()
+    if code == "DEADLINE_EXCEEDED":
+        return ApiError(504, "The request's deadline passed before it was finished.", "server_error", code="deadline")
+    log.error("upstream: %s %s", code, details)
+    if code in ("UNAVAILABLE", "NOT_FOUND", "CANCELLED"):
+        return unavailable()
+    return ApiError(500, "The engine failed at this request; the server's log says why.", "server_error")
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's errors as a sentence that names the field and the value."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        return ApiError(400, "The body must be a JSON object, sent as application/json.")
+    param = ".".join(path)
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing.", param=param)
+    return ApiError(400, f"{param} is {_shown(first['input'])}: {reason}.", param=param)
+
+
+def _shown(value: object, size: int = 60) -> str:
+    text = ascii(value)
+    return text if len(text) <= size else text[:size] + "..."

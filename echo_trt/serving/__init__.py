@@ -1,0 +1,1 @@
+"""Serving: one engine loop for all requests, behind Triton Inference Server."""

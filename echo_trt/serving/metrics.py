@@ -1,0 +1,102 @@
+"""What Prometheus is told, through Triton's metrics endpoint. One thread alone may touch it: two abort the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from echo_trt.serving.service import Event, Statistics
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+
+#: name -> what it says, of Statistics.counters
+COUNTERS = {
+    "iterations": "Iterations of the engine loop",
+    "prompt_tokens": "Prompt tokens computed",
+    "emitted_tokens": "Tokens emitted",
+    "verified_tokens": "Tokens that the target verified, roots included",
+    "drafted_tokens": "Draft tokens that were verified",
+    "verifications": "Verifications of one request: emitted over these is the accepted length",
+    "preemptions": "Requests set back because KV blocks ran out",
+}
+GAUGES = {
+    "queued": "Requests that wait for a place",
+    "running": "Requests that are being answered",
+    "blocks": "KV blocks of the pool",
+    "blocks_used": "KV blocks in use",
+    "budget": "K_max: tokens verified in an iteration, at most; 0 where the policy has none",
+}
+
+
+class Metrics:
+    """``family`` is Triton's MetricFamily. Counters are brought up to date by ``flush``, from the service's own."""
+
+    def __init__(self, family: Any):
+        counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
+        self._families = []  # a family that is collected takes its metrics along
+
+        def make(name: str, description: str, kind: Any, labels: dict[str, str] | None = None, **more: Any) -> Any:
+            self._families.append(family(name=f"echo_{name}", description=description, kind=kind))
+            return self._families[-1].Metric(labels=labels or {}, **more)
+
+        self._counters = {name: make(f"{name}_total", text, counter) for name, text in COUNTERS.items()}
+        self._gauges = {name: make(name, text, gauge) for name, text in GAUGES.items()}
+        self._accepted = make("accepted_length", "Tokens emitted a verification, of the last seconds", gauge)
+        self._engine_failures = make("engine_failures_total", "Iterations in which the engine failed", counter)
+        self._requests = family(name="echo_requests_total", description="Requests by outcome", kind=counter)
+        self._policy = family(name="echo_policy", description="1 for the policy in force", kind=gauge)
+        self._by_outcome: dict[str, Any] = {}
+        self._by_policy: dict[str, Any] = {}
+        self._histograms = {
+            name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
+            for name, text in (
+                ("queue", "From a request's arrival until the engine takes it"),
+                ("time_to_first_token", "From a request's arrival to its first token"),
+                ("inter_token", "Between two tokens of a request"),
+                ("request", "From a request's arrival to its end"),
+            )
+        }
+        self._told: dict[str, float] = {}
+        self._last = (0, 0)
+
+    def observe(self, name: str, seconds: float) -> None:
+        self._histograms[name].observe(seconds)
+
+    def ended(self, event: Event) -> None:
+        """A request's last event."""
+        end = event.end
+        if end.queue_seconds is not None:
+            self.observe("queue", end.queue_seconds)
+        if end.first_token_seconds is not None:
+            self.observe("time_to_first_token", end.first_token_seconds)
+
+    def flush(self, now: Statistics, refused: dict[str, int]) -> None:
+        """``refused``: requests that the service never took, by outcome."""
+        for name, metric in self._counters.items():
+            self._count(name, metric, getattr(now.counters, name))
+        self._count("engine_failures", self._engine_failures, now.engine_failures)
+        for name, metric in self._gauges.items():
+            self._set(name, metric, getattr(now, name) or 0)
+        for outcome, number in {**now.ended, **refused}.items():
+            if outcome not in self._by_outcome:
+                self._by_outcome[outcome] = self._requests.Metric(labels={"outcome": outcome})
+            self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
+        if now.policy not in self._by_policy:
+            self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
+        for name, metric in self._by_policy.items():
+            self._set(f"policy {name}", metric, float(name == now.policy))
+        emitted, verifications = self._last
+        if now.counters.verifications > verifications:
+            length = (now.counters.emitted_tokens - emitted) / (now.counters.verifications - verifications)
+            self._accepted.set(length)
+            self._last = now.counters.emitted_tokens, now.counters.verifications
+
+    def _count(self, name: str, metric: Any, value: float) -> None:
+        before = self._told.get(name, 0)
+        if value > before:
+            metric.increment(value - before)
+            self._told[name] = value
+
+    def _set(self, name: str, metric: Any, value: float) -> None:
+        if self._told.get(name) != value:
+            metric.set(value)
+            self._told[name] = value

@@ -1,0 +1,349 @@
+"""The engine service: one thread owns the loop and answers all requests; any thread may submit and cancel.
+
+Each request that was taken ends with exactly one event that has an ``end``. Events are told on the engine's thread, in
+order, so a listener must not block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from echo_trt.runtime.answer import Answer
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.loop import Request
+from echo_trt.runtime.params import Counters, SamplingParams
+
+log = logging.getLogger(__name__)
+
+#: Failures of the engine beside a request, the last of them with no other running: the request is taken for the cause.
+MOST_FAILURES = 2
+
+
+class Overloaded(Exception):
+    """No request is taken now; another time or another server may. The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a request ended. reason: stop, length, cancelled, deadline or failed, where ``message`` says why.
+
+    Seconds run from submission: until the engine took it, and until its first token; None where that never came.
+    """
+
+    reason: str
+    message: str
+    prompt_tokens: int
+    completion_tokens: int
+    verifications: int
+    drafted: int
+    queue_seconds: float | None
+    first_token_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became certain of an answer at ``time`` (time.monotonic). Tokens may precede the text they belong to."""
+
+    text: str
+    token_ids: Sequence[int]
+    time: float
+    end: End | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. Jobs are ordered as they are served: by priority, lowest first, then by arrival."""
+
+    request: Request
+    answer: Answer
+    on_event: Callable[[Event], None]
+    priority: int
+    serial: int
+    deadline: float | None
+    submitted: float
+    taken: float | None = None
+    first_token: float | None = None
+    told: int = 0  # tokens
+    failures: int = 0
+
+    def __lt__(self, other: Job) -> bool:
+        return (self.priority, self.serial) < (other.priority, other.serial)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The service at about one moment; ``ended`` counts requests by reason."""
+
+    queued: int
+    running: int
+    blocks: int
+    blocks_used: int
+    policy: str
+    budget: int
+    counters: Counters
+    ended: dict[str, int] = field(default_factory=dict)
+    engine_failures: int = 0
+
+
+class Service:
+    """Answers requests with ``llm``, which is its own from now on. ``queue``: how many may wait for a place."""
+
+    def __init__(self, llm: LLM, queue: int = 256):
+        self.llm, self.loop, self.queue = llm, llm.loop, queue
+        self._changed = threading.Condition()  # guards what follows, up to the blank line
+        self._open: dict[Request, Job] = {}
+        self._pending: list[Job] = []  # a heap
+        self._cancelled: list[Job] = []
+        self._draining = self._closed = False
+
+        # The engine thread's own.
+        self._suspects: list[Job] = []  # were running when the engine failed; each is tried alone
+        self._on_trial: Job | None = None
+        self._ended: Counter[str] = Counter()
+        self._engine_failures = 0
+
+        self._serial = count()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- for any thread --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        on_event: Callable[[Event], None],
+        priority: int = 0,
+        seconds: float | None = None,
+    ) -> Job:
+        """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
+
+        Raises UserError for a prompt that cannot be answered, Overloaded while no request is taken.
+        """
+        serial, now = next(self._serial), time.monotonic()
+        request = Request(serial, self.llm.checked(prompt), params)
+        self.loop.check(request)
+        answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
+        deadline = None if seconds is None else now + seconds
+        job = Job(request, answer, on_event, priority, serial, deadline, now)
+        with self._changed:
+            if self._draining:
+                raise Overloaded("the server is shutting down; send the request to another one.")
+            if len(self._pending) >= self.queue:
+                raise Overloaded(f"the queue is full, {len(self._pending)} requests wait; try again in a second.")
+            heapq.heappush(self._pending, job)
+            self._open[request] = job
+            self._changed.notify_all()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job before the next iteration; nothing happens if it has ended."""
+        with self._changed:
+            self._cancelled.append(job)
+            self._changed.notify_all()
+
+    def statistics(self) -> Statistics:
+        loop, policy = self.loop, self.loop.policy
+        total, free = loop.target.num_blocks, loop.state.free_blocks
+        queued, counters = len(self._pending) + len(loop.waiting), loop.counters.copy()
+        ended = dict(self._ended)
+        running = loop.running
+        return Statistics(
+            queued, running, total, total - free, policy.name, policy.budget, counters, ended, self._engine_failures
+        )
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Take no more requests and wait until those that were taken have ended; False if that takes longer."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._open, seconds)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Drain for so long, cancel what is left, and stop."""
+        self.drain(seconds)
+        with self._changed:
+            self._cancelled += self._open.values()
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # -- the engine's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._end_cancelled()
+                self._end_late()
+                self._feed()
+                self._iterate()
+        except Exception:
+            log.exception("the engine's thread has died; its requests fail")
+            self._fail_all("the engine's thread has died; the server must be restarted.")
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False once the service is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._open or self._closed)
+            return bool(self._open) or not self._closed
+
+    def _end_cancelled(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+        for job in cancelled:
+            self._end(job, "cancelled")
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._open.values() if job.deadline is not None and job.deadline <= now]
+        for job in late:
+            self._end(job, "deadline")
+
+    def _feed(self) -> None:
+        """Hand the loop what it has a place for, or a suspect by itself."""
+        loop = self.loop
+        if self._on_trial:
+            return
+        if self._suspects:
+            self._on_trial = self._suspects.pop(0)
+            loop.add(self._on_trial.request)
+            return
+        while len(loop.waiting) + loop.running < loop.state.count:
+            with self._changed:
+                if not self._pending:
+                    return
+                job = heapq.heappop(self._pending)
+            job.taken = job.taken or time.monotonic()
+            loop.add(job.request)
+
+    def _iterate(self) -> None:
+        try:
+            emission = self.loop.step()
+        except Exception as error:
+            self._recover(error)
+            return
+        for request, tokens in emission:
+            self._tell(self._open[request], tokens)
+        if self._on_trial and len(emission.requests):
+            self._pass_trial()
+
+    def _tell(self, job: Job, tokens: Sequence[int]) -> None:
+        """New tokens of a request, and its end where they bring it."""
+        job.first_token = job.first_token or time.monotonic()
+        try:
+            text, used = job.answer.take(self.loop, tokens)
+        except Exception as error:  # one request's text is no other's trouble
+            log.exception("request %s cannot be put into text", job.request.id)
+            self._end(job, "failed", f"its tokens could not be put into text ({_sentence(error)}).")
+            return
+        job.told += len(used)
+        if job.request.finish_reason:
+            self._close_job(job, text, used, job.request.finish_reason, "")
+        elif used:
+            self._send(job, Event(text, used, time.monotonic()))
+
+    def _end(self, job: Job, reason: str, message: str = "") -> None:
+        """End a job, wherever it is; its KV blocks are free at once."""
+        if job.request not in self._open:
+            return
+        self.loop.cancel(job.request)
+        with self._changed:
+            if job in self._pending:
+                self._pending.remove(job)
+                heapq.heapify(self._pending)
+        if job in self._suspects:
+            self._suspects.remove(job)
+        if job is self._on_trial:
+            self._on_trial = None
+        job.request.finish_reason = reason
+        text = ""
+        if reason != "failed":
+            text, _ = job.answer.take(self.loop, [])  # what was held back
+        self._close_job(job, text, [], reason, message)
+
+    def _close_job(self, job: Job, text: str, tokens: Sequence[int], reason: str, message: str) -> None:
+        request, since = job.request, job.submitted
+        end = End(
+            reason,
+            message,
+            len(request.prompt),
+            job.told,
+            request.verifications,
+            request.drafted,
+            job.taken and job.taken - since,
+            job.first_token and job.first_token - since,
+        )
+        self._ended[reason] += 1
+        self._send(job, Event(text, tokens, time.monotonic(), end))
+        with self._changed:
+            del self._open[request]
+            self._changed.notify_all()
+
+    def _send(self, job: Job, event: Event) -> None:
+        try:
+            job.on_event(event)
+        except Exception:
+            log.exception("the listener of request %s failed; the request is cancelled", job.request.id)
+            if event.end is None:
+                self.cancel(job)
+
+    # -- when the engine fails -------------------------------------------------------------------------------------
+
+    def _recover(self, error: Exception) -> None:
+        """Empty the loop. What was running is tried again, one by one: only what fails alone, fails."""
+        log.exception("the engine failed; requests that were running are tried one by one")
+        self._engine_failures += 1
+        self._on_trial = None
+        running = [job for job in self._open.values() if job.request.slot >= 0]
+        with self._changed:
+            known = {*self._pending, *self._suspects}
+            inside = [job for job in self._open.values() if job not in known]
+        self.loop.set_back()
+        for job in inside:
+            untold = job.request.generated[job.told :]  # the iteration may have failed after it had its tokens
+            if untold or job.request.finish_reason:
+                self._tell(job, untold)
+        for job in running:
+            job.failures += 1
+            if job.request not in self._open:
+                continue
+            if len(running) == 1 and job.failures >= MOST_FAILURES:
+                self._end(job, "failed", f"the engine fails on this request ({_sentence(error)}).")
+            else:
+                self._suspects.append(job)
+        self._requeue([job for job in inside if job not in running])
+
+    def _pass_trial(self) -> None:
+        """The engine has done again what it failed at, with this request alone. It waits for the other suspects."""
+        job, self._on_trial = self._on_trial, None
+        job.failures = 0
+        if self._suspects:
+            self.loop.set_back()
+            self._requeue([job])
+
+    def _requeue(self, jobs: Sequence[Job]) -> None:
+        with self._changed:
+            for job in jobs:
+                if job.request in self._open:
+                    heapq.heappush(self._pending, job)
+
+    def _fail_all(self, message: str) -> None:
+        with self._changed:
+            self._draining = True
+            left = list(self._open.values())
+        for job in left:
+            with contextlib.suppress(Exception):
+                self._close_job(job, "", [], "failed", message)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,147 @@
+"""What a Triton request says: its tensors become a prompt, sampling parameters and what is wanted back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_trt.errors import UserError
+from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.runtime.params import SamplingParams
+
+PROMPTS = ("input_ids", "chat_messages", "text_input")
+MAX_STOP_WORDS = 64
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, understood. ``echoed`` is text that precedes the answer in the output."""
+
+    prompt: list[int]
+    params: SamplingParams
+    stream: bool
+    statistics: bool
+    echoed: str
+    priority: int
+    seconds: float | None
+
+
+class Reader:
+    """Reads requests for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
+
+    def __init__(self, bundle: Path, context: int):
+        self._tokenizer = load_tokenizer(bundle)
+        self._context = context
+        longest = max(map(len, self._tokenizer.get_vocab()))
+        self._most_characters = context * longest  # a longer text cannot have as few tokens as fit
+
+    def read(self, tensors: Mapping[str, np.ndarray]) -> Ask:
+        """``tensors`` by name, each [1, n]; what is absent has its default. Raises UserError."""
+        prompt, echoed = self._prompt(tensors)
+        deadline = _number(tensors, "deadline_ms", 0)
+        if deadline < 0:
+            raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
+        params = SamplingParams(
+            max_tokens=_number(tensors, "max_tokens", 256),
+            temperature=_number(tensors, "temperature", 0.0),
+            top_k=_number(tensors, "top_k", 0),
+            top_p=_number(tensors, "top_p", 1.0) or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+            seed=_number(tensors, "seed", 0),
+            stop=_stop_words(tensors),
+            ignore_eos=bool(_number(tensors, "ignore_eos", False)),
+        )
+        return Ask(
+            prompt,
+            params,
+            stream=_number(tensors, "stream", False),
+            statistics=_number(tensors, "return_perf_metrics", False),
+            echoed="" if _number(tensors, "exclude_input_in_output", True) else echoed,
+            priority=_number(tensors, "priority", 0),
+            seconds=deadline / 1000 if deadline else None,
+        )
+
+    def _prompt(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str]:
+        """Token ids, and the text that the caller may want to see before the answer."""
+        given = [name for name in PROMPTS if name in tensors]
+        if len(given) != 1:
+            raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")
+        if given[0] == "input_ids":
+            return tensors["input_ids"].reshape(-1).tolist(), ""
+        text = _text(tensors, given[0])
+        if len(text) > self._most_characters:
+            raise UserError(
+                f"{given[0]} has {len(text)} characters, but the context is {self._context} tokens; shorten it."
+            )
+        if given[0] == "chat_messages":
+            return self._chat(_messages(text)), ""
+        if _number(tensors, "chat", False):
+            return self._chat([{"role": "user", "content": text}]), ""
+        return self._tokenizer(text)["input_ids"], text
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return self._tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template may raise what it likes, about roles and their order
+            raise UserError(
+                f"chat_messages do not fit the model's template ({' '.join(str(error).split())})."
+            ) from error
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    rule = 'give a JSON list of objects such as {"role": "user", "content": "..."}.'
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"chat_messages is not JSON; {rule}") from None
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"chat_messages is no list of messages; {rule}")
+    for index, message in enumerate(messages):
+        fits = isinstance(message, dict) and message.keys() >= {"role", "content"}
+        if not fits or not all(_is_text(message[key]) for key in ("role", "content")):
+            raise UserError(f"chat_messages[{index}] has no role and content, both strings; {rule}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string, and one that UTF-8 can write: JSON may hold half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _stop_words(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    words = tensors.get("stop_words", np.empty(0, object)).reshape(-1)
+    if len(words) > MAX_STOP_WORDS:
+        raise UserError(f"stop_words has {len(words)} entries; give at most {MAX_STOP_WORDS}.")
+    return tuple(_decoded(word, "stop_words") for word in words if len(word))
+
+
+def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
+    return _decoded(_only(tensors, name), name)
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
+
+
+def _number(tensors: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
+    """A Python number or bool. A float32 becomes the number that it was written as: 0.7, not 0.699999988."""
+    if name not in tensors:
+        return default
+    value = _only(tensors, name)
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
+
+
+def _only(tensors: Mapping[str, np.ndarray], name: str) -> Any:
+    values = tensors[name].reshape(-1)
+    if len(values) != 1:
+        raise UserError(f"{name} has {len(values)} values; give one.")
+    return values[0]

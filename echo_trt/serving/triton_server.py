@@ -1,0 +1,118 @@
+"""Where Triton is, and how it is started: the server on PATH, or the one that nvidia-pytriton brings from PyPI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_trt.errors import UserError
+
+MODEL = "echo"
+SHARED_MEMORY = Path("/dev/shm")
+#: Of the names of this launcher's shared memory; the process id of the launcher and a hyphen follow.
+REGION_PREFIX = "echo-trt-"
+
+
+@dataclass(frozen=True)
+class Ports:
+    http: int
+    grpc: int
+    metrics: int
+
+
+@dataclass(frozen=True)
+class TritonServer:
+    """An installation. ``pip`` holds pytriton's folders; None for a server that finds its backends itself."""
+
+    executable: Path
+    pip: Path | None = None
+
+    def command(self, host: str, ports: Ports, work: Path) -> list[str]:
+        """``work`` is a folder that lives as long as the server."""
+        options = {
+            "model-repository": model_repository(),
+            "model-control-mode": "explicit",
+            "load-model": MODEL,
+            "exit-timeout-secs": 60,  # the launcher's limit comes first
+            "http-address": host,
+            "grpc-address": host,
+            "http-port": ports.http,
+            "grpc-port": ports.grpc,
+            "metrics-port": ports.metrics,
+            "log-info": "false",
+            "allow-gpu-metrics": "false",
+            "allow-cpu-metrics": "false",
+            "backend-config": f"python,shm-region-prefix-name={region_prefix()}",
+        }
+        if self.pip:
+            options["backend-directory"] = self._backends(work)
+        return [str(self.executable), *(f"--{name}={value}" for name, value in options.items())]
+
+    def environment(self, settings: dict[str, str]) -> dict[str, str]:
+        """``settings`` are ECHO_TRT_*; the backend's Python is the one that runs this."""
+        own = {**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package_root()), os.environ.get("PYTHONPATH"))))
+        if self.pip:
+            libraries = (str(self.pip.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or "")
+            own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (*libraries, os.environ.get("LD_LIBRARY_PATH"))))
+            own["PATH"] = os.pathsep.join((str(Path(sys.prefix, "bin")), os.environ.get("PATH", "")))
+        return own
+
+    def _backends(self, work: Path) -> Path:
+        """The Python backend beside the stub for this Python, which the wheel keeps apart."""
+        folder, server = work / "backends", self.pip / "tritonserver"
+        (folder / "python").mkdir(parents=True)
+        for part in (*(server / "backends" / "python").iterdir(), _stub(server)):
+            (folder / "python" / part.name).symlink_to(part)
+        return folder
+
+
+def find_server() -> TritonServer:
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        return TritonServer(Path(on_path))
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.origin:
+        raise UserError(
+            "Triton Inference Server is not here: no tritonserver on PATH and no nvidia-pytriton; "
+            "pip install 'echo-trt[serve]'."
+        )
+    package = Path(spec.origin).parent
+    _stub(package / "tritonserver")
+    return TritonServer(package / "tritonserver" / "bin" / "tritonserver", package)
+
+
+def _stub(server: Path) -> Path:
+    version = ".".join(map(str, sys.version_info[:2]))
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise UserError(f"nvidia-pytriton has no backend for Python {version}; use Python 3.11.")
+    return stub
+
+
+def package_root() -> Path:
+    """The folder from which echo_trt is imported."""
+    return Path(__file__).parents[2]
+
+
+def model_repository() -> Path:
+    """In a checkout, beside the package; in a wheel, inside it."""
+    places = (package_root() / "model_repo", Path(__file__).parents[1] / "model_repo")
+    return next((place for place in places if (place / MODEL).is_dir()), places[0])
+
+
+def region_prefix() -> str:
+    return f"{REGION_PREFIX}{os.getpid()}-"
+
+
+def remove_regions(folder: Path = SHARED_MEMORY) -> None:
+    """Shared memory that this launcher's servers left, and that of launchers which are no more."""
+    for region in folder.glob(f"{REGION_PREFIX}*"):
+        owner = region.name.removeprefix(REGION_PREFIX).split("-")[0]
+        if owner.isdigit() and (int(owner) == os.getpid() or not Path("/proc", owner).exists()):
+            region.unlink(missing_ok=True)

@@ -1,0 +1,5 @@
+"""The Triton model: everything it does is in echo_trt.serving."""
+
+from echo_trt.serving.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

@@ -1,0 +1,234 @@
+"""What can be said of the images and manifests without running them: pins, users, probes, and that names agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from echo_trt.serving.launcher import Job
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
+PORTS = {Job.http_port, Job.grpc_port, Job.metrics_port, Job.openai_port}
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """(instruction, its words) in order, continuation lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (DOCKER / name).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [
+        (word.upper(), " ".join(rest.split())) for word, _, rest in (x.partition(" ") for x in text.splitlines() if x)
+    ]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DOCKER / name).read_text()))
+
+
+def pinned(image: str) -> bool:
+    tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
+    return bool(re.search(r"\d+\.\d+", tag))
+
+
+def tool(container: dict[str, Any]) -> list[str]:
+    return [*container.get("entrypoint", ["echo-trt"]), *(container.get("args") or container.get("command") or [])]
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+class TestDockerfiles:
+    def test_bases_are_pinned_stages_of_one_argument(self, name):
+        lines = instructions(name)
+        arguments = dict(words.partition("=")[::2] for word, words in lines if word == "ARG")
+        stages: set[str] = set()
+        for base, stage in (words.split(" AS ") for word, words in lines if word == "FROM"):
+            assert base in stages or pinned(arguments[base.strip("${}")]), base
+            stages.add(stage)
+        assert stages == {"build", "runtime", "baked", "served"}
+
+    def test_it_runs_as_nobody_special_and_is_asked_for_a_token(self, name):
+        lines = instructions(name)
+        users = [words for word, words in lines if word == "USER"]
+        assert users[-1] == "10001:10001"
+        last = max(i for i, (word, _) in enumerate(lines) if word == "USER")
+        assert not [words for word, words in lines[last:] if word == "RUN"]
+        checks = [words for word, words in lines if word == "HEALTHCHECK"]
+        assert len(checks) == 1
+        assert "healthcheck.py" in checks[0]
+        assert {int(p) for word, words in lines if word == "EXPOSE" for p in words.split()} == PORTS
+
+    def test_what_is_copied_exists_and_is_sent(self, name):
+        ignored = (DOCKER / f"{name}.dockerignore").read_text().splitlines()
+        sent = {line[1:].rstrip("/") for line in ignored if line.startswith("!")}
+        for words in (words for word, words in instructions(name) if word == "COPY" and "--" not in words):
+            for source in words.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(Path(source).match(pattern) for pattern in sent), source
+
+    def test_requirements_are_pinned_to_the_last_version(self, name):
+        lines = (DOCKER / f"requirements-{name[-3:]}.txt").read_text().splitlines()
+        packages = [line for line in lines if line and not line.startswith(("#", "--"))]
+        assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in packages)
+        assert {"openvino", "fastapi", "uvicorn", "tritonclient", "torch"} <= {p.partition("=")[0] for p in packages}
+
+
+def test_compose_is_hardened_and_its_files_exist():
+    compose = documents("compose.yaml")[0]
+    assert set(compose["services"]) == {"server", "gateway", "prometheus", "grafana"}
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["image"].startswith("echo-trt:") or pinned(service["image"]), name
+        for volume in service.get("volumes", []):
+            source = volume.partition(":")[0]
+            assert not source.startswith("./") or (DOCKER / source).exists(), source
+        if "build" in service:
+            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    over = documents("compose.gpu.yaml")[0]
+    assert set(over["services"]) <= set(compose["services"])
+    assert (ROOT / over["services"]["server"]["build"]["dockerfile"]).is_file()
+
+
+def test_containers_are_started_with_options_that_exist():
+    """Every --option of compose and Kubernetes is one of the command that gets it."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from echo_trt.cli import app
+
+    serve = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    gateway = set(re.findall(r"(--[a-z-]+)", _gateway_help(CliRunner)))
+    containers = [
+        *documents("compose.yaml")[0]["services"].values(),
+        *documents("compose.gpu.yaml")[0]["services"].values(),
+    ]
+    containers += [*_pod(documents("kubernetes/deployment.yaml")[0])["containers"]]
+    containers += [*documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"]]
+    seen = 0
+    for words in map(tool, containers):
+        known = serve if words[:2] == ["echo-trt", "serve"] else gateway if "echo_trt.gateway" in words else None
+        if known is not None:
+            assert {word for word in words if word.startswith("--")} <= known
+            seen += 1
+    assert seen == 5
+
+
+def _gateway_help(runner) -> str:
+    for package in ("fastapi", "uvicorn", "tritonclient.grpc"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+    import typer
+
+    from echo_trt.gateway.__main__ import run
+
+    app = typer.Typer()
+    app.command()(run)
+    return runner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+
+
+def _pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    return deployment["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", ["deployment", "kserve"])
+def test_pods_are_hardened_and_their_names_agree(name):
+    documents_ = documents(f"kubernetes/{name}.yaml")
+    pod = _pod(documents_[0]) if name == "deployment" else documents_[0]["spec"]["predictor"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    for container in pod["containers"]:
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert set(ports.values()) <= PORTS
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            get = container[probe]["httpGet"]
+            assert get["path"] == "/health"
+            assert get["port"] in (*ports, *ports.values())
+    if name == "deployment":
+        by_kind = {document["kind"]: document["spec"] for document in documents_}
+        labels = documents_[0]["spec"]["template"]["metadata"]["labels"]
+        assert by_kind["Service"]["selector"].items() <= labels.items()
+        assert {port["targetPort"] for port in by_kind["Service"]["ports"]} <= set(ports)
+        assert by_kind["PodDisruptionBudget"]["selector"]["matchLabels"].items() <= labels.items()
+        assert by_kind["NetworkPolicy"]["podSelector"]["matchLabels"].items() <= labels.items()
+        assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai", "metrics"}
+
+
+def test_prometheus_asks_services_at_ports_where_metrics_are():
+    config = documents("prometheus.yml")[0]
+    targets = {
+        target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
+    }
+    assert targets == {f"server:{Job.metrics_port}", f"gateway:{Job.openai_port}"}
+
+
+def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():
+    dashboard = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
+    source = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"][0]["uid"]
+    cells = [
+        (x, y)
+        for panel in dashboard["panels"]
+        for grid in [panel["gridPos"]]
+        for x in range(grid["x"], grid["x"] + grid["w"])
+        for y in range(grid["y"], grid["y"] + grid["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            assert target["datasource"]["uid"] == source
+            assert target["expr"].count("(") == target["expr"].count(")")
+
+
+class Replying(BaseHTTPRequestHandler):
+    """An HTTP server that says what it is told to, to see what the health check makes of it."""
+
+    status, body = 200, b""
+
+    def _reply(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = _reply
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "body", "healthy"),
+    [
+        ("triton", 200, b'{"output_ids": 5, "text_output": "a"}', True),
+        ("triton", 200, b'{"error": "the queue is full, 256 requests wait"}', True),
+        ("triton", 503, b'{"error": "the queue is full, 256 requests wait"}', True),
+        ("triton", 200, b'{"error": "the engine failed"}', False),
+        ("triton", 400, b'{"error": "unknown model"}', False),
+        ("gateway", 200, b"{}", True),
+        ("gateway", 503, b"{}", False),
+        ("gateway", None, b"", False),
+    ],
+)
+def test_health_check_wants_a_token(what, status, body, healthy, monkeypatch):
+    handler = type("Handler", (Replying,), {"status": status, "body": body})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    if status is None:
+        server.server_close()  # nobody listens
+    else:
+        thread.start()
+    monkeypatch.setattr("sys.argv", ["healthcheck.py", what, str(port)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(DOCKER / "healthcheck.py"), run_name="__main__")
+    assert (end.value.code == 0) is healthy
+    if status is not None:
+        server.shutdown()
+        server.server_close()

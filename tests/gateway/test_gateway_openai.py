@@ -1,0 +1,288 @@
+"""The gateway beside the real Triton, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pairs import LIMITS, recipe_of
+from serving.served import Served, needs_triton
+
+from echo_trt.compile.build import build
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
+pytestmark = needs_triton
+BATCH, QUEUE, CONTEXT = 4, 4, 480
+KEY = "sk-0123456789abcdef"
+TURN = "the theme of a thing"
+CHAT = [{"role": "user", "content": TURN}]
+LONG = {"max_tokens": 420, "extra_body": {"ignore_eos": True}}
+DASHBOARD = Path(__file__).parents[2] / "docker/grafana/dashboards/echo.json"
+
+
+@pytest.fixture(scope="module")
+def bundle(networks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gateway") / "close"
+    build(recipe_of("close", networks, limits={**LIMITS, "batch": BATCH, "context": CONTEXT}), networks, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(bundle, tmp_path_factory) -> Callable[[], Served]:
+    def get() -> Served:
+        folder = tmp_path_factory.mktemp("served")
+        (folder / "keys").write_text(KEY)
+        options = ("--queue", QUEUE, "--api-keys", folder / "keys")
+        return Served(bundle, folder / "log", *options, gateway=True)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def server(start) -> Iterator[Served]:
+    served = start()
+    try:
+        yield served.wait_for("serving")
+        assert KEY not in served.err
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.openai}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offline(bundle) -> LLM:
+    """Plain decoding, one request at a time."""
+    return LLM(bundle, "autoregressive", 1)
+
+
+def idle(metrics: dict[str, float]) -> bool:
+    return metrics["echo_running"] == metrics["echo_queued"] == metrics["echo_blocks_used"] == 0
+
+
+def test_models_and_health(client, server):
+    assert [model.id for model in client.models.list()] == ["echo"]
+    assert client.models.retrieve("echo").owned_by == "echo-trt"
+    assert raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("asked", "params"),
+    [
+        ({"temperature": 0}, {}),
+        ({"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}),
+        ({"seed": 2**40, "extra_body": {"top_k": 20}}, {"temperature": 1.0, "seed": 2**40, "top_k": 20}),
+        ({"seed": 5, "stop": ["e", "th"]}, {"temperature": 1.0, "seed": 5, "stop": ("e", "th")}),
+    ],
+    ids=["greedy", "seeded", "top_k", "stop"],
+)
+def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, asked, params):
+    truth = offline.generate([TURN], SamplingParams(max_tokens=40, **params))[0]
+    asked = {"model": "echo", "messages": CHAT, "max_completion_tokens": 40, **asked}
+
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == truth.text
+    assert whole.choices[0].finish_reason == truth.finish_reason
+    assert whole.usage.prompt_tokens == truth.prompt_tokens
+    assert whole.usage.completion_tokens == len(truth.token_ids)
+
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == truth.text
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(chunks) - 2) + [truth.finish_reason]
+
+
+def test_text_comes_while_it_is_made(client):
+    begin = time.monotonic()
+    stream = client.chat.completions.create(model="echo", messages=CHAT, stream=True, temperature=0, **LONG)
+    times = [time.monotonic() - begin for chunk in stream if chunk.choices[0].delta.content]
+    assert len(times) > 20
+    assert times[0] < 0.5 * times[-1]
+
+
+def test_choices_are_the_seeds_that_follow(client, offline):
+    answers = [
+        offline.generate([TURN], SamplingParams(max_tokens=24, temperature=0.9, seed=40 + choice))[0]
+        for choice in range(3)
+    ]
+    truths = [answer.text for answer in answers]
+    assert len(set(truths)) == 3
+    asked = {"model": "echo", "messages": CHAT, "max_tokens": 24, "temperature": 0.9, "seed": 40, "n": 3}
+    whole = client.chat.completions.create(**asked)
+    assert [choice.message.content for choice in whole.choices] == truths
+    assert whole.usage.prompt_tokens == answers[0].prompt_tokens  # once, not three times
+    assert whole.usage.completion_tokens == sum(len(answer.token_ids) for answer in answers)
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == truths
+
+
+def test_without_a_seed_texts_differ(client):
+    asked = {"model": "echo", "messages": CHAT, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+    texts = {client.chat.completions.create(**asked).choices[0].message.content for _ in range(3)}
+    assert len(texts) > 1
+
+
+def test_completions_continue_text_and_ids(client, offline):
+    prompts = [offline.tokenizer(text)["input_ids"] for text in ("the theme", "naïve café")]
+    truths = [c.text for c in offline.generate(prompts, SamplingParams(max_tokens=16))]
+    for prompt in (["the theme", "naïve café"], prompts):
+        whole = client.completions.create(model="echo", prompt=prompt, temperature=0)
+        assert [choice.text for choice in whole.choices] == truths
+        assert whole.usage.prompt_tokens == sum(map(len, prompts))
+    stream = list(client.completions.create(model="echo", prompt=prompts[0], temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in stream) == truths[0]
+    assert stream[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_conversations_go_through_the_bundles_template(client, offline):
+    turns = [
+        {"role": "developer", "content": "naïve"},
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "theme"}]},
+        {"role": "assistant", "content": "50 €", "tool_calls": None},
+        {"role": "user", "content": "😀"},
+    ]
+    plain = [("system", "naïve"), ("user", "the theme"), ("assistant", "50 €"), ("user", "😀")]
+    ids = offline.tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in plain], add_generation_prompt=True, return_dict=False
+    )
+    truth = offline.generate([ids], SamplingParams(max_tokens=16))[0]
+    answer = client.chat.completions.create(model="echo", messages=turns, max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content == truth.text
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT}"):
+            client.completions.create(model="echo", prompt=[7] * 2 * CONTEXT, stream=stream)
+    with pytest.raises(openai.BadRequestError, match="token id 5000"):
+        client.completions.create(model="echo", prompt=[5000])
+    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
+        client.chat.completions.create(model="echo", messages=CHAT, presence_penalty=1)
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        client.chat.completions.create(model="gpt-4", messages=CHAT)
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key=KEY[:-1]).models.list()
+
+
+def test_a_deadline_without_text_is_504_and_with_text_ends_it(client, server):
+    full = {"model": "echo", "messages": CHAT, "max_tokens": 420, "ignore_eos": True, "n": BATCH, "stream": True}
+    asked = {"model": "echo", "messages": CHAT}
+    busy = post(server, "/v1/chat/completions", full)
+    wait_for_data(busy)
+    with pytest.raises(openai.InternalServerError, match="deadline") as error:
+        client.chat.completions.create(**asked, extra_body={"deadline_ms": 1})
+    assert error.value.status_code == 504
+    busy.close()
+    server.wait_metrics(idle)
+    answer = client.chat.completions.create(**asked, extra_body={"deadline_ms": 100, "ignore_eos": True})
+    assert answer.choices[0].finish_reason == "length"
+    assert 0 < answer.usage.completion_tokens < LONG["max_tokens"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_takes_its_requests_along(client, server, stream):
+    server.wait_metrics(idle)
+    cancelled = 'echo_requests_total{outcome="cancelled"}'
+    before = server.metrics().get(cancelled, 0)
+    body = {"model": "echo", "messages": CHAT, "max_tokens": 420, "ignore_eos": True, "n": 3, "stream": stream}
+    connection = post(server, "/v1/chat/completions", body)
+    if stream:
+        wait_for_data(connection)
+    else:
+        server.wait_metrics(lambda metrics: metrics["echo_running"] > 0)
+    connection.close()
+    server.wait_metrics(lambda metrics: metrics.get(cancelled, 0) > before and idle(metrics), seconds=5)
+    assert re.search(r"echo_gateway_running 1$", text_of(server, "/metrics"), re.MULTILINE)
+
+
+def test_a_full_queue_is_429_with_a_hint_and_the_rest_is_answered(client, server):
+    def ask(_: int) -> openai.RateLimitError | int:
+        try:
+            answer = client.chat.completions.create(model="echo", messages=CHAT, temperature=0, **LONG)
+        except openai.RateLimitError as error:
+            return error
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(24) as pool:
+        results = list(pool.map(ask, range(24)))
+    refused = [each for each in results if not isinstance(each, int)]
+    assert refused
+    assert len(refused) <= 24 - BATCH - QUEUE
+    assert {error.response.headers["Retry-After"] for error in refused} == {"1"}
+    assert {error.code for error in refused} == {"queue_full"}
+    assert {each for each in results if isinstance(each, int)} == {LONG["max_tokens"]}
+
+
+def test_every_metric_of_the_dashboard_is_served(client, server):
+    client.chat.completions.create(model="echo", messages=CHAT, max_tokens=4)
+    wanted = set(re.findall(r"\becho_\w+", DASHBOARD.read_text()))
+    served = {name.partition("{")[0] for name in server.metrics()}
+    served |= set(re.findall(r"^(echo_gateway_\w+)", text_of(server, "/metrics"), re.MULTILINE))
+    assert wanted <= served
+    assert len(wanted) > 20
+
+
+def test_sigterm_lets_an_answer_finish(start):
+    served = start()
+    try:
+        served.wait_for("serving")
+        base = f"http://127.0.0.1:{served.openai}/v1"
+        with openai.OpenAI(base_url=base, api_key=KEY, max_retries=0) as client:
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            stream = iter(client.chat.completions.create(model="echo", messages=CHAT, temperature=0, **options, **LONG))
+            next(stream)
+            served.process.terminate()
+            assert list(stream)[-1].usage.completion_tokens == LONG["max_tokens"]
+            assert served.process.wait(30) == 0
+    finally:
+        served.kill()
+
+
+def raw(server: Served, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.openai), timeout=30) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def text_of(server: Served, path: str) -> str:
+    return raw(server, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()).decode()
+
+
+def post(server: Served, path: str, body: dict) -> socket.socket:
+    """An open connection on which the request was sent."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.openai), timeout=30)
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+def wait_for_data(connection: socket.socket) -> None:
+    received = b""
+    while b"data:" not in received:
+        part = connection.recv(4096)
+        assert part, received
+        received += part

@@ -1,0 +1,246 @@
+"""What the gateway answers before the engine is asked, and while there is none: the server's address is a dead port."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+
+import httpx  # noqa: E402
+from gateway.running import running  # noqa: E402
+
+from echo_trt.errors import UserError  # noqa: E402
+from echo_trt.gateway.app import create_app  # noqa: E402
+from echo_trt.gateway.keys import Keys  # noqa: E402
+from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest  # noqa: E402
+
+NOBODY = "127.0.0.1:1"
+KEY, OTHER_KEY = "sk-0123456789abcdef", "sk-fedcba9876543210"
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+COMPLETION = {"model": "echo", "prompt": "hello"}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    with running(create_app(NOBODY)) as client:
+        yield client
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{KEY}\n\n  {OTHER_KEY}  \n")
+    return file
+
+
+def refused(response, status: int, param: str | None = None) -> str:
+    """The sentence of an answer that must be an error in OpenAI's format."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"].endswith(".")
+    return error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**40}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens"),
+        ({"n": 129}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": [""]}, "stop.0"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": "yes"}, "stream"),
+        ({"presence_penalty": 0.1}, "presence_penalty"),
+        ({"frequency_penalty": -1}, "frequency_penalty"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"temprature": 1}, "temprature"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_a_chat_request_is_refused_by_field(client, change, param):
+    sentence = refused(client.post("/v1/chat/completions", json=CHAT | change), 400, param)
+    assert param.split(".")[0] in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 100}, "prompt"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+    ],
+)
+def test_a_completion_request_is_refused_by_field(client, change, param):
+    refused(client.post("/v1/completions", json=COMPLETION | change), 400, param)
+
+
+@pytest.mark.parametrize("change", [{}, {"tools": [], "logprobs": False, "presence_penalty": 0.0, "n": None}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_absent_server_is_503_also_for_a_stream(client, stream, change):
+    response = client.post("/v1/chat/completions", json=CHAT | change | {"stream": stream})
+    refused(response, 503)
+    assert int(response.headers["Retry-After"]) > 0
+    refused(client.get("/health"), 503)
+
+
+def test_what_a_client_sends_back_of_an_answer_is_accepted(client):
+    earlier = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    refused(client.post("/v1/chat/completions", json=CHAT | {"messages": [earlier, parts], "user": "u"}), 503)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"",
+        b"\xff\xfe",
+        b'{"model": "echo", "messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"model": "echo", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "echo", "temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "echo", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "echo", "stop": "\\udfff", "messages": [{"role": "user", "content": "x"}]}',
+        b"[" * 100_000,
+        b'{"model": "echo", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_request_is_400(client, body):
+    response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert len(response.json()["error"]["message"]) < 400
+
+
+def test_no_nonsense_makes_the_gateway_fail(client):
+    """Fields left out and put in, with values of every type: refused, or sent on to the server that is not there."""
+    numbers = [0, -1, 1, 2**31, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308]
+    values = [*numbers, None, True, "", "x", "\x00", "é" * 5000, [], [[]], [None], {}, {"a": [1]}, [1, 2], ["a", 1]]
+    names = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *REFUSED, *IGNORED, "nobody knows it", ""]
+    values += [[{"role": "user", "content": value}] for value in values]
+    generator, seen = random.Random(0), set()
+    for _ in range(400):
+        path, valid = generator.choice([("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
+        body = dict(valid)
+        for _ in range(generator.randint(1, 3)):
+            body[generator.choice(names)] = generator.choice(values)
+        response = client.post(path, json=body)
+        assert response.status_code in (400, 404, 503), body
+        assert response.json()["error"]["message"].endswith(".")
+        seen.add(response.status_code)
+    assert seen >= {400, 503}
+
+
+def test_a_body_of_another_type_is_400(client):
+    response = client.post("/v1/completions", content=json.dumps(COMPLETION), headers={"Content-Type": "text/plain"})
+    assert "JSON" in refused(response, 400)
+
+
+def test_unknown_models_paths_and_methods(client):
+    refused(client.post("/v1/chat/completions", json=CHAT | {"model": "gpt"}), 404, "model")
+    refused(client.get("/v1/models/gpt"), 404, "model")
+    refused(client.get("/v1/models/../../etc/passwd"), 404)
+    refused(client.get("/docs"), 404)
+    refused(client.get("/openapi.json"), 404)
+    refused(client.get("/v1/completions"), 405)
+    assert client.get("/v1/models").json()["data"][0]["id"] == "echo"
+    assert client.get("/v1/models/echo").json()["object"] == "model"
+
+
+def test_large_bodies_are_refused_announced_or_not():
+    with running(create_app(NOBODY, largest_body=1000)) as client:
+        long = json.dumps(COMPLETION | {"prompt": "x" * 1000}).encode()
+        headers = {"Content-Type": "application/json"}
+        assert "1000" in refused(client.post("/v1/completions", content=long, headers=headers), 413)
+        chunks = (long[i : i + 100] for i in range(0, len(long), 100))  # without a Content-Length
+        assert "1000" in refused(client.post("/v1/completions", content=chunks, headers=headers), 413)
+        refused(client.post("/v1/completions", json=COMPLETION), 503)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", KEY, "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer # ours"],
+)
+def test_without_a_right_key_nothing_but_health_and_metrics(keys_file, header):
+    headers = {} if header is None else {"Authorization": header}
+    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            response = client.post(path, content=b"{", headers=headers)
+            refused(response, 401)
+            assert response.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/v1/models", "/v1/models/echo", "/nowhere", "//v1/models", "/metrics/", "/health/x"):
+            refused(client.get(path, headers=headers), 401)
+        assert client.get("/metrics", headers=headers).status_code == 200
+        assert client.get("/health", headers=headers).status_code == 503
+
+
+@pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer  {OTHER_KEY}"])
+def test_a_right_key_is_let_in(keys_file, header):
+    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+        assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
+
+
+def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
+    caplog.set_level("DEBUG")
+    keys = Keys(keys_file)
+    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+        for key in (KEY, KEY + "wrong"):
+            client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
+        assert KEY not in client.get("/metrics").text
+    assert "upstream" in caplog.text  # the failure was logged, so the log is not empty by accident
+    assert KEY not in caplog.text
+    assert KEY.encode() not in repr(vars(keys)).encode()
+
+
+@pytest.mark.parametrize("text", [None, "", "# only this\n", "short\n", f"{KEY} {OTHER_KEY}\n"])
+def test_a_keys_file_without_a_usable_key_is_the_users_mistake(tmp_path, text):
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match="API keys file") as error:
+        create_app(NOBODY, api_keys_file=file)
+    assert KEY not in str(error.value)
+
+
+def test_requests_are_counted_by_path_and_status(client):
+    client.get("/secret/path")
+    client.post("/v1/completions", json={})
+    text = client.get("/metrics").text
+    assert 'echo_gateway_requests_total{path="other",status="404"}' in text
+    assert 'echo_gateway_requests_total{path="/v1/completions",status="400"}' in text
+    assert "secret" not in text
+    assert "echo_gateway_running 1" in text  # this one

@@ -1,0 +1,210 @@
+"""``echo-trt serve`` as a process, and clients that talk to it as users do."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+needs_triton = pytest.mark.skipif(
+    not (find_spec("pytriton") and find_spec("tritonclient")),
+    reason="nvidia-pytriton and tritonclient are not installed",
+)
+TYPES = {
+    "input_ids": "INT32",
+    "max_tokens": "INT32",
+    "top_k": "INT32",
+    "priority": "INT32",
+    "deadline_ms": "INT32",
+    "seed": "UINT64",
+    "temperature": "FP32",
+    "top_p": "FP32",
+    "text_input": "BYTES",
+    "chat_messages": "BYTES",
+    "stop_words": "BYTES",
+}
+NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BYTES": object, "BOOL": bool}
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Served:
+    """A running server. ``err`` is what its launcher has said."""
+
+    def __init__(self, bundle: Path, log: Path, *options: object, gateway: bool = False):
+        self.http, self.grpc, self.metrics_port, self.openai = free_ports(4)
+        ports = ["--http-port", self.http, "--grpc-port", self.grpc, "--metrics-port", self.metrics_port]
+        ports += ["--openai-port", self.openai if gateway else 0]
+        words = [sys.executable, "-m", "echo_trt.cli", "serve", bundle, *ports, *options]
+        self._log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                list(map(str, words)), stdout=out, stderr=out, env={**os.environ, "COLUMNS": "400"}
+            )
+
+    @property
+    def err(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 60) -> Served:
+        end = time.monotonic() + seconds
+        while text not in self.err:
+            assert self.process.poll() is None, self.err
+            assert time.monotonic() < end, self.err
+            time.sleep(0.05)
+        return self
+
+    def stop(self, seconds: float = 60) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def children(self, name: str) -> list[int]:
+        """Processes below the launcher whose command holds ``name``."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]
+                ancestors = list(_ancestors(int(folder.name))) if folder.name.isdigit() else []
+            except (OSError, ValueError):
+                continue
+            if name in command and self.process.pid in ancestors:
+                found.append(int(folder.name))
+        return found
+
+    def regions(self) -> list[str]:
+        return [path.name for path in Path("/dev/shm").glob(f"echo-trt-{self.process.pid}-*")]
+
+    # -- HTTP ----------------------------------------------------------------------------------------------------
+
+    def post(self, path: str, body: bytes, seconds: float = 60) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=seconds)
+        try:
+            connection.request("POST", f"/v2/models/echo/{path}", body)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        finally:
+            connection.close()
+
+    def generate(self, **request: Any) -> dict[str, Any]:
+        return json.loads(self.post("generate", json.dumps(request).encode())[1])
+
+    def generate_stream(self, **request: Any) -> list[dict[str, Any]]:
+        _, body = self.post("generate_stream", json.dumps({"stream": True, **request}).encode())
+        return [json.loads(line.removeprefix("data: ")) for line in body.decode().split("\n\n") if line.strip()]
+
+    def metrics(self) -> dict[str, float]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=10)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode()
+        connection.close()
+        return {name: float(value) for name, value in re.findall(r"^(echo_\S+) (\S+)$", lines, re.MULTILINE)}
+
+    def wait_metrics(self, fits, seconds: float = 10) -> dict[str, float]:
+        end = time.monotonic() + seconds
+        while not fits(found := self.metrics()):
+            assert time.monotonic() < end, {name: v for name, v in found.items() if "_bucket" not in name}
+            time.sleep(0.05)
+        return found
+
+    # -- gRPC ----------------------------------------------------------------------------------------------------
+
+    def stream(self, **request: Any) -> GrpcStream:
+        return GrpcStream(self.grpc, request)
+
+
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        pid = int(stat.rsplit(")", 1)[1].split()[1])
+        yield pid
+
+
+class GrpcStream:
+    """One request over stream_infer; iterating gives its responses as dictionaries, an error as {"error": text}."""
+
+    def __init__(self, port: int, request: dict[str, Any]):
+        import tritonclient.grpc as client
+
+        self._replies: queue.SimpleQueue = queue.SimpleQueue()
+        self._client = client.InferenceServerClient(f"127.0.0.1:{port}")
+        self._client.start_stream(lambda result, error: self._replies.put((result, error)))
+        inputs = [grpc_input(name, value) for name, value in {"stream": True, **request}.items()]
+        self._client.async_stream_infer("echo", inputs, enable_empty_final_response=True)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            result, error = self._replies.get(timeout=60)
+            if error is not None:
+                yield {"error": error.message()}
+                break
+            response = result.get_response()
+            if response.outputs:
+                yield {o.name: _plain(o.name, result.as_numpy(o.name)) for o in response.outputs}
+            if response.parameters["triton_final_response"].bool_param:
+                break
+        self.close()
+
+    def next(self) -> dict[str, Any]:
+        return next(iter(self))
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+        self._client.close()
+
+    def close(self) -> None:
+        self._client.stop_stream()
+        self._client.close()
+
+
+def grpc_input(name: str, value: Any):
+    import tritonclient.grpc as client
+
+    kind = TYPES.get(name, "BOOL")
+    values = value if isinstance(value, list) else [value]
+    array = np.array([[v.encode() if isinstance(v, str) else v for v in values]], NUMPY[kind])
+    tensor = client.InferInput(name, array.shape, kind)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _plain(name: str, array: np.ndarray) -> Any:
+    values = array.reshape(-1).tolist()
+    if name == "output_ids":
+        return values
+    return values[0].decode() if isinstance(values[0], bytes) else values[0]
+
+
+def joined(pieces: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    """Text and token ids of a streamed answer; HTTP writes a list of one as that one."""
+    assert "error" not in pieces[-1], pieces[-1]
+    assert [p["sequence_index"] for p in pieces] == list(range(len(pieces)))
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece["output_ids"] if isinstance(piece["output_ids"], list) else [piece["output_ids"]]
+    return "".join(p["text_output"] for p in pieces), ids

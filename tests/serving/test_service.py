@@ -1,0 +1,311 @@
+"""One engine thread for all: the text of the offline interface whatever happens to neighbours, and one end each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from driving import assert_all_free, prompt_ids
+from refusal import refused
+
+from echo_trt.decoding.pack import Packed
+from echo_trt.engines.base import Engine
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.serving.service import Event, Job, Overloaded, Service
+
+LONG = SamplingParams(100, ignore_eos=True)
+SECONDS = 60
+
+
+class Listener:
+    """What a request was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.first, self.done = threading.Event(), threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        assert not self.done.is_set(), "told after its end"
+        self.events.append(event)
+        self.first.set()
+        if event.end:
+            self.done.set()
+
+    @property
+    def end(self):
+        assert self.done.wait(SECONDS)
+        return self.events[-1].end
+
+    @property
+    def text(self) -> str:
+        assert self.end
+        return "".join(event.text for event in self.events)
+
+    @property
+    def token_ids(self) -> list[int]:
+        assert self.end
+        return [token for event in self.events for token in event.token_ids]
+
+
+class Steered(Engine):
+    """The target; ``hold`` makes its passes wait, ``fail`` says of each pass whether it fails."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.num_blocks = engine, engine.num_blocks
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.open.set()
+        self.fail: Callable[[Packed], bool] = lambda call: False
+        self.passes = 0
+
+    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        self.passes += 1
+        self.entered.set()
+        assert self.open.wait(SECONDS)
+        if self.fail(call):
+            raise RuntimeError("the engine is unwell")
+        return self.engine.run(call, **inputs)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        self.engine.move(source, target)
+
+
+@pytest.fixture
+def start(open_llm) -> Iterator[Callable[..., tuple[Service, Steered]]]:
+    services = []
+
+    def make(batch: int = 3, policy: str = "echo", queue: int = 256) -> tuple[Service, Steered]:
+        llm = open_llm("close", policy, batch)
+        llm.loop.target = steered = Steered(llm.loop.target)
+        services.append(Service(llm, queue))
+        return services[-1], steered
+
+    yield make
+    for service in services:
+        service.loop.target.open.set()
+        service.close(0)
+        assert_all_free(service.loop)
+
+
+@pytest.fixture(scope="module")
+def offline(bundle_of) -> LLM:
+    return LLM(bundle_of("close"), "autoregressive", 1)
+
+
+def submit(service: Service, prompt: list[int], params: SamplingParams = LONG, **more) -> tuple[Job, Listener]:
+    listener = Listener()
+    return service.submit(prompt, params, listener, **more), listener
+
+
+def wait_passes(engine: Steered, number: int) -> None:
+    """Let the engine finish what it is at and begin ``number`` more passes, the last of which is held."""
+    for _ in range(number):
+        engine.entered.clear()
+        engine.open.set()
+        assert engine.entered.wait(SECONDS)
+        engine.open.clear()
+
+
+CASES = [
+    (
+        prompt_ids(5 + i * 3, i),
+        SamplingParams(20 + i, temperature=0.9 * (i % 2), seed=i, stop=("e", "th") if i % 3 == 2 else ()),
+    )
+    for i in range(12)
+]
+
+
+def test_text_is_that_of_the_offline_interface(start, offline):
+    service, _ = start()
+    with ThreadPoolExecutor(6) as pool:  # any thread may submit
+        told = [pair[1] for pair in pool.map(lambda case: submit(service, *case), CASES)]
+    for (prompt, params), listener in zip(CASES, told, strict=True):
+        expected = offline.generate([prompt], params)[0]
+        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+        assert (listener.end.reason, listener.end.prompt_tokens) == (expected.finish_reason, len(prompt))
+        assert listener.end.completion_tokens == len(expected.token_ids)
+        assert 0 < listener.end.queue_seconds < listener.end.first_token_seconds
+    assert sum(service.statistics().ended.values()) == len(CASES)
+
+
+def test_drafted_tokens_are_counted_by_request(start):
+    service, _ = start(policy="echo")
+    told = [submit(service, prompt_ids(6, seed))[1] for seed in range(5)]
+    ends = [listener.end for listener in told]
+    assert sum(end.drafted for end in ends) == service.loop.counters.drafted_tokens > 0
+    assert sum(end.verifications for end in ends) == service.loop.counters.verifications
+    for end in ends:
+        assert end.completion_tokens - end.verifications <= end.drafted
+
+
+def test_cancelling_frees_blocks_before_the_next_pass(start):
+    service, engine = start(batch=2)
+    engine.open.clear()
+    first, gone = submit(service, prompt_ids(100, 1), SamplingParams(50, ignore_eos=True))
+    _, stays = submit(service, prompt_ids(6, 2))
+    waiting, never = submit(service, prompt_ids(6, 3))
+    wait_passes(engine, 10)
+    held = service.statistics().blocks_used
+    service.cancel(first)
+    service.cancel(first)
+    service.cancel(waiting)
+    wait_passes(engine, 1)
+    assert service.statistics().blocks_used < held
+    assert service.statistics().running == 1
+    engine.open.set()
+    assert gone.end.reason == never.end.reason == "cancelled"
+    assert gone.end.completion_tokens == len(gone.token_ids) > 0 == never.end.completion_tokens
+    assert stays.end.reason == "length"
+    service.cancel(first)
+
+
+def test_a_full_queue_refuses(start):
+    service, engine = start(batch=1, queue=2)
+    engine.open.clear()
+    told = [submit(service, prompt_ids(6, 0))[1]]
+    assert engine.entered.wait(SECONDS)
+    told += [submit(service, prompt_ids(6, i))[1] for i in (1, 2)]
+    with pytest.raises(Overloaded, match="queue is full, 2 requests wait"):
+        submit(service, prompt_ids(6, 3))
+    engine.open.set()
+    assert [listener.end.reason for listener in told] == ["length"] * 3
+
+
+def test_priority_comes_before_arrival(start):
+    service, engine = start(batch=1)
+    engine.open.clear()
+    submit(service, prompt_ids(6, 0))
+    assert engine.entered.wait(SECONDS)
+    order: list[int] = []
+    told = []
+    for index, priority in enumerate((0, 5, -1, 0)):
+        listener = Listener()
+        told.append(listener)
+        service.submit(
+            prompt_ids(6, index),
+            SamplingParams(2, ignore_eos=True),
+            lambda event, index=index, listener=listener: (event.end and order.append(index), listener(event)),
+            priority,
+        )
+    engine.open.set()
+    assert all(listener.end for listener in told)
+    assert order == [2, 0, 3, 1]
+
+
+def test_deadlines_end_what_runs_and_what_waits(start):
+    service, engine = start(batch=1)
+    engine.open.clear()
+    _, running = submit(service, prompt_ids(6, 0), seconds=0.4)
+    wait_passes(engine, 4)
+    _, waiting = submit(service, prompt_ids(6, 1), seconds=0.05)
+    _, patient = submit(service, prompt_ids(6, 2), seconds=600.0)
+    threading.Event().wait(0.5)
+    engine.open.set()
+    assert running.end.reason == waiting.end.reason == "deadline"
+    assert running.end.completion_tokens == len(running.token_ids) > 0
+    assert waiting.end.first_token_seconds is None is waiting.end.queue_seconds
+    assert patient.end.reason == "length"
+
+
+def test_bad_requests_are_refused_and_leave_nothing(start):
+    service, _ = start()
+    with refused("empty"):
+        submit(service, [])
+    with refused("token id 999"):
+        submit(service, [999])
+    with refused("shorten it"):
+        submit(service, [5] * 160)
+    assert service.drain(1)
+
+
+def test_after_draining_nothing_is_taken(start):
+    service, _ = start(batch=1)
+    told = [submit(service, prompt_ids(6, i))[1] for i in range(3)]
+    assert service.drain(SECONDS)
+    assert [listener.end.reason for listener in told] == ["length"] * 3
+    with pytest.raises(Overloaded, match="shutting down"):
+        submit(service, [5])
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [1, 5, 9])
+def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, offline):
+    service, engine = start()
+    engine.fail = lambda call: engine.passes == failing
+    told = [submit(service, *case)[1] for case in CASES]
+    for (prompt, params), listener in zip(CASES, told, strict=True):
+        expected = offline.generate([prompt], params)[0]
+        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+    assert service.statistics().engine_failures == 1
+
+
+def test_what_the_engine_fails_on_fails_alone(start, offline):
+    service, engine = start()
+    bad = 77
+    engine.fail = lambda call: (call.token_ids == bad).sum() > 4
+    told = []
+    for index, (prompt, params) in enumerate(CASES):
+        told.append(submit(service, [bad] * 9 if index == 4 else prompt, params)[1])
+    for index, ((prompt, params), listener) in enumerate(zip(CASES, told, strict=True)):
+        if index == 4:
+            assert listener.end.reason == "failed"
+            assert "the engine is unwell" in listener.end.message
+        else:
+            assert listener.text == offline.generate([prompt], params)[0].text
+
+
+def test_an_engine_that_always_fails_ends_every_request(start):
+    service, engine = start()
+    engine.fail = lambda call: True
+    told = [submit(service, prompt_ids(6, i))[1] for i in range(7)]
+    assert [listener.end.reason for listener in told] == ["failed"] * 7
+    engine.fail = lambda call: False
+    assert submit(service, prompt_ids(6, 1))[1].end.reason == "length"
+
+
+def test_tokens_of_an_iteration_that_fails_at_its_end_are_told_once(start, offline):
+    service, _ = start()
+    step, steps = service.loop.step, []
+
+    def failing():
+        emission = step()
+        steps.append(emission)
+        if len(steps) in (4, 40):
+            raise RuntimeError("after all was done")
+        return emission
+
+    service.loop.step = failing
+    told = [submit(service, *case)[1] for case in CASES]
+    for (prompt, params), listener in zip(CASES, told, strict=True):
+        expected = offline.generate([prompt], params)[0]
+        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_a_listener_that_fails_loses_its_own_request_alone(start):
+    service, _ = start()
+
+    def broken(event: Event) -> None:
+        raise OSError("gone")
+
+    service.submit(prompt_ids(6, 0), LONG, broken)
+    _, other = submit(service, prompt_ids(6, 1))
+    assert other.end.reason == "length"
+    assert service.drain(SECONDS)
+    assert service.statistics().ended == {"cancelled": 1, "length": 1}
+
+
+def test_text_that_fails_is_one_requests_own_trouble(start):
+    service, engine = start()
+    engine.open.clear()
+    bad, unlucky = submit(service, prompt_ids(6, 0))
+    bad.answer._text = None
+    _, other = submit(service, prompt_ids(6, 1))
+    engine.open.set()
+    assert unlucky.end.reason == "failed"
+    assert other.end.reason == "length"

@@ -1,0 +1,246 @@
+"""The real Triton, asked as its clients ask: text, streams, statistics, refusals, departures, crowds and nonsense."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from served import Served, grpc_input, joined, needs_triton
+
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+pytestmark = needs_triton
+QUEUE, LONG = 6, 440
+PROMPT = "the theme of a thing, "
+WAYS = {
+    "greedy": {"max_tokens": 40, "ignore_eos": True},
+    "seeded": {"max_tokens": 40, "ignore_eos": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 2**40 + 7},
+    "stopped": {"max_tokens": 40, "temperature": 1.3, "seed": 5, "stop_words": ["e", "th", "\u00e9"]},
+}
+
+
+@pytest.fixture(scope="module")
+def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
+    served = Served(roomy_bundle, tmp_path_factory.mktemp("log") / "log", "--queue", QUEUE)
+    try:
+        yield served.wait_for("serving")
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def offline(roomy_bundle) -> LLM:
+    return LLM(roomy_bundle, "autoregressive", 1)
+
+
+def params(way: dict) -> SamplingParams:
+    named = {("stop" if key == "stop_words" else key): value for key, value in way.items()}
+    return SamplingParams(**{**named, "stop": tuple(named.get("stop", ()))})
+
+
+def rest(server: Served) -> dict[str, float]:
+    """The metrics once nothing runs and nothing waits."""
+    time.sleep(0.6)  # they are a moment old
+    return server.wait_metrics(lambda m: m["echo_running"] == m["echo_queued"] == m["echo_blocks_used"] == 0)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_the_same_text_by_every_road(way, server, offline):
+    ids = offline.tokenizer(PROMPT)["input_ids"]
+    expected = offline.generate([ids], params(way))[0]
+    whole = server.generate(text_input=PROMPT, **way)
+    assert (whole["text_output"], whole["finish_reason"]) == (expected.text, expected.finish_reason)
+    assert (whole["prompt_tokens"], whole["completion_tokens"]) == (len(ids), len(expected.token_ids))
+    for pieces in (
+        server.generate_stream(text_input=PROMPT, **way),
+        server.generate_stream(input_ids=ids, **way),
+        list(server.stream(text_input=PROMPT, **way)),
+        list(server.stream(input_ids=ids, **way)),
+        list(server.stream(input_ids=ids, **way | {"stream": False})),
+    ):
+        assert joined(pieces) == (expected.text, expected.token_ids)
+        assert pieces[-1]["finish_reason"] == expected.finish_reason
+        assert all("finish_reason" not in piece for piece in pieces[:-1])
+    assert len(server.generate_stream(text_input=PROMPT, **way)) > 1
+
+
+def test_chat_goes_through_the_template(server, offline):
+    expected = offline.generate([offline.chat_ids("hi there")], params(WAYS["greedy"]))[0].text
+    messages = json.dumps([{"role": "user", "content": "hi there"}])
+    assert server.generate(chat_messages=messages, **WAYS["greedy"])["text_output"] == expected
+    assert server.generate(text_input="hi there", chat=True, **WAYS["greedy"])["text_output"] == expected
+    assert server.generate(text_input="hi there", **WAYS["greedy"])["text_output"] != expected
+
+
+def test_the_prompt_is_part_of_the_output_where_asked(server):
+    plain = server.generate(text_input=PROMPT, **WAYS["greedy"])["text_output"]
+    assert server.generate(text_input=PROMPT, exclude_input_in_output=False, **WAYS["greedy"])["text_output"] == (
+        PROMPT + plain
+    )
+    pieces = server.generate_stream(text_input=PROMPT, exclude_input_in_output=False, **WAYS["greedy"])
+    assert joined(pieces)[0] == PROMPT + plain
+
+
+def test_statistics_where_asked(server):
+    plain = server.generate(text_input=PROMPT, **WAYS["greedy"])
+    asked = server.generate(text_input=PROMPT, return_perf_metrics=True, **WAYS["greedy"])
+    assert asked.keys() - plain.keys() == {
+        "acceptance_rate",
+        "total_accepted_draft_tokens",
+        "total_draft_tokens",
+        "accepted_length",
+        "time_to_first_token_ms",
+    }
+    assert 0 < asked["total_accepted_draft_tokens"] < asked["total_draft_tokens"]
+    rate = asked["total_accepted_draft_tokens"] / asked["total_draft_tokens"]
+    assert asked["acceptance_rate"] == pytest.approx(rate)
+    assert asked["accepted_length"] > 1 < asked["time_to_first_token_ms"] + 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"max_tokens": 3}, "no prompt given"),
+        ({"text_input": "a", "input_ids": [5]}, "input_ids and text_input given"),
+        ({"input_ids": [5, 999]}, "token id 999"),
+        ({"text_input": ""}, "empty"),
+        ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
+        ({"text_input": "a", "temperature": -1.5}, "temperature is -1.5"),
+        ({"text_input": "a", "top_p": 1.5}, "top_p is 1.5"),
+        ({"text_input": "a", "deadline_ms": -4}, "deadline_ms is -4"),
+        ({"text_input": "word " * 2000}, "shorten it"),
+        ({"text_input": "word " * 200_000}, "shorten it"),
+        ({"text_input": "a", "stop_words": ["x"] * 65}, "stop_words has 65"),
+        ({"chat_messages": "{"}, "not JSON"),
+        ({"chat_messages": "[]"}, "no list of messages"),
+        ({"chat_messages": '[{"role": "user"}]'}, "chat_messages[0]"),
+        ({"chat_messages": '[{"role": "user", "content": "\\ud800"}]'}, "chat_messages[0]"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_mistakes_are_answered_in_a_sentence(request_, words, server):
+    for answer in (server.generate(**request_), server.stream(**request_).next()):
+        assert words in answer["error"], answer
+        assert answer["error"].endswith(".")
+
+
+def test_a_deadline_ends_an_answer(server):
+    cut = server.generate(text_input=PROMPT, max_tokens=LONG, ignore_eos=True, deadline_ms=60)
+    assert cut["finish_reason"] == "deadline"
+    assert cut["completion_tokens"] < LONG - 30
+
+
+# -- departures and crowds -----------------------------------------------------------------------------------------
+
+
+def test_a_grpc_client_that_cancels_frees_its_blocks(server):
+    before = rest(server).get('echo_requests_total{outcome="cancelled"}', 0)
+    for _ in range(8):
+        stream = server.stream(text_input=PROMPT, max_tokens=LONG, ignore_eos=True)
+        assert stream.next()["text_output"]
+        stream.cancel()
+    after = rest(server)
+    assert after['echo_requests_total{outcome="cancelled"}'] - before >= 6  # a fast answer may have ended first
+
+
+def test_an_http_client_that_leaves_frees_its_blocks(server):
+    rest(server)
+    body = json.dumps({"text_input": PROMPT, "max_tokens": LONG, "ignore_eos": True, "stream": True}).encode()
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", server.http)) as connection:
+            head = f"POST /v2/models/echo/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            assert b"200" in connection.recv(200)
+    rest(server)
+
+
+def test_a_full_queue_refuses_and_the_others_finish(server):
+    rest(server)
+    with ThreadPoolExecutor(24) as pool:
+        ask = lambda i: server.generate(text_input=PROMPT, max_tokens=LONG, ignore_eos=True)  # noqa: E731
+        answers = list(pool.map(ask, range(24)))
+    refused = [answer for answer in answers if "error" in answer]
+    assert all("queue is full" in answer["error"] for answer in refused)
+    finished = {answer["text_output"] for answer in answers if "error" not in answer}
+    assert len(finished) == 1
+    assert QUEUE < len(answers) - len(refused) < len(answers)
+    assert rest(server)['echo_requests_total{outcome="refused"}'] >= len(refused)
+
+
+def test_metrics_tell_what_was_done(server):
+    before = rest(server)
+    done = server.generate(text_input=PROMPT, **WAYS["greedy"])
+    stats = 'echo_requests_total{outcome="length"}'
+    after = server.wait_metrics(lambda m: m[stats] == before.get(stats, 0) + 1)
+    assert after["echo_emitted_tokens_total"] - before["echo_emitted_tokens_total"] == done["completion_tokens"]
+    assert after["echo_prompt_tokens_total"] - before["echo_prompt_tokens_total"] >= done["prompt_tokens"] - 1
+    for name in ("queue", "time_to_first_token", "request"):
+        assert after[f"echo_{name}_seconds_count"] == before[f"echo_{name}_seconds_count"] + 1
+    assert after["echo_inter_token_seconds_count"] > before["echo_inter_token_seconds_count"]
+    assert after['echo_policy{policy="echo"}'] == 1
+    assert after["echo_accepted_length"] > 1
+
+
+# -- nonsense ------------------------------------------------------------------------------------------------------
+
+
+NONSENSE = [None, True, -1, 0, 3, 2**31, -(2**63), 2**70, 1e308, -0.0, "", "x", "\x00", [], [1], ["a", "b"], [[1]], {}]
+NAMES = ["text_input", "chat_messages", "input_ids", "max_tokens", "stop_words", "temperature", "top_k", "top_p"]
+NAMES += ["seed", "stream", "priority", "deadline_ms", "chat", "unknown"]
+
+
+def test_nonsense_over_http_is_answered(server):
+    source = random.Random(1)
+    for _ in range(120):
+        request = {source.choice(NAMES): source.choice(NONSENSE) for _ in range(source.randint(1, 4))}
+        body = json.dumps({"max_tokens": 3, **request}).encode()
+        body = source.choice([body, body, body, body[: source.randint(0, len(body))], body.replace(b"e", b"\xff")])
+        status, answer = server.post(source.choice(["generate", "generate_stream"]), body, seconds=20)
+        assert 200 <= status < 600
+        assert answer
+    assert server.generate(text_input=PROMPT, **WAYS["greedy"])["completion_tokens"] == 40
+    rest(server)
+
+
+def test_nonsense_over_grpc_is_answered(server):
+    import tritonclient.grpc as client
+    from tritonclient.utils import InferenceServerException
+
+    source, kinds = random.Random(2), ["INT32", "INT64", "FP32", "BOOL", "BYTES", "UINT64"]
+    noise = np.random.default_rng(2)
+    for _ in range(80):
+        stream = server.stream(text_input="a", max_tokens=3)
+        assert "text_output" in list(stream)[-1]
+        name, kind = source.choice(NAMES), source.choice(kinds)
+        tensor = client.InferInput(name, source.choice([[1, 1], [1], [1, 3], [2, 2], [1, 0]]), kind)
+        tensor._raw_content = noise.bytes(source.choice([0, 1, 4, 8, 12, 4096]))
+        with client.InferenceServerClient(f"127.0.0.1:{server.grpc}") as connection:
+            answers: list = []
+            connection.start_stream(lambda result, error, answers=answers: answers.append(error or result))
+            try:
+                connection.async_stream_infer("echo", [grpc_input("max_tokens", 3), tensor])
+                end = time.monotonic() + 20
+                while not answers:
+                    assert time.monotonic() < end
+                    time.sleep(0.002)
+            except InferenceServerException:
+                pass
+            connection.stop_stream()
+    for value in (float("nan"), float("inf"), -float("inf")):
+        assert "temperature is" in server.stream(text_input="a", temperature=value).next()["error"]
+    assert "not UTF-8" in server.stream(text_input=b"\xff\xfe").next()["error"]
+    assert "seed is" in server.stream(text_input="a", seed=2**64 - 1).next()["error"]
+    rest(server)
+
+
+def test_it_is_the_same_server_as_at_the_start(server):
+    assert "again" not in server.err
+    assert "died" not in server.err
+    assert "Traceback" not in server.err

@@ -1,0 +1,166 @@
+"""What dies is started again, what runs is finished at the end, and what cannot start says why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from refusal import refused
+from served import Served, free_ports, joined, needs_triton
+
+from echo_trt.serving import triton_server
+from echo_trt.serving.launcher import Job, run
+
+LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
+STREAMS = 8
+
+
+def attempt(server: Served, **request) -> dict:
+    """An answer, or the kind of its failure; an answer may not hang."""
+    try:
+        return server.generate(**request)
+    except OSError as error:
+        return {"error": type(error).__name__}
+    except Exception as error:
+        return {"error": type(error).__name__}
+
+
+def revived(server: Served, again: int) -> None:
+    end = time.monotonic() + 60
+    while server.err.count("serving again") < again:
+        assert server.process.poll() is None, server.err
+        assert time.monotonic() < end, server.err
+        time.sleep(0.05)
+
+
+@needs_triton
+def test_deaths_and_the_end(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive").wait_for("serving")
+    try:
+        whole = server.generate(**LONG)
+        for number, name in enumerate(("triton_python_backend_stub", "tritonserver"), 1):
+            _kill_under_load(server, name, whole)
+            revived(server, number)
+            assert server.generate(**LONG)["text_output"] == whole["text_output"]
+            assert len(server.children("triton_python_backend_stub")) == 1
+            assert len(server.regions()) == 1
+        _stop_with_streams(server, whole)
+    finally:
+        server.kill()
+
+
+def _kill_under_load(server: Served, name: str, whole: dict) -> None:
+    """Clients get an answer or an error, none waits for ever."""
+    with ThreadPoolExecutor(STREAMS) as pool:
+        asked = [pool.submit(attempt, server, **LONG) for _ in range(STREAMS)]
+        server.wait_metrics(lambda m: m.get("echo_running", 0) > 0)
+        (victim,) = server.children(name)
+        os.kill(victim, signal.SIGKILL)
+        answers = [each.result(30) for each in asked]
+    assert any("error" in answer for answer in answers), "it was killed too late"
+    for answer in answers:
+        assert "error" in answer or answer["text_output"] == whole["text_output"]
+
+
+def _stop_with_streams(server: Served, whole: dict) -> None:
+    streams = [server.stream(**LONG) for _ in range(STREAMS)]
+    begun = [stream.next() for stream in streams]
+    assert "finish_reason" not in begun[-1]
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    late = [attempt(server, **LONG) for _ in range(50)]
+    assert all("shutting down" in answer["error"] for answer in late[:3]), late[:3]
+    assert all("error" in answer for answer in late)
+    for first, stream in zip(begun, streams, strict=True):
+        assert joined([first, *stream])[0] == whole["text_output"]
+    assert server.process.wait(60) == 0, server.err
+    assert not server.regions()
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", server.http))
+
+
+@needs_triton
+def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log").wait_for("serving")
+    below = server.children("triton")
+    assert len(below) == 2
+    server.kill()
+    end = time.monotonic() + 20
+    while any(Path("/proc", str(pid)).exists() for pid in below):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    triton_server.remove_regions()
+    assert not server.regions()
+
+
+# -- what cannot start ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(bundle_of) -> Job:
+    return Job(bundle_of("lookup"), "127.0.0.1", *free_ports(3), 0)
+
+
+def test_a_port_in_use(job):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", job.grpc_port))
+        taken.listen()
+        with refused("--grpc-port", job.grpc_port, "give another port"):
+            run(job, None)
+
+
+def test_the_same_port_twice(job):
+    with refused(job.http_port, "a port of its own"):
+        run(Job(job.bundle, "127.0.0.1", job.http_port, job.http_port, job.metrics_port, 0), None)
+
+
+def test_no_bundle(tmp_path):
+    with refused(tmp_path, "not a bundle"):
+        run(Job(tmp_path), None)
+
+
+def test_no_triton(job, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(triton_server.importlib.util, "find_spec", lambda name: None)
+    with refused("Triton Inference Server is not here", "pip install"):
+        run(job, None)
+
+
+@needs_triton
+def test_a_python_that_pytriton_does_not_know(job, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "version_info", (3, 99))
+    with refused("3.99", "use Python 3.11"):
+        run(job, None)
+
+
+@needs_triton
+def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle_of("lookup"), folder)
+    file = next(folder.glob("target.*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    server = Served(folder, tmp_path / "log")
+    try:
+        assert server.process.wait(60) == 2
+    finally:
+        server.kill()
+    last = server.err.strip().splitlines()[-1]
+    assert "was changed after the build" in last
+    assert last.startswith("error: ")
+    assert not server.regions()
+
+
+def test_only_regions_without_an_owner_are_removed(tmp_path):
+    own, other, gone = f"echo-trt-{os.getpid()}-a", "echo-trt-1-b", "echo-trt-4999999-c"
+    for name in (own, other, gone, "triton_python_backend_shm_region_x"):
+        (tmp_path / name).touch()
+    triton_server.remove_regions(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {other, "triton_python_backend_shm_region_x"}
