@@ -24,7 +24,7 @@ from echo_trt.serving.triton_request import Ask
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
-LOOK, FLUSH, STUCK = 0.05, 0.25, 60.0
+LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import multiprocessing
 import signal
 import sys
 import threading
@@ -139,6 +140,11 @@ def test_what_could_not_be_checked_has_no_check(networks, tmp_path):
 
 @rtx
 def test_an_interrupt_ends_the_build(graph_of, tmp_path):
+    in_a_process(_interrupted, graph_of("target"), tmp_path)
+
+
+def _interrupted(graph, folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     phases = []
 
     def interrupt(share, phase):
@@ -147,20 +153,32 @@ def test_an_interrupt_ends_the_build(graph_of, tmp_path):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        compile_engine(job(graph_of("target"), tmp_path), tmp_path / "engine", interrupt)
-    assert not (tmp_path / "engine").exists()
+        compile_engine(job(graph, folder), folder / "engine", interrupt)
+    assert not (folder / "engine").exists()
     interrupted = len(phases)
-    compile_engine(job(graph_of("target"), tmp_path), tmp_path / "engine", lambda share, phase: phases.append(phase))
+    compile_engine(job(graph, folder), folder / "engine", lambda share, phase: phases.append(phase))
     assert interrupted < (len(phases) - interrupted)
 
 
 @rtx
 def test_a_failing_display_is_an_error_and_no_abort(graph_of, tmp_path):
+    in_a_process(_failing, graph_of("target"), tmp_path)
+
+
+def _failing(graph, folder):
     def fail(share, phase):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        compile_engine(job(graph_of("target"), tmp_path), tmp_path / "engine", fail)
+        compile_engine(job(graph, folder), folder / "engine", fail)
+
+
+def in_a_process(check, *arguments):
+    """Run ``check`` apart: a cancelled build beside other runtimes' threads has ended the whole process."""
+    process = multiprocessing.get_context("spawn").Process(target=check, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 # -- refusals of the compiler --------------------------------------------------------------------------------------
