@@ -13,7 +13,6 @@ from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.cuda_device import check_room, cuda_device, has_cuda
 from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.engines.torch_calls import Arrays, Graphs, Staging, pad
-from echo_trt.engines.torch_files import load_role
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
@@ -118,5 +117,7 @@ def _operator_for(device: torch.device) -> Callable[..., Tensor]:
 
 def open_torch(file: Path, num_blocks: int) -> TorchEngine:
     """The engine of a bundle that PyTorch runs: on the GPU where there is one."""
+    from echo_trt.engines.torch_files import load_role  # the engine itself needs no safetensors
+
     device = "cuda" if has_cuda() else "cpu"
     return TorchEngine(load_role(file, device), num_blocks, device)

@@ -175,6 +175,7 @@ def test_a_full_queue_refuses_and_the_others_finish(server):
 
 
 def test_metrics_tell_what_was_done(server):
+    time.sleep(1)  # they lag behind by a quarter of a second
     before = rest(server)
     done = server.generate(text_input=PROMPT, **WAYS["greedy"])
     stats = 'echo_requests_total{outcome="length"}'
