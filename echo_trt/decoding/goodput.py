@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 
@@ -52,13 +53,13 @@ class Plan:
     probability: np.ndarray
 
 
-class Planner:
-    """Who decides what an iteration drafts and verifies, and is told what came of it."""
+class Planner(Protocol):
+    """Who decides what an iteration drafts and verifies, and is told what came of it, if it wants to know."""
 
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
-        raise NotImplementedError
+        """The super-tree to verify for ``roots`` [B], the requests' pending tokens."""
 
     def joined(self, slot: int) -> None:
         """Another request begins in ``slot``."""
