@@ -37,7 +37,15 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
         )
     sizes, times = np.array(target.sizes), np.array(target.seconds)
     hinge = {k: float(v) for k, v in asdict(fit_hinge(sizes, times)).items()}
-    return CostTable(machine=machine(manifest), measured=date.today(), target=target, draft=draft, hinge=hinge)
+    return CostTable(
+        machine=machine(manifest),
+        measured=date.today(),
+        target=target,
+        draft=draft,
+        hinge=hinge,
+        granule=loop.target.granule,
+        change=_change(loop),
+    )
 
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
@@ -76,6 +84,14 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     )
 
 
+def _change(loop: Loop) -> float:
+    """Seconds that a pass of another size than the last one takes more."""
+    run, calls = loop.target.run, [_call(loop, 1, SHORT, 1), _call(loop, 1, SHORT, NODES)]
+    same = [_seconds(run, call) for _ in range(ROUNDS) for call in calls]
+    other = [_timed(run, call) for _ in range(ROUNDS) for call in calls]
+    return max(float(np.median(other) - np.median(same)), 0.0)
+
+
 def _call(loop: Loop, requests: int, context: int, tokens: int):
     """``tokens`` of each request: one, or a chain with a tree's mask."""
     blocks = -(-(context + tokens) // BLOCK)
@@ -90,6 +106,11 @@ def _call(loop: Loop, requests: int, context: int, tokens: int):
 
 
 def _seconds(run: Callable, call) -> float:
+    run(call)  # a pass of another size than the last one takes longer
+    return _timed(run, call)
+
+
+def _timed(run: Callable, call) -> float:
     begin = time.perf_counter()
     run(call)
     return time.perf_counter() - begin

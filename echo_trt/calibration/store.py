@@ -110,9 +110,11 @@ class CostTable(_Stored):
     target: CurveTable
     draft: CurveTable
     hinge: dict[str, float]
+    granule: int = Field(1, ge=1)
+    change: float = Field(0.0, ge=0)
 
     def costs(self) -> Costs:
-        return Costs(self.target.curve(NEAR), self.draft.curve(FAR))
+        return Costs(self.target.curve(NEAR), self.draft.curve(FAR), granule=self.granule, change=self.change)
 
 
 def machine(manifest: Manifest) -> str:

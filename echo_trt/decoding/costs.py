@@ -13,6 +13,7 @@ _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is 
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 _GLITCH = 1.0  # nor does one that took e^-1 of it
+_SHARED = 0.5  # of what another size takes more, the passes that follow in that size bear the rest
 _FEW = 64  # tokens of a draft's pass that is mostly its weights
 _COLDEST = 4.0  # passes of one token that a cold cache may cost
 
@@ -87,11 +88,35 @@ class Costs:
     """The machine as a policy sees it: passes of the target and of the draft, in seconds.
 
     ``cold``: what a draft's first pass after a target's takes more, since that has driven its weights out of the cache.
+    ``granule``: a verification takes as long as one of the next multiple of so many tokens. ``change``: what a target's
+    pass takes more that is of another size than the last one: a graph for any size prepares itself again.
     """
 
     target: Curve
     draft: Curve
     cold: float = 0.0
+    granule: int = 1
+    change: float = 0.0
+    _size: int = 0  # of the target's last pass
+
+    def verifications(self, roots: int, nodes: int) -> np.ndarray:
+        """Seconds of a target's pass over ``roots`` tokens and 0, 1, ..., ``nodes`` drafted ones [nodes + 1]."""
+        sizes = roots + np.arange(nodes + 1)
+        sizes[1:] += -sizes[1:] % self.granule
+        seconds = self.target.base(int(sizes[-1]))[sizes]
+        return seconds + _SHARED * self.change * (sizes != self._size)
+
+    def observe_target(self, tokens: int, context: int, seconds: float, node_context: int) -> None:
+        """The target's pass has taken ``seconds``; arguments as in ``Curve.observe``, which hears of usual ones."""
+        if node_context:
+            tokens += -tokens % self.granule
+        if tokens == self._size or self.change == 0:
+            self.target.observe(tokens, context, seconds, node_context)
+        else:
+            usual = self.target(tokens, context) + self.target.per_node * node_context
+            more = min(max(seconds - usual, 0.0), usual)
+            self.change += _LEARNING * (more - self.change)
+        self._size = tokens
 
     def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
         """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""

@@ -108,9 +108,9 @@ class Goodput(Planner):
 
     def _target(self, load: Load, nodes: int) -> np.ndarray:
         """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots, less what is the same for all."""
-        target, fixed = self.costs.target, len(load.slots) + load.others
-        each = target.per_node * load.context / len(load.slots)  # a node attends its request's context, on average this
-        return target.base(fixed + nodes)[fixed : fixed + nodes + 1] + each * np.arange(nodes + 1)
+        # A node attends its request's context, on average this much.
+        each = self.costs.target.per_node * load.context / len(load.slots)
+        return self.costs.verifications(len(load.slots) + load.others, nodes) + each * np.arange(nodes + 1)
 
     def _draft(self, candidates: Candidates, draft: Draft, policy: Policy, load: Load, price: float) -> None:
         history = self.history
@@ -181,7 +181,7 @@ class Goodput(Planner):
         self.history.forget(slot)
 
     def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
-        self.costs.target.observe(tokens, context, seconds, node_context)
+        self.costs.observe_target(tokens, context, seconds, node_context)
 
     def decided(self, levels: int, seconds: float) -> None:
         self.history.decided(levels, seconds)

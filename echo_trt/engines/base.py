@@ -13,6 +13,8 @@ class Engine(Protocol):
     """A compiled network with its paged KV pool."""
 
     num_blocks: int
+    granule: int
+    """A verification takes as long as one of the next multiple of so many tokens; 1: as one of its own size."""
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One forward pass. ``inputs`` are a head's ``features`` and ``hidden``, float32.

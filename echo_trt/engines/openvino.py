@@ -10,12 +10,18 @@ import openvino as ov
 from echo_trt.compile.openvino import PRECISIONS, compile_graph, read_graph
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.lanes import as_lanes
+from echo_trt.engines.rounding import is_verification, rounded
+
+GRANULE = 8  # tokens: a verification takes as long as one of the next multiple
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
 class OpenVINOEngine:
-    """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, touched only as it fills."""
+    """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, touched only as it fills.
+
+    One more block behind them takes the rows of tokens that only fill a pass up.
+    """
 
     def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
         self.num_blocks = num_blocks
@@ -23,6 +29,7 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._inputs = {i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()}
         self._outputs = [o.get_any_name() for o in compiled.outputs]
+        self.granule = GRANULE if "logits" in self._outputs else 1
         self._pool = self._bind_pool(compiled, PRECISIONS[precision][1])
         self._held: list[ov.Tensor] = []
 
@@ -34,23 +41,29 @@ class OpenVINOEngine:
                 f"OpenVINO laid the KV cache out as {caches[0]}; this build expects blocks of {BLOCK} in {cache_type}"
             )
         # One array for all layers, so that a commit is one indexed copy. calloc leaves untouched pages unallocated.
-        pool = np.zeros((len(caches), self.num_blocks, heads, block, head_dim), _ARRAY_TYPES[cache_type])
+        pool = np.zeros((len(caches), self.num_blocks + 1, heads, block, head_dim), _ARRAY_TYPES[cache_type])
         self._caches = [ov.Tensor(part, ov.Shape(part.shape), cache_type) for part in pool]
         for node, tensor in zip(caches, self._caches, strict=True):
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        asked = {"features": len(call.token_ids), "state": len(call.token_ids)}
+        rows = len(call.logit_rows)
+        verifies = is_verification(call)
         # For the bits of plain decoding. One request alone cannot have them: matrix products of one row differ.
         if "logits" in self._outputs and len(call.past_lens) > 1:
             call = as_lanes(call)
+        if verifies:
+            call = rounded(call, self.granule, self.num_blocks)
         # The request reads our arrays in place, so they must outlive it.
         held = [ov.Tensor(getattr(call, name) if name not in inputs else inputs[name]) for name in self._inputs]
         for name, tensor in zip(self._inputs, held, strict=True):
             self._request.set_tensor(name, tensor)
         self._held = held
         self._request.infer()
-        return {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
+        outputs = {name: self._request.get_output_tensor(i).data for i, name in enumerate(self._outputs)}
+        return {name: values[: asked.get(name, rows)] for name, values in outputs.items()}
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]

@@ -34,7 +34,7 @@ class TorchEngine:
         operator: Callable[..., Tensor] | None = None,
         graphs: bool = True,
     ):
-        self.num_blocks = num_blocks
+        self.num_blocks, self.granule = num_blocks, 1
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)

@@ -36,19 +36,23 @@ class Rotary(nn.Module):
     def __init__(self, config: Config, positions: int):
         super().__init__()
         inv_freq, scale = rope_frequencies(config)
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq[None, :]
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq.repeat(2)[None, :]
         self.register_buffer("cos", angles.cos() * scale, persistent=False)
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [N] -> cos and sin, each [N, 1, D/2]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        """positions [N] -> cos and sin, each [N, 1, 1, D]."""
+        return self.cos[positions][:, None, None], self.sin[positions][:, None, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [N, H, D] by the angles of each token's position."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate x [N, H, 1, D] by the angles of each token's position.
+
+    Compilers know rotary embedding by these very steps on four axes, and make one kernel of them.
+    """
+    half = x.shape[-1] // 2
+    first, second = x.split((half, half), dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
@@ -106,13 +110,13 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        query, key, value = self.qkv(x).split(
-            [h * self.head_dim for h in (self.heads, self.kv_heads, self.kv_heads)], dim=-1
-        )
-        query, key = query.unflatten(-1, (self.heads, self.head_dim)), key.unflatten(-1, (self.kv_heads, self.head_dim))
+        heads = self.heads, self.kv_heads
+        both, value = self.qkv(x).split((sum(heads) * self.head_dim, self.kv_heads * self.head_dim), dim=-1)
+        both = both.unflatten(-1, (sum(heads), 1, self.head_dim))
         if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, cos, sin).flatten(1), rotate(key, cos, sin).flatten(1)
+            query, key = both.split(heads, dim=1)
+            both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
+        query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
         return self.out(attend(self.layer, query, key, value))
 
 

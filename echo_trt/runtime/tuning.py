@@ -62,7 +62,8 @@ class Tuning:
         settings["budget"] = budget or settings["budget"] or 0
         policy = make_policy(name, settings)
         if policy.budget == 0:
-            policy = replace(policy, budget=int(self.costs.hinge["k_max"]))
+            knee, granule = int(self.costs.hinge["k_max"]), self.costs.granule
+            policy = replace(policy, budget=knee + -knee % granule)  # tokens up to there are verified all the same
         return policy
 
     def planner(self) -> Goodput:

@@ -35,6 +35,9 @@ class Recorder:
         self.finished: list[tuple[np.ndarray, int, np.ndarray]] = []
         self._known = np.zeros((num_blocks * BLOCK, 4 * hidden_size), np.uint16)
 
+    def behind(self, slots: np.ndarray) -> np.ndarray:
+        return np.zeros(len(slots), np.int64)
+
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         self._known[rows, : self.width] = _bfloat16(outputs["features"][output_rows])
         # States come for rows whose next token was asked for. A prompt's are never used, whatever lands there.

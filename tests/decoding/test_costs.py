@@ -148,3 +148,34 @@ def test_of_a_jagged_curve_the_hinge_tells_its_error():
     assert hinge.error == pytest.approx(abs(model / seconds - 1).max())
     assert 0.1 < hinge.error < 0.3
     assert 8 <= hinge.k_max <= 20
+
+
+def test_verifications_cost_what_their_granule_does():
+    costs = Costs(Curve([1, 8, 16, 24], [1.0, 2.0, 3.0, 4.0]), Curve([1], [0.1]), granule=8)
+    got = costs.verifications(3, 14)
+    assert got[0] == costs.target.base(3)[3]  # plain decoding is not filled up
+    assert (got[1:6] == 2.0).all()  # 4 to 8 tokens
+    assert (got[6:14] == 3.0).all()  # 9 to 16
+    assert got[14] == 4.0
+
+
+def test_another_size_costs_its_change_and_the_last_one_does_not():
+    costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.4)
+    costs.observe_target(6, 0, 2.0, node_context=10)
+    seconds = costs.verifications(1, 12)
+    assert seconds[0] > 1.0
+    assert (seconds[1:8] == costs.target.base(8)[8]).all()
+    assert (seconds[8:] > 3.0).all()
+
+
+def test_the_price_of_change_is_learnt_from_changes_alone():
+    costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.1)
+    for _ in range(200):
+        costs.observe_target(8, 0, 2.5, 1)  # half a second more than 2.0, having come from 16
+        costs.observe_target(16, 0, 3.5, 1)
+    assert costs.change == pytest.approx(0.5, rel=0.05)
+    assert costs.target.base(16)[[8, 16]] == pytest.approx([2.0, 3.0], rel=0.02)
+    for _ in range(200):
+        costs.observe_target(8, 0, 2.5, 1)
+    assert costs.target.base(8)[8] == pytest.approx(2.5, rel=0.05)
+    assert costs.change == pytest.approx(0.5, rel=0.1)

@@ -135,7 +135,9 @@ def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines
 def test_rows_are_exactly_those_moved(bundle_of):
     engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 3)
     engine._pool[:] = np.random.default_rng(0).random(engine._pool.shape)
-    by_row = np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), 3 * BLOCK, -1).copy()  # [caches, rows, values]
+    by_row = (
+        np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), engine._pool.shape[1] * BLOCK, -1).copy()
+    )  # [caches, rows, values]
     source, target = np.array([3, 40, 95, 4, 5]), np.array([4, 3, 0, 5, 64])
     engine.move(source, target)
     by_row[:, target] = by_row[:, source]

@@ -1,0 +1,44 @@
+"""Verifications of few sizes.
+
+Where a graph is compiled for any size, a pass of another size than the last one pays for it: shapes are inferred and
+kernels are prepared again, which takes as long as five to ten tokens more. Trees change size from pass to pass, so
+their passes are filled up to the next multiple, and the policy is told that the tokens up to there cost nothing.
+Plain decoding repeats its size and is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from echo_trt.decoding.pack import Packed
+
+
+def rounded(call: Packed, multiple: int, block: int) -> Packed:
+    """``call`` with requests of one token that nobody reads, to a ``multiple`` of tokens and of rows asked for.
+
+    Their keys and values go to ``block``, which no other request holds.
+    """
+    count, rows = len(call.token_ids), len(call.logit_rows)
+    if count % multiple == rows % multiple == 0:
+        return call
+    more = -count % multiple
+    zeros = np.zeros(more, np.int32)
+    follow = np.arange(1, more + 1, dtype=np.int32)
+    return dataclasses.replace(
+        call,
+        token_ids=np.concatenate((call.token_ids, zeros)),
+        positions=np.concatenate((call.positions, zeros)),
+        past_lens=np.concatenate((call.past_lens, zeros)),
+        seq_begins=np.concatenate((call.seq_begins, count + follow)),
+        block_indices=np.concatenate((call.block_indices, zeros + np.int32(block))),
+        block_begins=np.concatenate((call.block_begins, call.block_begins[-1] + follow)),
+        tree_mask_begins=np.concatenate((call.tree_mask_begins, zeros + call.tree_mask_begins[-1])),
+        logit_rows=np.concatenate((call.logit_rows, np.full(-rows % multiple, count + more - 1))),
+    )
+
+
+def is_verification(call: Packed) -> bool:
+    """Whether some request brings a tree, or a chain with a mask."""
+    return len(call.tree_mask) > 0

@@ -1,0 +1,75 @@
+"""Verifications filled up to few sizes: what is asked for stays what it was, and nobody's rows are touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engines.openvino import GRANULE, OpenVINOEngine
+from echo_trt.engines.rounding import is_verification, rounded
+
+
+def trees(sizes: list[int], past: int, table: np.ndarray) -> Packed:
+    """A fan of ``sizes`` nodes, root included, for each request."""
+    forest = SuperTree.from_roots(np.arange(len(sizes)) + 3)
+    for request, size in enumerate(sizes):
+        forest.add(np.full(size - 1, request), np.arange(size - 1) + 9, np.zeros(size - 1))
+    forest, _ = forest.sorted_by_request(np.arange(len(forest)))
+    pasts, rows = np.full(len(sizes), past), np.arange(len(forest))
+    return pack(forest.token, past + forest.depth, pasts, forest.sizes, table, rows, ancestor_mask(forest))
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), multiple=st.integers(1, 16))
+def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
+    table = np.arange(len(sizes))[:, None]
+    call = trees(sizes, 3, table)
+    got = rounded(call, multiple, 77)
+    count, requests = sum(sizes), len(sizes)
+    assert len(got.token_ids) == len(got.positions) == -(-count // multiple) * multiple
+    assert len(got.logit_rows) == -(-count // multiple) * multiple
+    for name in ("token_ids", "positions", "logit_rows", "tree_mask", "block_indices"):
+        before = getattr(call, name)
+        assert (getattr(got, name)[: len(before)] == before).all()
+        assert getattr(got, name).dtype == before.dtype
+    assert (np.diff(got.seq_begins)[requests:] == 1).all()
+    assert (got.seq_begins[: requests + 1] == call.seq_begins).all()
+    assert (got.block_indices[len(call.block_indices) :] == 77).all()
+    assert len(got.past_lens) + 1 == len(got.seq_begins) == len(got.block_begins) == len(got.tree_mask_begins)
+    assert got.logit_rows.max() < len(got.token_ids)
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
+def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
+    past, blocks = 5, 6
+    engines = [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", blocks) for _ in range(2)]
+    engines[1].granule = 1  # as it comes
+    table = np.array([4, 0, 3, 1])[: len(sizes), None]
+    prompts = pack(
+        np.tile(np.arange(past), len(sizes)),
+        np.tile(np.arange(past), len(sizes)),
+        np.zeros(len(sizes), np.int64),
+        np.full(len(sizes), past),
+        table,
+        np.zeros(1),
+    )
+    call = trees(sizes, past, table)
+    assert is_verification(call)
+    assert not is_verification(prompts)
+    assert len(call.token_ids) % GRANULE
+    got = []
+    for engine in engines:
+        engine.run(prompts)
+        outputs = engine.run(call)
+        got.append({name: np.array(values) for name, values in outputs.items()})
+    for name, values in got[0].items():
+        assert len(values) == len(got[1][name]) == sum(sizes)
+        np.testing.assert_allclose(values, got[1][name], atol=1e-4)
+    filled, plain = (engine._pool[:, :blocks] for engine in engines)
+    np.testing.assert_allclose(filled, plain, atol=1e-5)
+    assert engines[0]._pool.shape[1] == blocks + 1
+    assert engines[0]._pool[:, blocks].any()
+    assert past + max(sizes) < BLOCK
