@@ -94,7 +94,7 @@ class LLM:
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
                 for request, tokens in self.loop.step():
-                    piece = answers[request].take(self.loop, tokens)[0]
+                    piece = answers[request].take(self.loop, tokens).text
                     if request.finish_reason:
                         yield Delta(request.id, piece, answers.pop(request).completion())
                     elif piece:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -15,6 +16,8 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
+        self._begins: list[int] = []  # of each token's text
+        self._settled = 0
         self._decoded = ""
         self.text = ""
         self.stopped = False
@@ -23,6 +26,7 @@ class TextStream:
         """Returns the text that became certain and how many tokens were used: fewer once a stop string is complete."""
         for used, token in enumerate(tokens, 1):
             self._tokens.append(token)
+            self._begins.append(len(self._decoded))
             piece = self._stream.step(self._tokenizer, token)
             if piece:
                 self._extend(piece)
@@ -37,6 +41,14 @@ class TextStream:
             if whole.startswith(self._decoded):
                 self._extend(whole[len(self._decoded) :])
         return self._give_out(len(self._decoded))
+
+    def settle(self) -> list[int]:
+        """Where the text of each next token begins, for those whose text was first given out since the last call.
+
+        Tokens whose text a stop string cuts off are never among them.
+        """
+        before, self._settled = self._settled, bisect_left(self._begins, len(self.text))
+        return self._begins[before : self._settled]
 
     def _extend(self, piece: str) -> None:
         """Append what was decoded, up to the first stop string that it completes."""
