@@ -29,6 +29,7 @@ class TextStream:
             self._begins.append(len(self._decoded))
             piece = self._stream.step(self._tokenizer, token)
             if piece:
+                self._begins[-1] += self._before_own(piece)
                 self._extend(piece)
                 if self.stopped:
                     return self._give_out(len(self._decoded)), used
@@ -49,6 +50,13 @@ class TextStream:
         """
         before, self._settled = self._settled, bisect_left(self._begins, len(self.text))
         return self._begins[before : self._settled]
+
+    def _before_own(self, piece: str) -> int:
+        """How much of ``piece`` belongs to tokens before the last: bytes that came to nothing, once it begins anew."""
+        if self._begins[-2:-1] != self._begins[-1:]:  # none was waiting
+            return 0
+        own = self._tokenizer.decode(self._tokens[-1:], skip_special_tokens=True)
+        return 0 if "\ufffd" in own or not piece.endswith(own) else len(piece) - len(own)
 
     def _extend(self, piece: str) -> None:
         """Append what was decoded, up to the first stop string that it completes."""
