@@ -114,6 +114,7 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "presence_penalty": asked.presence_penalty,
         "frequency_penalty": asked.frequency_penalty,
         "repetition_penalty": asked.repetition_penalty,
+        "min_length": asked.min_tokens,
         "seed": seed,
         "ignore_eos": asked.ignore_eos,
         "stream": asked.stream,
@@ -121,6 +122,8 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
     }
     optional = {
         "stop_words": asked.stop or None,
+        "logit_bias_ids": [*asked.logit_bias] or None,
+        "logit_bias": [*asked.logit_bias.values()] or None,
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
         "priority": asked.priority,

@@ -14,7 +14,6 @@ CHOICES = 128  # of one request, prompts times n
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),  # says nothing without tools
@@ -44,8 +43,15 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
+        raise ValueError("its keys must be token ids")
+    return {int(key): value for key, value in bias.items()}
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
@@ -59,7 +65,7 @@ class StreamOptions(Strict):
 
 
 class Params(Strict):
-    """What both endpoints share. Not OpenAI's: ``top_k``, ``repetition_penalty`` and the last three."""
+    """What both endpoints share. Not OpenAI's: ``top_k``, ``repetition_penalty``, ``min_tokens``, the last three."""
 
     model: str
     stream: bool = False
@@ -71,6 +77,8 @@ class Params(Strict):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=300), AfterValidator(_by_token)] = {}
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] = []
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1

@@ -30,7 +30,7 @@ class Answer:
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
         self.request, self.told = request, 0
-        self._text = TextStream(tokenizer, request.params.stop)
+        self._text = TextStream(tokenizer, request.params.stop, request.params.min_tokens)
 
     def take(self, loop: Loop, tokens: Sequence[int]) -> Said:
         """The text that became certain, all of it once the request has ended, and those tokens that count.

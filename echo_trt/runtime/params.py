@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,10 @@ from echo_trt.errors import UserError
 MAX_STOP_TOKENS = 8
 #: Best tokens at most whose log-probabilities are told beside the emitted one's.
 MAX_LOGPROBS = 20
+#: Tokens at most whose logits one request may bias.
+MAX_BIASED = 300
+_SHORT = reprlib.Repr()
+_SHORT.fillvalue = "…"
 #: Each penalty, and the value at which it is off.
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -25,8 +30,11 @@ class SamplingParams:
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
     over the prompt too, and comes first (``decoding.penalties``). They precede temperature, and hold for greedy text.
 
+    logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
+    stop token is chosen and no stop string looked for.
+
     ``logprobs`` asks for the log-probability of every emitted token and of so many of the best tokens at its place;
-    None is off. They are the log-softmax of the target's own logits, before penalties and temperature.
+    None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
     """
 
     max_tokens: int = 256
@@ -41,6 +49,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -67,14 +77,21 @@ class SamplingParams:
                 self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
                 f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
             ),
+            ("logit_bias", _is_bias(self.logit_bias), f"numbers from -100 to 100 by token id, at most {MAX_BIASED}"),
+            (
+                "min_tokens",
+                _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                f"a whole number from 0 (off) to max_tokens, {self.max_tokens}",
+            ),
         ):
             if not valid:
-                raise UserError(f"{name} is {getattr(self, name)!r}; give {rule}.")
+                raise UserError(f"{name} is {_SHORT.repr(getattr(self, name))}; give {rule}.")
 
     @property
     def adjusts_logits(self) -> bool:
         """Whether anything comes between the target's logits and the choice of a token."""
-        return any(getattr(self, name) != off for name, off in PENALTIES.items())
+        penalised = any(getattr(self, name) != off for name, off in PENALTIES.items())
+        return penalised or bool(self.logit_bias) or self.min_tokens > 0
 
 
 def _is_int(value: object) -> bool:
@@ -91,6 +108,15 @@ def _is_number(value: object) -> bool:
 
 def _is_penalty(value: object) -> bool:
     return _is_number(value) and -2 <= value <= 2
+
+
+def _is_bias(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_BIASED
+        and all(_is_int(token) and token >= 0 for token in value)
+        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+    )
 
 
 @dataclass(frozen=True)

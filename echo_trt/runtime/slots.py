@@ -6,7 +6,7 @@ import numpy as np
 
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.ragged import begins, ragged_arange
-from echo_trt.runtime.params import MAX_STOP_TOKENS, PENALTIES, SamplingParams
+from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 
 
 class Slots:
@@ -33,6 +33,8 @@ class Slots:
         self.top_k, self.seed = ints(count), ints(count)
         self.presence_penalty, self.frequency_penalty = np.zeros(count), np.zeros(count)
         self.repetition_penalty = np.ones(count)
+        self.min_tokens, self.biased = ints(count), ints(count)
+        self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.logprobs = ints(count) - 1  # how many of the best tokens' are wanted beside the emitted one's; -1: none
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
@@ -72,9 +74,11 @@ class Slots:
 
     def ask(self, slot: int, params: SamplingParams) -> None:
         """Note how a slot's tokens are to be chosen."""
-        for name in ("temperature", "top_k", "top_p", "seed", *PENALTIES):
+        for name in ("temperature", "top_k", "top_p", "seed", "min_tokens", *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self.biased[slot] = biased = len(params.logit_bias)
+        self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
         self.adjusted[slot] = params.adjusts_logits
 
     def release(self, slot: int) -> None:

@@ -10,10 +10,13 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """One request's text. ``text`` is what has been given out; a possible beginning of a stop string is held back."""
+    """One request's text. ``text`` is what has been given out; a possible beginning of a stop string is held back.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    Stop strings that are complete before ``min_tokens`` are text like any other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
+        self._tokenizer, self._stop, self._min_tokens = tokenizer, tuple(stop), min_tokens
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
         self._begins: list[int] = []  # of each token's text
@@ -60,9 +63,11 @@ class TextStream:
 
     def _extend(self, piece: str) -> None:
         """Append what was decoded, up to the first stop string that it completes."""
-        begin = max(len(self._decoded) - max(map(len, self._stop), default=0), 0)
+        before = len(self._decoded)
         self._decoded += piece
-        found = [place for s in self._stop if (place := self._decoded.find(s, begin)) >= 0]
+        if len(self._tokens) < self._min_tokens:
+            return
+        found = [p for s in self._stop if (p := self._decoded.find(s, max(before - len(s) + 1, 0))) >= 0]
         if found:
             self._decoded, self.stopped = self._decoded[: min(found)], True
 

@@ -63,7 +63,19 @@ class Verified:
         return logits if len(nodes) == len(logits) else logits[nodes]
 
     def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
-        """After penalties, which look at the prompt only where a repetition penalty asks for it."""
+        """After penalties, bias, and without stop tokens where it is too early for them."""
+        logits = self._penalised(nodes)
+        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        row, place = np.repeat(np.arange(len(nodes)), state.biased[slots]), ragged_arange(state.biased[slots])
+        logits[row, state.bias_tokens[slots[row], place]] += state.bias[slots[row], place]
+        early = self._generated(nodes) < state.min_tokens[slots]
+        stops = state.stop_tokens[slots]
+        row, place = np.nonzero(early[:, None] & (stops >= 0) & (stops < logits.shape[1]))
+        logits[row, stops[row, place]] = -np.inf
+        return logits
+
+    def _penalised(self, nodes: np.ndarray) -> np.ndarray:
+        """Penalties look at the prompt only where one for repetition asks for it."""
         state, slots = self.state, self.slots[self.tree.request[nodes]]
         first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)
         said = state.length[slots] - first
@@ -85,8 +97,13 @@ class Verified:
         temperature = state.temperature[slots]
         if not temperature.any():
             return logits.argmax(axis=1)
-        place = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
-        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], uniforms(state.seed[slots], place))
+        uniform = uniforms(state.seed[slots], self._generated(nodes))
+        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], uniform)
+
+    def _generated(self, nodes: np.ndarray) -> np.ndarray:
+        """How many tokens of its request's answer there are up to each node."""
+        slots = self.slots[self.tree.request[nodes]]
+        return self.state.length[slots] - self.state.prompt_length[slots] + self.tree.depth[nodes]
 
 
 def with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:

@@ -127,7 +127,7 @@ class Service:
         Raises UserError for a prompt that cannot be answered, Overloaded while no request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
-        request = Request(serial, self.llm.checked(prompt), params)
+        request = self.llm.request(serial, prompt, params)
         self.loop.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
         deadline = None if seconds is None else now + seconds

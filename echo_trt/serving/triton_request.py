@@ -60,6 +60,8 @@ class Reader:
             frequency_penalty=_number(tensors, "frequency_penalty", 0.0),
             repetition_penalty=_number(tensors, "repetition_penalty", 1.0),
             logprobs=_logprobs(tensors),
+            logit_bias=_logit_bias(tensors),
+            min_tokens=_number(tensors, "min_length", 0),
         )
         return Ask(
             prompt,
@@ -128,6 +130,13 @@ def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:
     if not 0 <= top <= MAX_LOGPROBS:
         raise UserError(f"top_logprobs is {top}; give a whole number from 0 to {MAX_LOGPROBS}.")
     return top if wanted else None
+
+
+def _logit_bias(tensors: Mapping[str, np.ndarray]) -> dict[int, float]:
+    tokens, bias = (tensors.get(name, np.empty(0)).reshape(-1).tolist() for name in ("logit_bias_ids", "logit_bias"))
+    if len(tokens) != len(bias):
+        raise UserError(f"logit_bias_ids has {len(tokens)} values and logit_bias {len(bias)}; give as many of both.")
+    return dict(zip(tokens, bias, strict=True))
 
 
 def _stop_words(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:

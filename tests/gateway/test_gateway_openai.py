@@ -91,8 +91,12 @@ def test_models_and_health(client, server):
             PENALTIES | {"seed": 6, "extra_body": {"repetition_penalty": 1.3}},
             PENALTIES | {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.3},
         ),
+        (
+            {"temperature": 0, "logit_bias": {"0": 100, "90": -3.3}, "extra_body": {"min_tokens": 9}},
+            {"logit_bias": {0: 100, 90: -3.3}, "min_tokens": 9},
+        ),
     ],
-    ids=["greedy", "seeded", "top_k", "stop", "penalised", "penalised and seeded"],
+    ids=["greedy", "seeded", "top_k", "stop", "penalised", "penalised and seeded", "biased"],
 )
 def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, asked, params):
     truth = offline.generate([TURN], SamplingParams(max_tokens=40, **params))[0]
@@ -136,7 +140,7 @@ def assert_content(content: list, truth: Completion, offline: LLM) -> None:
     """The tokens of the text alone, each with its logprob and the best ones."""
     said = b"".join(bytes(entry.bytes) for entry in content).decode(errors="replace")
     assert said == truth.text or (truth.finish_reason == "stop" and said.startswith(truth.text))
-    visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.all_special_ids]
+    visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.added_tokens_decoder]
     assert len(content) > 0
     for entry, each in zip(content, visible, strict=False):
         numbers = [entry.logprob, *(top.logprob for top in entry.top_logprobs)]
@@ -158,7 +162,7 @@ def test_logprobs_of_completions(client, offline):
             values += getattr(choice.logprobs, name)
     for text, got, pieces, truth in zip(texts, whole, streamed, truths, strict=True):
         assert text == truth.text
-        visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.all_special_ids]
+        visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.added_tokens_decoder]
         for name in ("tokens", "text_offset"):
             assert getattr(got, name) == pieces[name]
         for numbers in (got.token_logprobs, pieces["token_logprobs"]):
@@ -238,6 +242,8 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
             client.completions.create(model="echo", prompt=[7] * 2 * CONTEXT, stream=stream)
     with pytest.raises(openai.BadRequestError, match="token id 5000"):
         client.completions.create(model="echo", prompt=[5000])
+    with pytest.raises(openai.BadRequestError, match="logit_bias holds token id 5000"):
+        client.chat.completions.create(model="echo", messages=CHAT, logit_bias={"5000": 1})
     with pytest.raises(openai.BadRequestError, match="presence_penalty"):
         client.chat.completions.create(model="echo", messages=CHAT, presence_penalty=2.5)
     with pytest.raises(openai.NotFoundError, match="gpt-4"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 
-PROMPTS = (37, 5, 16, 1, 50, 17)
+PROMPTS = (37, 5, 16, 1, 50, 17, 9, 20)
 #: A batch of every kind: greedy and sampled, with penalties and without, with log-probabilities and without.
 WAYS = (
     {"frequency_penalty": 0.6, "logprobs": 3},
@@ -20,6 +20,8 @@ WAYS = (
     {},
     {"repetition_penalty": 1.4},
     {"temperature": 0.7, "top_p": 0.9, "seed": 1, "logprobs": 20},
+    {"temperature": 1.0, "seed": 9, "logit_bias": {7: 3.5, 20: -100.0, 21: 1.0}},
+    {"frequency_penalty": 0.2, "logit_bias": {31: 100.0}, "stop_token_ids": (31, 40), "min_tokens": 13, "logprobs": 1},
     {"temperature": 1.0, "top_k": 40, "seed": 3, "repetition_penalty": 0.8, "presence_penalty": -2.0, "logprobs": 5},
 )
 
@@ -175,6 +177,27 @@ def test_a_strong_penalty_says_nothing_twice(open_llm):
         assert max(Counter(answer.token_ids).values()) == 1
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_forces_and_bans(temperature, open_llm):
+    llm = open_llm("self", "echo")
+    way = {"ignore_eos": True, "temperature": temperature}
+    free = llm.generate([prompt_ids(8, 1)], SamplingParams(30, **way))[0].token_ids
+    forced, banned = llm.generate(
+        [prompt_ids(8, 1)] * 2,
+        [SamplingParams(30, logit_bias={9: 100}, **way), SamplingParams(30, logit_bias={free[0]: -100.0}, **way)],
+    )
+    assert forced.token_ids == [9] * 30
+    assert free[0] not in banned.token_ids
+    assert banned.token_ids != free
+
+
+def test_no_stop_token_comes_before_min_tokens(open_llm):
+    llm = open_llm("self", "echo")
+    least = {"logit_bias": {31: 100.0}, "stop_token_ids": (31, 40), "min_tokens": 13}
+    answer = llm.generate([prompt_ids(8, 1)], SamplingParams(40, **least))[0]
+    assert (len(answer.token_ids), answer.token_ids.index(31), answer.finish_reason) == (14, 13, "stop")
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -188,6 +211,12 @@ def test_a_strong_penalty_says_nothing_twice(open_llm):
         ({"repetition_penalty": 0}, ("repetition_penalty is 0", "above 0")),
         ({"repetition_penalty": -1.0}, ("repetition_penalty is -1.0",)),
         ({"repetition_penalty": float("inf")}, ("repetition_penalty is inf",)),
+        ({"logit_bias": {5: 101}}, ("logit_bias is {5: 101}", "from -100 to 100")),
+        ({"logit_bias": {5: float("nan")}}, ("logit_bias",)),
+        ({"logit_bias": {-1: 1}}, ("logit_bias is {-1: 1}",)),
+        ({"logit_bias": [5]}, ("logit_bias is [5]",)),
+        ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
+        ({"min_tokens": -1}, ("min_tokens is -1",)),
         ({"logprobs": 21}, ("logprobs is 21", "from 0 to 20")),
         ({"logprobs": -1}, ("logprobs is -1",)),
         ({"logprobs": True}, ("logprobs is True",)),
@@ -197,3 +226,14 @@ def test_a_strong_penalty_says_nothing_twice(open_llm):
 def test_parameters_are_checked(settings, words):
     with refused(*words):
         SamplingParams(**settings)
+
+
+def test_too_many_biased_tokens_are_refused():
+    assert len(SamplingParams(logit_bias=dict.fromkeys(range(300), 1)).logit_bias) == 300
+    with refused("logit_bias is {0: 1", "at most 300"):
+        SamplingParams(logit_bias=dict.fromkeys(range(301), 1))
+
+
+def test_a_bias_on_no_token_is_refused(open_llm):
+    with refused("logit_bias holds token id 300", "from 0 to 299"):
+        open_llm("lookup").generate([[5]], SamplingParams(logit_bias={300: 1.0}))

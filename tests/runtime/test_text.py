@@ -129,6 +129,14 @@ def test_tokens_of_a_stop_string_never_settle(tokenizer):
     assert (text.text, text.settle()) == ("\ufffd", [0])
 
 
+def test_stop_strings_before_min_tokens_are_text(tokenizer):
+    ids = byte_ids(tokenizer, "the the the")
+    for least, want in ((0, ""), (3, ""), (4, "the "), (7, "the "), (8, "the the ")):
+        text = TextStream(tokenizer, ["the"], least)
+        text.push(ids)
+        assert (text.text, text.stopped) == (want, True)
+
+
 def test_a_beginning_that_comes_to_nothing_is_given_out(tokenizer):
     given_out, _ = stream(tokenizer, byte_ids(tokenizer, "the thenx the"), [1], ["then."])
     assert given_out == ["", "", "", "the ", "", "", "", "", "thenx", " ", "", "", "", "the"]

@@ -6,7 +6,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -128,11 +128,11 @@ def test_logprobs_where_asked(way, server, offline):
         assert joined_lists(pieces, "output_log_probs") == pytest.approx(wanted, abs=1e-4)
         assert pieces[-1]["cum_log_probs"] == pytest.approx(sum(wanted), abs=1e-3)
         entries = [entry for piece in pieces for entry in json.loads(piece["logprobs"])]
-        assert_entries(entries, answer, offline.tokenizer.all_special_ids)
+        assert_entries(entries, answer, offline.tokenizer.added_tokens_decoder)
     assert "output_log_probs" not in server.generate(text_input=PROMPT, **WAYS[way])
 
 
-def assert_entries(entries: list[dict], answer: Completion, special: list[int]) -> None:
+def assert_entries(entries: list[dict], answer: Completion, special: Container[int]) -> None:
     """They are those of the text's tokens: nothing that a stop string cut off, no special token."""
     said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
     assert said.startswith(answer.text)
@@ -160,6 +160,9 @@ def assert_entries(entries: list[dict], answer: Completion, special: list[int]) 
         ({"text_input": "a", "frequency_penalty": -3.0}, "frequency_penalty is -3.0"),
         ({"text_input": "a", "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"text_input": "a", "return_log_probs": True, "top_logprobs": 21}, "top_logprobs is 21"),
+        ({"text_input": "a", "logit_bias_ids": [5, 6], "logit_bias": [1.5]}, "logit_bias_ids has 2 values"),
+        ({"text_input": "a", "logit_bias_ids": [999], "logit_bias": [1.5]}, "token id 999"),
+        ({"text_input": "a", "min_length": 300}, "min_tokens is 300"),
         ({"text_input": "a", "top_logprobs": 5}, "return_log_probs is not true"),
         ({"text_input": "a", "deadline_ms": -4}, "deadline_ms is -4"),
         ({"text_input": "word " * 2000}, "shorten it"),
