@@ -12,7 +12,7 @@ from echo_trt.decoding.logprobs import best_tokens, log_normalisers
 @st.composite
 def rows(draw) -> tuple[np.ndarray, np.ndarray]:
     """Logits with many ties, and how many of each row are asked for."""
-    n, vocab = draw(st.integers(0, 4)), draw(st.integers(1, 9))
+    n, vocab = draw(st.integers(0, 4)), draw(st.integers(1, 9) | st.integers(90, 140))
     values = st.sampled_from([0.0, 1.0, -2.0, 30.0]) | st.floats(-90, 90, width=16, allow_subnormal=False)
     count = np.array(draw(st.lists(st.integers(0, 12), min_size=n, max_size=n)), np.int64)
     return draw(arrays(np.float32, (n, vocab), elements=values)), count
