@@ -15,10 +15,11 @@ MAX_STOP_TOKENS = 8
 MAX_LOGPROBS = 20
 #: Tokens at most whose logits one request may bias.
 MAX_BIASED = 300
-_SHORT = reprlib.Repr()
-_SHORT.fillvalue = "…"
 #: Each penalty, and the value at which it is off.
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+_SHORT = reprlib.Repr()
+_SHORT.fillvalue = "…"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class SamplingParams:
             ("logit_bias", _is_bias(self.logit_bias), f"numbers from -100 to 100 by token id, at most {MAX_BIASED}"),
             (
                 "min_tokens",
-                _is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                _is_int(self.min_tokens) and _is_int(self.max_tokens) and 0 <= self.min_tokens <= self.max_tokens,
                 f"a whole number from 0 (off) to max_tokens, {self.max_tokens}",
             ),
         ):

@@ -260,6 +260,7 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"max_tokens": -3}, ("max_tokens", "-3")),
         ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
         ({"max_tokens": True}, ("max_tokens", "True")),
+        ({"max_tokens": "many", "min_tokens": 1}, ("max_tokens is 'many'",)),
         ({"temperature": -0.1}, ("temperature", "-0.1", "0 (greedy)")),
         ({"temperature": float("nan")}, ("temperature", "nan")),
         ({"temperature": "hot"}, ("temperature", "hot")),
