@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from forests import path_to, super_trees
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from scipy.special import log_softmax
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.sampling import sample, uniforms
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots
 from echo_trt.runtime.verified import Verified
@@ -86,6 +88,19 @@ def test_every_node_by_itself(case, data):
         want.append(choice(logits[node].tolist(), prompt, said_at(tree, node, said), own))
     assert verified.next_token(nodes).tolist() == want
     np.testing.assert_array_equal(logits, before)
+
+
+@given(calls())
+def test_rows_that_stay_on_the_device_say_the_same(case):
+    verified, _ = case
+    logits = verified.outputs["logits"]
+    path, emitted = accept(verified.tree, verified.next_token)
+    told = verified.logprobs(path, emitted)
+    verified.outputs["logits"] = DeviceRows(torch.from_numpy(logits.copy()), logits.argmax(axis=1))
+    again = accept(verified.tree, verified.next_token)
+    assert [each.tolist() for each in again] == [path.tolist(), emitted.tolist()]
+    assert verified.logprobs(path, emitted) == told
+    np.testing.assert_array_equal(np.asarray(verified.outputs["logits"]), logits)
 
 
 @given(calls())
