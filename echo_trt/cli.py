@@ -117,6 +117,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens said before, -2 to 2.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that they were said.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of tokens said before or in the prompt; 1 is off.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text, whatever policy and batch.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
@@ -135,7 +140,17 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either PROMPT or --prompts FILE.")
-    params = SamplingParams(max_tokens, temperature, top_k, top_p, seed, tuple(stop or ()))
+    params = SamplingParams(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        tuple(stop or ()),
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+    )
     rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
     name = policy.value if policy else None
     run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Console(), messages)

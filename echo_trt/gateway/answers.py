@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from echo_trt.gateway.choices import ClientGone
 from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.logprobs import Entry, for_chat, for_completion
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.upstream import Piece
 
@@ -47,6 +48,7 @@ class Answer:
     n: int
     metrics: Metrics
     wants_usage: bool = False
+    wants_logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -55,14 +57,17 @@ class Answer:
 
     async def whole(self, pieces: Pieces) -> dict[str, Any]:
         texts, reasons, usage = [""] * self.choices, [""] * self.choices, Usage(self.n)
+        logprobs: list[list[Entry]] = [[] for _ in range(self.choices)]
         async for choice, piece in pieces:
             texts[choice] += piece.text
+            logprobs[choice] += piece.logprobs
             if piece.finish_reason:
                 reasons[choice] = piece.finish_reason
                 usage.add(choice, piece)
         self._count(usage)
         kind = "chat.completion" if self.chat else "text_completion"
-        choices = [self._choice(index, *entry) for index, entry in enumerate(zip(texts, reasons, strict=True))]
+        said = zip(texts, reasons, logprobs, strict=True)
+        choices = [self._choice(index, *each) for index, each in enumerate(said)]
         return self._head(kind) | {"choices": choices, "usage": usage.body()}
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[str]:
@@ -101,13 +106,19 @@ class Answer:
         return _event(self._head(self._chunk_kind) | {"choices": choices} | usage)
 
     def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
+        logprobs = self._logprobs(piece.logprobs)
         if self.chat:
-            return _delta(index, {"content": piece.text})
-        return {"index": index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+            return _delta(index, {"content": piece.text}) | {"logprobs": logprobs}
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
-    def _choice(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, reason: str, logprobs: list[Entry]) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        return {"index": index, **said, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
+
+    def _logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        return for_chat(entries) if self.chat else for_completion(entries)
 
     def _count(self, usage: Usage) -> None:
         self.metrics.prompt_tokens += usage.prompt

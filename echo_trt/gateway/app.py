@@ -93,7 +93,8 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     state = request.app.state
     inputs = [prompt | _params(asked, seed) for prompt in asked.inputs() for seed in asked.seeds()]
     pieces = merged([state.upstream.stream(each) for each in inputs], request)
-    answer = Answer(isinstance(asked, ChatRequest), asked.model, len(inputs), asked.n, state.metrics, asked.wants_usage)
+    shape = isinstance(asked, ChatRequest), asked.model, len(inputs), asked.n
+    answer = Answer(*shape, state.metrics, asked.wants_usage, asked.alternatives is not None)
     try:
         if not asked.stream:
             return JSONResponse(await answer.whole(pieces))
@@ -110,12 +111,24 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "temperature": asked.temperature,
         "top_p": asked.top_p,
         "top_k": asked.top_k,
+        "presence_penalty": asked.presence_penalty,
+        "frequency_penalty": asked.frequency_penalty,
+        "repetition_penalty": asked.repetition_penalty,
+        "min_length": asked.min_tokens,
         "seed": seed,
         "ignore_eos": asked.ignore_eos,
         "stream": asked.stream,
         "exclude_input_in_output": True,
     }
-    optional = {"stop_words": asked.stop or None, "priority": asked.priority, "deadline_ms": asked.deadline_ms}
+    optional = {
+        "stop_words": asked.stop or None,
+        "logit_bias_ids": [*asked.logit_bias] or None,
+        "logit_bias": [*asked.logit_bias.values()] or None,
+        "return_log_probs": None if asked.alternatives is None else True,
+        "top_logprobs": asked.alternatives,
+        "priority": asked.priority,
+        "deadline_ms": asked.deadline_ms,
+    }
     return params | {name: value for name, value in optional.items() if value is not None}
 
 

@@ -14,11 +14,6 @@ CHOICES = 128  # of one request, prompts times n
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True, False),  # says nothing without tools
@@ -48,7 +43,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
+        raise ValueError("its keys must be token ids")
+    return {int(key): value for key, value in bias.items()}
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
 class Strict(BaseModel):
@@ -61,7 +65,7 @@ class StreamOptions(Strict):
 
 
 class Params(Strict):
-    """What both endpoints share. ``top_k``, ``ignore_eos``, ``priority`` and ``deadline_ms`` are not OpenAI's."""
+    """What both endpoints share. Not OpenAI's: ``top_k``, ``repetition_penalty``, ``min_tokens``, the last three."""
 
     model: str
     stream: bool = False
@@ -70,6 +74,11 @@ class Params(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=INT32)] = 0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=300), AfterValidator(_by_token)] = {}
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] = []
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
@@ -149,6 +158,15 @@ class Message(Strict):
 class ChatRequest(Params):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
+    logprobs: bool = False
+    top_logprobs: Alternatives = 0
+
+    @model_validator(mode="after")
+    def _top_of_something(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs is {self.top_logprobs}, which is only allowed where logprobs is true."
+            raise ApiError(400, message, param="top_logprobs")
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -162,6 +180,11 @@ class ChatRequest(Params):
         """Tokens at most; without a word from the client the context is the limit."""
         return self.max_completion_tokens or self.max_tokens or INT32
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
+        return self.top_logprobs if self.logprobs else None
+
     def inputs(self) -> list[dict[str, Any]]:
         """What stands for the prompt in the engine's inputs: one entry a prompt, and a chat is one."""
         turns = [
@@ -173,6 +196,7 @@ class ChatRequest(Params):
 
 class CompletionRequest(Params):
     prompt: list[Text | list[Annotated[int, Field(ge=0, le=INT32)]]]
+    logprobs: Alternatives | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -196,6 +220,10 @@ class CompletionRequest(Params):
     @property
     def limit(self) -> int:
         return self.max_tokens or 16  # OpenAI's own default here
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     def inputs(self) -> list[dict[str, Any]]:
         return [{"text_input" if isinstance(p, str) else "input_ids": p} for p in self.prompt]

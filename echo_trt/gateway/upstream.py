@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -26,6 +27,14 @@ TYPES = {
     "temperature": ("FP32", np.float32),
     "top_p": ("FP32", np.float32),
     "top_k": ("INT32", np.int32),
+    "presence_penalty": ("FP32", np.float32),
+    "frequency_penalty": ("FP32", np.float32),
+    "repetition_penalty": ("FP32", np.float32),
+    "logit_bias_ids": ("INT32", np.int32),
+    "logit_bias": ("FP32", np.float32),
+    "min_length": ("INT32", np.int32),
+    "return_log_probs": ("BOOL", np.bool_),
+    "top_logprobs": ("INT32", np.int32),
     "seed": ("UINT64", np.uint64),
     "ignore_eos": ("BOOL", np.bool_),
     "stream": ("BOOL", np.bool_),
@@ -47,6 +56,7 @@ class Piece:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the tokens of the text
 
 
 class Upstream:
@@ -128,4 +138,5 @@ def _piece(result: InferResult) -> Piece:
         if not tokens:
             raise from_grpc("DEADLINE_EXCEEDED", "")
         reason = "length"  # OpenAI's word for a text that was cut short
-    return Piece(text, reason, int(value("prompt_tokens", 0)), tokens)
+    logprobs = json.loads(value("logprobs", b"[]"))
+    return Piece(text, reason, int(value("prompt_tokens", 0)), tokens, logprobs)

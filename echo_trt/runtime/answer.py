@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import Completion
+from echo_trt.runtime.params import Completion, TokenLogprobs
 from echo_trt.runtime.text import TextStream
 
 
-class Answer:
-    def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request = request
-        self._text = TextStream(tokenizer, request.params.stop)
+@dataclass(frozen=True)
+class Said:
+    """What became certain: text, tokens, and where asked for their logprobs, an entry each.
 
-    def take(self, loop: Loop, tokens: Sequence[int]) -> tuple[str, Sequence[int]]:
-        """Returns the text that became certain, all of it once the request has ended, and those tokens that count.
+    ``offsets``, where logprobs are asked for: where the text of each next token begins, for those whose text has come.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] = ()
+    offsets: Sequence[int] = ()
+
+
+class Answer:
+    """``told`` counts the tokens that ``take`` has returned."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.request, self.told = request, 0
+        self._text = TextStream(tokenizer, request.params.stop, request.params.min_tokens)
+
+    def take(self, loop: Loop, tokens: Sequence[int]) -> Said:
+        """The text that became certain, all of it once the request has ended, and those tokens that count.
 
         A stop string ends the request here; it may end inside an accepted path, and what follows it was never said.
         """
         request, stream = self.request, self._text
         piece, used = stream.push(tokens)
+        end = self.told + used
         if stream.stopped:
             loop.cancel(request)
-            del request.generated[len(request.generated) - (len(tokens) - used) :]
+            del request.generated[end:], request.logprobs[end:]
             request.finish_reason = "stop"
         if request.finish_reason:
             piece += stream.finish()
-        return piece, tokens[:used]
+        begin, self.told = self.told, end
+        if request.params.logprobs is None:
+            return Said(piece, tokens[:used])
+        return Said(piece, tokens[:used], request.logprobs[begin:end], stream.settle())
 
     def completion(self) -> Completion:
         request = self.request
         accepted = len(request.generated) / max(request.verifications, 1)
-        return Completion(self._text.text, request.generated, request.finish_reason, accepted, len(request.prompt))
+        logprobs = None if request.params.logprobs is None else request.logprobs
+        return Completion(
+            self._text.text, request.generated, request.finish_reason, accepted, len(request.prompt), logprobs
+        )

@@ -89,12 +89,12 @@ class LLM:
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
                 ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
-                request = Request(index, self.checked(ids), own)
+                request = self.request(index, ids, own)
                 self.loop.add(request)
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
                 for request, tokens in self.loop.step():
-                    piece = answers[request].take(self.loop, tokens)[0]
+                    piece = answers[request].take(self.loop, tokens).text
                     if request.finish_reason:
                         yield Delta(request.id, piece, answers.pop(request).completion())
                     elif piece:
@@ -117,6 +117,15 @@ class LLM:
         call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
         logits = self.loop.target.run(call)["logits"][0]
         return float(abs(logits[first[shared]] - logits[second[shared]]))
+
+    def request(self, id: int | str, ids: Sequence[int], params: SamplingParams) -> Request:
+        """A request for the loop; token ids that the target does not have are refused."""
+        largest = max(params.logit_bias, default=0)
+        if largest >= self.manifest.target.vocab_size:
+            raise UserError(
+                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
+            )
+        return Request(id, self.checked(ids), params)
 
     def checked(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids as the loop takes them [n] int64; ids that the target does not have are refused."""

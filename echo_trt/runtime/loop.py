@@ -21,14 +21,14 @@ from echo_trt.decoding.grow import grow
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import begins, ragged_arange
-from echo_trt.decoding.sampling import sample, uniforms
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
-from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
+from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.runtime.verified import Verified, with_roots
 
 
 @dataclass(eq=False)
@@ -36,12 +36,14 @@ class Request:
     """A request from its arrival to its end.
 
     ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
+    ``logprobs`` has an entry for each token that was emitted, where the request asks for them.
     """
 
     id: int | str
     prompt: np.ndarray
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     verifications: int = 0
     drafted: int = 0
     finish_reason: str = ""
@@ -152,12 +154,7 @@ class Loop:
             state.tokens[slot, :length] = np.concatenate((request.prompt, request.generated))
             state.length[slot], state.committed[slot], state.prompt_length[slot] = length, 0, len(request.prompt)
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
-            state.temperature[slot], state.top_k[slot], state.top_p[slot] = (
-                params.temperature,
-                params.top_k,
-                params.top_p,
-            )
-            state.seed[slot] = params.seed
+            state.ask(slot, params)
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
@@ -263,7 +260,7 @@ class Loop:
         if self.planner:
             self.planner.draft_pass(entries, context, seconds, first)
 
-    def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> _Verified:
+    def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> Verified:
         """One pass of the target over all trees and prompt chunks."""
         state = self.state
         with self._timed("pack"):
@@ -292,10 +289,10 @@ class Loop:
             self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again)
         finishing = chunk_slots[ends]
         last = state.tokens[finishing, state.length[finishing] - 1]
-        return _Verified(_with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
+        return Verified(with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
 
     def _commit(
-        self, verified: _Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
+        self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
     ) -> Emission:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
         state, slots, tree = self.state, verified.slots, verified.tree
@@ -314,7 +311,7 @@ class Loop:
         state.committed[slots[:trees]] += counts[:trees]
         state.committed[chunk_slots] += chunks
         self.counters.prompt_tokens += int(chunks.sum())
-        return self._emit(slots, counts, emitted, len(tree))
+        return self._emit(verified, path, counts, emitted)
 
     def _observe(self, verified, owner, positions, path, chunk_slots, chunks) -> None:
         chunk_owner = np.repeat(chunk_slots, chunks)
@@ -324,17 +321,20 @@ class Loop:
         output_rows = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
         self.drafter.observe(rows, verified.outputs, output_rows)
 
-    def _emit(self, slots: np.ndarray, counts: np.ndarray, emitted: np.ndarray, verified: int) -> Emission:
+    def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
+        state, slots = self.state, verified.slots
         if len(slots) == 0:
             return NOTHING
-        state = self.state
+        logprobs = verified.logprobs(path, emitted)
         kept, stopped, full = state.append(slots, counts, emitted)
         state.verifications[slots] += 1
         self.counters.iterations += 1
         self.counters.verifications += len(slots)
-        self.counters.verified_tokens += verified
+        self.counters.verified_tokens += len(verified.tree)
         self.counters.emitted_tokens += int(kept.sum())
         emission = Emission(self._request_in[slots], emitted[ragged_arange(counts) < np.repeat(kept, counts)], kept)
+        for i, entries in logprobs:
+            emission.requests[i].logprobs += entries[: kept[i]]
         for i in np.flatnonzero(stopped | full):
             request = emission.requests[i]
             request.finish_reason = "stop" if stopped[i] else "length"
@@ -355,41 +355,3 @@ class Loop:
         """Of passes and of deciding on them; what is left of an iteration, plain decoding takes too."""
         seconds = self.counters.seconds
         return sum(seconds.get(phase, 0.0) for phase in ("draft", "gate", "verify"))
-
-
-@dataclass
-class _Verified:
-    """The target's word on a call: trees first, then one root for each prompt that ended in it."""
-
-    tree: SuperTree
-    slots: np.ndarray  # of the tree's requests
-    outputs: dict[str, np.ndarray]
-    call: object
-    state: Slots
-
-    def next_token(self, nodes: np.ndarray) -> np.ndarray:
-        """The target's next token at each node [m]: its argmax, or its draw for (seed, position)."""
-        state, slots = self.state, self.slots[self.tree.request[nodes]]
-        logits = self.outputs["logits"]
-        temperature = state.temperature[slots]
-        rows = logits if len(nodes) == len(logits) else logits[nodes]
-        if not temperature.any():
-            return rows.argmax(axis=1)
-        generated = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
-        return sample(rows, temperature, state.top_k[slots], state.top_p[slots], uniforms(state.seed[slots], generated))
-
-
-def _with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:
-    """The tree with further requests of one node each, whose children nobody drafted."""
-    if len(tokens) == 0:
-        return tree
-    more, count = SuperTree.from_roots(tokens), tree.num_requests
-    return SuperTree(
-        np.concatenate((tree.token, more.token)),
-        np.concatenate((tree.parent, more.parent)),
-        np.concatenate((tree.request, more.request + count)),
-        np.concatenate((tree.depth, more.depth)),
-        np.concatenate((tree.score, more.score)),
-        np.concatenate((tree.source, more.source)),
-        count + more.num_requests,
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,15 @@ from echo_trt.errors import UserError
 
 #: Stop token ids that one request may bring, its model's own included.
 MAX_STOP_TOKENS = 8
+#: Best tokens at most whose log-probabilities are told beside the emitted one's.
+MAX_LOGPROBS = 20
+#: Tokens at most whose logits one request may bias.
+MAX_BIASED = 300
+#: Each penalty, and the value at which it is off.
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+_SHORT = reprlib.Repr()
+_SHORT.fillvalue = "…"
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,15 @@ class SamplingParams:
     """temperature 0 is greedy. top_k 0 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
 
     The same seed gives the same text, whichever policy, batch or load.
+
+    presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
+    over the prompt too, and comes first (``decoding.penalties``). They precede temperature, and hold for greedy text.
+
+    logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
+    stop token is chosen and no stop string looked for.
+
+    ``logprobs`` asks for the log-probability of every emitted token and of so many of the best tokens at its place;
+    None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
     """
 
     max_tokens: int = 256
@@ -27,6 +46,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -41,9 +66,33 @@ class SamplingParams:
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
             ("stop", _each(self.stop, lambda s: isinstance(s, str) and s), "a list of strings that are not empty"),
             ("stop_token_ids", _each(self.stop_token_ids, lambda t: _is_int(t) and t >= 0), "token ids of 0 or more"),
+            ("presence_penalty", _is_penalty(self.presence_penalty), "a number from -2 to 2, 0 is off"),
+            ("frequency_penalty", _is_penalty(self.frequency_penalty), "a number from -2 to 2, 0 is off"),
+            (
+                "repetition_penalty",
+                _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
+                "a number above 0 and up to 100, 1 is off",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+                f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
+            ),
+            ("logit_bias", _is_bias(self.logit_bias), f"numbers from -100 to 100 by token id, at most {MAX_BIASED}"),
+            (
+                "min_tokens",
+                _is_int(self.min_tokens) and _is_int(self.max_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                f"a whole number from 0 (off) to max_tokens, {self.max_tokens}",
+            ),
         ):
             if not valid:
-                raise UserError(f"{name} is {getattr(self, name)!r}; give {rule}.")
+                raise UserError(f"{name} is {_SHORT.repr(getattr(self, name))}; give {rule}.")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything comes between the target's logits and the choice of a token."""
+        penalised = any(getattr(self, name) != off for name, off in PENALTIES.items())
+        return penalised or bool(self.logit_bias) or self.min_tokens > 0
 
 
 def _is_int(value: object) -> bool:
@@ -58,11 +107,37 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is not itself
 
 
+def _is_penalty(value: object) -> bool:
+    return _is_number(value) and -2 <= value <= 2
+
+
+def _is_bias(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) <= MAX_BIASED
+        and all(_is_int(token) and token >= 0 for token in value)
+        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+    )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """An emitted token's natural log-probability, and ``top``, those of the best tokens at its place, best first.
+
+    ``top`` holds (token id, logprob); the emitted token need not be among them.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass
 class Completion:
     """A finished request. ``accepted_length`` is tokens emitted per verification, 1.0 without speculation.
 
-    finish_reason: "stop" (end of text, a stop token or string) or "length".
+    finish_reason: "stop" (end of text, a stop token or string) or "length". ``logprobs`` has an entry for each of the
+    ``token_ids``, None unless asked for.
     """
 
     text: str
@@ -70,6 +145,7 @@ class Completion:
     finish_reason: str
     accepted_length: float
     prompt_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass

@@ -6,7 +6,7 @@ import numpy as np
 
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.ragged import begins, ragged_arange
-from echo_trt.runtime.params import MAX_STOP_TOKENS
+from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 
 
 class Slots:
@@ -31,6 +31,12 @@ class Slots:
         self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
         self.temperature, self.top_p = np.zeros(count), np.ones(count)
         self.top_k, self.seed = ints(count), ints(count)
+        self.presence_penalty, self.frequency_penalty = np.zeros(count), np.zeros(count)
+        self.repetition_penalty = np.ones(count)
+        self.min_tokens, self.biased = ints(count), ints(count)
+        self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
+        self.logprobs = ints(count) - 1  # how many of the best tokens' are wanted beside the emitted one's; -1: none
+        self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
         self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
@@ -65,6 +71,15 @@ class Slots:
             self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
         self.blocks_held[slots] += wanted
         return True
+
+    def ask(self, slot: int, params: SamplingParams) -> None:
+        """Note how a slot's tokens are to be chosen."""
+        for name in ("temperature", "top_k", "top_p", "seed", "min_tokens", *PENALTIES):
+            getattr(self, name)[slot] = getattr(params, name)
+        self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self.biased[slot] = biased = len(params.logit_bias)
+        self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
+        self.adjusted[slot] = params.adjusts_logits
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -9,12 +10,17 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """One request's text. ``text`` is what has been given out; a possible beginning of a stop string is held back."""
+    """One request's text. ``text`` is what has been given out; a possible beginning of a stop string is held back.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    Stop strings that are complete before ``min_tokens`` are text like any other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
+        self._tokenizer, self._stop, self._min_tokens = tokenizer, tuple(stop), min_tokens
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
+        self._begins: list[int] = []  # of each token's text
+        self._settled = 0
         self._decoded = ""
         self.text = ""
         self.stopped = False
@@ -23,8 +29,10 @@ class TextStream:
         """Returns the text that became certain and how many tokens were used: fewer once a stop string is complete."""
         for used, token in enumerate(tokens, 1):
             self._tokens.append(token)
+            self._begins.append(len(self._decoded))
             piece = self._stream.step(self._tokenizer, token)
             if piece:
+                self._begins[-1] += self._before_own(piece)
                 self._extend(piece)
                 if self.stopped:
                     return self._give_out(len(self._decoded)), used
@@ -38,11 +46,28 @@ class TextStream:
                 self._extend(whole[len(self._decoded) :])
         return self._give_out(len(self._decoded))
 
+    def settle(self) -> list[int]:
+        """Where the text of each next token begins, for those whose text was first given out since the last call.
+
+        Tokens whose text a stop string cuts off are never among them.
+        """
+        before, self._settled = self._settled, bisect_left(self._begins, len(self.text))
+        return self._begins[before : self._settled]
+
+    def _before_own(self, piece: str) -> int:
+        """How much of ``piece`` belongs to tokens before the last: bytes that came to nothing, once it begins anew."""
+        if self._begins[-2:-1] != self._begins[-1:]:  # none was waiting
+            return 0
+        own = self._tokenizer.decode(self._tokens[-1:], skip_special_tokens=True)
+        return 0 if "\ufffd" in own or not piece.endswith(own) else len(piece) - len(own)
+
     def _extend(self, piece: str) -> None:
         """Append what was decoded, up to the first stop string that it completes."""
-        begin = max(len(self._decoded) - max(map(len, self._stop), default=0), 0)
+        before = len(self._decoded)
         self._decoded += piece
-        found = [place for s in self._stop if (place := self._decoded.find(s, begin)) >= 0]
+        if len(self._tokens) < self._min_tokens:
+            return
+        found = [p for s in self._stop if (p := self._decoded.find(s, max(before - len(s) + 1, 0))) >= 0]
         if found:
             self._decoded, self.stopped = self._decoded[: min(found)], True
 

@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from echo_trt.serving.metrics import Metrics
 from echo_trt.serving.service import End, Event, Job, Service
+from echo_trt.serving.token_logprobs import Outgoing
 from echo_trt.serving.triton_request import Ask
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Reply:
     sender: Any
     ask: Ask
     arrived: float
+    logprobs: Outgoing | None = None  # where asked for
     job: Job | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -121,6 +123,8 @@ class Replies:
         """Several events of one reply become one message."""
         reply.text += event.text
         reply.ids += event.token_ids
+        if reply.logprobs:
+            reply.logprobs.take(event.logprobs, event.offsets)
         if reply.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
         if event.token_ids:
@@ -165,6 +169,13 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
         pb_utils.Tensor("output_ids", np.array([reply.ids], np.int32).reshape(1, -1)),
         _numbers("sequence_index", reply.index, np.int32),
     ]
+    if reply.logprobs:
+        numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
+        tensors += [
+            pb_utils.Tensor("output_log_probs", numbers),
+            _numbers("cum_log_probs", reply.logprobs.total, np.float32),
+            _strings("logprobs", reply.logprobs.clear()),
+        ]
     if end:
         tensors += [
             _strings("finish_reason", end.reason),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from echo_trt.runtime.answer import Answer
+from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Counters, SamplingParams
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 #: Failures of the engine beside a request, the last of them with no other running: the request is taken for the cause.
 MOST_FAILURES = 2
+NOTHING = Said("", [])
 
 
 class Overloaded(Exception):
@@ -48,12 +49,10 @@ class End:
     first_token_seconds: float | None
 
 
-@dataclass(frozen=True)
-class Event:
+@dataclass(frozen=True, kw_only=True)
+class Event(Said):
     """What became certain of an answer at ``time`` (time.monotonic). Tokens may precede the text they belong to."""
 
-    text: str
-    token_ids: Sequence[int]
     time: float
     end: End | None = None
 
@@ -71,7 +70,6 @@ class Job:
     submitted: float
     taken: float | None = None
     first_token: float | None = None
-    told: int = 0  # tokens
     failures: int = 0
 
     def __lt__(self, other: Job) -> bool:
@@ -129,7 +127,7 @@ class Service:
         Raises UserError for a prompt that cannot be answered, Overloaded while no request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
-        request = Request(serial, self.llm.checked(prompt), params)
+        request = self.llm.request(serial, prompt, params)
         self.loop.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
         deadline = None if seconds is None else now + seconds
@@ -239,16 +237,15 @@ class Service:
         """New tokens of a request, and its end where they bring it."""
         job.first_token = job.first_token or time.monotonic()
         try:
-            text, used = job.answer.take(self.loop, tokens)
+            said = job.answer.take(self.loop, tokens)
         except Exception as error:  # one request's text is no other's trouble
             log.exception("request %s cannot be put into text", job.request.id)
             self._end(job, "failed", f"its tokens could not be put into text ({_sentence(error)}).")
             return
-        job.told += len(used)
         if job.request.finish_reason:
-            self._close_job(job, text, used, job.request.finish_reason, "")
-        elif used:
-            self._send(job, Event(text, used, time.monotonic()))
+            self._close_job(job, said, job.request.finish_reason)
+        elif said.token_ids:
+            self._send(job, Event(**vars(said), time=time.monotonic()))
 
     def _end(self, job: Job, reason: str, message: str = "") -> None:
         """End a job, wherever it is; its KV blocks are free at once."""
@@ -264,25 +261,25 @@ class Service:
         if job is self._on_trial:
             self._on_trial = None
         job.request.finish_reason = reason
-        text = ""
+        said = NOTHING
         if reason != "failed":
-            text, _ = job.answer.take(self.loop, [])  # what was held back
-        self._close_job(job, text, [], reason, message)
+            said = job.answer.take(self.loop, [])  # what was held back
+        self._close_job(job, said, reason, message)
 
-    def _close_job(self, job: Job, text: str, tokens: Sequence[int], reason: str, message: str) -> None:
+    def _close_job(self, job: Job, said: Said, reason: str, message: str = "") -> None:
         request, since = job.request, job.submitted
         end = End(
             reason,
             message,
             len(request.prompt),
-            job.told,
+            job.answer.told,
             request.verifications,
             request.drafted,
             job.taken and job.taken - since,
             job.first_token and job.first_token - since,
         )
         self._ended[reason] += 1
-        self._send(job, Event(text, tokens, time.monotonic(), end))
+        self._send(job, Event(**vars(said), time=time.monotonic(), end=end))
         with self._changed:
             del self._open[request]
             self._changed.notify_all()
@@ -308,7 +305,7 @@ class Service:
             inside = [job for job in self._open.values() if job not in known]
         self.loop.set_back()
         for job in inside:
-            untold = job.request.generated[job.told :]  # the iteration may have failed after it had its tokens
+            untold = job.request.generated[job.answer.told :]  # the iteration may have failed after it had its tokens
             if untold or job.request.finish_reason:
                 self._tell(job, untold)
         for job in running:
@@ -341,7 +338,7 @@ class Service:
             left = list(self._open.values())
         for job in left:
             with contextlib.suppress(Exception):
-                self._close_job(job, "", [], "failed", message)
+                self._close_job(job, NOTHING, "failed", message)
 
 
 def _sentence(error: Exception) -> str:

@@ -18,6 +18,7 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.replies import FINAL, Replies, Reply
 from echo_trt.serving.service import Overloaded, Service
+from echo_trt.serving.token_logprobs import Outgoing
 from echo_trt.serving.triton_request import Reader
 
 QUEUE = 256
@@ -54,7 +55,8 @@ class TritonPythonModel:
         try:
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
             ask = self._reader.read(tensors)
-            reply = Reply(sender, ask, arrived)
+            logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)
+            reply = Reply(sender, ask, arrived, logprobs)
             reply.job = self._service.submit(
                 ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
             )

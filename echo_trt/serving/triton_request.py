@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from echo_trt.errors import UserError
+from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 MAX_STOP_WORDS = 64
@@ -36,6 +37,7 @@ class Reader:
 
     def __init__(self, bundle: Path, context: int):
         self._tokenizer = load_tokenizer(bundle)
+        self.texts = TokenTexts(self._tokenizer)
         self._context = context
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._most_characters = context * longest  # a longer text cannot have as few tokens as fit
@@ -54,6 +56,12 @@ class Reader:
             seed=_number(tensors, "seed", 0),
             stop=_stop_words(tensors),
             ignore_eos=bool(_number(tensors, "ignore_eos", False)),
+            presence_penalty=_number(tensors, "presence_penalty", 0.0),
+            frequency_penalty=_number(tensors, "frequency_penalty", 0.0),
+            repetition_penalty=_number(tensors, "repetition_penalty", 1.0),
+            logprobs=_logprobs(tensors),
+            logit_bias=_logit_bias(tensors),
+            min_tokens=_number(tensors, "min_length", 0),
         )
         return Ask(
             prompt,
@@ -112,6 +120,23 @@ def _messages(text: str) -> list[dict[str, str]]:
 def _is_text(value: object) -> bool:
     """Whether it is a string, and one that UTF-8 can write: JSON may hold half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """How many of the best tokens' are wanted beside the emitted one's, None for none at all."""
+    wanted, top = _number(tensors, "return_log_probs", False), _number(tensors, "top_logprobs", 0)
+    if top and not wanted:
+        raise UserError(f"top_logprobs is {top} and return_log_probs is not true; set both.")
+    if not 0 <= top <= MAX_LOGPROBS:
+        raise UserError(f"top_logprobs is {top}; give a whole number from 0 to {MAX_LOGPROBS}.")
+    return top if wanted else None
+
+
+def _logit_bias(tensors: Mapping[str, np.ndarray]) -> dict[int, float]:
+    tokens, bias = (tensors.get(name, np.empty(0)).reshape(-1).tolist() for name in ("logit_bias_ids", "logit_bias"))
+    if len(tokens) != len(bias):
+        raise UserError(f"logit_bias_ids has {len(tokens)} values and logit_bias {len(bias)}; give as many of both.")
+    return dict(zip(tokens, bias, strict=True))
 
 
 def _stop_words(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from serving.served import Served, needs_triton
 
 from echo_trt.compile.build import build
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import Completion, SamplingParams
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
 pytestmark = needs_triton
@@ -24,6 +24,7 @@ BATCH, QUEUE, CONTEXT = 4, 4, 480
 KEY = "sk-0123456789abcdef"
 TURN = "the theme of a thing"
 CHAT = [{"role": "user", "content": TURN}]
+PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.6}
 LONG = {"max_tokens": 420, "extra_body": {"ignore_eos": True}}
 DASHBOARD = Path(__file__).parents[2] / "docker/grafana/dashboards/echo.json"
 
@@ -85,8 +86,17 @@ def test_models_and_health(client, server):
         ({"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}),
         ({"seed": 2**40, "extra_body": {"top_k": 20}}, {"temperature": 1.0, "seed": 2**40, "top_k": 20}),
         ({"seed": 5, "stop": ["e", "th"]}, {"temperature": 1.0, "seed": 5, "stop": ("e", "th")}),
+        (PENALTIES | {"temperature": 0}, PENALTIES),
+        (
+            PENALTIES | {"seed": 6, "extra_body": {"repetition_penalty": 1.3}},
+            PENALTIES | {"temperature": 1.0, "seed": 6, "repetition_penalty": 1.3},
+        ),
+        (
+            {"temperature": 0, "logit_bias": {"0": 100, "90": -3.3}, "extra_body": {"min_tokens": 9}},
+            {"logit_bias": {0: 100, 90: -3.3}, "min_tokens": 9},
+        ),
     ],
-    ids=["greedy", "seeded", "top_k", "stop"],
+    ids=["greedy", "seeded", "top_k", "stop", "penalised", "penalised and seeded", "biased"],
 )
 def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, asked, params):
     truth = offline.generate([TURN], SamplingParams(max_tokens=40, **params))[0]
@@ -106,6 +116,62 @@ def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, 
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == truth.text
     reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
     assert reasons == [None] * (len(chunks) - 2) + [truth.finish_reason]
+
+
+@pytest.mark.parametrize("way", [{}, {"stop": ["e", "th"]}, PENALTIES], ids=["free", "stop", "penalised"])
+def test_logprobs_of_a_chat_are_those_of_its_text(client, offline, way):
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in way.items()}
+    truth = offline.generate([TURN], SamplingParams(40, temperature=1.0, seed=5, logprobs=4, **own))[0]
+    asked = {"model": "echo", "messages": CHAT, "max_tokens": 40, "seed": 5, "logprobs": True, "top_logprobs": 4, **way}
+    whole = client.chat.completions.create(**asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    for chunk in chunks:
+        assert (chunk.logprobs is None) == (not chunk.delta.content)
+    streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content]
+    for content in (whole.logprobs.content, streamed):
+        assert_content(content, truth, offline)
+    bare = client.chat.completions.create(**asked | {"top_logprobs": 0}).choices[0]
+    assert [e.logprob for e in bare.logprobs.content] == pytest.approx([e.logprob for e in streamed], abs=1e-4)
+    assert not any(entry.top_logprobs for entry in bare.logprobs.content)
+    assert client.chat.completions.create(**asked | {"logprobs": False, "top_logprobs": 0}).choices[0].logprobs is None
+
+
+def assert_content(content: list, truth: Completion, offline: LLM) -> None:
+    """The tokens of the text alone, each with its logprob and the best ones."""
+    said = b"".join(bytes(entry.bytes) for entry in content).decode(errors="replace")
+    assert said == truth.text or (truth.finish_reason == "stop" and said.startswith(truth.text))
+    visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.added_tokens_decoder]
+    assert len(content) > 0
+    for entry, each in zip(content, visible, strict=False):
+        numbers = [entry.logprob, *(top.logprob for top in entry.top_logprobs)]
+        assert numbers == pytest.approx([each.logprob, *(logprob for _, logprob in each.top)], abs=1e-4)
+        assert all(top.bytes == list(top.token.encode()) for top in entry.top_logprobs if "\\x" not in top.token)
+
+
+def test_logprobs_of_completions(client, offline):
+    prompts = ["the theme", "naïve"]
+    ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    truths = offline.generate(ids, SamplingParams(20, logprobs=2))
+    asked = {"model": "echo", "prompt": prompts, "max_tokens": 20, "temperature": 0, "logprobs": 2}
+    whole = [choice.logprobs for choice in client.completions.create(**asked).choices]
+    texts, streamed = ["", ""], [{name: [] for name in type(whole[0]).model_fields} for _ in prompts]
+    for chunk in client.completions.create(**asked, stream=True):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.text
+        for name, values in streamed[choice.index].items():
+            values += getattr(choice.logprobs, name)
+    for text, got, pieces, truth in zip(texts, whole, streamed, truths, strict=True):
+        assert text == truth.text
+        visible = [each for each in truth.logprobs if each.token not in offline.tokenizer.added_tokens_decoder]
+        for name in ("tokens", "text_offset"):
+            assert getattr(got, name) == pieces[name]
+        for numbers in (got.token_logprobs, pieces["token_logprobs"]):
+            assert numbers == pytest.approx([each.logprob for each in visible], abs=1e-4)
+        for token, logprob, top in zip(got.tokens, got.token_logprobs, got.top_logprobs, strict=True):
+            assert top[token] == logprob
+            assert len(top) in (2, 3)
+        assert got.text_offset == sorted(got.text_offset)
+        assert got.text_offset[0] == 0
 
 
 def test_text_comes_while_it_is_made(client):
@@ -176,8 +242,10 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
             client.completions.create(model="echo", prompt=[7] * 2 * CONTEXT, stream=stream)
     with pytest.raises(openai.BadRequestError, match="token id 5000"):
         client.completions.create(model="echo", prompt=[5000])
+    with pytest.raises(openai.BadRequestError, match="logit_bias holds token id 5000"):
+        client.chat.completions.create(model="echo", messages=CHAT, logit_bias={"5000": 1})
     with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.chat.completions.create(model="echo", messages=CHAT, presence_penalty=1)
+        client.chat.completions.create(model="echo", messages=CHAT, presence_penalty=2.5)
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
         client.chat.completions.create(model="gpt-4", messages=CHAT)
     with pytest.raises(openai.AuthenticationError):

@@ -82,7 +82,17 @@ def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_blocks):
     prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
-    params = [SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i in range(4)]
+    params = [
+        SamplingParams(
+            max_tokens=60,
+            ignore_eos=True,
+            temperature=0.7 * (i % 2),
+            seed=i,
+            frequency_penalty=0.3 * (i // 2),
+            logprobs=1 if i else None,
+        )
+        for i in range(4)
+    ]
     wanted = open_llm(pair, policy, 4).generate(prompts, params)
 
     llm = LLM(with_blocks(pair, 8), policy, 4)
@@ -93,6 +103,9 @@ def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open
             completions[delta.index] = delta.completion
     assert llm.counters.preemptions > 0
     assert [completions[i].token_ids for i in range(4)] == [c.token_ids for c in wanted]
+    for i in range(1, 4):
+        told = [entry.logprob for entry in completions[i].logprobs]
+        assert told == pytest.approx([entry.logprob for entry in wanted[i].logprobs], abs=1e-4)
     assert pieces == [completions[i].text for i in range(4)]
     assert llm.counters.emitted_tokens == sum(len(c.token_ids) for c in wanted)
     assert_all_free(llm.loop)
@@ -247,6 +260,7 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"max_tokens": -3}, ("max_tokens", "-3")),
         ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
         ({"max_tokens": True}, ("max_tokens", "True")),
+        ({"max_tokens": "many", "min_tokens": 1}, ("max_tokens is 'many'",)),
         ({"temperature": -0.1}, ("temperature", "-0.1", "0 (greedy)")),
         ({"temperature": float("nan")}, ("temperature", "nan")),
         ({"temperature": "hot"}, ("temperature", "hot")),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pairs import VOCAB, write_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
+from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.text import TextStream
@@ -27,6 +28,13 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return load_tokenizer(folder).backend_tokenizer
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> TokenTexts:
+    folder = tmp_path_factory.mktemp("texts")
+    write_tokenizer(folder)
+    return TokenTexts(load_tokenizer(folder))
 
 
 def byte_ids(tokenizer, text: str) -> list[int]:
@@ -88,6 +96,45 @@ def test_only_the_beginning_of_a_stop_string_is_held_back(tokenizer, text, stops
         whole = tokenizer.decode(ids[:count]).rstrip("\ufffd")
         begins = (size for size in range(len(whole), 0, -1) if any(s.startswith(whole[-size:]) for s in stops))
         assert so_far.text == whole[: len(whole) - next(begins, 0)]
+
+
+@given(ids=ids_of_anything, sizes=sizes, stops=stops | st.just([]))
+def test_tokens_settle_with_their_text(tokenizer, texts, ids, sizes, stops):
+    text, offsets, used, size = TextStream(tokenizer, stops), [], 0, itertools.cycle(sizes)
+
+    def said() -> str:
+        settled = [token for token in ids[: len(offsets)] if not texts.is_special(token)]
+        return b"".join(map(texts.raw, settled)).decode(errors="replace")
+
+    while used < len(ids) and not text.stopped:
+        used += text.push(ids[used : used + next(size)])[1]
+        offsets += text.settle()
+        assert said().startswith(text.text)
+    text.finish()
+    offsets += text.settle()
+    assert said() == text.text or (text.stopped and said().startswith(text.text))
+    assert offsets == sorted(offsets)
+    assert all(offset < len(text.text) for offset in offsets)
+    assert text.settle() == []
+
+
+def test_tokens_of_a_stop_string_never_settle(tokenizer):
+    text = TextStream(tokenizer, ["the"])
+    text.push(byte_ids(tokenizer, "a the"))
+    text.finish()
+    assert (text.text, text.settle()) == ("a ", [0, 1])
+    text = TextStream(tokenizer, ["the"])
+    text.push([*byte_ids(tokenizer, "é")[:1], *tokenizer.encode("the").ids])
+    text.finish()
+    assert (text.text, text.settle()) == ("\ufffd", [0])
+
+
+def test_stop_strings_before_min_tokens_are_text(tokenizer):
+    ids = byte_ids(tokenizer, "the the the")
+    for least, want in ((0, ""), (3, ""), (4, "the "), (7, "the "), (8, "the the ")):
+        text = TextStream(tokenizer, ["the"], least)
+        text.push(ids)
+        assert (text.text, text.stopped) == (want, True)
 
 
 def test_a_beginning_that_comes_to_nothing_is_given_out(tokenizer):

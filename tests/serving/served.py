@@ -33,6 +33,13 @@ TYPES = {
     "seed": "UINT64",
     "temperature": "FP32",
     "top_p": "FP32",
+    "repetition_penalty": "FP32",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
+    "logit_bias_ids": "INT32",
+    "logit_bias": "FP32",
+    "min_length": "INT32",
+    "top_logprobs": "INT32",
     "text_input": "BYTES",
     "chat_messages": "BYTES",
     "stop_words": "BYTES",
@@ -195,7 +202,7 @@ def grpc_input(name: str, value: Any):
 
 def _plain(name: str, array: np.ndarray) -> Any:
     values = array.reshape(-1).tolist()
-    if name == "output_ids":
+    if name in ("output_ids", "output_log_probs"):
         return values
     return values[0].decode() if isinstance(values[0], bytes) else values[0]
 
@@ -204,7 +211,11 @@ def joined(pieces: list[dict[str, Any]]) -> tuple[str, list[int]]:
     """Text and token ids of a streamed answer; HTTP writes a list of one as that one."""
     assert "error" not in pieces[-1], pieces[-1]
     assert [p["sequence_index"] for p in pieces] == list(range(len(pieces)))
-    ids: list[int] = []
+    return "".join(p["text_output"] for p in pieces), joined_lists(pieces, "output_ids")
+
+
+def joined_lists(pieces: list[dict[str, Any]], name: str) -> list[Any]:
+    values: list[Any] = []
     for piece in pieces:
-        ids += piece["output_ids"] if isinstance(piece["output_ids"], list) else [piece["output_ids"]]
-    return "".join(p["text_output"] for p in pieces), ids
+        values += piece[name] if isinstance(piece[name], list) else [piece[name]]
+    return values

@@ -14,7 +14,7 @@ from refusal import refused
 from echo_trt.decoding.pack import Packed
 from echo_trt.engines.base import Engine
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import Completion, SamplingParams
 from echo_trt.serving.service import Event, Job, Overloaded, Service
 
 LONG = SamplingParams(100, ignore_eos=True)
@@ -49,6 +49,11 @@ class Listener:
     def token_ids(self) -> list[int]:
         assert self.end
         return [token for event in self.events for token in event.token_ids]
+
+    @property
+    def logprobs(self) -> list[float]:
+        assert self.end
+        return [entry.logprob for event in self.events for entry in event.logprobs]
 
 
 class Steered(Engine):
@@ -113,10 +118,22 @@ def wait_passes(engine: Steered, number: int) -> None:
 CASES = [
     (
         prompt_ids(5 + i * 3, i),
-        SamplingParams(20 + i, temperature=0.9 * (i % 2), seed=i, stop=("e", "th") if i % 3 == 2 else ()),
+        SamplingParams(
+            20 + i,
+            temperature=0.9 * (i % 2),
+            seed=i,
+            stop=("e", "th") if i % 3 == 2 else (),
+            frequency_penalty=0.5 * (i % 4 == 1),
+            logprobs=2 if i % 5 < 2 else None,
+        ),
     )
     for i in range(12)
 ]
+
+
+def assert_told(listener: Listener, expected: Completion) -> None:
+    assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+    assert listener.logprobs == pytest.approx([entry.logprob for entry in expected.logprobs or []], abs=1e-4)
 
 
 def test_text_is_that_of_the_offline_interface(start, offline):
@@ -125,7 +142,7 @@ def test_text_is_that_of_the_offline_interface(start, offline):
         told = [pair[1] for pair in pool.map(lambda case: submit(service, *case), CASES)]
     for (prompt, params), listener in zip(CASES, told, strict=True):
         expected = offline.generate([prompt], params)[0]
-        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+        assert_told(listener, expected)
         assert (listener.end.reason, listener.end.prompt_tokens) == (expected.finish_reason, len(prompt))
         assert listener.end.completion_tokens == len(expected.token_ids)
         assert 0 < listener.end.queue_seconds < listener.end.first_token_seconds
@@ -241,7 +258,7 @@ def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, offli
     told = [submit(service, *case)[1] for case in CASES]
     for (prompt, params), listener in zip(CASES, told, strict=True):
         expected = offline.generate([prompt], params)[0]
-        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+        assert_told(listener, expected)
     assert service.statistics().engine_failures == 1
 
 
@@ -284,7 +301,7 @@ def test_tokens_of_an_iteration_that_fails_at_its_end_are_told_once(start, offli
     told = [submit(service, *case)[1] for case in CASES]
     for (prompt, params), listener in zip(CASES, told, strict=True):
         expected = offline.generate([prompt], params)[0]
-        assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
+        assert_told(listener, expected)
 
 
 def test_a_listener_that_fails_loses_its_own_request_alone(start):

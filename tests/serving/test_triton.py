@@ -6,15 +6,16 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from served import Served, grpc_input, joined, needs_triton
+from served import Served, grpc_input, joined, joined_lists, needs_triton
 
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import Completion, SamplingParams
 
 pytestmark = needs_triton
 QUEUE, LONG = 6, 440
@@ -22,6 +23,15 @@ PROMPT = "the theme of a thing, "
 WAYS = {
     "greedy": {"max_tokens": 40, "ignore_eos": True},
     "seeded": {"max_tokens": 40, "ignore_eos": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 2**40 + 7},
+    "penalised": {
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "temperature": 0.9,
+        "seed": 3,
+        "presence_penalty": -0.7,
+        "frequency_penalty": 1.1,
+        "repetition_penalty": 1.3,
+    },
     "stopped": {"max_tokens": 40, "temperature": 1.3, "seed": 5, "stop_words": ["e", "th", "\u00e9"]},
 }
 
@@ -104,6 +114,38 @@ def test_statistics_where_asked(server):
     assert asked["accepted_length"] > 1 < asked["time_to_first_token_ms"] + 1
 
 
+@pytest.mark.parametrize("way", ["penalised", "stopped"])
+def test_logprobs_where_asked(way, server, offline):
+    request = {"text_input": PROMPT, **WAYS[way], "return_log_probs": True, "top_logprobs": 3}
+    answer = offline.generate([offline.tokenizer(PROMPT)["input_ids"]], replace(params(WAYS[way]), logprobs=3))[0]
+    wanted = [entry.logprob for entry in answer.logprobs]
+    for pieces in (
+        [server.generate(**request)],
+        server.generate_stream(**request),
+        list(server.stream(**request)),
+    ):
+        assert joined(pieces) == (answer.text, answer.token_ids)
+        assert joined_lists(pieces, "output_log_probs") == pytest.approx(wanted, abs=1e-4)
+        assert pieces[-1]["cum_log_probs"] == pytest.approx(sum(wanted), abs=1e-3)
+        entries = [entry for piece in pieces for entry in json.loads(piece["logprobs"])]
+        assert_entries(entries, answer, offline.tokenizer.added_tokens_decoder)
+    assert "output_log_probs" not in server.generate(text_input=PROMPT, **WAYS[way])
+
+
+def assert_entries(entries: list[dict], answer: Completion, special: Container[int]) -> None:
+    """They are those of the text's tokens: nothing that a stop string cut off, no special token."""
+    said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
+    assert said.startswith(answer.text)
+    assert said == answer.text or answer.finish_reason == "stop"
+    visible = [each for each in answer.logprobs if each.token not in special]
+    for entry, each in zip(entries, visible, strict=False):
+        assert entry["logprob"] == pytest.approx(each.logprob, abs=1e-4)
+        assert [top["logprob"] for top in entry["top_logprobs"]] == pytest.approx([p for _, p in each.top], abs=1e-4)
+        if "\\x" not in entry["token"]:
+            at = answer.text[entry["text_offset"] :]  # a stop string may begin inside the last token
+            assert at.startswith(entry["token"]) or entry["token"].startswith(at)
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -114,6 +156,14 @@ def test_statistics_where_asked(server):
         ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
         ({"text_input": "a", "temperature": -1.5}, "temperature is -1.5"),
         ({"text_input": "a", "top_p": 1.5}, "top_p is 1.5"),
+        ({"text_input": "a", "presence_penalty": 2.5}, "presence_penalty is 2.5"),
+        ({"text_input": "a", "frequency_penalty": -3.0}, "frequency_penalty is -3.0"),
+        ({"text_input": "a", "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"text_input": "a", "return_log_probs": True, "top_logprobs": 21}, "top_logprobs is 21"),
+        ({"text_input": "a", "logit_bias_ids": [5, 6], "logit_bias": [1.5]}, "logit_bias_ids has 2 values"),
+        ({"text_input": "a", "logit_bias_ids": [999], "logit_bias": [1.5]}, "token id 999"),
+        ({"text_input": "a", "min_length": 300}, "min_tokens is 300"),
+        ({"text_input": "a", "top_logprobs": 5}, "return_log_probs is not true"),
         ({"text_input": "a", "deadline_ms": -4}, "deadline_ms is -4"),
         ({"text_input": "word " * 2000}, "shorten it"),
         ({"text_input": "word " * 200_000}, "shorten it"),
@@ -194,6 +244,7 @@ def test_metrics_tell_what_was_done(server):
 
 NONSENSE = [None, True, -1, 0, 3, 2**31, -(2**63), 2**70, 1e308, -0.0, "", "x", "\x00", [], [1], ["a", "b"], [[1]], {}]
 NAMES = ["text_input", "chat_messages", "input_ids", "max_tokens", "stop_words", "temperature", "top_k", "top_p"]
+NAMES += ["presence_penalty", "repetition_penalty", "return_log_probs", "top_logprobs"]
 NAMES += ["seed", "stream", "priority", "deadline_ms", "chat", "unknown"]
 
 

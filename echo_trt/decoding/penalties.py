@@ -1,0 +1,55 @@
+"""Penalties on tokens that were said before: at a node, by its request's text and by the path down to that node.
+
+presence and frequency are OpenAI's, over generated tokens: logit - presence * [said] - frequency * times said.
+repetition is CTRL's (Keskar et al. 2019, section 4.1) as Hugging Face and TensorRT-LLM have it, over prompt and
+generated tokens, and comes first: a positive logit is divided by it, a negative one multiplied.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.decoding.super_tree import SuperTree
+
+_LEAST = 1e-6  # a repetition penalty that divides without overflow
+
+
+def tokens_above(tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens on the paths to ``nodes`` [m], each node's own with them and its root's without: row, token, [k] each.
+
+    ``row`` says whose they are, as an index into ``nodes``. Of a root there are none: it is the text's last token.
+    """
+    rows, tokens = [], []
+    row, node = np.arange(len(nodes)), nodes
+    while len(node):
+        below = tree.parent[node] >= 0
+        row, node = row[below], node[below]
+        rows.append(row)
+        tokens.append(tree.token[node])
+        node = tree.parent[node]
+    return np.concatenate(rows or [row]), np.concatenate(tokens or [node])
+
+
+def penalise(
+    logits: np.ndarray,
+    row: np.ndarray,
+    token: np.ndarray,
+    generated: np.ndarray,
+    repetition: np.ndarray,
+    presence: np.ndarray,
+    frequency: np.ndarray,
+) -> np.ndarray:
+    """``logits`` [m, V] after the penalties, each [m], of their rows; a new float32 array.
+
+    What was said before row ``row[j]`` is ``token[j]``, ``generated[j]`` or else of the prompt; [k] each, in any order.
+    The work grows with k and not with V, but for the copy.
+    """
+    out = np.array(logits, np.float32)
+    repeats = repetition[row] != 1
+    said = row[repeats], token[repeats]
+    value, factor = out[said], np.maximum(repetition, _LEAST)[said[0]]
+    out[said] = np.where(value > 0, value / factor, value * factor)  # a token said twice is written the same twice
+    keys, times = np.unique(row[generated] * out.shape[1] + token[generated], return_counts=True)
+    said = np.divmod(keys, out.shape[1])
+    out[said] -= presence[said[0]] + frequency[said[0]] * times
+    return out

@@ -1,0 +1,41 @@
+"""Single tokens as text and as bytes; a token need not be a whole character."""
+
+from __future__ import annotations
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+
+class TokenTexts:
+    """What each token of a tokenizer stands for: byte-level vocabularies, and SentencePiece's with byte fallback."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        backend = tokenizer.backend_tokenizer
+        self._piece = backend.id_to_token
+        self._added = backend.get_added_tokens_decoder()
+        self._bytes = _byte_of_letter() if "ByteLevel" in repr(backend.decoder) else None
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is left out of a text."""
+        return token in self._added and self._added[token].special
+
+    def raw(self, token: int) -> bytes:
+        """The bytes that it adds to a text; a special token's own name; nothing for an id without a token."""
+        piece = self._piece(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if self._bytes:
+            return bytes(self._bytes[letter] for letter in piece)
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's table: printable bytes are written as themselves, the others in order as letters beyond them."""
+    letters = sorted(ByteLevel.alphabet())
+    own = [letter for letter in letters if ord(letter) < 256]
+    others = sorted(set(range(256)) - set(map(ord, own)))
+    return dict(zip([*own, *letters[len(own) :]], [*map(ord, own), *others], strict=True))

@@ -1,0 +1,122 @@
+"""The target's word on one call: the next token at a node, and how probable what was emitted is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.logprobs import best_tokens, log_normalisers
+from echo_trt.decoding.pack import Packed
+from echo_trt.decoding.penalties import penalise, tokens_above
+from echo_trt.decoding.ragged import ragged_arange
+from echo_trt.decoding.sampling import sample, uniforms
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.params import TokenLogprobs
+from echo_trt.runtime.slots import Slots
+
+
+@dataclass
+class Verified:
+    """Trees first, then one root for each prompt that ended in the call; ``slots`` [B] are those of its requests."""
+
+    tree: SuperTree
+    slots: np.ndarray
+    outputs: dict[str, np.ndarray]
+    call: Packed
+    state: Slots
+
+    def next_token(self, nodes: np.ndarray) -> np.ndarray:
+        """The target's next token at each node [m]: the best, or the draw for (seed, position), of adjusted logits."""
+        adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]
+        if not adjusted.any():
+            return self._chosen(nodes, self._logits(nodes))
+        tokens = np.empty(len(nodes), np.int64)
+        for part, logits_of in ((~adjusted, self._logits), (adjusted, self._adjusted_logits)):
+            tokens[part] = self._chosen(nodes[part], logits_of(nodes[part]))
+        return tokens
+
+    def logprobs(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenLogprobs]]]:
+        """What requests that ask for it are told of their emitted tokens: (request, an entry a token), in order.
+
+        ``path`` and ``emitted`` are as ``accept`` returns them.
+        """
+        top = self.state.logprobs[self.slots[self.tree.request[path]]]
+        asked = np.flatnonzero(top >= 0)
+        if len(asked) == 0:
+            return []
+        logits = np.asarray(self._logits(path[asked]), np.float32)
+        normaliser = log_normalisers(logits)
+        own = logits[np.arange(len(asked)), emitted[asked]] - normaliser
+        row, token = best_tokens(logits, top[asked])
+        pairs = list(zip(token.tolist(), (logits[row, token] - normaliser[row]).tolist(), strict=True))
+        begin = np.searchsorted(row, np.arange(len(asked) + 1)).tolist()
+        told: dict[int, list[TokenLogprobs]] = {}
+        requests, tokens = self.tree.request[path[asked]].tolist(), emitted[asked].tolist()
+        for i, (request, said, logprob) in enumerate(zip(requests, tokens, own.tolist(), strict=True)):
+            entry = TokenLogprobs(said, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
+            told.setdefault(request, []).append(entry)
+        return list(told.items())
+
+    def _logits(self, nodes: np.ndarray) -> np.ndarray:
+        logits = self.outputs["logits"]
+        return logits if len(nodes) == len(logits) else logits[nodes]
+
+    def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
+        """After penalties, bias, and without stop tokens where it is too early for them."""
+        logits = self._penalised(nodes)
+        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        row, place = np.repeat(np.arange(len(nodes)), state.biased[slots]), ragged_arange(state.biased[slots])
+        logits[row, state.bias_tokens[slots[row], place]] += state.bias[slots[row], place]
+        early = self._generated(nodes) < state.min_tokens[slots]
+        stops = state.stop_tokens[slots]
+        row, place = np.nonzero(early[:, None] & (stops >= 0) & (stops < logits.shape[1]))
+        logits[row, stops[row, place]] = -np.inf
+        return logits
+
+    def _penalised(self, nodes: np.ndarray) -> np.ndarray:
+        """Penalties look at the prompt only where one for repetition asks for it."""
+        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)
+        said = state.length[slots] - first
+        row = np.repeat(np.arange(len(nodes)), said)
+        place = first[row] + ragged_arange(said)
+        below_row, below = tokens_above(self.tree, nodes)
+        return penalise(
+            self._logits(nodes),
+            np.concatenate((row, below_row)),
+            np.concatenate((state.tokens[slots[row], place], below)),
+            np.concatenate((place >= state.prompt_length[slots[row]], np.ones(len(below), bool))),
+            state.repetition_penalty[slots],
+            state.presence_penalty[slots],
+            state.frequency_penalty[slots],
+        )
+
+    def _chosen(self, nodes: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        temperature = state.temperature[slots]
+        if not temperature.any():
+            return logits.argmax(axis=1)
+        uniform = uniforms(state.seed[slots], self._generated(nodes))
+        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], uniform)
+
+    def _generated(self, nodes: np.ndarray) -> np.ndarray:
+        """How many tokens of its request's answer there are up to each node."""
+        slots = self.slots[self.tree.request[nodes]]
+        return self.state.length[slots] - self.state.prompt_length[slots] + self.tree.depth[nodes]
+
+
+def with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:
+    """The tree with further requests of one node each, whose children nobody drafted."""
+    if len(tokens) == 0:
+        return tree
+    more, count = SuperTree.from_roots(tokens), tree.num_requests
+    return SuperTree(
+        np.concatenate((tree.token, more.token)),
+        np.concatenate((tree.parent, more.parent)),
+        np.concatenate((tree.request, more.request + count)),
+        np.concatenate((tree.depth, more.depth)),
+        np.concatenate((tree.score, more.score)),
+        np.concatenate((tree.source, more.source)),
+        count + more.num_requests,
+    )

@@ -1,0 +1,119 @@
+"""The target's word on random trees, against the same for one node at a time in plain Python."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from forests import path_to, super_trees
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from echo_trt.decoding.accept import accept
+from echo_trt.decoding.sampling import sample, uniforms
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.engines.device_rows import DeviceRows
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.slots import Slots
+from echo_trt.runtime.verified import Verified
+
+VOCAB, CONTEXT = 12, 40
+tokens = st.integers(0, VOCAB - 1)
+params = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.9]),
+    seed=st.integers(0, 9),
+    stop_token_ids=st.lists(tokens, max_size=3).map(tuple),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.75]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.5, 0.5]),
+    logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, 2.5]), max_size=3),
+    min_tokens=st.sampled_from([0, 0, 4]),
+    logprobs=st.none() | st.integers(0, VOCAB),
+)
+
+
+@st.composite
+def calls(draw) -> tuple[Verified, list[tuple[list[int], list[int], SamplingParams]]]:
+    """A call over trees and single roots, and of each request its prompt, its text so far and its parameters."""
+    tree = draw(super_trees(max_requests=4, max_nodes=14))
+    requests = []
+    state = Slots(6, CONTEXT, 4)
+    slots = np.array(draw(st.permutations(range(6)))[: tree.num_requests])
+    for slot in slots.tolist():
+        prompt, said = draw(st.lists(tokens, min_size=1, max_size=6)), draw(st.lists(tokens, max_size=6))
+        requests.append((prompt, said, draw(params)))
+        text, own = [*prompt, *said], requests[-1][2]
+        state.tokens[slot, : len(text)] = text
+        state.length[slot], state.prompt_length[slot] = len(text), len(prompt)
+        state.ask(slot, own)
+        state.stop_tokens[slot, : len(own.stop_token_ids)] = own.stop_token_ids
+    seed = draw(st.integers(0, 999))
+    logits = np.random.default_rng(seed).normal(0, 2, (len(tree), VOCAB)).astype(np.float32)
+    return Verified(tree, slots, {"logits": logits}, None, state), requests
+
+
+def said_at(tree: SuperTree, node: int, said: list[int]) -> list[int]:
+    return said + [int(tree.token[n]) for n in path_to(tree, node)[1:]]
+
+
+def choice(logits: list[float], prompt: list[int], said: list[int], own: SamplingParams) -> int:
+    counts = Counter(said)
+    for token in {*prompt, *said}:
+        logits[token] *= 1 / own.repetition_penalty if logits[token] > 0 else own.repetition_penalty
+    for token, times in counts.items():
+        logits[token] -= own.presence_penalty + own.frequency_penalty * times
+    for token, bias in own.logit_bias.items():
+        logits[token] += bias
+    if len(said) < own.min_tokens:
+        for token in own.stop_token_ids:
+            logits[token] = -np.inf
+    each = (np.array([value]) for value in (own.temperature, own.top_k, own.top_p))
+    uniform = uniforms(np.array([own.seed]), np.array([len(said)]))
+    return int(sample(np.array([logits], np.float32), *each, uniform)[0])
+
+
+@given(calls(), st.data())
+def test_every_node_by_itself(case, data):
+    verified, requests = case
+    tree, logits = verified.tree, verified.outputs["logits"]
+    nodes = np.sort(np.array(data.draw(st.lists(st.integers(0, len(tree) - 1), unique=True, min_size=1))))
+    before = logits.copy()
+    want = []
+    for node in nodes.tolist():
+        prompt, said, own = requests[tree.request[node]]
+        want.append(choice(logits[node].tolist(), prompt, said_at(tree, node, said), own))
+    assert verified.next_token(nodes).tolist() == want
+    np.testing.assert_array_equal(logits, before)
+
+
+@given(calls())
+def test_rows_that_stay_on_the_device_say_the_same(case):
+    verified, _ = case
+    logits = verified.outputs["logits"]
+    path, emitted = accept(verified.tree, verified.next_token)
+    told = verified.logprobs(path, emitted)
+    verified.outputs["logits"] = DeviceRows(torch.from_numpy(logits.copy()), logits.argmax(axis=1))
+    again = accept(verified.tree, verified.next_token)
+    assert [each.tolist() for each in again] == [path.tolist(), emitted.tolist()]
+    assert verified.logprobs(path, emitted) == told
+    np.testing.assert_array_equal(np.asarray(verified.outputs["logits"]), logits)
+
+
+@given(calls())
+def test_logprobs_of_what_was_emitted(case):
+    verified, requests = case
+    path, emitted = accept(verified.tree, verified.next_token)
+    told = dict(verified.logprobs(path, emitted))
+    assert set(told) == {i for i, (_, _, own) in enumerate(requests) if own.logprobs is not None}
+    for request, entries in told.items():
+        own = np.flatnonzero(verified.tree.request[path] == request)
+        for place, entry in zip(own, entries, strict=True):
+            wanted = log_softmax(verified.outputs["logits"][path[place]].astype(float))
+            best = np.argsort(-wanted, kind="stable")[: requests[request][2].logprobs].tolist()
+            assert (entry.token, [token for token, _ in entry.top]) == (emitted[place], best)
+            numbers = [entry.logprob, *(logprob for _, logprob in entry.top)]
+            assert numbers == pytest.approx(wanted[[entry.token, *best]], abs=1e-5)
