@@ -67,14 +67,14 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
 
 
 @pytest.fixture
-def with_blocks(bundle_of, tmp_path) -> Callable[[str, int], Path]:
-    """The bundle of a pair whose recipe gives the KV pool so many blocks."""
+def with_limits(bundle_of, tmp_path) -> Callable[..., Path]:
+    """The bundle of a pair whose recipe has other limits, such as ``kv_blocks``."""
 
-    def get(pair: str, blocks: int) -> Path:
+    def get(pair: str, **limits: object) -> Path:
         folder = tmp_path / pair
         shutil.copytree(bundle_of(pair), folder)
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["recipe"]["limits"]["kv_blocks"] = blocks
+        manifest["recipe"]["limits"] |= limits
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 

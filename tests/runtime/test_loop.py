@@ -62,12 +62,12 @@ def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open
 
 @pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_blocks):
+def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_limits):
     prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
     params = [SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.7 * (i % 2), seed=i) for i in range(4)]
     wanted = open_llm(pair, policy, 4).generate(prompts, params)
 
-    llm = LLM(with_blocks(pair, 8), policy, 4)
+    llm = LLM(with_limits(pair, kv_blocks=8), policy, 4)
     pieces, completions = [""] * 4, {}
     for delta in llm.stream(prompts, params):
         pieces[delta.index] += delta.text
@@ -80,8 +80,8 @@ def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open
     assert_all_free(llm.loop)
 
 
-def test_the_youngest_gives_way_and_is_the_first_to_return(with_blocks):
-    loop = LLM(with_blocks("lookup", 8), "autoregressive", 3).loop
+def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
     old, young = add(loop, prompt_ids(90, 0), max_tokens=60), add(loop, prompt_ids(80, 1), max_tokens=60)
     run(loop, 13)
     assert {old.slot, young.slot} == {0, 1}
@@ -270,8 +270,8 @@ def test_prompts_are_checked(open_llm):
     assert_all_free(llm.loop)
 
 
-def test_a_pool_too_small_for_one_request(with_blocks):
-    folder = with_blocks("lookup", 5)
+def test_a_pool_too_small_for_one_request(with_limits):
+    folder = with_limits("lookup", kv_blocks=5)
     with refused("kv_blocks is 5", "raise kv_blocks or lower context"):
         LLM(folder)
 

@@ -262,3 +262,14 @@ def test_without_the_cache_nothing_stays():
     loop = chained_loop(slots(2 * LEAST, False), POLICIES["echo"], CHUNK)
     assert computed(loop, np.ones(90, np.int64), max_tokens=5) == computed(loop, np.ones(90, np.int64)) == (90, 0)
     assert loop.state.free_blocks == loop.state.num_blocks
+
+
+def test_linear_slots_share_nothing():
+    state, text = Slots(COUNT, CONTEXT, RESERVE, None, True), np.ones(90, np.int64)
+    for slot in (0, 1, 0):
+        keys: list[bytes] = []
+        assert state.open(slot, text, keys)
+        assert (state.committed[slot], keys) == (0, [])
+        state.committed[slot] = 80
+        state.release(slot)
+    assert state.free_blocks == state.num_blocks

@@ -71,8 +71,8 @@ def test_eight_at_once_share_a_system_prompt(pair, policy, open_llm, without):
 
 @pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
 @pytest.mark.parametrize("pair", ["model", "self", "close"])
-def test_a_full_pool_evicts_before_it_sets_anyone_back(pair, policy, open_llm, with_blocks, without):
-    llm = LLM(with_blocks(pair, 8), policy, 3)
+def test_a_full_pool_evicts_before_it_sets_anyone_back(pair, policy, open_llm, with_limits, without):
+    llm = LLM(with_limits(pair, kv_blocks=8), policy, 3)
     prompts = [prompt_ids(70, i % 4) + prompt_ids(3, i) for i in range(12)]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     expected = [c.token_ids for c in without(pair).generate(prompts, params)]
@@ -143,3 +143,11 @@ def test_a_chain_of_one_request_does_not_write_into_what_another_shares(open_llm
     run(loop)
     assert loop.counters.cached_tokens == 3 * 2 * BLOCK
     np.testing.assert_array_equal(loop.target._pool[:, blocks], before)
+
+
+def test_the_recipe_turns_it_off(with_limits):
+    llm = LLM(with_limits("lookup", prefix_cache=False), "static")
+    for _ in range(2):
+        llm.generate([prompt_ids(90, 0)], SamplingParams(max_tokens=3))
+    assert llm.counters.prompt_tokens == llm.counters.asked_tokens == 180
+    assert llm.loop.state.free_blocks == llm.loop.state.num_blocks
