@@ -60,9 +60,11 @@ def run(job: Job, out: Console, messages: Console) -> None:
     with output_file("--json", job.json_file) as write:
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
-            llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print)
+            # Of two policies the second would find what the first has computed.
+            llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print, False if job.compare else None)
         policy = llm.loop.policy.name
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
+        llm.loop.state.forget_cached()
         write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))
 
 

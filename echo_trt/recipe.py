@@ -70,12 +70,16 @@ class Draft(_Section):
 
 
 class Limits(_Section):
-    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens; prefill_chunk: an iteration's."""
+    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens; prefill_chunk: an iteration's.
+
+    ``prefix_cache``: texts that begin alike share the KV blocks of their beginning, and it is kept while there is room.
+    """
 
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
     context: Annotated[int, Field(ge=2)] = 2048
     kv_blocks: Positive | None = None
     prefill_chunk: Positive = 256
+    prefix_cache: bool = True
 
 
 class StaticTree(_Section):

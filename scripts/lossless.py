@@ -37,6 +37,9 @@ def main(
     temperature: float = 0.0,
     top_p: float = 1.0,
     budget: Annotated[int, typer.Option(help="K_max a running request, so that trees do not vanish")] = 4,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="let policies find the prompts that plain decoding computed")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="write the rows as JSON")] = None,
 ) -> None:
     """Compare and list."""
@@ -44,7 +47,7 @@ def main(
     params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(texts))]
     rows, broken = [], 0
     for size in map(int, batch.split(",")):
-        llm = LLM(bundle, PLAIN, size)
+        llm = LLM(bundle, PLAIN, size, prefix_cache=prefix_cache)
         plain = [c.token_ids for c in llm.generate(texts, params)]
         for policy in policies.split(","):
             llm.set_policy(policy, budget * size)

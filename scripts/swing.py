@@ -90,7 +90,7 @@ def main(
 ) -> None:
     """One table: a row a policy, its tokens/s and ratio at each level, and how fast it adapted."""
     sizes = [int(size) for size in levels.split(",")]
-    llm = LLM(bundle, batch=max(sizes))
+    llm = LLM(bundle, batch=max(sizes), prefix_cache=False)  # prompts repeat
     ids = [llm.chat_ids(p.text) for file in prompts for p in read_prompts(file)]
     runs = {}
     for policy in (PLAIN, *policies.split(",")):

@@ -46,7 +46,7 @@ def generate(
     per_shard: Annotated[int, typer.Option(help="prompts of a file")] = 256,
 ) -> None:
     """Let the target answer prompts, greedily and sampled."""
-    llm = LLM(bundle, batch=batch)
+    llm = LLM(bundle, batch=batch, prefix_cache=False)  # features of every prompt token are recorded
     with _progress("answers") as report:
         write_answers(llm, record(llm, bundle), read_prompts(prompts), data, max_tokens, per_shard, report)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,5 +62,20 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
             if "draft" in engines:
                 llm.loop.drafter.engine = engines["draft"]
         return llm
+
+    return get
+
+
+@pytest.fixture
+def with_limits(bundle_of, tmp_path) -> Callable[..., Path]:
+    """The bundle of a pair whose recipe has other limits, such as ``kv_blocks``."""
+
+    def get(pair: str, **limits: object) -> Path:
+        folder = tmp_path / pair
+        shutil.copytree(bundle_of(pair), folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["recipe"]["limits"] |= limits
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
 
     return get

@@ -112,6 +112,8 @@ def test_a_misspelt_key_comes_before_the_one_it_leaves_missing(written):
         ("limits.context", 0, ("0", "greater than or equal to 2")),
         ("limits.kv_blocks", 0, ("0", "greater than or equal to 1")),
         ("limits.prefill_chunk", -4, ("-4", "greater than or equal to 1")),
+        ("limits.prefix_cache", "yes", ("'yes'", "boolean")),
+        ("limits.prefix_cache", 1, ("1", "boolean")),
         ("limits", [1], ("[1]",)),
         ("name", 5, ("5", "string")),
         ("name", "-up", ("'-up'",)),

@@ -57,7 +57,8 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
             )
         )
         with messages.status("loading the bundle"):
-            llm = LLM(job.bundle, None, max(job.batches), note=messages.print)
+            # Each policy and round gets the same prompts, and is to compute them.
+            llm = LLM(job.bundle, None, max(job.batches), note=messages.print, prefix_cache=False)
             check_pool(llm, job)
             peers = [open_peer(name, job.bundle, llm.manifest, job.recipes) for name in job.peers]
         policies = list(dict.fromkeys((PLAIN, *job.policies)))

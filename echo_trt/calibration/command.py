@@ -55,7 +55,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
     prompts = chosen_prompts(job.prompts, job.limit)
     _check_writable(job.bundle)
     with messages.status("loading the bundle"):
-        llm = LLM(job.bundle, "autoregressive", job.batch)
+        llm = LLM(job.bundle, "autoregressive", job.batch, prefix_cache=False)
     with messages.status("measuring what passes cost on this machine"):
         costs = measure(llm.loop, llm.manifest)
     write(job.bundle, COSTS, costs)

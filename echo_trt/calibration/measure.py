@@ -28,6 +28,7 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
 
     ``seconds`` bounds the time: at least one round is run after a warm-up. Nothing may be running.
     """
+    loop.state.forget_cached()  # these passes write over the pool
     target = _measured(loop, lambda call: loop.target.run(call), 0.75 * seconds)
     draft = CurveTable(sizes=[1], seconds=[0.0])
     if isinstance(loop.drafter, EngineDrafter):

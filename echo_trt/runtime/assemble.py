@@ -13,8 +13,9 @@ from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import Slots, blocks_for
 
 
-def load_loop(folder: Path, batch: int | None = None) -> tuple[Loop, Manifest]:
-    """Open a bundle, with plain decoding for a start; ``batch`` overrides the recipe's number of running requests."""
+def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> tuple[Loop, Manifest]:
+    """Open a bundle, with plain decoding for a start; ``batch`` (running requests) and ``prefix_cache`` override the
+    recipe's."""
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     recipe = manifest.recipe
@@ -23,7 +24,8 @@ def load_loop(folder: Path, batch: int | None = None) -> tuple[Loop, Manifest]:
     each = blocks_for(limits.context + reserve)
     linear = manifest.engine == "tensorrt-rtx"  # its engines have a cache a slot instead of one pool
     blocks = each * count if linear else limits.kv_blocks or each * count
-    state = Slots(count, limits.context, reserve, None if linear else blocks)
+    cached = limits.prefix_cache if prefix_cache is None else prefix_cache
+    state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
     target = _engine(folder, manifest, "target", state, blocks)
     copier = LookupDrafter(state, recipe.draft.min_match, recipe.draft.acceptance)
     drafter = copier if recipe.draft.kind == "lookup" else _drafter(folder, manifest, state, blocks)

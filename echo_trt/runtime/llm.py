@@ -31,8 +31,9 @@ class LLM:
         batch: int | None = None,
         budget: int | None = None,
         note: Callable[[str], None] = lambda sentence: None,
+        prefix_cache: bool | None = None,
     ):
-        """``policy``, ``batch`` (running requests) and ``budget`` (K_max) override the recipe's.
+        """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
         ``note`` is told, in a sentence, what a user should know of the start.
         """
@@ -41,7 +42,7 @@ class LLM:
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        self.loop, self.manifest = load_loop(folder, batch)
+        self.loop, self.manifest = load_loop(folder, batch, prefix_cache)
         self.tuning = Tuning(folder, self.manifest, self.loop, note)
         self.set_policy(policy, budget)
         self.tokenizer = load_tokenizer(folder)
@@ -112,6 +113,7 @@ class LLM:
         if shared is None:
             return math.inf
         ids = self.checked([*(self.chat_ids(prompt) if isinstance(prompt, str) else prompt), *first[:shared]])
+        self.loop.state.forget_cached()  # the pass below writes over the pool
         count = np.array([len(ids)])
         table = np.arange(blocks_for(len(ids)))[None]
         call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)

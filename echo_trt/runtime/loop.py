@@ -27,7 +27,7 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.runtime.slots import Slots
 from echo_trt.runtime.verified import Verified, with_roots
 
 
@@ -48,6 +48,7 @@ class Request:
     drafted: int = 0
     finish_reason: str = ""
     slot: int = -1
+    keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,15 @@ class Loop:
         state = self.state
         while self.waiting and not state.active.all():
             request = self.waiting[0]
-            length = len(request.prompt) + len(request.generated)
-            if blocks_for(length + state.reserve) > state.free_blocks:
+            text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
+            slot = int(np.flatnonzero(~state.active)[0])
+            if not state.open(slot, text, request.keys):
                 return
             self.waiting.popleft()
-            slot = int(np.flatnonzero(~state.active)[0])
-            state.hold(np.array([slot]), np.array([length]))
             params, stops = request.params, self._stop_tokens(request.params)
-            state.tokens[slot, :length] = np.concatenate((request.prompt, request.generated))
-            state.length[slot], state.committed[slot], state.prompt_length[slot] = length, 0, len(request.prompt)
+            state.prompt_length[slot] = len(request.prompt)
+            self.counters.asked_tokens += len(text)
+            self.counters.cached_tokens += int(state.committed[slot])
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
             state.ask(slot, params)
             state.stop_tokens[slot] = -1
@@ -210,12 +211,14 @@ class Loop:
         while True:
             slots = self.state.decoding()
             if self.state.hold(slots, self.state.committed[slots] + self.state.reserve):
+                self.counters.evicted_blocks = self.state.cache.evicted
                 return slots
             self._preempt_youngest()
 
     def _plan_chunks(self) -> tuple[np.ndarray, np.ndarray]:
         """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and their tokens."""
         slots = self.state.prefilling()
+        self.counters.cached_tokens += self.state.skip(slots, self.chunk)
         missing = self.state.length[slots] - self.state.committed[slots]
         before = begins(missing)[:-1]
         chunks = np.clip(self.chunk - before, 0, missing)
@@ -310,6 +313,8 @@ class Loop:
             self._observe(verified, owner[in_tree], target[in_tree], path[in_tree], chunk_slots, chunks)
         state.committed[slots[:trees]] += counts[:trees]
         state.committed[chunk_slots] += chunks
+        for slot in slots[trees:]:  # prompts that are complete
+            state.publish(slot)
         self.counters.prompt_tokens += int(chunks.sum())
         return self._emit(verified, path, counts, emitted)
 

@@ -159,7 +159,11 @@ class Delta:
 
 @dataclass
 class Counters:
-    """What the loop has done so far; ratios of these are the figures that users see."""
+    """What the loop has done so far; ratios of these are the figures that users see.
+
+    Prompts include the text of requests that were set back. asked_tokens of them were admitted; of these cached_tokens
+    were found in the prefix cache, and prompt_tokens computed.
+    """
 
     iterations: int = 0
     emitted_tokens: int = 0
@@ -169,6 +173,9 @@ class Counters:
     verifications: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
+    asked_tokens: int = 0
+    cached_tokens: int = 0
+    evicted_blocks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def copy(self) -> Counters:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.ragged import begins, ragged_arange
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
+from echo_trt.runtime.prefix_cache import PrefixCache
 
 
 class Slots:
@@ -14,13 +17,18 @@ class Slots:
 
     tokens [S, context]: prompt and generated tokens; length: how many; committed: how many are in the KV cache.
     A request decodes when length - committed == 1: the last token is the root of its tree. Until then it prefills.
+    A block is free, or held by slots (by several only where it is full of committed text that they share), or cached:
+    full of text that a slot may find there again. Shared and cached blocks are never written, since everything is
+    written behind the committed text.
     """
 
-    def __init__(self, count: int, context: int, reserve: int, num_blocks: int | None = None):
+    def __init__(
+        self, count: int, context: int, reserve: int, num_blocks: int | None = None, prefix_cache: bool = False
+    ):
         """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens.
 
         Without ``num_blocks`` the slots are linear, as engines with a cache a slot ask for: the M blocks of slot s are
-        always s * M to s * M + M - 1. Else all slots draw on one pool of so many blocks.
+        always s * M to s * M + M - 1, and nothing is shared. Else all slots draw on one pool of so many blocks.
         """
         ints = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
         self.count, self.context, self.reserve = count, context, reserve
@@ -41,12 +49,27 @@ class Slots:
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
         self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
         self.blocks_held = ints(count)
-        self._free_count = self.block_table.size if self.linear else num_blocks
-        self._free = np.arange(self._free_count, dtype=np.int32)[::-1].copy()  # a stack
+        self.num_blocks = self._free_count = self.block_table.size if self.linear else num_blocks
+        self._free = np.arange(self.num_blocks, dtype=np.int32)[::-1].copy()  # a stack
+        self.cache = PrefixCache(prefix_cache and not self.linear)
+        self.block_drafted = np.zeros(self.num_blocks, bool)  # the draft's KV of the block's text is in it too
+        self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
+        self.looked = ints(count)  # what the cache had when a slot last looked for its text there
 
     @property
     def free_blocks(self) -> int:
+        """That nothing is in."""
         return self._free_count
+
+    @property
+    def cached_blocks(self) -> int:
+        """That no slot holds, but may find again."""
+        return self.cache.idle
+
+    @property
+    def used_blocks(self) -> int:
+        """That slots hold."""
+        return self.num_blocks - self.free_blocks - self.cached_blocks
 
     def decoding(self) -> np.ndarray:
         """Slots whose prompt is in the cache, oldest first."""
@@ -59,16 +82,76 @@ class Slots:
         slots = np.flatnonzero(chosen)
         return slots[np.argsort(self.admitted[slots], kind="stable")]
 
+    def open(self, slot: int, text: np.ndarray, keys: list[bytes]) -> bool:
+        """Put a text [n] into a free slot: the cached blocks of its beginning are committed, the rest is given blocks.
+
+        ``keys`` are those of the text's blocks, as far as they are known; more are added. False: the pool is too empty
+        for the text and for drafting behind it.
+        """
+        text, length = text.astype(np.int32), len(text)
+        self.cache.extend(keys, text, _shareable(length))
+        found = self.cache.find(keys[: _shareable(length)])
+        available = self.free_blocks + self.cached_blocks - self.cache.idle_of(found)
+        if blocks_for(length + self.reserve) - len(found) > available:
+            return False
+        self.cache.hold(found)
+        self.keys[slot], self.looked[slot] = keys, self.cache.added
+        self.tokens[slot, :length] = text
+        self.length[slot], self.committed[slot] = length, len(found) * BLOCK
+        if found:
+            self.block_table[slot, : len(found)] = found
+        self.blocks_held[slot] = len(found)
+        return self.hold(np.array([slot]), np.array([length]))
+
+    def skip(self, slots: np.ndarray, budget: int) -> int:
+        """Let prompts go on behind what others have computed of them meanwhile; returns how many tokens are skipped.
+
+        Of ``slots``, which prefill, those are looked at that come first to so many tokens.
+        """
+        skipped = 0
+        for slot in slots:
+            if budget <= 0:
+                break
+            if self.looked[slot] < self.cache.added:
+                skipped += self._skip(slot)
+            budget -= int(self.length[slot] - self.committed[slot])
+        return skipped
+
+    def _skip(self, slot: int) -> int:
+        begin, first = int(self.committed[slot]), int(self.committed[slot]) // BLOCK
+        found = self.cache.find(self.keys[slot][first : _shareable(int(self.length[slot]))])
+        self.looked[slot] = self.cache.added
+        if not found:
+            return 0
+        places = slice(first, first + len(found))
+        self.cache.hold(found)
+        self._give(self.block_table[slot, places])
+        self.block_table[slot, places] = found
+        self.committed[slot] = places.stop * BLOCK
+        return places.stop * BLOCK - begin
+
+    def publish(self, slot: int) -> list[bytes]:
+        """Let others find the slot's full blocks of committed text; returns their keys."""
+        full = max(min(int(self.committed[slot]), int(self.length[slot]) - 1) // BLOCK, 0)
+        self.cache.extend(self.keys[slot], self.tokens[slot], full)
+        keys = self.keys[slot][:full]
+        self.cache.add(keys, self.block_table[slot, : len(keys)].tolist())
+        return keys
+
     def hold(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
         """Give each slot the blocks for ``lengths`` tokens, all of them or none. False: the pool is too empty."""
         wanted = np.maximum(blocks_for(lengths) - self.blocks_held[slots], 0)
         total = int(wanted.sum())
-        if total > self._free_count:
+        if total > self.free_blocks + self.cached_blocks:
             return False
+        if total > self.free_blocks:
+            self._give(self.cache.evict(total - self.free_blocks))
         self._free_count -= total
         if not self.linear:
             places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
-            self.block_table[np.repeat(slots, wanted), places] = self._free[self._free_count : self._free_count + total]
+            blocks = self._free[self._free_count : self._free_count + total]
+            self.block_table[np.repeat(slots, wanted), places] = blocks
+            self.block_drafted[blocks] = False
         self.blocks_held[slots] += wanted
         return True
 
@@ -82,13 +165,22 @@ class Slots:
         self.adjusted[slot] = params.adjusts_logits
 
     def release(self, slot: int) -> None:
-        """Free the slot and its blocks."""
+        """Free the slot and its blocks; those of committed text stay in the cache."""
         held = int(self.blocks_held[slot])
-        if not self.linear:
-            self._free[self._free_count : self._free_count + held] = self.block_table[slot, :held]
-        self._free_count += held
+        if self.linear:
+            self._free_count += held
+        else:
+            self._give(self.cache.leave(self.publish(slot), self.block_table[slot, :held].tolist()))
         self.blocks_held[slot] = 0
         self.active[slot] = False
+
+    def forget_cached(self) -> None:
+        """Empty the cache, before something writes over the pool."""
+        self._give(self.cache.clear())
+
+    def _give(self, blocks: Sequence[int]) -> None:
+        self._free[self._free_count : self._free_count + len(blocks)] = blocks
+        self._free_count += len(blocks)
 
     def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Pool rows of token ``positions`` [m] of ``slots`` [m]; row r is block r // BLOCK, r % BLOCK."""
@@ -116,3 +208,8 @@ class Slots:
 def blocks_for(tokens):
     """Blocks that hold this many tokens; an int or an array of them."""
     return -(-tokens // BLOCK)
+
+
+def _shareable(length: int) -> int:
+    """Blocks that a text of so many tokens may find. Two tokens are left, so that it prefills and drafts behind it."""
+    return max(length - 2, 0) // BLOCK

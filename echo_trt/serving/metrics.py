@@ -12,6 +12,9 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 COUNTERS = {
     "iterations": "Iterations of the engine loop",
     "prompt_tokens": "Prompt tokens computed",
+    "asked_tokens": "Prompt tokens of the requests that were admitted: computed, or found in the prefix cache",
+    "cached_tokens": "Prompt tokens found in the prefix cache",
+    "evicted_blocks": "KV blocks that the prefix cache gave up for new text",
     "emitted_tokens": "Tokens emitted",
     "verified_tokens": "Tokens that the target verified, roots included",
     "drafted_tokens": "Draft tokens that were verified",
@@ -22,7 +25,8 @@ GAUGES = {
     "queued": "Requests that wait for a place",
     "running": "Requests that are being answered",
     "blocks": "KV blocks of the pool",
-    "blocks_used": "KV blocks in use",
+    "blocks_used": "KV blocks that requests hold",
+    "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
     "budget": "K_max: tokens verified in an iteration, at most; 0 where the policy has none",
 }
 

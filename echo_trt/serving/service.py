@@ -84,6 +84,7 @@ class Statistics:
     running: int
     blocks: int
     blocks_used: int
+    blocks_cached: int
     policy: str
     budget: int
     counters: Counters
@@ -149,13 +150,21 @@ class Service:
             self._changed.notify_all()
 
     def statistics(self) -> Statistics:
-        loop, policy = self.loop, self.loop.policy
-        total, free = loop.target.num_blocks, loop.state.free_blocks
+        loop, state, policy = self.loop, self.loop.state, self.loop.policy
         queued, counters = len(self._pending) + len(loop.waiting), loop.counters.copy()
         ended = dict(self._ended)
         running = loop.running
         return Statistics(
-            queued, running, total, total - free, policy.name, policy.budget, counters, ended, self._engine_failures
+            queued,
+            running,
+            state.num_blocks,
+            state.used_blocks,
+            state.cached_blocks,
+            policy.name,
+            policy.budget,
+            counters,
+            ended,
+            self._engine_failures,
         )
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -304,6 +313,7 @@ class Service:
             known = {*self._pending, *self._suspects}
             inside = [job for job in self._open.values() if job not in known]
         self.loop.set_back()
+        self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
         for job in inside:
             untold = job.request.generated[job.answer.told :]  # the iteration may have failed after it had its tokens
             if untold or job.request.finish_reason:

@@ -9,9 +9,11 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
+from echo_trt.benchmark import command
 from echo_trt.benchmark.closed_loop import run as closed_loop
 from echo_trt.benchmark.command import Job, check_pool, run
 from echo_trt.calibration.trees import Trees
+from echo_trt.runtime.llm import LLM
 
 
 @pytest.fixture
@@ -106,3 +108,14 @@ def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
     file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
     with refused("--prompts", "1 prompt"):
         bench(job(bundle_of("close"), [file]))
+
+
+def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkeypatch):
+    """They are the same prompts each time, longer than a block, and the recipe has a prefix cache."""
+    file, opened = tmp_path / "long.jsonl", []
+    file.write_text("\n".join(json.dumps({"id": i, "prompt": f"{i} abc" * 12}) for i in range(3)), "utf-8")
+    monkeypatch.setattr(command, "LLM", lambda *given, **more: opened.append(LLM(*given, **more)) or opened[-1])
+    bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
+    counters = opened[0].counters
+    assert counters.prompt_tokens == counters.asked_tokens > 16 * 40
+    assert opened[0].manifest.recipe.limits.prefix_cache

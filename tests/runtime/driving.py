@@ -40,7 +40,8 @@ def assert_all_free(loop: Loop) -> None:
     state = loop.state
     assert not loop.busy
     assert not state.active.any()
-    assert state.free_blocks == loop.target.num_blocks
+    assert state.used_blocks == 0
+    assert state.free_blocks + state.cached_blocks == loop.target.num_blocks
     assert not state.blocks_held.any()
 
 

@@ -142,10 +142,43 @@ def being_set_back(llm):
     assert all(request.slot in llm.loop.state.decoding() for request in requests)
 
 
+def a_prefix_that_was_found(llm):
+    common = prompt_ids(2 * BLOCK + 1, 5)
+    for seed in range(2):
+        add(llm.loop, common + prompt_ids(9, seed), max_tokens=30)
+    run(llm.loop)
+    found = [add(llm.loop, common + prompt_ids(9 + seed, seed), max_tokens=40) for seed in range(3)]
+    run(llm.loop, 3)
+    assert llm.counters.cached_tokens >= 3 * 2 * BLOCK
+    assert all(request.slot in llm.loop.state.decoding() for request in found)
+
+
+def a_prefix_that_was_found_undrafted(llm):
+    llm.set_policy("autoregressive")
+    add(llm.loop, prompt_ids(70, 5), max_tokens=30)
+    run(llm.loop)
+    llm.set_policy("echo")
+    for seed in range(2):
+        add(llm.loop, prompt_ids(70, 5) + prompt_ids(9, seed), max_tokens=40)
+    run(llm.loop, 4)
+    assert llm.counters.cached_tokens >= 2 * 2 * BLOCK
+
+
+def another_turn(llm):
+    first = add(llm.loop, prompt_ids(40, 5), max_tokens=30)
+    run(llm.loop)
+    add(llm.loop, [*prompt_ids(40, 5), *first.generated, *prompt_ids(9, 1)], max_tokens=40)
+    run(llm.loop, 2)
+    assert llm.counters.cached_tokens == 2 * BLOCK
+
+
 @pytest.mark.parametrize(
     "event",
     [
         running,
+        a_prefix_that_was_found,
+        a_prefix_that_was_found_undrafted,
+        another_turn,
         a_pause,
         a_pause_longer_than_a_chunk,
         only_plain_decoding_so_far,

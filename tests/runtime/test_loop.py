@@ -1,8 +1,5 @@
 """Requests through time: joining, leaving, limits, setbacks, and a KV pool that is right after every commit."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 from driving import Counted, Foresight, add, assert_all_free, prompt_ids, run
@@ -17,21 +14,6 @@ from echo_trt.runtime.params import MAX_STOP_TOKENS, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
-
-
-@pytest.fixture
-def with_blocks(bundle_of, tmp_path):
-    """The bundle of a pair whose recipe gives the KV pool so many blocks."""
-
-    def get(pair: str, blocks: int):
-        folder = tmp_path / pair
-        shutil.copytree(bundle_of(pair), folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["recipe"]["limits"]["kv_blocks"] = blocks
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        return folder
-
-    return get
 
 
 def last_logits(engine, text) -> np.ndarray:
@@ -80,7 +62,7 @@ def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open
 
 @pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_blocks):
+def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_limits):
     prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
     params = [
         SamplingParams(
@@ -95,7 +77,7 @@ def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open
     ]
     wanted = open_llm(pair, policy, 4).generate(prompts, params)
 
-    llm = LLM(with_blocks(pair, 8), policy, 4)
+    llm = LLM(with_limits(pair, kv_blocks=8), policy, 4)
     pieces, completions = [""] * 4, {}
     for delta in llm.stream(prompts, params):
         pieces[delta.index] += delta.text
@@ -111,8 +93,8 @@ def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open
     assert_all_free(llm.loop)
 
 
-def test_the_youngest_gives_way_and_is_the_first_to_return(with_blocks):
-    loop = LLM(with_blocks("lookup", 8), "autoregressive", 3).loop
+def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
     old, young = add(loop, prompt_ids(90, 0), max_tokens=60), add(loop, prompt_ids(80, 1), max_tokens=60)
     run(loop, 13)
     assert {old.slot, young.slot} == {0, 1}
@@ -138,9 +120,9 @@ def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
     assert state.prefilling().tolist() == [prefilling.slot]
     for request in (waiting, prefilling, decoding, decoding):
         held = int(state.blocks_held[request.slot]) if request.slot >= 0 else 0
-        free = state.free_blocks
+        used = state.used_blocks
         loop.cancel(request)
-        assert state.free_blocks == free + held
+        assert state.used_blocks == used - held
         assert request.slot == -1
     assert_all_free(loop)
     assert len(decoding.generated) > 0
@@ -302,8 +284,8 @@ def test_prompts_are_checked(open_llm):
     assert_all_free(llm.loop)
 
 
-def test_a_pool_too_small_for_one_request(with_blocks):
-    folder = with_blocks("lookup", 5)
+def test_a_pool_too_small_for_one_request(with_limits):
+    folder = with_limits("lookup", kv_blocks=5)
     with refused("kv_blocks is 5", "raise kv_blocks or lower context"):
         LLM(folder)
 

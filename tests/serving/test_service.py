@@ -262,6 +262,24 @@ def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, offli
     assert service.statistics().engine_failures == 1
 
 
+def test_nothing_is_found_in_the_pool_of_an_engine_that_failed(start, offline):
+    service, engine = start()
+    prompt, params = prompt_ids(100, 5), SamplingParams(30, ignore_eos=True)
+    expected = offline.generate([prompt], params)[0].text
+    assert submit(service, prompt, params)[1].text == expected
+
+    def fail(call: Packed) -> bool:
+        engine.fail = lambda call: False
+        engine.engine._pool[:] = 3.0
+        return True
+
+    found = service.loop.counters.cached_tokens
+    engine.fail = fail
+    assert submit(service, prompt, params)[1].text == expected
+    assert service.loop.counters.cached_tokens == found + 96  # before it failed
+    assert submit(service, prompt, params)[1].text == expected
+
+
 def test_what_the_engine_fails_on_fails_alone(start, offline):
     service, engine = start()
     bad = 77

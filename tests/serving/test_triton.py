@@ -239,6 +239,29 @@ def test_metrics_tell_what_was_done(server):
     assert after["echo_accepted_length"] > 1
 
 
+def test_a_conversation_is_found_again_and_the_metrics_tell(server, offline):
+    """The second turn computes what is new. Blocks that are only kept are not counted as used."""
+    first_turn = np.random.default_rng(5).integers(3, 300, 60).tolist()
+    before = rest(server)
+    first = server.generate(input_ids=first_turn, max_tokens=45, ignore_eos=True)
+    between = rest(server)
+    second_turn = [*first_turn, *first["output_ids"], 7, 8, 9]
+    second = server.generate(input_ids=second_turn, max_tokens=20, ignore_eos=True)
+    after = rest(server)
+    assert second["output_ids"] == offline.generate([second_turn], SamplingParams(20, ignore_eos=True))[0].token_ids
+
+    def grew(name: str) -> tuple[float, float]:
+        turns = [figures[f"echo_{name}_total"] for figures in (before, between, after)]
+        return turns[1] - turns[0], turns[2] - turns[1]
+
+    found, asked, computed = grew("cached_tokens"), grew("asked_tokens"), grew("prompt_tokens")
+    assert found == (0, 96)
+    assert (asked[0] - computed[0], asked[1] - computed[1]) == found
+    assert 12 <= computed[1] < 20  # the launcher asks now and then whether the server lives
+    assert between["echo_blocks_cached"] >= before["echo_blocks_cached"] + 3
+    assert after["echo_blocks_used"] == 0
+
+
 # -- nonsense ------------------------------------------------------------------------------------------------------
 
 

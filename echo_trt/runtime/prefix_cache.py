@@ -1,0 +1,96 @@
+"""The prefix cache: KV blocks of text that was computed before, found again by that text.
+
+A block's key is a hash of all tokens up to its end and of the one that follows them. The target's KV rows and features
+depend on the tokens up to the block's end alone; the last entry of an EAGLE-3 head, token j+1 beside the features of
+token j, depends on the following one too. So requests that find a block may share what both networks keep in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import takewhile
+
+import numpy as np
+
+from echo_trt.decoding.pack import BLOCK
+
+DIGEST = 16  # bytes: of so many bits of BLAKE2, nobody finds two texts with one key
+
+
+class PrefixCache:
+    """Which blocks hold which text, and how many requests hold each.
+
+    A block that no request holds is idle: it stays until its place is needed. The first to go is the one that was let
+    go longest ago, and of one text the last, since a block is found only behind those before it.
+    """
+
+    def __init__(self, enabled: bool = True):
+        """Without ``enabled`` no text has keys, so that nothing is kept or found."""
+        self.enabled = enabled
+        self.added = self.evicted = 0  # blocks so far
+        self._block: dict[bytes, int] = {}
+        self._key: dict[int, bytes] = {}
+        self._holders: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # in the order of eviction
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def extend(self, keys: list[bytes], tokens: np.ndarray, blocks: int) -> None:
+        """Append to ``keys`` what it lacks for the first ``blocks`` blocks of ``tokens``, int32, and one token more."""
+        for i in range(len(keys), blocks if self.enabled else 0):
+            text = tokens[i * BLOCK : (i + 1) * BLOCK + 1].tobytes()
+            keys.append(hashlib.blake2b((keys[-1] if keys else b"") + text, digest_size=DIGEST).digest())
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of ``keys``, up to the first that is not known."""
+        return list(takewhile(lambda block: block is not None, map(self._block.get, keys)))
+
+    def idle_of(self, blocks: Sequence[int]) -> int:
+        """How many of ``blocks`` are idle."""
+        return sum(block in self._idle for block in blocks)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """One more request holds these blocks, which were found."""
+        for block in blocks:
+            self._holders[block] += 1
+            self._idle.pop(block, None)
+
+    def add(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """A request holds ``blocks``, full of the text of ``keys``. Of text that is known, the known block stays."""
+        for key, block in zip(keys, blocks, strict=True):
+            if key not in self._block:
+                self._block[key], self._key[block], self._holders[block] = block, key, 1
+                self.added += 1
+
+    def leave(self, keys: Sequence[bytes], blocks: Sequence[int]) -> list[int]:
+        """A request lets go of ``blocks``, the first of them full of the text of ``keys``, which were added.
+
+        Returns those blocks that nobody can find, and so are free.
+        """
+        known = [block for block in blocks if block in self._key]
+        for block in known:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._idle[block] = None
+        for key in reversed(keys):  # others' blocks too: what a text needs must stay as long as its end
+            if self._block[key] in self._idle:
+                self._idle.move_to_end(self._block[key])
+        return [block for block in blocks if block not in self._key]
+
+    def evict(self, count: int) -> list[int]:
+        """Forget so many idle blocks; returns them."""
+        self.evicted += count
+        return [self._forget() for _ in range(count)]
+
+    def clear(self) -> list[int]:
+        """Forget all idle blocks, which something else is about to overwrite; returns them."""
+        return [self._forget() for _ in range(len(self._idle))]
+
+    def _forget(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._block[self._key.pop(block)], self._holders[block]
+        return block
