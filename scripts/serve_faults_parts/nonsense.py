@@ -25,6 +25,19 @@ OPENAI += ["seed", "n", "stream", "stream_options", "priority", "deadline_ms", "
 KINDS = ["INT32", "INT64", "FP32", "FP64", "BOOL", "BYTES", "UINT64", "FP16"]
 SHAPES = [[1, 1], [1], [1, 3], [2, 2], [1, 0], [0], [1, 1, 1], [1, 1024], [-1, 1]]
 MEGABYTE = 2**20
+#: Of the right type, and wrong all the same, or nearly.
+ODD = {
+    "temperature": [float("nan"), float("inf"), -1.0, 3e38],
+    "top_p": [float("nan"), 2.0, -1.0, 1e-30],
+    "top_k": [-5, 2**31 - 1],
+    "seed": [2**64 - 1, 2**63 - 1],
+    "max_tokens": [-1, 0, 2**31 - 1],
+    "priority": [-(2**31), 2**31 - 1],
+    "text_input": [b"\xff\xfe", b"", b"a" * MEGABYTE, b"\x00", "é😀".encode()],
+    "chat_messages": [b"{", b"[]", b"[" * 5000, b'[{"role": "user", "content": "\\ud800"}]'],
+    "input_ids": [[-1], [10**6], [0] * 5000, [0, 1, 2]],
+    "stop_words": [["a"] * 100, [b"\xff"], ["", "e"]],
+}
 
 
 def nonsense(stage: Stage) -> Row:
@@ -72,10 +85,12 @@ def _gateway_nonsense(stage: Stage, source: random.Random, number: int) -> str:
 
 
 def _grpc_nonsense(stage: Stage, source: random.Random, number: int) -> str:
-    """Tensors of wrong types and shapes, of bytes that are none of their type."""
+    """Tensors of odd values, of wrong types and shapes, of bytes that are none of their type."""
     valid = {"text_input": "a", "max_tokens": 3, "deadline_ms": 300}
     tensors = {name: grpc_input(name, value) for name, value in valid.items()}
-    for name in source.sample(TRITON, source.randint(1, 3)):
+    for name in source.sample(sorted(ODD), source.randint(0, 2)):
+        tensors[name] = grpc_input(name, source.choice(ODD[name]))
+    for name in source.sample(TRITON, source.randint(0, 2)):
         tensors[name] = triton.InferInput(name, source.choice(SHAPES), source.choice(KINDS))
         size = MEGABYTE if source.random() < 0.01 else source.choice([0, 1, 4, 5, 8, 12, 4096])
         tensors[name]._raw_content = np.random.default_rng(number).bytes(size)
