@@ -64,6 +64,7 @@ def run(bundle: Path, logs: Path, scale: float, names: list[str]) -> list[str]:
     with Stage(bundle, logs, scale) as stage:
         for name in names:
             begin = time.monotonic()
+            stage.next_fault()
             try:
                 row = FAULTS[name](stage)
             except (Failed, AssertionError, OSError) as error:
