@@ -75,10 +75,12 @@ class Process:
         return self._child.poll() is None
 
     def children(self) -> set[int]:
+        found: set[int] = set()
         with contextlib.suppress(OSError):
-            tasks = Path(f"/proc/{self.pid}/task").iterdir()
-            return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
-        return set()
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                with contextlib.suppress(OSError):  # threads come and go
+                    found.update(map(int, (task / "children").read_text().split()))
+        return found
 
     def terminate(self) -> None:
         if self.alive:
@@ -107,6 +109,13 @@ class Process:
             self.lines.append(line)
             if line and not _is_harmless(line):
                 print(f"{self.name}: {line}", file=sys.stderr, flush=True)
+
+
+def _lives(pid: int) -> bool:
+    """Triton never waits for a backend that has died, so it stays as a zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
 
 
 def _die_with_parent() -> None:
@@ -248,7 +257,7 @@ class Launcher:
             self._restart("the gateway has died", self._gateway, self._start_gateway)
         if not self._triton.alive:
             self._restart("Triton has died", self._triton, self._start_triton)
-        elif not self._backends <= self._triton.children():
+        elif not all(map(_lives, self._backends)):
             # Triton itself would not notice, and its open requests would hang: with the server their connections end.
             self._restart("Triton's backend has died", self._triton, self._start_triton)
         elif self._watch.silent:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
+LOOKED_AT = 16  # clients in a look, in turn: each is a question to Triton's process, and the engine wants the machine
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -58,7 +60,7 @@ class Replies:
     def __init__(self, service: Service, signals: Path | None = None):
         self._service, self._signals = service, signals
         self._events: queue.SimpleQueue[tuple[Reply, Event | None] | None] = queue.SimpleQueue()
-        self._open: set[Reply] = set()
+        self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
         self._thread.start()
@@ -93,7 +95,7 @@ class Replies:
                     running = False
                 elif item[1] is None:
                     if not item[0].ended:
-                        self._open.add(item[0])
+                        self._open[item[0]] = None
                 else:
                     self._merge(*item, changed, metrics)
             for reply, event in changed.items():
@@ -145,7 +147,7 @@ class Replies:
         reply.index += 1
         if end:
             reply.ended = True
-            self._open.discard(reply)
+            self._open.pop(reply, None)
 
     def _drain_if_asked(self) -> None:
         if not self._signals or not (self._signals / "drain").exists():
@@ -154,7 +156,8 @@ class Replies:
             (self._signals / "drained").touch()
 
     def _cancel_abandoned(self) -> None:
-        for reply in self._open:
+        for reply in list(islice(self._open, LOOKED_AT)):
+            self._open[reply] = self._open.pop(reply)  # the last, next time
             if reply.sender.is_cancelled():
                 self._service.cancel(reply.job)
 

@@ -136,8 +136,8 @@ class Service:
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
-            if len(self._pending) >= self.queue:
-                raise Overloaded(f"the queue is full, {len(self._pending)} requests wait; try again in a second.")
+            if len(self._open) >= self.loop.state.count + self.queue:  # a crowd may come while all places are free
+                raise Overloaded(f"the queue is full, {self.queue} requests wait; try again in a second.")
             heapq.heappush(self._pending, job)
             self._open[request] = job
             self._changed.notify_all()

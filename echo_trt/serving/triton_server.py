@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import shutil
 import sys
 import sysconfig
@@ -36,8 +37,7 @@ class TritonServer:
         """``work`` is a folder that lives as long as the server."""
         options = {
             "model-repository": model_repository(),
-            "model-control-mode": "explicit",
-            "load-model": MODEL,
+            "model-control-mode": "none",  # nobody may load a model of his own, which would be code
             "exit-timeout-secs": 60,  # the launcher's limit comes first
             "http-address": host,
             "grpc-address": host,
@@ -48,6 +48,7 @@ class TritonServer:
             "allow-gpu-metrics": "false",
             "allow-cpu-metrics": "false",
             "backend-config": f"python,shm-region-prefix-name={region_prefix()}",
+            **_closed(),
         }
         if self.pip:
             options["backend-directory"] = self._backends(work)
@@ -70,6 +71,13 @@ class TritonServer:
         for part in (*(server / "backends" / "python").iterdir(), _stub(server)):
             (folder / "python" / part.name).symlink_to(part)
         return folder
+
+
+def _closed() -> dict[str, str]:
+    """Options that leave clients what a model's client needs: nothing of the machine's files and memory."""
+    apis = "model-repository,shared-memory,trace,logging"
+    key = f"{apis}:closed={secrets.token_hex(16)}"  # a header that nobody is told
+    return {"http-restricted-api": key, "grpc-restricted-protocol": key}
 
 
 def find_server() -> TritonServer:

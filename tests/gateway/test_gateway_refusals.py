@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,28 @@ def test_unknown_models_paths_and_methods(client):
     refused(client.get("/v1/completions"), 405)
     assert client.get("/v1/models").json()["data"][0]["id"] == "echo"
     assert client.get("/v1/models/echo").json()["object"] == "model"
+
+
+def test_no_request_names_a_file_that_is_opened(client):
+    """Python tells of every file that it opens, folder that it lists and program that it starts."""
+    place, seen = "/nowhere/at-all", []
+
+    def note(event: str, args: tuple) -> None:
+        if event.split(".")[0] in ("open", "os", "shutil", "subprocess", "import") and place in str(args):
+            seen.append(event)
+
+    sys.addaudithook(note)
+    for path in (place, f"../..{place}", f"file://{place}", f"@{place}", f"{{{{ cycler('{place}') }}}}"):
+        chat = CHAT | {"messages": [{"role": "user", "content": path}]}
+        for body in (chat, CHAT | {"model": path}, CHAT | {"stop": path}, CHAT | {"user": path}, CHAT | {path: path}):
+            client.post("/v1/chat/completions", json=body)
+        client.post("/v1/completions", json=COMPLETION | {"prompt": path})
+        client.get(f"/v1/models/{path}")
+        client.get(path, headers={"Referer": path, "X-File": path})
+    assert not seen
+    with pytest.raises(OSError, match="No such file"):
+        Path(place).read_bytes()
+    assert seen == ["open"]
 
 
 def test_large_bodies_are_refused_announced_or_not():

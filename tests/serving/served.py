@@ -109,10 +109,10 @@ class Served:
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
-    def post(self, path: str, body: bytes, seconds: float = 60) -> tuple[int, bytes]:
+    def post(self, path: str, body: bytes, seconds: float = 60, below: str = "models/echo/") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=seconds)
         try:
-            connection.request("POST", f"/v2/models/echo/{path}", body)
+            connection.request("POST", f"/v2/{below}{path}", body)
             reply = connection.getresponse()
             return reply.status, reply.read()
         finally:

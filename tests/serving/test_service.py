@@ -192,6 +192,16 @@ def test_a_full_queue_refuses(start):
     assert [listener.end.reason for listener in told] == ["length"] * 3
 
 
+def test_a_crowd_may_come_while_all_places_are_free(start):
+    service, engine = start(batch=3, queue=1)
+    engine.open.clear()
+    told = [submit(service, prompt_ids(6, i))[1] for i in range(4)]
+    with pytest.raises(Overloaded, match="queue is full, 1 requests wait"):
+        submit(service, prompt_ids(6, 4))
+    engine.open.set()
+    assert [listener.end.reason for listener in told] == ["length"] * 4
+
+
 def test_priority_comes_before_arrival(start):
     service, engine = start(batch=1)
     engine.open.clear()

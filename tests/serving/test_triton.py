@@ -315,6 +315,36 @@ def test_nonsense_over_grpc_is_answered(server):
     rest(server)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("repository/index", {}),
+        ("repository/models/other/load", {"parameters": {"config": "{}"}}),
+        ("repository/models/echo/unload", {}),
+        ("systemsharedmemory/region/a/register", {"key": "/a", "offset": 0, "byte_size": 8}),
+        ("trace/setting", {"trace_level": ["TIMESTAMPS"]}),
+        ("logging", {"log_verbose_level": 1}),
+    ],
+)
+def test_no_request_reaches_files_or_memory_of_the_machine(server, path, body):
+    status, answer = server.post(path, json.dumps(body).encode(), below="")
+    assert (status, b"restricted" in answer) == (403, True), answer
+
+
+def test_nor_over_grpc(server):
+    import tritonclient.grpc as client
+    from tritonclient.utils import InferenceServerException
+
+    with client.InferenceServerClient(f"127.0.0.1:{server.grpc}") as connection:
+        for forbidden in (
+            lambda: connection.load_model("other", config="{}"),
+            lambda: connection.register_system_shared_memory("a", "/a", 8),
+            lambda: connection.update_log_settings({"log_verbose_level": 1}),
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                forbidden()
+
+
 def test_it_is_the_same_server_as_at_the_start(server):
     assert "again" not in server.err
     assert "died" not in server.err

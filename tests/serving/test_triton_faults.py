@@ -48,6 +48,7 @@ def test_deaths_and_the_end(roomy_bundle, tmp_path):
         for number, name in enumerate(("triton_python_backend_stub", "tritonserver"), 1):
             _kill_under_load(server, name, whole)
             revived(server, number)
+            assert "does not answer" not in server.err, "it was only noticed by a probe"
             assert server.generate(**LONG)["text_output"] == whole["text_output"]
             assert len(server.children("triton_python_backend_stub")) == 1
             assert len(server.regions()) == 1
