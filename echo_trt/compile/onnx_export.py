@@ -1,5 +1,7 @@
 """PyTorch to ONNX: everything standard but ``echo::SuperTreeAttention``, weights as external data.
 
+One rank of a divided network also has ``echo::AllReduce``: output [N, H] is the sum of all ``ranks``' inputs [N, H].
+
 A graph's inputs are its role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches,
 ``key_cache.0, value_cache.0, key_cache.1, ...``; its outputs are its role's.
 """
@@ -21,7 +23,7 @@ from echo_trt.models.layers import Attend
 from echo_trt.models.roles import HeadRole, Role
 
 OPSET = 23
-DOMAIN, OPERATOR = "echo", "SuperTreeAttention"
+DOMAIN, OPERATOR, ALL_REDUCE = "echo", "SuperTreeAttention", "AllReduce"
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
 
@@ -43,7 +45,6 @@ def _(query: Tensor, *others: object) -> Tensor:
 
 def export(role: Role, path: Path) -> None:
     """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data) without a second copy in memory."""
-    _register_schema()
     inputs, metadata, caches = _example(role)
     auto = {0: torch.export.Dim.DYNAMIC}
     program = trace(
@@ -68,6 +69,8 @@ def trace(
     translations: dict | None = None,
 ) -> torch.onnx.ONNXProgram:
     """``graph`` in ONNX, traced on the inputs of ``example``, without the exporter's chatter."""
+    register_schemas()
+    translations = {torch.ops.echo.all_reduce.default: _all_reduce_to_onnx, **(translations or {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -134,18 +137,33 @@ def _to_onnx(query, key, value, key_cache, value_cache, *rest):
     )
 
 
-def _register_schema() -> None:
+def _all_reduce_to_onnx(part, ranks):
+    return values.Opset(DOMAIN, 1).AllReduce(part, ranks=ranks)
+
+
+def register_schemas() -> None:
     if defs.has(OPERATOR, domain=DOMAIN):
         return
     names = ("query", "key", "value", "key_cache", "value_cache", *METADATA)
     types = ["T"] * 5 + ["tensor(int32)"] * 4 + ["tensor(uint8)", "tensor(int32)"]
-    schema = defs.OpSchema(
+    floats = "T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches"
+    attention = defs.OpSchema(
         OPERATOR,
         DOMAIN,
         1,
         inputs=[defs.OpSchema.FormalParameter(n, t) for n, t in zip(names, types, strict=True)],
         outputs=[defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches")],
+        type_constraints=[floats],
         attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in ATTRIBUTES],
     )
-    onnx.defs.register_schema(schema)
+    summed = defs.OpSchema(
+        ALL_REDUCE,
+        DOMAIN,
+        1,
+        inputs=[defs.OpSchema.FormalParameter("part", "T")],
+        outputs=[defs.OpSchema.FormalParameter("sum", "T")],
+        type_constraints=[floats],
+        attributes=[defs.OpSchema.Attribute("ranks", defs.OpSchema.AttrType.INT, required=True)],
+    )
+    for schema in (attention, summed):
+        onnx.defs.register_schema(schema)

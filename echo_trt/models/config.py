@@ -56,6 +56,8 @@ class DecoderConfig:
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    #: Among how many the network is divided; heads, KV heads and widths are then those of one (echo_trt.models.ranks).
+    ranks: int = 1
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
@@ -126,6 +128,11 @@ class Eagle3Config:
     #: The target's layers whose inputs are the features; empty for the target's ``feature_layers``.
     feature_layers: tuple[int, ...] = ()
     target_sha256: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """A head is not divided."""
+        return 1
 
 
 def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:

@@ -15,7 +15,10 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layer, config.hidden_size, config.qk_norm)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = Experts(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = Experts(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.ranks)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
