@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.cuda_device import check_room, cuda_device, has_cuda
 from echo_trt.engines.device_rows import DeviceRows
+from echo_trt.engines.rank_group import RankGroup
 from echo_trt.engines.torch_calls import Arrays, Graphs, Staging, pad
 from echo_trt.models.ranks import AllReduce, adding_by, own_part
 from echo_trt.models.roles import Role
@@ -130,3 +132,14 @@ def open_torch(file: Path, num_blocks: int, all_reduce: AllReduce | None = None)
     device = "cuda" if has_cuda() else "cpu"
     role, graphs = load_role(file, device), all_reduce is None
     return TorchEngine(role, num_blocks, device, graphs=graphs, all_reduce=all_reduce or own_part)
+
+
+@dataclass(frozen=True)
+class TorchRank:
+    """Opens a rank's engine (echo_trt.engines.ranked). ``files``: one a rank."""
+
+    files: tuple[Path, ...]
+    num_blocks: int
+
+    def __call__(self, group: RankGroup) -> TorchEngine:
+        return open_torch(self.files[group.rank], self.num_blocks, group.all_reduce)
