@@ -1,6 +1,7 @@
 """PyTorch to ONNX: everything standard but ``echo::SuperTreeAttention``, weights as external data.
 
-One rank of a divided network also has ``echo::AllReduce``: output [N, H] is the sum of all ``ranks``' inputs [N, H].
+One rank of a divided network also has ``echo::AllReduce``, the sum of all ``ranks``' inputs, and ``echo::AllGather``,
+all their inputs along the first axis.
 
 A graph's inputs are its role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches,
 ``key_cache.0, value_cache.0, key_cache.1, ...``; its outputs are its role's.
@@ -23,7 +24,7 @@ from echo_trt.models.layers import Attend
 from echo_trt.models.roles import HeadRole, Role
 
 OPSET = 23
-DOMAIN, OPERATOR, ALL_REDUCE = "echo", "SuperTreeAttention", "AllReduce"
+DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
 
@@ -70,7 +71,10 @@ def trace(
 ) -> torch.onnx.ONNXProgram:
     """``graph`` in ONNX, traced on the inputs of ``example``, without the exporter's chatter."""
     register_schemas()
-    translations = {torch.ops.echo.all_reduce.default: _all_reduce_to_onnx, **(translations or {})}
+    collectives = {
+        torch.ops.echo.all_reduce.default: lambda part, ranks: values.Opset(DOMAIN, 1).AllReduce(part, ranks=ranks),
+        torch.ops.echo.all_gather.default: lambda part, ranks: values.Opset(DOMAIN, 1).AllGather(part, ranks=ranks),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -81,7 +85,7 @@ def trace(
             output_names=output_names,
             opset_version=opset,
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=translations,
+            custom_translation_table=collectives | (translations or {}),
             verbose=False,
         )
 
@@ -137,10 +141,6 @@ def _to_onnx(query, key, value, key_cache, value_cache, *rest):
     )
 
 
-def _all_reduce_to_onnx(part, ranks):
-    return values.Opset(DOMAIN, 1).AllReduce(part, ranks=ranks)
-
-
 def register_schemas() -> None:
     if defs.has(OPERATOR, domain=DOMAIN):
         return
@@ -156,14 +156,17 @@ def register_schemas() -> None:
         type_constraints=[floats],
         attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in ATTRIBUTES],
     )
-    summed = defs.OpSchema(
-        ALL_REDUCE,
-        DOMAIN,
-        1,
-        inputs=[defs.OpSchema.FormalParameter("part", "T")],
-        outputs=[defs.OpSchema.FormalParameter("sum", "T")],
-        type_constraints=[floats],
-        attributes=[defs.OpSchema.Attribute("ranks", defs.OpSchema.AttrType.INT, required=True)],
-    )
-    for schema in (attention, summed):
+    collectives = [
+        defs.OpSchema(
+            name,
+            DOMAIN,
+            1,
+            inputs=[defs.OpSchema.FormalParameter("part", "T")],
+            outputs=[defs.OpSchema.FormalParameter("whole", "T")],
+            type_constraints=[floats],
+            attributes=[defs.OpSchema.Attribute("ranks", defs.OpSchema.AttrType.INT, required=True)],
+        )
+        for name in COLLECTIVES
+    ]
+    for schema in (attention, *collectives):
         onnx.defs.register_schema(schema)

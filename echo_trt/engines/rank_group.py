@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echo_trt.engines.cuda_device import has_cuda
 from echo_trt.errors import UserError
-from echo_trt.models.ranks import AllReduce
+from echo_trt.models.ranks import Collectives
 
 HOST = "127.0.0.1"  # the ranks are processes of one machine
 
@@ -29,10 +29,44 @@ class RankGroup:
 
     rank: int
     ranks: int
-    all_reduce: AllReduce
+    collectives: Collectives
     communicator: Any = None
     abort: Callable[[], None] = lambda: None
     leave: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class ByNccl:
+    group: dist.ProcessGroup
+
+    def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
+        total = part.clone()
+        self.group.allreduce([total]).wait()
+        return total
+
+    def all_gather(self, part: Tensor, ranks: int) -> Tensor:
+        gathered = part.new_empty((ranks * part.shape[0], *part.shape[1:]))
+        self.group._allgather_base(gathered, part.contiguous()).wait()
+        return gathered
+
+
+@dataclass(frozen=True)
+class ByGloo:
+    group: dist.ProcessGroupGloo
+
+    def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
+        # Added in the order of the ranks, so that a token's bits do not depend on its place among others.
+        return reduce(torch.add, self._all(part, ranks))
+
+    def all_gather(self, part: Tensor, ranks: int) -> Tensor:
+        return torch.cat(self._all(part, ranks))
+
+    def _all(self, part: Tensor, ranks: int) -> list[Tensor]:
+        if not part.numel():
+            return [part.clone() for _ in range(ranks)]
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(ranks)]
+        self.group.allgather([parts], [part.contiguous()]).wait()
+        return parts
 
 
 def check_gpus(ranks: int) -> None:
@@ -57,29 +91,15 @@ def _join_nccl(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> 
     torch.cuda.set_device(device)
     # With a device it connects at once, and not in the middle of the first call.
     dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks, timeout=longest, device_id=device)
-    group, backend = dist.group.WORLD, dist.group.WORLD._get_backend(device)
-
-    def all_reduce(part: Tensor) -> Tensor:
-        total = part.clone()
-        group.allreduce([total]).wait()
-        return total
-
+    backend = dist.group.WORLD._get_backend(device)
     communicator = _capsule(backend._comm_ptr())
-    return RankGroup(rank, ranks, all_reduce, communicator, backend.abort, dist.destroy_process_group)
+    return RankGroup(rank, ranks, ByNccl(dist.group.WORLD), communicator, backend.abort, dist.destroy_process_group)
 
 
 def join_gloo(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> RankGroup:
     options = dist.ProcessGroupGloo._Options()
     options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=HOST)], longest
-    group = dist.ProcessGroupGloo(store, rank, ranks, options)
-
-    def all_reduce(part: Tensor) -> Tensor:
-        # Added in the order of the ranks, so that a token's bits do not depend on its place among others.
-        parts = [torch.empty_like(part) for _ in range(ranks)]
-        group.allgather([parts], [part.contiguous()]).wait()
-        return reduce(torch.add, parts)
-
-    return RankGroup(rank, ranks, all_reduce)
+    return RankGroup(rank, ranks, ByGloo(dist.ProcessGroupGloo(store, rank, ranks, options)))
 
 
 def _capsule(pointer: int) -> Any:

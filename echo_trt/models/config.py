@@ -65,6 +65,11 @@ class DecoderConfig:
         last = self.num_layers - 1
         return min(2, last), self.num_layers // 2, max(self.num_layers - 3, 0)
 
+    @property
+    def own_logits(self) -> int:
+        """Rows of the output matrix: this rank's, or all where the vocabulary cannot be divided."""
+        return self.vocab_size if self.vocab_size % self.ranks else self.vocab_size // self.ranks
+
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
 

@@ -1,17 +1,19 @@
-"""A decoder divided among ranks (tensor parallelism): the sizes of one rank's part, and the sum over all of them.
+"""A decoder divided among ranks (tensor parallelism): the sizes of one rank's part, and how the parts come together.
 
 As in Megatron-LM (arXiv 1909.08053): the heads and the width of the MLP are divided, so that two matrices of each layer
 give a part of its output on each rank, and ``all_reduce`` adds the parts. Of a mixture each expert's width is divided,
-and not the experts: then all ranks have the same work, whichever experts the tokens choose. Embedding, norms, router
-and output matrix stand whole on each rank, so the residual, and with it an EAGLE-3 head's features, is the same on all.
+and not the experts: then all ranks have the same work, whichever experts the tokens choose. The output matrix is
+divided by rows of the vocabulary, where their number allows it, and ``all_gather`` puts the logits together. Embedding,
+norms and routers stand whole on each rank, so the residual, and with it an EAGLE-3 head's features, is the same on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +21,34 @@ from torch import Tensor
 from echo_trt.errors import UserError
 from echo_trt.models.config import DecoderConfig
 
-#: A rank's part to the sum of all ranks' parts, in a new tensor.
-AllReduce = Callable[[Tensor], Tensor]
 
-_current: ContextVar[AllReduce] = ContextVar("all_reduce")
+class Collectives(Protocol):
+    """How the ranks exchange what they have; all make the same calls, and get the same tensors."""
+
+    def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
+        """The sum of all ranks' parts, in a new tensor."""
+
+    def all_gather(self, part: Tensor, ranks: int) -> Tensor:
+        """All ranks' parts [n, ...] in their order [ranks * n, ...]."""
+
+
+class Alone:
+    """What one rank can compute without the others, for checking it by itself: its part stands for theirs."""
+
+    def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
+        return part.clone()
+
+    def all_gather(self, part: Tensor, ranks: int) -> Tensor:
+        return torch.cat([part] * ranks)
+
+
+_current: ContextVar[Collectives] = ContextVar("collectives")
 
 
 @contextmanager
-def adding_by(sum_over_ranks: AllReduce) -> Iterator[None]:
-    """Within, networks of this thread add their parts so."""
-    token = _current.set(sum_over_ranks)
+def among(collectives: Collectives) -> Iterator[None]:
+    """Within, the networks of this thread reach the other ranks so."""
+    token = _current.set(collectives)
     try:
         yield
     finally:
@@ -37,8 +57,8 @@ def adding_by(sum_over_ranks: AllReduce) -> Iterator[None]:
 
 @torch.library.custom_op("echo::all_reduce", mutates_args=())
 def all_reduce(part: Tensor, ranks: int) -> Tensor:
-    """The sum of ``part`` [N, H] over all ``ranks``, by the means of ``adding_by``. Exported as echo::AllReduce."""
-    return _current.get()(part)
+    """Exported as the operator echo::AllReduce."""
+    return _current.get().all_reduce(part, ranks)
 
 
 @all_reduce.register_fake
@@ -46,9 +66,15 @@ def _(part: Tensor, ranks: int) -> Tensor:
     return torch.empty_like(part)
 
 
-def own_part(part: Tensor) -> Tensor:
-    """An AllReduce that leaves the others out: what one rank computes, for checking it alone."""
-    return part.clone()
+@torch.library.custom_op("echo::all_gather", mutates_args=())
+def all_gather(part: Tensor, ranks: int) -> Tensor:
+    """Exported as the operator echo::AllGather."""
+    return _current.get().all_gather(part, ranks)
+
+
+@all_gather.register_fake
+def _(part: Tensor, ranks: int) -> Tensor:
+    return part.new_empty((ranks * part.shape[0], *part.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,7 @@ def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
         num_kv_heads=max(config.num_kv_heads // ranks, 1),
         intermediate_size=config.intermediate_size // ranks,
         expert_size=config.expert_size // ranks,
+        tie_embeddings=False,  # the table is whole, the output matrix is not
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,12 @@ def load_decoder(
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
     config = rank_config(whole, shard.ranks)
     with torch.device("meta"):
-        model, undivided = Decoder(config, positions), Decoder(whole, positions)
-    _assign(model, checkpoint, _decoder_sources(config, set(checkpoint.names())), dtype, Divided(undivided, shard))
+        # A rank has an output matrix of its own, which may be a part of the embedding.
+        model, undivided = Decoder(config, positions), Decoder(replace(whole, tie_embeddings=False), positions)
+    sources = _decoder_sources(config, set(checkpoint.names()))
+    if whole.tie_embeddings and not config.tie_embeddings:
+        sources["lm_head.weight"] = sources["embed.weight"]
+    _assign(model, checkpoint, sources, dtype, Divided(undivided, shard))
     model.rotary = Rotary(config, positions)
     return model.eval()
 
