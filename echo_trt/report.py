@@ -97,8 +97,7 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     if recipe.tensor_parallel > 1:
         table.add_row(
             "tensor_parallel",
-            f"{recipe.tensor_parallel}: what follows is each GPU's, with the draft whole on each; "
-            "echo-trt build does not divide networks yet",
+            f"{recipe.tensor_parallel}: what follows is the first GPU's, which has the draft too",
         )
     sizes = need.calls
     calls = f"calls of 1 to {need.tokens:,} packed tokens of up to {sizes.batch:,} requests"
