@@ -148,7 +148,7 @@ class RankProcesses:
 
 def _start(rank: int, ranks: int, port: int) -> _Process:
     ours, theirs = Pipe()
-    words = ["-m", __spec__.name, theirs.fileno(), rank, ranks, port]
+    words = ["-m", __name__, theirs.fileno(), rank, ranks, port]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     child = subprocess.Popen([_python(), *map(str, words)], pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
@@ -210,5 +210,7 @@ def _receive(pipe: Connection, messages: queue.SimpleQueue) -> None:
 
 
 if __name__ == "__main__":
+    from echo_trt.engines import rank_processes  # by its name, under which rank 0 knows what is sent to it
+
     fd, *place = map(int, sys.argv[1:])
-    main(Connection(fd), *place)
+    rank_processes.main(Connection(fd), *place)

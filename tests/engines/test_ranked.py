@@ -1,13 +1,16 @@
 """A target divided among processes: built, opened, lossless; and what a user is told where it cannot go on."""
 
+import json
 import os
+import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from driving import prompt_ids
-from models.checkpoints import qwen3_moe
+from models.checkpoints import qwen3, qwen3_moe
 from pairs import LIMITS, SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
@@ -153,8 +156,6 @@ def test_engines_of_one_device_are_refused(engine, networks, tmp_path):
     ],
 )
 def test_a_network_that_cannot_be_divided_is_refused(sizes, ranks, words, tmp_path):
-    from models.checkpoints import qwen3
-
     qwen3(**SIZES | sizes).save_pretrained(tmp_path / "target")
     write_tokenizer(tmp_path / "target")
     changes = {"target": {"path": "target"}, "engine": "torch", "tensor_parallel": ranks}
@@ -163,16 +164,13 @@ def test_a_network_that_cannot_be_divided_is_refused(sizes, ranks, words, tmp_pa
 
 
 def test_a_full_disk_is_named_beforehand(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: (10, 10, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     with refused("the build writes about", "where 0.0 GB are free", "-o"):
         build(recipe_of("lookup", networks, engine="torch", tensor_parallel=2), networks, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_ranks_are_named(divided, tmp_path):
-    import json
-    import shutil
-
     folder = shutil.copytree(divided[0], tmp_path / "bundle")
     (folder / "target.rank1.safetensors").unlink()
     with refused("lacks its file target.rank1.safetensors"):
