@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from echo_trt.errors import UserError
@@ -106,6 +106,38 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         **shape,
         **experts,
     )
+
+
+def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
+    """The sizes of one rank's part; where a network has fewer KV heads than ranks, neighbours hold the same one."""
+    check_division(config, ranks)
+    if ranks == 1:
+        return config
+    return replace(
+        config,
+        ranks=ranks,
+        num_heads=config.num_heads // ranks,
+        num_kv_heads=max(config.num_kv_heads // ranks, 1),
+        intermediate_size=config.intermediate_size // ranks,
+        expert_size=config.expert_size // ranks,
+        tie_embeddings=False,  # the table is whole, the output matrix is not
+    )
+
+
+def check_division(config: DecoderConfig, ranks: int) -> None:
+    """Refuse a number of ranks that the target cannot be divided among."""
+    has_dense = any(not config.has_experts(layer) for layer in range(config.num_layers))
+    sizes = [("attention heads", config.num_heads)]
+    sizes += [("intermediate_size", config.intermediate_size)] if has_dense else []
+    sizes += [("moe_intermediate_size", config.expert_size)] if config.num_experts else []
+    for name, value in sizes:
+        if value % ranks:
+            raise UserError(f"tensor_parallel is {ranks}, which does not divide the target's {value} {name}; lower it.")
+    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
+        raise UserError(
+            f"tensor_parallel is {ranks}, which neither divides the target's {config.num_kv_heads} KV heads nor is a "
+            "multiple of them; lower it."
+        )
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from echo_trt.errors import UserError
-from echo_trt.models.config import DecoderConfig
 
 
 class Collectives(Protocol):
@@ -88,35 +85,3 @@ class Shard:
         """Which part of an axis of ``whole`` is this rank's ``own``; neighbours may share one (KV heads)."""
         start = self.rank * whole // self.ranks // own * own
         return slice(start, start + own)
-
-
-def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
-    """The sizes of one rank's part; where a network has fewer KV heads than ranks, neighbours hold the same one."""
-    check_division(config, ranks)
-    if ranks == 1:
-        return config
-    return replace(
-        config,
-        ranks=ranks,
-        num_heads=config.num_heads // ranks,
-        num_kv_heads=max(config.num_kv_heads // ranks, 1),
-        intermediate_size=config.intermediate_size // ranks,
-        expert_size=config.expert_size // ranks,
-        tie_embeddings=False,  # the table is whole, the output matrix is not
-    )
-
-
-def check_division(config: DecoderConfig, ranks: int) -> None:
-    """Refuse a number of ranks that the target cannot be divided among."""
-    has_dense = any(not config.has_experts(layer) for layer in range(config.num_layers))
-    sizes = [("attention heads", config.num_heads)]
-    sizes += [("intermediate_size", config.intermediate_size)] if has_dense else []
-    sizes += [("moe_intermediate_size", config.expert_size)] if config.num_experts else []
-    for name, value in sizes:
-        if value % ranks:
-            raise UserError(f"tensor_parallel is {ranks}, which does not divide the target's {value} {name}; lower it.")
-    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
-        raise UserError(
-            f"tensor_parallel is {ranks}, which neither divides the target's {config.num_kv_heads} KV heads nor is a "
-            "multiple of them; lower it."
-        )

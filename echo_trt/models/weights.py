@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config
+from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Config, Rotary
-from echo_trt.models.ranks import Shard, rank_config
+from echo_trt.models.ranks import Shard
 
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a tensor of None axis is given as a list of lists.
 Sources = dict[str, list[str]]
