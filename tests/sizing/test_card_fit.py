@@ -267,4 +267,4 @@ def test_splits_have_scratch():
     assert 100e6 < most < 600e6
     assert split_scratch(sizes, calls, 1536, 58) <= most
     divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads a GPU
-    assert split_scratch(divided, calls, 1536, 132) < most / 2
+    assert split_scratch(divided, calls, 1536, 132) <= most / 2
