@@ -91,9 +91,9 @@ def _join_nccl(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> 
     torch.cuda.set_device(device)
     # With a device it connects at once, and not in the middle of the first call.
     dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks, timeout=longest, device_id=device)
-    backend = dist.group.WORLD._get_backend(device)
-    communicator = _capsule(backend._comm_ptr())
-    return RankGroup(rank, ranks, ByNccl(dist.group.WORLD), communicator, backend.abort, dist.destroy_process_group)
+    group = dist.group.WORLD
+    communicator = _capsule(group._get_backend(device)._comm_ptr())
+    return RankGroup(rank, ranks, ByNccl(group), communicator, group.abort, dist.destroy_process_group)
 
 
 def join_gloo(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> RankGroup:

@@ -28,6 +28,7 @@ from echo_trt.errors import UserError
 #: Until a process has its modules; until its engine is loaded; of a call in which no rank answers; after which a call
 #: that nothing ends takes this process with it.
 IMPORT_SECONDS, OPEN_SECONDS, CALL_SECONDS, LAST_SECONDS = 120.0, 3600.0, 300.0, 30.0
+STDERR = 2
 LOOK = 0.5  # seconds between two looks at a call in flight
 HERE, READY = "here", "ready"
 
@@ -150,7 +151,14 @@ def _start(rank: int, ranks: int, port: int) -> _Process:
     ours, theirs = Pipe()
     words = ["-m", __name__, theirs.fileno(), rank, ranks, port]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.Popen([_python(), *map(str, words)], pass_fds=[theirs.fileno()], env=environment)
+    child = subprocess.Popen(
+        [_python(), *map(str, words)],
+        env=environment,
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=STDERR,  # NCCL talks on it, and answers are rank 0's to print
+        start_new_session=True,  # a terminal's Ctrl-C is rank 0's to handle
+    )
     theirs.close()
     return _Process(rank, child, ours)
 
