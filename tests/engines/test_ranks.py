@@ -8,19 +8,24 @@ import torch
 from compile.cut_graph import CutGraph
 from gloo_threads import on_ranks
 from models.checkpoints import qwen3, qwen3_moe
+from test_tensorrt_engine import RoleSession
 
+from echo_trt.compile.call_sizes import CallSizes
+from echo_trt.compile.collectives import name_collectives
 from echo_trt.compile.native_export import export_native
 from echo_trt.compile.onnx_export import export
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.onnxruntime import OnnxRuntimeEngine
 from echo_trt.engines.padded import Layout
+from echo_trt.engines.tensorrt import TensorRTEngine
 from echo_trt.engines.torch import METADATA, TorchEngine
 from echo_trt.models.checkpoint import open_checkpoint
-from echo_trt.models.ranks import Shard
+from echo_trt.models.ranks import Shard, among
 from echo_trt.models.roles import TargetRole
 from echo_trt.models.weights import load_decoder
 from super_tree_attention import super_tree_attention
+from super_tree_attention.tensorrt_plugin import prepare_graph
 
 SLOTS, EACH, POSITIONS = 3, 3, 96
 SIZES = {"hidden_size": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 2}
@@ -149,30 +154,50 @@ def test_native_graphs_of_all_ranks_are_the_network(name, ranks, checkpoints, tm
             assert_close(got, expected)
 
 
-def test_packed_graphs_of_all_ranks_are_the_network(checkpoints, tmp_path):
-    """As TensorRT gets them, but for the collectives' names; attention is the operator's reference."""
+class RankSession(RoleSession):
+    """A rank's engine behind the session's interface; ``collectives`` stand in for TensorRT's own."""
+
+    def __init__(self, role, graph, sizes, collectives):
+        super().__init__(role, graph, sizes)
+        self._collectives = collectives
+
+    def launch(self, tensors, aliases):
+        with among(self._collectives):
+            return super().launch(tensors, aliases)
+
+
+def test_packed_graphs_and_engines_of_all_ranks_are_the_network(checkpoints, tmp_path):
+    """As TensorRT gets them, and what its engine makes of calls; attention is the operator's reference."""
     ranks, blocks = 2, SLOTS * EACH
+    sizes = CallSizes(batch=SLOTS, blocks=EACH, tree=8, chunk=64, pool=blocks)
     table = np.random.default_rng(4).permutation(blocks).reshape(SLOTS, EACH)
     whole = TorchEngine(role_of(checkpoints / "mixture"), blocks)
-    for rank in range(ranks):
-        export(role_of(checkpoints / "mixture", Shard(rank, ranks)), tmp_path / f"{rank}.onnx")
+    roles = [role_of(checkpoints / "mixture", Shard(rank, ranks)) for rank in range(ranks)]
+    for rank, role in enumerate(roles):
+        export(role, tmp_path / f"{rank}.onnx")
     sequence = calls(5, table, NETWORKS["mixture"][1]["vocab_size"])[:3]
 
     def attention(*inputs, **attributes):
         return super_tree_attention(*map(torch.from_numpy, inputs)).numpy()
 
     def work(group):
-        operators = by_numpy(group.collectives) | {"SuperTreeAttention": attention}
-        graph = CutGraph(tmp_path / f"{group.rank}.onnx", operators)
+        path = tmp_path / f"{group.rank}.onnx"
+        graph = CutGraph(path, by_numpy(group.collectives) | {"SuperTreeAttention": attention})
         shapes = {n: [d.dim_value for d in t.shape.dim][1:] for n, t in graph.inputs.items() if "_cache." in n}
         caches = {name: np.zeros((blocks, *shape), np.float32) for name, shape in shapes.items()}
         names = ("token_ids", "positions", *METADATA, "logit_rows")
-        return [graph.run({name: getattr(call, name) for name in names} | caches) for call in sequence]
+        outputs = [graph.run({name: getattr(call, name) for name in names} | caches) for call in sequence]
+        prepare_graph(path, path)
+        assert name_collectives(path) == 4
+        session = RankSession(roles[group.rank], path, sizes, group.collectives)
+        engine = TensorRTEngine(session, SLOTS, EACH, blocks, graphs=False)
+        return outputs, [engine.run(call) for call in sequence]
 
     wanted = [whole.run(call) for call in sequence]
-    for outputs in on_ranks(ranks, work):
-        for got, expected in zip(outputs, wanted, strict=True):
-            assert_close(got, expected)
+    for both in on_ranks(ranks, work):
+        for outputs in both:
+            for got, expected in zip(outputs, wanted, strict=True):
+                assert_close(got, expected)
 
 
 class Counting:
