@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,6 +98,7 @@ def _join_nccl(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> 
 
 
 def join_gloo(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> RankGroup:
+    torch.set_num_threads(min(torch.get_num_threads(), max((os.cpu_count() or 1) // ranks, 1)))  # they share the cores
     options = dist.ProcessGroupGloo._Options()
     options._devices, options._timeout = [dist.ProcessGroupGloo.create_device(hostname=HOST)], longest
     return RankGroup(rank, ranks, ByGloo(dist.ProcessGroupGloo(store, rank, ranks, options)))

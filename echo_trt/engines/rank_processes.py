@@ -187,12 +187,10 @@ def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
     messages: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, messages), daemon=True).start()
     try:
-        import torch
         import torch.distributed as dist
 
         from echo_trt.engines.rank_group import HOST, join
 
-        torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))
         pipe.send(HERE)
         open_rank, patience = messages.get()
         engine = open_rank(join(dist.TCPStore(HOST, port, ranks), rank, ranks, patience))
