@@ -17,11 +17,16 @@ MANIFEST = "manifest.json"
 
 
 class NetworkFacts(BaseModel):
-    """What the runtime must know of a network without loading its framework."""
+    """What the runtime must know of a network without loading its framework.
+
+    ``rank_files``: one a rank where the network is divided, of which ``file`` is the first; ``num_kv_heads`` are then
+    those of one rank.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     file: str
+    rank_files: list[str] = []
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -35,6 +40,7 @@ class SelfCheck(BaseModel):
     """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
     ``of`` is the graph where no machine was there to run the engine, and ONNX Runtime ran what it was compiled from.
+    Of a divided network each rank is checked without the others, and the worst is told.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -101,6 +107,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
     """Refuse a bundle whose files are not those that were built."""
+    ranks, built = manifest.recipe.tensor_parallel, len(manifest.target.rank_files) or 1
+    if ranks != built:
+        raise UserError(f"bundle {folder} holds {built} of the target's {ranks} ranks; build it again.")
     for name, digest in manifest.files.items():
         file = folder / name
         if not file.exists():

@@ -24,6 +24,8 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
     table.add_row("name", manifest.name)
     table.add_row("engine", f"{manifest.engine}, {manifest.precision}")
     table.add_row("target", _network(manifest.target))
+    if manifest.target.rank_files:
+        table.add_row("tensor_parallel", f"{len(manifest.target.rank_files)}: a file a rank, on a GPU each")
     table.add_row("draft", f"{manifest.recipe.draft.kind}{', ' + _network(manifest.draft) if manifest.draft else ''}")
     size = sum((folder / name).stat().st_size for name in manifest.files)
     table.add_row("files", f"{len(manifest.files)}, {size / 1e6:,.0f} MB")
@@ -97,8 +99,7 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     if recipe.tensor_parallel > 1:
         table.add_row(
             "tensor_parallel",
-            f"{recipe.tensor_parallel}: what follows is each GPU's, with the draft whole on each; "
-            "echo-trt build does not divide networks yet",
+            f"{recipe.tensor_parallel}: what follows is the first GPU's, which has the draft too",
         )
     sizes = need.calls
     calls = f"calls of 1 to {need.tokens:,} packed tokens of up to {sizes.batch:,} requests"

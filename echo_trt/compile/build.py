@@ -10,25 +10,33 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
 from echo_trt.calibration.store import CALIBRATION, read_calibration, write
 from echo_trt.compile.onnx_export import export
-from echo_trt.compile.self_check import check_engine
+from echo_trt.compile.self_check import check_engine, worst
 from echo_trt.decoding.policies import reserve_for
+from echo_trt.engines.torch_files import TYPES
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, read_json, weights_sha256
+from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.sources import locate
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe
+from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.sizing.space import check_space
 
 #: Of the engines that are not TensorRT's.
 PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "torch": ("fp32", "bf16", "fp16")}
+#: Those that run a network on several GPUs.
+DIVIDED = ("tensorrt", "torch")
 #: What TensorRT measured while it built, which the next build of the bundle need not measure again.
 TIMINGS = "tensorrt.timings"
 TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
@@ -49,11 +57,6 @@ def build(
 
     ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
     """
-    if recipe.tensor_parallel > 1:
-        raise UserError(
-            f"tensor_parallel is {recipe.tensor_parallel}, but networks are not divided among GPUs yet; set it to 1, "
-            "and take a target that fits one card (echo-trt inspect says which)."
-        )
     _check_settings(recipe)
     if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
@@ -74,6 +77,11 @@ def build(
 
 
 def _check_settings(recipe: Recipe) -> None:
+    if recipe.tensor_parallel > 1 and recipe.engine not in DIVIDED:
+        raise UserError(
+            f"tensor_parallel is {recipe.tensor_parallel}, but {recipe.engine} runs on one device; set it to 1, or use "
+            "--engine tensorrt or torch."
+        )
     if recipe.engine not in PRECISIONS:
         from echo_trt.compile.tensorrt_network import check_settings
 
@@ -93,28 +101,45 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     progress("reading the target")
     checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
-    target = load_decoder(checkpoint, positions)
-    if recipe.limits.context > target.config.max_position:
+    ranks = recipe.tensor_parallel
+    if ranks > 1:
+        check_space(recipe, recipe_folder, work)
+    # A divided network is too large to be read in more than it is built in.
+    dtype = torch.float32 if ranks == 1 else TYPES[recipe.precision]
+    target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
+    config = target.config
+    if recipe.limits.context > config.max_position:
         raise UserError(
-            f"limits.context is {recipe.limits.context}, but the target knows {target.config.max_position} positions; "
+            f"limits.context is {recipe.limits.context}, but the target knows {config.max_position} positions; "
             "lower it in the recipe."
         )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
     draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
 
-    roles: dict[str, Role] = {"target": TargetRole(target, feature_layers)}
-    if draft is not None:
-        roles["draft"] = draft
     compile_role, tensorrt = _compiler(recipe, work, detail)
-    checks, facts = {}, {}
-    for name, role in roles.items():
-        progress(f"compiling the {name}")
-        precision = recipe.draft.precision or recipe.precision if name == "draft" else recipe.precision
-        file, check = compile_role(role, name, precision)
-        facts[name] = _facts(role, file)
-        if check is not None:
-            checks[name] = check
+    checks: dict[str, SelfCheck | None] = {}
+    facts: dict[str, NetworkFacts] = {}
+    role, files = TargetRole(target, feature_layers), []
+    del target
+    for rank in range(ranks):
+        which = f"target, rank {rank} of {ranks}" if ranks > 1 else "target"
+        if rank:
+            progress(f"reading the {which}")
+            del role  # before the next: the host has room for one rank's weights
+            role = TargetRole(load_decoder(checkpoint, positions, dtype, Shard(rank, ranks)), feature_layers)
+        progress(f"compiling the {which}")
+        name = f"target.rank{rank}" if ranks > 1 else "target"
+        file, check = compile_role(role, name, recipe.precision)
+        files.append(file)
+        checks["target"] = worst(checks.get("target"), check)
+    facts["target"] = _facts(role, files)
+    if ranks > 1:
+        facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
+    if draft is not None:
+        progress("compiling the draft")
+        file, checks["draft"] = compile_role(draft, "draft", recipe.draft.precision or recipe.precision)
+        facts["draft"] = _facts(draft, [file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
     if recipe.calibration is not None:
@@ -128,11 +153,11 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         recipe=recipe,
         target=facts["target"],
         draft=facts.get("draft"),
-        eos_token_ids=_eos(checkpoint, target, tokenizer),
+        eos_token_ids=_eos(checkpoint, config, tokenizer),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tensorrt=tensorrt,
-        checks=checks,
+        checks={name: check for name, check in checks.items() if check is not None},
         tools={
             "echo-trt": __version__,
             "python": platform.python_version(),
@@ -160,7 +185,7 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
                 "use a draft with at most as many."
             )
         return DraftRole(decoder, draft.top_k), (), own_digest
-    head = load_eagle3(checkpoint, positions, target)
+    head = load_eagle3(checkpoint, positions, target, target.embed.weight.dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(
             f"{checkpoint.path}: target_sha256 says that this head is for other weights than the recipe's target; "
@@ -199,10 +224,11 @@ def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCh
     return path.name, check_engine(role, lambda blocks: open_torch(path, blocks), precision)
 
 
-def _facts(role: Role, file: str) -> NetworkFacts:
+def _facts(role: Role, files: list[str]) -> NetworkFacts:
     config = role.network.config
     return NetworkFacts(
-        file=file,
+        file=files[0],
+        rank_files=files if len(files) > 1 else [],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=role.num_layers,
@@ -217,9 +243,9 @@ def _own_parameters(role: Role) -> list[nn.Parameter]:
     return list({id(p): p for p in role.parameters()}.values())
 
 
-def _eos(checkpoint: Checkpoint, target: Decoder, tokenizer) -> list[int]:
+def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     """The configuration's end tokens and the tokenizer's; instruction-tuned models often name two different ones."""
-    ids = [*target.config.eos_token_ids, tokenizer.eos_token_id]
+    ids = [*config.eos_token_ids, tokenizer.eos_token_id]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")

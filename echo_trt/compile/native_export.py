@@ -56,13 +56,18 @@ def export_native(role: Role, path: Path, precision: str, context: int) -> None:
     ``precision`` is fp32, fp16 or bf16, that of weights, caches and activations. ``context`` is C, a slot's cache rows:
     the longest context and the largest T together.
     """
-    dtype = TYPES[precision]
-    shared = {id(p): p for p in role.parameters() if p.dtype == dtype}  # the caller's weights, unless they must change
-    role = copy.deepcopy(role, shared).to(dtype)
+    role = in_precision(role, precision)
     inputs, metadata, caches = _example(role, context)
     names = native_inputs(role), native_outputs(role)
     program = trace(_NativeGraph(role), (inputs, metadata, caches), _dynamic_shapes(role), *names, opset=OPSET)
     program.save(path, external_data=True)
+
+
+def in_precision(role: Role, precision: str) -> Role:
+    """A copy of ``role`` in ``precision``, which shares those weights that are in it already."""
+    dtype = TYPES[precision]
+    shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
+    return copy.deepcopy(role, shared).to(dtype)
 
 
 def native_inputs(role: Role) -> list[str]:

@@ -1,5 +1,8 @@
 """PyTorch to ONNX: everything standard but ``echo::SuperTreeAttention``, weights as external data.
 
+One rank of a divided network also has ``echo::AllReduce``, the sum of all ``ranks``' inputs, and ``echo::AllGather``,
+all their inputs along the first axis.
+
 A graph's inputs are its role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches,
 ``key_cache.0, value_cache.0, key_cache.1, ...``; its outputs are its role's.
 """
@@ -21,7 +24,7 @@ from echo_trt.models.layers import Attend
 from echo_trt.models.roles import HeadRole, Role
 
 OPSET = 23
-DOMAIN, OPERATOR = "echo", "SuperTreeAttention"
+DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
 
@@ -43,7 +46,6 @@ def _(query: Tensor, *others: object) -> Tensor:
 
 def export(role: Role, path: Path) -> None:
     """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data) without a second copy in memory."""
-    _register_schema()
     inputs, metadata, caches = _example(role)
     auto = {0: torch.export.Dim.DYNAMIC}
     program = trace(
@@ -68,6 +70,11 @@ def trace(
     translations: dict | None = None,
 ) -> torch.onnx.ONNXProgram:
     """``graph`` in ONNX, traced on the inputs of ``example``, without the exporter's chatter."""
+    register_schemas()
+    collectives = {
+        torch.ops.echo.all_reduce.default: lambda part, ranks: values.Opset(DOMAIN, 1).AllReduce(part, ranks=ranks),
+        torch.ops.echo.all_gather.default: lambda part, ranks: values.Opset(DOMAIN, 1).AllGather(part, ranks=ranks),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -78,7 +85,7 @@ def trace(
             output_names=output_names,
             opset_version=opset,
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=translations,
+            custom_translation_table=collectives | (translations or {}),
             verbose=False,
         )
 
@@ -134,18 +141,32 @@ def _to_onnx(query, key, value, key_cache, value_cache, *rest):
     )
 
 
-def _register_schema() -> None:
+def register_schemas() -> None:
     if defs.has(OPERATOR, domain=DOMAIN):
         return
     names = ("query", "key", "value", "key_cache", "value_cache", *METADATA)
     types = ["T"] * 5 + ["tensor(int32)"] * 4 + ["tensor(uint8)", "tensor(int32)"]
-    schema = defs.OpSchema(
+    floats = "T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches"
+    attention = defs.OpSchema(
         OPERATOR,
         DOMAIN,
         1,
         inputs=[defs.OpSchema.FormalParameter(n, t) for n, t in zip(names, types, strict=True)],
         outputs=[defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches")],
+        type_constraints=[floats],
         attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in ATTRIBUTES],
     )
-    onnx.defs.register_schema(schema)
+    collectives = [
+        defs.OpSchema(
+            name,
+            DOMAIN,
+            1,
+            inputs=[defs.OpSchema.FormalParameter("part", "T")],
+            outputs=[defs.OpSchema.FormalParameter("whole", "T")],
+            type_constraints=[floats],
+            attributes=[defs.OpSchema.Attribute("ranks", defs.OpSchema.AttrType.INT, required=True)],
+        )
+        for name in COLLECTIVES
+    ]
+    for schema in (attention, *collectives):
+        onnx.defs.register_schema(schema)

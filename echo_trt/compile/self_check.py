@@ -52,6 +52,19 @@ def check_engine(
     return check
 
 
+def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
+    """Of two ranks' checks."""
+    if first is None or second is None:
+        return first or second
+    return SelfCheck(
+        prompt_error=max(first.prompt_error, second.prompt_error),
+        tree_error=max(first.tree_error, second.tree_error),
+        bound=first.bound,
+        same_argmax=min(first.same_argmax, second.same_argmax),
+        of=first.of,
+    )
+
+
 def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, float]:
     """Largest error over largest value of the first output, and the share of rows with the same best token."""
     inputs = {}

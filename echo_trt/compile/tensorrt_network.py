@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 from echo_trt.bundle import SelfCheck, TensorRTFacts
 from echo_trt.compile.call_sizes import CallSizes
-from echo_trt.compile.native_export import TYPES, export_native
+from echo_trt.compile.collectives import name_collectives
+from echo_trt.compile.native_export import export_native, in_precision
 from echo_trt.compile.onnx_export import export
 from echo_trt.compile.profiles import native_profiles, packed_profiles
 from echo_trt.compile.self_check import LINEAR_TABLE, check_engine
@@ -83,8 +83,11 @@ class TensorRTBuild:
         if native:
             export_native(role, graph, precision, sizes.cache_rows)
         else:
-            export(copy.deepcopy(role).to(TYPES[precision]), graph)
+            export(in_precision(role, precision), graph)
             prepare_graph(graph, graph)
+        ranks = role.network.config.ranks
+        if ranks > 1:
+            name_collectives(graph)
         check = _check_graph(role, graph, precision, sizes) if native else None
         profiles = (native_profiles if native else packed_profiles)(graph, sizes)
         targets = recipe.compute_capability if native else ()
@@ -92,7 +95,8 @@ class TensorRTBuild:
         compile_engine(job, engine, self.detail)
         for file in (graph, graph.with_name(graph.name + ".data")):  # the engine has the weights
             file.unlink(missing_ok=True)
-        if has_cuda() and compute_capability(cuda_device()) in self._capabilities():
+        # A rank's engine waits for the others: it is not run here by itself.
+        if ranks == 1 and has_cuda() and compute_capability(cuda_device()) in self._capabilities():
             check = self._check_engine(role, engine, precision, sizes)
         return engine.name, check
 

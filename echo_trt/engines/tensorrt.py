@@ -6,8 +6,10 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.cuda_device import check_room, compute_capability, cuda_device
 from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.engines.padded import ROW_OUTPUTS, Layout
+from echo_trt.engines.rank_group import RankGroup
 from echo_trt.engines.tensorrt_calls import CallLimits, Piece, linear_pieces, packed_pieces
 from echo_trt.engines.tensorrt_session import Session
 from echo_trt.engines.torch_calls import LARGEST, Graphs, Staging
@@ -54,7 +57,7 @@ class TensorRTEngine:
     ``slots`` requests of ``blocks`` KV blocks each; where the network pages its cache, of ``num_blocks`` in all.
     """
 
-    def __init__(self, session: Session, slots: int, blocks: int, num_blocks: int):
+    def __init__(self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True):
         self._session, self._device = session, session.device
         self._caches = [name for name in session.inputs if "_cache." in name]
         linear = f"new_{self._caches[0]}" in session.outputs
@@ -71,16 +74,28 @@ class TensorRTEngine:
         self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._graphs: dict[int, Graphs] = {}
+        self._keep_graphs = graphs
 
     @classmethod
     def open(
-        cls, engine: str, file: Path, facts: TensorRTFacts, slots: int, blocks: int, num_blocks: int
+        cls,
+        engine: str,
+        file: Path,
+        facts: TensorRTFacts,
+        slots: int,
+        blocks: int,
+        num_blocks: int,
+        communicator: Any = None,
     ) -> TensorRTEngine:
-        """``engine``: tensorrt or tensorrt-rtx; ``file``: what it built, for what ``facts`` say."""
+        """``engine``: tensorrt or tensorrt-rtx; ``file``: what it built, for what ``facts`` say.
+
+        With a ``communicator`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+        """
         check_version(engine, facts)
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
-        return cls(Session(engine, file, device), slots, blocks, num_blocks)
+        session = Session(engine, file, device, communicator)
+        return cls(session, slots, blocks, num_blocks, graphs=communicator is None)
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         dtype = self._session.types[self._caches[0]]
@@ -135,7 +150,7 @@ class TensorRTEngine:
     def _launch(self, piece: Piece) -> dict[str, Tensor]:
         forward = partial(self._forward, piece.first)
         shapes = self._shapes(piece)
-        if piece.tokens <= LARGEST and piece.padded and self._session.capturable(shapes):
+        if self._keep_graphs and piece.tokens <= LARGEST and piece.padded and self._session.capturable(shapes):
             graphs = self._graphs.setdefault(piece.first, Graphs(forward, self._device))
             outputs = graphs.run(piece.arrays)
         else:
@@ -182,3 +197,19 @@ class TensorRTEngine:
             return rows
         slot, row = self._layout.place(rows)
         return slot * self._layout.rows + row
+
+
+@dataclass(frozen=True)
+class TensorRTRank:
+    """Opens a rank's engine (echo_trt.engines.ranked). ``files``: one a rank; the rest is TensorRTEngine.open's."""
+
+    files: tuple[Path, ...]
+    engine: str
+    facts: TensorRTFacts
+    slots: int
+    blocks: int
+    num_blocks: int
+
+    def __call__(self, group: RankGroup) -> TensorRTEngine:
+        sizes = self.slots, self.blocks, self.num_blocks
+        return TensorRTEngine.open(self.engine, self.files[group.rank], self.facts, *sizes, group.communicator)

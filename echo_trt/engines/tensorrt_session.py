@@ -46,10 +46,12 @@ class Session:
     """A deserialised engine. All its contexts, one a size of call, share one scratch buffer.
 
     Kernels are never exchanged while running: the same call gives the same bits from the first time on.
+    ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the others.
     """
 
-    def __init__(self, engine: str, file: Path, device: torch.device):
+    def __init__(self, engine: str, file: Path, device: torch.device, communicator: Any = None):
         self._api, self._title = load_compiler(engine), COMPILERS[engine].title
+        self._communicator = communicator
         self.device, self.name, self._logger = device, file.name, logger_of(self._api)
         self._runtime = self._api.Runtime(self._logger)
         remedy = "use a smaller target, or one GPU for this alone"
@@ -128,6 +130,8 @@ class Session:
         if key not in self._contexts:
             context = self._engine.create_execution_context(self._settings)
             self._must(context is not None, "a context")
+            if self._communicator is not None:  # waits until every rank has come here, and all make the same calls
+                self._must(context.set_communicator(self._communicator), "the communicator")
             context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
             stream = torch.cuda.current_stream(self.device)
             profile = profile_for(self._profiles, shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.cuda_device import check_room, cuda_device, has_cuda
 from echo_trt.engines.device_rows import DeviceRows
+from echo_trt.engines.rank_group import RankGroup
 from echo_trt.engines.torch_calls import Arrays, Graphs, Staging, pad
+from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
@@ -23,7 +26,8 @@ class TorchEngine:
     """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
 
     The role's network moves to ``device``. ``operator`` is the attention, by default the reference on a CPU and the
-    Triton kernel elsewhere. ``graphs``: replay calls of up to 512 tokens as CUDA graphs, one a size.
+    Triton kernel elsewhere. ``graphs``: replay calls of up to 512 tokens as CUDA graphs, one a size. ``collectives``:
+    how a rank of a divided network reaches the others; without, it is alone.
     """
 
     def __init__(
@@ -33,12 +37,14 @@ class TorchEngine:
         device: str = "cpu",
         operator: Callable[..., Tensor] | None = None,
         graphs: bool = True,
+        collectives: Collectives | None = None,
     ):
         self.num_blocks, self.granule = num_blocks, 1
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
         self._dtype = next(role.parameters()).dtype
+        self._collectives = collectives or Alone()
         self._operator = operator or _operator_for(self.device)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
         if self.device.type == "cuda":
@@ -69,7 +75,8 @@ class TorchEngine:
             query, key = query.to(value.dtype), key.to(value.dtype)
             return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
 
-        outputs = self._role(named, tensors["logit_rows"], attend)
+        with among(self._collectives):
+            outputs = self._role(named, tensors["logit_rows"], attend)
         if self._lazy and self._role.outputs[0] == "logits":
             return *outputs, outputs[0].argmax(dim=-1)
         return outputs
@@ -115,9 +122,23 @@ def _operator_for(device: torch.device) -> Callable[..., Tensor]:
     return super_tree_attention_triton
 
 
-def open_torch(file: Path, num_blocks: int) -> TorchEngine:
-    """The engine of a bundle that PyTorch runs: on the GPU where there is one."""
+def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = None) -> TorchEngine:
+    """The engine of a bundle that PyTorch runs: on the GPU where there is one.
+
+    With ``collectives`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+    """
     from echo_trt.engines.torch_files import load_role  # the engine itself needs no safetensors
 
     device = "cuda" if has_cuda() else "cpu"
-    return TorchEngine(load_role(file, device), num_blocks, device)
+    return TorchEngine(load_role(file, device), num_blocks, device, graphs=collectives is None, collectives=collectives)
+
+
+@dataclass(frozen=True)
+class TorchRank:
+    """Opens a rank's engine (echo_trt.engines.ranked). ``files``: one a rank."""
+
+    files: tuple[Path, ...]
+    num_blocks: int
+
+    def __call__(self, group: RankGroup) -> TorchEngine:
+        return open_torch(self.files[group.rank], self.num_blocks, group.collectives)

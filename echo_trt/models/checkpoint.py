@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from echo_trt.errors import UserError
 from echo_trt.models.fp8_checkpoint import dequantised
 
+#: A slice of each axis; () is the whole.
+Part = tuple[slice, ...]
+
 
 class Checkpoint(Protocol):
     path: Path
@@ -25,8 +28,11 @@ class Checkpoint(Protocol):
     def names(self) -> Sequence[str]:
         """Every tensor's name."""
 
-    def get(self, name: str) -> torch.Tensor:
-        """One tensor, in the type it is stored in (GGUF: float32)."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One tensor's."""
+
+    def get(self, name: str, part: Part = ()) -> torch.Tensor:
+        """One tensor or a part of it, in the type it is stored in (GGUF: float32)."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -68,8 +74,12 @@ class SafetensorsCheckpoint:
     def names(self) -> Sequence[str]:
         return list(self._files)
 
-    def get(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def get(self, name: str, part: Part = ()) -> torch.Tensor:
+        file = self._files[name]
+        return file.get_slice(name)[part] if part else file.get_tensor(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from echo_trt.errors import UserError
@@ -56,12 +56,19 @@ class DecoderConfig:
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    #: Among how many the network is divided; heads, KV heads and widths are then those of one (echo_trt.models.ranks).
+    ranks: int = 1
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
         """Layers whose *inputs* are EAGLE-3's features, low to high (arXiv 2503.01840)."""
         last = self.num_layers - 1
         return min(2, last), self.num_layers // 2, max(self.num_layers - 3, 0)
+
+    @property
+    def own_logits(self) -> int:
+        """Rows of the output matrix: this rank's, or all where the vocabulary cannot be divided."""
+        return self.vocab_size if self.vocab_size % self.ranks else self.vocab_size // self.ranks
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer not in self.dense_layers
@@ -101,6 +108,38 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     )
 
 
+def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
+    """The sizes of one rank's part; where a network has fewer KV heads than ranks, neighbours hold the same one."""
+    check_division(config, ranks)
+    if ranks == 1:
+        return config
+    return replace(
+        config,
+        ranks=ranks,
+        num_heads=config.num_heads // ranks,
+        num_kv_heads=max(config.num_kv_heads // ranks, 1),
+        intermediate_size=config.intermediate_size // ranks,
+        expert_size=config.expert_size // ranks,
+        tie_embeddings=False,  # the table is whole, the output matrix is not
+    )
+
+
+def check_division(config: DecoderConfig, ranks: int) -> None:
+    """Refuse a number of ranks that the target cannot be divided among."""
+    has_dense = any(not config.has_experts(layer) for layer in range(config.num_layers))
+    sizes = [("attention heads", config.num_heads)]
+    sizes += [("intermediate_size", config.intermediate_size)] if has_dense else []
+    sizes += [("moe_intermediate_size", config.expert_size)] if config.num_experts else []
+    for name, value in sizes:
+        if value % ranks:
+            raise UserError(f"tensor_parallel is {ranks}, which does not divide the target's {value} {name}; lower it.")
+    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
+        raise UserError(
+            f"tensor_parallel is {ranks}, which neither divides the target's {config.num_kv_heads} KV heads nor is a "
+            "multiple of them; lower it."
+        )
+
+
 @dataclass(frozen=True)
 class Eagle3Config:
     """An EAGLE-3 head (arXiv 2503.01840): one decoder layer over the token's embedding and the target's features."""
@@ -126,6 +165,11 @@ class Eagle3Config:
     #: The target's layers whose inputs are the features; empty for the target's ``feature_layers``.
     feature_layers: tuple[int, ...] = ()
     target_sha256: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """A head is not divided."""
+        return 1
 
 
 def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:

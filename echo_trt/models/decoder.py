@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import MLP, Attend, Attention, Experts, RMSNorm, Rotary
+from echo_trt.models.ranks import all_gather
 
 
 class DecoderLayer(nn.Module):
@@ -15,7 +16,10 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layer, config.hidden_size, config.qk_norm)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = Experts(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
+        if config.has_experts(layer):
+            self.mlp = Experts(config)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.ranks)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
@@ -35,7 +39,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config, positions)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.own_logits, bias=False)
 
     def forward(
         self,
@@ -58,5 +62,8 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, attend)
         rows = self.norm(x[logit_rows])
         head = self.embed.weight if self.lm_head is None else self.lm_head.weight
-        logits = torch.nn.functional.linear(rows, head)
+        if len(head) < self.config.vocab_size:
+            logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()
+        else:
+            logits = torch.nn.functional.linear(rows, head)
         return logits, torch.cat([features[i] for i in feature_layers], dim=-1) if feature_layers else None

@@ -17,7 +17,7 @@ import torch
 from echo_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from echo_trt.models.checkpoint import Checkpoint
+    from echo_trt.models.checkpoint import Checkpoint, Part
 
 MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _SCALE = re.compile(r"\.(weight_scale|weight_scale_inv|input_scale|k_scale|v_scale)$")
@@ -34,29 +34,27 @@ class Fp8Checkpoint:
     def names(self) -> Sequence[str]:
         return [name for name in self._stored.names() if name not in self._scales]
 
-    def get(self, name: str) -> torch.Tensor:
-        """A quantised tensor as float32, any other as it is stored."""
-        tensor = self._stored.get(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored.shape(name)
+
+    def get(self, name: str, part: Part = ()) -> torch.Tensor:
+        """A quantised tensor, or a part of it, as float32, any other as it is stored."""
+        tensor = self._stored.get(name, part)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
         scale_name = name + ("_scale_inv" if self._block else "_scale")
         if scale_name not in self._scales:
             raise UserError(f"{self.path}: tensor {scale_name} of {name} is missing; use a complete checkpoint.")
-        scale = self._stored.get(scale_name).float()
-        spread = self._spread(scale, tensor.shape) if self._block else scale.reshape(-1, 1)
-        if spread is None or (not self._block and spread.shape[0] not in (1, tensor.shape[0])):
+        scale, shape = self._stored.get(scale_name).float(), self.shape(name)
+        rows, columns = self._block or ((1 if scale.numel() > 1 else shape[0]), shape[1])
+        grid = -(-shape[0] // rows), -(-shape[1] // columns)  # the last blocks may be cut off
+        if scale.shape != grid and (self._block or scale.numel() != grid[0]):
             raise UserError(
                 f"{self.path}: tensor {scale_name} has shape {list(scale.shape)}, which does not belong to {name} of "
-                f"{list(tensor.shape)}; download the checkpoint again."
+                f"{list(shape)}; download the checkpoint again."
             )
-        return tensor.float() * spread
-
-    def _spread(self, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-        """A scale a block [rows, columns] to one a value; the last blocks may be cut off. None: the sizes differ."""
-        rows, columns = self._block
-        if scale.shape != (-(-shape[0] // rows), -(-shape[1] // columns)):
-            return None
-        return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
+        down, across = (torch.arange(size)[own] for size, own in zip(shape, part or (slice(None),) * 2, strict=True))
+        return tensor.float() * scale.reshape(grid)[down // rows][:, across // columns]
 
 
 def dequantised(stored: Checkpoint) -> Checkpoint:

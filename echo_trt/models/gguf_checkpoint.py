@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
+from echo_trt.models.checkpoint import Part
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LAYER_NAMES = {
@@ -55,7 +56,10 @@ class GgufCheckpoint:
     def names(self) -> Sequence[str]:
         return list(self._tensors)
 
-    def get(self, name: str) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def get(self, name: str, part: Part = ()) -> torch.Tensor:
         stored = self._tensors[name]
         try:
             data = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
@@ -65,7 +69,7 @@ class GgufCheckpoint:
         if self._architecture == "llama" and (heads := self._permuted_heads(name)):
             # llama.cpp interleaves the two halves of each head's rotary dimensions; Hugging Face keeps them apart.
             data = data.view(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        return data
+        return data[part]
 
     def field(self, key: str, default: Any = None) -> Any:
         entry = self._reader.get_field(key)

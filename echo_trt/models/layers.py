@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.ranks import all_reduce
 
 #: (layer, query [N, Hq*D], key [N, Hk*D], value [N, Hk*D]) -> output [N, Hq*D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Config = DecoderConfig | Eagle3Config
+
+
+def whole(part: Tensor, ranks: int) -> Tensor:
+    """A layer's output from what one rank has of it."""
+    return part if ranks == 1 else all_reduce(part, ranks)
 
 
 class RMSNorm(nn.Module):
@@ -104,6 +110,7 @@ class Attention(nn.Module):
             config.num_kv_heads,
             config.head_dim,
         )
+        self.ranks = config.ranks
         self.qkv = nn.Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
@@ -117,20 +124,21 @@ class Attention(nn.Module):
             query, key = both.split(heads, dim=1)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
         query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
-        return self.out(attend(self.layer, query, key, value))
+        return whole(self.out(attend(self.layer, query, key, value)), self.ranks)
 
 
 class MLP(nn.Module):
     """Gated SiLU, gate and up projections merged."""
 
-    def __init__(self, hidden: int, intermediate: int):
+    def __init__(self, hidden: int, intermediate: int, ranks: int = 1):
         super().__init__()
+        self.ranks = ranks
         self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.down = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return whole(self.down(F.silu(gate) * up), self.ranks)
 
 
 class Experts(nn.Module):
@@ -143,6 +151,7 @@ class Experts(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         hidden, size, count = config.hidden_size, config.expert_size, config.num_experts
+        self.ranks = config.ranks
         self.top_k, self.normalise = config.experts_per_token, config.norm_expert_weights
         self.router = nn.Linear(hidden, count, bias=False)
         self.gate_up = nn.Parameter(torch.empty(count, 2 * size, hidden))
@@ -156,4 +165,4 @@ class Experts(nn.Module):
         weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
         gate, up = torch.matmul(x.unsqueeze(0), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, size]
         outputs = torch.matmul(F.silu(gate) * up, self.down.transpose(1, 2))  # [E, N, H]
-        return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)
+        return whole((outputs * weights.t().unsqueeze(-1)).sum(dim=0), self.ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,24 +11,36 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config
+from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Config, Rotary
+from echo_trt.models.ranks import Shard
 
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a tensor of None axis is given as a list of lists.
 Sources = dict[str, list[str]]
+WHOLE = Shard()
 
 #: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.
 IGNORED = r"^(lm_head\.weight|t2d|d2t|draft_id_to_target_id)$|\.rotary_emb\.inv_freq$"
 
 
-def load_decoder(checkpoint: Checkpoint, positions: int, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The target or a standalone draft. ``positions`` is the rotary table's length."""
-    config = decoder_config(checkpoint.config, str(checkpoint.path))
+def load_decoder(
+    checkpoint: Checkpoint, positions: int, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE
+) -> Decoder:
+    """The target or a standalone draft, or one rank's ``shard`` of it, of which alone the bytes are read.
+
+    ``positions`` is the rotary table's length.
+    """
+    whole = decoder_config(checkpoint.config, str(checkpoint.path))
+    config = rank_config(whole, shard.ranks)
     with torch.device("meta"):
-        model = Decoder(config, positions)
-    _assign(model, checkpoint, _decoder_sources(config, set(checkpoint.names())), dtype)
+        # A rank has an output matrix of its own, which may be a part of the embedding.
+        model, undivided = Decoder(config, positions), Decoder(replace(whole, tie_embeddings=False), positions)
+    sources = _decoder_sources(config, set(checkpoint.names()))
+    if whole.tie_embeddings and not config.tie_embeddings:
+        sources["lm_head.weight"] = sources["embed.weight"]
+    _assign(model, checkpoint, sources, dtype, Divided(undivided, shard))
     model.rotary = Rotary(config, positions)
     return model.eval()
 
@@ -158,38 +171,80 @@ def _mlp_sources(ours: str, theirs: str) -> Sources:
     }
 
 
-def _assign(model: nn.Module, checkpoint: Checkpoint, sources: dict[str, Any], dtype: torch.dtype) -> None:
+def _assign(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    sources: dict[str, Any],
+    dtype: torch.dtype,
+    divided: Divided | None = None,
+) -> None:
     """Fill the model's meta parameters, each allocated once and filled part by part."""
-    present, read = set(checkpoint.names()), set()
+    filling = _Filling(checkpoint, set(checkpoint.names()), model, divided or Divided(model, WHOLE))
+    read = set()
     for ours, parts in sources.items():
         module_path, _, leaf = ours.rpartition(".")
         module = model.get_submodule(module_path)
         value = torch.empty(getattr(module, leaf).shape, dtype=dtype)
-        slots = zip(value, parts, strict=True) if isinstance(parts[0], list) else [(value, parts)]
-        for slot, names in slots:
-            _fill(slot, names, checkpoint, present, model.config)
+        stored = filling.divided.whole.get_parameter(ours).shape
+        if isinstance(parts[0], list):
+            slots = [(slot, stored[1:], names) for slot, names in zip(value, parts, strict=True)]
+        else:
+            slots = [(value, stored, parts)]
+        for slot, shape, names in slots:
+            filling.fill(slot, shape, names)
             read.update(names)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     # A bias, a norm or a quantisation scale that nobody reads would be a silently different network.
-    for name in sorted(present - read):
+    for name in sorted(filling.present - read):
         if not re.search(IGNORED, name):
             raise UserError(
                 f"{checkpoint.path}: tensor {name} belongs to no part of this network; use a checkpoint without it."
             )
 
 
-def _fill(slot: Tensor, names: list[str], checkpoint: Checkpoint, present: set[str], config: Config) -> None:
-    """Stack the named tensors: all of the same height, but for a merged qkv's."""
-    heights = [len(slot) // len(names)] * len(names)
-    if len(names) == 3:
-        heights = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    for name, part in zip(names, slot.split(heights), strict=True):
-        if name not in present:
-            raise UserError(f"{checkpoint.path}: tensor {name} is missing; use a complete checkpoint of this network.")
-        tensor = checkpoint.get(name)
-        if tensor.shape != part.shape:
-            raise _shape_error(checkpoint, name, tensor.shape, part.shape)
-        part.copy_(tensor)
+@dataclass(frozen=True)
+class Divided:
+    """The undivided network, whose shapes the checkpoint must have, and which shard of it is read."""
+
+    whole: nn.Module
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class _Filling:
+    checkpoint: Checkpoint
+    present: set[str]
+    model: nn.Module
+    divided: Divided
+
+    def fill(self, slot: Tensor, shape: torch.Size, names: list[str]) -> None:
+        """Stack the named tensors, or the shard's parts of them; ``shape`` is theirs, stacked."""
+        own, whole = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
+        if len(names) == 3:  # a merged qkv
+            own, whole = (_heights(network.config) for network in (self.model, self.divided.whole))
+        for name, part, height in zip(names, slot.split(own), whole, strict=True):
+            self._check(name, (height, *shape[1:]))
+            if self.divided.shard.ranks == 1:
+                part.copy_(self.checkpoint.get(name))
+            elif name.endswith("experts.gate_up_proj"):  # gate over up, each divided by itself
+                for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
+                    rows = self.divided.shard.place(shape[1] // 2, half.shape[1])
+                    rows = slice(begin + rows.start, begin + rows.stop)
+                    half.copy_(self.checkpoint.get(name, (slice(None), rows, slice(None))))
+            else:
+                places = map(self.divided.shard.place, (height, *shape[1:]), part.shape)
+                part.copy_(self.checkpoint.get(name, tuple(places)))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        path = self.checkpoint.path
+        if name not in self.present:
+            raise UserError(f"{path}: tensor {name} is missing; use a complete checkpoint of this network.")
+        if self.checkpoint.shape(name) != shape:
+            raise _shape_error(self.checkpoint, name, self.checkpoint.shape(name), shape)
+
+
+def _heights(config: Config) -> list[int]:
+    return [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
 
 
 def _shape_error(checkpoint: Checkpoint, name: str, got: Any, expected: Any) -> UserError:

@@ -37,6 +37,8 @@ def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None 
 
 def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks: int) -> Engine:
     file = folder / (manifest.target if network == "target" else manifest.draft).file
+    if network == "target" and manifest.target.rank_files:
+        return _ranked(folder, manifest, state, blocks)
     if manifest.tensorrt:
         from echo_trt.engines.tensorrt import TensorRTEngine
 
@@ -49,6 +51,22 @@ def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks
 
     own = manifest.recipe.draft.precision if network == "draft" else None
     return OpenVINOEngine(file, own or manifest.precision, blocks)
+
+
+def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engine:
+    """A divided target, in a process a rank; the draft stands whole in this one."""
+    from echo_trt.engines.ranked import RankedEngine
+
+    files = tuple(folder / file for file in manifest.target.rank_files)
+    if manifest.tensorrt:
+        from echo_trt.engines.tensorrt import TensorRTRank
+
+        opened = TensorRTRank(files, manifest.engine, manifest.tensorrt, *state.block_table.shape, blocks)
+    else:
+        from echo_trt.engines.torch import TorchRank
+
+        opened = TorchRank(files, blocks)
+    return RankedEngine(opened, len(files))
 
 
 def _drafter(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Drafter | None:

@@ -15,10 +15,12 @@ USABLE = 0.9  # of a card's memory: the rest is the driver's, the runtime's and 
 
 @dataclass(frozen=True)
 class Card:
-    """``capability``: CUDA compute capability. ``chip``: bytes/s, dense bf16 FLOP/s, bytes (of the GB on the label)."""
+    """``capability``: CUDA compute capability; ``processors``: streaming multiprocessors. ``chip``: bytes/s, dense bf16
+    FLOP/s, bytes (of the GB on the label)."""
 
     name: str
     capability: str
+    processors: int
     chip: Chip
 
     @property
@@ -26,27 +28,29 @@ class Card:
         return int(USABLE * self.chip.memory)
 
 
-def _card(name: str, capability: str, gigabytes: float, gigabytes_per_s: float, teraflops: float) -> Card:
-    return Card(name, capability, Chip(gigabytes_per_s * 1e9, teraflops * 1e12, gigabytes * 1e9))
+def _card(
+    name: str, capability: str, processors: int, gigabytes: float, gigabytes_per_s: float, teraflops: float
+) -> Card:
+    return Card(name, capability, processors, Chip(gigabytes_per_s * 1e9, teraflops * 1e12, gigabytes * 1e9))
 
 
 # NVIDIA's data sheets and architecture papers. FLOP/s: bf16 tensor cores, fp32 accumulation, without sparsity.
 CARDS = {
     card.name: card
     for card in (
-        _card("A10", "8.6", 24, 600, 125),
-        _card("A100-40GB", "8.0", 40, 1555, 312),
-        _card("A100-80GB", "8.0", 80, 2039, 312),
-        _card("L4", "8.9", 24, 300, 121),
-        _card("L40S", "8.9", 48, 864, 362),
-        _card("H100-80GB", "9.0", 80, 3350, 989),
-        _card("H100-PCIe", "9.0", 80, 2000, 756),
-        _card("H200", "9.0", 141, 4800, 989),
-        _card("B200", "10.0", 180, 8000, 2250),
-        _card("RTX-3090", "8.6", 24, 936, 71),
-        _card("RTX-4090", "8.9", 24, 1008, 165),
-        _card("RTX-5090", "12.0", 32, 1792, 209),
-        _card("RTX-PRO-6000", "12.0", 96, 1792, 504),
+        _card("A10", "8.6", 72, 24, 600, 125),
+        _card("A100-40GB", "8.0", 108, 40, 1555, 312),
+        _card("A100-80GB", "8.0", 108, 80, 2039, 312),
+        _card("L4", "8.9", 58, 24, 300, 121),
+        _card("L40S", "8.9", 142, 48, 864, 362),
+        _card("H100-80GB", "9.0", 132, 80, 3350, 989),
+        _card("H100-PCIe", "9.0", 114, 80, 2000, 756),
+        _card("H200", "9.0", 132, 141, 4800, 989),
+        _card("B200", "10.0", 148, 180, 8000, 2250),
+        _card("RTX-3090", "8.6", 82, 24, 936, 71),
+        _card("RTX-4090", "8.9", 128, 24, 1008, 165),
+        _card("RTX-5090", "12.0", 170, 32, 1792, 209),
+        _card("RTX-PRO-6000", "12.0", 188, 96, 1792, 504),
     )
 }
 #: What TensorRT-RTX 1.7 builds engines for.

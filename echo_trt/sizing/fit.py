@@ -13,6 +13,7 @@ from echo_trt.recipe import Recipe
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
+from super_tree_attention.kernel_plan import plan
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Needs:
         return (card.usable - self.fixed) // (BLOCK * self.kv_token)
 
 
-def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
-    """Of each GPU; ``target`` is one GPU's share of the network (Sizes.gpus)."""
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 132) -> Needs:
+    """Of each GPU; ``target`` is one GPU's share of the network (Sizes.gpus), ``processors`` are the card's."""
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
@@ -67,7 +68,8 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
         calls=calls,
         tokens=tokens,
-        working=_working(recipe, target, tokens, max(calls.rows, calls.chunk) if linear else tokens),
+        working=_working(recipe, target, tokens, max(calls.rows, calls.chunk) if linear else tokens)
+        + (0 if linear else split_scratch(target, calls, tokens, processors)),
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
@@ -80,6 +82,18 @@ def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
     if target.experts:  # as exported, each expert's output stands before they are summed
         layer += target.experts * target.hidden_size // target.gpus
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
+
+
+def split_scratch(target: Sizes, calls: CallSizes, tokens: int, processors: int) -> int:
+    """What the attention kernel's splits leave for their merge, in bytes: of one layer, in the call that has most."""
+    heads, kv_heads = target.num_heads // target.gpus, max(target.num_kv_heads // target.gpus, 1)
+    most = 0
+    for requests in {2**i for i in range(calls.batch.bit_length())} | {calls.batch}:
+        for count in {tokens >> i for i in range(tokens.bit_length())}:
+            entries = min(requests * calls.blocks, calls.pool)
+            made = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors)
+            most = max(most, count * heads * made.num_splits * (made.num_splits > 1))
+    return most * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
 
 
 @dataclass(frozen=True)
@@ -99,7 +113,7 @@ class Fit:
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     """``folder``: the recipe's. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
@@ -161,7 +175,7 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         target, draft = shapes(recipe, folder)
     except UserError:
         return False
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
     return need.most_blocks(card) >= need.request_blocks
 
 

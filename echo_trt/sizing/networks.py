@@ -16,17 +16,19 @@ KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}
 class Sizes:
     """Parameters of a network by their place, over all layers. ``expert``: one expert's.
 
-    ``gpus``: how many share it by tensor parallelism. Matrices are then divided; norms, routers and the KV heads of a
-    network with fewer than ``gpus`` of them are not.
+    ``gpus``: how many share it by tensor parallelism. Matrices are then divided; not so embedding, norms, routers, the
+    KV heads of a network with fewer than ``gpus`` of them, and an output of indivisible rows.
     """
 
     embedding: int
     output: int  # 0 where it is the embedding
     attention: int
+    kv_matrices: int  # of those
     mlp: int
     router: int
     norms: int
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int  # of the logits
@@ -57,8 +59,18 @@ class Sizes:
     @property
     def stored(self) -> int:
         """What an engine on one GPU holds: a tied embedding twice, as table of rows and as matrix."""
-        whole = self.router + self.norms
-        return whole + (self.total - whole + (0 if self.output else self.embedding)) // self.gpus
+        divided = (self.mlp + self.expert * self.experts) // self.gpus
+        return self.embedding + self.router + self.norms + self._own_attention + self._own_output + divided
+
+    @property
+    def _own_attention(self) -> int:
+        """On one GPU."""
+        kv = self.kv_matrices // min(self.gpus, self.num_kv_heads)
+        return (self.attention - self.kv_matrices) // self.gpus + kv
+
+    @property
+    def _own_output(self) -> int:
+        return (self.output or self.embedding) // (1 if self.vocab_size % self.gpus else self.gpus)
 
     @property
     def kv_values(self) -> int:
@@ -67,8 +79,7 @@ class Sizes:
 
     def network(self, precision: str, routed: bool = True) -> Network:
         """What a pass reads and computes on one GPU. Not ``routed``: each expert computes each token."""
-        output = self.output or self.embedding
-        dense = self.router + self.norms + (self.attention + self.mlp + output) / self.gpus
+        dense = self.router + self.norms + self._own_attention + self._own_output + self.mlp / self.gpus
         expert = self.expert / self.gpus
         if not routed:
             dense, expert = dense + expert * self.experts, 0.0
@@ -91,10 +102,12 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         embedding=table,
         output=0 if config.tie_embeddings else table,
         attention=layers * _attention(config, hidden),
+        kv_matrices=layers * _kv_matrices(config, hidden),
         mlp=(layers - sparse) * 3 * hidden * config.intermediate_size,
         router=sparse * hidden * config.num_experts,
         norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
         num_layers=layers,
+        num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
@@ -108,22 +121,28 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
 
 
 def head_sizes(config: Eagle3Config) -> Sizes:
-    """An EAGLE-3 head, with the embedding that its engine holds; it stands whole on each GPU."""
+    """An EAGLE-3 head, with the embedding that its engine holds; it stands whole on the first GPU."""
     hidden, features = config.hidden_size, 3 * config.target_hidden_size
     return Sizes(
         embedding=config.vocab_size * hidden,
         output=config.draft_vocab_size * hidden,
         attention=features * hidden + _attention(config, 2 * hidden),
+        kv_matrices=_kv_matrices(config, 2 * hidden),
         mlp=3 * hidden * config.intermediate_size,
         router=0,
         norms=4 * hidden + (features if config.fc_norm else 0),
         num_layers=1,
+        num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocab_size=config.draft_vocab_size,
         hidden_size=hidden,
         intermediate_size=config.intermediate_size,
     )
+
+
+def _kv_matrices(config: DecoderConfig | Eagle3Config, inputs: int) -> int:
+    return 2 * inputs * config.num_kv_heads * config.head_dim
 
 
 def _attention(config: DecoderConfig | Eagle3Config, inputs: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from echo_trt.errors import UserError
-from echo_trt.models.config import DecoderConfig, decoder_config, eagle3_config
+from echo_trt.models.config import check_division, decoder_config, eagle3_config
 from echo_trt.recipe import Recipe, Source
 from echo_trt.sizing.networks import Sizes, decoder_sizes, head_sizes
 
@@ -31,10 +31,10 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
-    """The target's, on each of ``tensor_parallel`` GPUs, and the draft's, whole on each, where it is a network."""
+    """The target's, on each of ``tensor_parallel`` GPUs, and the draft's, whole on the first, where it is a network."""
     raw, origin = _config(recipe.target, recipe_folder, "target")
     config = decoder_config(raw, origin)
-    _check_split(config, recipe.tensor_parallel)
+    check_division(config, recipe.tensor_parallel)
     target = Shape(decoder_sizes(config, recipe.tensor_parallel), origin)
     source = recipe.draft.source
     if source is None:
@@ -60,9 +60,3 @@ def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, An
     place = source.path or source.file
     named = f", and {key}.hub {name} is not one of the published shapes" if source.hub else ""
     raise UserError(f"{key}: {place} has no config.json yet{named}; put it there, the weights are not needed for this.")
-
-
-def _check_split(config: DecoderConfig, gpus: int) -> None:
-    for name, value in (("attention heads", config.num_heads), ("intermediate_size", config.intermediate_size)):
-        if value % gpus:
-            raise UserError(f"tensor_parallel is {gpus}, which does not divide the target's {value} {name}; lower it.")

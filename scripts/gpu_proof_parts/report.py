@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: section -> seconds after which it starts nothing new; together under 8 minutes
-SECTIONS = {"kernel": 110.0, "speed": 60.0, "curves": 150.0, "lossless": 60.0, "tensorrt": 80.0}
+SECTIONS = {"kernel": 110.0, "speed": 60.0, "curves": 150.0, "lossless": 60.0, "tensorrt": 80.0, "ranks": 20.0}
 
 
 class Failed(Exception):

@@ -12,6 +12,7 @@ from refusal import refused
 from safetensors.torch import load_file, save_file
 
 from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.ranks import Shard
 from echo_trt.models.weights import load_decoder
 
 LARGEST = 448.0  # of e4m3
@@ -86,6 +87,27 @@ def test_weights_are_read_as_what_they_stand_for(kind, declare, folder, tmp_path
         assert torch.equal(tensor, original[name]) == (
             "norm" in name or "embed" in name or name == "lm_head.weight" or "router" in name
         )
+
+
+@pytest.mark.parametrize(("kind", "declare"), SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_part_with_its_scales(rank, kind, declare, tmp_path):
+    """Of widths that no block ends at: what it has of each tensor is that part of the whole one."""
+    sizes = {"intermediate_size": 36, "moe_intermediate_size": 10, "mlp_only_layers": [0], "tie_word_embeddings": False}
+    qwen3_moe(**sizes).save_pretrained(tmp_path, save_original_format=True)
+    quantise(tmp_path, kind)
+    declare(tmp_path)
+    whole = load_decoder(open_checkpoint(tmp_path), positions=8).state_dict()
+    own = load_decoder(open_checkpoint(tmp_path), positions=8, shard=Shard(rank, 2)).state_dict()
+    half = slice(30 * rank, 30 * rank + 30)  # of 6 query heads of 10
+    assert torch.equal(own["layers.0.attention.out.weight"], whole["layers.0.attention.out.weight"][:, half])
+    assert torch.equal(own["layers.0.attention.qkv.weight"][:30], whole["layers.0.attention.qkv.weight"][:60][half])
+    for layer, size in ((0, 36), (1, 10)):
+        gate_up, down = (f"layers.{layer}.mlp.{part}{'.weight' * (layer == 0)}" for part in ("gate_up", "down"))
+        part = slice(size // 2 * rank, size // 2 * (rank + 1))
+        assert torch.equal(own[down], whole[down][..., part])
+        halves = [w[..., part, :] for w in whole[gate_up].chunk(2, -2)]
+        assert torch.equal(own[gate_up], torch.cat(halves, -2))
 
 
 def test_an_unquantised_checkpoint_is_left_alone(folder):

@@ -36,7 +36,7 @@ def test_every_section_runs_and_is_told(copy):
     done = run(copy, "--cpu-interpret", "--out", "report.md")
     report = (copy / "report.md").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + report
-    for section in ("kernel", "speed", "curves", "lossless", "tensorrt"):
+    for section in ("kernel", "speed", "curves", "lossless", "tensorrt", "ranks"):
         assert f"| {section} | passed |" in report
         assert f"## {section}\n" in report
     assert "| float32 | echo | 2 of 2 |" in report

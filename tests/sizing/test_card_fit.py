@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusal import refused
 
-from echo_trt.compile.build import build
+from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.recipe import Recipe, load_recipe, parse_recipe
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
-from echo_trt.sizing.fit import Fit, fit, needs
+from echo_trt.sizing.fit import Fit, fit, needs, split_scratch
 from echo_trt.sizing.shapes import shapes
+from super_tree_attention.kernel_plan import plan
 
 BUILD = Path(__file__).parents[2] / "build"
 #: The cards that each recipe's comment names.
@@ -197,8 +197,8 @@ def test_gpus_to_add():
     assert verdict.sentence.endswith("of 43.2 GB; set tensor_parallel to 2.")
     assert on("L40S x2", "qwen3-32b", tensor_parallel=2, kv_blocks=260).fits
     alone = on("L4", "qwen3-32b")
-    assert "weights and working memory take 69." in alone.sentence
-    assert alone.sentence.endswith("of 21.6 GB; set tensor_parallel to 4 and take 4 cards.")
+    assert "weights and working memory take 70." in alone.sentence
+    assert alone.sentence.endswith("of 21.6 GB; set tensor_parallel to 8 and take 8 cards.")
 
 
 def test_gpus_that_cannot_share_are_not_proposed(tmp_path):
@@ -257,7 +257,14 @@ def test_missing_and_left_add_up():
     assert f"{-missing / 1e9:.1f} GB a GPU are missing" in on("L40S").sentence
 
 
-def test_build_refuses_to_divide_a_network(tmp_path):
-    with refused("tensor_parallel is 8", "not divided among GPUs yet", "set it to 1"):
-        build(recipe("qwen3-235b-a22b"), BUILD, tmp_path / "bundle")
-    assert list(tmp_path.iterdir()) == []
+def test_splits_have_scratch():
+    """Qwen3-8B: as much as the kernel's plan asks for in calls of all sizes, on an H100."""
+    sizes, calls = shapes(recipe(), BUILD)[0].sizes, CallSizes.of(recipe())
+    most = split_scratch(sizes, calls, 1536, 132)
+    for count, requests in ((1, 1), (64, 1), (512, 1), (768, 16), (1536, calls.batch)):
+        made = plan(count, requests, min(requests * calls.blocks, calls.pool), 8, 4, processors=132)
+        assert count * 32 * made.num_splits * 129 * 4 * (made.num_splits > 1) <= most
+    assert 100e6 < most < 600e6
+    assert split_scratch(sizes, calls, 1536, 58) <= most
+    divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads a GPU
+    assert split_scratch(divided, calls, 1536, 132) <= most / 2

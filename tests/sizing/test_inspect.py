@@ -67,8 +67,8 @@ def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
     told = rows(out)
     assert code == 0
     assert "235.09 B parameters, 22.19 B active" in told["target"]
-    assert "does not divide networks yet" in told["tensor_parallel"]
-    assert told["weights"] == "target 58.9 GB, draft 2.4 GB"
+    assert told["tensor_parallel"] == "8: what follows is the first GPU's, which has the draft too"
+    assert told["weights"] == "target 60.0 GB, draft 2.4 GB"
     assert told["KV of a token"] == "target 48,128 bytes, draft 2,048 bytes"  # 4 heads stand twice on 8 GPUs
     *_, dense, routed = (int(n.replace(",", "")) for n in told["H100-80GB"].split(" | ")[3:] if "GB" not in n)
     assert dense == 222

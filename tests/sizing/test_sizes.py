@@ -7,7 +7,7 @@ import torch
 from refusal import refused
 from torch import nn
 
-from echo_trt.models.config import decoder_config, eagle3_config
+from echo_trt.models.config import decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.recipe import load_recipe, parse_recipe
@@ -82,16 +82,17 @@ def test_an_engine_holds_a_tied_embedding_twice():
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B", "Qwen/Qwen3-235B-A22B"])
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-def test_gpus_share_all_but_norms_routers_and_scarce_kv_heads(name, gpus):
+def test_one_gpus_share_is_the_network_that_is_built_for_it(name, gpus):
     config = decoder_config(published()[name], name)
     whole, part = decoder_sizes(config), decoder_sizes(config, gpus)
-    replicated = whole.router + whole.norms
-    assert gpus * (part.stored - replicated) == pytest.approx(whole.stored - replicated, abs=gpus)
+    with torch.device("meta"):
+        rank = Decoder(rank_config(config, gpus), 1)
+    assert part.stored == counted(rank)  # a rank has its part of the output matrix beside the table
     assert part.kv_values * gpus == whole.kv_values * max(1, gpus // config.num_kv_heads)
     assert part.total == whole.total
-    network, shared = whole.network("bf16"), part.network("bf16")
-    assert gpus * (shared.dense - replicated) == pytest.approx(network.dense - replicated)
-    assert gpus * shared.expert == pytest.approx(network.expert)
+    shared = part.network("bf16", routed=False)
+    assert shared.dense == pytest.approx(counted(rank) - counted(rank.embed))
+    assert gpus * part.network("bf16").expert == pytest.approx(whole.network("bf16").expert)
 
 
 def test_what_a_pass_reads_and_multiplies():

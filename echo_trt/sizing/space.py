@@ -1,0 +1,24 @@
+"""Is there room on the disk for what a build writes?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from echo_trt.errors import UserError
+from echo_trt.recipe import Recipe
+from echo_trt.sizing.fit import gigabytes, needs
+from echo_trt.sizing.shapes import shapes
+
+
+def check_space(recipe: Recipe, recipe_folder: Path, folder: Path) -> None:
+    """Refuse a build into ``folder`` that would fill its disk: all ranks' engines, and the graph of one beside them."""
+    target, draft = shapes(recipe, recipe_folder)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
+    needed = need.target_weights * (recipe.tensor_parallel + 1) + need.draft_weights
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the build writes about {gigabytes(needed)} into {folder.parent}, where {gigabytes(free)} are free; free "
+            f"{gigabytes(needed - free)} more there, or name a folder on another disk with -o."
+        )
