@@ -42,7 +42,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
 }
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
 DECODING = {

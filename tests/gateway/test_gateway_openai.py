@@ -20,12 +20,12 @@ from echo_trt.runtime.params import Completion, SamplingParams
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
 pytestmark = needs_triton
-BATCH, QUEUE, CONTEXT = 4, 4, 480
+BATCH, QUEUE, CONTEXT = 4, 4, 1600
 KEY = "sk-0123456789abcdef"
 TURN = "the theme of a thing"
 CHAT = [{"role": "user", "content": TURN}]
 PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.6}
-LONG = {"max_tokens": 420, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 DASHBOARD = Path(__file__).parents[2] / "docker/grafana/dashboards/echo.json"
 
 

@@ -62,7 +62,7 @@ def test_a_failure_is_told_and_the_other_sections_go_on(copy):
 def test_unknown_sections_are_refused(copy):
     done = run(copy, "--only", "kernel,sped")
     assert (done.returncode, done.stderr.strip()) == (
-        2, "error: --only names 'sped'; choose from kernel, speed, curves, lossless, tensorrt.")  # fmt: skip
+        2, "error: --only names 'sped'; choose from kernel, speed, curves, lossless, tensorrt, ranks.")  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

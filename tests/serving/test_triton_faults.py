@@ -18,7 +18,7 @@ from served import Served, free_ports, joined, needs_triton
 from echo_trt.serving import triton_server
 from echo_trt.serving.launcher import Job, run
 
-LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
+LONG = {"text_input": "the theme of a thing, ", "max_tokens": 1500, "ignore_eos": True}
 STREAMS = 8
 
 
