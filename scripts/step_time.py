@@ -100,7 +100,7 @@ def main(repeats: Annotated[int, typer.Option(help="iterations of each load")] =
 
 def _show(console: Console, name: str, repeats: int) -> None:
     table = Table("B", "N", *PHASES, "median", "fastest", title=f"{name}: milliseconds of one iteration")
-    sizes, fastest = [], []
+    sizes, usual = [], []
     for requests, budget in sorted({*LOADS, *((count, 2 * count) for count in GROWTH)}):
         policy = make_policy(name, Decoding(budget=budget, gates={1: 0.2, 3: 0.3}).model_dump())
         measure(policy, requests, budget, max(repeats // 10, 1))  # warm up
@@ -110,9 +110,9 @@ def _show(console: Console, name: str, repeats: int) -> None:
         table.add_row(str(requests), str(tokens), *(f"{1e3 * value:.3f}" for value in figures))
         if requests in GROWTH:
             sizes.append(tokens)
-            fastest.append(total.min())
+            usual.append(np.median(total))
     console.print(table)
-    exponent = np.polyfit(np.log(sizes), np.log(fastest), 1)[0]
+    exponent = np.polyfit(np.log(sizes), np.log(usual), 1)[0]
     console.print(f"From {sizes[0]} to {sizes[-1]} tokens the time grows as tokens^{exponent:.2f}.")
 
 

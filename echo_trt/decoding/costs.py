@@ -99,12 +99,13 @@ class Costs:
     change: float = 0.0
     _size: int = 0  # of the target's last pass
 
-    def verifications(self, roots: int, nodes: int) -> np.ndarray:
-        """Seconds of a target's pass over ``roots`` tokens and 0, 1, ..., ``nodes`` drafted ones [nodes + 1]."""
-        sizes = roots + np.arange(nodes + 1)
-        sizes[1:] += -sizes[1:] % self.granule
-        seconds = self.target.base(int(sizes[-1]))[sizes]
-        return seconds + _SHARED * self.change * (sizes != self._size)
+    def verifications(self, roots: int, nodes: np.ndarray) -> np.ndarray:
+        """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape."""
+        sizes = roots + nodes
+        if self.granule > 1:
+            sizes = np.where(nodes > 0, sizes + -sizes % self.granule, sizes)
+        seconds = self.target.base(int(sizes.max()))[sizes]
+        return seconds + _SHARED * self.change * (sizes != self._size) if self.change else seconds
 
     def observe_target(self, tokens: int, context: int, seconds: float, node_context: int) -> None:
         """The target's pass has taken ``seconds``; arguments as in ``Curve.observe``, which hears of usual ones."""

@@ -94,9 +94,8 @@ class Goodput(Planner):
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, price)
-        chosen = select(
-            candidates.value, candidates.tree, policy.per_request, self._target(load, len(candidates)), price
-        )
+        seconds = self._target(load, np.arange(len(candidates) + 1))
+        chosen = select(candidates.value, candidates.tree, policy.per_request, seconds, price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         self.history.planned(len(tree) > len(roots))
         return Plan(tree, candidates.probability[nodes])
@@ -106,11 +105,11 @@ class Goodput(Planner):
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
         return self.history.caution * self.history.speedup * len(load.slots) / plain
 
-    def _target(self, load: Load, nodes: int) -> np.ndarray:
-        """Seconds of verifying 0, 1, ..., ``nodes`` nodes beside the roots, less what is the same for all."""
+    def _target(self, load: Load, nodes: np.ndarray) -> np.ndarray:
+        """Seconds of verifying so many ``nodes``, of any shape, beside the roots, less what is the same for all."""
         # A node attends its request's context, on average this much.
         each = self.costs.target.per_node * load.context / len(load.slots)
-        return self.costs.verifications(len(load.slots) + load.others, nodes) + each * np.arange(nodes + 1)
+        return self.costs.verifications(len(load.slots) + load.others, nodes) + each * nodes
 
     def _draft(self, candidates: Candidates, draft: Draft, policy: Policy, load: Load, price: float) -> None:
         history = self.history
@@ -160,22 +159,31 @@ class Goodput(Planner):
         count, levels = len(frontier), len(children)
         groups, ends = _portions(count)
         variants = int(groups[-1]) + 1
-        worth = np.minimum(frontier[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
+        alike, groups, number = _alike(frontier, groups)
+        worth = np.minimum(alike[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
         cell = (groups[:, None, None] * levels + np.arange(levels)[:, None]) * BINS + _bin(worth)
         size, share = variants * levels * BINS, 1.0 / children.shape[-1]
+        weight = np.broadcast_to(number[:, None, None], worth.shape)
         hist = np.empty((2, variants, levels, BINS))
-        hist[0] = np.bincount(cell.reshape(-1), minlength=size).reshape(variants, levels, BINS)
-        hist[1] = np.bincount(cell.reshape(-1), worth.reshape(-1), size).reshape(variants, levels, BINS)
+        hist[0] = np.bincount(cell.reshape(-1), weight.reshape(-1), size).reshape(variants, levels, BINS)
+        hist[1] = np.bincount(cell.reshape(-1), (weight * worth).reshape(-1), size).reshape(variants, levels, BINS)
         now = _histogram(candidates.value[candidates.tree.num_requests :])
         plans = now[:, None, None] + share * hist.cumsum(axis=1).cumsum(axis=2)
-        seconds = self._target(load, len(candidates) + count * children[0].size * levels)
-        gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
+        gain = self._best_value(plans, load, price) - self._best_value(now, load, price)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
         net = gain - price * (draft + (self.costs.cold if depth == 0 else 0.0))
         best = int(net.argmax())
         return int(ends[best // levels]) if net.flat[best] > 0 else 0
+
+    def _best_value(self, plans: np.ndarray, load: Load, price: float) -> np.ndarray:
+        """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
+        count, total = plans.cumsum(axis=-1)
+        low = count.astype(np.int64)
+        below, above = self._target(load, low), self._target(load, low + 1)
+        time = below + (count - low) * (above - below)
+        return np.maximum((total - price * time).max(axis=-1), -price * self._target(load, np.zeros(1, np.int64)))
 
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
@@ -223,6 +231,17 @@ def _portions(count: int) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.cumsum(np.bincount(steps))
 
 
+def _alike(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """values [F], best first, and their ascending groups [F] -> of those that share group and bin their mean, their
+    group and how many they are, all [m]: of a large batch's values there are few, whatever F."""
+    if len(values) <= BINS:
+        return values, groups, np.ones(len(values))
+    cell = groups * BINS + _bin(values)
+    begin = np.flatnonzero(np.diff(cell, prepend=-1))
+    number = np.diff(begin, append=len(values))
+    return np.add.reduceat(values, begin) / number, groups[begin], number.astype(np.float64)
+
+
 def _histogram(values: np.ndarray) -> np.ndarray:
     """Numbers and sums of values by bins: float64 [2, BINS]."""
     cell = _bin(values)
@@ -231,11 +250,3 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 def _bin(values: np.ndarray) -> np.ndarray:
     return ((1.0 - np.minimum(values, 1.0)) * (BINS - 1e-6)).astype(np.int64)
-
-
-def _best_value(plans: np.ndarray, seconds: np.ndarray, price: float) -> np.ndarray:
-    """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
-    count, total = plans.cumsum(axis=-1)
-    low = count.astype(np.int64)
-    time = seconds[low] + (count - low) * (seconds[np.minimum(low + 1, len(seconds) - 1)] - seconds[low])
-    return np.maximum((total - price * time).max(axis=-1), -price * seconds[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -45,6 +46,7 @@ TYPES = {
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
 BUSY_S = 30.0  # a full queue is no illness while text still came within this long
 FIRST = -1  # a probe's priority: before all clients'
+END_S = 5.0  # how long a stream that has said all may take to end
 PROBE_S = 10.0  # how long a probe waits for its token
 
 
@@ -90,8 +92,13 @@ class Upstream:
                 raise unavailable()
         except grpc.aio.AioRpcError as error:
             raise from_grpc(error.code().name, error.details() or "") from None
+        except ApiError:
+            done = True
+            raise
         finally:
-            call.cancel()
+            if done:
+                await _end(call)
+            call.cancel()  # does nothing to a stream that has ended
 
     async def check(self) -> None:
         """Return where the engine answers: it has just done so, or does so now. Raises ApiError where it does not."""
@@ -112,6 +119,14 @@ class Upstream:
 
     def _silent_for(self) -> float:
         return time.monotonic() - self._last_piece
+
+
+async def _end(call: AsyncIterator) -> None:
+    """Wait for the end of a stream that has said all. Triton 2.51 can die of a cancellation that meets its own end."""
+    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+        async with asyncio.timeout(END_S):
+            async for _ in call:
+                pass
 
 
 async def _once(model: str, tensors: list[InferInput]) -> AsyncIterator[dict[str, Any]]:

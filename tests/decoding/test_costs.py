@@ -152,7 +152,7 @@ def test_of_a_jagged_curve_the_hinge_tells_its_error():
 
 def test_verifications_cost_what_their_granule_does():
     costs = Costs(Curve([1, 8, 16, 24], [1.0, 2.0, 3.0, 4.0]), Curve([1], [0.1]), granule=8)
-    got = costs.verifications(3, 14)
+    got = costs.verifications(3, np.arange(15))
     assert got[0] == costs.target.base(3)[3]  # plain decoding is not filled up
     assert (got[1:6] == 2.0).all()  # 4 to 8 tokens
     assert (got[6:14] == 3.0).all()  # 9 to 16
@@ -162,7 +162,7 @@ def test_verifications_cost_what_their_granule_does():
 def test_another_size_costs_its_change_and_the_last_one_does_not():
     costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.4)
     costs.observe_target(6, 0, 2.0, node_context=10)
-    seconds = costs.verifications(1, 12)
+    seconds = costs.verifications(1, np.arange(13))
     assert seconds[0] > 1.0
     assert (seconds[1:8] == costs.target.base(8)[8]).all()
     assert (seconds[8:] > 3.0).all()
