@@ -238,8 +238,8 @@ def test_a_prompt_longer_than_the_context(bundle):
 
 def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tmp_path):
     recipe = recipe_of("lookup", networks)
-    limits = recipe.limits.model_copy(update={"context": 513, "kv_blocks": None})
-    with refused("limits.context", 513, 512, "lower"):
+    limits = recipe.limits.model_copy(update={"context": 2049, "kv_blocks": None})
+    with refused("limits.context", 2049, 2048, "lower"):
         build(recipe.model_copy(update={"limits": limits}), networks, tmp_path / "bundle")
 
 

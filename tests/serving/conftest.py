@@ -14,5 +14,5 @@ from echo_trt.compile.build import build
 def roomy_bundle(networks, tmp_path_factory) -> Path:
     """The pair close, with room for answers that take a while."""
     folder = tmp_path_factory.mktemp("roomy") / "close"
-    build(recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600}), networks, folder)
+    build(recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 480}), networks, folder)
     return folder

@@ -18,7 +18,7 @@ from served import Served, free_ports, joined, needs_triton
 from echo_trt.serving import triton_server
 from echo_trt.serving.launcher import Job, run
 
-LONG = {"text_input": "the theme of a thing, ", "max_tokens": 1500, "ignore_eos": True}
+LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
 STREAMS = 8
 
 
@@ -60,8 +60,9 @@ def test_deaths_and_the_end(roomy_bundle, tmp_path):
 def _kill_under_load(server: Served, name: str, whole: dict) -> None:
     """Clients get an answer or an error, none waits for ever."""
     with ThreadPoolExecutor(STREAMS) as pool:
+        first = server.stream(**LONG)
         asked = [pool.submit(attempt, server, **LONG) for _ in range(STREAMS)]
-        server.wait_metrics(lambda m: m.get("echo_running", 0) > 0)
+        first.next()  # the engine is at work
         (victim,) = server.children(name)
         os.kill(victim, signal.SIGKILL)
         answers = [each.result(30) for each in asked]
