@@ -27,15 +27,22 @@ class Usage:
 
     n: int
     prompt: int = 0
+    cached: int = 0
     completion: int = 0
 
     def add(self, choice: int, last: Piece) -> None:
         self.completion += last.completion_tokens
-        self.prompt += last.prompt_tokens if choice % self.n == 0 else 0
+        if choice % self.n == 0:
+            self.prompt += last.prompt_tokens
+            self.cached += last.cached_tokens
 
-    def body(self) -> dict[str, int]:
-        total = self.prompt + self.completion
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
 
 
 @dataclass

@@ -1,10 +1,11 @@
-"""Requests to the Triton model: one gRPC stream each, so that one can be cancelled and none harms another."""
+"""Requests to the Triton model: one gRPC stream each, so that one can be stopped and none harms another."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient, InferResult
+from tritonclient.utils import InferenceServerException
 
 from echo_trt.gateway.errors import ApiError, from_grpc, unavailable
 from echo_trt.gateway.metrics import Metrics
@@ -42,11 +44,13 @@ TYPES = {
     "exclude_input_in_output": ("BOOL", np.bool_),
     "priority": ("INT32", np.int32),
     "deadline_ms": ("INT32", np.int32),
+    "stop": ("BOOL", np.bool_),
 }
+CODES = grpc.StatusCode.__members__
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
 BUSY_S = 30.0  # a full queue is no illness while text still came within this long
 FIRST = -1  # a probe's priority: before all clients'
-END_S = 5.0  # how long a stream that has said all may take to end
+END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
 PROBE_S = 10.0  # how long a probe waits for its token
 
 
@@ -57,6 +61,7 @@ class Piece:
     text: str
     finish_reason: str | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the tokens of the text
 
@@ -69,36 +74,37 @@ class Upstream:
         self._client = InferenceServerClient(url)
         self._last_piece = float("-inf")
         self._probing = asyncio.Lock()
+        self._ending: set[asyncio.Task] = set()
 
     async def close(self) -> None:
+        await asyncio.gather(*self._ending)
         await self._client.close()
 
     async def stream(self, inputs: Mapping[str, Any]) -> AsyncIterator[Piece]:
         """Pieces as they come. Close it early and the engine drops the request. Raises ApiError."""
-        tensors = [_tensor(name, value) for name, value in inputs.items()]  # here: an error within _once would hang
-        call = self._client.stream_infer(_once(self.model, tensors), headers={"triton_grpc_error": "true"})
+        stream = _Stream(self._client, self.model, inputs)
         begin, first, done = time.monotonic(), True, False
         try:
-            async for result, error in call:
-                if error is not None:  # a server that does not know the header tells no code
-                    raise from_grpc("INTERNAL", error.message())
+            while not done:
+                answer = await stream.read()
+                if answer is None:
+                    raise unavailable()
+                result, error = answer
+                if error is not None:
+                    done = True
+                    raise _failure(error.message())
                 piece = _piece(result)
                 self._last_piece = time.monotonic()
                 if first:
                     self._metrics.first_piece(self._last_piece - begin)
                 first, done = False, piece.finish_reason is not None
                 yield piece
-            if not done:
-                raise unavailable()
         except grpc.aio.AioRpcError as error:
             raise from_grpc(error.code().name, error.details() or "") from None
-        except ApiError:
-            done = True
-            raise
         finally:
-            if done:
-                await _end(call)
-            call.cancel()  # does nothing to a stream that has ended
+            ending = asyncio.create_task(stream.end(stop=not done))  # whoever closes this need not wait for it
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     async def check(self) -> None:
         """Return where the engine answers: it has just done so, or does so now. Raises ApiError where it does not."""
@@ -121,16 +127,47 @@ class Upstream:
         return time.monotonic() - self._last_piece
 
 
-async def _end(call: AsyncIterator) -> None:
-    """Wait for the end of a stream that has said all. Triton 2.51 can die of a cancellation that meets its own end."""
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
-        async with asyncio.timeout(END_S):
-            async for _ in call:
-                pass
+class _Stream:
+    """A request on a gRPC stream of its own.
+
+    Nothing here cancels the stream, or a read of it, which would be the same: Triton 2.51 can die of a cancellation
+    that meets the stream's own end. A request is stopped by a second one on the same stream.
+    """
+
+    def __init__(self, client: InferenceServerClient, model: str, inputs: Mapping[str, Any]):
+        tensors = [_tensor(name, value) for name, value in inputs.items()]  # here: an error in _requests would hang
+        self._model, self._stop, self._over = model, False, asyncio.Event()
+        self._call = client.stream_infer(self._requests(tensors))
+        self._reading: asyncio.Future | None = None
+
+    async def read(self) -> tuple[InferResult, InferenceServerException] | None:
+        """The next result or error, None at the end. Raises AioRpcError."""
+        self._reading = asyncio.ensure_future(anext(self._call, None))
+        return await asyncio.shield(self._reading)
+
+    async def end(self, stop: bool) -> None:
+        """Wait for the stream's end, where ``stop`` is true after asking for it; never raises."""
+        self._stop = stop
+        self._over.set()
+        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+            async with asyncio.timeout(END_S):
+                if self._reading and await self._reading is not None:
+                    while await self.read() is not None:
+                        pass
+        self._call.cancel()  # does nothing to a stream that has ended
+
+    async def _requests(self, tensors: list[InferInput]) -> AsyncIterator[dict[str, Any]]:
+        request = {"model_name": self._model, "request_id": secrets.token_hex(16), "parameters": {"error_codes": True}}
+        yield {**request, "inputs": tensors}
+        await self._over.wait()
+        if self._stop:
+            yield {**request, "inputs": [_tensor("stop", True)]}
 
 
-async def _once(model: str, tensors: list[InferInput]) -> AsyncIterator[dict[str, Any]]:
-    yield {"model_name": model, "inputs": tensors}
+def _failure(message: str) -> ApiError:
+    """The model's own errors begin with a code, as was asked for; what Triton says itself is no client's mistake."""
+    code, colon, details = message.partition(": ")
+    return from_grpc(code, details) if colon and code in CODES else from_grpc("UNAVAILABLE", message)
 
 
 def _tensor(name: str, value: Any) -> InferInput:
@@ -154,4 +191,5 @@ def _piece(result: InferResult) -> Piece:
             raise from_grpc("DEADLINE_EXCEEDED", "")
         reason = "length"  # OpenAI's word for a text that was cut short
     logprobs = json.loads(value("logprobs", b"[]"))
-    return Piece(text, reason, int(value("prompt_tokens", 0)), tokens, logprobs)
+    prompt, cached = (int(value(name, 0)) for name in ("prompt_tokens", "cached_tokens"))
+    return Piece(text, reason, prompt, cached, tokens, logprobs)

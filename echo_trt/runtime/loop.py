@@ -36,7 +36,8 @@ class Request:
     """A request from its arrival to its end.
 
     ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
-    ``logprobs`` has an entry for each token that was emitted, where the request asks for them.
+    ``logprobs`` has an entry for each token that was emitted, where the request asks for them. ``cached_tokens`` of the
+    prompt were in the prefix cache when it first came to a place.
     """
 
     id: int | str
@@ -46,6 +47,7 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     verifications: int = 0
     drafted: int = 0
+    cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
@@ -169,6 +171,8 @@ class Loop:
         """Out of its slot; the request itself keeps its text."""
         state, slot = self.state, request.slot
         request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
+        if request.cached_tokens is None:  # what it finds once it was set back is its own
+            request.cached_tokens = int(state.found[slot])
         request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
         state.release(slot)
         if self.drafter:

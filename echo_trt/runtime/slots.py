@@ -54,6 +54,7 @@ class Slots:
         self.cache = PrefixCache(prefix_cache and not self.linear)
         self.block_drafted = np.zeros(self.num_blocks, bool)  # the draft's KV of the block's text is in it too
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
+        self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # what the cache had when a slot last looked for its text there
 
     @property
@@ -97,7 +98,8 @@ class Slots:
         self.cache.hold(found)
         self.keys[slot], self.looked[slot] = keys, self.cache.added
         self.tokens[slot, :length] = text
-        self.length[slot], self.committed[slot] = length, len(found) * BLOCK
+        self.length[slot] = length
+        self.committed[slot] = self.found[slot] = len(found) * BLOCK
         if found:
             self.block_table[slot, : len(found)] = found
         self.blocks_held[slot] = len(found)
@@ -128,6 +130,7 @@ class Slots:
         self._give(self.block_table[slot, places])
         self.block_table[slot, places] = found
         self.committed[slot] = places.stop * BLOCK
+        self.found[slot] += places.stop * BLOCK - begin
         return places.stop * BLOCK - begin
 
     def publish(self, slot: int) -> list[bytes]:

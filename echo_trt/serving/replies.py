@@ -25,6 +25,7 @@ from echo_trt.serving.triton_request import Ask
 
 log = logging.getLogger(__name__)
 
+TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 LOOKED_AT = 16  # clients in a look, in turn: each is a question to Triton's process, and the engine wants the machine
@@ -38,6 +39,8 @@ class Reply:
     sender: Any
     ask: Ask
     arrived: float
+    id: str = ""  # the client's own
+    coded: bool = False  # an error's message begins with its code
     logprobs: Outgoing | None = None  # where asked for
     job: Job | None = None
     text: str = ""
@@ -59,7 +62,7 @@ class Replies:
 
     def __init__(self, service: Service, signals: Path | None = None):
         self._service, self._signals = service, signals
-        self._events: queue.SimpleQueue[tuple[Reply, Event | None] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Reply, Event | None] | str | None] = queue.SimpleQueue()
         self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
@@ -71,6 +74,10 @@ class Replies:
 
     def put(self, reply: Reply, event: Event) -> None:
         self._events.put((reply, event))
+
+    def stop(self, id: str) -> None:
+        """Cancel the open requests that their clients have given this id."""
+        self._events.put(id)
 
     def refused(self, outcome: str) -> None:
         """Count a request that the service never took."""
@@ -93,6 +100,8 @@ class Replies:
             for item in self._take():
                 if item is None:
                     running = False
+                elif isinstance(item, str):
+                    self._stop(item)
                 elif item[1] is None:
                     if not item[0].ended:
                         self._open[item[0]] = None
@@ -112,9 +121,9 @@ class Replies:
                 faulthandler.dump_traceback_later(STUCK, exit=True)
                 metrics.flush(self._service.statistics(), dict(self._refused))
 
-    def _take(self) -> list[tuple[Reply, Event | None] | None]:
+    def _take(self) -> list[tuple[Reply, Event | None] | str | None]:
         """All events there are; waits a moment for the first."""
-        items: list[tuple[Reply, Event | None] | None] = []
+        items: list[tuple[Reply, Event | None] | str | None] = []
         with contextlib.suppress(queue.Empty):
             items.append(self._events.get(timeout=LOOK))
             while True:
@@ -155,6 +164,11 @@ class Replies:
         if self._service.drain(0) and not self._open and self._events.empty():
             (self._signals / "drained").touch()
 
+    def _stop(self, id: str) -> None:
+        for reply in self._open:
+            if id and reply.id == id:
+                self._service.cancel(reply.job)
+
     def _cancel_abandoned(self) -> None:
         for reply in list(islice(self._open, LOOKED_AT)):
             self._open[reply] = self._open.pop(reply)  # the last, next time
@@ -162,11 +176,17 @@ class Replies:
                 self._service.cancel(reply.job)
 
 
+def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
+    """``coded``: the message begins with the code, which a gRPC stream of Triton's does not tell otherwise."""
+    text = f"{code}: {message}" if coded else message
+    number = getattr(pb_utils.TritonError, TRITONS_NAMES.get(code, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
+
+
 def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
     if end and end.reason in ("failed", "cancelled"):
-        failed = end.reason == "failed"
-        code = pb_utils.TritonError.INTERNAL if failed else pb_utils.TritonError.CANCELLED
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(end.message or "the request was cancelled.", code))
+        code = "INTERNAL" if end.reason == "failed" else "CANCELLED"
+        return failed(code, end.message or "the request was cancelled.", reply.coded)
     tensors = [
         _strings("text_output", reply.text),
         pb_utils.Tensor("output_ids", np.array([reply.ids], np.int32).reshape(1, -1)),
@@ -183,6 +203,7 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
         tensors += [
             _strings("finish_reason", end.reason),
             _numbers("prompt_tokens", end.prompt_tokens, np.int32),
+            _numbers("cached_tokens", end.cached_tokens, np.int32),
             _numbers("completion_tokens", end.completion_tokens, np.int32),
         ]
     if end and reply.ask.statistics:

@@ -42,6 +42,7 @@ class End:
     reason: str
     message: str
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     verifications: int
     drafted: int
@@ -281,6 +282,7 @@ class Service:
             reason,
             message,
             len(request.prompt),
+            request.cached_tokens or 0,
             job.answer.told,
             request.verifications,
             request.drafted,

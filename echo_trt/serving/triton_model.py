@@ -16,10 +16,10 @@ import triton_python_backend_utils as pb_utils
 
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
-from echo_trt.serving.replies import FINAL, Replies, Reply
+from echo_trt.serving.replies import FINAL, Replies, Reply, failed
 from echo_trt.serving.service import Overloaded, Service
 from echo_trt.serving.token_logprobs import Outgoing
-from echo_trt.serving.triton_request import Reader
+from echo_trt.serving.triton_request import Reader, wants_stop
 
 QUEUE = 256
 
@@ -51,26 +51,33 @@ class TritonPythonModel:
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
         arrived, sender = time.monotonic(), request.get_response_sender()
-        error = pb_utils.TritonError
         try:
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+            if wants_stop(tensors):
+                self._replies.stop(request.request_id())
+                sender.send(flags=FINAL)
+                return
             ask = self._reader.read(tensors)
             logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)
-            reply = Reply(sender, ask, arrived, logprobs)
+            reply = Reply(sender, ask, arrived, request.request_id(), _wants_codes(request), logprobs)
             reply.job = self._service.submit(
                 ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
             )
             self._replies.begin(reply)
             return
         except UserError as mistake:
-            outcome, answer = "invalid", error(str(mistake), error.INVALID_ARG)
+            outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)
         except Overloaded as full:
-            outcome, answer = "refused", error(str(full), error.UNAVAILABLE)
+            outcome, code, answer = "refused", "UNAVAILABLE", str(full)
         except Exception as failure:
             logging.exception("a request could not be read")
-            outcome, answer = "failed", error(f"the request could not be read ({failure}).", error.INTERNAL)
+            outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
         self._replies.refused(outcome)
-        sender.send(pb_utils.InferenceResponse(error=answer), flags=FINAL)
+        sender.send(failed(code, answer, _wants_codes(request)), flags=FINAL)
+
+
+def _wants_codes(request: pb_utils.InferenceRequest) -> bool:
+    return bool(json.loads(request.parameters() or "{}").get("error_codes", False))
 
 
 def _tensor(request: pb_utils.InferenceRequest, name: str) -> pb_utils.Tensor | None:

@@ -102,6 +102,11 @@ class Reader:
             ) from error
 
 
+def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
+    return bool(_number(tensors, "stop", False))
+
+
 def _messages(text: str) -> list[dict[str, str]]:
     rule = 'give a JSON list of objects such as {"role": "user", "content": "..."}.'
     try:

@@ -141,8 +141,8 @@ class Served:
 
     # -- gRPC ----------------------------------------------------------------------------------------------------
 
-    def stream(self, **request: Any) -> GrpcStream:
-        return GrpcStream(self.grpc, request)
+    def stream(self, id: str = "", error_codes: bool = False, **request: Any) -> GrpcStream:
+        return GrpcStream(self.grpc, request, id, {"error_codes": True} if error_codes else None)
 
 
 def _ancestors(pid: int) -> Iterator[int]:
@@ -155,14 +155,15 @@ def _ancestors(pid: int) -> Iterator[int]:
 class GrpcStream:
     """One request over stream_infer; iterating gives its responses as dictionaries, an error as {"error": text}."""
 
-    def __init__(self, port: int, request: dict[str, Any]):
+    def __init__(self, port: int, request: dict[str, Any], id: str = "", parameters: dict | None = None):
         import tritonclient.grpc as client
 
         self._replies: queue.SimpleQueue = queue.SimpleQueue()
         self._client = client.InferenceServerClient(f"127.0.0.1:{port}")
         self._client.start_stream(lambda result, error: self._replies.put((result, error)))
         inputs = [grpc_input(name, value) for name, value in {"stream": True, **request}.items()]
-        self._client.async_stream_infer("echo", inputs, enable_empty_final_response=True)
+        options = {"request_id": id, "parameters": parameters, "enable_empty_final_response": True}
+        self._client.async_stream_infer("echo", inputs, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:

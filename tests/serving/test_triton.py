@@ -181,6 +181,12 @@ def test_mistakes_are_answered_in_a_sentence(request_, words, server):
         assert answer["error"].endswith(".")
 
 
+def test_an_error_begins_with_its_code_where_asked(server):
+    request = {"text_input": "a", "max_tokens": 0}
+    plain = server.stream(**request).next()["error"]
+    assert server.stream(error_codes=True, **request).next()["error"] == f"INVALID_ARGUMENT: {plain}"
+
+
 def test_a_deadline_ends_an_answer(server):
     cut = server.generate(text_input=PROMPT, max_tokens=LONG, ignore_eos=True, deadline_ms=60)
     assert cut["finish_reason"] == "deadline"
@@ -198,6 +204,21 @@ def test_a_grpc_client_that_cancels_frees_its_blocks(server):
         stream.cancel()
     after = rest(server)
     assert after['echo_requests_total{outcome="cancelled"}'] - before >= 6  # a fast answer may have ended first
+
+
+def test_a_request_is_stopped_by_its_id_and_no_other_is(server):
+    rest(server)
+    request = {"text_input": PROMPT, "ignore_eos": True}
+    streams = [server.stream(id=name, max_tokens=LONG, **request) for name in ("one", "one", "two")]
+    streams.append(server.stream(max_tokens=LONG, **request))
+    for stream in streams:
+        assert stream.next()["text_output"]
+    assert list(server.stream(id="three", stop=True)) == list(server.stream(stop=True)) == []
+    assert list(server.stream(id="one", stop=True)) == []
+    ends = [list(stream)[-1] for stream in streams]
+    assert [end.get("error") for end in ends[:2]] == ["the request was cancelled."] * 2
+    assert [end["completion_tokens"] for end in ends[2:]] == [LONG, LONG]
+    rest(server)
 
 
 def test_an_http_client_that_leaves_frees_its_blocks(server):
@@ -256,6 +277,7 @@ def test_a_conversation_is_found_again_and_the_metrics_tell(server, offline):
         turns = [figures[f"echo_{name}_total"] for figures in (before, between, after)]
         return turns[1] - turns[0], turns[2] - turns[1]
 
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, 96)
     found, asked, computed = grew("cached_tokens"), grew("asked_tokens"), grew("prompt_tokens")
     assert found == (0, 96)
     assert (asked[0] - computed[0], asked[1] - computed[1]) == found
