@@ -21,7 +21,15 @@ from rich.console import Console
 from echo_trt.bundle import read_manifest
 from echo_trt.errors import UserError
 from echo_trt.serving.probe import PROBE_SECONDS, Probe, Watch
-from echo_trt.serving.triton_server import MODEL, Ports, TritonServer, find_server, remove_regions
+from echo_trt.serving.triton_server import (
+    MODEL,
+    Ports,
+    TritonServer,
+    find_server,
+    own_prefix,
+    remove_folders,
+    remove_regions,
+)
 
 #: What a machine without a GPU makes Triton complain about.
 HARMLESS = ("cuda", "dcgm", "nvml")
@@ -129,7 +137,8 @@ def run(job: Job, messages: Console) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with tempfile.TemporaryDirectory(prefix="echo-trt-") as work:
+    remove_folders(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=own_prefix()) as work:
         return Launcher(job, server, Path(work), stop, messages).run()
 
 

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from echo_trt.errors import UserError
 
 MODEL = "echo"
 SHARED_MEMORY = Path("/dev/shm")
-#: Of the names of this launcher's shared memory; the process id of the launcher and a hyphen follow.
-REGION_PREFIX = "echo-trt-"
+#: Of the names of a launcher's shared memory and folder; its process id and a hyphen follow.
+PREFIX = "echo-trt-"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TritonServer:
             "log-info": "false",
             "allow-gpu-metrics": "false",
             "allow-cpu-metrics": "false",
-            "backend-config": f"python,shm-region-prefix-name={region_prefix()}",
+            "backend-config": f"python,shm-region-prefix-name={own_prefix()}",
             **_closed(),
         }
         if self.pip:
@@ -114,13 +115,25 @@ def model_repository() -> Path:
     return next((place for place in places if (place / MODEL).is_dir()), places[0])
 
 
-def region_prefix() -> str:
-    return f"{REGION_PREFIX}{os.getpid()}-"
+def own_prefix() -> str:
+    return f"{PREFIX}{os.getpid()}-"
 
 
 def remove_regions(folder: Path = SHARED_MEMORY) -> None:
     """Shared memory that this launcher's servers left, and that of launchers which are no more."""
-    for region in folder.glob(f"{REGION_PREFIX}*"):
-        owner = region.name.removeprefix(REGION_PREFIX).split("-")[0]
-        if owner.isdigit() and (int(owner) == os.getpid() or not Path("/proc", owner).exists()):
-            region.unlink(missing_ok=True)
+    for region in _left(folder, os.getpid()):
+        region.unlink(missing_ok=True)
+
+
+def remove_folders(folder: Path) -> None:
+    """Of launchers that are no more: a killed one leaves its own."""
+    for each in _left(folder):
+        shutil.rmtree(each, ignore_errors=True)
+
+
+def _left(folder: Path, mine: int | None = None) -> Iterator[Path]:
+    """What launchers have put into a folder that live no longer, and process ``mine``."""
+    for each in folder.glob(f"{PREFIX}*"):
+        owner = each.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and (int(owner) == mine or not Path("/proc", owner).exists()):
+            yield each

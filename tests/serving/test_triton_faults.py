@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,8 +107,12 @@ def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path
     while any(Path("/proc", str(pid)).exists() for pid in below):
         assert time.monotonic() < end
         time.sleep(0.1)
+    folders = lambda: list(Path(tempfile.gettempdir()).glob(f"echo-trt-{server.process.pid}-*"))  # noqa: E731
+    assert len(folders()) == 1
     triton_server.remove_regions()
+    triton_server.remove_folders(Path(tempfile.gettempdir()))
     assert not server.regions()
+    assert not folders()
 
 
 # -- what cannot start ---------------------------------------------------------------------------------------------
@@ -174,3 +179,11 @@ def test_only_regions_without_an_owner_are_removed(tmp_path):
         (tmp_path / name).touch()
     triton_server.remove_regions(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {other, "triton_python_backend_shm_region_x"}
+
+
+def test_only_folders_without_an_owner_are_removed(tmp_path):
+    own, other, gone = f"echo-trt-{os.getpid()}-a", "echo-trt-1-b", "echo-trt-4999999-c"
+    for name in (own, other, gone, "echo-trt-faults-x"):
+        (tmp_path / name / "1").mkdir(parents=True)
+    triton_server.remove_folders(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {own, other, "echo-trt-faults-x"}
