@@ -30,7 +30,7 @@ class Probe:
             with urllib.request.urlopen(urllib.request.Request(url, body), timeout=seconds) as reply:
                 answer = json.load(reply)
         except urllib.error.HTTPError as error:
-            return error.code == 503 or b"queue is full" in error.read()
+            return b"queue is full" in error.read()
         except (OSError, ValueError):
             return False
         return "output_ids" in answer or "queue is full" in str(answer.get("error"))

@@ -16,6 +16,8 @@ import pytest
 from refusal import refused
 from served import Served, free_ports, joined, needs_triton
 
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
 from echo_trt.serving import triton_server
 from echo_trt.serving.launcher import Job, run
 
@@ -54,6 +56,24 @@ def test_deaths_and_the_end(roomy_bundle, tmp_path):
             assert len(server.children("triton_python_backend_stub")) == 1
             assert len(server.regions()) == 1
         _stop_with_streams(server, whole)
+    finally:
+        server.kill()
+
+
+@needs_triton
+def test_a_divided_target_is_served_and_a_lost_rank_is_replaced(divided_bundle, roomy_bundle, tmp_path):
+    prompt, params = [5, 6, 7, 8], SamplingParams(20, ignore_eos=True)
+    (wanted,) = LLM(roomy_bundle, "autoregressive", 1).generate([prompt], [params])
+    asked = {"input_ids": prompt, "max_tokens": 20, "ignore_eos": True}
+    server = Served(divided_bundle, tmp_path / "log").wait_for("serving")
+    try:
+        assert server.generate(**asked)["output_ids"] == wanted.token_ids
+        (rank,) = server.children("bin/python")
+        os.kill(rank, signal.SIGKILL)
+        assert "rank 1 of 2 has ended" in server.generate(**asked)["error"]
+        revived(server, 1)
+        assert server.generate(**asked)["output_ids"] == wanted.token_ids
+        assert server.stop() == 0
     finally:
         server.kill()
 
