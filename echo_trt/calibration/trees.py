@@ -137,7 +137,7 @@ class TreeRecorder(Planner):
                 "matched": np.zeros(count, int) if copied is None else copied.matched,
             }
         )
-        return Plan(SuperTree.from_roots(roots), np.ones(count))
+        return Plan.undrafted(roots)
 
     def trees(self, serials: np.ndarray, answers: list[list[int]], groups: list[str]) -> Trees:
         """What was recorded for the requests with these admission ``serials`` [R], whose answers are now known."""

@@ -47,10 +47,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """The super-tree to verify, sorted by request, and P(accept) of its nodes [n], 1 at roots."""
+    """The super-tree to verify, sorted by request, P(accept) of its nodes [n], 1 at roots, and what it is a part of."""
 
     tree: SuperTree
     probability: np.ndarray
+    candidates: SuperTree
+
+    @classmethod
+    def undrafted(cls, roots: np.ndarray) -> Plan:
+        """Nothing but ``roots`` [B]: plain decoding."""
+        tree = SuperTree.from_roots(roots)
+        return cls(tree, np.ones(len(roots)), tree)
 
 
 class Planner(Protocol):
@@ -88,7 +95,7 @@ class Goodput(Planner):
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
         if self.history.compares() or self.history.rests(len(roots)):
-            return Plan(SuperTree.from_roots(roots), np.ones(len(roots)))
+            return Plan.undrafted(roots)
         price = self.price(load)
         weights = self.history.weights(load.slots)
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
@@ -98,7 +105,7 @@ class Goodput(Planner):
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds, price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         self.history.planned(len(tree) > len(roots))
-        return Plan(tree, candidates.probability[nodes])
+        return Plan(tree, candidates.probability[nodes], candidates.tree)
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""

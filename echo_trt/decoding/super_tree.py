@@ -42,6 +42,13 @@ class SuperTree:
         """K_i, the nodes of each request, root included: int64 [B]."""
         return np.bincount(self.request, minlength=self.num_requests)
 
+    @property
+    def reached(self) -> np.ndarray:
+        """How many requests have a node at each depth: int64 [deepest + 1]."""
+        levels = int(self.depth.max(initial=0)) + 1
+        nodes = np.bincount(self.request * levels + self.depth, minlength=levels * self.num_requests)
+        return (nodes > 0).reshape(-1, levels).sum(axis=0)
+
     def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray, source: int = 0) -> np.ndarray:
         """Hang new nodes (all [m]) under existing ones; returns their indices [m]."""
         start = len(self)

@@ -97,7 +97,7 @@ class Answer:
         except ApiError as error:
             yield _event(error.body)
         except ClientGone:
-            self.metrics.disconnects += 1
+            self.metrics.disconnects.inc()
         finally:
             self._count(usage)
 
@@ -128,8 +128,8 @@ class Answer:
         return for_chat(entries) if self.chat else for_completion(entries)
 
     def _count(self, usage: Usage) -> None:
-        self.metrics.prompt_tokens += usage.prompt
-        self.metrics.completion_tokens += usage.completion
+        self.metrics.prompt_tokens.inc(usage.prompt)
+        self.metrics.completion_tokens.inc(usage.completion)
 
 
 class EventStream(StreamingResponse):

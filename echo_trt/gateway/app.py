@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from echo_trt.gateway.answers import Answer, EventStream
@@ -84,7 +85,7 @@ async def health(request: Request) -> dict[str, str]:
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:
-    return PlainTextResponse(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4")
+    return PlainTextResponse(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
@@ -100,7 +101,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
             return JSONResponse(await answer.whole(pieces))
         first = await anext(pieces)
     except ClientGone:
-        state.metrics.disconnects += 1
+        state.metrics.disconnects.inc()
         return Response(status_code=HUNG_UP)
     return EventStream(answer.events(first, pieces), pieces)
 

@@ -27,10 +27,10 @@ class Edge:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
-                self.metrics.requests[path, message["status"]] += 1
+                self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        self.metrics.running += 1
+        self.metrics.running.inc()
         try:
             self._admit(scope["path"], headers)
             await self.app(scope, self._measured(receive), counted_send)
@@ -38,10 +38,11 @@ class Edge:
             if not began:
                 await error.response()(scope, receive, counted_send)
         except Exception:  # answered further out
-            self.metrics.requests[path, 500] += not began
+            if not began:
+                self.metrics.requests.labels(path, 500).inc()
             raise
         finally:
-            self.metrics.running -= 1
+            self.metrics.running.dec()
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Before a byte of the body is read. Raises ApiError."""

@@ -96,7 +96,7 @@ class Upstream:
                 piece = _piece(result)
                 self._last_piece = time.monotonic()
                 if first:
-                    self._metrics.first_piece(self._last_piece - begin)
+                    self._metrics.first_text.observe(self._last_piece - begin)
                 first, done = False, piece.finish_reason is not None
                 yield piece
         except grpc.aio.AioRpcError as error:

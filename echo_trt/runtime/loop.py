@@ -199,6 +199,8 @@ class Loop:
         begin, other = time.perf_counter(), self._speculating_seconds()
         load = self._load(slots, int(chunks.sum()))
         plan = self._draft(slots, load)
+        for depth, requests in enumerate(plan.candidates.reached.tolist()):
+            self.counters.reached[depth] += requests
         verified = self._verify(plan.tree, slots, chunk_slots, chunks)
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
@@ -241,7 +243,7 @@ class Loop:
         roots = state.tokens[slots, state.length[slots] - 1]
         speculates = policy.seeks_goodput or policy.spare(len(slots)) > 0
         if len(slots) == 0 or self.drafter is None or not speculates:
-            return Plan(SuperTree.from_roots(roots), np.ones(len(slots)))
+            return Plan.undrafted(roots)
         draft = TimedDraft(self.drafter.begin(slots), self._observe_draft)
         begin = time.perf_counter()
         if policy.seeks_goodput:
@@ -256,7 +258,7 @@ class Loop:
             self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
             with self._timed("allocate"):
                 tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
-            plan = Plan(tree, np.exp(tree.score.astype(np.float64)))
+            plan = Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)
         self._add_seconds("draft", draft.seconds)
         state.drafted[slots] += plan.tree.sizes - 1
         self.counters.drafted_tokens += len(plan.tree) - len(slots)

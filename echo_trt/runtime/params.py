@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -162,7 +163,8 @@ class Counters:
     """What the loop has done so far; ratios of these are the figures that users see.
 
     Prompts include the text of requests that were set back. asked_tokens of them were admitted; of these cached_tokens
-    were found in the prefix cache, and prompt_tokens computed.
+    were found in the prefix cache, and prompt_tokens computed. reached: depth -> a request's drafts that had candidates
+    there; at depth 0 all verifications, at 1 those with a draft.
     """
 
     iterations: int = 0
@@ -176,10 +178,11 @@ class Counters:
     asked_tokens: int = 0
     cached_tokens: int = 0
     evicted_blocks: int = 0
+    reached: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def copy(self) -> Counters:
-        return replace(self, seconds=dict(self.seconds))
+        return replace(self, reached=self.reached.copy(), seconds=dict(self.seconds))
 
     @property
     def accepted_length(self) -> float:

@@ -47,9 +47,13 @@ class Metrics:
         self._accepted = make("accepted_length", "Tokens emitted a verification, of the last seconds", gauge)
         self._engine_failures = make("engine_failures_total", "Iterations in which the engine failed", counter)
         self._requests = family(name="echo_requests_total", description="Requests by outcome", kind=counter)
+        self._gates = family(
+            name="echo_gates_total", description="Drafts that went on at a depth, and that ended there", kind=counter
+        )
         self._policy = family(name="echo_policy", description="1 for the policy in force", kind=gauge)
         self._by_outcome: dict[str, Any] = {}
         self._by_policy: dict[str, Any] = {}
+        self._by_gate: dict[tuple[int, str], Any] = {}
         self._histograms = {
             name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
             for name, text in (
@@ -84,6 +88,7 @@ class Metrics:
             if outcome not in self._by_outcome:
                 self._by_outcome[outcome] = self._requests.Metric(labels={"outcome": outcome})
             self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
+        self._count_gates(now.counters.reached)
         if now.policy not in self._by_policy:
             self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
         for name, metric in self._by_policy.items():
@@ -93,6 +98,17 @@ class Metrics:
             length = (now.counters.emitted_tokens - emitted) / (now.counters.verifications - verifications)
             self._accepted.set(length)
             self._last = now.counters.emitted_tokens, now.counters.verifications
+
+    def _count_gates(self, reached: dict[int, int]) -> None:
+        """A draft that reached the next depth too was extended at this one."""
+        for depth in sorted(reached):
+            extended = reached.get(depth + 1, 0)
+            for decision, number in (("extended", extended), ("truncated", reached[depth] - extended)):
+                gate = depth, decision
+                if gate not in self._by_gate:
+                    labels = {"depth": str(depth), "decision": decision}
+                    self._by_gate[gate] = self._gates.Metric(labels=labels)
+                self._count(f"gate {gate}", self._by_gate[gate], number)
 
     def _count(self, name: str, metric: Any, value: float) -> None:
         before = self._told.get(name, 0)

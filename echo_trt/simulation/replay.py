@@ -162,7 +162,7 @@ class Replay:
             return self.planner.plan(roots, draft, policy, load, copied)
         candidates, reach = grow(roots, draft, policy, load.room)
         tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
-        return Plan(tree, np.exp(tree.score.astype(np.float64)))
+        return Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)
 
     def _draft_at(self, positions: np.ndarray) -> RecordedDraft:
         return RecordedDraft(self._recording.trees, positions, self._recording.width)
