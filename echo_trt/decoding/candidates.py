@@ -74,7 +74,7 @@ class Candidates:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
         tree = self.tree
         nodes = np.flatnonzero((tree.depth == depth) & self._expandable & (self._room[tree.request] > depth))
-        nodes = nodes[np.argsort(-self.value[nodes], kind="stable")]
+        nodes = nodes[np.argsort(-self.value[nodes])]
         return nodes[rank_within(tree.request[nodes]) < beams]
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
