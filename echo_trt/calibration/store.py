@@ -110,11 +110,12 @@ class CostTable(_Stored):
     target: CurveTable
     draft: CurveTable
     hinge: dict[str, float]
+    cold: float = Field(0.0, ge=0)
     granule: int = Field(1, ge=1)
     change: float = Field(0.0, ge=0)
 
     def costs(self) -> Costs:
-        return Costs(self.target.curve(NEAR), self.draft.curve(FAR), granule=self.granule, change=self.change)
+        return Costs(self.target.curve(NEAR), self.draft.curve(FAR), self.cold, self.granule, self.change)
 
 
 def machine(manifest: Manifest) -> str:

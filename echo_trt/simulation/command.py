@@ -157,12 +157,13 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _budget(job: SimulationJob, machine: Machine) -> int:
-    return job.budget or machine.hinge.k_max
+    return job.budget or machine.k_max
 
 
 def _assumptions(job: SimulationJob, recording: Recording, machine: Machine) -> list[str]:
     facts = [
-        f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy",
+        f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy, and "
+        f"{1e3 * machine.level_seconds:g} ms a draft level",
         f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens a request",
         "acceptance is as recorded: this target, this draft and these texts, whatever the machine",
     ]

@@ -18,32 +18,44 @@ from echo_trt.errors import UserError
 from echo_trt.simulation.files import read_stored
 
 THIS = "this"
-HOST_SECONDS = 1e-3  # outside passes, an iteration: planning, packing, text
+# Measured on 2 cores of an AMD EPYC at batch 1 to 8: packing, accepting, text; and what a draft level's planning adds.
+HOST_SECONDS, LEVEL_SECONDS = 0.5e-3, 0.3e-3
 LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of passes over ``sizes`` tokens, tables [m], and what a cached token adds. ``capacity``: tokens that
-    its KV cache holds, None where unknown. ``assumptions``: a sentence each."""
+    """Seconds of passes over ``sizes`` tokens, tables [m], what a cached token adds, and one that a tree's node attends
+    again (``Curve``). cold, granule, change: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
+    ``level_seconds``: and a draft level. ``capacity``: tokens that its KV cache holds, None where unknown.
+    ``assumptions``: a sentence each."""
 
     name: str
-    target: tuple[np.ndarray, np.ndarray, float]
-    draft: tuple[np.ndarray, np.ndarray, float]
+    target: tuple[np.ndarray, np.ndarray, float, float]
+    draft: tuple[np.ndarray, np.ndarray, float, float]
     host_seconds: float
+    level_seconds: float
     assumptions: tuple[str, ...]
     capacity: int | None = None
+    cold: float = 0.0
+    granule: int = 1
+    change: float = 0.0
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""
-        return Costs(Curve(*self.target), Curve(*self.draft))
+        return Costs(Curve(*self.target), Curve(*self.draft), self.cold, self.granule, self.change)
 
     @cached_property
     def hinge(self) -> Hinge:
         """The paper's cost model of the target, which gives its policies their K_max."""
-        sizes, seconds, _ = self.target
+        sizes, seconds, *_ = self.target
         near = sizes <= LARGEST_KNEE
         return fit_hinge(sizes[near], seconds[near])
+
+    @property
+    def k_max(self) -> int:
+        """The hinge's, filled up to what takes as long."""
+        return self.hinge.k_max + -self.hinge.k_max % self.granule
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,13 @@ def sizes_upto(most: int) -> np.ndarray:
     return np.unique(np.concatenate((np.arange(1, 17), steps.round().astype(np.int64))))
 
 
-def _table(network: Network, chip: Chip, fixed: float, each: float = 0.0) -> tuple[np.ndarray, np.ndarray, float]:
+def _table(
+    network: Network, chip: Chip, fixed: float, each: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """A tree's nodes attend their request's context together: its KV cache is read once."""
     sizes = sizes_upto(16384)
     per_context = network.kv_bytes / (chip.bandwidth * chip.bandwidth_share)
-    return sizes, roofline(network, chip, sizes, fixed, each), per_context
+    return sizes, roofline(network, chip, sizes, fixed, each), per_context, 0.0
 
 
 # H100 SXM5 80 GB, NVIDIA's data sheet: 3.35 TB/s, 989 TFLOP/s in bf16 and 1,979 in fp8, both dense; NVLink 900 GB/s.
@@ -140,6 +155,7 @@ def h100_qwen3_8b() -> Machine:
         _table(QWEN3_8B, H100, _LAUNCH),
         _table(EAGLE3_HEAD, H100, _DRAFT_LAUNCH),
         HOST_SECONDS,
+        LEVEL_SECONDS,
         (
             "H100 SXM, NVIDIA's data sheet: 3.35 TB/s of which kernels reach 80 %, 989 bf16 TFLOP/s of which 60 %",
             "Qwen3-8B in bf16: a pass reads and multiplies its 8.2 B parameters but the input embedding's 0.62 B",
@@ -162,6 +178,7 @@ def h100x8_qwen3_235b() -> Machine:
         _table(QWEN3_235B, H100_FP8, _LAUNCH + reduces * _ALL_REDUCE, each),
         _table(EAGLE3_HEAD, H100, _DRAFT_LAUNCH),
         HOST_SECONDS,
+        LEVEL_SECONDS,
         (
             "8 H100 SXM, NVIDIA's data sheet: 3.35 TB/s each, 80 % of it reached, 1,979 fp8 TFLOP/s, 45 % of it",
             "Qwen3-235B-A22B in fp8, tensor parallel: each GPU reads an eighth of the weights that a pass touches",
@@ -179,9 +196,19 @@ def h100x8_qwen3_235b() -> Machine:
 def from_costs_file(path: Path) -> Machine:
     """The machine on which ``echo-trt calibrate`` or ``bench`` measured a bundle's costs.json."""
     stored = read_stored(path, CostTable, "name a costs.json that echo-trt calibrate wrote")
-    tables = [(np.array(c.sizes), np.array(c.seconds), c.per_context) for c in (stored.target, stored.draft)]
+    curves = (stored.target, stored.draft)
+    tables = [(np.array(c.sizes), np.array(c.seconds), c.per_context, c.per_node) for c in curves]
     assumptions = (f"passes take what they took on {stored.machine} on {stored.measured}, without noise",)
-    return Machine(stored.machine, *tables, HOST_SECONDS, assumptions)
+    return Machine(
+        stored.machine,
+        *tables,
+        HOST_SECONDS,
+        LEVEL_SECONDS,
+        assumptions,
+        cold=stored.cold,
+        granule=stored.granule,
+        change=stored.change,
+    )
 
 
 ROOFLINES = {"h100-qwen3-8b": h100_qwen3_8b, "8xh100-qwen3-235b": h100x8_qwen3_235b}

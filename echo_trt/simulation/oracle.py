@@ -74,12 +74,19 @@ class Choice:
 
 
 def choose(
-    copied: np.ndarray, drafted: np.ndarray, behind: np.ndarray, rate: float, costs: Costs, context: int
+    copied: np.ndarray,
+    drafted: np.ndarray,
+    behind: np.ndarray,
+    rate: float,
+    costs: Costs,
+    context: int,
+    level_seconds: float = 0.0,
 ) -> Choice:
-    """copied, drafted [B]: tokens in a row that will be accepted; behind [B]: entries that the first level needs."""
+    """copied, drafted [B]: tokens in a row that will be accepted; behind [B]: entries that the first level needs;
+    context: cached tokens of all; level_seconds: what a level takes beside its pass."""
     batch, free = len(copied), int(copied.sum())
     upto = free + int(np.maximum(drafted - copied, 0).sum())
-    worth = np.arange(upto + 1) - rate * costs.target.base(batch + upto)[batch : batch + upto + 1]
+    worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
     best_upto = np.maximum.accumulate(worth)  # of verifying so many or fewer
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
     for levels in range(1, int(drafted.max(initial=0)) + 1):
@@ -91,7 +98,7 @@ def choose(
         order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
         total = entries[order].cumsum(axis=0)
         seconds = costs.draft.base(int(total.max(initial=0)))[total].sum(axis=1)
-        seconds += costs.draft.per_context * context * (total > 0).sum(axis=1)
+        seconds += costs.draft.per_context * context * (total > 0).sum(axis=1) + costs.cold + level_seconds * levels
         net = best_upto[free + gain[order].cumsum()] - rate * seconds
         if len(net) and net.max() > top[0]:
             count = int(net.argmax())
@@ -102,6 +109,11 @@ def choose(
     passes = int(reach[chosen].max(initial=0))
     number = int(worth[: reach.sum() + 1].argmax())
     return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
+
+
+def _verifying(costs: Costs, batch: int, context: int, nodes: np.ndarray) -> np.ndarray:
+    """Seconds of verifying so many ``nodes`` beside the roots, of requests that have the mean context."""
+    return costs.verifications(batch, nodes) + costs.target.per_node * context / batch * nodes
 
 
 def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
@@ -122,7 +134,8 @@ class Oracle:
 
     def __init__(self, recording: Recording, machine: Machine, policy: Policy, batch: int, prompt: int):
         self._recording, self._batch, self._prompt = recording, batch, prompt
-        self._costs, self._host = machine.costs(), machine.host_seconds
+        self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
+        self._costs.change = 0.0  # it is spared what passes of another size cost
         self._foresight = Foresight.of(recording.trees, policy)
 
     def run(self, tokens: int) -> Tally:
@@ -144,12 +157,12 @@ class Oracle:
         return tally
 
     def _step(self, walk: Walk, rate: float) -> Step:
-        positions, context, seen = walk.positions, walk.context, self._foresight
-        choice = choose(
-            seen.copied[positions], seen.drafted[positions], walk.behind.clip(1), rate, self._costs, context
-        )
+        positions, context, seen = walk.positions, int(walk.context.sum()), self._foresight
+        ahead = seen.copied[positions], seen.drafted[positions], walk.behind.clip(1)
+        choice = choose(*ahead, rate, self._costs, context, self._level)
         walk.behind[choice.drafted] = 0
         verified = int(choice.verified.sum())
-        seconds = self._host + choice.draft_seconds + self._costs.target(self._batch + verified, context)
+        seconds = self._host + choice.draft_seconds + self._costs.target.per_context * context
+        seconds += float(_verifying(self._costs, self._batch, context, np.array([verified]))[0])
         kept = walk.advance(choice.verified + 1)
         return Step(kept.tokens, verified, verified, choice.levels, seconds)

@@ -83,7 +83,6 @@ class ClockedDraft:
     draft: RecordedDraft
     walk: Walk
     costs: Costs
-    context: int
     planner: Planner | None
     seconds: float = 0.0
     passes: int = 0
@@ -103,12 +102,13 @@ class ClockedDraft:
         return self.draft.expand(tree, nodes)
 
     def _pass(self, entries: int) -> None:
+        first, context = self.passes == 0, int(self.walk.context.sum())
         self.entries = entries
-        taken = self.costs.draft(entries, self.context)
+        taken = self.costs.draft(entries, context) + first * self.costs.cold
         self.seconds += taken
         self.passes += 1
         if self.planner:
-            self.planner.draft_pass(entries, self.context, taken)
+            self.planner.draft_pass(entries, context, taken, first)
 
 
 class Replay:
@@ -118,7 +118,7 @@ class Replay:
         self, recording: Recording, calibration: Calibration, machine: Machine, policy: Policy, batch: int, prompt: int
     ):
         self._recording, self._policy, self._prompt, self._batch = recording, policy, prompt, batch
-        self._clock, self._host = machine.costs(), machine.host_seconds
+        self._machine, self._clock, self._size = machine, machine.costs(), 0
         self._lookup = calibration.lookup if policy.copies else None
         self.planner = Goodput(machine.costs(), calibration.model(), batch) if policy.seeks_goodput else None
         self.walk = Walk(recording, batch, prompt)
@@ -141,19 +141,30 @@ class Replay:
 
     def step(self) -> Step:
         walk = self.walk
-        positions, context = walk.positions, walk.context
+        positions, context = walk.positions, int(walk.context.sum())
         load = Load(np.arange(self._batch), walk.room.clip(0), walk.behind.clip(1), context)
-        draft = ClockedDraft(self._draft_at(positions), walk, self._clock, context, self.planner)
+        draft = ClockedDraft(self._draft_at(positions), walk, self._clock, self.planner)
         plan = self._plan(positions, draft, load)
-        tree, taken = plan.tree, self._clock.target(len(plan.tree), context)
+        tree, planning = plan.tree, draft.passes * self._machine.level_seconds
+        again = int(((tree.sizes - 1) * walk.context).sum())
+        taken = self._verification(len(tree), context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
-        seconds = draft.seconds + taken + self._host
+        seconds = draft.seconds + planning + taken + self._machine.host_seconds
         if self.planner:
-            self.planner.target_pass(len(tree), context, taken)
-            self.planner.committed(plan, path, load, seconds, self._host)
+            self.planner.decided(draft.passes, planning)
+            self.planner.target_pass(len(tree), context, taken, again)
+            self.planner.committed(plan, path, load, seconds, self._machine.host_seconds)
         kept = walk.advance(np.bincount(tree.request[path], minlength=self._batch))
         self._join(kept.ended)
         return Step(kept.tokens, len(tree) - self._batch, len(path) - self._batch, draft.passes, seconds)
+
+    def _verification(self, tokens: int, context: int, again: int) -> float:
+        """Seconds of the target's pass; ``again``: cached tokens that nodes attend, roots apart."""
+        clock = self._clock
+        if again:
+            tokens += -tokens % clock.granule
+        changed, self._size = tokens != self._size, tokens
+        return clock.target(tokens, context) + clock.target.per_node * again + changed * clock.change
 
     def _plan(self, positions: np.ndarray, draft: ClockedDraft, load: Load) -> Plan:
         roots, policy = np.zeros(self._batch, np.int64), self._policy

@@ -104,9 +104,9 @@ class Walk:
         return self._recording.longest - self.index - 1
 
     @property
-    def context(self) -> int:
-        """Tokens in the cache: all but each slot's newest."""
-        return int(self.index.sum()) + (self._prompt - 1) * len(self.index)
+    def context(self) -> np.ndarray:
+        """Each slot's tokens in the cache, all but the newest: [B]"""
+        return self.index + self._prompt - 1
 
     def advance(self, counts: np.ndarray) -> Kept:
         """Each slot emits ``counts`` [B] tokens, of which those beyond its answer's end are dropped."""

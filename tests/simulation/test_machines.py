@@ -27,7 +27,7 @@ COSTS = {
 @pytest.mark.parametrize("name", ROOFLINES)
 def test_rooflines_only_rise(name):
     machine = machine_named(name, None)
-    for sizes, seconds, per_context in (machine.target, machine.draft):
+    for sizes, seconds, per_context, _ in (machine.target, machine.draft):
         assert (np.diff(sizes) > 0).all()
         assert (np.diff(seconds) > 0).all()
         assert per_context > 0
@@ -86,6 +86,10 @@ def test_this_machine_is_as_measured(tmp_path):
     assert machine.name == "a test's"
     assert machine.costs().target(4, 1000) == pytest.approx(0.012)
     assert machine.costs().draft(16) == pytest.approx(0.002)
+    path.write_text(json.dumps(COSTS | {"cold": 3e-4, "granule": 8, "change": 2e-3}))
+    costs = from_costs_file(path).costs()
+    assert (costs.cold, costs.granule, costs.change) == (3e-4, 8, 2e-3)
+    assert from_costs_file(path).k_max % 8 == 0
 
 
 def test_bad_machines(tmp_path):

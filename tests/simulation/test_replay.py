@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import recorded
@@ -24,7 +26,7 @@ OTHERS = (
 
 
 def machine(target, draft, host=0.0, per_context=0.0) -> Machine:
-    return Machine("test", (SIZES, target, per_context), (SIZES, draft, 0.0), host, ())
+    return Machine("test", (SIZES, target, per_context, 0.0), (SIZES, draft, 0.0, 0.0), host, 0.0, ())
 
 
 KNEE = machine(np.maximum(1e-2, 3e-4 * SIZES), 5e-4 + 1e-5 * SIZES, 1e-3)
@@ -56,7 +58,7 @@ def test_plain_decoding_has_the_rate_that_arithmetic_says(recording, calibration
 def test_context_is_paid_for(recording, calibration):
     slow = machine(KNEE.target[1], KNEE.draft[1], per_context=1e-5)
     run = replay(recording, calibration, Policy("autoregressive"), 3, slow)
-    context = run.walk.context
+    context = run.walk.context.sum()
     assert run.step().seconds == pytest.approx(slow.costs().target(3) + 1e-5 * context)
 
 
@@ -102,6 +104,22 @@ def test_passes_take_along_what_the_runtimes_do(recording, calibration):
         passes = [draft_costs(n) for n in (behind, 6, 12, 18)]
         assert step.levels == 4
         assert step.seconds == pytest.approx(sum(passes) + target_costs(3 + step.verified) + 1e-3)
+
+
+def test_what_a_pass_costs_beside_its_tokens_is_paid_for(recording, calibration):
+    """A granule, a change of size, a cold draft, planning, and nodes that attend their request's context again."""
+    dear = replace(KNEE, target=(*KNEE.target[:3], 1e-6), cold=3e-4, granule=8, change=2e-3, level_seconds=1e-4)
+    static = Policy("static", **SHAPE, per_request=6)
+    run, plain = (Replay(recording, calibration, each, static, 3, prompt=10) for each in (dear, KNEE))
+    for again in range(3):
+        context = run.walk.context.copy()
+        step, cheap = run.step(), plain.step()
+        nodes = 3 + step.verified
+        filled = KNEE.costs().target(nodes + -nodes % 8) - KNEE.costs().target(nodes)
+        attended = 1e-6 * step.verified / 3 * context.sum()  # a static tree is full: as many nodes for each request
+        more = filled + attended + 3e-4 + 1e-4 * step.levels + 2e-3 * (again == 0)
+        assert step.verified == 3 * 5
+        assert step.seconds - cheap.seconds == pytest.approx(more, rel=1e-6)
 
 
 def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
