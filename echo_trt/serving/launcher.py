@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from echo_trt.serving.triton_server import (
 #: What a machine without a GPU makes Triton complain about.
 HARMLESS = ("cuda", "dcgm", "nvml")
 _LIBC = ctypes.CDLL(None)
+STACK = 512 * 2**20  # bytes a thread, taken as used: Triton 2.51 parses JSON by recursion, 170 bytes a bracket
 LOOK = 0.5  # seconds between two looks at the processes
 FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to hand out what it was given; to stop
 MOST_RESTARTS, RESTARTS_WITHIN = 5, 300.0  # seconds
@@ -70,7 +72,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
-            preexec_fn=_die_with_parent,
+            preexec_fn=_prepare,
         )
         threading.Thread(target=self._relay, daemon=True).start()
 
@@ -126,8 +128,12 @@ def _lives(pid: int) -> bool:
     return False
 
 
-def _die_with_parent() -> None:
+def _prepare() -> None:
+    """In a child, before it becomes what it will be."""
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    stack = STACK if most == resource.RLIM_INFINITY else min(STACK, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
 
 
 def run(job: Job, messages: Console) -> int:

@@ -68,7 +68,7 @@ def _killed(stage: Stage, name: str, what: str) -> Row:
 
 
 def nested_json(stage: Stage) -> Row:
-    """Triton 2.51 parses JSON by recursion, and a deep body overflows its stack."""
+    """Triton 2.51 parses JSON by recursion: the launcher gives it a stack that holds a deep body."""
     before = stage.server.err.count("serving again after")
     body = b'{"text_input": ' + b"[" * 2**20
     try:

@@ -308,6 +308,16 @@ def test_nonsense_over_http_is_answered(server):
     rest(server)
 
 
+def test_deeply_nested_json_is_refused(server):
+    deep = b'{"text_input": ' + b"[" * 2**20
+    for body in (deep, deep + b"]" * 2**20 + b"}"):
+        status, answer = server.post("generate", body)
+        assert status >= 400
+        assert b"error" in answer
+    assert server.generate(text_input=PROMPT, **WAYS["greedy"])["completion_tokens"] == 40
+    assert "starting it again" not in server.err
+
+
 def test_nonsense_over_grpc_is_answered(server):
     import tritonclient.grpc as client
     from tritonclient.utils import InferenceServerException
