@@ -100,10 +100,10 @@ class Goodput(Planner):
         price = self.price(load)
         weights = self.history.weights(load.slots)
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
+        seconds = Verifications(self.costs, load)
         if draft is not None and load.room.any():
-            self._draft(candidates, draft, policy, load, price)
-        seconds = self._target(load, np.arange(len(candidates) + 1))
-        chosen = select(candidates.value, candidates.tree, policy.per_request, seconds, price)
+            self._draft(candidates, draft, policy, load, seconds, price)
+        chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         self.history.planned(len(tree) > len(roots))
         return Plan(tree, candidates.probability[nodes], candidates.tree)
@@ -113,13 +113,15 @@ class Goodput(Planner):
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
         return self.history.caution * self.history.speedup * len(load.slots) / plain
 
-    def _target(self, load: Load, nodes: np.ndarray) -> np.ndarray:
-        """Seconds of verifying so many ``nodes``, of any shape, beside the roots, less what is the same for all."""
-        # A node attends its request's context, on average this much.
-        each = self.costs.target.per_node * load.context / len(load.slots)
-        return self.costs.verifications(len(load.slots) + load.others, nodes) + each * nodes
-
-    def _draft(self, candidates: Candidates, draft: Draft, policy: Policy, load: Load, price: float) -> None:
+    def _draft(
+        self,
+        candidates: Candidates,
+        draft: Draft,
+        policy: Policy,
+        load: Load,
+        seconds: Verifications,
+        price: float,
+    ) -> None:
         history = self.history
         history.begin(load.slots)
         open_ = np.flatnonzero(load.room > 0)
@@ -129,7 +131,7 @@ class Goodput(Planner):
         # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
         once = np.maximum(behind - IN_STEP, 0)
         entries = np.cumsum((behind - once + once / np.clip(load.room[open_], 1, SERVES))[best])
-        count = self._worth_expanding(candidates, promise[best], 0, entries, load, price)
+        count = self._worth_expanding(candidates, promise[best], 0, entries, load, seconds, price)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -145,7 +147,7 @@ class Goodput(Planner):
             if len(frontier) == 0:
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
-            count = self._worth_expanding(candidates, candidates.value[frontier], depth, entries, load, price)
+            count = self._worth_expanding(candidates, candidates.value[frontier], depth, entries, load, seconds, price)
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
@@ -153,7 +155,14 @@ class Goodput(Planner):
             expanded += count
 
     def _worth_expanding(
-        self, candidates: Candidates, frontier: np.ndarray, depth: int, entries: np.ndarray, load: Load, price: float
+        self,
+        candidates: Candidates,
+        frontier: np.ndarray,
+        depth: int,
+        entries: np.ndarray,
+        load: Load,
+        seconds: Verifications,
+        price: float,
     ) -> int:
         """How many of the frontier to expand, values [F], best first, of depth ``depth``; 0 if none pays.
 
@@ -177,21 +186,13 @@ class Goodput(Planner):
         hist[1] = np.bincount(cell.reshape(-1), (weight * worth).reshape(-1), size).reshape(variants, levels, BINS)
         now = _histogram(candidates.value[candidates.tree.num_requests :])
         plans = now[:, None, None] + share * hist.cumsum(axis=1).cumsum(axis=2)
-        gain = self._best_value(plans, load, price) - self._best_value(now, load, price)
+        gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
         net = gain - price * (draft + (self.costs.cold if depth == 0 else 0.0))
         best = int(net.argmax())
         return int(ends[best // levels]) if net.flat[best] > 0 else 0
-
-    def _best_value(self, plans: np.ndarray, load: Load, price: float) -> np.ndarray:
-        """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
-        count, total = plans.cumsum(axis=-1)
-        low = count.astype(np.int64)
-        below, above = self._target(load, low), self._target(load, low + 1)
-        time = below + (count - low) * (above - below)
-        return np.maximum((total - price * time).max(axis=-1), -price * self._target(load, np.zeros(1, np.int64)))
 
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
@@ -214,6 +215,33 @@ class Goodput(Planner):
         progress = np.bincount(tree.request[path], minlength=len(load.slots))
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
         self.history.observe(load.slots, progress, plan.probability.sum(), seconds, host, plain, load.others > 0)
+
+
+class Verifications:
+    """Seconds of verifying 0, 1, ... nodes beside the roots, in one iteration, less what is the same for any number."""
+
+    def __init__(self, costs: Costs, load: Load):
+        self._costs, self._tokens = costs, len(load.slots) + load.others
+        # A node attends its request's context, on average this much.
+        self._each = costs.target.per_node * load.context / len(load.slots)
+        self._seconds = np.empty(0)
+
+    def upto(self, nodes: int) -> np.ndarray:
+        """[nodes + 1] or longer."""
+        if nodes >= len(self._seconds):
+            numbers = np.arange(2 * nodes + BINS)
+            self._seconds = self._costs.verifications(self._tokens, numbers) + self._each * numbers
+        return self._seconds
+
+
+def _best_value(plans: np.ndarray, seconds: Verifications, price: float) -> np.ndarray:
+    """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
+    count, total = plans.cumsum(axis=-1)
+    low = count.astype(np.int64)
+    table = seconds.upto(int(low.max()) + 1)
+    below = table[low]
+    time = below + (count - low) * (table[low + 1] - below)
+    return np.maximum((total - price * time).max(axis=-1), -price * table[0])
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:

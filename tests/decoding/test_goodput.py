@@ -13,7 +13,7 @@ from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 from echo_trt.decoding.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
 from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import BINS, Goodput, Load, select
+from echo_trt.decoding.goodput import BINS, Goodput, Load, Verifications, select
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -232,7 +232,8 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    got = planner._worth_expanding(candidates, frontier, depth, entries, load, price)
+    verifications = Verifications(planner.costs, load)
+    got = planner._worth_expanding(candidates, frontier, depth, entries, load, verifications, price)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])
