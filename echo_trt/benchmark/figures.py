@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.benchmark.closed_loop import PHASES, Sample
+from echo_trt.benchmark.closed_loop import PHASES, Sample, Tally
 from echo_trt.benchmark.peers import PeerRun
 
 PLAIN = "autoregressive"
@@ -15,21 +15,21 @@ PLAIN = "autoregressive"
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
     """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own."""
     decode = [s.decode for s in rounds]
-    iterations = sum(t.iterations for t in decode)
+    iterations, verifications = sum(t.iterations for t in decode), sum(t.verifications for t in decode)
     accepted = sum(t.tokens - t.verifications for t in decode)
     drafted, verified = sum(t.drafted for t in decode), sum(t.verified for t in decode)
-    ratios = [_rate(a.decode) / _rate(b.decode) for a, b in zip(rounds, plain, strict=True)]
-    whole = [_rate(a.whole) / _rate(b.whole) for a, b in zip(rounds, plain, strict=True)]
+    ratios = [_ratio(_rate(a.decode), _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
+    whole = [_ratio(_rate(a.whole), _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
     return {
         "policy": policy,
         "batch": batch,
         "rounds": len(rounds),
-        "decode_tokens_per_s": round(float(np.median([_rate(t) for t in decode])), 2),
-        "end_to_end_tokens_per_s": round(float(np.median([_rate(s.whole) for s in rounds])), 2),
-        "ratio": round(float(np.median(ratios)), 4),
-        "ratio_spread": [round(min(ratios), 4), round(max(ratios), 4)],
-        "end_to_end_ratio": round(float(np.median(whole)), 4),
-        "accepted_length": round(sum(t.tokens for t in decode) / max(sum(t.verifications for t in decode), 1), 4),
+        "decode_tokens_per_s": _median([_rate(t) for t in decode], 2),
+        "end_to_end_tokens_per_s": _median([_rate(s.whole) for s in rounds], 2),
+        "ratio": _median(ratios),
+        "ratio_spread": _spread(ratios),
+        "end_to_end_ratio": _median(whole),
+        "accepted_length": round(sum(t.tokens for t in decode) / verifications, 4) if verifications else None,
         "draft_utilisation": round(accepted / drafted, 4) if drafted else None,
         "verified_per_iteration": round(verified / max(iterations, 1), 2),
         "budget_used": round(verified / max(iterations, 1) / k_max, 4) if k_max else None,
@@ -55,23 +55,29 @@ def peer_figures(name: str, batch: int, rounds: list[PeerRun], plain: list[Sampl
         "decode_tokens_per_s": _median([r.decode_tokens_per_s for r in rounds]),
         "end_to_end_tokens_per_s": _median([r.full_tokens_per_s for r in rounds]),
         "ratio": _median(decode),
-        "ratio_spread": [round(r, 4) for r in (min(decode), max(decode))] if None not in decode else None,
+        "ratio_spread": _spread(decode),
         "end_to_end_ratio": _median(whole),
         "accepted_length": _median([r.accepted_length for r in rounds]),
     }
 
 
-def _ratio(rate: float | None, plain: float) -> float | None:
-    return None if rate is None else rate / plain
+def _ratio(rate: float | None, plain: float | None) -> float | None:
+    return None if rate is None or plain is None else rate / plain
 
 
-def _median(values: list[float | None]) -> float | None:
+def _median(values: list[float | None], digits: int = 4) -> float | None:
     known = [v for v in values if v is not None]
-    return round(float(np.median(known)), 4) if known else None
+    return round(float(np.median(known)), digits) if known else None
 
 
-def _rate(tally) -> float:
-    return tally.tokens / tally.elapsed if tally.elapsed else float("nan")
+def _spread(values: list[float | None]) -> list[float] | None:
+    known = [v for v in values if v is not None]
+    return [round(min(known), 4), round(max(known), 4)] if known else None
+
+
+def _rate(tally: Tally) -> float | None:
+    """Tokens a second; None where there was no such iteration, as where prompts are in all of them."""
+    return tally.tokens / tally.elapsed if tally.elapsed else None
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:

@@ -10,8 +10,10 @@ from refusal import refused
 from rich.console import Console
 
 from echo_trt.benchmark import command
+from echo_trt.benchmark.closed_loop import Sample
 from echo_trt.benchmark.closed_loop import run as closed_loop
 from echo_trt.benchmark.command import Job, check_pool, run
+from echo_trt.benchmark.figures import figures
 from echo_trt.calibration.trees import Trees
 from echo_trt.runtime.llm import LLM
 
@@ -69,6 +71,17 @@ def test_only_iterations_with_every_slot_busy_are_counted(open_llm):
     assert len(sample.texts) == len(sample.ttft) == 4
     assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
     assert sample.whole.tokens < sum(map(len, sample.texts.values()))  # the end of the run is left out
+
+
+def test_a_policy_that_never_decoded_without_prompts_has_no_rate():
+    """Large batches of short answers: some prompt is in every iteration."""
+    plain, never = Sample(), Sample()
+    for tally in (plain.decode, plain.whole, never.whole):
+        tally.iterations, tally.elapsed, tally.tokens, tally.verifications = 4, 0.5, 20, 4
+    row = figures("static", 64, [never, never], [plain, plain], 8)
+    assert (row["decode_tokens_per_s"], row["ratio"], row["ratio_spread"], row["accepted_length"]) == (None,) * 4
+    assert (row["end_to_end_tokens_per_s"], row["end_to_end_ratio"]) == (40, 1)
+    json.dumps(row, allow_nan=False)
 
 
 def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
