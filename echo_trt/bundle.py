@@ -87,6 +87,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle ``folder``. Raises UserError where there is none that this version reads."""
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")

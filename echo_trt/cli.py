@@ -82,7 +82,8 @@ def build(
 ) -> None:
     """Compile a recipe's target and draft into a bundle.
 
-    The bundle is checked against the reference before it is put in its place: it appears whole or not at all.
+    The bundle is checked against the reference before it is put in its place: it appears whole or not at all. One that
+    is there is replaced, with the calibration and the costs that were written into it.
 
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build build/smollm2-135m.yaml --engine tensorrt-rtx --compute-capability 8.9`
@@ -111,7 +112,8 @@ def generate(
         int | None, typer.Option(help="Requests running at once. Default: the recipe's; 1 with --compare.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="K_max, verified tokens an iteration. Default: the recipe's.")
+        int | None,
+        typer.Option(help="K_max of echo, dense, fixed: tokens verified an iteration. Default: the recipe's."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -169,7 +171,7 @@ def serve(
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
-    drain_timeout: Annotated[int, typer.Option(min=0, help="Seconds that SIGTERM waits for open answers.")] = 60,
+    drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
 ) -> None:
     """Serve a bundle with Triton Inference Server, and OpenAI's API beside it.
 
@@ -250,8 +252,10 @@ def simulate(
     policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
         "goodput,echo,dense,fixed,static,oracle"
     ),
-    prompt: Annotated[int, typer.Option(min=0, help="Cached tokens before each answer.")] = 256,
+    prompt: Annotated[int, typer.Option(min=1, help="Cached tokens before each answer.")] = 256,
     budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
+    static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Replay recorded draft trees under the same policies and another machine's costs.
@@ -262,9 +266,8 @@ def simulate(
 
     words = tuple(part.strip() for part in policies.split(",") if part.strip())
     sizes = tuple(_numbers("--batch", batch))
-    job = SimulationJob(
-        recording, calibration, machine, costs, sizes, words, prompt=prompt, budget=budget, json_file=json_file
-    )
+    shape = tuple(_numbers("--static", static)) if static else None
+    job = SimulationJob(recording, calibration, machine, costs, sizes, words, budget, shape, prompt, tokens, json_file)
     run(job, Console(), messages)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from echo_trt.errors import UserError
 from echo_trt.outputs import json_bytes, output_file
 from echo_trt.prompts import Prompt
 from echo_trt.report import comparison_table, rounding_note
@@ -63,6 +64,10 @@ def run(job: Job, out: Console, messages: Console) -> None:
             # Of two policies the second would find what the first has computed.
             llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print, False if job.compare else None)
         policy = llm.loop.policy.name
+        if job.budget and llm.loop.policy.budget is None:
+            raise UserError(
+                f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed."
+            )
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
         write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))

@@ -17,6 +17,8 @@ def output_file(option: str, path: Path | None) -> Iterator[Callable[[bytes], No
     if path is None:
         yield lambda content: None
         return
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name a file.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.touch()

@@ -46,6 +46,9 @@ class Job:
 
 def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     sets = {file.stem: read_prompts(file) for file in job.prompts}
+    if len(sets) < len(job.prompts):
+        names = ", ".join(map(str, job.prompts))
+        raise UserError(f"--prompts names {names}; give files of different names, by which the results are told apart.")
     _check(job, sets)
     with ExitStack() as stack:
         write_json, write_html, write_recording = (

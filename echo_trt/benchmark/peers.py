@@ -44,15 +44,6 @@ class PeerRun:
     decode_tokens_per_s: float | None
     accepted_length: float | None
 
-    @property
-    def emitted(self) -> int:
-        """Tokens of all answers."""
-        return sum(map(len, self.token_ids))
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.emitted / self.seconds
-
 
 class Peer(Protocol):
     name: str

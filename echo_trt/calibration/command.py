@@ -29,7 +29,7 @@ BINS = 10  # of the reliability diagram
 
 @dataclass(frozen=True)
 class Job:
-    """``prompts`` are files; ``limit`` prompts of them all, spread evenly, are answered with ``max_tokens`` each."""
+    """``prompts`` are files; ``limit`` prompts of them all are answered with ``max_tokens`` each."""
 
     bundle: Path
     prompts: list[Path]
@@ -92,13 +92,15 @@ def run(job: Job, out: Console, messages: Console) -> None:
 
 
 def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
-    """``limit`` prompts, as many from each file as it allows; ids may repeat between files."""
+    """``limit`` prompts, file by file: the first of each, in turn while they last. Ids may repeat between files."""
     rows = [read_prompts(file) for file in files]
-    share = -(-limit // len(rows))
-    chosen = [prompt for part in rows for prompt in part[:share]][:limit]
+    turns = sorted((turn, number) for number, part in enumerate(rows) for turn in range(len(part)))
+    chosen = [rows[number][turn] for number, turn in sorted((n, t) for t, n in turns[:limit])]
     if len(chosen) < FEWEST:
         names = ", ".join(map(str, files))
-        raise UserError(f"--prompts {names}: {len(chosen)} prompts; calibration needs {FEWEST} or more.")
+        raise UserError(
+            f"--prompts {names}: {len(chosen)} prompts with --limit {limit}; calibration needs {FEWEST} or more."
+        )
     return chosen
 
 
@@ -129,6 +131,7 @@ def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
 
 
 def costs_table(costs: CostTable) -> Table:
+    """The target's and the draft's seconds by size, and the hinge."""
     hinge = costs.hinge
     table = Table("N", "target", "draft", title=f"a pass over N tokens, ms, on {costs.machine}", title_justify="left")
     drafts = dict(zip(costs.draft.sizes, costs.draft.seconds, strict=True))
@@ -142,6 +145,7 @@ def costs_table(costs: CostTable) -> Table:
 
 
 def gates_table(calibration: Calibration) -> Table:
+    """AUC, acceptance and threshold by depth, with the sweet spots and why they are."""
     table = Table(title=f"gates, from {calibration.positions:,} draft trees", title_justify="left")
     for column in ("depth", "AUC", "accepted", "threshold", "sparse gate"):
         table.add_column(column, justify="right" if column != "sparse gate" else "left")

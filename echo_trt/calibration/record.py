@@ -30,7 +30,7 @@ def record(
     kept = loop.planner, loop.policy
     recorder = TreeRecorder(loop.state, shape)
     loop.planner, loop.policy = recorder, replace(shape, name="goodput", max_depth=COPIED)
-    first = loop.admissions
+    first, preemptions = loop.admissions, loop.counters.preemptions
     try:
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0
@@ -41,6 +41,6 @@ def record(
                 progress(done / len(prompts))
     finally:
         loop.planner, loop.policy = kept
-    if loop.counters.preemptions:
+    if loop.counters.preemptions > preemptions:
         raise UserError("the KV pool was too small to record; give a smaller --batch.")
     return recorder.trees(first + np.arange(len(prompts)), answers, groups)

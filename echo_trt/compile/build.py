@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import tempfile
@@ -55,6 +54,8 @@ def build(
 ) -> Manifest:
     """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all.
 
+    A bundle that is there before is replaced, with the calibration and the costs that were written into it.
+
     ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
     """
     _check_settings(recipe)
@@ -62,6 +63,7 @@ def build(
         raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    old = work.with_name(f"{work.name}-old")
     try:
         if (out / TIMINGS).exists():
             shutil.copy(out / TIMINGS, work)
@@ -69,10 +71,11 @@ def build(
         (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)
         if out.exists():
-            shutil.rmtree(out)
-        os.replace(work, out)
+            out.rename(old)
+        work.rename(out)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for folder in (work, old):
+            shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 

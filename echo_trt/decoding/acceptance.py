@@ -25,14 +25,15 @@ class Acceptance:
     ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
     will be worth, as a share of the node's own probability: equally likely values, ascending. ``below`` [depth] has the
     same, [levels, w, quantiles], for that level and those under the best child. ``drift`` [sources] shifts log-odds,
-    learnt from what is verified.
+    learnt from what is verified. ``expected`` and ``accepted`` [sources] are sums over all verified nodes: of what each
+    was thought to be worth at its time, and of those accepted.
     """
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = table, children
         self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.drift = np.zeros(len(table))
-        self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))  # over all verified nodes
+        self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
 
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:
@@ -63,6 +64,11 @@ class Acceptance:
         # A step of stochastic gradient on the log-likelihood: unbiased whatever was chosen to be verified.
         step = (got - expected) / np.sqrt(np.maximum(count, 1))
         self.drift = np.clip(self.drift + _LEARNING * step, -_MOST, _MOST)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """``expected`` and ``accepted``, each by source."""
+        sums = {"expected": self.expected, "accepted": self.accepted}
+        return {what: dict(zip(SOURCES, each.tolist(), strict=True)) for what, each in sums.items()}
 
 
 def _foreseen(children: np.ndarray) -> np.ndarray:

@@ -53,6 +53,7 @@ class Candidates:
 
     @property
     def value(self) -> np.ndarray:
+        """Expected tokens, each weighed as its request is: float64 [n]."""
         return self.probability * self.weights[self.tree.request]
 
     def add(self, parents: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:

@@ -30,7 +30,6 @@ class History:
         self.caution = 1.0
         self._since_plain = 0
         self._quiet, self._rest, self._requests = 0, 0, 0
-        self.probes = 0
 
     @property
     def speedup(self) -> float:
@@ -89,7 +88,6 @@ class History:
         if len(requests) == 0:
             return requests
         self._credit = 0.0
-        self.probes += 1
         return requests[self._idle[slots[requests]].argmax()][None]
 
     def observe(

@@ -63,6 +63,7 @@ class Answer:
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(16)
 
     async def whole(self, pieces: Pieces) -> dict[str, Any]:
+        """The body of an answer that is not streamed, once all choices have ended."""
         texts, reasons, usage = [""] * self.choices, [""] * self.choices, Usage(self.n)
         logprobs: list[list[Entry]] = [[] for _ in range(self.choices)]
         async for choice, piece in pieces:

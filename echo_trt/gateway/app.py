@@ -63,28 +63,34 @@ def create_app(
 
 
 async def models(request: Request) -> dict[str, Any]:
+    """GET /v1/models: the one there is."""
     return {"object": "list", "data": [_model(request)]}
 
 
 async def one_model(request: Request, name: str) -> dict[str, Any]:
+    """GET /v1/models/NAME; 404 for another name."""
     _check_model(request, name)
     return _model(request)
 
 
 async def chat(request: Request, asked: ChatRequest) -> Response:
+    """POST /v1/chat/completions."""
     return await _answer(request, asked)
 
 
 async def completions(request: Request, asked: CompletionRequest) -> Response:
+    """POST /v1/completions."""
     return await _answer(request, asked)
 
 
 async def health(request: Request) -> dict[str, str]:
+    """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.upstream.check()
     return {"status": "ok"}
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:
+    """GET /metrics, for Prometheus."""
     return PlainTextResponse(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -13,6 +13,8 @@ COUNTED = (*OPEN, "/v1/models", "/v1/chat/completions", "/v1/completions")  # ot
 
 
 class Edge:
+    """Around the application: keys and body sizes are looked at before anything is read; every answer is counted."""
+
     def __init__(self, app: ASGIApp, keys: Keys | None, largest_body: int, metrics: Metrics):
         self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
 

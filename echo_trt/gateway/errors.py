@@ -36,11 +36,13 @@ class ApiError(HTTPException):
 
 
 def overloaded() -> ApiError:
+    """429: the queue is full."""
     message = "The server's queue is full; retry in a second."
     return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
 
 
 def unavailable() -> ApiError:
+    """503: the engine is starting, stopping or gone."""
     return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
 
 

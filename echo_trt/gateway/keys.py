@@ -12,6 +12,8 @@ SHORTEST = 16  # characters; what is shorter can be guessed
 
 
 class Keys:
+    """The API keys of a file, one a line, kept as digests."""
+
     def __init__(self, path: Path):
         """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
         try:

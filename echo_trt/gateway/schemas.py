@@ -124,6 +124,8 @@ class Params(Strict):
 
 
 class Message(Strict):
+    """One turn of a chat; its content is text."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
     name: str | None = None
@@ -156,6 +158,8 @@ class Message(Strict):
 
 
 class ChatRequest(Params):
+    """The body of /v1/chat/completions."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     logprobs: bool = False
@@ -195,6 +199,8 @@ class ChatRequest(Params):
 
 
 class CompletionRequest(Params):
+    """The body of /v1/completions."""
+
     prompt: list[Text | list[Annotated[int, Field(ge=0, le=INT32)]]]
     logprobs: Alternatives | None = None
 

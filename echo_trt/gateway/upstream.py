@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from echo_trt.gateway.errors import ApiError, from_grpc, unavailable
 from echo_trt.gateway.metrics import Metrics
+from echo_trt.serving.probe import FIRST
 
 #: input -> Triton's name of its type, numpy's type
 TYPES = {
@@ -49,7 +50,6 @@ TYPES = {
 CODES = grpc.StatusCode.__members__
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
 BUSY_S = 30.0  # a full queue is no illness while text still came within this long
-FIRST = -1  # a probe's priority: before all clients'
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
 PROBE_S = 10.0  # how long a probe waits for its token
 
@@ -77,6 +77,7 @@ class Upstream:
         self._ending: set[asyncio.Task] = set()
 
     async def close(self) -> None:
+        """Wait for streams that are ending, and close the channel."""
         await asyncio.gather(*self._ending)
         await self._client.close()
 
@@ -95,7 +96,7 @@ class Upstream:
                     raise _failure(error.message())
                 piece = _piece(result)
                 self._last_piece = time.monotonic()
-                if first:
+                if first and inputs.get("stream"):
                     self._metrics.first_text.observe(self._last_piece - begin)
                 first, done = False, piece.finish_reason is not None
                 yield piece

@@ -22,6 +22,8 @@ Part = tuple[slice, ...]
 
 
 class Checkpoint(Protocol):
+    """Stored weights by name; ``config`` is Hugging Face's config.json or what a GGUF file says of the same."""
+
     path: Path
     config: dict[str, Any]
 

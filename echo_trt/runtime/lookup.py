@@ -23,6 +23,7 @@ class LookupDrafter:
         self.set_acceptance(acceptance)
 
     def set_acceptance(self, acceptance: Sequence[float]) -> None:
+        """``acceptance`` as the class says; probabilities above 0."""
         self.log_acceptance = np.log(np.asarray(acceptance, np.float64))
 
     def behind(self, slots: np.ndarray) -> np.ndarray:
@@ -75,6 +76,7 @@ class LookupDraft:
         return np.where(best >= 0, best % width + 1, 0), np.where(best >= 0, best // width, 0)
 
     def continuations(self, length: int) -> Continuations:
+        """See LookupDrafter.continuations."""
         place = self._next[:, None] + np.arange(length)
         inside = (place < self._length[:, None]) & (self._log_q > -np.inf)[:, None]
         tokens = np.take_along_axis(self._text, np.minimum(place, self._text.shape[1] - 1), axis=1)

@@ -202,6 +202,7 @@ class Loop:
         for depth, requests in enumerate(plan.candidates.reached.tolist()):
             self.counters.reached[depth] += requests
         verified = self._verify(plan.tree, slots, chunk_slots, chunks)
+        self.counters.iterations += 1
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
@@ -339,7 +340,6 @@ class Loop:
         logprobs = verified.logprobs(path, emitted)
         kept, stopped, full = state.append(slots, counts, emitted)
         state.verifications[slots] += 1
-        self.counters.iterations += 1
         self.counters.verifications += len(slots)
         self.counters.verified_tokens += len(verified.tree)
         self.counters.emitted_tokens += int(kept.sum())

@@ -32,8 +32,8 @@ from echo_trt.serving.triton_server import (
     remove_regions,
 )
 
-#: What a machine without a GPU makes Triton complain about.
-HARMLESS = ("cuda", "dcgm", "nvml")
+#: What Triton complains about where there is no GPU; where there is one, it means what it says.
+HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
 _LIBC = ctypes.CDLL(None)
 STACK = 512 * 2**20  # bytes a thread, taken as used: Triton 2.51 parses JSON by recursion, 170 bytes a bracket
 LOOK = 0.5  # seconds between two looks at the processes
@@ -85,6 +85,7 @@ class Process:
         return self._child.poll() is None
 
     def children(self) -> set[int]:
+        """Process ids of what it started, directly."""
         found: set[int] = set()
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{self.pid}/task").iterdir():
@@ -167,9 +168,12 @@ def _check(job: Job) -> None:
 
 def _check_port(option: str, host: str, port: int) -> None:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
     except OSError as error:
-        raise UserError(f"--host is {host!r}, which cannot be resolved ({error.strerror}); give an address.") from None
+        raise UserError(
+            f"--host is {host!r}, which is no IPv4 address and has none ({error.strerror}); give one, such as 0.0.0.0."
+        ) from None
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -181,9 +185,11 @@ def _check_port(option: str, host: str, port: int) -> None:
 
 
 class Launcher:
+    """Triton and the gateway as one service: started, watched, started again where they die, drained at the end."""
+
     def __init__(self, job: Job, server: TritonServer, work: Path, stop: threading.Event, messages: Console):
         self.job, self.server, self.work, self._stop, self._messages = job, server, work, stop, messages
-        self._local = "127.0.0.1" if job.host in ("0.0.0.0", "::") else job.host
+        self._local = "127.0.0.1" if job.host == "0.0.0.0" else job.host
         self._watch: Watch | None = None
         self._probe = Probe(self._local, job.http_port, job.metrics_port)
         self._triton: Process | None = None
@@ -193,6 +199,7 @@ class Launcher:
         self._starts, self._signals = 0, work
 
     def run(self) -> int:
+        """Until ``stop`` is set; the exit code, 1 where open answers were lost."""
         try:
             remove_regions()
             self._start_triton()
@@ -275,7 +282,7 @@ class Launcher:
         elif not all(map(_lives, self._backends)):
             # Triton itself would not notice, and its open requests would hang: with the server their connections end.
             self._restart("Triton's backend has died", self._triton, self._start_triton)
-        elif self._watch.silent:
+        elif self._watch and self._watch.silent:
             self._restart("Triton does not answer", self._triton, self._start_triton)
 
     def _restart(self, what: str, process: Process, start) -> None:
@@ -288,7 +295,9 @@ class Launcher:
         self._messages.print(f"{what}; starting it again", highlight=False)
         process.kill()
         if process is self._triton:
-            self._watch.stop()
+            if self._watch:
+                self._watch.stop()
+            self._watch = None
             remove_regions()
         start()
         self._messages.print(f"serving again after {time.monotonic() - now:.1f} s", highlight=False)
@@ -297,6 +306,8 @@ class Launcher:
 
     def _drain(self) -> int:
         """The model and the gateway refuse what is new and finish what is open; then Triton, idle, is stopped."""
+        if self._watch is None:  # Triton has not answered since its start, so nothing is open
+            return 0
         self._messages.print("stopping; open answers are finished", highlight=False)
         end = time.monotonic() + self.job.drain_seconds
         (self._signals / "drain").touch()

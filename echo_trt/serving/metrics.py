@@ -27,7 +27,7 @@ GAUGES = {
     "blocks": "KV blocks of the pool",
     "blocks_used": "KV blocks that requests hold",
     "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
-    "budget": "K_max: tokens verified in an iteration, at most; 0 where the policy has none",
+    "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
 }
 
 
@@ -50,10 +50,16 @@ class Metrics:
         self._gates = family(
             name="echo_gates_total", description="Drafts that went on at a depth, and that ended there", kind=counter
         )
+        self._drafts = family(
+            name="echo_goodput_drafts_total",
+            description="Draft tokens that goodput verified: the sum of their probabilities, and those accepted",
+            kind=counter,
+        )
         self._policy = family(name="echo_policy", description="1 for the policy in force", kind=gauge)
         self._by_outcome: dict[str, Any] = {}
         self._by_policy: dict[str, Any] = {}
         self._by_gate: dict[tuple[int, str], Any] = {}
+        self._by_source: dict[tuple[str, str], Any] = {}
         self._histograms = {
             name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
             for name, text in (
@@ -83,12 +89,17 @@ class Metrics:
             self._count(name, metric, getattr(now.counters, name))
         self._count("engine_failures", self._engine_failures, now.engine_failures)
         for name, metric in self._gauges.items():
-            self._set(name, metric, getattr(now, name) or 0)
+            self._set(name, metric, getattr(now, name))
         for outcome, number in {**now.ended, **refused}.items():
             if outcome not in self._by_outcome:
                 self._by_outcome[outcome] = self._requests.Metric(labels={"outcome": outcome})
             self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
         self._count_gates(now.counters.reached)
+        for what, sums in now.drafts.items():
+            for source, number in sums.items():
+                if (source, what) not in self._by_source:
+                    self._by_source[source, what] = self._drafts.Metric(labels={"source": source, "what": what})
+                self._count(f"drafts {source} {what}", self._by_source[source, what], number)
         if now.policy not in self._by_policy:
             self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
         for name, metric in self._by_policy.items():

@@ -10,7 +10,7 @@ import urllib.request
 
 from echo_trt.serving.triton_server import MODEL
 
-#: Before everyone else in the queue.
+#: A probe's priority, by which it is known: before everyone else in the queue.
 FIRST = -(2**31)
 PROBE_EVERY, PROBE_SECONDS = 10.0, 20.0
 

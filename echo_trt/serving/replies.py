@@ -19,6 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.serving.metrics import Metrics
+from echo_trt.serving.probe import FIRST
 from echo_trt.serving.service import End, Event, Job, Service
 from echo_trt.serving.token_logprobs import Outgoing
 from echo_trt.serving.triton_request import Ask
@@ -136,11 +137,12 @@ class Replies:
         reply.ids += event.token_ids
         if reply.logprobs:
             reply.logprobs.take(event.logprobs, event.offsets)
-        if reply.last is not None and event.token_ids:
+        client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server
+        if client and reply.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
         if event.token_ids:
             reply.last = event.time
-        if event.end:
+        if client and event.end:
             metrics.ended(event)
             metrics.observe("request", event.time - reply.arrived)
         changed[reply] = event
@@ -166,7 +168,7 @@ class Replies:
 
     def _stop(self, id: str) -> None:
         for reply in self._open:
-            if id and reply.id == id:
+            if reply.id == id:
                 self._service.cancel(reply.job)
 
     def _cancel_abandoned(self) -> None:

@@ -89,6 +89,7 @@ class Statistics:
     policy: str
     budget: int
     counters: Counters
+    drafts: dict[str, dict[str, float]]  # "expected" and "accepted" of goodput's draft tokens, by source
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
 
@@ -151,6 +152,7 @@ class Service:
             self._changed.notify_all()
 
     def statistics(self) -> Statistics:
+        """What is true now; may be asked for at any time."""
         loop, state, policy = self.loop, self.loop.state, self.loop.policy
         queued, counters = len(self._pending) + len(loop.waiting), loop.counters.copy()
         ended = dict(self._ended)
@@ -162,8 +164,9 @@ class Service:
             state.used_blocks,
             state.cached_blocks,
             policy.name,
-            policy.budget,
+            self.llm.k_max,
             counters,
+            loop.planner.acceptance.totals() if loop.planner else {},
             ended,
             self._engine_failures,
         )
@@ -310,8 +313,8 @@ class Service:
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         self._on_trial = None
-        running = [job for job in self._open.values() if job.request.slot >= 0]
-        with self._changed:
+        with self._changed:  # others submit meanwhile
+            running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects}
             inside = [job for job in self._open.values() if job not in known]
         self.loop.set_back()

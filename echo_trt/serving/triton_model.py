@@ -25,6 +25,8 @@ QUEUE = 256
 
 
 class TritonPythonModel:
+    """What Triton calls: initialize once, execute for each batch of requests, finalize at the end."""
+
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the bundle; under the policy goodput, costs that are not known yet are measured here."""
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -41,6 +43,7 @@ class TritonPythonModel:
         self._replies = Replies(self._service, Path(signals) if signals else None)
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        """Hand the requests on; their answers come from other threads, in any number of responses."""
         for request in requests:
             self._take(request)
 
@@ -54,6 +57,8 @@ class TritonPythonModel:
         try:
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
             if wants_stop(tensors):
+                if not request.request_id():
+                    raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
                 self._replies.stop(request.request_id())
                 sender.send(flags=FINAL)
                 return

@@ -48,8 +48,11 @@ class Reader:
         deadline = _number(tensors, "deadline_ms", 0)
         if deadline < 0:
             raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
+        most, least = _number(tensors, "max_tokens", 256), _number(tensors, "min_length", 0)
+        if least > most:
+            raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
-            max_tokens=_number(tensors, "max_tokens", 256),
+            max_tokens=most,
             temperature=_number(tensors, "temperature", 0.0),
             top_k=_number(tensors, "top_k", 0),
             top_p=_number(tensors, "top_p", 1.0) or 1.0,  # clients of TensorRT-LLM send 0 for "off"
@@ -61,7 +64,7 @@ class Reader:
             repetition_penalty=_number(tensors, "repetition_penalty", 1.0),
             logprobs=_logprobs(tensors),
             logit_bias=_logit_bias(tensors),
-            min_tokens=_number(tensors, "min_length", 0),
+            min_tokens=least,
         )
         return Ask(
             prompt,

@@ -16,8 +16,10 @@ from echo_trt.errors import UserError
 
 MODEL = "echo"
 SHARED_MEMORY = Path("/dev/shm")
-#: Of the names of a launcher's shared memory and folder; its process id and a hyphen follow.
-PREFIX = "echo-trt-"
+#: Of the names of a launcher's shared memory and folder. Its process id and a hyphen follow; the namespace that the id
+#: belongs to comes before: containers may share memory, and each has a process 1.
+_NAMESPACE = Path("/proc/self/ns/pid")
+PREFIX = f"echo-trt-{_NAMESPACE.stat().st_ino if _NAMESPACE.exists() else 0}-"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def _closed() -> dict[str, str]:
 
 
 def find_server() -> TritonServer:
+    """The server on PATH, else the one of nvidia-pytriton. Raises UserError where there is neither."""
     on_path = shutil.which("tritonserver")
     if on_path:
         return TritonServer(Path(on_path))
@@ -116,6 +119,7 @@ def model_repository() -> Path:
 
 
 def own_prefix() -> str:
+    """Of the names of this process's shared memory and folder."""
     return f"{PREFIX}{os.getpid()}-"
 
 

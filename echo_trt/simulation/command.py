@@ -15,7 +15,7 @@ from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.outputs import json_bytes, output_file
-from echo_trt.recipe import StaticTree
+from echo_trt.recipe import Decoding
 from echo_trt.simulation.files import read_stored
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
@@ -25,13 +25,16 @@ from echo_trt.simulation.walk import Recording
 ORACLE, PLAIN = "oracle", "autoregressive"
 POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
+STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
 FEWEST, EACH, MOST = 4000, 400, 24_000  # tokens that are measured: EACH a slot, within these bounds
 
 
 @dataclass(frozen=True)
 class SimulationJob:
-    """``costs`` is needed by the machine "this" alone. None: max_depth, beams and width as recorded, budget the knee of
-    the machine's curve. ``prompt`` cached tokens stand before each answer; ``tokens`` are measured a policy and batch.
+    """``costs`` is needed by the machine "this" alone. ``budget`` None: the knee of the machine's curve.
+
+    ``static`` is that policy's depth, top_k and tokens, None the default pair's as far as recorded. ``prompt`` cached
+    tokens stand before each answer; ``tokens`` are measured a policy and batch, None as many as the batch needs.
     """
 
     recording: Path
@@ -40,12 +43,8 @@ class SimulationJob:
     costs: Path | None = None
     batches: tuple[int, ...] = BATCHES
     policies: tuple[str, ...] = (PLAIN, "goodput", "echo", "dense", "fixed", "static", ORACLE)
-    max_depth: int | None = None
-    beams: int | None = None
-    width: int | None = None
     budget: int | None = None
-    per_request: int = 64
-    static: tuple[int, int, int] | None = None  # depth, top_k, tokens
+    static: tuple[int, ...] | None = None
     prompt: int = 256
     tokens: int | None = None
     json_file: Path | None = None
@@ -102,18 +101,17 @@ def policy_for(
     name: str, job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
 ) -> Policy:
     """The policy's numbers as the runtime would have them (runtime/tuning.py); the oracle has goodput's candidates."""
-    usual = StaticTree()
-    static = job.static or (min(usual.depth, recording.levels), min(usual.top_k, recording.beams), usual.tokens)
+    depth, top_k, nodes = job.static or (min(STATIC[0], recording.levels), min(STATIC[1], recording.beams), STATIC[2])
     settings = {
-        "max_depth": job.max_depth or recording.levels,
-        "beams": job.beams or recording.beams,
-        "width": job.width or recording.width,
-        "per_request": job.per_request,
+        "max_depth": recording.levels,
+        "beams": recording.beams,
+        "width": recording.width,
+        "per_request": Decoding().per_request,
         "budget": _budget(job, machine),
         "gates": calibration.sweet_spots,
         "dense_gates": {g.depth: g.threshold for g in calibration.gates},
         "fixed_threshold": calibration.fixed_threshold,
-        "static": dict(zip(("depth", "top_k", "tokens"), static, strict=True)),
+        "static": {"depth": depth, "top_k": top_k, "tokens": nodes},
     }
     policy = make_policy("goodput" if name == ORACLE else name, settings)
     _check_shape(policy, recording)
@@ -121,6 +119,7 @@ def policy_for(
 
 
 def read_calibration(path: Path) -> Calibration:
+    """A calibration that is complete. Raises UserError."""
     remedy = "name a calibration.json that echo-trt calibrate wrote"
     stored = read_stored(path, Calibration, remedy)
     try:
@@ -185,12 +184,12 @@ def _check(job: SimulationJob) -> None:
     for batch in job.batches:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise UserError(f"--batch has {batch!r}; give positive whole numbers, such as 1,8,64.")
-    for option in ("max_depth", "beams", "width", "budget", "per_request", "prompt", "tokens"):
-        value, least = getattr(job, option), 2 if option == "per_request" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} is {value}; give {least} or more.")
-    if job.static and min(job.static) < 1:
-        raise UserError(f"--static is {','.join(map(str, job.static))}; give a depth, a top_k and tokens, 1 or more.")
+    for option, value in (("budget", job.budget), ("prompt", job.prompt), ("tokens", job.tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}; give 1 or more.")
+    if job.static and (len(job.static) != 3 or min(job.static) < 1 or job.static[2] < 2):
+        given = ",".join(map(str, job.static))
+        raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")
 
 
 def _check_shape(policy: Policy, recording: Recording) -> None:

@@ -139,6 +139,7 @@ class Oracle:
         self._foresight = Foresight.of(recording.trees, policy)
 
     def run(self, tokens: int) -> Tally:
+        """Walk until about ``tokens`` are emitted, again with the rate that this brought; the sums of the best walk."""
         plain = self._batch / (self._costs.target(self._batch, self._batch * self._prompt) + self._host)
         best = self._round(plain, tokens)
         rate = best.rate

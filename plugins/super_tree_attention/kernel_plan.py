@@ -29,10 +29,6 @@ class Plan:
     def num_splits(self) -> int:
         return self.grid[2]
 
-    @property
-    def warps(self) -> int:
-        return warps_of(self.rows)
-
 
 class Whole:
     """Arithmetic on whole numbers. The rules below ask an ``ops`` for it: this one, or tensorrt.plugin for its symbols,

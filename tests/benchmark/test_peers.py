@@ -10,7 +10,7 @@ from pairs import SIZES, raw_recipe, write_tokenizer
 from refusal import refused
 from runtime.driving import prompt_ids
 
-from echo_trt.benchmark.peers import PEERS, PeerRun, open_peer
+from echo_trt.benchmark.peers import PEERS, open_peer
 from echo_trt.bundle import read_manifest
 from echo_trt.compile.build import build
 from echo_trt.recipe import parse_recipe
@@ -96,7 +96,6 @@ def test_peers_write_our_tokens(name, concurrency, bundle_of):
     bundle, prompts = bundle_of("lookup"), prompts_of(*LENGTHS)
     run = open_peer(name, bundle, read_manifest(bundle)).run(prompts, concurrency, max_tokens=12)
     assert run.token_ids == ours(bundle, prompts)
-    assert run.emitted == sum(map(len, run.token_ids))
     assert run.seconds > 0
     assert run.full_tokens_per_s > 0
     assert run.decode_tokens_per_s > 0
@@ -147,8 +146,3 @@ def test_a_converted_network_is_kept(bundle_of, cache):
     open_peer("openvino-genai", bundle, manifest)
     assert graph.stat().st_mtime_ns == written
     assert [p.name for p in graph.parents[1].iterdir()] == ["target"]
-
-
-def test_a_run_counts_its_own_tokens():
-    run = PeerRun([[1, 2, 3], [4]], 2.0, None, None, None)
-    assert (run.emitted, run.tokens_per_s) == (4, 2.0)

@@ -111,8 +111,10 @@ def test_one_verification_moves_little_and_in_the_right_direction():
     up = model.drift[BOTH]
     model.observe(many[:1], np.array([0.5]), np.zeros(1))
     assert 0 < model.drift[BOTH] < up
-    assert model.expected[BOTH] == pytest.approx(200.5)
-    assert model.accepted[BOTH] == 400
+    assert model.totals() == {
+        "expected": {"head": 0, "lookup": 0, "both": pytest.approx(200.5)},
+        "accepted": {"head": 0, "lookup": 0, "both": 400},
+    }
     model.observe(many[:0], np.zeros(0), np.zeros(0))
     assert model.expected.tolist() == [0, 0, 200.5]
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echo_trt.serving.triton_server import PREFIX
+
 needs_triton = pytest.mark.skipif(
     not (find_spec("pytriton") and find_spec("tritonclient")),
     reason="nvidia-pytriton and tritonclient are not installed",
@@ -105,7 +107,7 @@ class Served:
         return found
 
     def regions(self) -> list[str]:
-        return [path.name for path in Path("/dev/shm").glob(f"echo-trt-{self.process.pid}-*")]
+        return [path.name for path in Path("/dev/shm").glob(f"{PREFIX}{self.process.pid}-*")]
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ def assert_entries(entries: list[dict], answer: Completion, special: Container[i
         ({"text_input": "a", "return_log_probs": True, "top_logprobs": 21}, "top_logprobs is 21"),
         ({"text_input": "a", "logit_bias_ids": [5, 6], "logit_bias": [1.5]}, "logit_bias_ids has 2 values"),
         ({"text_input": "a", "logit_bias_ids": [999], "logit_bias": [1.5]}, "token id 999"),
-        ({"text_input": "a", "min_length": 300}, "min_tokens is 300"),
+        ({"text_input": "a", "min_length": 300}, "min_length is 300"),
         ({"text_input": "a", "top_logprobs": 5}, "return_log_probs is not true"),
         ({"text_input": "a", "deadline_ms": -4}, "deadline_ms is -4"),
         ({"text_input": "word " * 2000}, "shorten it"),

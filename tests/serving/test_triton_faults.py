@@ -127,7 +127,7 @@ def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path
     while any(Path("/proc", str(pid)).exists() for pid in below):
         assert time.monotonic() < end
         time.sleep(0.1)
-    folders = lambda: list(Path(tempfile.gettempdir()).glob(f"echo-trt-{server.process.pid}-*"))  # noqa: E731
+    folders = lambda: list(Path(tempfile.gettempdir()).glob(f"{triton_server.PREFIX}{server.process.pid}-*"))  # noqa: E731
     assert len(folders()) == 1
     triton_server.remove_regions()
     triton_server.remove_folders(Path(tempfile.gettempdir()))
@@ -194,15 +194,16 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
 
 
 def test_only_regions_without_an_owner_are_removed(tmp_path):
-    own, other, gone = f"echo-trt-{os.getpid()}-a", "echo-trt-1-b", "echo-trt-4999999-c"
-    for name in (own, other, gone, "triton_python_backend_shm_region_x"):
+    own, other, gone = (f"{triton_server.PREFIX}{pid}-a" for pid in (os.getpid(), 1, 4999999))
+    elsewhere = f"echo-trt-1-{os.getpid()}-a"  # of another namespace, where this process id is somebody else's
+    for name in (own, other, gone, elsewhere, "triton_python_backend_shm_region_x"):
         (tmp_path / name).touch()
     triton_server.remove_regions(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {other, "triton_python_backend_shm_region_x"}
+    assert {path.name for path in tmp_path.iterdir()} == {other, elsewhere, "triton_python_backend_shm_region_x"}
 
 
 def test_only_folders_without_an_owner_are_removed(tmp_path):
-    own, other, gone = f"echo-trt-{os.getpid()}-a", "echo-trt-1-b", "echo-trt-4999999-c"
+    own, other, gone = (f"{triton_server.PREFIX}{pid}-a" for pid in (os.getpid(), 1, 4999999))
     for name in (own, other, gone, "echo-trt-faults-x"):
         (tmp_path / name / "1").mkdir(parents=True)
     triton_server.remove_folders(tmp_path)
