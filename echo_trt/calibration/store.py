@@ -97,8 +97,8 @@ class CurveTable(_Stored):
             raise ValueError("seconds must not be negative")
         return self
 
-    def curve(self, reach: float) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach)
+    def curve(self, reach: float, knee: float | None = None) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, knee)
 
 
 class CostTable(_Stored):
@@ -115,7 +115,8 @@ class CostTable(_Stored):
     change: float = Field(0.0, ge=0)
 
     def costs(self) -> Costs:
-        return Costs(self.target.curve(NEAR), self.draft.curve(FAR), self.cold, self.granule, self.change)
+        target = self.target.curve(NEAR, self.hinge["k_max"])
+        return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change)
 
 
 def machine(manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
+_BOUND = 0.2  # by this sizes are nearer to each other beyond the knee, where one rate of arithmetic is behind all times
 _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
@@ -23,8 +24,10 @@ class Curve:
 
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
-    assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the
-    machine: sizes near a measured one are corrected with it, those far away keep what they had.
+    assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
+    near a measured one are corrected with it, those far away keep what they had. Beyond the knee sizes are near to
+    those twice as large: were only the one corrected that plain decoding has, larger ones would look cheap on a machine
+    that has become slower.
     """
 
     def __init__(
@@ -34,13 +37,16 @@ class Curve:
         per_context: float = 0.0,
         per_node: float = 0.0,
         reach: float = FAR,
+        knee: float | None = None,
     ):
-        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels."""
+        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels. ``knee``:
+        tokens beyond which arithmetic bounds a pass, None for nowhere."""
         self._reach = reach
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
-        self._log_sizes = np.log(self.sizes)
+        self._knee = math.inf if knee is None else knee
+        self._places = self._place(self.sizes)
         self._draw(int(self.sizes[-1]))
 
     @property
@@ -62,7 +68,7 @@ class Curve:
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
         step = _LEARNING * min(max(error, -_GLITCH), _OUTLIER)
-        distance = (self._log_sizes - math.log(tokens)) / self._reach
+        distance = (self._places - self._place(tokens)) / self._reach
         weight = np.exp(-0.5 * distance**2)
         if step < 0:  # fewer tokens cannot take longer than these did
             weight[(self.sizes < tokens) & (self.seconds > base)] = 1.0
@@ -70,6 +76,11 @@ class Curve:
         self._pending += abs(step)
         if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
+
+    def _place(self, tokens: np.ndarray | int) -> np.ndarray:
+        """Where sizes stand on the scale on which ``reach`` is measured."""
+        upto = np.log(np.minimum(tokens, self._knee))
+        return upto + _BOUND * (np.log(tokens) - upto)
 
     def _draw(self, upto: int) -> None:
         seconds = self.seconds

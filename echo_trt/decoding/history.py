@@ -13,6 +13,7 @@ _CAUTION = 0.2  # how fast time becomes dearer while speculation loses
 _COURAGE = 0.005  # how fast that is forgotten while there is none
 _MOST_CAUTIOUS = 2.0
 _PATIENCE, _LONGEST_REST = 4, 8  # plain plans after which one is left out, and how many at most
+_ALIKE = 0.25  # loads that differ by this share are alike
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 
@@ -45,9 +46,10 @@ class History:
         return due
 
     def rests(self, requests: int) -> bool:
-        """Whether to do without a plan: where many in a row were plain, at the same load, the next one will be."""
-        if requests != self._requests:
-            self._requests, self._quiet, self._rest = requests, 0, 0
+        """Whether to do without a plan: where many in a row were plain, at about this load, the next one will be."""
+        if abs(requests - self._requests) > _ALIKE * self._requests:
+            self._quiet = self._rest = 0
+        self._requests = requests
         self._rest -= 1
         return self._rest >= 0
 

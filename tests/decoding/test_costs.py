@@ -1,11 +1,13 @@
 """Cost curves: what they say between and beyond the measured sizes, and how they follow a machine that changes."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_trt.decoding.costs import Costs, Curve, fit_hinge
+from echo_trt.decoding.costs import NEAR, Costs, Curve, fit_hinge
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
@@ -75,15 +77,28 @@ def test_whatever_is_observed_a_curve_stays_monotone_and_finite(table, observed)
     assert (np.diff(curve.seconds) >= 0).all()
 
 
+KNEE = Curve(SIZES, [0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.04], reach=NEAR, knee=16)
+
+
 def test_what_is_observed_moves_near_sizes_and_hardly_those_far_away():
-    curve = Curve(SIZES, np.linspace(0.01, 0.02, len(SIZES)))
+    curve = copy.deepcopy(KNEE)
     before = curve.base(64).copy()
     for _ in range(200):
-        curve.observe(64, 0, 0.04)
+        curve.observe(4, 0, 0.015)
     after = curve.base(64)
-    assert after[64] == pytest.approx(0.04, rel=0.02)
-    assert after[[1, 2, 4, 8]] == pytest.approx(before[[1, 2, 4, 8]], rel=0.01)
-    assert before[32] * 1.05 < after[32] < 0.04
+    assert after[4] == pytest.approx(0.015, rel=0.02)
+    assert after[[32, 64]] == pytest.approx(before[[32, 64]], rel=0.01)
+    assert after[1] == pytest.approx(before[1], rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.5])
+def test_beyond_the_knee_larger_passes_follow_smaller_ones(factor):
+    """A machine that computes slower does so at every size: else the sizes that nobody tried would look cheap."""
+    curve = copy.deepcopy(KNEE)
+    for _ in range(200):
+        curve.observe(32, 0, factor * 0.02)
+    assert curve(64) == pytest.approx(factor * 0.04, rel=0.12)
+    assert curve(1) == pytest.approx(0.01, rel=0.02)
 
 
 def test_sizes_between_the_measured_ones_are_learnt_too():
