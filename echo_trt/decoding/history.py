@@ -13,7 +13,6 @@ _CAUTION = 0.2  # how fast time becomes dearer while speculation loses
 _COURAGE = 0.005  # how fast that is forgotten while there is none
 _MOST_CAUTIOUS = 2.0
 _PATIENCE, _LONGEST_REST = 4, 8  # plain plans after which one is left out, and how many at most
-_ALIKE = 0.25  # loads that differ by this share are alike
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 
@@ -30,7 +29,8 @@ class History:
         self.host_seconds = self.level_seconds = 0.0
         self.caution = 1.0
         self._since_plain = 0
-        self._quiet, self._rest, self._requests = 0, 0, 0
+        self._quiet = np.zeros(slots + 1, np.int64)  # by load: plans in a row that were plain, up to what matters
+        self._rest = self._requests = 0
 
     @property
     def speedup(self) -> float:
@@ -46,17 +46,18 @@ class History:
         return due
 
     def rests(self, requests: int) -> bool:
-        """Whether to do without a plan: where many in a row were plain, at about this load, the next one will be."""
-        if abs(requests - self._requests) > _ALIKE * self._requests:
-            self._quiet = self._rest = 0
-        self._requests = requests
+        """Whether to do without a plan: where many in a row were plain, at the same load, the next one will be."""
+        if requests != self._requests:
+            self._requests, self._rest = requests, 0
         self._rest -= 1
         return self._rest >= 0
 
     def planned(self, speculates: bool) -> None:
         """What the plan came to; each that is plain lets the next one wait a little longer."""
-        self._quiet = self._quiet // 2 if speculates else self._quiet + 1
-        self._rest = min(self._quiet // _PATIENCE, _LONGEST_REST)
+        quiet = self._quiet[self._requests]
+        quiet = quiet // 2 if speculates else min(quiet + 1, _PATIENCE * _LONGEST_REST)
+        self._quiet[self._requests] = quiet
+        self._rest = int(quiet // _PATIENCE)
 
     def decided(self, levels: int, seconds: float) -> None:
         """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""

@@ -160,6 +160,8 @@ def test_where_plans_are_plain_some_are_left_out_until_the_load_changes():
     assert planned(True, 50) == 50
     assert 100 / 9 < planned(False, 100) < 60
     assert planned(False, 90) in (10, 11)  # one in nine, at the longest
-    assert history.rests(3)  # about the same load
-    assert not history.rests(2)
+    assert not history.rests(3)
+    assert not history.rests(4)  # a change of load is always looked at
+    history.planned(False)
+    assert [history.rests(4) for _ in range(9)] == [True] * 8 + [False]  # and what was known of this load still holds
     assert planned(False, 4, requests=3) == 4
