@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -16,15 +18,24 @@ class BuildProgress:
             *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
         )
         self._task = None
+        self._interrupted = False
 
     def __enter__(self) -> BuildProgress:
         self._bars.start()
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
         self._bars.stop()
 
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def stage(self, stage: str) -> None:
+        if self._interrupted:  # raised where a compiler's callback has dropped it
+            raise KeyboardInterrupt
         if not self._console.is_terminal:
             self._console.print(stage)
         if self._task is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from echo_trt.decoding.acceptance import SOURCES
 from echo_trt.serving.service import Event, Statistics
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
@@ -59,7 +60,11 @@ class Metrics:
         self._by_outcome: dict[str, Any] = {}
         self._by_policy: dict[str, Any] = {}
         self._by_gate: dict[tuple[int, str], Any] = {}
-        self._by_source: dict[tuple[str, str], Any] = {}
+        self._by_source = {
+            (source, what): self._drafts.Metric(labels={"source": source, "what": what})
+            for source in SOURCES
+            for what in ("expected", "accepted")
+        }
         self._histograms = {
             name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
             for name, text in (
@@ -97,8 +102,6 @@ class Metrics:
         self._count_gates(now.counters.reached)
         for what, sums in now.drafts.items():
             for source, number in sums.items():
-                if (source, what) not in self._by_source:
-                    self._by_source[source, what] = self._drafts.Metric(labels={"source": source, "what": what})
                 self._count(f"drafts {source} {what}", self._by_source[source, what], number)
         if now.policy not in self._by_policy:
             self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})

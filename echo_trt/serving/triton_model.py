@@ -82,7 +82,12 @@ class TritonPythonModel:
 
 
 def _wants_codes(request: pb_utils.InferenceRequest) -> bool:
-    return bool(json.loads(request.parameters() or "{}").get("error_codes", False))
+    """Fields that are no tensors come as parameters, so those may hold anything."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or a nest of lists
+        return False
+    return bool(parameters.get("error_codes", False))
 
 
 def _tensor(request: pb_utils.InferenceRequest, name: str) -> pb_utils.Tensor | None:

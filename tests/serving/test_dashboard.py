@@ -94,6 +94,9 @@ def load(server, ask) -> None:
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_of_the_dashboard_has_an_answer(query, ask, load):
     values = ask(query)
+    assert values
+    if "goodput" in query:  # this bundle's policy is another: nothing over nothing
+        return
     assert np.isfinite(values).any()
     assert max(values) > 0 or any(name in query for name in NOTHING), query
 
