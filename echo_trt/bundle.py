@@ -85,6 +85,15 @@ class Manifest(BaseModel):
     tools: dict[str, str]
     files: dict[str, str]
 
+    @property
+    def computes_in(self) -> str:
+        """``precision``, or what this machine has in its place: OpenVINO has no bf16 on a CPU without AVX-512."""
+        if (self.engine, self.precision) != ("openvino", "bf16"):
+            return self.precision
+        from echo_trt.compile.openvino import has_bf16
+
+        return "bf16" if has_bf16() else "fp32"
+
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle ``folder``. Raises UserError where there is none that this version reads."""

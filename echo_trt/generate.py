@@ -105,7 +105,7 @@ def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -
     out.print()
     out.print(comparison_table(rows, rows[0]))
     if rows[1]["logit_gaps"]:
-        out.print(rounding_note(rows[1]["logit_gaps"], llm.manifest.precision), highlight=False)
+        out.print(rounding_note(rows[1]["logit_gaps"], llm.manifest.computes_in), highlight=False)
     ratio = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
     return {"results": _results(job, runs[1]), "summary": {**rows[1], "ratio": round(ratio, 4)}, "plain": rows[0]}
 

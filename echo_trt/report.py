@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 def manifest_table(manifest: Manifest, folder: Path) -> Table:
     table = _facts(f"bundle {folder}")
     table.add_row("name", manifest.name)
-    table.add_row("engine", f"{manifest.engine}, {manifest.precision}")
+    instead = f", computed in {manifest.computes_in}: this CPU has no AVX-512"
+    table.add_row(
+        "engine",
+        f"{manifest.engine}, {manifest.precision}{instead * (manifest.computes_in != manifest.precision)}",
+    )
     table.add_row("target", _network(manifest.target))
     if manifest.target.rank_files:
         table.add_row("tensor_parallel", f"{len(manifest.target.rank_files)}: a file a rank, on a GPU each")

@@ -68,7 +68,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
         result: dict[str, Any] = {
             "machine": machine(llm.manifest),
             "bundle": llm.manifest.name,
-            "precision": llm.manifest.precision,
+            "precision": llm.manifest.computes_in,
             "max_tokens": job.max_tokens,
             "prompts": {name: len(rows) for name, rows in sets.items()},
             "hinge": llm.tuning.costs.hinge,

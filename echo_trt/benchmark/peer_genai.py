@@ -14,7 +14,7 @@ import openvino_genai as genai
 
 from echo_trt.benchmark.peers import PeerRun
 from echo_trt.bundle import Manifest
-from echo_trt.compile.openvino import PRECISIONS
+from echo_trt.compile.openvino import compute_type
 from echo_trt.decoding.pack import BLOCK
 
 WARM_UP_TOKENS = 8
@@ -64,10 +64,10 @@ class GenAI:
         scheduler.max_num_seqs = concurrency
         scheduler.max_num_batched_tokens = self._manifest.recipe.limits.prefill_chunk + concurrency * self._tree.tokens
         scheduler.dynamic_split_fuse, scheduler.enable_prefix_caching = True, False
-        compute, cache = PRECISIONS[self._manifest.precision]
+        compute = compute_type(self._manifest.precision).to_string()
         options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": compute.to_string(),
-            "KV_CACHE_PRECISION": cache.to_string(),
+            "INFERENCE_PRECISION_HINT": compute,
+            "KV_CACHE_PRECISION": compute,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if self._head is not None:

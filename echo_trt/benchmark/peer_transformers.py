@@ -34,7 +34,7 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, manifest: Manifest, checkpoint: Path):
-        self.model = load_network(checkpoint).to(DTYPES[manifest.precision])
+        self.model = load_network(checkpoint).to(DTYPES[manifest.computes_in])
         self.model.generation_config = GenerationConfig()  # a checkpoint's own may sample or penalise repetition
         self.eos = manifest.eos_token_ids
 

@@ -123,7 +123,7 @@ def machine(manifest: Manifest) -> str:
     """What must be the same for measured times to hold."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = manifest.tools.get(manifest.engine, "")
-    return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {manifest.precision}".replace("  ", " ")
+    return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {manifest.computes_in}".replace("  ", " ")
 
 
 def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:
@@ -172,10 +172,12 @@ def _read(path: Path, model: type[Model], remedy: str) -> Model:
 
 
 def _processor() -> str:
+    """Its name and, since virtual machines shorten names, its family and model where they are told."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return f"{name} ({', '.join(numbers)})" if numbers else name

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import openvino as ov
 from openvino import opset13 as ops
+from openvino._offline_transformations import compress_model_transformation
 from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
@@ -18,12 +20,20 @@ from openvino.op import Constant
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
 
 MAX_CONTEXT = 12  # the place of that input of PagedAttention
-#: precision -> (compute type, cache type)
-PRECISIONS = {
-    "fp32": (ov.Type.f32, ov.Type.f32),
-    "bf16": (ov.Type.bf16, ov.Type.bf16),
-    "int8": (ov.Type.bf16, ov.Type.bf16),
-}
+_CPU = Path("/proc/cpuinfo")
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether this CPU can run a graph in bf16. OpenVINO's attention takes AVX-512 for it, its other kernels less."""
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return False
+    return not _CPU.exists() or "avx512f" in _CPU.read_text(encoding="utf-8")
+
+
+def compute_type(precision: str) -> ov.Type:
+    """That of arithmetic and KV cache on this CPU: bf16, which int8's activations are too, falls back to fp32."""
+    return ov.Type.f32 if precision == "fp32" or not has_bf16() else ov.Type.bf16
 
 
 def read_graph(path: Path) -> ov.Model:
@@ -34,17 +44,22 @@ def read_graph(path: Path) -> ov.Model:
 
 
 def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:
-    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO."""
+    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO.
+
+    Where there is no bf16, weights keep their two bytes as fp16, and arithmetic is in fp32.
+    """
     for parameter in model.get_parameters():
         if "_cache." in parameter.get_friendly_name():
             parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
             parameter.set_element_type(ov.Type.dynamic)
     _measure_context(model)
     model.validate_nodes_and_infer_types()
-    compute, cache = PRECISIONS[precision]
+    if precision == "bf16" and not has_bf16():
+        compress_model_transformation(model)
+    compute = compute_type(precision).to_string()
     options = {
-        "INFERENCE_PRECISION_HINT": compute.to_string(),
-        "KV_CACHE_PRECISION": cache.to_string(),
+        "INFERENCE_PRECISION_HINT": compute,
+        "KV_CACHE_PRECISION": compute,
         "PERFORMANCE_HINT": "LATENCY",
     }
     if precision == "int8":

@@ -15,6 +15,7 @@ _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 _GLITCH = 1.0  # nor does one that took e^-1 of it
 _SHARED = 0.5  # of what another size takes more, the passes that follow in that size bear the rest
+_CHANGING = 0.1  # of a pass: by how much more or less than foreseen a change of size is believed to have cost
 _FEW = 64  # tokens of a draft's pass that is mostly its weights
 _COLDEST = 4.0  # passes of one token that a cold cache may cost
 
@@ -118,17 +119,25 @@ class Costs:
         seconds = self.target.base(int(sizes.max()))[sizes]
         return seconds + _SHARED * self.change * (sizes != self._size) if self.change else seconds
 
-    def observe_target(self, tokens: int, context: int, seconds: float, node_context: int) -> None:
-        """The target's pass has taken ``seconds``; arguments as in ``Curve.observe``, which hears of usual ones."""
+    def observe_target(
+        self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0
+    ) -> None:
+        """The target's pass has taken ``seconds``; arguments as in ``Curve.observe``, which hears of usual ones.
+
+        ``prompts`` of the tokens are prompts', whose attention is another: such a pass says nothing of others.
+        """
         if node_context:
             tokens += -tokens % self.granule
-        if tokens == self._size or self.change == 0:
+        last, self._size = self._size, tokens
+        if prompts:
+            return
+        if tokens == last or self.change == 0:
             self.target.observe(tokens, context, seconds, node_context)
         else:
             usual = self.target(tokens, context) + self.target.per_node * node_context
-            more = min(max(seconds - usual, 0.0), usual)
-            self.change += _LEARNING * (more - self.change)
-        self._size = tokens
+            # Bounded alike on both sides, so that what else ran now and then does not add up.
+            bound = max(self.change, _CHANGING * usual)
+            self.change += _LEARNING * min(max(seconds - usual - self.change, -bound), bound)
 
     def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
         """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""

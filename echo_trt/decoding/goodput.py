@@ -72,8 +72,9 @@ class Planner(Protocol):
     def joined(self, slot: int) -> None:
         """Another request begins in ``slot``."""
 
-    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
-        """The target has computed ``tokens`` with ``context`` cached ones; ``node_context`` as in ``Curve.observe``."""
+    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0) -> None:
+        """The target has computed ``tokens``, ``prompts`` of them prompts', with ``context`` cached ones;
+        ``node_context`` as in ``Curve.observe``."""
 
     def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
         """The same of the draft; ``first`` of this iteration, right after a target's pass."""
@@ -197,8 +198,8 @@ class Goodput(Planner):
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
 
-    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
-        self.costs.observe_target(tokens, context, seconds, node_context)
+    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0) -> None:
+        self.costs.observe_target(tokens, context, seconds, node_context, prompts)
 
     def decided(self, levels: int, seconds: float) -> None:
         self.history.decided(levels, seconds)

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.compile.openvino import PRECISIONS, compile_graph, read_graph
+from echo_trt.compile.openvino import compile_graph, compute_type, read_graph
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
 
-GRANULE = 8  # tokens: a verification takes as long as one of the next multiple
+GRANULE = 4  # tokens: a verification takes as long as one of the next multiple
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
@@ -30,7 +30,7 @@ class OpenVINOEngine:
         self._inputs = {i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()}
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self.granule = GRANULE if "logits" in self._outputs else 1
-        self._pool = self._bind_pool(compiled, PRECISIONS[precision][1])
+        self._pool = self._bind_pool(compiled, compute_type(precision))
         self._held: list[ov.Tensor] = []
 
     def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:

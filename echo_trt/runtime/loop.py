@@ -296,7 +296,7 @@ class Loop:
         if self.planner:
             nodes = np.diff(call.seq_begins) - 1
             again = int((nodes * call.past_lens).sum())
-            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again)
+            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again, int(chunks.sum()))
         finishing = chunk_slots[ends]
         last = state.tokens[finishing, state.length[finishing] - 1]
         return Verified(with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)

@@ -79,7 +79,7 @@ def test_costs_of_another_machine_are_not_used(tmp_path, manifest):
     write(tmp_path, COSTS, costs("a faster one"))
     assert read_costs(tmp_path, manifest) is None
     assert machine(manifest) == machine(manifest)
-    assert manifest.precision in machine(manifest)
+    assert manifest.computes_in in machine(manifest)
 
 
 BROKEN = [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"format": 1}', b"null"]

@@ -194,3 +194,14 @@ def test_the_price_of_change_is_learnt_from_changes_alone():
         costs.observe_target(8, 0, 2.5, 1)
     assert costs.target.base(8)[8] == pytest.approx(2.5, rel=0.05)
     assert costs.change == pytest.approx(0.5, rel=0.1)
+
+
+def test_what_else_ran_does_not_make_change_dear():
+    """Passes with prompts say nothing; of the others, those that took more and those that took less weigh alike."""
+    costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.3)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        costs.observe_target(100, 0, 90.0, 0, prompts=92)
+        for size, usual in ((8, 2.0), (16, 3.0)):
+            costs.observe_target(size, 0, usual + 0.3 + rng.choice([-1.0, 1.0]), 1)
+    assert costs.change == pytest.approx(0.3, abs=0.15)

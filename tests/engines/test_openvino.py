@@ -1,15 +1,21 @@
 """The OpenVINO engine is the reference engine, call by call, whatever is packed into a call."""
 
+import io
+
 import numpy as np
 import pytest
 from pairs import SIZES, VOCAB, recipe_of, reference_engines
+from rich.console import Console
 
+from echo_trt.calibration.store import machine
+from echo_trt.compile import openvino as compiler
 from echo_trt.compile.build import build
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines import openvino
 from echo_trt.engines.base import Engine
 from echo_trt.engines.openvino import OpenVINOEngine
+from echo_trt.report import manifest_table
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -158,6 +164,45 @@ def test_another_cache_layout_is_refused(precision, bundle_of, monkeypatch):
     monkeypatch.setattr(openvino, "BLOCK", 16)
     with pytest.raises(RuntimeError, match="blocks of 16"):
         OpenVINOEngine(graph, precision, 2)
+
+
+def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
+    """As on a CPU without AVX-512, where OpenVINO refuses bf16: weights in fp16, arithmetic and cache in fp32."""
+    monkeypatch.setattr(compiler, "has_bf16", lambda: False)
+    graph, calls = bundle_of("lookup") / "target.onnx", Calls(0, requests=3)
+    engines = [OpenVINOEngine(graph, precision, BLOCKS) for precision in ("fp32", "bf16")]
+    assert [engine._pool.dtype for engine in engines] == [np.float32] * 2
+    for call in (calls.prompts(), calls.trees_and_chunks()):
+        exact, rounded = (engine.run(call)["logits"].copy() for engine in engines)
+        assert 0 < np.abs(exact - rounded).max() < 1e-2 * np.abs(exact).max()
+
+
+def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch):
+    manifest = build(recipe_of("lookup", networks, precision="bf16"), networks, tmp_path / "bf16")
+    for has, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(compiler, "has_bf16", lambda has=has: has)
+        assert manifest.computes_in == precision
+        assert precision in machine(manifest)
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(manifest_table(manifest, tmp_path / "bf16"))
+        assert ("computed in fp32: this CPU has no AVX-512" in console.export_text()) == (not has)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "flags", "expected"),
+    [
+        (["FP32", "BF16"], "flags : avx2 avx512f", True),
+        (["FP32", "BF16"], "flags : avx2 avx_ne_convert", False),  # its matrix products could, its attention could not
+        (["FP32"], "flags : avx2 avx512f", False),
+        (["FP32", "BF16"], None, True),  # nobody says
+    ],
+)
+def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected, tmp_path, monkeypatch):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(compiler, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(compiler.ov.Core, "get_property", lambda *_: capabilities)
+    assert compiler.has_bf16.__wrapped__() == expected
 
 
 def test_int8_builds_and_runs(networks, bundle_of, tmp_path):

@@ -281,7 +281,8 @@ def test_a_conversation_is_found_again_and_the_metrics_tell(server, offline):
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, 96)
     found, asked, computed = grew("cached_tokens"), grew("asked_tokens"), grew("prompt_tokens")
     assert found == (0, 96)
-    assert (asked[0] - computed[0], asked[1] - computed[1]) == found
+    # The launcher's own question, of one token, may have been asked and not yet computed when figures were read.
+    assert all(abs(asked[i] - computed[i] - found[i]) <= 1 for i in range(2))
     assert 12 <= computed[1] < 20  # the launcher asks now and then whether the server lives
     assert between["echo_blocks_cached"] >= before["echo_blocks_cached"] + 3
     assert after["echo_blocks_used"] == 0
