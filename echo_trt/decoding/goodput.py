@@ -185,9 +185,10 @@ class Goodput(Planner):
         hist = np.empty((2, variants, levels, BINS))
         hist[0] = np.bincount(cell.reshape(-1), weight.reshape(-1), size).reshape(variants, levels, BINS)
         hist[1] = np.bincount(cell.reshape(-1), (weight * worth).reshape(-1), size).reshape(variants, levels, BINS)
-        now = _histogram(candidates.value[candidates.tree.num_requests :])
-        plans = now[:, None, None] + share * hist.cumsum(axis=1).cumsum(axis=2)
-        gain = _best_value(plans, seconds, price) - _best_value(now, seconds, price)
+        now = _histogram(candidates.value[candidates.tree.num_requests :])[:, None]
+        plans = now + share * hist.cumsum(axis=1).cumsum(axis=2).reshape(2, -1, BINS)
+        value = _best_value(np.concatenate((now, plans), axis=1), seconds, price)
+        gain = (value[1:] - value[0]).reshape(variants, levels)
         draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
