@@ -1,8 +1,8 @@
 """Networks in the form that OpenVINO GenAI takes: transformers' own graph, with its KV cache as OpenVINO state.
 
 A plain trace, as optimum-intel makes it (whose releases ask for an older transformers than ours): separate query, key,
-value, gate and up matrices, weights in fp32, rounded to the precision asked for when GenAI compiles them. GenAI turns
-the state into paged attention by itself.
+value, gate and up matrices, weights in fp32, rounded to the precision asked for when GenAI compiles them, or in fp16
+where our engine has them so. GenAI turns the state into paged attention by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from echo_trt.benchmark.peer_head import EagleHead, hidden_layers, load_head
 from echo_trt.benchmark.peer_transformers import load_network
 from echo_trt.bundle import Manifest
+from echo_trt.compile.openvino import stores_fp16
 
 #: What GenAI feeds a language model, besides the state: int64 [B, T], [B, past + T], [B, T] and int32 [B].
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
@@ -35,10 +36,10 @@ def target_ir(checkpoint: Path, manifest: Manifest) -> Path:
 
     def write(folder: Path) -> None:
         network = load_network(checkpoint)
-        _save(_convert(_Stateful(network), network.config), folder)
+        _save(_convert(_Stateful(network), network.config), folder, manifest)
         network.config.save_pretrained(folder)
 
-    return _cached(Path(manifest.target_sha256) / "target", write)
+    return _cached("target", manifest, write)
 
 
 def head_ir(checkpoint: Path, target: Path, manifest: Manifest) -> Path:
@@ -53,10 +54,10 @@ def head_ir(checkpoint: Path, target: Path, manifest: Manifest) -> Path:
         model.add_results([ops.result(offsets)])
         model.set_rt_info("True", ["eagle3_mode"])
         model.set_rt_info(hidden_layers(checkpoint, target), ["hidden_layers_list"])
-        _save(model, folder)
+        _save(model, folder, manifest)
         head.config.save_pretrained(folder)
 
-    return _cached(Path(manifest.target_sha256) / f"head-{manifest.draft_sha256}", write)
+    return _cached(f"head-{manifest.draft_sha256}", manifest, write)
 
 
 class _Past:
@@ -154,14 +155,14 @@ def _start_empty(model: ov.Model, heads: int, size: int) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _save(model: ov.Model, folder: Path) -> None:
-    ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+def _save(model: ov.Model, folder: Path, manifest: Manifest) -> None:
+    ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=stores_fp16(manifest.precision))
 
 
-def _cached(name: Path, write: Callable[[Path], None]) -> Path:
+def _cached(name: str, manifest: Manifest, write: Callable[[Path], None]) -> Path:
     """The folder ``name`` of the cache; where it is missing, ``write`` fills it, and it appears whole or not at all."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo-trt" / "peers"
-    folder = root / name
+    folder = root / manifest.target_sha256 / f"{name}{'-fp16' * stores_fp16(manifest.precision)}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

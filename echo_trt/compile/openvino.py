@@ -36,6 +36,11 @@ def compute_type(precision: str) -> ov.Type:
     return ov.Type.f32 if precision == "fp32" or not has_bf16() else ov.Type.bf16
 
 
+def stores_fp16(precision: str) -> bool:
+    """Whether weights keep bf16's two bytes as fp16, for arithmetic in fp32."""
+    return precision == "bf16" and not has_bf16()
+
+
 def read_graph(path: Path) -> ov.Model:
     """The exported graph as an OpenVINO model, weights memory-mapped."""
     core = ov.Core()
@@ -44,17 +49,14 @@ def read_graph(path: Path) -> ov.Model:
 
 
 def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:
-    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO.
-
-    Where there is no bf16, weights keep their two bytes as fp16, and arithmetic is in fp32.
-    """
+    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO."""
     for parameter in model.get_parameters():
         if "_cache." in parameter.get_friendly_name():
             parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
             parameter.set_element_type(ov.Type.dynamic)
     _measure_context(model)
     model.validate_nodes_and_infer_types()
-    if precision == "bf16" and not has_bf16():
+    if stores_fp16(precision):
         compress_model_transformation(model)
     compute = compute_type(precision).to_string()
     options = {

@@ -12,6 +12,7 @@ from runtime.driving import prompt_ids
 
 from echo_trt.benchmark.peers import PEERS, open_peer
 from echo_trt.bundle import read_manifest
+from echo_trt.compile import openvino as compiler
 from echo_trt.compile.build import build
 from echo_trt.recipe import parse_recipe
 from echo_trt.runtime.llm import LLM
@@ -145,4 +146,20 @@ def test_a_converted_network_is_kept(bundle_of, cache):
     written = graph.stat().st_mtime_ns
     open_peer("openvino-genai", bundle, manifest)
     assert graph.stat().st_mtime_ns == written
-    assert [p.name for p in graph.parents[1].iterdir()] == ["target"]
+    assert {p.name for p in graph.parents[1].iterdir()} <= {"target", "target-fp16"}
+
+
+@needs_genai
+def test_where_our_weights_are_fp16_so_are_the_peers(bundle_of, cache, monkeypatch):
+    """As on a CPU without bf16: the same bytes a weight, or the comparison would be of memory alone."""
+    bundle = bundle_of("lookup")
+    open_peer("openvino-genai", bundle, read_manifest(bundle))
+    manifest = read_manifest(bundle).model_copy(update={"precision": "bf16"})
+    monkeypatch.setattr(compiler, "has_bf16", lambda: False)
+    open_peer("openvino-genai", bundle, manifest)
+    graphs = [
+        cache / "echo-trt" / "peers" / manifest.target_sha256 / name / "openvino_model.bin"
+        for name in ("target", "target-fp16")
+    ]
+    whole, half = (graph.stat().st_size for graph in graphs)
+    assert 0.45 * whole < half < 0.6 * whole
