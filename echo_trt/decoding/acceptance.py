@@ -24,14 +24,16 @@ class Acceptance:
 
     ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
     will be worth, as a share of the node's own probability: equally likely values, ascending. ``below`` [depth] has the
-    same, [levels, w, quantiles], for that level and those under the best child. ``drift`` [sources] shifts log-odds,
-    learnt from what is verified. ``expected`` and ``accepted`` [sources] are sums over all verified nodes: of what each
-    was thought to be worth at its time, and of those accepted.
+    same, [levels, w, quantiles], for that level and those under the best child, and ``brought`` [depth] what 1, 2, ...
+    such levels bring in all, [levels]. ``drift`` [sources] shifts log-odds, learnt from what is verified. ``expected``
+    and ``accepted`` [sources] are sums over all verified nodes: of what each was thought to be worth at its time, and
+    of those accepted.
     """
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = table, children
         self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
+        self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
         self.drift = np.zeros(len(table))
         self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
 

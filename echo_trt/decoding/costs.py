@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,7 +14,9 @@ _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is 
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 _GLITCH = 1.0  # nor does one that took e^-1 of it
-_SHARED = 0.5  # of what another size takes more, the passes that follow in that size bear the rest
+_STAYS = 0.75  # how likely a pass of another size is followed by one of that size, before that is known
+_SETTLING, _FORGETTING = 0.1, 0.01  # how fast that is learnt of each size, and forgotten
+_SIZES = 1024  # tokens from which on sizes are not told apart in this
 _CHANGING = 0.1  # of a pass: by how much more or less than foreseen a change of size is believed to have cost
 _FEW = 64  # tokens of a draft's pass that is mostly its weights
 _COLDEST = 4.0  # passes of one token that a cold cache may cost
@@ -110,14 +112,22 @@ class Costs:
     granule: int = 1
     change: float = 0.0
     _size: int = 0  # of the target's last pass
+    _stays: np.ndarray = field(default_factory=lambda: np.full(_SIZES + 1, _STAYS))  # by size
 
     def verifications(self, roots: int, nodes: np.ndarray) -> np.ndarray:
-        """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape."""
+        """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape.
+
+        Another size is charged the change to it and, since what is left is come back to, the change back, shared by the
+        passes that it is going to last for.
+        """
         sizes = roots + nodes
         if self.granule > 1:
             sizes = np.where(nodes > 0, sizes + -sizes % self.granule, sizes)
         seconds = self.target.base(int(sizes.max()))[sizes]
-        return seconds + _SHARED * self.change * (sizes != self._size) if self.change else seconds
+        if self.change == 0:
+            return seconds
+        left = 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
+        return seconds + np.where(sizes == self._size, 0.0, left)
 
     def observe_target(
         self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0
@@ -131,6 +141,9 @@ class Costs:
         last, self._size = self._size, tokens
         if prompts:
             return
+        if last:
+            self._stays += _FORGETTING * (_STAYS - self._stays)
+            self._stays[min(last, _SIZES)] += _SETTLING * ((tokens == last) - self._stays[min(last, _SIZES)])
         if tokens == last or self.change == 0:
             self.target.observe(tokens, context, seconds, node_context)
         else:

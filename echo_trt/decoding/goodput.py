@@ -174,9 +174,29 @@ class Goodput(Planner):
         children = self.acceptance.below[depth] if depth < len(self.acceptance.below) else None
         if children is None:
             return 0
-        count, levels = len(frontier), len(children)
-        groups, ends = _portions(count)
-        variants = int(groups[-1]) + 1
+        levels, (groups, ends) = len(children), _portions(len(frontier))
+        draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
+        cost = price * (draft + (self.costs.cold if depth == 0 else 0.0))
+        if (frontier.cumsum()[ends - 1, None] * self.acceptance.brought[depth] <= cost).all():
+            return 0  # not even if verification were free
+        net = self._gain(candidates, frontier, groups, children, seconds, price) - cost
+        best = int(net.argmax())
+        return int(ends[best // levels]) if net.flat[best] > 0 else 0
+
+    def _gain(
+        self,
+        candidates: Candidates,
+        frontier: np.ndarray,
+        groups: np.ndarray,
+        children: np.ndarray,
+        seconds: Verifications,
+        price: float,
+    ) -> np.ndarray:
+        """What the foreseen ``children`` of the frontier's first 1, 2, ... ``groups`` would add to the best plan, for
+        each number of levels: float64 [groups, levels]."""
+        levels, variants = len(children), int(groups[-1]) + 1
         alike, groups, number = _alike(frontier, groups)
         worth = np.minimum(alike[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
         cell = (groups[:, None, None] * levels + np.arange(levels)[:, None]) * BINS + _bin(worth)
@@ -188,13 +208,7 @@ class Goodput(Planner):
         now = _histogram(candidates.value[candidates.tree.num_requests :])[:, None]
         plans = now + share * hist.cumsum(axis=1).cumsum(axis=2).reshape(2, -1, BINS)
         value = _best_value(np.concatenate((now, plans), axis=1), seconds, price)
-        gain = (value[1:] - value[0]).reshape(variants, levels)
-        draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
-        draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
-        net = gain - price * (draft + (self.costs.cold if depth == 0 else 0.0))
-        best = int(net.argmax())
-        return int(ends[best // levels]) if net.flat[best] > 0 else 0
+        return (value[1:] - value[0]).reshape(variants, levels)
 
     def joined(self, slot: int) -> None:
         self.history.forget(slot)

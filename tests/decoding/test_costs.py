@@ -205,3 +205,27 @@ def test_what_else_ran_does_not_make_change_dear():
         for size, usual in ((8, 2.0), (16, 3.0)):
             costs.observe_target(size, 0, usual + 0.3 + rng.choice([-1.0, 1.0]), 1)
     assert costs.change == pytest.approx(0.3, abs=0.15)
+
+
+def test_a_size_that_does_not_last_is_charged_there_and_back():
+    costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.2)
+
+    def verify(size: int) -> None:
+        costs.observe_target(size, 0, costs.target(size) + 0.2 * (size != costs._size), 1)
+
+    def charged(size: int) -> float:
+        return costs.verifications(0, np.array([size]))[0] - costs.target.base(size)[size]
+
+    assert charged(8) == pytest.approx(0.1)  # half of it, before anything is known
+    for _ in range(60):  # five of 8, one of 16
+        for size in (8, 8, 8, 8, 8, 16):
+            verify(size)
+    assert charged(16) == 0.0  # no change
+    assert charged(8) < 0.12
+    verify(8)
+    assert charged(8) == 0.0
+    assert charged(16) > 0.25
+    for _ in range(60):  # from now on 16 lasts
+        verify(16)
+    verify(8)
+    assert charged(16) < 0.1
