@@ -29,6 +29,7 @@ class History:
         self.host_seconds = self.level_seconds = 0.0
         self.caution = 1.0
         self._since_plain = 0
+        self._speculated = False  # in the last iteration
         self._quiet = np.zeros(slots + 1, np.int64)  # by load: plans in a row that were plain, up to what matters
         self._rest = self._requests = 0
 
@@ -105,8 +106,8 @@ class History:
     ) -> None:
         """An iteration: tokens of each request [B], those expected, what it took and what a plain one would take.
 
-        Where speculation takes longer than what it brings would take plainly, whatever the tables say, time becomes
-        dearer (``caution``) until it does not.
+        Where speculation, with the iteration after it, takes longer than what it brings would take plainly, whatever
+        the tables say, time becomes dearer (``caution``) until it does not.
         One that computed ``prompts`` too says nothing of speed.
         """
         self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
@@ -114,11 +115,13 @@ class History:
         if prompts or len(slots) == 0:
             return
         self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)
-        if expected == len(slots):
+        speculated, self._speculated = self._speculated, expected > len(slots)
+        lost = 1 - expected * plain / (len(slots) * seconds)
+        if not self._speculated:
             self._since_plain = 0
             self.caution -= _COURAGE * (self.caution - 1)
-        else:
-            lost = 1 - expected * plain / (len(slots) * seconds)
+            lost = max(lost, 0.0) * speculated  # the way back from it, to a pass of another size
+        if lost:
             self.caution = min(max(self.caution + _CAUTION * lost, 1.0), _MOST_CAUTIOUS)
         self._tokens = _MEMORY * self._tokens + expected
         self._plain = _MEMORY * self._plain + len(slots) * seconds / plain

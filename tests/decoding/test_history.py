@@ -165,3 +165,18 @@ def test_where_plans_are_plain_some_are_left_out_until_the_load_changes():
     history.planned(False)
     assert [history.rests(4) for _ in range(9)] == [True] * 8 + [False]  # and what was known of this load still holds
     assert planned(False, 4, requests=3) == 4
+
+
+def test_the_way_back_from_speculation_is_paid_by_it():
+    """A plain iteration after one that speculated took longer, since its pass was of another size: time is dearer."""
+    history = History(4)
+    for _ in range(50):
+        run(history, [2, 1, 1, 1], 1, seconds=0.0125)  # worth exactly what it takes
+        run(history, [1] * 4, 1, seconds=0.013)
+    assert history.caution > 1.5
+    history = History(4)
+    for _ in range(50):
+        run(history, [2, 1, 1, 1], 1, seconds=0.0125)
+        run(history, [1] * 4, 1)
+        run(history, [1] * 4, 2, seconds=0.013)  # slow, but not on its way back
+    assert history.caution == pytest.approx(1.0)
