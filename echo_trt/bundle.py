@@ -88,11 +88,11 @@ class Manifest(BaseModel):
     @property
     def computes_in(self) -> str:
         """``precision``, or what this machine has in its place: OpenVINO has no bf16 on a CPU without AVX-512."""
-        if (self.engine, self.precision) != ("openvino", "bf16"):
+        if self.engine != "openvino":
             return self.precision
-        from echo_trt.compile.openvino import has_bf16
+        from echo_trt.compile.openvino import stores_fp16
 
-        return "bf16" if has_bf16() else "fp32"
+        return "fp32" if stores_fp16(self.precision) else self.precision
 
 
 def read_manifest(folder: Path) -> Manifest:
