@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Request
+from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import Counters, SamplingParams
 
+SLICE = 1.0  # seconds of a turn: a machine's neighbours come and go in some
 PHASES = ("draft", "gate", "allocate", "pack", "verify", "accept", "commit")
 
 
@@ -57,31 +58,57 @@ class Sample:
     texts: dict[int, list[int]] = field(default_factory=dict)
 
 
-def run(llm: LLM, prompts: list[list[int]], batch: int, max_tokens: int) -> Sample:
-    """Answer ``prompts`` greedily under the policy in force, ``batch`` of them at once, the next as one ends.
+class ClosedLoop:
+    """Answers ``prompts`` greedily under the policy in force, ``batch`` of them at once, the next as one ends.
 
-    When the last prompt has begun, slots fall empty: those iterations are run but not counted.
+    When the last prompt has begun, slots fall empty: those iterations are run but not counted. ``seconds`` is a clock
+    that goes in iterations alone, so that others may run between two.
     """
-    loop, sample = llm.loop, Sample()
-    waiting = deque(Request(i, np.asarray(ids), SamplingParams(max_tokens)) for i, ids in enumerate(prompts))
-    running: dict[Request, _Clock] = {}
-    while waiting or running:
-        while waiting and len(running) < batch:
-            request = waiting.popleft()
+
+    def __init__(self, loop: Loop, prompts: list[list[int]], batch: int, max_tokens: int):
+        self.loop, self.batch, self.sample = loop, batch, Sample()
+        self.seconds, self.emitted = 0.0, 0
+        self._waiting = deque(Request(i, np.asarray(ids), SamplingParams(max_tokens)) for i, ids in enumerate(prompts))
+        self._running: dict[Request, _Clock] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def run(self, seconds: float = math.inf) -> None:
+        """For so long, one iteration at least, or to the end."""
+        end = self.seconds + seconds
+        while self.busy:
+            self._step()
+            if self.seconds >= end:
+                break
+
+    def _step(self) -> None:
+        loop, sample, running = self.loop, self.sample, self._running
+        while self._waiting and len(running) < self.batch:
+            request = self._waiting.popleft()
             loop.add(request)
-            running[request] = _Clock(time.perf_counter())
+            running[request] = _Clock(self.seconds)
         before, begin = loop.counters.copy(), time.perf_counter()
         emissions = list(loop.step())
-        now = time.perf_counter()
-        if len(running) == batch:
-            sample.whole.add(before, loop.counters, now - begin)
+        elapsed = time.perf_counter() - begin
+        self.seconds += elapsed
+        if len(running) == self.batch:
+            sample.whole.add(before, loop.counters, elapsed)
             if loop.counters.prompt_tokens == before.prompt_tokens:
-                sample.decode.add(before, loop.counters, now - begin)
+                sample.decode.add(before, loop.counters, elapsed)
         for request, tokens in emissions:
-            running[request].emitted(now, len(tokens), sample)
+            self.emitted += len(tokens)
+            running[request].emitted(self.seconds, len(tokens), sample)
             if request.finish_reason:
                 running.pop(request).ended(request, sample)
-    return sample
+
+
+def run_side_by_side(runs: list[ClosedLoop]) -> None:
+    """Run all to their ends in turns of SLICE seconds, whoever emitted least so far: a machine that slows down or
+    recovers meanwhile does so for all alike. Each has a loop of its own."""
+    while busy := [run for run in runs if run.busy]:
+        min(busy, key=lambda run: run.emitted).run(SLICE)
 
 
 @dataclass

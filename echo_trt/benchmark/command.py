@@ -1,4 +1,4 @@
-"""``echo-trt bench``: policies interleaved in one run, round by round, at each batch size."""
+"""``echo-trt bench``: policies interleaved in one run, second by second, at each batch size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from echo_trt.benchmark.closed_loop import Sample
-from echo_trt.benchmark.closed_loop import run as run_closed_loop
+from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
 from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
 from echo_trt.benchmark.peers import Peer, PeerRun, open_peer
 from echo_trt.benchmark.report import html_report, results_table
@@ -22,6 +21,7 @@ from echo_trt.errors import UserError
 from echo_trt.outputs import json_bytes, output_file
 from echo_trt.prompts import Prompt, read_prompts
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import blocks_for
 
 
@@ -75,17 +75,21 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
             "results": [],
         }
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
-            cells = [("all", mixed(sets))] + [(name, rows) for name, rows in sets.items() if job.each_file]
-            task = progress.add_task("bench", total=len(cells) * len(job.batches))
-            for batch in job.batches:
-                for name, rows in cells:
-                    prompts = _prompts(llm, rows, max(job.requests, 2 * batch))
-                    part = _cell(llm, policies, peers, prompts, batch, job)
-                    result["results"] += [{"set": name, **row} for row in part]
-                    write_json(json_bytes(result))
-                    progress.advance(task)
-                    if not messages.is_terminal:
-                        messages.print(f"batch {batch}, {name}: done", highlight=False)
+            kinds = [("all", mixed(sets))] + [(name, rows) for name, rows in sets.items() if job.each_file]
+            cells = [
+                (batch, name, _prompts(llm, rows, max(job.requests, 2 * batch)))
+                for batch in job.batches
+                for name, rows in kinds
+            ]
+            loops = _loops(llm, policies)
+            task = progress.add_task("bench", total=len(cells))
+            for batch, name, prompts in cells:
+                part = _cell(llm, loops, policies, peers, prompts, batch, job)
+                result["results"] += [{"set": name, **row} for row in part]
+                write_json(json_bytes(result))
+                progress.advance(task)
+                if not messages.is_terminal:
+                    messages.print(f"batch {batch}, {name}: done", highlight=False)
         out.print(results_table(result))
         write_html(html_report(result))
         if job.record_file:
@@ -93,17 +97,47 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     return result
 
 
+def _loops(llm: LLM, policies: list[str]) -> dict[str, Loop]:
+    """A loop for each policy, over the same engines; none of an engine with a cache a slot."""
+    loops = {} if llm.loop.state.linear else dict(zip(policies, llm.divided(len(policies)), strict=True))
+    for policy, loop in loops.items():
+        llm.set_policy(policy, loop=loop)
+    return loops
+
+
+def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
+    """Whether the KV blocks of each hold ``batch`` of these requests, even the longest."""
+    longest = sorted(map(len, prompts))[-batch:]
+    return all(
+        sum(blocks_for(length + max_tokens + loop.state.reserve) for length in longest) <= loop.state.num_blocks
+        for loop in loops.values()
+    )
+
+
 def _cell(
-    llm: LLM, policies: list[str], peers: list[Peer], prompts: list[list[int]], batch: int, job: Job
+    llm: LLM,
+    loops: dict[str, Loop],
+    policies: list[str],
+    peers: list[Peer],
+    prompts: list[list[int]],
+    batch: int,
+    job: Job,
 ) -> list[dict[str, Any]]:
-    """Rounds in which each policy has its turn, beginning with another one each time, and then each peer."""
+    """Rounds in which the policies run side by side, or where the KV pool is too small for that one after another,
+    beginning with another one each time; and then each peer."""
+    beside = bool(loops) and _have_room(loops, prompts, batch, job.max_tokens)
     samples: dict[str, list[Sample]] = {policy: [] for policy in policies}
     peer_runs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for number in range(job.rounds):
         turn = number % len(policies)
+        runs = []
         for policy in policies[turn:] + policies[:turn]:
-            llm.set_policy(policy)
-            samples[policy].append(run_closed_loop(llm, prompts, batch, job.max_tokens))
+            runs.append(ClosedLoop(loops[policy] if beside else llm.loop, prompts, batch, job.max_tokens))
+            samples[policy].append(runs[-1].sample)
+            if not beside:
+                llm.set_policy(policy)
+                runs.pop().run()
+        run_side_by_side(runs)
         for peer in peers:
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
     k_max = int(llm.tuning.costs.hinge["k_max"])

@@ -113,10 +113,11 @@ class CostTable(_Stored):
     cold: float = Field(0.0, ge=0)
     granule: int = Field(1, ge=1)
     change: float = Field(0.0, ge=0)
+    least: int = Field(1, ge=1)
 
     def costs(self) -> Costs:
         target = self.target.curve(NEAR, self.hinge["k_max"])
-        return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change)
+        return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change, self.least)
 
 
 def machine(manifest: Manifest) -> str:

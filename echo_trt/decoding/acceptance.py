@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from echo_trt.decoding.compiled import compiled
 
 HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
 HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next
@@ -31,7 +35,7 @@ class Acceptance:
     """
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
-        self.table, self.children = table, children
+        self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
         self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
         self.drift = np.zeros(len(table))
@@ -45,13 +49,8 @@ class Acceptance:
 
     def probability(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
         """P(accept) of nodes at ``depth`` >= 1 with log path probability ``score``, all [n]. float64 [n]"""
-        place = np.sqrt(np.exp(score)) * (KNOTS - 1)
-        low = np.minimum(place.astype(np.int64), KNOTS - 2)
-        row = np.minimum(depth, self.table.shape[1]) - 1
-        below, above = self.table[source, row, low], self.table[source, row, low + 1]
-        known = below + (above - below) * (place - low)
-        odds = np.exp(self.drift)[source]
-        return known * odds / (1 - known + known * odds)
+        source, score = np.ascontiguousarray(source, np.int8), np.ascontiguousarray(score, np.float64)
+        return _probability(self.table, self.drift, source, np.ascontiguousarray(depth, np.int64), score)
 
     def observe(self, source: np.ndarray, probability: np.ndarray, accepted: np.ndarray) -> None:
         """Verified nodes: what each was thought to be worth, and whether it was accepted, all [n]."""
@@ -78,3 +77,18 @@ def _foreseen(children: np.ndarray) -> np.ndarray:
     best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: who is likely goes on to be
     above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))
     return above[:, None] * children
+
+
+@compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")
+def _probability(
+    table: np.ndarray, drift: np.ndarray, source: np.ndarray, depth: np.ndarray, score: np.ndarray
+) -> np.ndarray:
+    out = np.empty(len(score))
+    for i in range(len(score)):
+        values = table[source[i], min(depth[i], table.shape[1]) - 1]
+        place = math.sqrt(math.exp(score[i])) * (KNOTS - 1)
+        low = min(int(place), KNOTS - 2)
+        known = values[low] + (values[low + 1] - values[low]) * (place - low)
+        odds = math.exp(drift[source[i]])
+        out[i] = known * odds / (1 - known + known * odds)
+    return out

@@ -102,8 +102,9 @@ class Costs:
     """The machine as a policy sees it: passes of the target and of the draft, in seconds.
 
     ``cold``: what a draft's first pass after a target's takes more, since that has driven its weights out of the cache.
-    ``granule``: a verification takes as long as one of the next multiple of so many tokens. ``change``: what a target's
-    pass takes more that is of another size than the last one: a graph for any size prepares itself again.
+    ``granule``: a verification takes as long as one of the next multiple of so many tokens; ``least``: any pass is of
+    so many or more. ``change``: what a target's pass takes more that is of another size than the last one: a graph for
+    any size prepares itself again.
     """
 
     target: Curve
@@ -111,6 +112,7 @@ class Costs:
     cold: float = 0.0
     granule: int = 1
     change: float = 0.0
+    least: int = 1
     _size: int = 0  # of the target's last pass
     _stays: np.ndarray = field(default_factory=lambda: np.full(_SIZES + 1, _STAYS))  # by size
 
@@ -118,15 +120,16 @@ class Costs:
         """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape.
 
         Another size is charged the change to it and, since what is left is come back to, the change back, shared by the
-        passes that it is going to last for.
+        passes that it is going to last for; and once more, since one that is worth it for a single plan lasts shorter.
         """
         sizes = roots + nodes
         if self.granule > 1:
             sizes = np.where(nodes > 0, sizes + -sizes % self.granule, sizes)
+        sizes = np.maximum(sizes, self.least)
         seconds = self.target.base(int(sizes.max()))[sizes]
         if self.change == 0:
             return seconds
-        left = 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
+        left = 2 * 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
         return seconds + np.where(sizes == self._size, 0.0, left)
 
     def observe_target(
@@ -138,6 +141,7 @@ class Costs:
         """
         if node_context:
             tokens += -tokens % self.granule
+        tokens = max(tokens, self.least)
         last, self._size = self._size, tokens
         if prompts:
             return

@@ -12,8 +12,8 @@ search:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.foresight import BINS, best_portion, portions
 from echo_trt.decoding.grow import Draft
 from echo_trt.decoding.history import History
 from echo_trt.decoding.policies import Policy
@@ -30,7 +31,6 @@ from echo_trt.decoding.super_tree import SuperTree
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
 SERVES = 32  # iterations that a longer catch-up serves, at most
 TIE = 1e-12  # of a value: too little to tell one from another
-BINS = 64  # of a histogram over values, the best first
 
 
 @dataclass(frozen=True)
@@ -168,47 +168,27 @@ class Goodput(Planner):
         """How many of the frontier to expand, values [F], best first, of depth ``depth``; 0 if none pays.
 
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
-        with what this level and the next would bring: each a histogram of values, over which the best number of nodes
-        to verify is searched.
+        with what this level and the next would bring.
         """
-        children = self.acceptance.below[depth] if depth < len(self.acceptance.below) else None
-        if children is None:
+        if depth >= len(self.acceptance.below):
             return 0
-        levels, (groups, ends) = len(children), _portions(len(frontier))
-        draft = self.costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
-        draft = draft + self.costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        draft = (draft + self.history.level_seconds)[:, None] * np.arange(1, levels + 1)
-        cost = price * (draft + (self.costs.cold if depth == 0 else 0.0))
-        if (frontier.cumsum()[ends - 1, None] * self.acceptance.brought[depth] <= cost).all():
-            return 0  # not even if verification were free
-        net = self._gain(candidates, frontier, groups, children, seconds, price) - cost
-        best = int(net.argmax())
-        return int(ends[best // levels]) if net.flat[best] > 0 else 0
-
-    def _gain(
-        self,
-        candidates: Candidates,
-        frontier: np.ndarray,
-        groups: np.ndarray,
-        children: np.ndarray,
-        seconds: Verifications,
-        price: float,
-    ) -> np.ndarray:
-        """What the foreseen ``children`` of the frontier's first 1, 2, ... ``groups`` would add to the best plan, for
-        each number of levels: float64 [groups, levels]."""
-        levels, variants = len(children), int(groups[-1]) + 1
-        alike, groups, number = _alike(frontier, groups)
-        worth = np.minimum(alike[:, None, None] * children.reshape(levels, -1), 1.0)  # [F, levels, w * quantiles]
-        cell = (groups[:, None, None] * levels + np.arange(levels)[:, None]) * BINS + _bin(worth)
-        size, share = variants * levels * BINS, 1.0 / children.shape[-1]
-        weight = np.broadcast_to(number[:, None, None], worth.shape)
-        hist = np.empty((2, variants, levels, BINS))
-        hist[0] = np.bincount(cell.reshape(-1), weight.reshape(-1), size).reshape(variants, levels, BINS)
-        hist[1] = np.bincount(cell.reshape(-1), (weight * worth).reshape(-1), size).reshape(variants, levels, BINS)
-        now = _histogram(candidates.value[candidates.tree.num_requests :])[:, None]
-        plans = now + share * hist.cumsum(axis=1).cumsum(axis=2).reshape(2, -1, BINS)
-        value = _best_value(np.concatenate((now, plans), axis=1), seconds, price)
-        return (value[1:] - value[0]).reshape(variants, levels)
+        costs, ends = self.costs, portions(len(frontier))
+        children, brought = self.acceptance.below[depth], self.acceptance.brought[depth]
+        known = candidates.value[candidates.tree.num_requests :]
+        passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]
+        affordable = (known.sum() + frontier.sum() * brought[-1]) / price
+        return best_portion(
+            frontier,
+            ends,
+            price * (passes + self.history.level_seconds),
+            price * costs.cold if depth == 0 else 0.0,
+            children,
+            brought,
+            known,
+            price * seconds.upto(nodes, affordable),
+        )
 
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
@@ -242,64 +222,32 @@ class Verifications:
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)
 
-    def upto(self, nodes: int) -> np.ndarray:
-        """[nodes + 1] or longer."""
-        if nodes >= len(self._seconds):
-            numbers = np.arange(2 * nodes + BINS)
+    def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
+        """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without."""
+        while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
+            numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
             self._seconds = self._costs.verifications(self._tokens, numbers) + self._each * numbers
         return self._seconds
 
-
-def _best_value(plans: np.ndarray, seconds: Verifications, price: float) -> np.ndarray:
-    """plans [2, ..., BINS] -> the most that verifying the best of them, any number, is worth [...]."""
-    count, total = plans.cumsum(axis=-1)
-    low = count.astype(np.int64)
-    table = seconds.upto(int(low.max()) + 1)
-    below = table[low]
-    time = below + (count - low) * (table[low + 1] - below)
-    return np.maximum((total - price * time).max(axis=-1), -price * table[0])
+    def _longest(self) -> float:
+        return self._seconds[-1] - self._seconds[0]
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:
     """The nodes to verify, roots among them: indices, ascending. The best number of the best, over the whole batch.
 
     value [n] only falls along a path, so that the best k are ancestor-closed for every k. seconds [n - B + 1]: the
-    target's pass with 0, 1, ... nodes more than roots; jagged, so every k is tried.
+    target's pass with 0, 1, ... nodes more than roots, at least as far as they can pay; jagged, so every k is tried.
     """
-    roots = np.arange(tree.num_requests)
-    nodes = np.arange(tree.num_requests, len(tree))
-    # A child may be worth exactly what its parent is, and comes after it. A stable sort takes five times as long.
-    nodes = nodes[np.argsort(TIE * tree.depth[nodes] - value[nodes])]
-    nodes = nodes[rank_within(tree.request[nodes]) < per_request - 1]
+    roots, nodes = np.arange(tree.num_requests), np.arange(tree.num_requests, len(tree))
+    order = TIE * tree.depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
+    # As many as cost no more than all together are worth: of a large batch few, and the others need no sorting.
+    most = int(np.count_nonzero(price * (seconds[1:] - seconds[0]) <= value[nodes].sum()))
+    if most < len(nodes):
+        best = np.argpartition(order, most)[:most]
+        if np.bincount(tree.request[nodes[best]], minlength=1).max() < per_request:
+            nodes, order = nodes[best], order[best]
+    nodes = nodes[np.argsort(order)]
+    nodes = nodes[rank_within(tree.request[nodes]) < per_request - 1][: len(seconds) - 1]
     worth = np.concatenate(([0.0], np.cumsum(value[nodes]))) - price * seconds[: len(nodes) + 1]
     return np.sort(np.concatenate((roots, nodes[: int(worth.argmax())])))
-
-
-@cache
-def _portions(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """How a set of ``count`` grows, to 1, 2, 4, ... or, if it is large, 1, 4, 16, ...: the step [count] in which each
-    element joins, and the set's size after each step."""
-    factor = 2 if count <= 16 else 4
-    steps = np.ceil(np.log(np.arange(1, count + 1)) / np.log(factor) - 1e-9).astype(np.int64)
-    return steps, np.cumsum(np.bincount(steps))
-
-
-def _alike(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """values [F], best first, and their ascending groups [F] -> of those that share group and bin their mean, their
-    group and how many they are, all [m]: of a large batch's values there are few, whatever F."""
-    if len(values) <= BINS:
-        return values, groups, np.ones(len(values))
-    cell = groups * BINS + _bin(values)
-    begin = np.flatnonzero(np.diff(cell, prepend=-1))
-    number = np.diff(begin, append=len(values))
-    return np.add.reduceat(values, begin) / number, groups[begin], number.astype(np.float64)
-
-
-def _histogram(values: np.ndarray) -> np.ndarray:
-    """Numbers and sums of values by bins: float64 [2, BINS]."""
-    cell = _bin(values)
-    return np.stack((np.bincount(cell, minlength=BINS), np.bincount(cell, values, minlength=BINS)))
-
-
-def _bin(values: np.ndarray) -> np.ndarray:
-    return ((1.0 - np.minimum(values, 1.0)) * (BINS - 1e-6)).astype(np.int64)

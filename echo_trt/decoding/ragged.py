@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
+
 
 def begins(counts: np.ndarray) -> np.ndarray:
     """counts [B] -> where each section begins, and the total: int64 [B+1]."""
@@ -20,8 +22,13 @@ def ragged_arange(counts: np.ndarray) -> np.ndarray:
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
     """Each element's place among those of its group: 0 for a group's first, 1 for its second, ... [n]"""
-    small = np.min_scalar_type(groups.max(initial=0))  # up to 16 bits the sort is a radix sort
-    order = np.argsort(groups.astype(small), kind="stable")
-    ranks = np.empty(len(groups), np.int64)
-    ranks[order] = ragged_arange(np.bincount(groups))
+    return _rank_within(np.ascontiguousarray(groups, np.int64), int(groups.max(initial=-1)) + 1)
+
+
+@compiled("i8[::1](i8[::1], i8)")
+def _rank_within(groups: np.ndarray, count: int) -> np.ndarray:
+    ranks, seen = np.empty(len(groups), np.int64), np.zeros(count, np.int64)
+    for i in range(len(groups)):
+        ranks[i] = seen[groups[i]]
+        seen[groups[i]] += 1
     return ranks

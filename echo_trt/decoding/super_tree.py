@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.ragged import begins
 
 
@@ -102,14 +103,20 @@ def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
     ``tree`` must be sorted by request. Returns uint8 [sum K_i^2] and where each request's matrix begins, int64 [B+1].
     """
     sizes = tree.sizes
-    first = begins(sizes)
     mask_begins = begins(sizes**2)
-    local = np.arange(len(tree)) - first[tree.request]
-    row_begin = mask_begins[tree.request] + local * sizes[tree.request]
+    return _ancestor_mask(tree.parent, tree.request, sizes, begins(sizes), mask_begins), mask_begins
+
+
+@compiled("u1[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")
+def _ancestor_mask(
+    parent: np.ndarray, request: np.ndarray, sizes: np.ndarray, first: np.ndarray, mask_begins: np.ndarray
+) -> np.ndarray:
     mask = np.zeros(mask_begins[-1], np.uint8)
-    rows, ancestors = np.arange(len(tree)), np.arange(len(tree))
-    while len(rows):
-        mask[row_begin[rows] + local[ancestors]] = 1
-        ancestors = tree.parent[ancestors]
-        rows, ancestors = rows[ancestors >= 0], ancestors[ancestors >= 0]
-    return mask, mask_begins
+    for node in range(len(parent)):
+        owner = request[node]
+        row = mask_begins[owner] + (node - first[owner]) * sizes[owner] - first[owner]
+        above = node
+        while above >= 0:
+            mask[row + above] = 1
+            above = parent[above]
+    return mask

@@ -15,6 +15,8 @@ class Engine(Protocol):
     num_blocks: int
     granule: int
     """A verification takes as long as one of the next multiple of so many tokens; 1: as one of its own size."""
+    least: int
+    """Any pass of fewer tokens is filled up to so many."""
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One forward pass. ``inputs`` are a head's ``features`` and ``hidden``, float32.

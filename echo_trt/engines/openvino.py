@@ -29,7 +29,10 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._inputs = {i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()}
         self._outputs = [o.get_any_name() for o in compiled.outputs]
-        self.granule = GRANULE if "logits" in self._outputs else 1
+        target = "logits" in self._outputs
+        self.granule = GRANULE if target else 1
+        # In bf16 four rows take less time than one to three.
+        self.least = GRANULE if target and precision == "bf16" and compute_type(precision) == ov.Type.bf16 else 1
         self._pool = self._bind_pool(compiled, compute_type(precision))
         self._held: list[ov.Tensor] = []
 
@@ -51,10 +54,10 @@ class OpenVINOEngine:
         asked = {"features": len(call.token_ids), "state": len(call.token_ids)}
         rows = len(call.logit_rows)
         verifies = is_verification(call)
-        # For the bits of plain decoding. One request alone cannot have them: matrix products of one row differ.
-        if "logits" in self._outputs and len(call.past_lens) > 1:
+        # For the bits of plain decoding, which matrix products of one row alone do not have.
+        if "logits" in self._outputs and (len(call.past_lens) > 1 or self.least > 1):
             call = as_lanes(call)
-        if verifies:
+        if verifies or len(call.token_ids) < self.least:
             call = rounded(call, self.granule, self.num_blocks)
         # The request reads our arrays in place, so they must outlive it.
         held = [ov.Tensor(getattr(call, name) if name not in inputs else inputs[name]) for name in self._inputs]

@@ -64,7 +64,7 @@ class TensorRTEngine:
         self._aliases = {f"new_{name}" if linear else name + WRITTEN: name for name in self._caches}
         heads, rows, head_dim = (session.most(self._caches[0], axis) for axis in (1, 2, 3))
         self._layout = Layout(slots, blocks, rows - blocks * BLOCK) if linear else None
-        self.num_blocks, self.granule = slots * blocks if linear else num_blocks, 1
+        self.num_blocks, self.granule, self.least = slots * blocks if linear else num_blocks, 1, 1
         self._limits = CallLimits.of(session, linear)
         if slots > self._limits.batch:
             raise UserError(

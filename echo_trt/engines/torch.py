@@ -39,7 +39,7 @@ class TorchEngine:
         graphs: bool = True,
         collectives: Collectives | None = None,
     ):
-        self.num_blocks, self.granule = num_blocks, 1
+        self.num_blocks, self.granule, self.least = num_blocks, 1, 1
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)

@@ -27,12 +27,34 @@ def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None 
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
     target = _engine(folder, manifest, "target", state, blocks)
+    own = recipe.draft.kind in ("model", "eagle3")
+    return _loop(manifest, state, target, _engine(folder, manifest, "draft", state, blocks) if own else None), manifest
+
+
+def divided(loop: Loop, manifest: Manifest, parts: int) -> list[Loop]:
+    """So many loops over the engines of ``loop``, which rests meanwhile: each has a part of its KV pool.
+
+    Slots of an engine that has a cache for each cannot be divided.
+    """
+    state = loop.state
+    each, draft = state.num_blocks // parts, loop.drafter.engine if isinstance(loop.drafter, EngineDrafter) else None
+    loops = []
+    for part in range(parts):
+        own = Slots(state.count, state.context, state.reserve, each, state.cache.enabled, part * each)
+        loops.append(_loop(manifest, own, loop.target, draft))
+        if loop.copier:
+            loops[-1].copier.log_acceptance = loop.copier.log_acceptance
+    return loops
+
+
+def _loop(manifest: Manifest, state: Slots, target: Engine, draft: Engine | None) -> Loop:
+    recipe = manifest.recipe
     copier = LookupDrafter(state, recipe.draft.min_match, recipe.draft.acceptance)
-    drafter = copier if recipe.draft.kind == "lookup" else _drafter(folder, manifest, state, blocks)
+    drafter = copier if recipe.draft.kind == "lookup" else _drafter(manifest, state, draft)
     plain, eos = Policy("autoregressive"), manifest.eos_token_ids
-    loop = Loop(target, drafter, state, plain, eos, limits.prefill_chunk)
+    loop = Loop(target, drafter, state, plain, eos, recipe.limits.prefill_chunk)
     loop.copier = copier if recipe.draft.copy_text else None
-    return loop, manifest
+    return loop
 
 
 def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks: int) -> Engine:
@@ -69,11 +91,10 @@ def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engi
     return RankedEngine(opened, len(files))
 
 
-def _drafter(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Drafter | None:
+def _drafter(manifest: Manifest, state: Slots, engine: Engine | None) -> Drafter | None:
     draft, facts = manifest.recipe.draft, manifest.draft
-    if draft.kind == "none":
+    if engine is None:
         return None
-    engine = _engine(folder, manifest, "draft", state, blocks)
     chunk = manifest.recipe.limits.prefill_chunk
     if draft.kind == "model":
         return EngineDrafter(engine, state, chunk)

@@ -12,8 +12,8 @@ from echo_trt.decoding.pack import pack
 from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
-from echo_trt.runtime.assemble import load_loop
-from echo_trt.runtime.loop import Request
+from echo_trt.runtime.assemble import divided, load_loop
+from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
@@ -57,15 +57,24 @@ class LLM:
         policy = self.loop.policy
         return int(self.tuning.costs.hinge["k_max"]) if policy.seeks_goodput else policy.budget or 0
 
-    def set_policy(self, name: str | None, budget: int | None = None) -> None:
+    def set_policy(self, name: str | None, budget: int | None = None, loop: Loop | None = None) -> None:
         """Another policy from now on, None for the recipe's, or another K_max; the text stays the same.
 
-        The first that needs this machine's costs measures them, so nothing may be running then.
+        The first that needs this machine's costs measures them, so nothing may be running then. ``loop``: one of
+        ``divided``, for which alone it is.
         """
+        loop = loop or self.loop
         policy = self.tuning.policy(name, budget)
-        if policy.seeks_goodput and self.loop.planner is None:
-            self.loop.planner = self.tuning.planner()
-        self.loop.policy = policy
+        if policy.seeks_goodput and loop.planner is None:
+            loop.planner = self.tuning.planner()
+        loop.policy = policy
+
+    def divided(self, parts: int) -> list[Loop]:
+        """So many loops over the same engines, a part of the KV pool each, for runs side by side; ``loop`` must rest.
+
+        An engine that has a cache a slot (``state.linear``) has no pool to divide.
+        """
+        return divided(self.loop, self.manifest, parts)
 
     def chat_ids(self, message: str) -> list[int]:
         """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""

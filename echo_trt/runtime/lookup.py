@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_trt.decoding.candidates import Continuations
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.slots import Slots
 
@@ -53,27 +54,10 @@ class LookupDraft:
         self._length = state.length[slots]
         self._text = state.tokens[slots, : self._length.max()]
         # [B]: where the copied text begins, and on how many tokens it matched
-        self._next, self._matched = self._latest_match()
+        self._next, self._matched = _latest_match(self._text, self._length, len(drafter.log_acceptance))
         best = len(drafter.log_acceptance)
         self._log_q = drafter.log_acceptance[np.clip(self._matched, 1, best) - 1]
         self._log_q[self._matched < drafter.min_match] = -np.inf
-
-    def _latest_match(self) -> tuple[np.ndarray, np.ndarray]:
-        text, length = self._text, self._length
-        count, width = text.shape
-        row, end = np.nonzero(text == text[np.arange(count), length - 1][:, None])
-        earlier = end < length[row] - 1
-        row, end = row[earlier], end[earlier]  # places before the last where the last token stands
-        run = np.ones(len(row), np.int64)  # how many tokens that end there equal the text's last ones
-        alive = np.ones(len(row), bool)
-        for back in range(1, len(self._drafter.log_acceptance)):
-            alive &= (end >= back) & (
-                text[row, np.maximum(end - back, 0)] == text[row, np.maximum(length[row] - 1 - back, 0)]
-            )
-            run += alive
-        best = np.full(count, -1, np.int64)  # the longest match, of those the latest
-        np.maximum.at(best, row, run * width + end)
-        return np.where(best >= 0, best % width + 1, 0), np.where(best >= 0, best // width, 0)
 
     def continuations(self, length: int) -> Continuations:
         """See LookupDrafter.continuations."""
@@ -94,3 +78,22 @@ class LookupDraft:
     def _copied(self, requests: np.ndarray, offset: np.ndarray) -> np.ndarray:
         place = np.minimum(self._next[requests] + offset, self._length[requests] - 1)
         return self._text[requests, place].astype(np.int64)[:, None]
+
+
+@compiled("UniTuple(i8[::1], 2)(i4[:, :], i8[::1], i8)")
+def _latest_match(text: np.ndarray, length: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """text [B, W], of which each row has ``length`` tokens -> behind the place where its last tokens stood before, as
+    many as possible up to ``longest``, of such places the latest: where to go on [B], how many matched [B]; 0 if none.
+    """
+    begin, matched = np.zeros(len(text), np.int64), np.zeros(len(text), np.int64)
+    for row in range(len(text)):
+        words, last = text[row], length[row] - 1
+        for end in range(last - 1, -1, -1):
+            run = 0
+            while run < longest and run <= end and words[end - run] == words[last - run]:
+                run += 1
+            if run > matched[row]:
+                begin[row], matched[row] = end + 1, run
+            if run == longest:
+                break
+    return begin, matched

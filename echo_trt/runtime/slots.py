@@ -23,12 +23,19 @@ class Slots:
     """
 
     def __init__(
-        self, count: int, context: int, reserve: int, num_blocks: int | None = None, prefix_cache: bool = False
+        self,
+        count: int,
+        context: int,
+        reserve: int,
+        num_blocks: int | None = None,
+        prefix_cache: bool = False,
+        first_block: int = 0,
     ):
         """``reserve``: KV rows that one request's drafting and verifying can need beyond its committed tokens.
 
         Without ``num_blocks`` the slots are linear, as engines with a cache a slot ask for: the M blocks of slot s are
-        always s * M to s * M + M - 1, and nothing is shared. Else all slots draw on one pool of so many blocks.
+        always s * M to s * M + M - 1, and nothing is shared. Else all slots draw on one pool of so many blocks, from
+        ``first_block`` on in the engine.
         """
         ints = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
         self.count, self.context, self.reserve = count, context, reserve
@@ -50,9 +57,11 @@ class Slots:
         self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
         self.blocks_held = ints(count)
         self.num_blocks = self._free_count = self.block_table.size if self.linear else num_blocks
-        self._free = np.arange(self.num_blocks, dtype=np.int32)[::-1].copy()  # a stack
+        self._free = (first_block + np.arange(self.num_blocks, dtype=np.int32))[::-1].copy()  # a stack
         self.cache = PrefixCache(prefix_cache and not self.linear)
-        self.block_drafted = np.zeros(self.num_blocks, bool)  # the draft's KV of the block's text is in it too
+        self.block_drafted = np.zeros(
+            first_block + self.num_blocks, bool
+        )  # the draft's KV of the block's text is in it too
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
         self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # what the cache had when a slot last looked for its text there

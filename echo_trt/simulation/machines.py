@@ -26,7 +26,7 @@ LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 @dataclass(frozen=True)
 class Machine:
     """Seconds of passes over ``sizes`` tokens, tables [m], what a cached token adds, and one that a tree's node attends
-    again (``Curve``). cold, granule, change: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
+    again (``Curve``). cold, granule, change, least: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
     ``level_seconds``: and a draft level. ``capacity``: tokens that its KV cache holds, None where unknown.
     ``assumptions``: a sentence each."""
 
@@ -40,10 +40,11 @@ class Machine:
     cold: float = 0.0
     granule: int = 1
     change: float = 0.0
+    least: int = 1
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""
-        return Costs(Curve(*self.target), Curve(*self.draft), self.cold, self.granule, self.change)
+        return Costs(Curve(*self.target), Curve(*self.draft), self.cold, self.granule, self.change, self.least)
 
     @cached_property
     def hinge(self) -> Hinge:
@@ -208,6 +209,7 @@ def from_costs_file(path: Path) -> Machine:
         cold=stored.cold,
         granule=stored.granule,
         change=stored.change,
+        least=stored.least,
     )
 
 

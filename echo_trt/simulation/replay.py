@@ -163,6 +163,7 @@ class Replay:
         clock = self._clock
         if again:
             tokens += -tokens % clock.granule
+        tokens = max(tokens, clock.least)
         changed, self._size = tokens != self._size, tokens
         return clock.target(tokens, context) + clock.target.per_node * again + changed * clock.change
 

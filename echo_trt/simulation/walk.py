@@ -116,6 +116,6 @@ class Walk:
         ended = np.flatnonzero(self.left == 0)
         for slot in ended:
             self.answer[slot] = self._recording.answers[self._next % len(self._recording.answers)]
-            self.index[slot] = self.behind[slot] = 1
+            self.index[slot], self.behind[slot] = 1, self._prompt + 1  # a draft begins with the prompt
             self._next += 1
         return Kept(kept, ended)

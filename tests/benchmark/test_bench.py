@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from refusal import refused
 from rich.console import Console
 
 from echo_trt.benchmark import command
-from echo_trt.benchmark.closed_loop import Sample
-from echo_trt.benchmark.closed_loop import run as closed_loop
-from echo_trt.benchmark.command import Job, check_pool, run
+from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
+from echo_trt.benchmark.command import Job, check_pool
+from echo_trt.benchmark.command import run as run_bench
 from echo_trt.benchmark.figures import figures
 from echo_trt.calibration.trees import Trees
 from echo_trt.runtime.llm import LLM
@@ -35,7 +36,7 @@ def job(bundle: Path, prompts: list[Path], **changes) -> Job:
 
 
 def bench(job: Job) -> dict:
-    return run(job, Console(quiet=True), Console(quiet=True))
+    return run_bench(job, Console(quiet=True), Console(quiet=True))
 
 
 def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(bundle_of, prompts, tmp_path):
@@ -65,12 +66,69 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
 
 def test_only_iterations_with_every_slot_busy_are_counted(open_llm):
     llm = open_llm("close", "autoregressive", batch=3)
-    sample = closed_loop(llm, [[5, 6, 7]] * 4, 3, 12)
+    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    run.run()
+    sample = run.sample
     assert sample.decode.verifications == 3 * sample.decode.iterations
     assert sample.whole.iterations > sample.decode.iterations  # prompts were computed in some
     assert len(sample.texts) == len(sample.ttft) == 4
     assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
     assert sample.whole.tokens < sum(map(len, sample.texts.values()))  # the end of the run is left out
+
+
+def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_llm, monkeypatch):
+    llm = open_llm("close", "static", batch=3)
+    prompts = [[5, 6, 7], [8, 9], [4] * 40, [3, 3, 3], [11, 12]]
+    alone = ClosedLoop(llm.loop, prompts, 2, 20)
+    alone.run()
+    assert not alone.busy
+    monkeypatch.setattr("echo_trt.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
+    loops, held = llm.divided(3), []
+    for loop, policy in zip(loops, ("static", "autoregressive", "dense"), strict=True):
+        llm.set_policy(policy, budget=6, loop=loop)
+    runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
+    for run in runs:
+        for _ in range(3):
+            run.run(0.0)
+        state = run.loop.state
+        held.append(
+            {b for slot in np.flatnonzero(state.active) for b in state.block_table[slot, : state.blocks_held[slot]]}
+        )
+    assert all(run.busy and run.emitted for run in runs)
+    assert all(held)
+    assert not held[0] & held[1]
+    assert not (held[0] | held[1]) & held[2]
+    run_side_by_side(runs)
+    assert [run.sample.texts for run in runs] == [alone.sample.texts] * 3
+    assert all(run.seconds >= run.sample.whole.elapsed > 0 for run in runs)
+
+
+def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
+    monkeypatch.setattr("echo_trt.benchmark.closed_loop.SLICE", 0.0)
+    llm = open_llm("close", "autoregressive", batch=2)
+    first, second = llm.divided(2)
+    llm.set_policy("static", loop=second)  # emits several tokens an iteration
+    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in (first, second)], []
+    for run in runs:
+        step = run._step
+        monkeypatch.setattr(
+            run, "_step", lambda run=run, step=step: (order.append((run, [r.emitted for r in runs])), step())
+        )
+    run_side_by_side(runs)
+    for run, emitted in order:
+        if all(other.busy or other is run for other in runs) and max(emitted) < 40:
+            assert run.emitted >= min(emitted)
+    turns = [run for run, emitted in order if max(emitted) < 40]
+    assert turns.count(runs[0]) > turns.count(runs[1])
+
+
+def test_where_the_pool_has_no_room_policies_run_one_after_another(bundle_of, prompts, monkeypatch):
+    calls = []
+    monkeypatch.setattr("echo_trt.benchmark.command.run_side_by_side", calls.append)
+    monkeypatch.setattr("echo_trt.benchmark.command._have_room", lambda *_: False)
+    result = bench(job(bundle_of("close"), prompts, batches=[2], rounds=2))
+    assert calls == [[], []]
+    assert all(row["decode_tokens_per_s"] > 0 for row in result["results"])
 
 
 def test_a_policy_that_never_decoded_without_prompts_has_no_rate():
@@ -125,10 +183,13 @@ def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
 
 def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkeypatch):
     """They are the same prompts each time, longer than a block, and the recipe has a prefix cache."""
-    file, opened = tmp_path / "long.jsonl", []
+    file, opened, loops = tmp_path / "long.jsonl", [], []
     file.write_text("\n".join(json.dumps({"id": i, "prompt": f"{i} abc" * 12}) for i in range(3)), "utf-8")
     monkeypatch.setattr(command, "LLM", lambda *given, **more: opened.append(LLM(*given, **more)) or opened[-1])
+    divided = command._loops
+    monkeypatch.setattr(command, "_loops", lambda *given: loops.append(divided(*given)) or loops[-1])
     bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
-    counters = opened[0].counters
-    assert counters.prompt_tokens == counters.asked_tokens > 16 * 40
+    assert [*loops[0]] == ["autoregressive", "static"]
+    for loop in loops[0].values():
+        assert loop.counters.prompt_tokens == loop.counters.asked_tokens > 8 * 40
     assert opened[0].manifest.recipe.limits.prefix_cache

@@ -13,7 +13,8 @@ from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 from echo_trt.decoding.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
 from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import BINS, Goodput, Load, Verifications, select
+from echo_trt.decoding.foresight import BINS
+from echo_trt.decoding.goodput import Goodput, Load, Verifications, select
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 

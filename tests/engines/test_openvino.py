@@ -205,6 +205,34 @@ def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected,
     assert compiler.has_bf16.__wrapped__() == expected
 
 
+@pytest.mark.skipif(not compiler.has_bf16(), reason="needs a CPU with AVX-512, for bf16")
+@pytest.mark.parametrize("length", [2, 4, 7])
+def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(length, bundle_of):
+    rng, past, table = np.random.default_rng(length), 37, np.array([[2, 0]])
+    text = rng.integers(0, VOCAB, past + length)
+    told = []
+    for together in (1, length):
+        engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 3)
+        count = np.array([past])
+        engine.run(pack(text[:past], np.arange(past), 0 * count, count, table, np.zeros(1)))
+        for begin in range(past, past + length, together):
+            place = np.arange(begin, begin + together)
+            mask = (np.tril(np.ones((together, together), np.uint8)).reshape(-1), np.array([0, together**2]))
+            call = pack(
+                text[place],
+                place,
+                np.array([begin]),
+                np.array([together]),
+                table,
+                np.arange(together),
+                mask if together > 1 else None,
+            )
+            told.append(engine.run(call)["logits"].copy())
+    plain, verified = np.concatenate(told[:-1]), told[-1]
+    assert plain.shape == verified.shape
+    assert (plain == verified).all()
+
+
 def test_int8_builds_and_runs(networks, bundle_of, tmp_path):
     manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
     assert 0 < manifest.checks["target"].prompt_error < 0.2

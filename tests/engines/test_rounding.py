@@ -42,6 +42,22 @@ def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
     assert got.logit_rows.max() < len(got.token_ids)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_pass_of_few_tokens_is_filled_up_where_that_is_faster(tokens, bundle_of):
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
+    assert engine.least == 1
+    count = np.arange(tokens)
+    call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
+    got = []
+    for least in (1, GRANULE):
+        engine.least = least
+        got.append({name: np.array(values) for name, values in engine.run(call).items()})
+    for name, values in got[1].items():
+        assert len(values) == tokens
+        np.testing.assert_allclose(values, got[0][name], atol=1e-4)
+    assert engine._pool[:, 6].any() == (tokens < GRANULE)
+
+
 @pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
 def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
     past, blocks = 5, 6

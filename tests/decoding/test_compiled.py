@@ -1,0 +1,62 @@
+"""The loops that numba compiles: the same answers where numba is missing, and where nothing can be cached."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ANSWERS = """
+import sys
+if {missing}:
+    sys.modules["numba"] = None
+import numpy as np
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.foresight import best_portion, portions
+from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.runtime.lookup import _latest_match
+rng = np.random.default_rng(0)
+tree = SuperTree.from_roots(rng.integers(0, 9, 3))
+for _ in range(4):
+    parent = rng.integers(0, len(tree), 5)
+    tree.add(parent, rng.integers(0, 9, 5), tree.score[parent] + np.log(rng.uniform(0.1, 1, 5)))
+tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+print(ancestor_mask(tree)[0].tolist(), rank_within(rng.integers(0, 5, 40)).tolist())
+acceptance = Acceptance.uncalibrated(5)
+nodes = np.flatnonzero(tree.parent >= 0)
+print(acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes]).round(9).tolist())
+for size in (1, 5, 90, 300):
+    frontier, ends = -np.sort(-rng.uniform(0, 1.2, size)), portions(size)
+    below, brought, known = acceptance.below[0], acceptance.brought[0], rng.uniform(0, 1, 7)
+    print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, known, 0.05 * np.arange(900.0)))
+text = rng.integers(0, 4, (5, 40)).astype(np.int32)
+print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])
+"""
+
+
+def answers(missing: bool = False, **environment: str) -> tuple[str, str]:
+    run = [sys.executable, "-c", ANSWERS.format(missing=missing)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled() -> str:
+    out, err = answers()
+    assert err == ""
+    assert len(out.splitlines()) == 7
+    return out
+
+
+def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy(compiled):
+    out, err = answers(missing=True)
+    assert out == compiled
+    assert "install numba" in err
+    assert err.count("UserWarning") == 1
+
+
+def test_where_no_folder_can_be_written_they_are_compiled_each_time(compiled):
+    out, err = answers(NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator")  # which finds no place for a file like ours
+    assert (out, err) == (compiled, "")
