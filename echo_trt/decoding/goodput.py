@@ -230,7 +230,9 @@ class Verifications:
         return self._seconds
 
     def _longest(self) -> float:
-        return self._seconds[-1] - self._seconds[0]
+        """What the last one takes more than none, at least: sizes beyond it may be spared the price of change."""
+        last = len(self._seconds) - 1
+        return self._costs.target(self._tokens + last) + self._each * last - self._seconds[0]
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:
@@ -241,8 +243,8 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
     """
     roots, nodes = np.arange(tree.num_requests), np.arange(tree.num_requests, len(tree))
     order = TIE * tree.depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
-    # As many as cost no more than all together are worth: of a large batch few, and the others need no sorting.
-    most = int(np.count_nonzero(price * (seconds[1:] - seconds[0]) <= value[nodes].sum()))
+    # As many as may cost no more than all together are worth: of a large batch few, and the others need no sorting.
+    most = int(np.flatnonzero(price * (seconds - seconds[0]) <= value[nodes].sum())[-1])
     if most < len(nodes):
         best = np.argpartition(order, most)[:most]
         if np.bincount(tree.request[nodes[best]], minlength=1).max() < per_request:

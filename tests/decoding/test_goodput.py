@@ -44,12 +44,14 @@ def steady(count: int, *q: float) -> Recorded:
 
 @st.composite
 def choices(draw) -> tuple[SuperTree, np.ndarray, int, np.ndarray, float]:
-    """A small tree, its nodes' values, a limit a request, jagged monotone seconds, and a price."""
+    """A small tree, its nodes' values, a limit a request, jagged seconds, of which one may be spared, and a price."""
     tree = draw(super_trees(max_requests=3, max_nodes=8))
     weights = np.array(draw(st.lists(st.floats(0.8, 1.25), min_size=3, max_size=3)))
     value = np.exp(tree.score.astype(np.float64)) * weights[tree.request]
     steps = draw(st.lists(st.sampled_from([0.0, 0.01, 0.3, 1.0, 4.0]), min_size=9, max_size=9))
-    return tree, value, draw(st.integers(1, 5)), 1.0 + np.cumsum(steps), draw(st.sampled_from([0.0, 0.1, 0.5, 2.0]))
+    change = draw(st.sampled_from([0.0, 1.5])) * (np.arange(9) != draw(st.integers(0, 8)))
+    price = draw(st.sampled_from([0.0, 0.1, 0.5, 2.0]))
+    return tree, value, draw(st.integers(1, 5)), 1.0 + np.cumsum(steps) + change, price
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,6 +84,22 @@ def test_a_step_in_the_curve_is_crossed_only_if_what_lies_beyond_pays_for_it():
     assert len(select(value, tree, 64, seconds, price=1.0)) == 1 + 2  # four more bring 1.6, which cost 2
     assert len(select(value, tree, 64, seconds, price=0.7)) == 1 + 6
     assert len(select(value, tree, 6, seconds, price=0.7)) == 1 + 2  # three more bring 1.2, which cost 1.4
+
+
+def test_a_size_that_is_spared_a_change_is_reached_over_those_that_are_not():
+    tree = SuperTree.from_roots(np.array([1]))
+    tree.add(np.zeros(4, np.int64), np.arange(4), np.zeros(4))
+    value = np.array([1.0, 0.4, 0.3, 0.3, 0.2])
+    seconds = np.array([2.5, 3.5, 3.5, 2.0, 3.5])  # the last pass was of three
+    assert len(select(value, tree, 64, seconds, price=2.0)) == 1 + 3
+
+
+def test_a_table_goes_on_to_a_size_that_is_spared_a_change():
+    costs = Costs(Curve([1, 2000], [1.0, 1.2]), FREE, change=2.0)
+    costs.observe_target(500, 0, 1.05, 1)
+    known = Verifications(costs, load_of(1)).upto(900, affordable=0.1)
+    assert len(known) > 499
+    assert known[499] == known.min()
 
 
 # -- whether to draft ------------------------------------------------------------------------------------------------
