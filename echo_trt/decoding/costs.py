@@ -122,15 +122,19 @@ class Costs:
         Another size is charged the change to it and, since what is left is come back to, the change back, shared by the
         passes that it is going to last for; and once more, since one that is worth it for a single plan lasts shorter.
         """
-        sizes = roots + nodes
-        if self.granule > 1:
-            sizes = np.where(nodes > 0, sizes + -sizes % self.granule, sizes)
-        sizes = np.maximum(sizes, self.least)
+        sizes = self.sizes(roots, nodes)
         seconds = self.target.base(int(sizes.max()))[sizes]
         if self.change == 0:
             return seconds
         left = 2 * 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
         return seconds + np.where(sizes == self._size, 0.0, left)
+
+    def sizes(self, roots: int, nodes: np.ndarray) -> np.ndarray:
+        """Tokens that such a pass is filled up to."""
+        sizes = roots + nodes
+        if self.granule > 1:
+            sizes = np.where(nodes > 0, sizes + -sizes % self.granule, sizes)
+        return np.maximum(sizes, self.least)
 
     def observe_target(
         self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0

@@ -26,6 +26,7 @@ from echo_trt.decoding.grow import Draft
 from echo_trt.decoding.history import History
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.shapes import PLAIN, SEARCH, Shapes
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
@@ -89,13 +90,19 @@ class Planner(Protocol):
 class Goodput(Planner):
     """The policy, and what it has learnt while running: costs, acceptance, each request's history."""
 
-    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int):
-        self.costs, self.acceptance, self.history = costs, acceptance, History(slots)
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, shapes: Shapes | None = None):
+        """``shapes`` None: every iteration searches."""
+        self.costs, self.acceptance, self.history, self.shapes = costs, acceptance, History(slots), shapes
 
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
+        shape = self._shape(draft, policy, load)
+        if shape == PLAIN:
+            return Plan.undrafted(roots)
+        if shape != SEARCH:
+            return self._chains(roots, draft, load, shape)
         if self.history.compares() or self.history.rests(len(roots)):
             return Plan.undrafted(roots)
         price = self.price(load)
@@ -108,6 +115,28 @@ class Goodput(Planner):
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         self.history.planned(len(tree) > len(roots))
         return Plan(tree, candidates.probability[nodes], candidates.tree)
+
+    def _shape(self, draft: Draft | None, policy: Policy, load: Load) -> int:
+        if draft is None or self.shapes is None:
+            return SEARCH
+        longest = min(policy.max_depth, policy.per_request - 1)
+        return self.shapes.choose(len(load.slots), load.context, self.costs, self.history.host_seconds, longest)
+
+    def _chains(self, roots: np.ndarray, draft: Draft, load: Load, length: int) -> Plan:
+        """A chain of ``length`` tokens for each request that has room for it, whatever they are worth."""
+        tree = SuperTree.from_roots(roots)
+        nodes = np.flatnonzero(load.room > 0)
+        for depth in range(length):
+            nodes = nodes[load.room[tree.request[nodes]] > depth]
+            if len(nodes) == 0:
+                break
+            log_q, tokens = draft.expand(tree, nodes) if depth else draft.expand_roots(nodes)
+            exists = log_q[:, 0] > -np.inf
+            nodes, score = nodes[exists], tree.score[nodes[exists]] + np.minimum(log_q[exists, 0], 0)
+            nodes = tree.add(nodes, tokens[exists, 0].astype(np.int64), score)
+        chains, _ = tree.sorted_by_request(np.arange(len(tree)))
+        probability = self.acceptance.probability(chains.source, np.maximum(chains.depth, 1), chains.score)
+        return Plan(chains, np.where(chains.depth > 0, probability, 1.0), tree)
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
@@ -210,7 +239,10 @@ class Goodput(Planner):
         self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
         progress = np.bincount(tree.request[path], minlength=len(load.slots))
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
-        self.history.observe(load.slots, progress, plan.probability.sum(), seconds, host, plain, load.others > 0)
+        expected = plan.probability.sum()
+        self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
+        if self.shapes and load.others == 0:
+            self.shapes.observe(len(load.slots), expected, seconds, max(self.shapes.shape, 0))
 
 
 class Verifications:

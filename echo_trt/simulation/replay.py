@@ -15,6 +15,7 @@ from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.goodput import Goodput, Load, Plan, Planner
 from echo_trt.decoding.grow import grow
 from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.shapes import Shapes
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.walk import BEYOND, Recording, Walk
@@ -111,6 +112,11 @@ class ClockedDraft:
             self.planner.draft_pass(entries, context, taken, first)
 
 
+def _planner(machine: Machine, calibration: Calibration, batch: int) -> Goodput:
+    acceptance = calibration.model()
+    return Goodput(machine.costs(), acceptance, batch, Shapes(acceptance))
+
+
 class Replay:
     """One policy at one batch: ``step`` is runtime/loop.py's iteration without engines."""
 
@@ -120,7 +126,7 @@ class Replay:
         self._recording, self._policy, self._prompt, self._batch = recording, policy, prompt, batch
         self._machine, self._clock, self._size = machine, machine.costs(), 0
         self._lookup = calibration.lookup if policy.copies else None
-        self.planner = Goodput(machine.costs(), calibration.model(), batch) if policy.seeks_goodput else None
+        self.planner = _planner(machine, calibration, batch) if policy.seeks_goodput else None
         self.walk = Walk(recording, batch, prompt)
 
     def run(self, tokens: int) -> Tally:
