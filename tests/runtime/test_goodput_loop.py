@@ -14,6 +14,7 @@ from echo_trt.calibration.store import COSTS
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.shapes import LONGEST, SEARCH, Shapes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -70,6 +71,28 @@ def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
         assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy == "goodput")
         assert (llm.counters.draft_passes > passes) == (pair != "lookup")
         assert_all_free(llm.loop)
+
+
+class Turns(Shapes):
+    """Every shape in turn, each for one iteration."""
+
+    def __init__(self, acceptance: Acceptance):
+        super().__init__(acceptance)
+        self._turns = itertools.cycle((SEARCH, *range(LONGEST + 1)))
+
+    def choose(self, requests: int, context: int, costs: Costs, host: float, longest: int) -> int:
+        self.shape = min(next(self._turns), longest)
+        return self.shape
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_shapes_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = open_llm(pair, "autoregressive", 3)
+    acceptance = Acceptance.uncalibrated(4)
+    llm.loop.planner = Goodput(machine(), acceptance, llm.loop.state.count, Turns(acceptance))
+    llm.set_policy("goodput")
+    assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
+    assert_all_free(llm.loop)
 
 
 @pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
