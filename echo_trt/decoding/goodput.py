@@ -170,7 +170,10 @@ class Goodput(Planner):
                 return
         requests = np.sort(requests)
         candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
-        history.drafted(load.slots[requests], candidates.best_child(requests), self.acceptance.children[0, 0].mean())
+        best_child = candidates.best_child(requests)
+        history.drafted(load.slots[requests], best_child, self.acceptance.children[0, 0].mean())
+        if self.shapes and count:
+            self.shapes.searched(float(best_child.mean()))
         expanded = 0
         for depth in range(1, policy.max_depth):
             frontier = candidates.frontier(depth, policy.beams)

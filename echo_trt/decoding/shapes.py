@@ -25,7 +25,7 @@ _SEARCHING = -0.03  # that of the search, before it is known: it takes time
 _NOISE = 0.05  # the same of what a trial measures
 _OUTLIER = 0.15  # of that, beyond what was known: more is believed only if it is seen again
 _AGEING = 0.004  # what is known becomes less certain by this a trial of others
-_LEARNING, _HOPE = 0.03, 0.001  # how fast acceptance is learnt while chains run, and hoped for again while none do
+_LEARNING, _HOPE = 0.03, 0.001  # how fast acceptance is learnt from drafts, and hoped for again while there are none
 
 
 class Shapes:
@@ -68,18 +68,23 @@ class Shapes:
         if requests == 0:
             return
         if drafted > 0:
-            brought = self._brought()[drafted]
-            self._drafted += 1
-            step = max(_LEARNING, 1 / (self._drafted + 3))
-            self.share += step * self.share * ((expected / requests - 1) / max(brought, 1e-3) - 1)
-        else:
+            self._learn(self.share * (expected / requests - 1) / max(self._brought()[drafted], 1e-3))
+        elif expected <= requests:
             self.share += _HOPE * max(1 - self.share, 0.0)
-        self.share = min(max(self.share, 0.05), 1.5)
         self._settling -= 1
         if self._settling < 0 and requests == self._asked[0]:
             self._tokens += expected
             self._seconds += seconds
             self._measured += 1
+
+    def searched(self, best: float) -> None:
+        """The search has drafted for some requests, whose best first tokens are worth ``best``, mean P(accept)."""
+        self._learn(best / self._levels[0])
+
+    def _learn(self, share: float) -> None:
+        self._drafted += 1
+        step = max(_LEARNING, 1 / (self._drafted + 3))
+        self.share = min(max(self.share + step * (share - self.share), 0.05), 1.5)
 
     def _conclude(self, costs: Costs) -> None:
         """A trial is over: what it measured is weighed with what was known."""

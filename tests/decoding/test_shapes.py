@@ -129,6 +129,17 @@ def test_the_share_of_acceptance_is_learnt_from_chains(share, length):
     assert shapes.share == pytest.approx(share, rel=0.02)
 
 
+def test_the_share_is_learnt_from_searches_and_hoped_for_without_drafts():
+    shapes = shapes_of()
+    for _ in range(300):
+        shapes.searched(0.3)
+        shapes.observe(4, 6.0, 1.0, 0)
+    assert shapes.share == pytest.approx(0.5, rel=0.02)
+    for _ in range(300):
+        shapes.observe(4, 4.0, 1.0, 0)
+    assert 0.6 < shapes.share < 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0, 400), st.floats(1e-6, 10), st.integers(0, 3)), max_size=60))
 def test_whatever_is_observed_a_shape_is_chosen(observed):
