@@ -22,6 +22,7 @@ _SEARCH_LASTS = 72  # the same of the search, which has to find its sizes first
 _SETTLING, _SEARCH_SETTLING = 2, 16  # iterations of another shape that say nothing: drafts catch up, sizes change
 _DOUBT, _PLAIN_DOUBT = 0.06, 0.02  # standard deviation of log(measured / promised rate) of what has not been tried
 _SEARCHING = -0.03  # that of the search, before it is known: it takes time
+_NONE = 1e-9  # the rate of a shape that cannot be had
 _NOISE = 0.05  # the same of what a trial measures
 _OUTLIER = 0.15  # of that, beyond what was known: more is believed only if it is seen again
 _AGEING = 0.004  # what is known becomes less certain by this a trial of others
@@ -33,7 +34,7 @@ class Shapes:
     which was calibrated, for one level."""
 
     def __init__(self, acceptance: Acceptance):
-        self._levels = acceptance.children.mean(axis=2)[:LONGEST, 0]  # P(the best child is accepted), by depth
+        self._levels = acceptance.children.mean(axis=2)[:, 0]  # P(the best child is accepted), by depth
         self.share = 1.0
         self.shape, self._left, self._settling, self._drafted = SEARCH, 0, 0, 0
         self._asked = 0, 0, 0.0, 0  # requests, context, host, longest when this trial began
@@ -116,7 +117,7 @@ class Shapes:
         return np.concatenate(([0.0], np.cumsum(np.cumprod(levels))))
 
     def _promised(self, costs: Costs) -> np.ndarray:
-        """Tokens a second by the tables, [shapes]: of chains of 0, 1, ...; and of the search, as good as any."""
+        """Tokens a second by the tables, [shapes]: of chains, and of the search, as good as one of any length."""
         requests, context, host, longest = self._asked
         brought = self._brought()
         length = np.arange(len(brought))
@@ -127,5 +128,8 @@ class Shapes:
         draft = costs.draft.base(int(entries.max()))
         first = costs.cold + draft[entries] + (length - 1) * draft[requests]
         seconds = seconds + np.where(length > 0, first + length * costs.draft.per_context * context, 0.0)
-        rates = np.where(length <= longest, requests * (1 + brought) / seconds, 1e-9)
-        return np.append(rates, rates.max())
+        rates = np.full(LONGEST + 2, _NONE)
+        of_length = np.where(length <= longest, requests * (1 + brought) / seconds, _NONE)
+        rates[: min(len(length), LONGEST + 1)] = of_length[: LONGEST + 1]
+        rates[SEARCH] = of_length.max()
+        return rates
