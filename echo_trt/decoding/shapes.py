@@ -22,6 +22,7 @@ _SEARCH_LASTS = 72  # the same of the search, which has to find its sizes first
 _SETTLING, _SEARCH_SETTLING = 2, 16  # iterations of another shape that say nothing: drafts catch up, sizes change
 _DOUBT, _PLAIN_DOUBT = 0.06, 0.02  # standard deviation of log(measured / promised rate) of what has not been tried
 _SEARCHING = -0.03  # that of the search, before it is known: it takes time
+_RICH = 1.4  # times plain decoding: a promise from which on there is enough to be found to search always
 _NONE = 1e-9  # the rate of a shape that cannot be had
 _NOISE = 0.05  # the same of what a trial measures
 _OUTLIER = 0.15  # of that, beyond what was known: more is believed only if it is seen again
@@ -55,7 +56,8 @@ class Shapes:
         promised = self._promised(costs)
         mean, variance = self._of(requests)
         bound = np.log(promised) + mean + np.sqrt(variance)
-        chosen = int(bound.argmax())
+        rich = promised[SEARCH] > _RICH * promised[PLAIN]
+        chosen = LONGEST + 1 if rich else int(bound.argmax())
         shape = SEARCH if chosen == LONGEST + 1 else chosen
         searches = shape == SEARCH
         self._settling = 0 if shape == self.shape else _SEARCH_SETTLING if searches else _SETTLING
