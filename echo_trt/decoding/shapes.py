@@ -82,7 +82,7 @@ class Shapes:
 
     def searched(self, best: float) -> None:
         """The search has drafted for some requests, whose best first tokens are worth ``best``, mean P(accept)."""
-        self._learn(best / self._levels[0])
+        self._learn(best / max(self._levels[0], 1e-3))
 
     def _learn(self, share: float) -> None:
         self._drafted += 1

@@ -146,6 +146,15 @@ def test_the_share_is_learnt_from_searches_and_hoped_for_without_drafts():
     assert 0.6 < shapes.share < 1
 
 
+def test_a_head_that_was_never_right_is_no_division_by_nothing():
+    shapes = shapes_of(best=0.0)
+    for _ in range(9):
+        shapes.searched(0.0)
+        shapes.observe(4, 4.0, 1.0, 0)
+    assert shapes.choose(4, 0, costs_of(linear(0.01, 1e-3), linear(1e-3, 1e-5)), 0.0, LONGEST) in (PLAIN, SEARCH)
+    assert np.isfinite(shapes.share)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0, 400), st.floats(1e-6, 10), st.integers(0, 3)), max_size=60))
 def test_whatever_is_observed_a_shape_is_chosen(observed):
