@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
@@ -34,6 +35,7 @@ from echo_trt.runtime.llm import LLM
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
 console = Console()
 DEFAULT = Recipe(minutes=45)
+DRAFT_VOCAB = 8192
 
 
 @app.command()
@@ -59,7 +61,9 @@ def train(
     minutes: Annotated[float, typer.Option(help="training time, earlier runs included where it resumes")] = 45,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last save in --out")] = False,
     start: Annotated[Path | None, typer.Option(help="begin with this head, not with the target's last layer")] = None,
-    draft_vocab: Annotated[int, typer.Option(help="how many of the target's tokens the head can draft")] = 8192,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="how many of the target's tokens the head can draft; 8192, or those of --start")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
     loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
     unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
@@ -87,22 +91,33 @@ def train(
     corpus = Corpus(data, max_length)
     size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
-    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, resume)
-    if start and not resume:
-        start_from(trainer.head, load_eagle3(open_checkpoint(start), max_length + unroll_steps, decoder), trainer.scale)
+    begins_with = start if start and not resume else None
+    earlier = load_eagle3(open_checkpoint(begins_with), max_length + unroll_steps, decoder) if begins_with else None
+    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, earlier, resume)
+    if earlier:
+        start_from(trainer.head, earlier, trainer.scale)
     with _progress("training") as report:
         agreement = trainer.train(report)
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
 
 
 def _trainer(
-    checkpoint: Checkpoint, target: Decoder, corpus: Corpus, recipe: Recipe, out: Path, draft_vocab: int, resume: bool
+    checkpoint: Checkpoint,
+    target: Decoder,
+    corpus: Corpus,
+    recipe: Recipe,
+    out: Path,
+    draft_vocab: int | None,
+    earlier: Eagle3Head | None,
+    resume: bool,
 ) -> Trainer:
     state = load_state(out) if resume else None
     if state:
         target_ids, scale = state["head"]["target_ids"], state["scale"]
+    elif earlier and draft_vocab is None:  # another text's most frequent tokens would cost the head some of its own
+        target_ids, scale = earlier.target_ids, feature_scale(corpus)
     else:
-        size = min(draft_vocab, target.config.vocab_size)
+        size = min(draft_vocab or DRAFT_VOCAB, target.config.vocab_size)
         target_ids = draft_vocabulary(corpus, target.config.vocab_size, size, always=target.config.eos_token_ids)
         scale = feature_scale(corpus)
     config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path))

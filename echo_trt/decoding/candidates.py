@@ -10,6 +10,8 @@ from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.super_tree import SuperTree
 
+LEAST_LEFT = 0.02  # of a head's probability outside its proposals: it may be surer than it should be
+
 
 @dataclass(frozen=True)
 class Continuations:
@@ -28,7 +30,8 @@ class Candidates:
     """A super-tree with what each node is worth: probability float64 [n], and value [n], weighted by its request.
 
     Copied chains hang under the roots from the start. Where the head proposes a copied token too, the node stays one
-    and rises: both may be right independently, 1 - (1 - q)(1 - a).
+    and rises: both may be right independently, 1 - (1 - q)(1 - a). Where it has other proposals, of q in all, the
+    copied one falls, by Bayes' rule: were it right, the head would have missed it with 1 - q only.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Candidates:
             copy = self._copy_under[parent]
             same = new & (copy >= 0) & (tree.token[copy] == token)
             self._agree(copy[same], log_q[same])
+            self._disagree(self._copy_under[parents[:, 0]], same.reshape(len(parents), -1), log_q)
             self._expandable[copy[copy >= 0]] = True
             new &= ~same
         self._append(parent[new], token[new], tree.score[parent[new]] + log_q[new])
@@ -117,14 +121,27 @@ class Candidates:
         """The head has proposed copied ``nodes`` with log q: they and the chains under them rise."""
         if len(nodes) == 0:
             return
+        log_a = self._copied_log_q[self.tree.request[nodes]]
+        self.tree.source[nodes] = BOTH
+        self._shift(nodes, np.log1p(-(1 - np.exp(log_q)) * (1 - np.exp(log_a))) - log_a)
+
+    def _disagree(self, copy: np.ndarray, same: np.ndarray, log_q: np.ndarray) -> None:
+        """``copy`` [F]: copied children of what was expanded, -1 where there are none; those that are not the ``same``
+        [F, k] as one of the head's, with log q [F * k], fall, and so do the chains under them."""
+        missed = np.flatnonzero((copy >= 0) & ~same.any(axis=1))
+        if len(missed) == 0:
+            return
+        left = np.maximum(1 - np.exp(log_q.reshape(same.shape)[missed]).sum(axis=1), LEAST_LEFT)
+        a = np.exp(self._copied_log_q[self.tree.request[copy[missed]]])
+        self._shift(copy[missed], np.log(left / (a * left + 1 - a)))
+
+    def _shift(self, nodes: np.ndarray, change: np.ndarray) -> None:
+        """Add ``change`` [m] to the scores of copied ``nodes`` [m], each of another request, and of those below."""
         tree = self.tree
         request, depth = tree.request[nodes], tree.depth[nodes]
-        either = np.log1p(-(1 - np.exp(log_q)) * (1 - np.exp(self._copied_log_q[request])))
-        rise = either - self._copied_log_q[request]
-        tree.source[nodes] = BOTH
         below = np.where(np.arange(self._chain.shape[1]) >= depth[:, None] - 1, self._chain[request], -1)
         row, _ = np.nonzero(below >= 0)
-        tree.score[below[below >= 0]] += rise[row].astype(np.float32)
+        tree.score[below[below >= 0]] += change[row].astype(np.float32)
         self._appraise_chains(self._chain[request])
 
     def _own(self, nodes: np.ndarray) -> np.ndarray:

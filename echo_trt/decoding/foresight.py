@@ -32,14 +32,17 @@ def _add(histogram: np.ndarray, value: float, number: float) -> None:
 
 @compiled()
 def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
-    """The most that verifying the best of these nodes, any number, is worth."""
+    """The most that verifying the best of these nodes, any number that has a price, is worth."""
+    most = len(verification) - 1
     count, total, best = 0.0, 0.0, -verification[0]
     for cell in range(BINS):
-        count += histogram[0, cell]
-        total += histogram[1, cell]
+        number, value = histogram[0, cell], histogram[1, cell]
+        if count + number >= most:  # as many of them as have one
+            share = (most - count) / number if number > 0 else 0.0
+            return max(best, total + share * value - verification[most])
+        count += number
+        total += value
         low = int(count)
-        if low + 1 >= len(verification):  # more than can pay
-            break
         price = verification[low] + (count - low) * (verification[low + 1] - verification[low])
         best = max(best, total - price)
     return best

@@ -27,6 +27,7 @@ from echo_trt.decoding.history import History
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.shapes import PLAIN, SEARCH, Shapes
+from echo_trt.decoding.sizes import Sizes
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
@@ -93,6 +94,9 @@ class Goodput(Planner):
     def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, shapes: Shapes | None = None):
         """``shapes`` None: every iteration searches."""
         self.costs, self.acceptance, self.history, self.shapes = costs, acceptance, History(slots), shapes
+        self.sizes = Sizes()
+        self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
+        self._drafting = 0.0  # seconds, in this iteration
 
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
@@ -103,18 +107,26 @@ class Goodput(Planner):
             return Plan.undrafted(roots)
         if shape != SEARCH:
             return self._chains(roots, draft, load, shape)
-        if self.history.compares() or self.history.rests(len(roots)):
+        held = self._held(draft, load)
+        if held is None and (self.history.compares() or self.history.rests(len(roots))):
             return Plan.undrafted(roots)
         price = self.price(load)
         weights = self.history.weights(load.slots)
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
-        seconds = Verifications(self.costs, load)
+        seconds = Verifications(self.costs, load, held)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         self.history.planned(len(tree) > len(roots))
+        self._found = candidates.probability[len(roots) :]
         return Plan(tree, candidates.probability[nodes], candidates.tree)
+
+    def _held(self, draft: Draft | None, load: Load) -> int | None:
+        """Nodes that this search has to verify, however good; None: as many as pay."""
+        if draft is None:
+            return None
+        return self.sizes.nodes(len(load.slots), load.context, self.costs, self.history.host_seconds)
 
     def _shape(self, draft: Draft | None, policy: Policy, load: Load) -> int:
         if draft is None or self.shapes is None:
@@ -140,8 +152,11 @@ class Goodput(Planner):
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
-        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
-        return self.history.caution * self.history.speedup * len(load.slots) / plain
+        history = self.history
+        plain = self.costs.target(len(load.slots), load.context) + history.host_seconds
+        # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
+        caution = 1.0 if self.costs.change else history.caution
+        return caution * history.speedup * len(load.slots) / plain
 
     def _draft(
         self,
@@ -229,9 +244,11 @@ class Goodput(Planner):
         self.costs.observe_target(tokens, context, seconds, node_context, prompts)
 
     def decided(self, levels: int, seconds: float) -> None:
+        self._drafting += seconds
         self.history.decided(levels, seconds)
 
     def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
+        self._drafting += seconds
         self.costs.observe_draft(tokens, context, seconds, first)
 
     def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
@@ -244,6 +261,9 @@ class Goodput(Planner):
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
         expected = plan.probability.sum()
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
+        if self._found is not None and load.others == 0 and load.behind.max() <= IN_STEP:
+            self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting)
+        self._found, self._drafting = None, 0.0
         if self.shapes and load.others == 0:
             self.shapes.observe(len(load.slots), expected, seconds, max(self.shapes.shape, 0))
 
@@ -251,14 +271,18 @@ class Goodput(Planner):
 class Verifications:
     """Seconds of verifying 0, 1, ... nodes beside the roots, in one iteration, less what is the same for any number."""
 
-    def __init__(self, costs: Costs, load: Load):
-        self._costs, self._tokens = costs, len(load.slots) + load.others
+    def __init__(self, costs: Costs, load: Load, held: int | None = None):
+        """``held``: so many nodes are verified, whatever they are worth, so that none of them costs anything."""
+        self._costs, self._tokens, self._held = costs, len(load.slots) + load.others, held
         # A node attends its request's context, on average this much.
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)
 
     def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
-        """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without."""
+        """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without, or
+        has all that it may."""
+        if self._held is not None:
+            return np.zeros(self._held + 1)
         while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
             numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
             self._seconds = self._costs.verifications(self._tokens, numbers) + self._each * numbers

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.compiled import compiled
 
 BLOCK = 32  # tokens in a KV block
 
@@ -43,17 +43,38 @@ def pack(
 
     ``mask`` is what ``ancestor_mask`` returns, for the first of the B requests; those after them are causal.
     """
-    used = -(-(past + counts) // BLOCK)
+    seq_begins, block_begins, block_indices = _sections(
+        np.ascontiguousarray(past, np.int64),
+        np.ascontiguousarray(counts, np.int64),
+        np.ascontiguousarray(block_table, np.int32),
+    )
     tree_mask, mask_begins = mask if mask else (np.zeros(0, np.uint8), np.zeros(1, np.int64))
     causal = len(counts) + 1 - len(mask_begins)
     return Packed(
         token_ids=np.ascontiguousarray(token_ids, np.int64),
         positions=np.ascontiguousarray(positions, np.int64),
         past_lens=past.astype(np.int32),
-        seq_begins=begins(counts).astype(np.int32),
-        block_indices=block_table[np.repeat(np.arange(len(used)), used), ragged_arange(used)].astype(np.int32),
-        block_begins=begins(used).astype(np.int32),
+        seq_begins=seq_begins,
+        block_indices=block_indices,
+        block_begins=block_begins,
         tree_mask=tree_mask,
         tree_mask_begins=np.concatenate((mask_begins, np.full(causal, mask_begins[-1]))).astype(np.int32),
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
     )
+
+
+@compiled("Tuple((i4[::1], i4[::1], i4[::1]))(i8[::1], i8[::1], i4[:, ::1])")
+def _sections(
+    past: np.ndarray, counts: np.ndarray, block_table: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each request's tokens begin, [B+1], and its blocks, [B+1], and those blocks."""
+    requests = len(past)
+    seq, block = np.zeros(requests + 1, np.int32), np.zeros(requests + 1, np.int32)
+    for i in range(requests):
+        seq[i + 1] = seq[i] + counts[i]
+        block[i + 1] = block[i] + (past[i] + counts[i] + BLOCK - 1) // BLOCK
+    indices = np.empty(block[requests], np.int32)
+    for i in range(requests):
+        used = block[i + 1] - block[i]
+        indices[block[i] : block[i + 1]] = block_table[i, :used]
+    return seq, block, indices

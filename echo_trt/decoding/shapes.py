@@ -17,13 +17,14 @@ from echo_trt.decoding.costs import Costs
 
 SEARCH, PLAIN = -1, 0  # shapes; those above are the lengths of chains
 LONGEST = 3  # tokens of a chain: beyond, a search has more to choose from
+NAMES = ("plain", *(f"chain {length}" for length in range(1, LONGEST + 1)), "search")
 LASTS = 24  # iterations for which a shape is kept
 _SEARCH_LASTS = 72  # the same of the search, which has to find its sizes first
-_RICH = 1.4  # times plain decoding: a promise from which on there is enough to be found to search always
+_RICH = 1.5  # times plain decoding: a promise of the search from which on it is kept
 _NONE = 1e-9  # the rate of a shape that cannot be had
 _SETTLING, _SEARCH_SETTLING = 2, 16  # iterations of another shape that say nothing: drafts catch up, sizes change
 _DOUBT, _PLAIN_DOUBT = 0.06, 0.02  # standard deviation of log(measured / promised rate) of what has not been tried
-_SEARCHING = -0.03  # the mean of the search's, before it is known: it takes time
+_EVEN, _FINDS, _LIMITS = 1.12, 0.6, (0.95, 1.1)  # a search is worth chains, of what plain decoding is, times so much
 _NOISE = 0.05  # standard deviation of what a trial measures of it
 _OUTLIER = 0.15  # of that, beyond what was known: more is believed only if it is seen again
 _AGEING = 0.004  # what is known becomes less certain by this a trial of others
@@ -41,6 +42,11 @@ class Shapes:
         self._asked = 0, 0, 0.0, 0  # requests, context, host, longest when this trial began
         self._tokens, self._seconds, self._measured = 0.0, 0.0, 0  # of this trial, over so many iterations
         self._known: dict[int, np.ndarray] = {}  # load -> [2, shapes]: mean and variance of log(measured / promised)
+        self._iterations = np.zeros(len(NAMES), np.int64)
+
+    def totals(self) -> dict[str, int]:
+        """Iterations in each shape so far, by ``NAMES``."""
+        return dict(zip(NAMES, self._iterations.tolist(), strict=True))
 
     def choose(self, requests: int, context: int, costs: Costs, host: float, longest: int) -> int:
         """The shape of this iteration over so many ``requests`` with ``context`` cached tokens in all.
@@ -49,8 +55,12 @@ class Shapes:
         """
         self._left -= 1
         begun = self._asked[0]
-        if self._left >= 0 and 0.6 * begun < requests < 1.7 * begun:
-            return self.shape
+        if self._left < 0 or not 0.6 * begun < requests < 1.7 * begun:
+            self._try_another(requests, context, costs, host, longest)
+        self._iterations[self.shape] += 1
+        return self.shape
+
+    def _try_another(self, requests: int, context: int, costs: Costs, host: float, longest: int) -> None:
         self._conclude(costs)
         self._asked = requests, context, host, longest
         promised = self._promised(costs)
@@ -63,7 +73,6 @@ class Shapes:
         self._settling = 0 if shape == self.shape else _SEARCH_SETTLING if searches else _SETTLING
         self.shape, self._left = shape, (_SEARCH_LASTS if searches else LASTS) - 1
         self._tokens, self._seconds, self._measured = 0.0, 0.0, 0
-        return shape
 
     def observe(self, requests: int, expected: float, seconds: float, drafted: int) -> None:
         """An iteration without prompts took ``seconds`` and is ``expected`` to have committed so many tokens, with
@@ -107,10 +116,10 @@ class Shapes:
         load = round(2 * math.log2(requests))
         if load not in self._known:
             nearest = min(self._known, key=lambda known: abs(known - load), default=None)
-            doubt = np.full(LONGEST + 2, _DOUBT**2)
+            doubt = np.full(len(NAMES), _DOUBT**2)
             doubt[PLAIN] = _PLAIN_DOUBT**2
-            mean = np.where(np.arange(LONGEST + 2) > LONGEST, _SEARCHING, 0.0)
-            self._known[load] = np.stack((mean if nearest is None else self._known[nearest][0], doubt))
+            mean = np.zeros(len(NAMES)) if nearest is None else self._known[nearest][0]
+            self._known[load] = np.stack((mean, doubt))
         return self._known[load]
 
     def _brought(self) -> np.ndarray:
@@ -119,7 +128,8 @@ class Shapes:
         return np.concatenate(([0.0], np.cumsum(np.cumprod(levels))))
 
     def _promised(self, costs: Costs) -> np.ndarray:
-        """Tokens a second by the tables, [shapes]: of chains, and of the search, as good as one of any length."""
+        """Tokens a second by the tables, [shapes]. The search takes time, and finds the more the more there is: where
+        the best chain promises little it is worth a bit less than that, elsewhere more."""
         requests, context, host, longest = self._asked
         brought = self._brought()
         length = np.arange(len(brought))
@@ -130,8 +140,9 @@ class Shapes:
         draft = costs.draft.base(int(entries.max()))
         first = costs.cold + draft[entries] + (length - 1) * draft[requests]
         seconds = seconds + np.where(length > 0, first + length * costs.draft.per_context * context, 0.0)
-        rates = np.full(LONGEST + 2, _NONE)
+        rates = np.full(len(NAMES), _NONE)
         of_length = np.where(length <= longest, requests * (1 + brought) / seconds, _NONE)
         rates[: min(len(length), LONGEST + 1)] = of_length[: LONGEST + 1]
-        rates[SEARCH] = of_length.max()
+        best = of_length.max()
+        rates[SEARCH] = best * min(max((best / rates[PLAIN] / _EVEN) ** _FINDS, _LIMITS[0]), _LIMITS[1])
         return rates

@@ -12,37 +12,67 @@ import dataclasses
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.pack import BLOCK, Packed
-from echo_trt.decoding.ragged import begins, ragged_arange
 
 LONGEST = 32  # a prompt chunk is better off in the kernel for many tokens
+_TYPES = ("i4[::1]", "i4[::1]", "i4[::1]", "i4[::1]", "u1[::1]", "i4[::1]")
 
 
 def as_lanes(call: Packed) -> Packed:
     """``call`` with every chain of 2 to LONGEST tokens as that many requests; trees and longer chunks as they are."""
-    counts = np.diff(call.seq_begins)
-    chain = (counts > 1) & (counts <= LONGEST) & _causal(call, counts)
+    if call.seq_begins[-1] == len(call.past_lens):  # single tokens all
+        return call
+    masks = call.tree_mask, call.tree_mask_begins
+    chain = _chains(call.seq_begins, *masks)
     if not chain.any():
         return call
+    lanes = _as_lanes(chain, call.past_lens, call.seq_begins, call.block_indices, call.block_begins, *masks)
+    names = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+    return dataclasses.replace(call, **dict(zip(names, lanes, strict=True)))
+
+
+@compiled("b1[::1](i4[::1], u1[::1], i4[::1])")
+def _chains(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray) -> np.ndarray:
+    """Which requests [B] bring 2 to LONGEST tokens, each of which sees all before it: an empty mask says so, too."""
+    chain = np.zeros(len(seq_begins) - 1, np.bool_)
+    for request in range(len(chain)):
+        count = seq_begins[request + 1] - seq_begins[request]
+        if 2 <= count <= LONGEST:
+            seen = tree_mask[mask_begins[request] : mask_begins[request + 1]]
+            chain[request] = len(seen) == 0 or seen.sum() == count * (count + 1) // 2
+    return chain
+
+
+@compiled(f"Tuple(({', '.join(_TYPES)}))(b1[::1], {', '.join(_TYPES)})")
+def _as_lanes(
+    chain: np.ndarray,
+    past_lens: np.ndarray,
+    seq_begins: np.ndarray,
+    block_indices: np.ndarray,
+    block_begins: np.ndarray,
+    tree_mask: np.ndarray,
+    mask_begins: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    counts, blocks = np.diff(seq_begins), np.diff(block_begins)
     lanes = np.where(chain, counts, 1)
-    request = np.repeat(np.arange(len(counts)), lanes)
-    past = call.past_lens[request] + ragged_arange(lanes)
-    tokens = np.where(chain, 1, counts)[request]
-    used = -(-(past + tokens) // BLOCK)
-    areas = np.where(chain, 0, np.diff(call.tree_mask_begins))
-    return dataclasses.replace(
-        call,
-        past_lens=past.astype(np.int32),
-        seq_begins=begins(tokens).astype(np.int32),
-        block_indices=call.block_indices[np.repeat(call.block_begins[request], used) + ragged_arange(used)],
-        block_begins=begins(used).astype(np.int32),
-        tree_mask=call.tree_mask[np.repeat(call.tree_mask_begins[:-1], areas) + ragged_arange(areas)],
-        tree_mask_begins=begins(areas[request]).astype(np.int32),
-    )
-
-
-def _causal(call: Packed, counts: np.ndarray) -> np.ndarray:
-    """Whether each request's mask [B] lets every token see all before it; an empty one does."""
-    seen = np.concatenate(([0], np.cumsum(call.tree_mask, dtype=np.int64)))[call.tree_mask_begins]
-    areas = np.diff(call.tree_mask_begins)
-    return (areas == 0) | (np.diff(seen) == counts * (counts + 1) // 2)
+    size = lanes.sum()
+    past = np.empty(size, np.int32)
+    seq, block, area = np.zeros(size + 1, np.int32), np.zeros(size + 1, np.int32), np.zeros(size + 1, np.int32)
+    indices = np.empty((lanes * blocks).sum(), np.int32)
+    mask = np.empty(len(tree_mask), np.uint8)
+    lane = 0
+    for request in range(len(chain)):
+        tokens = 1 if chain[request] else counts[request]
+        seen = tree_mask[mask_begins[request] : mask_begins[request + 1]][: 0 if chain[request] else len(tree_mask)]
+        for before in range(lanes[request]):
+            past[lane] = past_lens[request] + before
+            used = (past[lane] + tokens + BLOCK - 1) // BLOCK
+            seq[lane + 1] = seq[lane] + tokens
+            block[lane + 1] = block[lane] + used
+            area[lane + 1] = area[lane] + len(seen)
+            first = block_begins[request]
+            indices[block[lane] : block[lane + 1]] = block_indices[first : first + used]
+            mask[area[lane] : area[lane + 1]] = seen
+            lane += 1
+    return past, seq, indices[: block[size]], block, mask[: area[size]], area

@@ -225,6 +225,8 @@ class Loop:
     def _plan_chunks(self) -> tuple[np.ndarray, np.ndarray]:
         """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and their tokens."""
         slots = self.state.prefilling()
+        if len(slots) == 0:
+            return slots, slots
         self.counters.cached_tokens += self.state.skip(slots, self.chunk)
         missing = self.state.length[slots] - self.state.committed[slots]
         before = begins(missing)[:-1]

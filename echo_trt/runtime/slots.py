@@ -154,6 +154,8 @@ class Slots:
         """Give each slot the blocks for ``lengths`` tokens, all of them or none. False: the pool is too empty."""
         wanted = np.maximum(blocks_for(lengths) - self.blocks_held[slots], 0)
         total = int(wanted.sum())
+        if total == 0:  # most iterations
+            return True
         if total > self.free_blocks + self.cached_blocks:
             return False
         if total > self.free_blocks:

@@ -13,7 +13,7 @@ from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
 
 from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
-from echo_trt.decoding.candidates import Candidates, Continuations
+from echo_trt.decoding.candidates import LEAST_LEFT, Candidates, Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
 LENGTH = 5  # of copied continuations
@@ -58,6 +58,16 @@ class Retold:
         self.expanded.add(path)
         if len(path) >= self.room:
             return
+        proposed = [(*path, token) for token in tokens.tolist()[:width]]
+        exists = [each > -np.inf for each in log_q.tolist()[:width]]
+        kept = {child for child, there in zip(proposed, exists, strict=True) if there}
+        chain_child = self.chain[len(path)] if len(self.chain) > len(path) else None
+        if chain_child and chain_child[:-1] == path and chain_child not in kept:
+            left = max(1 - np.exp(np.minimum(log_q[:width], 0)).sum(), LEAST_LEFT)
+            a = np.exp(self.log_a)
+            for below in self.chain[len(path) :]:
+                self.nodes[below].score += np.log(left / (a * left + 1 - a))
+            self.appraise_chain()
         for each, token in list(zip(np.minimum(log_q, 0).tolist(), tokens.tolist(), strict=True))[:width]:
             child = (*path, token)
             if each == -np.inf:
@@ -200,13 +210,15 @@ def test_what_both_propose_is_one_node_and_the_chain_below_rises():
     assert candidates.probability[1:] == pytest.approx(0.999 * np.exp(tree.score[1:]), abs=1e-3)
 
 
-def test_a_head_that_disagrees_leaves_the_chain_as_it_was():
+def test_where_the_head_disagrees_the_chain_falls():
     candidates = one_chain()
-    before = candidates.probability.copy()
     candidates.add(np.array([[0]]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
     assert candidates.tree.token.tolist() == [1, 7, 8, 9, 3]
-    assert candidates.probability[:4].tolist() == before.tolist()
     assert candidates.tree.source[1] == LOOKUP
+    # Right with 0.5; then the head, which left 0.4, would have missed it with 0.4, and had it been wrong for sure.
+    posterior = 0.5 * 0.4 / (0.5 * 0.4 + 0.5)
+    assert np.exp(candidates.tree.score[1:4]) == pytest.approx([posterior, posterior * 0.5, posterior * 0.25], rel=1e-5)
+    assert candidates.probability[1:4] == pytest.approx(0.999 * np.exp(candidates.tree.score[1:4]), abs=1e-3)
     # It was beside the head's own: the head may say what comes after it.
     assert candidates.frontier(1, 9).tolist() == [4, 1]
     assert candidates.frontier(2, 9).tolist() == []

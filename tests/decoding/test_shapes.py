@@ -77,6 +77,13 @@ def test_the_best_shape_is_found_whatever_the_tables_promise(seconds, best):
     assert rate > 0.95 * machine.rates.max()
 
 
+def test_iterations_are_counted_by_shape():
+    machine = trials(10, 14, 16, 15, 24)
+    _, chosen = machine.run(40 * LASTS)
+    names = {PLAIN: "plain", 1: "chain 1", 2: "chain 2", 3: "chain 3", SEARCH: "search"}
+    assert machine.shapes.totals() == {name: chosen.count(shape) for shape, name in names.items()}
+
+
 def test_where_much_is_promised_it_searches_always():
     machine = trials(10, 11, 12, 13, 30)
     machine.costs = costs_of(linear(10.0, 0.0), Curve([1, 99], [1.0, 1.0]))

@@ -1,0 +1,86 @@
+"""Sizes: which is held on machines where another size costs extra, for how long, and what a held size verifies."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from machines import Server, linear
+
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.goodput import Goodput, Load, Verifications
+from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.sizes import HELD, Sizes
+
+POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
+
+
+def costs_of(target: Curve, change: float = 4.0, granule: int = 4) -> Costs:
+    return Costs(target, linear(0.5, 0.0), change=change, granule=granule)
+
+
+def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, drafting: float = 1.0) -> list[int | None]:
+    """What is held over some hundred searches, each of which finds these candidates."""
+    nodes = []
+    for _ in range(3 * HELD):
+        nodes.append(sizes.nodes(requests, 0, costs, 0.0))
+        sizes.observe(probability, requests, costs, drafting)
+    return nodes
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 2.0))
+def test_the_size_that_is_held_would_have_brought_most_a_second(probability, requests, each):
+    costs = costs_of(linear(10.0, each))
+    last = told(Sizes(), costs, requests, np.array(probability))[-1]
+    best = np.sort(probability)[::-1]
+
+    def rate(size: int) -> float:
+        drafted = best[: size - requests].sum()
+        return (requests + drafted) / (costs.target(size) + (1.0 if size > requests else 0.0))
+
+    allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
+    chosen = requests if last is None else requests + last
+    assert rate(chosen) == pytest.approx(max(rate(size) for size in allowed))
+
+
+def test_nothing_is_held_where_another_size_costs_nothing_or_too_little_is_known():
+    probability = np.full(8, 0.5)
+    assert set(told(Sizes(), costs_of(linear(10.0, 0.0), change=0.0), 2, probability)) == {None}
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.0))
+    assert sizes.nodes(2, 0, costs, 0.0) is None
+    sizes.observe(probability, 2, costs, 1.0)
+    assert sizes.nodes(2, 0, costs, 0.0) is None
+
+
+def test_a_size_lasts_when_requests_come_and_go_and_not_when_the_load_is_another():
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
+    for requests in (4, 16):
+        told(sizes, costs, requests, np.full(64, 0.5))
+    sizes.nodes(4, 0, costs, 0.0)
+    held = sizes.held
+    assert held > 4
+    assert [sizes.nodes(requests, 0, costs, 0.0) for requests in (3, 4, 5, 4)] == [held - n for n in (3, 4, 5, 4)]
+    assert sizes.nodes(16, 0, costs, 0.0) == sizes.held - 16
+    assert sizes.held != held
+
+
+def test_a_held_size_is_filled_and_more_is_not_verified():
+    assert Verifications(costs_of(linear(1.0, 1.0)), _load(2), held=5).upto(900).tolist() == [0.0] * 6
+
+
+def test_where_changes_cost_a_planner_keeps_to_one_size():
+    changes = {}
+    for change in (0.0, 6.0):
+        costs = Costs(linear(10.0, 0.3), linear(0.3, 0.0), change=change, granule=4)
+        planner = Goodput(costs, Acceptance.uncalibrated(POLICY.max_depth), 2)
+        server = Server(planner, POLICY, linear(10.0, 0.3), linear(0.3, 0.0), (0.6, 0.2), 2)
+        server.run(4 * HELD)
+        server.run(4 * HELD)
+        sizes = -(-np.array(server.sizes) // 4)
+        changes[change] = np.mean(sizes[1:] != sizes[:-1])
+    assert changes[0.0] > 0.1
+    assert changes[6.0] < 0.02
+
+
+def _load(count: int) -> Load:
+    return Load(np.arange(count), np.full(count, 9), np.ones(count, np.int64), 0)
