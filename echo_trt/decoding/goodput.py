@@ -102,31 +102,28 @@ class Goodput(Planner):
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
+        self._found, self._drafting = None, 0.0
         shape = self._shape(draft, policy, load)
         if shape == PLAIN:
             return Plan.undrafted(roots)
         if shape != SEARCH:
             return self._chains(roots, draft, load, shape)
-        held = self._held(draft, load)
-        if held is None and (self.history.compares() or self.history.rests(len(roots))):
+        history, holds = self.history, draft is not None and self.costs.change > 0
+        held = self.sizes.nodes(len(roots), load.context, self.costs, history.host_seconds) if holds else None
+        if held == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
             return Plan.undrafted(roots)
-        price = self.price(load)
-        weights = self.history.weights(load.slots)
+        # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
+        price = self.price(load) * (1.0 if holds else history.caution)
+        weights = history.weights(load.slots)
         candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
         seconds = Verifications(self.costs, load, held)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
-        self.history.planned(len(tree) > len(roots))
+        history.planned(len(tree) > len(roots))
         self._found = candidates.probability[len(roots) :]
         return Plan(tree, candidates.probability[nodes], candidates.tree)
-
-    def _held(self, draft: Draft | None, load: Load) -> int | None:
-        """Nodes that this search has to verify, however good; None: as many as pay."""
-        if draft is None:
-            return None
-        return self.sizes.nodes(len(load.slots), load.context, self.costs, self.history.host_seconds)
 
     def _shape(self, draft: Draft | None, policy: Policy, load: Load) -> int:
         if draft is None or self.shapes is None:
@@ -152,11 +149,8 @@ class Goodput(Planner):
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
-        history = self.history
-        plain = self.costs.target(len(load.slots), load.context) + history.host_seconds
-        # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
-        caution = 1.0 if self.costs.change else history.caution
-        return caution * history.speedup * len(load.slots) / plain
+        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
+        return self.history.speedup * len(load.slots) / plain
 
     def _draft(
         self,
@@ -263,7 +257,6 @@ class Goodput(Planner):
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
         if self._found is not None and load.others == 0 and load.behind.max() <= IN_STEP:
             self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting)
-        self._found, self._drafting = None, 0.0
         if self.shapes and load.others == 0:
             self.shapes.observe(len(load.slots), expected, seconds, max(self.shapes.shape, 0))
 

@@ -12,7 +12,7 @@ import numpy as np
 from echo_trt.decoding.costs import Costs
 
 HELD = 72  # iterations for which a size is kept
-_LOOKING = 12  # searches of any size, at a load of which nothing is known
+_LOOKING = 12  # iterations of any size, at a load of which nothing is known or where nothing paid the last time
 _MOST = 64  # sizes that are considered, multiples of the granule
 _MEMORY = 0.97  # of running means over iterations
 
@@ -31,10 +31,10 @@ class _Known:
 
 
 class Sizes:
-    """``held``: the tokens of each verification for now, 0 for any number."""
+    """``held``: the tokens of each verification for now, 0 where plain decoding is better; while ``looking``, any."""
 
     def __init__(self) -> None:
-        self.held, self._left, self._load = 0, 0, -1
+        self.held, self.looking, self._left, self._load = 0, False, 0, -1
         self._known: dict[int, _Known] = {}
 
     def nodes(self, requests: int, context: int, costs: Costs, host: float) -> int | None:
@@ -47,11 +47,12 @@ class Sizes:
         self._left -= 1
         load = _load(requests)
         if self._left < 0 or abs(load - self._load) > 1:
-            self._load, self._left = load, HELD - 1
-            self.held = self._best(requests, context, costs, host)
-            if self.held == 0:
-                self._left = _LOOKING - 1
-        return self.held - requests if self.held > requests else None
+            looked = self.looking and load == self._load
+            best = self._best(requests, context, costs, host)
+            self.looking = best is None or (best == 0 and not looked)  # what was known may be so no longer
+            self.held = best or 0
+            self._load, self._left = load, (_LOOKING if self.looking else HELD) - 1
+        return None if self.looking else max(self.held - requests, 0)
 
     def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it."""
@@ -60,12 +61,12 @@ class Sizes:
             nodes = np.clip(_sizes(costs) - requests, 0, len(probability))
             self._known.setdefault(_load(requests), _Known()).learn(best[nodes], drafting)
 
-    def _best(self, requests: int, context: int, costs: Costs, host: float) -> int:
-        """The size that would have brought most tokens a second; 0 while too little is known, or if none beats plain
-        decoding."""
+    def _best(self, requests: int, context: int, costs: Costs, host: float) -> int | None:
+        """The size that would have brought most tokens a second; 0 if none beats plain decoding; None: too little is
+        known."""
         known = self._known.get(_load(requests))
-        if known is None or known.searches < _LOOKING:
-            return 0
+        if known is None or known.searches < _LOOKING // 2:
+            return None
         sizes = _sizes(costs)
         nodes = np.maximum(sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context

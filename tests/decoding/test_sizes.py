@@ -31,7 +31,8 @@ def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, dra
 @given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 2.0))
 def test_the_size_that_is_held_would_have_brought_most_a_second(probability, requests, each):
     costs = costs_of(linear(10.0, each))
-    last = told(Sizes(), costs, requests, np.array(probability))[-1]
+    nodes_held = told(Sizes(), costs, requests, np.array(probability))
+    last = nodes_held[-1]
     best = np.sort(probability)[::-1]
 
     def rate(size: int) -> float:
@@ -39,7 +40,9 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
         return (requests + drafted) / (costs.target(size) + (1.0 if size > requests else 0.0))
 
     allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
-    chosen = requests if last is None else requests + last
+    if last is None:  # it looks whether plain decoding is still best
+        last = next(nodes for nodes in reversed(nodes_held) if nodes is not None)
+    chosen = requests + last
     assert rate(chosen) == pytest.approx(max(rate(size) for size in allowed))
 
 
@@ -50,6 +53,15 @@ def test_nothing_is_held_where_another_size_costs_nothing_or_too_little_is_known
     assert sizes.nodes(2, 0, costs, 0.0) is None
     sizes.observe(probability, 2, costs, 1.0)
     assert sizes.nodes(2, 0, costs, 0.0) is None
+
+
+def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
+    sizes, costs = Sizes(), costs_of(linear(10.0, 9.0))
+    held = told(sizes, costs, 4, np.full(8, 0.1))
+    assert set(held) == {None, 0}
+    assert held.count(None) < 0.25 * len(held)
+    costs.target = linear(10.0, 0.1)
+    assert max(nodes or 0 for nodes in told(sizes, costs, 4, np.full(8, 0.9))) > 0
 
 
 def test_a_size_lasts_when_requests_come_and_go_and_not_when_the_load_is_another():
