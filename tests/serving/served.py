@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import signal
+import secrets
 import socket
 import subprocess
 import sys
@@ -50,12 +51,13 @@ NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BYTES": ob
 
 
 def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Ports that nobody listens on, from below those that the system hands to clients, who could take one meanwhile."""
+    ports: list[int] = []
+    while len(ports) < number:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as probe:
+            if port not in ports and probe.connect_ex(("127.0.0.1", port)) != 0:
+                ports.append(port)
     return ports
 
 
