@@ -7,8 +7,8 @@ import json
 import os
 import queue
 import re
-import signal
 import secrets
+import signal
 import socket
 import subprocess
 import sys
