@@ -14,6 +14,7 @@ import numpy as np
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.sizes import load_of
 
 SEARCH, PLAIN = -1, 0  # shapes; those above are the lengths of chains
 LONGEST = 3  # tokens of a chain: beyond, a search has more to choose from
@@ -113,7 +114,7 @@ class Shapes:
 
     def _of(self, requests: int) -> np.ndarray:
         """[2, shapes] of loads like this one, the search last; a new one is taken to be like the nearest."""
-        load = round(2 * math.log2(requests))
+        load = load_of(requests)
         if load not in self._known:
             nearest = min(self._known, key=lambda known: abs(known - load), default=None)
             doubt = np.full(len(NAMES), _DOUBT**2)
