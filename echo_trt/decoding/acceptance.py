@@ -10,6 +10,7 @@ from echo_trt.decoding.compiled import compiled
 
 HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
 HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next
+BRANCHING = 5  # levels of a tree that are foreseen with their second best children
 SOURCES = ("head", "lookup", "both")
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
 _LEARNING = 0.02
@@ -29,15 +30,17 @@ class Acceptance:
     ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
     will be worth, as a share of the node's own probability: equally likely values, ascending. ``below`` [depth] has the
     same, [levels, w, quantiles], for that level and those under the best child, and ``brought`` [depth] what 1, 2, ...
-    such levels bring in all, [levels]. ``drift`` [sources] shifts log-odds, learnt from what is verified. ``expected``
-    and ``accepted`` [sources] are sums over all verified nodes: of what each was thought to be worth at its time, and
-    of those accepted.
+    such levels bring in all, [levels]. ``best_first`` [n + 1]: what the best 0, 1, ... nodes of a request's tree bring,
+    whose best node of each level is expanded. ``drift`` [sources] shifts log-odds, learnt from what is verified.
+    ``expected`` and ``accepted`` [sources] are sums over all verified nodes: of what each was thought to be worth at
+    its time, and of those accepted.
     """
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
         self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
+        self.best_first = _best_first(children[:BRANCHING])
         self.drift = np.zeros(len(table))
         self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
 
@@ -77,6 +80,16 @@ def _foreseen(children: np.ndarray) -> np.ndarray:
     best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: who is likely goes on to be
     above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))
     return above[:, None] * children
+
+
+def _best_first(children: np.ndarray) -> np.ndarray:
+    """children [levels, w, quantiles], each level's independent of the others' -> what the best nodes bring in all."""
+    levels, _, quantiles = children.shape
+    drawn = np.indices((quantiles,) * levels).reshape(levels, -1)  # every combination is as likely as any other
+    shares = children[np.arange(levels)[:, None], :, drawn].transpose(0, 2, 1)  # [levels, w, combinations]
+    above = np.cumprod(np.concatenate((np.ones_like(shares[:1, 0]), shares[:-1, 0])), axis=0)
+    values = np.sort((above[:, None] * shares).reshape(-1, drawn.shape[1]), axis=0)[::-1]
+    return np.concatenate(([0.0], values.mean(axis=1).cumsum()))
 
 
 @compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")

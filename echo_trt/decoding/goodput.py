@@ -94,7 +94,7 @@ class Goodput(Planner):
     def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, shapes: Shapes | None = None):
         """``shapes`` None: every iteration searches."""
         self.costs, self.acceptance, self.history, self.shapes = costs, acceptance, History(slots), shapes
-        self.sizes = Sizes()
+        self.sizes = Sizes(acceptance)
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
         self._drafting = 0.0  # seconds, in this iteration
 
@@ -145,6 +145,8 @@ class Goodput(Planner):
             nodes = tree.add(nodes, tokens[exists, 0].astype(np.int64), score)
         chains, _ = tree.sorted_by_request(np.arange(len(tree)))
         probability = self.acceptance.probability(chains.source, np.maximum(chains.depth, 1), chains.score)
+        if (first := probability[chains.depth == 1]).size:
+            self.shapes.drafted(float(first.mean()))
         return Plan(chains, np.where(chains.depth > 0, probability, 1.0), tree)
 
     def price(self, load: Load) -> float:
@@ -182,7 +184,7 @@ class Goodput(Planner):
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.children[0, 0].mean())
         if self.shapes and count:
-            self.shapes.searched(float(best_child.mean()))
+            self.shapes.drafted(float(best_child.mean()))
         expanded = 0
         for depth in range(1, policy.max_depth):
             frontier = candidates.frontier(depth, policy.beams)
@@ -258,7 +260,7 @@ class Goodput(Planner):
         if self._found is not None and load.others == 0 and load.behind.max() <= IN_STEP:
             self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting)
         if self.shapes and load.others == 0:
-            self.shapes.observe(len(load.slots), expected, seconds, max(self.shapes.shape, 0))
+            self.shapes.observe(len(load.slots), expected, seconds)
 
 
 class Verifications:

@@ -42,6 +42,7 @@ class Shapes:
         self.shape, self._left, self._settling, self._drafted = SEARCH, 0, 0, 0
         self._asked = 0, 0, 0.0, 0  # requests, context, host, longest when this trial began
         self._tokens, self._seconds, self._measured = 0.0, 0.0, 0  # of this trial, over so many iterations
+        self._first, self._firsts = 0.0, 0  # sum of what this trial's first tokens were worth, of what is usual
         self._known: dict[int, np.ndarray] = {}  # load -> [2, shapes]: mean and variance of log(measured / promised)
         self._iterations = np.zeros(len(NAMES), np.int64)
 
@@ -64,7 +65,7 @@ class Shapes:
     def _try_another(self, requests: int, context: int, costs: Costs, host: float, longest: int) -> None:
         self._conclude(costs)
         self._asked = requests, context, host, longest
-        promised = self._promised(costs)
+        promised = self._promised(costs, self.share)
         mean, variance = self._of(requests)
         bound = np.log(promised) + mean + np.sqrt(variance)
         rich = promised[SEARCH] > _RICH * promised[PLAIN]
@@ -74,15 +75,13 @@ class Shapes:
         self._settling = 0 if shape == self.shape else _SEARCH_SETTLING if searches else _SETTLING
         self.shape, self._left = shape, (_SEARCH_LASTS if searches else LASTS) - 1
         self._tokens, self._seconds, self._measured = 0.0, 0.0, 0
+        self._first, self._firsts = 0.0, 0
 
-    def observe(self, requests: int, expected: float, seconds: float, drafted: int) -> None:
-        """An iteration without prompts took ``seconds`` and is ``expected`` to have committed so many tokens, with
-        chains of ``drafted``."""
+    def observe(self, requests: int, expected: float, seconds: float) -> None:
+        """An iteration without prompts took ``seconds`` and is ``expected`` to have committed so many tokens."""
         if requests == 0:
             return
-        if drafted > 0:
-            self._learn(self.share * (expected / requests - 1) / max(self._brought()[drafted], 1e-3))
-        elif expected <= requests:
+        if expected <= requests:
             self.share += _HOPE * max(1 - self.share, 0.0)
         self._settling -= 1
         if self._settling < 0 and requests == self._asked[0]:
@@ -90,24 +89,27 @@ class Shapes:
             self._seconds += seconds
             self._measured += 1
 
-    def searched(self, best: float) -> None:
-        """The search has drafted for some requests, whose best first tokens are worth ``best``, mean P(accept)."""
-        self._learn(best / max(self._levels[0], 1e-3))
-
-    def _learn(self, share: float) -> None:
+    def drafted(self, best: float) -> None:
+        """Requests were drafted for, whose best first tokens are worth ``best``, mean P(accept)."""
+        seen = min(best / max(self._levels[0], 1e-3), 1.5)
+        self._first, self._firsts = self._first + seen, self._firsts + 1
         self._drafted += 1
         step = max(_LEARNING, 1 / (self._drafted + 3))
-        self.share = min(max(self.share + step * (share - self.share), 0.05), 1.5)
+        self.share = max(self.share + step * (seen - self.share), 0.05)
 
     def _conclude(self, costs: Costs) -> None:
-        """A trial is over: what it measured is weighed with what was known."""
+        """A trial is over: what it measured is weighed with what was known.
+
+        It is compared with what would have been promised for the texts that it met: some are easier than others.
+        """
         if self._tokens == 0:
             return
         mean, variance = self._of(self._asked[0])
         np.minimum(variance + _AGEING**2, _DOUBT**2, out=variance)
         gain = variance[self.shape] / (variance[self.shape] + _NOISE**2 * LASTS / self._measured)
         rate = self._tokens / self._seconds
-        surprise = math.log(rate / self._promised(costs)[self.shape]) - mean[self.shape]
+        met = self._first / self._firsts if self._firsts else self.share
+        surprise = math.log(rate / self._promised(costs, met)[self.shape]) - mean[self.shape]
         mean[self.shape] += gain * min(max(surprise, -_OUTLIER), _OUTLIER)
         if abs(surprise) < _OUTLIER:  # else something disturbed it, or what was known is wrong: it is tried again
             variance[self.shape] *= 1 - gain
@@ -123,16 +125,16 @@ class Shapes:
             self._known[load] = np.stack((mean, doubt))
         return self._known[load]
 
-    def _brought(self) -> np.ndarray:
+    def _brought(self, share: float) -> np.ndarray:
         """Tokens that chains of 0, 1, ... are expected to bring, a request."""
-        levels = np.minimum(self._levels * self.share, 1.0)
+        levels = np.minimum(self._levels * share, 1.0)
         return np.concatenate(([0.0], np.cumsum(np.cumprod(levels))))
 
-    def _promised(self, costs: Costs) -> np.ndarray:
+    def _promised(self, costs: Costs, share: float) -> np.ndarray:
         """Tokens a second by the tables, [shapes]. The search takes time, and finds the more the more there is: where
         the best chain promises little it is worth a bit less than that, elsewhere more."""
         requests, context, host, longest = self._asked
-        brought = self._brought()
+        brought = self._brought(share)
         length = np.arange(len(brought))
         verification = costs.sizes(requests, requests * length)
         seconds = costs.target.base(int(verification.max()))[verification] + costs.target.per_context * context

@@ -2,7 +2,8 @@
 
 A search that weighs each size anew changes it whenever that seems worth it, and is mostly wrong: what the change costs
 is certain, what it brings is not. Here a size is held for some dozens of iterations and filled with the best
-candidates, however good they are. Which one is next is told by what each would have brought so far.
+candidates, however good they are. Which one is next is told by what each would have brought so far, and at a load that
+is new by what the calibration foresees.
 """
 
 from __future__ import annotations
@@ -11,32 +12,45 @@ import math
 
 import numpy as np
 
+from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import Costs
 
 HELD = 72  # iterations for which a size is kept
-_LOOKING = 12  # iterations of any size, at a load of which nothing is known or where nothing paid the last time
+_FIRST = 24  # the same of a load's first size, which nothing but the calibration speaks for
+_LOOKING = 12  # iterations of the best size after plain decoding, to see whether it would pay again
 _MOST = 64  # sizes that are considered, multiples of the granule
 _MEMORY = 0.97  # of running means over iterations
+_FORESEEN = 8  # searches that what the calibration foresees is worth
+_LEVELS = 3  # draft levels that are foreseen
+_OUTLIER = 2.0  # times what was known: drafting that took longer tells no more than that; graphs prepare new sizes
 
 
 class _Known:
-    """Of one load, running means over searches: ``brought`` [sizes], and the seconds of drafting."""
+    """Of one load, running means over searches: what the best nodes of each size have ``brought`` [sizes], and the
+    seconds of drafting."""
 
-    def __init__(self) -> None:
-        self.brought, self.drafting, self.searches = np.zeros(_MOST), 0.0, 0
+    def __init__(self, brought: np.ndarray, drafting: float) -> None:
+        self.brought, self.drafting, self.searches = brought, drafting, 0
+        self._found = np.zeros(len(brought))  # of all candidates, however few of them were asked for
 
-    def learn(self, brought: np.ndarray, drafting: float) -> None:
+    def learn(self, brought: np.ndarray, drafting: float, held: int) -> None:
+        """A search for the best of size number ``held`` drafts no further than that needs: what larger ones would add
+        is as it was, if it has not found more."""
         self.searches += 1
-        step = max(1 - _MEMORY, 1 / self.searches)
-        self.brought += step * (brought - self.brought)
-        self.drafting += step * (drafting - self.drafting)
+        step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
+        change = step * (brought - self.brought)
+        change[held:] = change[held]
+        self._found += step * (brought - self._found)
+        self.brought = np.maximum(self.brought + change, self._found)
+        self.drafting += step * (min(drafting, _OUTLIER * self.drafting) - self.drafting)
 
 
 class Sizes:
-    """``held``: the tokens of each verification for now, 0 where plain decoding is better; while ``looking``, any."""
+    """``held``: the tokens of each verification for now, 0 where plain decoding is better."""
 
-    def __init__(self) -> None:
-        self.held, self.looking, self._left, self._load = 0, False, 0, -1
+    def __init__(self, acceptance: Acceptance) -> None:
+        self.held, self._left, self._load, self._looked = 0, 0, -1, False
+        self._foreseen = acceptance.best_first
         self._known: dict[int, _Known] = {}
 
     def nodes(self, requests: int, context: int, costs: Costs, host: float) -> int | None:
@@ -49,33 +63,41 @@ class Sizes:
         self._left -= 1
         load = load_of(requests)
         if self._left < 0 or abs(load - self._load) > 1:
-            looked = self.looking and load == self._load
-            best = self._best(requests, context, costs, host)
-            self.looking = best is None or (best == 0 and not looked)  # what was known may be so no longer
-            self.held = best or 0
-            self._load, self._left = load, (_LOOKING if self.looking else HELD) - 1
-        return None if self.looking else max(self.held - requests, 0)
+            self._choose(load, requests, context, costs, host)
+        return max(self.held - requests, 0)
+
+    def _choose(self, load: int, requests: int, context: int, costs: Costs, host: float) -> None:
+        new = load not in self._known
+        best, pays = self._best(requests, context, costs, host)
+        # Where it was plain, what was known may be so no longer.
+        looks = not pays and not new and self.held == 0 and load == self._load
+        self.held = best if pays or looks else 0
+        self._load, self._left = load, (_LOOKING if looks else _FIRST if new and pays else HELD) - 1
 
     def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it."""
-        if costs.change and requests:
+        if costs.change and requests and self.held > requests:
             best = np.concatenate(([0.0], np.cumsum(np.sort(probability)[::-1])))
             nodes = np.clip(_sizes(costs) - requests, 0, len(probability))
-            self._known.setdefault(load_of(requests), _Known()).learn(best[nodes], drafting)
+            self._of(requests, costs).learn(best[nodes], drafting, min(self.held // costs.granule, _MOST) - 1)
 
-    def _best(self, requests: int, context: int, costs: Costs, host: float) -> int | None:
-        """The size that would have brought most tokens a second; 0 if none beats plain decoding; None: too little is
-        known."""
-        known = self._known.get(load_of(requests))
-        if known is None or known.searches < _LOOKING // 2:
-            return None
-        sizes = _sizes(costs)
+    def _of(self, requests: int, costs: Costs) -> _Known:
+        load = load_of(requests)
+        if load not in self._known:
+            each = np.maximum(_sizes(costs) - requests, 0) / requests
+            brought = requests * np.interp(each, np.arange(len(self._foreseen)), self._foreseen)
+            self._known[load] = _Known(brought, costs.cold + _LEVELS * costs.draft(2 * requests))
+        return self._known[load]
+
+    def _best(self, requests: int, context: int, costs: Costs, host: float) -> tuple[int, bool]:
+        """The size that would have brought most tokens a second, and whether that is more than plain decoding's."""
+        known, sizes = self._of(requests, costs), _sizes(costs)
         nodes = np.maximum(sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
         seconds = target + costs.target.per_node * nodes * context / requests + known.drafting + host
         rate = np.where(nodes > 0, (requests + known.brought) / seconds, 0.0)
         plain = requests / (costs.target(max(requests, costs.least), context) + host)
-        return int(sizes[rate.argmax()]) if rate.max() > plain else 0
+        return int(sizes[rate.argmax()]), bool(rate.max() > plain)
 
 
 def load_of(requests: int) -> int:
