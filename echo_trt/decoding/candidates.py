@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -61,19 +62,18 @@ class Candidates:
 
     def add(self, parents: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:
         """The head's children of ``parents`` [F, 1]: log q and tokens [F, k], best first, of which ``width`` count."""
-        tree = self.tree
-        parent = np.broadcast_to(parents, tokens[:, :width].shape).reshape(-1)
-        token = np.ascontiguousarray(tokens[:, :width], np.int64).reshape(-1)
-        log_q = np.minimum(log_q[:, :width], 0).reshape(-1)  # low precision may round log 1 to above 0
-        new = (log_q > -np.inf) & (tree.depth[parent] < self._room[tree.request[parent]])
+        tree, parents = self.tree, np.ascontiguousarray(parents[:, 0], np.int64)
+        token = np.ascontiguousarray(tokens[:, :width], np.int64)
+        log_q = np.minimum(log_q[:, :width], 0, dtype=np.float64)  # low precision may round log 1 to above 0
+        room = self._room[tree.request[parents]] > tree.depth[parents]
+        copy = self._copy_under[parents]
+        number, parent, new, score, same = _children(parents, room, copy, token, log_q, tree.token, tree.score)
         if self._chain is not None:
-            copy = self._copy_under[parent]
-            same = new & (copy >= 0) & (tree.token[copy] == token)
-            self._agree(copy[same], log_q[same])
-            self._disagree(self._copy_under[parents[:, 0]], same.reshape(len(parents), -1), log_q)
+            agreed = np.flatnonzero(same >= 0)
+            self._agree(copy[agreed], log_q[agreed, same[agreed]])
+            self._disagree(copy, same, log_q)
             self._expandable[copy[copy >= 0]] = True
-            new &= ~same
-        self._append(parent[new], token[new], tree.score[parent[new]] + log_q[new])
+        self._append(parent[:number], new[:number], score[:number])
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
@@ -126,12 +126,12 @@ class Candidates:
         self._shift(nodes, np.log1p(-(1 - np.exp(log_q)) * (1 - np.exp(log_a))) - log_a)
 
     def _disagree(self, copy: np.ndarray, same: np.ndarray, log_q: np.ndarray) -> None:
-        """``copy`` [F]: copied children of what was expanded, -1 where there are none; those that are not the ``same``
-        [F, k] as one of the head's, with log q [F * k], fall, and so do the chains under them."""
-        missed = np.flatnonzero((copy >= 0) & ~same.any(axis=1))
+        """``copy`` [F]: copied children of what was expanded, -1 where there are none; those that none of the head's,
+        with log q [F, k], is the ``same`` as, -1 in [F], fall, and so do the chains under them."""
+        missed = np.flatnonzero((copy >= 0) & (same < 0))
         if len(missed) == 0:
             return
-        left = np.maximum(1 - np.exp(log_q.reshape(same.shape)[missed]).sum(axis=1), LEAST_LEFT)
+        left = np.maximum(1 - np.exp(log_q[missed]).sum(axis=1), LEAST_LEFT)
         a = np.exp(self._copied_log_q[self.tree.request[copy[missed]]])
         self._shift(copy[missed], np.log(left / (a * left + 1 - a)))
 
@@ -154,3 +154,34 @@ class Candidates:
         own = np.ones(chains.shape)
         own[exists] = self._own(chains[exists])
         self.probability[chains[exists]] = np.minimum.accumulate(own, axis=1)[exists]
+
+
+_NEW = "Tuple((i8, i8[::1], i8[::1], f8[::1], i8[::1]))"
+
+
+@compiled(f"{_NEW}(i8[::1], b1[::1], i8[::1], i8[:, ::1], f8[:, ::1], i8[::1], f4[::1])")
+def _children(
+    parents: np.ndarray,
+    room: np.ndarray,
+    copy: np.ndarray,
+    token: np.ndarray,
+    log_q: np.ndarray,
+    known_token: np.ndarray,
+    known_score: np.ndarray,
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The head's children [F, k] of ``parents`` [F] that have ``room``: how many are new, their parents, tokens and
+    scores, and which of them each parent's ``copy`` [F] is, -1 for none."""
+    size, number = token.size, 0
+    parent, new, score = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size)
+    same = np.full(len(parents), -1)
+    for i in range(len(parents)):
+        for k in range(token.shape[1] if room[i] else 0):
+            if log_q[i, k] == -np.inf:
+                continue
+            if copy[i] >= 0 and known_token[copy[i]] == token[i, k]:
+                same[i] = k
+                continue
+            parent[number], new[number] = parents[i], token[i, k]
+            score[number] = known_score[parents[i]] + log_q[i, k]
+            number += 1
+    return number, parent, new, score, same

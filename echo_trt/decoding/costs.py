@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
+
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
 _BOUND = 0.2  # by this sizes are nearer to each other beyond the knee, where one rate of arithmetic is behind all times
 _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
@@ -49,7 +51,7 @@ class Curve:
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
         self._knee = math.inf if knee is None else knee
-        self._places = self._place(self.sizes)
+        self._places = np.array([_place(int(size), self._knee) for size in self.sizes])
         self._draw(int(self.sizes[-1]))
 
     @property
@@ -71,19 +73,11 @@ class Curve:
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
         step = _LEARNING * min(max(error, -_GLITCH), _OUTLIER)
-        distance = (self._places - self._place(tokens)) / self._reach
-        weight = np.exp(-0.5 * distance**2)
-        if step < 0:  # fewer tokens cannot take longer than these did
-            weight[(self.sizes < tokens) & (self.seconds > base)] = 1.0
-        self._correction += step * weight
+        place = _place(tokens, self._knee)
+        _correct(self._correction, self._measured, self.sizes, self._places, tokens, place, self._reach, base, step)
         self._pending += abs(step)
         if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
-
-    def _place(self, tokens: np.ndarray | int) -> np.ndarray:
-        """Where sizes stand on the scale on which ``reach`` is measured."""
-        upto = np.log(np.minimum(tokens, self._knee))
-        return upto + _BOUND * (np.log(tokens) - upto)
 
     def _draw(self, upto: int) -> None:
         seconds = self.seconds
@@ -95,6 +89,34 @@ class Curve:
             dense[last:] = seconds[-1] + slope * np.arange(upto + 1 - last)
         dense[0] = 0.0
         self._dense, self._pending = dense, 0.0
+
+
+def _place(tokens: int, knee: float) -> float:
+    """Where a size stands on the scale on which a curve's ``reach`` is measured."""
+    upto = math.log(min(tokens, knee))
+    return upto + _BOUND * (math.log(tokens) - upto)
+
+
+@compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")
+def _correct(
+    correction: np.ndarray,
+    measured: np.ndarray,
+    sizes: np.ndarray,
+    places: np.ndarray,
+    tokens: int,
+    place: float,
+    reach: float,
+    base: float,
+    step: float,
+) -> None:
+    """Add ``step`` to the logarithmic ``correction`` of sizes near ``tokens``, which took ``base`` seconds."""
+    longest = 0.0  # of this size and smaller ones, as corrected so far
+    for i in range(len(sizes)):
+        longest = max(longest, measured[i] * math.exp(correction[i]))
+        weight = math.exp(-0.5 * ((places[i] - place) / reach) ** 2)
+        if step < 0 and sizes[i] < tokens and longest > base:  # fewer tokens cannot take longer than these did
+            weight = 1.0
+        correction[i] += step * weight
 
 
 @dataclass
