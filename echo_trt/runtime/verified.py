@@ -28,9 +28,10 @@ class Verified:
 
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
         """The target's next token at each node [m]: the best, or the draw for (seed, position), of adjusted logits."""
-        adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]
+        slots = self.slots[self.tree.request[nodes]]
+        adjusted = self.state.adjusted[slots]
         if not adjusted.any():
-            return self._chosen(nodes, self._logits(nodes))
+            return self._chosen(nodes, self._logits(nodes)) if self.state.temperature[slots].any() else self._best(nodes)
         tokens = np.empty(len(nodes), np.int64)
         for part, logits_of in ((~adjusted, self._logits), (adjusted, self._adjusted_logits)):
             tokens[part] = self._chosen(nodes[part], logits_of(nodes[part]))
@@ -61,6 +62,12 @@ class Verified:
     def _logits(self, nodes: np.ndarray) -> np.ndarray:
         logits = self.outputs["logits"]
         return logits if len(nodes) == len(logits) else logits[nodes]
+
+    def _best(self, nodes: np.ndarray) -> np.ndarray:
+        logits = self.outputs["logits"]
+        if len(nodes) == len(logits) or not isinstance(logits, np.ndarray):
+            return self._logits(nodes).argmax(axis=1)
+        return np.array([logits[node].argmax() for node in nodes.tolist()])  # row by row: to copy them takes longer
 
     def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
         """After penalties, bias, and without stop tokens where it is too early for them."""
