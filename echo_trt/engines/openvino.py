@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from echo_trt.engines.rounding import is_verification, rounded
 
 GRANULE = 4  # tokens: a verification takes as long as one of the next multiple
 USUAL = {True: 32, False: 16}  # tokens of a target's and of a draft's passes whose kernels are prepared at the start
+PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
@@ -56,7 +58,10 @@ class OpenVINOEngine:
 
     def _prepare(self, widths: dict[str, int], most: int) -> None:
         """Run a pass of each usual size: its first takes 2 to 10 ms more. ``widths``: of a head's inputs, by name."""
+        begin = time.perf_counter()
         for count in range(self.granule, most + 1, self.granule):
+            if time.perf_counter() - begin > PREPARING:
+                return
             for given in widths or [""]:  # a head reads features, or where it goes on from a drafted token, its state
                 rows = {name: np.zeros((count * (name == given), width), np.float32) for name, width in widths.items()}
                 self.run(_blank(count, self.num_blocks), **rows)

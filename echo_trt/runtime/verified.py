@@ -31,7 +31,8 @@ class Verified:
         slots = self.slots[self.tree.request[nodes]]
         adjusted = self.state.adjusted[slots]
         if not adjusted.any():
-            return self._chosen(nodes, self._logits(nodes)) if self.state.temperature[slots].any() else self._best(nodes)
+            drawn = self.state.temperature[slots].any()
+            return self._chosen(nodes, self._logits(nodes)) if drawn else self._best(nodes)
         tokens = np.empty(len(nodes), np.int64)
         for part, logits_of in ((~adjusted, self._logits), (adjusted, self._adjusted_logits)):
             tokens[part] = self._chosen(nodes[part], logits_of(nodes[part]))

@@ -150,6 +150,26 @@ def test_rows_are_exactly_those_moved(bundle_of):
     assert (np.moveaxis(engine._pool, 3, 2).reshape(by_row.shape) == by_row).all()
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of, monkeypatch):
+    pair, name, _ = NETWORKS[network]
+    graph, sizes, run = bundle_of(pair) / f"{name}.onnx", [], OpenVINOEngine.run
+
+    def told(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        sizes.append(len(call.token_ids))
+        return run(self, call, **inputs)
+
+    monkeypatch.setattr(OpenVINOEngine, "run", told)
+    engine = OpenVINOEngine(graph, "fp32", BLOCKS)
+    most, step = openvino.USUAL[name == "target"], engine.granule
+    assert sorted(set(sizes)) == list(range(step, most + 1, step))
+    assert not engine._pool[:, :BLOCKS].any()
+    sizes.clear()
+    monkeypatch.setattr(openvino, "PREPARING", -1.0)  # a network whose passes take long
+    OpenVINOEngine(graph, "fp32", BLOCKS)
+    assert sizes == []
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_cache_layout_is_refused(precision, bundle_of, monkeypatch):
     """Rows are moved by hand, so a version of OpenVINO that lays the cache out otherwise must not get past loading."""
