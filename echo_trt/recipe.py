@@ -97,7 +97,9 @@ class Decoding(_Section):
     per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
     """
 
-    policy: Literal["autoregressive", "static", "dense", "fixed", "echo", "goodput", "goodput-head"] = "goodput"
+    policy: Literal[
+        "autoregressive", "static", "dense", "fixed", "echo", "goodput", "goodput-exact", "goodput-head"
+    ] = "goodput"
     budget: Positive | None = None
     per_request: Annotated[int, Field(ge=2, le=1024)] = 64
     max_depth: Annotated[int, Field(ge=1, le=32)] = 6

@@ -24,25 +24,41 @@ def knots() -> np.ndarray:
     return (np.arange(KNOTS) / (KNOTS - 1)) ** 2
 
 
+class Foreseen:
+    """What expanding nodes will bring, before their children are known, where each has so many as ``children`` has.
+
+    ``below`` [depth] is what the best, second best, ... child of a node of that depth will be worth, as a share of the
+    node's own probability, and those under the best child: equally likely values, [levels, w, quantiles]. ``brought``
+    [depth]: what 1, 2, ... such levels bring in all, [levels]. ``best_first`` [n + 1]: what the best 0, 1, ... nodes of
+    a request's tree bring, whose best node of each level is expanded.
+    """
+
+    def __init__(self, children: np.ndarray):
+        self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
+        self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
+        self.best_first = _best_first(children[:BRANCHING])
+
+
 class Acceptance:
     """``table`` [sources, depths, KNOTS]: P(the path to a node is accepted) at exp(score), row d for depth d + 1.
 
     ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
-    will be worth, as a share of the node's own probability: equally likely values, ascending. ``below`` [depth] has the
-    same, [levels, w, quantiles], for that level and those under the best child, and ``brought`` [depth] what 1, 2, ...
-    such levels bring in all, [levels]. ``best_first`` [n + 1]: what the best 0, 1, ... nodes of a request's tree bring,
-    whose best node of each level is expanded. ``drift`` [sources] shifts log-odds, learnt from what is verified.
-    ``expected`` and ``accepted`` [sources] are sums over all verified nodes: of what each was thought to be worth at
-    its time, and of those accepted.
+    will be worth, as a share of the node's own probability: equally likely values, ascending. ``drift`` [sources]
+    shifts log-odds, learnt from what is verified. ``expected`` and ``accepted`` [sources] are sums over all verified
+    nodes: of what each was thought to be worth at its time, and of those accepted.
     """
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
-        self.below = [_foreseen(children[depth : depth + HORIZON]) for depth in range(len(children))]
-        self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
-        self.best_first = _best_first(children[:BRANCHING])
+        self._foreseen: dict[int, Foreseen] = {}
         self.drift = np.zeros(len(table))
         self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
+
+    def foreseen(self, width: int) -> Foreseen:
+        """What nodes with so many children each will bring."""
+        if width not in self._foreseen:
+            self._foreseen[width] = Foreseen(self.children[:, :width])
+        return self._foreseen[width]
 
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:
@@ -75,7 +91,7 @@ class Acceptance:
         return {what: dict(zip(SOURCES, each.tolist(), strict=True)) for what, each in sums.items()}
 
 
-def _foreseen(children: np.ndarray) -> np.ndarray:
+def _as_shares(children: np.ndarray) -> np.ndarray:
     """children [levels, w, quantiles], each level's as a share of its parent -> as a share of the first parent."""
     best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: who is likely goes on to be
     above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))

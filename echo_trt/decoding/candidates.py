@@ -42,7 +42,11 @@ class Candidates:
         weights: np.ndarray,
         room: np.ndarray,
         copied: Continuations | None = None,
+        one_path: bool = False,
     ):
+        """``one_path``: of two children of one node the less likely is given up, and what is below it, at probability
+        0; the head proposes one a node."""
+        self._one_path = one_path
         self.tree, self.weights, self._acceptance, self._room = tree, weights, acceptance, room
         self.probability = np.ones(len(tree))
         self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
@@ -73,12 +77,26 @@ class Candidates:
             self._agree(copy[agreed], log_q[agreed, same[agreed]])
             self._disagree(copy, same, log_q)
             self._expandable[copy[copy >= 0]] = True
-        self._append(parent[:number], new[:number], score[:number])
+        nodes = self._append(parent[:number], new[:number], score[:number])
+        if self._one_path and self._chain is not None:
+            self._give_up_rivals(nodes)
+
+    def _give_up_rivals(self, nodes: np.ndarray) -> None:
+        """Of the head's new ``nodes`` [m] and what is copied under the same parents, keep the more likely."""
+        tree = self.tree
+        rival = self._copy_under[tree.parent[nodes]]
+        nodes, rival = nodes[rival >= 0], rival[rival >= 0]
+        copied = self.probability[rival] > self.probability[nodes]
+        self.probability[nodes[copied]] = 0
+        for node in rival[~copied].tolist():
+            chain = self._chain[tree.request[node], tree.depth[node] - 1 :]
+            self.probability[chain[chain >= 0]] = 0
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
         tree = self.tree
-        nodes = np.flatnonzero((tree.depth == depth) & self._expandable & (self._room[tree.request] > depth))
+        open_ = self._expandable & (self.probability > 0)
+        nodes = np.flatnonzero((tree.depth == depth) & open_ & (self._room[tree.request] > depth))
         nodes = nodes[np.argsort(-self.value[nodes])]
         return nodes[rank_within(tree.request[nodes]) < beams]
 
@@ -106,11 +124,12 @@ class Candidates:
         self._copy_under[parent] = nodes
         self._appraise_chains(self._chain)
 
-    def _append(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray) -> None:
+    def _append(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray) -> np.ndarray:
         nodes = self.tree.add(parent, token, score, HEAD)
         self._grow(len(nodes), expandable=True)
         # Tables are fitted depth by depth; a path cannot be likelier than its beginning.
         self.probability[nodes] = np.minimum(self._own(nodes), self.probability[parent])
+        return nodes
 
     def _grow(self, count: int, expandable: bool) -> None:
         self.probability = np.concatenate((self.probability, np.empty(count)))

@@ -94,7 +94,7 @@ class Goodput(Planner):
     def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, shapes: Shapes | None = None):
         """``shapes`` None: every iteration searches."""
         self.costs, self.acceptance, self.history, self.shapes = costs, acceptance, History(slots), shapes
-        self.sizes = Sizes(acceptance)
+        self.sizes = Sizes()
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
         self._drafting = 0.0  # seconds, in this iteration
 
@@ -109,13 +109,16 @@ class Goodput(Planner):
         if shape != SEARCH:
             return self._chains(roots, draft, load, shape)
         history, holds = self.history, draft is not None and self.costs.change > 0
-        held = self.sizes.nodes(len(roots), load.context, self.costs, history.host_seconds) if holds else None
+        foreseen = self.acceptance.foreseen(policy.width).best_first
+        host = history.host_seconds
+        held = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen) if holds else None
         if held == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
             return Plan.undrafted(roots)
         # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
         price = self.price(load) * (1.0 if holds else history.caution)
         weights = history.weights(load.slots)
-        candidates = Candidates(SuperTree.from_roots(roots), self.acceptance, weights, load.room, copied)
+        tree = SuperTree.from_roots(roots)
+        candidates = Candidates(tree, self.acceptance, weights, load.room, copied, policy.one_path)
         seconds = Verifications(self.costs, load, held)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
@@ -172,7 +175,7 @@ class Goodput(Planner):
         # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
         once = np.maximum(behind - IN_STEP, 0)
         entries = np.cumsum((behind - once + once / np.clip(load.room[open_], 1, SERVES))[best])
-        count = self._worth_expanding(candidates, promise[best], 0, entries, load, seconds, price)
+        count = self._worth_expanding(candidates, promise[best], 0, entries, policy.width, load, seconds, price)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -191,7 +194,8 @@ class Goodput(Planner):
             if len(frontier) == 0:
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
-            count = self._worth_expanding(candidates, candidates.value[frontier], depth, entries, load, seconds, price)
+            worth = candidates.value[frontier]
+            count = self._worth_expanding(candidates, worth, depth, entries, policy.width, load, seconds, price)
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
@@ -204,6 +208,7 @@ class Goodput(Planner):
         frontier: np.ndarray,
         depth: int,
         entries: np.ndarray,
+        width: int,
         load: Load,
         seconds: Verifications,
         price: float,
@@ -213,10 +218,11 @@ class Goodput(Planner):
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
-        if depth >= len(self.acceptance.below):
+        foreseen = self.acceptance.foreseen(width)
+        if depth >= len(foreseen.below):
             return 0
         costs, ends = self.costs, portions(len(frontier))
-        children, brought = self.acceptance.below[depth], self.acceptance.brought[depth]
+        children, brought = foreseen.below[depth], foreseen.brought[depth]
         known = candidates.value[candidates.tree.num_requests :]
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
@@ -295,7 +301,7 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
     value [n] only falls along a path, so that the best k are ancestor-closed for every k. seconds [n - B + 1]: the
     target's pass with 0, 1, ... nodes more than roots, at least as far as they can pay; jagged, so every k is tried.
     """
-    roots, nodes = np.arange(tree.num_requests), np.arange(tree.num_requests, len(tree))
+    roots, nodes = np.arange(tree.num_requests), tree.num_requests + np.flatnonzero(value[tree.num_requests :] > 0)
     order = TIE * tree.depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
     # As many as may cost no more than all together are worth: of a large batch few, and the others need no sorting.
     most = int(np.flatnonzero(price * (seconds - seconds[0]) <= value[nodes].sum())[-1])

@@ -1,7 +1,9 @@
 """Policies: how deep and wide to draft, where to gate, and who gets the verification budget.
 
 The paper's policies and plain decoding are one rule with other numbers, so that a comparison of them compares the
-numbers. ``goodput`` is a rule of its own, see that module; ``goodput-head`` is the same without copied text.
+numbers. ``goodput`` is a rule of its own, see that module; ``goodput-head`` is the same without copied text, and
+``goodput-exact`` with one path a request: engines whose rounding differs between trees and chains verify those bit by
+bit as they decode plainly.
 
 | policy         | gates                              | budget                                        |
 |----------------|------------------------------------|-----------------------------------------------|
@@ -23,7 +25,7 @@ import numpy as np
 from echo_trt.errors import UserError
 
 PAPER = ("autoregressive", "static", "dense", "fixed", "echo")
-NAMES = (*PAPER, "goodput", "goodput-head")
+NAMES = (*PAPER, "goodput", "goodput-exact", "goodput-head")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class Policy:
     @property
     def copies(self) -> bool:
         """Whether continuations from the text itself join the draft's."""
-        return self.name == "goodput"
+        return self.name in ("goodput", "goodput-exact")
+
+    @property
+    def one_path(self) -> bool:
+        """Whether a request's draft is a chain, however many sources propose tokens."""
+        return self.name == "goodput-exact"
 
     def spare(self, requests: int) -> int:
         """Draft tokens that the budget has room for beside one root a request."""
@@ -80,8 +87,9 @@ def make_policy(name: str, settings: Mapping) -> Policy:
     if name == "static":
         tree = settings["static"]
         return Policy(name, tree["depth"], tree["top_k"], tree["top_k"], per_request=tree["tokens"])
-    if name in ("goodput", "goodput-head"):
-        return Policy(name, shared["max_depth"], shared["beams"], shared["width"], per_request=shared["per_request"])
+    if name.startswith("goodput") and name in NAMES:
+        beams, width = (1, 1) if name == "goodput-exact" else (shared["beams"], shared["width"])
+        return Policy(name, shared["max_depth"], beams, width, per_request=shared["per_request"])
     if name == "echo":
         return Policy(name, gates=gates, **shared)
     if name == "fixed":

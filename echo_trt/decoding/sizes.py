@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 
-from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import Costs
 
 HELD = 72  # iterations for which a size is kept
@@ -48,16 +47,18 @@ class _Known:
 class Sizes:
     """``held``: the tokens of each verification for now, 0 where plain decoding is better."""
 
-    def __init__(self, acceptance: Acceptance) -> None:
-        self.held, self._left, self._load, self._looked = 0, 0, -1, False
-        self._foreseen = acceptance.best_first
+    def __init__(self) -> None:
+        self.held, self._left, self._load = 0, 0, -1
+        self._foreseen = np.zeros(1)
         self._known: dict[int, _Known] = {}
 
-    def nodes(self, requests: int, context: int, costs: Costs, host: float) -> int | None:
+    def nodes(self, requests: int, context: int, costs: Costs, host: float, foreseen: np.ndarray) -> int | None:
         """How many nodes beside the roots of so many ``requests`` are verified; None: as many as pay.
 
-        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes.
+        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes. ``foreseen`` [n + 1]:
+        what the best 0, 1, ... nodes of a request are expected to bring, where nothing else is known.
         """
+        self._foreseen = foreseen
         if costs.change == 0 or requests == 0:
             return None
         self._left -= 1

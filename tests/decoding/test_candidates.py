@@ -190,6 +190,36 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
         assert candidates.best_child(asked) == pytest.approx(best, abs=1e-3)
 
 
+@settings(max_examples=120, deadline=None)
+@given(cases(), st.randoms(use_true_random=False))
+def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other(case, random):
+    draft, acceptance, room, copied, log_a = case
+    count, both = len(room), []
+    for one_path in (False, True):
+        copies = continuations(copied, log_a)
+        tree = SuperTree.from_roots(np.arange(count))
+        both.append(Candidates(tree, acceptance, np.ones(count), np.array(room), copies, one_path))
+    free, kept = both
+    chosen = np.array(sorted(random.sample(range(count), random.randint(1, count))))
+    for depth in range(6):
+        if depth:
+            chosen = np.sort(kept.frontier(depth, 1))
+        if len(chosen) == 0:
+            break
+        for candidates in both:  # the same nodes are expanded in both
+            children = draft.expand(candidates.tree, chosen) if depth else draft.expand_roots(chosen)
+            candidates.add(chosen[:, None], *children, 1)
+        tree, alive = kept.tree, kept.probability > 0
+        nodes = np.flatnonzero(tree.parent >= 0)
+        assert alive[tree.parent[nodes]][alive[nodes]].all()
+        assert np.bincount(tree.parent[nodes[alive[nodes]]], minlength=1).max() <= 1
+        assert (kept.probability[alive] == free.probability[alive]).all()
+        for node in nodes[~alive[nodes]]:  # each lost to another child of a node above it, or the one above it did
+            above = tree.parent[node]
+            rivals = nodes[(tree.parent[nodes] == above) & alive[nodes]]
+            assert not alive[above] or (free.probability[rivals] >= free.probability[node]).any()
+
+
 def one_chain(room: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: float = 0.5) -> Candidates:
     """One request, taken at its word, whose text suggests ``chain``."""
     copied = continuations([list(chain)], [float(np.log(a))])

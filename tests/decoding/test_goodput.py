@@ -15,7 +15,7 @@ from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.foresight import BINS
 from echo_trt.decoding.goodput import Goodput, Load, Verifications, select
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=12)
@@ -125,7 +125,7 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    gains = acceptance.below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
+    gains = acceptance.foreseen(9).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
     worth = count * max(gains.cumsum() / np.arange(1, len(gains) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
@@ -252,7 +252,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
     verifications = Verifications(planner.costs, load)
-    got = planner._worth_expanding(candidates, frontier, depth, entries, load, verifications, price)
+    got = planner._worth_expanding(candidates, frontier, depth, entries, 2, load, verifications, price)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])
@@ -322,6 +322,19 @@ def test_plans_are_trees_that_the_loop_can_verify(case):
         head = path[-1] in draft.children(request, path[:-1])[1][: POLICY.width]
         copy = copied is not None and path == tuple(copied.tokens[request, : len(path)])
         assert head if tree.source[node] == HEAD else copy if tree.source[node] == LOOKUP else head and copy
+
+
+@settings(max_examples=150, deadline=None)
+@given(servings(), st.sampled_from([0.0, 4.0]))
+def test_exact_plans_are_one_chain_a_request(case, change):
+    planner, draft, load, copied = case
+    planner.costs.change = change
+    policy = make_policy("goodput-exact", {"gates": None, "budget": None, **vars(POLICY)})
+    plan = planner.plan(np.arange(30, 30 + len(load.slots)), draft, policy, load, copied)
+    below = np.flatnonzero(plan.tree.parent >= 0)
+    assert (plan.tree.parent[below] == below - 1).all()
+    assert (plan.probability[below] > 0).all()
+    assert (plan.tree.depth <= load.room[plan.tree.request]).all()
 
 
 def test_plans_depend_on_nothing_but_what_they_are_told():

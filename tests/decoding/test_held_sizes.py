@@ -13,7 +13,7 @@ from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.sizes import HELD, Sizes, load_of
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
-FORESEEN = Acceptance.uncalibrated(POLICY.max_depth)
+FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width).best_first
 
 
 def costs_of(target: Curve, change: float = 4.0, granule: int = 4) -> Costs:
@@ -24,7 +24,7 @@ def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, dra
     """What is held over some hundred searches, each of which finds these candidates."""
     nodes = []
     for _ in range(8 * HELD):
-        nodes.append(sizes.nodes(requests, 0, costs, 0.0))
+        nodes.append(sizes.nodes(requests, 0, costs, 0.0, FORESEEN))
         sizes.observe(probability, requests, costs, drafting)
     return nodes
 
@@ -32,7 +32,7 @@ def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, dra
 @given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 2.0))
 def test_the_size_that_is_held_would_have_brought_most_a_second(probability, requests, each):
     costs = costs_of(linear(10.0, each))
-    nodes = told(Sizes(FORESEEN), costs, requests, np.array(probability))[-2 * HELD :]
+    nodes = told(Sizes(), costs, requests, np.array(probability))[-2 * HELD :]
     chosen = requests + max(set(nodes), key=nodes.count)  # now and then it looks whether plain decoding is still best
     best = np.sort(probability)[::-1]
 
@@ -45,22 +45,22 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
 
 
 def test_nothing_is_held_where_another_size_costs_nothing():
-    assert set(told(Sizes(FORESEEN), costs_of(linear(10.0, 0.0), change=0.0), 2, np.full(8, 0.5))) == {None}
+    assert set(told(Sizes(), costs_of(linear(10.0, 0.0), change=0.0), 2, np.full(8, 0.5))) == {None}
 
 
 @pytest.mark.parametrize(("each", "pays"), [(0.2, True), (9.0, False)])
 def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays):
-    sizes, costs = Sizes(FORESEEN), costs_of(linear(10.0, each))
-    nodes = sizes.nodes(4, 0, costs, 0.0)
+    sizes, costs = Sizes(), costs_of(linear(10.0, each))
+    nodes = sizes.nodes(4, 0, costs, 0.0, FORESEEN)
     assert (nodes > 0) == pays
     if pays:
-        brought = np.interp(nodes / 4, np.arange(len(FORESEEN.best_first)), FORESEEN.best_first)
+        brought = np.interp(nodes / 4, np.arange(len(FORESEEN)), FORESEEN)
         assert 4 * (1 + brought) / costs.target(4 + nodes) > 4 / costs.target(4)
 
 
 def test_the_best_nodes_of_a_tree_are_foreseen():
     shares = np.array([[[0.2, 0.8], [0.1, 0.3]], [[0.5, 0.5], [0.4, 0.4]]])  # [levels, w, quantiles]
-    foreseen = Acceptance(Acceptance.uncalibrated(2).table, shares).best_first
+    foreseen = Acceptance(Acceptance.uncalibrated(2).table, shares).foreseen(2).best_first
     trees = np.array([[0.2, 0.1, 0.1, 0.08], [0.8, 0.4, 0.32, 0.3]])  # with what the best child's children are worth
     assert foreseen == pytest.approx([0.0, *trees.mean(axis=0).cumsum()])
     assert np.all(np.diff(foreseen) > 0)
@@ -69,9 +69,9 @@ def test_the_best_nodes_of_a_tree_are_foreseen():
 def test_a_small_size_says_nothing_of_what_more_would_have_brought():
     found = {}
     for held in (8, 16):
-        sizes, costs = Sizes(FORESEEN), costs_of(linear(10.0, 0.2))
+        sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
         for _ in range(200):
-            sizes.nodes(4, 0, costs, 0.0)
+            sizes.nodes(4, 0, costs, 0.0, FORESEEN)
             sizes.held, sizes._left = held, 9  # ruff: noqa: SLF001
             sizes.observe(np.full(held - 4, 0.5), 4, costs, 1.0)
         found[held] = sizes._known[load_of(4)].brought
@@ -81,15 +81,15 @@ def test_a_small_size_says_nothing_of_what_more_would_have_brought():
 
 
 def test_passes_that_prepare_new_sizes_do_not_make_drafting_dear():
-    sizes, costs = Sizes(FORESEEN), costs_of(linear(10.0, 0.2))
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
     for search in range(40):
-        sizes.nodes(4, 0, costs, 0.0)
+        sizes.nodes(4, 0, costs, 0.0, FORESEEN)
         sizes.observe(np.full(8, 0.5), 4, costs, 30.0 if search < 3 else 1.0)
     assert sizes._known[load_of(4)].drafting < 2.0
 
 
 def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
-    sizes, costs = Sizes(FORESEEN), costs_of(linear(10.0, 9.0))
+    sizes, costs = Sizes(), costs_of(linear(10.0, 9.0))
     held = told(sizes, costs, 4, np.full(8, 0.1))
     assert 0 in held
     assert 0 < np.mean(np.array(held) > 0) < 0.25
@@ -98,14 +98,16 @@ def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
 
 
 def test_a_size_lasts_when_requests_come_and_go_and_not_when_the_load_is_another():
-    sizes, costs = Sizes(FORESEEN), costs_of(linear(10.0, 0.2))
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
     for requests in (4, 16):
         told(sizes, costs, requests, np.full(64, 0.5))
-    sizes.nodes(4, 0, costs, 0.0)
+    sizes.nodes(4, 0, costs, 0.0, FORESEEN)
     held = sizes.held
     assert held > 4
-    assert [sizes.nodes(requests, 0, costs, 0.0) for requests in (3, 4, 5, 4)] == [held - n for n in (3, 4, 5, 4)]
-    assert sizes.nodes(16, 0, costs, 0.0) == sizes.held - 16
+    assert [sizes.nodes(requests, 0, costs, 0.0, FORESEEN) for requests in (3, 4, 5, 4)] == [
+        held - n for n in (3, 4, 5, 4)
+    ]
+    assert sizes.nodes(16, 0, costs, 0.0, FORESEEN) == sizes.held - 16
     assert sizes.held != held
 
 

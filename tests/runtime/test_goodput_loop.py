@@ -19,7 +19,7 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
-POLICIES = ("goodput", "goodput-head")
+POLICIES = ("goodput", "goodput-exact", "goodput-head")
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
@@ -68,7 +68,7 @@ def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
         drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
         completions = llm.generate(*requests())
         assert [c.token_ids for c in completions] == plain_ids(pair)
-        assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy == "goodput")
+        assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy != "goodput-head")
         assert (llm.counters.draft_passes > passes) == (pair != "lookup")
         assert_all_free(llm.loop)
 
@@ -108,7 +108,7 @@ def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
 def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = plan_on(open_llm(pair, "autoregressive", 3), machine())
     prompts, params = requests()
-    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput", "static"])
+    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static"])
     costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
     ids: dict[int, list[int]] = {}
     for delta in llm.stream(prompts, params):
