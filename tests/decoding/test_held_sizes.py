@@ -72,7 +72,7 @@ def test_a_small_size_says_nothing_of_what_more_would_have_brought():
         sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
         for _ in range(200):
             sizes.nodes(4, 0, costs, 0.0, FORESEEN)
-            sizes.held, sizes._left = held, 9  # ruff: noqa: SLF001
+            sizes.held, sizes._left = held, 9
             sizes.observe(np.full(held - 4, 0.5), 4, costs, 1.0)
         found[held] = sizes._known[load_of(4)].brought
     assert found[8][1] == pytest.approx(2.0, rel=0.02)

@@ -158,7 +158,7 @@ def test_easy_and_hard_texts_leave_what_is_known_of_a_shape_as_it_is():
                 shapes.drafted(best)
             tokens = 4 * sum(best**d for d in range(drafted + 1))
             shapes.observe(4, tokens, 10.0 + 2.2 * drafted)
-    mean = shapes._of(4)[0]  # ruff: noqa: SLF001
+    mean = shapes._of(4)[0]
     assert abs(mean[1:-1]).max() < 0.03
 
 
