@@ -14,7 +14,7 @@ from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
 
 GRANULE = 4  # tokens: a verification takes as long as one of the next multiple
-USUAL = {True: 32, False: 16}  # tokens of a target's and of a draft's passes whose kernels are prepared at the start
+PREPARED_TARGET, PREPARED_DRAFT = 32, 16  # tokens up to which kernels of passes are prepared at the start
 PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
@@ -40,7 +40,9 @@ class OpenVINOEngine:
         self._bound = {name: self._request.get_tensor(name) for name in self._inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         widths = {i.get_any_name(): i.partial_shape[1] for i in compiled.inputs if len(i.partial_shape) == 2}
-        self._prepare({name: width.get_length() for name, width in widths.items()}, USUAL[target])
+        self._prepare(
+            {name: width.get_length() for name, width in widths.items()}, PREPARED_TARGET if target else PREPARED_DRAFT
+        )
 
     def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:
         caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
