@@ -26,7 +26,6 @@ from echo_trt.decoding.grow import Draft
 from echo_trt.decoding.history import History
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import rank_within
-from echo_trt.decoding.shapes import PLAIN, SEARCH, Shapes
 from echo_trt.decoding.sizes import Sizes
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -91,10 +90,8 @@ class Planner(Protocol):
 class Goodput(Planner):
     """The policy, and what it has learnt while running: costs, acceptance, each request's history."""
 
-    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, shapes: Shapes | None = None):
-        """``shapes`` None: every iteration searches."""
-        self.costs, self.acceptance, self.history, self.shapes = costs, acceptance, History(slots), shapes
-        self.sizes = Sizes()
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int):
+        self.costs, self.acceptance, self.history, self.sizes = costs, acceptance, History(slots), Sizes()
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
         self._drafting = 0.0  # seconds, in this iteration
 
@@ -103,11 +100,6 @@ class Goodput(Planner):
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
         self._found, self._drafting = None, 0.0
-        shape = self._shape(draft, policy, load)
-        if shape == PLAIN:
-            return Plan.undrafted(roots)
-        if shape != SEARCH:
-            return self._chains(roots, draft, load, shape)
         history, holds = self.history, draft is not None and self.costs.change > 0
         foreseen = self.acceptance.foreseen(policy.width).best_first
         host = history.host_seconds
@@ -127,30 +119,6 @@ class Goodput(Planner):
         history.planned(len(tree) > len(roots))
         self._found = candidates.probability[len(roots) :]
         return Plan(tree, candidates.probability[nodes], candidates.tree)
-
-    def _shape(self, draft: Draft | None, policy: Policy, load: Load) -> int:
-        if draft is None or self.shapes is None:
-            return SEARCH
-        longest = min(policy.max_depth, policy.per_request - 1)
-        return self.shapes.choose(len(load.slots), load.context, self.costs, self.history.host_seconds, longest)
-
-    def _chains(self, roots: np.ndarray, draft: Draft, load: Load, length: int) -> Plan:
-        """A chain of ``length`` tokens for each request that has room for it, whatever they are worth."""
-        tree = SuperTree.from_roots(roots)
-        nodes = np.flatnonzero(load.room > 0)
-        for depth in range(length):
-            nodes = nodes[load.room[tree.request[nodes]] > depth]
-            if len(nodes) == 0:
-                break
-            log_q, tokens = draft.expand(tree, nodes) if depth else draft.expand_roots(nodes)
-            exists = log_q[:, 0] > -np.inf
-            nodes, score = nodes[exists], tree.score[nodes[exists]] + np.minimum(log_q[exists, 0], 0)
-            nodes = tree.add(nodes, tokens[exists, 0].astype(np.int64), score)
-        chains, _ = tree.sorted_by_request(np.arange(len(tree)))
-        probability = self.acceptance.probability(chains.source, np.maximum(chains.depth, 1), chains.score)
-        if (first := probability[chains.depth == 1]).size:
-            self.shapes.drafted(float(first.mean()))
-        return Plan(chains, np.where(chains.depth > 0, probability, 1.0), tree)
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
@@ -186,8 +154,6 @@ class Goodput(Planner):
         candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.children[0, 0].mean())
-        if self.shapes and count:
-            self.shapes.drafted(float(best_child.mean()))
         expanded = 0
         for depth in range(1, policy.max_depth):
             frontier = candidates.frontier(depth, policy.beams)
@@ -263,10 +229,10 @@ class Goodput(Planner):
         plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
         expected = plan.probability.sum()
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
+        if load.others == 0 and len(load.slots):
+            self.sizes.spent(seconds, expected * plain / len(load.slots))
         if self._found is not None and load.others == 0 and load.behind.max() <= IN_STEP:
             self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting)
-        if self.shapes and load.others == 0:
-            self.shapes.observe(len(load.slots), expected, seconds)
 
 
 class Verifications:

@@ -17,6 +17,7 @@ from echo_trt.decoding.costs import Costs
 HELD = 72  # iterations for which a size is kept
 _FIRST = 24  # the same of a load's first size, which nothing but the calibration speaks for
 _LOOKING = 12  # iterations of the best size after plain decoding, to see whether it would pay again
+_LOST, _LONGEST_REST = 0.01, 30.0  # what such trials may lose of the time; seconds after which there is one anyway
 _MOST = 64  # sizes that are considered, multiples of the granule
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
@@ -49,6 +50,7 @@ class Sizes:
 
     def __init__(self) -> None:
         self.held, self._left, self._load = 0, 0, -1
+        self._tries, self._debt = False, 0.0  # seconds that trials have lost, less what they may
         self._foreseen = np.zeros(1)
         self._known: dict[int, _Known] = {}
 
@@ -71,9 +73,15 @@ class Sizes:
         new = load not in self._known
         best, pays = self._best(requests, context, costs, host)
         # Where it was plain, what was known may be so no longer.
-        looks = not pays and not new and self.held == 0 and load == self._load
+        looks = not pays and not new and self.held == 0 and load == self._load and self._debt <= 0
         self.held = best if pays or looks else 0
-        self._load, self._left = load, (_LOOKING if looks else _FIRST if new and pays else HELD) - 1
+        self._tries = looks or (new and pays)
+        self._load, self._left = load, (_LOOKING if looks else _FIRST if self._tries else HELD) - 1
+
+    def spent(self, seconds: float, plain: float) -> None:
+        """An iteration took ``seconds``; its tokens would have taken plain decoding ``plain`` seconds."""
+        lost = seconds - plain if self._tries else 0.0
+        self._debt = min(max(self._debt + lost - _LOST * seconds, 0.0), _LOST * _LONGEST_REST)
 
     def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it."""

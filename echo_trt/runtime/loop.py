@@ -265,6 +265,7 @@ class Loop:
         self._add_seconds("draft", draft.seconds)
         state.drafted[slots] += plan.tree.sizes - 1
         self.counters.drafted_tokens += len(plan.tree) - len(slots)
+        self.counters.speculative_iterations += len(plan.tree) > len(slots)
         return plan
 
     def _observe_draft(self, entries: int, context: int, seconds: float, first: bool) -> None:

@@ -168,6 +168,7 @@ class Counters:
     """
 
     iterations: int = 0
+    speculative_iterations: int = 0
     emitted_tokens: int = 0
     verified_tokens: int = 0
     drafted_tokens: int = 0

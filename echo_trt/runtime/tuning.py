@@ -14,7 +14,6 @@ from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calib
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.goodput import Goodput
 from echo_trt.decoding.policies import Policy, make_policy
-from echo_trt.decoding.shapes import Shapes
 from echo_trt.errors import UserError
 from echo_trt.runtime.loop import Loop
 
@@ -73,4 +72,4 @@ class Tuning:
             self._note(f"{self._folder} has no {CALIBRATION}: its draft is taken at its word; run echo-trt calibrate.")
         depths = self._manifest.recipe.decoding.max_depth
         acceptance = self.calibration.model() if self.calibration else Acceptance.uncalibrated(depths)
-        return Goodput(self.costs.costs(), acceptance, self._loop.state.count, Shapes(acceptance))
+        return Goodput(self.costs.costs(), acceptance, self._loop.state.count)

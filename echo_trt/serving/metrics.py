@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from echo_trt.decoding.acceptance import SOURCES
-from echo_trt.decoding.shapes import NAMES
 from echo_trt.serving.service import Event, Statistics
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
@@ -13,6 +12,7 @@ SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 #: name -> what it says, of Statistics.counters
 COUNTERS = {
     "iterations": "Iterations of the engine loop",
+    "speculative_iterations": "Iterations that verified draft tokens; the others were plain decoding, or prompts alone",
     "prompt_tokens": "Prompt tokens computed",
     "asked_tokens": "Prompt tokens of the requests that were admitted: computed, or found in the prefix cache",
     "cached_tokens": "Prompt tokens found in the prefix cache",
@@ -57,11 +57,6 @@ class Metrics:
             description="Draft tokens that goodput verified: the sum of their probabilities, and those accepted",
             kind=counter,
         )
-        self._shapes = family(
-            name="echo_goodput_iterations_total",
-            description="Iterations of goodput by what it drafts: nothing, chains of a length, or what a search finds",
-            kind=counter,
-        )
         self._policy = family(name="echo_policy", description="1 for the policy in force", kind=gauge)
         self._by_outcome: dict[str, Any] = {}
         self._by_policy: dict[str, Any] = {}
@@ -71,7 +66,6 @@ class Metrics:
             for source in SOURCES
             for what in ("expected", "accepted")
         }
-        self._by_shape = {shape: self._shapes.Metric(labels={"shape": shape}) for shape in NAMES}
         self._histograms = {
             name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
             for name, text in (
@@ -110,8 +104,6 @@ class Metrics:
         for what, sums in now.drafts.items():
             for source, number in sums.items():
                 self._count(f"drafts {source} {what}", self._by_source[source, what], number)
-        for shape, number in now.shapes.items():
-            self._count(f"shape {shape}", self._by_shape[shape], number)
         if now.policy not in self._by_policy:
             self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
         for name, metric in self._by_policy.items():

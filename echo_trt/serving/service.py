@@ -90,7 +90,6 @@ class Statistics:
     budget: int
     counters: Counters
     drafts: dict[str, dict[str, float]]  # "expected" and "accepted" of goodput's draft tokens, by source
-    shapes: dict[str, int]  # iterations of goodput in each
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
 
@@ -168,7 +167,6 @@ class Service:
             self.llm.k_max,
             counters,
             loop.planner.acceptance.totals() if loop.planner else {},
-            loop.planner.shapes.totals() if loop.planner else {},
             ended,
             self._engine_failures,
         )

@@ -15,7 +15,6 @@ from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.goodput import Goodput, Load, Plan, Planner
 from echo_trt.decoding.grow import grow
 from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.shapes import Shapes
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.walk import BEYOND, Recording, Walk
@@ -113,8 +112,7 @@ class ClockedDraft:
 
 
 def _planner(machine: Machine, calibration: Calibration, batch: int) -> Goodput:
-    acceptance = calibration.model()
-    return Goodput(machine.costs(), acceptance, batch, Shapes(acceptance))
+    return Goodput(machine.costs(), calibration.model(), batch)
 
 
 class Replay:

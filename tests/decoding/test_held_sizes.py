@@ -97,6 +97,23 @@ def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
     assert np.mean(np.array(told(sizes, costs, 4, np.full(8, 0.9))) > 0) > 0.5
 
 
+@pytest.mark.parametrize("lost", [0.1, 2.0, 400.0])
+def test_what_looking_loses_it_earns_before_it_looks_again(lost):
+    sizes, costs = Sizes(), costs_of(linear(0.1, 0.09))
+    seconds, trials = [], 0
+    for _ in range(30 * HELD):
+        before, speculates = sizes.held, sizes.nodes(4, 0, costs, 0.0, FORESEEN) > 0
+        trials += speculates and before == 0
+        plain = costs.target(4)
+        seconds.append((plain * (1 + lost) if speculates else plain, plain))
+        if speculates:
+            sizes.observe(np.full(8, 0.1), 4, costs, 1.0)
+        sizes.spent(*seconds[-1])
+    taken, plain = np.array(seconds).sum(axis=0)
+    assert trials > 3
+    assert taken - plain < 0.012 * taken or trials < plain / 30 + 2
+
+
 def test_a_size_lasts_when_requests_come_and_go_and_not_when_the_load_is_another():
     sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
     for requests in (4, 16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from echo_trt.calibration.store import COSTS
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.goodput import Goodput
-from echo_trt.decoding.shapes import LONGEST, SEARCH, Shapes
+from echo_trt.decoding.sizes import Sizes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -73,23 +74,21 @@ def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
         assert_all_free(llm.loop)
 
 
-class Turns(Shapes):
-    """Every shape in turn, each for one iteration."""
+class Turns(Sizes):
+    """None and every size in turn, each for one iteration."""
 
-    def __init__(self, acceptance: Acceptance):
-        super().__init__(acceptance)
-        self._turns = itertools.cycle((SEARCH, *range(LONGEST + 1)))
+    def __init__(self):
+        super().__init__()
+        self._turns = itertools.cycle(range(9))
 
-    def choose(self, requests: int, context: int, costs: Costs, host: float, longest: int) -> int:
-        self.shape = min(next(self._turns), longest)
-        return self.shape
+    def nodes(self, *_) -> int:
+        return next(self._turns)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_shapes_may_change_at_every_iteration(pair, open_llm, plain_ids):
-    llm = open_llm(pair, "autoregressive", 3)
-    acceptance = Acceptance.uncalibrated(4)
-    llm.loop.planner = Goodput(machine(), acceptance, llm.loop.state.count, Turns(acceptance))
+def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = plan_on(open_llm(pair, "autoregressive", 3), replace(machine(), change=1e-3))
+    llm.loop.planner.sizes = Turns()
     llm.set_policy("goodput")
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
     assert_all_free(llm.loop)
