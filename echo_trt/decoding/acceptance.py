@@ -29,14 +29,26 @@ class Foreseen:
 
     ``below`` [depth] is what the best, second best, ... child of a node of that depth will be worth, as a share of the
     node's own probability, and those under the best child: equally likely values, [levels, w, quantiles]. ``brought``
-    [depth]: what 1, 2, ... such levels bring in all, [levels]. ``best_first`` [n + 1]: what the best 0, 1, ... nodes of
-    a request's tree bring, whose best node of each level is expanded.
+    [depth]: what 1, 2, ... such levels bring in all, [levels].
     """
 
     def __init__(self, children: np.ndarray):
         self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
-        self.best_first = _best_first(children[:BRANCHING])
+        self._trees = _trees(children[:BRANCHING])
+
+    def best(self, nodes: np.ndarray, requests: int) -> np.ndarray:
+        """What the best so many ``nodes`` [n] of the trees of so many ``requests`` together bring, [n].
+
+        Of each tree the best node of each level is expanded.
+        """
+        together = min(requests, self._trees.shape[1])
+        drawn = np.random.default_rng(0).permutation(self._trees.shape[1])
+        groups = drawn[: len(drawn) // together * together].reshape(-1, together)
+        values = np.sort(self._trees[:, groups].transpose(1, 0, 2).reshape(len(groups), -1), axis=1)[:, ::-1]
+        sums = np.concatenate(([0.0], values.mean(axis=0).cumsum()))
+        share = together / requests
+        return np.interp(nodes * share, np.arange(len(sums)), sums) / share
 
 
 class Acceptance:
@@ -98,14 +110,14 @@ def _as_shares(children: np.ndarray) -> np.ndarray:
     return above[:, None] * children
 
 
-def _best_first(children: np.ndarray) -> np.ndarray:
-    """children [levels, w, quantiles], each level's independent of the others' -> what the best nodes bring in all."""
+def _trees(children: np.ndarray) -> np.ndarray:
+    """children [levels, w, quantiles], each level's independent of the others' -> what the nodes of trees are worth,
+    [levels * w, trees]: every combination of quantiles is one, as likely as any other."""
     levels, _, quantiles = children.shape
-    drawn = np.indices((quantiles,) * levels).reshape(levels, -1)  # every combination is as likely as any other
+    drawn = np.indices((quantiles,) * levels).reshape(levels, -1)
     shares = children[np.arange(levels)[:, None], :, drawn].transpose(0, 2, 1)  # [levels, w, combinations]
     above = np.cumprod(np.concatenate((np.ones_like(shares[:1, 0]), shares[:-1, 0])), axis=0)
-    values = np.sort((above[:, None] * shares).reshape(-1, drawn.shape[1]), axis=0)[::-1]
-    return np.concatenate(([0.0], values.mean(axis=1).cumsum()))
+    return (above[:, None] * shares).reshape(-1, drawn.shape[1])
 
 
 @compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")

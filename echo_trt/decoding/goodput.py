@@ -101,7 +101,7 @@ class Goodput(Planner):
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
         self._found, self._drafting = None, 0.0
         history, holds = self.history, draft is not None and self.costs.change > 0
-        foreseen = self.acceptance.foreseen(policy.width).best_first
+        foreseen = self.acceptance.foreseen(policy.width)
         host = history.host_seconds
         held = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen) if holds else None
         if held == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
@@ -231,8 +231,9 @@ class Goodput(Planner):
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
         if load.others == 0 and len(load.slots):
             self.sizes.spent(seconds, expected * plain / len(load.slots))
-        if self._found is not None and load.others == 0 and load.behind.max() <= IN_STEP:
-            self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting)
+        if self._found is not None and load.others == 0:
+            usual = load.behind.max() <= IN_STEP  # drafts that catch up with prompts do so once
+            self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting if usual else None)
 
 
 class Verifications:

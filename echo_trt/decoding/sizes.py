@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from echo_trt.decoding.acceptance import Foreseen
 from echo_trt.decoding.costs import Costs
 
 HELD = 72  # iterations for which a size is kept
@@ -21,28 +22,44 @@ _LOST, _LONGEST_REST = 0.01, 30.0  # what such trials may lose of the time; seco
 _MOST = 64  # sizes that are considered, multiples of the granule
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
-_LEVELS = 3  # draft levels that are foreseen
+_LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
 _OUTLIER = 2.0  # times what was known: drafting that took longer tells no more than that; graphs prepare new sizes
 
 
 class _Known:
     """Of one load, running means over searches: what the best nodes of each size have ``brought`` [sizes], and the
-    seconds of drafting."""
+    seconds of ``drafting`` for it."""
 
-    def __init__(self, brought: np.ndarray, drafting: float) -> None:
-        self.brought, self.drafting, self.searches = brought, drafting, 0
-        self._found = np.zeros(len(brought))  # of all candidates, however few of them were asked for
+    def __init__(self, requests: int, costs: Costs, foreseen: Foreseen) -> None:
+        nodes = np.maximum(_sizes(costs) - requests, 0)
+        levels = _LEVELS * np.log2(1 + nodes / requests)
+        self._usual = (nodes > 0) * costs.cold + levels * costs.draft(2 * requests)
+        self.brought, self.drafting = foreseen.best(nodes, requests), self._usual.copy()
+        self.new, self.searches = True, 0
+        self._found = np.zeros(len(nodes))  # of all candidates, however few of them were asked for
 
-    def learn(self, brought: np.ndarray, drafting: float, held: int) -> None:
+    def learn(self, brought: np.ndarray, drafting: float | None, held: int) -> None:
         """A search for the best of size number ``held`` drafts no further than that needs: what larger ones would add
-        is as it was, if it has not found more."""
+        is as it was, if it has not found more, and so is what others take to draft."""
         self.searches += 1
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
         change = step * (brought - self.brought)
         change[held:] = change[held]
         self._found += step * (brought - self._found)
         self.brought = np.maximum(self.brought + change, self._found)
-        self.drafting += step * (min(drafting, _OUTLIER * self.drafting) - self.drafting)
+        if drafting is not None:
+            bound = _OUTLIER * max(self.drafting[held], self._usual[held])
+            self.drafting[held] += step * (min(drafting, bound) - self.drafting[held])
+
+    def best(self, requests: int, context: int, costs: Costs, host: float) -> tuple[int, bool]:
+        """The size that would have brought most tokens a second, and whether that is more than plain decoding's."""
+        sizes = _sizes(costs)
+        nodes = np.maximum(sizes - requests, 0)
+        target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
+        seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
+        rate = np.where(nodes > 0, (requests + self.brought) / seconds, 0.0)
+        plain = requests / (costs.target(max(requests, costs.least), context) + host)
+        return int(sizes[rate.argmax()]), bool(rate.max() > plain)
 
 
 class Sizes:
@@ -51,31 +68,31 @@ class Sizes:
     def __init__(self) -> None:
         self.held, self._left, self._load = 0, 0, -1
         self._tries, self._debt = False, 0.0  # seconds that trials have lost, less what they may
-        self._foreseen = np.zeros(1)
         self._known: dict[int, _Known] = {}
 
-    def nodes(self, requests: int, context: int, costs: Costs, host: float, foreseen: np.ndarray) -> int | None:
+    def nodes(self, requests: int, context: int, costs: Costs, host: float, foreseen: Foreseen) -> int | None:
         """How many nodes beside the roots of so many ``requests`` are verified; None: as many as pay.
 
-        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes. ``foreseen`` [n + 1]:
-        what the best 0, 1, ... nodes of a request are expected to bring, where nothing else is known.
+        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes. ``foreseen`` counts
+        where nothing else is known.
         """
-        self._foreseen = foreseen
         if costs.change == 0 or requests == 0:
             return None
         self._left -= 1
         load = load_of(requests)
+        if load not in self._known:
+            self._known[load] = _Known(requests, costs, foreseen)
         if self._left < 0 or abs(load - self._load) > 1:
             self._choose(load, requests, context, costs, host)
         return max(self.held - requests, 0)
 
     def _choose(self, load: int, requests: int, context: int, costs: Costs, host: float) -> None:
-        new = load not in self._known
-        best, pays = self._best(requests, context, costs, host)
+        known = self._known[load]
+        best, pays = known.best(requests, context, costs, host)
         # Where it was plain, what was known may be so no longer.
-        looks = not pays and not new and self.held == 0 and load == self._load and self._debt <= 0
+        looks = not pays and not known.new and self.held == 0 and load == self._load and self._debt <= 0
         self.held = best if pays or looks else 0
-        self._tries = looks or (new and pays)
+        self._tries, known.new = looks or (known.new and pays), False
         self._load, self._left = load, (_LOOKING if looks else _FIRST if self._tries else HELD) - 1
 
     def spent(self, seconds: float, plain: float) -> None:
@@ -83,30 +100,13 @@ class Sizes:
         lost = seconds - plain if self._tries else 0.0
         self._debt = min(max(self._debt + lost - _LOST * seconds, 0.0), _LOST * _LONGEST_REST)
 
-    def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float) -> None:
-        """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it."""
+    def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float | None) -> None:
+        """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it;
+        None if that says nothing of the next one."""
         if costs.change and requests and self.held > requests:
             best = np.concatenate(([0.0], np.cumsum(np.sort(probability)[::-1])))
             nodes = np.clip(_sizes(costs) - requests, 0, len(probability))
-            self._of(requests, costs).learn(best[nodes], drafting, min(self.held // costs.granule, _MOST) - 1)
-
-    def _of(self, requests: int, costs: Costs) -> _Known:
-        load = load_of(requests)
-        if load not in self._known:
-            each = np.maximum(_sizes(costs) - requests, 0) / requests
-            brought = requests * np.interp(each, np.arange(len(self._foreseen)), self._foreseen)
-            self._known[load] = _Known(brought, costs.cold + _LEVELS * costs.draft(2 * requests))
-        return self._known[load]
-
-    def _best(self, requests: int, context: int, costs: Costs, host: float) -> tuple[int, bool]:
-        """The size that would have brought most tokens a second, and whether that is more than plain decoding's."""
-        known, sizes = self._of(requests, costs), _sizes(costs)
-        nodes = np.maximum(sizes - requests, 0)
-        target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
-        seconds = target + costs.target.per_node * nodes * context / requests + known.drafting + host
-        rate = np.where(nodes > 0, (requests + known.brought) / seconds, 0.0)
-        plain = requests / (costs.target(max(requests, costs.least), context) + host)
-        return int(sizes[rate.argmax()]), bool(rate.max() > plain)
+            self._known[load_of(requests)].learn(best[nodes], drafting, min(self.held // costs.granule, _MOST) - 1)
 
 
 def load_of(requests: int) -> int:

@@ -13,11 +13,11 @@ from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.sizes import HELD, Sizes, load_of
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
-FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width).best_first
+FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width)
 
 
-def costs_of(target: Curve, change: float = 4.0, granule: int = 4) -> Costs:
-    return Costs(target, linear(0.5, 0.0), change=change, granule=granule)
+def costs_of(target: Curve, change: float = 4.0, granule: int = 4, draft: float = 0.5) -> Costs:
+    return Costs(target, linear(draft, 0.0), change=change, granule=granule)
 
 
 def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, drafting: float = 1.0) -> list[int | None]:
@@ -31,14 +31,14 @@ def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, dra
 
 @given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 2.0))
 def test_the_size_that_is_held_would_have_brought_most_a_second(probability, requests, each):
-    costs = costs_of(linear(10.0, each))
-    nodes = told(Sizes(), costs, requests, np.array(probability))[-2 * HELD :]
+    costs = costs_of(linear(10.0, each), draft=1e-6)
+    nodes = told(Sizes(), costs, requests, np.array(probability), drafting=1e-6)[-2 * HELD :]
     chosen = requests + max(set(nodes), key=nodes.count)  # now and then it looks whether plain decoding is still best
     best = np.sort(probability)[::-1]
 
     def rate(size: int) -> float:
         drafted = best[: size - requests].sum()
-        return (requests + drafted) / (costs.target(size) + (1.0 if size > requests else 0.0))
+        return (requests + drafted) / costs.target(size)
 
     allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
     assert rate(chosen) > 0.97 * max(rate(size) for size in allowed)
@@ -54,16 +54,31 @@ def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays
     nodes = sizes.nodes(4, 0, costs, 0.0, FORESEEN)
     assert (nodes > 0) == pays
     if pays:
-        brought = np.interp(nodes / 4, np.arange(len(FORESEEN)), FORESEEN)
-        assert 4 * (1 + brought) / costs.target(4 + nodes) > 4 / costs.target(4)
+        brought = FORESEEN.best(np.array([nodes]), 4)[0]
+        assert (4 + brought) / costs.target(4 + nodes) > 4 / costs.target(4)
+
+
+SHARES = np.array([[[0.2, 0.8], [0.1, 0.3]], [[0.5, 0.5], [0.4, 0.4]]])  # [levels, w, quantiles]
+TREES = np.array([[0.2, 0.1, 0.1, 0.08], [0.8, 0.4, 0.32, 0.3]])  # with what the best child's children are worth
 
 
 def test_the_best_nodes_of_a_tree_are_foreseen():
-    shares = np.array([[[0.2, 0.8], [0.1, 0.3]], [[0.5, 0.5], [0.4, 0.4]]])  # [levels, w, quantiles]
-    foreseen = Acceptance(Acceptance.uncalibrated(2).table, shares).foreseen(2).best_first
-    trees = np.array([[0.2, 0.1, 0.1, 0.08], [0.8, 0.4, 0.32, 0.3]])  # with what the best child's children are worth
-    assert foreseen == pytest.approx([0.0, *trees.mean(axis=0).cumsum()])
-    assert np.all(np.diff(foreseen) > 0)
+    foreseen = Acceptance(Acceptance.uncalibrated(2).table, SHARES).foreseen(2)
+    assert foreseen.best(np.arange(5), 1) == pytest.approx([0.0, *TREES.mean(axis=0).cumsum()])
+
+
+@pytest.mark.parametrize("requests", [2, 4, 6, 40])
+def test_the_best_nodes_of_many_trees_are_foreseen(requests):
+    shares = np.concatenate((SHARES, np.full((1, 2, 2), 1e-12)))  # every tree twice
+    foreseen = Acceptance(Acceptance.uncalibrated(3).table, shares).foreseen(2)
+    nodes = np.arange(4 * requests + 1)
+    best = foreseen.best(nodes, requests)
+    each = np.array([foreseen.best(np.array([n]), 1)[0] for n in range(5)])
+    assert np.all(np.diff(best) >= 0)
+    assert best[-1] == pytest.approx(requests * TREES.sum() / 2)
+    assert np.all(best[::requests] >= requests * each - 1e-9)  # who promises more gets more
+    if requests == 40:  # all trees, several times
+        assert best[requests] == pytest.approx(requests / 2 * (0.8 + 0.4))
 
 
 def test_a_small_size_says_nothing_of_what_more_would_have_brought():
@@ -85,7 +100,9 @@ def test_passes_that_prepare_new_sizes_do_not_make_drafting_dear():
     for search in range(40):
         sizes.nodes(4, 0, costs, 0.0, FORESEEN)
         sizes.observe(np.full(8, 0.5), 4, costs, 30.0 if search < 3 else 1.0)
-    assert sizes._known[load_of(4)].drafting < 2.0
+    known = sizes._known[load_of(4)]
+    learnt, usual = known.drafting[sizes.held // 4 - 1], known._usual[sizes.held // 4 - 1]
+    assert min(usual, 1.0) <= learnt < 2 * max(usual, 1.0)
 
 
 def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
