@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """One table: a row a policy, its tokens/s and ratio at each level, and how fast it adapted."""
     sizes, names = [int(size) for size in levels.split(",")], [PLAIN, *policies.split(",")]
-    llm = LLM(bundle, batch=max(sizes), prefix_cache=False)  # prompts repeat
+    llm = LLM(bundle, batch=max(sizes) * len(names), prefix_cache=False)  # prompts repeat; a part of the pool each
     ids = [llm.chat_ids(p.text) for file in prompts for p in read_prompts(file)]
     runs = {}
     for policy, loop in zip(names, llm.divided(len(names)), strict=True):

@@ -21,6 +21,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
 NODES = 3  # tokens of a small tree
 ROUNDS = 5
+NOTICED = 0.05  # of a pass: what another size must take more to count
 
 
 def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
@@ -87,13 +88,14 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
 
 
 def _change(loop: Loop) -> float:
-    """Seconds that a pass of another size than the last one takes more."""
+    """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
     run, calls = loop.target.run, [_call(loop, 1, SHORT, 1), _call(loop, 1, SHORT, 2 * NODES)]
     same = [[_seconds(run, call) for call in calls] for _ in range(2 * ROUNDS)]
     other = [[_timed(run, call) for call in calls] for _ in range(2 * ROUNDS)]
     # Of each size for itself: theirs differ by more. The lower quartile, as above.
-    more = np.quantile(other, 0.25, axis=0) - np.quantile(same, 0.25, axis=0)
-    return max(float(more.mean()), 0.0)
+    usual = np.quantile(same, 0.25, axis=0)
+    more = float((np.quantile(other, 0.25, axis=0) - usual).mean())
+    return more if more > NOTICED * usual.mean() else 0.0
 
 
 def _cold(loop: Loop, draft: Callable) -> float:

@@ -20,6 +20,7 @@ _STAYS = 0.75  # how likely a pass of another size is followed by one of that si
 _SETTLING, _FORGETTING = 0.1, 0.01  # how fast that is learnt of each size, and forgotten
 _SIZES = 256  # tokens from which on sizes are not told apart in this
 _CHANGING = 0.1  # of a pass: by how much more or less than foreseen a change of size is believed to have cost
+_LEAST_CHANGE = 1e-6  # seconds: where a change of size has a price it goes on being measured
 _FEW = 64  # tokens of a draft's pass that is mostly its weights
 _COLDEST = 4.0  # passes of one token that a cold cache may cost
 
@@ -146,10 +147,14 @@ class Costs:
         """
         sizes = self.sizes(roots, nodes)
         seconds = self.target.base(int(sizes.max()))[sizes]
-        if self.change == 0:
+        if self.change <= 0:
             return seconds
         left = 2 * 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
         return seconds + np.where(sizes == self._size, 0.0, left)
+
+    def plain(self, requests: int, context: int) -> float:
+        """Seconds of the target's pass of plain decoding."""
+        return self.target(max(requests, self.least), context)
 
     def sizes(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Tokens that such a pass is filled up to."""
@@ -180,7 +185,8 @@ class Costs:
             usual = self.target(tokens, context) + self.target.per_node * node_context
             # Bounded alike on both sides, so that what else ran now and then does not add up.
             bound = max(self.change, _CHANGING * usual)
-            self.change += _LEARNING * min(max(seconds - usual - self.change, -bound), bound)
+            more = _LEARNING * min(max(seconds - usual - self.change, -bound), bound)
+            self.change = max(self.change + more, _LEAST_CHANGE)
 
     def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
         """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""

@@ -93,13 +93,13 @@ class Goodput(Planner):
     def __init__(self, costs: Costs, acceptance: Acceptance, slots: int):
         self.costs, self.acceptance, self.history, self.sizes = costs, acceptance, History(slots), Sizes()
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
-        self._drafting = 0.0  # seconds, in this iteration
+        self._drafting, self._caught_up = 0.0, False  # seconds in this iteration; after more than an accepted path
 
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
-        self._found, self._drafting = None, 0.0
+        self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
         foreseen = self.acceptance.foreseen(policy.width)
         host = history.host_seconds
@@ -122,7 +122,7 @@ class Goodput(Planner):
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
-        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
+        plain = self.costs.plain(len(load.slots), load.context) + self.history.host_seconds
         return self.history.speedup * len(load.slots) / plain
 
     def _draft(
@@ -151,6 +151,7 @@ class Goodput(Planner):
             if len(requests) == 0:
                 return
         requests = np.sort(requests)
+        self._caught_up = load.behind[requests].max() > IN_STEP
         candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.children[0, 0].mean())
@@ -226,14 +227,14 @@ class Goodput(Planner):
         accepted[path] = 1
         self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
         progress = np.bincount(tree.request[path], minlength=len(load.slots))
-        plain = self.costs.target(len(load.slots), load.context) + self.history.host_seconds
+        plain = self.costs.plain(len(load.slots), load.context) + self.history.host_seconds
         expected = plan.probability.sum()
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
         if load.others == 0 and len(load.slots):
             self.sizes.spent(seconds, expected * plain / len(load.slots))
-        if self._found is not None and load.others == 0:
-            usual = load.behind.max() <= IN_STEP  # drafts that catch up with prompts do so once
-            self.sizes.observe(self._found, len(load.slots), self.costs, self._drafting if usual else None)
+        if self._found is not None:
+            drafting = None if self._caught_up else self._drafting  # with prompts and rests drafts catch up once
+            self.sizes.observe(self._found, len(load.slots), drafting)
 
 
 class Verifications:

@@ -18,8 +18,10 @@ from echo_trt.decoding.costs import Costs
 HELD = 72  # iterations for which a size is kept
 _FIRST = 24  # the same of a load's first size, which nothing but the calibration speaks for
 _LOOKING = 12  # iterations of the best size after plain decoding, to see whether it would pay again
+_SETTLING = 4  # iterations that do not tell whether a size pays: drafts catch up after a rest
 _LOST, _LONGEST_REST = 0.01, 30.0  # what such trials may lose of the time; seconds after which there is one anyway
-_MOST = 64  # sizes that are considered, multiples of the granule
+_MOST = 64  # sizes beyond the requests that are considered, multiples of the granule
+_STEP = 1.5  # times as many requests as were there at first may what is learnt of a load be used for
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
 _LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
@@ -31,17 +33,22 @@ class _Known:
     seconds of ``drafting`` for it."""
 
     def __init__(self, requests: int, costs: Costs, foreseen: Foreseen) -> None:
-        nodes = np.maximum(_sizes(costs) - requests, 0)
+        most = costs.granule * (_MOST + math.ceil(_STEP * requests / costs.granule))
+        self.sizes = np.arange(costs.granule, most + 1, costs.granule)
+        nodes = np.maximum(self.sizes - requests, 0)
         levels = _LEVELS * np.log2(1 + nodes / requests)
         self._usual = (nodes > 0) * costs.cold + levels * costs.draft(2 * requests)
         self.brought, self.drafting = foreseen.best(nodes, requests), self._usual.copy()
-        self.new, self.searches = True, 0
+        self.new, self.searches, self.debt = True, 0, 0.0  # seconds that trials have lost, less what they may
         self._found = np.zeros(len(nodes))  # of all candidates, however few of them were asked for
 
-    def learn(self, brought: np.ndarray, drafting: float | None, held: int) -> None:
-        """A search for the best of size number ``held`` drafts no further than that needs: what larger ones would add
-        is as it was, if it has not found more, and so is what others take to draft."""
+    def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
+        """A search for the best of ``size`` drafts no further than that needs: what larger ones would add is as it was,
+        if it has not found more, and so is what others take to draft."""
         self.searches += 1
+        best = np.concatenate(([0.0], np.cumsum(np.sort(probability)[::-1])))
+        brought = best[np.clip(self.sizes - requests, 0, len(probability))]
+        held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
         change = step * (brought - self.brought)
         change[held:] = change[held]
@@ -51,14 +58,16 @@ class _Known:
             bound = _OUTLIER * max(self.drafting[held], self._usual[held])
             self.drafting[held] += step * (min(drafting, bound) - self.drafting[held])
 
+    def owe(self, seconds: float) -> None:
+        self.debt = min(max(self.debt + seconds, 0.0), _LOST * _LONGEST_REST)
+
     def best(self, requests: int, context: int, costs: Costs, host: float) -> tuple[int, bool]:
         """The size that would have brought most tokens a second, and whether that is more than plain decoding's."""
-        sizes = _sizes(costs)
-        nodes = np.maximum(sizes - requests, 0)
+        sizes, nodes = self.sizes, np.maximum(self.sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
         seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
         rate = np.where(nodes > 0, (requests + self.brought) / seconds, 0.0)
-        plain = requests / (costs.target(max(requests, costs.least), context) + host)
+        plain = requests / (costs.plain(requests, context) + host)
         return int(sizes[rate.argmax()]), bool(rate.max() > plain)
 
 
@@ -67,7 +76,8 @@ class Sizes:
 
     def __init__(self) -> None:
         self.held, self._left, self._load = 0, 0, -1
-        self._tries, self._debt = False, 0.0  # seconds that trials have lost, less what they may
+        self._tries, self._lost = False, 0.0  # whether what is held is a trial; seconds it has lost to plain decoding
+        self._settling = 0
         self._known: dict[int, _Known] = {}
 
     def nodes(self, requests: int, context: int, costs: Costs, host: float, foreseen: Foreseen) -> int | None:
@@ -76,7 +86,7 @@ class Sizes:
         ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes. ``foreseen`` counts
         where nothing else is known.
         """
-        if costs.change == 0 or requests == 0:
+        if costs.change <= 0 or requests == 0:
             return None
         self._left -= 1
         load = load_of(requests)
@@ -89,30 +99,34 @@ class Sizes:
     def _choose(self, load: int, requests: int, context: int, costs: Costs, host: float) -> None:
         known = self._known[load]
         best, pays = known.best(requests, context, costs, host)
-        # Where it was plain, what was known may be so no longer.
-        looks = not pays and not known.new and self.held == 0 and load == self._load and self._debt <= 0
-        self.held = best if pays or looks else 0
+        stays = abs(load - self._load) <= 1
+        if stays and best == self.held and self._lost > 0:
+            pays = False  # whatever is known of it
+            known.owe(0.0 if self._tries else self._lost)
+        # After plain decoding what is known may be so no longer, and is tried, whatever it says.
+        rested = stays and self.held == 0 and not known.new
+        looks = rested and known.debt <= 0
+        self.held = best if looks or (pays and not rested) else 0
         self._tries, known.new = looks or (known.new and pays), False
+        self._lost, self._settling = 0.0, _SETTLING
         self._load, self._left = load, (_LOOKING if looks else _FIRST if self._tries else HELD) - 1
 
     def spent(self, seconds: float, plain: float) -> None:
         """An iteration took ``seconds``; its tokens would have taken plain decoding ``plain`` seconds."""
-        lost = seconds - plain if self._tries else 0.0
-        self._debt = min(max(self._debt + lost - _LOST * seconds, 0.0), _LOST * _LONGEST_REST)
+        if known := self._known.get(self._load):
+            lost = seconds - plain if self.held else 0.0
+            self._settling -= 1
+            self._lost += lost if self._settling < 0 else 0.0
+            known.owe((lost if self._tries else 0.0) - _LOST * seconds)
 
-    def observe(self, probability: np.ndarray, requests: int, costs: Costs, drafting: float | None) -> None:
+    def observe(self, probability: np.ndarray, requests: int, drafting: float | None) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it;
         None if that says nothing of the next one."""
-        if costs.change and requests and self.held > requests:
-            best = np.concatenate(([0.0], np.cumsum(np.sort(probability)[::-1])))
-            nodes = np.clip(_sizes(costs) - requests, 0, len(probability))
-            self._known[load_of(requests)].learn(best[nodes], drafting, min(self.held // costs.granule, _MOST) - 1)
+        known = self._known.get(load_of(requests)) if requests else None
+        if known and self.held > requests:
+            known.learn(probability, requests, drafting, self.held)
 
 
 def load_of(requests: int) -> int:
     """Numbers of ``requests`` that what is learnt of one holds for: a step is a factor of 1.4."""
     return round(2 * math.log2(requests))
-
-
-def _sizes(costs: Costs) -> np.ndarray:
-    return costs.granule * np.arange(1, _MOST + 1)

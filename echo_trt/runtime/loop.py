@@ -203,6 +203,7 @@ class Loop:
             self.counters.reached[depth] += requests
         verified = self._verify(plan.tree, slots, chunk_slots, chunks)
         self.counters.iterations += 1
+        self.counters.speculative_iterations += len(plan.tree) > len(slots)
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
@@ -265,7 +266,6 @@ class Loop:
         self._add_seconds("draft", draft.seconds)
         state.drafted[slots] += plan.tree.sizes - 1
         self.counters.drafted_tokens += len(plan.tree) - len(slots)
-        self.counters.speculative_iterations += len(plan.tree) > len(slots)
         return plan
 
     def _observe_draft(self, entries: int, context: int, seconds: float, first: bool) -> None:
