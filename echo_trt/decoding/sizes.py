@@ -25,6 +25,7 @@ _STEP = 1.5  # times as many requests as were there at first may what is learnt 
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
 _LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
+_SURE = 1.1  # times plain decoding, what must be foreseen of a load that is new
 _OUTLIER = 2.0  # times what was known: drafting that took longer tells no more than that; graphs prepare new sizes
 
 
@@ -68,7 +69,7 @@ class _Known:
         seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
         rate = np.where(nodes > 0, (requests + self.brought) / seconds, 0.0)
         plain = requests / (costs.plain(requests, context) + host)
-        return int(sizes[rate.argmax()]), bool(rate.max() > plain)
+        return int(sizes[rate.argmax()]), bool(rate.max() > plain * (_SURE if self.new else 1.0))
 
 
 class Sizes:
