@@ -15,16 +15,20 @@ import numpy as np
 from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.pack import BLOCK, Packed
 
-LONGEST = 32  # a prompt chunk is better off in the kernel for many tokens
+LONGEST = 32  # without a mask: more of them are better off in the kernel for many tokens
 _TYPES = ("i4[::1]", "i4[::1]", "i4[::1]", "i4[::1]", "u1[::1]", "i4[::1]")
 
 
-def as_lanes(call: Packed) -> Packed:
-    """``call`` with every chain of 2 to LONGEST tokens as that many requests; trees and longer chunks as they are."""
+def as_lanes(call: Packed, unmasked: bool) -> Packed:
+    """``call`` with every chain of two tokens or more that has a mask as that many requests; trees as they are.
+
+    ``unmasked``: those of 2 to LONGEST tokens without a mask, too. A target's are parts of prompts, whose rows must not
+    depend on how a prompt was divided: in the kernel for many tokens they don't.
+    """
     if call.seq_begins[-1] == len(call.past_lens):  # single tokens all
         return call
     masks = call.tree_mask, call.tree_mask_begins
-    chain = _chains(call.seq_begins, *masks)
+    chain = _chains(call.seq_begins, *masks, LONGEST if unmasked else 0)
     if not chain.any():
         return call
     lanes = _as_lanes(chain, call.past_lens, call.seq_begins, call.block_indices, call.block_begins, *masks)
@@ -32,15 +36,16 @@ def as_lanes(call: Packed) -> Packed:
     return dataclasses.replace(call, **dict(zip(names, lanes, strict=True)))
 
 
-@compiled("b1[::1](i4[::1], u1[::1], i4[::1])")
-def _chains(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray) -> np.ndarray:
-    """Which requests [B] bring 2 to LONGEST tokens, each of which sees all before it: an empty mask says so, too."""
+@compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")
+def _chains(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray, longest: int) -> np.ndarray:
+    """Which requests [B] bring two tokens or more, each of which sees all before it, by their mask or, up to
+    ``longest`` of them, without one."""
     chain = np.zeros(len(seq_begins) - 1, np.bool_)
     for request in range(len(chain)):
         count = seq_begins[request + 1] - seq_begins[request]
-        if 2 <= count <= LONGEST:
-            seen = tree_mask[mask_begins[request] : mask_begins[request + 1]]
-            chain[request] = len(seen) == 0 or seen.sum() == count * (count + 1) // 2
+        seen = tree_mask[mask_begins[request] : mask_begins[request + 1]]
+        causal = seen.sum() == count * (count + 1) // 2 if len(seen) else count <= longest
+        chain[request] = count >= 2 and causal
     return chain
 
 

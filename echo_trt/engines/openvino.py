@@ -72,9 +72,10 @@ class OpenVINOEngine:
         asked = {"features": len(call.token_ids), "state": len(call.token_ids)}
         rows = len(call.logit_rows)
         verifies = is_verification(call)
+        drafts = "logits" not in self._outputs
         # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
-        if "logits" not in self._outputs or len(call.past_lens) > 1 or self.least > 1:
-            call = as_lanes(call)
+        if drafts or len(call.past_lens) > 1 or self.least > 1:
+            call = as_lanes(call, unmasked=drafts)
         if verifies or len(call.token_ids) < self.least:
             call = rounded(call, self.granule, self.num_blocks)
         for name in self._inputs:

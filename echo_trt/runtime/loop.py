@@ -232,6 +232,11 @@ class Loop:
         missing = self.state.length[slots] - self.state.committed[slots]
         before = begins(missing)[:-1]
         chunks = np.clip(self.chunk - before, 0, missing)
+        if self.chunk > 2:
+            # No token alone, least of all the last: attention rounds a single token's otherwise than several tokens',
+            # and a text must not depend on what was computed beside its prompt.
+            chunks -= missing - chunks == 1
+            chunks[chunks == 1] = 0
         return slots[chunks > 0], chunks[chunks > 0]
 
     def _load(self, slots: np.ndarray, chunks: int) -> Load:

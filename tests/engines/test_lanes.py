@@ -37,11 +37,11 @@ def _write_all(pool, key, value, call: Packed) -> None:
             part[blocks, :, place % BLOCK] = new[rows].view(-1, KV_HEADS, DIM)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5))
-def test_the_operator_gives_the_same(seed, requests):
+@given(st.integers(0, 10_000), st.integers(1, 5), st.booleans())
+def test_the_operator_gives_the_same(seed, requests, unmasked):
     calls = Calls(seed, requests)
     for call in (calls.prompts(), calls.trees_and_chunks()):
-        (want, pool), (got, same_pool) = attend(call, seed), attend(as_lanes(call), seed)
+        (want, pool), (got, same_pool) = attend(call, seed), attend(as_lanes(call, unmasked), seed)
         torch.testing.assert_close(got, want)
         assert torch.equal(pool, same_pool)
 
@@ -63,9 +63,18 @@ def test_chains_become_single_tokens_and_trees_stay():
         np.arange(total),
         ancestor_mask(tree),
     )
-    lanes = as_lanes(call)
+    lanes = as_lanes(call, unmasked=True)
     assert np.diff(lanes.seq_begins).tolist() == [1, 1, 1, 3, 1, LONGEST + 1]
     assert lanes.past_lens.tolist() == [BLOCK - 1, BLOCK, BLOCK + 1, 4, 9, 0]
     assert np.diff(lanes.block_begins).tolist() == [1, 2, 2, 1, 1, 2]
     assert lanes.block_indices.tolist() == [0, 0, 1, 0, 1, 2, 4, 6, 7]
     assert np.diff(lanes.tree_mask_begins).tolist() == [0, 0, 0, 9, 1, 0]
+
+
+def test_parts_of_prompts_stay_together_unless_asked():
+    counts = np.array([2, LONGEST, LONGEST + 1])
+    total = int(counts.sum())
+    table = np.arange(6).reshape(3, 2)
+    call = pack(np.arange(total), np.arange(total), np.zeros(3, np.int64), counts, table, np.arange(total))
+    assert np.diff(as_lanes(call, unmasked=False).seq_begins).tolist() == counts.tolist()
+    assert np.diff(as_lanes(call, unmasked=True).seq_begins).tolist() == [1] * (2 + LONGEST) + [LONGEST + 1]

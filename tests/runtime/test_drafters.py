@@ -130,7 +130,7 @@ def a_slot_of_another_before(llm):
 
 def a_prompt_that_just_ended(llm):
     add(llm.loop, prompt_ids(LIMITS["prefill_chunk"] + 1, 0))
-    run(llm.loop, 1)
+    run(llm.loop, 2)
 
 
 def being_set_back(llm):

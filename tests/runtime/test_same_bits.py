@@ -1,0 +1,64 @@
+"""In bf16, too, one path a request has plain decoding's own bits, whatever else is computed beside it."""
+
+import pytest
+from driving import add, prompt_ids, run
+from pairs import LIMITS, recipe_of
+
+from echo_trt.compile.build import build
+from echo_trt.compile.openvino import has_bf16
+from echo_trt.decoding.acceptance import Acceptance
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.goodput import Goodput
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+#: Around CHUNK, what one iteration computes of prompts, and LONGEST of lanes; and answers that end at other times.
+CHUNK = 40
+PROMPTS = (5, 41, 37, 2, 40, 33, 50, 18, 1, 70, 39, 81, 3, 20, 31, 34)
+ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
+
+pytestmark = pytest.mark.skipif(not has_bf16(), reason="OpenVINO computes bf16 from AVX-512 on only")
+
+
+@pytest.fixture(scope="module")
+def bf16_bundle(networks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bf16") / "close"
+    build(recipe_of("close", networks, precision="bf16", limits=LIMITS | {"prefill_chunk": CHUNK}), networks, folder)
+    return folder
+
+
+def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float]]]:
+    """Token ids, and log P(token) to the last bit, of each answer."""
+    llm = LLM(bundle, "autoregressive", batch)
+    curve = Curve([1, 256], [1e-3, 1.001e-3])  # speculation pays
+    llm.loop.planner = Goodput(Costs(curve, Curve([1, 256], [1e-9] * 2)), Acceptance.uncalibrated(4), batch)
+    llm.set_policy(policy)
+    prompts = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)]
+    params = [
+        SamplingParams(max_tokens=ANSWERS[i % len(ANSWERS)], ignore_eos=True, logprobs=0) for i in range(len(PROMPTS))
+    ]
+    completions = llm.generate(prompts, params)
+    assert (llm.counters.drafted_tokens > 0) == (policy != "autoregressive")
+    return [(c.token_ids, [entry.logprob for entry in c.logprobs]) for c in completions]
+
+
+def test_logprobs_are_plain_decodings_bit_by_bit(bf16_bundle):
+    alone = written(bf16_bundle, "autoregressive", 1)
+    for policy, batch in (("autoregressive", 8), ("goodput-exact", 1), ("goodput-exact", 3), ("goodput-exact", 8)):
+        assert written(bf16_bundle, policy, batch) == alone
+
+
+@pytest.mark.parametrize("length", range(2, 80))
+def test_no_part_of_a_prompt_is_a_single_token(length, open_llm):
+    """Parts of 16 tokens here; attention rounds a single one otherwise."""
+    loop = open_llm("lookup", "autoregressive").loop
+    for seed, neighbour in enumerate((5, 16, 14, 33)):
+        add(loop, prompt_ids(neighbour, seed), max_tokens=1)
+    request, parts = add(loop, prompt_ids(length, 9), max_tokens=1), []
+    while loop.busy:
+        before = int(loop.state.committed[request.slot]) if request.slot >= 0 else 0
+        run(loop, 1)
+        after = length if request.finish_reason else int(loop.state.committed[request.slot]) if request.slot >= 0 else 0
+        parts += [after - before] * (after > before)
+    assert sum(parts) == length
+    assert 1 not in parts
