@@ -13,19 +13,22 @@ from echo_trt.bundle import Manifest
 from echo_trt.calibration.store import CostTable, CurveTable, machine
 from echo_trt.decoding.costs import fit_hinge
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.ragged import begins
+from echo_trt.decoding.ragged import begins, ragged_arange
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.slots import blocks_for
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
+ALL = 16 * LONG  # and of few requests so many in all, for their attention to be noticed
 NODES = 3  # tokens of a small tree
+FEW = 64  # tokens up to which sizes are measured, however few requests run: the table is kept for later starts
 ROUNDS = 5
 NOTICED = 0.05  # of a pass: what another size must take more to count
 
 
 def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
-    """Passes over N requests of one token, all sizes in one round after another, so that drift spreads over all.
+    """Passes over N tokens of the slots' requests, all sizes in one round after another.
 
     ``seconds`` bounds the time: at least one round is run after a warm-up. Nothing may be running.
     """
@@ -53,18 +56,17 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     state, blocks = loop.state, loop.target.num_blocks
-    # A slot's own blocks serve one request of a call, so that beyond the slots each request brings more tokens.
-    most = state.count if state.linear else blocks
-    long = min(LONG, state.context - NODES)
+    long = min(max(LONG, ALL // state.count), state.context - NODES)
     short = min(SHORT, long)
-    tokens = {n: n // min(n, most) for n in SIZES if n % min(n, most) == 0 and n <= max(4 * state.count, 16)}
-    sizes = [n for n, chain in tokens.items() if chain <= state.context - short]
-    each = -(-(long + NODES) // BLOCK)
+    # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
+    longest = min(state.reserve, state.context - short)
+    sizes = [n for n in SIZES if n <= max(4 * state.count, FEW) and n <= state.count * longest]
+    each = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
-    wide = max(n for n in sizes if n <= most and (n * each <= blocks or n == 1))
+    wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
-    shapes = [(min(n, most), short, tokens[n]) for n in sizes] + [(wide, long, 1), (bushy, long, NODES)]
-    calls = [_call(loop, *shape) for shape in shapes]
+    calls = [_call(loop, _spread(n, state.count), short) for n in sizes]
+    calls += [_call(loop, np.full(wide, 1), long), _call(loop, np.full(bushy, NODES), long)]
     for call in calls:
         run(call)
     taken: list[np.ndarray] = []
@@ -75,8 +77,10 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
         for i in rng.permutation(len(calls)):  # what ran before leaves its weights in the cache, or evicts them
             seconds_of[i] = _seconds(run, calls[i])
         taken.append(seconds_of)
-    # The lower quartile: whatever else ran only ever adds.
-    *usual, far, tree = np.quantile(taken, 0.25, axis=0).tolist()
+    # What passes are to each other, apart from what the machine was worth in each round; the lower quartile of that,
+    # since whatever else ran only ever adds.
+    rounds = np.mean(taken, axis=1)
+    *usual, far, tree = (np.quantile(rounds, 0.25) * np.median(taken / rounds[:, None], axis=0)).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
     base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
     straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
@@ -89,18 +93,17 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
 
 def _change(loop: Loop) -> float:
     """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
-    run, calls = loop.target.run, [_call(loop, 1, SHORT, 1), _call(loop, 1, SHORT, 2 * NODES)]
-    same = [[_seconds(run, call) for call in calls] for _ in range(2 * ROUNDS)]
-    other = [[_timed(run, call) for call in calls] for _ in range(2 * ROUNDS)]
-    # Of each size for itself: theirs differ by more. The lower quartile, as above.
-    usual = np.quantile(same, 0.25, axis=0)
-    more = float((np.quantile(other, 0.25, axis=0) - usual).mean())
-    return more if more > NOTICED * usual.mean() else 0.0
+    run, calls = loop.target.run, [_call(loop, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
+    # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
+    pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(2 * ROUNDS) for call in calls])
+    first, again = pairs.T
+    more = float(np.median(first - again))
+    return more if more > NOTICED * np.median(again) else 0.0
 
 
 def _cold(loop: Loop, draft: Callable) -> float:
     """Seconds that a draft's pass takes more right after a target's, which has driven its weights out of the cache."""
-    call, warm, after = _call(loop, 1, SHORT, 1), [], []
+    call, warm, after = _call(loop, np.array([1]), SHORT), [], []
     for _ in range(ROUNDS):
         loop.target.run(call)
         after.append(_timed(draft, call))
@@ -108,17 +111,22 @@ def _cold(loop: Loop, draft: Callable) -> float:
     return max(float(np.median(after) - np.median(warm)), 0.0)
 
 
-def _call(loop: Loop, requests: int, context: int, tokens: int):
-    """``tokens`` of each request: one, or a chain with a tree's mask."""
-    blocks = -(-(context + tokens) // BLOCK)
+def _spread(tokens: int, slots: int) -> np.ndarray:
+    """Tokens of each request, where so many are spread over as many requests as there are slots for: [B]."""
+    requests = min(tokens, slots)
+    return tokens // requests + (np.arange(requests) < tokens % requests)
+
+
+def _call(loop: Loop, counts: np.ndarray, context: int):
+    """``counts`` [B] tokens of each request: one, or a chain with a tree's mask."""
+    requests, blocks = len(counts), blocks_for(context + int(counts.max()))
     table = loop.state.block_table[:requests]
     if not loop.state.linear:
         table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
-    past, counts = np.full(requests, context), np.full(requests, tokens)
-    total = requests * tokens
-    mask = np.tile(np.tril(np.ones((tokens, tokens), np.uint8)).reshape(-1), requests), begins(counts**2)
-    positions = context + np.tile(np.arange(tokens), requests)
-    return pack(np.ones(total), positions, past, counts, table, np.arange(total), mask if tokens > 1 else None)
+    place, total = ragged_arange(counts), int(counts.sum())
+    triangles = np.concatenate([np.tri(n, dtype=np.uint8).reshape(-1) for n in counts])
+    mask = (triangles, begins(counts**2)) if total > requests else None
+    return pack(np.ones(total), context + place, np.full(requests, context), counts, table, np.arange(total), mask)
 
 
 def _seconds(run: Callable, call) -> float:

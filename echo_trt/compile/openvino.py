@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from openvino._offline_transformations import compress_model_transformation
 from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
+from openvino.passes import ConstantFolding, Manager
 
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
 
 MAX_CONTEXT = 12  # the place of that input of PagedAttention
+SMALL = 64 << 20  # weights up to which matrix units take longer to compute in int8 than to read two bytes a weight
 _CPU = Path("/proc/cpuinfo")
 
 
@@ -29,6 +32,12 @@ def has_bf16() -> bool:
     if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
     return not _CPU.exists() or "avx512f" in _CPU.read_text(encoding="utf-8")
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU has matrix units for bf16."""
+    return has_bf16() and _CPU.exists() and "amx_bf16" in _CPU.read_text(encoding="utf-8")
 
 
 def compute_type(precision: str) -> ov.Type:
@@ -64,11 +73,25 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
         "KV_CACHE_PRECISION": compute,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if precision == "int8":
+    if precision == "int8" and has_amx() and _weights(model) <= SMALL:
+        _decompress(model)
+    elif precision == "int8":
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+def _weights(model: ov.Model) -> int:
+    constants = (node.get_output_shape(0) for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(math.prod(shape) for shape in constants)
+
+
+def _decompress(model: ov.Model) -> None:
+    """Weights of 8 bits with a scale a channel become plain numbers, which are compiled to the graph's type."""
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
 
 
 def _measure_context(model: ov.Model) -> None:

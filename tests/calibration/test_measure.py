@@ -34,14 +34,14 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     llm = open_llm(pair, "autoregressive", 3)
     before = llm.generate(["the theme"], SamplingParams(8))[0].token_ids
     table = measure(llm.loop, llm.manifest, seconds=0.05)
-    check(table, [n for n in SIZES if n <= 16])
+    check(table, [n for n in SIZES if n <= 3 * llm.loop.state.reserve])
     assert table.machine == machine(llm.manifest)
     assert (table.costs().draft(8) > 0) == (pair == "close")
     assert_all_free(llm.loop)
     assert llm.generate(["the theme"], SamplingParams(8))[0].token_ids == before
 
 
-@pytest.mark.parametrize(("slots", "sizes"), [(1, [1, 2, 3, 4, 6, 8, 10, 12, 16]), (3, [1, 2, 3, 6, 12])])
+@pytest.mark.parametrize(("slots", "sizes"), [(1, SIZES[:9]), (3, SIZES[:13])])
 def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, sizes, open_llm, networks, tmp_path):
     """An engine with a cache a slot takes each slot once a call, in its own blocks."""
     llm = open_llm("model", "autoregressive", slots)
@@ -55,6 +55,6 @@ def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, 
     loop.target, loop.state = engines["target"], state
     loop.drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
     table = measure(loop, llm.manifest, seconds=0.05)
-    check(table, sizes)
-    assert table.draft.sizes == sizes
+    check(table, list(sizes))
+    assert table.draft.sizes == list(sizes)
     assert_all_free(loop)

@@ -253,7 +253,9 @@ def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(length, 
     assert (plain == verified).all()
 
 
-def test_int8_builds_and_runs(networks, bundle_of, tmp_path):
+@pytest.mark.parametrize("amx", [False, True])
+def test_int8_builds_and_runs(amx, networks, bundle_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "has_amx", lambda: amx)
     manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
     assert 0 < manifest.checks["target"].prompt_error < 0.2
     assert 0 < manifest.checks["target"].tree_error < 0.2
@@ -262,6 +264,22 @@ def test_int8_builds_and_runs(networks, bundle_of, tmp_path):
     llm = LLM(tmp_path / "int8", batch=2)
     completions = llm.generate([[7, 8, 9], [*range(40, 90)], [5]], SamplingParams(8, ignore_eos=True))
     assert [len(c.token_ids) for c in completions] == [8, 8, 8]
+
+
+def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(networks, tmp_path, monkeypatch):
+    build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
+
+    def weights(amx: bool, small: int) -> set[str]:
+        monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+        monkeypatch.setattr(compiler, "SMALL", small)
+        model = compiler.read_graph(tmp_path / "int8" / "target.onnx")
+        compiler.compile_graph(model, "int8")
+        constants = [node.output(0) for node in model.get_ops() if node.get_type_name() == "Constant"]
+        return {each.element_type.get_type_name() for each in constants if np.prod(list(each.shape)) >= 64 * 64}
+
+    assert "u8" in weights(amx=False, small=1 << 20)
+    assert "u8" in weights(amx=True, small=0)
+    assert weights(amx=True, small=1 << 20) == {"f32"}
 
 
 def test_a_verified_chain_has_the_bits_of_plain_decoding(bundle_of):
