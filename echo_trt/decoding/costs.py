@@ -145,7 +145,7 @@ class Costs:
         Another size is charged the change to it and, since what is left is come back to, the change back, shared by the
         passes that it is going to last for; and once more, since one that is worth it for a single plan lasts shorter.
         """
-        sizes = self.sizes(roots, nodes)
+        sizes = self._filled(roots, nodes)
         seconds = self.target.base(int(sizes.max()))[sizes]
         if self.change <= 0:
             return seconds
@@ -156,7 +156,7 @@ class Costs:
         """Seconds of the target's pass of plain decoding."""
         return self.target(max(requests, self.least), context)
 
-    def sizes(self, roots: int, nodes: np.ndarray) -> np.ndarray:
+    def _filled(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Tokens that such a pass is filled up to."""
         sizes = roots + nodes
         if self.granule > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.compile.openvino import compile_graph, compute_type, read_graph
+from echo_trt.compile.openvino import compile_graph, compute_type, has_amx, read_graph
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
@@ -34,8 +34,9 @@ class OpenVINOEngine:
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         target = "logits" in self._outputs
         self.granule = GRANULE if target else 1
-        # In bf16 four rows take less time than one to three.
-        self.least = GRANULE if target and precision == "bf16" and compute_type(precision) == ov.Type.bf16 else 1
+        # In bf16 four rows take less time than one to three, but for AMX. A single row has not the bits of several.
+        bf16 = target and precision == "bf16" and compute_type(precision) == ov.Type.bf16
+        self.least = (2 if has_amx() else GRANULE) if bf16 else 1
         self._pool = self._bind_pool(compiled, compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in self._inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -77,7 +78,7 @@ class OpenVINOEngine:
         if drafts or len(call.past_lens) > 1 or self.least > 1:
             call = as_lanes(call, unmasked=drafts)
         if verifies or len(call.token_ids) < self.least:
-            call = rounded(call, self.granule, self.num_blocks)
+            call = rounded(call, self.granule if verifies else self.least, self.num_blocks)
         for name in self._inputs:
             self._feed(name, getattr(call, name) if name not in inputs else inputs[name])
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond

@@ -111,10 +111,6 @@ class ClockedDraft:
             self.planner.draft_pass(entries, context, taken, first)
 
 
-def _planner(machine: Machine, calibration: Calibration, batch: int) -> Goodput:
-    return Goodput(machine.costs(), calibration.model(), batch)
-
-
 class Replay:
     """One policy at one batch: ``step`` is runtime/loop.py's iteration without engines."""
 
@@ -124,7 +120,7 @@ class Replay:
         self._recording, self._policy, self._prompt, self._batch = recording, policy, prompt, batch
         self._machine, self._clock, self._size = machine, machine.costs(), 0
         self._lookup = calibration.lookup if policy.copies else None
-        self.planner = _planner(machine, calibration, batch) if policy.seeks_goodput else None
+        self.planner = Goodput(machine.costs(), calibration.model(), batch) if policy.seeks_goodput else None
         self.walk = Walk(recording, batch, prompt)
 
     def run(self, tokens: int) -> Tally:

@@ -227,7 +227,9 @@ def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected,
 
 @pytest.mark.skipif(not compiler.has_bf16(), reason="needs a CPU with AVX-512, for bf16")
 @pytest.mark.parametrize("length", [2, 4, 7])
-def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(length, bundle_of):
+@pytest.mark.parametrize("amx", sorted({False, compiler.has_amx()}))
+def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, length, bundle_of, monkeypatch):
+    monkeypatch.setattr(openvino, "has_amx", lambda: amx)
     rng, past, table = np.random.default_rng(length), 37, np.array([[2, 0]])
     text = rng.integers(0, VOCAB, past + length)
     told = []
