@@ -228,7 +228,7 @@ def bench(
         Path | None, typer.Option("--record", help="Write the draft trees of the prompts here, for simulate.")
     ] = None,
 ) -> None:
-    """Measure policies against plain decoding: closed loop, greedy, all side by side in turns of half a second.
+    """Measure policies against plain decoding: closed loop, greedy, all side by side in turns of a second.
 
     Example: `echo-trt bench bundles/smollm2-135m --prompts prompts.jsonl --batch 1,4,16 --html report.html`
     """

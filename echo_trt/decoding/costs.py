@@ -11,7 +11,8 @@ import numpy as np
 from echo_trt.decoding.compiled import compiled
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
-_BOUND = 0.2  # by this sizes are nearer to each other beyond the knee, where one rate of arithmetic is behind all times
+_BELOW, _BEYOND = 0.1, 0.2  # by this sizes on one side of the knee are nearer to each other: one rate is behind all
+_APART = 0.4  # their times, memory's or arithmetic's; and so far apart, in log N, are the two sides
 _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
@@ -31,9 +32,9 @@ class Curve:
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
     assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
-    near a measured one are corrected with it, those far away keep what they had. Beyond the knee sizes are near to
-    those twice as large: were only the one corrected that plain decoding has, larger ones would look cheap on a machine
-    that has become slower.
+    near a measured one are corrected with it, those far away keep what they had. All below the knee are near to each
+    other, and beyond it those twice as large: were only the one corrected that runs just then, others would look cheap
+    on a machine that has become slower, plain decoding among them, and what is held would seem to lose against it.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Curve:
 
 def _place(tokens: int, knee: float) -> float:
     """Where a size stands on the scale on which a curve's ``reach`` is measured."""
-    upto = math.log(min(tokens, knee))
-    return upto + _BOUND * (math.log(tokens) - upto)
+    place = math.log(tokens)
+    if knee == math.inf:
+        return place
+    return _BEYOND * place + _APART if tokens > knee else _BELOW * place
 
 
 @compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")

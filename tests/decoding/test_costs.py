@@ -81,7 +81,7 @@ KNEE = Curve(SIZES, [0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.04], reach=NEAR, knee
 
 
 def test_what_is_observed_moves_near_sizes_and_hardly_those_far_away():
-    curve = copy.deepcopy(KNEE)
+    curve = Curve(SIZES, [0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.04], reach=NEAR)
     before = curve.base(64).copy()
     for _ in range(200):
         curve.observe(4, 0, 0.015)
@@ -89,6 +89,17 @@ def test_what_is_observed_moves_near_sizes_and_hardly_those_far_away():
     assert after[4] == pytest.approx(0.015, rel=0.02)
     assert after[[32, 64]] == pytest.approx(before[[32, 64]], rel=0.01)
     assert after[1] == pytest.approx(before[1], rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.8])
+def test_below_the_knee_all_passes_follow_one(factor):
+    """Memory is behind them all: were plain decoding believed as fast as ever, what is held would seem to lose."""
+    curve = copy.deepcopy(KNEE)
+    for _ in range(200):
+        curve.observe(8, 0, factor * 0.01)
+    assert curve(8) == pytest.approx(factor * 0.01, rel=0.02)
+    assert curve(2) == pytest.approx(factor * 0.01, rel=0.15)
+    assert curve(64) == pytest.approx(0.04, rel=0.1)
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.5])
