@@ -160,7 +160,7 @@ def rounding_note(gaps: dict[str, float], precision: str) -> str:
         f"Where a text parts from plain decoding's, the target's logits of the two tokens differ by: {listed}. "
         f"{precision} rounds a token alike only in calls of one shape, so such near-ties can fall either way; "
         "for texts that are identical token for token build with --precision fp32, or decode one path a request "
-        "(--policy goodput-exact), which parts from them less often."
+        "(--policy goodput-exact), which a CPU computes with plain decoding's own rounding."
     )
 
 

@@ -297,7 +297,7 @@ def test_a_full_queue_is_429_with_a_hint_and_the_rest_is_answered(client, server
         results = list(pool.map(ask, range(24)))
     refused = [each for each in results if not isinstance(each, int)]
     assert refused
-    assert len(refused) <= 24 - BATCH - QUEUE
+    assert len(refused) <= 24 - BATCH - QUEUE + 1  # a probe of the launcher's may hold a place
     assert {error.response.headers["Retry-After"] for error in refused} == {"1"}
     assert {error.code for error in refused} == {"queue_full"}
     assert {each for each in results if isinstance(each, int)} == {LONG["max_tokens"]}

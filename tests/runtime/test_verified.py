@@ -103,6 +103,22 @@ def test_rows_that_stay_on_the_device_say_the_same(case):
     np.testing.assert_array_equal(np.asarray(verified.outputs["logits"]), logits)
 
 
+def test_rows_are_those_asked_for_in_their_order():
+    """Of a tree that is not sorted by request, a path through all nodes is another order of them."""
+    tree = SuperTree.from_roots(np.array([3, 4]))
+    tree.add(np.array([0]), np.array([6]), np.zeros(1))
+    logits = np.random.default_rng(0).normal(0, 2, (3, VOCAB)).astype(np.float32)
+    state = Slots(2, CONTEXT, 4)
+    state.length[:] = state.prompt_length[:] = 1
+    state.logprobs[:] = 1
+    verified = Verified(tree, np.arange(2), {"logits": logits}, None, state)
+    path = np.array([0, 2, 1])
+    told = dict(verified.logprobs(path, logits[path].argmax(axis=1)))
+    assert [entry.token for i in (0, 1) for entry in told[i]] == logits[path].argmax(axis=1).tolist()
+    assert all(entry.top[0] == (entry.token, entry.logprob) for i in (0, 1) for entry in told[i])
+    assert verified.next_token(path).tolist() == logits[path].argmax(axis=1).tolist()
+
+
 @given(calls())
 def test_logprobs_of_what_was_emitted(case):
     verified, requests = case
