@@ -77,8 +77,8 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
         for i in rng.permutation(len(calls)):  # what ran before leaves its weights in the cache, or evicts them
             seconds_of[i] = _seconds(run, calls[i])
         taken.append(seconds_of)
-    # What passes are to each other, apart from what the machine was worth in each round; the lower quartile of that,
-    # since whatever else ran only ever adds.
+    # What passes are to each other is apart from what the machine was worth in each round. Of the rounds the lower
+    # quartile: whatever else ran only ever adds.
     rounds = np.mean(taken, axis=1)
     *usual, far, tree = (np.quantile(rounds, 0.25) * np.median(taken / rounds[:, None], axis=0)).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
