@@ -255,10 +255,10 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
 
 
 def test_a_deadline_without_text_is_504_and_with_text_ends_it(client, server):
-    full = {"model": "echo", "messages": CHAT, "max_tokens": 420, "ignore_eos": True, "n": BATCH, "stream": True}
+    full = {"model": "echo", "messages": CHAT, "max_tokens": 1500, "ignore_eos": True, "n": BATCH, "stream": True}
     asked = {"model": "echo", "messages": CHAT}
     busy = post(server, "/v1/chat/completions", full)
-    wait_for_data(busy)
+    server.wait_metrics(lambda metrics: metrics["echo_running"] == BATCH)  # no slot is left to be quick in
     with pytest.raises(openai.InternalServerError, match="deadline") as error:
         client.chat.completions.create(**asked, extra_body={"deadline_ms": 1})
     assert error.value.status_code == 504
