@@ -24,6 +24,7 @@ ALL = 16 * LONG  # and of few requests so many in all, for their attention to be
 NODES = 3  # tokens of a small tree
 FEW = 64  # tokens up to which sizes are measured, however few requests run: the table is kept for later starts
 ROUNDS = 5
+ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
 
 
@@ -40,7 +41,7 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
         run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
         draft, cold = _measured(loop, run, 0.25 * seconds), _cold(loop, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
-    hinge = {k: float(v) for k, v in asdict(fit_hinge(sizes, times)).items()}
+    hinge = {k: float(v) for k, v in asdict(fit_hinge(sizes, times, ACCURACY)).items()}
     return CostTable(
         machine=machine(manifest),
         measured=date.today(),

@@ -210,16 +210,20 @@ class Hinge:
     error: float
 
 
-def fit_hinge(sizes: np.ndarray, seconds: np.ndarray) -> Hinge:
-    """Least squares in relative terms, by trying every knee: the curve may be jagged, so nothing is descended."""
-    best: tuple[float, Hinge] | None = None
+def fit_hinge(sizes: np.ndarray, seconds: np.ndarray, accuracy: float = 0.0) -> Hinge:
+    """Least squares in relative terms, by trying every knee: the curve may be jagged, so nothing is descended.
+
+    ``accuracy``: of the ``seconds``, relative. Knees whose mean error differs by less cannot be told apart, and the
+    latest of them is it: where a curve bends slowly the best one is anywhere, and an early one leaves no budget.
+    """
+    fits: list[tuple[float, Hinge]] = []
     for knee in range(int(sizes[0]), int(sizes[-1])):
         beyond = np.maximum(sizes - knee, 0)
         matrix = np.stack((np.ones(len(sizes)), beyond), axis=1) / seconds[:, None]
         (t_ar, slope), *_ = np.linalg.lstsq(matrix, np.ones(len(sizes)), rcond=None)
         residual = matrix @ (t_ar, slope) - 1
-        loss = float((residual**2).sum())
-        if t_ar > 0 and (best is None or loss < best[0]):
-            best = loss, Hinge(float(t_ar), float(slope / t_ar), knee, float(abs(residual).max()))
-    assert best is not None, "two sizes or more"
-    return best[1]
+        if t_ar > 0:
+            hinge = Hinge(float(t_ar), float(slope / t_ar), knee, float(abs(residual).max()))
+            fits.append((float(np.sqrt((residual**2).mean())), hinge))
+    best, hinge = min(fits, key=lambda fit: fit[0])
+    return max((h for error, h in fits if error < best + accuracy), key=lambda h: h.k_max, default=hinge)
