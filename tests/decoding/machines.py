@@ -13,6 +13,7 @@ from echo_trt.decoding.goodput import Load, Plan, Planner
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 
+POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=12)
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 USUAL = np.array([[[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]]])
 
