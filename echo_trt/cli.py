@@ -113,7 +113,9 @@ def generate(
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(help="K_max of echo, dense, fixed: tokens verified an iteration. Default: the recipe's."),
+        typer.Option(
+            help="K_max of echo, dense, fixed: tokens verified an iteration. Default: the recipe's, else measured."
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -124,7 +126,7 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Divides logits of tokens said before or in the prompt; 1 is off.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text, whatever policy and batch.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text; in bf16 but for near-ties.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
     compare: Annotated[
@@ -218,6 +220,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy at each batch; medians are told.")] = 3,
     requests: Annotated[int, typer.Option(min=2, help="Requests of a run, at least; two a slot.")] = 32,
     each_file: Annotated[bool, typer.Option("--each-file", help="Also run each prompts file by itself.")] = False,
+    budget: Annotated[
+        int | None, typer.Option(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
+    ] = None,
     peers: Annotated[
         str, typer.Option(help="openvino-genai, openvino-genai-eagle3, transformers; where installed.")
     ] = "",
@@ -238,7 +243,7 @@ def bench(
     others = [part.strip() for part in peers.split(",") if part.strip()]
     sizes = _numbers("--batch", batch)
     files = (json_file, html_file, record_file)
-    job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes)
+    job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes, budget)
     run(job, Console(), messages)
 
 

@@ -1,9 +1,11 @@
 """Train an EAGLE-3 head (arXiv 2503.01840) for a target of your own, on text that the target generated.
 
+    python scripts/train_eagle3.py init --target CHECKPOINT --out UNTRAINED
     python scripts/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
 
-Progress is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
+``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
+is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import typer
 from eagle3_training.answers import record, write_answers
 from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
 from eagle3_training.features import missing_features, write_features
-from eagle3_training.head import feature_scale, head_config, start_from, warm_start
+from eagle3_training.head import feature_scale, head_config, save_head, start_from, warm_start
 from eagle3_training.loop import Recipe, Trainer, load_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,6 +38,22 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.split
 console = Console()
 DEFAULT = Recipe(minutes=45)
 DRAFT_VOCAB = 8192
+
+
+@app.command()
+def init(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    out: Annotated[Path, typer.Option(help="folder for the head")],
+) -> None:
+    """Write a head that has learnt nothing, for the first bundle of a target that has none."""
+    checkpoint = open_checkpoint(target)
+    decoder = load_decoder(checkpoint, 1)
+    config = decoder.config
+    ids = torch.arange(min(DRAFT_VOCAB, config.vocab_size))
+    scale = torch.ones(3 * config.hidden_size)
+    raw = head_config(config, len(ids), weights_sha256(checkpoint.path))
+    save_head(warm_start(raw, decoder, ids, scale, 1), scale, out)
+    console.print(f"{out}: build a recipe with it as draft.source.path, then generate", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -42,6 +42,7 @@ class Job:
     html_file: Path | None = None
     record_file: Path | None = None
     recipes: Path = Path("build")  # where the bundle's recipe stands: peers read its checkpoints
+    budget: int | None = None  # K_max of the policies that share one, None: the recipe's, or the measured knee
 
 
 def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                 for batch in job.batches
                 for name, rows in kinds
             ]
-            loops = _loops(llm, policies)
+            loops = _loops(llm, policies, job.budget)
             task = progress.add_task("bench", total=len(cells))
             for batch, name, prompts in cells:
                 part = _cell(llm, loops, policies, peers, prompts, batch, job)
@@ -97,11 +98,11 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     return result
 
 
-def _loops(llm: LLM, policies: list[str]) -> dict[str, Loop]:
+def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Loop]:
     """A loop for each policy, over the same engines; none of an engine with a cache a slot."""
     loops = {} if llm.loop.state.linear else dict(zip(policies, llm.divided(len(policies)), strict=True))
     for policy, loop in loops.items():
-        llm.set_policy(policy, loop=loop)
+        llm.set_policy(policy, budget, loop)
     return loops
 
 
@@ -135,12 +136,12 @@ def _cell(
             runs.append(ClosedLoop(loops[policy] if beside else llm.loop, prompts, batch, job.max_tokens))
             samples[policy].append(runs[-1].sample)
             if not beside:
-                llm.set_policy(policy)
+                llm.set_policy(policy, job.budget)
                 runs.pop().run()
         run_side_by_side(runs)
         for peer in peers:
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
-    k_max = int(llm.tuning.costs.hinge["k_max"])
+    k_max = job.budget or int(llm.tuning.costs.hinge["k_max"])
     rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
     return rows + [peer_figures(name, batch, runs, samples[PLAIN]) for name, runs in peer_runs.items()]
 
@@ -167,6 +168,8 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
     for policy in job.policies:
         if policy not in NAMES:
             raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
+    if job.budget is not None and job.budget < 1:
+        raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if not job.batches or min(job.batches) < 1 or max(job.batches) > 4096:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to 4096.")
     count = sum(map(len, sets.values()))

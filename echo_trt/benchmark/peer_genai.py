@@ -24,7 +24,7 @@ class GenAI:
     """The graph folders of a target and, where it drafts, of its head, compiled as our own engine compiles.
 
     Compute and KV cache are in the bundle's precision, for the head as for the target; threads are left to OpenVINO.
-    No prompt shares another's cache (enable_prefix_caching is off, as echo-trt has none), prompts are computed in
+    No prompt shares another's cache (enable_prefix_caching is off, as the benchmark's own is), prompts are computed in
     chunks between decoding steps, and the KV cache holds every running text whole.
 
     With a head and one text at a time, each step verifies a dynamic top-k tree: depth, children and tokens of the

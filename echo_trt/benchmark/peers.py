@@ -58,7 +58,7 @@ class Peer(Protocol):
 def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path = Path("build")) -> Peer:
     """The peer ``name`` for the target of ``bundle``, whose recipe's relative paths start in ``recipe_folder``.
 
-    GenAI's form of the networks is made at the first call and kept in ~/.cache/echo-trt/peers.
+    GenAI's form of the networks is made at the first call and kept in echo-trt/peers below $XDG_CACHE_HOME (~/.cache).
     """
     if name not in PEERS:
         raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")

@@ -1,4 +1,8 @@
-"""ECHO itself (arXiv 2604.09603), as pure functions over arrays. Nothing here knows an engine.
+"""ECHO (arXiv 2604.09603) and the goodput policy, over arrays. Nothing here knows an engine.
 
 One iteration: draft -> gate (``grow``) -> allocate -> pack -> verify (an engine) -> accept -> commit (the runtime).
+
+The paper, as pure functions: ``super_tree``, ``policies`` (gates, K_max), ``grow``, ``allocate``, ``pack``, ``accept``,
+and ``costs``, its hinge among them. Goodput, which learns while it runs: ``goodput``, ``foresight``, ``sizes``,
+``candidates``, ``acceptance``, ``costs``, ``history``. What both draw on: ``sampling``, ``penalties``, ``logprobs``.
 """

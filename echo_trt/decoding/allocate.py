@@ -13,8 +13,8 @@ def allocate(tree: SuperTree, reach: np.ndarray, policy: Policy) -> np.ndarray:
     """The nodes to verify, an ancestor-closed set that holds every root: indices, ascending.
 
     Depth first: each request's path down to its ``reach`` [B]. Then width: whatever the budget still holds goes to
-    the best-scored candidates anywhere, at low load a wide fan under each unsure node, at high load nothing.
-    One rule for both; there is no mode switch.
+    the best-scored candidates of the whole batch: at low load siblings of the unsure and of the confident alike, at
+    high load nothing. That is the paper's pivot between depth and width; there is no mode switch.
     """
     if policy.budget is None:
         everyone = np.full(tree.num_requests, policy.per_request)

@@ -1,13 +1,16 @@
 """The goodput policy: over the whole batch, draft levels and nodes that commit most tokens a second.
 
-Time has a price: ``rate`` tokens a second are what this machine commits anyway. A plan is worth its expected tokens
-less the price of its passes; plain decoding is the plan without a draft. Three decisions an iteration, each a global
-search:
+Time has a price: so many tokens a second are what this machine commits anyway (``Goodput.price``). A plan is worth its
+expected tokens less the price of its passes; plain decoding is the plan without a draft. An iteration decides
 
-1. before each draft level: which nodes of the frontier are expanded, if any. What their children will be worth is not
-   known yet; the calibration knows how it is distributed (``Acceptance.children``).
-2. after the last level: how many of all candidates are verified, best first over the batch (``select``).
-3. now and then, where 1 says no: one request is drafted all the same, to see whether that still holds.
+1. where a pass of another size than the last one costs extra (OpenVINO), how many tokens are verified: a number that is
+   held for some dozens of iterations (``sizes``), possibly none beyond the roots. Elsewhere 3 weighs any number.
+2. before each draft level: which nodes of the frontier are expanded, if any. What their children will be worth is not
+   known yet; the calibration knows how it is distributed (``Acceptance.children``, ``foresight``).
+3. after the last level: how many of all candidates are verified, best first over the batch (``select``); as many as are
+   held, or as many as pay under the cost table.
+
+Now and then, where 2 says no, one request is drafted all the same, to see whether that still holds.
 """
 
 from __future__ import annotations

@@ -11,9 +11,11 @@ from echo_trt.decoding.super_tree import SuperTree
 
 
 class Draft(Protocol):
-    """A draft model's side of one iteration, over the requests of the batch. ``entries``: tokens of its last pass."""
+    """A draft model's side of one iteration, over the requests of the batch. ``entries``: tokens of its last pass;
+    ``context``: cached tokens of that pass's requests."""
 
     entries: int
+    context: int
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The root's children of ``requests`` [A]: log q float [A, k], best first, and their tokens int [A, k]."""

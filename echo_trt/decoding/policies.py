@@ -12,7 +12,10 @@ bit as they decode plainly.
 | static         | none                               | the same for each request (EAGLE-3's tree)    |
 | dense          | at every depth                     | one for the batch                             |
 | fixed          | at ECHO's depths, one threshold    | one for the batch                             |
-| echo           | at a few depths, each its threshold| one for the batch, depth first, then width    |
+| echo           | at a few depths, each its threshold| one for the batch                             |
+
+One budget is shared in one way (``grow``, ``allocate``): first the depth that confidence claims, then width for what is
+left. The paper's pivot between the two is no rule of its own: it is how many claims there are.
 """
 
 from __future__ import annotations

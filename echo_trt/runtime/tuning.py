@@ -17,7 +17,7 @@ from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.runtime.loop import Loop
 
-USUAL_GATES = {1: 0.2, 3: 0.3}
+USUAL_GATES = {1: 0.2, 3: 0.3}  # depth: threshold, where neither the recipe nor a calibration says any
 
 
 class Tuning:
@@ -61,6 +61,9 @@ class Tuning:
             settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
         settings["budget"] = budget or settings["budget"] or 0
         policy = make_policy(name, settings)
+        if policy.gates and decoding.gates is None and calibration is None:
+            told = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
+            self._note(f"{self._folder} has no {CALIBRATION}: gates are the usual {told}; run echo-trt calibrate.")
         if policy.budget == 0:
             knee, granule = int(self.costs.hinge["k_max"]), self.costs.granule
             policy = replace(policy, budget=knee + -knee % granule)  # tokens up to there are verified all the same

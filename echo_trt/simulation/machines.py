@@ -7,13 +7,12 @@ the peak. It knows nothing of kernels: read its answers as "about", and ratios o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from echo_trt.calibration.store import CostTable
-from echo_trt.decoding.costs import Costs, Curve, Hinge, fit_hinge
+from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve, fit_hinge
 from echo_trt.errors import UserError
 from echo_trt.simulation.files import read_stored
 
@@ -27,8 +26,8 @@ LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 class Machine:
     """Seconds of passes over ``sizes`` tokens, tables [m], what a cached token adds, and one that a tree's node attends
     again (``Curve``). cold, granule, change, least: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
-    ``level_seconds``: and a draft level. ``capacity``: tokens that its KV cache holds, None where unknown.
-    ``assumptions``: a sentence each."""
+    ``level_seconds``: and a draft level. ``capacity``: tokens that its KV cache holds, None where unknown. ``knee``:
+    K_max where it was measured, None: fitted to ``target``. ``assumptions``: a sentence each."""
 
     name: str
     target: tuple[np.ndarray, np.ndarray, float, float]
@@ -41,22 +40,20 @@ class Machine:
     granule: int = 1
     change: float = 0.0
     least: int = 1
+    knee: int | None = None
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""
-        return Costs(Curve(*self.target), Curve(*self.draft), self.cold, self.granule, self.change, self.least)
-
-    @cached_property
-    def hinge(self) -> Hinge:
-        """The paper's cost model of the target, which gives its policies their K_max."""
-        sizes, seconds, *_ = self.target
-        near = sizes <= LARGEST_KNEE
-        return fit_hinge(sizes[near], seconds[near])
+        target = Curve(*self.target, reach=NEAR if self.knee else FAR, knee=self.knee)
+        return Costs(target, Curve(*self.draft), self.cold, self.granule, self.change, self.least)
 
     @property
     def k_max(self) -> int:
-        """The hinge's, filled up to what takes as long."""
-        return self.hinge.k_max + -self.hinge.k_max % self.granule
+        """The knee of the paper's cost model, filled up to what takes as long."""
+        sizes, seconds, *_ = self.target
+        near = sizes <= LARGEST_KNEE
+        knee = self.knee or fit_hinge(sizes[near], seconds[near]).k_max
+        return knee + -knee % self.granule
 
 
 @dataclass(frozen=True)
@@ -210,6 +207,7 @@ def from_costs_file(path: Path) -> Machine:
         granule=stored.granule,
         change=stored.change,
         least=stored.least,
+        knee=int(stored.hinge["k_max"]),
     )
 
 

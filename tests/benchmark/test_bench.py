@@ -39,6 +39,15 @@ def bench(job: Job) -> dict:
     return run_bench(job, Console(quiet=True), Console(quiet=True))
 
 
+def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
+    result = bench(job(bundle_of("close"), prompts, policies=["echo", "static"], batches=[2], rounds=1, budget=5))
+    echo, static = (next(r for r in result["results"] if r["policy"] == name) for name in ("echo", "static"))
+    assert 2 < echo["verified_per_iteration"] <= 5 < static["verified_per_iteration"]
+    assert 0.4 < echo["budget_used"] <= 1
+    with refused("--budget is 0", "1 or more"):
+        bench(job(bundle_of("close"), prompts, budget=0))
+
+
 def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(bundle_of, prompts, tmp_path):
     json_file, html_file = tmp_path / "r.json", tmp_path / "r.html"
     result = bench(job(bundle_of("close"), prompts, json_file=json_file, html_file=html_file, each_file=True))
