@@ -1,4 +1,7 @@
-"""Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used)."""
+"""Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
+
+MT-bench's own files are read as they are: their ``question_id`` is an id.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ def _parse(line: bytes, where: str) -> Prompt:
         text = row["turns"][0]
     if not isinstance(text, str) or not text:
         raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
-    if not isinstance(row.get("id"), str | int) or isinstance(row.get("id"), bool):
-        raise UserError(f"{where}: id is {row.get('id')!r}; give a string or a whole number.")
-    return Prompt(str(row["id"]), text)
+    own = row.get("id", row.get("question_id"))
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        raise UserError(f"{where}: id is {own!r}; give a string or a whole number.")
+    return Prompt(str(own), text)

@@ -11,9 +11,11 @@ from echo_trt.prompts import Prompt, read_prompts
 def test_prompt_or_the_first_of_turns(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text(
-        '{"id": "a", "prompt": "één"}\n\n{"id": 7, "turns": ["first", "second"], "category": "x"}\n', "utf-8"
+        '{"id": "a", "prompt": "één"}\n\n{"id": 7, "turns": ["first", "second"], "category": "x"}\n'
+        '{"question_id": 81, "turns": ["of MT-bench"]}\n',
+        "utf-8",
     )
-    assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first")]
+    assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first"), Prompt("81", "of MT-bench")]
 
 
 @pytest.mark.parametrize(
