@@ -11,8 +11,10 @@ import numpy as np
 from echo_trt.decoding.compiled import compiled
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
-_BELOW, _BEYOND = 0.1, 0.2  # by this sizes on one side of the knee are nearer to each other: one rate is behind all
-_APART = 0.4  # their times, memory's or arithmetic's; and so far apart, in log N, are the two sides
+_ACROSS = 0.6  # of a change on one side of the knee, what is believed of the other, behind which is another rate
+_FRESH = 64.0  # passes for which what one size has taken lately is not put in doubt by what another takes
+_REFRESHED = 0.25  # of that doubt, what a pass of the size itself takes away
+_STALE = 3.0  # times as fast as usual a size is learnt that has not been seen for long
 _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
@@ -32,9 +34,10 @@ class Curve:
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
     assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
-    near a measured one are corrected with it, those far away keep what they had. All below the knee are near to each
-    other, and beyond it those twice as large: were only the one corrected that runs just then, others would look cheap
-    on a machine that has become slower, plain decoding among them, and what is held would seem to lose against it.
+    near a measured one are corrected with it. With a ``knee`` those far away follow it, too, on the other side less so:
+    were only the one corrected that runs just then, others would look cheap on a machine that has become slower, plain
+    decoding among them, and what is held would seem to lose against it. But what another size has taken a few passes
+    ago stands: that this one takes another time is a matter of the curve's shape then, not of the machine's speed.
     """
 
     def __init__(
@@ -52,8 +55,8 @@ class Curve:
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
-        self._knee = math.inf if knee is None else knee
-        self._places = np.array([_place(int(size), self._knee) for size in self.sizes])
+        self._knee = 0.0 if knee is None else float(knee)
+        self._ages = np.full(len(self.sizes), 4 * _FRESH)  # passes since each was observed, about
         self._draw(int(self.sizes[-1]))
 
     @property
@@ -74,9 +77,13 @@ class Curve:
         """A pass has taken ``seconds``; ``node_context``: cached tokens that its trees' nodes attend, roots apart."""
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
-        step = _LEARNING * min(max(error, -_GLITCH), _OUTLIER)
-        place = _place(tokens, self._knee)
-        _correct(self._correction, self._measured, self.sizes, self._places, tokens, place, self._reach, base, step)
+        nearest = np.abs(self.sizes - tokens).argmin()
+        stale = 1 - math.exp(-self._ages[nearest] / _FRESH)
+        step = _LEARNING * (1 + (_STALE - 1) * stale) * min(max(error, -_GLITCH), _OUTLIER)
+        _correct(
+            *(self._correction, self._measured, self.sizes, self._ages),
+            *(tokens, self._reach, self._knee, base, step),
+        )
         self._pending += abs(step)
         if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
@@ -93,23 +100,15 @@ class Curve:
         self._dense, self._pending = dense, 0.0
 
 
-def _place(tokens: int, knee: float) -> float:
-    """Where a size stands on the scale on which a curve's ``reach`` is measured."""
-    place = math.log(tokens)
-    if knee == math.inf:
-        return place
-    return _BEYOND * place + _APART if tokens > knee else _BELOW * place
-
-
 @compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")
 def _correct(
     correction: np.ndarray,
     measured: np.ndarray,
     sizes: np.ndarray,
-    places: np.ndarray,
+    ages: np.ndarray,
     tokens: int,
-    place: float,
     reach: float,
+    knee: float,
     base: float,
     step: float,
 ) -> None:
@@ -117,7 +116,10 @@ def _correct(
     longest = 0.0  # of this size and smaller ones, as corrected so far
     for i in range(len(sizes)):
         longest = max(longest, measured[i] * math.exp(correction[i]))
-        weight = math.exp(-0.5 * ((places[i] - place) / reach) ** 2)
+        own = math.exp(-0.5 * (math.log(sizes[i] / tokens) / reach) ** 2)  # 1 of this size and 0 of quite another
+        follows = 0.0 if knee == 0 else 1.0 if (sizes[i] > knee) == (tokens > knee) else _ACROSS
+        weight = own + max(follows - own, 0.0) * (1 - math.exp(-ages[i] / _FRESH))
+        ages[i] = (ages[i] + 1) * (1 - _REFRESHED * own)
         if step < 0 and sizes[i] < tokens and longest > base:  # fewer tokens cannot take longer than these did
             weight = 1.0
         correction[i] += step * weight

@@ -99,7 +99,7 @@ def test_below_the_knee_all_passes_follow_one(factor):
         curve.observe(8, 0, factor * 0.01)
     assert curve(8) == pytest.approx(factor * 0.01, rel=0.02)
     assert curve(2) == pytest.approx(factor * 0.01, rel=0.15)
-    assert curve(64) == pytest.approx(0.04, rel=0.1)
+    assert curve(64) == pytest.approx(factor**0.6 * 0.04, rel=0.1)  # what is behind it may have changed as well
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.5])
@@ -109,14 +109,25 @@ def test_beyond_the_knee_larger_passes_follow_smaller_ones(factor):
     for _ in range(200):
         curve.observe(32, 0, factor * 0.02)
     assert curve(64) == pytest.approx(factor * 0.04, rel=0.12)
-    assert curve(1) == pytest.approx(0.01, rel=0.02)
+    assert curve(1) == pytest.approx(factor**0.6 * 0.01, rel=0.1)
+
+
+def test_what_was_seen_lately_stands():
+    """That one size takes longer than foreseen beside another is the curve's shape, and not the machine's speed."""
+    curve = copy.deepcopy(KNEE)
+    for _ in range(40):
+        for tokens, seconds in ((32, 0.02), (64, 0.06)):
+            for _ in range(12):
+                curve.observe(tokens, 0, seconds)
+    assert curve(32) == pytest.approx(0.02, rel=0.04)
+    assert curve(64) == pytest.approx(0.06, rel=0.04)
 
 
 def test_sizes_between_the_measured_ones_are_learnt_too():
     curve = Curve([1, 100], [0.01, 0.01])
     for _ in range(1000):
         curve.observe(100, 0, 0.03)
-    assert curve(100) == pytest.approx(0.03, rel=0.01)
+    assert curve(100) == pytest.approx(0.03, rel=0.02)
     assert curve(1) == pytest.approx(0.01, rel=0.01)
     fine = Curve([1, 8, 16], [0.01, 0.01, 0.01])
     for _ in range(1000):
@@ -138,10 +149,11 @@ def test_a_curve_finds_another_machine_and_what_context_costs_is_taken_off(facto
 
 def test_a_pass_that_was_disturbed_says_little():
     curve, calm = Curve(SIZES, TABLE), Curve(SIZES, TABLE)
-    curve.observe(8, 0, 100.0)
-    assert curve.seconds[3] == pytest.approx(TABLE[3] * np.exp(0.03))
-    curve.observe(8, 0, 1e-9)
-    assert curve.seconds[3] == pytest.approx(TABLE[3] * np.exp(0.03 - 0.1), rel=1e-3)
+    for seconds, most in ((100.0, 0.03), (1e-9, 0.1)):
+        for _ in range(100):
+            curve.observe(8, 0, TABLE[3])
+        curve.observe(8, 0, seconds)
+        assert most <= abs(np.log(curve.seconds[3] / TABLE[3])) < 1.3 * most
     for i in range(300):
         curve.observe(8, 0, 1.0 if i % 20 == 0 else TABLE[3])
         calm.observe(8, 0, TABLE[3])
