@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from echo_trt.calibration.fit import Observed, acceptance_table, fit, lookup_acceptance, observe
+from echo_trt.calibration.fit import fit
 from echo_trt.calibration.measure import measure
 from echo_trt.calibration.plots import draw
 from echo_trt.calibration.record import record
+from echo_trt.calibration.reliability import reliability
 from echo_trt.calibration.store import CALIBRATION, COSTS, Calibration, CostTable, write
-from echo_trt.calibration.trees import Trees
-from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.policies import Policy
 from echo_trt.errors import UserError
 from echo_trt.prompts import Prompt, read_prompts
@@ -24,7 +22,6 @@ from echo_trt.runtime.llm import LLM
 
 PLOT = "calibration.svg"
 FEWEST = 8  # prompts, below which an estimate is an anecdote
-BINS = 10  # of the reliability diagram
 
 
 @dataclass(frozen=True)
@@ -36,19 +33,6 @@ class Job:
     limit: int
     max_tokens: int
     batch: int
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """By bins of predicted probability: mean prediction and share accepted, on trees that were not fitted on.
-
-    ``error`` is the expected calibration error: their distance, averaged over nodes that were given 5 % or more; the
-    many below that hardly ever matter, and would hide it.
-    """
-
-    predicted: np.ndarray
-    accepted: np.ndarray
-    error: float
 
 
 def run(job: Job, out: Console, messages: Console) -> None:
@@ -102,32 +86,6 @@ def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
             f"--prompts {names}: {len(chosen)} prompts with --limit {limit}; calibration needs {FEWEST} or more."
         )
     return chosen
-
-
-def reliability(trees: Trees, shape: Policy) -> tuple[Reliability, Reliability]:
-    """The draft's own path probability, and the calibrated one fitted on the other half of the requests."""
-    lookup = lookup_acceptance(trees)
-    observed = observe(trees, lookup, shape.max_depth, shape.beams, shape.width)
-    odd = trees.request[observed.tree] % 2 == 1
-    table = acceptance_table(_part(observed, ~odd), shape.max_depth)
-    check = _part(observed, odd)
-    fitted = Acceptance(table, np.zeros((shape.max_depth, 1, 1))).probability(check.source, check.depth, check.score)
-    return _diagram(np.exp(check.score), check.accepted), _diagram(fitted, check.accepted)
-
-
-def _part(observed: Observed, chosen: np.ndarray) -> Observed:
-    return Observed(*(getattr(observed, name)[chosen] for name in Observed.__dataclass_fields__))
-
-
-def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
-    worth = predicted >= 0.05
-    predicted, accepted = predicted[worth], accepted[worth]
-    cell = np.minimum((predicted * BINS).astype(int), BINS - 1)
-    count = np.bincount(cell, minlength=BINS)
-    filled = count > 0
-    mean = np.bincount(cell, predicted, BINS)[filled] / count[filled]
-    share = np.bincount(cell, accepted, BINS)[filled] / count[filled]
-    return Reliability(mean, share, float((abs(mean - share) * count[filled]).sum() / count.sum()))
 
 
 def costs_table(costs: CostTable) -> Table:

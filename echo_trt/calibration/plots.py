@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echo_trt.calibration.reliability import Reliability
 from echo_trt.calibration.store import Calibration, CostTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from echo_trt.calibration.command import Reliability
 
 
 def draw(path: Path, calibration: Calibration, costs: CostTable, before: Reliability, after: Reliability) -> None:
