@@ -18,9 +18,11 @@ from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: op
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
 from openvino.passes import ConstantFolding, Manager
+from openvino.preprocess import PrePostProcessor
 
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
 
+FEATURES = "features"  # the output that only a head reads
 MAX_CONTEXT = 12  # the place of that input of PagedAttention
 SMALL = 64 << 20  # weights up to which matrix units take longer to compute in int8 than to read two bytes a weight
 _CPU = Path("/proc/cpuinfo")
@@ -77,8 +79,10 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
         _decompress(model)
     elif precision == "int8":
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 32
-    if compute == "bf16" and has_amx():
-        part_mlps(model)
+    if compute == "bf16":
+        model = _with_short_features(model)
+        if has_amx():
+            part_mlps(model)
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
@@ -94,6 +98,19 @@ def _decompress(model: ov.Model) -> None:
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
+
+
+def _with_short_features(model: ov.Model) -> ov.Model:
+    """A target's features in bf16 too.
+
+    OpenVINO keeps fp32 what lies between an output in it and the matrix products before: of features, all that layers
+    add to, with two conversions at each.
+    """
+    if all(FEATURES not in output.names for output in model.outputs):
+        return model
+    wrapper = PrePostProcessor(model)
+    wrapper.output(FEATURES).tensor().set_element_type(ov.Type.bf16)
+    return wrapper.build()
 
 
 def part_mlps(model: ov.Model) -> None:

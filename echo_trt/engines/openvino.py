@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.compile.openvino import compile_graph, compute_type, has_amx, read_graph
+from echo_trt.compile.openvino import FEATURES, compile_graph, compute_type, has_amx, read_graph
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
@@ -32,6 +32,7 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
+        self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
         target = "logits" in self._outputs
         self.granule = GRANULE if target else 1
         # In bf16 four rows take less time than one to three, but for AMX. A single row has not the bits of several.
@@ -70,7 +71,7 @@ class OpenVINOEngine:
                 self.run(_blank(count, self.num_blocks), **rows)
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        asked = {"features": len(call.token_ids), "state": len(call.token_ids)}
+        asked = {FEATURES: len(call.token_ids), "state": len(call.token_ids)}
         rows = len(call.logit_rows)
         verifies = is_verification(call)
         drafts = "logits" not in self._outputs
@@ -82,7 +83,10 @@ class OpenVINOEngine:
         for name in self._inputs:
             self._feed(name, getattr(call, name) if name not in inputs else inputs[name])
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
-        return {name: values[: asked.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
+        read = {name: values[: asked.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
+        if self._short:
+            read[FEATURES] = _from_bf16(read[FEATURES])
+        return read
 
     def _feed(self, name: str, values: np.ndarray) -> None:
         """Write a bound tensor's memory: to bind another one takes three times as long."""
@@ -95,6 +99,11 @@ class OpenVINOEngine:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]
         self._pool[:, target // BLOCK, :, target % BLOCK] = rows
+
+
+def _from_bf16(values: np.ndarray) -> np.ndarray:
+    """As float32, of which bf16 is the first half; OpenVINO calls its numbers fp16."""
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _blank(count: int, block: int) -> Packed:
