@@ -16,6 +16,7 @@ _FRESH = 64.0  # passes for which what one size has taken lately is not put in d
 _REFRESHED = 0.25  # of that doubt, what a pass of the size itself takes away
 _STALE = 3.0  # times as fast as usual a size is learnt that has not been seen for long
 _LEARNING = 0.1  # the same from slower and from faster passes: a throughput is of means
+_REVERTING = 0.01  # of what a size not seen for long differs from the one just seen, apart from the measured shape
 _REDRAWN = 0.02  # changes, added up, after which the table is drawn again
 _OUTLIER = 0.3  # a pass that took e^0.3 of what it should tells no more than that: something else ran
 _GLITCH = 1.0  # nor does one that took e^-1 of it
@@ -82,7 +83,7 @@ class Curve:
         step = _LEARNING * (1 + (_STALE - 1) * stale) * min(max(error, -_GLITCH), _OUTLIER)
         _correct(
             *(self._correction, self._measured, self.sizes, self._ages),
-            *(tokens, self._reach, self._knee, base, step),
+            *(tokens, self._reach, self._knee, base, step, nearest),
         )
         self._pending += abs(step)
         if self._pending > _REDRAWN:
@@ -100,7 +101,7 @@ class Curve:
         self._dense, self._pending = dense, 0.0
 
 
-@compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")
+@compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8, i8)")
 def _correct(
     correction: np.ndarray,
     measured: np.ndarray,
@@ -111,14 +112,18 @@ def _correct(
     knee: float,
     base: float,
     step: float,
+    nearest: int,
 ) -> None:
     """Add ``step`` to the logarithmic ``correction`` of sizes near ``tokens``, which took ``base`` seconds."""
-    longest = 0.0  # of this size and smaller ones, as corrected so far
+    longest, level = 0.0, correction[nearest]  # the former of this size and smaller ones, as corrected so far
     for i in range(len(sizes)):
         longest = max(longest, measured[i] * math.exp(correction[i]))
         own = math.exp(-0.5 * (math.log(sizes[i] / tokens) / reach) ** 2)  # 1 of this size and 0 of quite another
         follows = 0.0 if knee == 0 else 1.0 if (sizes[i] > knee) == (tokens > knee) else _ACROSS
-        weight = own + max(follows - own, 0.0) * (1 - math.exp(-ages[i] / _FRESH))
+        stale = 1 - math.exp(-ages[i] / _FRESH)
+        weight = own + max(follows - own, 0.0) * stale
+        if knee > 0:
+            correction[i] += _REVERTING * stale * (1 - own) * (follows * level - correction[i])
         ages[i] = (ages[i] + 1) * (1 - _REFRESHED * own)
         if step < 0 and sizes[i] < tokens and longest > base:  # fewer tokens cannot take longer than these did
             weight = 1.0

@@ -3,7 +3,7 @@
 A search that weighs each size anew changes it whenever that seems worth it, and is mostly wrong: what the change costs
 is certain, what it brings is not. Here a size is held for some dozens of iterations and filled with the best
 candidates, however good they are. Which one is next is told by what each would have brought so far, and at a load that
-is new by what the calibration foresees.
+is new by what the calibration foresees. Whether it is better than plain decoding is told by duels alone (``duel``).
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import numpy as np
 
 from echo_trt.decoding.acceptance import Foreseen
 from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.duel import Duel
 
-HELD = 72  # iterations for which a size is kept
-_FIRST = 24  # the same of a load's first size, which nothing but the calibration speaks for
-_LOOKING = 12  # iterations of the best size after plain decoding, to see whether it would pay again
-_COMPARING = 8  # iterations of plain decoding between two of a size that pays, to see whether it does
-_TELLING = 16  # iterations that tell half of the truth of what was gained
-_TRUSTED = 1.2  # times what was foreseen, what is believed to have been gained
-_SETTLING = 4  # iterations that do not tell whether a size pays: drafts catch up after a rest
-_LOST, _LONGEST_REST = 0.01, 30.0  # what such trials may lose of the time; seconds after which there is one anyway
+HELD = 72  # iterations for which a size is kept, or plain decoding
+_LOST = 0.01  # of the time, what duels may cost
+_RESTS = (7.5, 15.0, 30.0)  # seconds before another duel, at least: after one defeat, two, more; never longer
+_REMEMBERED = 4.0  # turns that what earlier duels have shown is worth
+_LIKE = 1.5  # times a size or a fraction of it: one that what is known of it holds for
+_BETTER = 1.05  # times the rate of the size that is held, what another one must be foreseen to have
 _MOST = 64  # sizes beyond the requests that are considered, multiples of the granule
-_STEP = 1.5  # times as many requests as were there at first may what is learnt of a load be used for
+_STEP = 1.5  # times as many requests as there were at first may what is learnt of a load be used for
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
 _LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
@@ -34,17 +33,21 @@ _OUTLIER = 2.0  # times what was known: drafting that took longer tells no more 
 
 class _Known:
     """Of one load, running means over searches: what the best nodes of each size have ``brought`` [sizes], and the
-    seconds of ``drafting`` for it. ``trust``: what was gained, of what was to be gained by these."""
+    seconds of ``drafting`` for it; and what duels have shown."""
 
-    def __init__(self, requests: int, costs: Costs, foreseen: Foreseen, trust: float) -> None:
+    def __init__(self, requests: int, costs: Costs, foreseen: Foreseen) -> None:
         most = costs.granule * (_MOST + math.ceil(_STEP * requests / costs.granule))
         self.sizes = np.arange(costs.granule, most + 1, costs.granule)
         nodes = np.maximum(self.sizes - requests, 0)
         levels = _LEVELS * np.log2(1 + nodes / requests)
         self._usual = (nodes > 0) * costs.cold + levels * costs.draft(2 * requests)
         self.brought, self.drafting = foreseen.best(nodes, requests), self._usual.copy()
-        self.new, self.searches, self.trust = True, 0, trust
-        self.debt = self.forgone = 0.0  # seconds that trials and comparisons have lost, less what they may
+        self.searches = 0
+        self.pays: bool | None = None  # None: not known yet
+        self.gain, self.weight, self.size = 0.0, 0.0, 0  # what duels have shown, as there, and of which size
+        self.defeats = 0  # of them, in a row
+        self.debt = self.forgone = 0.0  # seconds that duels have lost to either side, less what they may
+        self._best = 0
         self._found = np.zeros(len(nodes))  # of all candidates, however few of them were asked for
 
     def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
@@ -63,24 +66,42 @@ class _Known:
             bound = _OUTLIER * max(self.drafting[held], self._usual[held])
             self.drafting[held] += step * (min(drafting, bound) - self.drafting[held])
 
-    def gained(self, foreseen: float, seconds: float, plain: float, iterations: int) -> None:
-        """So many have taken ``seconds`` for what plain decoding takes ``plain`` for: ``foreseen`` times as long."""
-        share = plain / (seconds * foreseen)
-        self.trust += iterations / (iterations + _TELLING) * (min(share, _TRUSTED) - self.trust)
+    def duel(self, size: int) -> Duel:
+        """``size`` against plain decoding, with what is known of one like it."""
+        like = 1 / _LIKE < size / max(self.size, 1) < _LIKE
+        self.size = size
+        return Duel(size, self.gain, self.weight * like)
 
-    def owe(self, trials: float, comparisons: float) -> None:
-        self.debt = min(max(self.debt + trials, 0.0), _LOST * _LONGEST_REST)
-        self.forgone = min(max(self.forgone + comparisons, 0.0), _LOST * _LONGEST_REST)
+    def decide(self, pays: bool, duel: Duel) -> None:
+        """``duel`` is over."""
+        self.pays, self.gain, self.weight = pays, duel.gain, min(duel.weight, _REMEMBERED)
+        lost, forgone = duel.losses()
+        self.owe(max(lost, 0.0 if pays else self._defeated()), forgone)
+        self.defeats = 0 if pays else self.defeats
+
+    def doubt(self) -> None:
+        """It is foreseen not to pay, and what is foreseen may be wrong."""
+        self.pays = False
+        self.owe(self._defeated(), 0.0)
+
+    def _defeated(self) -> float:
+        self.defeats += 1
+        return _LOST * _RESTS[min(self.defeats, len(_RESTS)) - 1]
+
+    def owe(self, lost: float, forgone: float) -> None:
+        self.debt = min(max(self.debt + lost, 0.0), _LOST * _RESTS[-1])
+        self.forgone = min(max(self.forgone + forgone, 0.0), _LOST * _RESTS[-1])
 
     def best(self, requests: int, context: int, costs: Costs, host: float) -> tuple[int, float]:
-        """The size that would have brought most tokens a second, and how many times plain decoding's that is,
-        whatever the trust."""
+        """The size that would have brought most tokens a second, and how many times plain decoding's that is by the
+        tables. The one that was best stays it where no other is better by much."""
         sizes, nodes = self.sizes, np.maximum(self.sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
         seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
         rate = np.where(nodes > 0, (requests + self.brought) / seconds, 0.0)
+        self._best = int(sizes[np.where(sizes == self._best, _BETTER * rate, rate).argmax()])
         plain = requests / (costs.plain(requests, context) + host)
-        return int(sizes[rate.argmax()]), float(rate.max() / plain)
+        return self._best, float(rate[sizes == self._best][0] / plain)
 
 
 class Sizes:
@@ -88,10 +109,7 @@ class Sizes:
 
     def __init__(self) -> None:
         self.held, self._left, self._load = 0, 0, -1
-        self._tries, self._compares = False, False  # whether what is held is a trial, or plain decoding to compare
-        self._gain = 1.0  # times plain decoding, what is held is to be worth, or would be where that is compared
-        self._seconds, self._plain, self._counted = 0.0, 0.0, 0  # that iterations took, and would have plainly
-        self._settling, self._searching = 0, 0  # iterations until they count; those since plain decoding
+        self._duel: Duel | None = None
         self._known: dict[int, _Known] = {}
 
     def nodes(self, requests: int, context: int, costs: Costs, host: float, foreseen: Foreseen) -> int | None:
@@ -103,45 +121,41 @@ class Sizes:
         if costs.change <= 0 or requests == 0:
             return None
         self._left -= 1
-        self._searching = self._searching + 1 if self.held else 0
         load = load_of(requests)
         if load not in self._known:
-            nearest = min(self._known, key=lambda other: abs(other - load), default=None)
-            trust = 1.0 if nearest is None else self._known[nearest].trust
-            self._known[load] = _Known(requests, costs, foreseen, trust)
-        if self._left < 0 or abs(load - self._load) > 1:
+            self._known[load] = _Known(requests, costs, foreseen)
+        cut = self._duel is not None and self._duel.hopeless
+        if self._left < 0 or cut or abs(load - self._load) > 1:
             self._choose(load, requests, context, costs, host)
         return max(self.held - requests, 0)
 
     def _choose(self, load: int, requests: int, context: int, costs: Costs, host: float) -> None:
         known = self._known[load]
         best, gain = known.best(requests, context, costs, host)
-        stays = abs(load - self._load) <= 1
-        if stays and self.held and self._counted:
-            known.gained(self._gain, self._seconds, self._plain, self._counted)
-        pays = gain * known.trust > (_SURE if known.new else 1.0)
-        compares = stays and pays and self._searching >= _FIRST and known.forgone <= 0
-        # After plain decoding what is known may be so no longer, and is tried, whatever it says.
-        rested = stays and self.held == 0 and not (known.new or self._compares)
-        looks = rested and known.debt <= 0
-        gives_up = stays and self.held > 0 and not (pays or self._tries)  # it may have been the machine: a short rest
-        self.held = best if looks or (pays and not rested and not compares) else 0
-        self._tries, known.new = looks or (known.new and pays), False
-        self._compares, self._gain = compares, gain
-        self._seconds, self._plain, self._counted, self._settling = 0.0, 0.0, 0, _SETTLING
-        left = _COMPARING if compares else _LOOKING if looks else _FIRST if self._tries or gives_up else HELD
-        self._load, self._left = load, left - 1
+        stays, self._load = abs(load - self._load) <= 1, load
+        if not stays:
+            self._duel = None
+        if self._duel:
+            pays = self._duel.turned()
+            if pays is not None:
+                known.decide(pays, self._duel)
+                self._duel = None
+        elif known.pays is None and gain < _SURE:
+            known.doubt()
+        elif known.pays is None or (stays and (known.forgone if known.pays else known.debt) <= 0):
+            self._duel = known.duel(best)
+        if self._duel:
+            self.held, self._left = self._duel.size, self._duel.iterations - 1
+        else:
+            self.held, self._left = best if known.pays else 0, HELD - 1
 
-    def spent(self, seconds: float, plain: float) -> None:
-        """An iteration took ``seconds``; its tokens would have taken plain decoding ``plain`` seconds."""
+    def spent(self, seconds: float, progress: float) -> None:
+        """An iteration took ``seconds`` for ``progress`` tokens a request."""
         if known := self._known.get(self._load):
-            self._settling -= 1
-            if self._settling < 0:
-                self._seconds, self._plain = self._seconds + seconds, self._plain + plain
-                self._counted += 1
-            lost = seconds - plain if self.held and self._tries else 0.0
-            forgone = (self._gain * known.trust - 1) * seconds if self._compares else 0.0
-            known.owe(lost - _LOST * seconds, forgone - _LOST * seconds)
+            if self._duel:
+                self._duel.spent(seconds, progress)
+            else:
+                known.owe(-_LOST * seconds, -_LOST * seconds)
 
     def observe(self, probability: np.ndarray, requests: int, drafting: float | None) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it;

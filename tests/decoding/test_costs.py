@@ -272,3 +272,16 @@ def test_a_size_that_does_not_last_is_charged_there_and_back():
         verify(16)
     verify(8)
     assert charged(16) < 0.2
+
+
+def test_sizes_not_seen_do_not_drift_from_those_that_are():
+    """Two sizes take turns on a machine that changes its speed: what a third would take goes with them."""
+    sizes, seconds = [1, 8, 12, 16, 32], np.array([10.0, 11.0, 12.0, 13.0, 17.0])
+    curve = Curve(sizes, seconds, reach=NEAR, knee=8)
+    rng, factor = np.random.default_rng(3), 1.0
+    for turn in range(400):
+        if rng.random() < 0.3:
+            factor = 3.0 - factor
+        for _ in range(6):
+            curve.observe((8, 12)[turn % 2], 0, factor * float(seconds[1 + turn % 2]))
+        assert 0.4 < curve(32) / curve(8) / (17 / 11) < 2.5

@@ -8,6 +8,8 @@ from machines import Server, linear
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import NEAR, Costs, Curve
+from echo_trt.decoding.duel import HELD as HELD_FOR
+from echo_trt.decoding.duel import PLAIN
 from echo_trt.decoding.goodput import Goodput, Load, Verifications
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.sizes import HELD, Sizes, load_of
@@ -22,10 +24,13 @@ def costs_of(target: Curve, change: float = 4.0, granule: int = 4, draft: float 
 
 def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, drafting: float = 1.0) -> list[int | None]:
     """What is held over some hundred searches, each of which finds these candidates."""
-    nodes = []
+    nodes, best = [], np.sort(probability)[::-1]
     for _ in range(8 * HELD):
-        nodes.append(sizes.nodes(requests, 0, costs, 0.0, FORESEEN))
+        held = sizes.nodes(requests, 0, costs, 0.0, FORESEEN)
+        nodes.append(held)
         sizes.observe(probability, requests, drafting)
+        if held is not None:
+            sizes.spent(costs.target(requests + held) + drafting * (held > 0), 1 + best[:held].sum() / requests)
     return nodes
 
 
@@ -41,7 +46,7 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
         return (requests + drafted) / costs.target(size)
 
     allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
-    assert rate(chosen) > 0.97 * max(rate(size) for size in allowed)
+    assert rate(chosen) > 0.93 * max(rate(size) for size in allowed)
 
 
 def test_nothing_is_held_where_another_size_costs_nothing():
@@ -51,7 +56,9 @@ def test_nothing_is_held_where_another_size_costs_nothing():
 @pytest.mark.parametrize(("each", "pays"), [(0.2, True), (9.0, False)])
 def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays):
     sizes, costs = Sizes(), costs_of(linear(10.0, each))
-    nodes = sizes.nodes(4, 0, costs, 0.0, FORESEEN)
+    told_of = [sizes.nodes(4, 0, costs, 0.0, FORESEEN) for _ in range(PLAIN + HELD_FOR)]
+    nodes = max(told_of)
+    assert told_of == [0] * PLAIN + [nodes] * HELD_FOR
     assert (nodes > 0) == pays
     if pays:
         brought = FORESEEN.best(np.array([nodes]), 4)[0]
@@ -125,7 +132,7 @@ def test_what_looking_loses_it_earns_before_it_looks_again(lost):
         seconds.append((plain * (1 + lost) if speculates else plain, plain))
         if speculates:
             sizes.observe(np.full(8, 0.1), 4, 1.0)
-        sizes.spent(*seconds[-1])
+        sizes.spent(seconds[-1][0], 1.0)
     taken, plain = np.array(seconds).sum(axis=0)
     assert trials > 3
     assert taken - plain < 0.012 * taken or trials < plain / 30 + 2
@@ -160,7 +167,7 @@ def test_where_changes_cost_a_planner_keeps_to_one_size():
         sizes = -(-np.array(server.sizes) // 4)
         changes[change] = np.mean(sizes[1:] != sizes[:-1])
     assert changes[0.0] > 0.1
-    assert changes[6.0] < 0.04  # comparisons with plain decoding among them
+    assert changes[6.0] < 0.06  # duels with plain decoding among them
 
 
 def _load(count: int) -> Load:
@@ -179,7 +186,7 @@ def test_where_no_size_pays_looking_costs_a_hundredth(count):
     server = held(linear(0.01, 3e-3), [0.1, 0.05, 0.02], count)
     server.run(200)
     server.run(4000)
-    assert server.drafts > 10
+    assert server.drafts > 4
     assert server.rate > 0.985 * count / server.target(count)
 
 
