@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 
-PLAIN, HELD = 5, 9  # iterations of a turn
+PLAIN, HELD = 5, 9  # iterations of a turn, those with prompts apart
 _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another size, and drafts that catch up
+_LONGEST = 4  # times as many iterations, all of them, end a turn that prompts leave no rest
 _MOST = 6  # turns of the size after which there is a verdict
 _DEVIATION, _UNKNOWN = 0.1, 0.2  # of one turn's log gain, at least; and as long as there is one alone
 _OUTLIER = 0.3  # a turn that seems to have gained or lost e^0.3 more than the median tells no more than that
@@ -20,8 +21,7 @@ _PAYS, _LOSES, _LIKELY = 1.5, 0.5, 0.75  # deviations of the mean that settle it
 
 
 class Duel:
-    """Plain decoding has the first turn and the last one. ``size``: of this turn's verifications, 0 for plain ones;
-    ``iterations``: how many there are, unless it is ``hopeless`` before."""
+    """Plain decoding has the first turn and the last one. ``size``: of this turn's verifications, 0 for plain ones."""
 
     def __init__(self, size: int, gain: float = 0.0, weight: float = 0.0) -> None:
         """``gain``: what earlier duels have shown, as below, worth ``weight`` turns."""
@@ -33,16 +33,22 @@ class Duel:
 
     def _begin(self) -> None:
         self._turns.append(np.zeros((2, 2)))  # seconds, tokens a request: of all iterations, and of those that count
-        self.hopeless = False
-        self.iterations, self._skipped = (HELD, _SETTLING) if self.size else (PLAIN, _CHANGED)
+        self._left, self._skipped = (HELD, _SETTLING) if self.size else (PLAIN, _CHANGED)
+        self._longest = _LONGEST * self._left
+
+    def over(self) -> bool:
+        """To be asked before every iteration: whether the turn has had its iterations, or is without hope."""
+        self._longest -= 1
+        return self._left <= 0 or self._longest < 0
 
     def spent(self, seconds: float, progress: float) -> None:
-        """An iteration of this turn took ``seconds`` for ``progress`` tokens a request."""
-        self._skipped -= 1
+        """An iteration of this turn, without prompts, took ``seconds`` for ``progress`` tokens a request."""
+        self._left, self._skipped = self._left - 1, self._skipped - 1
         self._turns[-1] += np.array([seconds, progress]) * np.array([[1], [self._skipped < 0]])
         if self.size and self._skipped <= -_SEEN:
             (plain, before), (taken, tokens) = self._turns[-2][1], self._turns[-1][1]
-            self.hopeless = tokens * plain < _HOPELESS * before * taken
+            if tokens * plain < _HOPELESS * before * taken:
+                self._left = 0
 
     def turned(self) -> bool | None:
         """The turn is over. Whether the size pays; None: not known yet, and the next turn begins."""

@@ -124,8 +124,8 @@ class Sizes:
         load = load_of(requests)
         if load not in self._known:
             self._known[load] = _Known(requests, costs, foreseen)
-        cut = self._duel is not None and self._duel.hopeless
-        if self._left < 0 or cut or abs(load - self._load) > 1:
+        over = self._duel.over() if self._duel else self._left < 0
+        if over or abs(load - self._load) > 1:
             self._choose(load, requests, context, costs, host)
         return max(self.held - requests, 0)
 
@@ -144,10 +144,8 @@ class Sizes:
             known.doubt()
         elif known.pays is None or (stays and (known.forgone if known.pays else known.debt) <= 0):
             self._duel = known.duel(best)
-        if self._duel:
-            self.held, self._left = self._duel.size, self._duel.iterations - 1
-        else:
-            self.held, self._left = best if known.pays else 0, HELD - 1
+        self.held = self._duel.size if self._duel else best if known.pays else 0
+        self._left = HELD - 1
 
     def spent(self, seconds: float, progress: float) -> None:
         """An iteration took ``seconds`` for ``progress`` tokens a request."""

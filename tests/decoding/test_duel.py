@@ -15,13 +15,11 @@ def fought(duel: Duel, gain: float, speed: Callable[[float], float], progress: f
     """The verdict, and the seconds until then: plain iterations take a second at speed 1. ``gain``: the size's rate."""
     now = 0.0
     while True:
-        for _ in range(duel.iterations):
+        while not duel.over():
             tokens, seconds = (progress, progress / gain) if duel.size else (1.0, 1.0)
             seconds /= speed(now)
             now += seconds
             duel.spent(seconds, tokens)
-            if duel.hopeless:
-                break
         verdict = duel.turned()
         if verdict is not None:
             return verdict, now
@@ -43,8 +41,8 @@ def test_the_clearer_the_sooner():
 def test_turns_are_plain_first_and_last():
     duel, sizes = Duel(12), []
     while True:
-        sizes += [duel.size] * duel.iterations
-        for _ in range(duel.iterations):
+        while not duel.over():
+            sizes.append(duel.size)
             duel.spent(1.0, 1.05 if duel.size else 1.0)
         if duel.turned() is not None:
             break
@@ -56,8 +54,9 @@ def test_the_first_iterations_of_a_turn_do_not_count():
     """The drafts catch up, which does not happen again while the size is held."""
     duel = Duel(16)
     while True:
-        for place in range(duel.iterations):
-            duel.spent(20.0 if place == 0 else 1.0, 1.5 if duel.size else 1.0)
+        duel.spent(20.0, 1.0)
+        while not duel.over():
+            duel.spent(1.0, 1.5 if duel.size else 1.0)
         pays = duel.turned()
         if pays is not None:
             break
@@ -74,6 +73,20 @@ def test_a_machine_that_changes_its_speed_favours_neither(gain, lasts, right):
         ends = np.cumsum(np.random.default_rng(seed).exponential(lasts, 400))
         verdicts.append(fought(Duel(16), gain, lambda now, ends=ends: 1 + np.searchsorted(ends, now) % 2)[0])
     assert np.mean(np.array(verdicts) == (gain > 1)) >= right
+
+
+def test_iterations_with_prompts_make_a_turn_longer_up_to_a_bound():
+    """They are not counted: they took the prompts' time."""
+    asked = {}
+    for every in (1, 2, 1000):
+        duel, asked[every] = Duel(16), 0
+        while not duel.over():
+            if asked[every] % every == 0:
+                duel.spent(1.0, 1.0)
+            asked[every] += 1
+    assert asked[1] == PLAIN
+    assert asked[2] == 2 * PLAIN - 1
+    assert asked[1000] == 4 * PLAIN
 
 
 @pytest.mark.parametrize("progress", [0.0, 1.0])
@@ -93,7 +106,7 @@ def test_what_earlier_duels_have_shown_outweighs_one_bad_turn():
     def first_turns(duel: Duel) -> bool | None:
         for size, seconds in ((0, 1.0), (16, 1.2), (0, 1.0)):
             assert duel.size == size
-            for _ in range(duel.iterations):
+            while not duel.over():
                 duel.spent(seconds, 1.0)
             verdict = duel.turned()
         return verdict

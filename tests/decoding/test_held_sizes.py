@@ -56,7 +56,10 @@ def test_nothing_is_held_where_another_size_costs_nothing():
 @pytest.mark.parametrize(("each", "pays"), [(0.2, True), (9.0, False)])
 def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays):
     sizes, costs = Sizes(), costs_of(linear(10.0, each))
-    told_of = [sizes.nodes(4, 0, costs, 0.0, FORESEEN) for _ in range(PLAIN + HELD_FOR)]
+    told_of = []
+    for _ in range(PLAIN + HELD_FOR):
+        told_of.append(sizes.nodes(4, 0, costs, 0.0, FORESEEN))
+        sizes.spent(1.0, 1.0)
     nodes = max(told_of)
     assert told_of == [0] * PLAIN + [nodes] * HELD_FOR
     assert (nodes > 0) == pays
