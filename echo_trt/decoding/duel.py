@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-PLAIN, HELD = 5, 9  # iterations of a turn, those with prompts apart
+PLAIN_TURN, HELD_TURN = 5, 9  # iterations of a turn, those with prompts apart
 _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another size, and drafts that catch up
 _LONGEST = 4  # times as many iterations, all of them, end a turn that prompts leave no rest
 _MOST = 6  # turns of the size after which there is a verdict
@@ -33,7 +33,7 @@ class Duel:
 
     def _begin(self) -> None:
         self._turns.append(np.zeros((2, 2)))  # seconds, tokens a request: of all iterations, and of those that count
-        self._left, self._skipped = (HELD, _SETTLING) if self.size else (PLAIN, _CHANGED)
+        self._left, self._skipped = (HELD_TURN, _SETTLING) if self.size else (PLAIN_TURN, _CHANGED)
         self._longest = _LONGEST * self._left
 
     def over(self) -> bool:

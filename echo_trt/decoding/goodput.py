@@ -234,7 +234,7 @@ class Goodput(Planner):
         expected = plan.probability.sum()
         self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
         if load.others == 0 and len(load.slots):
-            self.sizes.spent(seconds, expected / len(load.slots))  # of what is accepted there is little to count
+            self.sizes.spent(seconds, expected / len(load.slots))  # expected: too few are accepted in a turn to count
         if self._found is not None:
             drafting = None if self._caught_up else self._drafting  # with prompts and rests drafts catch up once
             self.sizes.observe(self._found, len(load.slots), drafting)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from echo_trt.decoding.duel import HELD, PLAIN, Duel
+from echo_trt.decoding.duel import HELD_TURN, PLAIN_TURN, Duel
 
 
 def fought(duel: Duel, gain: float, speed: Callable[[float], float], progress: float = 2.0) -> tuple[bool, float]:
@@ -46,8 +46,8 @@ def test_turns_are_plain_first_and_last():
             duel.spent(1.0, 1.05 if duel.size else 1.0)
         if duel.turned() is not None:
             break
-    assert sizes[: PLAIN + HELD + PLAIN] == [0] * PLAIN + [12] * HELD + [0] * PLAIN
-    assert sizes[-PLAIN:] == [0] * PLAIN
+    assert sizes[: PLAIN_TURN + HELD_TURN + PLAIN_TURN] == [0] * PLAIN_TURN + [12] * HELD_TURN + [0] * PLAIN_TURN
+    assert sizes[-PLAIN_TURN:] == [0] * PLAIN_TURN
 
 
 def test_the_first_iterations_of_a_turn_do_not_count():
@@ -84,9 +84,9 @@ def test_iterations_with_prompts_make_a_turn_longer_up_to_a_bound():
             if asked[every] % every == 0:
                 duel.spent(1.0, 1.0)
             asked[every] += 1
-    assert asked[1] == PLAIN
-    assert asked[2] == 2 * PLAIN - 1
-    assert asked[1000] == 4 * PLAIN
+    assert asked[1] == PLAIN_TURN
+    assert asked[2] == 2 * PLAIN_TURN - 1
+    assert asked[1000] == 4 * PLAIN_TURN
 
 
 @pytest.mark.parametrize("progress", [0.0, 1.0])
@@ -117,8 +117,8 @@ def test_what_earlier_duels_have_shown_outweighs_one_bad_turn():
 
 def test_a_turn_without_hope_is_cut_short():
     took = {gain: fought(Duel(16), gain, lambda now: 1.0, progress=1.0)[1] for gain in (0.5, 0.85)}
-    assert took[0.5] == 2 * PLAIN + 5 / 0.5  # three that do not count, and two that show it
-    assert took[0.85] == pytest.approx(2 * PLAIN + HELD / 0.85)
+    assert took[0.5] == 2 * PLAIN_TURN + 5 / 0.5  # three that do not count, and two that show it
+    assert took[0.85] == pytest.approx(2 * PLAIN_TURN + HELD_TURN / 0.85)
 
 
 @pytest.mark.parametrize("gain", [0.85, 2.0])
@@ -126,7 +126,10 @@ def test_it_knows_what_it_has_cost(gain):
     duel = Duel(16)
     _, took = fought(duel, gain, lambda now: 1.0)
     lost, forgone = duel.losses()
-    plain, held = PLAIN * 2, HELD * 2.0 / gain  # seconds of the turns of a duel that one turn of the size decides
+    plain, held = (
+        PLAIN_TURN * 2,
+        HELD_TURN * 2.0 / gain,
+    )  # one turn of the size decides
     assert took == pytest.approx(plain + held)
-    assert lost == pytest.approx(held - HELD * 2.0)
+    assert lost == pytest.approx(held - HELD_TURN * 2.0)
     assert forgone == pytest.approx(plain - plain / gain)

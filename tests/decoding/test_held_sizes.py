@@ -8,8 +8,7 @@ from machines import Server, linear
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import NEAR, Costs, Curve
-from echo_trt.decoding.duel import HELD as HELD_FOR
-from echo_trt.decoding.duel import PLAIN
+from echo_trt.decoding.duel import HELD_TURN, PLAIN_TURN
 from echo_trt.decoding.goodput import Goodput, Load, Verifications
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.sizes import HELD, Sizes, load_of
@@ -57,11 +56,11 @@ def test_nothing_is_held_where_another_size_costs_nothing():
 def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays):
     sizes, costs = Sizes(), costs_of(linear(10.0, each))
     told_of = []
-    for _ in range(PLAIN + HELD_FOR):
+    for _ in range(PLAIN_TURN + HELD_TURN):
         told_of.append(sizes.nodes(4, 0, costs, 0.0, FORESEEN))
         sizes.spent(1.0, 1.0)
     nodes = max(told_of)
-    assert told_of == [0] * PLAIN + [nodes] * HELD_FOR
+    assert told_of == [0] * PLAIN_TURN + [nodes] * HELD_TURN
     assert (nodes > 0) == pays
     if pays:
         brought = FORESEEN.best(np.array([nodes]), 4)[0]
