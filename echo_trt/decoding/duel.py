@@ -15,19 +15,22 @@ _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another siz
 _LONGEST = 4  # times as many iterations, all of them, end a turn that prompts leave no rest
 _MOST = 6  # turns of the size after which there is a verdict
 _DEVIATION, _UNKNOWN = 0.1, 0.2  # of one turn's log gain, at least; and as long as there is one alone
+_TEXTS = 0.4  # the same where there is one request, whose text may be easy or hard
 _OUTLIER = 0.3  # a turn that seems to have gained or lost e^0.3 more than the median tells no more than that
-_HOPELESS, _SEEN = 0.8, 2  # of plain decoding's rate, after so many iterations: such a turn is cut short
+_HOPELESS, _SEEN = 0.8, 2  # of plain decoding's rate or a deviation less, after so many iterations: cut short
 _PAYS, _LOSES, _LIKELY = 1.5, 0.5, 0.75  # deviations of the mean that settle it, and that do after the last turn
 
 
 class Duel:
     """Plain decoding has the first turn and the last one. ``size``: of this turn's verifications, 0 for plain ones."""
 
-    def __init__(self, size: int, gain: float = 0.0, weight: float = 0.0) -> None:
-        """``gain``: what earlier duels have shown, as below, worth ``weight`` turns."""
+    def __init__(self, size: int, requests: int, gain: float = 0.0, weight: float = 0.0) -> None:
+        """``gain``: what earlier duels have shown, or the calibration foresees, as below, worth ``weight`` turns."""
         self.size = 0
         self.gain, self.weight = gain, weight  # log of how many times plain decoding's rate the size has
         self._tried, self._known = size, (gain, weight)
+        self._texts = _TEXTS / math.sqrt(requests)
+        self._hopeless = _HOPELESS * math.exp(-self._texts)
         self._turns: list[np.ndarray] = []
         self._begin()
 
@@ -47,7 +50,7 @@ class Duel:
         self._turns[-1] += np.array([seconds, progress]) * np.array([[1], [self._skipped < 0]])
         if self.size and self._skipped <= -_SEEN:
             (plain, before), (taken, tokens) = self._turns[-2][1], self._turns[-1][1]
-            if tokens * plain < _HOPELESS * before * taken:
+            if tokens * plain < self._hopeless * before * taken:
                 self._left = 0
 
     def turned(self) -> bool | None:
@@ -67,8 +70,8 @@ class Duel:
         self.weight = weight + len(gains)
         bounded = np.clip(gains, middle - _OUTLIER, middle + _OUTLIER)
         self.gain = float(bounded.sum() + known * weight) / self.weight
-        usual = max(float(gains.std()), _DEVIATION) if len(gains) > 1 else _UNKNOWN
-        deviation = usual / math.sqrt(self.weight)
+        least = math.hypot(_DEVIATION if len(gains) > 1 else _UNKNOWN, self._texts)
+        deviation = max(float(gains.std()), least) / math.sqrt(self.weight)
         if self.gain > _PAYS * deviation or self.gain < -_LOSES * deviation or last:
             return self.gain > _LIKELY * deviation
         return None

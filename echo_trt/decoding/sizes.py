@@ -19,7 +19,7 @@ from echo_trt.decoding.duel import Duel
 HELD = 72  # iterations for which a size is kept, or plain decoding
 _LOST = 0.01  # of the time, what duels may cost
 _RESTS = (7.5, 15.0, 30.0)  # seconds before another duel, at least: after one defeat, two, more; never longer
-_REMEMBERED = 4.0  # turns that what earlier duels have shown is worth
+_REMEMBERED, _PROMISED = 4.0, 1.0  # turns that what earlier duels have shown is worth, and what is foreseen at first
 _LIKE = 1.5  # times a size or a fraction of it: one that what is known of it holds for
 _BETTER = 1.05  # times the rate of the size that is held, what another one must be foreseen to have
 _MOST = 64  # sizes beyond the requests that are considered, multiples of the granule
@@ -40,6 +40,7 @@ class _Known:
         self.sizes = np.arange(costs.granule, most + 1, costs.granule)
         nodes = np.maximum(self.sizes - requests, 0)
         levels = _LEVELS * np.log2(1 + nodes / requests)
+        self._requests = requests
         self._usual = (nodes > 0) * costs.cold + levels * costs.draft(2 * requests)
         self.brought, self.drafting = foreseen.best(nodes, requests), self._usual.copy()
         self.searches = 0
@@ -70,7 +71,11 @@ class _Known:
         """``size`` against plain decoding, with what is known of one like it."""
         like = 1 / _LIKE < size / max(self.size, 1) < _LIKE
         self.size = size
-        return Duel(size, self.gain, self.weight * like)
+        return Duel(size, self._requests, self.gain, self.weight * like)
+
+    def promised(self, size: int, gain: float) -> None:
+        """``size`` is foreseen to have ``gain`` times plain decoding's rate, and no duel has told."""
+        self.gain, self.weight, self.size = math.log(gain), _PROMISED, size
 
     def decide(self, pays: bool, duel: Duel) -> None:
         """``duel`` is over."""
@@ -86,6 +91,7 @@ class _Known:
 
     def _defeated(self) -> float:
         self.defeats += 1
+        self._best = 0  # no longer held, so that it needs no better one to make room
         return _LOST * _RESTS[min(self.defeats, len(_RESTS)) - 1]
 
     def owe(self, lost: float, forgone: float) -> None:
@@ -142,7 +148,10 @@ class Sizes:
                 self._duel = None
         elif known.pays is None and gain < _SURE:
             known.doubt()
-        elif known.pays is None or (stays and (known.forgone if known.pays else known.debt) <= 0):
+        elif known.pays is None:
+            known.promised(best, gain)
+            self._duel = known.duel(best)
+        elif stays and (known.forgone if known.pays else known.debt) <= 0:
             self._duel = known.duel(best)
         self.held = self._duel.size if self._duel else best if known.pays else 0
         self._left = HELD - 1

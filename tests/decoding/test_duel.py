@@ -10,6 +10,8 @@ import pytest
 
 from echo_trt.decoding.duel import HELD_TURN, PLAIN_TURN, Duel
 
+MANY = 400  # requests, whose texts are easy and hard alike
+
 
 def fought(duel: Duel, gain: float, speed: Callable[[float], float], progress: float = 2.0) -> tuple[bool, float]:
     """The verdict, and the seconds until then: plain iterations take a second at speed 1. ``gain``: the size's rate."""
@@ -27,19 +29,19 @@ def fought(duel: Duel, gain: float, speed: Callable[[float], float], progress: f
 
 @pytest.mark.parametrize("gain", [0.5, 0.8, 0.95, 1.08, 1.2, 2.0])
 def test_on_a_steady_machine_the_better_one_wins(gain):
-    duel = Duel(16)
+    duel = Duel(16, MANY)
     pays, _ = fought(duel, gain, lambda now: 1.0)
     assert pays == (gain > 1)
     assert math.exp(duel.gain) == pytest.approx(gain)
 
 
 def test_the_clearer_the_sooner():
-    took = [fought(Duel(16), gain, lambda now: 1.0)[1] for gain in (1.05, 2.0)]
+    took = [fought(Duel(16, MANY), gain, lambda now: 1.0)[1] for gain in (1.05, 2.0)]
     assert took[1] < took[0] / 3
 
 
 def test_turns_are_plain_first_and_last():
-    duel, sizes = Duel(12), []
+    duel, sizes = Duel(12, MANY), []
     while True:
         while not duel.over():
             sizes.append(duel.size)
@@ -52,7 +54,7 @@ def test_turns_are_plain_first_and_last():
 
 def test_the_first_iterations_of_a_turn_do_not_count():
     """The drafts catch up, which does not happen again while the size is held."""
-    duel = Duel(16)
+    duel = Duel(16, MANY)
     while True:
         duel.spent(20.0, 1.0)
         while not duel.over():
@@ -71,7 +73,7 @@ def test_a_machine_that_changes_its_speed_favours_neither(gain, lasts, right):
     verdicts = []
     for seed in range(60):
         ends = np.cumsum(np.random.default_rng(seed).exponential(lasts, 400))
-        verdicts.append(fought(Duel(16), gain, lambda now, ends=ends: 1 + np.searchsorted(ends, now) % 2)[0])
+        verdicts.append(fought(Duel(16, MANY), gain, lambda now, ends=ends: 1 + np.searchsorted(ends, now) % 2)[0])
     assert np.mean(np.array(verdicts) == (gain > 1)) >= right
 
 
@@ -79,7 +81,7 @@ def test_iterations_with_prompts_make_a_turn_longer_up_to_a_bound():
     """They are not counted: they took the prompts' time."""
     asked = {}
     for every in (1, 2, 1000):
-        duel, asked[every] = Duel(16), 0
+        duel, asked[every] = Duel(16, MANY), 0
         while not duel.over():
             if asked[every] % every == 0:
                 duel.spent(1.0, 1.0)
@@ -92,7 +94,7 @@ def test_iterations_with_prompts_make_a_turn_longer_up_to_a_bound():
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 def test_a_turn_of_prompts_alone_tells_nothing(progress):
     for known in (-0.2, 0.2):
-        duel, turns = Duel(16, known, 3.0), 0
+        duel, turns = Duel(16, MANY, known, 3.0), 0
         while (verdict := duel.turned()) is None:
             turns += 1
             if progress and duel.size == 0:
@@ -111,19 +113,19 @@ def test_what_earlier_duels_have_shown_outweighs_one_bad_turn():
             verdict = duel.turned()
         return verdict
 
-    assert first_turns(Duel(16)) is False
-    assert first_turns(Duel(16, 0.3, 4.0)) is True
+    assert first_turns(Duel(16, MANY)) is False
+    assert first_turns(Duel(16, MANY, 0.3, 4.0)) is True
 
 
 def test_a_turn_without_hope_is_cut_short():
-    took = {gain: fought(Duel(16), gain, lambda now: 1.0, progress=1.0)[1] for gain in (0.5, 0.85)}
+    took = {gain: fought(Duel(16, MANY), gain, lambda now: 1.0, progress=1.0)[1] for gain in (0.5, 0.85)}
     assert took[0.5] == 2 * PLAIN_TURN + 5 / 0.5  # three that do not count, and two that show it
     assert took[0.85] == pytest.approx(2 * PLAIN_TURN + HELD_TURN / 0.85)
 
 
 @pytest.mark.parametrize("gain", [0.85, 2.0])
 def test_it_knows_what_it_has_cost(gain):
-    duel = Duel(16)
+    duel = Duel(16, MANY)
     _, took = fought(duel, gain, lambda now: 1.0)
     lost, forgone = duel.losses()
     plain, held = (
@@ -133,3 +135,19 @@ def test_it_knows_what_it_has_cost(gain):
     assert took == pytest.approx(plain + held)
     assert lost == pytest.approx(held - HELD_TURN * 2.0)
     assert forgone == pytest.approx(plain - plain / gain)
+
+
+@pytest.mark.parametrize("requests", [1, 2, 8])
+@pytest.mark.parametrize(("gain", "promised"), [(1.6, 1.6), (1.6, 1.2), (0.8, 1.0), (0.8, 1.2)])
+def test_a_hard_piece_of_a_text_does_not_decide(requests, gain, promised):
+    """A request's text is of one kind for some dozens of iterations: of one request alone a turn tells little."""
+    verdicts, rng = [], np.random.default_rng(0)
+    for _ in range(200):
+        duel, verdict = Duel(16, requests, math.log(promised), 1.0), None
+        while verdict is None:
+            text = math.exp(rng.normal(0.0, 0.37 / math.sqrt(requests)))
+            while not duel.over():
+                duel.spent(1.0, gain * text if duel.size else 1.0)
+            verdict = duel.turned()
+        verdicts.append(verdict)
+    assert np.mean(np.array(verdicts) == (gain > 1)) > (0.9 if gain > 1 else 0.75)

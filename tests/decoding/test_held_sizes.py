@@ -21,10 +21,12 @@ def costs_of(target: Curve, change: float = 4.0, granule: int = 4, draft: float 
     return Costs(target, linear(draft, 0.0), change=change, granule=granule)
 
 
-def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, drafting: float = 1.0) -> list[int | None]:
-    """What is held over some hundred searches, each of which finds these candidates."""
+def told(
+    sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, drafting: float = 1.0, searches: int = 8 * HELD
+) -> list[int | None]:
+    """What is held over ``searches``, each of which finds these candidates."""
     nodes, best = [], np.sort(probability)[::-1]
-    for _ in range(8 * HELD):
+    for _ in range(searches):
         held = sizes.nodes(requests, 0, costs, 0.0, FORESEEN)
         nodes.append(held)
         sizes.observe(probability, requests, drafting)
@@ -33,10 +35,10 @@ def told(sizes: Sizes, costs: Costs, requests: int, probability: np.ndarray, dra
     return nodes
 
 
-@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 9), st.floats(0.05, 2.0))
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=40), st.integers(1, 40), st.floats(0.05, 2.0))
 def test_the_size_that_is_held_would_have_brought_most_a_second(probability, requests, each):
     costs = costs_of(linear(10.0, each), draft=1e-6)
-    nodes = told(Sizes(), costs, requests, np.array(probability), drafting=1e-6)[-2 * HELD :]
+    nodes = told(Sizes(), costs, requests, np.array(probability), 1e-6, searches=24 * HELD)[-2 * HELD :]
     chosen = requests + max(set(nodes), key=nodes.count)  # now and then it looks whether plain decoding is still best
     best = np.sort(probability)[::-1]
 
@@ -45,7 +47,15 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
         return (requests + drafted) / costs.target(size)
 
     allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
-    assert rate(chosen) > 0.93 * max(rate(size) for size in allowed)
+    shown = 0.93 if requests >= 4 else 0.85  # what a few requests gain, duels may take for their texts being easy
+    assert rate(chosen) > shown * max(rate(size) for size in allowed)
+
+
+def test_a_size_that_has_lost_makes_room_for_a_better_one():
+    """12 tokens gain 2 %, 8 of them 7 %: what is held stays where others promise little more; what has lost is not."""
+    costs = costs_of(linear(10.0, 0.15), draft=1e-6)
+    nodes = told(Sizes(), costs, 4, np.array([0.1875, *[0.125] * 4]), 1e-6, searches=24 * HELD)[-2 * HELD :]
+    assert max(set(nodes), key=nodes.count) == 4
 
 
 def test_nothing_is_held_where_another_size_costs_nothing():
