@@ -25,7 +25,8 @@ class Duel:
     """Plain decoding has the first turn and the last one. ``size``: of this turn's verifications, 0 for plain ones."""
 
     def __init__(self, size: int, requests: int, gain: float = 0.0, weight: float = 0.0) -> None:
-        """``gain``: what earlier duels have shown, or the calibration foresees, as below, worth ``weight`` turns."""
+        """``gain``: what earlier duels have shown, or the calibration foresees, as below, worth ``weight`` turns at
+        first, and less with each turn: the last verdict is of this duel alone."""
         self.size = 0
         self.gain, self.weight = gain, weight  # log of how many times plain decoding's rate the size has
         self._tried, self._known = size, (gain, weight)
@@ -67,6 +68,7 @@ class Duel:
         if len(gains) == 0:
             return known > 0 if last else None
         middle = np.median(gains)
+        weight *= max(1 - len(gains) / _MOST, 0.0)
         self.weight = weight + len(gains)
         bounded = np.clip(gains, middle - _OUTLIER, middle + _OUTLIER)
         self.gain = float(bounded.sum() + known * weight) / self.weight
