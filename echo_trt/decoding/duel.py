@@ -26,7 +26,7 @@ class Duel:
 
     def __init__(self, size: int, requests: int, gain: float = 0.0, weight: float = 0.0) -> None:
         """``gain``: what earlier duels have shown, or the calibration foresees, as below, worth ``weight`` turns at
-        first, and less with each turn: the last verdict is of this duel alone."""
+        first, and less with each turn: the last verdict is of this duel alone. Of many ``requests`` turns tell more."""
         self.size = 0
         self.gain, self.weight = gain, weight  # log of how many times plain decoding's rate the size has
         self._tried, self._known = size, (gain, weight)
