@@ -51,7 +51,7 @@ def init(
     config = decoder.config
     ids = torch.arange(min(DRAFT_VOCAB, config.vocab_size))
     scale = torch.ones(3 * config.hidden_size)
-    raw = head_config(config, len(ids), weights_sha256(checkpoint.path))
+    raw = head_config(config, len(ids), weights_sha256(checkpoint.path), config.intermediate_size)
     save_head(warm_start(raw, decoder, ids, scale, 1), scale, out)
     console.print(f"{out}: build a recipe with it as draft.source.path, then generate", highlight=False, soft_wrap=True)
 
@@ -82,6 +82,9 @@ def train(
     draft_vocab: Annotated[
         int | None, typer.Option(help="how many of the target's tokens the head can draft; 8192, or those of --start")
     ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="of the head's MLP; the target's, or that of --start, which it may exceed")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
     loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
     unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
@@ -111,7 +114,7 @@ def train(
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
     begins_with = start if start and not resume else None
     earlier = load_eagle3(open_checkpoint(begins_with), max_length + unroll_steps, decoder) if begins_with else None
-    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, earlier, resume)
+    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, intermediate_size, earlier, resume)
     if earlier:
         start_from(trainer.head, earlier, trainer.scale)
     with _progress("training") as report:
@@ -126,6 +129,7 @@ def _trainer(
     recipe: Recipe,
     out: Path,
     draft_vocab: int | None,
+    intermediate: int | None,
     earlier: Eagle3Head | None,
     resume: bool,
 ) -> Trainer:
@@ -138,7 +142,13 @@ def _trainer(
         size = min(draft_vocab or DRAFT_VOCAB, target.config.vocab_size)
         target_ids = draft_vocabulary(corpus, target.config.vocab_size, size, always=target.config.eos_token_ids)
         scale = feature_scale(corpus)
-    config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path))
+    if state:
+        intermediate = state["head"]["mlp.down.weight"].shape[1]
+    least = earlier.config.intermediate_size if earlier else 1
+    intermediate = intermediate or (least if earlier else target.config.intermediate_size)
+    if intermediate < least:
+        raise UserError(f"--intermediate-size is {intermediate}, but --start has {least}; give as many or more.")
+    config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path), intermediate)
     positions = target.rotary.cos.shape[0]
     trainer = Trainer(warm_start(config, target, target_ids, scale, positions), target, scale, corpus, recipe, out)
     if state:

@@ -20,14 +20,14 @@ MASSIVE = 20.0  # a position whose features are so many times the median is an a
 SMALL = 0.02  # of the stream's size: what the features other than the highest bring before training
 
 
-def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str) -> Eagle3Config:
-    """A head of the target's own layer shape, over its default ``feature_layers``."""
+def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str, intermediate: int) -> Eagle3Config:
+    """A head of the target's layer shape but for its MLP's ``intermediate`` size, over default ``feature_layers``."""
     return Eagle3Config(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
+        intermediate_size=intermediate,
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
         head_dim=target.head_dim,
@@ -68,7 +68,7 @@ def warm_start(config: Eagle3Config, target: Decoder, target_ids: Tensor, scale:
     head.mlp_norm.weight.copy_(last.mlp_norm.weight)
     head.norm.weight.copy_(target.norm.weight)
     head.lm_head.weight.copy_(output_rows(target, target_ids))
-    if isinstance(last.mlp, MLP):
+    if isinstance(last.mlp, MLP) and last.mlp.down.weight.shape == head.mlp.down.weight.shape:
         head.mlp.load_state_dict(last.mlp.state_dict())
     head.target_ids = target_ids.clone()
     return head
@@ -76,11 +76,18 @@ def warm_start(config: Eagle3Config, target: Decoder, target_ids: Tensor, scale:
 
 @torch.no_grad()
 def start_from(head: Eagle3Head, earlier: Eagle3Head, scale: Tensor) -> None:
-    """Go on from an ``earlier`` head of the same shape. Tokens that are new to the draft vocabulary keep their rows."""
-    known = {
-        name: w for name, w in earlier.state_dict().items() if not name.startswith(("embed.", "lm_head.", "target_"))
-    }
+    """Go on from an ``earlier`` head of the same shape, or a smaller MLP: what that has not, begins without a say.
+
+    Tokens that are new to the draft vocabulary keep their rows.
+    """
+    other = ("embed.", "lm_head.", "target_", "mlp.")
+    known = {name: w for name, w in earlier.state_dict().items() if not name.startswith(other)}
     head.load_state_dict({**known, "fc.weight": known["fc.weight"] * scale}, strict=False)
+    units = earlier.config.intermediate_size
+    for mine, its in zip(head.mlp.gate_up.weight.chunk(2), earlier.mlp.gate_up.weight.chunk(2), strict=True):
+        mine[:units] = its
+    head.mlp.down.weight.zero_()
+    head.mlp.down.weight[:, :units] = earlier.mlp.down.weight
     row = {token: i for i, token in enumerate(earlier.target_ids.tolist())}
     pairs = [(i, row[token]) for i, token in enumerate(head.target_ids.tolist()) if token in row]
     mine, its = torch.tensor(pairs).T

@@ -17,6 +17,7 @@ from echo_trt.models.config import Eagle3Config
 from echo_trt.models.eagle3 import Eagle3Head
 
 STEP_DISCOUNT = 0.8  # a later step matters only where those before it were accepted
+ROWS = 32  # of logits that are worked on at once: they stay in the cache meanwhile
 
 
 class ChainAttention:
@@ -66,8 +67,32 @@ def chain_loss(head: Eagle3Head, batch: Batch, features: Tensor, target: Tensor,
     total, weights = features.new_zeros(()), 0.0
     for step, logits in enumerate(unroll(head, batch, features, steps)):
         ahead = batch.reaches(step)
-        logits = logits[: ahead.numel()].float()
-        surprise = logits.logsumexp(dim=-1) - (target[step:] * logits).sum(dim=-1)
+        surprise = Surprise.apply(logits[: ahead.numel()], target[step:])
         total = total + STEP_DISCOUNT**step * (surprise * ahead).sum() / ahead.sum().clamp(min=1)
         weights += STEP_DISCOUNT**step
     return total / weights
+
+
+class Surprise(torch.autograd.Function):
+    """Cross-entropy [R], float32, of ``logits`` [R, V] with the distributions ``target`` [R, V].
+
+    Its gradient is computed along the way, a few rows at a time: over a whole [R, V] each operation would go through
+    the memory, which takes longer than the matrix products of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        surprise, gradient = logits.new_empty(logits.shape[0], dtype=torch.float32), torch.empty_like(logits)
+        for begin in range(0, logits.shape[0], ROWS):
+            rows = slice(begin, begin + ROWS)
+            some = logits[rows].float()
+            total = some.logsumexp(dim=-1, keepdim=True)
+            surprise[rows] = total.squeeze(-1) - torch.linalg.vecdot(target[rows], some)
+            gradient[rows] = (some - total).exp_().sub_(target[rows])
+        ctx.save_for_backward(gradient)
+        return surprise
+
+    @staticmethod
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[:, None].to(gradient.dtype), None

@@ -1,4 +1,4 @@
-"""Head training's first half: a bundle's target answers prompts, and what a head learns from is written down."""
+"""Head training: a bundle's target answers prompts, what a head learns from is written down, and a head learns it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,30 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from pairs import recipe_of
+from safetensors.torch import load_file
 
 from echo_trt.compile.build import build
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_eagle3.py"
 
 
-def run(*words: object) -> None:
-    subprocess.run(list(map(str, (sys.executable, SCRIPT, *words))), check=True, capture_output=True, timeout=120)
+def run(*words: object) -> str:
+    done = subprocess.run(
+        list(map(str, (sys.executable, SCRIPT, *words))), check=True, capture_output=True, timeout=120
+    )
+    return done.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def shards(bundle_of, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(60)))
+    run("generate", bundle_of("eagle3"), "--prompts", prompts, "--data", folder / "data", "--max-tokens", 12)
+    return folder / "data"
 
 
 def test_a_target_without_a_head_begins_with_an_untrained_one(networks, tmp_path):
@@ -41,3 +56,49 @@ def test_answers_are_written_with_the_features_of_their_tokens(bundle_of, tmp_pa
         assert (shard["lengths"] > shard["prompt_lengths"]).all()
         assert shard["lengths"].sum() == len(shard["tokens"]) == len(features)
         assert np.any(features, axis=1).mean() > 0.8  # all but each answer's last token
+
+
+def test_a_head_is_trained_and_goes_on_as_a_larger_one_that_says_the_same(networks, shards, tmp_path):
+    words = ["train", "--target", networks / "target", "--data", shards, "--loss-rows", 40]
+    told = run(*words, "--draft-vocab", 150, "--minutes", 0.1, "--out", tmp_path / "first")
+    assert "held out: top-1" in told
+    start = ["--start", tmp_path / "first", "--intermediate-size", 160]
+    untrained = run(*words, *start, "--minutes", 1e-9, "--out", tmp_path / "larger")
+    assert told.split("held out")[-1] == untrained.split("held out")[-1]
+    first, larger = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "larger"))
+    assert len(first["midlayer.mlp.up_proj.weight"]) == 96
+    assert len(larger["midlayer.mlp.up_proj.weight"]) == 160
+    assert not larger["midlayer.mlp.down_proj.weight"][:, 96:].any()
+    run(*words, *start, "--minutes", 0.05, "--out", tmp_path / "trained")
+    trained = load_file(tmp_path / "trained" / "model.safetensors")
+    assert trained["midlayer.mlp.down_proj.weight"][:, 96:].any()
+    draft = {"kind": "eagle3", "source": {"path": str(tmp_path / "trained")}}
+    build(recipe_of("eagle3", networks, draft=draft), networks, tmp_path / "bundle")
+
+
+def test_a_head_does_not_shrink(networks, shards, tmp_path):
+    words = ["train", "--target", networks / "target", "--data", shards, "--minutes", 0.001]
+    run(*words, "--draft-vocab", 150, "--out", tmp_path / "first")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run(*words, "--start", tmp_path / "first", "--intermediate-size", 64, "--out", tmp_path / "smaller")
+    told = refused.value.stdout.decode()
+    assert refused.value.returncode == 2
+    assert "--intermediate-size is 64, but --start has 96; give as many or more" in told
+
+
+def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from eagle3_training.unroll import ROWS, Surprise
+
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2 * ROWS + 5, 50)).requires_grad_()
+    target, weight = torch.randn(len(logits), 50).softmax(dim=-1), torch.rand(len(logits))
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    (right,) = torch.autograd.grad((weight * expected).sum(), logits)
+    surprise = Surprise.apply(logits, target)
+    torch.testing.assert_close(surprise, expected)
+    (gradient,) = torch.autograd.grad((weight * surprise).sum(), logits)
+    torch.testing.assert_close(gradient, right)
+    short = logits.detach().bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad((weight * Surprise.apply(short, target)).sum(), short)
+    torch.testing.assert_close(gradient.float(), right, atol=0.01, rtol=0.05)
