@@ -83,7 +83,7 @@ def train(
         int | None, typer.Option(help="how many of the target's tokens the head can draft; 8192, or those of --start")
     ] = None,
     intermediate_size: Annotated[
-        int | None, typer.Option(help="of the head's MLP; the target's, or that of --start, which it may exceed")
+        int | None, typer.Option(min=1, help="of the head's MLP; the target's, or that of --start, which it may exceed")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
     loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
@@ -144,10 +144,10 @@ def _trainer(
         scale = feature_scale(corpus)
     if state:
         intermediate = state["head"]["mlp.down.weight"].shape[1]
-    least = earlier.config.intermediate_size if earlier else 1
-    intermediate = intermediate or (least if earlier else target.config.intermediate_size)
-    if intermediate < least:
-        raise UserError(f"--intermediate-size is {intermediate}, but --start has {least}; give as many or more.")
+    usual = (earlier or target).config.intermediate_size
+    intermediate = intermediate or usual
+    if earlier and intermediate < usual:
+        raise UserError(f"--intermediate-size is {intermediate}, but --start has {usual}; give as many or more.")
     config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path), intermediate)
     positions = target.rotary.cos.shape[0]
     trainer = Trainer(warm_start(config, target, target_ids, scale, positions), target, scale, corpus, recipe, out)
@@ -181,12 +181,10 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
 
 def main() -> None:
     try:
-        app(standalone_mode=False)
+        app()
     except UserError as error:
         console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except typer.Abort:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

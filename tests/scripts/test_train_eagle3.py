@@ -86,6 +86,15 @@ def test_a_head_does_not_shrink(networks, shards, tmp_path):
     assert "--intermediate-size is 64, but --start has 96; give as many or more" in told
 
 
+@pytest.mark.parametrize("wrong", [["--intermediate-size", "0"], ["--minutes", "soon"], []])
+def test_a_wrong_option_is_a_sentence(wrong):
+    done = subprocess.run([sys.executable, SCRIPT, "train", *wrong], capture_output=True, text=True, timeout=120)
+    told = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in told
+    assert (wrong[0] if wrong else "--target") in told
+
+
 def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)
     from eagle3_training.unroll import ROWS, Surprise
