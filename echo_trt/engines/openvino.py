@@ -14,7 +14,8 @@ from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
 
 GRANULE = 4  # tokens: a verification takes as long as one of the next multiple
-PREPARED_TARGET, PREPARED_DRAFT = 32, 16  # tokens up to which kernels of passes are prepared at the start
+PREPARED = 32  # tokens up to which kernels of passes are prepared at the start
+CATCH_UP = 16  # tokens: beyond those, a draft's passes are filled up to the next multiple
 PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
@@ -42,9 +43,7 @@ class OpenVINOEngine:
         self._bound = {name: self._request.get_tensor(name) for name in self._inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         widths = {i.get_any_name(): i.partial_shape[1] for i in compiled.inputs if len(i.partial_shape) == 2}
-        self._prepare(
-            {name: width.get_length() for name, width in widths.items()}, PREPARED_TARGET if target else PREPARED_DRAFT
-        )
+        self._prepare({name: width.get_length() for name, width in widths.items()})
 
     def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:
         caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
@@ -60,10 +59,10 @@ class OpenVINOEngine:
             self._request.set_tensor(node.get_any_name(), tensor)
         return pool
 
-    def _prepare(self, widths: dict[str, int], most: int) -> None:
+    def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of each usual size: its first takes 2 to 10 ms more. ``widths``: of a head's inputs, by name."""
         begin = time.perf_counter()
-        for count in range(self.granule, most + 1, self.granule):
+        for count in range(self.granule, PREPARED + 1, self.granule):
             if time.perf_counter() - begin > PREPARING:
                 return
             for given in widths or [""]:  # a head reads features, or where it goes on from a drafted token, its state
@@ -80,6 +79,9 @@ class OpenVINOEngine:
             call = as_lanes(call, unmasked=drafts)
         if verifies or len(call.token_ids) < self.least:
             call = rounded(call, self.granule if verifies else self.least, self.num_blocks)
+        elif drafts and len(call.token_ids) > PREPARED:
+            inputs = _longer(inputs, -len(call.token_ids) % CATCH_UP)
+            call = rounded(call, CATCH_UP, self.num_blocks, rows_too=False)
         for name in self._inputs:
             self._feed(name, getattr(call, name) if name not in inputs else inputs[name])
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
@@ -99,6 +101,12 @@ class OpenVINOEngine:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]
         self._pool[:, target // BLOCK, :, target % BLOCK] = rows
+
+
+def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:
+    """With inputs of so many tokens ``more``. Of a head's two kinds, states are those of later tokens."""
+    last = next((name for name in ("hidden", "features") if len(inputs.get(name, ()))), None)
+    return {name: np.pad(rows, ((0, more * (name == last)), (0, 0))) for name, rows in inputs.items()}
 
 
 def _from_bf16(values: np.ndarray) -> np.ndarray:

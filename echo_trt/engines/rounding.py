@@ -1,9 +1,10 @@
-"""Verifications of few sizes.
+"""Passes of few sizes.
 
 Where a graph is compiled for any size, a pass of another size than the last one pays for it: shapes are inferred and
 kernels are prepared again, which takes as long as five to ten tokens more. Trees change size from pass to pass, so
 their passes are filled up to the next multiple, and the policy is told that the tokens up to there cost nothing.
-Plain decoding repeats its size and is left as it is.
+Plain decoding repeats its size and is left as it is. A draft that catches up with a prompt has a size of its own nearly
+each time, whose kernels are new: that takes as long as its pass does.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import numpy as np
 from echo_trt.decoding.pack import Packed
 
 
-def rounded(call: Packed, multiple: int, block: int) -> Packed:
-    """``call`` with requests of one token that nobody reads, to a ``multiple`` of tokens and of rows asked for.
+def rounded(call: Packed, multiple: int, block: int, rows_too: bool = True) -> Packed:
+    """``call`` with requests of one token that nobody reads, to a ``multiple`` of tokens, and of rows asked for.
 
     Their keys and values go to ``block``, which no other request holds.
     """
-    count, rows = len(call.token_ids), len(call.logit_rows)
+    count, rows = len(call.token_ids), len(call.logit_rows) if rows_too else 0
     if count % multiple == rows % multiple == 0:
         return call
     more = -count % multiple

@@ -8,10 +8,10 @@ from machines import Server, linear
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import NEAR, Costs, Curve
-from echo_trt.decoding.duel import HELD_TURN, PLAIN_TURN
 from echo_trt.decoding.goodput import Goodput, Load, Verifications
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.sizes import HELD, Sizes, load_of
+from echo_trt.decoding.turns import HELD_TURN, PLAIN_TURN
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
 FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width)
@@ -31,7 +31,8 @@ def told(
         nodes.append(held)
         sizes.observe(probability, requests, drafting)
         if held is not None:
-            sizes.spent(costs.target(requests + held) + drafting * (held > 0), 1 + best[:held].sum() / requests)
+            milliseconds = costs.target(requests + held) + drafting * (held > 0)
+            sizes.spent(1e-3 * milliseconds, 1 + best[:held].sum() / requests)
     return nodes
 
 
@@ -52,8 +53,8 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
 
 
 def test_a_size_that_has_lost_makes_room_for_a_better_one():
-    """12 tokens gain 2 %, 8 of them 7 %: what is held stays where others promise little more; what has lost is not."""
-    costs = costs_of(linear(10.0, 0.15), draft=1e-6)
+    """12 tokens lose 2 %, 8 of them gain 2 %: what is held stays where others promise little more, unless it loses."""
+    costs = costs_of(linear(10.0, 0.33), draft=1e-6)
     nodes = told(Sizes(), costs, 4, np.array([0.1875, *[0.125] * 4]), 1e-6, searches=24 * HELD)[-2 * HELD :]
     assert max(set(nodes), key=nodes.count) == 4
 
@@ -68,7 +69,7 @@ def test_a_load_that_is_new_begins_with_what_the_calibration_foresees(each, pays
     told_of = []
     for _ in range(PLAIN_TURN + HELD_TURN):
         told_of.append(sizes.nodes(4, 0, costs, 0.0, FORESEEN))
-        sizes.spent(1.0, 1.0)
+        sizes.spent(0.01, 1.0)
     nodes = max(told_of)
     assert told_of == [0] * PLAIN_TURN + [nodes] * HELD_TURN
     assert (nodes > 0) == pays
@@ -130,7 +131,7 @@ def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
     assert 0 in held
     assert 0 < np.mean(np.array(held) > 0) < 0.25
     costs.target = linear(10.0, 0.1)
-    assert np.mean(np.array(told(sizes, costs, 4, np.full(8, 0.9))) > 0) > 0.5
+    assert np.mean(np.array(told(sizes, costs, 4, np.full(8, 0.9), searches=80 * HELD)) > 0) > 0.5
 
 
 @pytest.mark.parametrize("lost", [0.1, 2.0, 400.0])
@@ -146,7 +147,7 @@ def test_what_looking_loses_it_earns_before_it_looks_again(lost):
             sizes.observe(np.full(8, 0.1), 4, 1.0)
         sizes.spent(seconds[-1][0], 1.0)
     taken, plain = np.array(seconds).sum(axis=0)
-    assert trials > 3
+    assert trials > 1
     assert taken - plain < 0.012 * taken or trials < plain / 30 + 2
 
 

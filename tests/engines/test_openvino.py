@@ -161,7 +161,7 @@ def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of,
 
     monkeypatch.setattr(OpenVINOEngine, "run", told)
     engine = OpenVINOEngine(graph, "fp32", BLOCKS)
-    most, step = openvino.PREPARED_TARGET if name == "target" else openvino.PREPARED_DRAFT, engine.granule
+    most, step = openvino.PREPARED, engine.granule
     assert sorted(set(sizes)) == list(range(step, most + 1, step))
     assert not engine._pool[:, :BLOCKS].any()
     sizes.clear()

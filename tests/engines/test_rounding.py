@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.engines.openvino import GRANULE, OpenVINOEngine
+from echo_trt.engines.openvino import CATCH_UP, GRANULE, PREPARED, OpenVINOEngine
 from echo_trt.engines.rounding import is_verification, rounded
 
 
@@ -40,6 +40,31 @@ def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
     assert (got.block_indices[len(call.block_indices) :] == 77).all()
     assert len(got.past_lens) + 1 == len(got.seq_begins) == len(got.block_begins) == len(got.tree_mask_begins)
     assert got.logit_rows.max() < len(got.token_ids)
+
+
+@pytest.mark.parametrize("tokens", [PREPARED - 1, PREPARED + 1, PREPARED + CATCH_UP])
+def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
+    """With the scores of its own size, and no row that is asked for beside."""
+    engine = OpenVINOEngine(bundle_of("eagle3") / "draft.onnx", "fp32", 6)
+    inputs = {i.get_any_name(): i.partial_shape for i in engine._request.get_compiled_model().inputs}
+    width = {name: shape[1].get_length() for name, shape in inputs.items() if len(shape) == 2}
+    rng, sizes, feed = np.random.default_rng(0), [], engine._feed
+    engine._feed = lambda name, values: (sizes.append(len(values)) if name == "token_ids" else None, feed(name, values))
+    rows = {"features": rng.normal(size=(tokens, width["features"])).astype(np.float32)}
+    rows["hidden"] = np.zeros((0, width["hidden"]), np.float32)
+    count, table = np.arange(tokens), np.array([[2, 0, 4]])
+    call = pack(count % 9, count, np.zeros(1, np.int64), np.array([tokens]), table, count[-1:])
+    got = {name: np.array(values) for name, values in engine.run(call, **rows).items()}
+    parts = [slice(0, 20), slice(20, tokens)]  # both of few tokens
+    for part in parts:
+        given = {"features": rows["features"][part], "hidden": rows["hidden"]}
+        past, size = np.array([part.start]), np.array([part.stop - part.start])
+        call = pack(count[part] % 9, count[part], past, size, table, size - 1)
+        expected = {name: np.array(values) for name, values in engine.run(call, **given).items()}
+    assert sizes == [tokens if tokens <= PREPARED else -(-tokens // CATCH_UP) * CATCH_UP, 20, tokens - 20]
+    assert len(got["scores"]) == 1
+    np.testing.assert_allclose(got["scores"], expected["scores"], atol=1e-4)
+    np.testing.assert_allclose(got["state"][-1], expected["state"][-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
