@@ -23,13 +23,13 @@ _STEP = 1.5  # times as many requests as there were at first may what is learnt 
 _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
 _LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
-_SURE = 1.1  # times plain decoding, what must be foreseen of a load that is new
+_SURE = 1.15  # times what it brings is often foreseen of a load that is new
 _OUTLIER = 2.0  # times what was known: drafting that took longer tells no more than that; graphs prepare new sizes
 
 
 class _Known:
     """Of one load, running means over searches: what the best nodes of each size have ``brought`` [sizes], and the
-    seconds of ``drafting`` for it; and ``turns`` of the size that is best and of plain decoding."""
+    seconds of ``drafting`` for it; and ``turns`` of the size that is best and of plain decoding, once it has run."""
 
     def __init__(self, requests: int, costs: Costs, foreseen: Foreseen) -> None:
         most = costs.granule * (_MOST + math.ceil(_STEP * requests / costs.granule))
@@ -37,6 +37,7 @@ class _Known:
         nodes = np.maximum(self.sizes - requests, 0)
         self.brought = foreseen.best(nodes, requests)
         self.searches = 0
+        self.turns: Turns | None = None
         self._requests, self._levels = requests, _LEVELS * np.log2(1 + nodes / requests)
         self._best = 0
         self._found = np.zeros(len(nodes))  # of all candidates, however few of them were asked for
@@ -68,14 +69,13 @@ class _Known:
             known = self._levels > 0
             change = step * (drafting - self.drafting)
             change[held:] = change[held]
-            self._slower[known] += change[known] / self._usual[known]
+            self._slower[known] = np.maximum(self._slower[known] + change[known] / self._usual[known], 0.0)
 
-    def best(
-        self, requests: int, context: int, costs: Costs, host: float, level: float, stays: bool
-    ) -> tuple[int, float]:
+    def best(self, requests: int, context: int, costs: Costs, host: float, level: float) -> tuple[int, float]:
         """The size that would have brought most tokens a second, and how many times plain decoding's that is by the
-        tables. ``stays``: the one that was best does where no other is better by much."""
+        tables. The one that was best stays it where no other is better by much, unless it loses."""
         self._price(costs, level)
+        stays = self.turns is None or self.turns.gain > 0
         sizes, nodes = self.sizes, np.maximum(self.sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
         seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
@@ -89,17 +89,17 @@ class Sizes:
     """``held``: the tokens of each verification for now, 0 where plain decoding is better."""
 
     def __init__(self) -> None:
-        self.held, self._left, self._load = 0, 0, -2
+        self.held, self._left = 0, 0
+        self._load, self._here = -2, False  # whose turns these are, and whether it was seen in this one
         self._known: dict[int, _Known] = {}
-        self._turns: dict[int, Turns] = {}
 
     def nodes(
         self, requests: int, context: int, costs: Costs, host: float, foreseen: Foreseen, level: float = 0.0
     ) -> int | None:
         """How many nodes beside the roots of so many ``requests`` are verified; None: as many as pay.
 
-        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes. ``foreseen`` counts
-        where nothing else is known.
+        ``context``: cached tokens of all. ``host``: seconds of an iteration beside its passes, ``level``: of planning a
+        draft level. ``foreseen`` counts where nothing else is known.
         """
         if costs.change <= 0 or requests == 0:
             return None
@@ -107,33 +107,38 @@ class Sizes:
         load = load_of(requests)
         if load not in self._known:
             self._known[load] = _Known(requests, costs, foreseen)
-        if abs(load - self._load) > 1 or self._turns[self._load].over():
-            self._choose(load, requests, context, costs, host, level)
+        self._here |= load == self._load
+        if abs(load - self._load) > 1 or 0 < self.held <= requests or self._known[self._load].turns.over():
+            best, gain = self._known[load].best(requests, context, costs, host, level)
+            self._choose(load, requests, best, gain)
         return max(self.held - requests, 0)
 
-    def _choose(self, load: int, requests: int, context: int, costs: Costs, host: float, level: float) -> None:
-        """The turn is over, or the load is another one, by more than a step."""
-        changed = abs(load - self._load) > 1
-        if not changed:
-            self._turns[self._load].next()
-        elif load in self._turns:
-            self._turns[load].resume()
-        self._load = load if changed else self._load
-        turns = self._turns.get(self._load)
-        best, gain = self._known[load].best(
-            requests, context, costs, host, level, stays=turns is None or turns.gain > 0
-        )
-        if turns is None:
-            turns = self._turns[load] = Turns(requests, math.log(gain / _SURE))
-        if turns.speculates and (self.held == 0 or self._left < 0 or changed):
+    def _choose(self, load: int, requests: int, best: int, gain: float) -> None:
+        """The turn is over, or the load is another one. ``best`` size by the tables, which foresee ``gain``.
+
+        A load that is a step away may come and go, and shares the turns until it stays for one.
+        """
+        known, before = self._known[load], self._known.get(self._load)
+        moved = abs(load - self._load) > 1 or not self._here
+        if not moved:
+            before.turns.next()
+        elif known.turns:
+            known.turns.resume()
+        elif abs(load - self._load) == 1:
+            known.turns = before.turns.for_like(requests)
+        else:
+            known.turns = Turns(requests, math.log(gain / _SURE))
+        self._load, self._here = load if moved else self._load, False
+        turns = self._known[self._load].turns
+        if turns.speculates and (moved or self._left < 0 or self.held <= requests):
             turns.hold(best)
             self._left = HELD - 1
         self.held = turns.size if turns.speculates else 0
 
     def spent(self, seconds: float, progress: float) -> None:
         """An iteration took ``seconds`` for ``progress`` tokens a request."""
-        if turns := self._turns.get(self._load):
-            turns.spent(seconds, progress)
+        if known := self._known.get(self._load):
+            known.turns.spent(seconds, progress)
 
     def observe(self, probability: np.ndarray, requests: int, drafting: float | None) -> None:
         """A search has found candidates of ``probability`` [n], roots apart, and taken ``drafting`` seconds for it;

@@ -21,9 +21,9 @@ _FORESEEN = 0.2  # deviation of a log gain that the calibration foresees
 _TURN, _TEXTS = 0.1, 0.4  # the same of one comparison; and of one request, whose text may be easy or hard
 _OUTLIER = 2.0  # deviations: a comparison that is farther off tells no more than that
 _NOISE = 0.1  # how fast it is learnt how far comparisons are off
-_CHANGING = 3e-4  # by which the variance grows in a second: texts and the machine change
-_ANOTHER, _LIKE = 0.1, 1.5  # deviation of what a size's gain says of one that is so many times as large
-_UNSURE, _CLEAR = 0.5, 0.05  # deviations from nothing below which it is not clear which is better; a deviation that is
+_CHANGING, _SLOW = 3e-4, 0.02  # by which the variance grows in a second: texts and the machine change; in an iteration
+_ANOTHER, _LIKE = 0.1, 1.5  # deviation of what a gain says of another load's, or of a size so many times as large
+_UNSURE, _CREDIT = 0.5, 0.1  # deviations from nothing below which it is not clear which is better; seconds lent to that
 _HOPELESS, _SEEN = 0.8, 2  # of plain decoding's rate or a deviation less, after so many iterations: cut short
 
 
@@ -37,9 +37,18 @@ class Turns:
         self._texts = _TEXTS / math.sqrt(requests)
         self._least = self._noise = _TURN**2 + self._texts**2
         self._hopeless = _HOPELESS * math.exp(-self._texts)
-        self._debt = (gain < 0) * _LOST * _UNTRIED  # seconds that turns of the worse one have cost, less what they may
+        # Seconds that turns of the worse one have cost, less what they may.
+        self._debt = (gain < 0) * (_CREDIT + _LOST * _UNTRIED)
+        self._charged = 0.0  # of those, what is only thought of the last turn
         self._past: list[tuple[bool, np.ndarray]] = []  # the last two turns: whose, and sums as below
         self._begin(False, changed=True)
+
+    def for_like(self, requests: int) -> Turns:
+        """Those of a load that is a step away, and what is known here nearly holds there."""
+        turns = Turns(requests, self.gain)
+        turns.variance = self.variance + _ANOTHER**2
+        turns.resume()
+        return turns
 
     def resume(self) -> None:
         """Another load came between, and what ran before is not beside what runs now. The better one begins."""
@@ -50,6 +59,8 @@ class Turns:
         """The size is this one from now on."""
         if self.size and not 1 / _LIKE < size / self.size < _LIKE:
             self.variance += _ANOTHER**2
+        if size != self.size:
+            self._skipped = max(self._skipped, _CHANGED)
         self.size = size
 
     def _begin(self, speculates: bool, changed: bool) -> None:
@@ -68,7 +79,7 @@ class Turns:
         """An iteration of this turn, without prompts, took ``seconds`` for ``progress`` tokens a request."""
         self._left, self._skipped = self._left - 1, self._skipped - 1
         self._sums += np.array([seconds, progress]) * np.array([[1], [self._skipped < 0]])
-        self.variance += _CHANGING * seconds
+        self.variance += _CHANGING * min(seconds, _SLOW)
         if self.speculates == (self.gain > 0):
             self._debt = max(self._debt - _LOST * seconds, 0.0)
         if self.speculates and self._skipped <= -_SEEN and self._past and not self._past[-1][0]:
@@ -84,8 +95,11 @@ class Turns:
             self._compare([sums for _, sums in turns], turns[1][0])
         self._past = turns[-2:]
         better = self.gain > 0
-        unsure = abs(self.gain) < _UNSURE * math.sqrt(self.variance) and self.variance > _CLEAR**2
-        due = self.speculates == better and (unsure or self._debt <= 0)
+        unsure = abs(self.gain) < _UNSURE * math.sqrt(self.variance)
+        due = self.speculates == better and self._debt <= unsure * _CREDIT
+        if due:  # until its cost is known, and in case it never is: prompts may leave nothing to compare
+            self._charged = _LOST * _UNTRIED
+            self._debt += self._charged
         self._begin(better != due, changed=(better != due) != last[0])
 
     def _compare(self, turns: list[np.ndarray], speculated: bool) -> None:
@@ -96,10 +110,11 @@ class Turns:
         first, seen, last = np.log(counted[:, 1] / counted[:, 0]).tolist()
         usual = (first + last) / 2
         self._learn((seen - usual) * (1 if speculated else -1))
+        cost = 0.0
         if speculated != (self.gain > 0):
             there, back = seconds[1:] - tokens[1:] / np.exp([usual, last])  # the way back is a change of size, too
-            most = _DEAREST * tokens[1] / math.exp(usual)
-            self._debt = max(self._debt + float(min(there + back, most)), 0.0)
+            cost = float(min(there + back, _DEAREST * tokens[1] / math.exp(usual)))
+        self._debt, self._charged = max(self._debt - self._charged + cost, 0.0), 0.0
 
     def _learn(self, gain: float) -> None:
         """A comparison has shown ``gain``: a step of Kalman's filter, with the noise that comparisons have had."""

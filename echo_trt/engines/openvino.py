@@ -105,6 +105,8 @@ class OpenVINOEngine:
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:
     """With inputs of so many tokens ``more``. Of a head's two kinds, states are those of later tokens."""
+    if more == 0:
+        return inputs
     last = next((name for name in ("hidden", "features") if len(inputs.get(name, ()))), None)
     return {name: np.pad(rows, ((0, more * (name == last)), (0, 0))) for name, rows in inputs.items()}
 

@@ -48,7 +48,7 @@ def test_the_size_that_is_held_would_have_brought_most_a_second(probability, req
         return (requests + drafted) / costs.target(size)
 
     allowed = [requests, *(size for size in range(4, 257, 4) if size > requests)]
-    shown = 0.93 if requests >= 4 else 0.85  # what a few requests gain, duels may take for their texts being easy
+    shown = 0.93 if requests >= 4 else 0.85  # what a few requests gain, turns may take for their texts being easy
     assert rate(chosen) > shown * max(rate(size) for size in allowed)
 
 
@@ -165,6 +165,27 @@ def test_a_size_lasts_when_requests_come_and_go_and_not_when_the_load_is_another
     assert sizes.held != held
 
 
+def test_loads_a_few_steps_apart_are_told_from_each_other():
+    """7 requests gain by drafts and 17 don't, whatever was before: 11, which is near both."""
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.5), draft=0.01)
+    good, bad = np.full(24, 0.7), np.full(24, 0.05)
+    told(sizes, costs, 11, np.full(24, 0.3), 0.01)
+    for _ in range(6):
+        few = told(sizes, costs, 7, good, 0.01, searches=4 * HELD)
+        many = told(sizes, costs, 17, bad, 0.01, searches=4 * HELD)
+    assert np.mean(np.array(few) > 0) > 0.8
+    assert np.mean(np.array(many) > 0) < 0.2
+
+
+def test_a_size_that_leaves_no_room_for_drafts_is_chosen_anew():
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.1), draft=0.01)
+    told(sizes, costs, 5, np.full(24, 0.8), 0.01)
+    while sizes.held == 0:
+        told(sizes, costs, 5, np.full(24, 0.8), 0.01, searches=1)
+    sizes.held = sizes._known[load_of(5)].turns.size = 6
+    assert sizes.nodes(6, 0, costs, 0.0, FORESEEN) > 0 or sizes.held == 0
+
+
 def test_a_held_size_is_filled_and_more_is_not_verified():
     assert Verifications(costs_of(linear(1.0, 1.0)), _load(2), held=5).upto(900).tolist() == [0.0] * 6
 
@@ -180,7 +201,7 @@ def test_where_changes_cost_a_planner_keeps_to_one_size():
         sizes = -(-np.array(server.sizes) // 4)
         changes[change] = np.mean(sizes[1:] != sizes[:-1])
     assert changes[0.0] > 0.1
-    assert changes[6.0] < 0.06  # duels with plain decoding among them
+    assert changes[6.0] < 0.06  # turns of plain decoding among them
 
 
 def _load(count: int) -> Load:
