@@ -15,6 +15,7 @@ PLAIN_TURN, HELD_TURN = 5, 9  # iterations of a turn, those with prompts apart
 _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another size, and drafts that catch up
 _LONGEST = 4  # times as many iterations, all of them, end a turn that prompts leave no rest
 _LOST = 0.01  # of the time, what turns of the one that is worse may cost
+_DOUBTED = 2.0  # deviations from nothing up to which they may; the more there are, the less
 _UNTRIED = 7.5  # seconds before the first turn of a size that is foreseen to lose
 _DEAREST = 2.0  # times what it would usually take, what a turn is believed to have cost at most
 _FORESEEN = 0.2  # deviation of a log gain that the calibration foresees
@@ -81,7 +82,8 @@ class Turns:
         self._sums += np.array([seconds, progress]) * np.array([[1], [self._skipped < 0]])
         self.variance += _CHANGING * min(seconds, _SLOW)
         if self.speculates == (self.gain > 0):
-            self._debt = max(self._debt - _LOST * seconds, 0.0)
+            doubt = _DOUBTED * math.sqrt(self.variance) / max(abs(self.gain), 1e-9)
+            self._debt = max(self._debt - _LOST * min(doubt, 1.0) * seconds, 0.0)
         if self.speculates and self._skipped <= -_SEEN and self._past and not self._past[-1][0]:
             (plain, before), (taken, tokens) = self._past[-1][1][1], self._sums[1]
             if tokens * plain < self._hopeless * before * taken:

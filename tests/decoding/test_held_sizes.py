@@ -138,7 +138,7 @@ def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():
 def test_what_looking_loses_it_earns_before_it_looks_again(lost):
     sizes, costs = Sizes(), costs_of(linear(0.1, 0.09))
     seconds, trials = [], 0
-    for _ in range(30 * HELD):
+    for _ in range(120 * HELD):
         before, speculates = sizes.held, sizes.nodes(4, 0, costs, 0.0, FORESEEN) > 0
         trials += speculates and before == 0
         plain = costs.target(4)
