@@ -105,8 +105,10 @@ class Goodput(Planner):
         self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
         foreseen = self.acceptance.foreseen(policy.width)
-        beside = history.host_seconds, foreseen, history.level_seconds
-        held = self.sizes.nodes(len(roots), load.context, self.costs, *beside) if holds else None
+        held = None
+        if holds:
+            host, level = history.host_seconds, history.level_seconds
+            held = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
         if held == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
             return Plan.undrafted(roots)
         # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
