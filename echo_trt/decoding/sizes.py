@@ -125,7 +125,7 @@ class Sizes:
         elif known.turns:
             known.turns.resume()
         elif abs(load - self._load) == 1:
-            known.turns = before.turns.for_like(requests)
+            known.turns = before.turns.carried_to(requests)
         else:
             known.turns = Turns(requests, math.log(gain / _SURE))
         self._load, self._here = load if moved else self._load, False

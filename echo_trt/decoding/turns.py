@@ -44,8 +44,8 @@ class Turns:
         self._past: list[tuple[bool, np.ndarray]] = []  # the last two turns: whose, and sums as below
         self._begin(False, changed=True)
 
-    def for_like(self, requests: int) -> Turns:
-        """Those of a load that is a step away, and what is known here nearly holds there."""
+    def carried_to(self, requests: int) -> Turns:
+        """Those of a load that is a step away: what is known here nearly holds there."""
         turns = Turns(requests, self.gain)
         turns.variance = self.variance + _ANOTHER**2
         turns.resume()

@@ -215,7 +215,7 @@ def test_what_one_size_gains_says_less_of_quite_another_one():
 def test_a_load_like_a_known_one_begins_with_what_is_known():
     turns = Turns(8, 0.0)
     Machine(1.4).run(turns, 20.0)
-    like = turns.for_like(6)
+    like = turns.carried_to(6)
     assert like.speculates
     assert like.gain == turns.gain
     assert like.variance > turns.variance

@@ -106,8 +106,9 @@ def _stop_with_streams(server: Served, whole: dict) -> None:
     assert "finish_reason" not in begun[-1]
     server.process.send_signal(signal.SIGTERM)
     # Short ones, so that one comes while the streams are finished, however fast the engine is.
+    end = time.monotonic() + 60
     while "error" not in (late := attempt(server, text_input="a thing", max_tokens=1)):
-        pass
+        assert time.monotonic() < end, "it goes on"
     assert "shutting down" in late["error"]
     assert all("error" in attempt(server, **LONG) for _ in range(50))
     for first, stream in zip(begun, streams, strict=True):
