@@ -38,19 +38,23 @@ class _Known:
         self.brought = foreseen.best(nodes, requests)
         self.searches = 0
         self.turns: Turns | None = None
-        self._requests, self._levels = requests, _LEVELS * np.log2(1 + nodes / requests)
+        self.left = 0  # the iteration in which another load took its place
         self._best = 0
         self._found = np.zeros(len(nodes))  # of all candidates, however few of them were asked for
         self._slower = np.ones(len(nodes))  # times what is usual, drafting
-        self._price(costs, 0.0)
+        self._price(requests, costs, 0.0)
 
-    def _price(self, costs: Costs, level: float) -> None:
+    def _price(self, requests: int, costs: Costs, level: float) -> None:
         """What drafting usually takes just now; ``level``: seconds that a level's planning adds."""
-        self._usual = (self._levels > 0) * costs.cold + self._levels * (costs.draft(2 * self._requests) + level)
+        self._cold, self._level = costs.cold, costs.draft(2 * requests) + level
 
-    @property
-    def drafting(self) -> np.ndarray:
-        return self._slower * self._usual
+    def _usual(self, requests: int) -> np.ndarray:
+        """Seconds of drafting for each size; none for those that hold no more than the roots of ``requests``."""
+        levels = _LEVELS * np.log2(1 + np.maximum(self.sizes - requests, 0) / requests)
+        return (levels > 0) * self._cold + levels * self._level
+
+    def drafting(self, requests: int) -> np.ndarray:
+        return self._slower * self._usual(requests)
 
     def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
         """A search for the best of ``size`` drafts no further than that needs. Of smaller ones it tells what they would
@@ -65,20 +69,20 @@ class _Known:
         self._found += step * (brought - self._found)
         self.brought = np.maximum(self.brought + change, self._found)
         if drafting is not None:
-            drafting = min(drafting, _OUTLIER * max(self.drafting[held], self._usual[held]))
-            known = self._levels > 0
-            change = step * (drafting - self.drafting)
+            usual, known = self._usual(requests), self.drafting(requests)
+            change = step * (min(drafting, _OUTLIER * max(known[held], usual[held])) - known)
             change[held:] = change[held]
-            self._slower[known] = np.maximum(self._slower[known] + change[known] / self._usual[known], 0.0)
+            drafts = usual > 0
+            self._slower[drafts] = np.maximum(self._slower[drafts] + change[drafts] / usual[drafts], 0.0)
 
     def best(self, requests: int, context: int, costs: Costs, host: float, level: float) -> tuple[int, float]:
         """The size that would have brought most tokens a second, and how many times plain decoding's that is by the
         tables. The one that was best stays it where no other is better by much, unless it loses."""
-        self._price(costs, level)
+        self._price(requests, costs, level)
         stays = self.turns is None or self.turns.gain > 0
         sizes, nodes = self.sizes, np.maximum(self.sizes - requests, 0)
         target = costs.target.base(int(sizes[-1]))[sizes] + costs.target.per_context * context
-        seconds = target + costs.target.per_node * nodes * context / requests + self.drafting + host
+        seconds = target + costs.target.per_node * nodes * context / requests + self.drafting(requests) + host
         rate = np.where(nodes > 0, (requests + self.brought) / seconds, 0.0)
         self._best = int(sizes[np.where(stays & (sizes == self._best), _BETTER * rate, rate).argmax()])
         plain = requests / (costs.plain(requests, context) + host)
@@ -89,7 +93,7 @@ class Sizes:
     """``held``: the tokens of each verification for now, 0 where plain decoding is better."""
 
     def __init__(self) -> None:
-        self.held, self._left = 0, 0
+        self.held, self._left, self._iteration = 0, 0, 0
         self._load, self._here = -2, False  # whose turns these are, and whether it was seen in this one
         self._known: dict[int, _Known] = {}
 
@@ -103,7 +107,7 @@ class Sizes:
         """
         if costs.change <= 0 or requests == 0:
             return None
-        self._left -= 1
+        self._left, self._iteration = self._left - 1, self._iteration + 1
         load = load_of(requests)
         if load not in self._known:
             self._known[load] = _Known(requests, costs, foreseen)
@@ -120,10 +124,12 @@ class Sizes:
         """
         known, before = self._known[load], self._known.get(self._load)
         moved = abs(load - self._load) > 1 or not self._here
+        if moved and before:
+            before.left = self._iteration
         if not moved:
             before.turns.next()
         elif known.turns:
-            known.turns.resume()
+            known.turns.resume(self._iteration - known.left)
         elif abs(load - self._load) == 1:
             known.turns = before.turns.carried_to(requests)
         else:
@@ -149,5 +155,5 @@ class Sizes:
 
 
 def load_of(requests: int) -> int:
-    """Numbers of ``requests`` that what is learnt of one holds for: a step is a factor of 1.4."""
-    return round(2 * math.log2(requests))
+    """Numbers of ``requests`` that what is learnt of one holds for: a step is a factor of 1.4, or 1 to 2."""
+    return max(round(2 * math.log2(requests)), 1)

@@ -13,7 +13,8 @@ import numpy as np
 
 PLAIN_TURN, HELD_TURN = 5, 9  # iterations of a turn, those with prompts apart
 _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another size, and drafts that catch up
-_LONGEST = 4  # times as many iterations, all of them, end a turn that prompts leave no rest
+_LONGEST = 4  # times as many iterations, all of them, end a turn that prompts or other loads leave no rest
+_APART = 64  # iterations at other loads after which turns are no longer compared with those before
 _LOST = 0.01  # of the time, what turns of the one that is worse may cost
 _DOUBTED = 2.0  # deviations from nothing up to which they may; the more there are, the less
 _UNTRIED = 7.5  # seconds before the first turn of a size that is foreseen to lose
@@ -48,13 +49,18 @@ class Turns:
         """Those of a load that is a step away: what is known here nearly holds there."""
         turns = Turns(requests, self.gain)
         turns.variance = self.variance + _ANOTHER**2
-        turns.resume()
+        turns._begin(turns.gain > 0, changed=True)
         return turns
 
-    def resume(self) -> None:
-        """Another load came between, and what ran before is not beside what runs now. The better one begins."""
-        self._past.clear()
-        self._begin(self.gain > 0, changed=True)
+    def resume(self, away: int) -> None:
+        """Other loads came between, for ``away`` iterations. The turn that they cut short goes on; where they lasted,
+        what ran before is not beside what runs now, and the better one begins."""
+        if away > _APART:
+            self._past.clear()
+            self._begin(self.gain > 0, changed=True)
+        else:
+            self._skipped = _SETTLING if self.speculates else _CHANGED
+            self._left += self._skipped
 
     def hold(self, size: int) -> None:
         """The size is this one from now on."""

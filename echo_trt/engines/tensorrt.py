@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +72,7 @@ class TensorRTEngine:
             )
         self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._graphs: dict[int, Graphs] = {}
-        self._keep_graphs = graphs
+        self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
 
     @classmethod
     def open(
@@ -148,19 +146,19 @@ class TensorRTEngine:
         return whole
 
     def _launch(self, piece: Piece) -> dict[str, Tensor]:
-        forward = partial(self._forward, piece.first)
-        shapes = self._shapes(piece)
-        if self._keep_graphs and piece.tokens <= LARGEST and piece.padded and self._session.capturable(shapes):
-            graphs = self._graphs.setdefault(piece.first, Graphs(forward, self._device))
-            outputs = graphs.run(piece.arrays)
+        small = piece.padded and piece.tokens <= LARGEST
+        if self._graphs and small and self._session.capturable(self._shapes(piece)):
+            outputs = self._graphs.run(piece.arrays, piece.first)
         else:
-            outputs = forward(Staging(piece.arrays, self._device).upload(piece.arrays))
+            inputs = Staging(piece.arrays, self._device).upload(piece.arrays)
+            outputs = self._forward(inputs, piece.first, recurs=piece.padded)
         return dict(zip(self._output_names(), outputs, strict=True))
 
-    def _forward(self, first: int, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
         """One launch over the slots from ``first`` on; each row's best token comes last, where there are logits."""
         typed = {name: tensor.to(self._session.types[name]) for name, tensor in tensors.items()}
-        outputs = self._session.launch(typed | self._bound_caches(first, len(tensors["past_lens"])), self._aliases)
+        bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
+        outputs = self._session.launch(bound, self._aliases, recurs)
         best = [outputs["logits"].argmax(dim=-1)] if "logits" in outputs else []
         return *outputs.values(), *best
 

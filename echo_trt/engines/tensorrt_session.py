@@ -43,7 +43,7 @@ def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mappi
 
 
 class Session:
-    """A deserialised engine. All its contexts, one a size of call, share one scratch buffer.
+    """A deserialised engine. All its contexts, one a size of call that recurs, share one scratch buffer.
 
     Kernels are never exchanged while running: the same call gives the same bits from the first time on.
     ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the others.
@@ -98,12 +98,14 @@ class Session:
             settings.set_runtime_cache(self._compiled)
         return settings
 
-    def launch(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    def launch(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], recurs: bool = True
+    ) -> dict[str, Tensor]:
         """Enqueue one call on PyTorch's current stream; the outputs are new tensors, but for those in ``aliases``.
 
-        ``aliases``: output name -> the input whose memory it is written to.
+        ``aliases``: output name -> the input whose memory it is written to. ``recurs``: its sizes are of few.
         """
-        context = self._context({name: tuple(tensors[name].shape) for name in self.inputs})
+        context = self._context({name: tuple(tensors[name].shape) for name in self.inputs}, recurs)
         for name in self.inputs:
             # An empty tensor has no address of its own, and the engine reads nothing there.
             self._must(context.set_tensor_address(name, tensors[name].data_ptr() or self._scratch.data_ptr()), name)
@@ -124,23 +126,34 @@ class Session:
         stream = torch.cuda.current_stream(self.device)
         return self._context({name: shapes[name] for name in self.inputs}).is_stream_capturable(stream.cuda_stream)
 
-    def _context(self, shapes: dict[str, Shape]) -> Any:
-        """A context of its own for each size of call, so that a captured graph's is never given another."""
-        key = tuple(shapes.values())
-        if key not in self._contexts:
-            context = self._engine.create_execution_context(self._settings)
-            self._must(context is not None, "a context")
-            if self._communicator is not None:  # waits until every rank has come here, and all make the same calls
-                self._must(context.set_communicator(self._communicator), "the communicator")
-            context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
-            stream = torch.cuda.current_stream(self.device)
-            profile = profile_for(self._profiles, shapes)
-            self._must(context.set_optimization_profile_async(profile, stream.cuda_stream), f"profile {profile}")
-            for name, shape in shapes.items():
-                self._must(context.set_input_shape(name, shape), name)
-            stream.synchronize()
+    def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
+        """A context of its own for each size that ``recurs``, so that a captured graph's is never given another.
+
+        For other calls, no two of which need have the same sizes, one a profile: it is given each one's.
+        """
+        profile = profile_for(self._profiles, shapes)
+        key = tuple(shapes.values()) if recurs else profile
+        context = self._contexts.get(key)
+        if context and recurs:
+            return context
+        new = context is None
+        context = self._new_context(profile) if new else context
+        for name, shape in shapes.items():
+            self._must(context.set_input_shape(name, shape), name)
+        if new:
+            torch.cuda.current_stream(self.device).synchronize()
             self._contexts[key] = context
-        return self._contexts[key]
+        return context
+
+    def _new_context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context(self._settings)
+        self._must(context is not None, "a context")
+        if self._communicator is not None:  # waits until every rank has come here, and all make the same calls
+            self._must(context.set_communicator(self._communicator), "the communicator")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._must(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+        return context
 
     def _must(self, succeeded: bool, what: str) -> None:
         if not succeeded:

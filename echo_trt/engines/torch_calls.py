@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of what else a call depends on
 
 LARGEST = 512  # tokens of a call worth a graph: beyond it launching hides behind the arithmetic
 _ALIGNMENT = 16  # bytes, so that a kernel may load vectors from any of the arrays
@@ -73,6 +73,9 @@ class Staging:
         return self.tensors
 
 
+Captured = tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]  # a graph, where it reads and where it writes
+
+
 class Graphs:
     """``forward`` as CUDA graphs, one a size of call, captured when it first comes."""
 
@@ -80,19 +83,19 @@ class Graphs:
         self._forward, self._device = forward, device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared too, so that a graph keeps no memory of its own
-        self._captured: dict[tuple, tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._captured: dict[tuple, Captured] = {}
 
-    def run(self, arrays: Arrays) -> tuple[Tensor, ...]:
-        """Outputs that are valid until the next run."""
-        key = tuple(array.shape for array in arrays.values())
+    def run(self, arrays: Arrays, *which: int) -> tuple[Tensor, ...]:
+        """Outputs that are valid until the next run. ``which``: ``forward``'s further arguments, of a graph's own."""
+        key = (*which, *(array.shape for array in arrays.values()))
         if key not in self._captured:
-            self._captured[key] = self._capture(arrays)
+            self._captured[key] = self._capture(arrays, which)
         staging, graph, outputs = self._captured[key]
         staging.upload(arrays)
         graph.replay()
         return outputs
 
-    def _capture(self, arrays: Arrays) -> tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    def _capture(self, arrays: Arrays, which: tuple[int, ...]) -> Captured:
         staging = Staging(arrays, self._device)
         inputs = staging.upload(arrays)
         # Once outside of the graph: kernels are compiled and libraries start. The KV rows it writes are those that
@@ -100,14 +103,14 @@ class Graphs:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            outputs = self._forward(inputs)
+            outputs = self._forward(inputs, *which)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
         kept = self._kept(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            for place, output in zip(kept, self._forward(inputs), strict=True):
+            for place, output in zip(kept, self._forward(inputs, *which), strict=True):
                 place.copy_(output)
         return staging, graph, kept
 

@@ -201,7 +201,7 @@ class ChatRequest(Params):
 class CompletionRequest(Params):
     """The body of /v1/completions."""
 
-    prompt: list[Text | list[Annotated[int, Field(ge=0, le=INT32)]]]
+    prompt: list[str | list[int]]
     logprobs: Alternatives | None = None
 
     @field_validator("prompt", mode="before")
@@ -212,8 +212,11 @@ class CompletionRequest(Params):
             prompt = [prompt]
         if not (isinstance(prompt, list) and prompt and all(isinstance(p, str | list) for p in prompt)):
             raise ValueError("give a string, token ids, or a list of either")
-        if any(isinstance(p, list) and not (p and all(map(_is_int, p))) for p in prompt):
-            raise ValueError("token ids must be a list of whole numbers that is not empty")
+        for one in prompt:
+            if isinstance(one, str):
+                _encodable(one)
+            elif not (one and all(_is_int(token) and 0 <= token <= INT32 for token in one)):
+                raise ValueError(f"token ids must be a list of whole numbers from 0 to {INT32} that is not empty")
         return prompt
 
     @model_validator(mode="after")

@@ -16,6 +16,10 @@ MAX_STOP_TOKENS = 8
 MAX_LOGPROBS = 20
 #: Tokens at most whose logits one request may bias.
 MAX_BIASED = 300
+#: Characters at most of a stop string.
+MAX_STOP_CHARACTERS = 1000
+#: The largest count or token id.
+MOST = 2**31 - 1
 #: Each penalty, and the value at which it is off.
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -57,17 +61,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
-            ("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "a whole number of 1 or more"),
+            ("max_tokens", _is_count(self.max_tokens) and self.max_tokens >= 1, "a whole number from 1 to 2^31 - 1"),
             (
                 "temperature",
                 _is_number(self.temperature) and 0 <= self.temperature <= 100,
                 "a number from 0 (greedy) to 100",
             ),
-            ("top_k", _is_int(self.top_k) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            ("top_k", _is_count(self.top_k), "a whole number from 0 (off) to 2^31 - 1"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            ("stop", _each(self.stop, lambda s: isinstance(s, str) and s), "a list of strings that are not empty"),
-            ("stop_token_ids", _each(self.stop_token_ids, lambda t: _is_int(t) and t >= 0), "token ids of 0 or more"),
+            (
+                "stop",
+                _each(self.stop, lambda s: isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS),
+                f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
+            ),
+            ("stop_token_ids", _each(self.stop_token_ids, _is_count), "token ids from 0 to 2^31 - 1"),
             ("presence_penalty", _is_penalty(self.presence_penalty), "a number from -2 to 2, 0 is off"),
             ("frequency_penalty", _is_penalty(self.frequency_penalty), "a number from -2 to 2, 0 is off"),
             (
@@ -83,7 +91,7 @@ class SamplingParams:
             ("logit_bias", _is_bias(self.logit_bias), f"numbers from -100 to 100 by token id, at most {MAX_BIASED}"),
             (
                 "min_tokens",
-                _is_int(self.min_tokens) and _is_int(self.max_tokens) and 0 <= self.min_tokens <= self.max_tokens,
+                _is_count(self.min_tokens) and _is_count(self.max_tokens) and self.min_tokens <= self.max_tokens,
                 f"a whole number from 0 (off) to max_tokens, {self.max_tokens}",
             ),
         ):
@@ -99,6 +107,10 @@ class SamplingParams:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return _is_int(value) and 0 <= value <= MOST
 
 
 def _each(values: object, valid: Callable[[Any], object]) -> bool:
@@ -117,7 +129,7 @@ def _is_bias(value: object) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) <= MAX_BIASED
-        and all(_is_int(token) and token >= 0 for token in value)
+        and all(map(_is_count, value))
         and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
     )
 

@@ -161,11 +161,10 @@ class Slots:
         if total > self.free_blocks:
             self._give(self.cache.evict(total - self.free_blocks))
         self._free_count -= total
+        owners, places = np.repeat(slots, wanted), np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
         if not self.linear:
-            places = np.repeat(self.blocks_held[slots], wanted) + ragged_arange(wanted)
-            blocks = self._free[self._free_count : self._free_count + total]
-            self.block_table[np.repeat(slots, wanted), places] = blocks
-            self.block_drafted[blocks] = False
+            self.block_table[owners, places] = self._free[self._free_count : self._free_count + total]
+        self.block_drafted[self.block_table[owners, places]] = False
         self.blocks_held[slots] += wanted
         return True
 

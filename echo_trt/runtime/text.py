@@ -78,8 +78,12 @@ class TextStream:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string begins with."""
-        longest = max(map(len, self._stop), default=0) - 1
-        for size in range(min(longest, len(self._decoded)), 0, -1):
-            if any(s.startswith(self._decoded[-size:]) for s in self._stop):
-                return size
-        return 0
+        return max((_overlap(self._decoded, stop) for stop in self._stop), default=0)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with and goes on behind."""
+    begin = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while begin >= 0 and not stop.startswith(text[begin:]):
+        begin = text.find(stop[0], begin + 1)
+    return len(text) - begin if begin >= 0 else 0

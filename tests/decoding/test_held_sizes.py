@@ -121,8 +121,37 @@ def test_passes_that_prepare_new_sizes_do_not_make_drafting_dear():
         sizes.nodes(4, 0, costs, 0.0, FORESEEN)
         sizes.observe(np.full(8, 0.5), 4, 30.0 if search < 3 else 1.0)
     known = sizes._known[load_of(4)]
-    learnt, usual = known.drafting[sizes.held // 4 - 1], known._usual[sizes.held // 4 - 1]
+    learnt, usual = known.drafting(4)[sizes.held // 4 - 1], known._usual(4)[sizes.held // 4 - 1]
     assert min(usual, 1.0) <= learnt < 2 * max(usual, 1.0)
+
+
+@pytest.mark.parametrize(("first", "now"), [(12, 10), (16, 14), (64, 54)])
+def test_drafting_has_its_price_when_requests_have_left(first, now):
+    """Of sizes that were no more than the roots before, too: they had looked as if their nodes came for nothing."""
+    costs, candidates, best = costs_of(linear(10.0, 0.2), draft=1.5), np.full(now, 0.3), {}
+    for before in (first, now):
+        sizes = Sizes()
+        assert load_of(before) == load_of(now)
+        sizes.nodes(before, 0, costs, 0.0, FORESEEN)
+        known = sizes._known[load_of(now)]
+        for _ in range(400):
+            known.learn(candidates, now, 6e-3, 3 * now)
+        best[before] = known.best(now, 0, costs, 0.0, 0.0)
+    assert best[first] == pytest.approx(best[now])
+
+
+@pytest.mark.parametrize("lasts", [8, 15, 30])
+def test_one_request_that_comes_and_goes_beside_another_hides_no_loss(lasts):
+    """A change of load every few iterations leaves no turn of either whole, yet what is foreseen is set right."""
+    sizes, costs, plain = Sizes(), costs_of(linear(0.01, 1e-4), draft=1e-4), []
+    for iteration in range(6000):
+        requests = 1 + iteration // lasts % 2
+        held = sizes.nodes(requests, 0, costs, 0.0, FORESEEN)
+        sizes.spent(0.01, 1.0 if held == 0 else 0.7)
+        plain.append(held == 0)
+        if held:
+            sizes.observe(np.full(8, 0.5), requests, 1e-4)
+    assert np.mean(plain[2000:]) > 0.9
 
 
 def test_where_nothing_pays_it_is_plain_and_looks_again_now_and_then():

@@ -161,9 +161,20 @@ def test_visits_too_short_to_compare_are_not_spent_on_the_worse_one(gain):
     loads = [Turns(8, math.log(gain)), Turns(8, math.log(gain))]
     machine = Machine(gain, progress=1.0)
     for visit in range(200):
-        loads[visit % 2].resume()
+        loads[visit % 2].resume(away=20)
         machine.run(loads[visit % 2], 0.2)
     assert np.mean(np.array(machine.turns) == (gain > 1)) > 0.9
+
+
+@pytest.mark.parametrize("lasts", [12, 20, 40])
+@pytest.mark.parametrize("gain", [0.7, 1.4])
+def test_what_is_foreseen_wrong_is_set_right_in_short_visits(gain, lasts):
+    """No turn is whole between two visits of another load."""
+    turns, machine = Turns(8, -math.log(gain)), Machine(gain)
+    for _ in range(6000 // lasts):
+        turns.resume(away=lasts)
+        machine.run(turns, 0.01 * lasts)
+    assert np.mean(np.array(machine.turns[-800:]) == (gain > 1)) > 0.85
 
 
 @pytest.mark.parametrize("gain", [0.95, 1.0, 1.05])
@@ -233,12 +244,12 @@ def test_the_pass_that_changes_to_another_size_does_not_count():
     assert (turns._sums[1] == counted).all()
 
 
-def test_what_ran_before_another_load_is_compared_with_nothing():
+def test_what_ran_long_ago_is_compared_with_nothing():
     turns = Turns(MANY, 0.3)
     Machine(1.35).run(turns, 1.0)
     known = turns.gain
     for _ in range(3):  # each time at another speed
-        turns.resume()
+        turns.resume(away=1000)
         while not turns.over():
             turns.spent(0.01, 5.0 if turns.speculates else 1.0)
     turns.next()

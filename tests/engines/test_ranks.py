@@ -161,9 +161,9 @@ class RankSession(RoleSession):
         super().__init__(role, graph, sizes)
         self._collectives = collectives
 
-    def launch(self, tensors, aliases):
+    def launch(self, tensors, aliases, recurs=True):
         with among(self._collectives):
-            return super().launch(tensors, aliases)
+            return super().launch(tensors, aliases, recurs)
 
 
 def test_packed_graphs_and_engines_of_all_ranks_are_the_network(checkpoints, tmp_path):

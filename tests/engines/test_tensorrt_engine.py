@@ -1,6 +1,7 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -16,12 +17,12 @@ from echo_trt.compile.onnx_export import METADATA, export
 from echo_trt.compile.profiles import native_profiles, packed_profiles
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.engines import tensorrt
+from echo_trt.engines import tensorrt, torch_calls
 from echo_trt.engines.cuda_device import missing
 from echo_trt.engines.padded import Layout
 from echo_trt.engines.tensorrt import TensorRTEngine, check_card, check_version
 from echo_trt.engines.tensorrt_calls import CallLimits, linear_pieces, packed_pieces
-from echo_trt.engines.tensorrt_session import profile_for
+from echo_trt.engines.tensorrt_session import Session, profile_for
 from echo_trt.engines.torch import TorchEngine
 from echo_trt.models.roles import HeadRole
 from super_tree_attention import super_tree_attention
@@ -47,6 +48,14 @@ class OnnxSession:
         self.types = {i.name: known[i.type[len("tensor(") : -1]] for i in self._session.get_inputs()}
         self.num_profiles = len(profiles)
         self.launched: list[tuple[int, int]] = []
+        self.recurring: set[tuple] = set()  # sizes of calls, each of which has a context of its own
+
+    def _check(self, tensors, recurs):
+        shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
+        profile_for(self._profiles, shapes)
+        self.launched.append(shapes["token_ids"])
+        if recurs:
+            self.recurring.add(tuple(shapes.values()))
 
     def most(self, name, axis, profile=0):
         return self._profiles[profile][name][1][axis]
@@ -55,9 +64,8 @@ class OnnxSession:
         assert list(shapes) == self.inputs
         return False
 
-    def launch(self, tensors, aliases):
-        profile_for(self._profiles, {name: tuple(tensors[name].shape) for name in self.inputs})
-        self.launched.append(tuple(tensors["token_ids"].shape))
+    def launch(self, tensors, aliases, recurs=True):
+        self._check(tensors, recurs)
         outputs = self._session.run(None, {name: tensors[name].numpy() for name in self.inputs})
         named = {name: torch.from_numpy(np.array(o)) for name, o in zip(self.outputs, outputs, strict=True)}
         for name, alias in aliases.items():
@@ -82,13 +90,12 @@ class RoleSession(OnnxSession):
             for name in self.inputs
         }
         self.num_profiles = len(profiles)
-        self.launched = []
+        self.launched, self.recurring = [], set()
 
-    def launch(self, tensors, aliases):
-        profile_for(self._profiles, {name: tuple(tensors[name].shape) for name in self.inputs})
+    def launch(self, tensors, aliases, recurs=True):
+        self._check(tensors, recurs)
         assert {name: tensors[name].dtype for name in self.inputs} == self.types
         assert aliases == {name + WRITTEN: name for name in self.inputs if "_cache." in name}
-        self.launched.append(tuple(tensors["token_ids"].shape))
         metadata = [tensors[name] for name in METADATA]
         metadata[METADATA.index("tree_mask")] = tensors["tree_mask"].view(torch.uint8)
 
@@ -209,6 +216,61 @@ def test_sizes_are_few(opened):
     batches, tokens = ({shape[axis] for shape in session.launched} for axis in (0, 1))
     assert batches <= {1, 2, 4}
     assert tokens <= {1, 2, 4, 8, 12, 16, 24, 32}
+
+
+def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_calls, "LARGEST", 16)
+    sizes = CallSizes.of(recipe_of("eagle3", networks))
+    role = roles_of("eagle3", networks)["target"]
+    graph = tmp_path / "target.onnx"
+    export(role, graph)
+    prepare_graph(graph, graph)
+    session = RoleSession(role, graph, sizes)
+    engine = TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks)
+    for seed in range(12):
+        script = Script(seed, sizes.blocks)
+        for step in range(3):
+            engine.run(script.call(first=step == 0))
+    assert max(session.launched) > (16,)
+    assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
+        (n,) for n in (1, 2, 4, 8, 12, 16)
+    }
+
+
+class Context:
+    """An execution context that is told what it would compute."""
+
+    def __init__(self):
+        self.shapes, self.profiles = {}, []
+
+    def set_device_memory(self, address, size):
+        pass
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profiles.append(profile)
+        return True
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return True
+
+
+def test_contexts_are_one_a_size_that_recurs_and_one_a_profile_for_others(monkeypatch):
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    session = Session.__new__(Session)
+    session.device, session._communicator, session._contexts = torch.device("cpu"), None, {}
+    session._profiles = [{"a": ((1,), (16,))}, {"a": ((17,), (900,))}]
+    session._scratch, session._settings = torch.empty(1), None
+    session._engine = SimpleNamespace(create_execution_context=lambda settings: Context())
+    small = [session._context({"a": (n,)}) for n in (4, 8, 4)]
+    assert small[0] is small[2] is not small[1]
+    assert [context.shapes for context in small] == [{"a": (4,)}, {"a": (8,)}, {"a": (4,)}]
+    for n in range(600, 800):
+        large = session._context({"a": (n,)}, recurs=False)
+        assert large.shapes == {"a": (n,)}
+        assert large.profiles == [1]
+    assert len(session._contexts) == 3
 
 
 def test_a_call_that_asks_for_more_rows_than_a_launch_gives_is_divided(opened):

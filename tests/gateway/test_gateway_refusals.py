@@ -103,6 +103,8 @@ def test_a_chat_request_is_refused_by_field(client, change, param):
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [[1], []]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[5, 2**31]]}, "prompt"),
         ({"prompt": ["a"] * 5, "n": 100}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 from driving import Counted, add, assert_all_free, prompt_ids, run
-from pairs import LIMITS, reference_engines
+from pairs import LIMITS, VOCAB, reference_engines
 
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.slots import Slots
 
 ENGINE_PAIRS = ("model", "self", "eagle3", "close")
 
@@ -291,3 +293,28 @@ def test_features_stay_with_their_tokens_when_a_branch_is_accepted(open_llm, fro
         np.testing.assert_allclose(
             drafter._features[rows], from_scratch("close").call("target", text)["features"], atol=1e-4
         )
+
+
+@pytest.mark.parametrize("blocks", [9, None])
+def test_a_slots_next_text_is_drafted_from_its_beginning(blocks):
+    """Whether blocks are drawn from a pool, or always the slot's own."""
+    state = Slots(1, 8 * BLOCK, BLOCK, blocks)
+    drafter = EngineDrafter(Counted(Silent()), state, 8 * BLOCK)
+    for seed in (1, 2):
+        text = np.random.default_rng(seed).integers(0, VOCAB, 200)
+        assert state.open(0, text, [])
+        state.committed[0] = len(text) - 1
+        assert drafter.behind(np.array([0])) == len(text)
+        drafter.catch_up(np.array([0]))
+        assert len(drafter.engine.calls[-1].token_ids) == len(text)
+        state.release(0)
+        drafter.forget(0)
+
+
+class Silent:
+    """An engine that proposes nothing."""
+
+    num_blocks = 9
+
+    def run(self, call):
+        return {"scores": np.zeros((len(call.logit_rows), 0)), "candidates": np.zeros((len(call.logit_rows), 0))}
