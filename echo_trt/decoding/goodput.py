@@ -105,18 +105,18 @@ class Goodput(Planner):
         self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
         foreseen = self.acceptance.foreseen(policy.width)
-        held = None
+        held_nodes = None
         if holds:
             host, level = history.host_seconds, history.level_seconds
-            held = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
-        if held == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
+            held_nodes = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
+        if held_nodes == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
             return Plan.undrafted(roots)
         # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
         price = self.price(load) * (1.0 if holds else history.caution)
         weights = history.weights(load.slots)
         tree = SuperTree.from_roots(roots)
         candidates = Candidates(tree, self.acceptance, weights, load.room, copied, policy.one_path)
-        seconds = Verifications(self.costs, load, held)
+        seconds = Verifications(self.costs, load, held_nodes)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
@@ -245,9 +245,10 @@ class Goodput(Planner):
 class Verifications:
     """Seconds of verifying 0, 1, ... nodes beside the roots, in one iteration, less what is the same for any number."""
 
-    def __init__(self, costs: Costs, load: Load, held: int | None = None):
-        """``held``: so many nodes are verified, whatever they are worth, so that none of them costs anything."""
-        self._costs, self._tokens, self._held = costs, len(load.slots) + load.others, held
+    def __init__(self, costs: Costs, load: Load, held_nodes: int | None = None):
+        """``held_nodes``: so many are verified, whatever they are worth: none of them costs anything, and no more are
+        priced, which is how those who search know the limit."""
+        self._costs, self._tokens, self._held = costs, len(load.slots) + load.others, held_nodes
         # A node attends its request's context, on average this much.
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)

@@ -112,7 +112,7 @@ class Sizes:
         if load not in self._known:
             self._known[load] = _Known(requests, costs, foreseen)
         self._here |= load == self._load
-        if abs(load - self._load) > 1 or 0 < self.held <= requests or self._known[self._load].turns.over():
+        if abs(load - self._load) > 1 or 0 < self.held <= requests or self._known[self._load].turns.tick():
             best, gain = self._known[load].best(requests, context, costs, host, level)
             self._choose(load, requests, best, gain)
         return max(self.held - requests, 0)

@@ -39,7 +39,8 @@ class Turns:
         self._texts = _TEXTS / math.sqrt(requests)
         self._least = self._noise = _TURN**2 + self._texts**2
         self._hopeless = _HOPELESS * math.exp(-self._texts)
-        # Seconds that turns of the worse one have cost, less what they may.
+        # Seconds that turns of the worse one have cost, less what they may: a turn is charged something when it begins,
+        # and what it has really cost once the turn behind it shows what the better one would have done meanwhile.
         self._debt = (gain < 0) * (_CREDIT + _LOST * _UNTRIED)
         self._charged = 0.0  # of those, what is only thought of the last turn
         self._past: list[tuple[bool, np.ndarray]] = []  # the last two turns: whose, and sums as below
@@ -77,8 +78,8 @@ class Turns:
         self._skipped = changed * (_SETTLING if speculates else _CHANGED)
         self._longest = _LONGEST * self._left
 
-    def over(self) -> bool:
-        """To be asked before every iteration: whether the turn has had its iterations, or is without hope."""
+    def tick(self) -> bool:
+        """An iteration comes, with prompts or without. Whether the turn has had all of its own, or is without hope."""
         self._longest -= 1
         return self._left <= 0 or self._longest < 0
 

@@ -70,7 +70,7 @@ class EngineDrafter:
 
     def __init__(self, engine: Engine, state: Slots, chunk: int):
         self.engine, self.state, self.chunk = engine, state, chunk
-        self.held = np.full(state.count, UNKNOWN)  # entries in the draft's KV cache
+        self.cached = np.full(state.count, UNKNOWN)  # entries in the draft's KV cache
 
     def begin(self, slots: np.ndarray) -> EngineDraft:
         return EngineDraft(self, slots)
@@ -79,7 +79,7 @@ class EngineDrafter:
         pass  # a standalone model draws on tokens alone
 
     def forget(self, slot: int) -> None:
-        self.held[slot] = UNKNOWN
+        self.cached[slot] = UNKNOWN
 
     def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Tokens and further inputs of committed entries ``index`` [m] of ``slots`` [m]."""
@@ -95,9 +95,9 @@ class EngineDrafter:
 
     def behind(self, slots: np.ndarray) -> np.ndarray:
         """Entries of each of ``slots`` that the next pass for it must compute: 1 or more."""
-        self._find(slots[self.held[slots] == UNKNOWN])
+        self._find(slots[self.cached[slots] == UNKNOWN])
         # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
-        return np.maximum(self.state.committed[slots] + self.ahead - self.held[slots], 1)
+        return np.maximum(self.state.committed[slots] + self.ahead - self.cached[slots], 1)
 
     def _find(self, slots: np.ndarray) -> None:
         """What requests that share a text's blocks have drafted of it, its own draft need not catch up with."""
@@ -105,7 +105,7 @@ class EngineDrafter:
         if len(slots):
             committed = np.arange(state.block_table.shape[1]) < (state.committed[slots] // BLOCK)[:, None]
             drafted = committed & state.block_drafted[state.block_table[slots]]
-            self.held[slots] = BLOCK * np.logical_and.accumulate(drafted, axis=1).sum(axis=1)
+            self.cached[slots] = BLOCK * np.logical_and.accumulate(drafted, axis=1).sum(axis=1)
 
     def catch_up(self, slots: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Bring the draft's cache in step. Returns the last pass's outputs and the newest entries' rows in it [B]."""
@@ -118,10 +118,10 @@ class EngineDrafter:
             start[long] += self.chunk
         newest = np.cumsum(goal - start) - 1
         outputs = self._run_entries(slots, start, goal - start, newest)
-        full = goal // BLOCK - self.held[slots] // BLOCK
-        index = np.repeat(self.held[slots] // BLOCK, full) + ragged_arange(full)
+        full = goal // BLOCK - self.cached[slots] // BLOCK
+        index = np.repeat(self.cached[slots] // BLOCK, full) + ragged_arange(full)
         state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
-        self.held[slots] = goal
+        self.cached[slots] = goal
         return outputs, newest
 
     def _run_entries(

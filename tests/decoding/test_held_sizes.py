@@ -216,7 +216,7 @@ def test_a_size_that_leaves_no_room_for_drafts_is_chosen_anew():
 
 
 def test_a_held_size_is_filled_and_more_is_not_verified():
-    assert Verifications(costs_of(linear(1.0, 1.0)), _load(2), held=5).upto(900).tolist() == [0.0] * 6
+    assert Verifications(costs_of(linear(1.0, 1.0)), _load(2), held_nodes=5).upto(900).tolist() == [0.0] * 6
 
 
 def test_where_changes_cost_a_planner_keeps_to_one_size():

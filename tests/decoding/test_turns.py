@@ -26,7 +26,7 @@ class Machine:
         """``first``: seconds that an iteration of another size takes more."""
         end, new = self.now + seconds, first
         while self.now < end:
-            if turns.over():
+            if turns.tick():
                 before = turns.speculates
                 turns.next()
                 new = first * (turns.speculates != before)
@@ -126,7 +126,7 @@ def test_iterations_with_prompts_make_a_turn_longer_up_to_a_bound():
     asked = {}
     for every in (1, 2, 1000):
         turns, asked[every] = Turns(MANY, 0.0), 0
-        while not turns.over():
+        while not turns.tick():
             if asked[every] % every == 0:
                 turns.spent(1.0, 1.0)
             asked[every] += 1
@@ -149,7 +149,7 @@ def test_while_prompts_leave_nothing_to_compare_the_better_one_runs():
     for gain in (-0.3, 0.3):
         turns, ran = Turns(MANY, gain), []
         for _ in range(4000):
-            if turns.over():
+            if turns.tick():
                 turns.next()
             ran.append(turns.speculates)
         assert np.mean(np.array(ran) == (gain > 0)) > 0.95
@@ -205,7 +205,7 @@ def test_a_hard_piece_of_a_text_does_not_decide(requests, gain, foreseen):
         turns, ran = Turns(requests, math.log(foreseen)), []
         for _ in range(40):
             text = math.exp(rng.normal(0.0, 0.37 / math.sqrt(requests)))
-            while not turns.over():
+            while not turns.tick():
                 turns.spent(0.01, gain * text if turns.speculates else 1.0)
                 ran.append(turns.speculates)
             turns.next()
@@ -250,7 +250,7 @@ def test_what_ran_long_ago_is_compared_with_nothing():
     known = turns.gain
     for _ in range(3):  # each time at another speed
         turns.resume(away=1000)
-        while not turns.over():
+        while not turns.tick():
             turns.spent(0.01, 5.0 if turns.speculates else 1.0)
     turns.next()
     assert turns.gain == known
