@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from echo_trt.errors import UserError
-from echo_trt.recipe import Recipe
+from echo_trt.errors import UserError, first_mistake
+from echo_trt.recipe import Engine, Precision, Recipe
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+
+
+def _within(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError("it must name a file within the bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_within)]
 
 
 class NetworkFacts(BaseModel):
@@ -25,8 +35,8 @@ class NetworkFacts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    file: str
-    rank_files: list[str] = []
+    file: FileName
+    rank_files: list[FileName] = []
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -72,8 +82,8 @@ class Manifest(BaseModel):
 
     format: Literal[2] = FORMAT
     name: str
-    engine: str
-    precision: str
+    engine: Engine
+    precision: Precision
     recipe: Recipe
     target: NetworkFacts
     draft: NetworkFacts | None
@@ -83,7 +93,20 @@ class Manifest(BaseModel):
     tensorrt: TensorRTFacts | None = None
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
-    files: dict[str, str]
+    files: dict[FileName, str]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Manifest:
+        kind = self.recipe.draft.kind
+        if (self.draft is not None) != (kind in ("eagle3", "model")):
+            raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
+        if (self.tensorrt is not None) != self.engine.startswith("tensorrt"):
+            raise ValueError(f"tensorrt is {'not used' if self.tensorrt else 'missing'} for engine {self.engine}")
+        for network in filter(None, (self.target, self.draft)):
+            for file in (network.file, *network.rank_files):
+                if file not in self.files:
+                    raise ValueError(f"files has no hash of {file}")
+        return self
 
     @property
     def computes_in(self) -> str:
@@ -110,9 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key} is not valid ({first['msg']}); build the bundle again.") from error
+        raise UserError(f"{path}: {first_mistake(error)}; build the bundle again.") from error
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
@@ -124,7 +145,16 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         file = folder / name
         if not file.exists():
             raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
-        if sha256(file) != digest:
+        if manifest.engine == "openvino" and file.suffix == ".data" and folder.resolve() not in file.resolve().parents:
+            raise UserError(
+                f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
+                "bundle; copy it with its files (cp -rL)."
+            )
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise UserError(f"bundle file {file} cannot be read ({error.strerror}); build it again.") from error
+        if found != digest:
             raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
 
 

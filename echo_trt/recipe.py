@@ -13,6 +13,8 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 
+Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,7 +56,7 @@ class Draft(_Section):
 
     kind: Literal["eagle3", "model", "lookup", "none"] = "none"
     source: Source | None = None
-    precision: Literal["fp32", "bf16", "fp16", "int8"] | None = None
+    precision: Precision | None = None
     copy_text: bool = True
     top_k: Annotated[int, Field(ge=1, le=64)] = 16
     min_match: Positive = 2
@@ -127,8 +129,8 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Source
     draft: Draft = Draft()
-    engine: Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"] = "openvino"
-    precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    engine: Engine = "openvino"
+    precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1
     compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
     limits: Limits = Limits()

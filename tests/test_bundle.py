@@ -1,6 +1,7 @@
 """Bundles: whole or not there at all, bound to what was built, and refused with one sentence where they are not."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from refusal import refused
 
 from echo_trt.bundle import read_manifest, sha256, verify_files
 from echo_trt.compile.build import build
+from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
 
@@ -208,6 +210,12 @@ def test_another_format(found, bundle):
         ({"target": {"file": "target.onnx"}}, ("target.vocab_size is not valid",)),
         ({"surprise": 1}, ("surprise is not valid",)),
         ({"recipe": {"name": "x"}}, ("recipe.target is not valid",)),
+        ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
+        ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
+        ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
+        ({"engine": "tensorrt"}, ("tensorrt is missing for engine tensorrt",)),
+        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd", "within the bundle")),
+        ({"files": {}}, ("files has no hash of target.onnx",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -221,6 +229,45 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
 def test_a_manifest_that_is_none(content, bundle):
     (bundle / "manifest.json").write_bytes(content)
     with refused("manifest.json", "build the bundle again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../target.onnx", "a/../../b", "..", ""])
+def test_a_network_that_is_not_in_the_bundle(name, bundle):
+    target = json.loads((bundle / "manifest.json").read_text())["target"]
+    edit_manifest(bundle, target=target | {"file": name})
+    with pytest.raises(UserError, match=re.escape(f"within the bundle, not {name!r}); build the bundle again.")):
+        LLM(bundle)
+
+
+def test_a_folder_in_place_of_a_file(bundle):
+    (bundle / "draft.onnx").unlink()
+    (bundle / "draft.onnx").mkdir()
+    with refused(bundle / "draft.onnx", "cannot be read (Is a directory)", "build it again"):
+        LLM(bundle)
+
+
+def test_links(bundle, tmp_path):
+    """As mounts and caches make them: within the bundle and to graphs they are followed, and never to weights."""
+    (bundle / "..data").mkdir()
+    for name in ("target.onnx", "target.onnx.data", "tokenizer.json"):
+        (bundle / name).rename(bundle / "..data" / name)
+        (bundle / name).symlink_to(Path("..data") / name)
+    (bundle / "draft.onnx").rename(tmp_path / "graph")
+    (bundle / "draft.onnx").symlink_to(tmp_path / "graph")
+    (tmp_path / "link").symlink_to(bundle)
+    LLM(tmp_path / "link")
+    (bundle / "draft.onnx.data").rename(tmp_path / "weights")
+    (bundle / "draft.onnx.data").symlink_to(tmp_path / "weights")
+    with refused(bundle / "draft.onnx.data", "is a link to", tmp_path / "weights", "cp -rL"):
+        verify_files(bundle, read_manifest(bundle))
+
+
+def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):
+    (bundle / "target.onnx").write_text("nothing of the kind")
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    edit_manifest(bundle, files=files | {"target.onnx": sha256(bundle / "target.onnx")})
+    with refused(bundle / "target.onnx", "not a network that OpenVINO reads", "echo-trt inspect", "build it again"):
         LLM(bundle)
 
 

@@ -72,7 +72,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
             "precision": llm.manifest.computes_in,
             "max_tokens": job.max_tokens,
             "prompts": {name: len(rows) for name, rows in sets.items()},
-            "hinge": llm.tuning.costs.hinge,
+            "hinge": llm.tuning.costs.hinge.model_dump(),
             "results": [],
         }
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
@@ -141,7 +141,7 @@ def _cell(
         run_side_by_side(runs)
         for peer in peers:
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
-    k_max = job.budget or int(llm.tuning.costs.hinge["k_max"])
+    k_max = job.budget or llm.tuning.costs.hinge.k_max
     rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
     return rows + [peer_figures(name, batch, runs, samples[PLAIN]) for name, runs in peer_runs.items()]
 

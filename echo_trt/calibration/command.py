@@ -96,8 +96,8 @@ def costs_table(costs: CostTable) -> Table:
     for size, seconds in zip(costs.target.sizes, costs.target.seconds, strict=True):
         table.add_row(str(size), f"{1e3 * seconds:.1f}", f"{1e3 * drafts[size]:.2f}" if size in drafts else "")
     table.caption = (
-        f"target as a hinge: T_ar {1e3 * hinge['t_ar']:.1f} ms, K_max {hinge['k_max']:.0f}, gamma {hinge['gamma']:.4f} "
-        f"a token; largest error {hinge['error']:.0%}"
+        f"target as a hinge: T_ar {1e3 * hinge.t_ar:.1f} ms, K_max {hinge.k_max}, gamma {hinge.gamma:.4f} "
+        f"a token; largest error {hinge.error:.0%}"
     )
     return table
 

@@ -10,7 +10,7 @@ from datetime import date
 import numpy as np
 
 from echo_trt.bundle import Manifest
-from echo_trt.calibration.store import CostTable, CurveTable, machine
+from echo_trt.calibration.store import CostTable, CurveTable, HingeTable, machine
 from echo_trt.decoding.costs import fit_hinge
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.ragged import begins, ragged_arange
@@ -41,13 +41,12 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
         run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
         draft, cold = _measured(loop, run, 0.25 * seconds), _cold(loop, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
-    hinge = {k: float(v) for k, v in asdict(fit_hinge(sizes, times, ACCURACY)).items()}
     return CostTable(
         machine=machine(manifest),
         measured=date.today(),
         target=target,
         draft=draft,
-        hinge=hinge,
+        hinge=HingeTable(**asdict(fit_hinge(sizes, times, ACCURACY))),
         cold=cold,
         granule=loop.target.granule,
         change=_change(loop),

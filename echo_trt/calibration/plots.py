@@ -46,9 +46,9 @@ def _reliability(axes: Axes, before: Reliability, after: Reliability) -> None:
 
 def _costs(axes: Axes, costs: CostTable) -> None:
     sizes, hinge = np.array(costs.target.sizes), costs.hinge
-    fitted = hinge["t_ar"] * (1 + hinge["gamma"] * np.maximum(sizes - hinge["k_max"], 0))
+    fitted = hinge.t_ar * (1 + hinge.gamma * np.maximum(sizes - hinge.k_max, 0))
     axes.plot(sizes, 1e3 * np.array(costs.target.seconds), "o-", label="target")
-    axes.plot(sizes, 1e3 * fitted, "--", label=f"hinge, K_max {hinge['k_max']:.0f}")
+    axes.plot(sizes, 1e3 * fitted, "--", label=f"hinge, K_max {hinge.k_max}")
     axes.plot(costs.draft.sizes, 1e3 * np.array(costs.draft.seconds), "s-", label="draft")
     axes.set(title="a pass", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
     axes.legend()

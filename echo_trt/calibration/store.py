@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,13 +16,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from echo_trt.bundle import Manifest
 from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, first_mistake
+from echo_trt.recipe import Positive, Probability
 
 CALIBRATION, COSTS = "calibration.json", "costs.json"
 
+Count = Annotated[int, Field(ge=0)]
+#: What a pass, or a part of one, takes.
+Seconds = Annotated[float, Field(ge=0, le=600)]
+#: Of a pass; curves are drawn token by token.
+Tokens = Annotated[int, Field(ge=1, le=2**16)]
+#: To which engines fill passes up.
+Granule = Annotated[int, Field(ge=1, le=64)]
+
 
 class _Stored(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Model = TypeVar("Model", bound=_Stored)
@@ -30,11 +40,11 @@ Model = TypeVar("Model", bound=_Stored)
 class Gate(_Stored):
     """A depth: how well confidence tells acceptance there (AUC over ``samples``), and the best threshold."""
 
-    depth: int
-    auc: float
-    samples: int
-    accepted: float
-    threshold: float
+    depth: Positive
+    auc: Probability
+    samples: Count
+    accepted: Probability
+    threshold: Probability
     sweet_spot: bool
 
 
@@ -44,15 +54,17 @@ class Calibration(_Stored):
     ``children`` [depth][child][quantile]; ``fixed_threshold`` is the best single one for all gates.
     """
 
-    format: int = 1
+    format: Literal[1] = 1
     target_sha256: str
     draft_sha256: str
-    positions: int
+    positions: Count
     gates: list[Gate]
-    fixed_threshold: float
-    acceptance: dict[str, list[list[float]]]
-    children: list[list[list[float]]]
-    lookup: list[float] = Field(description="P(a copied token is accepted) after a match of 1, 2, ... tokens")
+    fixed_threshold: Probability
+    acceptance: dict[str, list[list[Probability]]]
+    children: list[list[list[Probability]]]
+    lookup: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        description="P(a copied token is accepted) after a match of 1, 2, ... tokens"
+    )
 
     @model_validator(mode="after")
     def _is_whole(self) -> Calibration:
@@ -81,42 +93,64 @@ class Calibration(_Stored):
 
 
 class CurveTable(_Stored):
-    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node."""
+    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node.
 
-    sizes: list[int]
-    seconds: list[float]
-    per_context: float = 0.0
-    per_node: float = 0.0
+    0 seconds are those of a network that is not there.
+    """
+
+    sizes: list[Tokens]
+    seconds: list[Seconds]
+    per_context: Seconds = 0.0
+    per_node: Seconds = 0.0
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CurveTable:
         ascending = all(a < b for a, b in itertools.pairwise(self.sizes))
         if not self.sizes or self.sizes[0] != 1 or not ascending or len(self.sizes) != len(self.seconds):
             raise ValueError("sizes must ascend from 1, with seconds for each")
-        if min(self.seconds) < 0 or self.per_context < 0 or self.per_node < 0:
-            raise ValueError("seconds must not be negative")
+        if any(a > b for a, b in itertools.pairwise(self.seconds)):
+            raise ValueError("seconds must not descend")
+        if self.seconds[0] == 0 < self.seconds[-1]:
+            raise ValueError("seconds must be above 0")
         return self
 
     def curve(self, reach: float, knee: float | None = None) -> Curve:
         return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, knee)
 
 
+class HingeTable(_Stored):
+    """``echo_trt.decoding.costs.Hinge``."""
+
+    t_ar: Annotated[float, Field(gt=0)]
+    gamma: float
+    k_max: Tokens
+    error: Annotated[float, Field(ge=0)]
+
+
 class CostTable(_Stored):
     """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve."""
 
-    format: int = 1
+    format: Literal[1] = 1
     machine: str
     measured: date
     target: CurveTable
     draft: CurveTable
-    hinge: dict[str, float]
-    cold: float = Field(0.0, ge=0)
-    granule: int = Field(1, ge=1)
-    change: float = Field(0.0, ge=0)
-    least: int = Field(1, ge=1)
+    hinge: HingeTable
+    cold: Seconds = 0.0
+    granule: Granule = 1
+    change: Seconds = 0.0
+    least: Granule = 1
+
+    @model_validator(mode="after")
+    def _is_of_a_target(self) -> CostTable:
+        if self.target.seconds[0] == 0:
+            raise ValueError("target.seconds must be above 0")
+        if self.hinge.k_max > self.target.sizes[-1]:
+            raise ValueError(f"hinge.k_max is {self.hinge.k_max}, beyond the largest of target.sizes")
+        return self
 
     def costs(self) -> Costs:
-        target = self.target.curve(NEAR, self.hinge["k_max"])
+        target = self.target.curve(NEAR, self.hinge.k_max)
         return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change, self.least)
 
 
@@ -129,7 +163,7 @@ def machine(manifest: Manifest) -> str:
 
 def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:
     """A calibration for this target and draft; one of others is refused."""
-    stored = _read(path, Calibration, "run echo-trt calibrate again")
+    stored = read_stored(path, Calibration, "run echo-trt calibrate again")
     for what, mine, its in (
         ("target", target_sha256, stored.target_sha256),
         ("draft", draft_sha256, stored.draft_sha256),
@@ -142,13 +176,18 @@ def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calib
     return stored
 
 
-def read_costs(folder: Path, manifest: Manifest) -> CostTable | None:
-    """Costs measured on a machine like this one, or None."""
+def read_costs(folder: Path, manifest: Manifest, note: Callable[[str], None]) -> CostTable | None:
+    """Costs of this bundle measured on a machine like this one, or None; ``note`` is told of a file that is damaged."""
     path = folder / COSTS
     if not path.exists():
         return None
-    table = _read(path, CostTable, "delete it, and it is measured again")
-    return table if table.machine == machine(manifest) else None
+    try:
+        table = read_stored(path, CostTable, "it is measured again")
+    except UserError as error:  # a start needs nobody's help to make another
+        note(str(error))
+        return None
+    whole = manifest.draft is None or table.draft.seconds[0] > 0
+    return table if whole and table.machine == machine(manifest) else None
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:
@@ -158,7 +197,7 @@ def write(folder: Path, name: str, stored: _Stored) -> None:
     partial.replace(folder / name)
 
 
-def _read(path: Path, model: type[Model], remedy: str) -> Model:
+def read_stored(path: Path, model: type[Model], remedy: str) -> Model:
     try:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -166,10 +205,7 @@ def _read(path: Path, model: type[Model], remedy: str) -> Model:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8; {remedy}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        said = first["msg"].removeprefix("Value error, ").replace(". ", ", ")
-        raise UserError(f"{path}: {key} is not valid ({said}); {remedy}.") from error
+        raise UserError(f"{path}: {first_mistake(error)}; {remedy}.") from error
 
 
 def _processor() -> str:

@@ -82,6 +82,37 @@ class Trees:
         place = self.answer_begins[self.request[positions]] + self.index[positions] + ahead - 1
         return np.where(inside, self.answers[np.minimum(place, len(self.answers) - 1)], -1)
 
+    def _is_whole(self) -> bool:
+        """Whether the arrays fit each other: no index leads out of them, and parents stand before their children."""
+        tokens, requests, count, nodes = map(len, (self.answers, self.group, self.request, self.parent))
+        shapes = {
+            **{"answers": (tokens,), "answer_begins": (requests + 1,), "node_begins": (count + 1,)},
+            **{"group": (requests,), "copied": (count, COPIED)},
+            **dict.fromkeys(("request", "index", "matched"), (count,)),
+            **dict.fromkeys(("parent", "token", "depth", "log_q"), (nodes,)),
+        }
+        arrays = {name: getattr(self, name) for name in shapes}
+        if any(
+            a.shape != shapes[name] or a.dtype.kind != ("f" if name == "log_q" else "i") for name, a in arrays.items()
+        ):
+            return False
+        for begin, total in ((self.answer_begins, tokens), (self.node_begins, nodes)):
+            if begin[0] != 0 or begin[-1] != total or (np.diff(begin) < 0).any():
+                return False
+        place = ragged_arange(np.diff(self.node_begins))
+        inside = (
+            (self.group >= 0) & (self.group < len(self.groups)),
+            (self.request >= 0) & (self.request < requests),
+            (self.parent >= ROOT) & (self.parent < place),
+            self.index >= 0,
+            self.matched >= 0,
+            np.isfinite(self.log_q),
+        )
+        if not all(each.all() for each in inside):
+            return False
+        above = np.where(self.parent >= 0, self.depth[np.arange(nodes) - place + self.parent], 0)
+        return bool((self.depth == above + 1).all() and (self.left >= 0).all())
+
     def write(self, path: Path) -> None:
         path.write_bytes(self.to_bytes())
 
@@ -94,7 +125,10 @@ class Trees:
     def read(cls, path: Path) -> Trees:
         try:
             with np.load(path, allow_pickle=False) as stored:
-                return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
+                trees = cls(**{name: stored[name] for name in cls.__dataclass_fields__})
+            if not trees._is_whole():
+                raise ValueError("its arrays do not fit each other")
+            return trees
         except OSError as error:
             reason = error.strerror or "not readable"
             raise UserError(f"recording {path} cannot be read ({reason}); name one of bench --record.") from error

@@ -21,6 +21,7 @@ from openvino.passes import ConstantFolding, Manager
 from openvino.preprocess import PrePostProcessor
 
 from echo_trt.compile.onnx_export import BLOCK, DOMAIN, OPERATOR
+from echo_trt.errors import UserError
 
 FEATURES = "features"  # the output that only a head reads
 MAX_CONTEXT = 12  # the place of that input of PagedAttention
@@ -56,7 +57,14 @@ def read_graph(path: Path) -> ov.Model:
     """The exported graph as an OpenVINO model, weights memory-mapped."""
     core = ov.Core()
     core.add_extension(ConversionExtension(OPERATOR, DOMAIN, _to_paged_attention))
-    return core.read_model(path)
+    try:
+        return core.read_model(path)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rstrip(".").replace(". ", ", ")
+        raise UserError(
+            f"{path} is not a network that OpenVINO reads ({reason}); see with echo-trt inspect whether the bundle is "
+            "as it was built, or build it again."
+        ) from error
 
 
 def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:

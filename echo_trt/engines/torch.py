@@ -15,6 +15,7 @@ from echo_trt.engines.cuda_device import check_room, cuda_device, has_cuda
 from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.engines.rank_group import RankGroup
 from echo_trt.engines.torch_calls import Arrays, Graphs, Staging, pad
+from echo_trt.errors import UserError
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
@@ -117,8 +118,13 @@ def _as_array(tensor: Tensor) -> np.ndarray:
 def _operator_for(device: torch.device) -> Callable[..., Tensor]:
     if device.type == "cpu":
         return super_tree_attention
-    from super_tree_attention.triton_attention import super_tree_attention_triton
-
+    try:
+        from super_tree_attention.triton_attention import super_tree_attention_triton
+    except ImportError as error:
+        raise UserError(
+            f"the kernel for GPUs cannot be loaded ({error}); run pip install 'echo-trt[cuda]', or echo-trt build the "
+            "bundle with --engine openvino."
+        ) from error
     return super_tree_attention_triton
 
 

@@ -55,7 +55,7 @@ class LLM:
     def k_max(self) -> int:
         """The policy's budget; of `goodput`, which shares none, the knee of the measured costs; 0 of the others."""
         policy = self.loop.policy
-        return int(self.tuning.costs.hinge["k_max"]) if policy.seeks_goodput else policy.budget or 0
+        return self.tuning.costs.hinge.k_max if policy.seeks_goodput else policy.budget or 0
 
     def set_policy(self, name: str | None, budget: int | None = None, loop: Loop | None = None) -> None:
         """Another policy from now on, None for the recipe's, or another K_max; the text stays the same.

@@ -37,7 +37,7 @@ class Tuning:
     @cached_property
     def costs(self) -> CostTable:
         """Nothing may be running when this is asked for the first time."""
-        table = read_costs(self._folder, self._manifest)
+        table = read_costs(self._folder, self._manifest, self._note)
         if table is None:
             if self._loop.busy:  # measuring writes over the KV pool
                 raise UserError(
@@ -65,7 +65,7 @@ class Tuning:
             told = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
             self._note(f"{self._folder} has no {CALIBRATION}: gates are the usual {told}; run echo-trt calibrate.")
         if policy.budget == 0:
-            knee, granule = int(self.costs.hinge["k_max"]), self.costs.granule
+            knee, granule = self.costs.hinge.k_max, self.costs.granule
             policy = replace(policy, budget=knee + -knee % granule)  # tokens up to there are verified all the same
         return policy
 

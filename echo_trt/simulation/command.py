@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from echo_trt.calibration.store import Calibration
+from echo_trt.calibration.store import Calibration, read_stored
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.outputs import json_bytes, output_file
 from echo_trt.recipe import Decoding
-from echo_trt.simulation.files import read_stored
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
 from echo_trt.simulation.replay import Replay

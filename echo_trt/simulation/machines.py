@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.calibration.store import CostTable
+from echo_trt.calibration.store import CostTable, read_stored
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve, fit_hinge
 from echo_trt.errors import UserError
-from echo_trt.simulation.files import read_stored
 
 THIS = "this"
 # Measured on 2 cores of an AMD EPYC at batch 1 to 8: packing, accepting, text; and what a draft level's planning adds.
@@ -207,7 +206,7 @@ def from_costs_file(path: Path) -> Machine:
         granule=stored.granule,
         change=stored.change,
         least=stored.least,
-        knee=int(stored.hinge["k_max"]),
+        knee=stored.hinge.k_max,
     )
 
 

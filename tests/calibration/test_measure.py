@@ -25,8 +25,8 @@ def check(table, sizes):
     assert min(table.target.seconds) > 0
     costs = table.costs()
     assert 0 < costs.target(1) <= costs.target(16) <= costs.target(100) < 10
-    assert table.hinge["t_ar"] > 0
-    assert 1 <= table.hinge["k_max"] < sizes[-1]
+    assert table.hinge.t_ar > 0
+    assert 1 <= table.hinge.k_max < sizes[-1]
 
 
 @pytest.mark.parametrize("pair", ["close", "lookup"])

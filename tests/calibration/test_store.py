@@ -1,13 +1,15 @@
 """The calibration on disk: it belongs to its pair, costs to their machine, and a broken file is named."""
 
 import json
+import shutil
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.bundle import read_manifest
+from echo_trt.bundle import Manifest, read_manifest
 from echo_trt.calibration.store import (
     CALIBRATION,
     COSTS,
@@ -15,12 +17,15 @@ from echo_trt.calibration.store import (
     CostTable,
     CurveTable,
     Gate,
+    HingeTable,
     machine,
     read_calibration,
     read_costs,
     write,
 )
 from echo_trt.decoding.acceptance import KNOTS, SOURCES, knots
+from echo_trt.errors import UserError
+from echo_trt.runtime.llm import LLM
 
 TARGET, DRAFT = "1" * 64, "2" * 64
 
@@ -42,7 +47,18 @@ def calibration(**changes) -> Calibration:
 
 def costs(on: str) -> CostTable:
     curve = CurveTable(sizes=[1, 4], seconds=[0.01, 0.02], per_context=1e-6)
-    return CostTable(machine=on, measured=date(2026, 1, 2), target=curve, draft=curve, hinge={"k_max": 2.0})
+    hinge = HingeTable(t_ar=0.01, gamma=0.3, k_max=2, error=0.1)
+    return CostTable(machine=on, measured=date(2026, 1, 2), target=curve, draft=curve, hinge=hinge)
+
+
+def edited(table: dict, path: str, value: object) -> dict:
+    """``table`` with another value at such a path as target.seconds.0."""
+    *above, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    place = table
+    for key in above:
+        place = place[key]
+    place[last] = value
+    return table
 
 
 @pytest.fixture
@@ -58,7 +74,7 @@ def test_what_is_written_is_read_again(tmp_path, manifest):
     assert stored.model().table.shape == (len(SOURCES), 3, KNOTS)
     assert stored.model().children.shape == (3, 2, 2)
     write(tmp_path, COSTS, costs(machine(manifest)))
-    table = read_costs(tmp_path, manifest)
+    table = read_costs(tmp_path, manifest, pytest.fail)
     assert table == costs(machine(manifest))
     assert table.costs().target(2, 1000) == pytest.approx(0.01 + 0.01 / 3 + 1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == [CALIBRATION, COSTS]  # nothing half-written
@@ -75,9 +91,9 @@ def test_a_calibration_of_another_pair_is_refused(target, draft, words, tmp_path
 
 
 def test_costs_of_another_machine_are_not_used(tmp_path, manifest):
-    assert read_costs(tmp_path, manifest) is None
+    assert read_costs(tmp_path, manifest, pytest.fail) is None
     write(tmp_path, COSTS, costs("a faster one"))
-    assert read_costs(tmp_path, manifest) is None
+    assert read_costs(tmp_path, manifest, pytest.fail) is None
     assert machine(manifest) == machine(manifest)
     assert manifest.computes_in in machine(manifest)
 
@@ -91,8 +107,15 @@ def test_a_broken_file_is_named(content, tmp_path, manifest):
         (tmp_path / name).write_bytes(content)
     with refused(tmp_path / CALIBRATION, "run echo-trt calibrate again"):
         read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
-    with refused(tmp_path / COSTS, "delete it"):
-        read_costs(tmp_path, manifest)
+    assert_measured_again(tmp_path, manifest)
+
+
+def assert_measured_again(folder: Path, manifest: Manifest, *words: str) -> None:
+    told = []
+    assert read_costs(folder, manifest, told.append) is None
+    assert len(told) == 1
+    with refused(folder / COSTS, "it is measured again", *words):
+        raise UserError(told[0])
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -110,13 +133,35 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         {"children": [[0.1, 0.2]]},
         {"children": []},
         {"lookup": []},
+        {"format": 9},
     ],
-    ids=["a-source-lacks", "few-knots", "ragged-depths", "flat-children", "no-children", "no-lookup"],
+    ids=["a-source-lacks", "few-knots", "ragged-depths", "flat-children", "no-children", "no-lookup", "format"],
 )
 def test_a_calibration_with_holes_is_refused(changes, tmp_path):
     whole = json.loads(calibration().model_dump_json())
     (tmp_path / CALIBRATION).write_text(json.dumps(whole | changes))
     with refused(tmp_path / CALIBRATION, "calibrate again"):
+        read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("lookup.0", 2.0),
+        ("lookup.0", 0.0),
+        ("acceptance.head.0.3", 7.0),
+        ("acceptance.head.2.0", float("nan")),
+        ("children.0.1.0", -0.5),
+        ("fixed_threshold", -1.0),
+        ("gates.1.threshold", 1.5),
+        ("gates.0.depth", 0),
+        ("positions", -3),
+    ],
+)
+def test_a_calibration_of_no_probabilities_is_refused(path, value, tmp_path):
+    raw = edited(json.loads(calibration().model_dump_json()), path, value)
+    (tmp_path / CALIBRATION).write_text(json.dumps(raw))
+    with refused(tmp_path / CALIBRATION, f"{path} is not valid", f"not {value!r}", "calibrate again"):
         read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
 
 
@@ -128,14 +173,55 @@ def test_a_calibration_with_holes_is_refused(changes, tmp_path):
         {"sizes": [4, 2], "seconds": [0.1, 0.2]},
         {"sizes": [0, 2], "seconds": [0.1, 0.2]},
         {"sizes": [1, 2], "seconds": [0.1, -0.2]},
+        {"sizes": [1, 2], "seconds": [0.2, 0.1]},
+        {"sizes": [1, 2], "seconds": [0.0, 0.1]},
+        {"sizes": [1, 2], "seconds": [0.0, 0.0]},
     ],
-    ids=["empty", "ragged", "descending", "from-zero", "negative"],
+    ids=["empty", "ragged", "descending", "from-zero", "negative", "faster", "nothing-first", "nothing"],
 )
-def test_costs_that_cannot_be_are_refused(curve, tmp_path, manifest):
+def test_costs_that_cannot_be_are_measured_again(curve, tmp_path, manifest):
     raw = json.loads(costs(machine(manifest)).model_dump_json())
     (tmp_path / COSTS).write_text(json.dumps(raw | {"target": curve}))
-    with refused(tmp_path / COSTS, "delete it"):
-        read_costs(tmp_path, manifest)
+    assert_measured_again(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("target.seconds.0", float("nan"), "target.seconds.0 is not valid"),
+        ("draft.seconds.1", 1e308, "not 1e+308"),
+        ("draft.per_context", float("inf"), "draft.per_context"),
+        ("target.sizes.1", 10**9, "not 1000000000"),
+        ("hinge", {}, "hinge.t_ar"),
+        ("hinge.k_max", float("nan"), "hinge.k_max"),
+        ("hinge.k_max", -5, "not -5"),
+        ("hinge.k_max", 5, "hinge.k_max is 5"),
+        ("granule", 1_000_000, "granule is not valid"),
+        ("least", 0, "least"),
+        ("change", -1e-3, "change"),
+        ("format", 7, "not 7"),
+    ],
+)
+def test_a_damaged_number_of_the_costs_is_named(path, value, words, tmp_path, manifest):
+    raw = edited(json.loads(costs(machine(manifest)).model_dump_json()), path, value)
+    (tmp_path / COSTS).write_text(json.dumps(raw))
+    assert_measured_again(tmp_path, manifest, words)
+
+
+def test_costs_without_the_draft_of_a_bundle_that_has_one_are_not_used(tmp_path, bundle_of):
+    manifest = read_manifest(bundle_of("model"))
+    none = CurveTable(sizes=[1], seconds=[0.0])
+    write(tmp_path, COSTS, costs(machine(manifest)).model_copy(update={"draft": none}))
+    assert read_costs(tmp_path, manifest, pytest.fail) is None
+
+
+def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
+    bundle = Path(shutil.copytree(bundle_of("lookup"), tmp_path / "bundle"))
+    (bundle / COSTS).write_text('{"format": 7}')
+    told = []
+    LLM(bundle, "goodput", note=told.append)
+    assert any("format is not valid" in note for note in told)
+    assert read_costs(bundle, read_manifest(bundle), pytest.fail) is not None
 
 
 def test_numbers_survive_the_file(tmp_path):

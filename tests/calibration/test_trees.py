@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -186,3 +187,35 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     for path in (tmp_path / "none.npz", tmp_path):
         with refused(path, "bench --record"):
             Trees.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("token", lambda a: a[:-1]),
+        ("node_begins", lambda a: a + 1),
+        ("node_begins", lambda a: a[::-1]),
+        ("node_begins", lambda a: np.where(a == a[-1], a + 7, a)),
+        ("answer_begins", lambda a: a[:-1]),
+        ("answers", lambda a: a[:-1]),
+        ("answers", lambda a: a.astype(float)),
+        ("request", lambda a: a + 1),
+        ("request", lambda a: np.stack((a, a), axis=1)),
+        ("group", lambda a: a - 1),
+        ("index", lambda a: a + MOST),
+        ("index", lambda a: a - 2),
+        ("parent", lambda a: a - 1),
+        ("parent", lambda a: a + 1),
+        ("depth", lambda a: a + 1),
+        ("matched", lambda a: a - 1000),
+        ("log_q", lambda a: np.where(a < -1, np.nan, a)),
+        ("copied", lambda a: a[:, 1:]),
+        ("groups", lambda a: a[0]),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_no_recording(name, change, recorded, tmp_path):
+    file = tmp_path / "trees.npz"
+    before = getattr(recorded, name)
+    file.write_bytes(archive(**asdict(replace(recorded, **{name: change(before)}))))
+    with refused(file, "bench --record"):
+        Trees.read(file)

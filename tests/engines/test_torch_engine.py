@@ -1,5 +1,7 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,13 @@ from driving import prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, roles_of
+from refusal import refused
 
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.sampling import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.device_rows import DeviceRows
-from echo_trt.engines.torch import METADATA, TorchEngine
+from echo_trt.engines.torch import METADATA, TorchEngine, _operator_for
 from echo_trt.engines.torch_calls import LARGEST, Staging, bucket, pad
 from echo_trt.engines.torch_files import load_role, save_role
 from echo_trt.errors import UserError
@@ -224,3 +227,9 @@ def test_a_file_of_something_else_is_refused(networks, tmp_path):
     for path in (tmp_path / "text", networks / "target" / "model.safetensors"):
         with pytest.raises(UserError, match=r"holds no network of echo-trt .*build the bundle again"):
             load_role(path)
+
+
+def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
+    with refused(r"pip install 'echo-trt[cuda]'", "echo-trt build the bundle with --engine openvino"):
+        _operator_for(torch.device("cuda"))

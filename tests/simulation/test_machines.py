@@ -106,3 +106,6 @@ def test_bad_machines(tmp_path):
     bad.write_text(json.dumps(COSTS | {"target": {"sizes": "many", "seconds": []}}))
     with refused(bad, "target.sizes"):
         machine_named("this", bad)
+    bad.write_text(json.dumps(COSTS | {"hinge": {}}))
+    with refused(bad, "hinge.t_ar", "name a costs.json"):
+        machine_named("this", bad)
