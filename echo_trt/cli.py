@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,9 @@ app = typer.Typer(
     "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
     "and `--compare` shows what speculation is worth.",
 )
-messages = Console(stderr=True)
+# Names of files, ids and texts are printed as they are: no markup, no :emoji:.
+Screen = partial(Console, markup=False, emoji=False)
+messages = Screen(stderr=True)
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8")})
@@ -37,19 +40,33 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        _run()
     except UserError as error:
-        messages.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True, highlight=False)
+        _tell(error)
         sys.exit(2)
-    except BrokenPipeError:
+    except OSError as error:
+        # Nothing that is still to be printed is to fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        place = error.filename or "standard output, or a file,"
+        _tell(f"{place} cannot be read or written ({error.strerror or error}); make room, or name another place.")
+        sys.exit(2)
 
 
-def _escaped(error: UserError) -> str:
-    from rich.markup import escape
+def _run() -> None:
+    if sys.stdout is None:
+        raise UserError("standard output is closed; redirect it to a file or to /dev/null.")
+    try:
+        app()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
 
-    return escape(" ".join(str(error).split()))
+
+def _tell(error: object) -> None:
+    messages.print("error:", style="bold red", end=" ")
+    messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
 
 
 def _version(asked: bool) -> None:
@@ -99,7 +116,7 @@ def build(
         manifest = run(settings, recipe.parent, folder, progress.stage, progress.detail)
     from echo_trt.report import manifest_table
 
-    Console().print(manifest_table(manifest, folder))
+    Screen().print(manifest_table(manifest, folder))
 
 
 @app.command()
@@ -139,7 +156,7 @@ def generate(
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
     from echo_trt.generate import Job, run
-    from echo_trt.prompts import Prompt, read_prompts
+    from echo_trt.prompts import Prompt, encodable, read_prompts
     from echo_trt.runtime.params import SamplingParams
 
     if (prompt is None) == (prompts is None):
@@ -155,9 +172,9 @@ def generate(
         frequency_penalty=frequency_penalty,
         repetition_penalty=repetition_penalty,
     )
-    rows = read_prompts(prompts) if prompts else [Prompt("0", prompt)]
+    rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name = policy.value if policy else None
-    run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Console(), messages)
+    run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Screen(), messages)
 
 
 @app.command()
@@ -207,7 +224,7 @@ def calibrate(
     """
     from echo_trt.calibration.command import Job, run
 
-    run(Job(bundle, prompts, limit, max_tokens, batch), Console(), messages)
+    run(Job(bundle, prompts, limit, max_tokens, batch), Screen(), messages)
 
 
 @app.command()
@@ -244,7 +261,7 @@ def bench(
     sizes = _numbers("--batch", batch)
     files = (json_file, html_file, record_file)
     job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes, budget)
-    run(job, Console(), messages)
+    run(job, Screen(), messages)
 
 
 @app.command()
@@ -273,7 +290,7 @@ def simulate(
     sizes = tuple(_numbers("--batch", batch))
     shape = tuple(_numbers("--static", static)) if static else None
     job = SimulationJob(recording, calibration, machine, costs, sizes, words, budget, shape, prompt, tokens, json_file)
-    run(job, Console(), messages)
+    run(job, Screen(), messages)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -299,17 +316,19 @@ def inspect(
     """
     from echo_trt.report import manifest_table, print_recipe
 
+    if not os.path.exists(place):
+        raise UserError(f"{place} does not exist; name a bundle's folder, or a recipe's YAML file.")
     if not place.is_dir():
         from echo_trt.recipe import load_recipe
 
-        raise typer.Exit(0 if print_recipe(load_recipe(place), place.parent, cards, Console()) else 1)
+        raise typer.Exit(0 if print_recipe(load_recipe(place), place.parent, cards, Screen()) else 1)
     from echo_trt.bundle import read_manifest, verify_files
 
     if cards is not None:
         raise UserError(f"--fit is about a recipe, but {place} is a folder; name the recipe's YAML file.")
     manifest = read_manifest(place)
     verify_files(place, manifest)
-    Console().print(manifest_table(manifest, place))
+    Screen().print(manifest_table(manifest, place))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from echo_trt.bundle import read_manifest
+from echo_trt.decoding.policies import SHARED
 from echo_trt.errors import UserError
-from echo_trt.outputs import json_bytes, output_file
-from echo_trt.prompts import Prompt
+from echo_trt.outputs import files_first, json_bytes, output_file
+from echo_trt.prompts import Prompt, check_lengths
 from echo_trt.report import comparison_table, rounding_note
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
@@ -58,16 +60,16 @@ class Run:
 
 
 def run(job: Job, out: Console, messages: Console) -> None:
-    with output_file("--json", job.json_file) as write:
+    name = job.policy or read_manifest(job.bundle).recipe.decoding.policy
+    if job.budget and name not in SHARED:
+        raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
+    with output_file("--json", job.json_file) as write, files_first(out) if job.json_file else nullcontext():
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
             # Of two policies the second would find what the first has computed.
             llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print, False if job.compare else None)
         policy = llm.loop.policy.name
-        if job.budget and llm.loop.policy.budget is None:
-            raise UserError(
-                f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed."
-            )
+        check_lengths(llm, job.prompts)
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
         write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))
@@ -94,7 +96,7 @@ def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -
         for each in runs:
             llm.set_policy(each.policy, job.budget)
             if len(part) == 1:
-                out.print(f"\n[bold]{each.policy}[/] answers [italic]{part[0].id}[/]", highlight=False)
+                out.print(f"\n{each.policy} answers {part[0].id}", style="bold", highlight=False)
             _run_round(llm, job, part, each, out, messages, header=len(part) > 1)
     plain = runs[0]
     rows = []
@@ -120,15 +122,14 @@ def _run_round(
         task = progress.add_task(done.policy, total=len(prompts))
         for delta in llm.stream([p.text for p in prompts], job.params):
             if len(prompts) == 1:
-                out.print(delta.text, end="", markup=False, highlight=False, soft_wrap=True)
-                sys.stdout.flush()
+                out.print(delta.text, end="", highlight=False, soft_wrap=True)
             if delta.completion:
                 prompt = prompts[delta.index]
                 done.completions[prompt.id] = delta.completion
                 progress.advance(task)
                 if header and not job.compare:
-                    out.print(f"[bold]{prompt.id}[/]", highlight=False)
-                    out.print(delta.completion.text, markup=False, highlight=False, soft_wrap=True)
+                    out.print(prompt.id, style="bold", highlight=False)
+                    out.print(delta.completion.text, highlight=False, soft_wrap=True)
     done.seconds += time.perf_counter() - start
     done.verifications += llm.counters.verifications - before[0]
     done.emitted += llm.counters.emitted_tokens - before[1]

@@ -6,10 +6,15 @@ MT-bench's own files are read as they are: their ``question_id`` is an id.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from echo_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from echo_trt.runtime.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def _parse(line: bytes, where: str) -> Prompt:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); give one object a line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not an object; give one with id and prompt.")
@@ -52,4 +57,28 @@ def _parse(line: bytes, where: str) -> Prompt:
     own = row.get("id", row.get("question_id"))
     if not isinstance(own, str | int) or isinstance(own, bool):
         raise UserError(f"{where}: id is {own!r}; give a string or a whole number.")
-    return Prompt(str(own), text)
+    return Prompt(encodable(str(own), f"{where}: id"), encodable(text, f"{where}: prompt"))
+
+
+def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
+    context = llm.loop.state.context
+    for prompt in prompts:
+        count = len(llm.chat_ids(prompt.text))
+        if count >= context:
+            raise UserError(
+                f"prompt {prompt.id!r} has {count} tokens, but the context is {context}; shorten it, or raise "
+                "limits.context in the recipe and build again."
+            )
+
+
+def encodable(text: str, what: str) -> str:
+    """``text``, if UTF-8 can write it: JSON may spell half a surrogate pair, and bytes of an argument become one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
+            "give whole characters."
+        ) from error
+    return text

@@ -178,6 +178,8 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}); name a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise UserError(f"recipe {path} is nested too deeply; see build/ for examples.") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path} must hold a mapping of keys to values; see build/ for examples.")
     return parse_recipe(raw, str(path))

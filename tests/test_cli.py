@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
         (["hi", "--prompts", "p.jsonl"], ["either PROMPT or --prompts"]),
         ([], ["either PROMPT or --prompts"]),
         (["word " * 400], ["prompt", "context", "160"]),
+        (["a\udcff"], ["PROMPT", "not UTF-8"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, told):
@@ -141,12 +143,58 @@ def test_a_failed_run_leaves_no_result_file(echo_trt, bundle_of, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
+    bundle, file, ids = tmp_path / "[red]:boom:[/]", tmp_path / "prompts.jsonl", ["b[/bold]", "[i]:x:"]
+    shutil.copytree(bundle_of("lookup"), bundle)
+    file.write_text("".join(json.dumps({"id": id, "prompt": "abc"}) + "\n" for id in ids))
+    for words in ([], ["--compare"]):
+        outcome = echo_trt("generate", bundle, "--prompts", file, "--max-tokens", 4, *words)
+        assert outcome.code == 0, outcome.err
+        assert all(id in outcome.out for id in ids)
+    assert f"bundle {bundle}" in echo_trt("inspect", bundle).out
+
+
+def test_a_budget_that_no_policy_shares_is_refused_before_the_bundle_is_opened(echo_trt, bundle_of, monkeypatch):
+    monkeypatch.setattr("echo_trt.generate.LLM", None)
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", "goodput", "--budget", 4)
+    assert outcome.code == 2
+    assert "--budget is 4, but goodput shares no budget" in outcome.err
+
+
+def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "short", "prompt": "abc"}\n' + json.dumps({"id": "long one", "prompt": "word " * 400}))
+    outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", file)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "prompt 'long one' has" in outcome.err
+
+
 @pytest.mark.parametrize("place", ["nothing.yaml", "."])
 def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     outcome = echo_trt("inspect", place)
     assert outcome.code == 2
     assert place in outcome.err
+
+
+def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
+    assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+
+
+def test_ctrl_c_while_it_imports_says_nothing():
+    code = """
+import builtins, signal
+def interrupted(name, *rest, real=builtins.__import__):
+    if name == "typer":
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *rest)
+builtins.__import__ = interrupted
+from echo_trt.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_ctrl_c_ends_a_build_at_once_and_leaves_nothing(networks, tmp_path):

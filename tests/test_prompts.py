@@ -30,6 +30,9 @@ def test_prompt_or_the_first_of_turns(tmp_path):
         (b'{"prompt": "x"}', ["line 1", "id", "None"]),
         (b'{"id": true, "prompt": "x"}', ["line 1", "id", "True"]),
         (b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "y"}', ["id '1'", "twice"]),
+        (b'{"id": 1, "prompt": "x\\ud800"}', ["line 1", "prompt", "surrogate", "whole characters"]),
+        (b'{"id": "\\udfff", "prompt": "x"}', ["line 1", "id", "surrogate"]),
+        (b"[" * 100_000, ["line 1", "recursion", "one object a line"]),
         (b"\n\n", ["no prompt"]),
     ],
 )

@@ -178,6 +178,7 @@ def test_missing_keys(key, written):
         (b"name: \xff\xfe", ("not valid YAML",)),
         (b"name: !!python/object:os.system x", ("not valid YAML",)),
         (b"name: a\n---\nname: b", ("not valid YAML",)),
+        (b"[" * 10_000, ("nested too deeply", "build/")),
         (b"1: one\nname: a\ntarget: {path: x}", ("1 is 1", "keys should be strings")),
     ],
 )

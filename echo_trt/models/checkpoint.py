@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; give the folder of a complete checkpoint.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, not an object; download the checkpoint again.")

@@ -1,0 +1,123 @@
+"""Files and standard output that cannot take what a command has to say."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from refusal import refused
+from rich.console import Console
+
+from echo_trt.outputs import files_first, output_file
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_each_write_replaces_the_last_and_nothing_else_is_left(tmp_path):
+    file = tmp_path / "a.json"
+    with output_file("--json", file) as write:
+        write(b"first, and longer")
+        write(b"second")
+    assert file.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "elsewhere.json"
+    link.symlink_to(file)
+    for content in (b"new", b"replaced"):
+        with output_file("--json", link) as write:
+            write(content)
+        assert link.is_symlink()
+        assert file.read_bytes() == content
+
+
+def test_a_pipe_stays_and_gets_the_last_of_what_is_written(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with output_file("--json", pipe) as write:
+        write(b"first")
+        write(b"second")
+    reader.join(10)
+    assert pipe.is_fifo()
+    assert read == [b"second"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "file/a.json", "none/a.json"])
+def test_a_place_that_cannot_be_is_refused_at_once(name, tmp_path):
+    (tmp_path / "file").touch()
+    words = f"--json {tmp_path / name}", "cannot be written", "folder that exists"
+    with refused(*words), output_file("--json", tmp_path / name):
+        raise AssertionError("the work has begun")
+
+
+def test_a_disk_that_is_full_is_told_and_the_file_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    file.write_bytes(b"before")
+
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    with refused(f"--json {file}", "No space left", "has room"), output_file("--json", file) as write:
+        monkeypatch.setattr(type(file), "write_bytes", fail)
+        write(b"after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_printing_fails_after_the_work():
+    out, done = Console(file=Full()), []
+
+    def work() -> None:
+        with files_first(out):
+            out.print("one")
+            out.print("two")
+            done.append("the files")
+
+    with pytest.raises(OSError, match="No space left"):
+        work()
+    assert done == ["the files"]
+
+
+def echo_trt(*words: object, **streams) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "echo_trt", *map(str, words)], stderr=subprocess.PIPE, text=True, **streams
+    )
+
+
+def test_a_reader_that_leaves_costs_no_result_file(bundle_of, tmp_path):
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "a.json"
+    prompts.write_text('{"id": "a", "prompt": "abc"}\n{"id": "b", "prompt": "abc abc"}\n')
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [bundle_of("lookup"), "--prompts", prompts, "--max-tokens", 4, "--json", file]
+    done = echo_trt("generate", *words, stdout=writing)
+    os.close(writing)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert '"id": "b"' in file.read_text()
+
+
+def test_a_closed_standard_output_is_told_in_a_sentence():
+    done = echo_trt("--version", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output is closed; ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_standard_output_is_told_in_a_sentence():
+    with open("/dev/full", "w") as full:
+        done = echo_trt("--version", stdout=full)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
