@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,14 @@ from rich.progress import Progress
 
 from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
 from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
-from echo_trt.benchmark.peers import Peer, PeerRun, open_peer
+from echo_trt.benchmark.peers import Peer, PeerRun, check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.calibration.record import record
 from echo_trt.calibration.store import machine
 from echo_trt.decoding.policies import NAMES, Policy
 from echo_trt.errors import UserError
-from echo_trt.outputs import json_bytes, output_file
-from echo_trt.prompts import Prompt, read_prompts
+from echo_trt.outputs import files_first, json_bytes, output_file
+from echo_trt.prompts import Prompt, check_lengths, read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import blocks_for
@@ -60,10 +61,13 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                 ("--record", job.record_file),
             )
         )
+        stack.enter_context(files_first(out))
         with messages.status("loading the bundle"):
             # Each policy and round gets the same prompts, and is to compute them.
             llm = LLM(job.bundle, None, max(job.batches), note=messages.print, prefix_cache=False)
             check_pool(llm, job)
+            for rows in sets.values():
+                check_lengths(llm, rows)
             peers = [open_peer(name, job.bundle, llm.manifest, job.recipes) for name in job.peers]
         policies = list(dict.fromkeys((PLAIN, *job.policies)))
         result: dict[str, Any] = {
@@ -165,6 +169,8 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job) -> bytes:
 
 
 def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
+    if not job.policies:
+        raise UserError(f"--policies is empty; name one or more of {', '.join(NAMES)}, separated by commas.")
     for policy in job.policies:
         if policy not in NAMES:
             raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
@@ -172,6 +178,13 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if not job.batches or min(job.batches) < 1 or max(job.batches) > 4096:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to 4096.")
+    for name in job.peers:
+        check_peer(name)
+    files = {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}
+    named: dict[str, str] = {}
+    for option, path in files.items():
+        if path is not None and (other := named.setdefault(os.path.realpath(path), option)) != option:
+            raise UserError(f"{other} and {option} both name {path}; give each a file of its own.")
     count = sum(map(len, sets.values()))
     if count < 2:
         raise UserError(f"--prompts holds {count} prompt; a benchmark needs 2 or more.")

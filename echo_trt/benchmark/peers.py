@@ -60,17 +60,22 @@ def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path =
 
     GenAI's form of the networks is made at the first call and kept in echo-trt/peers below $XDG_CACHE_HOME (~/.cache).
     """
-    if name not in PEERS:
-        raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")
-    module, package, opener = PEERS[name]
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"peer {name} is not installed; run pip install {package}.")
+    check_peer(name)
     if manifest.precision not in PRECISIONS:
         raise UserError(
             f"bundle {bundle} is in {manifest.precision}, in which peers do not run; "
             f"build it in {' or '.join(PRECISIONS)}."
         )
-    return opener(manifest, recipe_folder)
+    return PEERS[name][2](manifest, recipe_folder)
+
+
+def check_peer(name: str) -> None:
+    """Raises UserError where there is no such peer, or it is not installed."""
+    if name not in PEERS:
+        raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")
+    module, package, _ = PEERS[name]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"peer {name} is not installed; run pip install {package}.")
 
 
 def find_checkpoint(source: Source, recipe_folder: Path, digest: str) -> Path:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from echo_trt.bundle import read_manifest
 from echo_trt.calibration.fit import fit
 from echo_trt.calibration.measure import measure
 from echo_trt.calibration.plots import draw
@@ -17,7 +18,8 @@ from echo_trt.calibration.reliability import reliability
 from echo_trt.calibration.store import CALIBRATION, COSTS, Calibration, CostTable, write
 from echo_trt.decoding.policies import Policy
 from echo_trt.errors import UserError
-from echo_trt.prompts import Prompt, read_prompts
+from echo_trt.outputs import files_first
+from echo_trt.prompts import Prompt, check_lengths, read_prompts
 from echo_trt.runtime.llm import LLM
 
 PLOT = "calibration.svg"
@@ -37,9 +39,16 @@ class Job:
 
 def run(job: Job, out: Console, messages: Console) -> None:
     prompts = chosen_prompts(job.prompts, job.limit)
+    read_manifest(job.bundle)
     _check_writable(job.bundle)
+    with files_first(out):
+        _calibrate(job, prompts, out, messages)
+
+
+def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console) -> None:
     with messages.status("loading the bundle"):
         llm = LLM(job.bundle, "autoregressive", job.batch, prefix_cache=False)
+        check_lengths(llm, prompts)
     with messages.status("measuring what passes cost on this machine"):
         costs = measure(llm.loop, llm.manifest)
     write(job.bundle, COSTS, costs)

@@ -14,7 +14,7 @@ from echo_trt.calibration.store import Calibration, read_stored
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
-from echo_trt.outputs import json_bytes, output_file
+from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.recipe import Decoding
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
@@ -25,6 +25,8 @@ ORACLE, PLAIN = "oracle", "autoregressive"
 POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
+MOST_AT_ONCE = 4096  # requests, as of a bundle
+LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000}
 FEWEST, EACH, MOST = 4000, 400, 24_000  # tokens that are measured: EACH a slot, within these bounds
 
 
@@ -63,7 +65,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
         "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine)],
         "results": [],
     }
-    with output_file("--json", job.json_file) as write_json:
+    with output_file("--json", job.json_file) as write_json, files_first(out):
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             task = progress.add_task("simulating", total=len(job.batches) * len(names))
             for batch in job.batches:
@@ -175,17 +177,20 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine) -> 
 
 
 def _check(job: SimulationJob) -> None:
+    if not job.policies:
+        raise UserError(f"--policies is empty; name one or more of {', '.join(POLICIES)}, separated by commas.")
     for name in job.policies:
         if name not in POLICIES:
             raise UserError(f"--policies has {name!r}; choose among {', '.join(POLICIES)}.")
     if not job.batches:
         raise UserError("--batch is empty; give one or more positive whole numbers.")
     for batch in job.batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise UserError(f"--batch has {batch!r}; give positive whole numbers, such as 1,8,64.")
-    for option, value in (("budget", job.budget), ("prompt", job.prompt), ("tokens", job.tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"--{option} is {value}; give 1 or more.")
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MOST_AT_ONCE:
+            raise UserError(f"--batch has {batch!r}; give positive whole numbers up to {MOST_AT_ONCE}, such as 1,8,64.")
+    for option, most in LARGEST.items():
+        value = getattr(job, option)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{option} is {value}; give a whole number from 1 to {most}.")
     if job.static and (len(job.static) != 3 or min(job.static) < 1 or job.static[2] < 2):
         given = ",".join(map(str, job.static))
         raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")

@@ -165,13 +165,16 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
     [
         ({"policies": ["fastest"]}, ("--policies", "'fastest'", "goodput")),
         ({"batches": [0]}, ("--batch", "0", "1 to 4096")),
+        ({"policies": []}, ("--policies is empty", "goodput")),
         ({"peers": ["vllm"]}, ("vllm", "transformers")),
+        ({"json_file": Path("/tmp/r"), "html_file": Path("/tmp/./r")}, ("--json", "--html", "/tmp/r", "of its own")),
         ({"json_file": Path("/nowhere/r.json")}, ("--json /nowhere/r.json", "cannot be written")),
         ({"html_file": Path("/nowhere/r.html")}, ("--html", "cannot be written")),
         ({"record_file": Path("/nowhere/r.npz")}, ("--record", "cannot be written")),
     ],
 )
-def test_refused_before_anything_runs(changes, said, bundle_of, prompts):
+def test_refused_before_anything_runs(changes, said, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr(command, "LLM", None)
     with refused(*said):
         bench(job(bundle_of("close"), prompts, **changes))
 
@@ -181,6 +184,14 @@ def test_a_batch_that_the_pool_cannot_hold_is_refused(open_llm, bundle_of, promp
     check_pool(llm, job(bundle_of("close"), prompts, batches=[3]))
     with refused("--batch 40", "--max-tokens 16", "KV blocks", "kv_blocks in the recipe"):
         check_pool(llm, job(bundle_of("close"), prompts, batches=[3, 40]))
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_measured(bundle_of, tmp_path, monkeypatch):
+    file = tmp_path / "long.jsonl"
+    file.write_text('{"id": "a", "prompt": "abc"}\n' + json.dumps({"id": "z", "prompt": "word " * 400}))
+    monkeypatch.setattr(command, "_cell", None)
+    with refused("prompt 'z'", "context is 160", "limits.context"):
+        bench(job(bundle_of("close"), [file]))
 
 
 def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
