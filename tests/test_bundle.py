@@ -177,6 +177,22 @@ def test_recipes_that_cannot_be_built(changes, words, networks, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["b" * 300, "file/bundle", "b" * 250])
+def test_a_place_that_cannot_be_is_refused_before_the_build(name, networks, tmp_path):
+    (tmp_path / "file").touch()
+    with refused(f"output {tmp_path / name}", "cannot be made", "another folder with -o"):
+        build(recipe_of("lookup", networks), networks, tmp_path / name, pytest.fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_calibration_that_is_not_there_is_named_before_it_compiles(networks, tmp_path):
+    stages = []
+    with refused("the recipe's calibration", networks / "nofile.json", "cannot be read"):
+        build(recipe_of("lookup", networks, calibration="nofile.json"), networks, tmp_path / "bundle", stages.append)
+    assert stages == ["reading the target"]
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- bundles that are not what was built ---------------------------------------------------------------------------
 
 
@@ -225,7 +241,7 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
         LLM(bundle)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"[" * 100_000])
 def test_a_manifest_that_is_none(content, bundle):
     (bundle / "manifest.json").write_bytes(content)
     with refused("manifest.json", "build the bundle again"):
@@ -272,8 +288,8 @@ def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):
-    for place in (tmp_path, tmp_path / "none", Path(__file__)):
-        with refused(place, "not a bundle", "echo-trt build"):
+    for place, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
+        with refused(place, what, "echo-trt build"):
             LLM(place)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
-from echo_trt.calibration.store import CALIBRATION, read_calibration, write
+from echo_trt.calibration.store import CALIBRATION, Calibration, read_calibration, write
 from echo_trt.compile.onnx_export import export
 from echo_trt.compile.self_check import check_engine, worst
 from echo_trt.decoding.policies import reserve_for
@@ -59,11 +59,8 @@ def build(
     ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
     """
     _check_settings(recipe)
-    if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    old = work.with_name(f"{work.name}-old")
+    work = _work_folder(out)
+    old = work.with_name(f"{work.name.removesuffix('-new')}-old")
     try:
         if (out / TIMINGS).exists():
             shutil.copy(out / TIMINGS, work)
@@ -77,6 +74,17 @@ def build(
         for folder in (work, old):
             shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def _work_folder(out: Path) -> Path:
+    """A new folder beside ``out``, which the bundle can take the place of."""
+    try:
+        if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix="-new", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"output {out} cannot be made ({error.strerror}); name another folder with -o.") from error
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -119,6 +127,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
     draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
+    calibration = _calibration(recipe, recipe_folder, digest, draft_digest)
 
     compile_role, tensorrt = _compiler(recipe, work, detail)
     checks: dict[str, SelfCheck | None] = {}
@@ -145,8 +154,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         facts["draft"] = _facts(draft, [file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
-    if recipe.calibration is not None:
-        calibration = read_calibration(recipe_folder / recipe.calibration, digest, draft_digest)
+    if calibration is not None:
         write(work, CALIBRATION, calibration)
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file() and p.name != CALIBRATION)
     return Manifest(
@@ -168,6 +176,15 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         },
         files={name: sha256(work / name) for name in files},
     )
+
+
+def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
+    if recipe.calibration is None:
+        return None
+    try:
+        return read_calibration(recipe_folder / recipe.calibration, digest, draft_digest)
+    except UserError as error:
+        raise UserError(f"the recipe's calibration: {error}") from error
 
 
 def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, progress: Progress):

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from echo_trt.bundle import read_manifest
 from echo_trt.errors import UserError
+from echo_trt.gateway.keys import Keys
 from echo_trt.serving.probe import PROBE_SECONDS, Probe, Watch
 from echo_trt.serving.triton_server import (
     MODEL,
@@ -162,8 +163,12 @@ def _check(job: Job) -> None:
         raise UserError(f"{', '.join(map(str, asked.values()))} are the ports asked for; give each a port of its own.")
     for option, port in asked.items():
         _check_port(option, job.host, port)
+    if job.batch is not None and not 1 <= job.batch <= 4096:
+        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to 4096.")
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys is {job.api_keys}, which is no file; name one with a key a line.")
+    if job.api_keys:
+        Keys(job.api_keys)
 
 
 def _check_port(option: str, host: str, port: int) -> None:
@@ -345,4 +350,5 @@ def _reason(lines: deque[str]) -> str:
     line = (errors or told or ["it said nothing"])[0 if errors else -1]
     for mark in ("UserError: ", "error: "):
         line = line.split(mark, 1)[-1]
+    line = line.split(r"\n\nAt:", 1)[0]  # Triton prints a model's error with its Python frames, on one line
     return " ".join(line.split()).rstrip(".")[:400]

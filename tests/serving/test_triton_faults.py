@@ -9,7 +9,9 @@ import socket
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from served import Served, free_ports, joined, needs_triton
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.serving import triton_server
+from echo_trt.serving import launcher, triton_server
 from echo_trt.serving.launcher import Job, run
 
 LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
@@ -156,6 +158,27 @@ def test_a_port_in_use(job):
 def test_the_same_port_twice(job):
     with refused(job.http_port, "a port of its own"):
         run(Job(job.bundle, "127.0.0.1", job.http_port, job.http_port, job.metrics_port, 0), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 99999}, ("--batch is 99999", "from 1 to 4096")),
+        ({"api_keys": "short"}, ("key 1 is shorter", "one longer key a line")),
+    ],
+)
+def test_what_the_model_or_the_gateway_would_refuse(job, changes, said, tmp_path, monkeypatch):
+    (tmp_path / "short").write_text("abc\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "find_server", None)
+    changes = {key: Path(value) if key == "api_keys" else value for key, value in changes.items()}
+    with refused(*said):
+        run(replace(job, **changes), None)
+
+
+def test_a_reason_has_no_python_frames():
+    line = r'"ERROR: Failed to create instance: UserError: queue is 0; give 1 or more.\n\nAt:\n  /a/b.py(41): f\n"'
+    assert launcher._reason(deque([line])) == "queue is 0; give 1 or more"
 
 
 def test_no_bundle(tmp_path):
