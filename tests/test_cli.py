@@ -185,6 +185,7 @@ def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
 def test_ctrl_c_while_it_imports_says_nothing():
     code = """
 import builtins, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def interrupted(name, *rest, real=builtins.__import__):
     if name == "typer":
         signal.raise_signal(signal.SIGINT)

@@ -209,16 +209,20 @@ def test_a_grpc_client_that_cancels_frees_its_blocks(server):
 def test_a_request_is_stopped_by_its_id_and_no_other_is(server):
     rest(server)
     request = {"text_input": PROMPT, "ignore_eos": True}
-    others = [server.stream(max_tokens=LONG, **request), server.stream(id="two", max_tokens=LONG, **request)]
-    stopped = [server.stream(id="one", max_tokens=LONG, **request) for _ in range(2)]
-    for stream in stopped:
-        assert stream.next()["text_output"]
-    assert list(server.stream(id="one", stop=True)) == []  # at once: the engine is fast
-    assert list(server.stream(id="three", stop=True)) == []
-    assert "has no id" in list(server.stream(stop=True))[-1]["error"]
-    assert [list(stream)[-1].get("error") for stream in stopped] == ["the request was cancelled."] * 2
-    assert [list(stream)[-1]["completion_tokens"] for stream in others] == [LONG, LONG]
-    rest(server)
+    for _ in range(20):
+        others = [server.stream(max_tokens=LONG, **request), server.stream(id="two", max_tokens=LONG, **request)]
+        stopped = [server.stream(id="one", max_tokens=LONG, **request) for _ in range(2)]
+        for stream in stopped:
+            assert stream.next()["text_output"]
+        assert list(server.stream(id="one", stop=True)) == []
+        assert list(server.stream(id="three", stop=True)) == []
+        assert "has no id" in list(server.stream(stop=True))[-1]["error"]
+        told = [list(stream)[-1].get("error") for stream in stopped]
+        assert [list(stream)[-1]["completion_tokens"] for stream in others] == [LONG, LONG]
+        rest(server)
+        if None not in told:  # the engine is fast: an answer may have ended before it could be stopped
+            break
+    assert told == ["the request was cancelled."] * 2
 
 
 def test_an_http_client_that_leaves_frees_its_blocks(server):
