@@ -195,14 +195,20 @@ def test_every_call_equals_the_reference(network, opened):
     assert any(batch == 1 and tokens > 16 for batch, tokens in session.launched)
 
 
-def test_every_packed_call_equals_the_reference(networks, tmp_path):
+def packed(name, networks, folder):
+    """The role, its engine over a paged pool, and its session."""
     sizes = CallSizes.of(recipe_of("eagle3", networks))
-    role = roles_of("eagle3", networks)["draft"]
-    graph = tmp_path / "head.onnx"
+    role = roles_of("eagle3", networks)[name]
+    graph = folder / f"{name}.onnx"
     export(role, graph)
     prepare_graph(graph, graph)
     session = RoleSession(role, graph, sizes)
-    assert_like_the_reference(role, TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks), 12)
+    return role, TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks), session
+
+
+def test_every_packed_call_equals_the_reference(networks, tmp_path):
+    role, engine, session = packed("draft", networks, tmp_path)
+    assert_like_the_reference(role, engine, 12)
     assert any(tokens > 32 for (tokens,) in session.launched)
 
 
@@ -220,15 +226,9 @@ def test_sizes_are_few(opened):
 
 def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_calls, "LARGEST", 16)
-    sizes = CallSizes.of(recipe_of("eagle3", networks))
-    role = roles_of("eagle3", networks)["target"]
-    graph = tmp_path / "target.onnx"
-    export(role, graph)
-    prepare_graph(graph, graph)
-    session = RoleSession(role, graph, sizes)
-    engine = TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks)
+    _, engine, session = packed("target", networks, tmp_path)
     for seed in range(12):
-        script = Script(seed, sizes.blocks)
+        script = Script(seed, engine.num_blocks // SLOTS)
         for step in range(3):
             engine.run(script.call(first=step == 0))
     assert max(session.launched) > (16,)
