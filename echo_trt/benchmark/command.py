@@ -23,6 +23,7 @@ from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths, read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.runtime.slots import blocks_for
 
 
@@ -176,8 +177,8 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
             raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if not job.batches or min(job.batches) < 1 or max(job.batches) > 4096:
-        raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to 4096.")
+    if not job.batches or min(job.batches) < 1 or max(job.batches) > MOST_AT_ONCE:
+        raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MOST_AT_ONCE}.")
     for name in job.peers:
         check_peer(name)
     files = {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}

@@ -39,7 +39,7 @@ class Job:
 
 def run(job: Job, out: Console, messages: Console) -> None:
     prompts = chosen_prompts(job.prompts, job.limit)
-    read_manifest(job.bundle)
+    read_manifest(job.bundle)  # refuses what is no bundle
     _check_writable(job.bundle)
     with files_first(out):
         _calibrate(job, prompts, out, messages)

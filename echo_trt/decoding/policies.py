@@ -28,7 +28,6 @@ import numpy as np
 from echo_trt.errors import UserError
 
 PAPER = ("autoregressive", "static", "dense", "fixed", "echo")
-SHARED = ("echo", "dense", "fixed")  # those with one budget for the batch
 NAMES = (*PAPER, "goodput", "goodput-exact", "goodput-head")
 
 

@@ -14,7 +14,7 @@ from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import divided, load_loop
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import Completion, Counters, Delta, SamplingParams
+from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
@@ -37,8 +37,8 @@ class LLM:
 
         ``note`` is told, in a sentence, what a user should know of the start.
         """
-        if batch is not None and not 1 <= batch <= 4096:
-            raise UserError(f"batch is {batch}; give a whole number from 1 to 4096.")
+        if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
+            raise UserError(f"batch is {batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)

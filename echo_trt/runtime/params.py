@@ -10,6 +10,8 @@ from typing import Any
 
 from echo_trt.errors import UserError
 
+#: Requests at most that run at once.
+MOST_AT_ONCE = 4096
 #: Stop token ids that one request may bring, its model's own included.
 MAX_STOP_TOKENS = 8
 #: Best tokens at most whose log-probabilities are told beside the emitted one's.

@@ -22,6 +22,7 @@ from rich.console import Console
 from echo_trt.bundle import read_manifest
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
+from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.serving.probe import PROBE_SECONDS, Probe, Watch
 from echo_trt.serving.triton_server import (
     MODEL,
@@ -163,12 +164,12 @@ def _check(job: Job) -> None:
         raise UserError(f"{', '.join(map(str, asked.values()))} are the ports asked for; give each a port of its own.")
     for option, port in asked.items():
         _check_port(option, job.host, port)
-    if job.batch is not None and not 1 <= job.batch <= 4096:
-        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to 4096.")
+    if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
+        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
-        Keys(job.api_keys)
+        Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
 
 
 def _check_port(option: str, host: str, port: int) -> None:

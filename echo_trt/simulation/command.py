@@ -16,6 +16,7 @@ from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.recipe import Decoding
+from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
 from echo_trt.simulation.replay import Replay
@@ -25,7 +26,6 @@ ORACLE, PLAIN = "oracle", "autoregressive"
 POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
-MOST_AT_ONCE = 4096  # requests, as of a bundle
 LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000}
 FEWEST, EACH, MOST = 4000, 400, 24_000  # tokens that are measured: EACH a slot, within these bounds
 
