@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.super_tree import SuperTree
 
 
@@ -17,13 +18,22 @@ def accept(tree: SuperTree, next_token: Callable[[np.ndarray], np.ndarray]) -> t
     Returns the visited nodes, request by request and root first, and the token that each emits: int64 [m], [m].
     """
     emitted = np.full(len(tree), -1, np.int64)
-    visited = np.flatnonzero(tree.parent < 0)
-    depth = 0
+    visited, depth = (tree.parent < 0).nonzero()[0], 0
     while len(visited):
         emitted[visited] = next_token(visited)
         depth += 1
-        level = np.flatnonzero(tree.depth == depth)
-        visited = level[tree.token[level] == emitted[tree.parent[level]]]
-    path = np.flatnonzero(emitted >= 0)
-    path = path[np.lexsort((tree.depth[path], tree.request[path]))]
+        visited = _agreeing(tree.parent, tree.depth, tree.token, emitted, depth)
+    path = (emitted >= 0).nonzero()[0]
+    path = path[np.argsort(tree.request[path], kind="stable")]  # a parent always stands before its children
     return path, emitted[path]
+
+
+@compiled("i8[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8)")
+def _agreeing(parent: np.ndarray, depth: np.ndarray, token: np.ndarray, emitted: np.ndarray, level: int) -> np.ndarray:
+    """The nodes of depth ``level`` that carry what their parents have ``emitted``, -1 where that is nothing."""
+    nodes, number = np.empty(len(parent), np.int64), 0
+    for node in range(len(parent)):
+        if depth[node] == level and token[node] == emitted[parent[node]]:
+            nodes[number] = node
+            number += 1
+    return nodes[:number]

@@ -96,13 +96,13 @@ class Candidates:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
         tree = self.tree
         open_ = self._expandable & (self.probability > 0)
-        nodes = np.flatnonzero((tree.depth == depth) & open_ & (self._room[tree.request] > depth))
+        nodes = ((tree.depth == depth) & open_ & (self._room[tree.request] > depth)).nonzero()[0]
         nodes = nodes[np.argsort(-self.value[nodes])]
         return nodes[rank_within(tree.request[nodes]) < beams]
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """P(accept) of the best node of depth 1 of each of ``requests``, 0 where there is none."""
-        first = np.flatnonzero(self.tree.depth == 1)
+        first = (self.tree.depth == 1).nonzero()[0]
         best = np.zeros(self.tree.num_requests)
         np.maximum.at(best, self.tree.request[first], self.probability[first])
         return best[requests]

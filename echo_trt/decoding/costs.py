@@ -78,14 +78,8 @@ class Curve:
         """A pass has taken ``seconds``; ``node_context``: cached tokens that its trees' nodes attend, roots apart."""
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
-        nearest = np.abs(self.sizes - tokens).argmin()
-        stale = 1 - math.exp(-self._ages[nearest] / _FRESH)
-        step = _LEARNING * (1 + (_STALE - 1) * stale) * min(max(error, -_GLITCH), _OUTLIER)
-        _correct(
-            *(self._correction, self._measured, self.sizes, self._ages),
-            *(tokens, self._reach, self._knee, base, step, nearest),
-        )
-        self._pending += abs(step)
+        table = self._correction, self._measured, self.sizes, self._ages
+        self._pending += _correct(*table, tokens, self._reach, self._knee, base, error)
         if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
 
@@ -101,7 +95,7 @@ class Curve:
         self._dense, self._pending = dense, 0.0
 
 
-@compiled("void(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8, i8)")
+@compiled("f8(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")
 def _correct(
     correction: np.ndarray,
     measured: np.ndarray,
@@ -111,10 +105,12 @@ def _correct(
     reach: float,
     knee: float,
     base: float,
-    step: float,
-    nearest: int,
-) -> None:
-    """Add ``step`` to the logarithmic ``correction`` of sizes near ``tokens``, which took ``base`` seconds."""
+    error: float,
+) -> float:
+    """Correct sizes near ``tokens``, which took ``base`` seconds, e^``error`` times what they should. By how much."""
+    nearest = np.abs(sizes - tokens).argmin()
+    stale = 1 - math.exp(-ages[nearest] / _FRESH)
+    step = _LEARNING * (1 + (_STALE - 1) * stale) * min(max(error, -_GLITCH), _OUTLIER)
     longest, level = 0.0, correction[nearest]  # the former of this size and smaller ones, as corrected so far
     for i in range(len(sizes)):
         longest = max(longest, measured[i] * math.exp(correction[i]))
@@ -128,6 +124,7 @@ def _correct(
         if step < 0 and sizes[i] < tokens and longest > base:  # fewer tokens cannot take longer than these did
             weight = 1.0
         correction[i] += step * weight
+    return abs(step)
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from echo_trt.decoding.compiled import compiled
 
 BLOCK = 32  # tokens in a KV block
+_CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
 
     token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
@@ -43,33 +43,36 @@ def pack(
 
     ``mask`` is what ``ancestor_mask`` returns, for the first of the B requests; those after them are causal.
     """
-    seq_begins, block_begins, block_indices = _sections(
+    tree_mask, mask_begins = mask or _CAUSAL
+    past_lens, seq_begins, block_begins, tree_mask_begins, block_indices = _sections(
         np.ascontiguousarray(past, np.int64),
         np.ascontiguousarray(counts, np.int64),
         np.ascontiguousarray(block_table, np.int32),
+        np.ascontiguousarray(mask_begins, np.int64),
     )
-    tree_mask, mask_begins = mask if mask else (np.zeros(0, np.uint8), np.zeros(1, np.int64))
-    causal = len(counts) + 1 - len(mask_begins)
     return Packed(
         token_ids=np.ascontiguousarray(token_ids, np.int64),
         positions=np.ascontiguousarray(positions, np.int64),
-        past_lens=past.astype(np.int32),
+        past_lens=past_lens,
         seq_begins=seq_begins,
         block_indices=block_indices,
         block_begins=block_begins,
         tree_mask=tree_mask,
-        tree_mask_begins=np.concatenate((mask_begins, np.full(causal, mask_begins[-1]))).astype(np.int32),
+        tree_mask_begins=tree_mask_begins,
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
     )
 
 
-@compiled("Tuple((i4[::1], i4[::1], i4[::1]))(i8[::1], i8[::1], i4[:, ::1])")
+@compiled("Tuple((i4[::1], i4[::1], i4[::1], i4[::1], i4[::1]))(i8[::1], i8[::1], i4[:, ::1], i8[::1])")
 def _sections(
-    past: np.ndarray, counts: np.ndarray, block_table: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each request's tokens begin, [B+1], and its blocks, [B+1], and those blocks."""
-    requests = len(past)
+    past: np.ndarray, counts: np.ndarray, block_table: np.ndarray, mask_begins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``past`` [B], where each request's tokens, blocks and mask begin, [B+1] each, and those blocks."""
+    requests, last = len(past), len(mask_begins) - 1
     seq, block = np.zeros(requests + 1, np.int32), np.zeros(requests + 1, np.int32)
+    area = np.empty(requests + 1, np.int32)
+    for i in range(requests + 1):
+        area[i] = mask_begins[min(i, last)]
     for i in range(requests):
         seq[i + 1] = seq[i] + counts[i]
         block[i + 1] = block[i] + (past[i] + counts[i] + BLOCK - 1) // BLOCK
@@ -77,4 +80,4 @@ def _sections(
     for i in range(requests):
         used = block[i + 1] - block[i]
         indices[block[i] : block[i + 1]] = block_table[i, :used]
-    return seq, block, indices
+    return past.astype(np.int32), seq, block, area, indices

@@ -86,7 +86,7 @@ class Turns:
     def spent(self, seconds: float, progress: float) -> None:
         """An iteration of this turn, without prompts, took ``seconds`` for ``progress`` tokens a request."""
         self._left, self._skipped = self._left - 1, self._skipped - 1
-        self._sums += np.array([seconds, progress]) * np.array([[1], [self._skipped < 0]])
+        self._sums[: 1 + (self._skipped < 0)] += seconds, progress
         self.variance += _CHANGING * min(seconds, _SLOW)
         if self.speculates == (self.gain > 0):
             doubt = _DOUBTED * math.sqrt(self.variance) / max(abs(self.gain), 1e-9)

@@ -8,8 +8,6 @@ j longer: the same attention, by the kernel that plain decoding uses.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from echo_trt.decoding.compiled import compiled
@@ -33,7 +31,7 @@ def as_lanes(call: Packed, unmasked: bool) -> Packed:
         return call
     lanes = _as_lanes(chain, call.past_lens, call.seq_begins, call.block_indices, call.block_begins, *masks)
     names = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
-    return dataclasses.replace(call, **dict(zip(names, lanes, strict=True)))
+    return call._replace(**dict(zip(names, lanes, strict=True)))
 
 
 @compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")

@@ -9,8 +9,6 @@ each time, whose kernels are new: that takes as long as its pass does.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from echo_trt.decoding.pack import Packed
@@ -27,8 +25,7 @@ def rounded(call: Packed, multiple: int, block: int, rows_too: bool = True) -> P
     more = -count % multiple
     zeros = np.zeros(more, np.int32)
     follow = np.arange(1, more + 1, dtype=np.int32)
-    return dataclasses.replace(
-        call,
+    return call._replace(
         token_ids=np.concatenate((call.token_ids, zeros)),
         positions=np.concatenate((call.positions, zeros)),
         past_lens=np.concatenate((call.past_lens, zeros)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,8 +130,7 @@ def _requests(call: Packed, begin: int, end: int, inputs: Arrays) -> tuple[Packe
     first, last = int(call.seq_begins[begin]), int(call.seq_begins[end])
     asked = np.flatnonzero((call.logit_rows >= first) & (call.logit_rows < last))
     blocks, masks = (b[begin : end + 1] for b in (call.block_begins, call.tree_mask_begins))
-    part = replace(
-        call,
+    part = call._replace(
         token_ids=call.token_ids[first:last],
         positions=call.positions[first:last],
         past_lens=call.past_lens[begin:end],

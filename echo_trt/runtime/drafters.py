@@ -170,24 +170,26 @@ class EngineDraft:
         self._drafter, self._slots = drafter, slots
         self.entries = self.context = 0  # tokens of the last pass, and cached tokens of its requests
         self._past = drafter.state.committed[slots] + drafter.ahead
-        self._expanded = np.zeros(0, np.int64)
-        self._states: np.ndarray | None = None  # what each root, then each expanded node, hands to its children [m, H]
-        self._state_row = np.full(len(slots), -1, np.int64)  # tree index -> row of _states
+        # What was expanded, roots and then nodes [m], and what each hands to its children [m, H].
+        self._expanded, self._roots = np.zeros(0, np.int64), 0
+        self._states: np.ndarray | None = None
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.entries = int(self._drafter.behind(self._slots[requests]).sum())
         self.context = int(self._past[requests].sum())
         outputs, newest = self._drafter.catch_up(self._slots[requests])
-        self._keep_states(outputs, requests, newest, len(self._slots))
+        self._roots = len(requests)
+        self._keep(requests, outputs, newest)
         return outputs["scores"].copy(), outputs["candidates"].copy()
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         drafter, running = self._drafter, np.zeros(tree.num_requests, bool)
         running[tree.request[nodes]] = True
-        above = self._expanded[running[tree.request[self._expanded]]]
+        above = self._expanded[self._roots :]
+        above = above[running[tree.request[above]]]
         part, order = tree.sorted_by_request(np.concatenate((above, nodes)))
         mask, mask_begins = ancestor_mask(part)
-        requests = np.flatnonzero(running)
+        requests = running.nonzero()[0]
         self.entries, self.context = len(part), int(self._past[requests].sum())
         row_of = np.empty(len(tree), np.int64)
         row_of[order] = np.arange(len(order))
@@ -200,16 +202,18 @@ class EngineDraft:
             row_of[nodes],
             (mask, np.append(mask_begins[requests], mask_begins[-1])),
         )
-        hidden = None if self._states is None else self._states[self._state_row[tree.parent[order]]]
+        hidden = None
+        if self._states is not None:
+            sorter = np.argsort(self._expanded)
+            place = np.searchsorted(self._expanded, tree.parent[order], sorter=sorter)
+            hidden = self._states[sorter[place]]
         outputs = drafter.engine.run(call, **drafter.node_inputs(hidden))
-        self._expanded = np.concatenate((self._expanded, nodes))
-        self._keep_states(outputs, nodes, row_of[nodes], len(tree))
+        self._keep(nodes, outputs, row_of[nodes])
         return outputs["scores"].copy(), outputs["candidates"].copy()
 
-    def _keep_states(self, outputs: dict[str, np.ndarray], nodes: np.ndarray, rows: np.ndarray, tree_size: int) -> None:
-        if "state" not in outputs:
-            return
-        known = np.zeros((0, outputs["state"].shape[1]), np.float32) if self._states is None else self._states
-        self._states = np.concatenate((known, outputs["state"][rows]))
-        self._state_row = np.concatenate((self._state_row, np.full(tree_size - len(self._state_row), -1)))
-        self._state_row[nodes] = len(known) + np.arange(len(nodes))
+    def _keep(self, nodes: np.ndarray, outputs: dict[str, np.ndarray], rows: np.ndarray) -> None:
+        """``nodes`` [m] were expanded; their states are at ``rows`` [m]."""
+        self._expanded = np.concatenate((self._expanded, nodes))
+        if "state" in outputs:
+            states = outputs["state"][rows]
+            self._states = states if self._states is None else np.concatenate((self._states, states))

@@ -50,21 +50,18 @@ class LookupDraft:
     def __init__(self, drafter: LookupDrafter, slots: np.ndarray):
         self._drafter = drafter
         self.entries = 0
-        state = drafter.state
+        state, best = drafter.state, len(drafter.log_acceptance)
         self._length = state.length[slots]
         self._text = state.tokens[slots, : self._length.max()]
         # [B]: where the copied text begins, and on how many tokens it matched
-        self._next, self._matched = _latest_match(self._text, self._length, len(drafter.log_acceptance))
-        best = len(drafter.log_acceptance)
+        self._next, self._matched = _latest_match(self._text, self._length, best)
         self._log_q = drafter.log_acceptance[np.clip(self._matched, 1, best) - 1]
         self._log_q[self._matched < drafter.min_match] = -np.inf
 
     def continuations(self, length: int) -> Continuations:
         """See LookupDrafter.continuations."""
-        place = self._next[:, None] + np.arange(length)
-        inside = (place < self._length[:, None]) & (self._log_q > -np.inf)[:, None]
-        tokens = np.take_along_axis(self._text, np.minimum(place, self._text.shape[1] - 1), axis=1)
-        return Continuations(np.where(inside, tokens, -1).astype(np.int64), self._log_q, self._matched)
+        end = np.where(self._log_q > -np.inf, self._length, 0)
+        return Continuations(_stretches(self._text, self._next, end, length), self._log_q, self._matched)
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._log_q[requests, None], self._copied(requests, np.zeros(len(requests), np.int64))
@@ -97,3 +94,13 @@ def _latest_match(text: np.ndarray, length: np.ndarray, longest: int) -> tuple[n
             if run == longest:
                 break
     return begin, matched
+
+
+@compiled("i8[:, ::1](i4[:, :], i8[::1], i8[::1], i8)")
+def _stretches(text: np.ndarray, begin: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
+    """[B, length]: of each row of ``text`` [B, W] what stands from ``begin`` on, -1 from ``end`` on, [B] each."""
+    tokens = np.full((len(text), length), -1)
+    for row in range(len(text)):
+        for place in range(min(length, end[row] - begin[row])):
+            tokens[row, place] = text[row, begin[row] + place]
+    return tokens

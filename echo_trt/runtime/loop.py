@@ -354,7 +354,7 @@ class Loop:
         emission = Emission(self._request_in[slots], emitted[ragged_arange(counts) < np.repeat(kept, counts)], kept)
         for i, entries in logprobs:
             emission.requests[i].logprobs += entries[: kept[i]]
-        for i in np.flatnonzero(stopped | full):
+        for i in (stopped | full).nonzero()[0]:
             request = emission.requests[i]
             request.finish_reason = "stop" if stopped[i] else "length"
             self._leave(request)

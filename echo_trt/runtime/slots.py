@@ -89,7 +89,7 @@ class Slots:
         return self.oldest_first(self.active & (self.length - self.committed > 1))
 
     def oldest_first(self, chosen: np.ndarray) -> np.ndarray:
-        slots = np.flatnonzero(chosen)
+        slots = chosen.nonzero()[0]
         return slots[np.argsort(self.admitted[slots], kind="stable")]
 
     def open(self, slot: int, text: np.ndarray, keys: list[bytes]) -> bool:
