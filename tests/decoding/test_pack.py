@@ -63,7 +63,7 @@ def test_types_are_the_operators():
     assert {name for name, value in call._asdict().items() if value.dtype == np.int32} == set(INT32)
     assert call.tree_mask.dtype == np.uint8
     assert {call.token_ids.dtype, call.positions.dtype, call.logit_rows.dtype} == {np.dtype(np.int64)}
-    assert all(value.flags.c_contiguous for value in vars(call).values())
+    assert all(value.flags.c_contiguous for value in call)
 
 
 def test_blocks_begin_where_the_last_one_is_full():
