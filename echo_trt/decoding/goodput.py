@@ -245,7 +245,7 @@ class Verifications:
         """``held_nodes``: so many are verified, whatever they are worth: none of them costs anything, and no more are
         priced, which is how those who search know the limit."""
         self._costs, self._tokens = costs, len(load.slots) + load.others
-        self.held = None if held_nodes is None else np.zeros(held_nodes + 1)
+        self.held = None if held_nodes is None else np.zeros(held_nodes + 1)  # all that there are to know, then
         # A node attends its request's context, on average this much.
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)

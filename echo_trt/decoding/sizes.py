@@ -24,7 +24,6 @@ _MEMORY = 0.97  # of running means over iterations
 _FORESEEN = 8  # searches that what the calibration foresees is worth
 _LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
 _SURE = 1.15  # times what it brings is often foreseen of a load that is new
-_STEEPER = 1.75  # the power of what a size brings that what larger ones add goes with: likely paths are longer, too
 _OUTLIER = 2.0  # times what was known: drafting that took longer tells no more than that; graphs prepare new sizes
 
 
@@ -66,9 +65,7 @@ class _Known:
         held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
         change = step * (brought - self.brought)
-        was, more = self.brought[held], self.brought[held:] - self.brought[held]
-        grows = ((was + change[held]) / was) ** _STEEPER if was > 0 else 1.0
-        change[held:] = change[held] + (grows - 1) * more
+        change[held:] = change[held]
         self._found += step * (brought - self._found)
         self.brought = np.maximum(self.brought + change, self._found)
         if drafting is not None:

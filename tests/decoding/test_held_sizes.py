@@ -115,22 +115,6 @@ def test_a_small_size_says_nothing_of_what_more_would_have_brought():
     assert found[16][3] == pytest.approx(6.0, rel=0.02)
 
 
-def test_what_larger_sizes_add_goes_with_what_the_held_one_brings():
-    """Easy texts have longer paths: what is foreseen of the next size grows by more than what this one has shown."""
-    more = {}
-    for each in (0.3, 0.6, 0.9):
-        sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
-        for _ in range(400):
-            sizes.nodes(4, 0, costs, 0.0, FORESEEN)
-            sizes.held, sizes._left = 8, 9
-            sizes.observe(np.full(4, each), 4, 1.0)
-        brought = sizes._known[load_of(4)].brought
-        assert brought[1] == pytest.approx(4 * each, rel=0.02)
-        more[each] = brought[3] - brought[1]
-    assert more[0.6] / more[0.3] == pytest.approx(2**1.75, rel=0.1)
-    assert more[0.9] > more[0.6] > 2 * more[0.3]
-
-
 def test_passes_that_prepare_new_sizes_do_not_make_drafting_dear():
     sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
     for search in range(40):
