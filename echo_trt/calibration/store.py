@@ -114,8 +114,8 @@ class CurveTable(_Stored):
             raise ValueError("seconds must be above 0")
         return self
 
-    def curve(self, reach: float, knee: float | None = None) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, knee)
+    def curve(self, reach: float, together: bool = False) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, together)
 
 
 class HingeTable(_Stored):
@@ -150,7 +150,7 @@ class CostTable(_Stored):
         return self
 
     def costs(self) -> Costs:
-        target = self.target.curve(NEAR, self.hinge.k_max)
+        target = self.target.curve(NEAR, together=True)
         return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change, self.least)
 
 

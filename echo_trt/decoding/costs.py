@@ -11,7 +11,6 @@ import numpy as np
 from echo_trt.decoding.compiled import compiled
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
-_ACROSS = 0.6  # of a change on one side of the knee, what is believed of the other, behind which is another rate
 _FRESH = 64.0  # passes for which what one size has taken lately is not put in doubt by what another takes
 _REFRESHED = 0.25  # of that doubt, what a pass of the size itself takes away
 _STALE = 3.0  # times as fast as usual a size is learnt that has not been seen for long
@@ -35,7 +34,8 @@ class Curve:
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
     assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
-    near a measured one are corrected with it. With a ``knee`` those far away follow it, too, on the other side less so:
+    near a measured one are corrected with it. With ``together`` those far away follow it, too, by as many seconds, since
+    it is memory that changes its speed, which each pass waits for once; or, if they are smaller, by as large a share:
     were only the one corrected that runs just then, others would look cheap on a machine that has become slower, plain
     decoding among them, and what is held would seem to lose against it. But what another size has taken a few passes
     ago stands: that this one takes another time is a matter of the curve's shape then, not of the machine's speed.
@@ -48,15 +48,14 @@ class Curve:
         per_context: float = 0.0,
         per_node: float = 0.0,
         reach: float = FAR,
-        knee: float | None = None,
+        together: bool = False,
     ):
-        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels. ``knee``:
-        tokens beyond which arithmetic bounds a pass, None for nowhere."""
+        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels."""
         self._reach = reach
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
-        self._knee = 0.0 if knee is None else float(knee)
+        self._together = together
         self._ages = np.full(len(self.sizes), 4 * _FRESH)  # passes since each was observed, about
         self._draw(int(self.sizes[-1]))
 
@@ -79,7 +78,7 @@ class Curve:
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
         error = math.log(base / self.base(tokens)[tokens])
         table = self._correction, self._measured, self.sizes, self._ages
-        self._pending += _correct(*table, tokens, self._reach, self._knee, base, error)
+        self._pending += _correct(*table, tokens, self._reach, self._together, base, error)
         if self._pending > _REDRAWN:
             self._draw(len(self._dense) - 1)
 
@@ -95,7 +94,7 @@ class Curve:
         self._dense, self._pending = dense, 0.0
 
 
-@compiled("f8(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, f8, f8, f8)")
+@compiled("f8(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, b1, f8, f8)")
 def _correct(
     correction: np.ndarray,
     measured: np.ndarray,
@@ -103,7 +102,7 @@ def _correct(
     ages: np.ndarray,
     tokens: int,
     reach: float,
-    knee: float,
+    together: bool,
     base: float,
     error: float,
 ) -> float:
@@ -115,10 +114,10 @@ def _correct(
     for i in range(len(sizes)):
         longest = max(longest, measured[i] * math.exp(correction[i]))
         own = math.exp(-0.5 * (math.log(sizes[i] / tokens) / reach) ** 2)  # 1 of this size and 0 of quite another
-        follows = 0.0 if knee == 0 else 1.0 if (sizes[i] > knee) == (tokens > knee) else _ACROSS
+        follows = min(measured[nearest] / measured[i], 1.0) if together else 0.0
         stale = 1 - math.exp(-ages[i] / _FRESH)
         weight = own + max(follows - own, 0.0) * stale
-        if knee > 0:
+        if together:
             correction[i] += _REVERTING * stale * (1 - own) * (follows * level - correction[i])
         ages[i] = (ages[i] + 1) * (1 - _REFRESHED * own)
         if step < 0 and sizes[i] < tokens and longest > base:  # fewer tokens cannot take longer than these did

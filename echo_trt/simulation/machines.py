@@ -43,7 +43,8 @@ class Machine:
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""
-        target = Curve(*self.target, reach=NEAR if self.knee else FAR, knee=self.knee)
+        measured = self.knee is not None
+        target = Curve(*self.target, reach=NEAR if measured else FAR, together=measured)
         return Costs(target, Curve(*self.draft), self.cold, self.granule, self.change, self.least)
 
     @property
