@@ -34,9 +34,9 @@ class Curve:
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
     assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
-    near a measured one are corrected with it. With ``together`` those far away follow it, too, by as many seconds, since
-    it is memory that changes its speed, which each pass waits for once; or, if they are smaller, by as large a share:
-    were only the one corrected that runs just then, others would look cheap on a machine that has become slower, plain
+    near a measured one are corrected with it. With ``together`` those far away follow it, too: larger ones by as many
+    seconds, since it is memory that changes its speed, and each pass waits for that once; smaller ones by the ratio.
+    Were only the one corrected that runs just then, others would look cheap on a machine that has become slower, plain
     decoding among them, and what is held would seem to lose against it. But what another size has taken a few passes
     ago stands: that this one takes another time is a matter of the curve's shape then, not of the machine's speed.
     """
