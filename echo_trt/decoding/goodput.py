@@ -141,7 +141,7 @@ class Goodput(Planner):
     ) -> None:
         history = self.history
         history.begin(load.slots)
-        open_ = (load.room > 0).nonzero()[0]
+        open_ = np.flatnonzero(load.room > 0)
         promise = np.minimum(history.promise[load.slots[open_]] * candidates.weights[open_], 2.0)
         best = np.argsort(-promise, kind="stable")
         behind = load.behind[open_]
@@ -198,14 +198,18 @@ class Goodput(Planner):
         known = candidates.value[candidates.tree.num_requests :]
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        verification = seconds.held
-        if verification is None:
-            nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]
-            affordable = (known.sum() + frontier.sum() * brought[-1]) / price
-            verification = price * seconds.upto(nodes, affordable)
-        first = price * costs.cold if depth == 0 else 0.0
-        level = price * (passes + self.history.level_seconds)
-        return best_portion(frontier, ends, level, first, children, brought, known, verification)
+        nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]
+        affordable = (known.sum() + frontier.sum() * brought[-1]) / price
+        return best_portion(
+            frontier,
+            ends,
+            price * (passes + self.history.level_seconds),
+            price * costs.cold if depth == 0 else 0.0,
+            children,
+            brought,
+            known,
+            price * seconds.upto(nodes, affordable),
+        )
 
     def joined(self, slot: int) -> None:
         self.history.forget(slot)
@@ -223,7 +227,7 @@ class Goodput(Planner):
 
     def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
         tree = plan.tree
-        drafted = (tree.parent >= 0).nonzero()[0]
+        drafted = np.flatnonzero(tree.parent >= 0)
         accepted = np.zeros(len(tree))
         accepted[path] = 1
         self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
@@ -244,8 +248,7 @@ class Verifications:
     def __init__(self, costs: Costs, load: Load, held_nodes: int | None = None):
         """``held_nodes``: so many are verified, whatever they are worth: none of them costs anything, and no more are
         priced, which is how those who search know the limit."""
-        self._costs, self._tokens = costs, len(load.slots) + load.others
-        self.held = None if held_nodes is None else np.zeros(held_nodes + 1)  # all that there are to know, then
+        self._costs, self._tokens, self._held = costs, len(load.slots) + load.others, held_nodes
         # A node attends its request's context, on average this much.
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)
@@ -253,8 +256,8 @@ class Verifications:
     def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
         """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without, or
         has all that it may."""
-        if self.held is not None:
-            return self.held
+        if self._held is not None:
+            return np.zeros(self._held + 1)
         while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
             numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
             self._seconds = self._costs.verifications(self._tokens, numbers) + self._each * numbers
@@ -272,10 +275,10 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
     value [n] only falls along a path, so that the best k are ancestor-closed for every k. seconds [n - B + 1]: the
     target's pass with 0, 1, ... nodes more than roots, at least as far as they can pay; jagged, so every k is tried.
     """
-    roots, nodes = np.arange(tree.num_requests), tree.num_requests + (value[tree.num_requests :] > 0).nonzero()[0]
+    roots, nodes = np.arange(tree.num_requests), tree.num_requests + np.flatnonzero(value[tree.num_requests :] > 0)
     order = TIE * tree.depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
     # As many as may cost no more than all together are worth: of a large batch few, and the others need no sorting.
-    most = int((price * (seconds - seconds[0]) <= value[nodes].sum()).nonzero()[0][-1])
+    most = int(np.flatnonzero(price * (seconds - seconds[0]) <= value[nodes].sum())[-1])
     if most < len(nodes):
         best = np.argpartition(order, most)[:most]
         if np.bincount(tree.request[nodes[best]], minlength=1).max() < per_request:

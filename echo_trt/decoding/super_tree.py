@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.ragged import begins
 
 
 @dataclass
@@ -101,14 +102,15 @@ def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
 
     ``tree`` must be sorted by request. Returns uint8 [sum K_i^2] and where each request's matrix begins, int64 [B+1].
     """
-    return _ancestor_mask(tree.parent, tree.request, tree.sizes)
+    sizes = tree.sizes
+    mask_begins = begins(sizes**2)
+    return _ancestor_mask(tree.parent, tree.request, sizes, begins(sizes), mask_begins), mask_begins
 
 
-@compiled("Tuple((u1[::1], i8[::1]))(i8[::1], i8[::1], i8[::1])")
-def _ancestor_mask(parent: np.ndarray, request: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first, mask_begins = np.zeros(len(sizes) + 1, np.int64), np.zeros(len(sizes) + 1, np.int64)
-    for i in range(len(sizes)):
-        first[i + 1], mask_begins[i + 1] = first[i] + sizes[i], mask_begins[i] + sizes[i] ** 2
+@compiled("u1[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")
+def _ancestor_mask(
+    parent: np.ndarray, request: np.ndarray, sizes: np.ndarray, first: np.ndarray, mask_begins: np.ndarray
+) -> np.ndarray:
     mask = np.zeros(mask_begins[-1], np.uint8)
     for node in range(len(parent)):
         owner = request[node]
@@ -117,4 +119,4 @@ def _ancestor_mask(parent: np.ndarray, request: np.ndarray, sizes: np.ndarray) -
         while above >= 0:
             mask[row + above] = 1
             above = parent[above]
-    return mask, mask_begins
+    return mask
