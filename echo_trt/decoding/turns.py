@@ -17,7 +17,7 @@ _LONGEST = 4  # times as many iterations, all of them, end a turn that prompts o
 _APART = 64  # iterations at other loads after which turns are no longer compared with those before
 _LOST = 0.01  # of the time, what turns of the one that is worse may cost
 _DOUBTED = 2.0  # deviations from nothing up to which they may; the more there are, the less
-_UNTRIED = 7.5  # seconds before the first turn of a size that is foreseen to lose
+_UNTRIED = 7.5  # seconds before the first turn of a size that is clearly foreseen to lose
 _DEAREST = 2.0  # times what it would usually take, what a turn is believed to have cost at most
 _FORESEEN = 0.2  # deviation of a log gain that the calibration foresees
 _TURN, _TEXTS = 0.1, 0.4  # the same of one comparison; and of one request, whose text may be easy or hard
@@ -41,7 +41,8 @@ class Turns:
         self._hopeless = _HOPELESS * math.exp(-self._texts)
         # Seconds that turns of the worse one have cost, less what they may: a turn is charged something when it begins,
         # and what it has really cost once the turn behind it shows what the better one would have done meanwhile.
-        self._debt = (gain < 0) * (_CREDIT + _LOST * _UNTRIED)
+        foreseen_to_lose = min(max(-gain / (_UNSURE * _FORESEEN), 0.0), 1.0)
+        self._debt = foreseen_to_lose * (_CREDIT + _LOST * _UNTRIED)
         self._charged = 0.0  # of those, what is only thought of the last turn
         self._past: list[tuple[bool, np.ndarray]] = []  # the last two turns: whose, and sums as below
         self._begin(False, changed=True)

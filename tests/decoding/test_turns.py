@@ -68,6 +68,14 @@ def test_plain_decoding_begins_and_then_what_is_foreseen_to_be_better():
         assert machine.turns[: PLAIN_TURN + len(then)] == [False] * PLAIN_TURN + then
 
 
+@pytest.mark.parametrize(("foreseen", "waits"), [(0.98, (0.0, 0.1)), (0.93, (2.0, 5.0)), (0.8, (7.5, 30.0))])
+def test_the_less_a_size_is_foreseen_to_lose_the_sooner_it_is_tried(foreseen, waits):
+    turns, machine = Turns(MANY, math.log(foreseen)), Machine(1.15)
+    while not turns.speculates:
+        machine.run(turns, 0.01)
+    assert waits[0] <= machine.now <= waits[1]
+
+
 def test_while_it_is_not_clear_which_is_better_they_alternate():
     turns = Turns(MANY, 0.01)
     machine = Machine(1.15, progress=1.0).run(turns, 0.25)
