@@ -57,15 +57,16 @@ class Acceptance:
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
-        self._foreseen: dict[tuple[int, int], Foreseen] = {}
+        self._foreseen: dict[tuple[int, int, int], Foreseen] = {}
         self.drift = np.zeros(len(table))
         self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
 
-    def foreseen(self, width: int, beams: int) -> Foreseen:
-        """What nodes with so many children each will bring, so many of a level being expanded."""
-        if (width, beams) not in self._foreseen:
-            self._foreseen[width, beams] = Foreseen(self.children[:, :width], beams)
-        return self._foreseen[width, beams]
+    def foreseen(self, depth: int, width: int, beams: int) -> Foreseen:
+        """What trees of so many levels will bring, ``width`` children a node and ``beams`` nodes a level expanded."""
+        shape = depth, width, beams
+        if shape not in self._foreseen:
+            self._foreseen[shape] = Foreseen(self.children[:depth, :width], beams)
+        return self._foreseen[shape]
 
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:

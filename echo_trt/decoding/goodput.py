@@ -104,9 +104,9 @@ class Goodput(Planner):
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
         self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
-        foreseen = self.acceptance.foreseen(policy.width, policy.beams)
         held_nodes = None
         if holds:
+            foreseen = self.acceptance.foreseen(policy.max_depth, policy.width, policy.beams)
             host, level = history.host_seconds, history.level_seconds
             held_nodes = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
         if held_nodes == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
@@ -190,7 +190,7 @@ class Goodput(Planner):
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
-        foreseen = self.acceptance.foreseen(policy.width, policy.beams)
+        foreseen = self.acceptance.foreseen(policy.max_depth, policy.width, policy.beams)
         if depth >= len(foreseen.below):
             return 0
         costs, ends = self.costs, portions(len(frontier))

@@ -14,7 +14,7 @@ from echo_trt.decoding.sizes import HELD, Sizes, load_of
 from echo_trt.decoding.turns import HELD_TURN, PLAIN_TURN
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
-FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width, POLICY.beams)
+FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.max_depth, POLICY.width, POLICY.beams)
 
 
 def costs_of(target: Curve, change: float = 4.0, granule: int = 4, draft: float = 0.5) -> Costs:
@@ -88,7 +88,7 @@ TREES = {
 
 @pytest.mark.parametrize("beams", TREES)
 def test_the_best_nodes_of_a_tree_are_foreseen(beams):
-    foreseen = Acceptance(Acceptance.uncalibrated(2).table, SHARES).foreseen(2, beams)
+    foreseen = Acceptance(Acceptance.uncalibrated(2).table, SHARES).foreseen(9, 2, beams)
     want = TREES[beams].mean(axis=0).cumsum()
     assert foreseen.best(np.arange(len(want) + 1), 1) == pytest.approx([0.0, *want], rel=0.05)  # of trees drawn
 
@@ -96,14 +96,14 @@ def test_the_best_nodes_of_a_tree_are_foreseen(beams):
 def test_of_each_level_no_more_are_expanded_than_there_are_beams():
     children = np.full((4, 2, 3), 0.5)
     for beams, nodes in ((1, 8), (2, 14), (3, 18), (9, 30)):
-        foreseen = Acceptance(Acceptance.uncalibrated(4).table, children).foreseen(2, beams)
+        foreseen = Acceptance(Acceptance.uncalibrated(4).table, children).foreseen(9, 2, beams)
         brought = foreseen.best(np.arange(40), 1)
         assert brought[nodes - 1] < brought[nodes] == brought[-1]
 
 
 @pytest.mark.parametrize("requests", [2, 4, 6, 40])
 def test_the_best_nodes_of_many_trees_are_foreseen(requests):
-    foreseen = Acceptance(Acceptance.uncalibrated(2).table, SHARES).foreseen(2, 1)
+    foreseen = Acceptance(Acceptance.uncalibrated(2).table, SHARES).foreseen(9, 2, 1)
     nodes = np.arange(4 * requests + 1)
     best = foreseen.best(nodes, requests)
     each = np.array([foreseen.best(np.array([n]), 1)[0] for n in range(5)])
