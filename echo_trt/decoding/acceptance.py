@@ -10,7 +10,7 @@ from echo_trt.decoding.compiled import compiled
 
 HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
 HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next
-DRAWN = 1024  # trees, of which it is seen what the best nodes of some of them bring
+BRANCHING = 5  # levels of a tree that are foreseen with their second best children
 SOURCES = ("head", "lookup", "both")
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
 _LEARNING = 0.02
@@ -29,19 +29,24 @@ class Foreseen:
 
     ``below`` [depth] is what the best, second best, ... child of a node of that depth will be worth, as a share of the
     node's own probability, and those under the best child: equally likely values, [levels, w, quantiles]. ``brought``
-    [depth]: what 1, 2, ... such levels bring in all, [levels]. Of each level the ``beams`` best are expanded.
+    [depth]: what 1, 2, ... such levels bring in all, [levels].
     """
 
-    def __init__(self, children: np.ndarray, beams: int):
+    def __init__(self, children: np.ndarray):
         self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
-        self._trees = _drawn(children, beams)
+        self._trees = _trees(children[:BRANCHING])
 
     def best(self, nodes: np.ndarray, requests: int) -> np.ndarray:
-        """What the best so many ``nodes`` [n] of the trees of so many ``requests`` together bring, [n]."""
-        together = min(requests, DRAWN)
-        groups = self._trees[: DRAWN // together * together].reshape(DRAWN // together, -1)
-        sums = np.concatenate(([0.0], np.sort(groups, axis=1)[:, ::-1].mean(axis=0).cumsum()))
+        """What the best so many ``nodes`` [n] of the trees of so many ``requests`` together bring, [n].
+
+        Of each tree the best node of each level is expanded.
+        """
+        together = min(requests, self._trees.shape[1])
+        drawn = np.random.default_rng(0).permutation(self._trees.shape[1])
+        groups = drawn[: len(drawn) // together * together].reshape(-1, together)
+        values = np.sort(self._trees[:, groups].transpose(1, 0, 2).reshape(len(groups), -1), axis=1)[:, ::-1]
+        sums = np.concatenate(([0.0], values.mean(axis=0).cumsum()))
         share = together / requests
         return np.interp(nodes * share, np.arange(len(sums)), sums) / share
 
@@ -57,16 +62,15 @@ class Acceptance:
 
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
-        self._foreseen: dict[tuple[int, int, int], Foreseen] = {}
+        self._foreseen: dict[int, Foreseen] = {}
         self.drift = np.zeros(len(table))
         self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
 
-    def foreseen(self, depth: int, width: int, beams: int) -> Foreseen:
-        """What trees of so many levels will bring, ``width`` children a node and ``beams`` nodes a level expanded."""
-        shape = depth, width, beams
-        if shape not in self._foreseen:
-            self._foreseen[shape] = Foreseen(self.children[:depth, :width], beams)
-        return self._foreseen[shape]
+    def foreseen(self, width: int) -> Foreseen:
+        """What nodes with so many children each will bring."""
+        if width not in self._foreseen:
+            self._foreseen[width] = Foreseen(self.children[:, :width])
+        return self._foreseen[width]
 
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:
@@ -106,15 +110,14 @@ def _as_shares(children: np.ndarray) -> np.ndarray:
     return above[:, None] * children
 
 
-def _drawn(children: np.ndarray, beams: int) -> np.ndarray:
-    """children [levels, w, quantiles] -> what the nodes of DRAWN trees are worth, [DRAWN, n]: of each level the
-    ``beams`` best nodes are expanded, and each one's quantile is drawn, independent of the others'."""
-    rng, above, values = np.random.default_rng(0), np.ones((DRAWN, 1)), []
-    for level in children:
-        shares = level.T[rng.integers(level.shape[1], size=above.shape)]  # [DRAWN, expanded, w]
-        values.append((above[:, :, None] * shares).reshape(DRAWN, -1))
-        above = -np.sort(-values[-1], axis=1)[:, :beams]
-    return np.concatenate(values, axis=1)
+def _trees(children: np.ndarray) -> np.ndarray:
+    """children [levels, w, quantiles], each level's independent of the others' -> what the nodes of trees are worth,
+    [levels * w, trees]: every combination of quantiles is one, as likely as any other."""
+    levels, _, quantiles = children.shape
+    drawn = np.indices((quantiles,) * levels).reshape(levels, -1)
+    shares = children[np.arange(levels)[:, None], :, drawn].transpose(0, 2, 1)  # [levels, w, combinations]
+    above = np.cumprod(np.concatenate((np.ones_like(shares[:1, 0]), shares[:-1, 0])), axis=0)
+    return (above[:, None] * shares).reshape(-1, drawn.shape[1])
 
 
 @compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")

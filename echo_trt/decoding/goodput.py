@@ -104,9 +104,9 @@ class Goodput(Planner):
         """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
         self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
+        foreseen = self.acceptance.foreseen(policy.width)
         held_nodes = None
         if holds:
-            foreseen = self.acceptance.foreseen(policy.max_depth, policy.width, policy.beams)
             host, level = history.host_seconds, history.level_seconds
             held_nodes = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
         if held_nodes == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
@@ -148,7 +148,7 @@ class Goodput(Planner):
         # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
         once = np.maximum(behind - IN_STEP, 0)
         entries = np.cumsum((behind - once + once / np.clip(load.room[open_], 1, SERVES))[best])
-        count = self._worth_expanding(candidates, promise[best], 0, entries, policy, load, seconds, price)
+        count = self._worth_expanding(candidates, promise[best], 0, entries, policy.width, load, seconds, price)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -167,7 +167,7 @@ class Goodput(Planner):
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
             worth = candidates.value[frontier]
-            count = self._worth_expanding(candidates, worth, depth, entries, policy, load, seconds, price)
+            count = self._worth_expanding(candidates, worth, depth, entries, policy.width, load, seconds, price)
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
@@ -180,7 +180,7 @@ class Goodput(Planner):
         frontier: np.ndarray,
         depth: int,
         entries: np.ndarray,
-        policy: Policy,
+        width: int,
         load: Load,
         seconds: Verifications,
         price: float,
@@ -190,7 +190,7 @@ class Goodput(Planner):
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
-        foreseen = self.acceptance.foreseen(policy.max_depth, policy.width, policy.beams)
+        foreseen = self.acceptance.foreseen(width)
         if depth >= len(foreseen.below):
             return 0
         costs, ends = self.costs, portions(len(frontier))

@@ -124,7 +124,7 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    gains = acceptance.foreseen(9, 9, 4).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
+    gains = acceptance.foreseen(9).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
     worth = count * max(gains.cumsum() / np.arange(1, len(gains) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
@@ -251,9 +251,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
     verifications = Verifications(planner.costs, load)
-    got = planner._worth_expanding(
-        candidates, frontier, depth, entries, Policy("goodput", max_depth=9, width=2), load, verifications, price
-    )
+    got = planner._worth_expanding(candidates, frontier, depth, entries, 2, load, verifications, price)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])
