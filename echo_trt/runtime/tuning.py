@@ -43,7 +43,7 @@ class Tuning:
                 raise UserError(
                     "what passes cost on this machine is not known yet; choose this policy while no request is running."
                 )
-            self._note("measuring what passes cost on this machine (some seconds, once)")
+            self._note("measuring what passes cost on this machine (some seconds, once; best while nothing else runs)")
             table = measure(self._loop, self._manifest)
             with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start
                 write(self._folder, COSTS, table)
