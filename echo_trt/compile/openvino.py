@@ -103,8 +103,8 @@ def _weights(model: ov.Model) -> int:
 
 
 def _group_size(model: ov.Model) -> int:
-    """Activations that share a scale where a matrix has 8 bits: the fewer scales, the less time. A group that does not
-    divide a row is done without."""
+    """Activations that share a scale where a matrix has 8 bits: the fewer scales, the less time. The largest group that
+    divides every row."""
     eight = (ov.Type.i8, ov.Type.u8)
     rows = [
         node.get_output_shape(0)[-1]
