@@ -87,15 +87,8 @@ class Acceptance:
         """Verified nodes: what each was thought to be worth, and whether it was accepted, all [n]."""
         if len(source) == 0:
             return
-        size = len(self.drift)
-        count = np.bincount(source, minlength=size)
-        expected = np.bincount(source, probability, minlength=size)
-        got = np.bincount(source, accepted, minlength=size)
-        self.expected += expected
-        self.accepted += got
-        # A step of stochastic gradient on the log-likelihood: unbiased whatever was chosen to be verified.
-        step = (got - expected) / np.sqrt(np.maximum(count, 1))
-        self.drift = np.clip(self.drift + _LEARNING * step, -_MOST, _MOST)
+        source, accepted = np.ascontiguousarray(source, np.int8), np.ascontiguousarray(accepted, np.float64)
+        _observe(self.drift, self.expected, self.accepted, source, np.ascontiguousarray(probability), accepted)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """``expected`` and ``accepted``, each by source."""
@@ -133,3 +126,24 @@ def _probability(
         odds = math.exp(drift[source[i]])
         out[i] = known * odds / (1 - known + known * odds)
     return out
+
+
+@compiled("void(f8[::1], f8[::1], f8[::1], i1[::1], f8[::1], f8[::1])")
+def _observe(
+    drift: np.ndarray,
+    all_expected: np.ndarray,
+    all_accepted: np.ndarray,
+    source: np.ndarray,
+    probability: np.ndarray,
+    accepted: np.ndarray,
+) -> None:
+    for each in range(len(drift)):
+        count, expected, got = 0, 0.0, 0.0
+        for i in range(len(source)):
+            if source[i] == each:
+                count, expected, got = count + 1, expected + probability[i], got + accepted[i]
+        all_expected[each] += expected
+        all_accepted[each] += got
+        # A step of stochastic gradient on the log-likelihood: unbiased whatever was chosen to be verified.
+        step = _LEARNING * (got - expected) / math.sqrt(max(count, 1))
+        drift[each] = min(max(drift[each] + step, -_MOST), _MOST)

@@ -95,17 +95,14 @@ class Candidates:
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
         tree = self.tree
-        open_ = self._expandable & (self.probability > 0)
-        nodes = ((tree.depth == depth) & open_ & (self._room[tree.request] > depth)).nonzero()[0]
+        nodes = _open(self._expandable, self.probability, tree.depth, tree.request, self._room, depth)
         nodes = nodes[np.argsort(-self.value[nodes])]
         return nodes[rank_within(tree.request[nodes]) < beams]
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """P(accept) of the best node of depth 1 of each of ``requests``, 0 where there is none."""
-        first = (self.tree.depth == 1).nonzero()[0]
-        best = np.zeros(self.tree.num_requests)
-        np.maximum.at(best, self.tree.request[first], self.probability[first])
-        return best[requests]
+        tree = self.tree
+        return _best_child(tree.depth, tree.request, self.probability, tree.num_requests)[requests]
 
     def _hang(self, copied: Continuations) -> None:
         """The chains, request by request; ``_chain`` [B, L] has their nodes, -1 beyond a chain's end."""
@@ -173,6 +170,33 @@ class Candidates:
         own = np.ones(chains.shape)
         own[exists] = self._own(chains[exists])
         self.probability[chains[exists]] = np.minimum.accumulate(own, axis=1)[exists]
+
+
+@compiled("i8[::1](b1[::1], f8[::1], i8[::1], i8[::1], i8[::1], i8)")
+def _open(
+    expandable: np.ndarray,
+    probability: np.ndarray,
+    depth: np.ndarray,
+    request: np.ndarray,
+    room: np.ndarray,
+    level: int,
+) -> np.ndarray:
+    """Nodes of depth ``level`` that may be expanded, of requests with ``room`` for their children."""
+    nodes, number = np.empty(len(depth), np.int64), 0
+    for node in range(len(depth)):
+        if depth[node] == level and expandable[node] and probability[node] > 0 and room[request[node]] > level:
+            nodes[number] = node
+            number += 1
+    return nodes[:number]
+
+
+@compiled("f8[::1](i8[::1], i8[::1], f8[::1], i8)")
+def _best_child(depth: np.ndarray, request: np.ndarray, probability: np.ndarray, requests: int) -> np.ndarray:
+    best = np.zeros(requests)
+    for node in range(len(depth)):
+        if depth[node] == 1:
+            best[request[node]] = max(best[request[node]], probability[node])
+    return best
 
 
 _NEW = "Tuple((i8, i8[::1], i8[::1], f8[::1], i8[::1]))"

@@ -83,15 +83,25 @@ class Curve:
             self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:
-        seconds = self.seconds
-        dense = np.interp(np.arange(upto + 1), self.sizes, seconds)
-        last = self.sizes[-1]
-        if upto > last and len(self.sizes) > 1:  # beyond the table: on, as steep as its upper half
-            half = len(self.sizes) // 2
-            slope = (seconds[-1] - seconds[half - 1]) / (last - self.sizes[half - 1])
-            dense[last:] = seconds[-1] + slope * np.arange(upto + 1 - last)
-        dense[0] = 0.0
-        self._dense, self._pending = dense, 0.0
+        self._dense, self._pending = _dense(self.sizes, self.seconds, upto), 0.0
+
+
+@compiled("f8[::1](i8[::1], f8[::1], i8)")
+def _dense(sizes: np.ndarray, seconds: np.ndarray, upto: int) -> np.ndarray:
+    """``seconds`` at ``sizes``, straight between them, at 1, 2, ... ``upto``, and 0 at 0."""
+    dense, last = np.empty(upto + 1), len(sizes) - 1
+    half = len(sizes) // 2 - 1
+    steep = (seconds[last] - seconds[half]) / (sizes[last] - sizes[half]) if last else 0.0
+    place = 0
+    for size in range(1, upto + 1):
+        while place < last and sizes[place + 1] <= size:
+            place += 1
+        slope = steep  # beyond the table: on, as steep as its upper half
+        if place < last:
+            slope = (seconds[place + 1] - seconds[place]) / (sizes[place + 1] - sizes[place])
+        dense[size] = seconds[place] + slope * (size - sizes[place])
+    dense[0] = 0.0
+    return dense
 
 
 @compiled("f8(f8[::1], f8[::1], i8[::1], f8[::1], i8, f8, b1, f8, f8)")

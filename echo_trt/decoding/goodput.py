@@ -147,7 +147,7 @@ class Goodput(Planner):
         behind = load.behind[open_]
         # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
         once = np.maximum(behind - IN_STEP, 0)
-        entries = np.cumsum((behind - once + once / np.clip(load.room[open_], 1, SERVES))[best])
+        entries = np.cumsum((behind - once + once / np.minimum(load.room[open_], SERVES))[best])
         count = self._worth_expanding(candidates, promise[best], 0, entries, policy.width, load, seconds, price)
         requests = open_[best[:count]]
         if count == 0:

@@ -72,7 +72,10 @@ class History:
     def weights(self, slots: np.ndarray) -> np.ndarray:
         """[B] above 1 for requests that have progressed less than the others, below 1 for those that have more."""
         progress = self._progress[slots]
-        return np.clip((progress.mean() / progress) ** _AGEING, *_LIMITS) if len(slots) else progress
+        if len(slots) < 2:
+            return np.ones(len(slots))
+        low, high = _LIMITS
+        return np.minimum(np.maximum((progress.mean() / progress) ** _AGEING, low), high)
 
     def begin(self, slots: np.ndarray) -> None:
         """An iteration that could draft for ``slots`` [B] begins."""

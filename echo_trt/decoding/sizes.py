@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from echo_trt.decoding.acceptance import Foreseen
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.turns import Turns
 
@@ -60,20 +61,11 @@ class _Known:
         """A search for the best of ``size`` drafts no further than that needs. Of smaller ones it tells what they would
         have brought, and have taken to draft; what larger ones add to either is as it was, if it has not found more."""
         self.searches += 1
-        best = np.concatenate(([0.0], np.cumsum(np.sort(probability)[::-1])))
-        brought = best[np.clip(self.sizes - requests, 0, len(probability))]
-        held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
-        change = step * (brought - self.brought)
-        change[held:] = change[held]
-        self._found += step * (brought - self._found)
-        self.brought = np.maximum(self.brought + change, self._found)
+        held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)
+        _learn(self.brought, self._found, self.sizes, requests, held, np.ascontiguousarray(probability), step)
         if drafting is not None:
-            usual, known = self._usual(requests), self.drafting(requests)
-            change = step * (min(drafting, _OUTLIER * max(known[held], usual[held])) - known)
-            change[held:] = change[held]
-            drafts = usual > 0
-            self._slower[drafts] = np.maximum(self._slower[drafts] + change[drafts] / usual[drafts], 0.0)
+            _slow(self._slower, self._usual(requests), held, drafting, step)
 
     def best(self, requests: int, context: int, costs: Costs, host: float, level: float) -> tuple[int, float]:
         """The size that would have brought most tokens a second, and how many times plain decoding's that is by the
@@ -157,3 +149,36 @@ class Sizes:
 def load_of(requests: int) -> int:
     """Numbers of ``requests`` that what is learnt of one holds for: a step is a factor of 1.4, or 1 to 2."""
     return max(round(2 * math.log2(requests)), 1)
+
+
+@compiled("void(f8[::1], f8[::1], i8[::1], i8, i8, f8[::1], f8)")
+def _learn(
+    brought: np.ndarray,
+    found: np.ndarray,
+    sizes: np.ndarray,
+    requests: int,
+    held: int,
+    probability: np.ndarray,
+    step: float,
+) -> None:
+    """Move what the best nodes of each of ``sizes`` have ``brought`` and were ``found`` to bring towards a search's."""
+    best, total, last, change = np.sort(probability)[::-1], 0.0, 0, 0.0
+    for i in range(len(sizes)):
+        nodes = min(max(sizes[i] - requests, 0), len(best))
+        total += best[last:nodes].sum()
+        last = nodes
+        if i <= held:
+            change = step * (total - brought[i])
+        found[i] += step * (total - found[i])
+        brought[i] = max(brought[i] + change, found[i])
+
+
+@compiled("void(f8[::1], f8[::1], i8, f8, f8)")
+def _slow(slower: np.ndarray, usual: np.ndarray, held: int, drafting: float, step: float) -> None:
+    """Move by how much drafting has been ``slower`` than ``usual`` towards ``drafting`` seconds for the size held."""
+    drafting, change = min(drafting, _OUTLIER * usual[held] * max(slower[held], 1.0)), 0.0
+    for i in range(len(usual)):
+        if i <= held:
+            change = step * (drafting - slower[i] * usual[i])
+        if usual[i] > 0:
+            slower[i] = max(slower[i] + change / usual[i], 0.0)

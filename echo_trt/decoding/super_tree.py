@@ -46,9 +46,7 @@ class SuperTree:
     @property
     def reached(self) -> np.ndarray:
         """How many requests have a node at each depth: int64 [deepest + 1]."""
-        levels = int(self.depth.max(initial=0)) + 1
-        nodes = np.bincount(self.request * levels + self.depth, minlength=levels * self.num_requests)
-        return (nodes > 0).reshape(-1, levels).sum(axis=0)
+        return _reached(self.request, self.depth, self.num_requests)
 
     def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray, source: int = 0) -> np.ndarray:
         """Hang new nodes (all [m]) under existing ones; returns their indices [m]."""
@@ -120,3 +118,16 @@ def _ancestor_mask(
             mask[row + above] = 1
             above = parent[above]
     return mask
+
+
+@compiled("i8[::1](i8[::1], i8[::1], i8)")
+def _reached(request: np.ndarray, depth: np.ndarray, requests: int) -> np.ndarray:
+    levels = 1
+    for node in range(len(depth)):
+        levels = max(levels, depth[node] + 1)
+    seen, reached = np.zeros((requests, levels), np.bool_), np.zeros(levels, np.int64)
+    for node in range(len(depth)):
+        if not seen[request[node], depth[node]]:
+            seen[request[node], depth[node]] = True
+            reached[depth[node]] += 1
+    return reached

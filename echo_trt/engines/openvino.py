@@ -31,16 +31,16 @@ class OpenVINOEngine:
         self.num_blocks = num_blocks
         compiled = compile_graph(read_graph(graph), precision, threads)
         self._request = compiled.create_infer_request()
-        self._inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
+        inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
-        target = "logits" in self._outputs
-        self.granule = GRANULE if target else 1
+        self._target = "logits" in self._outputs
+        self.granule = GRANULE if self._target else 1
         # In bf16 four rows take less time than one to three, but for AMX. A single row has not the bits of several.
-        bf16 = target and precision == "bf16" and compute_type(precision) == ov.Type.bf16
+        bf16 = self._target and precision == "bf16" and compute_type(precision) == ov.Type.bf16
         self.least = (2 if has_amx() else GRANULE) if bf16 else 1
         self._pool = self._bind_pool(compiled, compute_type(precision))
-        self._bound = {name: self._request.get_tensor(name) for name in self._inputs}
+        self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         widths = {i.get_any_name(): i.partial_shape[1] for i in compiled.inputs if len(i.partial_shape) == 2}
         self._prepare({name: width.get_length() for name, width in widths.items()})
@@ -73,7 +73,7 @@ class OpenVINOEngine:
         asked = {FEATURES: len(call.token_ids), "state": len(call.token_ids)}
         rows = len(call.logit_rows)
         verifies = is_verification(call)
-        drafts = "logits" not in self._outputs
+        drafts = not self._target
         # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
         if drafts or len(call.past_lens) > 1 or self.least > 1:
             call = as_lanes(call, unmasked=drafts)
@@ -82,21 +82,21 @@ class OpenVINOEngine:
         elif drafts and len(call.token_ids) > PREPARED:
             inputs = _longer(inputs, -len(call.token_ids) % CATCH_UP)
             call = rounded(call, CATCH_UP, self.num_blocks, rows_too=False)
-        for name in self._inputs:
-            self._feed(name, getattr(call, name) if name not in inputs else inputs[name])
+        self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
         read = {name: values[: asked.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
         if self._short:
             read[FEATURES] = _from_bf16(read[FEATURES])
         return read
 
-    def _feed(self, name: str, values: np.ndarray) -> None:
-        """Write a bound tensor's memory: to bind another one takes three times as long."""
-        view = self._views[name]
-        if view.shape != values.shape:
-            self._bound[name].shape = values.shape
-            self._views[name] = view = self._bound[name].data
-        view[...] = values
+    def _feed(self, inputs: dict[str, np.ndarray]) -> None:
+        """Write the bound tensors' memory: to bind another one takes three times as long."""
+        for name, view in self._views.items():
+            values = inputs[name]
+            if view.shape != values.shape:
+                self._bound[name].shape = values.shape
+                self._views[name] = view = self._bound[name].data
+            view[...] = values
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]

@@ -118,9 +118,11 @@ class EngineDrafter:
             start[long] += self.chunk
         newest = np.cumsum(goal - start) - 1
         outputs = self._run_entries(slots, start, goal - start, newest)
-        full = goal // BLOCK - self.cached[slots] // BLOCK
-        index = np.repeat(self.cached[slots] // BLOCK, full) + ragged_arange(full)
-        state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
+        first = self.cached[slots] // BLOCK
+        full = goal // BLOCK - first
+        if full.any():
+            index = np.repeat(first, full) + ragged_arange(full)
+            state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
         self.cached[slots] = goal
         return outputs, newest
 

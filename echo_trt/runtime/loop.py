@@ -282,21 +282,15 @@ class Loop:
         """One pass of the target over all trees and prompt chunks."""
         state = self.state
         with self._timed("pack"):
-            place = ragged_arange(chunks)
-            owner = np.repeat(chunk_slots, chunks)
-            position = state.committed[owner] + place
-            ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
-            chunk_ends = len(tree) + np.cumsum(chunks)[ends] - 1
-            all_slots = np.concatenate((slots, chunk_slots))
-            call = pack(
-                np.concatenate((tree.token, state.tokens[owner, position])),
-                np.concatenate((state.committed[slots][tree.request] + tree.depth, position)),
-                state.committed[all_slots],
-                np.concatenate((tree.sizes, chunks)),
-                state.block_table[all_slots],
-                np.concatenate((np.arange(len(tree)), chunk_ends)),
-                ancestor_mask(tree) if len(tree) > len(slots) else None,
-            )
+            past, rows = state.committed[slots], np.arange(len(tree))
+            mask = ancestor_mask(tree) if len(tree) > len(slots) else None
+            each = tree.token, past[tree.request] + tree.depth, past, tree.sizes, state.block_table[slots], rows
+            finishing = chunk_slots
+            if len(chunk_slots):
+                ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
+                finishing = chunk_slots[ends]
+                each = map(np.concatenate, zip(each, self._chunks(chunk_slots, chunks, len(tree), ends), strict=True))
+            call = pack(*each, mask)
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
@@ -305,9 +299,15 @@ class Loop:
             nodes = np.diff(call.seq_begins) - 1
             again = int((nodes * call.past_lens).sum())
             self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again, int(chunks.sum()))
-        finishing = chunk_slots[ends]
         last = state.tokens[finishing, state.length[finishing] - 1]
         return Verified(with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
+
+    def _chunks(self, slots: np.ndarray, chunks: np.ndarray, before: int, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What ``pack`` is told of ``slots`` that compute ``chunks`` of their prompts behind so many tokens ``before``;
+        of those whose prompt ``ends`` the last row is asked for."""
+        state, owner = self.state, np.repeat(slots, chunks)
+        position, last = state.committed[owner] + ragged_arange(chunks), before + np.cumsum(chunks)[ends] - 1
+        return state.tokens[owner, position], position, state.committed[slots], chunks, state.block_table[slots], last
 
     def _commit(
         self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray

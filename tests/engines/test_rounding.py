@@ -49,7 +49,7 @@ def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
     inputs = {i.get_any_name(): i.partial_shape for i in engine._request.get_compiled_model().inputs}
     width = {name: shape[1].get_length() for name, shape in inputs.items() if len(shape) == 2}
     rng, sizes, feed = np.random.default_rng(0), [], engine._feed
-    engine._feed = lambda name, values: (sizes.append(len(values)) if name == "token_ids" else None, feed(name, values))
+    engine._feed = lambda inputs: (sizes.append(len(inputs["token_ids"])), feed(inputs))
     rows = {"features": rng.normal(size=(tokens, width["features"])).astype(np.float32)}
     rows["hidden"] = np.zeros((0, width["hidden"]), np.float32)
     count, table = np.arange(tokens), np.array([[2, 0, 4]])
