@@ -26,6 +26,9 @@ FEW = 64  # tokens up to which sizes are measured, however few requests run: the
 ROUNDS = 5
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
+CHECKED = (1, 8)  # tokens of the passes that a table is checked by
+TRIES, CHECKING = 3, 0.5  # passes of each, and the seconds that they may take, where that is more than one
+LEAST = 1e-3  # seconds: differences below are noise
 
 
 def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
@@ -52,6 +55,23 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
         change=_change(loop),
         least=loop.target.least,
     )
+
+
+def times_as_long(table: CostTable, loop: Loop) -> float:
+    """How many times what a pass takes now it took when ``table`` was measured, 1 or more. Nothing may be running.
+
+    That is in doubt one way alone: what else runs makes passes longer, then or now, but never shorter.
+    """
+    loop.state.forget_cached()
+    most, curve = 1.0, table.target
+    for tokens, seconds in zip(curve.sizes, curve.seconds, strict=True):
+        if tokens in CHECKED:
+            call = _call(loop, _spread(tokens, loop.state.count), SHORT)
+            tries = min(max(int(CHECKING / seconds), 1), TRIES)
+            now = min(_seconds(loop.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
+            if seconds - now > LEAST:
+                most = max(most, seconds / max(now, LEAST))
+    return most
 
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:

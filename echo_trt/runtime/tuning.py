@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from echo_trt.bundle import Manifest
-from echo_trt.calibration.measure import measure
+from echo_trt.calibration.measure import measure, times_as_long
 from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calibration, read_costs, write
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.goodput import Goodput
@@ -17,6 +17,7 @@ from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.runtime.loop import Loop
 
+DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
 USUAL_GATES = {1: 0.2, 3: 0.3}  # depth: threshold, where neither the recipe nor a calibration says any
 
 
@@ -38,6 +39,10 @@ class Tuning:
     def costs(self) -> CostTable:
         """Nothing may be running when this is asked for the first time."""
         table = read_costs(self._folder, self._manifest, self._note)
+        if table and not self._loop.busy and (times := times_as_long(table, self._loop)) > DOUBTED:
+            told = f"{COSTS} says that a pass takes {times:.1f} times as long as it does"
+            self._note(f"{told}: other work ran when it was measured")
+            table = None
         if table is None:
             if self._loop.busy:  # measuring writes over the KV pool
                 raise UserError(
