@@ -15,6 +15,7 @@ from echo_trt.recipe import Engine, Precision, Recipe
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+NGRAMS = "ngrams.npz"
 
 
 def _within(name: str) -> str:
@@ -107,6 +108,8 @@ class Manifest(BaseModel):
             for file in (network.file, *network.rank_files):
                 if file not in self.files:
                     raise ValueError(f"files has no hash of {file}")
+        if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
+            raise ValueError(f"files has no hash of {NGRAMS}")
         return self
 
     @property

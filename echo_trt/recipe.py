@@ -51,13 +51,15 @@ class Draft(_Section):
     """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself.
 
     ``precision`` is the draft's own, where it is not the target's. ``copy_text`` lets continuations from the text
-    itself join the draft's under the policy goodput; ``min_match`` and ``acceptance`` are theirs.
+    itself join the draft's under the policy goodput; ``min_match`` and ``acceptance`` are theirs. ``ngrams``
+    names a file of the target's n-grams, relative to the recipe, which go on where drafts end under the same policy.
     """
 
     kind: Literal["eagle3", "model", "lookup", "none"] = "none"
     source: Source | None = None
     precision: Precision | None = None
     copy_text: bool = True
+    ngrams: str | None = None
     top_k: Annotated[int, Field(ge=1, le=64)] = 16
     min_match: Positive = 2
     acceptance: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.4, 0.6, 0.75]
@@ -66,6 +68,8 @@ class Draft(_Section):
     def _source_where_needed(self) -> Draft:
         if (self.source is not None) != (self.kind in ("eagle3", "model")):
             raise ValueError(f"source is {'not used' if self.source else 'missing'} for kind {self.kind}")
+        if self.ngrams is not None and self.kind == "none":
+            raise ValueError("ngrams go on where drafts end, and kind is none; leave them out, or use kind lookup")
         if self.kind == "lookup" and self.min_match > len(self.acceptance):
             raise ValueError("min_match must not exceed the number of acceptance values")
         return self

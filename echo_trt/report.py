@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.bundle import Manifest, NetworkFacts
+from echo_trt.bundle import NGRAMS, Manifest, NetworkFacts
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.recipe import Recipe
@@ -31,6 +31,8 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
     if manifest.target.rank_files:
         table.add_row("tensor_parallel", f"{len(manifest.target.rank_files)}: a file a rank, on a GPU each")
     table.add_row("draft", f"{manifest.recipe.draft.kind}{', ' + _network(manifest.draft) if manifest.draft else ''}")
+    if NGRAMS in manifest.files:
+        table.add_row("n-grams", f"{(folder / NGRAMS).stat().st_size / 1e6:,.1f} MB, which go on where drafts end")
     size = sum((folder / name).stat().st_size for name in manifest.files)
     table.add_row("files", f"{len(manifest.files)}, {size / 1e6:,.0f} MB")
     if manifest.tensorrt:

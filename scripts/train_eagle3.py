@@ -3,6 +3,7 @@
     python scripts/train_eagle3.py init --target CHECKPOINT --out UNTRAINED
     python scripts/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
+    python scripts/train_eagle3.py ngrams --target CHECKPOINT --data SHARDS --out HEAD/ngrams.npz
 
 ``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
 is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
@@ -23,6 +24,7 @@ from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
 from eagle3_training.features import missing_features, write_features
 from eagle3_training.head import feature_scale, head_config, save_head, start_from, warm_start
 from eagle3_training.loop import Recipe, Trainer, load_state
+from eagle3_training.ngrams import count, held_out, read_texts, right
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -33,6 +35,7 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.ngram_table import write_ngrams
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
 console = Console()
@@ -120,6 +123,23 @@ def train(
     with _progress("training") as report:
         agreement = trainer.train(report)
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ngrams(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[list[Path], typer.Option(help="folder of shard-*.npz; give it again for more")],
+    out: Annotated[Path, typer.Option(help="the .npz, which a recipe names as draft.ngrams")],
+) -> None:
+    """Write down what the target usually says after a few tokens, for drafts to go on with."""
+    texts = read_texts(data)
+    counted, others = held_out(texts)
+    told, thought = right(count(counted), others)
+    table = count(texts)
+    write_ngrams(table, out, weights_sha256(open_checkpoint(target).path))
+    size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
+    share = f"of held-out answers' tokens it names {told:.1%}, and thinks {thought:.1%}"
+    console.print(f"{out}: {size}, {out.stat().st_size / 1e6:.1f} MB; {share}", highlight=False, soft_wrap=True)
 
 
 def _trainer(

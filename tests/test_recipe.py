@@ -150,6 +150,7 @@ def test_values_of_the_wrong_kind_or_size(key, value, words, written):
         ("draft", {"kind": "eagle3"}, ("draft", "source", "missing", "eagle3")),
         ("draft", {"kind": "lookup", "source": {"path": "x"}}, ("draft", "source", "not used", "lookup")),
         ("draft", {"kind": "lookup", "min_match": 5}, ("draft", "min_match")),
+        ("draft", {"kind": "none", "ngrams": "n.npz"}, ("draft", "ngrams", "lookup")),
         ("draft.top_k", 4, ("top_k", "decoding.width")),
         ("decoding.per_request", 6, ("decoding", "per_request is 6", "max_depth 6")),
     ],

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 
 from echo_trt.calibration.store import Calibration, Gate
 from echo_trt.calibration.trees import RecordedDraft, Trees
-from echo_trt.decoding.acceptance import SOURCES, Acceptance, knots
+from echo_trt.decoding.acceptance import CALIBRATED, Acceptance, knots
 from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -47,7 +47,7 @@ def fit(trees: Trees, target_sha256: str, draft_sha256: str, max_depth: int, bea
         positions=len(trees),
         gates=gates,
         fixed_threshold=fixed,
-        acceptance={name: np.round(rows, 5).tolist() for name, rows in zip(SOURCES, table, strict=True)},
+        acceptance={name: np.round(rows, 5).tolist() for name, rows in zip(CALIBRATED, table, strict=True)},
         children=np.round(children_quantiles(observed, table, max_depth, beams), 4).tolist(),
         lookup=lookup,
     )
@@ -128,8 +128,8 @@ def acceptance_table(observed: Observed, max_depth: int) -> np.ndarray:
     A cell with little data borrows the head's table, which itself begins as the draft's own probability.
     """
     at = knots()
-    table = np.empty((len(SOURCES), max_depth, len(at)))
-    for source in range(len(SOURCES)):
+    table = np.empty((len(CALIBRATED), max_depth, len(at)))
+    for source in range(len(CALIBRATED)):
         for depth in range(max_depth):
             here = (observed.source == source) & (observed.depth == depth + 1)
             fallback = at if source == 0 else table[0, depth]

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from echo_trt.bundle import Manifest
-from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
+from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.recipe import Positive, Probability
@@ -69,8 +69,8 @@ class Calibration(_Stored):
     @model_validator(mode="after")
     def _is_whole(self) -> Calibration:
         depths = len(self.children)
-        if set(self.acceptance) != set(SOURCES):
-            raise ValueError(f"acceptance must have the sources {', '.join(SOURCES)}")
+        if set(self.acceptance) != set(CALIBRATED):
+            raise ValueError(f"acceptance must have the sources {', '.join(CALIBRATED)}")
         if not depths or any(len(rows) != depths for rows in self.acceptance.values()):
             raise ValueError("acceptance and children must have as many depths, one or more")
         if any(len(row) != KNOTS for rows in self.acceptance.values() for row in rows):
@@ -83,7 +83,7 @@ class Calibration(_Stored):
         return self
 
     def model(self) -> Acceptance:
-        table = np.array([self.acceptance[source] for source in SOURCES], np.float64)
+        table = np.array([self.acceptance[source] for source in CALIBRATED], np.float64)
         return Acceptance(table, np.array(self.children, np.float64))
 
     @property

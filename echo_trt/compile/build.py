@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from echo_trt import __version__
-from echo_trt.bundle import MANIFEST, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
+from echo_trt.bundle import MANIFEST, NGRAMS, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
 from echo_trt.calibration.store import CALIBRATION, Calibration, read_calibration, write
 from echo_trt.compile.onnx_export import export
 from echo_trt.compile.self_check import check_engine, worst
@@ -29,6 +29,7 @@ from echo_trt.models.sources import locate
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe
+from echo_trt.runtime.ngram_table import read_ngrams
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.space import check_space
 
@@ -128,6 +129,10 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
     draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
     calibration = _calibration(recipe, recipe_folder, digest, draft_digest)
+    if recipe.draft.ngrams is not None:
+        ngrams = recipe_folder / recipe.draft.ngrams
+        read_ngrams(ngrams, digest, config.vocab_size)  # if they are refused, then before the hours of compiling
+        shutil.copyfile(ngrams, work / NGRAMS)
 
     compile_role, tensorrt = _compiler(recipe, work, detail)
     checks: dict[str, SelfCheck | None] = {}

@@ -8,10 +8,11 @@ import numpy as np
 
 from echo_trt.decoding.compiled import compiled
 
-HEAD, LOOKUP, BOTH = range(3)  # who proposed a node
+HEAD, LOOKUP, BOTH, NGRAM = range(4)  # who proposed a node
 HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next
 BRANCHING = 5  # levels of a tree that are foreseen with their second best children
-SOURCES = ("head", "lookup", "both")
+SOURCES = ("head", "lookup", "both", "ngram")
+CALIBRATED = SOURCES[:NGRAM]  # an n-gram brings its own probability
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
 _LEARNING = 0.02
 _MOST = 1.5  # the largest shift that drift may cause, in log-odds
@@ -52,7 +53,7 @@ class Foreseen:
 
 
 class Acceptance:
-    """``table`` [sources, depths, KNOTS]: P(the path to a node is accepted) at exp(score), row d for depth d + 1.
+    """``table`` [calibrated, depths, KNOTS]: P(the path to a node is accepted) at exp(score), row d for depth d + 1.
 
     ``children`` [depths, w, quantiles]: of a node at depth d that is expanded, what its best, second best, ... child
     will be worth, as a share of the node's own probability: equally likely values, ascending. ``drift`` [sources]
@@ -63,8 +64,8 @@ class Acceptance:
     def __init__(self, table: np.ndarray, children: np.ndarray):
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
         self._foreseen: dict[int, Foreseen] = {}
-        self.drift = np.zeros(len(table))
-        self.expected, self.accepted = np.zeros(len(table)), np.zeros(len(table))
+        self.drift = np.zeros(len(SOURCES))
+        self.expected, self.accepted = np.zeros(len(SOURCES)), np.zeros(len(SOURCES))
 
     def foreseen(self, width: int) -> Foreseen:
         """What nodes with so many children each will bring."""
@@ -75,7 +76,7 @@ class Acceptance:
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:
         """The draft's own path probability, taken at its word; drift corrects it as it runs."""
-        table = np.broadcast_to(knots() * _CEILING, (len(SOURCES), depths, KNOTS)).copy()
+        table = np.broadcast_to(knots() * _CEILING, (len(CALIBRATED), depths, KNOTS)).copy()
         return cls(table, np.tile(_USUAL_CHILDREN, (depths, 1, 1)))
 
     def probability(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:

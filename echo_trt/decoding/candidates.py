@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
+from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.ngrams import Chains, NGrams
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -53,6 +54,7 @@ class Candidates:
         self._copy_under = np.full(len(tree), -1)  # node -> its copied child
         self._copied_log_q = None if copied is None else copied.log_q
         self._chain: np.ndarray | None = None
+        self._continued: Chains | None = None  # by n-grams, of the leaves that there are now
         if copied is not None:
             self._hang(copied)
 
@@ -66,6 +68,7 @@ class Candidates:
 
     def add(self, parents: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:
         """The head's children of ``parents`` [F, 1]: log q and tokens [F, k], best first, of which ``width`` count."""
+        self._continued = None
         tree, parents = self.tree, np.ascontiguousarray(parents[:, 0], np.int64)
         token = np.ascontiguousarray(tokens[:, :width], np.int64)
         log_q = np.minimum(log_q[:, :width], 0, dtype=np.float64)  # low precision may round log 1 to above 0
@@ -91,6 +94,22 @@ class Candidates:
         for node in rival[~copied].tolist():
             chain = self._chain[tree.request[node], tree.depth[node] - 1 :]
             self.probability[chain[chain >= 0]] = 0
+
+    def chains(self, ngrams: NGrams, recent: np.ndarray, max_depth: int) -> Chains:
+        """What ``ngrams`` would put under the leaves that there are; ``recent`` as they say."""
+        if self._continued is None:
+            deepest, drift = np.minimum(self._room, max_depth), self._acceptance.drift[NGRAM]
+            self._continued = ngrams.chains(self.tree, self.probability, recent, deepest, drift)
+        return self._continued
+
+    def hang(self, chains: Chains) -> None:
+        """Add what ``chains`` found of these candidates. Nothing is drafted below."""
+        self._continued = None
+        self.tree.add_chains(
+            chains.parent, chains.token, chains.request, chains.depth, np.log(chains.probability), NGRAM
+        )
+        self._grow(len(chains.parent), expandable=False)
+        self.probability[len(self.tree) - len(chains.parent) :] = chains.probability
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""

@@ -27,6 +27,7 @@ from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.foresight import BINS, best_portion, portions
 from echo_trt.decoding.grow import Draft
 from echo_trt.decoding.history import History
+from echo_trt.decoding.ngrams import NGrams
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.sizes import Sizes
@@ -41,13 +42,14 @@ TIE = 1e-12  # of a value: too little to tell one from another
 class Load:
     """What one iteration has to do. slots [B]: where each request's history is kept; room [B]: draft tokens in a row
     it can still use; behind [B]: tokens its draft must catch up with first; context: cached tokens of all;
-    others: prompt tokens in the same call."""
+    others: prompt tokens in the same call; recent [B, n]: the last tokens before each root, -1 where there are none."""
 
     slots: np.ndarray
     room: np.ndarray
     behind: np.ndarray
     context: int
     others: int = 0
+    recent: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ class Plan:
 
 
 class Planner(Protocol):
-    """Who decides what an iteration drafts and verifies, and is told what came of it, if it wants to know."""
+    """Who decides what an iteration drafts and verifies, and is told what came of it, if it wants to know.
+
+    With ``ngrams`` it wants each load's ``recent`` tokens.
+    """
+
+    ngrams: NGrams | None = None
 
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
@@ -93,7 +100,9 @@ class Planner(Protocol):
 class Goodput(Planner):
     """The policy, and what it has learnt while running: costs, acceptance, each request's history."""
 
-    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int):
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, ngrams: NGrams | None = None):
+        """``ngrams`` go on where drafts end, unless the policy leaves text to the head."""
+        self.ngrams = ngrams
         self.costs, self.acceptance, self.history, self.sizes = costs, acceptance, History(slots), Sizes()
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
         self._drafting, self._caught_up = 0.0, False  # seconds in this iteration; after more than an accepted path
@@ -119,6 +128,8 @@ class Goodput(Planner):
         seconds = Verifications(self.costs, load, held_nodes)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
+        if self.ngrams and policy.copies:
+            candidates.hang(candidates.chains(self.ngrams, load.recent, policy.max_depth))
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         history.planned(len(tree) > len(roots))
@@ -148,7 +159,7 @@ class Goodput(Planner):
         # A long catch-up, of a prompt for instance, serves many iterations and is paid over them.
         once = np.maximum(behind - IN_STEP, 0)
         entries = np.cumsum((behind - once + once / np.minimum(load.room[open_], SERVES))[best])
-        count = self._worth_expanding(candidates, promise[best], 0, entries, policy.width, load, seconds, price)
+        count = self._worth_expanding(candidates, promise[best], 0, entries, policy, load, seconds, price)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -167,7 +178,7 @@ class Goodput(Planner):
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
             worth = candidates.value[frontier]
-            count = self._worth_expanding(candidates, worth, depth, entries, policy.width, load, seconds, price)
+            count = self._worth_expanding(candidates, worth, depth, entries, policy, load, seconds, price)
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
@@ -180,7 +191,7 @@ class Goodput(Planner):
         frontier: np.ndarray,
         depth: int,
         entries: np.ndarray,
-        width: int,
+        policy: Policy,
         load: Load,
         seconds: Verifications,
         price: float,
@@ -190,12 +201,15 @@ class Goodput(Planner):
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
-        foreseen = self.acceptance.foreseen(width)
+        foreseen = self.acceptance.foreseen(policy.width)
         if depth >= len(foreseen.below):
             return 0
         costs, ends = self.costs, portions(len(frontier))
         children, brought = foreseen.below[depth], foreseen.brought[depth]
         known = candidates.value[candidates.tree.num_requests :]
+        if self.ngrams and policy.copies:  # what costs nothing counts with and without the level
+            more = candidates.chains(self.ngrams, load.recent, policy.max_depth)
+            known = np.concatenate((known, more.probability * candidates.weights[more.request]))
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]

@@ -244,7 +244,9 @@ class Loop:
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks)
+        ngrams = self.planner.ngrams if self.planner else None
+        recent = state.recent(slots, ngrams.longest) if ngrams else None
+        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks, recent)
 
     def _draft(self, slots: np.ndarray, load: Load) -> Plan:
         """The super-tree to verify for decoding ``slots`` [B], sorted by request."""

@@ -88,6 +88,11 @@ class Slots:
     def prefilling(self) -> np.ndarray:
         return self.oldest_first(self.active & (self.length - self.committed > 1))
 
+    def recent(self, slots: np.ndarray, count: int) -> np.ndarray:
+        """The last ``count`` tokens before each one's last, -1 where its text has fewer: int64 [B, count]."""
+        place = self.length[slots, None] - 1 - np.arange(count, 0, -1)
+        return np.where(place >= 0, self.tokens[slots[:, None], np.maximum(place, 0)], -1).astype(np.int64)
+
     def oldest_first(self, chosen: np.ndarray) -> np.ndarray:
         slots = chosen.nonzero()[0]
         return slots[np.argsort(self.admitted[slots], kind="stable")]

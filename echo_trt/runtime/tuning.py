@@ -8,14 +8,16 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from echo_trt.bundle import Manifest
+from echo_trt.bundle import NGRAMS, Manifest
 from echo_trt.calibration.measure import measure, times_as_long
 from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calibration, read_costs, write
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.ngrams import NGrams
 from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.ngram_table import read_ngrams
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
 USUAL_GATES = {1: 0.2, 3: 0.3}  # depth: threshold, where neither the recipe nor a calibration says any
@@ -34,6 +36,12 @@ class Tuning:
         self.calibration = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if known else None
         if self.calibration and loop.copier:
             loop.copier.set_acceptance(self.calibration.lookup)
+
+    @cached_property
+    def ngrams(self) -> NGrams | None:
+        if self._manifest.recipe.draft.ngrams is None:
+            return None
+        return read_ngrams(self._folder / NGRAMS, self._manifest.target_sha256, self._manifest.target.vocab_size)
 
     @cached_property
     def costs(self) -> CostTable:
@@ -80,4 +88,4 @@ class Tuning:
             self._note(f"{self._folder} has no {CALIBRATION}: its draft is taken at its word; run echo-trt calibrate.")
         depths = self._manifest.recipe.decoding.max_depth
         acceptance = self.calibration.model() if self.calibration else Acceptance.uncalibrated(depths)
-        return Goodput(self.costs.costs(), acceptance, self._loop.state.count)
+        return Goodput(self.costs.costs(), acceptance, self._loop.state.count, self.ngrams)

@@ -23,7 +23,7 @@ from echo_trt.calibration.store import (
     read_costs,
     write,
 )
-from echo_trt.decoding.acceptance import KNOTS, SOURCES, knots
+from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, knots
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 
@@ -38,7 +38,7 @@ def calibration(**changes) -> Calibration:
         "positions": 9,
         "gates": [Gate(depth=d, threshold=d / 10, sweet_spot=d != 2, **gate) for d in (1, 2, 3)],
         "fixed_threshold": 0.3,
-        "acceptance": {source: [knots().tolist()] * 3 for source in SOURCES},
+        "acceptance": {source: [knots().tolist()] * 3 for source in CALIBRATED},
         "children": [[[0.1, 0.5], [0.0, 0.1]]] * 3,
         "lookup": [0.2, 0.4],
     }
@@ -71,7 +71,7 @@ def test_what_is_written_is_read_again(tmp_path, manifest):
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
     assert stored == calibration()
     assert stored.sweet_spots == {1: 0.1, 3: 0.3}
-    assert stored.model().table.shape == (len(SOURCES), 3, KNOTS)
+    assert stored.model().table.shape == (len(CALIBRATED), 3, KNOTS)
     assert stored.model().children.shape == (3, 2, 2)
     write(tmp_path, COSTS, costs(machine(manifest)))
     table = read_costs(tmp_path, manifest, pytest.fail)
@@ -128,8 +128,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     "changes",
     [
         {"acceptance": {"head": [knots().tolist()]}},
-        {"acceptance": {source: [[0.1, 0.2]] for source in SOURCES}},
-        {"acceptance": {source: [knots().tolist()] * (1 + (source == "head")) for source in SOURCES}},
+        {"acceptance": {source: [[0.1, 0.2]] for source in CALIBRATED}},
+        {"acceptance": {source: [knots().tolist()] * (1 + (source == "head")) for source in CALIBRATED}},
         {"children": [[0.1, 0.2]]},
         {"children": []},
         {"lookup": []},
@@ -225,6 +225,8 @@ def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
 
 
 def test_numbers_survive_the_file(tmp_path):
-    write(tmp_path, CALIBRATION, calibration(acceptance={s: [np.linspace(0, 1, KNOTS).tolist()] * 3 for s in SOURCES}))
+    write(
+        tmp_path, CALIBRATION, calibration(acceptance={s: [np.linspace(0, 1, KNOTS).tolist()] * 3 for s in CALIBRATED})
+    )
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT).model()
     assert stored.table[1, 0] == pytest.approx(np.linspace(0, 1, KNOTS), abs=1e-12)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from seeded_draft import PathDraft, SteadyDraft
 
-from echo_trt.decoding.acceptance import KNOTS, SOURCES, Acceptance
+from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.costs import Curve
 from echo_trt.decoding.goodput import Load, Plan, Planner
 from echo_trt.decoding.policies import Policy
@@ -20,7 +20,7 @@ USUAL = np.array([[[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]]])
 
 def random_acceptance(seed: int, depths: int = 3) -> Acceptance:
     """Tables that rise with the score, and else mean nothing."""
-    table = np.sort(np.random.default_rng(seed).uniform(1e-4, 0.999, (len(SOURCES), depths, KNOTS)), axis=2)
+    table = np.sort(np.random.default_rng(seed).uniform(1e-4, 0.999, (len(CALIBRATED), depths, KNOTS)), axis=2)
     return Acceptance(table, np.tile(USUAL, (depths, 1, 1)))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import random_acceptance
 
-from echo_trt.decoding.acceptance import BOTH, HEAD, HORIZON, KNOTS, LOOKUP, SOURCES, Acceptance, knots
+from echo_trt.decoding.acceptance import BOTH, CALIBRATED, HEAD, HORIZON, KNOTS, LOOKUP, Acceptance, knots
 
 CHILDREN = np.array([[[0.2, 0.8], [0.1, 0.1]], [[0.5, 0.9], [0.0, 0.1]], [[0.4, 1.0], [0.2, 0.0]]])
 
@@ -64,7 +64,7 @@ def test_drift_shifts_the_odds_of_its_source_alone(drift, x):
 def test_uncalibrated_takes_the_draft_at_its_word():
     model = Acceptance.uncalibrated(4)
     for x in (knots()[5], 0.25, 1.0):
-        for source in range(len(SOURCES)):
+        for source in range(len(CALIBRATED)):
             assert ask(model, source, 3, x) == pytest.approx(0.999 * x, abs=1e-3)
     assert model.children.shape[0] == len(model.foreseen(9).below) == 4
     assert (np.diff(model.children, axis=2) >= 0).all()
@@ -112,11 +112,11 @@ def test_one_verification_moves_little_and_in_the_right_direction():
     model.observe(many[:1], np.array([0.5]), np.zeros(1))
     assert 0 < model.drift[BOTH] < up
     assert model.totals() == {
-        "expected": {"head": 0, "lookup": 0, "both": pytest.approx(200.5)},
-        "accepted": {"head": 0, "lookup": 0, "both": 400},
+        "expected": {"head": 0, "lookup": 0, "both": pytest.approx(200.5), "ngram": 0},
+        "accepted": {"head": 0, "lookup": 0, "both": 400, "ngram": 0},
     }
     model.observe(many[:0], np.zeros(0), np.zeros(0))
-    assert model.expected.tolist() == [0, 0, 200.5]
+    assert model.expected.tolist() == [0, 0, 200.5, 0]
 
 
 # -- children --------------------------------------------------------------------------------------------------------

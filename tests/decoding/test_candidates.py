@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
 
-from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, Acceptance
+from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.candidates import LEAST_LEFT, Candidates, Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -101,7 +101,7 @@ def cases(draw) -> tuple[SeededDraft, Acceptance, list[int], list[list[int]], li
     seeds = draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=4, unique=True))
     draft = SeededDraft(seeds, spread=draw(st.sampled_from([0.05, 0.3])), missing=draw(st.sampled_from([0.0, 0.3])))
     acceptance = random_acceptance(draw(st.integers(0, 99)))
-    acceptance.drift[:] = draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 3))
+    acceptance.drift[:NGRAM] = draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 3))
     room = [draw(st.integers(0, 6)) for _ in seeds]
     picks = st.lists(st.sampled_from([0, 0, 1, 3, 11]), max_size=LENGTH)
     copied = [copied_of(draft, request, draw(picks)) for request in range(len(seeds))]

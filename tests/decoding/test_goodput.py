@@ -1,5 +1,6 @@
 """Goodput: the chosen nodes against every other choice, and when drafting pays."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -251,7 +252,9 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
     verifications = Verifications(planner.costs, load)
-    got = planner._worth_expanding(candidates, frontier, depth, entries, 2, load, verifications, price)
+    got = planner._worth_expanding(
+        candidates, frontier, depth, entries, replace(POLICY, width=2), load, verifications, price
+    )
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])

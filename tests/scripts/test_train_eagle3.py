@@ -13,6 +13,9 @@ from pairs import recipe_of
 from safetensors.torch import load_file
 
 from echo_trt.compile.build import build
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.runtime.ngram_table import read_ngrams
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_eagle3.py"
 
@@ -113,3 +116,56 @@ def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
     short = logits.detach().bfloat16().requires_grad_()
     (gradient,) = torch.autograd.grad((weight * Surprise.apply(short, target)).sum(), short)
     torch.testing.assert_close(gradient.float(), right, atol=0.01, rtol=0.05)
+
+
+def write_answers(folder: Path, answers: list[list[int]], prompt: tuple[int, ...] = (0,)) -> None:
+    folder.mkdir()
+    texts = [[*prompt, *answer] for answer in answers]
+    lengths, prompts = np.array([len(t) for t in texts], np.int32), np.full(len(texts), len(prompt), np.int32)
+    np.savez(folder / "shard-00000.npz", tokens=np.concatenate(texts), lengths=lengths, prompt_lengths=prompts)
+
+
+def chains_of(ngrams, text: list[int]) -> list[tuple[int, float]]:
+    """What the n-grams put behind ``text``, a token a level."""
+    recent = np.full((1, ngrams.longest), -1)
+    place = min(len(text) - 1, ngrams.longest)
+    recent[0, ngrams.longest - place :] = text[len(text) - 1 - place : -1]
+    chains = ngrams.chains(SuperTree.from_roots(np.array(text[-1:])), np.ones(1), recent, np.array([4]), 0.0)
+    chances = np.diff(np.log(np.append(1.0, chains.probability)))
+    return list(zip(chains.token.tolist(), np.exp(chances).tolist(), strict=True))
+
+
+def test_ngrams_say_what_most_answers_say(networks, tmp_path):
+    agreed, alone = [[1, 2, 3, 4]] * 300 + [[9, 2, 5, 6]] * 300, [[7] * 50]  # what one says often is said once
+    write_answers(tmp_path / "some", agreed)
+    write_answers(tmp_path / "others", alone)
+    told = run(
+        *("ngrams", "--target", networks / "target", "--data", tmp_path / "some", "--data", tmp_path / "others"),
+        *("--out", tmp_path / "ngrams.npz"),
+    )
+    assert "2,450 tokens" in told
+    assert "held-out" in told
+    ngrams = read_ngrams(tmp_path / "ngrams.npz", weights_sha256(networks / "target"), 300)
+    assert [token for token, _ in chains_of(ngrams, [1, 2])] == [3, 4]
+    assert [token for token, _ in chains_of(ngrams, [9, 2])] == [5, 6]
+    assert chains_of(ngrams, [1, 2])[0][1] > 0.95
+    assert not chains_of(ngrams, [7, 7])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_ngrams_are_as_sure_as_they_may_be(share, monkeypatch):
+    """A token's usual successor follows with a probability of ``share``: so often the table must be right, and think
+    so, of answers that it has not counted."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from eagle3_training.ngrams import count, right
+
+    rng = np.random.default_rng(1)
+    usual, text = rng.integers(2, 60, 60), []
+    for _ in range(900):
+        answer = [int(rng.integers(2, 60))]
+        for _ in range(20):
+            answer.append(int(usual[answer[-1]] if rng.random() < share else rng.integers(2, 60)))
+        text.append((np.array([0, *answer]), 1))
+    told, thought = right(count(text[:600], 3), text[600:])
+    assert told == pytest.approx(20 / 21 * share, abs=0.05)
+    assert thought == pytest.approx(told, abs=0.07)

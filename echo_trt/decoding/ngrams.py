@@ -1,0 +1,155 @@
+"""N-grams: what the target has usually written after the last few tokens.
+
+A table made of its own answers continues the leaves of a tree at no cost, beyond where a draft has gone: retrieval as
+in REST (arXiv 2311.08252), under a draft's nodes instead of alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.super_tree import SuperTree
+
+LEAVES = 256  # of a batch, the best, that are continued
+LEAST = 0.015  # of P(accept): what is worth less is not looked for
+_BUCKETS = 16  # bits of a key by which it is looked up
+_SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Nodes [m] to be added to a tree, under its leaves and each other, parents before children, in this order."""
+
+    parent: np.ndarray
+    token: np.ndarray
+    request: np.ndarray
+    depth: np.ndarray
+    probability: np.ndarray
+
+
+class NGrams:
+    """``keys`` uint32 [n], ascending: of contexts (``context_keys``) of up to ``longest`` tokens; ``tokens`` [n]: what
+    followed each in most texts; ``chances`` [n]: the probability that it does."""
+
+    def __init__(self, keys: np.ndarray, tokens: np.ndarray, chances: np.ndarray, longest: int):
+        self.keys, self.longest = np.ascontiguousarray(keys, np.uint32), longest
+        self.tokens, self.chances = np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(chances, np.float64)
+        ends = (np.arange((1 << _BUCKETS) + 1, dtype=np.uint64) << np.uint64(32 - _BUCKETS)).astype(np.float64)
+        self._begins = np.searchsorted(self.keys, ends).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def chains(
+        self, tree: SuperTree, probability: np.ndarray, recent: np.ndarray, deepest: np.ndarray, drift: float
+    ) -> Chains:
+        """What continues the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
+
+        recent int64 [B, ``longest``]: the tokens before each root, the last ones, -1 where there are none. deepest [B]:
+        the depth that a request's nodes may have. ``drift`` shifts the log-odds of each token.
+        """
+        leaves = _leaves(tree.parent, probability)
+        if len(leaves) > LEAVES:
+            leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
+        number, *found = _continue(
+            (self.keys, self._begins, self.tokens, self.chances, self.longest, float(np.exp(drift))),
+            leaves,
+            (tree.token, tree.parent, tree.request, tree.depth, probability),
+            np.ascontiguousarray(recent, np.int64),
+            np.ascontiguousarray(deepest, np.int64),
+        )
+        return Chains(*(column[:number] for column in found))
+
+
+@compiled("u8(u8, i8)")
+def _mix(state: int, token: int) -> int:
+    """The state of a context that is one token longer, towards its beginning."""
+    state = (state ^ np.uint64(token)) * np.uint64(0x9E3779B97F4A7C15)
+    return state ^ (state >> np.uint64(29))
+
+
+@compiled("u4(u8)")
+def _key(state: int) -> int:
+    return np.uint32(state >> np.uint64(32))
+
+
+@compiled("u4[:, ::1](i8[::1], i8)")
+def context_keys(text: np.ndarray, longest: int) -> np.ndarray:
+    """Keys [L + 1, longest] of the last 1, 2, ... tokens before each place of ``text`` [L]; 0 where there are fewer."""
+    keys = np.zeros((len(text) + 1, longest), np.uint32)
+    for end in range(1, len(text) + 1):
+        state = np.uint64(_SEED)
+        for size in range(min(longest, end)):
+            state = _mix(state, text[end - 1 - size])
+            keys[end, size] = _key(state)
+    return keys
+
+
+@compiled("i8[::1](i8[::1], f8[::1])")
+def _leaves(parent: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Nodes without children that are worth continuing."""
+    leaf = probability >= LEAST
+    for node in range(len(parent)):
+        if parent[node] >= 0:
+            leaf[parent[node]] = False
+    return np.flatnonzero(leaf)
+
+
+@compiled("i8(u4[::1], i8[::1], u4)")
+def _find(keys: np.ndarray, bucket_begins: np.ndarray, key: int) -> int:
+    """Where ``key`` stands, or -1."""
+    bucket = np.int64(key >> np.uint32(32 - _BUCKETS))
+    for place in range(bucket_begins[bucket], bucket_begins[bucket + 1]):
+        if keys[place] == key:
+            return place
+    return -1
+
+
+_TABLE = "Tuple((u4[::1], i8[::1], i8[::1], f8[::1], i8, f8))"
+_TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
+_CHAINS = "Tuple((i8, i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
+
+
+@compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
+def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray) -> tuple:
+    """``Chains``' columns, behind how many of each count."""
+    keys, bucket_begins, follows, chances, longest, odds = table
+    token, parent, request, depth, probability = tree
+    size = 0
+    for leaf in leaves:
+        size += max(deepest[request[leaf]] - depth[leaf], 0)
+    parents, tokens = np.empty(size, np.int64), np.empty(size, np.int64)
+    requests, depths = np.empty(size, np.int64), np.empty(size, np.int64)
+    chance, number = np.empty(size), 0
+    for leaf in leaves:
+        own, end = request[leaf], longest
+        words = np.full(longest + max(deepest[own] - depth[leaf], 0), -1)
+        node = leaf
+        while node >= 0 and end > 0:
+            end -= 1
+            words[end] = token[node]
+            node = parent[node]
+        for back in range(min(end, recent.shape[1])):
+            words[end - 1 - back] = recent[own, recent.shape[1] - 1 - back]
+        last, p, above = longest, probability[leaf], leaf
+        for level in range(depth[leaf] + 1, deepest[own] + 1):
+            found, state = -1, np.uint64(_SEED)
+            for back in range(longest):
+                if words[last - 1 - back] < 0:
+                    break
+                state = _mix(state, words[last - 1 - back])
+                place = _find(keys, bucket_begins, _key(state))
+                found = place if place >= 0 else found  # the longest context that is known says most
+            if found < 0:
+                break
+            p *= chances[found] * odds / (1 - chances[found] + chances[found] * odds)
+            if p < LEAST:
+                break
+            parents[number], tokens[number], requests[number] = above, follows[found], own
+            depths[number], chance[number] = level, p
+            above, words[last] = len(token) + number, follows[found]
+            last, number = last + 1, number + 1
+    return number, parents, tokens, requests, depths, chance

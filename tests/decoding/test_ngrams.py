@@ -1,0 +1,142 @@
+"""N-grams: what continues the leaves of a tree, against a plain walk, and what the policy makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from forests import path_to, super_trees
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machines import POLICY, linear
+from ngram_tables import Known, table
+from seeded_draft import NoDraft
+
+from echo_trt.decoding.acceptance import NGRAM, Acceptance
+from echo_trt.decoding.candidates import Candidates
+from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.goodput import Goodput, Load
+from echo_trt.decoding.ngrams import LEAST, LEAVES, NGrams, context_keys
+from echo_trt.decoding.policies import make_policy
+from echo_trt.decoding.super_tree import SuperTree
+
+LONGEST = 3
+TOKENS = st.integers(0, 4)  # few, so that contexts meet
+
+
+def test_a_key_is_of_the_last_tokens_alone():
+    text, other = np.array([7, 1, 2, 3]), np.array([9, 9, 2, 3])
+    keys, others = context_keys(text, 4), context_keys(other, 4)
+    assert keys.shape == (5, 4)
+    assert (keys[0] == 0).all()
+    assert (keys[2, 2:] == 0).all()
+    assert keys[4, :2].tolist() == others[4, :2].tolist()
+    assert (keys[4, 2:] != others[4, 2:]).all()
+    assert len(set(keys[4].tolist())) == 4  # the same token alone and behind others
+    assert keys[3, 1] != context_keys(np.array([2, 1]), 4)[2, 1]  # order counts
+
+
+@st.composite
+def cases(draw) -> tuple[SuperTree, np.ndarray, Known, np.ndarray, np.ndarray, float]:
+    tree = draw(super_trees(max_requests=3, max_nodes=10))
+    contexts = st.lists(TOKENS, min_size=1, max_size=LONGEST).map(tuple)
+    known = draw(st.dictionaries(contexts, st.tuples(TOKENS, st.sampled_from([0.2, 0.7, 0.99])), max_size=40))
+    recent = np.array([draw(st.lists(st.integers(-1, 4), min_size=3, max_size=3)) for _ in range(tree.num_requests)])
+    recent[np.maximum.accumulate(recent[:, ::-1] < 0, axis=1)[:, ::-1]] = -1  # a text has no holes
+    deepest = np.array([draw(st.integers(0, 5)) for _ in range(tree.num_requests)])
+    probability = np.exp(tree.score.astype(np.float64))
+    return tree, probability, known, recent, deepest, draw(st.sampled_from([-1.0, 0.0, 0.5]))
+
+
+def walked(
+    tree: SuperTree, probability: np.ndarray, known: Known, recent: np.ndarray, deepest: np.ndarray, drift: float
+) -> dict[tuple[int, ...], float]:
+    """Every continuation as (leaf, tokens below it ...) -> P(accept)."""
+    found = {}
+    for leaf in sorted(set(range(len(tree))) - set(tree.parent.tolist())):
+        own, p, below = int(tree.request[leaf]), float(probability[leaf]), []
+        text = [int(t) for t in recent[own] if t >= 0] + [int(tree.token[node]) for node in path_to(tree, leaf)]
+        while p >= LEAST and tree.depth[leaf] + len(below) < deepest[own]:
+            ends = [tuple(text[-size:]) for size in range(min(LONGEST, len(text)), 0, -1)]
+            context = next((end for end in ends if end in known), None)
+            if context is None:
+                break
+            token, chance = known[context]
+            odds = chance / (1 - chance) * np.exp(drift)
+            p *= odds / (1 + odds)
+            if p >= LEAST:
+                text.append(token)
+                below.append(token)
+                found[leaf, *below] = p
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_leaves_go_on_with_what_the_longest_known_context_says(case):
+    tree, probability, known, recent, deepest, drift = case
+    if not known:
+        return
+    chains = table(known, LONGEST).chains(tree, probability, recent, deepest, drift)
+    names: dict[int, tuple[int, ...]] = {}
+    for i, (parent, token) in enumerate(zip(chains.parent.tolist(), chains.token.tolist(), strict=True)):
+        names[len(tree) + i] = (*(names.get(parent) or (parent,)), token)
+        above = parent if parent < len(tree) else None
+        depth = tree.depth[parent] if above is not None else chains.depth[parent - len(tree)]
+        assert chains.depth[i] == depth + 1
+        assert chains.request[i] == (tree.request[parent] if above is not None else chains.request[parent - len(tree)])
+    got = dict(zip(names.values(), chains.probability.tolist(), strict=True))
+    assert got == pytest.approx(walked(*case))
+
+
+def test_of_a_large_batch_the_best_leaves_are_continued():
+    count = 3 * LEAVES
+    tree, ngrams = SuperTree.from_roots(np.zeros(count)), table({(0,): (1, 0.9)}, LONGEST)
+    probability = np.linspace(0.1, 1.0, count)
+    chains = ngrams.chains(tree, probability, np.full((count, LONGEST), -1), np.ones(count, np.int64), 0.0)
+    assert sorted(chains.parent.tolist()) == list(range(count - LEAVES, count))
+
+
+def test_a_table_without_entries_continues_nothing():
+    ngrams = NGrams(np.zeros(0, np.uint32), np.zeros(0), np.zeros(0), LONGEST)
+    tree = SuperTree.from_roots(np.zeros(2))
+    assert len(ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0).parent) == 0
+
+
+def load_of(count: int, recent: np.ndarray) -> Load:
+    return Load(np.arange(count), np.full(count, 9), np.ones(count, np.int64), 0, recent=recent)
+
+
+@pytest.mark.parametrize("policy", ["goodput", "goodput-exact", "goodput-head"])
+def test_the_policy_verifies_what_costs_little(policy):
+    costs = Costs(linear(1.0, 0.01), linear(9.0, 0.0))  # a draft would cost more than it can bring
+    ngrams = table({(5,): (6, 0.9), (5, 6): (7, 0.8), (4,): (9, 0.002)}, LONGEST)
+    planner = Goodput(costs, Acceptance.uncalibrated(POLICY.max_depth), 2, ngrams)
+    settings = {"per_request": 9, "max_depth": 4, "beams": 2, "width": 2, "budget": 9, "gates": None}
+    plan = planner.plan(np.array([5, 4]), NoDraft(), make_policy(policy, settings), load_of(2, np.full((2, 3), -1)))
+    expected = [] if policy == "goodput-head" else [(0, 6, 0.9), (0, 7, 0.72)]
+    drafted = np.flatnonzero(plan.tree.parent >= 0)
+    got = zip(plan.tree.request[drafted], plan.tree.token[drafted], plan.probability[drafted], strict=True)
+    assert [(r, t, pytest.approx(p)) for r, t, p in got] == expected
+    assert (plan.tree.source[drafted] == NGRAM).all()
+
+
+def test_candidates_keep_what_they_are_worth():
+    tree = SuperTree.from_roots(np.array([5]))
+    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(1), np.array([9]))
+    candidates.add(np.zeros((1, 1), np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
+    ngrams = table({(5, 1): (8, 0.5), (2,): (9, 0.5)}, LONGEST)
+    recent = np.full((1, LONGEST), -1)
+    candidates.hang(candidates.chains(ngrams, recent, 4))
+    assert tree.parent.tolist() == [-1, 0, 0, 1, 2]
+    assert candidates.probability[3:] == pytest.approx(candidates.probability[1:3] * 0.5)
+    assert tree.source.tolist()[3:] == [NGRAM, NGRAM]
+    assert len(candidates.frontier(2, 4)) == 0  # a head has no state to draft from there
+
+
+def test_drift_follows_what_is_accepted():
+    model = Acceptance.uncalibrated(4)
+    for _ in range(400):
+        model.observe(np.full(4, NGRAM), np.full(4, 0.5), np.array([1.0, 0, 0, 0]))
+    assert model.drift[NGRAM] < -0.5
+    assert (model.drift[:NGRAM] == 0).all()
+    assert model.totals()["accepted"]["ngram"] == 400

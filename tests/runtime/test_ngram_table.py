@@ -1,0 +1,149 @@
+"""N-grams from a file: they come back as they were, others are refused, and texts with them are plain decoding's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from driving import assert_all_free, prompt_ids
+from pairs import recipe_of
+from refusal import refused
+
+from echo_trt.bundle import NGRAMS, read_manifest
+from echo_trt.compile.build import build
+from echo_trt.decoding.acceptance import NGRAM, Acceptance
+from echo_trt.decoding.costs import Costs, Curve
+from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.ngrams import NGrams, context_keys
+from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.ngram_table import read_ngrams, write_ngrams
+from echo_trt.runtime.params import SamplingParams
+
+LONGEST, TARGET = 4, "7" * 64
+
+
+def ngrams_of(texts: list[list[int]], chance: float = 0.8, wrong: int = 0) -> NGrams:
+    """What follows every context in ``texts``, plus ``wrong``."""
+    found = {}
+    for text in texts:
+        keys = context_keys(np.array(text), LONGEST)
+        for end in range(1, len(text)):
+            found |= {int(key): (text[end] + wrong) % 300 for key in keys[end] if key}
+    keys = np.array(sorted(found), np.uint32)
+    return NGrams(keys, np.array([found[k] for k in sorted(found)]), np.full(len(keys), chance), LONGEST)
+
+
+def test_they_come_back_as_they_were(tmp_path):
+    rng = np.random.default_rng(0)
+    keys = np.unique(rng.integers(0, 2**32, 500, np.uint32))
+    ngrams = NGrams(keys, rng.integers(0, 300, len(keys)), rng.uniform(0, 1, len(keys)), LONGEST)
+    write_ngrams(ngrams, tmp_path / NGRAMS, TARGET)
+    again = read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+    assert (again.keys == ngrams.keys).all()
+    assert (again.tokens == ngrams.tokens).all()
+    assert again.chances == pytest.approx(ngrams.chances, abs=1 / 255)
+    assert again.longest == LONGEST
+    assert [path.name for path in tmp_path.iterdir()] == [NGRAMS]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_sha256": "8" * 64}, ["another target's text", "888888888888", "777777777777"]),
+        ({"keys": np.array([5, 3], np.uint32)}, ["keys do not ascend"]),
+        ({"tokens": np.array([1, 300], np.uint32)}, ["beyond 300"]),
+        ({"tokens": np.array([1], np.uint32)}, ["do not fit together"]),
+        ({"chances": np.array([0.1, 0.2])}, ["do not fit together"]),
+        ({"longest": 0}, ["do not fit together"]),
+        ({"longest": 1.5}, ["do not fit together"]),
+        ({"keys": None}, ["holds no n-grams", "keys"]),
+        ({"keys": np.array([{}, {}])}, ["holds no n-grams"]),
+    ],
+)
+def test_another_file_is_refused(changes, words, tmp_path):
+    columns = {
+        "keys": np.array([3, 5], np.uint32),
+        "tokens": np.array([1, 2], np.uint32),
+        "chances": np.array([9, 200], np.uint8),
+        "longest": 4,
+        "target_sha256": TARGET,
+    }
+    columns = {name: value for name, value in (columns | changes).items() if value is not None}
+    np.savez(tmp_path / NGRAMS, **columns)
+    with refused(tmp_path / NGRAMS, *words, "train_eagle3.py ngrams"):
+        read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off", b"\x93NUMPY"])
+def test_what_is_not_whole_is_refused(content, tmp_path):
+    (tmp_path / NGRAMS).write_bytes(content)
+    with refused(tmp_path / NGRAMS, "train_eagle3.py ngrams"):
+        read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with refused(tmp_path / NGRAMS, "cannot be read", "No such file"):
+        read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+
+
+@pytest.fixture(scope="module")
+def with_ngrams(networks, bundle_of, tmp_path_factory) -> Path:
+    """The bundle of a pair without an engine of its own for drafts, and n-grams of what its target writes."""
+    folder = tmp_path_factory.mktemp("ngrams")
+    texts = [c.token_ids for c in LLM(bundle_of("lookup"), "autoregressive", 4).generate(*requests())]
+    digest = weights_sha256(networks / "target")
+    write_ngrams(ngrams_of(texts), folder / "mine.npz", digest)
+    recipe = recipe_of("lookup", networks, draft={"kind": "lookup", "ngrams": str(folder / "mine.npz")})
+    build(recipe, networks, folder / "bundle")
+    return folder / "bundle"
+
+
+def requests() -> tuple[list[list[int]], SamplingParams]:
+    return [prompt_ids(n, n) for n in (5, 9, 20)], SamplingParams(max_tokens=30, ignore_eos=True)
+
+
+def test_a_bundle_brings_them(with_ngrams, bundle_of):
+    llm = LLM(with_ngrams, "goodput", 3)
+    plain = [c.token_ids for c in LLM(bundle_of("lookup"), "autoregressive", 3).generate(*requests())]
+    completions = llm.generate(*requests())
+    assert [c.token_ids for c in completions] == plain
+    if (llm.loop.planner.costs.target(8) / llm.loop.planner.costs.target(1)) < 1.5:
+        assert llm.loop.planner.acceptance.accepted[NGRAM] > 0
+    assert_all_free(llm.loop)
+
+
+def test_a_bundle_must_hold_those_that_its_recipe_names(with_ngrams, tmp_path):
+    raw = json.loads((with_ngrams / "manifest.json").read_text())
+    del raw["files"][NGRAMS]
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with refused("files has no hash of", NGRAMS):
+        read_manifest(tmp_path)
+
+
+def test_those_of_another_target_are_refused_before_it_compiles(networks, tmp_path):
+    write_ngrams(ngrams_of([[1, 2, 3]]), tmp_path / "its.npz", TARGET)
+    stages: list[str] = []
+    recipe = recipe_of("lookup", networks, draft={"kind": "lookup", "ngrams": str(tmp_path / "its.npz")})
+    with refused("another target's text", "its.npz"):
+        build(recipe, networks, tmp_path / "bundle", stages.append)
+    assert "compiling the target" not in stages
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("pair", ["lookup", "self", "close"])
+def test_texts_are_plain_decodings_whether_they_are_right_or_wrong(pair, wrong, open_llm):
+    plain = [c.token_ids for c in open_llm(pair, "autoregressive", 3).generate(*requests())]
+    llm = open_llm(pair, "autoregressive", 3)
+    free = Costs(Curve([1, 256], [1e-3, 1e-3]), Curve([1, 256], [1e-9, 1e-9]))
+    ngrams = ngrams_of(plain, wrong=wrong)
+    llm.loop.planner = Goodput(free, Acceptance.uncalibrated(4), llm.loop.state.count, ngrams)
+    for policy in ("goodput", "goodput-exact"):
+        llm.set_policy(policy)
+        assert [c.token_ids for c in llm.generate(*requests())] == plain
+        assert_all_free(llm.loop)
+    accepted, expected = (getattr(llm.loop.planner.acceptance, what)[NGRAM] for what in ("accepted", "expected"))
+    assert expected > 0
+    assert (accepted > 0.5 * expected) == (wrong == 0)
