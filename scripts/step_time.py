@@ -2,7 +2,7 @@
 
 python scripts/step_time.py --repeats 300
 
-For goodput, grow is all of its plan: levels, nodes, sorting.
+For goodput, grow is all of its plan: levels, n-grams, nodes, sorting.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from echo_trt.decoding.allocate import allocate
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.goodput import Goodput, Load
 from echo_trt.decoding.grow import grow
+from echo_trt.decoding.ngrams import NGrams, context_keys
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
@@ -56,6 +57,12 @@ class FreeDraft:
         return self.log_q[: len(nodes)], self.tokens[: len(nodes)]
 
 
+def known_ngrams(tokens: int = 1000, longest: int = 6) -> NGrams:
+    """Whatever a text ends with, something is known to follow."""
+    keys, first = np.unique(context_keys(np.arange(tokens), 1)[1:, 0], return_index=True)
+    return NGrams(keys, first, np.linspace(0.05, 0.5, len(keys)), longest)  # less than a draft says
+
+
 def measure(policy: Policy, requests: int, budget: int, repeats: int) -> tuple[np.ndarray, int]:
     """Seconds of each phase [repeats, phases], and the tokens that an iteration verifies."""
     rng = np.random.default_rng(0)
@@ -66,8 +73,9 @@ def measure(policy: Policy, requests: int, budget: int, repeats: int) -> tuple[n
     target = np.where(rng.random(budget) < 0.6, 0, policy.width)  # a node's next token: its best child's, or none
     # Verification is free up to the budget and dear beyond, and a draft costs next to nothing.
     costs = Costs(Curve([1, budget, 2 * budget], [0.02, 0.02, 1.0]), Curve([1, 4 * budget], [1e-6, 1e-6]))
-    goodput = Goodput(costs, Acceptance.uncalibrated(policy.max_depth), requests)
-    load = Load(np.arange(requests), room, np.ones(requests, np.int64), int(past.sum()))
+    goodput = Goodput(costs, Acceptance.uncalibrated(policy.max_depth), requests, known_ngrams())
+    recent = rng.integers(0, 1000, (requests, goodput.ngrams.longest))
+    load = Load(np.arange(requests), room, np.ones(requests, np.int64), int(past.sum()), recent=recent)
     seconds = []
     for _ in range(repeats):
         marks = [time.perf_counter()]

@@ -30,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint, open_checkpoint, weights_sha256
+from echo_trt.models.config import decoder_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.weights import load_decoder, load_eagle3
@@ -132,11 +133,13 @@ def ngrams(
     out: Annotated[Path, typer.Option(help="the .npz, which a recipe names as draft.ngrams")],
 ) -> None:
     """Write down what the target usually says after a few tokens, for drafts to go on with."""
-    texts = read_texts(data)
+    checkpoint = open_checkpoint(target)
+    texts = read_texts(data, decoder_config(checkpoint.config, str(target)).vocab_size)
+    _make_folder(out.parent)
     counted, others = held_out(texts)
     told, thought = right(count(counted), others)
     table = count(texts)
-    write_ngrams(table, out, weights_sha256(open_checkpoint(target).path))
+    write_ngrams(table, out, weights_sha256(checkpoint.path))
     size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
     share = f"of held-out answers' tokens it names {told:.1%}, and thinks {thought:.1%}"
     console.print(f"{out}: {size}, {out.stat().st_size / 1e6:.1f} MB; {share}", highlight=False, soft_wrap=True)
@@ -174,6 +177,14 @@ def _trainer(
     if state:
         trainer.resume(state)
     return trainer
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be made ({error.strerror}); name another one.") from error
 
 
 def _prepare_features(target: Decoder, data: Path) -> None:

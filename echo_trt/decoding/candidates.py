@@ -1,4 +1,4 @@
-"""The candidates of one iteration: what the head drafts and what the text itself suggests, in one super-tree."""
+"""The candidates of one iteration: what the head drafts, the text itself suggests, and n-grams, in one super-tree."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ class Candidates:
             self.probability[chain[chain >= 0]] = 0
 
     def chains(self, ngrams: NGrams, recent: np.ndarray, max_depth: int) -> Chains:
-        """What ``ngrams`` would put under the leaves that there are; ``recent`` as they say."""
+        """What ``ngrams`` would put under the leaves that there are; ``recent`` as they say. Of one iteration all are
+        the same: it is looked up once for the same leaves."""
         if self._continued is None:
             deepest, drift = np.minimum(self._room, max_depth), self._acceptance.drift[NGRAM]
             self._continued = ngrams.chains(self.tree, self.probability, recent, deepest, drift)

@@ -110,7 +110,7 @@ class Goodput(Planner):
     def plan(
         self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
     ) -> Plan:
-        """``draft`` None: only what is ``copied`` from the text can be verified, at no cost."""
+        """``draft`` None: only what is ``copied`` from the text and what n-grams say can be verified, at no cost."""
         self._found, self._drafting, self._caught_up = None, 0.0, False
         history, holds = self.history, draft is not None and self.costs.change > 0
         foreseen = self.acceptance.foreseen(policy.width)
@@ -128,7 +128,7 @@ class Goodput(Planner):
         seconds = Verifications(self.costs, load, held_nodes)
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
-        if self.ngrams and policy.copies:
+        if self.ngrams is not None and policy.copies:
             candidates.hang(candidates.chains(self.ngrams, load.recent, policy.max_depth))
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
@@ -207,9 +207,10 @@ class Goodput(Planner):
         costs, ends = self.costs, portions(len(frontier))
         children, brought = foreseen.below[depth], foreseen.brought[depth]
         known = candidates.value[candidates.tree.num_requests :]
-        if self.ngrams and policy.copies:  # what costs nothing counts with and without the level
-            more = candidates.chains(self.ngrams, load.recent, policy.max_depth)
-            known = np.concatenate((known, more.probability * candidates.weights[more.request]))
+        if self.ngrams is not None and policy.copies:
+            # With the level and without: under what it adds, n-grams go on about as well as under what it expands.
+            chains = candidates.chains(self.ngrams, load.recent, policy.max_depth)
+            known = np.concatenate((known, chains.probability * candidates.weights[chains.request]))
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]

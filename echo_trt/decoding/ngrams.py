@@ -15,6 +15,7 @@ from echo_trt.decoding.super_tree import SuperTree
 
 LEAVES = 256  # of a batch, the best, that are continued
 LEAST = 0.015  # of P(accept): what is worth less is not looked for
+SUREST = 0.995  # of a chance
 _BUCKETS = 16  # bits of a key by which it is looked up
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
@@ -36,7 +37,8 @@ class NGrams:
 
     def __init__(self, keys: np.ndarray, tokens: np.ndarray, chances: np.ndarray, longest: int):
         self.keys, self.longest = np.ascontiguousarray(keys, np.uint32), longest
-        self.tokens, self.chances = np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(chances, np.float64)
+        self.tokens = np.ascontiguousarray(tokens, np.int64)
+        self.chances = np.minimum(chances, SUREST, dtype=np.float64)  # what is certain, no drift would reach
         ends = (np.arange((1 << _BUCKETS) + 1, dtype=np.uint64) << np.uint64(32 - _BUCKETS)).astype(np.float64)
         self._begins = np.searchsorted(self.keys, ends).astype(np.int64)
 

@@ -16,7 +16,7 @@ class SuperTree:
 
     token int64 [n], parent int64 [n] (-1 at a root), request int64 [n] (0..B-1), depth int64 [n] (0 at a root),
     score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root. source int8
-    [n]: who proposed it (``acceptance``: HEAD, LOOKUP or BOTH).
+    [n]: who proposed it (``acceptance``: HEAD, LOOKUP, BOTH or NGRAM).
     """
 
     token: np.ndarray

@@ -244,8 +244,8 @@ class Loop:
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        ngrams = self.planner.ngrams if self.planner else None
-        recent = state.recent(slots, ngrams.longest) if ngrams else None
+        ngrams = self.planner.ngrams if self.planner and self.policy.seeks_goodput else None
+        recent = None if ngrams is None else state.recent(slots, ngrams.longest)
         return Load(slots, room, behind, int(state.committed[slots].sum()), chunks, recent)
 
     def _draft(self, slots: np.ndarray, load: Load) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,21 +10,34 @@ import numpy as np
 
 from eagle3_training.corpus import HELD_OUT_EVERY, shard_paths
 from echo_trt.decoding.ngrams import NGrams, context_keys
+from echo_trt.errors import UserError
 
 LONGEST = 6  # tokens of a context
-AGREED = 2  # answers in which a context must stand: what one alone says is right too seldom for its room
+AGREED = 2  # answers that must go on alike: what one alone says is right too seldom for its room
 LEAST = 0.05  # a chance that is worth its room
-_MANY, _SHARES = 20, 10  # answers and shares of them beyond which contexts are not told apart
+_MANY, _SHARES = 20, 10  # votes, and shares of them, beyond which contexts are not told apart
 
 Text = tuple[np.ndarray, int]  # tokens [L], and how many of them are the prompt's
 
 
-def read_texts(folders: Sequence[Path]) -> list[Text]:
-    texts = []
+def read_texts(folders: Sequence[Path], vocab_size: int) -> list[Text]:
+    """All that ``generate`` has written there, by a target of so many tokens."""
+    texts: list[Text] = []
     for path in (path for folder in folders for path in shard_paths(folder)):
-        with np.load(path) as shard:
-            tokens = np.split(shard["tokens"].astype(np.int64), np.cumsum(shard["lengths"])[:-1])
-            texts += zip(tokens, shard["prompt_lengths"].tolist(), strict=True)
+        try:
+            with np.load(path) as shard:
+                tokens = np.split(shard["tokens"].astype(np.int64), np.cumsum(shard["lengths"])[:-1])
+                texts += zip(tokens, shard["prompt_lengths"].tolist(), strict=True)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} holds no answers ({str(error).rstrip('.')}); generate them again.") from error
+        highest = max(int(text.max()) for text in tokens)
+        if highest >= vocab_size:
+            raise UserError(
+                f"{path} has the token {highest}, but the target's vocabulary ends before {vocab_size}; "
+                "generate answers with this target."
+            )
+    if len(texts) < 2:
+        raise UserError(f"{', '.join(map(str, folders))} holds {len(texts)} answers; generate some hundred at least.")
     return texts
 
 
@@ -49,7 +63,7 @@ def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
         chance = votes.chances()
         place = np.searchsorted(votes.key, keys[there, size])
         more = chance[place] > np.maximum(known[there], LEAST)
-        more &= votes.answers[place] >= AGREED
+        more &= votes.for_best[place] >= AGREED
         known[there] = np.where(more, chance[place], known[there])
         kept = np.unique(place[more])
         columns.append((votes.key[kept], votes.best[kept], chance[kept]))
@@ -68,7 +82,8 @@ def right(ngrams: NGrams, texts: list[Text]) -> tuple[float, float]:
         place = np.searchsorted(ngrams.keys, keys[:, size]).clip(max=len(ngrams) - 1)
         found = (ngrams.keys[place] == keys[:, size]) & (keys[:, size] > 0)
         best, chance = np.where(found, ngrams.tokens[place], best), np.where(found, ngrams.chances[place], chance)
-    return float((best == follows).mean()), float(chance.mean())
+    count = max(len(follows), 1)
+    return float((best == follows).sum() / count), float(chance.sum() / count)
 
 
 def _occurrences(texts: list[Text], longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -79,8 +94,8 @@ def _occurrences(texts: list[Text], longest: int) -> tuple[np.ndarray, np.ndarra
 
 
 class _Votes:
-    """Of each context, in the order of its ``key`` [n]: how many ``answers`` it stands in, what follows it in most, the
-    ``best``, in how many of them, ``for_best``, and in how many the ``second`` one."""
+    """Of each context, in the order of its ``key`` [n]: how many ``votes`` there are, one of each answer for each token
+    that follows it there; what most are for, the ``best``; how many are, ``for_best``, and for the ``second`` one."""
 
     def __init__(self, key: np.ndarray, follows: np.ndarray, answer: np.ndarray):
         order = np.lexsort((answer, follows, key))
@@ -92,28 +107,28 @@ class _Votes:
         key, follows, votes = key[order], follows[order], votes[order]
         begins = np.flatnonzero(_changes(key))
         self.key, self.best, self.for_best = key[begins], follows[begins], votes[begins]
-        self.answers = np.add.reduceat(votes, begins)
+        self.votes = np.add.reduceat(votes, begins)
         several = np.diff(np.append(begins, len(key))) > 1
         self.second = np.where(several, votes[np.minimum(begins + 1, len(key) - 1)], 0)
 
     def chances(self) -> np.ndarray:
         """P(the best follows) [n], by leaving each vote out in turn: how often do the others foretell it?
 
-        Contexts are taken together that stand in as many answers, of which the best has the same share.
+        Contexts are taken together that have as many votes, of which the best has the same share.
         """
-        several = self.answers > 1
-        answers, mine, second = self.answers[several], self.for_best[several], self.second[several]
+        several = self.votes > 1
+        votes, mine, second = self.votes[several], self.for_best[several], self.second[several]
         still = np.where(mine - 1 > second, 1.0, np.where(mine - 1 == second, 0.5, 0.0))
         size = (_MANY + 1) * (_SHARES + 1)
-        without_one = _kind(answers - 1, np.maximum(mine - 1, second))
+        without_one = _kind(votes - 1, np.maximum(mine - 1, second))
         foretold = np.bincount(without_one, mine * still, size)
-        tried = np.bincount(without_one, mine, size) + np.bincount(_kind(answers - 1, mine), answers - mine, size)
-        return ((foretold + 0.2) / (tried + 1.0))[_kind(self.answers, self.for_best)]
+        tried = np.bincount(without_one, mine, size) + np.bincount(_kind(votes - 1, mine), votes - mine, size)
+        return ((foretold + 0.2) / (tried + 1.0))[_kind(self.votes, self.for_best)]
 
 
-def _kind(answers: np.ndarray, for_best: np.ndarray) -> np.ndarray:
-    share = np.round(_SHARES * np.minimum(for_best / answers, 1.0)).astype(np.int64)
-    return np.minimum(answers, _MANY) * (_SHARES + 1) + share
+def _kind(votes: np.ndarray, for_best: np.ndarray) -> np.ndarray:
+    share = np.round(_SHARES * np.minimum(for_best / votes, 1.0)).astype(np.int64)
+    return np.minimum(votes, _MANY) * (_SHARES + 1) + share
 
 
 def _changes(values: np.ndarray) -> np.ndarray:

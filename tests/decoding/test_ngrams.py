@@ -7,13 +7,13 @@ import pytest
 from forests import path_to, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import POLICY, linear
+from machines import POLICY, Recorded, linear
 from ngram_tables import Known, table
-from seeded_draft import NoDraft
+from seeded_draft import NoDraft, SteadyDraft
 
 from echo_trt.decoding.acceptance import NGRAM, Acceptance
 from echo_trt.decoding.candidates import Candidates
-from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.goodput import Goodput, Load
 from echo_trt.decoding.ngrams import LEAST, LEAVES, NGrams, context_keys
 from echo_trt.decoding.policies import make_policy
@@ -96,6 +96,12 @@ def test_of_a_large_batch_the_best_leaves_are_continued():
     assert sorted(chains.parent.tolist()) == list(range(count - LEAVES, count))
 
 
+def test_drift_reaches_what_a_table_is_sure_of():
+    ngrams, tree = table({(0,): (1, 1.0)}, 1), SuperTree.from_roots(np.zeros(1))
+    chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5)
+    assert chains.probability[0] < 0.98
+
+
 def test_a_table_without_entries_continues_nothing():
     ngrams = NGrams(np.zeros(0, np.uint32), np.zeros(0), np.zeros(0), LONGEST)
     tree = SuperTree.from_roots(np.zeros(2))
@@ -140,3 +146,18 @@ def test_drift_follows_what_is_accepted():
     assert model.drift[NGRAM] < -0.5
     assert (model.drift[:NGRAM] == 0).all()
     assert model.totals()["accepted"]["ngram"] == 400
+
+
+@pytest.mark.parametrize(("chance", "levels"), [(0.01, 2), (0.97, 0)])
+def test_no_level_is_drafted_for_what_ngrams_bring_anyway(chance, levels):
+    """The draft is right nine times of ten at each level, and costs a tenth of a pass; three tokens are verified."""
+    costs = Costs(Curve([1, 3, 4], [1.0, 1.0, 9.0]), linear(0.1, 0.0))
+    ngrams = table({(5,): (6, chance), (6,): (5, chance)}, LONGEST)
+    acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[0.9]]], (4, 1, 1)))
+    planner = Goodput(costs, acceptance, 1, ngrams)
+    draft = Recorded(SteadyDraft([[0.9]]))
+    numbers = {"per_request": 9, "max_depth": 2, "beams": 1, "width": 1, "budget": 9, "gates": None}
+    policy = make_policy("goodput", numbers)
+    plan = planner.plan(np.array([5]), draft, policy, load_of(1, np.full((1, LONGEST), -1)))
+    assert draft.passes == levels
+    assert len(plan.tree) > 1

@@ -16,7 +16,8 @@ from echo_trt.compile.build import build
 from echo_trt.decoding.acceptance import NGRAM, Acceptance
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.goodput import Goodput
-from echo_trt.decoding.ngrams import NGrams, context_keys
+from echo_trt.decoding.ngrams import SUREST, NGrams, context_keys
+from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.ngram_table import read_ngrams, write_ngrams
@@ -44,7 +45,7 @@ def test_they_come_back_as_they_were(tmp_path):
     again = read_ngrams(tmp_path / NGRAMS, TARGET, 300)
     assert (again.keys == ngrams.keys).all()
     assert (again.tokens == ngrams.tokens).all()
-    assert again.chances == pytest.approx(ngrams.chances, abs=1 / 255)
+    assert again.chances == pytest.approx(np.minimum(ngrams.chances, SUREST), abs=1 / 255)
     assert again.longest == LONGEST
     assert [path.name for path in tmp_path.iterdir()] == [NGRAMS]
 
@@ -82,6 +83,29 @@ def test_what_is_not_whole_is_refused(content, tmp_path):
     (tmp_path / NGRAMS).write_bytes(content)
     with refused(tmp_path / NGRAMS, "train_eagle3.py ngrams"):
         read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+
+
+def test_a_single_array_is_refused(tmp_path):
+    with (tmp_path / NGRAMS).open("wb") as stream:
+        np.save(stream, np.arange(3))
+    with refused(tmp_path / NGRAMS, "holds no n-grams"):
+        read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+
+
+def test_any_changed_byte_is_a_sentence_or_does_no_harm(tmp_path):
+    write_ngrams(ngrams_of([list(range(40))]), tmp_path / "whole.npz", TARGET)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    told = []
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        (tmp_path / NGRAMS).write_bytes(damaged)
+        try:
+            read_ngrams(tmp_path / NGRAMS, TARGET, 300)
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > len(whole) / 3 / 2
+    assert all("train_eagle3.py ngrams" in sentence for sentence in told)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
