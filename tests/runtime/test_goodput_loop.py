@@ -94,7 +94,7 @@ def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.2)])
 def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
     llm = plan_on(open_llm(pair, "autoregressive", 2), machine())
     for policy in POLICIES:
