@@ -95,7 +95,7 @@ class Candidates:
             chain = self._chain[tree.request[node], tree.depth[node] - 1 :]
             self.probability[chain[chain >= 0]] = 0
 
-    def chains(self, ngrams: NGrams, recent: np.ndarray, max_depth: int) -> Chains:
+    def continued(self, ngrams: NGrams, recent: np.ndarray, max_depth: int) -> Chains:
         """What ``ngrams`` would put under the leaves that there are; ``recent`` as they say. Of one iteration all are
         the same: it is looked up once for the same leaves."""
         if self._continued is None:
@@ -103,8 +103,8 @@ class Candidates:
             self._continued = ngrams.chains(self.tree, self.probability, recent, deepest, drift)
         return self._continued
 
-    def hang(self, chains: Chains) -> None:
-        """Add what ``chains`` found of these candidates. Nothing is drafted below."""
+    def go_on(self, chains: Chains) -> None:
+        """Add what ``continued`` found of these candidates. Nothing is drafted below."""
         self._continued = None
         self.tree.add_chains(
             chains.parent, chains.token, chains.request, chains.depth, np.log(chains.probability), NGRAM

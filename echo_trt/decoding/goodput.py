@@ -129,7 +129,7 @@ class Goodput(Planner):
         if draft is not None and load.room.any():
             self._draft(candidates, draft, policy, load, seconds, price)
         if self.ngrams is not None and policy.copies:
-            candidates.hang(candidates.chains(self.ngrams, load.recent, policy.max_depth))
+            candidates.go_on(candidates.continued(self.ngrams, load.recent, policy.max_depth))
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         history.planned(len(tree) > len(roots))
@@ -209,7 +209,7 @@ class Goodput(Planner):
         known = candidates.value[candidates.tree.num_requests :]
         if self.ngrams is not None and policy.copies:
             # With the level and without: under what it adds, n-grams go on about as well as under what it expands.
-            chains = candidates.chains(self.ngrams, load.recent, policy.max_depth)
+            chains = candidates.continued(self.ngrams, load.recent, policy.max_depth)
             known = np.concatenate((known, chains.probability * candidates.weights[chains.request]))
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)

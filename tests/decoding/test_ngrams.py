@@ -132,7 +132,7 @@ def test_candidates_keep_what_they_are_worth():
     candidates.add(np.zeros((1, 1), np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
     ngrams = table({(5, 1): (8, 0.5), (2,): (9, 0.5)}, LONGEST)
     recent = np.full((1, LONGEST), -1)
-    candidates.hang(candidates.chains(ngrams, recent, 4))
+    candidates.go_on(candidates.continued(ngrams, recent, 4))
     assert tree.parent.tolist() == [-1, 0, 0, 1, 2]
     assert candidates.probability[3:] == pytest.approx(candidates.probability[1:3] * 0.5)
     assert tree.source.tolist()[3:] == [NGRAM, NGRAM]

@@ -94,9 +94,11 @@ def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.2)])
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
 def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
     llm = plan_on(open_llm(pair, "autoregressive", 2), machine())
+    planner = llm.loop.planner  # which is not to learn from what else runs here
+    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
     for policy in POLICIES:
         llm.set_policy(policy)
         params = SamplingParams(max_tokens=40, ignore_eos=True)

@@ -198,12 +198,12 @@ def test_a_deadline_ends_an_answer(server):
 
 def test_a_grpc_client_that_cancels_frees_its_blocks(server):
     before = rest(server).get('echo_requests_total{outcome="cancelled"}', 0)
-    for _ in range(8):
+    for _ in range(16):
         stream = server.stream(text_input=PROMPT, max_tokens=LONG, ignore_eos=True)
         assert stream.next()["text_output"]
         stream.cancel()
     after = rest(server)
-    assert after['echo_requests_total{outcome="cancelled"}'] - before >= 3  # a fast answer may have ended first
+    assert after['echo_requests_total{outcome="cancelled"}'] - before >= 6  # a fast answer may have ended first
 
 
 def test_a_request_is_stopped_by_its_id_and_no_other_is(server):
