@@ -278,6 +278,7 @@ def simulate(
     budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
     static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
+    ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Replay recorded draft trees under the same policies and another machine's costs.
@@ -289,7 +290,8 @@ def simulate(
     words = tuple(part.strip() for part in policies.split(",") if part.strip())
     sizes = tuple(_numbers("--batch", batch))
     shape = tuple(_numbers("--static", static)) if static else None
-    job = SimulationJob(recording, calibration, machine, costs, sizes, words, budget, shape, prompt, tokens, json_file)
+    numbers = sizes, words, budget, shape, prompt, tokens
+    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file)
     run(job, Screen(), messages)
 
 

@@ -45,6 +45,16 @@ class NGrams:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def look_up(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What follows contexts of ``keys`` uint32 [n, ``longest``], the shortest first, 0 where there are none: tokens
+        [n], -1 where nothing is known, and chances [n]. The longest context that is known says most."""
+        token, chance = np.full(len(keys), -1), np.zeros(len(keys))
+        for size in range(self.longest if len(self) else 0):
+            place = np.searchsorted(self.keys, keys[:, size]).clip(max=len(self) - 1)
+            found = (self.keys[place] == keys[:, size]) & (keys[:, size] > 0)
+            token, chance = np.where(found, self.tokens[place], token), np.where(found, self.chances[place], chance)
+        return token, chance
+
     def chains(
         self, tree: SuperTree, probability: np.ndarray, recent: np.ndarray, deepest: np.ndarray, drift: float
     ) -> Chains:

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from echo_trt.calibration.store import Calibration, read_stored
 from echo_trt.calibration.trees import Trees
+from echo_trt.decoding.ngrams import NGrams
 from echo_trt.decoding.policies import NAMES, Policy, make_policy
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.recipe import Decoding
+from echo_trt.runtime.ngram_table import read_ngrams
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
@@ -36,6 +39,7 @@ class SimulationJob:
 
     ``static`` is that policy's depth, top_k and tokens, None the default pair's as far as recorded. ``prompt`` cached
     tokens stand before each answer; ``tokens`` are measured a policy and batch, None as many as the batch needs.
+    ``ngrams``: a table of the target's, with which goodput and the oracle go on.
     """
 
     recording: Path
@@ -48,6 +52,7 @@ class SimulationJob:
     static: tuple[int, ...] | None = None
     prompt: int = 256
     tokens: int | None = None
+    ngrams: Path | None = None
     json_file: Path | None = None
 
 
@@ -56,13 +61,15 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
     machine = machine_named(job.machine, job.costs)
     calibration = read_calibration(job.calibration)
     recording = Recording(Trees.read(job.recording))
+    vocabulary = np.iinfo(np.int64).max  # a recording does not say
+    ngrams = job.ngrams and read_ngrams(job.ngrams, calibration.target_sha256, vocabulary)
     names = list(dict.fromkeys((PLAIN, *job.policies)))
     policies = {name: policy_for(name, job, recording, calibration, machine) for name in names}
     result: dict[str, Any] = {
         "machine": machine.name,
         "recording": {"answers": len(recording.answers), "positions": len(recording.trees)},
         "budget": _budget(job, machine),
-        "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine)],
+        "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine, ngrams)],
         "results": [],
     }
     with output_file("--json", job.json_file) as write_json, files_first(out):
@@ -71,7 +78,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
             for batch in job.batches:
                 plain = 0.0
                 for name in names:
-                    row = simulate(name, policies[name], recording, calibration, machine, batch, job)
+                    row = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
                     plain = row["tokens_per_s"] if name == PLAIN else plain
                     result["results"].append(
                         {"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row
@@ -90,12 +97,13 @@ def simulate(
     machine: Machine,
     batch: int,
     job: SimulationJob,
+    ngrams: NGrams | None = None,
 ) -> dict[str, Any]:
     """One cell's figures."""
     tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
     if name == ORACLE:
-        return Oracle(recording, machine, policy, batch, job.prompt).run(tokens).figures()
-    return Replay(recording, calibration, machine, policy, batch, job.prompt).run(tokens).figures()
+        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
+    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
 
 
 def policy_for(
@@ -160,12 +168,15 @@ def _budget(job: SimulationJob, machine: Machine) -> int:
     return job.budget or machine.k_max
 
 
-def _assumptions(job: SimulationJob, recording: Recording, machine: Machine) -> list[str]:
+def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngrams: NGrams | None) -> list[str]:
     facts = [
         f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy, and "
         f"{1e3 * machine.level_seconds:g} ms a draft level",
         f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens a request",
         "acceptance is as recorded: this target, this draft and these texts, whatever the machine",
+        "goodput and the oracle are without n-grams"
+        if ngrams is None
+        else f"{len(ngrams):,} n-grams go on where drafts of goodput and the oracle end; they see nothing of prompts",
     ]
     answers = len(recording.answers)
     if max(job.batches) > answers:

@@ -1,4 +1,4 @@
-"""The oracle: a policy with the same head, copies and costs that knows which candidates will be accepted.
+"""The oracle: a policy with the same head, copies, n-grams and costs that knows which candidates will be accepted.
 
 Each iteration it maximises tokens - rate * seconds, and ``rate`` is raised to the tokens a second that this itself
 brings until the two agree (Dinkelbach's method): the most tokens a second in the long run, if what one iteration leaves
@@ -15,6 +15,7 @@ import numpy as np
 
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.costs import Costs
+from echo_trt.decoding.ngrams import NGrams, context_keys
 from echo_trt.decoding.policies import Policy
 from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.replay import Step, Tally
@@ -23,18 +24,33 @@ from echo_trt.simulation.walk import Recording, Walk
 ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method
 
 
-@dataclass(frozen=True)
-class Foresight:
-    """How many draft tokens in a row will be accepted of each position [P]: copied ones, and of the head's levels."""
+def foresee(trees: Trees, policy: Policy, ngrams: NGrams | None = None) -> np.ndarray:
+    """How many draft tokens in a row will be accepted of each position once 0, 1, ... levels are drafted for it:
+    [P, levels + 1], within ``policy``'s max_depth, width and tokens a request.
 
-    copied: np.ndarray
-    drafted: np.ndarray
+    At 0 it is what is copied and what n-grams say; they go on behind what is drafted, too. The last token of an answer
+    needs no draft.
+    """
+    most = np.minimum(trees.left - 1, min(policy.max_depth, policy.per_request - 1)).clip(0)
+    drafted = np.minimum(_drafted_run(trees, policy.width), most)
+    levels = np.arange(drafted.max(initial=0) + 1)
+    runs = np.stack((*np.minimum(levels[:, None], drafted), np.minimum(_copied_run(trees), most)), axis=1)
+    if ngrams is not None:
+        place = (trees.answer_begins[trees.request] + trees.index)[:, None] + runs
+        runs = np.minimum(runs + _named_run(trees, ngrams)[place], most[:, None])
+    # What is copied is there at any level.
+    return np.maximum.accumulate(np.maximum(runs[:, :-1], runs[:, -1:]), axis=1)
 
-    @classmethod
-    def of(cls, trees: Trees, policy: Policy) -> Foresight:
-        """Within ``policy``'s max_depth, width and tokens a request. The last token of an answer needs no draft."""
-        most = np.minimum(trees.left - 1, min(policy.max_depth, policy.per_request - 1)).clip(0)
-        return cls(np.minimum(_copied_run(trees), most), np.minimum(_drafted_run(trees, policy.width), most))
+
+def _named_run(trees: Trees, ngrams: NGrams) -> np.ndarray:
+    """How many tokens in a row, from each place of the answers on, n-grams name: [L + 1]"""
+    right = np.zeros(len(trees.answers) + 1, bool)
+    for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
+        answer = trees.answers[begin:end].astype(np.int64)
+        right[begin:end] = ngrams.look_up(context_keys(answer, ngrams.longest)[:-1])[0] == answer
+    places = np.arange(len(right))
+    wrong = np.where(right, len(right), places)
+    return np.minimum.accumulate(wrong[::-1])[::-1] - places
 
 
 def _copied_run(trees: Trees) -> np.ndarray:
@@ -74,27 +90,25 @@ class Choice:
 
 
 def choose(
-    copied: np.ndarray,
-    drafted: np.ndarray,
+    ahead: np.ndarray,
     behind: np.ndarray,
     rate: float,
     costs: Costs,
     context: int,
     level_seconds: float = 0.0,
 ) -> Choice:
-    """copied, drafted [B]: tokens in a row that will be accepted; behind [B]: entries that the first level needs;
-    context: cached tokens of all; level_seconds: what a level takes beside its pass."""
-    batch, free = len(copied), int(copied.sum())
-    upto = free + int(np.maximum(drafted - copied, 0).sum())
+    """ahead [B, levels + 1]: tokens in a row that will be accepted, as ``foresee`` says; behind [B]: entries that the
+    first level needs; context: cached tokens of all; level_seconds: what a level takes beside its pass."""
+    batch, free, upto = len(ahead), int(ahead[:, 0].sum()), int(ahead[:, -1].sum())
     worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
     best_upto = np.maximum.accumulate(worth)  # of verifying so many or fewer
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
-    for levels in range(1, int(drafted.max(initial=0)) + 1):
-        depth = np.minimum(drafted, levels)
-        able = np.flatnonzero(depth > copied)
-        entries = np.arange(levels) * (depth[able, None] > np.arange(levels))  # a level takes those above along
+    for levels in range(1, ahead.shape[1]):
+        needed = (ahead == ahead[:, levels, None]).argmax(axis=1)  # fewer may bring as much
+        able = np.flatnonzero(needed)
+        entries = np.arange(levels) * (needed[able, None] > np.arange(levels))  # a level takes those above along
         entries[:, 0] = behind[able]
-        gain = (depth - copied)[able]
+        gain = (ahead[:, levels] - ahead[:, 0])[able]
         order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
         total = entries[order].cumsum(axis=0)
         seconds = costs.draft.base(int(total.max(initial=0)))[total].sum(axis=1)
@@ -104,9 +118,9 @@ def choose(
             count = int(net.argmax())
             top = net[count], levels, float(seconds[count]), able[order[: count + 1]]
     value, levels, seconds, chosen = top
-    reach = copied.copy()
-    reach[chosen] = np.minimum(drafted[chosen], levels)
-    passes = int(reach[chosen].max(initial=0))
+    reach = ahead[:, 0].copy()
+    reach[chosen] = ahead[chosen, levels]
+    passes = int((ahead == ahead[:, levels, None]).argmax(axis=1)[chosen].max(initial=0))
     number = int(worth[: reach.sum() + 1].argmax())
     return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
 
@@ -132,11 +146,19 @@ def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
 class Oracle:
     """``run`` is ``replay.Replay``'s, with foresight; ``policy`` says which candidates there are."""
 
-    def __init__(self, recording: Recording, machine: Machine, policy: Policy, batch: int, prompt: int):
+    def __init__(
+        self,
+        recording: Recording,
+        machine: Machine,
+        policy: Policy,
+        batch: int,
+        prompt: int,
+        ngrams: NGrams | None = None,
+    ):
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
         self._costs.change = 0.0  # it is spared what passes of another size cost
-        self._foresight = Foresight.of(recording.trees, policy)
+        self._ahead = foresee(recording.trees, policy, ngrams)
 
     def run(self, tokens: int) -> Tally:
         """Walk until about ``tokens`` are emitted, again with the rate that this brought; the sums of the best walk."""
@@ -158,9 +180,9 @@ class Oracle:
         return tally
 
     def _step(self, walk: Walk, rate: float) -> Step:
-        positions, context, seen = walk.positions, int(walk.context.sum()), self._foresight
-        ahead = seen.copied[positions], seen.drafted[positions], walk.behind.clip(1)
-        choice = choose(*ahead, rate, self._costs, context, self._level)
+        context = int(walk.context.sum())
+        ahead = self._ahead[walk.positions]
+        choice = choose(ahead, walk.behind.clip(1), rate, self._costs, context, self._level)
         walk.behind[choice.drafted] = 0
         verified = int(choice.verified.sum())
         seconds = self._host + choice.draft_seconds + self._costs.target.per_context * context

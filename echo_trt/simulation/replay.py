@@ -14,6 +14,7 @@ from echo_trt.decoding.allocate import allocate
 from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.goodput import Goodput, Load, Plan, Planner
 from echo_trt.decoding.grow import grow
+from echo_trt.decoding.ngrams import NGrams
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.simulation.machines import Machine
@@ -115,12 +116,21 @@ class Replay:
     """One policy at one batch: ``step`` is runtime/loop.py's iteration without engines."""
 
     def __init__(
-        self, recording: Recording, calibration: Calibration, machine: Machine, policy: Policy, batch: int, prompt: int
+        self,
+        recording: Recording,
+        calibration: Calibration,
+        machine: Machine,
+        policy: Policy,
+        batch: int,
+        prompt: int,
+        ngrams: NGrams | None = None,
     ):
         self._recording, self._policy, self._prompt, self._batch = recording, policy, prompt, batch
         self._machine, self._clock, self._size = machine, machine.costs(), 0
         self._lookup = calibration.lookup if policy.copies else None
-        self.planner = Goodput(machine.costs(), calibration.model(), batch) if policy.seeks_goodput else None
+        self.planner: Goodput | None = None
+        if policy.seeks_goodput:
+            self.planner = Goodput(machine.costs(), calibration.model(), batch, ngrams)
         self.walk = Walk(recording, batch, prompt)
 
     def run(self, tokens: int) -> Tally:
@@ -142,7 +152,9 @@ class Replay:
     def step(self) -> Step:
         walk = self.walk
         positions, context = walk.positions, int(walk.context.sum())
-        load = Load(np.arange(self._batch), walk.room.clip(0), walk.behind.clip(1), context)
+        ngrams = self.planner.ngrams if self.planner else None
+        recent = None if ngrams is None else walk.recent(ngrams.longest)
+        load = Load(np.arange(self._batch), walk.room.clip(0), walk.behind.clip(1), context, recent=recent)
         draft = ClockedDraft(self._draft_at(positions), walk, self._clock, self.planner)
         plan = self._plan(positions, draft, load)
         tree, planning = plan.tree, draft.passes * self._machine.level_seconds
@@ -168,7 +180,7 @@ class Replay:
         return clock.target(tokens, context) + clock.target.per_node * again + changed * clock.change
 
     def _plan(self, positions: np.ndarray, draft: ClockedDraft, load: Load) -> Plan:
-        roots, policy = np.zeros(self._batch, np.int64), self._policy
+        roots, policy = self.walk.roots, self._policy
         if self.planner:
             copied = self._lookup and continuations(self._recording.trees, positions, self._lookup, policy.max_depth)
             return self.planner.plan(roots, draft, policy, load, copied)

@@ -104,6 +104,18 @@ class Walk:
         return self._recording.longest - self.index - 1
 
     @property
+    def roots(self) -> np.ndarray:
+        """The newest token of each slot [B]."""
+        return self.recent(1, 0)[:, 0]
+
+    def recent(self, count: int, before: int = 1) -> np.ndarray:
+        """``count`` tokens up to ``before`` ahead of each slot's newest, -1 before its answer: int64 [B, count]."""
+        place = self.index[:, None] - before - np.arange(count, 0, -1)
+        begin = self._recording.trees.answer_begins[self.answer]
+        tokens = self._recording.trees.answers[begin[:, None] + np.maximum(place, 0)]
+        return np.where(place >= 0, tokens, -1).astype(np.int64)
+
+    @property
     def context(self) -> np.ndarray:
         """Each slot's tokens in the cache, all but the newest: [B]"""
         return self.index + self._prompt - 1

@@ -74,14 +74,8 @@ def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
 
 def right(ngrams: NGrams, texts: list[Text]) -> tuple[float, float]:
     """Of the answers' tokens: the share that the table names, and the share that it thinks it does."""
-    if len(ngrams) == 0:
-        return 0.0, 0.0
     keys, follows, _ = _occurrences(texts, ngrams.longest)
-    best, chance = np.full(len(follows), -1), np.zeros(len(follows))
-    for size in range(ngrams.longest):
-        place = np.searchsorted(ngrams.keys, keys[:, size]).clip(max=len(ngrams) - 1)
-        found = (ngrams.keys[place] == keys[:, size]) & (keys[:, size] > 0)
-        best, chance = np.where(found, ngrams.tokens[place], best), np.where(found, ngrams.chances[place], chance)
+    best, chance = ngrams.look_up(keys)
     count = max(len(follows), 1)
     return float((best == follows).sum() / count), float(chance.sum() / count)
 

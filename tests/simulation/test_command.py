@@ -1,14 +1,17 @@
 import io
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from ngram_tables import table
 from refusal import refused
 from rich.console import Console
 from synthetic import recorded
 
 from echo_trt.calibration.fit import fit
 from echo_trt.calibration.store import CALIBRATION, write
+from echo_trt.runtime.ngram_table import write_ngrams
 from echo_trt.simulation.command import POLICIES, SimulationJob, run
 
 
@@ -45,6 +48,21 @@ def test_every_policy_runs(job):
     result, shown = simulate(job, policies=POLICIES, batches=(2,))
     assert [r["policy"] for r in result["results"]] == list(POLICIES)
     assert all(name in shown for name in POLICIES)
+
+
+def test_n_grams_of_a_table(job, tmp_path):
+    file, answers = tmp_path / "ngrams.npz", recorded([40, 30, 50, 45] * 3, 4, 2, 3).answers.tolist()
+    write_ngrams(table({(a,): (b, 0.9) for a, b in pairwise(answers)}, 1), file, "target")
+    without, with_them = simulate(job)[0], simulate(job, ngrams=file)[0]
+    for before, after in zip(without["results"], with_them["results"], strict=True):
+        named = after["policy"] in ("goodput", "oracle")
+        assert (after["accepted_length"] > before["accepted_length"]) == named
+    assert "without n-grams" in " ".join(without["assumptions"])
+    assert "n-grams go on" in " ".join(with_them["assumptions"])
+    write_ngrams(table({(1,): (2, 0.9)}, 1), file, "another")
+    for path, words in ((file, ("another target's", "draft.ngrams")), (tmp_path / "none", ("none", "cannot be read"))):
+        with refused(*words):
+            simulate(job, ngrams=path)
 
 
 def test_bad_input(job, tmp_path):

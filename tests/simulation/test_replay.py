@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ngram_tables import table
 from synthetic import recorded
 
 from echo_trt.calibration.fit import fit
@@ -43,8 +44,17 @@ def calibration():
     return fit(recorded([60] * 12, 4, 2, 3, seed=9), "target", "draft", 4, 2, 3)
 
 
-def replay(recording, calibration, policy, batch, on=KNEE) -> Replay:
-    return Replay(recording, calibration, on, policy, batch, prompt=10)
+@pytest.fixture(scope="module")
+def ngrams(recording):
+    """Every second token, from the one before it; of those about four in five rightly."""
+    answers = recording.trees.answers.tolist()
+    right = np.random.default_rng(0).random(len(answers)) < 0.8
+    pairs = list(zip(answers[::2], answers[1::2], right, strict=False))
+    return table({(a,): (b if sure else b + 1, 0.8) for a, b, sure in pairs}, 1)
+
+
+def replay(recording, calibration, policy, batch, on=KNEE, ngrams=None) -> Replay:
+    return Replay(recording, calibration, on, policy, batch, 10, ngrams)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -87,6 +97,24 @@ def test_nobody_beats_the_oracle(recording, calibration, on, batch):
     assert best.figures()["draft_utilisation"] in (None, 1)
     for policy in (GOODPUT, *OTHERS):
         assert replay(recording, calibration, policy, batch, on).run(1200).rate <= best.rate * 1.001
+
+
+def test_n_grams_bring_something(recording, calibration, ngrams):
+    with_them, without = (replay(recording, calibration, GOODPUT, 4, ngrams=n).run(1200) for n in (ngrams, None))
+    assert with_them.rate > 1.02 * without.rate
+
+
+@pytest.mark.parametrize("batch", [1, 4, 48])
+def test_the_oracle_has_n_grams_too(recording, calibration, ngrams, batch):
+    best = Oracle(recording, KNEE, GOODPUT, batch, 10, ngrams).run(1200)
+    assert best.rate >= replay(recording, calibration, GOODPUT, batch, ngrams=ngrams).run(1200).rate / 1.001
+    assert best.rate > 1.01 * Oracle(recording, KNEE, GOODPUT, batch, 10).run(1200).rate
+
+
+def test_goodput_head_is_without_n_grams(recording, calibration, ngrams):
+    policy = Policy("goodput-head", **SHAPE)
+    first, second = (replay(recording, calibration, policy, 4, ngrams=n).run(400).figures() for n in (ngrams, None))
+    assert first == second
 
 
 def test_on_a_machine_with_a_knee_the_policies_are_in_order(recording, calibration):

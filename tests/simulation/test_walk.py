@@ -33,6 +33,18 @@ def test_slots_stay_on_recorded_places_and_emit_no_more_than_is_left(lengths, ba
         assert (walk.answer[going] == answer[going]).all()
 
 
+def test_what_stands_before_each_slots_newest_token():
+    recording = Recording(recorded([9, 6, 7], 2, 1, 1))
+    walk, trees = Walk(recording, 5, 0), recording.trees
+    for _ in range(12):
+        for slot, (answer, index) in enumerate(zip(walk.answer, walk.index, strict=True)):
+            begin = trees.answer_begins[answer]
+            text = [-1, -1, -1, *trees.answers[begin : begin + index].tolist()]
+            assert walk.roots[slot] == text[-1]
+            assert walk.recent(3)[slot].tolist() == text[-4:-1]
+        walk.advance(np.array([1, 2, 1, 3, 1]))
+
+
 def test_answers_take_turns():
     recording = Recording(recorded([4, 4, 4, 4], 2, 1, 1))
     walk, seen = Walk(recording, 1, 0), []
