@@ -68,7 +68,7 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
         begin = end
 
 
-@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1])")
+@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], f8[::1])")
 def best_portion(
     frontier: np.ndarray,
     ends: np.ndarray,
@@ -77,18 +77,22 @@ def best_portion(
     children: np.ndarray,
     brought: np.ndarray,
     known: np.ndarray,
+    beside: np.ndarray,
     verification: np.ndarray,
 ) -> int:
     """Of ``ends`` [P], the number of the frontier's best to expand; 0 if none pays. All values in tokens.
 
     frontier [F]: values, best first; level [P]: the price of a draft level over each portion, and ``first`` once;
     children [levels, w, quantiles] and brought [levels] as in ``Acceptance``; known [n]: values of the candidates that
-    there are; verification: the price of 0, 1, ... nodes, as far as they can pay. float64 but for ``ends``, int64.
+    there are, and what they will be ``beside`` a level's; verification: the price of 0, 1, ... nodes, as far as they
+    can pay. float64 but for ``ends``, int64.
     """
-    plan, more = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
+    now, plan, more = np.zeros((2, BINS)), np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
     for value in known:
+        _add(now, value, 1.0)
+    for value in beside:
         _add(plan, value, 1.0)
-    before = _best_value(plan, verification)
+    before = _best_value(now, verification)
     best, choice, begin, total = 0.0, 0, 0, 0.0
     for portion in range(len(ends)):
         end = ends[portion]

@@ -206,11 +206,13 @@ class Goodput(Planner):
             return 0
         costs, ends = self.costs, portions(len(frontier))
         children, brought = foreseen.below[depth], foreseen.brought[depth]
-        known = candidates.value[candidates.tree.num_requests :]
+        known = beside = candidates.value[candidates.tree.num_requests :]
         if self.ngrams is not None and policy.copies:
-            # With the level and without: under what it adds, n-grams go on about as well as under what it expands.
             chains = candidates.continued(self.ngrams, load.recent, policy.max_depth)
-            known = np.concatenate((known, chains.probability * candidates.weights[chains.request]))
+            value = chains.probability * candidates.weights[chains.request]
+            # Under a level's children n-grams go on as well as under what it expands, as far as those are right.
+            moved = np.where(candidates.tree.depth[chains.leaf] == depth, brought[0], 1.0)
+            known, beside = np.concatenate((known, value)), np.concatenate((known, moved * value))
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]
@@ -223,6 +225,7 @@ class Goodput(Planner):
             children,
             brought,
             known,
+            beside,
             price * seconds.upto(nodes, affordable),
         )
 

@@ -22,8 +22,10 @@ _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could me
 
 @dataclass(frozen=True)
 class Chains:
-    """Nodes [m] to be added to a tree, under its leaves and each other, parents before children, in this order."""
+    """Nodes [m] to be added to a tree, under its leaves and each other, parents before children, in this order.
+    ``leaf``: the one under which each stands."""
 
+    leaf: np.ndarray
     parent: np.ndarray
     token: np.ndarray
     request: np.ndarray
@@ -122,7 +124,7 @@ def _find(keys: np.ndarray, bucket_begins: np.ndarray, key: int) -> int:
 
 _TABLE = "Tuple((u4[::1], i8[::1], i8[::1], f8[::1], i8, f8))"
 _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
-_CHAINS = "Tuple((i8, i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
+_CHAINS = "Tuple((i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
 
 @compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
@@ -133,7 +135,7 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
     size = 0
     for leaf in leaves:
         size += max(deepest[request[leaf]] - depth[leaf], 0)
-    parents, tokens = np.empty(size, np.int64), np.empty(size, np.int64)
+    leaf_of, parents, tokens = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
     requests, depths = np.empty(size, np.int64), np.empty(size, np.int64)
     chance, number = np.empty(size), 0
     for leaf in leaves:
@@ -160,8 +162,8 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
             p *= chances[found] * odds / (1 - chances[found] + chances[found] * odds)
             if p < LEAST:
                 break
-            parents[number], tokens[number], requests[number] = above, follows[found], own
-            depths[number], chance[number] = level, p
+            leaf_of[number], parents[number], tokens[number] = leaf, above, follows[found]
+            requests[number], depths[number], chance[number] = own, level, p
             above, words[last] = len(token) + number, follows[found]
             last, number = last + 1, number + 1
-    return number, parents, tokens, requests, depths, chance
+    return number, leaf_of, parents, tokens, requests, depths, chance

@@ -86,6 +86,7 @@ def test_leaves_go_on_with_what_the_longest_known_context_says(case):
         assert chains.request[i] == (tree.request[parent] if above is not None else chains.request[parent - len(tree)])
     got = dict(zip(names.values(), chains.probability.tolist(), strict=True))
     assert got == pytest.approx(walked(*case))
+    assert chains.leaf.tolist() == [name[0] for name in names.values()]
 
 
 def test_of_a_large_batch_the_best_leaves_are_continued():
@@ -148,6 +149,11 @@ def test_drift_follows_what_is_accepted():
     assert model.totals()["accepted"]["ngram"] == 400
 
 
+def chain_of(max_depth: int):
+    numbers = {"per_request": 9, "max_depth": max_depth, "beams": 1, "width": 1, "budget": 9, "gates": None}
+    return make_policy("goodput", numbers)
+
+
 @pytest.mark.parametrize(("chance", "levels"), [(0.01, 2), (0.97, 0)])
 def test_no_level_is_drafted_for_what_ngrams_bring_anyway(chance, levels):
     """The draft is right nine times of ten at each level, and costs a tenth of a pass; three tokens are verified."""
@@ -156,8 +162,20 @@ def test_no_level_is_drafted_for_what_ngrams_bring_anyway(chance, levels):
     acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[0.9]]], (4, 1, 1)))
     planner = Goodput(costs, acceptance, 1, ngrams)
     draft = Recorded(SteadyDraft([[0.9]]))
-    numbers = {"per_request": 9, "max_depth": 2, "beams": 1, "width": 1, "budget": 9, "gates": None}
-    policy = make_policy("goodput", numbers)
-    plan = planner.plan(np.array([5]), draft, policy, load_of(1, np.full((1, LONGEST), -1)))
+    plan = planner.plan(np.array([5]), draft, chain_of(2), load_of(1, np.full((1, LONGEST), -1)))
+    assert draft.passes == levels
+    assert len(plan.tree) > 1
+
+
+@pytest.mark.parametrize(("right", "levels"), [(0.95, 1), (0.1, 0)])
+def test_a_level_that_is_seldom_right_takes_from_ngrams_what_they_would_bring(right, levels):
+    """Three tokens that n-grams name cost nothing to verify, and hang under the level's own where that is drafted."""
+    costs = Costs(Curve([1, 9, 10], [1.0, 1.0, 9.0]), linear(0.02, 0.0))
+    ngrams = table({(5,): (6, 0.6), (6,): (7, 0.95), (7,): (8, 0.95)}, LONGEST)
+    acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[right]]], (4, 1, 1)))
+    draft = Recorded(SteadyDraft([[right]]))
+    plan = Goodput(costs, acceptance, 1, ngrams).plan(
+        np.array([5]), draft, chain_of(1), load_of(1, np.full((1, LONGEST), -1))
+    )
     assert draft.passes == levels
     assert len(plan.tree) > 1
