@@ -104,7 +104,7 @@ def choose(
     best_upto = np.maximum.accumulate(worth)  # of verifying so many or fewer
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
     for levels in range(1, ahead.shape[1]):
-        needed = (ahead == ahead[:, levels, None]).argmax(axis=1)  # fewer may bring as much
+        needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
         entries = np.arange(levels) * (needed[able, None] > np.arange(levels))  # a level takes those above along
         entries[:, 0] = behind[able]
@@ -120,9 +120,14 @@ def choose(
     value, levels, seconds, chosen = top
     reach = ahead[:, 0].copy()
     reach[chosen] = ahead[chosen, levels]
-    passes = int((ahead == ahead[:, levels, None]).argmax(axis=1)[chosen].max(initial=0))
+    passes = int(_needed(ahead, levels)[chosen].max(initial=0))
     number = int(worth[: reach.sum() + 1].argmax())
     return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
+
+
+def _needed(ahead: np.ndarray, levels: int) -> np.ndarray:
+    """How many of so many levels each request needs, [B]: fewer may bring as much."""
+    return (ahead == ahead[:, levels, None]).argmax(axis=1)
 
 
 def _verifying(costs: Costs, batch: int, context: int, nodes: np.ndarray) -> np.ndarray:
