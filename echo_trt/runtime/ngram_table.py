@@ -26,6 +26,7 @@ _DAMAGED = (
     zlib.error,
     tokenize.TokenError,
 )
+_REMEDY = "make it with scripts/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
 _COLUMNS = {"keys": "u4", "tokens": "u4", "chances": "u1"}
 
 
@@ -43,9 +44,8 @@ def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
     os.replace(partial, path)
 
 
-def read_ngrams(path: Path, target_sha256: str, vocab_size: int) -> NGrams:
-    """Of this target's text; another's is refused, and so is what is not whole."""
-    remedy = "make it with scripts/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
+def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _REMEDY) -> NGrams:
+    """Of this target's text; another's is refused, and so is what is not whole. ``remedy`` ends the refusal."""
     try:
         with np.load(path) as file:
             found = {name: file[name] for name in (*_COLUMNS, "longest", "target_sha256")}

@@ -61,8 +61,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
     machine = machine_named(job.machine, job.costs)
     calibration = read_calibration(job.calibration)
     recording = Recording(Trees.read(job.recording))
-    vocabulary = np.iinfo(np.int64).max  # a recording does not say
-    ngrams = job.ngrams and read_ngrams(job.ngrams, calibration.target_sha256, vocabulary)
+    ngrams = job.ngrams and _read_ngrams(job.ngrams, calibration)
     names = list(dict.fromkeys((PLAIN, *job.policies)))
     policies = {name: policy_for(name, job, recording, calibration, machine) for name in names}
     result: dict[str, Any] = {
@@ -136,6 +135,12 @@ def read_calibration(path: Path) -> Calibration:
     except (KeyError, ValueError) as error:
         raise UserError(f"{path} is not complete ({error}); {remedy}.") from error
     return stored
+
+
+def _read_ngrams(path: Path, calibration: Calibration) -> NGrams:
+    remedy = "name the ngrams.npz of the bundle that was recorded, or leave --ngrams out"
+    vocabulary = np.iinfo(np.int64).max  # a recording does not say
+    return read_ngrams(path, calibration.target_sha256, vocabulary, remedy)
 
 
 def table(result: dict[str, Any]) -> Table:

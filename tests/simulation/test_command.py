@@ -60,8 +60,8 @@ def test_n_grams_of_a_table(job, tmp_path):
     assert "without n-grams" in " ".join(without["assumptions"])
     assert "n-grams go on" in " ".join(with_them["assumptions"])
     write_ngrams(table({(1,): (2, 0.9)}, 1), file, "another")
-    for path, words in ((file, ("another target's", "draft.ngrams")), (tmp_path / "none", ("none", "cannot be read"))):
-        with refused(*words):
+    for path, words in ((file, ("another target's",)), (tmp_path / "none", ("none", "cannot be read"))):
+        with refused(*words, "recorded", "leave --ngrams out"):
             simulate(job, ngrams=path)
 
 
