@@ -68,7 +68,7 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
         begin = end
 
 
-@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], f8[::1])")
+@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], b1[::1], f8[::1])")
 def best_portion(
     frontier: np.ndarray,
     ends: np.ndarray,
@@ -77,21 +77,25 @@ def best_portion(
     children: np.ndarray,
     brought: np.ndarray,
     known: np.ndarray,
-    beside: np.ndarray,
+    going_on: np.ndarray,
+    moved: np.ndarray,
     verification: np.ndarray,
 ) -> int:
     """Of ``ends`` [P], the number of the frontier's best to expand; 0 if none pays. All values in tokens.
 
     frontier [F]: values, best first; level [P]: the price of a draft level over each portion, and ``first`` once;
     children [levels, w, quantiles] and brought [levels] as in ``Acceptance``; known [n]: values of the candidates that
-    there are, and what they will be ``beside`` a level's; verification: the price of 0, 1, ... nodes, as far as they
-    can pay. float64 but for ``ends``, int64.
+    there are; going_on [m]: of those that n-grams put under them, of which the ``moved`` [m], bool, would stand under a
+    level's children; verification: the price of 0, 1, ... nodes, as far as they can pay. ``ends`` int64, else float64.
     """
-    now, plan, more = np.zeros((2, BINS)), np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
+    plan, more = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
     for value in known:
-        _add(now, value, 1.0)
-    for value in beside:
         _add(plan, value, 1.0)
+    now = plan.copy()
+    for node in range(len(going_on)):
+        _add(now, going_on[node], 1.0)
+        # Under children they go on as well as under what is expanded, as far as those are right.
+        _add(plan, going_on[node] * brought[0] if moved[node] else going_on[node], 1.0)
     before = _best_value(now, verification)
     best, choice, begin, total = 0.0, 0, 0, 0.0
     for portion in range(len(ends)):

@@ -206,17 +206,16 @@ class Goodput(Planner):
             return 0
         costs, ends = self.costs, portions(len(frontier))
         children, brought = foreseen.below[depth], foreseen.brought[depth]
-        known = beside = candidates.value[candidates.tree.num_requests :]
+        known = candidates.value[candidates.tree.num_requests :]
+        going_on, moved = np.empty(0), np.empty(0, bool)
         if self.ngrams is not None and policy.copies:
             chains = candidates.continued(self.ngrams, load.recent, policy.max_depth)
-            value = chains.probability * candidates.weights[chains.request]
-            # Under a level's children n-grams go on as well as under what it expands, as far as those are right.
-            moved = np.where(candidates.tree.depth[chains.leaf] == depth, brought[0], 1.0)
-            known, beside = np.concatenate((known, value)), np.concatenate((known, moved * value))
+            going_on = chains.probability * candidates.weights[chains.request]
+            moved = candidates.tree.depth[chains.leaf] == depth
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        nodes = len(known) + len(frontier) * children.shape[0] * children.shape[1]
-        affordable = (known.sum() + frontier.sum() * brought[-1]) / price
+        nodes = len(known) + len(going_on) + len(frontier) * children.shape[0] * children.shape[1]
+        affordable = (known.sum() + going_on.sum() + frontier.sum() * brought[-1]) / price
         return best_portion(
             frontier,
             ends,
@@ -225,7 +224,8 @@ class Goodput(Planner):
             children,
             brought,
             known,
-            beside,
+            going_on,
+            moved,
             price * seconds.upto(nodes, affordable),
         )
 
