@@ -15,7 +15,7 @@ from torch import nn
 from echo_trt import __version__
 from echo_trt.bundle import MANIFEST, NGRAMS, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
 from echo_trt.calibration.store import CALIBRATION, Calibration, read_calibration, write
-from echo_trt.compile.onnx_export import export
+from echo_trt.compile.openvino_export import export_parted
 from echo_trt.compile.self_check import check_engine, worst
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.engines.torch_files import TYPES
@@ -235,7 +235,7 @@ def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, Self
     from echo_trt.compile.openvino import compress_to_int8
     from echo_trt.engines.openvino import OpenVINOEngine
 
-    export(role, path)
+    export_parted(role, path)
     if precision == "int8":
         compress_to_int8(path)
     return path.name, check_engine(role, lambda blocks: OpenVINOEngine(path, precision, blocks), precision)

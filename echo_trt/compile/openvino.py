@@ -91,7 +91,7 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if compute == "bf16":
         model = _with_short_features(model)
         if has_amx():
-            part_mlps(model)
+            join_mlps(model)
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
@@ -134,32 +134,41 @@ def _with_short_features(model: ov.Model) -> ov.Model:
     return wrapper.build()
 
 
-def part_mlps(model: ov.Model) -> None:
-    """Write each gated MLP with three matrices, over three axes: with AMX, OpenVINO has one kernel for all of that.
-
-    It is a fifth of a pass of few tokens.
+def join_mlps(model: ov.Model) -> None:
+    """Write each gated MLP, whose three matrices are apart, over three axes: with AMX, OpenVINO has one kernel for all
+    of that. It is a fifth of a pass of few tokens.
     """
+    axis = np.int64(1)
     for sigmoid in [node for node in model.get_ops() if node.get_type_name() == "Sigmoid"]:
-        split = sigmoid.input_value(0).get_node()
-        merged = split if split.get_type_name() == "Split" else None
-        while merged and merged.get_type_name() in ("Split", "Add", "Multiply"):  # a Gemm's factor and summand
-            merged = merged.input_value(0).get_node()
-        down = sigmoid
-        while down and down.get_type_name() in ("Sigmoid", "Multiply"):
-            users = down.output(0).get_target_inputs()
-            down = next(iter(users)).get_node() if len(users) == 1 else None
-        if merged and down and {merged.get_type_name(), down.get_type_name()} == {"MatMul"}:
-            both = merged.input_value(1).get_node()
-            constant = both.get_type_name() == down.input_value(1).get_node().get_type_name() == "Constant"
-            if not constant or len(both.shape) != 2:
-                continue
-            rows = ops.unsqueeze(merged.input_value(0), np.int64(1))
-            gate, up = (ops.matmul(rows, part, False, True) for part in np.split(both.data, 2))
-            silu = ops.multiply(gate, ops.sigmoid(gate))
-            narrow = ops.matmul(ops.multiply(silu, up), down.input_value(1), False, True)
-            replaced = ops.squeeze(narrow, np.int64(1)).output(0)
-            for user in down.output(0).get_target_inputs():
-                user.replace_source_output(replaced)
+        gate, activated = _matrix_product(sigmoid.input_value(0)), _only_user(sigmoid)
+        gated = activated and _only_user(activated)
+        down = gated and _only_user(gated)
+        if not gate or not down or down.get_type_name() != "MatMul":
+            continue
+        others = [value for value in gated.input_values() if value.get_node().get_name() != activated.get_name()]
+        up = _matrix_product(others[0]) if len(others) == 1 else None
+        products = [product for product in (gate, up, down) if product]
+        if [product.input_value(1).get_node().get_type_name() for product in products] != 3 * ["Constant"]:
+            continue
+        rows = ops.unsqueeze(gate.input_value(0), axis)
+        wide, other = (ops.matmul(rows, product.input_value(1), False, True) for product in (gate, up))
+        joined = ops.multiply(ops.multiply(wide, ops.sigmoid(wide)), other)
+        replaced = ops.squeeze(ops.matmul(joined, down.input_value(1), False, True), axis).output(0)
+        for user in down.output(0).get_target_inputs():
+            user.replace_source_output(replaced)
+
+
+def _matrix_product(value: ov.Output) -> ov.Node | None:
+    """The matrix product that ``value`` is, but for the factor and the summand of a Gemm."""
+    node = value.get_node()
+    while node.get_type_name() in ("Add", "Multiply"):
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "MatMul" else None
+
+
+def _only_user(node: ov.Node) -> ov.Node | None:
+    users = node.output(0).get_target_inputs()
+    return next(iter(users)).get_node() if len(users) == 1 else None
 
 
 def _measure_context(model: ov.Model) -> None:

@@ -80,7 +80,7 @@ def test_the_check_is_in_the_manifest(pair, bundle_of):
 @pytest.mark.parametrize("pair", ["lookup", "eagle3"])
 def test_a_wrong_engine_fails_the_build(pair, networks, tmp_path, monkeypatch):
     """One weight of the last graph is changed between its export and its check."""
-    export, last = building.export, "target" if pair == "lookup" else "draft"
+    export, last = building.export_parted, "target" if pair == "lookup" else "draft"
 
     def corrupting(role, path):
         export(role, path)
@@ -90,7 +90,7 @@ def test_a_wrong_engine_fails_the_build(pair, networks, tmp_path, monkeypatch):
             values[np.abs(values).argmax()] *= 1.5
             values.tofile(data)
 
-    monkeypatch.setattr(building, "export", corrupting)
+    monkeypatch.setattr(building, "export_parted", corrupting)
     with refused("self-check failed", "fp32", "0.0001", "largest logit"):
         build(recipe_of(pair, networks), networks, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

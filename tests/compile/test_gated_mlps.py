@@ -1,29 +1,50 @@
-"""Gated MLPs as OpenVINO knows them: the same function, and with AMX one kernel for each."""
+"""Gated MLPs as OpenVINO knows them: gates activated within their products, and with AMX one kernel for each."""
+
+from collections import Counter
 
 import numpy as np
 import openvino as ov
 import pytest
 
-from echo_trt.compile.openvino import compile_graph, has_amx, part_mlps, read_graph
+from echo_trt.compile.openvino import compile_graph, has_amx, join_mlps, read_graph
+
+NETWORKS = pytest.mark.parametrize(("pair", "network", "layers"), [("self", "target", 3), ("close", "draft", 1)])
 
 
-@pytest.mark.parametrize(("pair", "network", "layers"), [("self", "target", 3), ("close", "draft", 1)])
-def test_parted_mlps_are_the_same_function(bundle_of, pair, network, layers):
-    merged, parted = (read_graph(bundle_of(pair) / f"{network}.onnx") for _ in range(2))
-    matrices = [sum(node.get_type_name() == "MatMul" for node in model.get_ops()) for model in (merged, parted)]
-    part_mlps(parted)
-    assert sum(node.get_type_name() == "MatMul" for node in parted.get_ops()) == matrices[0] + layers
+@NETWORKS
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gates_are_activated_within_their_products(bundle_of, pair, network, layers, precision):
+    compiled = compile_graph(read_graph(bundle_of(pair) / f"{network}.onnx"), precision)
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    fused = [info["originalLayersNames"].astype(str) for info in nodes if _kind(info) in ("FullyConnected", "LLMMLP")]
+    gates = sum("silu" in names for names in fused)
+    alone = Counter(_kind(info) for info in nodes if "silu" in info["originalLayersNames"].astype(str))
+    assert gates == layers == alone.total(), alone
+
+
+@NETWORKS
+def test_joined_mlps_are_the_same_function(bundle_of, pair, network, layers):
+    parted, joined = (read_graph(bundle_of(pair) / f"{network}.onnx") for _ in range(2))
+    join_mlps(joined)
+    shapes = Counter(node.get_type_name() for node in joined.get_ops())
+    shapes.subtract(node.get_type_name() for node in parted.get_ops())
+    assert shapes["Squeeze"] == layers
+    assert shapes["MatMul"] == 0
     x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-    merged_output, parted_output = (_first_mlp(model)(x)[0] for model in (merged, parted))
-    assert abs(merged_output).max() > 1e-3
-    assert parted_output == pytest.approx(merged_output, abs=1e-5)
+    parted_output, joined_output = (_first_mlp(model)(x)[0] for model in (parted, joined))
+    assert abs(parted_output).max() > 1e-3
+    assert joined_output == pytest.approx(parted_output, abs=1e-5)
 
 
 @pytest.mark.skipif(not has_amx(), reason="needs a CPU with AMX")
 def test_with_amx_each_is_one_kernel(bundle_of):
     compiled = compile_graph(read_graph(bundle_of("self") / "target.onnx"), "bf16")
-    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    kinds = [_kind(node.get_rt_info()) for node in compiled.get_runtime_model().get_ops()]
     assert kinds.count("LLMMLP") == 3
+
+
+def _kind(info: dict) -> str:
+    return info["layerType"].astype(str)
 
 
 def _first_mlp(model: ov.Model) -> ov.CompiledModel:
