@@ -26,10 +26,10 @@ def test_gates_are_activated_within_their_products(bundle_of, pair, network, lay
 def test_joined_mlps_are_the_same_function(bundle_of, pair, network, layers):
     parted, joined = (read_graph(bundle_of(pair) / f"{network}.onnx") for _ in range(2))
     join_mlps(joined)
-    shapes = Counter(node.get_type_name() for node in joined.get_ops())
-    shapes.subtract(node.get_type_name() for node in parted.get_ops())
-    assert shapes["Squeeze"] == layers
-    assert shapes["MatMul"] == 0
+    more = Counter(node.get_type_name() for node in joined.get_ops())
+    more.subtract(node.get_type_name() for node in parted.get_ops())
+    assert more["Squeeze"] == layers
+    assert more["MatMul"] == 0
     x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
     parted_output, joined_output = (_first_mlp(model)(x)[0] for model in (parted, joined))
     assert abs(parted_output).max() > 1e-3
