@@ -172,6 +172,12 @@ class Costs:
         """Seconds of the target's pass of plain decoding."""
         return self.target(max(requests, self.least), context)
 
+    def kept(self, tokens: int, held: int) -> int:
+        """Tokens that a pass of so many is filled up to, where passes have ``held`` for now: those, unless to go to its
+        own size and back takes less."""
+        more = self.target(held) - self.target(max(tokens, self.least))
+        return held if tokens <= held and more < 2 * self.change else 0
+
     def _filled(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Tokens that such a pass is filled up to."""
         sizes = roots + nodes

@@ -54,11 +54,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """The super-tree to verify, sorted by request, P(accept) of its nodes [n], 1 at roots, and what it is a part of."""
+    """The super-tree to verify, sorted by request, P(accept) of its nodes [n], 1 at roots, and what it is a part of.
+    ``fill``: tokens that a pass with nothing else in it is filled up to."""
 
     tree: SuperTree
     probability: np.ndarray
     candidates: SuperTree
+    fill: int = 0
 
     @classmethod
     def undrafted(cls, roots: np.ndarray) -> Plan:
@@ -134,7 +136,8 @@ class Goodput(Planner):
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         history.planned(len(tree) > len(roots))
         self._found = candidates.probability[len(roots) :]
-        return Plan(tree, candidates.probability[nodes], candidates.tree)
+        fill = self.costs.kept(len(tree), len(roots) + held_nodes) if holds else 0
+        return Plan(tree, candidates.probability[nodes], candidates.tree, fill)
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""

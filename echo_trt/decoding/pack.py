@@ -16,7 +16,8 @@ class Packed(NamedTuple):
     """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
 
     token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
-    block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for.
+    block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for; ``fill``: tokens
+    that an engine with few sizes fills the pass up to.
     """
 
     token_ids: np.ndarray
@@ -28,6 +29,7 @@ class Packed(NamedTuple):
     tree_mask: np.ndarray
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
+    fill: int = 0
 
 
 def pack(

@@ -33,8 +33,9 @@ class _Known:
     seconds of ``drafting`` for it; and ``turns`` of the size that is best and of plain decoding, once it has run."""
 
     def __init__(self, requests: int, costs: Costs, foreseen: Foreseen) -> None:
-        most = costs.granule * (_MOST + math.ceil(_STEP * requests / costs.granule))
-        self.sizes = np.arange(costs.granule, most + 1, costs.granule)
+        least = math.ceil(costs.least / costs.granule)
+        most = _MOST + math.ceil(_STEP * requests / costs.granule)
+        self.sizes = costs.granule * np.arange(least, most + 1)
         nodes = np.maximum(self.sizes - requests, 0)
         self.brought = foreseen.best(nodes, requests)
         self.searches = 0

@@ -13,7 +13,8 @@ from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.engines.lanes import as_lanes
 from echo_trt.engines.rounding import is_verification, rounded
 
-GRANULE = 4  # tokens: a verification takes as long as one of the next multiple
+GRANULE = 2  # tokens: a verification is filled up to the next multiple
+LEAST = 4  # tokens: in bf16, but for AMX, one to three take longer
 PREPARED = 32  # tokens up to which kernels of passes are prepared at the start
 CATCH_UP = 16  # tokens: beyond those, a draft's passes are filled up to the next multiple
 PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
@@ -36,9 +37,9 @@ class OpenVINOEngine:
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
         self._target = "logits" in self._outputs
         self.granule = GRANULE if self._target else 1
-        # In bf16 four rows take less time than one to three, but for AMX. A single row has not the bits of several.
+        # A single row has not the bits of several.
         bf16 = self._target and precision == "bf16" and compute_type(precision) == ov.Type.bf16
-        self.least = (2 if has_amx() else GRANULE) if bf16 else 1
+        self.least = (2 if has_amx() else LEAST) if bf16 else 1
         self._pool = self._bind_pool(compiled, compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -62,7 +63,7 @@ class OpenVINOEngine:
     def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of each usual size: its first takes 2 to 10 ms more. ``widths``: of a head's inputs, by name."""
         begin = time.perf_counter()
-        for count in range(self.granule, PREPARED + 1, self.granule):
+        for count in range(max(self.granule, self.least), PREPARED + 1, self.granule):
             if time.perf_counter() - begin > PREPARING:
                 return
             for given in widths or [""]:  # a head reads features, or where it goes on from a drafted token, its state
@@ -77,8 +78,12 @@ class OpenVINOEngine:
         # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
         if drafts or len(call.past_lens) > 1 or self.least > 1:
             call = as_lanes(call, unmasked=drafts)
-        if verifies or len(call.token_ids) < self.least:
-            call = rounded(call, self.granule if verifies else self.least, self.num_blocks)
+        if call.fill > len(call.token_ids):
+            call = rounded(call, call.fill, self.num_blocks)
+        elif len(call.token_ids) < self.least:
+            call = rounded(call, self.least, self.num_blocks)
+        elif verifies:
+            call = rounded(call, self.granule, self.num_blocks)
         elif drafts and len(call.token_ids) > PREPARED:
             inputs = _longer(inputs, -len(call.token_ids) % CATCH_UP)
             call = rounded(call, CATCH_UP, self.num_blocks, rows_too=False)

@@ -21,7 +21,7 @@ from echo_trt.decoding.grow import grow
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import begins, ragged_arange
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
@@ -201,7 +201,7 @@ class Loop:
         plan = self._draft(slots, load)
         for depth, requests in enumerate(plan.candidates.reached.tolist()):
             self.counters.reached[depth] += requests
-        verified = self._verify(plan.tree, slots, chunk_slots, chunks)
+        verified = self._verify(plan, slots, chunk_slots, chunks)
         self.counters.iterations += 1
         self.counters.speculative_iterations += len(plan.tree) > len(slots)
         with self._timed("accept"):
@@ -280,9 +280,9 @@ class Loop:
         if self.planner:
             self.planner.draft_pass(entries, context, seconds, first)
 
-    def _verify(self, tree: SuperTree, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> Verified:
+    def _verify(self, plan: Plan, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> Verified:
         """One pass of the target over all trees and prompt chunks."""
-        state = self.state
+        state, tree = self.state, plan.tree
         with self._timed("pack"):
             past, rows = state.committed[slots], np.arange(len(tree))
             mask = ancestor_mask(tree) if len(tree) > len(slots) else None
@@ -292,15 +292,16 @@ class Loop:
                 ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
                 finishing = chunk_slots[ends]
                 each = map(np.concatenate, zip(each, self._chunks(chunk_slots, chunks, len(tree), ends), strict=True))
-            call = pack(*each, mask)
+            call = pack(*each, mask)._replace(fill=0 if len(chunk_slots) else plan.fill)
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
         self._add_seconds("verify", seconds)
         if self.planner:
             nodes = np.diff(call.seq_begins) - 1
-            again = int((nodes * call.past_lens).sum())
-            self.planner.target_pass(len(call.token_ids), int(call.past_lens.sum()), seconds, again, int(chunks.sum()))
+            context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
+            tokens = max(len(call.token_ids), call.fill)
+            self.planner.target_pass(tokens, context, seconds, again, int(chunks.sum()))
         last = state.tokens[finishing, state.length[finishing] - 1]
         return Verified(with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
 

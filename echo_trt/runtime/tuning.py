@@ -46,7 +46,9 @@ class Tuning:
     @cached_property
     def costs(self) -> CostTable:
         """Nothing may be running when this is asked for the first time."""
-        table = read_costs(self._folder, self._manifest, self._note)
+        table, engine = read_costs(self._folder, self._manifest, self._note), self._loop.target
+        if table and (table.granule, table.least) != (engine.granule, engine.least):
+            table = None  # of a version that filled passes up otherwise
         if table and not self._loop.busy and (times := times_as_long(table, self._loop)) > DOUBTED:
             told = f"{COSTS} says that a pass takes {times:.1f} times as long as it does"
             self._note(f"{told}: other work ran when it was measured")

@@ -159,12 +159,13 @@ class Replay:
         plan = self._plan(positions, draft, load)
         tree, planning = plan.tree, draft.passes * self._machine.level_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
-        taken = self._verification(len(tree), context, again)
+        tokens = max(len(tree), plan.fill)
+        taken = self._verification(tokens, context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
         seconds = draft.seconds + planning + taken + self._machine.host_seconds
         if self.planner:
             self.planner.decided(draft.passes, planning)
-            self.planner.target_pass(len(tree), context, taken, again)
+            self.planner.target_pass(tokens, context, taken, again)
             self.planner.committed(plan, path, load, seconds, self._machine.host_seconds)
         kept = walk.advance(np.bincount(tree.request[path], minlength=self._batch))
         self._join(kept.ended)

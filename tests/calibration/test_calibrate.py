@@ -84,6 +84,16 @@ def test_costs_that_were_measured_beside_other_work_are_measured_again(times, ag
     assert llm.loop.state.free_blocks == llm.loop.state.num_blocks
 
 
+def test_costs_of_passes_that_were_filled_up_otherwise_are_measured_again(bundle):
+    granule = LLM(bundle, "goodput").loop.target.granule
+    stored = json.loads((bundle / COSTS).read_text("utf-8"))
+    (bundle / COSTS).write_text(json.dumps({**stored, "granule": 2 * granule}), "utf-8")
+    notes: list[str] = []
+    LLM(bundle, "goodput", note=notes.append)
+    assert any("measuring" in note for note in notes)
+    assert json.loads((bundle / COSTS).read_text("utf-8"))["granule"] == granule
+
+
 @pytest.mark.parametrize("key", ["target_sha256", "draft_sha256"])
 def test_a_calibration_of_another_pair_is_refused(key, bundle, prompts):
     calibrate(bundle, prompts)

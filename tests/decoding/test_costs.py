@@ -217,6 +217,14 @@ def test_small_passes_are_of_one_size_where_they_are_filled_up():
     assert costs.verifications(1, np.arange(1))[0] > 2.0
 
 
+@pytest.mark.parametrize(("change", "fill"), [(0.3, 6), (0.2, 0)])
+def test_a_pass_is_filled_up_to_the_usual_size_where_a_change_is_dearer(change, fill):
+    costs = Costs(Curve([1, 4, 16], [1.0, 2.0, 5.0]), Curve([1], [0.1]), granule=2, change=change, least=4)
+    assert costs.kept(2, 6) == costs.kept(4, 6) == fill  # half a second more, for two changes
+    assert costs.kept(6, 6) == 6
+    assert costs.kept(7, 6) == 0
+
+
 def test_another_size_costs_its_change_and_the_last_one_does_not():
     costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), granule=8, change=0.4)
     costs.observe_target(6, 0, 2.0, node_context=10)

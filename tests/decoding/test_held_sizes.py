@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import Server, linear
+from seeded_draft import SteadyDraft
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.costs import NEAR, Costs, Curve
@@ -308,6 +309,25 @@ def test_a_machine_that_changes_its_speed_is_no_reason_to_decode_plainly(lasts):
         rates[float(target(2))] = tokens / seconds
     fast, plain = rates.values()
     assert fast > 1.25 * plain
+
+
+@pytest.mark.parametrize(("change", "fills"), [(4.0, True), (0.1, False)])
+def test_a_pass_that_finds_less_keeps_the_size_that_is_held(change, fills):
+    """Where to go to its own size and back would take longer."""
+    planner = Goodput(costs_of(linear(10.0, 0.2), change), Acceptance.uncalibrated(POLICY.max_depth), 2)
+    planner.sizes.nodes = lambda *_: 10
+    for room in (9, 1):  # of a draft token each there are two
+        load = Load(np.arange(2), np.full(2, room), np.ones(2, np.int64), 0)
+        plan = planner.plan(np.zeros(2), SteadyDraft([[0.9, 0.8]] * 2), POLICY, load)
+        assert len(plan.tree) == (12 if room == 9 else 6)
+        assert plan.fill == (12 if room == 9 or fills else 0)
+
+
+@pytest.mark.parametrize("least", [1, 4])
+def test_no_size_is_below_what_passes_are_filled_up_to(least):
+    sizes, costs = Sizes(), Costs(linear(10.0, 0.2), linear(0.5, 0.0), change=4.0, granule=2, least=least)
+    sizes.nodes(1, 0, costs, 0.0, FORESEEN)
+    assert sizes._known[load_of(1)].sizes[:3].tolist() == [max(least, 2) + extra for extra in (0, 2, 4)]
 
 
 @pytest.mark.parametrize("granule", [1, 4])

@@ -60,7 +60,7 @@ def test_trees_and_prompt_chunks(tree, data):
 
 def test_types_are_the_operators():
     call = pack(np.arange(3), np.arange(3), np.array([BLOCK]), np.array([3]), shuffled_table(1, 2), np.array([2]))
-    assert {name for name, value in call._asdict().items() if value.dtype == np.int32} == set(INT32)
+    assert {name for name, value in call._asdict().items() if getattr(value, "dtype", None) == np.int32} == set(INT32)
     assert call.tree_mask.dtype == np.uint8
     assert {call.token_ids.dtype, call.positions.dtype, call.logit_rows.dtype} == {np.dtype(np.int64)}
     assert all(value.flags.c_contiguous for value in call)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.engines.openvino import CATCH_UP, GRANULE, PREPARED, OpenVINOEngine
+from echo_trt.engines.openvino import CATCH_UP, GRANULE, LEAST, PREPARED, OpenVINOEngine
 from echo_trt.engines.rounding import is_verification, rounded
 
 
@@ -75,13 +75,13 @@ def test_a_pass_of_few_tokens_is_filled_up_where_that_is_faster(tokens, bundle_o
     call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
     got = []
     engine._pool[:, 6] = 0
-    for least in (1, GRANULE):
+    for least in (1, LEAST):
         engine.least = least
         got.append({name: np.array(values) for name, values in engine.run(call).items()})
     for name, values in got[1].items():
         assert len(values) == tokens
         np.testing.assert_allclose(values, got[0][name], atol=1e-4)
-    assert engine._pool[:, 6].any() == (tokens < GRANULE)
+    assert engine._pool[:, 6].any() == (tokens < LEAST)
 
 
 @pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
@@ -115,3 +115,19 @@ def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
     assert engines[0]._pool.shape[1] == blocks + 1
     assert engines[0]._pool[:, blocks].any()
     assert past + max(sizes) < BLOCK
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 1], [1, 4, 2]])
+@pytest.mark.parametrize("fill", [0, 5, 8, 9])
+def test_a_call_says_what_it_is_filled_up_to(sizes, fill, bundle_of):
+    """Passes that repeat the size of others: trees and single tokens alike."""
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
+    fed, feed = [], engine._feed
+    engine._feed = lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs))
+    call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
+    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(fill=fill)))
+    count = sum(sizes)
+    own = count if sizes == [1, 1] else count + -count % GRANULE
+    assert fed == [own, fill if fill > count else own]
+    assert len(got) == count
+    np.testing.assert_allclose(got, usual, atol=1e-4)
