@@ -174,9 +174,9 @@ class Costs:
 
     def kept(self, tokens: int, held: int) -> int:
         """Tokens that a pass of so many is filled up to, where passes have ``held`` for now: those, unless to go to its
-        own size and back takes less."""
+        own size and back takes less; 0 where an engine takes passes as they come."""
         more = self.target(held) - self.target(max(tokens, self.least))
-        return held if tokens <= held and more < 2 * self.change else 0
+        return held if self.granule > 1 and tokens <= held and more < 2 * self.change else 0
 
     def _filled(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Tokens that such a pass is filled up to."""

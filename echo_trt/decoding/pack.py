@@ -17,7 +17,7 @@ class Packed(NamedTuple):
 
     token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
     block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for; ``fill``: tokens
-    that an engine with few sizes fills the pass up to.
+    that an engine with a granule fills the pass up to.
     """
 
     token_ids: np.ndarray

@@ -14,7 +14,7 @@ class Engine(Protocol):
 
     num_blocks: int
     granule: int
-    """A verification takes as long as one of the next multiple of so many tokens; 1: as one of its own size."""
+    """A verification is filled up to the next multiple of so many tokens, any pass to its ``fill``; 1: none is."""
     least: int
     """Any pass of fewer tokens is filled up to so many."""
 

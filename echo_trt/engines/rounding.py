@@ -2,7 +2,8 @@
 
 Where a graph is compiled for any size, a pass of another size than the last one pays for it: shapes are inferred and
 kernels are prepared again, which takes as long as five to ten tokens more. Trees change size from pass to pass, so
-their passes are filled up to the next multiple, and the policy is told that the tokens up to there cost nothing.
+their passes are filled up to the next multiple, and the policy is told that the tokens up to there cost nothing. Where
+it keeps to one size for a while, it says so, and passes that are short of it are filled up to that.
 Plain decoding repeats its size and is left as it is. A draft that catches up with a prompt has a size of its own nearly
 each time, whose kernels are new: that takes as long as its pass does.
 """

@@ -1,6 +1,7 @@
 """Cost curves: what they say between and beyond the measured sizes, and how they follow a machine that changes."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,7 @@ def test_a_pass_is_filled_up_to_the_usual_size_where_a_change_is_dearer(change, 
     assert costs.kept(2, 6) == costs.kept(4, 6) == fill  # half a second more, for two changes
     assert costs.kept(6, 6) == 6
     assert costs.kept(7, 6) == 0
+    assert replace(costs, granule=1).kept(4, 6) == 0
 
 
 def test_another_size_costs_its_change_and_the_last_one_does_not():
