@@ -261,6 +261,7 @@ def test_metrics_tell_what_was_done(server):
     assert after["echo_prompt_tokens_total"] - before["echo_prompt_tokens_total"] >= done["prompt_tokens"] - 1
     for name, under_way in (("queue", 1), ("time_to_first_token", 1), ("request", 0)):  # a probe, at either time
         counted = after[f"echo_{name}_seconds_count"] - before[f"echo_{name}_seconds_count"]
+        assert counted >= 1
         assert abs(counted - 1 - probes) <= under_way
     assert after["echo_inter_token_seconds_count"] > before["echo_inter_token_seconds_count"]
     assert after['echo_policy{policy="echo"}'] == 1
