@@ -24,7 +24,7 @@ def accept(tree: SuperTree, next_token: Callable[[np.ndarray], np.ndarray]) -> t
         depth += 1
         visited = _agreeing(tree.parent, tree.depth, tree.token, emitted, depth)
     path = (emitted >= 0).nonzero()[0]
-    path = path[np.argsort(tree.request[path], kind="stable")]  # a parent always stands before its children
+    path = path[tree.request[path].argsort(kind="stable")]  # a parent always stands before its children
     return path, emitted[path]
 
 

@@ -30,10 +30,11 @@ class Foreseen:
 
     ``below`` [depth] is what the best, second best, ... child of a node of that depth will be worth, as a share of the
     node's own probability, and those under the best child: equally likely values, [levels, w, quantiles]. ``brought``
-    [depth]: what 1, 2, ... such levels bring in all, [levels].
+    [depth]: what 1, 2, ... such levels bring in all, [levels]. ``first``: what a root's best child is worth, usually.
     """
 
     def __init__(self, children: np.ndarray):
+        self.first = float(children[0, 0].mean())
         self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
         self._trees = _trees(children[:BRANCHING])

@@ -9,7 +9,6 @@ import numpy as np
 from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.ngrams import Chains, NGrams
-from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAST_LEFT = 0.02  # of a head's probability outside its proposals: it may be surer than it should be
@@ -71,7 +70,7 @@ class Candidates:
         self._continued = None
         tree, parents = self.tree, np.ascontiguousarray(parents[:, 0], np.int64)
         token = np.ascontiguousarray(tokens[:, :width], np.int64)
-        log_q = np.minimum(log_q[:, :width], 0, dtype=np.float64)  # low precision may round log 1 to above 0
+        log_q = np.array(log_q[:, :width], np.float64)
         room = self._room[tree.request[parents]] > tree.depth[parents]
         copy = self._copy_under[parents]
         number, parent, new, score, same = _children(parents, room, copy, token, log_q, tree.token, tree.score)
@@ -115,9 +114,9 @@ class Candidates:
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Nodes of ``depth`` that may be expanded, best first: of each request its ``beams`` best."""
         tree = self.tree
-        nodes = _open(self._expandable, self.probability, tree.depth, tree.request, self._room, depth)
-        nodes = nodes[np.argsort(-self.value[nodes])]
-        return nodes[rank_within(tree.request[nodes]) < beams]
+        return _frontier(
+            self._expandable, self.probability, self.weights, tree.depth, tree.request, self._room, depth, beams
+        )
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """P(accept) of the best node of depth 1 of each of ``requests``, 0 where there is none."""
@@ -126,16 +125,14 @@ class Candidates:
 
     def _hang(self, copied: Continuations) -> None:
         """The chains, request by request; ``_chain`` [B, L] has their nodes, -1 beyond a chain's end."""
-        depth = np.arange(1, copied.tokens.shape[1] + 1)
-        exists = np.logical_and.accumulate(copied.tokens >= 0, axis=1) & (depth <= self._room[:, None])
-        request, place = np.nonzero(exists)
+        request, place = _existing(copied.tokens, self._room)
         if len(request) == 0:
             return
         nodes = len(self.tree) + np.arange(len(request))
         parent = np.where(place == 0, request, nodes - 1)
         score = copied.log_q[request] * (place + 1)
         self.tree.add_chains(parent, copied.tokens[request, place], request, place + 1, score, LOOKUP)
-        self._chain = np.full(exists.shape, -1)
+        self._chain = np.full(copied.tokens.shape, -1)
         self._chain[request, place] = nodes
         self._grow(len(nodes), expandable=False)
         self._copy_under[parent] = nodes
@@ -149,9 +146,9 @@ class Candidates:
         return nodes
 
     def _grow(self, count: int, expandable: bool) -> None:
-        self.probability = np.concatenate((self.probability, np.empty(count)))
-        self._expandable = np.concatenate((self._expandable, np.full(count, expandable)))
-        self._copy_under = np.concatenate((self._copy_under, np.full(count, -1)))
+        self.probability, self._expandable, self._copy_under = _longer(
+            self.probability, self._expandable, self._copy_under, count, expandable
+        )
 
     def _agree(self, nodes: np.ndarray, log_q: np.ndarray) -> None:
         """The head has proposed copied ``nodes`` with log q: they and the chains under them rise."""
@@ -192,22 +189,55 @@ class Candidates:
         self.probability[chains[exists]] = np.minimum.accumulate(own, axis=1)[exists]
 
 
-@compiled("i8[::1](b1[::1], f8[::1], i8[::1], i8[::1], i8[::1], i8)")
-def _open(
+@compiled("i8[::1](b1[::1], f8[::1], f8[::1], i8[::1], i8[::1], i8[::1], i8, i8)")
+def _frontier(
     expandable: np.ndarray,
     probability: np.ndarray,
+    weights: np.ndarray,
     depth: np.ndarray,
     request: np.ndarray,
     room: np.ndarray,
     level: int,
+    beams: int,
 ) -> np.ndarray:
-    """Nodes of depth ``level`` that may be expanded, of requests with ``room`` for their children."""
-    nodes, number = np.empty(len(depth), np.int64), 0
+    """Nodes of depth ``level`` that may be expanded, of requests with ``room`` for their children, best first."""
+    nodes, worth, number = np.empty(len(depth), np.int64), np.empty(len(depth)), 0
     for node in range(len(depth)):
         if depth[node] == level and expandable[node] and probability[node] > 0 and room[request[node]] > level:
-            nodes[number] = node
+            nodes[number], worth[number] = node, probability[node] * weights[request[node]]
             number += 1
-    return nodes[:number]
+    best, taken, kept = np.empty(number, np.int64), np.zeros(len(room), np.int64), 0
+    for place in np.argsort(-worth[:number], kind="mergesort"):
+        node = nodes[place]
+        if taken[request[node]] < beams:
+            taken[request[node]] += 1
+            best[kept] = node
+            kept += 1
+    return best[:kept]
+
+
+@compiled("Tuple((f8[::1], b1[::1], i8[::1]))(f8[::1], b1[::1], i8[::1], i8, b1)")
+def _longer(
+    probability: np.ndarray, expandable: np.ndarray, copy_under: np.ndarray, count: int, expandables: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return (
+        np.concatenate((probability, np.zeros(count))),
+        np.concatenate((expandable, np.full(count, expandables))),
+        np.concatenate((copy_under, np.full(count, -1))),
+    )
+
+
+@compiled("UniTuple(i8[::1], 2)(i8[:, ::1], i8[::1])")
+def _existing(tokens: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Requests and places of ``tokens`` [B, L] up to each row's first -1 and its ``room`` [B]."""
+    request, place, number = np.empty(tokens.size, np.int64), np.empty(tokens.size, np.int64), 0
+    for row in range(len(tokens)):
+        for column in range(min(tokens.shape[1], room[row])):
+            if tokens[row, column] < 0:
+                break
+            request[number], place[number] = row, column
+            number += 1
+    return request[:number], place[:number]
 
 
 @compiled("f8[::1](i8[::1], i8[::1], f8[::1], i8)")
@@ -233,12 +263,14 @@ def _children(
     known_score: np.ndarray,
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The head's children [F, k] of ``parents`` [F] that have ``room``: how many are new, their parents, tokens and
-    scores, and which of them each parent's ``copy`` [F] is, -1 for none."""
+    scores, and which of them each parent's ``copy`` [F] is, -1 for none. Of ``log_q``, where low precision has rounded
+    log 1 to above 0, it is 0 again."""
     size, number = token.size, 0
     parent, new, score = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size)
     same = np.full(len(parents), -1)
     for i in range(len(parents)):
         for k in range(token.shape[1] if room[i] else 0):
+            log_q[i, k] = min(log_q[i, k], 0.0)
             if log_q[i, k] == -np.inf:
                 continue
             if copy[i] >= 0 and known_token[copy[i]] == token[i, k]:

@@ -62,7 +62,7 @@ class Curve:
     @property
     def seconds(self) -> np.ndarray:
         """base at ``sizes`` as it stands now, monotone."""
-        return np.maximum.accumulate(self._measured * np.exp(self._correction))
+        return _corrected(self._measured, self._correction)
 
     def base(self, upto: int) -> np.ndarray:
         """base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
@@ -84,6 +84,15 @@ class Curve:
 
     def _draw(self, upto: int) -> None:
         self._dense, self._pending = _dense(self.sizes, self.seconds, upto), 0.0
+
+
+@compiled("f8[::1](f8[::1], f8[::1])")
+def _corrected(measured: np.ndarray, correction: np.ndarray) -> np.ndarray:
+    seconds, longest = np.empty(len(measured)), 0.0
+    for i in range(len(measured)):
+        longest = max(longest, measured[i] * math.exp(correction[i]))
+        seconds[i] = longest
+    return seconds
 
 
 @compiled("f8[::1](i8[::1], f8[::1], i8)")
@@ -134,6 +143,14 @@ def _correct(
             weight = 1.0
         correction[i] += step * weight
     return abs(step)
+
+
+@compiled("void(f8[::1], i8, b1)")
+def _settle(stays: np.ndarray, size: int, stayed: bool) -> None:
+    """A pass of ``size`` was followed by one that ``stayed`` at it, or did not."""
+    for i in range(len(stays)):
+        stays[i] += _FORGETTING * (_STAYS - stays[i])
+    stays[size] += _SETTLING * (stayed - stays[size])
 
 
 @dataclass
@@ -199,8 +216,7 @@ class Costs:
         if prompts:
             return
         if last:
-            self._stays += _FORGETTING * (_STAYS - self._stays)
-            self._stays[min(last, _SIZES)] += _SETTLING * ((tokens == last) - self._stays[min(last, _SIZES)])
+            _settle(self._stays, min(last, _SIZES), tokens == last)
         if tokens == last or self.change == 0:
             self.target.observe(tokens, context, seconds, node_context)
         else:

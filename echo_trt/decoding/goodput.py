@@ -23,13 +23,13 @@ import numpy as np
 
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.candidates import Candidates, Continuations
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.costs import Costs
 from echo_trt.decoding.foresight import BINS, best_portion, portions
 from echo_trt.decoding.grow import Draft
 from echo_trt.decoding.history import History
 from echo_trt.decoding.ngrams import NGrams
 from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.ragged import rank_within
 from echo_trt.decoding.sizes import Sizes
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -173,7 +173,7 @@ class Goodput(Planner):
         self._caught_up = load.behind[requests].max() > IN_STEP
         candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
         best_child = candidates.best_child(requests)
-        history.drafted(load.slots[requests], best_child, self.acceptance.children[0, 0].mean())
+        history.drafted(load.slots[requests], best_child, self.acceptance.foreseen(policy.width).first)
         expanded = 0
         for depth in range(1, policy.max_depth):
             frontier = candidates.frontier(depth, policy.beams)
@@ -218,7 +218,9 @@ class Goodput(Planner):
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         nodes = len(known) + len(going_on) + len(frontier) * children.shape[0] * children.shape[1]
-        affordable = (known.sum() + going_on.sum() + frontier.sum() * brought[-1]) / price
+        affordable = math.inf
+        if not seconds.held:
+            affordable = (known.sum() + going_on.sum() + frontier.sum() * brought[-1]) / price
         return best_portion(
             frontier,
             ends,
@@ -274,10 +276,14 @@ class Verifications:
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)
 
+    @property
+    def held(self) -> bool:
+        return self._held is not None
+
     def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
         """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without, or
         has all that it may."""
-        if self._held is not None:
+        if self.held:
             return np.zeros(self._held + 1)
         while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
             numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
@@ -296,15 +302,38 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
     value [n] only falls along a path, so that the best k are ancestor-closed for every k. seconds [n - B + 1]: the
     target's pass with 0, 1, ... nodes more than roots, at least as far as they can pay; jagged, so every k is tried.
     """
-    roots, nodes = np.arange(tree.num_requests), tree.num_requests + np.flatnonzero(value[tree.num_requests :] > 0)
-    order = TIE * tree.depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
+    return _select(value, tree.depth, tree.request, tree.num_requests, per_request, seconds, price)
+
+
+@compiled("i8[::1](f8[::1], i8[::1], i8[::1], i8, i8, f8[::1], f8)")
+def _select(
+    value: np.ndarray,
+    depth: np.ndarray,
+    request: np.ndarray,
+    requests: int,
+    per_request: int,
+    seconds: np.ndarray,
+    price: float,
+) -> np.ndarray:
+    nodes = requests + np.flatnonzero(value[requests:] > 0)
+    order = TIE * depth[nodes] - value[nodes]  # a child may be worth exactly what its parent is, and comes after
     # As many as may cost no more than all together are worth: of a large batch few, and the others need no sorting.
-    most = int(np.flatnonzero(price * (seconds - seconds[0]) <= value[nodes].sum())[-1])
+    most = np.flatnonzero(price * (seconds - seconds[0]) <= value[nodes].sum())[-1]
     if most < len(nodes):
-        best = np.argpartition(order, most)[:most]
-        if np.bincount(tree.request[nodes[best]], minlength=1).max() < per_request:
+        best = np.flatnonzero(order <= np.partition(order, most)[most])
+        if np.bincount(request[nodes[best]], minlength=1).max() < per_request:
             nodes, order = nodes[best], order[best]
-    nodes = nodes[np.argsort(order)]
-    nodes = nodes[rank_within(tree.request[nodes]) < per_request - 1][: len(seconds) - 1]
-    worth = np.concatenate(([0.0], np.cumsum(value[nodes]))) - price * seconds[: len(nodes) + 1]
-    return np.sort(np.concatenate((roots, nodes[: int(worth.argmax())])))
+    chosen, taken = np.empty(len(nodes), np.int64), np.zeros(requests, np.int64)
+    count, total, kept, worth = 0, 0.0, 0, -price * seconds[0]
+    for node in nodes[np.argsort(order, kind="mergesort")]:
+        if count + 1 >= len(seconds):
+            break
+        if taken[request[node]] >= per_request - 1:
+            continue
+        taken[request[node]] += 1
+        chosen[count] = node
+        count += 1
+        total += value[node]
+        if total - price * seconds[count] > worth:
+            kept, worth = count, total - price * seconds[count]
+    return np.concatenate((np.arange(requests), np.sort(chosen[:kept])))

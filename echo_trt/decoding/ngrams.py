@@ -6,6 +6,7 @@ in REST (arXiv 2311.08252), under a draft's nodes instead of alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,14 +69,14 @@ class NGrams:
         leaves = _leaves(tree.parent, probability)
         if len(leaves) > LEAVES:
             leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
-        number, *found = _continue(
-            (self.keys, self._begins, self.tokens, self.chances, self.longest, float(np.exp(drift))),
+        found = _continue(
+            (self.keys, self._begins, self.tokens, self.chances, self.longest, math.exp(drift)),
             leaves,
             (tree.token, tree.parent, tree.request, tree.depth, probability),
             np.ascontiguousarray(recent, np.int64),
             np.ascontiguousarray(deepest, np.int64),
         )
-        return Chains(*(column[:number] for column in found))
+        return Chains(*found)
 
 
 @compiled("u8(u8, i8)")
@@ -124,12 +125,12 @@ def _find(keys: np.ndarray, bucket_begins: np.ndarray, key: int) -> int:
 
 _TABLE = "Tuple((u4[::1], i8[::1], i8[::1], f8[::1], i8, f8))"
 _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
-_CHAINS = "Tuple((i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
+_CHAINS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
 
 @compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
 def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray) -> tuple:
-    """``Chains``' columns, behind how many of each count."""
+    """``Chains``' columns."""
     keys, bucket_begins, follows, chances, longest, odds = table
     token, parent, request, depth, probability = tree
     size = 0
@@ -166,4 +167,5 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
             requests[number], depths[number], chance[number] = own, level, p
             above, words[last] = len(token) + number, follows[found]
             last, number = last + 1, number + 1
-    return number, leaf_of, parents, tokens, requests, depths, chance
+    few = slice(0, number)
+    return leaf_of[few], parents[few], tokens[few], requests[few], depths[few], chance[few]

@@ -40,6 +40,7 @@ def pack(
     block_table: np.ndarray,
     logit_rows: np.ndarray,
     mask: tuple[np.ndarray, np.ndarray] | None = None,
+    fill: int = 0,
 ) -> Packed:
     """counts [B]: tokens of each request; past [B]: its committed tokens; block_table [B, M]: its KV blocks in order.
 
@@ -62,6 +63,7 @@ def pack(
         tree_mask=tree_mask,
         tree_mask_begins=tree_mask_begins,
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
+        fill=fill,
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.decoding.compiled import compiled
-from echo_trt.decoding.ragged import begins
 
 
 @dataclass
@@ -33,7 +32,7 @@ class SuperTree:
         count = len(tokens)
         none = np.zeros(count, np.int64)
         score, source = np.zeros(count, np.float32), np.zeros(count, np.int8)
-        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none.copy(), score, source, count)
+        return cls(np.asarray(tokens, np.int64), none - 1, np.arange(count), none, score, source, count)
 
     def __len__(self) -> int:
         return len(self.token)
@@ -69,7 +68,7 @@ class SuperTree:
         self.request = np.concatenate((self.request, request))
         self.depth = np.concatenate((self.depth, depth))
         self.score = np.concatenate((self.score, score.astype(np.float32)))
-        self.source = np.concatenate((self.source, np.full(len(parent), source, np.int8)))
+        self.source = np.concatenate((self.source, np.zeros(len(parent), np.int8) + np.int8(source)))
 
     def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
         """The part made of ``nodes``, request by request, parents still before children.
@@ -77,11 +76,7 @@ class SuperTree:
         A node whose parent is left out becomes a top of its own (parent -1), so the part may be a forest. Returns it
         and its nodes' indices in this tree, in the new order.
         """
-        nodes = np.sort(nodes)
-        nodes = nodes[np.argsort(self.request[nodes], kind="stable")]
-        new_index = np.full(len(self) + 1, -1, np.int64)  # one more, so that parent -1 finds -1
-        new_index[nodes] = np.arange(len(nodes))
-        parent = new_index[self.parent[nodes]]
+        nodes, parent = _by_request(np.ascontiguousarray(nodes, np.int64), self.parent, self.request, self.num_requests)
         token, *columns = (a[nodes] for a in (self.token, self.request, self.depth, self.score, self.source))
         return SuperTree(token, parent, *columns, self.num_requests), nodes
 
@@ -100,24 +95,49 @@ def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
 
     ``tree`` must be sorted by request. Returns uint8 [sum K_i^2] and where each request's matrix begins, int64 [B+1].
     """
-    sizes = tree.sizes
-    mask_begins = begins(sizes**2)
-    return _ancestor_mask(tree.parent, tree.request, sizes, begins(sizes), mask_begins), mask_begins
+    return _ancestor_mask(tree.parent, tree.request, tree.num_requests)
 
 
-@compiled("u1[::1](i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])")
-def _ancestor_mask(
-    parent: np.ndarray, request: np.ndarray, sizes: np.ndarray, first: np.ndarray, mask_begins: np.ndarray
-) -> np.ndarray:
+@compiled("UniTuple(i8[::1], 2)(i8[::1], i8[::1], i8[::1], i8)")
+def _by_request(
+    chosen: np.ndarray, parent: np.ndarray, request: np.ndarray, requests: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``chosen`` nodes [m] request by request, each one's ascending, and the places of their parents among them."""
+    place, begin = np.full(len(parent), -1), np.zeros(requests + 1, np.int64)
+    for node in chosen:
+        place[node] = 0
+        begin[request[node] + 1] += 1
+    for owner in range(requests):
+        begin[owner + 1] += begin[owner]
+    nodes, above = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
+    for node in range(len(parent)):
+        if place[node] < 0:
+            continue
+        place[node] = own = begin[request[node]]
+        begin[request[node]] += 1
+        nodes[own] = node
+        above[own] = place[parent[node]] if parent[node] >= 0 else -1  # a parent comes before its children
+    return nodes, above
+
+
+@compiled("Tuple((u1[::1], i8[::1]))(i8[::1], i8[::1], i8)")
+def _ancestor_mask(parent: np.ndarray, request: np.ndarray, requests: int) -> tuple[np.ndarray, np.ndarray]:
+    first, mask_begins = np.zeros(requests + 1, np.int64), np.zeros(requests + 1, np.int64)
+    for owner in request:
+        first[owner + 1] += 1
+    for owner in range(requests):
+        mask_begins[owner + 1] = mask_begins[owner] + first[owner + 1] ** 2
+        first[owner + 1] += first[owner]
     mask = np.zeros(mask_begins[-1], np.uint8)
     for node in range(len(parent)):
         owner = request[node]
-        row = mask_begins[owner] + (node - first[owner]) * sizes[owner] - first[owner]
+        size = first[owner + 1] - first[owner]
+        row = mask_begins[owner] + (node - first[owner]) * size - first[owner]
         above = node
         while above >= 0:
             mask[row + above] = 1
             above = parent[above]
-    return mask
+    return mask, mask_begins
 
 
 @compiled("i8[::1](i8[::1], i8[::1], i8)")

@@ -29,9 +29,9 @@ def as_lanes(call: Packed, unmasked: bool) -> Packed:
     chain = _chains(call.seq_begins, *masks, LONGEST if unmasked else 0)
     if not chain.any():
         return call
-    lanes = _as_lanes(chain, call.past_lens, call.seq_begins, call.block_indices, call.block_begins, *masks)
-    names = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
-    return call._replace(**dict(zip(names, lanes, strict=True)))
+    blocks = call.block_indices, call.block_begins
+    past_lens, seq_begins, *lanes = _as_lanes(chain, call.past_lens, call.seq_begins, *blocks, *masks)
+    return Packed(call.token_ids, call.positions, past_lens, seq_begins, *lanes, call.logit_rows, call.fill)
 
 
 @compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")

@@ -116,10 +116,9 @@ class EngineDrafter:
             long = np.flatnonzero(goal - start > self.chunk)[:1]
             self._run_entries(slots[long], start[long], np.full(1, self.chunk), np.zeros(0, np.int64))
             start[long] += self.chunk
-        newest = np.cumsum(goal - start) - 1
-        outputs = self._run_entries(slots, start, goal - start, newest)
-        first = self.cached[slots] // BLOCK
+        newest, first = np.cumsum(goal - start) - 1, self.cached[slots] // BLOCK
         full = goal // BLOCK - first
+        outputs = self._run_entries(slots, start, goal - start, newest)
         if full.any():
             index = np.repeat(first, full) + ragged_arange(full)
             state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True

@@ -55,8 +55,7 @@ class LookupDraft:
         self._text = state.tokens[slots, : self._length.max()]
         # [B]: where the copied text begins, and on how many tokens it matched
         self._next, self._matched = _latest_match(self._text, self._length, best)
-        self._log_q = drafter.log_acceptance[np.clip(self._matched, 1, best) - 1]
-        self._log_q[self._matched < drafter.min_match] = -np.inf
+        self._log_q = _log_q(self._matched, drafter.min_match, drafter.log_acceptance)
 
     def continuations(self, length: int) -> Continuations:
         """See LookupDrafter.continuations."""
@@ -94,6 +93,15 @@ def _latest_match(text: np.ndarray, length: np.ndarray, longest: int) -> tuple[n
             if run == longest:
                 break
     return begin, matched
+
+
+@compiled("f8[::1](i8[::1], i8, f8[::1])")
+def _log_q(matched: np.ndarray, min_match: int, log_acceptance: np.ndarray) -> np.ndarray:
+    log_q = np.full(len(matched), -np.inf)
+    for row in range(len(matched)):
+        if matched[row] >= max(min_match, 1):
+            log_q[row] = log_acceptance[min(matched[row], len(log_acceptance)) - 1]
+    return log_q
 
 
 @compiled("i8[:, ::1](i4[:, :], i8[::1], i8[::1], i8)")

@@ -292,18 +292,19 @@ class Loop:
                 ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
                 finishing = chunk_slots[ends]
                 each = map(np.concatenate, zip(each, self._chunks(chunk_slots, chunks, len(tree), ends), strict=True))
-            call = pack(*each, mask)._replace(fill=0 if len(chunk_slots) else plan.fill)
+            call = pack(*each, mask, fill=0 if len(chunk_slots) else plan.fill)
+            # Summed up before the pass: right behind one, whose weights fill the cache, every first line takes longer.
+            nodes, prompts = call.seq_begins[1:] - call.seq_begins[:-1] - 1, int(chunks.sum())
+            context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
         self._add_seconds("verify", seconds)
         if self.planner:
-            nodes = np.diff(call.seq_begins) - 1
-            context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
-            tokens = max(len(call.token_ids), call.fill)
-            self.planner.target_pass(tokens, context, seconds, again, int(chunks.sum()))
+            self.planner.target_pass(max(len(call.token_ids), call.fill), context, seconds, again, prompts)
         last = state.tokens[finishing, state.length[finishing] - 1]
-        return Verified(with_roots(tree, last), np.concatenate((slots, finishing)), outputs, call, state)
+        every = np.concatenate((slots, finishing))
+        return Verified(with_roots(tree, last), every, len(slots), outputs, call, state)
 
     def _chunks(self, slots: np.ndarray, chunks: np.ndarray, before: int, ends: np.ndarray) -> tuple[np.ndarray, ...]:
         """What ``pack`` is told of ``slots`` that compute ``chunks`` of their prompts behind so many tokens ``before``;
@@ -320,7 +321,7 @@ class Loop:
         counts = np.bincount(tree.request[path], minlength=len(slots))
         place = ragged_arange(counts)
         owner = slots[tree.request[path]]
-        trees = int((state.length[slots] - state.committed[slots] == 1).sum())  # decoding slots come first
+        trees = verified.trees
         in_tree = tree.request[path] < trees
         source = state.committed[owner] + path - begins(tree.sizes)[tree.request[path]]
         target = state.committed[owner] + place
@@ -337,12 +338,12 @@ class Loop:
         return self._emit(verified, path, counts, emitted)
 
     def _observe(self, verified, owner, positions, path, chunk_slots, chunks) -> None:
-        chunk_owner = np.repeat(chunk_slots, chunks)
-        chunk_positions = self.state.committed[chunk_owner] + ragged_arange(chunks)
-        rows = self.state.rows(np.concatenate((owner, chunk_owner)), np.concatenate((positions, chunk_positions)))
-        total = len(verified.call.token_ids)
-        output_rows = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
-        self.drafter.observe(rows, verified.outputs, output_rows)
+        if len(chunk_slots):
+            chunk_owner, total = np.repeat(chunk_slots, chunks), len(verified.call.token_ids)
+            owner = np.concatenate((owner, chunk_owner))
+            positions = np.concatenate((positions, self.state.committed[chunk_owner] + ragged_arange(chunks)))
+            path = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
+        self.drafter.observe(self.state.rows(owner, positions), verified.outputs, path)
 
     def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
         state, slots = self.state, verified.slots
@@ -353,8 +354,11 @@ class Loop:
         state.verifications[slots] += 1
         self.counters.verifications += len(slots)
         self.counters.verified_tokens += len(verified.tree)
-        self.counters.emitted_tokens += int(kept.sum())
-        emission = Emission(self._request_in[slots], emitted[ragged_arange(counts) < np.repeat(kept, counts)], kept)
+        total = int(kept.sum())
+        self.counters.emitted_tokens += total
+        if total < len(emitted):
+            emitted = emitted[ragged_arange(counts) < np.repeat(kept, counts)]
+        emission = Emission(self._request_in[slots], emitted, kept)
         for i, entries in logprobs:
             emission.requests[i].logprobs += entries[: kept[i]]
         for i in (stopped | full).nonzero()[0]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.ragged import ragged_arange
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache
 
@@ -83,15 +84,14 @@ class Slots:
 
     def decoding(self) -> np.ndarray:
         """Slots whose prompt is in the cache, oldest first."""
-        return self.oldest_first(self.active & (self.length - self.committed == 1))
+        return _phase(self.active, self.length, self.committed, self.admitted, False)
 
     def prefilling(self) -> np.ndarray:
-        return self.oldest_first(self.active & (self.length - self.committed > 1))
+        return _phase(self.active, self.length, self.committed, self.admitted, True)
 
     def recent(self, slots: np.ndarray, count: int) -> np.ndarray:
         """The last ``count`` tokens before each one's last, -1 where its text has fewer: int64 [B, count]."""
-        place = self.length[slots, None] - 1 - np.arange(count, 0, -1)
-        return np.where(place >= 0, self.tokens[slots[:, None], np.maximum(place, 0)], -1).astype(np.int64)
+        return _recent(self.tokens, slots, self.length, count)
 
     def oldest_first(self, chosen: np.ndarray) -> np.ndarray:
         slots = chosen.nonzero()[0]
@@ -202,7 +202,7 @@ class Slots:
 
     def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Pool rows of token ``positions`` [m] of ``slots`` [m]; row r is block r // BLOCK, r % BLOCK."""
-        return self.block_table[slots, positions // BLOCK].astype(np.int64) * BLOCK + positions % BLOCK
+        return _rows(self.block_table, slots, positions)
 
     def append(
         self, slots: np.ndarray, counts: np.ndarray, tokens: np.ndarray
@@ -211,16 +211,7 @@ class Slots:
 
         Returns, per slot: how many were kept, whether a stop token ended it, whether its limit did.
         """
-        begin = begins(counts)
-        place = ragged_arange(counts)
-        owner = np.repeat(slots, counts)
-        stops = (tokens[:, None] == self.stop_tokens[owner]).any(axis=1)
-        first_stop = np.minimum.reduceat(np.where(stops, place, len(tokens)), begin[:-1]) + 1
-        kept = np.minimum(np.minimum(counts, first_stop), self.limit[slots] - self.length[slots])
-        keep = place < np.repeat(kept, counts)
-        self.tokens[owner[keep], self.length[owner[keep]] + place[keep]] = tokens[keep]
-        self.length[slots] += kept
-        return kept, first_stop <= kept, self.length[slots] >= self.limit[slots]
+        return _append(self.tokens, self.length, self.limit, self.stop_tokens, slots, counts, tokens)
 
 
 def blocks_for(tokens):
@@ -231,3 +222,62 @@ def blocks_for(tokens):
 def _shareable(length: int) -> int:
     """Blocks that a text of so many tokens may find. Two tokens are left, so that it prefills and drafts behind it."""
     return max(length - 2, 0) // BLOCK
+
+
+@compiled("i8[::1](b1[::1], i8[::1], i8[::1], i8[::1], b1)")
+def _phase(
+    active: np.ndarray, length: np.ndarray, committed: np.ndarray, admitted: np.ndarray, prefills: bool
+) -> np.ndarray:
+    """Active slots that prefill, or that decode, oldest first."""
+    slots, number = np.empty(len(active), np.int64), 0
+    for slot in range(len(active)):
+        missing = length[slot] - committed[slot]
+        if active[slot] and (missing > 1 if prefills else missing == 1):
+            slots[number] = slot
+            number += 1
+    slots = slots[:number]
+    return slots[np.argsort(admitted[slots], kind="mergesort")]
+
+
+@compiled("i8[::1](i4[:, ::1], i8[::1], i8[::1])")
+def _rows(block_table: np.ndarray, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(slots), np.int64)
+    for i in range(len(slots)):
+        rows[i] = np.int64(block_table[slots[i], positions[i] // BLOCK]) * BLOCK + positions[i] % BLOCK
+    return rows
+
+
+@compiled("i8[:, ::1](i4[:, ::1], i8[::1], i8[::1], i8)")
+def _recent(tokens: np.ndarray, slots: np.ndarray, length: np.ndarray, count: int) -> np.ndarray:
+    recent = np.full((len(slots), count), -1)
+    for row in range(len(slots)):
+        last = length[slots[row]] - 1
+        for back in range(1, min(count, last) + 1):
+            recent[row, count - back] = tokens[slots[row], last - back]
+    return recent
+
+
+@compiled("Tuple((i8[::1], b1[::1], b1[::1]))(i4[:, ::1], i8[::1], i8[::1], i8[:, ::1], i8[::1], i8[::1], i8[::1])")
+def _append(
+    text: np.ndarray,
+    length: np.ndarray,
+    limit: np.ndarray,
+    stop_tokens: np.ndarray,
+    slots: np.ndarray,
+    counts: np.ndarray,
+    tokens: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kept, begin = np.zeros(len(slots), np.int64), 0
+    stopped, full = np.zeros(len(slots), np.bool_), np.zeros(len(slots), np.bool_)
+    for row in range(len(slots)):
+        slot = slots[row]
+        for token in tokens[begin : begin + counts[row]]:
+            if stopped[row] or length[slot] >= limit[slot]:
+                break
+            text[slot, length[slot]] = token
+            length[slot] += 1
+            kept[row] += 1
+            stopped[row] = (stop_tokens[slot] == token).any()
+        full[row] = length[slot] >= limit[slot]
+        begin += counts[row]
+    return kept, stopped, full

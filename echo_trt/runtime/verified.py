@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,21 +19,28 @@ from echo_trt.runtime.slots import Slots
 
 @dataclass
 class Verified:
-    """Trees first, then one root for each prompt that ended in the call; ``slots`` [B] are those of its requests."""
+    """``trees`` of decoding requests first, then one root for each prompt that ended in the call; ``slots`` [B] are
+    those of its requests."""
 
     tree: SuperTree
     slots: np.ndarray
+    trees: int
     outputs: dict[str, np.ndarray]
     call: Packed
     state: Slots
 
+    @cached_property
+    def _greedy(self) -> bool:
+        """Whether the next token is the best one everywhere, as the logits are."""
+        return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
+
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
         """The target's next token at each node [m]: the best, or the draw for (seed, position), of adjusted logits."""
-        slots = self.slots[self.tree.request[nodes]]
-        adjusted = self.state.adjusted[slots]
+        if self._greedy:
+            return self._best(nodes)
+        adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]
         if not adjusted.any():
-            drawn = self.state.temperature[slots].any()
-            return self._chosen(nodes, self._logits(nodes)) if drawn else self._best(nodes)
+            return self._chosen(nodes, self._logits(nodes))
         tokens = np.empty(len(nodes), np.int64)
         for part, logits_of in ((~adjusted, self._logits), (adjusted, self._adjusted_logits)):
             tokens[part] = self._chosen(nodes[part], logits_of(nodes[part]))
@@ -43,10 +51,10 @@ class Verified:
 
         ``path`` and ``emitted`` are as ``accept`` returns them.
         """
+        if self.state.logprobs[self.slots].max(initial=-1) < 0:
+            return []
         top = self.state.logprobs[self.slots[self.tree.request[path]]]
         asked = np.flatnonzero(top >= 0)
-        if len(asked) == 0:
-            return []
         logits = np.asarray(self._logits(path[asked]), np.float32)
         normaliser = log_normalisers(logits)
         own = logits[np.arange(len(asked)), emitted[asked]] - normaliser

@@ -53,7 +53,7 @@ def calls(draw) -> tuple[Verified, list[tuple[list[int], list[int], SamplingPara
         state.stop_tokens[slot, : len(own.stop_token_ids)] = own.stop_token_ids
     seed = draw(st.integers(0, 999))
     logits = np.random.default_rng(seed).normal(0, 2, (len(tree), VOCAB)).astype(np.float32)
-    return Verified(tree, slots, {"logits": logits}, None, state), requests
+    return Verified(tree, slots, len(slots), {"logits": logits}, None, state), requests
 
 
 def said_at(tree: SuperTree, node: int, said: list[int]) -> list[int]:
@@ -111,7 +111,7 @@ def test_rows_are_those_asked_for_in_their_order():
     state = Slots(2, CONTEXT, 4)
     state.length[:] = state.prompt_length[:] = 1
     state.logprobs[:] = 1
-    verified = Verified(tree, np.arange(2), {"logits": logits}, None, state)
+    verified = Verified(tree, np.arange(2), 2, {"logits": logits}, None, state)
     path = np.array([0, 2, 1])
     told = dict(verified.logprobs(path, logits[path].argmax(axis=1)))
     assert [entry.token for i in (0, 1) for entry in told[i]] == logits[path].argmax(axis=1).tolist()
