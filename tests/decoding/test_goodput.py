@@ -194,6 +194,15 @@ def test_one_that_is_far_behind_is_left_where_others_are_not():
     assert draft.roots == [0, 1]  # tried are 1, 2 and all
 
 
+@pytest.mark.parametrize(("room", "drafts"), [(250, True), (50, False)])
+def test_a_prompt_is_caught_up_with_where_enough_is_left_to_serve(room, drafts):
+    """It takes six passes of plain decoding: over 31 iterations that draft of 250 tokens, or over six of 50."""
+    planner = planner_of(flat(0.02), linear(0.0, 3e-4), 1)
+    draft = steady(1, 0.5, 0.1, 0.1)
+    planner.plan(np.zeros(1), draft, POLICY, load_of(1, room=room, behind=np.array([400])))
+    assert (draft.roots == [0]) == drafts
+
+
 def test_prompts_in_the_same_call_make_a_token_cost_what_it_costs_there():
     knee = Curve([1, 2, 16, 17, 128], [0.01, 0.01, 0.01, 0.02, 2.0])
     copied = Continuations(np.full((2, 3), 7), np.log(np.full(2, 0.9)), np.full(2, 4))
