@@ -34,7 +34,8 @@ from echo_trt.decoding.sizes import Sizes
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
-SERVES, SERVED = 32, 8  # iterations that a longer catch-up serves, at most, and one for so many tokens of room
+SERVES = 32  # iterations that a longer catch-up serves, at most
+ROOM_A_DRAFT = 8  # tokens that a request may still write, for each iteration that will draft for it
 TIE = 1e-12  # of a value: too little to tell one from another
 
 
@@ -160,7 +161,7 @@ class Goodput(Planner):
         best = np.argsort(-promise, kind="stable")
         behind = load.behind[open_]
         # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
-        once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / SERVED, 1, SERVES)
+        once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
         entries = np.cumsum((behind - once + once / serves)[best])
         count = self._worth_expanding(candidates, promise[best], 0, entries, policy, load, seconds, price)
         requests = open_[best[:count]]
