@@ -228,12 +228,17 @@ def auc(confidence: np.ndarray, label: np.ndarray) -> float:
 
 
 def youden(confidence: np.ndarray, label: np.ndarray) -> float:
-    """The threshold with the largest share of accepted kept plus share of others cut."""
+    """The threshold with the largest share of accepted kept plus share of others cut: 0 where all are accepted, 1
+    where none is."""
     positive = int(label.sum())
-    if positive == 0 or positive == len(label):
+    if positive == len(label):
         return 0.0
+    if positive == 0:
+        return 1.0
     order = np.argsort(-confidence, kind="stable")
     kept, missed = np.cumsum(label[order]) / positive, np.cumsum(~label[order]) / (len(label) - positive)
     ranked = confidence[order]
-    last = int((kept - missed).argmax())  # a gate passes what is above its threshold: half-way to the next
+    apart = np.append(ranked[1:] < ranked[:-1], True)  # equal ones pass a gate together
+    # A gate passes what is above its threshold: half-way to the next.
+    last = int(np.where(apart, kept - missed, -np.inf).argmax())
     return float(ranked[last] + ranked[min(last + 1, len(ranked) - 1)]) / 2

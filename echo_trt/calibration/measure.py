@@ -18,11 +18,12 @@ from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import blocks_for
 
-SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
 ALL = 16 * LONG  # and of few requests so many in all, for their attention to be noticed
 NODES = 3  # tokens of a small tree
-FEW = 64  # tokens up to which sizes are measured, however few requests run: the table is kept for later starts
+FEW, MANY = 64, 128  # tokens up to which sizes are measured however few requests run, and however many
+STEEP = 3.0  # times what one token takes, at which larger sizes are told by the slope; on a GPU that is far beyond MANY
 ROUNDS = 5
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
@@ -80,12 +81,17 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     short = min(SHORT, long)
     # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
     longest = min(state.reserve, state.context - short)
-    sizes = [n for n in SIZES if n <= max(4 * state.count, FEW) and n <= state.count * longest]
+    possible = [n for n in SIZES if n <= state.count * longest]
+    calls = {n: _call(loop, _spread(n, state.count), short) for n in possible}
+    sizes = [n for n in possible if n <= min(max(4 * state.count, FEW), MANY)]
+    one = _seconds(run, calls[1])
+    while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
+        sizes.append(possible[len(sizes)])
     each = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
     wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
-    calls = [_call(loop, _spread(n, state.count), short) for n in sizes]
+    calls = [calls[n] for n in sizes]
     calls += [_call(loop, np.full(wide, 1), long), _call(loop, np.full(bushy, NODES), long)]
     for call in calls:
         run(call)

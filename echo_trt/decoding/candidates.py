@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -264,13 +265,13 @@ def _children(
 ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The head's children [F, k] of ``parents`` [F] that have ``room``: how many are new, their parents, tokens and
     scores, and which of them each parent's ``copy`` [F] is, -1 for none. Of ``log_q``, where low precision has rounded
-    log 1 to above 0, it is 0 again."""
+    log 1 to above 0, it is 0 again, and where it has overflowed to nan, -inf: no child."""
     size, number = token.size, 0
     parent, new, score = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size)
     same = np.full(len(parents), -1)
     for i in range(len(parents)):
         for k in range(token.shape[1] if room[i] else 0):
-            log_q[i, k] = min(log_q[i, k], 0.0)
+            log_q[i, k] = -np.inf if math.isnan(log_q[i, k]) else min(log_q[i, k], 0.0)
             if log_q[i, k] == -np.inf:
                 continue
             if copy[i] >= 0 and known_token[copy[i]] == token[i, k]:

@@ -99,13 +99,15 @@ def _corrected(measured: np.ndarray, correction: np.ndarray) -> np.ndarray:
 def _dense(sizes: np.ndarray, seconds: np.ndarray, upto: int) -> np.ndarray:
     """``seconds`` at ``sizes``, straight between them, at 1, 2, ... ``upto``, and 0 at 0."""
     dense, last = np.empty(upto + 1), len(sizes) - 1
-    half = len(sizes) // 2 - 1
-    steep = (seconds[last] - seconds[half]) / (sizes[last] - sizes[half]) if last else 0.0
+    bend = last - 1  # the largest size of a quarter of the last one's tokens or fewer
+    while bend > 0 and 4 * sizes[bend] > sizes[last]:
+        bend -= 1
+    steep = (seconds[last] - seconds[bend]) / (sizes[last] - sizes[bend]) if last else 0.0
     place = 0
     for size in range(1, upto + 1):
         while place < last and sizes[place + 1] <= size:
             place += 1
-        slope = steep  # beyond the table: on, as steep as its upper half
+        slope = steep  # beyond the table: on, as steep as its last three quarters
         if place < last:
             slope = (seconds[place + 1] - seconds[place]) / (sizes[place + 1] - sizes[place])
         dense[size] = seconds[place] + slope * (size - sizes[place])

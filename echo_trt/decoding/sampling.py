@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.decoding.compiled import compiled
+
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -87,10 +89,20 @@ def _nucleus(probs: np.ndarray, top_p: np.ndarray) -> np.ndarray:
     row, token = np.nonzero(probs >= floor[:, None])
     value = probs[row, token].astype(np.float64)
     order = np.lexsort((-value, row))
-    before = np.concatenate(([0.0], np.cumsum(value[order])))
-    first = np.searchsorted(row, np.arange(len(probs)))  # rows are ascending, before and after the sort
-    above = before[:-1] - before[first][row]
-    kept = order[above < (top_p * total)[row]]
+    # Rows are ascending, before and after the sort.
+    kept = order[_above(value[order], np.ascontiguousarray(row)) < (top_p * total)[row]]
     out = np.zeros_like(probs)
     out[row[kept], token[kept]] = probs[row[kept], token[kept]]
     return out
+
+
+@compiled("f8[::1](f8[::1], i8[::1])")
+def _above(value: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """The sum of a row's values before each: row by row, so that no other row's have a say in how it is rounded."""
+    above, total = np.empty(len(value)), 0.0
+    for i in range(len(value)):
+        if i == 0 or row[i] != row[i - 1]:
+            total = 0.0
+        above[i] = total
+        total += value[i]
+    return above

@@ -1,22 +1,31 @@
 """What passes cost, measured on tiny pairs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from pairs import LIMITS, roles_of
 from runtime.driving import assert_all_free
 
-from echo_trt.calibration.measure import SIZES, measure
+from echo_trt.calibration.measure import FEW, MANY, SIZES, measure
 from echo_trt.calibration.store import machine
 from echo_trt.compile.native_export import export_native
+from echo_trt.decoding.costs import Curve
 from echo_trt.engines.onnxruntime import OnnxRuntimeEngine
 from echo_trt.engines.padded import Layout
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.simulation.machines import h100_qwen3_8b
 
 
 def check(table, sizes):
-    assert table.target.sizes == sizes
+    """``sizes``: those measured in any case, and those that flat curves go on to."""
+    usual, further = sizes
+    for curve in (table.target, table.draft):
+        assert curve.sizes[: len(usual)] == usual or curve.seconds == [0.0]
+        assert set(curve.sizes) <= {*usual, *further}
+    assert table.target.sizes == (usual + further)[: len(table.target.sizes)]
     for curve in (table.target, table.draft):
         seconds = np.array(curve.seconds)
         assert (np.diff(curve.sizes) > 0).all()
@@ -26,7 +35,7 @@ def check(table, sizes):
     costs = table.costs()
     assert 0 < costs.target(1) <= costs.target(16) <= costs.target(100) < 10
     assert table.hinge.t_ar > 0
-    assert 1 <= table.hinge.k_max < sizes[-1]
+    assert 1 <= table.hinge.k_max < table.target.sizes[-1]
 
 
 @pytest.mark.parametrize("pair", ["close", "lookup"])
@@ -34,7 +43,8 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     llm = open_llm(pair, "autoregressive", 3)
     before = llm.generate(["the theme"], SamplingParams(8))[0].token_ids
     table = measure(llm.loop, llm.manifest, seconds=0.05)
-    check(table, [n for n in SIZES if n <= 3 * llm.loop.state.reserve])
+    possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
+    check(table, ([n for n in possible if n <= FEW], [n for n in possible if n > FEW]))
     assert table.machine == machine(llm.manifest)
     assert (table.costs().draft(8) > 0) == (pair == "close")
     assert_all_free(llm.loop)
@@ -55,6 +65,41 @@ def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, 
     loop.target, loop.state = engines["target"], state
     loop.drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
     table = measure(loop, llm.manifest, seconds=0.05)
-    check(table, list(sizes))
-    assert table.draft.sizes == list(sizes)
+    check(table, (list(sizes), []))
     assert_all_free(loop)
+
+
+class Clocked:
+    """An engine whose passes take what ``curve`` says, on ``clock``."""
+
+    granule, least = 1, 1
+
+    def __init__(self, curve, clock, num_blocks):
+        self.curve, self.clock, self.num_blocks = curve, clock, num_blocks
+
+    def run(self, call):
+        self.clock.now += self.curve(len(call.token_ids), int(call.past_lens.sum()))
+
+
+@pytest.mark.parametrize("count", [8, 64, 256])
+def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, monkeypatch):
+    """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
+    truth = h100_qwen3_8b()
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(truth.costs().target, clock, 8192)
+    loop = SimpleNamespace(state=Slots(count, 4096, 128, 8192), target=target, drafter=None)
+    table = measure(loop, manifest)
+    curve = table.costs().target
+    for tokens in (1, 100, 150, 200, 300, 500, 1000, 2000):
+        assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03 if tokens <= 500 else 0.2)
+    assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
+    assert table.target.sizes[-1] == 768
+
+
+def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
+    loop = SimpleNamespace(state=Slots(256, 4096, 128, 8192), target=target, drafter=None)
+    assert measure(loop, manifest).target.sizes[-1] == MANY

@@ -281,3 +281,12 @@ def test_probabilities_rounded_above_one_and_children_that_do_not_exist():
     candidates.add(np.array([[0]]), np.array([[0.01, -np.inf]]), np.array([[3, 4]]), 2)
     assert candidates.tree.token.tolist() == [1, 3]
     assert candidates.tree.score.tolist() == [0, 0]
+
+
+def test_a_draft_that_has_overflowed_proposes_nothing():
+    """One number that is none would otherwise be the best of all candidates, and of all that is learnt from them."""
+    candidates = one_chain()
+    known = len(candidates)
+    candidates.add(np.array([[0]]), np.array([[np.nan, np.log(0.25), np.nan]]), np.array([[3, 4, 5]]), 3)
+    assert candidates.tree.token[known:].tolist() == [4]
+    assert np.isfinite(candidates.value).all()

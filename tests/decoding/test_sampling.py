@@ -111,6 +111,18 @@ def test_a_rows_token_does_not_depend_on_the_rows_beside_it(case, data):
     assert sample(*case).tolist() == alone
 
 
+@pytest.mark.parametrize("seed", [7, 10, 14])
+def test_a_nucleus_does_not_depend_on_the_rows_above(seed):
+    """Added up behind another row's, two tokens of a half each would be rounded to more than p = 0.5 or to less."""
+    size = 151_936
+    tie = np.full(size, -1e9, np.float32)
+    tie[:2] = 0
+    others = np.random.default_rng(seed).normal(size=(8, size)).astype(np.float32) * 2
+    top_p = np.array([0.9999] * 8 + [0.5])
+    kept = processed_probabilities(np.concatenate((others, tie[None])), np.ones(9), np.zeros(9, int), top_p)[-1]
+    assert np.flatnonzero(kept).tolist() == [0]
+
+
 def one_row(*logits: float) -> np.ndarray:
     return np.array([logits], np.float32)
 
