@@ -82,7 +82,7 @@ class Limits(_Section):
     """
 
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
-    context: Annotated[int, Field(ge=2)] = 2048
+    context: Annotated[int, Field(ge=16)] = 2048
     kv_blocks: Positive | None = None
     prefill_chunk: Positive = 256
     prefix_cache: bool = True

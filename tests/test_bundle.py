@@ -311,3 +311,11 @@ def test_end_tokens_of_the_generation_config_stop_too(networks, tmp_path):
     shutil.copytree(networks, folder)
     (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
+
+
+def test_more_end_tokens_than_a_request_stops_at_are_refused(networks, tmp_path):
+    folder = tmp_path / "networks"
+    shutil.copytree(networks, folder)
+    (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3, 4, 5, 6, 7, 8]}')
+    with refused("9 end tokens", "8 at most", "generation_config.json"):
+        build(recipe_of("lookup", folder), folder, tmp_path / "bundle")

@@ -109,7 +109,7 @@ def test_a_misspelt_key_comes_before_the_one_it_leaves_missing(written):
         ("limits.batch", 0, ("0", "greater than or equal to 1")),
         ("limits.batch", -2, ("-2", "greater than or equal to 1")),
         ("limits.batch", 5000, ("5000", "less than or equal to 4096")),
-        ("limits.context", 0, ("0", "greater than or equal to 2")),
+        ("limits.context", 15, ("15", "greater than or equal to 16")),
         ("limits.kv_blocks", 0, ("0", "greater than or equal to 1")),
         ("limits.prefill_chunk", -4, ("-4", "greater than or equal to 1")),
         ("limits.prefix_cache", "yes", ("'yes'", "boolean")),

@@ -43,4 +43,6 @@ def record(
         loop.planner, loop.policy = kept
     if loop.counters.preemptions > preemptions:
         raise UserError("the KV pool was too small to record; give a smaller --batch.")
+    if max(map(len, answers), default=0) < 2:
+        raise UserError("no answer has more than one token, so nothing could be drafted; give a larger --max-tokens.")
     return recorder.trees(first + np.arange(len(prompts)), answers, groups)

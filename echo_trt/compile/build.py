@@ -30,6 +30,7 @@ from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.recipe import Recipe
 from echo_trt.runtime.ngram_table import read_ngrams
+from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.space import check_space
 
@@ -275,7 +276,13 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
         ids += stated if isinstance(stated, list) else [stated]
-    return sorted({int(i) for i in ids if i is not None})
+    ends = sorted({int(i) for i in ids if i is not None})
+    if len(ends) > MAX_STOP_TOKENS:
+        raise UserError(
+            f"{checkpoint.path} names {len(ends)} end tokens (eos_token_id in config.json, generation_config.json and "
+            f"the tokenizer), but a request stops at {MAX_STOP_TOKENS} at most; leave the others out there."
+        )
+    return ends
 
 
 def _folder(name: str | None, recipe_folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 One iteration: draft -> gate (``grow``) -> allocate -> pack -> verify (an engine) -> accept -> commit (the runtime).
 
 The paper, as pure functions: ``super_tree``, ``policies`` (gates, K_max), ``grow``, ``allocate``, ``pack``, ``accept``,
-and ``costs``, its hinge among them. Goodput, which learns while it runs: ``goodput``, ``foresight``, ``sizes``,
-``candidates``, ``acceptance``, ``costs``, ``history``. What both draw on: ``sampling``, ``penalties``, ``logprobs``.
+and the hinge in ``costs``. Goodput, which learns while it runs: ``goodput``, ``foresight``, ``sizes``, ``turns``,
+``candidates``, ``ngrams``, ``acceptance``, ``costs``, ``history``. What both draw on: ``sampling``, ``penalties``,
+``logprobs``; and to compute with, ``ragged`` arrays and ``compiled`` loops.
 """

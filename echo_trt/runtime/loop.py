@@ -27,7 +27,7 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
-from echo_trt.runtime.slots import Slots
+from echo_trt.runtime.slots import Slots, blocks_for
 from echo_trt.runtime.verified import Verified, with_roots
 
 
@@ -109,6 +109,13 @@ class Loop:
             raise UserError(
                 f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is "
                 f"{self.state.context}; shorten it, or raise limits.context in the recipe and build again."
+            )
+        state = self.state
+        needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)
+        if needed > state.num_blocks:  # a part of a pool: it would wait for ever
+            raise UserError(
+                f"request {request.id} may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
+                "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
         own = len(request.params.stop_token_ids)
         most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + own

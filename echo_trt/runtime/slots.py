@@ -19,8 +19,8 @@ class Slots:
     tokens [S, context]: prompt and generated tokens; length: how many; committed: how many are in the KV cache.
     A request decodes when length - committed == 1: the last token is the root of its tree. Until then it prefills.
     A block is free, or held by slots (by several only where it is full of committed text that they share), or cached:
-    full of text that a slot may find there again. Shared and cached blocks are never written, since everything is
-    written behind the committed text.
+    full of text that a slot may find there again. The target never writes to shared or cached blocks, since everything
+    is written behind the committed text; a draft that catches up may, with what stands there: it is the same text.
     """
 
     def __init__(
@@ -60,9 +60,8 @@ class Slots:
         self.num_blocks = self._free_count = self.block_table.size if self.linear else num_blocks
         self._free = (first_block + np.arange(self.num_blocks, dtype=np.int32))[::-1].copy()  # a stack
         self.cache = PrefixCache(prefix_cache and not self.linear)
-        self.block_drafted = np.zeros(
-            first_block + self.num_blocks, bool
-        )  # the draft's KV of the block's text is in it too
+        # Whether the draft's KV of a block's text is in it, too.
+        self.block_drafted = np.zeros(first_block + self.num_blocks, bool)
         self.keys: list[list[bytes]] = [[] for _ in range(count)]  # of each text's blocks, as far as they are known
         self.found = ints(count)  # tokens of a slot's text that were in the cache
         self.looked = ints(count)  # what the cache had when a slot last looked for its text there

@@ -148,8 +148,9 @@ class Service:
     def cancel(self, job: Job) -> None:
         """End a job before the next iteration; nothing happens if it has ended."""
         with self._changed:
-            self._cancelled.append(job)
-            self._changed.notify_all()
+            if job.request in self._open:
+                self._cancelled.append(job)
+                self._changed.notify_all()
 
     def statistics(self) -> Statistics:
         """What is true now; may be asked for at any time."""
@@ -276,7 +277,10 @@ class Service:
         job.request.finish_reason = reason
         said = NOTHING
         if reason != "failed":
-            said = job.answer.take(self.loop, [])  # what was held back
+            try:
+                said = job.answer.take(self.loop, [])  # what was held back
+            except Exception:  # as in _tell
+                log.exception("what request %s held back cannot be put into text", job.request.id)
         self._close_job(job, said, reason, message)
 
     def _close_job(self, job: Job, said: Said, reason: str, message: str = "") -> None:

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 from refusal import refused
 
+from echo_trt.calibration.record import record
 from echo_trt.calibration.trees import COPIED, RecordedDraft, Trees
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.allocate import allocate
 from echo_trt.decoding.grow import grow
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 
 SHAPE, MOST = Policy("static", max_depth=3, beams=3, width=3), 24
@@ -30,6 +32,11 @@ def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_
     assert places == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
     assert recorded.groups[recorded.group].tolist() == ["odd", "even", "odd", "even", "odd"]
     assert (recorded.left >= 1).all()
+
+
+def test_answers_of_one_token_have_no_tree(open_llm):
+    with refused("no answer has more than one token", "larger --max-tokens"):
+        record(open_llm("close", "autoregressive", 2), [Prompt("0", "naïve café")], ["odd"], 1, SHAPE)
 
 
 def test_recorded_trees_are_whole(recorded):
