@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -147,7 +148,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     ranks, built = manifest.recipe.tensor_parallel, len(manifest.target.rank_files) or 1
     if ranks != built:
         raise UserError(f"bundle {folder} holds {built} of the target's {ranks} ranks; build it again.")
-    for name, digest in manifest.files.items():
+    for name in manifest.files:
         file = folder / name
         if not file.exists():
             raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
@@ -156,12 +157,17 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                 f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
                 "bundle; copy it with its files (cp -rL)."
             )
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise UserError(f"bundle file {file} cannot be read ({error.strerror}); build it again.") from error
-        if found != digest:
-            raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
+    with ThreadPoolExecutor() as pool:  # a divided target's are hundreds of GB, and hashing holds no lock
+        list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))
+
+
+def _verify(file: Path, digest: str) -> None:
+    try:
+        found = sha256(file)
+    except OSError as error:
+        raise UserError(f"bundle file {file} cannot be read ({error.strerror}); build it again.") from error
+    if found != digest:
+        raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
 
 
 def sha256(path: Path) -> str:

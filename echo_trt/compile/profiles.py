@@ -9,7 +9,7 @@ import onnx
 
 from echo_trt.compile.call_sizes import CallSizes
 from echo_trt.compile.tensorrt import Profile
-from echo_trt.engines.torch_calls import bucket
+from echo_trt.engines.torch_calls import LARGEST, bucket
 
 #: Least, usual and largest size of an axis.
 Range = tuple[int, int, int]
@@ -36,7 +36,8 @@ def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
 
 def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
     """For the graph with the plugins, as prepare_graph writes it: up to 32 tokens, up to 256, and as many as come."""
-    batch, pool, most = bucket(sizes.batch), bucket(sizes.pool), bucket(max(sizes.rows, sizes.chunk) + sizes.chunk)
+    batch, most = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
+    most = max(most, bucket(min(most, LARGEST)))  # calls beyond LARGEST are not padded
     profiles = []
     for least, largest in ((1, 32), (33, 256), (257, most)):
         if least > most:
@@ -49,7 +50,8 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
             "part": (0, largest, largest),
             "batch": (1, requests, requests),
             "batch + 1": (2, requests + 1, requests + 1),
-            "blocks": (1, min(pool, requests * sizes.blocks), pool),
+            # More than there are in the pool, where requests share those of a beginning that they have in common.
+            "blocks": (1, min(sizes.pool, requests * sizes.blocks), bucket(requests * sizes.blocks)),
             "pool": (1, sizes.pool, sizes.pool),
             "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * largest // 4)),
         }

@@ -149,6 +149,7 @@ def compile_engine(job: Job, out: Path, detail: Detail = lambda share, phase: No
 
 
 def _parse(parser: Any, graph: Path, logger: Any, compiler: Compiler) -> None:
+    logger.forget()  # what it has said of flags and libraries is not of the graph
     if not parser.parse_from_file(str(graph)):
         error = parser.get_error(0)
         raise UserError(

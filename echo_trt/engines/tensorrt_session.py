@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -57,7 +58,9 @@ class Session:
         remedy = "use a smaller target, or one GPU for this alone"
         check_room(device, file.stat().st_size, f"engine {file.name}", remedy)
         self._logger.forget()
-        self._engine = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        # Mapped, not read: eight ranks that start together would each hold a copy of their file beside the pages of it.
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise UserError(
                 f"{self._title} cannot load {file}: {first_sentence(self._logger.errors())}; build the bundle again."
@@ -123,8 +126,9 @@ class Session:
 
     def capturable(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether a launch of these sizes can be kept as a CUDA graph."""
-        stream = torch.cuda.current_stream(self.device)
-        return self._context({name: shapes[name] for name in self.inputs}).is_stream_capturable(stream.cuda_stream)
+        context = self._context({name: shapes[name] for name in self.inputs})
+        asks = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone: a launch of TensorRT's always can
+        return asks is None or asks(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
         """A context of its own for each size that ``recurs``, so that a captured graph's is never given another.

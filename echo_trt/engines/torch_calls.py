@@ -12,7 +12,7 @@ Arrays = dict[str, np.ndarray]
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of what else a call depends on
 
 LARGEST = 512  # tokens of a call worth a graph: beyond it launching hides behind the arithmetic
-_ALIGNMENT = 16  # bytes, so that a kernel may load vectors from any of the arrays
+_ALIGNMENT = 256  # bytes: TensorRT asks for them of every tensor, and a kernel may load vectors from any array
 
 
 def bucket(count: int) -> int:

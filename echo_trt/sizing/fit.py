@@ -80,7 +80,7 @@ def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
     """About: fp32 logits, and the activations of one layer, of which a compiler keeps a few alive at once."""
     layer = 6 * target.hidden_size + 3 * target.intermediate_size // target.gpus
     if target.experts:  # as exported, each expert's output stands before they are summed
-        layer += target.experts * target.hidden_size // target.gpus
+        layer += target.experts * target.hidden_size
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
 
 
@@ -90,7 +90,7 @@ def split_scratch(target: Sizes, calls: CallSizes, tokens: int, processors: int)
     most = 0
     for requests in {2**i for i in range(calls.batch.bit_length())} | {calls.batch}:
         for count in {tokens >> i for i in range(tokens.bit_length())}:
-            entries = min(requests * calls.blocks, calls.pool)
+            entries = requests * calls.blocks  # of which the pool may have fewer: requests share what begins alike
             made = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors)
             most = max(most, count * heads * made.num_splits * (made.num_splits > 1))
     return most * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32

@@ -64,7 +64,8 @@ def _describe_combine(
 
 
 # One combination of types and one tactic, so that there is nothing to time: TensorRT times with numbers of its own, and
-# block tables must be real.
+# block tables must be real. Attention's is the rows of the profile's tile: compiled kernels are kept by their tactic,
+# and two profiles of one tactic would both be given the kernel that was compiled last.
 @trtp.autotune(_ATTENTION)
 def _types_of_attention(
     query: Desc,
@@ -78,10 +79,15 @@ def _types_of_attention(
     block_begins: Desc,
     tree_mask: Desc,
     tree_mask_begins: Desc,
+    num_kv_heads: int,
+    head_dim: int,
     outputs: tuple[Desc],
 ) -> list[trtp.AutoTuneCombination]:
     own = _type_name(query)
-    return [trtp.AutoTuneCombination(", ".join([own] * 5 + ["INT32"] * 6 + [own, "FP32", "FP32", own, own]))]
+    types = ", ".join([own] * 5 + ["INT32"] * 6 + [own, "FP32", "FP32", own, own])
+    usual = _usual(query), _usual(past_lens), _usual(block_indices)
+    rows = _plan(*usual, num_kv_heads, query.shape[1] // (num_kv_heads * head_dim)).rows
+    return [trtp.AutoTuneCombination(types, tactics=[rows])]
 
 
 @trtp.autotune(_COMBINE)
@@ -117,16 +123,15 @@ def _compile_attention(
     outputs: tuple[Desc],
     tactic: int,
 ) -> Launch:
-    group = query.shape[1] // (num_kv_heads * head_dim)
-    usual = _usual(query), _usual(past_lens), _usual(block_indices)
-    rows = _plan(*usual, num_kv_heads, group).rows
+    group, rows = query.shape[1] // (num_kv_heads * head_dim), tactic
     kernel = _kernel("attention", query.dtype, head_dim, group, rows)
     tokens, requests = query.shape_expr[0], past_lens.shape_expr[0]
     tiles = tile_count(tokens, requests, rows, group, trtp)  # of the profile's tile, which the splits do not depend on
     launch = _launch_params(kernel, tiles, num_kv_heads, outputs[1].shape_expr[1])
     split_keys = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).split_keys
     integers = trtp.SymIntExprs.from_tuple((trtp.SymInt32(requests), trtp.SymInt32(split_keys)))
-    return kernel.name.encode(), relist_parameters(kernel.ptx, ATTENTION_ORDER).encode(), launch, integers
+    name, ptx = relist_parameters(kernel.ptx, ATTENTION_ORDER, f"attention_{rows}")
+    return name.encode(), ptx.encode(), launch, integers
 
 
 @trtp.aot_impl(_COMBINE)
@@ -150,7 +155,8 @@ def _compile_combine(
     split_keys = _symbolic_plan(attended, past_lens, block_indices, num_kv_heads, head_dim).split_keys
     integers = past_lens.shape_expr[0], split_keys, splits
     extra = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(i) for i in integers))
-    return kernel.name.encode(), relist_parameters(kernel.ptx, COMBINE_ORDER).encode(), launch, extra
+    name, ptx = relist_parameters(kernel.ptx, COMBINE_ORDER, "combine")
+    return name.encode(), ptx.encode(), launch, extra
 
 
 @trtp.impl(_ATTENTION)

@@ -27,13 +27,14 @@ def register() -> None:
     from super_tree_attention import tensorrt_definitions  # noqa: F401  registers as it is imported
 
 
-def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_caches: bool = True) -> None:
+def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_caches: bool = False) -> None:
     """Write the exported graph ``source`` for TensorRT's parser to ``target``, in the same folder: they share weights.
 
     - ``tree_mask`` becomes int32, four of its bytes a number (``words``), since plugins take no uint8.
     - Every cache gets an output, named as the cache and WRITTEN: bind it to the cache's own memory. ``alias_caches``
-      also tells TensorRT that they are one, which takes PreviewFeature.ALIASED_PLUGIN_IO_10_03; the merge takes it in
-      any case.
+      also tells TensorRT that they are one. It may then keep a copy of each cache, so NVIDIA's own plugins leave that
+      unsaid (TensorRT-Edge-LLM's AttentionPlugin); the merge says it of its result in any case, which takes
+      PreviewFeature.ALIASED_PLUGIN_IO_10_03.
     """
     import onnx
     from onnx import TensorProto, helper
@@ -77,8 +78,10 @@ def _add_attributes(node, ahead_of_time: bool, **more: int) -> None:
     node.attribute.extend(helper.make_attribute(name, value) for name, value in fields.items())
 
 
-def relist_parameters(ptx: str, order: list[int | None]) -> str:
-    """A kernel whose parameters are those of ``order``; None is a pointer that it does not read.
+def relist_parameters(ptx: str, order: list[int | None], name: str) -> tuple[str, str]:
+    """A kernel's new name and PTX, whose parameters are those of ``order``; None is a pointer that it does not read.
+
+    The name begins with ``echo_`` and ends with ``name``: those of one engine are told apart.
 
     TensorRT passes all inputs, then the extra integers, then all outputs. The two pointers at the end of a Triton
     kernel (its scratch memory) are not among them.
@@ -92,4 +95,5 @@ def relist_parameters(ptx: str, order: list[int | None]) -> str:
             raise ValueError(f"{entry[1]} reads its parameter {line.split()[-1]}, which TensorRT does not pass")
     unread = (f".param .u64 .ptr .global .align 1 {entry[1]}_unread_{place}" for place in range(len(order)))
     lines = [next(unread) if i is None else known[i] for i in order]
-    return ptx[: entry.start(2)] + "\n\t" + ",\n\t".join(lines) + ptx[entry.end(2) :]
+    relisted = ptx[: entry.start(2)] + "\n\t" + ",\n\t".join(lines) + ptx[entry.end(2) :]
+    return f"echo_{name}", re.sub(rf"\b{entry[1]}(?=\b|_(param|unread)_)", f"echo_{name}", relisted)

@@ -318,3 +318,5 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
         assert profile["seq_begins"][2][0] == profile["past_lens"][2][0] + 1
         assert profile["key_cache.0"] == ((1, 3, 32, 8), (1024, 3, 32, 8), (1024, 3, 32, 8))
         assert profile["features"][0][0] == profile["tree_mask"][0][0] == 0
+        # All requests may have the same long beginning, whose blocks each of them names.
+        assert profile["block_indices"][2][0] >= profile["past_lens"][2][0] * 66

@@ -1,6 +1,9 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,6 +238,51 @@ def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, t
     assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
         (n,) for n in (1, 2, 4, 8, 12, 16)
     }
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_heads_states_go_back_as_they_came(paged, opened, networks, tmp_path):
+    """A second draft level reads what the first one left on the device."""
+    role, engine, _ = packed("draft", networks, tmp_path) if paged else opened("head")
+    reference = TorchEngine(role, engine.num_blocks)
+    table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
+    features = np.random.default_rng(0).standard_normal((SLOTS, 3 * SIZES["hidden_size"]), np.float32)
+    ones = np.ones(SLOTS, int)
+    first = pack(np.arange(SLOTS), ones * 0, ones * 0, ones, table, np.arange(SLOTS))
+    second = pack(np.arange(SLOTS), ones, ones, ones, table, np.arange(SLOTS))
+    states = []
+    for each in (reference, engine):
+        hidden = np.zeros((0, SIZES["hidden_size"]), np.float32)
+        left = each.run(first, features=features, hidden=hidden)["state"]
+        states.append(each.run(second, features=features[:0], hidden=left[np.arange(SLOTS)])["state"])
+    np.testing.assert_allclose(np.asarray(states[1]), states[0], atol=1e-4)
+
+
+def test_whether_a_launch_is_kept_as_a_graph_is_asked_of_those_that_know(monkeypatch):
+    """TensorRT-RTX's contexts do; TensorRT's have no such question, and always can."""
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    session = Session.__new__(Session)
+    session.device, session.inputs = torch.device("cpu"), ["a"]
+    for context, wanted in (
+        (SimpleNamespace(), True),
+        (SimpleNamespace(is_stream_capturable=lambda of: of == 7), True),
+        (SimpleNamespace(is_stream_capturable=lambda of: False), False),
+    ):
+        session._context = lambda shapes, context=context: context
+        assert session.capturable({"a": (1,)}) == wanted
+
+
+def test_what_a_session_asks_of_tensorrt_is_there():
+    """Where its libraries are missing its bindings still tell what an engine and a context have."""
+    bindings = importlib.util.find_spec("tensorrt_bindings")
+    if bindings is None:
+        pytest.skip("TensorRT's bindings are not installed")
+    library = next(Path(bindings.origin).parent.glob("tensorrt*.so")).read_bytes()
+    asked = set(re.findall(r"\b(?:context|_engine|_runtime|settings)\.(\w+)", inspect.getsource(Session)))
+    assert {"set_communicator", "execute_async_v3", "get_tensor_profile_shape"} <= asked
+    only_rtx = {"dynamic_shapes_kernel_specialization_strategy", "create_runtime_cache", "set_runtime_cache"}
+    assert [name for name in sorted(asked - only_rtx) if name.encode() not in library] == []
 
 
 class Context:

@@ -81,21 +81,20 @@ def test_outputs_are_described(trt, registered, card, ahead_of_time, alias):
 
 
 @pytest.mark.parametrize("name", ["SuperTreeAttention", "SuperTreeCombine"])
-def test_there_is_one_choice_of_types(trt, registered, name):
-    import tensorrt.plugin as trtp
-
+def test_there_is_one_choice_of_types(trt, registered, card, name):
     inputs, outputs = len(registered[name].input_tensor_names), registered[name].num_outputs
+    attributes = (2, 64) if name == "SuperTreeAttention" else ()
 
     def combinations(dtype):
-        descs = [trtp.TensorDesc(dtype=dtype) for _ in range(inputs)]
-        (choice,) = registered[name].autotune_func(*descs, ())
+        descs = [desc(trt, dtype, (64, 512)) for _ in range(inputs)]
+        (choice,) = registered[name].autotune_func(*descs, *attributes, ())
         return choice._get_combinations()
 
     for dtype in (trt.DataType.BF16, trt.DataType.HALF):
         (only,) = combinations(dtype)
         assert len(only.types) == inputs + outputs
         assert set(only.types) == {dtype, trt.DataType.INT32, trt.DataType.FLOAT}
-        assert not only.tactics
+        assert len(only.tactics or ()) == (name == "SuperTreeAttention")
     with pytest.raises(ValueError, match=r"computes in fp16 or bf16, not in .*FLOAT; build in one of them"):
         combinations(trt.DataType.FLOAT)
 
@@ -215,7 +214,9 @@ def test_kernels_are_compiled_into_the_engine(trt, registered, card, tmp_path, d
     given = [desc(trt, bf16, usual, dynamic) for usual in widths]
     given += [desc(trt, int32, (length,), dynamic) for length in (8, 9, 90, 9, 50, 9)]
     made = [desc(trt, *of, dynamic) for of in ((bf16, (64, 1024)), (single, (512, 3, 128)), (single, (512, 3)))]
-    attention = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), 0)
+    (choice,) = registered["SuperTreeAttention"].autotune_func(*given, 2, 128, ())
+    (tactic,) = choice._get_combinations()[0].tactics
+    attention = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), tactic)
     combine = registered["SuperTreeCombine"].aot_impl_func(*given[5:8], *made[1:], made[0], 2, 128, (made[0],), 0)
     for (name, ptx, _, integers), inputs, outputs in ((attention, 11, 5), (combine, 6, 1)):
         text = ptx.decode()
@@ -228,14 +229,35 @@ def test_kernels_are_compiled_into_the_engine(trt, registered, card, tmp_path, d
         assert assembled.returncode == 0, assembled.stderr
 
 
+def test_profiles_of_different_tiles_have_kernels_of_their_own(trt, registered, card):
+    """The bindings keep a plugin's kernels by types and tactic, whichever profile they were compiled for."""
+    bf16, int32, single = trt.DataType.BF16, trt.DataType.INT32, trt.DataType.FLOAT
+
+    def compiled(tokens, requests):
+        widths = ((tokens, 1024), (tokens, 256), (tokens, 256), (99, 2, BLOCK, 128), (99, 2, BLOCK, 128))
+        given = [desc(trt, bf16, usual) for usual in widths]
+        given += [desc(trt, int32, (n,)) for n in (requests, requests + 1, 90, requests + 1, 50, requests + 1)]
+        made = [desc(trt, *of) for of in ((bf16, (tokens, 1024)), (single, (512, 3, 128)), (single, (512, 3)))]
+        (choice,) = registered["SuperTreeAttention"].autotune_func(*given, 2, 128, ())
+        (tactic,) = choice._get_combinations()[0].tactics
+        name, ptx, *_ = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), tactic)
+        assert f".entry {name.decode()}(" in ptx.decode()
+        return tactic, name, ptx
+
+    small, large = compiled(8, 8), compiled(1024, 2)
+    assert all(a != b for a, b in zip(small, large, strict=True))
+
+
 def test_a_parameter_that_is_read_cannot_be_left_out():
     ptx = ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ld.param.b64 %rd1, [k_param_1];}"
-    relisted = tensorrt_plugin.relist_parameters(ptx, [1, None])
-    assert re.findall(r"\.param \.u64 .*?(\w+),?\n", relisted) == ["k_param_1", "k_unread_0"]
+    name, relisted = tensorrt_plugin.relist_parameters(ptx, [1, None], "small")
+    assert name == "echo_small"
+    assert re.findall(r"\.param \.u64 .*?(\w+),?\n", relisted) == ["echo_small_param_1", "echo_small_unread_0"]
+    assert "[echo_small_param_1]" in relisted
     with pytest.raises(ValueError, match="k reads its parameter k_param_1, which TensorRT does not pass"):
-        tensorrt_plugin.relist_parameters(ptx, [0])
+        tensorrt_plugin.relist_parameters(ptx, [0], "small")
     with pytest.raises(ValueError, match="no entry"):
-        tensorrt_plugin.relist_parameters("", [0])
+        tensorrt_plugin.relist_parameters("", [0], "small")
 
 
 def ptxas_path() -> str:
