@@ -22,11 +22,12 @@ class BuildProgress:
 
     def __enter__(self) -> BuildProgress:
         self._bars.start()
-        self._before = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         self._bars.stop()
 
     def _interrupt(self, *_: object) -> None:

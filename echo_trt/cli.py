@@ -44,6 +44,9 @@ def main() -> None:
     except UserError as error:
         _tell(error)
         sys.exit(2)
+    except MemoryError as error:
+        _tell(f"there is not enough memory ({error}); lower limits.kv_blocks, limits.context or --batch.")
+        sys.exit(2)
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -161,6 +164,8 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UserError("give either PROMPT or --prompts FILE.")
+    if prompt == "":
+        raise UserError("PROMPT is empty; give at least one character.")
     params = SamplingParams(
         max_tokens,
         temperature,

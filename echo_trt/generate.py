@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from echo_trt.bundle import read_manifest
-from echo_trt.decoding.policies import make_policy
+from echo_trt.decoding.policies import shares_budget
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths
@@ -62,7 +62,9 @@ class Run:
 def run(job: Job, out: Console, messages: Console) -> None:
     decoding = read_manifest(job.bundle).recipe.decoding
     name = job.policy or decoding.policy
-    if job.budget and make_policy(name, decoding.model_dump()).budget is None:
+    if job.budget is not None and job.budget < 1:
+        raise UserError(f"--budget is {job.budget}; give 1 or more.")
+    if job.budget and not shares_budget(name):
         raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
     with output_file("--json", job.json_file) as write, files_first(out) if job.json_file else nullcontext():
         batch = 1 if job.batch is None and job.compare else job.batch

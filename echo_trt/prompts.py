@@ -5,6 +5,7 @@ MT-bench's own files are read as they are: their ``question_id`` is an id.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Every line of the file; a mistake is told with its line number."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
     prompts = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]

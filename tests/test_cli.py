@@ -161,6 +161,33 @@ def test_a_budget_that_no_policy_shares_is_refused_before_the_bundle_is_opened(e
     assert "--budget is 4, but goodput shares no budget" in outcome.err
 
 
+@pytest.mark.parametrize("policy", ["echo", "dense", "fixed"])
+def test_a_budget_is_given_to_policies_that_share_one(echo_trt, bundle_of, policy):
+    outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 4, "--policy", policy, "--budget", 8)
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("policy", ["echo", "goodput"])
+def test_a_budget_of_nothing_is_refused(echo_trt, bundle_of, policy):
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", policy, "--budget", 0)
+    assert (outcome.code, "--budget is 0; give 1 or more." in outcome.err) == (2, True)
+
+
+def test_an_empty_prompt_is_refused(echo_trt, bundle_of):
+    outcome = echo_trt("generate", bundle_of("lookup"), "")
+    assert (outcome.code, "PROMPT is empty; give at least one character." in outcome.err) == (2, True)
+
+
+def test_a_pool_beyond_the_memory_is_a_sentence(echo_trt, bundle_of, monkeypatch):
+    def too_large(*given, **more):
+        raise MemoryError("Unable to allocate 3.64 TiB")
+
+    monkeypatch.setattr("echo_trt.generate.LLM", too_large)
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi")
+    assert outcome.code == 2
+    assert "not enough memory (Unable to allocate 3.64 TiB); lower limits.kv_blocks" in outcome.err
+
+
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"id": "short", "prompt": "abc"}\n' + json.dumps({"id": "long one", "prompt": "word " * 400}))
@@ -198,14 +225,15 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_ctrl_c_ends_a_build_at_once_and_leaves_nothing(networks, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_path):
     recipe = networks / "interrupted.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")
     words = [sys.executable, "-m", "echo_trt.cli", "build", str(recipe), "-o", str(tmp_path / "bundle")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while "compiling" not in (line := process.stderr.readline()):
         assert line, "the build ended before it compiled"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     begin = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - begin < 10  # a second or two on a quiet machine

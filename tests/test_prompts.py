@@ -18,6 +18,12 @@ def test_prompt_or_the_first_of_turns(tmp_path):
     assert read_prompts(file) == [Prompt("a", "één"), Prompt("7", "first"), Prompt("81", "of MT-bench")]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "a", "prompt": "één"}\n', "utf-8-sig")
+    assert read_prompts(file) == [Prompt("a", "één")]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

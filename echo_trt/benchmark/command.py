@@ -17,7 +17,7 @@ from echo_trt.benchmark.peers import Peer, PeerRun, check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.calibration.record import record
 from echo_trt.calibration.store import machine
-from echo_trt.decoding.policies import NAMES, Policy
+from echo_trt.decoding.policies import NAMES, Policy, shares_budget
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths, read_prompts
@@ -177,6 +177,11 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
             raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
+    if job.budget and not any(map(shares_budget, job.policies)):
+        raise UserError(
+            f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
+            "--policies, or leave it out."
+        )
     if not job.batches or min(job.batches) < 1 or max(job.batches) > MOST_AT_ONCE:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MOST_AT_ONCE}.")
     for name in job.peers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -193,8 +194,13 @@ def read_costs(folder: Path, manifest: Manifest, note: Callable[[str], None]) ->
 def write(folder: Path, name: str, stored: _Stored) -> None:
     """The file appears whole or not at all."""
     partial = folder / f".{name}.partial"
-    partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / name)
+    try:
+        partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def read_stored(path: Path, model: type[Model], remedy: str) -> Model:

