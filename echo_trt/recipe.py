@@ -180,10 +180,21 @@ class Recipe(_Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's, but for a key that stands twice, of which the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[str] = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in sorted(set(seen), key=seen.index):
+            if seen.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read and validate; every mistake is one sentence that names the key, the value and the file."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
     except OSError as error:

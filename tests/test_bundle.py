@@ -319,3 +319,19 @@ def test_more_end_tokens_than_a_request_stops_at_are_refused(networks, tmp_path)
     (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3, 4, 5, 6, 7, 8]}')
     with refused("9 end tokens", "8 at most", "generation_config.json"):
         build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
+
+
+def test_the_bundle_takes_the_place_of_what_a_link_points_to(networks, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    build(recipe_of("lookup", networks), networks, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "manifest.json").exists()
+
+
+def test_the_bundle_takes_the_place_of_the_folder_one_stands_in(networks, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build(recipe_of("lookup", networks), networks, Path())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+    assert (tmp_path / "here" / "manifest.json").exists()

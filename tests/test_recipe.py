@@ -189,6 +189,7 @@ def test_missing_keys(key, written):
         (b"name: a\n---\nname: b", ("not valid YAML",)),
         (b"[" * 10_000, ("nested too deeply", "build/")),
         (b"1: one\nname: a\ntarget: {path: x}", ("a key is 1", "in quotes")),
+        (b"name: a\ntarget: {path: x}\nname: b", ("not valid YAML", "key name stands twice", "line 1")),
         (b"null: one\nname: a\ntarget: {path: x}", ("a key is None", "leave it out")),
         (b"name: a\ntarget: {path: 2021-99-99}", ("not valid YAML", "month must be in 1 to 12")),
         (b"name: a\ntarget: {path: x}\nlimits: {batch: " + b"9" * 6000 + b"}", ("not valid YAML", "4300 digits")),

@@ -61,6 +61,7 @@ def build(
     ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
     """
     _check_settings(recipe)
+    out = out.resolve()  # a link's folder is replaced, not the link, and so is the one that this runs in
     work = _work_folder(out)
     old = work.with_name(f"{work.name.removesuffix('-new')}-old")
     try:
