@@ -32,13 +32,14 @@ class Curve:
     """Seconds of a pass over N tokens whose requests have ``context`` cached tokens in all.
 
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
-    seconds a node and cached token. ``base`` is measured at a few sizes, monotone, straight between them; nothing is
-    assumed of its shape, since kernels change with N and the curve is jagged. ``observe`` follows the machine: sizes
-    near a measured one are corrected with it. With ``together`` those far away follow it, too: larger ones by as many
-    seconds, since it is memory that changes its speed, and each pass waits for that once; smaller ones by the ratio.
-    Were only the one corrected that runs just then, others would look cheap on a machine that has become slower, plain
-    decoding among them, and what is held would seem to lose against it. But what another size has taken a few passes
-    ago stands: that this one takes another time is a matter of the curve's shape then, not of the machine's speed.
+    seconds a node and cached token. ``base`` is measured at a few sizes, straight between them, and made monotone; else
+    nothing is assumed of its shape, since kernels change with N and the curve has steps. ``observe`` follows the
+    machine: sizes near a measured one are corrected with it. With ``together`` those far away follow it, too: larger
+    ones by as many seconds, since it is memory that changes its speed, and each pass waits for that once; smaller ones
+    by the ratio.
+    If only the size that runs were corrected, every other one, plain decoding's included, would look too cheap once the
+    machine slows down, and the held size would wrongly seem to lose. But what another size has taken a few passes ago
+    stands: a difference to it is the curve's shape then, not the machine's speed.
     """
 
     def __init__(
@@ -177,8 +178,8 @@ class Costs:
     def verifications(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape.
 
-        Another size is charged the change to it and, since what is left is come back to, the change back, shared by the
-        passes that it is going to last for; and once more, since one that is worth it for a single plan lasts shorter.
+        A size other than the last one is charged the switch to it and the switch back, divided by the number of passes
+        that it is expected to stay in use, and twice that, since one chosen for a single plan tends to be left sooner.
         """
         sizes = self._filled(roots, nodes)
         seconds = self.target.base(int(sizes.max()))[sizes]

@@ -109,9 +109,9 @@ class History:
     ) -> None:
         """An iteration: tokens of each request [B], those expected, what it took and what a plain one would take.
 
-        Where speculation, with the iteration after it, takes longer than what it brings would take plainly, whatever
-        the tables say, time becomes dearer (``caution``) until it does not.
-        One that computed ``prompts`` too says nothing of speed.
+        If a speculative iteration, with the slower plain one that may follow it, takes longer than plain decoding would
+        for the same tokens, time becomes dearer (``caution``) until speculation stops losing. One that computed
+        ``prompts`` too says nothing of speed.
         """
         self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
         self._credit += _PROBING * seconds

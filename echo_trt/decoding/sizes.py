@@ -59,8 +59,9 @@ class _Known:
         return self._slower * self._usual(requests)
 
     def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
-        """A search for the best of ``size`` drafts no further than that needs. Of smaller ones it tells what they would
-        have brought, and have taken to draft; what larger ones add to either is as it was, if it has not found more."""
+        """Update what each size is thought to bring from one search at the held ``size``: smaller ones directly. Larger
+        ones keep what they were thought to add to it, unless the search has found more: it drafts no further than the
+        held size needs."""
         self.searches += 1
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
         held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)

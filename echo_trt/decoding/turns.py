@@ -13,7 +13,7 @@ import numpy as np
 
 PLAIN_TURN, HELD_TURN = 5, 9  # iterations of a turn, those with prompts apart
 _CHANGED, _SETTLING = 1, 3  # of those, the first that do not count: another size, and drafts that catch up
-_LONGEST = 4  # times as many iterations, all of them, end a turn that prompts or other loads leave no rest
+_LONGEST = 4  # times a turn's iterations, after which it ends even if prompts or other loads left few that count
 _APART = 64  # iterations at other loads after which turns are no longer compared with those before
 _LOST = 0.01  # of the time, what turns of the one that is worse may cost
 _DOUBTED = 2.0  # deviations from nothing up to which they may; the more there are, the less
@@ -39,8 +39,8 @@ class Turns:
         self._texts = _TEXTS / math.sqrt(requests)
         self._least = self._noise = _TURN**2 + self._texts**2
         self._hopeless = _HOPELESS * math.exp(-self._texts)
-        # Seconds that turns of the worse one have cost, less what they may: a turn is charged something when it begins,
-        # and what it has really cost once the turn behind it shows what the better one would have done meanwhile.
+        # Seconds lost so far to turns of the worse one, less what they may lose (_LOST of the time). A turn is charged
+        # a provisional cost when it begins, which is replaced once the turn after it shows how fast the better one is.
         foreseen_to_lose = min(max(-gain / (_UNSURE * _FORESEEN), 0.0), 1.0)
         self._debt = foreseen_to_lose * (_CREDIT + _LOST * _UNTRIED)
         self._charged = 0.0  # of those, what is only thought of the last turn
