@@ -49,9 +49,15 @@ TYPES = {
 }
 CODES = grpc.StatusCode.__members__
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
-BUSY_S = 30.0  # a full queue is no illness while text still came within this long
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
-PROBE_S = 10.0  # how long a probe waits for its token
+PROBE_S = 10.0  # how long a probe waits for its token, or for an iteration of the engine's
+#: A server that is back is found within a second; gRPC's own defaults wait ever longer, and at least 20 seconds for
+#: a connection that is neither made nor refused.
+RECONNECT = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Upstream:
 
     def __init__(self, url: str, model: str, metrics: Metrics):
         self.model, self._metrics = model, metrics
-        self._client = InferenceServerClient(url)
+        self._client = InferenceServerClient(url, channel_args=[*RECONNECT, ("grpc.max_receive_message_length", -1)])
         self._last_piece = float("-inf")
         self._probing = asyncio.Lock()
         self._ending: set[asyncio.Task] = set()
@@ -108,7 +114,10 @@ class Upstream:
             ending.add_done_callback(self._ending.discard)
 
     async def check(self) -> None:
-        """Return where the engine answers: it has just done so, or does so now. Raises ApiError where it does not."""
+        """Return where the engine works: text has just come, or it does so now. Raises ApiError where it does not.
+
+        No queue is too full for a probe, and none has to wait for a place (``serving.service``).
+        """
         async with self._probing:  # many who ask are one probe
             if self._silent_for() < FRESH_S:
                 return
@@ -120,9 +129,6 @@ class Upstream:
             except TimeoutError:
                 if self._silent_for() > FRESH_S:
                     raise unavailable() from None
-            except ApiError as error:
-                if error.status_code != 429 or self._silent_for() > BUSY_S:
-                    raise
 
     def _silent_for(self) -> float:
         return time.monotonic() - self._last_piece

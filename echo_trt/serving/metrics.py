@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from echo_trt.decoding.acceptance import SOURCES
@@ -96,7 +97,7 @@ class Metrics:
         self._count("engine_failures", self._engine_failures, now.engine_failures)
         for name, metric in self._gauges.items():
             self._set(name, metric, getattr(now, name))
-        for outcome, number in {**now.ended, **refused}.items():
+        for outcome, number in (Counter(now.ended) + Counter(refused)).items():
             if outcome not in self._by_outcome:
                 self._by_outcome[outcome] = self._requests.Metric(labels={"outcome": outcome})
             self._count(f"outcome {outcome}", self._by_outcome[outcome], number)

@@ -20,6 +20,7 @@ from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Counters, SamplingParams
+from echo_trt.serving.probe import FIRST
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Overloaded(Exception):
 class End:
     """How a request ended. reason: stop, length, cancelled, deadline or failed, where ``message`` says why.
 
+    A probe's may be busy: an iteration for others came before it found a place, which says as much as a token.
     Seconds run from submission: until the engine took it, and until its first token; None where that never came.
     """
 
@@ -72,6 +74,11 @@ class Job:
     taken: float | None = None
     first_token: float | None = None
     failures: int = 0
+
+    @property
+    def probe(self) -> bool:
+        """Whether it only asks if the engine works."""
+        return self.priority == FIRST and self.request.params.max_tokens == 1
 
     def __lt__(self, other: Job) -> bool:
         return (self.priority, self.serial) < (other.priority, other.serial)
@@ -127,7 +134,9 @@ class Service:
     ) -> Job:
         """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
 
-        Raises UserError for a prompt that cannot be answered, Overloaded while no request is taken.
+        A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
+        iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
+        request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
         request = self.llm.request(serial, prompt, params)
@@ -138,7 +147,8 @@ class Service:
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
-            if len(self._open) >= self.loop.state.count + self.queue:  # a crowd may come while all places are free
+            full = len(self._open) >= self.loop.state.count + self.queue  # a crowd may come while all places are free
+            if full and not job.probe:
                 raise Overloaded(f"the queue is full, {self.queue} requests wait; try again in a second.")
             heapq.heappush(self._pending, job)
             self._open[request] = job
@@ -237,6 +247,9 @@ class Service:
             loop.add(job.request)
 
     def _iterate(self) -> None:
+        before = self.loop.counters.iterations
+        with self._changed:
+            probes = [job for job in self._open.values() if job.probe]
         try:
             emission = self.loop.step()
         except Exception as error:
@@ -244,6 +257,9 @@ class Service:
             return
         for request, tokens in emission:
             self._tell(self._open[request], tokens)
+        if self.loop.counters.iterations > before:
+            for job in probes:
+                self._end(job, "busy")  # nothing happens to one that had its token
         if self._on_trial and len(emission.requests):
             self._pass_trial()
 

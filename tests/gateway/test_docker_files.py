@@ -234,8 +234,7 @@ class Replying(BaseHTTPRequestHandler):
     ("what", "status", "body", "healthy"),
     [
         ("triton", 200, b'{"output_ids": 5, "text_output": "a"}', True),
-        ("triton", 200, b'{"error": "the queue is full, 256 requests wait"}', True),
-        ("triton", 503, b'{"error": "the queue is full, 256 requests wait"}', True),
+        ("triton", 200, b'{"output_ids": [], "text_output": "", "finish_reason": "busy"}', True),
         ("triton", 200, b'{"error": "the engine failed"}', False),
         ("triton", 400, b'{"error": "unknown model"}', False),
         ("gateway", 200, b"{}", True),

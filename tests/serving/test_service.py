@@ -15,9 +15,11 @@ from echo_trt.decoding.pack import Packed
 from echo_trt.engines.base import Engine
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.serving.probe import FIRST
 from echo_trt.serving.service import Event, Job, Overloaded, Service
 
 LONG = SamplingParams(100, ignore_eos=True)
+PROBE = SamplingParams(1, ignore_eos=True)
 SECONDS = 60
 
 
@@ -200,6 +202,36 @@ def test_a_crowd_may_come_while_all_places_are_free(start):
         submit(service, prompt_ids(6, 4))
     engine.open.set()
     assert [listener.end.reason for listener in told] == ["length"] * 4
+
+
+def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
+    service, engine = start(batch=2, queue=1)
+    engine.open.clear()
+    told = [submit(service, prompt_ids(6, i))[1] for i in range(3)]
+    wait_passes(engine, 2)
+    with pytest.raises(Overloaded):
+        submit(service, prompt_ids(6, 3))
+    _, probe = submit(service, [0], PROBE, priority=FIRST)
+    assert not probe.done.wait(0.3), "the engine stands still"
+    wait_passes(engine, 2)
+    assert probe.end.reason == "busy"
+    assert not any(listener.done.is_set() for listener in told)
+    engine.open.set()
+    assert [listener.end.completion_tokens for listener in told] == [100] * 3
+    assert service.statistics().ended == {"busy": 1, "length": 3}
+
+
+def test_a_probe_that_finds_a_place_gets_its_token(start):
+    service, _ = start(batch=2)
+    for _ in range(3):
+        _, probe = submit(service, [0], PROBE, priority=FIRST)
+        assert (probe.end.reason, probe.end.completion_tokens) == ("length", 1)
+
+
+def test_an_engine_that_fails_is_no_answer_to_a_probe(start):
+    service, engine = start(batch=1)
+    engine.fail = lambda call: True
+    assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "failed"
 
 
 def test_priority_comes_before_arrival(start):

@@ -16,6 +16,7 @@ from served import Served, grpc_input, joined, joined_lists, needs_triton
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.serving.probe import FIRST
 
 pytestmark = needs_triton
 QUEUE, LONG = 6, 440
@@ -247,6 +248,20 @@ def test_a_full_queue_refuses_and_the_others_finish(server):
     assert len(finished) == 1
     assert QUEUE < len(answers) - len(refused) < len(answers)
     assert rest(server)['echo_requests_total{outcome="refused"}'] >= len(refused)
+
+
+def test_a_probe_waits_for_no_place(server):
+    rest(server)
+    long = {"text_input": PROMPT, "max_tokens": LONG, "ignore_eos": True}
+    streams = [server.stream(**long) for _ in range(4)]
+    for stream in streams:
+        stream.next()
+    waiting = [server.stream(**long) for _ in range(QUEUE)]
+    probe = {"input_ids": [0], "max_tokens": 1, "ignore_eos": True, "priority": FIRST}
+    assert "output_ids" in server.generate(**probe)
+    assert server.stream(**probe).next()["finish_reason"] == "busy"
+    for stream in (*streams, *waiting):
+        assert list(stream)[-1]["completion_tokens"] == LONG
 
 
 def test_metrics_tell_what_was_done(server):
