@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import uvicorn
 
 from echo_trt.errors import UserError
 from echo_trt.gateway.app import LARGEST_BODY, create_app
+from echo_trt.gateway.connections import Connection, most_connections
 
 
 def run(
@@ -24,11 +26,14 @@ def run(
 ) -> None:
     """Serve OpenAI's API from a Triton server that holds an echo model."""
     app = create_app(grpc_url, model, api_keys_file, largest_body)
+    most = most_connections()
     uvicorn.run(
         app,
         host=host,
         port=port,
-        log_level="warning",
+        http=partial(Connection, most=most),
+        backlog=max(most // 4, 1),  # asyncio accepts so many at once before it counts them
+        log_level="error",  # its warnings are of what clients send, and any client can send it for ever
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,

@@ -1,0 +1,59 @@
+"""How many connections may be open, and how long a request may take to arrive: uvicorn itself limits neither."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST = 4096  # open connections; an idle one takes some 10 KB
+ARRIVAL_S = 30.0  # from a connection's beginning, or a later request's first byte, until the request is complete
+
+
+def most_connections() -> int:
+    """Raise this process's limit of descriptors as far as it may, and say how many connections leave room below it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return MOST if hard == resource.RLIM_INFINITY else min(MOST, hard // 2)
+
+
+class Connection(H11Protocol):
+    """uvicorn's. It is closed at once where ``most`` are open, and where the client still owes a request in the end.
+
+    ``seconds``: from the connection's beginning, or a later request's first byte. (uvicorn's own timeout is for the
+    time between an answer and the next request.)
+    """
+
+    def __init__(self, *args: Any, most: int, seconds: float = ARRIVAL_S, **more: Any):
+        super().__init__(*args, **more)
+        self._most, self._seconds = most, seconds
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            transport.abort()
+        else:
+            self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            self._await_request()
+        else:
+            self._request_came()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._request_came()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        self._late = self._late or self.loop.call_later(self._seconds, self.transport.abort)
+
+    def _request_came(self) -> None:
+        if self._late:
+            self._late.cancel()
+        self._late = None

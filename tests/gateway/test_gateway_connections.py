@@ -1,0 +1,138 @@
+"""Clients that connect and say nothing, or half of it, are sent away; they use up no descriptors and fill no log."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+
+for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+
+from gateway.running import running  # noqa: E402
+
+from echo_trt.gateway.app import create_app  # noqa: E402
+from echo_trt.gateway.connections import Connection  # noqa: E402
+
+NOBODY = "127.0.0.1:1"
+MOST, SECONDS = 6, 0.6
+MODELS = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF_A_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    options = {"http": partial(Connection, most=MOST, seconds=SECONDS), "timeout_keep_alive": 2}
+    with running(create_app(NOBODY), **options) as client:
+        yield client.base_url.port
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Reads to the end, which may be a reset."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+def answers(connection: socket.socket) -> None:
+    """A request on it is answered, to the end."""
+    connection.sendall(MODELS)
+    received = b""
+    while not received.endswith(b"}]}"):
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    assert received.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /v1/mod", MODELS[:-2], HALF_A_BODY, MODELS + b"GET /v1"])
+def test_a_request_that_does_not_come_ends_the_connection(port, said):
+    with connect(port) as connection:
+        begin = time.monotonic()
+        connection.sendall(said)
+        assert is_closed(connection)
+        assert SECONDS - 0.1 < time.monotonic() - begin < 10
+
+
+def test_a_byte_now_and_then_gives_no_more_time(port):
+    with connect(port) as connection, pytest.raises(ConnectionError):  # noqa: PT012
+        for byte in MODELS * 10:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.1)
+
+
+def test_a_request_that_came_has_all_the_time_and_so_has_the_next(port):
+    with connect(port) as connection:
+        for _ in range(3):
+            answers(connection)
+            time.sleep(SECONDS + 0.3)
+
+
+def test_beyond_the_limit_a_connection_is_closed_at_once(port, caplog):
+    time.sleep(SECONDS + 0.2)  # until those of other tests have gone
+    with ExitStack() as stack:
+        first = [stack.enter_context(connect(port)) for _ in range(MOST)]
+        begin = time.monotonic()
+        assert is_closed(stack.enter_context(connect(port)))
+        assert time.monotonic() - begin < SECONDS / 2
+        answers(first[0])
+        assert all(map(is_closed, first[1:]))
+    with connect(port) as connection:
+        answers(connection)
+    assert "Exception" not in caplog.text
+
+
+def test_the_process_survives_more_connections_than_descriptors_and_says_nothing(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "echo_trt.gateway", "--grpc-url", NOBODY, "--port", str(port)]
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))  # noqa: E731
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, preexec_fn=few)
+    try:
+        end = time.monotonic() + 60
+        while not is_up(port):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        with ExitStack() as stack:
+            crowd = [stack.enter_context(connect(port)) for _ in range(300)]
+            time.sleep(1)
+            for connection in crowd[:10]:
+                connection.sendall(b"nonsense\r\n\r\n")
+            assert crowd[0].recv(100).startswith(b"HTTP/1.1 400")
+            crowd[-1].settimeout(5)
+            assert is_closed(crowd[-1])
+        time.sleep(0.5)
+        assert is_up(port)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (128, 128)
+        assert (tmp_path / "log").read_text() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_up(port: int) -> bool:
+    try:
+        with connect(port) as connection:
+            answers(connection)
+    except OSError:
+        return False
+    return True
