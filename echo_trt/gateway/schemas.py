@@ -113,6 +113,18 @@ class Params(Strict):
             raise ApiError(400, message, param="stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _least_below_most(self) -> Params:
+        if self.min_tokens > self.limit:
+            message = f"min_tokens is {self.min_tokens}; give a whole number from 0 to the limit, {self.limit}."
+            raise ApiError(400, message, param="min_tokens")
+        return self
+
+    @property
+    def limit(self) -> int:
+        """Tokens at most."""
+        raise NotImplementedError
+
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -181,7 +193,7 @@ class ChatRequest(Params):
 
     @property
     def limit(self) -> int:
-        """Tokens at most; without a word from the client the context is the limit."""
+        """Without a word from the client the context is the limit."""
         return self.max_completion_tokens or self.max_tokens or INT32
 
     @property

@@ -56,15 +56,16 @@ class TritonPythonModel:
         arrived, sender = time.monotonic(), request.get_response_sender()
         try:
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+            id = _id(request)
             if wants_stop(tensors):
-                if not request.request_id():
+                if not id:
                     raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
-                self._replies.stop(request.request_id())
+                self._replies.stop(id)
                 sender.send(flags=FINAL)
                 return
             ask = self._reader.read(tensors)
             logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)
-            reply = Reply(sender, ask, arrived, request.request_id(), _wants_codes(request), logprobs)
+            reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
             reply.job = self._service.submit(
                 ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
             )
@@ -79,6 +80,14 @@ class TritonPythonModel:
             outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
         self._replies.refused(outcome)
         sender.send(failed(code, answer, _wants_codes(request)), flags=FINAL)
+
+
+def _id(request: pb_utils.InferenceRequest) -> str:
+    """The client's own, or empty. Raises UserError."""
+    try:
+        return request.request_id()
+    except UnicodeDecodeError as error:
+        raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
 
 
 def _wants_codes(request: pb_utils.InferenceRequest) -> bool:

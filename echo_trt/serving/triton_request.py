@@ -49,7 +49,7 @@ class Reader:
         if deadline < 0:
             raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
         most, least = _number(tensors, "max_tokens", 256), _number(tensors, "min_length", 0)
-        if least > most:
+        if least > most >= 1:  # what is wrong with max_tokens itself is said below
             raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
             max_tokens=most,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,18 @@ import pytest
 for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
     pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
 
+import grpc  # noqa: E402
 import httpx  # noqa: E402
 from gateway.running import running  # noqa: E402
+from serving.served import free_ports  # noqa: E402
 
 from echo_trt.errors import UserError  # noqa: E402
+from echo_trt.gateway import upstream  # noqa: E402
 from echo_trt.gateway.app import create_app  # noqa: E402
 from echo_trt.gateway.keys import Keys  # noqa: E402
 from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest  # noqa: E402
+from echo_trt.gateway.upstream import Upstream  # noqa: E402
+from echo_trt.serving.probe import FIRST  # noqa: E402
 
 NOBODY = "127.0.0.1:1"
 KEY, OTHER_KEY = "sk-0123456789abcdef", "sk-fedcba9876543210"
@@ -79,6 +87,9 @@ def refused(response, status: int, param: str | None = None) -> str:
         ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
         ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
+        ({"min_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
@@ -109,6 +120,7 @@ def test_a_chat_request_is_refused_by_field(client, change, param):
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
+        ({"min_tokens": 17}, "min_tokens"),  # 16 is the limit where none is given
         ({"echo": True}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
@@ -125,6 +137,37 @@ def test_an_absent_server_is_503_also_for_a_stream(client, stream, change):
     refused(response, 503)
     assert int(response.headers["Retry-After"]) > 0
     refused(client.get("/health"), 503)
+
+
+def test_an_engine_that_does_not_answer_its_probe_is_ill(monkeypatch):
+    async def stream(self, inputs):
+        assert (inputs["priority"], inputs["max_tokens"]) == (FIRST, 1)
+        await asyncio.Event().wait()
+        yield
+
+    monkeypatch.setattr(Upstream, "stream", stream)
+    monkeypatch.setattr(upstream, "PROBE_S", 0.2)
+    with running(create_app(NOBODY)) as client:
+        refused(client.get("/health"), 503)
+
+
+def test_a_server_that_is_back_is_found_soon():
+    (port,) = free_ports(1)
+    with running(create_app(f"127.0.0.1:{port}")) as client:
+        end = time.monotonic() + 6.5  # by then gRPC's own pauses between attempts are of 4 seconds
+        while time.monotonic() < end:
+            refused(client.get("/health"), 503)
+            time.sleep(0.1)
+        server = grpc.server(ThreadPoolExecutor(1))
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        server.start()
+        begin = time.monotonic()
+        try:
+            while client.get("/health").status_code == 503:  # then 500: this server knows no method
+                time.sleep(0.05)
+                assert time.monotonic() - begin < 2.5
+        finally:
+            server.stop(0)
 
 
 def test_what_a_client_sends_back_of_an_answer_is_accepted(client):

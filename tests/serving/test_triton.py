@@ -155,6 +155,8 @@ def assert_entries(entries: list[dict], answer: Completion, special: Container[i
         ({"input_ids": [5, 999]}, "token id 999"),
         ({"text_input": ""}, "empty"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0"),
+        ({"text_input": "a", "max_tokens": -1}, "max_tokens is -1"),
+        ({"text_input": "a", "max_tokens": -1, "min_length": 2}, "max_tokens is -1"),
         ({"text_input": "a", "temperature": -1.5}, "temperature is -1.5"),
         ({"text_input": "a", "top_p": 1.5}, "top_p is 1.5"),
         ({"text_input": "a", "presence_penalty": 2.5}, "presence_penalty is 2.5"),
@@ -180,6 +182,15 @@ def test_mistakes_are_answered_in_a_sentence(request_, words, server):
     for answer in (server.generate(**request_), server.stream(**request_).next()):
         assert words in answer["error"], answer
         assert answer["error"].endswith(".")
+
+
+def test_an_id_that_is_no_text_is_the_clients_mistake(server):
+    before = rest(server)
+    answer = json.loads(server.post("generate", b'{"id": "a\xff", "text_input": "a"}')[1])
+    assert answer["error"] == "id is not UTF-8 (byte 1); send text in UTF-8."
+    invalid, failed = ('echo_requests_total{outcome="%s"}' % each for each in ("invalid", "failed"))  # noqa: UP031
+    after = server.wait_metrics(lambda m: m[invalid] > before.get(invalid, 0))
+    assert after.get(failed, 0) == before.get(failed, 0)
 
 
 def test_an_error_begins_with_its_code_where_asked(server):
