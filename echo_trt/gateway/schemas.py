@@ -121,11 +121,6 @@ class Params(Strict):
         return self
 
     @property
-    def limit(self) -> int:
-        """Tokens at most."""
-        raise NotImplementedError
-
-    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
