@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -126,7 +127,8 @@ def own_prefix() -> str:
 def remove_regions(folder: Path = SHARED_MEMORY) -> None:
     """Shared memory that this launcher's servers left, and that of launchers which are no more."""
     for region in _left(folder, os.getpid()):
-        region.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another user's
+            region.unlink()
 
 
 def remove_folders(folder: Path) -> None:
