@@ -209,7 +209,7 @@ def serve(
     ports = (http_port, grpc_port, metrics_port, openai_port)
     name = policy.value if policy else None
     job = Job(bundle, host, *ports, api_keys, name, batch, queue, start_timeout, drain_timeout)
-    raise typer.Exit(run(job, messages))
+    raise typer.Exit(run(job))
 
 
 @app.command()

@@ -7,12 +7,15 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
 
 from echo_trt.serving.triton_server import MODEL
 
 #: A probe's priority, by which it is known: before everyone else in the queue.
 FIRST = -(2**31)
 PROBE_EVERY, PROBE_SECONDS = 10.0, 20.0
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # whatever http_proxy says
 
 
 class Probe:
@@ -27,31 +30,45 @@ class Probe:
         request = {"input_ids": [0], "max_tokens": 1, "priority": FIRST, "ignore_eos": True}
         url, body = f"{self._server}/v2/models/{MODEL}/generate", json.dumps(request).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=seconds) as reply:
+            with _open(urllib.request.Request(url, body), timeout=seconds) as reply:
                 answer = json.load(reply)
         except urllib.error.HTTPError as error:
             return b"queue is full" in error.read()
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return False
         return "output_ids" in answer or "queue is full" in str(answer.get("error"))
 
     def progresses(self) -> bool:
         """Whether the engine has done something since this was last asked: a busy server may leave no place to ask."""
         try:
-            with urllib.request.urlopen(f"{self._metrics}/metrics", timeout=2) as reply:
+            with _open(f"{self._metrics}/metrics", timeout=2) as reply:
                 text = reply.read().decode()
-        except OSError:
+        except (OSError, HTTPException):
             return False
         found = re.search(r"^echo_iterations_total(?:{[^}]*})? ([0-9.e+]+)$", text, re.MULTILINE)
         before, self._seen = self._seen, float(found[1]) if found else -1.0
         return self._seen > before
 
+    def lives(self) -> bool:
+        """Whether it answers, or is too busy to."""
+        self.progresses()
+        return self.answers(PROBE_SECONDS) or self.progresses()
+
+
+def responds(url: str, seconds: float) -> bool:
+    """Whether a GET succeeds in time."""
+    try:
+        with _open(url, timeout=seconds):
+            return True
+    except (OSError, HTTPException):
+        return False
+
 
 class Watch:
-    """Probes a server now and then, on a thread of its own; ``silent`` once it did not answer."""
+    """Asks a server now and then, on a thread of its own, whether it ``lives``; ``silent`` once it did not."""
 
-    def __init__(self, probe: Probe):
-        self._probe, self._stop, self.silent = probe, threading.Event(), False
+    def __init__(self, lives: Callable[[], bool]):
+        self._lives, self._stop, self.silent = lives, threading.Event(), False
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def stop(self) -> None:
@@ -59,7 +76,6 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stop.wait(PROBE_EVERY):
-            self._probe.progresses()
-            if not self._probe.answers(PROBE_SECONDS) and not self._probe.progresses():
+            if not self._lives():
                 self.silent = True
                 return

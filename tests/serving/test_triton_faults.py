@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from served import Served, free_ports, joined, needs_triton
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.serving import launcher, triton_server
+from echo_trt.serving import launcher, process, triton_server
 from echo_trt.serving.launcher import Job, run
 
 LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
@@ -152,12 +151,12 @@ def test_a_port_in_use(job):
         taken.bind(("127.0.0.1", job.grpc_port))
         taken.listen()
         with refused("--grpc-port", job.grpc_port, "give another port"):
-            run(job, None)
+            run(job)
 
 
 def test_the_same_port_twice(job):
     with refused(job.http_port, "a port of its own"):
-        run(Job(job.bundle, "127.0.0.1", job.http_port, job.http_port, job.metrics_port, 0), None)
+        run(Job(job.bundle, "127.0.0.1", job.http_port, job.http_port, job.metrics_port, 0))
 
 
 @pytest.mark.parametrize(
@@ -173,24 +172,24 @@ def test_what_the_model_or_the_gateway_would_refuse(job, changes, said, tmp_path
     monkeypatch.setattr(launcher, "find_server", None)
     changes = {key: Path(value) if key == "api_keys" else value for key, value in changes.items()}
     with refused(*said):
-        run(replace(job, **changes), None)
+        run(replace(job, **changes))
 
 
 def test_a_reason_has_no_python_frames():
     line = r'"ERROR: Failed to create instance: UserError: queue is 0; give 1 or more.\n\nAt:\n  /a/b.py(41): f\n"'
-    assert launcher._reason(deque([line])) == "queue is 0; give 1 or more"
+    assert process.reason([line]) == "queue is 0; give 1 or more"
 
 
 def test_no_bundle(tmp_path):
     with refused(tmp_path, "not a bundle"):
-        run(Job(tmp_path), None)
+        run(Job(tmp_path))
 
 
 def test_no_triton(job, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(triton_server.importlib.util, "find_spec", lambda name: None)
     with refused("Triton Inference Server is not here", "pip install"):
-        run(job, None)
+        run(job)
 
 
 @needs_triton
@@ -198,7 +197,7 @@ def test_a_python_that_pytriton_does_not_know(job, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "version_info", (3, 99))
     with refused("3.99", "use Python 3.11"):
-        run(job, None)
+        run(job)
 
 
 @needs_triton
