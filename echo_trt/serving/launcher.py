@@ -157,7 +157,7 @@ class Triton(Supervised):
         elif self.serving:
             return "Triton's backend has died"
         elif now - self._sound > REAP_SECONDS:
-            return "Triton's backend died while it loaded the bundle, as it does for want of memory; make room for it"
+            return "Triton's backend died while it loaded the bundle, as it does for want of memory; free some"
         return None
 
 

@@ -93,7 +93,7 @@ class Supervised:
                 self._restarts.popleft()
         if len(self._restarts) == len(WAITS):
             self._log.say(f"{trouble}; giving up")
-            raise UserError(f"{trouble}, and {len(WAITS)} restarts were no cure; see the lines above.")
+            raise UserError(f"{len(WAITS)} restarts were no cure: {trouble}.")
         wait = WAITS[len(self._restarts)]
         self._restarts.append(now)
         self._due = now + wait

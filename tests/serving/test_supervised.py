@@ -1,0 +1,334 @@
+"""What the launcher does with processes, shown with small ones: no Triton, and waits of no time."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from refusal import refused
+from served import free_ports
+
+from echo_trt.errors import UserError
+from echo_trt.serving import launcher, probe, process, supervised, triton_server
+from echo_trt.serving.launcher import Gateway, Job, Launcher
+from echo_trt.serving.probe import responds
+from echo_trt.serving.process import Log, Process
+from echo_trt.serving.supervised import Supervised
+
+LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
+SERVES = f"{LISTENS}.serve_forever()"
+DRAINS = f"""
+import pathlib, threading, time
+def drain():
+    while not pathlib.Path({{folder!r}}, "drain").exists():
+        time.sleep(0.02)
+    pathlib.Path({{folder!r}}, "drained").touch()
+threading.Thread(target=drain, daemon=True).start()
+{SERVES}
+"""
+
+
+class Said(Log):
+    """A log that can be read."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class Small(Supervised):
+    """A small server; ``programs`` are those of the next starts, SERVES from then on."""
+
+    name = "the small one"
+
+    def __init__(self, port: int, *programs: str):
+        super().__init__(Said(), "127.0.0.1", {"--small-port": port}, start_seconds=20)
+        self.port, self.programs, self.starts = port, list(programs), []
+
+    def _spawn(self) -> Process:
+        self.starts.append(time.monotonic())
+        program = self.programs.pop(0) if self.programs else SERVES
+        return Process("small", [sys.executable, "-c", program, str(self.port)], dict(os.environ), Said())
+
+    def _ready(self) -> bool:
+        return responds(f"http://127.0.0.1:{self.port}/", 1)
+
+    _lives = _ready
+
+    def until(self, fits: Callable[[], object], seconds: float = 20) -> None:
+        end = time.monotonic() + seconds
+        while not fits():
+            assert time.monotonic() < end, self._log.lines
+            self.step()
+            time.sleep(0.02)
+
+    @property
+    def said(self) -> list[str]:
+        return self._log.lines
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(supervised, "WAITS", (0, 0, 0))
+    made: list[Small] = []
+
+    def make(*programs: str) -> Small:
+        made.append(Small(free_ports(1)[0], *programs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+# -- what is said --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["gone", "stalled", "disk full"])
+def test_a_child_writes_on_whatever_happens_to_the_log(reader):
+    read, write = os.pipe()
+    if reader == "disk full":
+        os.close(write)
+        write = os.open("/dev/full", os.O_WRONLY)
+    if reader == "gone":
+        os.close(read)
+    log = Log(write, most=100)
+    try:
+        child = Process("child", [sys.executable, "-c", "for i in range(30_000): print(i)"], dict(os.environ), log)
+        assert child.wait(20), "it stands still"
+        child.reason()  # waits for the last line
+        assert child.lines[-1] == "29999"
+        log.say("has died; starting it again")
+        log.close(0.1)
+    finally:
+        for descriptor in (write, read)[: 1 if reader == "gone" else 2]:
+            os.close(descriptor)
+
+
+def test_the_log_is_written_before_it_is_closed(tmp_path):
+    with (tmp_path / "log").open("wb") as out:
+        log = Log(out.fileno())
+        for number in range(1000):
+            log.say(f"line {number}")
+        log.close()
+    assert (tmp_path / "log").read_text().splitlines() == [f"line {number}" for number in range(1000)]
+
+
+# -- the start -----------------------------------------------------------------------------------------------------
+
+
+def test_a_port_is_its_own_only_where_it_listens_itself(small):
+    one, other = small(), small()
+    one.until(lambda: one.serving)
+    other.until(lambda: other.serving)
+    assert one.process.listens_on([one.port])
+    assert not one.process.listens_on([one.port, other.port])
+    assert not one.process.listens_on([other.port])
+
+
+def test_a_first_start_that_fails_says_why(small):
+    with refused("the small one did not start: no more room"):
+        each = small("raise SystemExit('error: no more room')")
+        each.until(lambda: each.serving)
+    with refused("the small one did not start: signal 9 ended it"):
+        each = small("import os; print('hello'); os.kill(os.getpid(), 9)")
+        each.until(lambda: each.serving)
+
+
+def test_who_answers_on_its_port_is_not_taken_for_it(small):
+    each = small("import time; time.sleep(1); raise SystemExit(1)")
+    other = Process("other", [sys.executable, "-c", SERVES, str(each.port)], dict(os.environ), Said())
+    try:
+        with refused(f"--small-port {each.port} on 127.0.0.1", "in use", "give another port"):
+            each.until(lambda: each.serving)
+    finally:
+        other.kill()
+
+
+# -- while it runs -------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_a_restart_are_restarts_too(small):
+    each = small(SERVES, "raise SystemExit('error: shot again')", f"{LISTENS}; raise SystemExit(1)")
+    each.until(lambda: each.serving)
+    os.kill(each.process.pid, signal.SIGKILL)
+    each.until(lambda: not each.serving)
+    each.until(lambda: each.serving)
+    assert each.said[0] == "the small one has died; starting it again"
+    assert "the small one did not start: shot again; starting it again" in each.said
+    assert len(each.starts) == 4
+    assert re.fullmatch(r"serving again after \d+\.\d s", each.said[-1])
+    os.kill(each.process.pid, signal.SIGKILL)
+    with refused("3 restarts were no cure: the small one has died"):
+        each.until(lambda: len(each.starts) == 5)
+
+
+def test_old_restarts_are_forgotten_but_not_in_the_midst_of_failures(small, monkeypatch):
+    monkeypatch.setattr(supervised, "RESTARTS_WITHIN", 0.0)
+    each = small()
+    for number in range(1, 6):
+        each.until(lambda: each.serving)
+        os.kill(each.process.pid, signal.SIGKILL)
+        each.until(lambda: not each.serving)
+        assert len(each.starts) == number
+    each.programs = ["raise SystemExit(1)"] * 9
+    with refused("3 restarts were no cure"):
+        each.until(lambda: each.serving)
+
+
+def test_restarts_wait_longer_and_longer(small, monkeypatch):
+    monkeypatch.setattr(supervised, "WAITS", (0, 0.5, 1))
+    each = small(SERVES, *["raise SystemExit(1)"] * 9)
+    each.until(lambda: each.serving)
+    os.kill(each.process.pid, signal.SIGKILL)
+    with pytest.raises(UserError):
+        each.until(lambda: False)
+    waited = [later - earlier for earlier, later in zip(each.starts[1:], each.starts[2:], strict=False)]
+    assert waited[0] >= 0.5
+    assert waited[1] >= 1
+    assert sum("in 0.5 s" in line for line in each.said) == 1
+    assert each.said[-1].endswith("giving up")
+
+
+def test_a_gateway_that_hangs_is_replaced(monkeypatch):
+    """A real one; Triton is not asked."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="needs the gateway: pip install 'echo-trt[serve]'")
+    monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
+    monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 1)
+    gateway = Gateway(Job(Path("none"), "127.0.0.1", *free_ports(4)), Said())
+
+    def until(fits: Callable[[], object]) -> None:
+        end = time.monotonic() + 40
+        while not fits():
+            assert time.monotonic() < end, gateway._log.lines
+            gateway.step()
+            time.sleep(0.05)
+
+    try:
+        until(lambda: gateway.serving)
+        hung = gateway.process
+        os.kill(hung.pid, signal.SIGSTOP)
+        until(lambda: not gateway.serving)
+        until(lambda: gateway.serving)
+        assert not hung.alive
+        assert gateway._log.lines[0] == "the gateway does not answer; starting it again"
+        assert gateway._log.lines[-1].startswith("serving again after")
+    finally:
+        gateway.stop()
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(small, tmp_path) -> Launcher:
+    """A launcher whose Triton is a small server that drains at once, and whose gateway is another."""
+    service = Launcher(Job(Path("none"), "127.0.0.1"), None, tmp_path, threading.Event(), Said())
+    service._triton, service._gateway = small(DRAINS.format(folder=str(tmp_path))), small()
+    service._triton.signals = tmp_path
+    return service
+
+
+def test_triton_is_drained_where_the_gateway_is_given_up(service, tmp_path):
+    service._gateway.programs = [SERVES, *["raise SystemExit('error: no room')"] * 9]
+
+    def shoot() -> None:
+        while not service._announced:
+            time.sleep(0.02)
+        os.kill(service._gateway.process.pid, signal.SIGKILL)
+
+    shooter = threading.Thread(target=shoot)
+    shooter.start()
+    with refused("3 restarts were no cure", "no room"):
+        service.run()
+    shooter.join()
+    assert (tmp_path / "drained").exists()
+    assert service._log.lines[-1] == "stopping; open answers are finished"
+
+
+def test_a_stop_in_the_midst_of_a_restart_is_no_return(service):
+    triton = service._triton
+    triton.programs.append("import time; time.sleep(60)")
+
+    def shoot_and_stop() -> None:
+        while not service._announced:
+            time.sleep(0.02)
+        os.kill(triton.process.pid, signal.SIGKILL)
+        while len(triton.starts) < 2:
+            time.sleep(0.02)
+        service._stop.set()
+
+    shooter = threading.Thread(target=shoot_and_stop)
+    shooter.start()
+    assert service.run() == 0
+    shooter.join()
+    assert triton.said == ["the small one has died; starting it again"]
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_another_user_left_is_let_be():
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, left = Path(name), Path(name, f"{triton_server.PREFIX}4999999-x")
+        left.touch()
+        folder.chmod(0o1777)
+        os.seteuid(65534)
+        try:
+            triton_server.remove_regions(folder)
+        finally:
+            os.seteuid(0)
+        assert left.exists()
+        triton_server.remove_regions(folder)
+        assert not left.exists()
+
+
+def test_open_files_are_raised_to_what_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 900), hard))
+    try:
+        process.raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_name_is_resolved_and_none_is_refused():
+    assert launcher._address("localhost") == "127.0.0.1"
+    assert launcher._address("0.0.0.0") == "0.0.0.0"
+    with refused("--host is 'no.such.host.invalid'", "give one, such as 0.0.0.0"):
+        launcher._address("no.such.host.invalid")
+
+
+def test_the_servers_get_the_address(monkeypatch, bundle_of):
+    jobs: list[Job] = []
+
+    class Noted(Launcher):
+        def __init__(self, job, *_):
+            jobs.append(job)
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(launcher, "Launcher", Noted)
+    monkeypatch.setattr(launcher, "find_server", lambda: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert launcher.run(Job(bundle_of("lookup"), "localhost", *free_ports(4))) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert jobs[0].host == "127.0.0.1"
