@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import served
 from refusal import refused
 from served import Served, free_ports, joined, needs_triton
 
@@ -138,6 +140,33 @@ def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path
     assert not folders()
 
 
+@needs_triton
+def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, monkeypatch):
+    """And its host may be a name, and it may open as many files as the system lets it."""
+    ports, (soft, hard) = free_ports(4), resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(served, "free_ports", lambda number: ports)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 900), hard))
+    try:
+        both = [Served(roomy_bundle, tmp_path / name, "--host", "localhost") for name in ("one", "two")]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        end = time.monotonic() + 60
+        while all(server.process.poll() is None for server in both):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        loser, winner = sorted(both, key=lambda server: server.process.poll() is None)
+        assert loser.process.returncode == 2
+        assert "\nserving" not in f"\n{loser.err}"
+        assert "in use" in loser.err.strip().splitlines()[-1]
+        winner.wait_for("serving")
+        assert winner.generate(text_input="a thing", max_tokens=2)["completion_tokens"] == 2
+        assert resource.prlimit(winner.children("tritonserver")[0], resource.RLIMIT_NOFILE)[0] == hard
+    finally:
+        for server in both:
+            server.kill()
+
+
 # -- what cannot start ---------------------------------------------------------------------------------------------
 
 
@@ -214,6 +243,22 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
     last = server.err.strip().splitlines()[-1]
     assert "was changed after the build" in last
     assert last.startswith("error: ")
+    assert not server.regions()
+
+
+@needs_triton
+def test_a_backend_that_dies_while_it_loads_is_noticed(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
+    try:
+        end = time.monotonic() + 30
+        while not (loading := server.children("triton_python_backend_stub")):
+            assert time.monotonic() < end
+        time.sleep(0.5)
+        os.kill(loading[0], signal.SIGKILL)
+        assert server.process.wait(30) == 2
+    finally:
+        server.kill()
+    assert "died while it loaded the bundle" in server.err.strip().splitlines()[-1]
     assert not server.regions()
 
 
