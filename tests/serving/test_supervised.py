@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -123,6 +124,28 @@ def test_the_log_is_written_before_it_is_closed(tmp_path):
             log.say(f"line {number}")
         log.close()
     assert (tmp_path / "log").read_text().splitlines() == [f"line {number}" for number in range(1000)]
+
+
+def test_a_log_that_could_not_be_written_for_a_while_goes_on():
+    read, write = os.pipe()
+    os.set_blocking(write, False)  # full, it gives an error, as a disk does
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += os.write(write, b"x" * 4096)
+    log = Log(write)
+    log.say("lost")
+    while log._lines.qsize():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    while filled:
+        filled -= len(os.read(read, filled))
+    log.say("written")
+    log.close()
+    os.set_blocking(read, False)
+    assert os.read(read, 100) == b"written\n"
+    os.close(read)
+    os.close(write)
 
 
 # -- the start -----------------------------------------------------------------------------------------------------
