@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 
 from echo_trt.errors import UserError
@@ -15,7 +16,7 @@ WAITS = (0, 1, 4, 16, 60)
 RESTARTS_WITHIN = 300.0  # seconds; what lies back further when it fails is forgotten
 
 
-class Supervised:
+class Supervised(ABC):
     """Says what it does to ``log``. ``ports`` are what it listens on, under the options that give them.
 
     A subclass says how the process is started (``_spawn``), whether it serves once it listens (``_ready``), how it is
@@ -52,14 +53,14 @@ class Supervised:
             self.process.kill()
             self.process = None
 
-    def _spawn(self) -> Process:
-        raise NotImplementedError
+    @abstractmethod
+    def _spawn(self) -> Process: ...
 
-    def _ready(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _ready(self) -> bool: ...
 
-    def _lives(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _lives(self) -> bool: ...
 
     def _trouble(self) -> str | None:
         """What is wrong, in a clause."""

@@ -32,8 +32,15 @@ def instructions(name: str) -> list[tuple[str, str]]:
     ]
 
 
+class Compose(yaml.SafeLoader):
+    """YAML with Compose's own tag for what replaces a list where it would be added to it."""
+
+
+Compose.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+
+
 def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((DOCKER / name).read_text()))
+    return list(yaml.load_all((DOCKER / name).read_text(), Compose))
 
 
 def pinned(image: str) -> bool:
