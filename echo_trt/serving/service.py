@@ -108,6 +108,7 @@ class Service:
         self.llm, self.loop, self.queue = llm, llm.loop, queue
         self._changed = threading.Condition()  # guards what follows, up to the blank line
         self._open: dict[Request, Job] = {}
+        self._probes: dict[Request, Job] = {}  # those of the open ones that are
         self._pending: list[Job] = []  # a heap
         self._cancelled: list[Job] = []
         self._draining = self._closed = False
@@ -147,11 +148,14 @@ class Service:
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
-            full = len(self._open) >= self.loop.state.count + self.queue  # a crowd may come while all places are free
+            # A crowd may come while all places are free. Probes take nobody's.
+            full = len(self._open) - len(self._probes) >= self.loop.state.count + self.queue
             if full and not job.probe:
                 raise Overloaded(f"the queue is full, {self.queue} requests wait; try again in a second.")
             heapq.heappush(self._pending, job)
             self._open[request] = job
+            if job.probe:
+                self._probes[request] = job
             self._changed.notify_all()
         return job
 
@@ -249,7 +253,7 @@ class Service:
     def _iterate(self) -> None:
         before = self.loop.counters.iterations
         with self._changed:
-            probes = [job for job in self._open.values() if job.probe]
+            probes = list(self._probes.values())
         try:
             emission = self.loop.step()
         except Exception as error:
@@ -316,6 +320,7 @@ class Service:
         self._send(job, Event(**vars(said), time=time.monotonic(), end=end))
         with self._changed:
             del self._open[request]
+            self._probes.pop(request, None)
             self._changed.notify_all()
 
     def _send(self, job: Job, event: Event) -> None:

@@ -221,6 +221,18 @@ def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
     assert service.statistics().ended == {"busy": 1, "length": 3}
 
 
+def test_a_probe_takes_nobodys_place_in_the_queue(start):
+    service, engine = start(batch=1, queue=1)
+    engine.open.clear()
+    _, probe = submit(service, [0], PROBE, priority=FIRST)
+    told = [submit(service, prompt_ids(6, i))[1] for i in range(2)]
+    with pytest.raises(Overloaded):
+        submit(service, prompt_ids(6, 2))
+    engine.open.set()
+    assert [listener.end.reason for listener in (probe, *told)] == ["length"] * 3
+    assert not service._probes
+
+
 def test_a_probe_that_finds_a_place_gets_its_token(start):
     service, _ = start(batch=2)
     for _ in range(3):
