@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.recipe import Engine, Precision, Recipe
-from echo_trt.runtime.params import MAX_STOP_TOKENS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -91,7 +90,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     target: NetworkFacts
     draft: NetworkFacts | None
-    eos_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)]
+    eos_token_ids: list[int]
     target_sha256: str
     draft_sha256: str
     tensorrt: TensorRTFacts | None = None
