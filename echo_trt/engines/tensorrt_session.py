@@ -127,7 +127,7 @@ class Session:
     def capturable(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether a launch of these sizes can be kept as a CUDA graph."""
         context = self._context({name: shapes[name] for name in self.inputs})
-        asks = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone: a launch of TensorRT's always can
+        asks = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone: TensorRT does not tell
         return asks is None or asks(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:

@@ -36,7 +36,7 @@ class Probe:
         return "output_ids" in answer
 
     def progresses(self) -> bool:
-        """Whether the engine has done something since this was last asked: a server that drains takes no probe."""
+        """Whether the engine has done something since this was last asked: long iterations answer a probe late."""
         try:
             with _open(f"{self._metrics}/metrics", timeout=2) as reply:
                 text = reply.read().decode()

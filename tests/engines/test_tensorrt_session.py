@@ -13,7 +13,7 @@ from echo_trt.engines.tensorrt_session import Session
 
 
 def test_whether_a_launch_is_kept_as_a_graph_is_asked_of_those_that_know(monkeypatch):
-    """TensorRT-RTX's contexts do; TensorRT's have no such question, and always can."""
+    """TensorRT-RTX's contexts do; TensorRT's do not tell, and it is tried."""
     stream = SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     session = Session.__new__(Session)
