@@ -130,7 +130,7 @@ class Goodput(Planner):
         candidates = Candidates(tree, self.acceptance, weights, load.room, copied, policy.one_path)
         seconds = Verifications(self.costs, load, held_nodes)
         if draft is not None and load.room.any():
-            self._draft(candidates, draft, policy, load, seconds, price)
+            self._draft(draft, Search(candidates, policy, load, seconds, price))
         if self.ngrams is not None and policy.copies:
             candidates.go_on(candidates.continued(self.ngrams, load.recent, policy.max_depth))
         chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
@@ -145,15 +145,9 @@ class Goodput(Planner):
         plain = self.costs.plain(len(load.slots), load.context) + self.history.host_seconds
         return self.history.speedup * len(load.slots) / plain
 
-    def _draft(
-        self,
-        candidates: Candidates,
-        draft: Draft,
-        policy: Policy,
-        load: Load,
-        seconds: Verifications,
-        price: float,
-    ) -> None:
+    def _draft(self, draft: Draft, search: Search) -> None:
+        """Draft levels, while they pay; their nodes join the candidates."""
+        candidates, policy, load = search.candidates, search.policy, search.load
         history = self.history
         history.begin(load.slots)
         open_ = np.flatnonzero(load.room > 0)
@@ -163,7 +157,7 @@ class Goodput(Planner):
         # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
         once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
         entries = np.cumsum((behind - once + once / serves)[best])
-        count = self._worth_expanding(candidates, promise[best], 0, entries, policy, load, seconds, price)
+        count = self._worth_expanding(search, promise[best], 0, entries)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -181,30 +175,20 @@ class Goodput(Planner):
             if len(frontier) == 0:
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
-            worth = candidates.value[frontier]
-            count = self._worth_expanding(candidates, worth, depth, entries, policy, load, seconds, price)
+            count = self._worth_expanding(search, candidates.value[frontier], depth, entries)
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
             candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), policy.width)
             expanded += count
 
-    def _worth_expanding(
-        self,
-        candidates: Candidates,
-        frontier: np.ndarray,
-        depth: int,
-        entries: np.ndarray,
-        policy: Policy,
-        load: Load,
-        seconds: Verifications,
-        price: float,
-    ) -> int:
+    def _worth_expanding(self, search: Search, frontier: np.ndarray, depth: int, entries: np.ndarray) -> int:
         """How many of the frontier to expand, values [F], best first, of depth ``depth``; 0 if none pays.
 
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
+        candidates, policy, load, price = search.candidates, search.policy, search.load, search.price
         foreseen = self.acceptance.foreseen(policy.width)
         if depth >= len(foreseen.below):
             return 0
@@ -220,7 +204,7 @@ class Goodput(Planner):
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
         nodes = len(known) + len(going_on) + len(frontier) * children.shape[0] * children.shape[1]
         affordable = math.inf
-        if not seconds.held:
+        if not search.seconds.held:
             affordable = (known.sum() + going_on.sum() + frontier.sum() * brought[-1]) / price
         return best_portion(
             frontier,
@@ -232,7 +216,7 @@ class Goodput(Planner):
             known,
             going_on,
             moved,
-            price * seconds.upto(nodes, affordable),
+            price * search.seconds.upto(nodes, affordable),
         )
 
     def joined(self, slot: int) -> None:
@@ -264,6 +248,17 @@ class Goodput(Planner):
         if self._found is not None:
             drafting = None if self._caught_up else self._drafting  # with prompts and rests drafts catch up once
             self.sizes.observe(self._found, len(load.slots), drafting)
+
+
+@dataclass(frozen=True)
+class Search:
+    """One iteration's: what there is to verify so far, what that takes, and what a second is worth in tokens."""
+
+    candidates: Candidates
+    policy: Policy
+    load: Load
+    seconds: Verifications
+    price: float
 
 
 class Verifications:

@@ -15,7 +15,7 @@ from echo_trt.decoding.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
 from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.costs import Costs, Curve
 from echo_trt.decoding.foresight import BINS
-from echo_trt.decoding.goodput import Goodput, Load, Verifications, select
+from echo_trt.decoding.goodput import Goodput, Load, Search, Verifications, select
 from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -260,10 +260,8 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    verifications = Verifications(planner.costs, load)
-    got = planner._worth_expanding(
-        candidates, frontier, depth, entries, replace(POLICY, width=2), load, verifications, price
-    )
+    search = Search(candidates, replace(POLICY, width=2), load, Verifications(planner.costs, load), price)
+    got = planner._worth_expanding(search, frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])
