@@ -21,7 +21,7 @@ def running(app: FastAPI, **options: Any) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not server.started:
             assert thread.is_alive(), "the gateway did not start"
             assert time.monotonic() < end, "the gateway does not start"

@@ -281,7 +281,7 @@ def test_a_client_that_hangs_up_takes_its_requests_along(client, server, stream)
     else:
         server.wait_metrics(lambda metrics: metrics["echo_running"] > 0)
     connection.close()
-    server.wait_metrics(lambda metrics: metrics.get(cancelled, 0) > before and idle(metrics), seconds=5)
+    server.wait_metrics(lambda metrics: metrics.get(cancelled, 0) > before and idle(metrics), seconds=30)
     assert re.search(r"echo_gateway_running 1.0$", text_of(server, "/metrics"), re.MULTILINE)
 
 

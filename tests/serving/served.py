@@ -79,7 +79,7 @@ class Served:
     def err(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 60) -> Served:
+    def wait_for(self, text: str, seconds: float = 180) -> Served:
         end = time.monotonic() + seconds
         while text not in self.err:
             assert self.process.poll() is None, self.err
@@ -136,7 +136,7 @@ class Served:
         connection.close()
         return {name: float(value) for name, value in re.findall(r"^(echo_\S+) (\S+)$", lines, re.MULTILINE)}
 
-    def wait_metrics(self, fits, seconds: float = 10) -> dict[str, float]:
+    def wait_metrics(self, fits, seconds: float = 30) -> dict[str, float]:
         end = time.monotonic() + seconds
         while not fits(found := self.metrics()):
             assert time.monotonic() < end, {name: v for name, v in found.items() if "_bucket" not in name}
