@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,7 +42,7 @@ class Tally:
 
 @dataclass
 class Sample:
-    """``decode``: iterations in which every slot decoded; ``whole``: those in which every slot was busy, prompts too.
+    """``decode``: iterations in which every slot decoded; ``whole``: all of them, prompts too.
 
     ttft, gaps: seconds from a request's arrival to its first token, and between its emissions; pace: seconds a token of
     each request, without its first; progress: tokens per iteration of each request. texts: token ids by request.
@@ -61,19 +60,22 @@ class Sample:
 class ClosedLoop:
     """Answers ``prompts`` greedily under the policy in force, ``batch`` of them at once, the next as one ends.
 
-    When the last prompt has begun, slots fall empty: those iterations are run but not counted. ``seconds`` is a clock
-    that goes in iterations alone, so that others may run between two.
+    After the last prompt they begin again, so that no slot falls empty before each has been answered once: an end that
+    is not counted would leave out the texts that take longest, which are those whose drafts are accepted least. Of the
+    second answers nothing is kept. ``seconds`` is a clock that goes in iterations alone, so that others may run between
+    two.
     """
 
     def __init__(self, loop: Loop, prompts: list[list[int]], batch: int, max_tokens: int):
         self.loop, self.batch, self.sample = loop, batch, Sample()
         self.seconds, self.emitted = 0.0, 0
-        self._waiting = deque(Request(i, np.asarray(ids), SamplingParams(max_tokens)) for i, ids in enumerate(prompts))
+        self._prompts, self._params = [np.asarray(ids) for ids in prompts], SamplingParams(max_tokens)
+        self._begun = 0
         self._running: dict[Request, _Clock] = {}
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running)
+        return len(self.sample.texts) < len(self._prompts)
 
     def run(self, seconds: float = math.inf) -> None:
         """For so long, one iteration at least, or to the end."""
@@ -85,23 +87,26 @@ class ClosedLoop:
 
     def _step(self) -> None:
         loop, sample, running = self.loop, self.sample, self._running
-        while self._waiting and len(running) < self.batch:
-            request = self._waiting.popleft()
+        while len(running) < self.batch:
+            request = Request(self._begun, self._prompts[self._begun % len(self._prompts)], self._params)
             loop.add(request)
-            running[request] = _Clock(self.seconds)
+            running[request] = _Clock(self.seconds, first_answer=self._begun < len(self._prompts))
+            self._begun += 1
         before, begin = loop.counters.copy(), time.perf_counter()
         emissions = list(loop.step())
         elapsed = time.perf_counter() - begin
         self.seconds += elapsed
-        if len(running) == self.batch:
-            sample.whole.add(before, loop.counters, elapsed)
-            if loop.counters.prompt_tokens == before.prompt_tokens:
-                sample.decode.add(before, loop.counters, elapsed)
+        sample.whole.add(before, loop.counters, elapsed)
+        if loop.counters.prompt_tokens == before.prompt_tokens:
+            sample.decode.add(before, loop.counters, elapsed)
         for request, tokens in emissions:
             self.emitted += len(tokens)
             running[request].emitted(self.seconds, len(tokens), sample)
             if request.finish_reason:
                 running.pop(request).ended(request, sample)
+        if not self.busy:
+            for request in running:
+                loop.cancel(request)
 
 
 def run_side_by_side(runs: list[ClosedLoop]) -> None:
@@ -114,18 +119,22 @@ def run_side_by_side(runs: list[ClosedLoop]) -> None:
 @dataclass
 class _Clock:
     arrived: float
+    first_answer: bool
     first: float = 0.0
     last: float = 0.0
 
     def emitted(self, now: float, count: int, sample: Sample) -> None:
         if not self.last:
             self.first = now
+        if self.first_answer and not self.last:
             sample.ttft.append(now - self.arrived)
-        elif count:
+        elif self.first_answer and count:
             sample.gaps.append(now - self.last)
         self.last = now
 
     def ended(self, request: Request, sample: Sample) -> None:
+        if not self.first_answer:
+            return
         sample.texts[request.id] = request.generated
         length = len(request.generated)
         if length > 1:

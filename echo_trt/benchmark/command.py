@@ -81,9 +81,9 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
             "results": [],
         }
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
-            kinds = [("all", mixed(sets))] + [(name, rows) for name, rows in sets.items() if job.each_file]
+            kinds = [("all", sets)] + [(name, {name: rows}) for name, rows in sets.items() if job.each_file]
             cells = [
-                (batch, name, _prompts(llm, rows, max(job.requests, 2 * batch)))
+                (batch, name, [llm.chat_ids(prompt.text) for prompt in drawn(rows, max(job.requests, 2 * batch))])
                 for batch in job.batches
                 for name, rows in kinds
             ]
@@ -148,22 +148,28 @@ def _cell(
             peer_runs[peer.name].append(peer.run(prompts, batch, job.max_tokens))
     k_max = job.budget or llm.tuning.costs.hinge.k_max
     rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
+    rows = [row | {"side_by_side": beside} for row in rows]
     return rows + [peer_figures(name, batch, runs, samples[PLAIN]) for name, runs in peer_runs.items()]
 
 
-def mixed(sets: dict[str, list[Prompt]]) -> list[Prompt]:
-    """The first prompt of each file, the second of each, ..."""
-    longest = max(map(len, sets.values()))
-    return [rows[i] for i in range(longest) for rows in sets.values() if i < len(rows)]
-
-
-def _prompts(llm: LLM, rows: list[Prompt], count: int) -> list[list[int]]:
-    return [llm.chat_ids(rows[i % len(rows)].text) for i in range(count)]
+def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:
+    """``count`` prompts, as many of each file, one of each in turn, evenly over the whole of it: files are often in an
+    order, of topics for instance. Where there are fewer prompts they come again."""
+    each = -(-count // len(sets))
+    return [
+        rows[i * len(rows) // each if each < len(rows) else i % len(rows)]
+        for i in range(each)
+        for rows in sets.values()
+    ][:count]
 
 
 def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job) -> bytes:
     decoding = llm.manifest.recipe.decoding
-    groups = {f"{name}/{p.id}": (name, p) for name, rows in sets.items() for p in rows[: job.requests]}
+    groups = {
+        f"{name}/{prompt.id}": (name, prompt)
+        for name, rows in sets.items()
+        for prompt in drawn({name: rows}, min(job.requests, len(rows)))
+    }
     prompts = [Prompt(key, p.text) for key, (_, p) in groups.items()]
     shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
     return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape).to_bytes()

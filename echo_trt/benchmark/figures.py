@@ -13,7 +13,11 @@ PLAIN = "autoregressive"
 
 
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
-    """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own."""
+    """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own.
+
+    draft_utilisation: accepted of the draft tokens that were verified; verified_per_iteration: tokens of the tree,
+    roots among them, without what a pass was filled up with.
+    """
     decode = [s.decode for s in rounds]
     iterations, verifications = sum(t.iterations for t in decode), sum(t.verifications for t in decode)
     accepted = sum(t.tokens - t.verifications for t in decode)
@@ -28,7 +32,9 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
         "end_to_end_tokens_per_s": _median([_rate(s.whole) for s in rounds], 2),
         "ratio": _median(ratios),
         "ratio_spread": _spread(ratios),
+        "pooled_ratio": _pooled(decode, [s.decode for s in plain]),
         "end_to_end_ratio": _median(whole),
+        "pooled_end_to_end_ratio": _pooled([s.whole for s in rounds], [s.whole for s in plain]),
         "accepted_length": round(sum(t.tokens for t in decode) / verifications, 4) if verifications else None,
         "draft_utilisation": round(accepted / drafted, 4) if drafted else None,
         "verified_per_iteration": round(verified / max(iterations, 1), 2),
@@ -58,11 +64,22 @@ def peer_figures(name: str, batch: int, rounds: list[PeerRun], plain: list[Sampl
         "ratio_spread": _spread(decode),
         "end_to_end_ratio": _median(whole),
         "accepted_length": _median([r.accepted_length for r in rounds]),
+        "drafts": rounds[-1].drafts,
     }
 
 
 def _ratio(rate: float | None, plain: float | None) -> float | None:
     return None if rate is None or plain is None else rate / plain
+
+
+def _pooled(tallies: list[Tally], plain: list[Tally]) -> float | None:
+    """All rounds as one: a round in which the policy learnt a load counts as the others do."""
+    ratio = _ratio(_rate_of_all(tallies), _rate_of_all(plain))
+    return None if ratio is None else round(ratio, 4)
+
+
+def _rate_of_all(tallies: list[Tally]) -> float | None:
+    return _rate(Tally(elapsed=sum(t.elapsed for t in tallies), tokens=sum(t.tokens for t in tallies)))
 
 
 def _median(values: list[float | None], digits: int = 4) -> float | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from echo_trt.compile.openvino import compute_type
 from echo_trt.decoding.pack import BLOCK
 
 WARM_UP_TOKENS = 8
+TREE, CHAINS = 0, (1, 2, 3, 4)  # tokens of a chain; a tree has the recipe's
+TRIAL = 8  # prompts of a trial, two a place at least
 
 
 class GenAI:
@@ -27,25 +28,40 @@ class GenAI:
     No prompt shares another's cache (enable_prefix_caching is off, as the benchmark's own is), prompts are computed in
     chunks between decoding steps, and the KV cache holds every running text whole.
 
-    With a head and one text at a time, each step verifies a dynamic top-k tree: depth, children and tokens of the
-    recipe's static policy. With more at a time it is a chain of ``chain`` tokens a text, for GenAI 2026.4.1 fails in a
-    tree as soon as one text ends while another accepts a branch (PaKVReorder: block_indices_begins and
-    block_update_indices_begins of different length).
+    With a head, a trial says what each step drafts: chains, or with one text at a time a dynamic top-k tree (depth,
+    children and tokens of the recipe's static policy). With more at a time GenAI 2026.4.1 fails in a tree as soon as
+    one text ends while another accepts a branch (PaKVReorder: block_indices_begins and block_update_indices_begins of
+    different length).
     """
-
-    #: Tokens drafted a text where several run.
-    chain = 2
 
     def __init__(self, name: str, manifest: Manifest, target: Path, head: Path | None = None):
         self.name = name
         self._target, self._head, self._manifest = target, head, manifest
         self._tree = manifest.recipe.decoding.static
         self._opened: _Opened | None = None
+        self._fastest: dict[int, int] = {}  # the chain of a trial, by concurrency
 
     def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
         longest = max(map(len, prompts)) + max_tokens
         pipeline = self._pipeline(concurrency, longest)
-        return _closed_loop(pipeline, prompts, concurrency, self._generation(concurrency, max_tokens))
+        if self._head is None:
+            return _closed_loop(pipeline, prompts, concurrency, self._generation(None, max_tokens))
+        if concurrency not in self._fastest:
+            self._fastest[concurrency] = self._trial(pipeline, prompts, concurrency, max_tokens)
+        chain = self._fastest[concurrency]
+        run = _closed_loop(pipeline, prompts, concurrency, self._generation(chain, max_tokens))
+        return replace(run, drafts="a tree" if chain == TREE else f"a chain of {chain}")
+
+    def _trial(
+        self, pipeline: genai.ContinuousBatchingPipeline, prompts: list[list[int]], concurrency: int, max_tokens: int
+    ) -> int:
+        """The chain, or TREE, with most tokens a second."""
+        some = prompts[: max(TRIAL, 2 * concurrency)]
+        rates = {}
+        for chain in (*CHAINS, *([TREE] if concurrency == 1 else [])):
+            run = _closed_loop(pipeline, some, concurrency, self._generation(chain, max_tokens))
+            rates[chain] = run.decode_tokens_per_s or 0.0
+        return max(rates, key=rates.__getitem__)
 
     def _pipeline(self, concurrency: int, longest: int) -> genai.ContinuousBatchingPipeline:
         """A pipeline for as many texts of so many tokens: the last one, where it has room for them."""
@@ -54,7 +70,7 @@ class GenAI:
         if self._opened is None or self._opened.concurrency != concurrency or self._opened.blocks < blocks:
             self._opened = None  # its memory goes before the next one's comes
             pipeline = self._open(concurrency, blocks)
-            _closed_loop(pipeline, [[1, 1]], 1, self._generation(concurrency, WARM_UP_TOKENS))
+            _closed_loop(pipeline, [[1, 1]], 1, self._generation(self._head and TREE, WARM_UP_TOKENS))
             self._opened = _Opened(concurrency, blocks, pipeline)
         return self._opened.pipeline
 
@@ -74,7 +90,7 @@ class GenAI:
             options["draft_model"] = genai.draft_model(self._head, "CPU", **options)
         return genai.ContinuousBatchingPipeline(self._target, scheduler, "CPU", options)
 
-    def _generation(self, concurrency: int, max_tokens: int) -> genai.GenerationConfig:
+    def _generation(self, chain: int | None, max_tokens: int) -> genai.GenerationConfig:
         config = genai.GenerationConfig()
         config.do_sample = False
         config.max_new_tokens = max_tokens
@@ -83,9 +99,9 @@ class GenAI:
         if eos:
             config.stop_token_ids = set(eos)
             config.eos_token_id = eos[0]  # else GenAI adds the -1 of a checkpoint that names none
-        if self._head is not None and concurrency > 1:
-            config.num_assistant_tokens = self.chain
-        elif self._head is not None:
+        if chain:
+            config.num_assistant_tokens = chain
+        elif chain == TREE:
             config.branching_factor, config.tree_depth = self._tree.top_k, self._tree.depth
             config.num_assistant_tokens = self._tree.tokens - 1  # ours count the root
         return config
@@ -104,24 +120,29 @@ def _closed_loop(
     concurrency: int,
     generation: genai.GenerationConfig,
 ) -> PeerRun:
-    """Keep ``concurrency`` texts running until the prompts are used up."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    waiting, running = deque(range(len(prompts))), {}
+    """Keep ``concurrency`` texts running until each prompt is answered; after the last they begin again, as ours do."""
+    texts: list[list[int]] = []
+    left, running = set(range(len(prompts))), {}
     full, decode = _Steps(), _Steps()
     begin = time.perf_counter()
-    while waiting or running:
-        while waiting and len(running) < concurrency:
-            index = waiting.popleft()
-            running[index] = pipeline.add_request(index, ov.Tensor(np.array([prompts[index]], np.int64)), generation)
-        count, decoding, step_begin = len(running), all(texts[index] for index in running), time.perf_counter()
+    while left:
+        while len(running) < concurrency:
+            index, prompt = len(texts), prompts[len(texts) % len(prompts)]
+            running[index] = pipeline.add_request(index, ov.Tensor(np.array([prompt], np.int64)), generation)
+            texts.append([])
+        decoding, step_begin = all(texts[index] for index in running), time.perf_counter()
         pipeline.step()
         tokens = sum([_read(handle, texts[index]) for index, handle in running.items()])
+        for steps in (full, decode) if decoding else (full,):
+            steps.add(tokens, concurrency, time.perf_counter() - step_begin)
         running = {index: handle for index, handle in running.items() if _is_running(handle)}
-        if count == min(concurrency, len(prompts)):
-            for steps in (full, decode) if decoding else (full,):
-                steps.add(tokens, count, time.perf_counter() - step_begin)
+        left -= set(range(len(texts))) - running.keys()
     seconds = time.perf_counter() - begin
-    return PeerRun(texts, seconds, full.tokens_per_s, decode.tokens_per_s, decode.accepted_length)
+    for handle in running.values():
+        handle.cancel()
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+    return PeerRun(texts[: len(prompts)], seconds, full.tokens_per_s, decode.tokens_per_s, decode.accepted_length)
 
 
 def _read(handle: Any, text: list[int]) -> int:

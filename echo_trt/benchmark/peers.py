@@ -3,7 +3,8 @@
 | peer                  | what runs                                                                             |
 |-----------------------|---------------------------------------------------------------------------------------|
 | openvino-genai        | OpenVINO GenAI's continuous batching, plain decoding                                  |
-| openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head: a tree, or chains where several run   |
+| openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head: chains or, of one text, a tree: the    |
+|                       | fastest of a trial. The head in the bundle's precision, where ours is in int8         |
 | transformers          | Hugging Face generate() on static batches, padded on the left: no continuous batching |
 """
 
@@ -32,10 +33,10 @@ class PeerRun:
     ``token_ids`` are the answers in the order of the prompts, each with the end token that ended it. ``seconds`` run
     from the first prompt's arrival to the last token; loading, compiling and a first short answer came before.
 
-    Rates that compare with ours leave out the end of the run, when places fall empty: ``full_tokens_per_s`` is over the
-    steps in which every place was taken, prompts included, and ``decode_tokens_per_s`` over those of them in which
-    every text already had its first token, so that no prompt was computed. ``accepted_length`` is what one of the
-    latter gave a text, 1 without drafting. None where there was no such step.
+    Rates that compare with ours are of steps in which every place was taken: ``full_tokens_per_s`` is over all of them,
+    prompts included, and ``decode_tokens_per_s`` over those in which every text already had its first token, so that no
+    prompt was computed. ``accepted_length`` is what one of the latter gave a text, 1 without drafting. None where there
+    was no such step. ``drafts`` says what was drafted, None where nothing was.
     """
 
     token_ids: list[list[int]]
@@ -43,6 +44,7 @@ class PeerRun:
     full_tokens_per_s: float | None
     decode_tokens_per_s: float | None
     accepted_length: float | None
+    drafts: str | None = None
 
 
 class Peer(Protocol):

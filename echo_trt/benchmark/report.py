@@ -18,11 +18,14 @@ COLUMNS = {
     "decode_tokens_per_s": "decode tokens/s",
     "ratio": "to plain",
     "ratio_spread": "spread",
+    "pooled_ratio": "all rounds as one",
     "end_to_end_tokens_per_s": "with prompts, tokens/s",
+    "end_to_end_ratio": "to plain",
     "accepted_length": "accepted length",
     "draft_utilisation": "draft used",
     "verified_per_iteration": "verified",
-    "inter_token_ms": "inter-token p50 / p99 ms",
+    "inter_token_ms": "between emissions p50 / p99 ms",
+    "time_per_token_ms": "a token p50 / p99 ms",
     "ttft_ms": "first token p50 / p99 ms",
     "same_texts": "same texts",
 }
@@ -33,6 +36,7 @@ TERMINAL = {
     "decode_tokens_per_s": "tokens/s",
     "ratio": "ratio",
     "ratio_spread": "spread",
+    "pooled_ratio": "pooled",
     "accepted_length": "accepted",
     "verified_per_iteration": "verified",
     "same_texts": "same texts",
@@ -70,7 +74,7 @@ def _shown(name: str, value: Any) -> str:
         return ""
     if isinstance(value, dict):
         return " / ".join(f"{v:.0f}" for v in value.values())
-    if name in ("ratio", "ratio_spread"):
+    if "ratio" in name:
         return " to ".join(f"{v:.2f}" for v in (value if isinstance(value, list) else [value]))
     if isinstance(value, float):
         return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

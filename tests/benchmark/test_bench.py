@@ -12,10 +12,11 @@ from rich.console import Console
 
 from echo_trt.benchmark import command
 from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
-from echo_trt.benchmark.command import Job, check_pool
+from echo_trt.benchmark.command import Job, check_pool, drawn
 from echo_trt.benchmark.command import run as run_bench
 from echo_trt.benchmark.figures import figures
 from echo_trt.calibration.trees import Trees
+from echo_trt.prompts import Prompt
 from echo_trt.runtime.llm import LLM
 
 
@@ -62,6 +63,8 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
         assert done == of == str(2 * max(4, 2 * row["batch"]))
         assert row["decode_tokens_per_s"] > 0
         assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
+        assert row["ratio_spread"][0] / 2 < row["pooled_ratio"] < 2 * row["ratio_spread"][1]
+        assert row["side_by_side"]
         if row["policy"] == "autoregressive":
             assert row["accepted_length"] == row["ratio"] == 1
             assert row["verified_per_iteration"] == row["batch"]
@@ -75,16 +78,37 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
     ).replace("https://matplotlib.org", "")
 
 
-def test_only_iterations_with_every_slot_busy_are_counted(open_llm):
+def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
+    """Were slots left empty at the end, the slowest texts would be those that are not counted."""
     llm = open_llm("close", "autoregressive", batch=3)
     run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
     run.run()
     sample = run.sample
     assert sample.decode.verifications == 3 * sample.decode.iterations
     assert sample.whole.iterations > sample.decode.iterations  # prompts were computed in some
-    assert len(sample.texts) == len(sample.ttft) == 4
+    assert sorted(sample.texts) == [0, 1, 2, 3]
+    assert len(sample.ttft) == len(sample.pace) == 4
     assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
-    assert sample.whole.tokens < sum(map(len, sample.texts.values()))  # the end of the run is left out
+    assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
+    assert sample.whole.elapsed == pytest.approx(run.seconds)
+    assert not llm.loop.busy
+    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    again.run()
+    assert again.sample.texts == sample.texts
+
+
+def test_fewer_prompts_than_slots_fill_them_all_the_same(open_llm):
+    run = ClosedLoop(open_llm("close", "autoregressive", batch=3).loop, [[5, 6, 7]], 3, 12)
+    run.run()
+    assert list(run.sample.texts) == [0]
+    assert run.sample.decode.verifications == 3 * run.sample.decode.iterations > 0
+
+
+def test_prompts_are_drawn_evenly_over_every_file():
+    rows = {"a": [Prompt(f"a{i}", "") for i in range(80)], "b": [Prompt(f"b{i}", "") for i in range(3)]}
+    assert [prompt.id for prompt in drawn(rows, 8)] == ["a0", "b0", "a20", "b1", "a40", "b2", "a60", "b0"]
+    assert [prompt.id for prompt in drawn(rows, 5)] == ["a0", "b0", "a26", "b1", "a53"]
+    assert [prompt.id for prompt in drawn({"b": rows["b"]}, 4)] == ["b0", "b1", "b2", "b0"]
 
 
 def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_llm, monkeypatch):
@@ -213,5 +237,6 @@ def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkey
     bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
     assert [*loops[0]] == ["autoregressive", "static"]
     for loop in loops[0].values():
-        assert loop.counters.prompt_tokens == loop.counters.asked_tokens > 8 * 40
+        assert loop.counters.cached_tokens == 0
+        assert loop.counters.prompt_tokens > 8 * 40
     assert opened[0].manifest.recipe.limits.prefix_cache
