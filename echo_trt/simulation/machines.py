@@ -18,6 +18,9 @@ from echo_trt.errors import UserError
 THIS = "this"
 # Measured on 2 cores of an AMD EPYC at batch 1 to 8: packing, accepting, text; and what a draft level's planning adds.
 HOST_SECONDS, LEVEL_SECONDS = 0.5e-3, 0.3e-3
+# What goodput's search takes besides, for each node that it considers: fitted to plans over recorded trees, 1 to 512
+# requests of both H100s here, on two cores of another EPYC (family 25, model 1); within a third of each of them.
+CANDIDATE_SECONDS = 0.85e-6
 LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 
 
@@ -25,8 +28,9 @@ LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 class Machine:
     """Seconds of passes over ``sizes`` tokens, tables [m], what a cached token adds, and one that a tree's node attends
     again (``Curve``). cold, granule, change, least: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
-    ``level_seconds``: and a draft level. ``capacity``: tokens that its KV cache holds, None where unknown. ``knee``:
-    K_max where it was measured, None: fitted to ``target``. ``assumptions``: a sentence each."""
+    ``level_seconds``: and a draft level; ``candidate_seconds``: and a node that goodput considers. ``capacity``: tokens
+    that its KV cache holds, None where unknown. ``knee``: K_max where it was measured, None: fitted to ``target``.
+    ``assumptions``: a sentence each."""
 
     name: str
     target: tuple[np.ndarray, np.ndarray, float, float]
@@ -40,6 +44,7 @@ class Machine:
     change: float = 0.0
     least: int = 1
     knee: int | None = None
+    candidate_seconds: float = CANDIDATE_SECONDS
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""

@@ -158,6 +158,8 @@ class Replay:
         draft = ClockedDraft(self._draft_at(positions), walk, self._clock, self.planner)
         plan = self._plan(positions, draft, load)
         tree, planning = plan.tree, draft.passes * self._machine.level_seconds
+        if self.planner:
+            planning += len(plan.candidates) * self._machine.candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
         tokens = max(len(tree), plan.fill)
         taken = self._verification(tokens, context, again)

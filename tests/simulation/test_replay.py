@@ -150,6 +150,18 @@ def test_what_a_pass_costs_beside_its_tokens_is_paid_for(recording, calibration)
         assert step.seconds - cheap.seconds == pytest.approx(more, rel=1e-6)
 
 
+def test_goodput_pays_for_the_nodes_that_it_considers(recording, calibration):
+    """Of a large batch its search takes longer than a level's planning, also where it drafts nothing."""
+    free, dear = (replace(KNEE, candidate_seconds=each) for each in (0.0, 1e-5))
+    (cheap, step), (same, again) = (
+        [Replay(recording, calibration, each, policy, 3, prompt=10).step() for each in (free, dear)]
+        for policy in (GOODPUT, Policy("static", **SHAPE, per_request=6))
+    )
+    assert step.verified == cheap.verified > 0
+    assert step.seconds - cheap.seconds >= 1e-5 * (3 + step.verified)
+    assert same.seconds == again.seconds
+
+
 def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
     run = replay(recording, calibration, GOODPUT, 8)
     run.run(500)
