@@ -50,4 +50,4 @@ def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
     filled = count > 0
     mean = np.bincount(cell, predicted, BINS)[filled] / count[filled]
     share = np.bincount(cell, accepted, BINS)[filled] / count[filled]
-    return Reliability(mean, share, float((abs(mean - share) * count[filled]).sum() / count.sum()))
+    return Reliability(mean, share, float((abs(mean - share) * count[filled]).sum() / max(count.sum(), 1)))

@@ -15,6 +15,7 @@ _MOST_CAUTIOUS = 2.0
 _PATIENCE, _LONGEST_REST = 4, 8  # plain plans after which one is left out, and how many at most
 _AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
+_LEAST = 1e-4  # of what a draft's best token is usually worth: a calibration may say nothing
 
 
 class History:
@@ -84,7 +85,7 @@ class History:
 
     def drafted(self, chosen: np.ndarray, best: np.ndarray, usual: float) -> None:
         """Slots ``chosen`` [A] were drafted for; the best token of each is worth ``best`` [A]."""
-        seen = best / usual
+        seen = best / max(usual, _LEAST)
         self._idle[chosen] = 0
         self.promise[chosen] += 0.3 * (seen - self.promise[chosen])
         self._mean += (1 - _MEMORY) * (float(seen.mean()) - self._mean)

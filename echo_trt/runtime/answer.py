@@ -46,6 +46,8 @@ class Answer:
             request.finish_reason = "stop"
         if request.finish_reason:
             piece += stream.finish()
+            if stream.stopped:  # a character that only the end made certain completed a stop string
+                request.finish_reason = "stop"
         begin, self.told = self.told, end
         if request.params.logprobs is None:
             return Said(piece, tokens[:used])

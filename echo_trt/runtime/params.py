@@ -179,7 +179,7 @@ class Counters:
 
     Prompts include the text of requests that were set back. asked_tokens of them were admitted; of these cached_tokens
     were found in the prefix cache, and prompt_tokens computed. reached: depth -> a request's drafts that had candidates
-    there; at depth 0 all verifications, at 1 those with a draft.
+    there; at depth 0 all verifications but those that end a prompt, at 1 those with a draft.
     """
 
     iterations: int = 0

@@ -21,6 +21,7 @@ from echo_trt.calibration.fit import (
     observe,
     youden,
 )
+from echo_trt.calibration.reliability import _diagram
 from echo_trt.decoding.acceptance import BOTH, HEAD, KNOTS, LOOKUP, Acceptance, knots
 
 labelled = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=25)
@@ -214,3 +215,7 @@ def test_a_calibration_of_recorded_trees_is_whole(recorded):
     assert len(calibration.lookup) == 4
     again = type(calibration).model_validate_json(calibration.model_dump_json())
     assert again == calibration
+
+
+def test_where_nothing_is_worth_comparing_there_is_no_error():
+    assert _diagram(np.array([0.01, 0.02]), np.array([False, False])).error == 0

@@ -118,6 +118,13 @@ def test_a_fresh_request_begins_with_what_is_usual():
     assert history.probe(ALL, ALL, np.full(len(ALL), 1e-9)).tolist() == [2]
 
 
+def test_a_calibration_that_expects_nothing_of_drafts_leaves_numbers():
+    history = History(2)
+    history.begin(np.arange(2))
+    history.drafted(np.array([0]), np.array([0.0]), usual=0.0)
+    assert np.isfinite(history.promise).all()
+
+
 # -- probing -------------------------------------------------------------------------------------------------------
 
 

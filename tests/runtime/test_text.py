@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 from driving import assert_all_free, prompt_ids
 from hypothesis import given
@@ -12,6 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.runtime.answer import Answer
+from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.text import TextStream
 
@@ -146,6 +149,16 @@ def test_a_stop_string_before_half_a_character_is_left_out(tokenizer):
     ids = [*byte_ids(tokenizer, "b"), tokenizer.token_to_id("aÃ")]
     assert "".join(stream(tokenizer, ids, [1], ["ba"])[0]) == ""
     assert "".join(stream(tokenizer, ids, [1], ["bc"])[0]) == "ba\ufffd"
+
+
+@pytest.mark.parametrize(("stop", "reason"), [("\ufffd", "stop"), ("?", "length")])
+def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, tokenizer):
+    """Half a character is U+FFFD once nothing more can come."""
+    half = tokenizer.token_to_id("aÃ")
+    request = Request(0, np.array([5]), SamplingParams(1, stop=(stop,)))
+    request.generated, request.finish_reason = [half], "length"
+    Answer(request, tokenizer).take(None, [half])
+    assert request.finish_reason == reason
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
