@@ -5,7 +5,7 @@
 Starts ``echo-trt serve BUNDLE`` on free ports of this machine, about ten times, and asks nothing of any other machine.
 At full size (--scale 1) about 10 minutes on 2 cores. Texts are compared with those of the server at rest: all of them
 must be the same for a bundle in fp32; for others the table says how many were. Exit code 1 if something is not as it
-must be. Needs echo-trt[test].
+must be. Needs pip install -e '.[test]'.
 """
 
 from __future__ import annotations

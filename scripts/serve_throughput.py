@@ -4,7 +4,7 @@
 
 Runs the offline runtime, the server under perf_analyzer (from PyPI; streams over gRPC) and the offline runtime again,
 each with as many requests at once and the same prompts. Prints tokens a second and their ratio, time to first token
-and between tokens, errors, and the resident memory of server and backend. Needs echo-trt[test] and perf-analyzer.
+and between tokens, errors, and the resident memory of server and backend. Needs pip install -e '.[test]' perf-analyzer.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _register_plugins() -> None:
         register()
     except ImportError as error:
         raise UserError(
-            f"the plugin for TensorRT cannot be loaded ({error}); run pip install 'echo-trt[tensorrt]'."
+            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
         ) from error
 
 

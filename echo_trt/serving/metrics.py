@@ -47,7 +47,8 @@ class Metrics:
 
         self._counters = {name: make(f"{name}_total", text, counter) for name, text in COUNTERS.items()}
         self._gauges = {name: make(name, text, gauge) for name, text in GAUGES.items()}
-        self._accepted = make("accepted_length", "Tokens emitted a verification, of the last seconds", gauge)
+        about = "Tokens emitted a verification, since the last update in which there was a verification"
+        self._accepted = make("accepted_length", about, gauge)
         self._engine_failures = make("engine_failures_total", "Iterations in which the engine failed", counter)
         self._requests = family(name="echo_requests_total", description="Requests by outcome", kind=counter)
         self._gates = family(

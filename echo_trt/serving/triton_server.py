@@ -93,7 +93,7 @@ def find_server() -> TritonServer:
     if spec is None or not spec.origin:
         raise UserError(
             "Triton Inference Server is not here: no tritonserver on PATH and no nvidia-pytriton; "
-            "pip install 'echo-trt[serve]'."
+            "pip install -e '.[serve]' in the repository."
         )
     package = Path(spec.origin).parent
     _stub(package / "tritonserver")
