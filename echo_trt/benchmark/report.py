@@ -38,8 +38,7 @@ TERMINAL = {
     "ratio_spread": "spread",
     "pooled_ratio": "pooled",
     "accepted_length": "accepted",
-    "verified_per_iteration": "verified",
-    "same_texts": "same texts",
+    "same_texts": "texts",
 }
 
 
@@ -48,6 +47,7 @@ def results_table(result: dict[str, Any]) -> Table:
     several = len({row["set"] for row in result["results"]}) > 1
     columns = [name for name in TERMINAL if name != "set" or several]
     table = Table(title=f"{result['bundle']} {result['precision']}, greedy, {result['machine']}", title_justify="left")
+    table.collapse_padding = True  # 80 columns are enough
     for name in columns:
         table.add_column(TERMINAL[name], justify="left" if name in ("set", "policy") else "right")
     last = None
@@ -56,7 +56,7 @@ def results_table(result: dict[str, Any]) -> Table:
         if last is not None and key != last:
             table.add_section()
         last = key
-        table.add_row(*(_shown(name, row.get(name)) for name in columns))
+        table.add_row(*(_shown(name, row.get(name)).replace(" to ", "-").replace(" of ", "/") for name in columns))
     return table
 
 
@@ -65,7 +65,10 @@ def html_report(result: dict[str, Any]) -> bytes:
     template = Environment(loader=PackageLoader("echo_trt.benchmark", "."), autoescape=True).get_template(
         "report.html.j2"
     )
-    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in result["results"]]
+    drafted = [
+        row | {"policy": ", ".join(filter(None, (row["policy"], row.get("drafts"))))} for row in result["results"]
+    ]
+    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in drafted]
     return template.render(result=result, columns=list(COLUMNS.values()), rows=rows, plots=_plots(result)).encode()
 
 
