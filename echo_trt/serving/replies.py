@@ -93,7 +93,7 @@ class Replies:
     def _run(self) -> None:
         metrics = Metrics(pb_utils.MetricFamily)
         looked = flushed = time.monotonic()
-        running, server = True, os.getppid()
+        running, server = True, triton_process()
         while running:
             if os.getppid() != server:  # Triton was killed, and would leave this process behind
                 os._exit(1)
@@ -176,6 +176,14 @@ class Replies:
             self._open[reply] = self._open.pop(reply)  # the last, next time
             if reply.sender.is_cancelled():
                 self._service.cancel(reply.job)
+
+
+def triton_process() -> int:
+    """Triton's process id. Its stub is told it, since Triton may have died before the bundle was loaded."""
+    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    if words[0].endswith(b"triton_python_backend_stub") and words[5].isdigit():
+        return int(words[5])
+    return os.getppid()
 
 
 def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:

@@ -81,10 +81,14 @@ class Served:
 
     def wait_for(self, text: str, seconds: float = 180) -> Served:
         end = time.monotonic() + seconds
-        while text not in self.err:
-            assert self.process.poll() is None, self.err
-            assert time.monotonic() < end, self.err
-            time.sleep(0.05)
+        try:
+            while text not in self.err:
+                assert self.process.poll() is None, self.err
+                assert time.monotonic() < end, self.err
+                time.sleep(0.05)
+        except AssertionError:
+            self.kill()
+            raise
         return self
 
     def stop(self, seconds: float = 60) -> int:

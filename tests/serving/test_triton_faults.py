@@ -123,16 +123,20 @@ def _stop_with_streams(server: Served, whole: dict) -> None:
         socket.create_connection(("127.0.0.1", server.http))
 
 
+def wait_for_end(processes: list[int]) -> None:
+    end = time.monotonic() + 120  # a backend that was talking to Triton just then takes a while
+    while any(Path("/proc", str(pid)).exists() for pid in processes):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 @needs_triton
 def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path):
     server = Served(roomy_bundle, tmp_path / "log").wait_for("serving")
     below = server.children("triton")
     assert len(below) == 2
     server.kill()
-    end = time.monotonic() + 40  # a backend that was talking to Triton just then takes a while
-    while any(Path("/proc", str(pid)).exists() for pid in below):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for_end(below)
     folders = lambda: list(Path(tempfile.gettempdir()).glob(f"{triton_server.PREFIX}{server.process.pid}-*"))  # noqa: E731
     assert len(folders()) == 1
     triton_server.remove_regions()
@@ -245,6 +249,20 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
     assert "was changed after the build" in last
     assert last.startswith("error: ")
     assert not server.regions()
+
+
+@needs_triton
+def test_a_launcher_that_is_killed_while_the_bundle_loads_takes_everything_along(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
+    end = time.monotonic() + 60
+    while not server.children("triton_python_backend_stub"):
+        assert time.monotonic() < end, server.err
+        time.sleep(0.05)
+    time.sleep(1)
+    below = server.children("triton")
+    server.kill()
+    assert "\nserving" not in server.err
+    wait_for_end(below)
 
 
 @needs_triton
