@@ -179,7 +179,7 @@ def generate(
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name = policy.value if policy else None
-    run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Screen(), messages)
+    run(Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts), Screen(), messages)
 
 
 @app.command()

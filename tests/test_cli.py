@@ -197,6 +197,15 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bun
     assert "prompt 'long one' has" in outcome.err
 
 
+def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr("echo_trt.generate.LLM", None)
+    for file in (prompts, bundle_of("lookup") / "manifest.json"):
+        before = file.read_bytes()
+        outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", prompts, "--json", file)
+        assert (outcome.code, f"--json {file} is a file that the command reads" in outcome.err) == (2, True)
+        assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("place", ["nothing.yaml", "."])
 def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle import Manifest
+from echo_trt.bundle import MANIFEST, Manifest, read_manifest
 from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError, first_mistake
@@ -160,6 +160,11 @@ def machine(manifest: Manifest) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = manifest.tools.get(manifest.engine, "")
     return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {manifest.computes_in}".replace("  ", " ")
+
+
+def own_files(bundle: Path) -> list[Path]:
+    """What a bundle holds and is read from it: nothing that another file may take the place of."""
+    return [bundle / name for name in (MANIFEST, *read_manifest(bundle).files, CALIBRATION, COSTS)]
 
 
 def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:

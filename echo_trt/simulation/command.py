@@ -71,7 +71,8 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
         "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine, ngrams)],
         "results": [],
     }
-    with output_file("--json", job.json_file) as write_json, files_first(out):
+    inputs = job.recording, job.calibration, job.costs, job.ngrams
+    with output_file("--json", job.json_file, inputs) as write_json, files_first(out):
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             task = progress.add_task("simulating", total=len(job.batches) * len(names))
             for batch in job.batches:

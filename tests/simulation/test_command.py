@@ -91,3 +91,11 @@ def test_bad_input(job, tmp_path):
     ):
         with refused(*words):
             simulate(job, **changes)
+
+
+def test_a_file_that_it_reads_is_not_overwritten(job):
+    for file in (job.recording, job.calibration):
+        before = file.read_bytes()
+        with refused(f"--json {file}", "reads", "another file"):
+            simulate(job, json_file=file)
+        assert file.read_bytes() == before
