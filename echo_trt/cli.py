@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from enum import StrEnum
 from functools import partial
@@ -17,6 +18,8 @@ from echo_trt.build_progress import BuildProgress
 from echo_trt.decoding.policies import NAMES
 from echo_trt.errors import UserError
 
+NARROWEST = 20  # columns that are believed
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -26,6 +29,16 @@ app = typer.Typer(
     "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
     "and `--compare` shows what speculation is worth.",
 )
+
+
+def _drop_odd_columns() -> None:
+    """Rich takes COLUMNS as it is: with 0 or 1 of them it would print nothing, not even an error."""
+    columns = os.environ.get("COLUMNS", "")
+    if not re.fullmatch("[0-9]{2,4}", columns) or int(columns) < NARROWEST:
+        os.environ.pop("COLUMNS", None)
+
+
+_drop_odd_columns()  # before the first console, which remembers them
 # Names of files, ids and texts are printed as they are: no markup, no :emoji:.
 Screen = partial(Console, markup=False, emoji=False)
 messages = Screen(stderr=True)
@@ -68,7 +81,7 @@ def _run() -> None:
 
 
 def _tell(error: object) -> None:
-    messages.print("error:", style="bold red", end=" ")
+    messages.print("error:", style="bold red", end=" ", soft_wrap=True)
     messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
 
 

@@ -218,6 +218,20 @@ def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
     assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "19", "-3", "²", "9" * 5000])
+def test_odd_columns_hide_nothing(columns, tmp_path):
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "COLUMNS": columns}
+        return subprocess.run(
+            [sys.executable, "-m", "echo_trt", *words], capture_output=True, text=True, env=environment
+        )
+
+    done = run("inspect", str(tmp_path / "nope"))
+    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Usage" in run("inspect", "--help").stdout
+
+
 def test_ctrl_c_while_it_imports_says_nothing():
     code = """
 import builtins, signal
