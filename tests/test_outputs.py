@@ -29,6 +29,17 @@ def test_each_write_replaces_the_last_and_nothing_else_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_two_commands_that_write_one_file_leave_each_other_alone(tmp_path):
+    file = tmp_path / "a.json"
+    with output_file("--json", file) as first:
+        with output_file("--json", file) as second:
+            second(b"second")
+            first(b"first")
+        first(b"first again")
+    assert file.read_bytes() == b"first again"
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_link_stays_and_what_it_names_is_written(tmp_path):
     link, file = tmp_path / "link", tmp_path / "elsewhere.json"
     link.symlink_to(file)

@@ -197,8 +197,8 @@ def read_costs(folder: Path, manifest: Manifest, note: Callable[[str], None]) ->
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:
-    """The file appears whole or not at all."""
-    partial = folder / f".{name}.partial"
+    """The file appears whole or not at all, also where two processes write it."""
+    partial = folder / f".{name}.{os.urandom(4).hex()}.partial"
     try:
         partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
         partial.replace(folder / name)

@@ -39,7 +39,7 @@ def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
         "chances": np.round(ngrams.chances * _STEPS).astype(np.uint8),
     }
     np.savez_compressed(stream, **columns, longest=ngrams.longest, target_sha256=target_sha256)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     partial.write_bytes(stream.getvalue())
     os.replace(partial, path)
 
