@@ -248,7 +248,7 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_path):
     recipe = networks / "interrupted.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from refusal import refused
@@ -29,14 +30,20 @@ def test_each_write_replaces_the_last_and_nothing_else_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_two_commands_that_write_one_file_leave_each_other_alone(tmp_path):
-    file = tmp_path / "a.json"
-    with output_file("--json", file) as first:
-        with output_file("--json", file) as second:
-            second(b"second")
-            first(b"first")
-        first(b"first again")
-    assert file.read_bytes() == b"first again"
+def test_two_commands_that_write_one_file_leave_each_other_alone(tmp_path, monkeypatch):
+    """The other begins and ends while this one has written its content and not yet put it in its place."""
+    file, replace = tmp_path / "a.json", Path.replace
+
+    def late(partial, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        with output_file("--json", file) as other:
+            other(b"the other's")
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with output_file("--json", file) as write:
+        write(b"its own")
+    assert file.read_bytes() == b"its own"
     assert list(tmp_path.iterdir()) == [file]
 
 

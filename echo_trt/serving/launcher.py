@@ -28,6 +28,7 @@ from echo_trt.serving.triton_server import (
     remove_folders,
     remove_regions,
 )
+from echo_trt.stopping import stop_signals
 
 LOOK = 0.25  # seconds between two looks at the processes
 REAP_SECONDS = 5.0  # a backend that ends in good order is a zombie until Triton asks for it
@@ -59,7 +60,7 @@ class Job:
 
 
 def run(job: Job) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code: 0 where all answers were finished.
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
     Raises UserError for what is asked wrongly, does not start, or dies again and again.
     """
@@ -67,7 +68,7 @@ def run(job: Job) -> int:
     _check(job)
     server = find_server()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, lambda *_: stop.set())
     raise_open_files()
     remove_folders(Path(tempfile.gettempdir()))

@@ -348,7 +348,7 @@ def test_the_servers_get_the_address(monkeypatch, bundle_of):
 
     monkeypatch.setattr(launcher, "Launcher", Noted)
     monkeypatch.setattr(launcher, "find_server", lambda: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         assert launcher.run(Job(bundle_of("lookup"), "localhost", *free_ports(4))) == 0
     finally:
