@@ -52,6 +52,8 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
+        sys.stdout.reconfigure(errors="replace")  # its encoding may not have every character of an answer
     try:
         _run()
     except UserError as error:

@@ -232,6 +232,16 @@ def test_odd_columns_hide_nothing(columns, tmp_path):
     assert "Usage" in run("inspect", "--help").stdout
 
 
+def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
+    recipe = tmp_path / "é.yaml"
+    recipe.write_text("name: a\ntarget: {path: ünder}\n", "utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "echo_trt", "inspect", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "?nder" in done.stdout
+
+
 def test_ctrl_c_while_it_imports_says_nothing():
     code = """
 import builtins, signal
