@@ -106,9 +106,10 @@ def _address(host: str) -> str:
     """Triton takes addresses only: what is no address to it, such as localhost, it takes for 255.255.255.255."""
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name at all, with an empty or an endless part
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
-            f"--host is {host!r}, which is no IPv4 address and has none ({error.strerror}); give one, such as 0.0.0.0."
+            f"--host is {host!r}, which is no IPv4 address and has none ({reason}); give one, such as 0.0.0.0."
         ) from None
 
 
