@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import tokenize
+import zipfile
+import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+#: What numpy and zipfile raise for a file of arrays that is none of theirs, or was changed.
+DAMAGED = (
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 class UserError(Exception):
