@@ -57,7 +57,8 @@ def _written_at_the_end(option: str, path: Path) -> Iterator[Writer]:
 
 
 def _replaced(option: str, path: Path) -> Iterator[Writer]:
-    place = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
+    with _told(option, path):  # a relative path may start in a folder that was deleted
+        place = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
     partial = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")  # another process writes one of its own
     with _told(option, path):
         partial.touch()
