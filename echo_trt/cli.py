@@ -60,7 +60,8 @@ def main() -> None:
         _tell(error)
         sys.exit(2)
     except MemoryError as error:
-        _tell(f"there is not enough memory ({error}); lower limits.kv_blocks, limits.context or --batch.")
+        amount = f" ({error})" if str(error) else ""
+        _tell(f"there is not enough memory{amount}; lower limits.kv_blocks, limits.context or --batch.")
         sys.exit(2)
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
@@ -187,7 +188,7 @@ def generate(
         top_k,
         top_p,
         seed,
-        tuple(stop or ()),
+        tuple(encodable(text, "--stop") for text in stop or ()),
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         repetition_penalty=repetition_penalty,
@@ -254,8 +255,10 @@ def bench(
     policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
     batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy at each batch; medians are told.")] = 3,
-    requests: Annotated[int, typer.Option(min=2, help="Requests of a run, at least; two a slot.")] = 32,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Runs of each policy at each batch; medians are told.")
+    ] = 3,
+    requests: Annotated[int, typer.Option(min=2, max=1_000_000, help="Requests of a run, at least; two a slot.")] = 32,
     each_file: Annotated[bool, typer.Option("--each-file", help="Also run each prompts file by itself.")] = False,
     budget: Annotated[
         int | None, typer.Option(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")

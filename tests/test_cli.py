@@ -120,6 +120,7 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
         (["hi", "--seed", -1], ["seed", "-1"]),
         (["hi", "--batch", 0], ["batch", "0"]),
         (["hi", "--stop", ""], ["stop"]),
+        (["hi", "--stop", "a\udcff"], ["--stop", "not UTF-8"]),
         (["hi", "--json", "/nowhere/a.json"], ["--json", "/nowhere/a.json"]),
         (["hi", "--policy", "magic"], ["policy", "magic", "echo"]),
         (["hi", "--prompts", "p.jsonl"], ["either PROMPT or --prompts"]),
@@ -178,14 +179,25 @@ def test_an_empty_prompt_is_refused(echo_trt, bundle_of):
     assert (outcome.code, "PROMPT is empty; give at least one character." in outcome.err) == (2, True)
 
 
-def test_a_pool_beyond_the_memory_is_a_sentence(echo_trt, bundle_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "told"), [(["Unable to allocate 3.64 TiB"], "memory (Unable to allocate 3.64 TiB); "), ([], "memory; ")]
+)
+def test_a_pool_beyond_the_memory_is_a_sentence(words, told, echo_trt, bundle_of, monkeypatch):
     def too_large(*given, **more):
-        raise MemoryError("Unable to allocate 3.64 TiB")
+        raise MemoryError(*words)
 
     monkeypatch.setattr("echo_trt.generate.LLM", too_large)
     outcome = echo_trt("generate", bundle_of("lookup"), "hi")
     assert outcome.code == 2
-    assert "not enough memory (Unable to allocate 3.64 TiB); lower limits.kv_blocks" in outcome.err
+    assert f"not enough {told}lower limits.kv_blocks" in outcome.err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--requests", 10**20), ("--rounds", 1001)])
+def test_a_benchmark_without_an_end_is_refused(option, value, echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, option, value)
+    assert outcome.code == 2
+    assert option in outcome.err
+    assert "less than or equal" in outcome.err
 
 
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
