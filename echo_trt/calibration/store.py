@@ -25,6 +25,8 @@ CALIBRATION, COSTS = "calibration.json", "costs.json"
 Count = Annotated[int, Field(ge=0)]
 #: What a pass, or a part of one, takes.
 Seconds = Annotated[float, Field(ge=0, le=600)]
+#: What a cached token adds to it.
+SecondsEach = Annotated[float, Field(ge=0, le=1)]
 #: Of a pass; curves are drawn token by token.
 Tokens = Annotated[int, Field(ge=1, le=2**16)]
 #: To which engines fill passes up.
@@ -101,8 +103,8 @@ class CurveTable(_Stored):
 
     sizes: list[Tokens]
     seconds: list[Seconds]
-    per_context: Seconds = 0.0
-    per_node: Seconds = 0.0
+    per_context: SecondsEach = 0.0
+    per_node: SecondsEach = 0.0
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CurveTable:

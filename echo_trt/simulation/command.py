@@ -22,7 +22,7 @@ from echo_trt.runtime.ngram_table import read_ngrams
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
-from echo_trt.simulation.replay import Replay
+from echo_trt.simulation.replay import Replay, Tally
 from echo_trt.simulation.walk import Recording
 
 ORACLE, PLAIN = "oracle", "autoregressive"
@@ -78,11 +78,10 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
             for batch in job.batches:
                 plain = 0.0
                 for name in names:
-                    row = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
-                    plain = row["tokens_per_s"] if name == PLAIN else plain
-                    result["results"].append(
-                        {"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row
-                    )
+                    tally = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
+                    plain = tally.rate if name == PLAIN else plain
+                    row = {"policy": name, "batch": batch, "ratio": tally.rate / plain}  # of rates that may round to 0
+                    result["results"].append(row | tally.figures())
                     progress.advance(task)
         out.print(table(result))
         write_json(json_bytes(result))
@@ -98,12 +97,12 @@ def simulate(
     batch: int,
     job: SimulationJob,
     ngrams: NGrams | None = None,
-) -> dict[str, Any]:
-    """One cell's figures."""
+) -> Tally:
+    """One cell."""
     tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
     if name == ORACLE:
-        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
-    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
+        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens)
+    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens)
 
 
 def policy_for(
