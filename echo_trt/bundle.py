@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.inputs import read_text
 from echo_trt.recipe import Engine, Precision, Recipe
 
 FORMAT = 2
@@ -131,14 +132,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        raw: dict[str, Any] = json.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else None
         raise UserError(f"{path}: format is {found!r}, but this version reads {FORMAT}; build the bundle again.")
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path}: {first_mistake(error)}; build the bundle again.") from error
 

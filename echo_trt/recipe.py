@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
+from echo_trt.inputs import read_text
 
 Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -194,7 +195,7 @@ class _Loader(yaml.SafeLoader):
 def load_recipe(path: Path) -> Recipe:
     """Read and validate; every mistake is one sentence that names the key, the value and the file."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = yaml.load(read_text(path), _Loader)
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
     except OSError as error:

@@ -248,6 +248,12 @@ def test_a_manifest_that_is_none(content, bundle):
         LLM(bundle)
 
 
+def test_a_manifest_without_an_end(tmp_path):
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with refused("manifest.json", "File too large", "build the bundle again"):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../target.onnx", "a/../../b", "..", ""])
 def test_a_network_that_is_not_in_the_bundle(name, bundle):
     target = json.loads((bundle / "manifest.json").read_text())["target"]

@@ -18,6 +18,7 @@ from echo_trt.bundle import MANIFEST, Manifest, read_manifest
 from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.inputs import read_text
 from echo_trt.recipe import Positive, Probability
 
 CALIBRATION, COSTS = "calibration.json", "costs.json"
@@ -212,7 +213,7 @@ def write(folder: Path, name: str, stored: _Stored) -> None:
 
 def read_stored(path: Path, model: type[Model], remedy: str) -> Model:
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(read_text(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
     except UnicodeDecodeError as error:

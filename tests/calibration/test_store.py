@@ -139,6 +139,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
 
 
+def test_a_file_without_an_end_is_named():
+    with refused("/dev/zero", "cannot be read (File too large)"):
+        read_calibration(Path("/dev/zero"), TARGET, DRAFT)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
