@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from echo_trt.errors import UserError, first_mistake
+from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.inputs import read_text
 from echo_trt.recipe import Engine, Precision, Recipe
 
@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else None
-        raise UserError(f"{path}: format is {found!r}, but this version reads {FORMAT}; build the bundle again.")
+        raise UserError(f"{path}: format is {shown(found)}, but this version reads {FORMAT}; build the bundle again.")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:

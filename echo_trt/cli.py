@@ -16,7 +16,7 @@ from rich.console import Console
 from echo_trt import __version__
 from echo_trt.build_progress import BuildProgress
 from echo_trt.decoding.policies import NAMES
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
 
 NARROWEST = 20  # columns that are believed
 
@@ -322,7 +322,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"{option} is {text!r}; give whole numbers, separated by commas.") from None
+        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
 
 
 @app.command()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
 from echo_trt.inputs import read_lines
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         for prompt in _prompts(path):
             if prompt.id in prompts:
-                raise UserError(f"{path}: id {prompt.id!r} stands twice; give each prompt an id of its own.")
+                raise UserError(f"{path}: id {shown(prompt.id)} stands twice; give each prompt an id of its own.")
             prompts[prompt.id] = prompt
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
@@ -72,7 +72,7 @@ def _parse(line: bytes, where: str) -> Prompt:
         raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
     own = row.get("id", row.get("question_id"))
     if not isinstance(own, str | int) or isinstance(own, bool):
-        raise UserError(f"{where}: id is {own!r}; give a string or a whole number.")
+        raise UserError(f"{where}: id is {shown(own)}; give a string or a whole number.")
     return Prompt(encodable(str(own), f"{where}: id"), encodable(text, f"{where}: prompt"))
 
 
@@ -83,7 +83,7 @@ def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
         count = len(llm.chat_ids(prompt.text))
         if count >= context:
             raise UserError(
-                f"prompt {prompt.id!r} has {count} tokens, but the context is {context}; shorten it, or raise "
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
                 "limits.context in the recipe and build again."
             )
 

@@ -212,6 +212,15 @@ def test_a_missing_file(name, bundle):
         LLM(bundle)
 
 
+def test_a_long_value_is_shortened(bundle):
+    edit_manifest(bundle, format="1" * 5000)
+    with refused("manifest.json", f"format is '{'1' * 199}…, but"):
+        LLM(bundle)
+    edit_manifest(bundle, format=2, engine="o" * 5000)
+    with refused("manifest.json", f"not '{'o' * 199}…)"):
+        LLM(bundle)
+
+
 @pytest.mark.parametrize("found", [0, 1, "1", None])
 def test_another_format(found, bundle):
     edit_manifest(bundle, format=found)
@@ -223,14 +232,14 @@ def test_another_format(found, bundle):
     ("changes", "words"),
     [
         ({"files": None}, ("files is not valid",)),
-        ({"target": {"file": "target.onnx"}}, ("target.vocab_size is not valid",)),
+        ({"target": {"file": "target.onnx"}}, ("key target.vocab_size is missing",)),
         ({"surprise": 1}, ("surprise is not valid",)),
-        ({"recipe": {"name": "x"}}, ("recipe.target is not valid",)),
+        ({"recipe": {"name": "x"}}, ("key recipe.target is missing",)),
         ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
         ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
         ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
         ({"engine": "tensorrt"}, ("tensorrt is missing for engine tensorrt",)),
-        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd", "within the bundle")),
+        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd is not valid", "within the bundle")),
         ({"files": {}}, ("files has no hash of target.onnx",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

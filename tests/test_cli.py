@@ -192,6 +192,11 @@ def test_a_pool_beyond_the_memory_is_a_sentence(words, told, echo_trt, bundle_of
     assert f"not enough {told}lower limits.kv_blocks" in outcome.err
 
 
+def test_a_long_value_is_shortened(echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, "--batch", "x" * 5000)
+    assert (outcome.code, len(outcome.err) < 300, "--batch is 'xxx" in outcome.err) == (2, True, True)
+
+
 @pytest.mark.parametrize(("option", "value"), [("--requests", 10**20), ("--rounds", 1001)])
 def test_a_benchmark_without_an_end_is_refused(option, value, echo_trt, prompts):
     outcome = echo_trt("bench", "bundle", "--prompts", prompts, option, value)

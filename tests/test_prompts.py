@@ -38,6 +38,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
         (b'{"id": 1, "turns": []}', ["line 1", "turns"]),
         (b'{"id": 1, "prompt": 5}', ["line 1", "prompt"]),
         (b'{"prompt": "x"}', ["line 1", "id", "None"]),
+        (b'{"id": [' + b"1, " * 500 + b'1], "prompt": "x"}', ["line 1", "id is [1, 1,", "…; give a string"]),
         (b'{"id": true, "prompt": "x"}', ["line 1", "id", "True"]),
         (b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "y"}', ["id '1'", "twice"]),
         (b'{"id": 1, "prompt": "x\\ud800"}', ["line 1", "prompt", "surrogate", "whole characters"]),
