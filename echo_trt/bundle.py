@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.inputs import read_text
 from echo_trt.recipe import Engine, Precision, Recipe
+from echo_trt.runtime.params import MAX_STOP_TOKENS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -28,6 +29,7 @@ def _within(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_within)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class NetworkFacts(BaseModel):
@@ -41,13 +43,13 @@ class NetworkFacts(BaseModel):
 
     file: FileName
     rank_files: list[FileName] = []
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    parameters: int
-    feature_size: int = 0  # of an EAGLE-3 head's features
+    vocab_size: Size
+    hidden_size: Size
+    num_layers: Size
+    num_kv_heads: Size
+    head_dim: Size
+    parameters: Annotated[int, Field(ge=0, le=10**15)]
+    feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0  # of an EAGLE-3 head's features
 
 
 class SelfCheck(BaseModel):
@@ -91,7 +93,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     target: NetworkFacts
     draft: NetworkFacts | None
-    eos_token_ids: list[int]
+    eos_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)]
     target_sha256: str
     draft_sha256: str
     tensorrt: TensorRTFacts | None = None
@@ -112,6 +114,19 @@ class Manifest(BaseModel):
                     raise ValueError(f"files has no hash of {file}")
         if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
             raise ValueError(f"files has no hash of {NGRAMS}")
+        return self
+
+    @model_validator(mode="after")
+    def _networks_fit(self) -> Manifest:
+        last, largest = max(self.eos_token_ids, default=0), self.target.vocab_size - 1
+        if last > largest:
+            raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
+        if self.draft and self.draft.file == self.target.file:
+            raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
+        if self.draft and self.recipe.draft.kind == "eagle3":
+            size, wanted = self.draft.feature_size, 3 * self.target.hidden_size
+            if size != wanted:
+                raise ValueError(f"draft.feature_size is {size}, and three times target.hidden_size is {wanted}")
         return self
 
     @property
