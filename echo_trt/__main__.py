@@ -1,6 +1,6 @@
 """The command, quiet about Ctrl-C even while it is still importing: ``echo-trt``, or ``python -m echo_trt``.
 
-SIGTERM ends it in the same way, so that a build that is stopped leaves nothing half-made either.
+SIGTERM and a terminal that is closed end it in the same way, so that a build leaves nothing half-made either.
 """
 
 from __future__ import annotations
@@ -8,15 +8,22 @@ from __future__ import annotations
 import signal
 import sys
 
+from echo_trt.stopping import stop_signals
+
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in stop_signals():
+        signal.signal(number, _stop)
     try:
         from echo_trt.cli import main as run
 
         run()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _stop(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

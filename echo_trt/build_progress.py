@@ -7,6 +7,8 @@ import signal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from echo_trt.stopping import stop_signals
+
 
 class BuildProgress:
     """``stage`` begins a stage; ``detail`` says which share of it is done, from 0 to 1, and in which phase it is."""
@@ -22,7 +24,8 @@ class BuildProgress:
 
     def __enter__(self) -> BuildProgress:
         self._bars.start()
-        self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, *stop_signals())
+        self._before = {number: signal.signal(number, self._interrupt) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.errors import UserError, first_mistake
+from echo_trt.errors import UserError, first_mistake, shown
+from echo_trt.inputs import read_text
 from echo_trt.recipe import Engine, Precision, Recipe
+from echo_trt.runtime.params import MAX_STOP_TOKENS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -27,6 +29,7 @@ def _within(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_within)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class NetworkFacts(BaseModel):
@@ -40,13 +43,13 @@ class NetworkFacts(BaseModel):
 
     file: FileName
     rank_files: list[FileName] = []
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    parameters: int
-    feature_size: int = 0  # of an EAGLE-3 head's features
+    vocab_size: Size
+    hidden_size: Size
+    num_layers: Size
+    num_kv_heads: Size
+    head_dim: Size
+    parameters: Annotated[int, Field(ge=0, le=10**15)]
+    feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0  # of an EAGLE-3 head's features
 
 
 class SelfCheck(BaseModel):
@@ -90,7 +93,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     target: NetworkFacts
     draft: NetworkFacts | None
-    eos_token_ids: list[int]
+    eos_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)]
     target_sha256: str
     draft_sha256: str
     tensorrt: TensorRTFacts | None = None
@@ -113,6 +116,19 @@ class Manifest(BaseModel):
             raise ValueError(f"files has no hash of {NGRAMS}")
         return self
 
+    @model_validator(mode="after")
+    def _networks_fit(self) -> Manifest:
+        last, largest = max(self.eos_token_ids, default=0), self.target.vocab_size - 1
+        if last > largest:
+            raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
+        if self.draft and self.draft.file == self.target.file:
+            raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
+        if self.draft and self.recipe.draft.kind == "eagle3":
+            size, wanted = self.draft.feature_size, 3 * self.target.hidden_size
+            if size != wanted:
+                raise ValueError(f"draft.feature_size is {size}, and three times target.hidden_size is {wanted}")
+        return self
+
     @property
     def computes_in(self) -> str:
         """``precision``, or what this machine has in its place: OpenVINO has no bf16 on a CPU without AVX-512."""
@@ -131,14 +147,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        raw: dict[str, Any] = json.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else None
-        raise UserError(f"{path}: format is {found!r}, but this version reads {FORMAT}; build the bundle again.")
+        raise UserError(f"{path}: format is {shown(found)}, but this version reads {FORMAT}; build the bundle again.")
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path}: {first_mistake(error)}; build the bundle again.") from error
 

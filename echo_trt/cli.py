@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from enum import StrEnum
 from functools import partial
@@ -15,7 +16,9 @@ from rich.console import Console
 from echo_trt import __version__
 from echo_trt.build_progress import BuildProgress
 from echo_trt.decoding.policies import NAMES
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
+
+NARROWEST = 20  # columns that are believed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,16 @@ app = typer.Typer(
     "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
     "and `--compare` shows what speculation is worth.",
 )
+
+
+def _drop_odd_columns() -> None:
+    """Rich takes COLUMNS as it is: with 0 or 1 of them it would print nothing, not even an error."""
+    columns = os.environ.get("COLUMNS", "")
+    if not re.fullmatch("[0-9]{2,4}", columns) or int(columns) < NARROWEST:
+        os.environ.pop("COLUMNS", None)
+
+
+_drop_odd_columns()  # before the first console, which remembers them
 # Names of files, ids and texts are printed as they are: no markup, no :emoji:.
 Screen = partial(Console, markup=False, emoji=False)
 messages = Screen(stderr=True)
@@ -39,13 +52,16 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
+        sys.stdout.reconfigure(errors="replace")  # its encoding may not have every character of an answer
     try:
         _run()
     except UserError as error:
         _tell(error)
         sys.exit(2)
     except MemoryError as error:
-        _tell(f"there is not enough memory ({error}); lower limits.kv_blocks, limits.context or --batch.")
+        amount = f" ({error})" if str(error) else ""
+        _tell(f"there is not enough memory{amount}; lower limits.kv_blocks, limits.context or --batch.")
         sys.exit(2)
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.
@@ -68,7 +84,7 @@ def _run() -> None:
 
 
 def _tell(error: object) -> None:
-    messages.print("error:", style="bold red", end=" ")
+    messages.print("error:", style="bold red", end=" ", soft_wrap=True)
     messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
 
 
@@ -172,14 +188,14 @@ def generate(
         top_k,
         top_p,
         seed,
-        tuple(stop or ()),
+        tuple(encodable(text, "--stop") for text in stop or ()),
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         repetition_penalty=repetition_penalty,
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name = policy.value if policy else None
-    run(Job(bundle, rows, params, name, batch, budget, json_file, compare), Screen(), messages)
+    run(Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts), Screen(), messages)
 
 
 @app.command()
@@ -239,8 +255,10 @@ def bench(
     policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
     batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each policy at each batch; medians are told.")] = 3,
-    requests: Annotated[int, typer.Option(min=2, help="Requests of a run, at least; two a slot.")] = 32,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Runs of each policy at each batch; medians are told.")
+    ] = 3,
+    requests: Annotated[int, typer.Option(min=2, max=1_000_000, help="Requests of a run, at least; two a slot.")] = 32,
     each_file: Annotated[bool, typer.Option("--each-file", help="Also run each prompts file by itself.")] = False,
     budget: Annotated[
         int | None, typer.Option(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
@@ -304,7 +322,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"{option} is {text!r}; give whole numbers, separated by commas.") from None
+        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
 
 
 @app.command()

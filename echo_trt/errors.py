@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tokenize
+import zipfile
+import zlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+LONGEST_SHOWN = 200  # characters of a value in a refusal
+#: What numpy and zipfile raise for a file of arrays that is none of theirs, or was changed.
+DAMAGED = (
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    tokenize.TokenError,
+)
 
 
 class UserError(Exception):
     """Bad input. The message is one sentence: field, value and remedy. The CLI prints it and exits with 2."""
 
 
+def shown(value: Any) -> str:
+    """A value as a refusal names it: a long one shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number too long to print"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
 def first_mistake(error: ValidationError) -> str:
-    """A clause: the field of a file that is wrong, why, and the value where it is a short one."""
+    """A clause: the field of a file that is wrong, why, and the value where it is a single one."""
     first = error.errors()[0]
-    key = ".".join(map(str, first["loc"])) or "the file"
+    key = shortened(".".join(str(part) for part in first["loc"] if part != "[key]")) or "the file"
+    if first["type"] == "missing":
+        return f"key {key} is missing"
     said, value = first["msg"].removeprefix("Value error, ").replace(". ", ", "), first["input"]
-    short = isinstance(value, int | float | str | None) and first["type"] != "json_invalid" and len(repr(value)) < 80
-    return f"{key} is not valid ({said}{f', not {value!r}' if short else ''})"
+    single = isinstance(value, int | float | str | None) and first["type"] != "json_invalid"
+    return f"{key} is not valid ({said}{f', not {shown(value)}' if single else ''})"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from echo_trt.bundle import read_manifest
+from echo_trt.calibration.store import own_files
 from echo_trt.decoding.policies import shares_budget
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
@@ -35,6 +36,7 @@ class Job:
     budget: int | None = None
     json_file: Path | None = None
     compare: bool = False
+    prompts_file: Path | None = None  # where the prompts were read
 
 
 @dataclass
@@ -66,7 +68,8 @@ def run(job: Job, out: Console, messages: Console) -> None:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if job.budget and not shares_budget(name):
         raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
-    with output_file("--json", job.json_file) as write, files_first(out) if job.json_file else nullcontext():
+    inputs = [job.prompts_file, *own_files(job.bundle)]
+    with output_file("--json", job.json_file, inputs) as write, files_first(out) if job.json_file else nullcontext():
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
             # Of two policies the second would find what the first has computed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,8 +17,11 @@ Writer = Callable[[bytes], None]
 
 
 @contextmanager
-def output_file(option: str, path: Path | None) -> Iterator[Writer]:
-    """A writer for ``path``, which ``option`` named; each write replaces the last. None: what is written is dropped."""
+def output_file(option: str, path: Path | None, inputs: Iterable[Path | None] = ()) -> Iterator[Writer]:
+    """A writer for ``path``, which ``option`` named; each write replaces the last. None: what is written is dropped.
+
+    A file that is one of ``inputs`` is refused: a user's own prompts are not to be lost for a slip.
+    """
     if path is None:
         yield lambda content: None
     elif os.path.isdir(path):
@@ -26,7 +29,14 @@ def output_file(option: str, path: Path | None) -> Iterator[Writer]:
     elif os.path.exists(path) and not os.path.isfile(path):
         yield from _written_at_the_end(option, path)
     else:
+        _check_apart(option, path, inputs)
         yield from _replaced(option, path)
+
+
+def _check_apart(option: str, path: Path, inputs: Iterable[Path | None]) -> None:
+    with _told(option, path):
+        if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file is not None}:
+            raise UserError(f"{option} {path} is a file that the command reads; name another file.")
 
 
 def _written_at_the_end(option: str, path: Path) -> Iterator[Writer]:
@@ -47,8 +57,9 @@ def _written_at_the_end(option: str, path: Path) -> Iterator[Writer]:
 
 
 def _replaced(option: str, path: Path) -> Iterator[Writer]:
-    place = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
-    partial = place.with_name(f".{place.name}.partial")
+    with _told(option, path):  # a relative path may start in a folder that was deleted
+        place = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
+    partial = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")  # another process writes one of its own
     with _told(option, path):
         partial.touch()
 

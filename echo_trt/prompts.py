@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
+from echo_trt.inputs import read_lines
 
 if TYPE_CHECKING:
     from echo_trt.runtime.llm import LLM
+
+MOST_LINES = 1_000_000
+LARGEST = 2**30  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,31 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Every line of the file; a mistake is told with its line number."""
+    """Every line of the file; a mistake is told with its line number, as soon as it comes: a pipe may have no end."""
+    prompts: dict[str, Prompt] = {}
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        for prompt in _prompts(path):
+            if prompt.id in prompts:
+                raise UserError(f"{path}: id {shown(prompt.id)} stands twice; give each prompt an id of its own.")
+            prompts[prompt.id] = prompt
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
-    prompts = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"prompts file {path} holds no prompt; give one JSON object a line.")
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise UserError(f"{path}: id {prompt.id!r} stands twice; give each prompt an id of its own.")
-        seen.add(prompt.id)
-    return prompts
+    return list(prompts.values())
+
+
+def _prompts(path: Path) -> Iterator[Prompt]:
+    size = 0
+    for number, line in enumerate(read_lines(path), 1):
+        size += len(line)
+        if number > MOST_LINES or size > LARGEST:
+            raise UserError(
+                f"prompts file {path} has more than {MOST_LINES:,} lines or {LARGEST:,} bytes; give a part of it."
+            )
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if text.strip():
+            yield _parse(text, f"{path}, line {number}")
 
 
 def _parse(line: bytes, where: str) -> Prompt:
@@ -57,7 +72,7 @@ def _parse(line: bytes, where: str) -> Prompt:
         raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
     own = row.get("id", row.get("question_id"))
     if not isinstance(own, str | int) or isinstance(own, bool):
-        raise UserError(f"{where}: id is {own!r}; give a string or a whole number.")
+        raise UserError(f"{where}: id is {shown(own)}; give a string or a whole number.")
     return Prompt(encodable(str(own), f"{where}: id"), encodable(text, f"{where}: prompt"))
 
 
@@ -68,7 +83,7 @@ def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
         count = len(llm.chat_ids(prompt.text))
         if count >= context:
             raise UserError(
-                f"prompt {prompt.id!r} has {count} tokens, but the context is {context}; shorten it, or raise "
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
                 "limits.context in the recipe and build again."
             )
 

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
+from echo_trt.inputs import read_text
 
 Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Positive = Annotated[int, Field(ge=1)]
-LONGEST_SHOWN = 200  # characters of a value in a refusal
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -194,7 +194,7 @@ class _Loader(yaml.SafeLoader):
 def load_recipe(path: Path) -> Recipe:
     """Read and validate; every mistake is one sentence that names the key, the value and the file."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = yaml.load(read_text(path), _Loader)
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
     except OSError as error:
@@ -232,15 +232,7 @@ def _explain(error: ValidationError, where: str) -> str:
         return f"{where}: {key or 'recipe'}: {message}."
     if first["type"] == "invalid_key":
         return f"{where}: a key is {first['input']!r}; keys are words, put it in quotes or leave it out."
-    return f"{where}: {key} is {_shown(first['input'])}; {message[0].lower()}{message[1:]}."
-
-
-def _shown(value: Any) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a number too long to print"
-    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+    return f"{where}: {key} is {shown(first['input'])}; {message[0].lower()}{message[1:]}."
 
 
 def _valid_keys(path: list[str]) -> list[str]:

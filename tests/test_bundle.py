@@ -212,6 +212,15 @@ def test_a_missing_file(name, bundle):
         LLM(bundle)
 
 
+def test_a_long_value_is_shortened(bundle):
+    edit_manifest(bundle, format="1" * 5000)
+    with refused("manifest.json", f"format is '{'1' * 199}…, but"):
+        LLM(bundle)
+    edit_manifest(bundle, format=2, engine="o" * 5000)
+    with refused("manifest.json", f"not '{'o' * 199}…)"):
+        LLM(bundle)
+
+
 @pytest.mark.parametrize("found", [0, 1, "1", None])
 def test_another_format(found, bundle):
     edit_manifest(bundle, format=found)
@@ -223,14 +232,14 @@ def test_another_format(found, bundle):
     ("changes", "words"),
     [
         ({"files": None}, ("files is not valid",)),
-        ({"target": {"file": "target.onnx"}}, ("target.vocab_size is not valid",)),
+        ({"target": {"file": "target.onnx"}}, ("key target.vocab_size is missing",)),
         ({"surprise": 1}, ("surprise is not valid",)),
-        ({"recipe": {"name": "x"}}, ("recipe.target is not valid",)),
+        ({"recipe": {"name": "x"}}, ("key recipe.target is missing",)),
         ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
         ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
         ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
         ({"engine": "tensorrt"}, ("tensorrt is missing for engine tensorrt",)),
-        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd", "within the bundle")),
+        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd is not valid", "within the bundle")),
         ({"files": {}}, ("files has no hash of target.onnx",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -241,11 +250,71 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
         LLM(bundle)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("target.parameters", 10**400, ["target.parameters is not valid", "less than"]),
+        ("target.parameters", -1, ["target.parameters is not valid", "not -1"]),
+        ("target.vocab_size", 0, ["target.vocab_size is not valid", "not 0"]),
+        ("target.vocab_size", VOCAB + 1, ["target.vocab_size is 301", "is 300"]),
+        ("target.num_layers", 2**70, ["target.num_layers is not valid"]),
+        ("draft.head_dim", 0, ["draft.head_dim is not valid"]),
+        ("draft.hidden_size", 65, ["draft.hidden_size is 65", "is 64"]),
+        ("draft.feature_size", 191, ["draft.feature_size is 191", "is 192"]),
+        ("draft.feature_size", 10**30, ["draft.feature_size is not valid"]),
+        ("draft.file", "target.onnx", ["draft.file is target.onnx", "target.file"]),
+        ("eos_token_ids", [VOCAB], ["eos_token_ids has 300", "299"]),
+        ("eos_token_ids", [-1], ["eos_token_ids.0 is not valid", "not -1"]),
+        ("eos_token_ids", [*range(9)], ["eos_token_ids is not valid", "at most 8"]),
+    ],
+)
+def test_numbers_that_cannot_be(place, value, words, bundle_of, tmp_path):
+    bundle = Path(shutil.copytree(bundle_of("close"), tmp_path / "bundle"))
+    *above, last = place.split(".")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (manifest[above[0]] if above else manifest)[last] = value
+    edit_manifest(bundle, **manifest)
+    with refused("manifest.json", *words, "build the bundle again"):
+        LLM(bundle)
+
+
+@pytest.mark.parametrize("pair", ["close", "model"])
+def test_networks_in_each_others_place(pair, bundle_of, tmp_path):
+    bundle = Path(shutil.copytree(bundle_of(pair), tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    target, draft = manifest["target"], manifest["draft"]
+    edit_manifest(bundle, target=target | {"file": "draft.onnx"}, draft=draft | {"file": "target.onnx"})
+    with refused("target.file is 'draft.onnx'", "another network", "build the bundle again"):
+        LLM(bundle)
+
+
+def test_a_head_in_the_place_of_a_model(bundle, bundle_of):
+    for name in ("draft.onnx", "draft.onnx.data"):
+        shutil.copy(bundle_of("eagle3") / name, bundle / name)
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    edit_manifest(bundle, files=files | {name: sha256(bundle / name) for name in ("draft.onnx", "draft.onnx.data")})
+    with refused("draft.file is 'draft.onnx'", "another network", "build the bundle again"):
+        LLM(bundle)
+
+
+def test_end_tokens_that_are_no_tokens_are_left_out(networks, tmp_path):
+    folder = tmp_path / "networks"
+    shutil.copytree(networks, folder)
+    (folder / "target" / "generation_config.json").write_text(f'{{"eos_token_id": [-1, 7, {VOCAB}]}}')
+    assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"[" * 100_000])
 def test_a_manifest_that_is_none(content, bundle):
     (bundle / "manifest.json").write_bytes(content)
     with refused("manifest.json", "build the bundle again"):
         LLM(bundle)
+
+
+def test_a_manifest_without_an_end(tmp_path):
+    (tmp_path / "manifest.json").symlink_to("/dev/zero")
+    with refused("manifest.json", "File too large", "build the bundle again"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../target.onnx", "a/../../b", "..", ""])

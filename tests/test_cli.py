@@ -120,6 +120,7 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
         (["hi", "--seed", -1], ["seed", "-1"]),
         (["hi", "--batch", 0], ["batch", "0"]),
         (["hi", "--stop", ""], ["stop"]),
+        (["hi", "--stop", "a\udcff"], ["--stop", "not UTF-8"]),
         (["hi", "--json", "/nowhere/a.json"], ["--json", "/nowhere/a.json"]),
         (["hi", "--policy", "magic"], ["policy", "magic", "echo"]),
         (["hi", "--prompts", "p.jsonl"], ["either PROMPT or --prompts"]),
@@ -178,14 +179,30 @@ def test_an_empty_prompt_is_refused(echo_trt, bundle_of):
     assert (outcome.code, "PROMPT is empty; give at least one character." in outcome.err) == (2, True)
 
 
-def test_a_pool_beyond_the_memory_is_a_sentence(echo_trt, bundle_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "told"), [(["Unable to allocate 3.64 TiB"], "memory (Unable to allocate 3.64 TiB); "), ([], "memory; ")]
+)
+def test_a_pool_beyond_the_memory_is_a_sentence(words, told, echo_trt, bundle_of, monkeypatch):
     def too_large(*given, **more):
-        raise MemoryError("Unable to allocate 3.64 TiB")
+        raise MemoryError(*words)
 
     monkeypatch.setattr("echo_trt.generate.LLM", too_large)
     outcome = echo_trt("generate", bundle_of("lookup"), "hi")
     assert outcome.code == 2
-    assert "not enough memory (Unable to allocate 3.64 TiB); lower limits.kv_blocks" in outcome.err
+    assert f"not enough {told}lower limits.kv_blocks" in outcome.err
+
+
+def test_a_long_value_is_shortened(echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, "--batch", "x" * 5000)
+    assert (outcome.code, len(outcome.err) < 300, "--batch is 'xxx" in outcome.err) == (2, True, True)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--requests", 10**20), ("--rounds", 1001)])
+def test_a_benchmark_without_an_end_is_refused(option, value, echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, option, value)
+    assert outcome.code == 2
+    assert option in outcome.err
+    assert "less than or equal" in outcome.err
 
 
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
@@ -195,6 +212,15 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bun
     assert outcome.code == 2
     assert outcome.out == ""
     assert "prompt 'long one' has" in outcome.err
+
+
+def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr("echo_trt.generate.LLM", None)
+    for file in (prompts, bundle_of("lookup") / "manifest.json"):
+        before = file.read_bytes()
+        outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", prompts, "--json", file)
+        assert (outcome.code, f"--json {file} is a file that the command reads" in outcome.err) == (2, True)
+        assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("place", ["nothing.yaml", "."])
@@ -207,6 +233,30 @@ def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, place)
 
 def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
     assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "19", "-3", "²", "9" * 5000])
+def test_odd_columns_hide_nothing(columns, tmp_path):
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "COLUMNS": columns}
+        return subprocess.run(
+            [sys.executable, "-m", "echo_trt", *words], capture_output=True, text=True, env=environment
+        )
+
+    done = run("inspect", str(tmp_path / "nope"))
+    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Usage" in run("inspect", "--help").stdout
+
+
+def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
+    recipe = tmp_path / "é.yaml"
+    recipe.write_text("name: a\ntarget: {path: ünder}\n", "utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "echo_trt", "inspect", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "?nder" in done.stdout
 
 
 def test_ctrl_c_while_it_imports_says_nothing():
@@ -225,7 +275,7 @@ main()
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_path):
     recipe = networks / "interrupted.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")

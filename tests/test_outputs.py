@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from refusal import refused
@@ -26,6 +27,23 @@ def test_each_write_replaces_the_last_and_nothing_else_is_left(tmp_path):
         write(b"first, and longer")
         write(b"second")
     assert file.read_bytes() == b"second"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_commands_that_write_one_file_leave_each_other_alone(tmp_path, monkeypatch):
+    """The other begins and ends while this one has written its content and not yet put it in its place."""
+    file, replace = tmp_path / "a.json", Path.replace
+
+    def late(partial, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        with output_file("--json", file) as other:
+            other(b"the other's")
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    with output_file("--json", file) as write:
+        write(b"its own")
+    assert file.read_bytes() == b"its own"
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -58,6 +76,15 @@ def test_a_place_that_cannot_be_is_refused_at_once(name, tmp_path):
     words = f"--json {tmp_path / name}", "cannot be written", "folder that exists"
     with refused(*words), output_file("--json", tmp_path / name):
         raise AssertionError("the work has begun")
+
+
+def test_a_folder_that_was_deleted_is_told(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with refused("--json a.json cannot be written", "folder that exists"), output_file("--json", Path("a.json")):
+        raise AssertionError("the work has begun")
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_disk_that_is_full_is_told_and_the_file_stays_as_it_was(tmp_path, monkeypatch):
@@ -121,3 +148,15 @@ def test_a_full_standard_output_is_told_in_a_sentence():
     assert done.returncode == 2
     assert "No space left" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_file_that_the_command_reads_is_not_overwritten(tmp_path):
+    file, link = tmp_path / "prompts.jsonl", tmp_path / "link"
+    file.write_bytes(b"mine")
+    link.symlink_to(file)
+    for place in (file, link, tmp_path / "." / "prompts.jsonl"):
+        with refused(f"--json {place}", "reads", "another file"), output_file("--json", place, [None, file]):
+            raise AssertionError("the work has begun")
+    assert file.read_bytes() == b"mine"
+    with output_file("--json", tmp_path / "answers.json", [file]) as write:
+        write(b"new")

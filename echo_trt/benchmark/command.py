@@ -16,9 +16,9 @@ from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
 from echo_trt.benchmark.peers import Peer, PeerRun, check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.calibration.record import record
-from echo_trt.calibration.store import machine
+from echo_trt.calibration.store import machine, own_files
 from echo_trt.decoding.policies import NAMES, Policy, shares_budget
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths, read_prompts
 from echo_trt.runtime.llm import LLM
@@ -55,7 +55,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     _check(job, sets)
     with ExitStack() as stack:
         write_json, write_html, write_recording = (
-            stack.enter_context(output_file(option, path))
+            stack.enter_context(output_file(option, path, [*job.prompts, *own_files(job.bundle)]))
             for option, path in (
                 ("--json", job.json_file),
                 ("--html", job.html_file),
@@ -180,7 +180,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--policies is empty; name one or more of {', '.join(NAMES)}, separated by commas.")
     for policy in job.policies:
         if policy not in NAMES:
-            raise UserError(f"--policies names {policy!r}; choose from {', '.join(NAMES)}.")
+            raise UserError(f"--policies names {shown(policy)}; choose from {', '.join(NAMES)}.")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
     if job.budget and not any(map(shares_budget, job.policies)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Job:
 def run(job: Job, out: Console, messages: Console) -> None:
     prompts = chosen_prompts(job.prompts, job.limit)
     read_manifest(job.bundle)  # refuses what is no bundle
+    _check_apart(job)
     _check_writable(job.bundle)
     with files_first(out):
         _calibrate(job, prompts, out, messages)
@@ -123,6 +125,13 @@ def gates_table(calibration: Calibration) -> Table:
         table.add_row(str(gate.depth), f"{gate.auc:.3f}", f"{gate.accepted:.0%}", f"{gate.threshold:.3f}", why)
     table.caption = f"one threshold for all sparse gates (policy fixed): {calibration.fixed_threshold:.3f}"
     return table
+
+
+def _check_apart(job: Job) -> None:
+    written = {os.path.realpath(job.bundle / name) for name in (CALIBRATION, COSTS, PLOT)}
+    for file in job.prompts:
+        if os.path.realpath(file) in written:
+            raise UserError(f"--prompts {file} is a file that calibrate writes; keep the prompts in another one.")
 
 
 def _check_writable(bundle: Path) -> None:

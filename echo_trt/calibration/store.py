@@ -14,10 +14,11 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle import Manifest
+from echo_trt.bundle import MANIFEST, Manifest, read_manifest
 from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.inputs import read_text
 from echo_trt.recipe import Positive, Probability
 
 CALIBRATION, COSTS = "calibration.json", "costs.json"
@@ -25,6 +26,8 @@ CALIBRATION, COSTS = "calibration.json", "costs.json"
 Count = Annotated[int, Field(ge=0)]
 #: What a pass, or a part of one, takes.
 Seconds = Annotated[float, Field(ge=0, le=600)]
+#: What a cached token adds to it.
+SecondsEach = Annotated[float, Field(ge=0, le=1)]
 #: Of a pass; curves are drawn token by token.
 Tokens = Annotated[int, Field(ge=1, le=2**16)]
 #: To which engines fill passes up.
@@ -101,8 +104,8 @@ class CurveTable(_Stored):
 
     sizes: list[Tokens]
     seconds: list[Seconds]
-    per_context: Seconds = 0.0
-    per_node: Seconds = 0.0
+    per_context: SecondsEach = 0.0
+    per_node: SecondsEach = 0.0
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CurveTable:
@@ -162,6 +165,11 @@ def machine(manifest: Manifest) -> str:
     return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {manifest.computes_in}".replace("  ", " ")
 
 
+def own_files(bundle: Path) -> list[Path]:
+    """What a bundle holds and is read from it: nothing that another file may take the place of."""
+    return [bundle / name for name in (MANIFEST, *read_manifest(bundle).files, CALIBRATION, COSTS)]
+
+
 def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:
     """A calibration for this target and draft; one of others is refused."""
     stored = read_stored(path, Calibration, "run echo-trt calibrate again")
@@ -192,8 +200,8 @@ def read_costs(folder: Path, manifest: Manifest, note: Callable[[str], None]) ->
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:
-    """The file appears whole or not at all."""
-    partial = folder / f".{name}.partial"
+    """The file appears whole or not at all, also where two processes write it."""
+    partial = folder / f".{name}.{os.urandom(4).hex()}.partial"
     try:
         partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
         partial.replace(folder / name)
@@ -205,7 +213,7 @@ def write(folder: Path, name: str, stored: _Stored) -> None:
 
 def read_stored(path: Path, model: type[Model], remedy: str) -> Model:
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"))
+        return model.model_validate_json(read_text(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
     except UnicodeDecodeError as error:

@@ -7,8 +7,6 @@ replay can begin an iteration at any position, with any policy whose levels, bea
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,7 @@ from echo_trt.decoding.grow import Draft, grow
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.ragged import begins, ragged_arange
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.errors import UserError
+from echo_trt.errors import DAMAGED, UserError
 from echo_trt.runtime.slots import Slots
 
 COPIED = 8  # tokens of a continuation that are kept
@@ -132,7 +130,7 @@ class Trees:
         except OSError as error:
             reason = error.strerror or "not readable"
             raise UserError(f"recording {path} cannot be read ({reason}); name one of bench --record.") from error
-        except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise UserError(f"{path} is not a recording; name a file that bench --record wrote.") from error
 
 

@@ -277,7 +277,8 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
     if generation.exists():
         stated = read_json(generation).get("eos_token_id")
         ids += stated if isinstance(stated, list) else [stated]
-    ends = sorted({int(i) for i in ids if i is not None})
+    # One that is no token of the target's, such as -1 for none, is never written.
+    ends = sorted({int(i) for i in ids if i is not None and 0 <= int(i) < config.vocab_size})
     if len(ends) > MAX_STOP_TOKENS:
         raise UserError(
             f"{checkpoint.path} names {len(ends)} end tokens (eos_token_id in config.json, generation_config.json and "

@@ -35,6 +35,9 @@ class OpenVINOEngine:
         inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
+        tables = [port for port in (*compiled.inputs, *compiled.outputs) if len(port.partial_shape) == 2]
+        #: Of inputs and outputs that have a row a token, by name.
+        self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
         self.granule = GRANULE if self._target else 1
         # A single row has not the bits of several.

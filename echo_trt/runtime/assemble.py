@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from echo_trt.bundle import Manifest, read_manifest, verify_files
+from echo_trt.bundle import MANIFEST, Manifest, read_manifest, verify_files
 from echo_trt.decoding.policies import Policy, reserve_for
 from echo_trt.engines.base import Engine
+from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
@@ -72,7 +73,28 @@ def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks
     from echo_trt.engines.openvino import OpenVINOEngine
 
     own = manifest.recipe.draft.precision if network == "draft" else None
-    return OpenVINOEngine(file, own or manifest.precision, blocks)
+    engine = OpenVINOEngine(file, own or manifest.precision, blocks)
+    _check_network(engine.widths, folder / MANIFEST, manifest, network)
+    return engine
+
+
+def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
+    """Refuse a manifest that names another network's file, or sizes that are not this one's."""
+    facts, head = getattr(manifest, network), manifest.recipe.draft.kind == "eagle3"
+    if network == "target":
+        right, sizes = "logits" in widths and (not head or "features" in widths), {"vocab_size": "logits"}
+    else:
+        right = "candidates" in widths and head == ("hidden" in widths)
+        sizes = {"feature_size": "features", "hidden_size": "hidden"} if head else {}
+    if not right:
+        raise UserError(
+            f"{path}: {network}.file is {facts.file!r}, which holds another network; build the bundle again."
+        )
+    for field, name in sizes.items():
+        if (size := getattr(facts, field)) != widths[name]:
+            raise UserError(
+                f"{path}: {network}.{field} is {size}, but the network's is {widths[name]}; build the bundle again."
+            )
 
 
 def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engine:

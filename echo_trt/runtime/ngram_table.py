@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from echo_trt.decoding.ngrams import NGrams
-from echo_trt.errors import UserError
+from echo_trt.errors import DAMAGED, UserError
 
 _STEPS = 255  # of a probability, in eight bits
-# What numpy and zipfile raise for a file that is none of theirs, or was changed.
-_DAMAGED = (
-    ValueError,
-    KeyError,
-    EOFError,
-    TypeError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    tokenize.TokenError,
-)
 _REMEDY = "make it with scripts/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
 _COLUMNS = {"keys": "u4", "tokens": "u4", "chances": "u1"}
 
@@ -39,7 +25,7 @@ def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
         "chances": np.round(ngrams.chances * _STEPS).astype(np.uint8),
     }
     np.savez_compressed(stream, **columns, longest=ngrams.longest, target_sha256=target_sha256)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     partial.write_bytes(stream.getvalue())
     os.replace(partial, path)
 
@@ -51,7 +37,7 @@ def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _
             found = {name: file[name] for name in (*_COLUMNS, "longest", "target_sha256")}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{path} holds no n-grams ({str(error).rstrip('.')}); {remedy}.") from error
     whose = str(found["target_sha256"])
     if whose != target_sha256:

@@ -28,6 +28,7 @@ from echo_trt.serving.triton_server import (
     remove_folders,
     remove_regions,
 )
+from echo_trt.stopping import stop_signals
 
 LOOK = 0.25  # seconds between two looks at the processes
 REAP_SECONDS = 5.0  # a backend that ends in good order is a zombie until Triton asks for it
@@ -59,7 +60,7 @@ class Job:
 
 
 def run(job: Job) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code: 0 where all answers were finished.
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
     Raises UserError for what is asked wrongly, does not start, or dies again and again.
     """
@@ -67,7 +68,7 @@ def run(job: Job) -> int:
     _check(job)
     server = find_server()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, lambda *_: stop.set())
     raise_open_files()
     remove_folders(Path(tempfile.gettempdir()))
@@ -105,9 +106,10 @@ def _address(host: str) -> str:
     """Triton takes addresses only: what is no address to it, such as localhost, it takes for 255.255.255.255."""
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name at all, with an empty or an endless part
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
-            f"--host is {host!r}, which is no IPv4 address and has none ({error.strerror}); give one, such as 0.0.0.0."
+            f"--host is {host!r}, which is no IPv4 address and has none ({reason}); give one, such as 0.0.0.0."
         ) from None
 
 

@@ -22,7 +22,7 @@ from echo_trt.runtime.ngram_table import read_ngrams
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
-from echo_trt.simulation.replay import Replay
+from echo_trt.simulation.replay import Replay, Tally
 from echo_trt.simulation.walk import Recording
 
 ORACLE, PLAIN = "oracle", "autoregressive"
@@ -71,17 +71,17 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
         "assumptions": [*machine.assumptions, *_assumptions(job, recording, machine, ngrams)],
         "results": [],
     }
-    with output_file("--json", job.json_file) as write_json, files_first(out):
+    inputs = job.recording, job.calibration, job.costs, job.ngrams
+    with output_file("--json", job.json_file, inputs) as write_json, files_first(out):
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             task = progress.add_task("simulating", total=len(job.batches) * len(names))
             for batch in job.batches:
                 plain = 0.0
                 for name in names:
-                    row = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
-                    plain = row["tokens_per_s"] if name == PLAIN else plain
-                    result["results"].append(
-                        {"policy": name, "batch": batch, "ratio": row["tokens_per_s"] / plain} | row
-                    )
+                    tally = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
+                    plain = tally.rate if name == PLAIN else plain
+                    row = {"policy": name, "batch": batch, "ratio": tally.rate / plain}  # of rates that may round to 0
+                    result["results"].append(row | tally.figures())
                     progress.advance(task)
         out.print(table(result))
         write_json(json_bytes(result))
@@ -97,12 +97,12 @@ def simulate(
     batch: int,
     job: SimulationJob,
     ngrams: NGrams | None = None,
-) -> dict[str, Any]:
-    """One cell's figures."""
+) -> Tally:
+    """One cell."""
     tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
     if name == ORACLE:
-        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
-    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens).figures()
+        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens)
+    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens)
 
 
 def policy_for(

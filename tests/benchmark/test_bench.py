@@ -240,3 +240,13 @@ def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkey
         assert loop.counters.cached_tokens == 0
         assert loop.counters.prompt_tokens > 8 * 40
     assert opened[0].manifest.recipe.limits.prefix_cache
+
+
+@pytest.mark.parametrize("option", ["json", "html", "record"])
+def test_a_file_that_it_reads_is_not_overwritten(option, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr(command, "LLM", None)
+    for file in (prompts[1], bundle_of("close") / "target.onnx"):
+        before = file.read_bytes()
+        with refused(f"--{option} {file}", "reads", "another file"):
+            bench(job(bundle_of("close"), prompts, **{f"{option}_file": file}))
+        assert file.read_bytes() == before

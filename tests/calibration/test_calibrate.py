@@ -121,3 +121,12 @@ def test_a_handful_of_prompts_is_refused(bundle, tmp_path):
     file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
     with refused("--prompts", "1 prompts", "8 or more"):
         calibrate(bundle, file)
+
+
+@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.svg"])
+def test_prompts_are_not_overwritten(name, bundle, prompts):
+    prompts.rename(bundle / name)
+    before = (bundle / name).read_bytes()
+    with refused(f"--prompts {bundle / name}", "calibrate writes", "another"):
+        calibrate(bundle, bundle / name)
+    assert (bundle / name).read_bytes() == before

@@ -66,6 +66,21 @@ def manifest(bundle_of):
     return read_manifest(bundle_of("lookup"))
 
 
+def test_another_process_that_writes_the_same_file_is_left_alone(tmp_path, monkeypatch):
+    """It writes, and replaces the file, while this one has written its own and not replaced it yet."""
+    replace = Path.replace
+
+    def late(partial, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        write(tmp_path, CALIBRATION, calibration(positions=7))
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    write(tmp_path, CALIBRATION, calibration())
+    assert read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT) == calibration()
+    assert [file.name for file in tmp_path.iterdir()] == [CALIBRATION]
+
+
 def test_what_is_written_is_read_again(tmp_path, manifest):
     write(tmp_path, CALIBRATION, calibration())
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
@@ -122,6 +137,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / CALIBRATION).mkdir()
     with refused(tmp_path / CALIBRATION, "cannot be read"):
         read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
+
+
+def test_a_file_without_an_end_is_named():
+    with refused("/dev/zero", "cannot be read (File too large)"):
+        read_calibration(Path("/dev/zero"), TARGET, DRAFT)
 
 
 @pytest.mark.parametrize(

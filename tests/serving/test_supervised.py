@@ -334,6 +334,10 @@ def test_a_name_is_resolved_and_none_is_refused():
     assert launcher._address("0.0.0.0") == "0.0.0.0"
     with refused("--host is 'no.such.host.invalid'", "give one, such as 0.0.0.0"):
         launcher._address("no.such.host.invalid")
+    with refused(f"--host is '{'a' * 70}'", "give one, such as 0.0.0.0"):
+        launcher._address("a" * 70)
+    with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no IPv4 address"):
+        launcher._address("a..b")
 
 
 def test_the_servers_get_the_address(monkeypatch, bundle_of):
@@ -348,7 +352,7 @@ def test_the_servers_get_the_address(monkeypatch, bundle_of):
 
     monkeypatch.setattr(launcher, "Launcher", Noted)
     monkeypatch.setattr(launcher, "find_server", lambda: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         assert launcher.run(Job(bundle_of("lookup"), "localhost", *free_ports(4))) == 0
     finally:

@@ -91,3 +91,34 @@ def test_bad_input(job, tmp_path):
     ):
         with refused(*words):
             simulate(job, **changes)
+
+
+def test_a_machine_so_slow_that_its_rate_rounds_to_nothing(job, tmp_path):
+    curve = {"sizes": [1, 64], "seconds": [600.0, 600.0], "per_context": 1.0}
+    hinge = {"t_ar": 600.0, "gamma": 0.0, "k_max": 2, "error": 0.0}
+    costs = {"machine": "slow", "measured": "2026-01-02", "target": curve, "draft": curve, "hinge": hinge}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    result, _ = simulate(job, machine="this", costs=tmp_path / "costs.json", prompt=100_000)
+    assert all(row["tokens_per_s"] == 0 < row["ratio"] for row in result["results"])
+    curve["per_context"] = 600.0
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    with refused("costs.json", "target.per_context", "600.0"):
+        simulate(job, machine="this", costs=tmp_path / "costs.json")
+
+
+@pytest.mark.parametrize(("place", "value"), [(6, 109), (8, 1)], ids=["a later zip", "encrypted"])
+def test_a_damaged_recording(place, value, job, tmp_path):
+    """``place``: in the first entry of the zip's directory."""
+    content = bytearray(job.recording.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = value
+    (tmp_path / "trees.npz").write_bytes(content)
+    with refused(tmp_path / "trees.npz", "not a recording", "bench --record"):
+        simulate(job, recording=tmp_path / "trees.npz")
+
+
+def test_a_file_that_it_reads_is_not_overwritten(job):
+    for file in (job.recording, job.calibration):
+        before = file.read_bytes()
+        with refused(f"--json {file}", "reads", "another file"):
+            simulate(job, json_file=file)
+        assert file.read_bytes() == before
