@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -280,7 +281,9 @@ def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_
     recipe = networks / "interrupted.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")
     words = [sys.executable, "-m", "echo_trt.cli", "build", str(recipe), "-o", str(tmp_path / "bundle")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, ignores it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
     while "compiling" not in (line := process.stderr.readline()):
         assert line, "the build ended before it compiled"
     process.send_signal(number)
