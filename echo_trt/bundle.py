@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.inputs import read_text
 from echo_trt.recipe import Engine, Precision, Recipe
-from echo_trt.runtime.params import MAX_STOP_TOKENS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -93,7 +92,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     target: NetworkFacts
     draft: NetworkFacts | None
-    eos_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)]
+    eos_token_ids: list[Annotated[int, Field(ge=0)]]
     target_sha256: str
     draft_sha256: str
     tensorrt: TensorRTFacts | None = None

@@ -11,6 +11,7 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.runtime.slots import Slots, blocks_for
 
 
@@ -18,6 +19,11 @@ def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None 
     """Open a bundle, with plain decoding for a start; ``batch`` (running requests) and ``prefix_cache`` override the
     recipe's."""
     manifest = read_manifest(folder)
+    if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
+        raise UserError(
+            f"{folder / MANIFEST}: eos_token_ids has {ends} ids, but a request stops at {MAX_STOP_TOKENS} at most; build "
+            "the bundle again."
+        )
     verify_files(folder, manifest)
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
