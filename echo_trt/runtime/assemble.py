@@ -21,8 +21,8 @@ def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None 
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
         raise UserError(
-            f"{folder / MANIFEST}: eos_token_ids has {ends} ids, but a request stops at {MAX_STOP_TOKENS} at most; build "
-            "the bundle again."
+            f"{folder / MANIFEST}: eos_token_ids has {ends} ids, but a request stops at {MAX_STOP_TOKENS} at most; "
+            "build the bundle again."
         )
     verify_files(folder, manifest)
     recipe = manifest.recipe
