@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,10 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
         out.print(results_table(result))
         write_html(html_report(result))
         if job.record_file:
-            write_recording(_recording(llm, sets, job))
+            with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+                task = progress.add_task("recording draft trees", total=1.0)
+                trees = _recording(llm, sets, job, lambda share: progress.update(task, completed=share))
+            write_recording(trees)
     return result
 
 
@@ -163,7 +167,7 @@ def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:
     ][:count]
 
 
-def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job) -> bytes:
+def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Callable[[float], None]) -> bytes:
     decoding = llm.manifest.recipe.decoding
     groups = {
         f"{name}/{prompt.id}": (name, prompt)
@@ -172,7 +176,7 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job) -> bytes:
     }
     prompts = [Prompt(key, p.text) for key, (_, p) in groups.items()]
     shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
-    return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape).to_bytes()
+    return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape, progress).to_bytes()
 
 
 def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
