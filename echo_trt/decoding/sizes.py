@@ -52,7 +52,8 @@ class _Known:
 
     def _usual(self, requests: int) -> np.ndarray:
         """Seconds of drafting for each size; none for those that hold no more than the roots of ``requests``."""
-        levels = _LEVELS * np.log2(1 + np.maximum(self.sizes - requests, 0) / requests)
+        each = np.maximum(self.sizes - requests, 0) / requests
+        levels = np.minimum(_LEVELS * np.log2(1 + each), each)  # none without a node
         return (levels > 0) * self._cold + levels * self._level
 
     def drafting(self, requests: int) -> np.ndarray:
@@ -60,8 +61,8 @@ class _Known:
 
     def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
         """Update what each size is thought to bring from one search at the held ``size``: smaller ones directly. Larger
-        ones keep what they were thought to add to it, unless the search has found more: it drafts no further than the
-        held size needs."""
+        ones keep their proportion to it, unless the search has found more: it drafts no further than the held size
+        needs."""
         self.searches += 1
         step = max(1 - _MEMORY, 1 / (self.searches + _FORESEEN))
         held = min(int(np.searchsorted(self.sizes, size)), len(self.sizes) - 1)
@@ -163,24 +164,29 @@ def _learn(
     probability: np.ndarray,
     step: float,
 ) -> None:
-    """Move what the best nodes of each of ``sizes`` have ``brought`` and were ``found`` to bring towards a search's."""
-    best, total, last, change = np.sort(probability)[::-1], 0.0, 0, 0.0
+    """Move what the best nodes of each of ``sizes`` have ``brought`` and were ``found`` to bring towards a search's;
+    of sizes larger than the one held, what they brought by the same share: texts that are hard are so for all."""
+    best, total, last, change = np.sort(probability)[::-1], 0.0, 0, 1.0
     for i in range(len(sizes)):
         nodes = min(max(sizes[i] - requests, 0), len(best))
         total += best[last:nodes].sum()
         last = nodes
-        if i <= held:
-            change = step * (total - brought[i])
         found[i] += step * (total - found[i])
-        brought[i] = max(brought[i] + change, found[i])
+        if i <= held:
+            before, brought[i] = brought[i], brought[i] + step * (total - brought[i])
+            change = min(brought[i] / before, 1 + step) if before > 0 else 1.0
+        else:
+            brought[i] *= change
+        brought[i] = max(brought[i], found[i])
 
 
 @compiled("void(f8[::1], f8[::1], i8, f8, f8)")
 def _slow(slower: np.ndarray, usual: np.ndarray, held: int, drafting: float, step: float) -> None:
-    """Move by how much drafting has been ``slower`` than ``usual`` towards ``drafting`` seconds for the size held."""
+    """Move by how much drafting has been ``slower`` than ``usual`` towards ``drafting`` seconds for the size held: by
+    the same share for smaller sizes, which draft less, and for larger ones by the same seconds."""
     drafting, change = min(drafting, _OUTLIER * usual[held] * max(slower[held], 1.0)), 0.0
     for i in range(len(usual)):
-        if i <= held:
-            change = step * (drafting - slower[i] * usual[i])
         if usual[i] > 0:
+            if i <= held:
+                change = step * (drafting * usual[i] / usual[held] - slower[i] * usual[i])
             slower[i] = max(slower[i] + change / usual[i], 0.0)

@@ -116,6 +116,30 @@ def test_a_small_size_says_nothing_of_what_more_would_have_brought():
     assert found[16][3] == pytest.approx(6.0, rel=0.02)
 
 
+def test_texts_that_are_hard_are_so_for_larger_sizes_too():
+    """Else a size that was never held looks better, the harder the texts are, until it has lost for a while."""
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
+    sizes.nodes(4, 0, costs, 0.0, FORESEEN)
+    known = sizes._known[load_of(4)]
+    foreseen = known.brought.copy()
+    for _ in range(300):
+        known.learn(np.full(4, 0.1), 4, 1.0, 8)
+    assert known.brought[1] == pytest.approx(0.4, rel=0.02)
+    assert known.brought[2:] / foreseen[2:] == pytest.approx(known.brought[1] / foreseen[1])
+
+
+def test_smaller_sizes_draft_less_than_the_one_that_is_held():
+    sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
+    sizes.nodes(4, 0, costs, 0.0, FORESEEN)
+    known = sizes._known[load_of(4)]
+    for _ in range(300):
+        known.learn(np.full(28, 0.5), 4, 6.0, 32)
+    drafting = known.drafting(4)
+    assert drafting[7] == pytest.approx(6.0, rel=0.02)
+    assert drafting[1:8] / known._usual(4)[1:8] == pytest.approx(drafting[7] / known._usual(4)[7])
+    assert drafting[1] < 0.5 * drafting[7]
+
+
 def test_passes_that_prepare_new_sizes_do_not_make_drafting_dear():
     sizes, costs = Sizes(), costs_of(linear(10.0, 0.2))
     for search in range(40):
