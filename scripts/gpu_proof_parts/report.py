@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import platform
 import time
 import traceback
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-#: section -> seconds after which it starts nothing new; together under 8 minutes
+#: section -> seconds after which it starts nothing new on a card; together under 8 minutes
 SECTIONS = {"kernel": 110.0, "speed": 60.0, "curves": 150.0, "lossless": 60.0, "tensorrt": 80.0, "ranks": 20.0}
 
 
@@ -56,7 +57,7 @@ def run(out: Path, chosen: Sequence[str], interpret: bool) -> int:
     summary = []
     for name in (name for name in SECTIONS if name in chosen):
         start = time.monotonic()
-        proof.ends, proof.failures = start + SECTIONS[name], []
+        proof.ends, proof.failures = math.inf if interpret else start + SECTIONS[name], []
         proof.lines.append(f"## {name}\n")
         try:
             importlib.import_module(f"gpu_proof_parts.{name}").prove(proof)

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 ANSWERS = """
 import sys
 if {missing}:
@@ -37,28 +35,35 @@ print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 1
 """
 
 
-def answers(missing: bool = False, **environment: str) -> tuple[str, str]:
-    run = [sys.executable, "-c", ANSWERS.format(missing=missing)]
+#: Two of the loops.
+FEW = """
+import numpy as np
+from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+tree = SuperTree.from_roots(np.arange(3))
+tree.add(np.array([0, 0, 2]), np.arange(3), np.zeros(3))
+print(ancestor_mask(tree)[0].tolist(), rank_within(np.array([1, 0, 1, 1])).tolist())
+"""
+
+
+def answers(program: str, **environment: str) -> tuple[str, str]:
+    run = [sys.executable, "-c", program]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
 
-@pytest.fixture(scope="module")
-def compiled() -> str:
-    out, err = answers()
+def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy():
+    compiled, err = answers(ANSWERS.format(missing=False))
     assert err == ""
-    assert len(out.splitlines()) == 7
-    return out
-
-
-def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy(compiled):
-    out, err = answers(missing=True)
+    assert len(compiled.splitlines()) == 7
+    out, err = answers(ANSWERS.format(missing=True))
     assert out == compiled
     assert "install numba" in err
     assert err.count("UserWarning") == 1
 
 
-def test_where_no_folder_can_be_written_they_are_compiled_each_time(compiled):
-    out, err = answers(NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator")  # which finds no place for a file like ours
-    assert (out, err) == (compiled, "")
+def test_where_no_folder_can_be_written_they_are_compiled_each_time():
+    compiled, err = answers(FEW)
+    assert err == ""
+    assert answers(FEW, NUMBA_CACHE_LOCATOR_CLASSES="_ZipCacheLocator") == (compiled, "")  # which finds no place

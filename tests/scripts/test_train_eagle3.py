@@ -11,6 +11,7 @@ import pytest
 import torch
 from pairs import recipe_of
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from echo_trt.compile.build import build
 from echo_trt.decoding.super_tree import SuperTree
@@ -61,13 +62,19 @@ def test_answers_are_written_with_the_features_of_their_tokens(bundle_of, tmp_pa
         assert np.any(features, axis=1).mean() > 0.8  # all but each answer's last token
 
 
-def test_a_head_is_trained_and_goes_on_as_a_larger_one_that_says_the_same(networks, shards, tmp_path):
+@pytest.fixture(scope="module")
+def head(networks, shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("heads") / "first"
     words = ["train", "--target", networks / "target", "--data", shards, "--loss-rows", 40]
-    told = run(*words, "--draft-vocab", 150, "--minutes", 0.1, "--out", tmp_path / "first")
-    assert "held out: top-1" in told
-    start = ["--start", tmp_path / "first", "--intermediate-size", 160]
+    assert "held out: top-1" in run(*words, "--draft-vocab", 150, "--minutes", 0.05, "--out", out)
+    return out
+
+
+def test_a_head_goes_on_as_a_larger_one_that_says_the_same(networks, shards, head, tmp_path):
+    words = ["train", "--target", networks / "target", "--data", shards, "--loss-rows", 40]
+    start = ["--start", head, "--intermediate-size", 160]
     run(*words, *start, "--minutes", 1e-9, "--out", tmp_path / "larger")  # one step, at a rate of 0
-    first, larger = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "larger"))
+    first, larger = (load_file(folder / "model.safetensors") for folder in (head, tmp_path / "larger"))
     assert len(first["midlayer.mlp.up_proj.weight"]) == 96
     for name, weights in first.items():
         grown = larger[name][:, :96] if "down_proj" in name else larger[name][: len(weights)]
@@ -81,23 +88,24 @@ def test_a_head_is_trained_and_goes_on_as_a_larger_one_that_says_the_same(networ
     build(recipe_of("eagle3", networks, draft=draft), networks, tmp_path / "bundle")
 
 
-def test_a_head_does_not_shrink(networks, shards, tmp_path):
+def test_a_head_does_not_shrink(networks, shards, head, tmp_path):
     words = ["train", "--target", networks / "target", "--data", shards, "--minutes", 0.001]
-    run(*words, "--draft-vocab", 150, "--out", tmp_path / "first")
     with pytest.raises(subprocess.CalledProcessError) as refused:
-        run(*words, "--start", tmp_path / "first", "--intermediate-size", 64, "--out", tmp_path / "smaller")
+        run(*words, "--start", head, "--intermediate-size", 64, "--out", tmp_path / "smaller")
     told = refused.value.stdout.decode()
     assert refused.value.returncode == 2
     assert "--intermediate-size is 64, but --start has 96; give as many or more" in told
 
 
 @pytest.mark.parametrize("wrong", [["--intermediate-size", "0"], ["--minutes", "soon"], []])
-def test_a_wrong_option_is_a_sentence(wrong):
-    done = subprocess.run([sys.executable, SCRIPT, "train", *wrong], capture_output=True, text=True, timeout=120)
-    told = done.stdout + done.stderr
-    assert done.returncode == 2
-    assert "Traceback" not in told
-    assert (wrong[0] if wrong else "--target") in told
+def test_a_wrong_option_is_a_sentence(wrong, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from train_eagle3 import app
+
+    done = CliRunner().invoke(app, ["train", *wrong])
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+    assert (wrong[0] if wrong else "--target") in done.output
 
 
 def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
