@@ -1,14 +1,16 @@
-"""Bundles of tiny pairs (pairs.py), built once a session and only where a test asks for them."""
+"""Bundles of tiny pairs (pairs.py), built once, by the first process that has a test which asks for them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from pairs import recipe_of, reference_engines, write_networks
 from transformers.utils import logging
@@ -31,20 +33,35 @@ def _one_quiet_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def networks(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("networks")
-    write_networks(folder)
-    return folder
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """name, make -> the folder that ``make`` wrote, in whichever process of this run came first. Only to be read."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(folder / f"{name}.lock"):
+            if not (folder / name).exists():
+                make(folder / f"{name}.part")
+                (folder / f"{name}.part").rename(folder / name)
+        return folder / name
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def bundle_of(networks, tmp_path_factory) -> Callable[[str], Path]:
-    """pair -> its bundle, in fp32."""
+def networks(made_once) -> Path:
+    return made_once("networks", write_networks)
+
+
+@pytest.fixture(scope="session")
+def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
+    """pair -> its bundle, in fp32, a copy of this process's own."""
     folder = tmp_path_factory.mktemp("bundles")
 
     def get(pair: str) -> Path:
         if not (folder / pair).exists():
-            build(recipe_of(pair, networks), networks, folder / pair)
+            bundle = made_once(f"bundle-{pair}", lambda out: build(recipe_of(pair, networks), networks, out))
+            shutil.copytree(bundle, folder / pair)
         return folder / pair
 
     return get

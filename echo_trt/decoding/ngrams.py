@@ -17,7 +17,7 @@ from echo_trt.decoding.super_tree import SuperTree
 LEAVES = 256  # of a batch, the best, that are continued
 LEAST = 0.015  # of P(accept): what is worth less is not looked for
 SUREST = 0.995  # of a chance
-_BUCKETS = 16  # bits of a key by which it is looked up
+_EMPTY = np.uint64(0)  # of a slot: nobody's key is 0
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
 
@@ -42,8 +42,8 @@ class NGrams:
         self.keys, self.longest = np.ascontiguousarray(keys, np.uint32), longest
         self.tokens = np.ascontiguousarray(tokens, np.int64)
         self.chances = np.minimum(chances, SUREST, dtype=np.float64)  # what is certain, no drift would reach
-        ends = (np.arange((1 << _BUCKETS) + 1, dtype=np.uint64) << np.uint64(32 - _BUCKETS)).astype(np.float64)
-        self._begins = np.searchsorted(self.keys, ends).astype(np.int64)
+        self._slots = _slots(self.keys)
+        self._shift = 33 - len(self._slots).bit_length()  # of a key, to its slot
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,7 +70,7 @@ class NGrams:
         if len(leaves) > LEAVES:
             leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
         found = _continue(
-            (self.keys, self._begins, self.tokens, self.chances, self.longest, math.exp(drift)),
+            (self._slots, self._shift, self.tokens, self.chances, self.longest, math.exp(drift)),
             leaves,
             (tree.token, tree.parent, tree.request, tree.depth, probability),
             np.ascontiguousarray(recent, np.int64),
@@ -113,17 +113,34 @@ def _leaves(parent: np.ndarray, probability: np.ndarray) -> np.ndarray:
     return np.flatnonzero(leaf)
 
 
-@compiled("i8(u4[::1], i8[::1], u4)")
-def _find(keys: np.ndarray, bucket_begins: np.ndarray, key: int) -> int:
-    """Where ``key`` stands, or -1."""
-    bucket = np.int64(key >> np.uint32(32 - _BUCKETS))
-    for place in range(bucket_begins[bucket], bucket_begins[bucket + 1]):
-        if keys[place] == key:
-            return place
+@compiled("u8[::1](u4[::1])")
+def _slots(keys: np.ndarray) -> np.ndarray:
+    """A hash table, open addressing: in each slot a key and, in its lower half, its place. Half of them or more are
+    empty, so that one line of the cache has the answer, and several lookups wait for memory together."""
+    bits = 1
+    while 1 << bits < 2 * len(keys):
+        bits += 1
+    slots = np.full(1 << bits, _EMPTY)
+    for place in range(len(keys)):
+        slot = np.int64(keys[place]) >> (32 - bits)
+        while slots[slot] != _EMPTY:
+            slot = (slot + 1) & (len(slots) - 1)
+        slots[slot] = (np.uint64(keys[place]) << np.uint64(32)) | np.uint64(place)
+    return slots
+
+
+@compiled("i8(u8[::1], i8, u4)")
+def _find(slots: np.ndarray, shift: int, key: int) -> int:
+    """The place of ``key``, which ``shift`` takes to its slot, or -1."""
+    slot = np.int64(key) >> shift
+    while slots[slot] != _EMPTY:
+        if np.uint32(slots[slot] >> np.uint64(32)) == key:
+            return np.int64(slots[slot] & np.uint64(0xFFFFFFFF))
+        slot = (slot + 1) & (len(slots) - 1)
     return -1
 
 
-_TABLE = "Tuple((u4[::1], i8[::1], i8[::1], f8[::1], i8, f8))"
+_TABLE = "Tuple((u8[::1], i8, i8[::1], f8[::1], i8, f8))"
 _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 _CHAINS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
@@ -131,7 +148,7 @@ _CHAINS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 @compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
 def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray) -> tuple:
     """``Chains``' columns."""
-    keys, bucket_begins, follows, chances, longest, odds = table
+    slots, shift, follows, chances, longest, odds = table
     token, parent, request, depth, probability = tree
     size = 0
     for leaf in leaves:
@@ -156,7 +173,7 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
                 if words[last - 1 - back] < 0:
                     break
                 state = _mix(state, words[last - 1 - back])
-                place = _find(keys, bucket_begins, _key(state))
+                place = _find(slots, shift, _key(state))
                 found = place if place >= 0 else found  # the longest context that is known says most
             if found < 0:
                 break

@@ -142,8 +142,8 @@ def _wide_dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
 
 @functools.cache
 def _card(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability; on a CPU those of an H100, so that it launches what the card would."""
+    """Multiprocessors and compute capability; on a CPU a small H100's, since there programs run in turn."""
     if device.type != "cuda":
-        return 132, 90
+        return 8, 90
     facts = torch.cuda.get_device_properties(device)
     return facts.multi_processor_count, 10 * facts.major + facts.minor

@@ -87,7 +87,7 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=4).filter(lambda batch: any(count for _, count, _ in batch)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),

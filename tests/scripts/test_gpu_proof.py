@@ -26,9 +26,9 @@ def run(copy: Path, *options: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """Of the repository, as one would take it to another machine."""
+    """Of the repository, as one would take it to another machine; with what is compiled, which takes a while."""
     for folder in ("echo_trt", "plugins", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     return tmp_path
 
 
