@@ -236,7 +236,7 @@ def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
     assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
 
 
-@pytest.mark.parametrize("columns", ["0", "19", "²", "9" * 5000])
+@pytest.mark.parametrize("columns", ["0", "1", "19", "-3", "²", "9" * 5000])
 def test_odd_columns_hide_nothing(columns, tmp_path):
     def run(*words: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "COLUMNS": columns}

@@ -17,7 +17,7 @@ from echo_trt.decoding.super_tree import SuperTree
 LEAVES = 256  # of a batch, the best, that are continued
 LEAST = 0.015  # of P(accept): what is worth less is not looked for
 SUREST = 0.995  # of a chance
-_EMPTY = np.uint64(0)  # of a slot: nobody's key is 0
+_EMPTY = np.uint64(0)  # of a slot: a key of 0 is no context's
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
 
@@ -116,16 +116,17 @@ def _leaves(parent: np.ndarray, probability: np.ndarray) -> np.ndarray:
 @compiled("u8[::1](u4[::1])")
 def _slots(keys: np.ndarray) -> np.ndarray:
     """A hash table, open addressing: in each slot a key and, in its lower half, its place. Half of them or more are
-    empty, so that one line of the cache has the answer, and several lookups wait for memory together."""
+    empty, so that one line of the cache has the answer, and several lookups wait for memory together. ``keys`` ascend,
+    and so do their slots."""
     bits = 1
     while 1 << bits < 2 * len(keys):
         bits += 1
-    slots = np.full(1 << bits, _EMPTY)
+    slots, slot = np.full(1 << bits, _EMPTY), -1
     for place in range(len(keys)):
-        slot = np.int64(keys[place]) >> (32 - bits)
-        while slots[slot] != _EMPTY:
-            slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = (np.uint64(keys[place]) << np.uint64(32)) | np.uint64(place)
+        slot = max(np.int64(keys[place]) >> (32 - bits), slot + 1)
+        while slots[slot & (len(slots) - 1)] != _EMPTY:  # behind the end it goes on at the beginning
+            slot += 1
+        slots[slot & (len(slots) - 1)] = (np.uint64(keys[place]) << np.uint64(32)) | np.uint64(place)
     return slots
 
 

@@ -28,7 +28,7 @@ def run(copy: Path, *options: str) -> subprocess.CompletedProcess:
 def copy(tmp_path) -> Path:
     """Of the repository, as one would take it to another machine; with what is compiled, which takes a while."""
     for folder in ("echo_trt", "plugins", "scripts"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc.*", "*.tmp.*"))
     return tmp_path
 
 
