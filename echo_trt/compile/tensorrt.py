@@ -59,7 +59,8 @@ COMPILERS = {
 def load_compiler(engine: str) -> ModuleType:
     """The Python module of ``engine``; a missing or unknown one is refused."""
     compiler = COMPILERS[engine]
-    remedy = f"run pip install 'echo-trt[{compiler.extra}]', or echo-trt build the bundle with --engine openvino."
+    run = f"run pip install -e '.[{compiler.extra}]' in the repository"
+    remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
     try:
         module = importlib.import_module(compiler.module)
         version = module.__version__

@@ -122,8 +122,8 @@ def _operator_for(device: torch.device) -> Callable[..., Tensor]:
         from super_tree_attention.triton_attention import super_tree_attention_triton
     except ImportError as error:
         raise UserError(
-            f"the kernel for GPUs cannot be loaded ({error}); run pip install 'echo-trt[cuda]', or echo-trt build the "
-            "bundle with --engine openvino."
+            f"the kernel for GPUs cannot be loaded ({error}); run pip install -e '.[cuda]' in the repository, or "
+            "echo-trt build the bundle with --engine openvino."
         ) from error
     return super_tree_attention_triton
 

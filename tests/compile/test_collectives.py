@@ -25,7 +25,7 @@ SHAPE = SIZES | {"num_attention_heads": 8, "num_hidden_layers": 2}
 
 @pytest.fixture(scope="module")
 def rtx():
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'echo-trt[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install -e '.[rtx]'")
     return load_compiler("tensorrt-rtx")
 
 

@@ -236,7 +236,7 @@ def test_recipes_that_it_cannot_build_are_refused_before_anything_is_read(change
 def test_no_compiler(engine, extra, networks, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, tensorrt.COMPILERS[engine].module, None)
     with refused(
-        "is not installed", f"pip install 'echo-trt[{extra}]'", "echo-trt build the bundle with --engine openvino"
+        "is not installed", f"pip install -e '.[{extra}]'", "echo-trt build the bundle with --engine openvino"
     ):
         build(recipe_of("lookup", networks, engine=engine, precision="fp16"), networks, tmp_path / "b")
 

@@ -231,5 +231,5 @@ def test_a_file_of_something_else_is_refused(networks, tmp_path):
 
 def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
-    with refused(r"pip install 'echo-trt[cuda]'", "echo-trt build the bundle with --engine openvino"):
+    with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
         _operator_for(torch.device("cuda"))

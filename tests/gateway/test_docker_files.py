@@ -139,7 +139,7 @@ def test_containers_are_started_with_options_that_exist():
 
 def _gateway_help(runner) -> str:
     for package in ("fastapi", "uvicorn", "tritonclient.grpc"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
     import typer
 
     from echo_trt.gateway.__main__ import run

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
 
 from gateway.running import running  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install 'echo-trt[serve]'")
+    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
 
 import grpc  # noqa: E402
 import httpx  # noqa: E402

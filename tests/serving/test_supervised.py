@@ -227,7 +227,7 @@ def test_restarts_wait_longer_and_longer(small, monkeypatch):
 def test_a_gateway_that_hangs_is_replaced(monkeypatch):
     """A real one; Triton is not asked."""
     for package in ("fastapi", "uvicorn"):
-        pytest.importorskip(package, reason="needs the gateway: pip install 'echo-trt[serve]'")
+        pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
     monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 1)
     gateway = Gateway(Job(Path("none"), "127.0.0.1", *free_ports(4)), Said())

@@ -233,7 +233,7 @@ def test_cards_that_tensorrt_rtx_builds_nothing_for():
 
 
 def test_what_tensorrt_rtx_builds_for_is_what_it_says():
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'echo-trt[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install -e '.[rtx]'")
     from echo_trt.compile.tensorrt import known_capabilities
 
     assert set(known_capabilities("tensorrt-rtx")) == set(RTX_CAPABILITIES)
