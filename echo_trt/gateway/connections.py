@@ -21,7 +21,8 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """uvicorn's. It is closed at once where ``most`` are open, and where the client still owes a request in the end.
+    """uvicorn's. It is closed where the client still owes a request in the end, or has owed one longest of all when
+    more than ``most`` are open; where nobody owes one, the newest is. So clients that say nothing lock nobody out.
 
     ``seconds``: from the connection's beginning, or a later request's first byte. (uvicorn's own timeout is for the
     time between an answer and the next request.)
@@ -35,8 +36,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         if len(self.connections) > self._most:
-            transport.abort()
-        else:
+            owing = (other for other in self.connections if other._late)
+            min(owing, key=lambda other: other._late.when(), default=self)._abort()
+        if not transport.is_closing():
             self._await_request()
 
     def data_received(self, data: bytes) -> None:
@@ -51,7 +53,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _await_request(self) -> None:
-        self._late = self._late or self.loop.call_later(self._seconds, self.transport.abort)
+        self._late = self._late or self.loop.call_later(self._seconds, self._abort)
+
+    def _abort(self) -> None:
+        self._request_came()  # it is not to be chosen again before it is lost
+        self.transport.abort()
 
     def _request_came(self) -> None:
         if self._late:

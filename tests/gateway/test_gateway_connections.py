@@ -84,18 +84,42 @@ def test_a_request_that_came_has_all_the_time_and_so_has_the_next(port):
             time.sleep(SECONDS + 0.3)
 
 
-def test_beyond_the_limit_a_connection_is_closed_at_once(port, caplog):
-    time.sleep(SECONDS + 0.2)  # until those of other tests have gone
+@pytest.fixture(scope="module")
+def patient() -> Iterator[int]:
+    """Nobody's time runs out."""
+    options = {"http": partial(Connection, most=MOST, seconds=600), "timeout_keep_alive": 600}
+    with running(create_app(NOBODY), **options) as client:
+        client.close()
+        yield client.base_url.port
+
+
+def test_beyond_the_limit_who_has_owed_a_request_longest_is_closed(patient, caplog):
     with ExitStack() as stack:
-        first = [stack.enter_context(connect(port)) for _ in range(MOST)]
-        begin = time.monotonic()
-        assert is_closed(stack.enter_context(connect(port)))
-        assert time.monotonic() - begin < SECONDS / 2
-        answers(first[0])
-        assert all(map(is_closed, first[1:]))
-    with connect(port) as connection:
-        answers(connection)
+        silent = [stack.enter_context(connect(patient)) for _ in range(MOST)]
+        for connection in silent[:2]:
+            assert_alone_closed_by_another(connection, stack, patient)
+        silent[2].sendall(HALF_A_BODY)  # that is no request yet
+        assert_alone_closed_by_another(silent[2], stack, patient)
+        for connection in silent[3:]:
+            connection.settimeout(0.3)
+            assert not is_closed(connection)
     assert "Exception" not in caplog.text
+
+
+def assert_alone_closed_by_another(connection: socket.socket, stack: ExitStack, port: int) -> None:
+    answers(stack.enter_context(connect(port)))
+    assert is_closed(connection)
+
+
+def test_where_nobody_owes_a_request_the_newest_is_closed(patient):
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(connect(patient)) for _ in range(MOST)]
+        for connection in crowd:
+            answers(connection)
+        assert is_closed(stack.enter_context(connect(patient)))
+        answers(crowd[0])
+    with connect(patient) as connection:
+        answers(connection)
 
 
 def test_the_process_survives_more_connections_than_descriptors_and_says_nothing(tmp_path):
@@ -115,11 +139,12 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_nothing
         with ExitStack() as stack:
             crowd = [stack.enter_context(connect(port)) for _ in range(300)]
             time.sleep(1)
-            for connection in crowd[:10]:
+            assert is_up(port)
+            for connection in crowd[-10:]:
                 connection.sendall(b"nonsense\r\n\r\n")
-            assert crowd[0].recv(100).startswith(b"HTTP/1.1 400")
-            crowd[-1].settimeout(5)
-            assert is_closed(crowd[-1])
+            assert crowd[-1].recv(100).startswith(b"HTTP/1.1 400")
+            crowd[0].settimeout(5)
+            assert is_closed(crowd[0])
         time.sleep(0.5)
         assert is_up(port)
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (128, 128)
