@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import date
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from echo_trt.bundle import Manifest
 from echo_trt.calibration.store import CostTable, CurveTable, HingeTable, machine
@@ -24,18 +25,20 @@ ALL = 16 * LONG  # and of few requests so many in all, for their attention to be
 NODES = 3  # tokens of a small tree
 FEW, MANY = 64, 128  # tokens up to which sizes are measured however few requests run, and however many
 STEEP = 3.0  # times what one token takes, at which larger sizes are told by the slope; on a GPU that is far beyond MANY
-ROUNDS = 5
+ROUNDS = 9
+PAIRS = 10  # passes of each size, two in a row, for what a change of size takes
+LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
-CHECKED = (1, 8)  # tokens of the passes that a table is checked by
+CHECKED = (1, 4, 8)  # tokens of the passes that a table is checked by
 TRIES, CHECKING = 3, 0.5  # passes of each, and the seconds that they may take, where that is more than one
 LEAST = 1e-3  # seconds: differences below are noise
 
 
-def measure(loop: Loop, manifest: Manifest, seconds: float = 8.0) -> CostTable:
-    """Passes over N tokens of the slots' requests, all sizes in one round after another.
+def measure(loop: Loop, manifest: Manifest, seconds: float = 4.0) -> CostTable:
+    """Passes over N tokens of the slots' requests, sizes in turn in one round after another.
 
-    ``seconds`` bounds the time: at least one round is run after a warm-up. Nothing may be running.
+    ``seconds`` bounds what the rounds take; each size runs once at least, after a warm-up. Nothing may be running.
     """
     loop.state.forget_cached()  # these passes write over the pool
     target = _measured(loop, lambda call: loop.target.run(call), 0.75 * seconds)
@@ -93,35 +96,52 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     calls = [calls[n] for n in sizes]
     calls += [_call(loop, np.full(wide, 1), long), _call(loop, np.full(bushy, NODES), long)]
-    for call in calls:
-        run(call)
-    taken: list[np.ndarray] = []
-    rng = np.random.default_rng(0)
-    begin = time.perf_counter()
-    while len(taken) < ROUNDS and (not taken or time.perf_counter() - begin < seconds):
-        seconds_of = np.empty(len(calls))
-        for i in rng.permutation(len(calls)):  # what ran before leaves its weights in the cache, or evicts them
-            seconds_of[i] = _seconds(run, calls[i])
-        taken.append(seconds_of)
-    # What passes are to each other is apart from what the machine was worth in each round. Of the rounds the lower
-    # quartile: whatever else ran only ever adds.
-    rounds = np.mean(taken, axis=1)
-    *usual, far, tree = (np.quantile(rounds, 0.25) * np.median(taken / rounds[:, None], axis=0)).tolist()
+    taken = _rounds(run, calls, seconds)
+    *usual, far, tree = _typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
     base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
     straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
     per_node = max(tree - straight, 0.0) / (bushy * (NODES - 1) * long)
-    monotone = np.maximum.accumulate(np.maximum(base, 1e-6))
+    often = np.isfinite(taken).sum(axis=0)[: len(sizes)]
+    monotone = np.maximum(isotonic_regression(base, weights=often).x, 1e-6)
     return CurveTable(
         sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context, per_node=per_node
     )
+
+
+def _rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
+    """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
+
+    So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
+    nothing, once.
+    """
+    first = np.array([_timed(run, call) for call in calls])
+    long = first > LONG_PASS * first.min()
+    share, spent = seconds / len(calls), np.where(long, first, 0.0)
+    rng, taken = np.random.default_rng(0), [np.where(long, first, np.nan)]
+    while len(taken) < ROUNDS and (spent < share).any():
+        if np.isfinite(taken[0]).all():
+            taken.append(np.full(len(calls), np.nan))
+        for i in rng.permutation(np.flatnonzero(spent < share)):  # what ran before leaves its weights in the cache
+            begin = time.perf_counter()
+            taken[-1][i] = _seconds(run, calls[i])
+            spent[i] += time.perf_counter() - begin
+    return np.array(taken)
+
+
+def _typical(taken: np.ndarray) -> np.ndarray:
+    """Seconds of each call, of ``_rounds``: what calls are to each other is apart from what the machine was worth in
+    each round. Of the rounds the lower quartile: whatever else ran only ever adds.
+    """
+    rounds = taken[:, np.isfinite(taken).all(axis=0)].mean(axis=1)
+    return np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
 
 
 def _change(loop: Loop) -> float:
     """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
     run, calls = loop.target.run, [_call(loop, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
     # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
-    pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(2 * ROUNDS) for call in calls])
+    pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(PAIRS) for call in calls])
     first, again = pairs.T
     more = float(np.median(first - again))
     return more if more > NOTICED * np.median(again) else 0.0

@@ -148,7 +148,8 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_nothing
         time.sleep(0.5)
         assert is_up(port)
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (128, 128)
-        assert (tmp_path / "log").read_text() == ""
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert [line for line in lines if "event_engine" not in line] == []  # gRPC's own, of its connection to nobody
     finally:
         process.kill()
         process.wait()
