@@ -28,6 +28,7 @@ STEEP = 3.0  # times what one token takes, at which larger sizes are told by the
 ROUNDS = 9
 PAIRS = 10  # passes of each size, two in a row, for what a change of size takes
 LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
+FAR = 10.0  # times what one token takes, beyond which passes, measured once, say nothing of where the curve bends
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
 CHECKED = (1, 4, 8)  # tokens of the passes that a table is checked by
@@ -48,12 +49,13 @@ def measure(loop: Loop, manifest: Manifest, seconds: float = 4.0) -> CostTable:
         run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
         draft, cold = _measured(loop, run, 0.25 * seconds), _cold(loop, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
+    near = times <= FAR * times[0]
     return CostTable(
         machine=machine(manifest),
         measured=date.today(),
         target=target,
         draft=draft,
-        hinge=HingeTable(**asdict(fit_hinge(sizes, times, ACCURACY))),
+        hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
         granule=loop.target.granule,
         change=_change(loop),

@@ -105,6 +105,19 @@ def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     assert measure(loop, manifest).target.sizes[-1] == MANY
 
 
+def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
+    """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    knees = set()
+    for longest in (0.33, 0.7):
+        curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
+        loop = SimpleNamespace(state=Slots(64, 2048, 64, 8192), target=Clocked(curve, clock, 8192), drafter=None)
+        knees.add(measure(loop, manifest).hinge.k_max)
+    assert len(knees) == 1
+    assert knees < {3, 4}
+
+
 class Restless(Clocked):
     """Now and then another process takes a part of the machine for some tenths of a second."""
 
