@@ -289,7 +289,7 @@ def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_
     process.send_signal(number)
     begin = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 10  # a second or two on a quiet machine
+    assert time.monotonic() - begin < 30  # a second or two on a quiet machine
     assert process.returncode == 130
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def test_a_pipe_stays_and_gets_the_last_of_what_is_written(tmp_path):
     with output_file("--json", pipe) as write:
         write(b"first")
         write(b"second")
-    reader.join(10)
+    reader.join(60)
     assert pipe.is_fifo()
     assert read == [b"second"]
 

@@ -99,19 +99,20 @@ def test_a_rank_that_dies_ends_the_call_with_a_sentence(divided):
     for _ in range(2):
         with refused("rank 1 of 2 has ended (signal SIGKILL)"):
             engine.run(prompt_call())
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 def test_a_rank_that_hangs_is_not_waited_for(divided):
-    engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2, patience=2)
+    engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2)
+    engine._others._patience = 2.0  # from here on: to start may take longer
     engine.run(prompt_call())
     (other,) = engine._others._processes
     os.kill(other.child.pid, signal.SIGSTOP)
     began = time.monotonic()
     with refused("2"):
         engine.run(prompt_call())
-    assert time.monotonic() - began < 10
-    assert other.child.wait(5) == -signal.SIGKILL
+    assert time.monotonic() - began < 60
+    assert other.child.wait(60) == -signal.SIGKILL
 
 
 def test_a_rank_that_cannot_start_says_why(divided, tmp_path):
@@ -119,7 +120,7 @@ def test_a_rank_that_cannot_start_says_why(divided, tmp_path):
     began = time.monotonic()
     with refused("broken holds no network of echo-trt", "build the bundle again"):
         RankedEngine(TorchRank((files_of(divided[0])[0], tmp_path / "broken"), BLOCKS), 2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_the_processes_end_with_the_engine(divided):
@@ -127,7 +128,7 @@ def test_the_processes_end_with_the_engine(divided):
     (other,) = engine._others._processes
     assert other.child.poll() is None
     del engine
-    assert other.child.wait(5) is not None
+    assert other.child.wait(60) is not None
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

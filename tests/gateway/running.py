@@ -27,9 +27,9 @@ def running(app: FastAPI, **options: Any) -> Iterator[httpx.Client]:
             assert time.monotonic() < end, "the gateway does not start"
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             yield client
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "the gateway does not stop"

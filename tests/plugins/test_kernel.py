@@ -81,15 +81,15 @@ def _begins(lengths) -> Tensor:
 
 
 REQUEST = st.tuples(
-    st.one_of(st.sampled_from([0, 1, 31, 32, 33, 64, 128, 129]), st.integers(0, 300)),
-    st.one_of(st.sampled_from([0, 1, 32]), st.integers(1, 40)),
+    st.one_of(st.sampled_from([0, 1, 31, 32, 33, 64, 128, 129]), st.integers(0, 200)),
+    st.one_of(st.sampled_from([0, 1, 32, 33]), st.integers(1, 20)),
     st.booleans(),
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    requests=st.lists(REQUEST, min_size=1, max_size=4).filter(lambda batch: any(count for _, count, _ in batch)),
+    requests=st.lists(REQUEST, min_size=1, max_size=3).filter(lambda batch: any(count for _, count, _ in batch)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),
     head_dim=st.sampled_from([64, 128]),
     dtype=st.sampled_from(list(TOLERANCE)),

@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "train_eagle3.py"
 
 def run(*words: object) -> str:
     done = subprocess.run(
-        list(map(str, (sys.executable, SCRIPT, *words))), check=True, capture_output=True, timeout=120
+        list(map(str, (sys.executable, SCRIPT, *words))), check=True, capture_output=True, timeout=300
     )
     return done.stdout.decode()
 

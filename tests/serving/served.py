@@ -91,7 +91,7 @@ class Served:
             raise
         return self
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 180) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
@@ -117,7 +117,7 @@ class Served:
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
-    def post(self, path: str, body: bytes, seconds: float = 60, below: str = "models/echo/") -> tuple[int, bytes]:
+    def post(self, path: str, body: bytes, seconds: float = 180, below: str = "models/echo/") -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=seconds)
         try:
             connection.request("POST", f"/v2/{below}{path}", body)
@@ -134,13 +134,13 @@ class Served:
         return [json.loads(line.removeprefix("data: ")) for line in body.decode().split("\n\n") if line.strip()]
 
     def metrics(self) -> dict[str, float]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode()
         connection.close()
         return {name: float(value) for name, value in re.findall(r"^(echo_\S+) (\S+)$", lines, re.MULTILINE)}
 
-    def wait_metrics(self, fits, seconds: float = 30) -> dict[str, float]:
+    def wait_metrics(self, fits, seconds: float = 120) -> dict[str, float]:
         end = time.monotonic() + seconds
         while not fits(found := self.metrics()):
             assert time.monotonic() < end, {name: v for name, v in found.items() if "_bucket" not in name}
@@ -175,7 +175,7 @@ class GrpcStream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            result, error = self._replies.get(timeout=60)
+            result, error = self._replies.get(timeout=180)
             if error is not None:
                 yield {"error": error.message()}
                 break

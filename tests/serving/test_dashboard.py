@@ -54,7 +54,7 @@ def ask(server, tmp_path_factory) -> Iterator[Callable[[str], list[float]]]:
         return [float(each["value"][1]) for each in answer["data"]["result"]]
 
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not _is_up(f"http://127.0.0.1:{port}/-/ready"):
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < end, (folder / "log").read_text()

@@ -54,7 +54,7 @@ def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
 def run(server: Served, words: list[str], text: str) -> str:
     for usual, real in ((8000, server.http), (8001, server.grpc), (9000, server.openai)):
         text = text.replace(f"localhost:{usual}", f"127.0.0.1:{real}")
-    done = subprocess.run([*words, text], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*words, text], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -342,7 +342,7 @@ def test_nonsense_over_http_is_answered(server):
         request = {source.choice(NAMES): source.choice(NONSENSE) for _ in range(source.randint(1, 4))}
         body = json.dumps({"max_tokens": 3, **request}).encode()
         body = source.choice([body, body, body, body[: source.randint(0, len(body))], body.replace(b"e", b"\xff")])
-        status, answer = server.post(source.choice(["generate", "generate_stream"]), body, seconds=20)
+        status, answer = server.post(source.choice(["generate", "generate_stream"]), body, seconds=60)
         assert 200 <= status < 600
         assert answer
     assert server.generate(text_input=PROMPT, **WAYS["greedy"])["completion_tokens"] == 40
@@ -376,7 +376,7 @@ def test_nonsense_over_grpc_is_answered(server):
             connection.start_stream(lambda result, error, answers=answers: answers.append(error or result))
             try:
                 connection.async_stream_infer("echo", [grpc_input("max_tokens", 3), tensor])
-                end = time.monotonic() + 20
+                end = time.monotonic() + 120
                 while not answers:
                     assert time.monotonic() < end
                     time.sleep(0.002)
