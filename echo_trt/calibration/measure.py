@@ -39,7 +39,7 @@ LEAST = 1e-3  # seconds: differences below are noise
 def measure(loop: Loop, manifest: Manifest, seconds: float = 4.0) -> CostTable:
     """Passes over N tokens of the slots' requests, sizes in turn in one round after another.
 
-    ``seconds`` bounds what the rounds take; each size runs once at least, after a warm-up. Nothing may be running.
+    ``seconds`` bounds what the rounds take; each size is timed once at least. Nothing may be running.
     """
     loop.state.forget_cached()  # these passes write over the pool
     target = _measured(loop, lambda call: loop.target.run(call), 0.75 * seconds)
