@@ -155,7 +155,7 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is off.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 or -1 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens said before, -2 to 2.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that they were said.")] = 0.0,

@@ -364,7 +364,7 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 
 def test_a_prompt_longer_than_the_context(bundle):
     context = LIMITS["context"]
-    with refused(f"{context} tokens", f"the context is {context}", "shorten it", "limits.context"):
+    with refused(f"{context} tokens", f"context length is {context}", "shorten it", "limits.context"):
         LLM(bundle).generate([[5] * context])
 
 

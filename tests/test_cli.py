@@ -117,7 +117,7 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
         (["hi", "--temperature", -1], ["temperature", "-1"]),
         (["hi", "--temperature", "nan"], ["temperature", "nan"]),
         (["hi", "--top-p", 0], ["top_p", "0"]),
-        (["hi", "--top-k", -1], ["top_k", "-1"]),
+        (["hi", "--top-k", -2], ["top_k", "-2"]),
         (["hi", "--seed", -1], ["seed", "-1"]),
         (["hi", "--batch", 0], ["batch", "0"]),
         (["hi", "--stop", ""], ["stop"]),

@@ -31,6 +31,7 @@ def run(
         app,
         host=host,
         port=port,
+        loop="asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
         http=partial(Connection, most=most),
         backlog=max(most // 4, 1),  # asyncio accepts so many at once before it counts them
         log_level="error",  # its warnings are of what clients send, and any client can send it for ever

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from echo_trt.gateway.choices import ClientGone
@@ -37,12 +37,7 @@ class Usage:
             self.cached += last.cached_tokens
 
     def body(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
+        return _counts(self.prompt, self.completion) | {"prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
 @dataclass
@@ -55,6 +50,7 @@ class Answer:
     n: int
     metrics: Metrics
     wants_usage: bool = False
+    wants_running_usage: bool = False  # in every chunk, of its choice so far
     wants_logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
@@ -83,15 +79,17 @@ class Answer:
         usage = Usage(self.n)
         try:
             if self.chat:
+                prompt = first[1].prompt_tokens  # all choices of a chat have one prompt
                 for index in range(self.choices):
-                    yield self._chunk([_delta(index, {"role": "assistant", "content": ""})])
+                    yield self._chunk([_delta(index, {"role": "assistant", "content": ""})], prompt, 0)
             async for choice, piece in _chained(first, pieces):
+                counts = piece.prompt_tokens, piece.completion_tokens
                 if piece.text or not self.chat:
-                    yield self._chunk([self._new_text(choice, piece)])
+                    yield self._chunk([self._new_text(choice, piece)], *counts)
                 if piece.finish_reason:
                     usage.add(choice, piece)
                     if self.chat:
-                        yield self._chunk([_delta(choice, {}, piece.finish_reason)])
+                        yield self._chunk([_delta(choice, {}, piece.finish_reason)], *counts)
             if self.wants_usage:
                 yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": usage.body()})
             yield "data: [DONE]\n\n"
@@ -109,9 +107,13 @@ class Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> str:
-        usage = {"usage": None} if self.wants_usage else {}
-        return _event(self._head(self._chunk_kind) | {"choices": choices} | usage)
+    def _chunk(self, choices: list[dict[str, Any]], prompt_tokens: int, completion_tokens: int) -> str:
+        chunk = self._head(self._chunk_kind) | {"choices": choices}
+        if self.wants_running_usage:
+            chunk["usage"] = _counts(prompt_tokens, completion_tokens)
+        elif self.wants_usage:
+            chunk["usage"] = None
+        return _event(chunk)
 
     def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(piece.logprobs)
@@ -152,6 +154,10 @@ async def _chained(first: tuple[int, Piece], rest: Pieces) -> AsyncIterator[tupl
     yield first
     async for item in rest:
         yield item
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _delta(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:

@@ -8,16 +8,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from echo_trt.gateway.answers import Answer, EventStream
+from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.choices import ClientGone, merged
 from echo_trt.gateway.edge import Edge
-from echo_trt.gateway.errors import ApiError, from_validation, log
+from echo_trt.gateway.errors import ApiError, log
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
@@ -27,7 +30,6 @@ LARGEST_BODY = 2**20  # bytes
 HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
 #: What the framework refuses by itself.
 MESSAGES = {
-    400: "The body is not valid JSON.",
     404: "There is nothing at this path.",
     405: "This path does not take that method.",
 }
@@ -35,7 +37,7 @@ MESSAGES = {
 
 def create_app(
     grpc_url: str, model: str = "echo", api_keys_file: Path | None = None, largest_body: int = LARGEST_BODY
-) -> FastAPI:
+) -> Starlette:
     """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
 
     Raises UserError for a keys file that holds no usable key.
@@ -44,49 +46,60 @@ def create_app(
     metrics = Metrics()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.upstream = Upstream(grpc_url, model, metrics)
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.upstream, app.state.bodies = Upstream(grpc_url, model, metrics), Bodies(largest_body)
         yield
         await app.state.upstream.close()
 
-    app = FastAPI(title="echo-trt", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Starlette(
+        routes=[
+            Route("/v1/models", models),  # where GET is answered, HEAD is too
+            Route("/v1/models/{name:path}", one_model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/health", health),
+            Route("/metrics", show_metrics),
+        ],
+        middleware=[Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)],
+        exception_handlers={
+            ApiError: _ours,
+            HTTPException: _frameworks,
+            ClientDisconnect: _hung_up,  # while its body was read
+            ClientGone: _hung_up,  # while it was answered
+            Exception: _unexpected,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
     app.state.metrics, app.state.model, app.state.created = metrics, model, int(time.time())
-    app.add_middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)
-    _handle_errors(app)
-    app.add_api_route("/v1/models", models)
-    app.add_api_route("/v1/models/{name:path}", one_model)
-    app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
-    app.add_api_route("/health", health)
-    app.add_api_route("/metrics", show_metrics)
     return app
 
 
-async def models(request: Request) -> dict[str, Any]:
+async def models(request: Request) -> Response:
     """GET /v1/models: the one there is."""
-    return {"object": "list", "data": [_model(request)]}
+    return JSONResponse({"object": "list", "data": [_model(request)]})
 
 
-async def one_model(request: Request, name: str) -> dict[str, Any]:
+async def one_model(request: Request) -> Response:
     """GET /v1/models/NAME; 404 for another name."""
-    _check_model(request, name)
-    return _model(request)
+    _check_model(request, request.path_params["name"])
+    return JSONResponse(_model(request))
 
 
-async def chat(request: Request, asked: ChatRequest) -> Response:
+async def chat(request: Request) -> Response:
     """POST /v1/chat/completions."""
-    return await _answer(request, asked)
+    return await _answer(request, await request.app.state.bodies.read(request, ChatRequest))
 
 
-async def completions(request: Request, asked: CompletionRequest) -> Response:
+async def completions(request: Request) -> Response:
     """POST /v1/completions."""
-    return await _answer(request, asked)
+    return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
 
 
-async def health(request: Request) -> dict[str, str]:
+async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.upstream.check()
-    return {"status": "ok"}
+    return JSONResponse({"status": "ok"})
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:
@@ -100,15 +113,19 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     state = request.app.state
     inputs = [prompt | _params(asked, seed) for prompt in asked.inputs() for seed in asked.seeds()]
     pieces = merged([state.upstream.stream(each) for each in inputs], request)
-    shape = isinstance(asked, ChatRequest), asked.model, len(inputs), asked.n
-    answer = Answer(*shape, state.metrics, asked.wants_usage, asked.alternatives is not None)
-    try:
-        if not asked.stream:
-            return JSONResponse(await answer.whole(pieces))
-        first = await anext(pieces)
-    except ClientGone:
-        state.metrics.disconnects.inc()
-        return Response(status_code=HUNG_UP)
+    answer = Answer(
+        isinstance(asked, ChatRequest),
+        asked.model,
+        len(inputs),
+        asked.n,
+        state.metrics,
+        wants_usage=asked.wants_usage,
+        wants_running_usage=asked.wants_running_usage,
+        wants_logprobs=asked.alternatives is not None,
+    )
+    if not asked.stream:
+        return JSONResponse(await answer.whole(pieces))
+    first = await anext(pieces)
     return EventStream(answer.events(first, pieces), pieces)
 
 
@@ -151,20 +168,20 @@ def _check_model(request: Request, name: str) -> None:
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def ours(request: Request, error: ApiError) -> Response:
-        return error.response()
+async def _ours(request: Request, error: ApiError) -> Response:
+    return error.response()
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return from_validation(error.errors()).response()
 
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, MESSAGES.get(error.status_code, str(error.detail))).response()
+async def _frameworks(request: Request, error: HTTPException) -> Response:
+    message = MESSAGES.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=error.headers).response()  # 405 has Allow
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
-        return ApiError(500, "The gateway failed at this request; its log says why.", "server_error").response()
+
+async def _hung_up(request: Request, error: Exception) -> Response:
+    request.app.state.metrics.disconnects.inc()
+    return Response(status_code=HUNG_UP)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
+    return ApiError(500, "The gateway failed at this request; its log says why.", "server_error").response()

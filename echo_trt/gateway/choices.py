@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from fastapi import Request
+from starlette.requests import Request
 
 from echo_trt.gateway.upstream import Piece
 
@@ -38,8 +38,14 @@ async def merged(
             pass
         await queue.put(ClientGone())
 
-    pumps = [asyncio.create_task(pump(choice, stream)) for choice, stream in enumerate(streams)]
-    watcher = asyncio.create_task(watch())
+    pumps: list[asyncio.Task] = []
+
+    async def start() -> None:
+        for choice, stream in enumerate(streams):
+            pumps.append(asyncio.create_task(pump(choice, stream)))
+            await asyncio.sleep(0)  # opening one takes a millisecond, and there may be 128: other clients come between
+
+    starter, watcher = asyncio.create_task(start()), asyncio.create_task(watch())
     try:
         running = len(streams)
         while running:
@@ -51,6 +57,7 @@ async def merged(
             else:
                 yield item
     finally:
+        starter.cancel()
         watcher.cancel()  # not waited for: a server need not let go before the answer is complete
         for task in pumps:
             task.cancel()

@@ -21,6 +21,7 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope = scope | {"path": _origin_form(scope["path"])}
         path = scope["path"] if scope["path"] in COUNTED else "other"
         headers = dict(scope["headers"])
         began = False
@@ -48,6 +49,9 @@ class Edge:
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Before a byte of the body is read. Raises ApiError."""
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            message = "The request has both Content-Length and Transfer-Encoding; send one."
+            raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
         if self.keys and path not in OPEN and not self.keys.allow(headers.get(b"authorization", b"")):
             message = "A valid API key is needed, as in Authorization: Bearer KEY."
             raise ApiError(401, message, "authentication_error", code="invalid_api_key")
@@ -71,3 +75,11 @@ class Edge:
     def _too_large(self) -> ApiError:
         message = f"The body is larger than {self.largest_body} bytes; send a shorter prompt."
         return ApiError(413, message, code="request_too_large")
+
+
+def _origin_form(target: str) -> str:
+    """The path of a target that may be a whole URL, as clients send it to proxies: ``http://host/health``."""
+    scheme, separator, rest = target.partition("://")
+    if not separator or scheme.lower() not in ("http", "https"):
+        return target
+    return "/" + rest.partition("/")[2]

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 log = logging.getLogger("echo_trt.gateway")
+SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
 
 class ApiError(HTTPException):
@@ -23,13 +24,16 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(status, message)
+        super().__init__(status, message, headers)
         self.retry_after = retry_after
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        headers = dict(self.headers or {})
+        if self.retry_after:
+            headers["Retry-After"] = str(self.retry_after)
         if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status_code, headers)
@@ -46,9 +50,14 @@ def unavailable() -> ApiError:
     return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
 
 
-def from_grpc(code: str, details: str) -> ApiError:
-    """``code`` is a gRPC status name. What a client cannot act on is logged here and not told outside."""
+def from_grpc(code: str, details: str, prompt: str | None = None) -> ApiError:
+    """Translate a gRPC status, by its name. What a client cannot act on is logged here and not told outside.
+
+    ``prompt`` is the name of the request's field that holds the prompt.
+    """
     if code == "INVALID_ARGUMENT":
+        if "maximum context length" in details:
+            return ApiError(400, details, param=prompt, code="context_length_exceeded")
         return ApiError(400, details)
     if code == "UNAVAILABLE" and "queue" in details.lower():
         return overloaded()
@@ -63,12 +72,9 @@ def from_grpc(code: str, details: str) -> ApiError:
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first of pydantic's errors as a sentence that names the field and the value."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
-    path = [str(part) for part in first["loc"] if part != "body"]
-    if not path:
-        return ApiError(400, "The body must be a JSON object, sent as application/json.")
-    param = ".".join(path)
+    if not first["loc"]:
+        return no_object()
+    param = ".".join(_cut(str(part)) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     if first["type"] == "missing":
@@ -76,6 +82,19 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, f"{param} is {_shown(first['input'])}: {reason}.", param=param)
 
 
-def _shown(value: object, size: int = 60) -> str:
-    text = ascii(value)
-    return text if len(text) <= size else text[:size] + "..."
+def no_object() -> ApiError:
+    """400: the body is no JSON object, or does not say that it is one."""
+    return ApiError(400, "The body must be a JSON object, sent as application/json.")
+
+
+def _shown(value: object) -> str:
+    """A value of a JSON document in a few words, at the same cost whatever its size."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str):
+        return _cut(ascii(value[: SHOWN + 1]))
+    return "null" if value is None else _cut(ascii(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."

@@ -6,11 +6,27 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from echo_trt.gateway.errors import ApiError
+from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_CHARACTERS
 
 CHOICES = 128  # of one request, prompts times n
+#: Most messages of a chat, and most content parts of a message: as at OpenAI.
+MESSAGES = 2048
+#: Most fields of an object. More would only take longer to refuse; there are about 40 that mean something.
+FIELDS = 100
+STOP_STRINGS = 16
+TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -34,13 +50,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
-def _encodable(text: str) -> str:
-    """JSON may spell half a surrogate pair, which is no character and has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair; send whole characters") from None
-    return text
+def at_most(most: int, things: str) -> BeforeValidator:
+    """Refuse a longer list or object before pydantic looks at its entries, which takes it microseconds for each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"give at most {most} {things}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
@@ -49,10 +67,10 @@ def _by_token(bias: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class Strict(BaseModel):
@@ -61,6 +79,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk tells its choice's tokens so far
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
 
 
@@ -73,14 +92,14 @@ class Params(Strict):
     max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=INT32)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=INT32)] = 0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=300), AfterValidator(_by_token)] = {}
+    logit_bias: Annotated[dict[str, Bias], AfterValidator(_by_token), at_most(MAX_BIASED, "tokens")] = {}
     min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
     seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
-    stop: Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] = []
+    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = []
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     ignore_eos: bool = False
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
@@ -91,6 +110,8 @@ class Params(Strict):
     def _only_what_we_have(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
+        if len(raw) > FIELDS:
+            raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
         kept = {}
         for name, value in raw.items():
             if value is None or name in IGNORED:
@@ -124,17 +145,31 @@ class Params(Strict):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def wants_running_usage(self) -> bool:
+        return self.wants_usage and self.stream_options.continuous_usage_stats
+
     def seeds(self) -> list[int]:
         """One a choice: the request's seed, plus one for each choice after the first; without one, a random start."""
         first = secrets.randbits(63) if self.seed is None else self.seed
         return [(first + choice) % 2**63 for choice in range(self.n)]
 
 
+def _no_tools(value: Any) -> Any:
+    raise ValueError("tools are not supported by this engine; leave their calls and results out")
+
+
+NoTools = Annotated[Any, BeforeValidator(_no_tools)]
+
+
 class Message(Strict):
-    """One turn of a chat; its content is text."""
+    """One turn of a chat; its content is text. ``name`` is accepted and not used: few templates know it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    tool_calls: NoTools = None  # before content, which is null beside it
+    function_call: NoTools = None
+    tool_call_id: NoTools = None
+    content: str
     name: str | None = None
 
     @model_validator(mode="before")
@@ -143,31 +178,37 @@ class Message(Strict):
         """A client that sends an earlier answer back sends tool_calls, refusal and others as null or empty."""
         if not isinstance(raw, dict):
             return raw
-        return {name: value for name, value in raw.items() if value is not None and value != []}
+        if len(raw) > FIELDS:
+            raise ValueError(f"give at most {FIELDS} fields")
+        return {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _no_tool(cls, role: Any) -> Any:
+        return _no_tools(role) if role in ("tool", "function") else role
 
     @field_validator("content", mode="before")
     @classmethod
     def _joined(cls, content: Any) -> Any:
-        if not isinstance(content, list):
+        if isinstance(content, str):
             return content
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("give a string, or parts of type text; this model reads nothing else")
+        if not isinstance(content, list) or not content:
+            raise ValueError("give a string, or parts of type text")
+        if len(content) > MESSAGES:
+            raise ValueError(f"give at most {MESSAGES} parts")
+        texts = []
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            if not isinstance(text, str):
+                raise ValueError("give a string, or parts of type text; this model reads nothing else")
+            texts.append(text)
         return "".join(texts)
-
-    @field_validator("name")
-    @classmethod
-    def _nameless(cls, name: str | None) -> None:
-        if name is not None:
-            raise ValueError("names of participants are not supported; leave it out")
 
 
 class ChatRequest(Params):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FailFast(), at_most(MESSAGES, "messages")]
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
     logprobs: bool = False
     top_logprobs: Alternatives = 0
@@ -215,14 +256,17 @@ class CompletionRequest(Params):
     @classmethod
     def _list_of_prompts(cls, prompt: Any) -> Any:
         """A string, a list of strings, token ids, or a list of those."""
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_int, prompt))):
+        if isinstance(prompt, str) or (isinstance(prompt, list) and set(map(type, prompt)) == {int}):
             prompt = [prompt]
-        if not (isinstance(prompt, list) and prompt and all(isinstance(p, str | list) for p in prompt)):
+        if not (isinstance(prompt, list) and prompt and set(map(type, prompt)) <= {str, list}):
             raise ValueError("give a string, token ids, or a list of either")
-        for one in prompt:
-            if isinstance(one, str):
-                _encodable(one)
-            elif not (one and all(_is_int(token) and 0 <= token <= INT32 for token in one)):
+        if len(prompt) > CHOICES:
+            raise ValueError(f"give at most {CHOICES} prompts")
+        lists = [one for one in prompt if isinstance(one, list)]
+        if sum(map(len, lists)) > TOKEN_IDS:
+            raise ValueError(f"give at most {TOKEN_IDS} token ids")
+        for ids in lists:
+            if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > INT32:  # in C: there may be many
                 raise ValueError(f"token ids must be a list of whole numbers from 0 to {INT32} that is not empty")
         return prompt
 
@@ -243,7 +287,3 @@ class CompletionRequest(Params):
 
     def inputs(self) -> list[dict[str, Any]]:
         return [{"text_input" if isinstance(p, str) else "input_ids": p} for p in self.prompt]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

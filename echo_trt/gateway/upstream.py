@@ -48,6 +48,8 @@ TYPES = {
     "stop": ("BOOL", np.bool_),
 }
 CODES = grpc.StatusCode.__members__
+#: The field of OpenAI's that each of these comes from.
+PROMPTS = {"chat_messages": "messages", "text_input": "prompt", "input_ids": "prompt"}
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
 PROBE_S = 10.0  # how long a probe waits for its token, or for an iteration of the engine's
@@ -62,13 +64,13 @@ RECONNECT = [
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one choice; the last one carries the rest."""
+    """New text of one choice; the last one has a ``finish_reason`` and ``cached_tokens``."""
 
     text: str
     finish_reason: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # up to the end of this piece
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the tokens of the text
 
 
@@ -90,7 +92,8 @@ class Upstream:
     async def stream(self, inputs: Mapping[str, Any]) -> AsyncIterator[Piece]:
         """Pieces as they come. Close it early and the engine drops the request. Raises ApiError."""
         stream = _Stream(self._client, self.model, inputs)
-        begin, first, done = time.monotonic(), True, False
+        begin, first, done, tokens = time.monotonic(), True, False, 0
+        prompt = next((field for name, field in PROMPTS.items() if name in inputs), None)
         try:
             while not done:
                 answer = await stream.read()
@@ -99,8 +102,9 @@ class Upstream:
                 result, error = answer
                 if error is not None:
                     done = True
-                    raise _failure(error.message())
-                piece = _piece(result)
+                    raise _failure(error.message(), prompt)
+                piece = _piece(result, tokens)
+                tokens = piece.completion_tokens
                 self._last_piece = time.monotonic()
                 if first and inputs.get("stream"):
                     self._metrics.first_text.observe(self._last_piece - begin)
@@ -171,10 +175,10 @@ class _Stream:
             yield {**request, "inputs": [_tensor("stop", True)]}
 
 
-def _failure(message: str) -> ApiError:
+def _failure(message: str, prompt: str | None) -> ApiError:
     """The model's own errors begin with a code, as was asked for; what Triton says itself is no client's mistake."""
     code, colon, details = message.partition(": ")
-    return from_grpc(code, details) if colon and code in CODES else from_grpc("UNAVAILABLE", message)
+    return from_grpc(code, details, prompt) if colon and code in CODES else from_grpc("UNAVAILABLE", message)
 
 
 def _tensor(name: str, value: Any) -> InferInput:
@@ -186,13 +190,17 @@ def _tensor(name: str, value: Any) -> InferInput:
     return tensor
 
 
-def _piece(result: InferResult) -> Piece:
+def _piece(result: InferResult, before: int) -> Piece:
+    """``before``: completion tokens of the pieces before this one."""
+
     def value(name: str, default: Any) -> Any:
         array = result.as_numpy(name)
         return default if array is None or array.size == 0 else array.reshape(-1)[0]
 
     text = value("text_output", b"").decode("utf-8", "replace")
-    reason, tokens = value("finish_reason", b"").decode() or None, int(value("completion_tokens", 0))
+    new = result.as_numpy("output_ids")
+    reason = value("finish_reason", b"").decode() or None
+    tokens = int(value("completion_tokens", before + (0 if new is None else new.size)))
     if reason == "deadline":
         if not tokens:
             raise from_grpc("DEADLINE_EXCEEDED", "")

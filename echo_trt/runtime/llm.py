@@ -105,8 +105,11 @@ class LLM:
         try:
             for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
                 ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
-                request = self.request(index, ids, own)
-                self.loop.add(request)
+                try:
+                    request = self.request(index, ids, own)
+                    self.loop.add(request)
+                except UserError as error:
+                    raise UserError(f"prompts[{index}]: {error}") from error
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
                 for request, tokens in self.loop.step():

@@ -104,17 +104,17 @@ class Loop:
         """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
         room = self.state.context - len(request.prompt)
         if len(request.prompt) == 0:
-            raise UserError(f"prompt of request {request.id} is empty; give at least one token.")
+            raise UserError("the prompt is empty; give at least one token.")
         if room < 1:
             raise UserError(
-                f"prompt of request {request.id} has {len(request.prompt)} tokens, but the context is "
-                f"{self.state.context}; shorten it, or raise limits.context in the recipe and build again."
+                f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
+                f"{self.state.context} tokens; shorten it, or raise limits.context in the recipe and build again."
             )
         state = self.state
         needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)
         if needed > state.num_blocks:  # a part of a pool: it would wait for ever
             raise UserError(
-                f"request {request.id} may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
+                f"the request may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
                 "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
         own = len(request.params.stop_token_ids)

@@ -31,7 +31,7 @@ _SHORT.fillvalue = "…"
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
+    """temperature 0 is greedy. top_k 0 or -1 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
 
     The same seed gives the same text, whichever policy, batch or load; in bf16 texts can part at near-ties, but for
     the policies autoregressive and goodput-exact on CPUs (docs/goodput.md).
@@ -69,7 +69,11 @@ class SamplingParams:
                 _is_number(self.temperature) and 0 <= self.temperature <= 100,
                 "a number from 0 (greedy) to 100",
             ),
-            ("top_k", _is_count(self.top_k), "a whole number from 0 (off) to 2^31 - 1"),
+            (
+                "top_k",
+                _is_int(self.top_k) and -1 <= self.top_k <= MOST,
+                "a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
+            ),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
             ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
             (

@@ -201,6 +201,7 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
         _strings("text_output", reply.text),
         pb_utils.Tensor("output_ids", np.array([reply.ids], np.int32).reshape(1, -1)),
         _numbers("sequence_index", reply.index, np.int32),
+        _numbers("prompt_tokens", len(reply.ask.prompt), np.int32),
     ]
     if reply.logprobs:
         numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
@@ -212,7 +213,6 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
     if end:
         tensors += [
             _strings("finish_reason", end.reason),
-            _numbers("prompt_tokens", end.prompt_tokens, np.int32),
             _numbers("cached_tokens", end.cached_tokens, np.int32),
             _numbers("completion_tokens", end.completion_tokens, np.int32),
         ]

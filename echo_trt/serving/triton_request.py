@@ -86,7 +86,8 @@ class Reader:
         text = _text(tensors, given[0])
         if len(text) > self._most_characters:
             raise UserError(
-                f"{given[0]} has {len(text)} characters, but the context is {self._context} tokens; shorten it."
+                f"the prompt has {len(text)} characters, but this model's maximum context length is "
+                f"{self._context} tokens; shorten it."
             )
         if given[0] == "chat_messages":
             return self._chat(_messages(text)), ""

@@ -10,13 +10,14 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 
 @contextmanager
-def running(app: FastAPI, **options: Any) -> Iterator[httpx.Client]:
+def running(app: Starlette, **options: Any) -> Iterator[httpx.Client]:
     """A client of the app, for as long as the block lasts. ``options`` are uvicorn's."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5, **options)
+    options |= {"loop": "asyncio", "log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
+    config = uvicorn.Config(app, port=0, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

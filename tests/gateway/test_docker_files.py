@@ -86,7 +86,7 @@ class TestDockerfiles:
         lines = (DOCKER / f"requirements-{name[-3:]}.txt").read_text().splitlines()
         packages = [line for line in lines if line and not line.startswith(("#", "--"))]
         assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in packages)
-        assert {"openvino", "fastapi", "uvicorn", "tritonclient", "torch"} <= {p.partition("=")[0] for p in packages}
+        assert {"openvino", "starlette", "uvicorn", "tritonclient", "torch"} <= {p.partition("=")[0] for p in packages}
 
     def test_the_linter_finds_nothing(self, name):
         linter = shutil.which("hadolint", path=Path(sys.executable).parent)
@@ -138,7 +138,7 @@ def test_containers_are_started_with_options_that_exist():
 
 
 def _gateway_help(runner) -> str:
-    for package in ("fastapi", "uvicorn", "tritonclient.grpc"):
+    for package in ("starlette", "uvicorn", "tritonclient.grpc"):
         pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
     import typer
 

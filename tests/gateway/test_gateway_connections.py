@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-for package in ("fastapi", "uvicorn", "httpx", "tritonclient.grpc"):
+for package in ("starlette", "uvicorn", "httpx", "tritonclient.grpc"):
     pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
 
 from gateway.running import running  # noqa: E402

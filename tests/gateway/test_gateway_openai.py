@@ -240,7 +240,7 @@ def test_conversations_go_through_the_bundles_template(client, offline):
 
 def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match=f"context is {CONTEXT}"):
+        with pytest.raises(openai.BadRequestError, match=f"context length is {CONTEXT}"):
             client.completions.create(model="echo", prompt=[7] * 2 * CONTEXT, stream=stream)
     with pytest.raises(openai.BadRequestError, match="token id 5000"):
         client.completions.create(model="echo", prompt=[5000])

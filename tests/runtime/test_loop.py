@@ -149,7 +149,7 @@ def test_a_second_stream_waits_for_the_first(open_llm):
 
 def test_a_refused_prompt_leaves_nothing_behind(open_llm):
     llm = open_llm("lookup")
-    with refused(f"{CONTEXT} tokens", f"context is {CONTEXT}", "shorten it"):
+    with refused(f"{CONTEXT} tokens", f"context length is {CONTEXT}", "shorten it"):
         llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
     assert_all_free(llm.loop)
 
@@ -247,7 +247,7 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"temperature": -0.1}, ("temperature", "-0.1", "0 (greedy)")),
         ({"temperature": float("nan")}, ("temperature", "nan")),
         ({"temperature": "hot"}, ("temperature", "hot")),
-        ({"top_k": -1}, ("top_k", "-1")),
+        ({"top_k": -2}, ("top_k", "-2", "-1 (off too)")),
         ({"top_k": 2**63}, ("top_k", 2**63, "2^31 - 1")),
         ({"top_p": 0.0}, ("top_p", "0.0")),
         ({"top_p": 1.1}, ("top_p", "1.1")),
@@ -299,7 +299,7 @@ def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     """It would wait for blocks that never come."""
     llm = open_llm("lookup")
     part = llm.divided(llm.loop.state.num_blocks)[0]
-    with refused("request 0 may need", "there are 1", "lower its max_tokens"):
+    with refused("the request may need", "there are 1", "lower its max_tokens"):
         part.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
 
 

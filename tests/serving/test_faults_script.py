@@ -14,7 +14,7 @@ FAULTS = ["departures", "nonsense", "malformed", "queue"]
 
 @needs_triton
 def test_nothing_is_lost_where_nothing_may_be(roomy_bundle, tmp_path, monkeypatch, capsys):
-    for package in ("fastapi", "uvicorn"):
+    for package in ("starlette", "uvicorn"):
         pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "scripts")])
     import serve_faults

@@ -226,7 +226,7 @@ def test_restarts_wait_longer_and_longer(small, monkeypatch):
 
 def test_a_gateway_that_hangs_is_replaced(monkeypatch):
     """A real one; Triton is not asked."""
-    for package in ("fastapi", "uvicorn"):
+    for package in ("starlette", "uvicorn"):
         pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
     monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 1)
