@@ -84,6 +84,19 @@ def test_a_request_that_came_has_all_the_time_and_so_has_the_next(port):
             time.sleep(SECONDS + 0.3)
 
 
+def test_a_client_that_ends_its_side_after_a_request_is_answered(port):
+    body = b'{"model": "echo", "prompt": "hello"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with connect(port) as connection:
+        connection.sendall(head % len(body) + body)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    interim, final = answer.split(b"\r\n\r\n", 1)
+    assert interim.startswith(b"HTTP/1.1 100")
+    assert final.startswith(b"HTTP/1.1 503")
+    assert final.endswith(b"}}")
+
+
 @pytest.fixture(scope="module")
 def patient() -> Iterator[int]:
     """Nobody's time runs out."""

@@ -86,6 +86,7 @@ def test_models_and_health(client, server):
         ({"temperature": 0}, {}),
         ({"temperature": 0.8, "top_p": 0.9, "seed": 11}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}),
         ({"seed": 2**40, "extra_body": {"top_k": 20}}, {"temperature": 1.0, "seed": 2**40, "top_k": 20}),
+        ({"seed": 2**40, "extra_body": {"top_k": -1}}, {"temperature": 1.0, "seed": 2**40, "top_k": -1}),
         ({"seed": 5, "stop": ["e", "th"]}, {"temperature": 1.0, "seed": 5, "stop": ("e", "th")}),
         (PENALTIES | {"temperature": 0}, PENALTIES),
         (
@@ -97,7 +98,7 @@ def test_models_and_health(client, server):
             {"logit_bias": {0: 100, 90: -3.3}, "min_tokens": 9},
         ),
     ],
-    ids=["greedy", "seeded", "top_k", "stop", "penalised", "penalised and seeded", "biased"],
+    ids=["greedy", "seeded", "top_k", "top_k off", "stop", "penalised", "penalised and seeded", "biased"],
 )
 def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, asked, params):
     truth = offline.generate([TURN], SamplingParams(max_tokens=40, **params))[0]
@@ -118,6 +119,33 @@ def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, 
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == truth.text
     reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
     assert reasons == [None] * (len(chunks) - 2) + [truth.finish_reason]
+
+
+def test_every_chunk_may_tell_what_its_choice_has_used(client, offline):
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    asked = {"max_tokens": 40, "n": 2, "seed": 3} | options
+    prompts = ["the theme", "naïve café"]
+    sizes = [len(offline.tokenizer(prompt)["input_ids"]) for prompt in prompts for _ in range(2)]
+    chat = list(client.chat.completions.create(model="echo", messages=CHAT, **asked))
+    text = list(client.completions.create(model="echo", prompt=prompts, **asked))
+    for chunks, choices, prompt_tokens in ((chat, 2, [chat[0].usage.prompt_tokens] * 2), (text, 4, sizes)):
+        used = [[] for _ in range(choices)]
+        for chunk in chunks[:-1]:
+            index, usage = chunk.choices[0].index, chunk.usage
+            assert usage.prompt_tokens == prompt_tokens[index] > 0
+            assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+            used[index].append(usage.completion_tokens)
+        for counts in used:
+            assert counts == sorted(counts)
+            assert len(set(counts)) > 2
+        total = chunks[-1].usage
+        assert total.completion_tokens == sum(counts[-1] for counts in used)
+        assert total.prompt_tokens == sum(prompt_tokens[::2])
+    assert {chunk.usage.completion_tokens for chunk in chat[:2]} == {0}
+    quiet = client.completions.create(
+        model="echo", prompt="the theme", **asked | {"stream_options": {"continuous_usage_stats": True}}
+    )
+    assert {chunk.usage for chunk in quiet} == {None}
 
 
 @pytest.mark.parametrize("way", [{}, {"stop": ["e", "th"]}, PENALTIES], ids=["free", "stop", "penalised"])
@@ -239,9 +267,24 @@ def test_conversations_go_through_the_bundles_template(client, offline):
 
 
 def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
+    chats, completes, long = client.chat.completions.create, client.completions.create, [7] * 2 * CONTEXT
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match=f"context length is {CONTEXT}"):
-            client.completions.create(model="echo", prompt=[7] * 2 * CONTEXT, stream=stream)
+        for ask, field, prompt, size in (
+            (completes, "prompt", long, f"{2 * CONTEXT} tokens"),
+            (completes, "prompt", "a b " * CONTEXT, "tokens"),
+            (completes, "prompt", "a" * 900_000, "900000 characters"),
+            (chats, "messages", [{"role": "user", "content": "a b " * CONTEXT}], "tokens"),
+        ):
+            with pytest.raises(openai.BadRequestError, match="the prompt has ") as error:
+                ask(model="echo", stream=stream, **{field: prompt})
+            assert (error.value.code, error.value.param) == ("context_length_exceeded", field)
+            assert error.value.type == "invalid_request_error"
+            assert f"this model's maximum context length is {CONTEXT} tokens" in str(
+                error.value
+            )  # litellm looks for it
+            assert size in str(error.value)
+    with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+        client.completions.create(model="echo", prompt="")
     with pytest.raises(openai.BadRequestError, match="token id 5000"):
         client.completions.create(model="echo", prompt=[5000])
     with pytest.raises(openai.BadRequestError, match="logit_bias holds token id 5000"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -97,6 +98,10 @@ def refused(response, status: int, param: str | None = None) -> str:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+        ({"top_k": -2}, "top_k"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ],
@@ -117,6 +122,7 @@ def test_a_chat_request_is_refused_by_field(client, change, param):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [[5, 2**31]]}, "prompt"),
         ({"prompt": ["a"] * 5, "n": 100}, "prompt"),
+        ({"prompt": "a" * 100_000, "n": 11}, "n"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
@@ -130,7 +136,32 @@ def test_a_completion_request_is_refused_by_field(client, change, param):
     refused(client.post("/v1/completions", json=COMPLETION | change), 400, param)
 
 
-@pytest.mark.parametrize("change", [{}, {"tools": [], "logprobs": False, "presence_penalty": 0.0, "n": None}])
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "role is 'tool': tools are not supported"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "a list of 1: tools are not supported"),
+        ({"role": "assistant", "content": None, "function_call": {}}, "an object of 0: tools are not supported"),
+        ({"role": "user", "content": None}, "content is null: give a string, or parts of type text."),
+        ({"role": "user", "content": []}, "content is a list of 0: give a string, or parts of type text."),
+        ({"role": "user"}, "content is missing."),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_said(client, message, sentence):
+    response = client.post("/v1/chat/completions", json=CHAT | {"messages": [*CHAT["messages"], message]})
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+    assert "messages.1" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tools": [], "logprobs": False, "presence_penalty": 0.0, "n": None},
+        {"messages": [{"role": "user", "content": "x", "name": "Ann"}], "top_k": -1},
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_absent_server_is_503_also_for_a_stream(client, stream, change):
     response = client.post("/v1/chat/completions", json=CHAT | change | {"stream": stream})
@@ -231,8 +262,49 @@ def test_unknown_models_paths_and_methods(client):
     refused(client.get("/docs"), 404)
     refused(client.get("/openapi.json"), 404)
     refused(client.get("/v1/completions"), 405)
+    assert client.get("/v1/completions").headers["Allow"] == "POST"
+    assert set(client.post("/health").headers["Allow"].split(", ")) == {"GET", "HEAD"}
+    for path in ("/health/", "/metrics/", "/v1/completions/"):
+        refused(client.get(path, headers={"Host": "evil.example"}), 404)
     assert client.get("/v1/models").json()["data"][0]["id"] == "echo"
     assert client.get("/v1/models/echo").json()["object"] == "model"
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/echo", "/nowhere"])
+def test_head_answers_as_get_does_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code
+    assert head.headers["Content-Type"] == got.headers["Content-Type"]
+    assert head.content == b""
+
+
+def exchange(client: httpx.Client, request: bytes) -> bytes:
+    """All that comes back on a connection on which ``request`` was sent."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(b"Content-Length: 16", b"Transfer-Encoding: chunked"), (b"transfer-encoding: chunked", b"content-length: 16")],
+)
+def test_a_body_of_two_lengths_is_refused_and_ends_the_connection(client, names):
+    smuggled = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"\r\n".join([b"POST /v1/completions HTTP/1.1", b"Host: x", b"Content-Type: application/json", *names])
+    answer = exchange(client, head + b"\r\n\r\n2\r\n{}\r\n0\r\n\r\n" + smuggled)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"Transfer-Encoding; send one." in answer
+
+
+@pytest.mark.parametrize("target", [b"http://x/v1/models", b"HTTP://x:9000/v1/models?a=b"])
+def test_a_target_may_be_a_whole_url(client, target):
+    answer = exchange(client, b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % target)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert exchange(client, b"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(
+        b"HTTP/1.1 404"
+    )
 
 
 def test_no_request_names_a_file_that_is_opened(client):

@@ -1,0 +1,160 @@
+"""Bodies made to keep the gateway busy: none holds its event loop for long, and a crowd of them keeps nobody out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+for package in ("starlette", "uvicorn", "httpx", "tritonclient.grpc"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
+
+import httpx  # noqa: E402
+import psutil  # noqa: E402
+from serving.served import free_ports  # noqa: E402
+
+from echo_trt.gateway.bodies import parsed  # noqa: E402
+from echo_trt.gateway.errors import ApiError  # noqa: E402
+from echo_trt.gateway.schemas import ChatRequest, CompletionRequest  # noqa: E402
+
+NOBODY = "127.0.0.1:1"
+JSON = {"Content-Type": "application/json"}
+USER = {"role": "user", "content": "x"}
+FIELDS = {f"k{i}": i for i in range(64_000)}
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "messages": [USER]} | fields, separators=(",", ":")).encode()
+
+
+def completion(prompt: Any, **fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "prompt": prompt} | fields, separators=(",", ":")).encode()
+
+
+#: Up to a megabyte each.
+REFUSED = {
+    "empty messages": chat(messages=[{}] * 340_000),
+    "messages": chat(messages=[USER] * 26_000),
+    "fields": chat(**FIELDS),
+    "fields of a message": chat(messages=[FIELDS]),
+    "fields of a refused object": chat(response_format=FIELDS),
+    "bias": chat(logit_bias={str(i): "x" for i in range(50_000)}),
+    "stop strings": chat(stop=["x"] * 240_000),
+    "a long stop string": chat(stop="x" * 1_000_000),
+    "parts": chat(messages=[USER | {"content": [{}] * 340_000}]),
+    "text parts": chat(messages=[USER | {"content": [{"type": "text", "text": ""}] * 20_000}]),
+    "tool calls": chat(messages=[USER | {"tool_calls": ["x"] * 250_000}]),
+    "ignored lists": chat(metadata=[[[[[[]]]]]] * 80_000),
+    "a long field": chat(**{"k" * 1_000_000: 1}),
+    "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
+    "prompts": completion([[]] * 340_000),
+    "token ids": completion([7] * 500_000),
+    "a wrong token id": completion([7] * 200_000 + [-1]),
+    "long numbers": completion([10**4000] * 240),
+}
+ACCEPTED = {
+    "messages": chat(messages=[USER] * 2048),
+    "parts": chat(messages=[USER | {"content": [{"type": "text", "text": "x"}] * 2048}]),
+    "token ids": completion([7] * 2**18),
+    "a prompt": completion("x" * 1_000_000),
+    "an escaped prompt": completion("é\n" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_body_is_refused_soon_in_a_short_sentence(name):
+    with pytest.raises(ApiError) as caught:
+        read(REFUSED[name])
+    assert len(json.dumps(caught.value.body)) < 700
+    assert min(seconds(REFUSED[name]) for _ in range(3)) < 0.1  # 0.05 and less where nothing else runs
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_as_much_as_the_limits_allow_is_accepted_soon(name):
+    assert min(seconds(ACCEPTED[name]) for _ in range(3)) < 0.1
+
+
+def read(body: bytes) -> ChatRequest | CompletionRequest:
+    return parsed(body, "application/json", CompletionRequest if b'"prompt"' in body else ChatRequest)
+
+
+def seconds(body: bytes) -> float:
+    """Of this thread, whatever else the machine does."""
+    begin = time.thread_time()
+    with contextlib.suppress(ApiError):
+        read(body)
+    return time.thread_time() - begin
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[httpx.Client, psutil.Process]]:
+    """A process of its own, so that what attacks it does not share its interpreter."""
+    (port,) = free_ports(1)
+    words = [sys.executable, "-m", "echo_trt.gateway", "--grpc-url", NOBODY, "--port", str(port)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            end = time.monotonic() + 180
+            while not up(client):
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            yield client, psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def up(client: httpx.Client) -> bool:
+    try:
+        return client.get("/v1/models").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["empty messages", "bias", "a wrong token id", "byte by byte"])
+def test_others_are_answered_while_eight_clients_attack(gateway, name):
+    client, process = gateway
+    end, seen = time.monotonic() + 6, []
+
+    def attack() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=60) as own:
+            while time.monotonic() < end:
+                if name == "byte by byte":
+                    drip(client.base_url.port)
+                    continue
+                body = REFUSED[name]
+                path = "/v1/completions" if b'"prompt"' in body else "/v1/chat/completions"
+                seen.append(own.post(path, content=body, headers=JSON).status_code)
+
+    threads = [threading.Thread(target=attack) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    times, memory = [], 0
+    while time.monotonic() < end:
+        begin = time.monotonic()
+        assert client.get("/v1/models").status_code == 200
+        times.append(time.monotonic() - begin)
+        memory = max(memory, process.memory_info().rss)
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert set(seen) <= {400}
+    assert sorted(times)[len(times) // 2] < 1.5
+    assert max(times) < 4  # a second where nothing else runs
+    assert memory < 300e6
+
+
+def drip(port: int) -> None:
+    """Sends a body of which every byte is a chunk, as far as it is read within two seconds."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=2) as connection, contextlib.suppress(TimeoutError):
+        connection.sendall(head + b"1\r\n[\r\n" * 100_000)
