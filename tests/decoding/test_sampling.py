@@ -141,6 +141,8 @@ def test_no_draw_is_a_token_without_probability():
     logits = one_row(-np.inf, 1, -np.inf, 1, -np.inf)
     assert [drawn(logits, uniform) for uniform in (0.0, 0.49, 0.51, 1 - 2**-53)] == [1, 1, 3, 3]
     assert [drawn(one_row(0, 3, 2, 1), uniform, top_k=2) for uniform in (0.0, 1 - 2**-53)] == [1, 2]
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert drawn(one_row(0, 3, 2, 1), uniform, top_k=-1) == drawn(one_row(0, 3, 2, 1), uniform, top_k=0)
     assert [drawn(one_row(0, 3, 2, 1), uniform, top_p=0.5) for uniform in (0.0, 1 - 2**-53)] == [1, 1]
 
 

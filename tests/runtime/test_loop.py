@@ -149,7 +149,7 @@ def test_a_second_stream_waits_for_the_first(open_llm):
 
 def test_a_refused_prompt_leaves_nothing_behind(open_llm):
     llm = open_llm("lookup")
-    with refused(f"{CONTEXT} tokens", f"context length is {CONTEXT}", "shorten it"):
+    with refused("prompts[1]: the prompt has", f"{CONTEXT} tokens", f"context length is {CONTEXT}", "shorten it"):
         llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
     assert_all_free(llm.loop)
 
