@@ -152,8 +152,13 @@ def join_mlps(model: ov.Model) -> None:
             continue
         rows = ops.unsqueeze(gate.input_value(0), axis)
         wide, other = (ops.matmul(rows, product.input_value(1), False, True) for product in (gate, up))
-        joined = ops.multiply(ops.multiply(wide, ops.sigmoid(wide)), other)
-        replaced = ops.squeeze(ops.matmul(joined, down.input_value(1), False, True), axis).output(0)
+        swish = ops.multiply(wide, ops.sigmoid(wide))
+        joined = ops.multiply(swish, other)
+        narrow = ops.matmul(joined, down.input_value(1), False, True)
+        # Profiles go on telling these nodes by their names in the graph.
+        for new, old in ((wide, gate), (other, up), (swish, activated), (joined, gated), (narrow, down)):
+            new.set_friendly_name(old.get_friendly_name())
+        replaced = ops.squeeze(narrow, axis).output(0)
         for user in down.output(0).get_target_inputs():
             user.replace_source_output(replaced)
 

@@ -17,8 +17,6 @@ CHUNK = 40
 PROMPTS = (5, 41, 37, 2, 40, 33, 50, 18, 1, 70, 39, 81, 3, 20, 31, 34)
 ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
-pytestmark = pytest.mark.skipif(not has_bf16(), reason="OpenVINO computes bf16 from AVX-512 on only")
-
 
 @pytest.fixture(scope="module")
 def bf16_bundle(networks, tmp_path_factory):
@@ -42,6 +40,7 @@ def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float
     return [(c.token_ids, [entry.logprob for entry in c.logprobs]) for c in completions]
 
 
+@pytest.mark.skipif(not has_bf16(), reason="needs a CPU with AVX-512, for bf16")
 def test_logprobs_are_plain_decodings_bit_by_bit(bf16_bundle):
     alone = written(bf16_bundle, "autoregressive", 1)
     for policy, batch in (("autoregressive", 8), ("goodput-exact", 1), ("goodput-exact", 3), ("goodput-exact", 8)):
