@@ -12,7 +12,7 @@ from rich.table import Table
 
 from echo_trt.bundle import read_manifest
 from echo_trt.calibration.fit import fit
-from echo_trt.calibration.measure import measure
+from echo_trt.calibration.measure import disturbance, measure
 from echo_trt.calibration.plots import draw
 from echo_trt.calibration.record import record
 from echo_trt.calibration.reliability import reliability
@@ -53,6 +53,10 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         check_lengths(llm, prompts)
     with messages.status("measuring what passes cost on this machine"):
         costs = measure(llm.loop, llm.manifest)
+    if disturbed := disturbance(costs):
+        raise UserError(
+            f"other work disturbed what was measured ({disturbed}); run echo-trt calibrate again while nothing else runs."
+        )
     write(job.bundle, COSTS, costs)
     out.print(costs_table(costs))
     if llm.manifest.draft is None:

@@ -34,6 +34,7 @@ NOTICED = 0.05  # of a pass: what another size must take more to count
 CHECKED = (1, 4, 8)  # tokens of the passes that a table is checked by
 TRIES, CHECKING = 3, 0.5  # passes of each, and the seconds that they may take, where that is more than one
 LEAST = 1e-3  # seconds: differences below are noise
+PLAUSIBLE = 2.0  # times what n passes over one token take: larger, and less of other work's share is noticed
 
 
 def measure(loop: Loop, manifest: Manifest, seconds: float = 4.0) -> CostTable:
@@ -78,6 +79,33 @@ def times_as_long(table: CostTable, loop: Loop) -> float:
             if seconds - now > LEAST:
                 most = max(most, seconds / max(now, LEAST))
     return most
+
+
+def disturbance(table: CostTable) -> str:
+    """Say which of the target's passes only other work explains; empty where there is none.
+
+    One pass over n tokens does the work of n passes over one. So it takes n times as long at most on a quiet machine.
+    Only a few tokens are looked at: speculation depends on their times, and longer passes are timed just once.
+    """
+    one = table.target.seconds[0]
+    for tokens, seconds in zip(table.target.sizes, table.target.seconds, strict=True):
+        if tokens <= CHECKED[-1] and seconds > PLAUSIBLE * tokens * one:
+            return f"a pass over {tokens} tokens took {seconds / one:,.0f} times as long as one over 1"
+    return ""
+
+
+def without_speculation(table: CostTable) -> CostTable:
+    """Replace the target's times by ones at which no draft pays: each further token costs a pass of its own.
+
+    A pass is taken to be as long as the longest over few tokens. That is too long rather than too short: what is then
+    observed of plain decoding's passes makes further tokens look dearer still.
+    """
+    sizes = table.target.sizes
+    longest = max(s for n, s in zip(sizes, table.target.seconds, strict=True) if n <= CHECKED[-1])
+    target = CurveTable(sizes=sizes, seconds=[n * longest for n in sizes])
+    return table.model_copy(
+        update={"target": target, "hinge": HingeTable(t_ar=longest, gamma=1.0, k_max=1, error=0.0)}
+    )
 
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:

@@ -253,7 +253,10 @@ def fit_hinge(sizes: np.ndarray, seconds: np.ndarray, accuracy: float = 0.0) -> 
 
     ``accuracy``: of the ``seconds``, relative. Knees whose mean error differs by less cannot be told apart, and the
     latest of them is it: where a curve bends slowly the best one is anywhere, and an early one leaves no budget.
+    A single size has no bend: K_max is that size, beyond which nothing is known.
     """
+    if len(sizes) == 1:
+        return Hinge(t_ar=float(seconds[0]), gamma=0.0, k_max=int(sizes[0]), error=0.0)
     fits: list[tuple[float, Hinge]] = []
     for knee in range(int(sizes[0]), int(sizes[-1])):
         beyond = np.maximum(sizes - knee, 0)

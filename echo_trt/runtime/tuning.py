@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from echo_trt.bundle import NGRAMS, Manifest
-from echo_trt.calibration.measure import measure, times_as_long
+from echo_trt.calibration.measure import disturbance, measure, times_as_long, without_speculation
 from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_calibration, read_costs, write
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.goodput import Goodput
@@ -20,6 +20,7 @@ from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.ngram_table import read_ngrams
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
+MEASUREMENTS = 2  # of costs at a start, at most: more make a start on a busy machine longer, and a table likelier
 USUAL_GATES = {1: 0.2, 3: 0.3}  # depth: threshold, where neither the recipe nor a calibration says any
 
 
@@ -58,11 +59,24 @@ class Tuning:
                 raise UserError(
                     "what passes cost on this machine is not known yet; choose this policy while no request is running."
                 )
-            self._note("measuring what passes cost on this machine (some seconds, once; best while nothing else runs)")
-            table = measure(self._loop, self._manifest)
-            with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start
-                write(self._folder, COSTS, table)
+            table = self._measure()
         return table
+
+    def _measure(self) -> CostTable:
+        """Measure costs and keep them in the bundle. Those that other work disturbed are not kept, nor gone by."""
+        self._note("measuring what passes cost on this machine (some seconds, once; best while nothing else runs)")
+        for _ in range(MEASUREMENTS):
+            table = measure(self._loop, self._manifest)
+            disturbed = disturbance(table)
+            if not disturbed:
+                with contextlib.suppress(OSError):  # a bundle that cannot be written is measured at each start
+                    write(self._folder, COSTS, table)
+                return table
+        self._note(
+            f"other work disturbed that ({disturbed}), so no draft is taken to be worth its time; start again while "
+            "nothing else runs."
+        )
+        return without_speculation(table)
 
     def policy(self, name: str | None, budget: int | None) -> Policy:
         """``name`` None: the recipe's. ``budget`` replaces K_max where one is shared."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from refusal import refused
@@ -12,8 +13,9 @@ from rich.console import Console
 
 from echo_trt.calibration.command import Job, run
 from echo_trt.calibration.store import CALIBRATION, COSTS
-from echo_trt.runtime import tuning
+from echo_trt.engines.openvino import OpenVINOEngine
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
 
 
 @pytest.fixture
@@ -32,17 +34,24 @@ def bundle(bundle_of, tmp_path) -> Path:
     )
 
 
-@pytest.fixture
-def steady(monkeypatch) -> None:
-    """Passes take what they took: other tests beside this one may make costs doubtful, and measured again."""
-    monkeypatch.setattr(tuning, "times_as_long", lambda table, loop: 1.0)
+@pytest.fixture(autouse=True)
+def ticks(monkeypatch) -> SimpleNamespace:
+    """Every pass that is timed takes a millisecond, whatever else runs beside these tests."""
+    clock = SimpleNamespace(now=0.0)
+
+    def perf_counter() -> float:
+        clock.now += 1e-3
+        return clock.now
+
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=perf_counter))
+    return clock
 
 
 def calibrate(bundle: Path, prompts: Path) -> None:
     run(Job(bundle, [prompts], 8, 24, 4), Console(quiet=True), Console(quiet=True))
 
 
-def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts, steady):
+def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
     calibrate(bundle, prompts)
     assert (bundle / "calibration.svg").read_text("utf-8").count("<svg") == 1
     notes: list[str] = []
@@ -56,7 +65,7 @@ def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts,
     assert llm.loop.policy.gates == {1: 0.05, 3: 0.01}
 
 
-def test_without_a_calibration_that_is_said_and_costs_are_measured_once(bundle, steady):
+def test_without_a_calibration_that_is_said_and_costs_are_measured_once(bundle):
     notes: list[str] = []
     LLM(bundle, "goodput", note=notes.append)
     assert len(notes) == 2
@@ -89,6 +98,41 @@ def test_costs_that_were_measured_beside_other_work_are_measured_again(times, ag
     kept = json.loads((bundle / COSTS).read_text("utf-8"))["target"]["seconds"]
     assert (kept == slow["seconds"]) == (not again)
     assert llm.loop.state.free_blocks == llm.loop.state.num_blocks
+
+
+@pytest.fixture
+def disturbed(ticks, monkeypatch) -> None:
+    """Other work takes half a second of each pass over two tokens or more."""
+    run = OpenVINOEngine.run
+
+    def slower(engine, call, **inputs):
+        ticks.now += 0.5 * (len(call.token_ids) > 1)
+        return run(engine, call, **inputs)
+
+    monkeypatch.setattr(OpenVINOEngine, "run", slower)
+
+
+def test_costs_that_other_work_disturbs_are_neither_gone_by_nor_kept(bundle, disturbed):
+    notes: list[str] = []
+    llm = LLM(bundle, "goodput", note=notes.append)
+    assert notes[-1] == (
+        "other work disturbed that (a pass over 2 tokens took 501 times as long as one over 1), so no draft is taken to "
+        "be worth its time; start again while nothing else runs."
+    )
+    assert sum("measuring" in note for note in notes) == 1
+    assert not (bundle / COSTS).exists()
+    assert llm.tuning.costs.hinge.k_max == 1
+    planner = llm.loop.planner  # which is not to learn from what else runs here
+    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
+    llm.generate([[5, 6, 7]] * 2, SamplingParams(24, ignore_eos=True))
+    assert llm.counters.drafted_tokens == 0
+
+
+def test_a_calibration_that_other_work_disturbs_is_refused(bundle, prompts, disturbed):
+    with refused("other work disturbed", "2 tokens took 501 times", "echo-trt calibrate again while nothing else runs"):
+        calibrate(bundle, prompts)
+    assert not (bundle / COSTS).exists()
+    assert not (bundle / CALIBRATION).exists()
 
 
 def test_costs_of_passes_that_were_filled_up_otherwise_are_measured_again(bundle):

@@ -7,7 +7,7 @@ import pytest
 from pairs import LIMITS, roles_of
 from runtime.driving import assert_all_free
 
-from echo_trt.calibration.measure import FEW, MANY, SIZES, measure
+from echo_trt.calibration.measure import FEW, MANY, SIZES, disturbance, measure, without_speculation
 from echo_trt.calibration.store import machine
 from echo_trt.compile.native_export import export_native
 from echo_trt.decoding.costs import Curve
@@ -148,3 +148,33 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
         times = np.array([curve.target(n) / truth(n) for n in small])
         wrong.append(times / np.median(times) - 1)
     assert np.sqrt(np.square(wrong).mean()) < 0.1
+
+
+def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(open_llm, monkeypatch):
+    """A pass over one token is timed between the bursts of other work, and all others in them."""
+    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
+    table = measure(SimpleNamespace(state=Slots(1, 2048, 64, 8192), target=target, drafter=None), manifest)
+    assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
+    assert table.hinge.k_max == 1
+    safe = without_speculation(table)
+    assert disturbance(safe) == ""
+    assert safe.hinge.k_max == 1
+    curve = safe.costs().target
+    base = curve.base(64)
+    for _ in range(500):  # and what plain decoding really takes does not tempt it
+        assert (base[2:65] >= 1.99 * base[1]).all()
+        assert (np.diff(base[1:65]) >= 0.99 * base[1]).all()
+        curve.observe(1, 100, 0.02)
+        base = curve.base(64)
+
+
+@pytest.mark.parametrize("seconds", [[1, 2, 3, 4, 6, 8], [1, 1, 1, 1, 1, 1], [1, 3.9, 5.9, 7.9, 11.9, 15.9]])
+def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm, monkeypatch):
+    """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
+    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
+    table = measure(SimpleNamespace(state=Slots(1, 2048, 64, 8192), target=target, drafter=None), manifest)
+    assert disturbance(table) == ""

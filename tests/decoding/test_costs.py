@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_trt.decoding.costs import NEAR, Costs, Curve, fit_hinge
+from echo_trt.decoding.costs import NEAR, Costs, Curve, Hinge, fit_hinge
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
@@ -186,6 +186,11 @@ def test_where_a_curve_bends_slowly_the_latest_knee_that_fits_as_well_counts():
     assert 8 <= fit_hinge(sizes, seconds, accuracy=0.02).k_max <= 16
     sharp = 0.0328 * (1 + 0.0145 * np.maximum(sizes - 28, 0))
     assert 28 <= fit_hinge(sizes, sharp, accuracy=0.02).k_max <= 34
+
+
+def test_the_hinge_of_a_single_size_allows_nothing_beyond_it():
+    """All that is left of a table where a pass over one token seemed to be far shorter than any other."""
+    assert fit_hinge(np.array([1]), np.array([0.02]), accuracy=0.02) == Hinge(t_ar=0.02, gamma=0.0, k_max=1, error=0.0)
 
 
 def test_of_a_jagged_curve_the_hinge_tells_its_error():
