@@ -17,7 +17,7 @@ from echo_trt.models.config import DecoderConfig
 from echo_trt.models.roles import TargetRole
 from gpu_proof_parts.calls import random_trees, scattered
 from gpu_proof_parts.networks import QWEN3_8B, TINY, random_decoder
-from gpu_proof_parts.report import Failed, Proof
+from gpu_proof_parts.report import Failed, Proof, Skipped
 
 BATCHES = (1, 8, 32, 128, 256)
 TREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens a request
@@ -54,11 +54,13 @@ def prove(proof: Proof) -> None:
             sizes.append(batch * count)
             seconds.append(time_of(engine, call_of(batch, count, context, config, rng), proof))
         if not sizes:
-            proof.say(f"B = {batch}: left out for lack of time.")
+            proof.lacks(f"B = {batch} for lack of time")
             continue
         known = "; ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(sizes, seconds, strict=True))
         knee = str(fit_hinge(np.array(sizes), np.array(seconds)).k_max) if len(sizes) > 2 else "-"
         rows.append((batch, known, f"{1e3 * seconds[0] / batch:.3f}", f"{1e3 * seconds[-1] / sizes[-1]:.3f}", knee))
+    if not rows:
+        raise Skipped
     proof.table(("B", "N: ms", "ms a token, plain", "ms a token, most", "knee of the hinge fit"), rows)
     plain = time_of(eager, call_of(1, 1, context, config, rng), proof)
     proof.say(f"Without CUDA graphs, B = 1 and N = 1 take {1e3 * plain:.2f} ms.")

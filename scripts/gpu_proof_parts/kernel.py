@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_trt.decoding.pack import BLOCK
 from gpu_proof_parts.calls import Shape, random_call
-from gpu_proof_parts.report import Proof
+from gpu_proof_parts.report import Proof, Skipped
 from super_tree_attention import super_tree_attention
 from super_tree_attention.triton_attention import move_rows, super_tree_attention_triton
 
@@ -44,11 +44,16 @@ def prove(proof: Proof) -> None:
         calls += 1
         proof.expect(error <= BOUNDS[shape.dtype], f"error {error:.2g} of the largest value ({text})")
         proof.expect(untouched, f"the caches do not hold the new rows and nothing else ({text})")
+    if skipped:
+        proof.lacks(f"{skipped} random calls for lack of time")
+    if too_large:
+        proof.lacks(f"{too_large} random calls in float32 for lack of shared memory")
+    if not calls and not proof.failures:
+        raise Skipped
     proof.say(
-        f"{calls} random calls ({skipped} left out for lack of time, {too_large} in float32 for lack of shared "
-        "memory): ragged trees, chunks and single tokens, scattered blocks, unused rows NaN, output memory filled with "
-        "NaN. Error is the largest over the largest value, against the reference in float32 on the same inputs; caches "
-        "are compared bit by bit."
+        f"{calls} random calls: ragged trees, chunks and single tokens, scattered blocks, unused rows NaN, output "
+        "memory filled with NaN. Error is the largest over the largest value, against the reference in float32 on the "
+        "same inputs; caches are compared bit by bit."
     )
     rows = [(*key, f"{error:.2g}", f"{BOUNDS[getattr(torch, key[0])]:.2g}") for key, error in sorted(worst.items())]
     proof.table(("type", "head dimension", "largest error", "allowed"), rows)
@@ -62,7 +67,7 @@ def prove(proof: Proof) -> None:
 def prove_driver_launch(proof: Proof, rng: np.random.Generator) -> None:
     """The cubins that the TensorRT plugin launches, by the CUDA driver."""
     if importlib.util.find_spec("cuda") is None:
-        proof.say("The cubins' launch by the CUDA driver: left out, cuda-python is not installed.")
+        proof.lacks("the cubins' launch by the CUDA driver: cuda-python is not installed")
         return
     from gpu_proof_parts.driver import launched_error
 

@@ -22,7 +22,7 @@ from echo_trt.models.layers import Rotary
 from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import TargetRole
 from gpu_proof_parts.networks import SMALL, TINY, random_decoder
-from gpu_proof_parts.report import Proof
+from gpu_proof_parts.report import Proof, Skipped
 
 POSITIONS, BLOCKS, PATIENCE = 512, 8, 60.0
 BOUND = 1e-3  # of the largest logit, in float32
@@ -68,8 +68,7 @@ def _merged(name: str, value: torch.Tensor, config: DecoderConfig) -> tuple[torc
 def prove(proof: Proof) -> None:
     gpus = 2 if proof.interpret else torch.cuda.device_count()
     if gpus < 2:
-        proof.say("Left out: there is one GPU.")
-        return
+        raise Skipped(f"it takes two GPUs, and this machine has {gpus}")
     config = TINY if proof.interpret else dataclasses.replace(SMALL, num_heads=16, num_kv_heads=4, head_dim=32)
     single = TorchEngine(TargetRole(whole(config)), BLOCKS, str(proof.device))
     calls = _calls(config.vocab_size)
@@ -79,6 +78,8 @@ def prove(proof: Proof) -> None:
         for graphs in (False,) if proof.interpret else (False, True):
             if proof.in_time:
                 rows.append(_row(proof, RandomRank(config, graphs), ranks, calls, wanted))
+    if not rows:
+        raise Skipped("no time was left")
     proof.table(("ranks", "CUDA graphs", "largest error", "time of a call"), rows)
     proof.say(
         "A prompt and a tree, in float32; errors are over the largest logit. CUDA graphs over NCCL are told, not "

@@ -8,6 +8,7 @@ import math
 import platform
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,15 @@ import torch
 
 #: section -> seconds after which it starts nothing new on a card; together under 8 minutes
 SECTIONS = {"kernel": 110.0, "speed": 60.0, "curves": 150.0, "lossless": 60.0, "tensorrt": 80.0, "ranks": 20.0}
+PROVED, FAILED, REFUSED, NOTHING_PROVED = 0, 1, 2, 3  # exit codes
 
 
 class Failed(Exception):
     """Something is not as it must be; the sentence goes into the report."""
+
+
+class Skipped(Exception):
+    """Nothing of a section can be proved here; the reason goes into the report."""
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Proof:
     ends: float = 0.0
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         self.lines.append(text + "\n")
@@ -45,45 +52,81 @@ class Proof:
         if not holds:
             self.failures.append(sentence)
 
+    def lacks(self, reason: str) -> None:
+        """Note that a part of the section cannot be proved here, and go on."""
+        self.gaps.append(reason)
+
     @property
     def in_time(self) -> bool:
         return time.monotonic() < self.ends
 
 
 def run(out: Path, chosen: Sequence[str], interpret: bool) -> int:
-    """Write the report; 1 if a section failed, else 0."""
+    """Write the report and print the verdicts; the exit code that they come to."""
     proof = Proof(torch.device("cpu" if interpret else "cuda"), interpret)
-    began, failed = time.monotonic(), []
-    summary = []
+    began, summary = time.monotonic(), []
     for name in (name for name in SECTIONS if name in chosen):
         start = time.monotonic()
-        proof.ends, proof.failures = math.inf if interpret else start + SECTIONS[name], []
+        proof.ends, proof.failures, proof.gaps = math.inf if interpret else start + SECTIONS[name], [], []
         proof.lines.append(f"## {name}\n")
+        nothing = False
         try:
             importlib.import_module(f"gpu_proof_parts.{name}").prove(proof)
+        except Skipped as skipped:
+            nothing = True
+            proof.gaps += skipped.args
         except Exception as error:
             proof.failures.append(f"{type(error).__name__}: {error}")
             proof.lines.append("```\n" + traceback.format_exc().strip() + "\n```\n")
         for sentence in proof.failures:
             proof.say(f"**FAILED**: {sentence}")
-        verdict = "failed" if proof.failures else "passed"
-        failed += [name] * bool(proof.failures)
-        summary.append((name, verdict, f"{time.monotonic() - start:.0f} s"))
-        print(f"{name}: {verdict} in {time.monotonic() - start:.1f} s", flush=True)
+        reasons = "; ".join(proof.gaps)
+        if reasons:
+            proof.say(f"**SKIPPED**: {reasons}")
+        verdict = verdict_of(proof, nothing)
+        seconds = time.monotonic() - start
+        summary.append((name, verdict, reasons, f"{seconds:.0f} s"))
+        print(f"{name}: {verdict} in {seconds:.1f} s" + f" (skipped: {reasons})" * bool(reasons), flush=True)
         _write(out, proof, summary, began)  # after every section: a crash of the driver takes the process along
         if proof.device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"report: {out}")
-    return 1 if failed else 0
+    code, conclusion = outcome([verdict for _, verdict, *_ in summary])
+    print(conclusion)
+    return code
 
 
-def _write(out: Path, proof: Proof, summary: list[tuple[str, str, str]], began: float) -> None:
+def verdict_of(proof: Proof, nothing: bool) -> str:
+    """Say what came of a section. Where ``nothing`` of it ran it is skipped; on a CPU it is walked and cannot pass."""
+    if proof.failures:
+        return "failed"
+    if nothing:
+        return "skipped"
+    return ("walked" if proof.interpret else "passed") + " in part" * bool(proof.gaps)
+
+
+def outcome(verdicts: Sequence[str]) -> tuple[int, str]:
+    """Say the exit code and the last sentence: any failure counts, and 0 takes a section that passed on a GPU."""
+    told = ", ".join(f"{number} {verdict}" for verdict, number in Counter(verdicts).items())
+    begins = {verdict.split()[0] for verdict in verdicts}
+    if "failed" in begins:
+        return FAILED, f"a section failed: {told}."
+    if "passed" in begins:
+        return PROVED, f"proved on this GPU: {told}."
+    if "walked" in begins:
+        return NOTHING_PROVED, f"nothing was proved: {told}, on a CPU; run it on a machine with an NVIDIA GPU."
+    return NOTHING_PROVED, f"nothing was proved: {told}; install or add what the reasons name, and run it again."
+
+
+def _write(out: Path, proof: Proof, summary: list[tuple[str, str, str, str]], began: float) -> None:
     whole = Proof(proof.device, proof.interpret)
     whole.lines.append(f"# GPU proof: {card(proof.device)}\n")
     whole.table(("", ""), facts(proof.device))
     if proof.interpret:
-        whole.say("Run with --cpu-interpret: the code was walked at tiny sizes; its times say nothing.")
-    whole.table(("section", "verdict", "time"), [*summary, ("all", "", f"{time.monotonic() - began:.0f} s")])
+        whole.say("Run with --cpu-interpret: the code was walked at tiny sizes. That proves nothing.")
+    whole.table(
+        ("section", "verdict", "skipped", "time"), [*summary, ("all", "", "", f"{time.monotonic() - began:.0f} s")]
+    )
     out.write_text("\n".join(whole.lines + proof.lines), encoding="utf-8")
 
 

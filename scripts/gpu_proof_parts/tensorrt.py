@@ -14,7 +14,7 @@ from echo_trt.errors import UserError
 from echo_trt.models.roles import TargetRole
 from gpu_proof_parts.curves import time_of
 from gpu_proof_parts.networks import SMALL, random_decoder
-from gpu_proof_parts.report import Proof
+from gpu_proof_parts.report import Proof, Skipped
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 BATCH, CONTEXT, TREE = 32, 512, 16
@@ -22,17 +22,22 @@ BATCHES, COUNTS = (1, 8, 32), (1, 2, 4, 8, 16)
 
 
 def prove(proof: Proof) -> None:
+    """Prove each engine that is here; an engine that is not is a gap, and without any the section is skipped."""
+    here = []
     for engine, module in MODULES.items():
-        proof.lines.append(f"### {engine}\n")
         try:
             importlib.import_module(module)
             importlib.import_module("onnxscript")
         except Exception as error:  # a wheel without its libraries fails in ways of its own
-            proof.say(f"not installed ({error})")
+            proof.lacks(f"{engine} cannot be used here ({' '.join(str(error).split())})")
             continue
-        if proof.interpret:
-            proof.say("installed; an engine runs on a GPU only")
-            continue
+        here.append(engine)
+    if proof.interpret and here:
+        proof.lacks(f"{' and '.join(here)} runs on a GPU only")
+    if proof.interpret or not here:
+        raise Skipped
+    for engine in here:
+        proof.lines.append(f"### {engine}\n")
         try:
             prove_engine(proof, engine)
         except UserError as error:
