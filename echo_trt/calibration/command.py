@@ -55,7 +55,8 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         costs = measure(llm.loop, llm.manifest)
     if disturbed := disturbance(costs):
         raise UserError(
-            f"other work disturbed what was measured ({disturbed}); run echo-trt calibrate again while nothing else runs."
+            f"other work disturbed what was measured ({disturbed}); run echo-trt calibrate again while nothing else "
+            "runs."
         )
     write(job.bundle, COSTS, costs)
     out.print(costs_table(costs))

@@ -103,9 +103,7 @@ def without_speculation(table: CostTable) -> CostTable:
     sizes = table.target.sizes
     longest = max(s for n, s in zip(sizes, table.target.seconds, strict=True) if n <= CHECKED[-1])
     target = CurveTable(sizes=sizes, seconds=[n * longest for n in sizes])
-    return table.model_copy(
-        update={"target": target, "hinge": HingeTable(t_ar=longest, gamma=1.0, k_max=1, error=0.0)}
-    )
+    return table.model_copy(update={"target": target, "hinge": HingeTable(t_ar=longest, gamma=1.0, k_max=1, error=0.0)})
 
 
 def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:

@@ -116,8 +116,8 @@ def test_costs_that_other_work_disturbs_are_neither_gone_by_nor_kept(bundle, dis
     notes: list[str] = []
     llm = LLM(bundle, "goodput", note=notes.append)
     assert notes[-1] == (
-        "other work disturbed that (a pass over 2 tokens took 501 times as long as one over 1), so no draft is taken to "
-        "be worth its time; start again while nothing else runs."
+        "other work disturbed that (a pass over 2 tokens took 501 times as long as one over 1), so no draft is taken "
+        "to be worth its time; start again while nothing else runs."
     )
     assert sum("measuring" in note for note in notes) == 1
     assert not (bundle / COSTS).exists()

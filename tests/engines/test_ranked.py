@@ -104,8 +104,8 @@ def test_a_rank_that_dies_ends_the_call_with_a_sentence(divided):
 
 def test_a_rank_that_hangs_is_not_waited_for(divided):
     engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2)
-    engine._others._patience = 2.0  # from here on: to start may take longer
     engine.run(prompt_call())
+    engine._others._patience = 2.0  # from here on: what is not stopped may take longer
     (other,) = engine._others._processes
     os.kill(other.child.pid, signal.SIGSTOP)
     began = time.monotonic()

@@ -185,7 +185,7 @@ def test_an_engine_that_does_not_answer_its_probe_is_ill(monkeypatch):
 def test_a_server_that_is_back_is_found_soon():
     (port,) = free_ports(1)
     with running(create_app(f"127.0.0.1:{port}")) as client:
-        end = time.monotonic() + 6.5  # by then gRPC's own pauses between attempts are of 4 seconds
+        end = time.monotonic() + 17  # by then gRPC's own pauses between attempts are of 10 seconds
         while time.monotonic() < end:
             refused(client.get("/health"), 503)
             time.sleep(0.1)
@@ -196,7 +196,7 @@ def test_a_server_that_is_back_is_found_soon():
         try:
             while client.get("/health").status_code == 503:  # then 500: this server knows no method
                 time.sleep(0.05)
-                assert time.monotonic() - begin < 3.5
+                assert time.monotonic() - begin < 7
         finally:
             server.stop(0)
 

@@ -131,11 +131,13 @@ def requests() -> tuple[list[list[int]], SamplingParams]:
 
 def test_a_bundle_brings_them(with_ngrams, bundle_of):
     llm = LLM(with_ngrams, "goodput", 3)
+    planner = llm.loop.planner  # whose costs are not this machine's, nor learnt from what else runs here
+    planner.costs = Costs(Curve([1, 256], [1e-3] * 2), Curve([1], [1e-9]))
+    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
     plain = [c.token_ids for c in LLM(bundle_of("lookup"), "autoregressive", 3).generate(*requests())]
     completions = llm.generate(*requests())
     assert [c.token_ids for c in completions] == plain
-    if (llm.loop.planner.costs.target(8) / llm.loop.planner.costs.target(1)) < 1.5:
-        assert llm.loop.planner.acceptance.accepted[NGRAM] > 0
+    assert planner.acceptance.accepted[NGRAM] > 0
     assert_all_free(llm.loop)
 
 
