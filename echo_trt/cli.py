@@ -46,6 +46,13 @@ messages = Screen(stderr=True)
 Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8")})
 Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
+SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--special-tokens-in-content",
+        help="Take <|im_end|> and the like in a message for the control token. Default: for text.",
+    ),
+]
 
 
 def main() -> None:
@@ -168,6 +175,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer twice, plain and speculating, and compare.")
     ] = False,
+    special_tokens_in_content: SpecialTokens = False,
 ) -> None:
     """Answer prompts with a bundle; text streams as it comes.
 
@@ -195,7 +203,8 @@ def generate(
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name = policy.value if policy else None
-    run(Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts), Screen(), messages)
+    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content)
+    run(job, Screen(), messages)
 
 
 @app.command()
@@ -212,6 +221,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
+    special_tokens_in_content: SpecialTokens = False,
 ) -> None:
     """Serve a bundle with Triton Inference Server, and OpenAI's API beside it.
 
@@ -224,7 +234,9 @@ def serve(
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
     name = policy.value if policy else None
-    job = Job(bundle, host, *ports, api_keys, name, batch, queue, start_timeout, drain_timeout)
+    job = Job(
+        bundle, host, *ports, api_keys, name, batch, queue, start_timeout, drain_timeout, special_tokens_in_content
+    )
     raise typer.Exit(run(job))
 
 

@@ -37,6 +37,7 @@ class Job:
     json_file: Path | None = None
     compare: bool = False
     prompts_file: Path | None = None  # where the prompts were read
+    special_tokens_in_content: bool = False
 
 
 @dataclass
@@ -73,7 +74,16 @@ def run(job: Job, out: Console, messages: Console) -> None:
         batch = 1 if job.batch is None and job.compare else job.batch
         with messages.status("loading the bundle"):
             # Of two policies the second would find what the first has computed.
-            llm = LLM(job.bundle, job.policy, batch, job.budget, messages.print, False if job.compare else None)
+            prefix_cache = False if job.compare else None
+            llm = LLM(
+                job.bundle,
+                job.policy,
+                batch,
+                job.budget,
+                messages.print,
+                prefix_cache,
+                special_tokens_in_content=job.special_tokens_in_content,
+            )
         policy = llm.loop.policy.name
         check_lengths(llm, job.prompts)
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted

@@ -10,6 +10,7 @@ import numpy as np
 
 from echo_trt.decoding.pack import pack
 from echo_trt.errors import UserError
+from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import divided, load_loop
@@ -32,10 +33,12 @@ class LLM:
         budget: int | None = None,
         note: Callable[[str], None] = lambda sentence: None,
         prefix_cache: bool | None = None,
+        special_tokens_in_content: bool = False,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
-        ``note`` is told, in a sentence, what a user should know of the start.
+        ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
+        control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
         """
         if batch is not None and not 1 <= batch <= MOST_AT_ONCE:
             raise UserError(f"batch is {batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
@@ -46,6 +49,7 @@ class LLM:
         self.tuning = Tuning(folder, self.manifest, self.loop, note)
         self.set_policy(policy, budget)
         self.tokenizer = load_tokenizer(folder)
+        self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
 
     @property
     def counters(self) -> Counters:
@@ -78,10 +82,7 @@ class LLM:
 
     def chat_ids(self, message: str) -> list[int]:
         """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(message)["input_ids"]
-        turn = [{"role": "user", "content": message}]
-        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        return self._chat.ids([{"role": "user", "content": message}])
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

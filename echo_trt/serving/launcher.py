@@ -52,6 +52,7 @@ class Job:
     queue: int = 256
     start_seconds: int = 300
     drain_seconds: int = 60
+    special_tokens_in_content: bool = False
 
     @property
     def reached_at(self) -> str:
@@ -133,6 +134,7 @@ class Triton(Supervised):
         settings = {"ECHO_TRT_BUNDLE": str(job.bundle.resolve()), "ECHO_TRT_QUEUE": str(job.queue)}
         settings |= {"ECHO_TRT_POLICY": job.policy} if job.policy else {}
         settings |= {"ECHO_TRT_BATCH": str(job.batch)} if job.batch else {}
+        settings["ECHO_TRT_SPECIAL_TOKENS_IN_CONTENT"] = str(job.special_tokens_in_content).lower()
         self._starts += 1
         self._sound = time.monotonic()
         self.signals = work = self._work / str(self._starts)

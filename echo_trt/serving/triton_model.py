@@ -37,7 +37,7 @@ class TritonPythonModel:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
         llm = LLM(bundle, _setting(config, "policy") or None, batch, note=pb_utils.Logger.log_info)
-        self._reader = Reader(bundle, llm.loop.state.context)
+        self._reader = Reader(bundle, llm.loop.state.context, _truth(config, "special_tokens_in_content"))
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, Path(signals) if signals else None)
@@ -118,3 +118,10 @@ def _whole(config: dict, name: str) -> int | None:
     if number < 1:
         raise UserError(f"{name} is {text!r}; give a whole number of 1 or more.")
     return number if text else None
+
+
+def _truth(config: dict, name: str) -> bool:
+    text = _setting(config, name)
+    if text.lower() not in ("", "true", "false"):
+        raise UserError(f"{name} is {text!r}; give true or false.")
+    return text.lower() == "true"

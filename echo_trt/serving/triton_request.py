@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.errors import UserError
+from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
@@ -35,8 +36,9 @@ class Ask:
 class Reader:
     """Reads requests for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
 
-    def __init__(self, bundle: Path, context: int):
+    def __init__(self, bundle: Path, context: int, special_tokens_in_content: bool = False):
         self._tokenizer = load_tokenizer(bundle)
+        self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self._tokenizer)
         self._context = context
         longest = max(map(len, self._tokenizer.get_vocab()))
@@ -90,20 +92,10 @@ class Reader:
                 f"{self._context} tokens; shorten it."
             )
         if given[0] == "chat_messages":
-            return self._chat(_messages(text)), ""
+            return self._chat.ids(_messages(text)), ""
         if _number(tensors, "chat", False):
-            return self._chat([{"role": "user", "content": text}]), ""
+            return self._chat.ids([{"role": "user", "content": text}]), ""
         return self._tokenizer(text)["input_ids"], text
-
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            return self._tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
-        try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template may raise what it likes, about roles and their order
-            raise UserError(
-                f"chat_messages do not fit the model's template ({' '.join(str(error).split())})."
-            ) from error
 
 
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:

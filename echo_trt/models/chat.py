@@ -1,0 +1,139 @@
+"""Chats as token ids. Control tokens come from the chat template alone; contents of messages are text."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from echo_trt.errors import UserError
+
+Messages = Sequence[Mapping[str, str]]
+BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
+PLAIN_CHATS = [
+    [{"role": role, "content": "x"} for role in roles]
+    for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user"))
+]
+
+
+class ChatEncoder:
+    """Encodes messages in a tokenizer's chat template.
+
+    Control tokens are the special tokens, and other added tokens that the template writes around turns, such as
+    DeepSeek's ``<｜User｜>``. The name of a control token in a message is encoded as ordinary text, so a message cannot
+    close its turn and forge the next one. Added tokens that a model's answers show, such as Qwen3's ``<think>``, are
+    no control tokens: an answer that comes back as history keeps its token ids.
+
+    ``special_tokens_in_content`` makes names in messages control tokens, as in Hugging Face's templates.
+    """
+
+    # Aliases, which no message can guess, replace the names of control tokens in the template's source. In a rendered
+    # text an alias is then the template's, and a name is a message's, however the template transforms contents.
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens_in_content: bool = False):
+        self._tokenizer = tokenizer
+        self._bare = not tokenizer.chat_template
+        self._template = BARE if self._bare else tokenizer.get_chat_template()
+        self._variables: dict[str, str] = {}  # what the template finds in bos_token and the like, if not the names
+        self._key = f"\ue000{secrets.randbits(128)}:"  # has no letters or spaces, which a template might change
+        self._alias = re.compile(f"{self._key}([0-9]+)\ue001")
+        self._names = {} if special_tokens_in_content else self._control_tokens()  # by token id
+        self._has_aliases = self._put_aliases()
+
+    def ids(self, messages: Messages) -> list[int]:
+        """Token ids of a prompt, up to where the answer begins. Raises UserError."""
+        try:
+            rendered = self._rendered(messages)
+        except Exception as error:  # a template may raise what it likes, about roles and their order
+            reason = " ".join(str(error).split())
+            raise UserError(f"messages do not fit the model's chat template ({reason}).") from error
+        ids = self._encoded(self._without_names(rendered) if self._has_aliases else [rendered])
+        if self._is_clean(ids, rendered):
+            return ids
+        texts = [text for message in messages for text in message.values()]
+        if not self._has_aliases and not any(name in text for name in self._names.values() for text in texts):
+            return ids
+        raise UserError(
+            "a message holds the name of a control token, which this model's chat template or tokenizer cannot keep as "
+            "text; leave it out, or have the server started with --special-tokens-in-content."
+        )
+
+    def _control_tokens(self) -> dict[int, str]:
+        around: set[int] = set()
+        for chat in PLAIN_CHATS:
+            if (rendered := self._tried(chat, answer=False)) is not None:
+                around.update(self._encoded([rendered]))
+        return {
+            token: added.content
+            for token, added in self._tokenizer.added_tokens_decoder.items()
+            if added.special or (token in around and not added.content.isspace())  # "\n" is an added token of Gemma's
+        }
+
+    def _put_aliases(self) -> bool:
+        """Put aliases for names into the template; returns whether they stand for all control tokens that it writes.
+
+        They do not where a template joins names from parts, as in ``'<|' + message['role'] + '|>'``; then it stays as
+        it was.
+        """
+        tokens = {name: token for token, name in self._names.items()}
+        longest_first = sorted(tokens, key=len, reverse=True)
+        names = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+        def aliased(text: str) -> str:
+            return names.sub(lambda match: f"{self._key}{tokens[match[0]]}\ue001", text)
+
+        before, texts = self._template, [self._tried(chat) for chat in PLAIN_CHATS]
+        self._template = aliased(before)
+        self._variables = {role: aliased(name) for role, name in self._tokenizer.special_tokens_map.items()}
+        pairs = [(text, self._tried(chat)) for text, chat in zip(texts, PLAIN_CHATS, strict=True) if text is not None]
+        if pairs and all(now is not None and self._is_clean(self._encoded([text]), now) for text, now in pairs):
+            return True
+        self._template, self._variables = before, {}
+        return False
+
+    def _tried(self, messages: Messages, answer: bool = True) -> str | None:
+        """The rendered text, None where the template takes no such chat."""
+        try:
+            return self._rendered(messages, answer)
+        except Exception:
+            return None
+
+    def _rendered(self, messages: Messages, answer: bool = True) -> str:
+        """The text of a chat, with aliases; ``answer``: up to where an answer begins."""
+        return self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._template,
+            add_generation_prompt=answer,
+            tokenize=False,
+            **self._variables,
+        )
+
+    def _is_clean(self, ids: list[int], rendered: str) -> bool:
+        """Whether all control tokens among ``ids`` are the template's own."""
+        own = [token for token in self._encoded([""]) if token in self._names] if self._bare else []
+        own += [int(token) for token in self._alias.findall(rendered)]
+        return [token for token in ids if token in self._names] == own
+
+    def _without_names(self, rendered: str) -> list[str]:
+        """The text in pieces, cut behind the first character of each name that it holds."""
+        names = [name for name in self._names.values() if name in rendered]
+        cuts = sorted({match.start() + 1 for name in names for match in re.finditer(re.escape(name), rendered)})
+        return [rendered[begin:end] for begin, end in zip([0, *cuts], [*cuts, None], strict=True)]
+
+    def _encoded(self, pieces: list[str]) -> list[int]:
+        """Token ids of a text in pieces, over whose borders no token goes."""
+        first, *rest = [self._alias.sub(lambda match: self._names[int(match[1])], piece) for piece in pieces]
+        ids = self._tokenizer(first, add_special_tokens=self._bare)["input_ids"]
+        if not rest:
+            return ids
+        # SentencePiece puts a space before a text, but not after a line's end. The tokenizer is asked without
+        # transformers, which takes long for many short texts; the call above has told it not to cut or pad.
+        backend = self._tokenizer.backend_tokenizer
+        batch = backend.encode_batch_fast(["\n", *("\n" + piece for piece in rest)], add_special_tokens=False)
+        line_end, *others = (encoding.ids for encoding in batch)
+        for piece, own in zip(rest, others, strict=True):
+            joined = own[: len(line_end)] != line_end  # into one token with what follows
+            ids += backend.encode(piece, add_special_tokens=False).ids if joined else own[len(line_end) :]
+        return ids
