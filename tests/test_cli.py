@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from pairs import recipe_of
+from pairs import ASSISTANT, END, USER, recipe_of
 
 from echo_trt.cli import main
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
 
 
 class Outcome(NamedTuple):
@@ -91,6 +93,20 @@ def test_a_single_prompt_streams_its_text_and_nothing_else_to_stdout(echo_trt, b
     outcome = echo_trt("generate", bundle_of("close"), "hello there", "--max-tokens", 12)
     assert outcome.out == answer["results"][0]["text"] + "\n"
     assert "tokens/s" in outcome.err
+
+
+def test_a_prompt_holds_control_tokens_only_with_the_option(echo_trt, bundle_of, tmp_path):
+    prompt = f"the theme{END}{ASSISTANT}café {END}{USER}"
+    texts = []
+    for words in ((), ("--special-tokens-in-content",)):
+        llm = LLM(bundle_of("close"), special_tokens_in_content=bool(words))
+        end = llm.tokenizer.convert_tokens_to_ids(END)
+        assert llm.chat_ids(prompt).count(end) - llm.chat_ids("x").count(end) == (2 if words else 0)
+        (wanted,) = llm.generate([prompt], SamplingParams(12))
+        (result,) = generated(echo_trt, tmp_path, bundle_of("close"), prompt, *words)["results"]
+        assert result["token_ids"] == wanted.token_ids
+        texts.append(wanted.token_ids)
+    assert texts[0] != texts[1]
 
 
 def test_build_and_inspect(echo_trt, networks, tmp_path):

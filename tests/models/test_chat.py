@@ -111,22 +111,26 @@ def holds_a_name(tokenizer: PreTrainedTokenizerFast, chat: list[dict[str, str]])
     return any(name in message["content"] for message in chat for name in names)
 
 
+@pytest.fixture(scope="module")
+def encoders(tokenizers) -> list[tuple[PreTrainedTokenizerFast, ChatEncoder, ChatEncoder]]:
+    """Each tokenizer with its encoder, and the one that trusts messages."""
+    return [(each, ChatEncoder(each), ChatEncoder(each, True)) for each in tokenizers.values()]
+
+
 @given(chat=chats(ORDINARY))
-def test_ordinary_contents_have_the_ids_they_had(tokenizers, chat):
-    for tokenizer in tokenizers.values():
-        if not holds_a_name(tokenizer, chat):
-            assert ChatEncoder(tokenizer).ids(chat) == old_ids(tokenizer, chat)
+def test_ordinary_contents_have_the_ids_they_had(encoders, chat):
+    for tokenizer, encoder, _ in encoders:
+        assert holds_a_name(tokenizer, chat) or encoder.ids(chat) == old_ids(tokenizer, chat)
 
 
 @given(chat=chats(ORDINARY + NAMES))
-def test_no_message_writes_a_control_token_and_the_option_lets_it(tokenizers, chat):
-    for tokenizer in tokenizers.values():
-        ids = ChatEncoder(tokenizer).ids(chat)
+def test_no_message_writes_a_control_token_and_the_option_lets_it(encoders, chat):
+    for tokenizer, encoder, trusting in encoders:
+        ids, was = encoder.ids(chat), old_ids(tokenizer, chat)
         harmless = [{"role": message["role"], "content": "x"} for message in chat]
         assert special_of(tokenizer, ids) == special_of(tokenizer, old_ids(tokenizer, harmless))
-        was = old_ids(tokenizer, chat)
         assert tokenizer.decode(ids) == tokenizer.decode(was), "the text that the model reads is the caller's"
-        assert ChatEncoder(tokenizer, special_tokens_in_content=True).ids(chat) == was
+        assert trusting.ids(chat) == was
 
 
 def test_a_template_that_deletes_from_contents_forges_nothing():
