@@ -1,108 +1,206 @@
-"""Sampling that depends on nothing but the request: its distribution, its seed and the token's position.
+"""Seeded sampling: an exponential race whose noise is a function of (seed, place in the text, token) alone.
 
-The randomness is Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator keyed by the seed and counted by the
-position, so whichever batch, tree or policy a token is verified in, it is drawn with the same number.
+A token of weight w = exp(logit / temperature) arrives after E / w, where E is exponential noise of the token's own. The
+first to arrive is an exact draw (the Gumbel-max trick: argmax of log w - log E). Batch, tree and policy have no say in
+the noise, so a seed gives one text wherever logits are the same. Where they differ by rounding, a draw changes only if
+two arrivals are within that rounding; inverting the cumulative distribution would move every boundary behind a token.
+
+The noise is Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator: it is keyed by the seed, and it counts
+places and tokens.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from echo_trt.decoding.compiled import compiled
 
 _LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
+_WORD = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_COLDEST = 1e-6  # a temperature that is greedy already, and does not overflow
+_FIRST_HALF, _SECOND_HALF = np.uint64(0), np.uint64(1)
+_SHORT, _LONG = np.uint64(12), np.uint64(20)  # 64 bits of noise less 12 are 32 bits and 20 more
+
+#: Calls of Philox that are made at once: more fill the vector unit better, fewer are wasted less often.
+_CALLS = 128
+_BLOCK = 4 * _CALLS  # tokens that they make noise for
+_MOST_NOISE = 37.0  # above -log E of any E: that of the smallest, 2^-53, is 36.74
+_COLDEST = 1e-6  # temperatures up to this one are greedy: they would blow rounding up to the size of the noise
+_GROUP = 32  # tokens whose best one is looked at first
 
 
-def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Ten rounds on counter [4, n] under key [2, n], 32-bit words held in uint64. Returns [4, n]."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+@compiled("u8[:, ::1](u8[:, ::1], u8)")
+def philox4x32(counter: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Ten rounds of Philox.
+
+    counter  uint64 [4, n], 32 bits each; overwritten
+    key      64 bits, its low word first
+    returns  ``counter``, now random bits
+    """
+    key0, key1 = key & _LOW, key >> _WORD
     for _ in range(10):
-        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ k0,
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ k1,
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return np.stack((c0, c1, c2, c3))
+        for i in range(counter.shape[1]):
+            product0, product1 = _MULTIPLIERS[0] * counter[0, i], _MULTIPLIERS[1] * counter[2, i]
+            counter[0, i] = (product1 >> _WORD) ^ counter[1, i] ^ key0
+            counter[1, i] = product1 & _LOW
+            counter[2, i] = (product0 >> _WORD) ^ counter[3, i] ^ key1
+            counter[3, i] = product0 & _LOW
+        key0, key1 = (key0 + _WEYL[0]) & _LOW, (key1 + _WEYL[1]) & _LOW
+    return counter
 
 
-def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) for each (seed, position), both integer [n]. float64 [n]"""
-    seeds, positions = np.asarray(seeds).astype(np.uint64), np.asarray(positions).astype(np.uint64)
-    zero = np.zeros_like(positions)
-    words = philox4x32(
-        np.stack((positions & _LOW, positions >> _SHIFT, zero, zero)), np.stack((seeds & _LOW, seeds >> _SHIFT))
-    )
-    return ((words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
+@compiled("u8[:, ::1](u8, u8, i8, i8, u8)")
+def _noise(seed: np.uint64, place: np.uint64, first: int, calls: int, half: np.uint64) -> np.ndarray:
+    """Make noise by ``calls`` calls of Philox from number ``first`` on: uint64 [4, calls], 32 bits each.
+
+    In a block of tokens, token w * _CALLS + i reads word w of call i. ``half`` says which part of a number it is.
+    """
+    counter = np.empty((4, calls), np.uint64)
+    for i in range(calls):
+        counter[0, i] = place & _LOW
+        counter[1, i] = place >> _WORD
+        counter[2, i] = np.uint64(first + i)
+        counter[3, i] = half
+    return philox4x32(counter, seed)
+
+
+@compiled("f8(u8, u8, i8)")
+def uniform(seed: np.uint64, place: np.uint64, token: int) -> float:
+    """Draw the number of (seed, place, token) in (0, 1): a multiple of 2^-52, plus 2^-53."""
+    call, word = token // _BLOCK * _CALLS + token % _CALLS, token // _CALLS % 4
+    high = _noise(seed, place, call, 1, _FIRST_HALF)[word, 0]
+    low = _noise(seed, place, call, 1, _SECOND_HALF)[word, 0]
+    return (np.float64((high << _LONG) | (low >> _SHORT)) + 0.5) * 2.0**-52
 
 
 def sample(
-    logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, uniform: np.ndarray
+    logits: np.ndarray,
+    temperature: np.ndarray,
+    top_k: np.ndarray,
+    top_p: np.ndarray,
+    seed: np.ndarray,
+    place: np.ndarray,
 ) -> np.ndarray:
-    """A token for each row of logits [n, V]: argmax at temperature 0, else a draw from the processed distribution.
+    """Choose a token a row: the argmax at temperature 0, else a draw. Temperature comes first, then top-k, then top-p.
 
-    temperature, top_k (0: all), top_p (1: all) and uniform are [n]. Temperature comes first, then top-k, then top-p.
+    logits       float [n, V]
+    temperature  float [n], 0 is greedy
+    top_k        int [n], 0 is off
+    top_p        float [n], 1 is off
+    seed         int [n]
+    place        int [n], of the token in its text, prompt included
+    returns      int64 [n]
     """
     tokens = logits.argmax(axis=1)
-    drawn = np.flatnonzero(temperature > 0)
-    if len(drawn):
-        probs = processed_probabilities(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn])
-        # In vocabulary order, so that rounding cannot swap two nearly equal tokens.
-        cumulative = np.cumsum(probs, axis=1, dtype=np.float64)
-        threshold = uniform[drawn] * cumulative[:, -1]
-        tokens[drawn] = (cumulative > threshold[:, None]).argmax(axis=1)
+    drawn = np.flatnonzero((temperature > _COLDEST) & (top_k != 1))
+    if len(drawn) == 0:
+        return tokens
+    rows = np.require(logits if len(drawn) == len(logits) else logits[drawn], np.float32, "CW")
+    seeds, places = seed[drawn].astype(np.uint64), place[drawn].astype(np.uint64)
+    for i, (row, key, counter) in enumerate(zip(rows, seeds, places, strict=True)):
+        n = drawn[i]
+        running = limited(row, temperature[n], top_k[n], top_p[n])
+        tokens[n] = _race(running, temperature[n], tokens[n], key, counter)
     return tokens
 
 
-def processed_probabilities(
-    logits: np.ndarray, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray
-) -> np.ndarray:
-    """Softmax of logits / temperature, zero outside top-k and then outside the nucleus; not renormalised. [n, V]"""
-    scaled = logits.astype(np.float32)
-    scaled -= scaled.max(axis=1, keepdims=True)
-    scaled /= np.maximum(temperature, _COLDEST)[:, None].astype(np.float32)
-    probs = np.exp(scaled)
-    probs /= probs.sum(axis=1, keepdims=True)
-    limited = np.flatnonzero((top_k > 0) & (top_k < probs.shape[1]))
-    for k in np.unique(top_k[limited]):  # one partition for each value in use
-        rows = limited[top_k[limited] == k]
-        smallest = np.partition(probs[rows], -k, axis=1)[:, -k]
-        probs[rows] = np.where(probs[rows] >= smallest[:, None], probs[rows], 0)
-    nucleus = np.flatnonzero(top_p < 1)
-    if len(nucleus):
-        probs[nucleus] = _nucleus(probs[nucleus], top_p[nucleus])
-    return probs
+def limited(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Shut tokens out: those beyond the top_k best, then those beyond the nucleus, the fewest that weigh top_p.
+
+    Of tokens that tie at a limit the lowest ids are kept, so top_k tokens are no more than that.
+
+    logits   float32 [V]
+    returns  float32 [V], -inf for tokens that are out
+    """
+    size = len(logits)
+    shortened = 0 < top_k < size
+    if not shortened and top_p >= 1:
+        return logits
+    tokens = _largest(logits, top_k) if shortened else np.arange(size)
+    if top_p < 1:
+        values = logits[tokens]
+        weights = np.exp((values - values.max()) / np.float32(temperature))
+        tokens = tokens[_largest(values, _nucleus_size(weights, top_p))]
+    kept = np.full(size, -np.inf, np.float32)
+    kept[tokens] = logits[tokens]
+    return kept
 
 
-def _nucleus(probs: np.ndarray, top_p: np.ndarray) -> np.ndarray:
-    """Keep the smallest set of best tokens whose share reaches top_p."""
-    total = probs.sum(axis=1, dtype=np.float64)
-    # Tokens below (1 - p) / V together weigh less than 1 - p: the set lies among the others, which are few to sort.
-    floor = (1 - top_p) * total / probs.shape[1]
-    row, token = np.nonzero(probs >= floor[:, None])
-    value = probs[row, token].astype(np.float64)
-    order = np.lexsort((-value, row))
-    # Rows are ascending, before and after the sort.
-    kept = order[_above(value[order], np.ascontiguousarray(row)) < (top_p * total)[row]]
-    out = np.zeros_like(probs)
-    out[row[kept], token[kept]] = probs[row[kept], token[kept]]
-    return out
+def _nucleus_size(weights: np.ndarray, top_p: float) -> int:
+    """Count the fewest of ``weights``, float32 [m], that together weigh the share top_p of all; at least 1."""
+    # A histogram by the first 13 bits, which ascend with the weight, so that only one bin need be sorted.
+    bins = weights.view(np.uint32) >> 19
+    mass = np.bincount(bins, weights)
+    above = np.cumsum(mass[::-1])[::-1] - mass
+    enough = top_p * mass.sum()
+    edge = int(((above < enough) & (mass > 0)).argmax())
+    ordered = -np.sort(-weights[bins == edge])
+    within = above[edge] + np.cumsum(ordered, dtype=np.float64) - ordered
+    return max(int(np.count_nonzero(bins > edge) + np.count_nonzero(within < enough)), 1)
 
 
-@compiled("f8[::1](f8[::1], i8[::1])")
-def _above(value: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """The sum of a row's values before each: row by row, so that no other row's have a say in how it is rounded."""
-    above, total = np.empty(len(value)), 0.0
-    for i in range(len(value)):
-        if i == 0 or row[i] != row[i - 1]:
-            total = 0.0
-        above[i] = total
-        total += value[i]
-    return above
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Find the ``count`` largest of ``values`` [m], the first ones of those that tie: indices, ascending."""
+    near, width = np.arange(len(values)), len(values) // _GROUP
+    if count < width:  # the best of each group are few to search, and the last that is wanted is no worse than theirs
+        maxima = values[: width * _GROUP].reshape(_GROUP, width).max(axis=0)
+        near = np.flatnonzero(values >= np.partition(maxima, -count)[-count])
+    last = np.partition(values[near], -count)[-count]
+    found = near[values[near] >= last]
+    surplus = len(found) - count
+    return np.delete(found, np.flatnonzero(values[found] == last)[-surplus:]) if surplus > 0 else found
+
+
+@compiled()
+def _may_win(behind: float, high: np.uint64) -> bool:
+    """Tell, without a logarithm, whether a token can arrive first; rarely right where it says yes, always where no.
+
+    behind  what -log E must exceed for that, above -64
+    high    the first 32 bits of the token's number v
+    """
+    # It must be that v < E < exp(-behind), and (1 + x / 64)^64 is below exp(x).
+    power = 1.0 + behind / 64
+    power *= power
+    power *= power
+    power *= power
+    power *= power
+    power *= power
+    power *= power
+    return power * (np.float64(high) + 2.0**-21) < 2.0**32 * (1 + 1e-9)
+
+
+@compiled("i8(f4[::1], f8, i8, u8, u8)")
+def _race(logits: np.ndarray, temperature: float, best: int, seed: np.uint64, place: np.uint64) -> int:
+    """Find the argmax of (logit - largest logit) / temperature - log E, E = -log(1 - v), over ``logits`` [V].
+
+    ``best`` is the argmax of the logits. A block of tokens is passed over where none can win: without noise if they
+    are too far behind for any, without a logarithm if they are for theirs.
+    """
+    top, inverse = np.float64(logits[best]), 1 / temperature
+    score = -math.log(-math.log1p(-uniform(seed, place, best)))
+    for begin in range(0, len(logits), _BLOCK):
+        block = logits[begin : begin + _BLOCK]
+        possible = 0
+        for i in range(len(block)):
+            if (np.float64(block[i]) - top) * inverse > score - _MOST_NOISE:
+                possible += 1
+        if possible == 0:
+            continue
+        high = _noise(seed, place, begin // 4, _CALLS, _FIRST_HALF).reshape(_BLOCK)
+        possible = 0
+        for i in range(len(block)):
+            if _may_win(score - (np.float64(block[i]) - top) * inverse, high[i]):
+                possible += 1
+        if possible == 0:
+            continue
+        for i in range(len(block)):
+            lead = (np.float64(block[i]) - top) * inverse
+            if _may_win(score - lead, high[i]):
+                token = begin + i
+                arrival = lead - math.log(-math.log1p(-uniform(seed, place, token)))
+                if arrival > score or (arrival == score and token < best):
+                    score, best = arrival, token
+    return best

@@ -11,7 +11,7 @@ from echo_trt.decoding.logprobs import best_tokens, log_normalisers
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.penalties import penalise, tokens_above
 from echo_trt.decoding.ragged import ragged_arange
-from echo_trt.decoding.sampling import sample, uniforms
+from echo_trt.decoding.sampling import sample
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.params import TokenLogprobs
 from echo_trt.runtime.slots import Slots
@@ -35,7 +35,7 @@ class Verified:
         return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
 
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
-        """The target's next token at each node [m]: the best, or the draw for (seed, position), of adjusted logits."""
+        """The target's next token at each node [m]: the best, or the draw for (seed, place), of adjusted logits."""
         if self._greedy:
             return self._best(nodes)
         adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]
@@ -114,8 +114,9 @@ class Verified:
         temperature = state.temperature[slots]
         if not temperature.any():
             return logits.argmax(axis=1)
-        uniform = uniforms(state.seed[slots], self._generated(nodes))
-        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], uniform)
+        # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
+        place = state.length[slots] + self.tree.depth[nodes]
+        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], state.seed[slots], place)
 
     def _generated(self, nodes: np.ndarray) -> np.ndarray:
         """How many tokens of its request's answer there are up to each node."""

@@ -12,6 +12,7 @@ import numpy as np
 from echo_trt.decoding.acceptance import Acceptance
 from echo_trt.decoding.foresight import best_portion, portions
 from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.sampling import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.lookup import _latest_match
 rng = np.random.default_rng(0)
@@ -32,6 +33,8 @@ for size in (1, 5, 90, 300):
     print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds))
 text = rng.integers(0, 4, (5, 40)).astype(np.int32)
 print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])
+logits, top_k, top_p = rng.normal(0, 3, (4, 700)).astype(np.float32), np.array([0, 0, 9, 700]), np.full(4, 0.99)
+print(sample(logits, np.ones(4), top_k, top_p, np.array([0, 7, 2**62, 3]), np.arange(4)).tolist())
 """
 
 
@@ -56,7 +59,7 @@ def answers(program: str, **environment: str) -> tuple[str, str]:
 def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy():
     compiled, err = answers(ANSWERS.format(missing=False))
     assert err == ""
-    assert len(compiled.splitlines()) == 7
+    assert len(compiled.splitlines()) == 8
     out, err = answers(ANSWERS.format(missing=True))
     assert out == compiled
     assert "install numba" in err

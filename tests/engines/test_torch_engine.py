@@ -142,7 +142,7 @@ def test_rows_read_late_are_the_rows():
     assert (rows[3] == values[3]).all()
     assert (np.asarray(rows[values[:, 0] > 0]) == values[values[:, 0] > 0]).all()
     assert (np.concatenate((values[:2], rows[picked])) == values[np.concatenate(([0, 1], picked))]).all()
-    settings = np.array([0.0, 1.0, 0.7, 0.0, 2.0]), np.full(5, 9), np.full(5, 0.9), rng.random(5)
+    settings = np.array([0.0, 1.0, 0.7, 0.0, 2.0]), np.full(5, 9), np.full(5, 0.9), np.arange(5), np.arange(5)
     assert (sample(rows[picked], *settings) == sample(values[picked], *settings)).all()
     assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()  # what a reader did with them is its own
 

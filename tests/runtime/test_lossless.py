@@ -139,6 +139,16 @@ def test_text_depends_on_the_seed_and_not_on_the_company(llm_of):
     assert len(set(alone)) == 3
 
 
+def test_a_continuation_elsewhere_draws_the_same_text(llm_of):
+    """The text so far as the prompt, as of a client that goes on at another server."""
+    prompt = prompt_ids(12, 0)
+    whole = SamplingParams(max_tokens=24, temperature=1.0, seed=5, ignore_eos=True)
+    ids = llm_of("self", "echo", 1).generate([prompt], whole)[0].token_ids
+    for said in (1, 7, 16):
+        rest = SamplingParams(max_tokens=24 - said, temperature=1.0, seed=5, ignore_eos=True)
+        assert llm_of("self", "echo", 8).generate([[*prompt, *ids[:said]]], rest)[0].token_ids == ids[said:]
+
+
 def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, llm_of):
     prompt = prompt_ids(40, 0)
     model = AutoModelForCausalLM.from_pretrained(networks / "target")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.sampling import sample, uniforms
+from echo_trt.decoding.sampling import sample
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.runtime.params import SamplingParams
@@ -72,8 +72,8 @@ def choice(logits: list[float], prompt: list[int], said: list[int], own: Samplin
         for token in own.stop_token_ids:
             logits[token] = -np.inf
     each = (np.array([value]) for value in (own.temperature, own.top_k, own.top_p))
-    uniform = uniforms(np.array([own.seed]), np.array([len(said)]))
-    return int(sample(np.array([logits], np.float32), *each, uniform)[0])
+    place = np.array([len(prompt) + len(said)])
+    return int(sample(np.array([logits], np.float32), *each, np.array([own.seed]), place)[0])
 
 
 @given(calls(), st.data())
