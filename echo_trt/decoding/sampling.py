@@ -29,6 +29,7 @@ _CALLS = 128
 _BLOCK = 4 * _CALLS  # tokens that they make noise for
 _MOST_NOISE = 37.0  # above -log E of any E: that of the smallest, 2^-53, is 36.74
 _COLDEST = 1e-6  # temperatures up to this one are greedy: they would blow rounding up to the size of the noise
+_BINS = 2048  # of a weight's first 13 bits, as far as they occur: those of 1.0 are 2032
 _GROUP = 32  # tokens whose best one is looked at first
 
 
@@ -119,37 +120,47 @@ def limited(logits: np.ndarray, temperature: float, top_k: int, top_p: float) ->
     shortened = 0 < top_k < size
     if not shortened and top_p >= 1:
         return logits
-    tokens = _largest(logits, top_k) if shortened else np.arange(size)
+    tokens = _largest(logits, top_k) if shortened else None
     if top_p < 1:
-        values = logits[tokens]
+        values = logits[tokens] if shortened else logits
         weights = np.exp((values - values.max()) / np.float32(temperature))
-        tokens = tokens[_largest(values, _nucleus_size(weights, top_p))]
+        nucleus = _largest(values, _nucleus_size(weights, top_p))
+        tokens = tokens[nucleus] if shortened else nucleus
     kept = np.full(size, -np.inf, np.float32)
     kept[tokens] = logits[tokens]
     return kept
 
 
+@compiled("i8(f4[::1], f8)")
 def _nucleus_size(weights: np.ndarray, top_p: float) -> int:
-    """Count the fewest of ``weights``, float32 [m], that together weigh the share top_p of all; at least 1."""
+    """Count the fewest of ``weights``, float32 [m] up to 1, that weigh the share top_p of all together; at least 1."""
     # A histogram by the first 13 bits, which ascend with the weight, so that only one bin need be sorted.
-    bins = weights.view(np.uint32) >> 19
-    mass = np.bincount(bins, weights)
-    above = np.cumsum(mass[::-1])[::-1] - mass
-    enough = top_p * mass.sum()
-    edge = int(((above < enough) & (mass > 0)).argmax())
-    ordered = -np.sort(-weights[bins == edge])
-    within = above[edge] + np.cumsum(ordered, dtype=np.float64) - ordered
-    return max(int(np.count_nonzero(bins > edge) + np.count_nonzero(within < enough)), 1)
+    bins = np.minimum(weights.view(np.uint32) >> np.uint32(19), np.uint32(_BINS - 1))
+    mass, size = np.zeros(_BINS), np.zeros(_BINS, np.int64)
+    for i in range(len(weights)):
+        mass[bins[i]] += weights[i]
+        size[bins[i]] += 1
+    enough, above, count, edge = top_p * mass.sum(), 0.0, 0, _BINS - 1
+    while edge > 0 and above + mass[edge] < enough:
+        above += mass[edge]
+        count += size[edge]
+        edge -= 1
+    for weight in np.sort(weights[bins == edge])[::-1]:
+        if above >= enough:
+            break
+        above += weight
+        count += 1
+    return max(count, 1)
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Find the ``count`` largest of ``values`` [m], the first ones of those that tie: indices, ascending."""
-    near, width = np.arange(len(values)), len(values) // _GROUP
+    pool, width = values, len(values) // _GROUP
     if count < width:  # the best of each group are few to search, and the last that is wanted is no worse than theirs
         maxima = values[: width * _GROUP].reshape(_GROUP, width).max(axis=0)
-        near = np.flatnonzero(values >= np.partition(maxima, -count)[-count])
-    last = np.partition(values[near], -count)[-count]
-    found = near[values[near] >= last]
+        pool = values[~(values < np.partition(maxima, -count)[-count])]  # so put, NaN is kept
+    last = np.partition(pool, -count)[-count]
+    found = np.flatnonzero(~(values < last))
     surplus = len(found) - count
     return np.delete(found, np.flatnonzero(values[found] == last)[-surplus:]) if surplus > 0 else found
 

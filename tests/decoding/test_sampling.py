@@ -157,7 +157,7 @@ def test_limits_leave_the_noise_alone():
 
 @pytest.mark.parametrize(("noise", "most"), [(1e-5, 0.002), (0.05, 0.03)])
 def test_rounding_seldom_changes_a_draw(noise, most):
-    """Noise of fp32's and of bf16's size. Inverting the distribution, one token of 12 changed at the second."""
+    """Noise of fp32's and of bf16's size. Inverting the distribution, 1 % and half of the tokens changed."""
     rng, changed, count = np.random.default_rng(0), 0, 500
     for place in range(count):
         logits = rng.normal(0, 2.5, (1, 49_152)).astype(np.float32)
@@ -203,7 +203,8 @@ def test_greedy_settings_take_the_first_of_tokens_that_tie(settings):
 
 
 def test_rows_that_are_no_distribution_have_a_token_all_the_same():
-    for row in (one_row(np.nan, np.nan, -np.nan), one_row(-np.inf, -np.inf), one_row(0, np.inf, 1), one_row(1, np.nan)):
+    rows = one_row(np.nan, np.nan, -np.nan), one_row(-np.inf, -np.inf), one_row(0, np.inf, 1), one_row(1, np.nan)
+    for row in (*rows, one_row(*[np.nan] * 300), one_row(*[-np.inf] * 300)):
         for limits in ({}, {"top_k": 2}, {"top_p": 0.5}):
             with np.errstate(invalid="ignore"):
                 assert drawn(row, 0, **limits) == row[0].argmax()
@@ -228,7 +229,7 @@ def test_a_large_vocabulary_by_row(top_p, spread):
 # -- by counting ---------------------------------------------------------------------------------------------------
 
 VOCAB = 7
-REQUESTS = 12_000
+REQUESTS = 6_000
 TABLE = np.random.default_rng(11).normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)  # logits after each token
 START = 2
 
