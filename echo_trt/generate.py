@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from echo_trt.bundle import read_manifest
 from echo_trt.calibration.store import own_files
-from echo_trt.decoding.policies import shares_budget
+from echo_trt.decoding.policies import SHARED
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths
@@ -67,7 +67,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
     name = job.policy or decoding.policy
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and not shares_budget(name):
+    if job.budget and name not in SHARED:
         raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
     inputs = [job.prompts_file, *own_files(job.bundle)]
     with output_file("--json", job.json_file, inputs) as write, files_first(out) if job.json_file else nullcontext():
@@ -84,7 +84,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
                 prefix_cache,
                 special_tokens_in_content=job.special_tokens_in_content,
             )
-        policy = llm.loop.policy.name
+        policy = llm.loop.planner.name
         check_lengths(llm, job.prompts)
         llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()

@@ -1,8 +1,6 @@
-"""What one iteration costs in Python, without any engine: grow, allocate, sort, mask, pack, accept.
+"""Time one iteration in Python, without any engine: plan, mask, pack, accept.
 
 python scripts/step_time.py --repeats 300
-
-For goodput, grow is all of its plan: levels, n-grams, nodes, sorting.
 """
 
 from __future__ import annotations
@@ -16,21 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput, Load
-from echo_trt.decoding.grow import grow
-from echo_trt.decoding.ngrams import NGrams, context_keys
+from echo_trt.decoding.echo.planner import EchoPlanner
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.decoding.planner import RECENT, Load
+from echo_trt.decoding.policies import make_planner
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.recipe import Decoding
 
 LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
 GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each
 POLICIES = ("echo", "goodput")
-PHASES = ("grow", "allocate", "sort", "mask", "pack", "accept")
+PHASES = ("plan", "mask", "pack", "accept")
 CONTEXT = 1024
 
 
@@ -48,8 +47,6 @@ class FreeDraft:
         self.log_q = np.log(np.maximum(q, 1e-9)).astype(np.float32)
         self.tokens = np.tile(np.arange(k), (rows, 1))
 
-    entries = 0
-
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.log_q[: len(requests)], self.tokens[: len(requests)]
 
@@ -63,32 +60,35 @@ def known_ngrams(tokens: int = 1000, longest: int = 6) -> NGrams:
     return NGrams(keys, first, np.linspace(0.05, 0.5, len(keys)), longest)  # less than a draft says
 
 
-def measure(policy: Policy, requests: int, budget: int, repeats: int) -> tuple[np.ndarray, int]:
+def planner_for(name: str, requests: int, budget: int) -> GoodputPlanner | EchoPlanner:
+    """Goodput's verification is free up to the budget and dear beyond, and its draft costs next to nothing."""
+    costs = Costs(Curve([1, budget, 2 * budget], [0.02, 0.02, 1.0]), Curve([1, 4 * budget], [1e-6, 1e-6]))
+    settings = Decoding(budget=budget, gates={1: 0.2, 3: 0.3}).model_dump()
+    ngrams = known_ngrams()
+
+    def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
+        return GoodputPlanner(name, numbers, costs, Acceptance.uncalibrated(numbers.max_depth), requests, ngrams)
+
+    return make_planner(name, settings, goodput)
+
+
+def measure(name: str, requests: int, budget: int, repeats: int) -> tuple[np.ndarray, int]:
     """Seconds of each phase [repeats, phases], and the tokens that an iteration verifies."""
     rng = np.random.default_rng(0)
-    draft = FreeDraft(requests * policy.beams, policy.width, rng)
+    planner = planner_for(name, requests, budget)
+    beams, width = planner.settings.beams, planner.settings.width
+    draft = FreeDraft(requests * beams, width, rng)
     roots, room = rng.integers(0, 1000, requests), np.full(requests, CONTEXT)
-    past = rng.integers(1, CONTEXT - policy.nodes_per_request, requests)
+    past = rng.integers(1, CONTEXT // 2, requests)
     block_table = rng.permutation(requests * (CONTEXT // BLOCK)).reshape(requests, -1)
-    target = np.where(rng.random(budget) < 0.6, 0, policy.width)  # a node's next token: its best child's, or none
-    # Verification is free up to the budget and dear beyond, and a draft costs next to nothing.
-    costs = Costs(Curve([1, budget, 2 * budget], [0.02, 0.02, 1.0]), Curve([1, 4 * budget], [1e-6, 1e-6]))
-    goodput = Goodput(costs, Acceptance.uncalibrated(policy.max_depth), requests, known_ngrams())
-    recent = rng.integers(0, 1000, (requests, goodput.ngrams.longest))
+    target = np.where(rng.random(budget) < 0.6, 0, width)  # a node's next token: its best child's, or none
+    recent = rng.integers(0, 1000, (requests, RECENT))
     load = Load(np.arange(requests), room, np.ones(requests, np.int64), int(past.sum()), recent=recent)
     seconds = []
     for _ in range(repeats):
         marks = [time.perf_counter()]
-        if policy.seeks_goodput:
-            tree = goodput.plan(roots, draft, policy, load).tree
-            marks += [time.perf_counter()] * 3
-        else:
-            candidates, reach = grow(roots, draft, policy, room)
-            marks.append(time.perf_counter())
-            nodes = allocate(candidates, reach, policy)
-            marks.append(time.perf_counter())
-            tree, _ = candidates.sorted_by_request(nodes)
-            marks.append(time.perf_counter())
+        tree = planner.plan(roots, draft, load).tree
+        marks.append(time.perf_counter())
         mask = ancestor_mask(tree)
         marks.append(time.perf_counter())
         pack(tree.token, past[tree.request] + tree.depth, past, tree.sizes, block_table, np.arange(len(tree)), mask)
@@ -110,9 +110,8 @@ def _show(console: Console, name: str, repeats: int) -> None:
     table = Table("B", "N", *PHASES, "median", "fastest", title=f"{name}: milliseconds of one iteration")
     sizes, usual = [], []
     for requests, budget in sorted({*LOADS, *((count, 2 * count) for count in GROWTH)}):
-        policy = make_policy(name, Decoding(budget=budget, gates={1: 0.2, 3: 0.3}).model_dump())
-        measure(policy, requests, budget, max(repeats // 10, 1))  # warm up
-        seconds, tokens = measure(policy, requests, budget, repeats)
+        measure(name, requests, budget, max(repeats // 10, 1))  # warm up
+        seconds, tokens = measure(name, requests, budget, repeats)
         total = seconds.sum(axis=1)
         figures = (*np.median(seconds, axis=0), np.median(total), total.min())
         table.add_row(str(requests), str(tokens), *(f"{1e3 * value:.3f}" for value in figures))

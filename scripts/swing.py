@@ -110,8 +110,7 @@ def main(
     llm = LLM(bundle, batch=max(sizes) * len(names), prefix_cache=False)  # prompts repeat; a part of the pool each
     ids = [llm.chat_ids(p.text) for file in prompts for p in read_prompts(file)]
     runs = {}
-    for policy, loop in zip(names, llm.divided(len(names)), strict=True):
-        llm.set_policy(policy, loop=loop)
+    for policy, loop in zip(names, llm.side_by_side(names), strict=True):
         runs[policy] = Swing(loop, ids, sizes, each, max_tokens)
     run_side_by_side(list(runs.values()))
     table = Table(

@@ -12,7 +12,7 @@ from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import Counters, SamplingParams
 
 SLICE = 1.0  # seconds of a turn: a machine's neighbours come and go in some
-PHASES = ("draft", "gate", "allocate", "pack", "verify", "accept", "commit")
+PHASES = ("draft", "plan", "pack", "verify", "accept", "commit")
 
 
 @dataclass

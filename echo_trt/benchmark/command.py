@@ -18,7 +18,8 @@ from echo_trt.benchmark.peers import Peer, PeerRun, check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.calibration.record import record
 from echo_trt.calibration.store import machine, own_files
-from echo_trt.decoding.policies import NAMES, Policy, shares_budget
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.policies import NAMES, SHARED
 from echo_trt.errors import UserError, shown
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.prompts import Prompt, check_lengths, read_prompts
@@ -109,10 +110,9 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
 
 def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Loop]:
     """A loop for each policy, over the same engines; none of an engine with a cache a slot."""
-    loops = {} if llm.loop.state.linear else dict(zip(policies, llm.divided(len(policies)), strict=True))
-    for policy, loop in loops.items():
-        llm.set_policy(policy, budget, loop)
-    return loops
+    if llm.loop.state.linear:
+        return {}
+    return dict(zip(policies, llm.side_by_side(policies, budget), strict=True))
 
 
 def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
@@ -175,7 +175,7 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Call
         for prompt in drawn({name: rows}, min(job.requests, len(rows)))
     }
     prompts = [Prompt(key, p.text) for key, (_, p) in groups.items()]
-    shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
+    shape = EchoSettings(max_depth=decoding.max_depth, beams=decoding.beams, width=decoding.width)
     return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape, progress).to_bytes()
 
 
@@ -187,7 +187,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
             raise UserError(f"--policies names {shown(policy)}; choose from {', '.join(NAMES)}.")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and not any(map(shares_budget, job.policies)):
+    if job.budget and not any(policy in SHARED for policy in job.policies):
         raise UserError(
             f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
             "--policies, or leave it out."

@@ -17,7 +17,7 @@ from echo_trt.calibration.plots import draw
 from echo_trt.calibration.record import record
 from echo_trt.calibration.reliability import reliability
 from echo_trt.calibration.store import CALIBRATION, COSTS, Calibration, CostTable, write
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first
 from echo_trt.prompts import Prompt, check_lengths, read_prompts
@@ -52,7 +52,7 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         llm = LLM(job.bundle, "autoregressive", job.batch, prefix_cache=False)
         check_lengths(llm, prompts)
     with messages.status("measuring what passes cost on this machine"):
-        costs = measure(llm.loop, llm.manifest)
+        costs = measure(llm.networks)
     if disturbed := disturbance(costs):
         raise UserError(
             f"other work disturbed what was measured ({disturbed}); run echo-trt calibrate again while nothing else "
@@ -64,7 +64,7 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         messages.print("the bundle's draft has no network, so there is no acceptance to calibrate")
         return
     decoding = llm.manifest.recipe.decoding
-    shape = Policy("record", decoding.max_depth, decoding.beams, decoding.width)
+    shape = EchoSettings(max_depth=decoding.max_depth, beams=decoding.beams, width=decoding.width)
     with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("recording draft trees", total=1.0)
         trees = record(

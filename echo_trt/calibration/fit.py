@@ -10,8 +10,9 @@ from scipy.stats import rankdata
 
 from echo_trt.calibration.store import Calibration, Gate
 from echo_trt.calibration.trees import RecordedDraft, Trees
-from echo_trt.decoding.acceptance import CALIBRATED, Acceptance, knots
-from echo_trt.decoding.candidates import Candidates, Continuations
+from echo_trt.decoding.goodput.acceptance import CALIBRATED, Acceptance, knots
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
 SPOTS = 3  # sparse gates: the root's and so many less one deeper

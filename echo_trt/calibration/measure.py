@@ -10,13 +10,12 @@ from datetime import date
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from echo_trt.bundle import Manifest
 from echo_trt.calibration.store import CostTable, CurveTable, HingeTable, machine
-from echo_trt.decoding.costs import fit_hinge
+from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import blocks_for
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -37,45 +36,45 @@ LEAST = 1e-3  # seconds: differences below are noise
 PLAUSIBLE = 2.0  # times what n passes over one token take: larger, and less of other work's share is noticed
 
 
-def measure(loop: Loop, manifest: Manifest, seconds: float = 4.0) -> CostTable:
+def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
     """Passes over N tokens of the slots' requests, sizes in turn in one round after another.
 
     ``seconds`` bounds what the rounds take; each size is timed once at least. Nothing may be running.
     """
-    loop.state.forget_cached()  # these passes write over the pool
-    target = _measured(loop, lambda call: loop.target.run(call), 0.75 * seconds)
+    networks.state.forget_cached()  # these passes write over the pool
+    target = _measured(networks, lambda call: networks.target.run(call), 0.75 * seconds)
     draft, cold = CurveTable(sizes=[1], seconds=[0.0]), 0.0
-    if isinstance(loop.drafter, EngineDrafter):
-        drafter = loop.drafter
+    if isinstance(networks.drafter, EngineDrafter):
+        drafter = networks.drafter
         run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
-        draft, cold = _measured(loop, run, 0.25 * seconds), _cold(loop, run)
+        draft, cold = _measured(networks, run, 0.25 * seconds), _cold(networks, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
     near = times <= FAR * times[0]
     return CostTable(
-        machine=machine(manifest),
+        machine=machine(networks.manifest),
         measured=date.today(),
         target=target,
         draft=draft,
         hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
-        granule=loop.target.granule,
-        change=_change(loop),
-        least=loop.target.least,
+        granule=networks.target.granule,
+        change=_change(networks),
+        least=networks.target.least,
     )
 
 
-def times_as_long(table: CostTable, loop: Loop) -> float:
+def times_as_long(table: CostTable, networks: Networks) -> float:
     """How many times what a pass takes now it took when ``table`` was measured, 1 or more. Nothing may be running.
 
     That is in doubt one way alone: what else runs makes passes longer, then or now, but never shorter.
     """
-    loop.state.forget_cached()
+    networks.state.forget_cached()
     most, curve = 1.0, table.target
     for tokens, seconds in zip(curve.sizes, curve.seconds, strict=True):
         if tokens in CHECKED:
-            call = _call(loop, _spread(tokens, loop.state.count), SHORT)
+            call = _call(networks, _spread(tokens, networks.state.count), SHORT)
             tries = min(max(int(CHECKING / seconds), 1), TRIES)
-            now = min(_seconds(loop.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
+            now = min(_seconds(networks.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
             if seconds - now > LEAST:
                 most = max(most, seconds / max(now, LEAST))
     return most
@@ -106,14 +105,14 @@ def without_speculation(table: CostTable) -> CostTable:
     return table.model_copy(update={"target": target, "hinge": HingeTable(t_ar=longest, gamma=1.0, k_max=1, error=0.0)})
 
 
-def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
-    state, blocks = loop.state, loop.target.num_blocks
+def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
+    state, blocks = networks.state, networks.target.num_blocks
     long = min(max(LONG, ALL // state.count), state.context - NODES)
     short = min(SHORT, long)
     # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
     longest = min(state.reserve, state.context - short)
     possible = [n for n in SIZES if n <= state.count * longest]
-    calls = {n: _call(loop, _spread(n, state.count), short) for n in possible}
+    calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
     sizes = [n for n in possible if n <= min(max(4 * state.count, FEW), MANY)]
     one = _seconds(run, calls[1])
     while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
@@ -123,7 +122,7 @@ def _measured(loop: Loop, run: Callable, seconds: float) -> CurveTable:
     wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     calls = [calls[n] for n in sizes]
-    calls += [_call(loop, np.full(wide, 1), long), _call(loop, np.full(bushy, NODES), long)]
+    calls += [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
     taken = _rounds(run, calls, seconds)
     *usual, far, tree = _typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
@@ -165,9 +164,9 @@ def _typical(taken: np.ndarray) -> np.ndarray:
     return np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
 
 
-def _change(loop: Loop) -> float:
+def _change(networks: Networks) -> float:
     """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
-    run, calls = loop.target.run, [_call(loop, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
+    run, calls = networks.target.run, [_call(networks, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
     # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
     pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(PAIRS) for call in calls])
     first, again = pairs.T
@@ -175,11 +174,11 @@ def _change(loop: Loop) -> float:
     return more if more > NOTICED * np.median(again) else 0.0
 
 
-def _cold(loop: Loop, draft: Callable) -> float:
+def _cold(networks: Networks, draft: Callable) -> float:
     """Seconds that a draft's pass takes more right after a target's, which has driven its weights out of the cache."""
-    call, warm, after = _call(loop, np.array([1]), SHORT), [], []
+    call, warm, after = _call(networks, np.array([1]), SHORT), [], []
     for _ in range(ROUNDS):
-        loop.target.run(call)
+        networks.target.run(call)
         after.append(_timed(draft, call))
         warm.append(_timed(draft, call))
     return max(float(np.median(after) - np.median(warm)), 0.0)
@@ -191,12 +190,12 @@ def _spread(tokens: int, slots: int) -> np.ndarray:
     return tokens // requests + (np.arange(requests) < tokens % requests)
 
 
-def _call(loop: Loop, counts: np.ndarray, context: int):
+def _call(networks: Networks, counts: np.ndarray, context: int):
     """``counts`` [B] tokens of each request: one, or a chain with a tree's mask."""
     requests, blocks = len(counts), blocks_for(context + int(counts.max()))
-    table = loop.state.block_table[:requests]
-    if not loop.state.linear:
-        table = np.arange(requests * blocks).reshape(requests, blocks) % loop.target.num_blocks
+    table = networks.state.block_table[:requests]
+    if not networks.state.linear:
+        table = np.arange(requests * blocks).reshape(requests, blocks) % networks.target.num_blocks
     place, total = ragged_arange(counts), int(counts.sum())
     triangles = np.concatenate([np.tri(n, dtype=np.uint8).reshape(-1) for n in counts])
     mask = (triangles, begins(counts**2)) if total > requests else None

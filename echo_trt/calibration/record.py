@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
-from echo_trt.calibration.trees import COPIED, TreeRecorder, Trees
-from echo_trt.decoding.policies import Policy
+from echo_trt.calibration.trees import TreeRecorder, Trees
+from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.errors import UserError
 from echo_trt.prompts import Prompt
 from echo_trt.runtime.llm import LLM
@@ -20,16 +19,16 @@ def record(
     prompts: list[Prompt],
     groups: list[str],
     max_tokens: int,
-    shape: Policy,
+    shape: EchoSettings,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Trees:
     """Greedy answers of up to ``max_tokens``; trees of ``shape``'s max_depth, beams and width at every token."""
     loop = llm.loop
     if loop.drafter is None:
         raise UserError("the bundle has no draft, so there is nothing to record; build one with a draft.")
-    kept = loop.planner, loop.policy
-    recorder = TreeRecorder(loop.state, shape)
-    loop.planner, loop.policy = recorder, replace(shape, name="goodput", max_depth=COPIED)
+    kept, networks = loop.planner, llm.networks
+    recorder = TreeRecorder(loop.state, shape, networks.copier, head=networks.drafter is not networks.copier)
+    loop.plan_with(recorder)
     first, preemptions = loop.admissions, loop.counters.preemptions
     try:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -40,7 +39,7 @@ def record(
                 done += 1
                 progress(done / len(prompts))
     finally:
-        loop.planner, loop.policy = kept
+        loop.plan_with(kept)
     if loop.counters.preemptions > preemptions:
         raise UserError("the KV pool was too small to record; give a smaller --batch.")
     if max(map(len, answers), default=0) < 2:

@@ -8,8 +8,8 @@ import numpy as np
 
 from echo_trt.calibration.fit import Observed, acceptance_table, lookup_acceptance, observe
 from echo_trt.calibration.trees import Trees
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.goodput.acceptance import Acceptance
 
 BINS = 10
 
@@ -27,7 +27,7 @@ class Reliability:
     error: float
 
 
-def reliability(trees: Trees, shape: Policy) -> tuple[Reliability, Reliability]:
+def reliability(trees: Trees, shape: EchoSettings) -> tuple[Reliability, Reliability]:
     """The draft's own path probability, and the calibrated one fitted on the other half of the requests."""
     lookup = lookup_acceptance(trees)
     observed = observe(trees, lookup, shape.max_depth, shape.beams, shape.width)

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from echo_trt.bundle import MANIFEST, Manifest, read_manifest
-from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
-from echo_trt.decoding.costs import FAR, NEAR, Costs, Curve
+from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, Acceptance
+from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.inputs import read_text
 from echo_trt.recipe import Positive, Probability
@@ -53,7 +53,7 @@ class Gate(_Stored):
 
 
 class Calibration(_Stored):
-    """``acceptance``: source -> depth by depth, P(accept) at ``echo_trt.decoding.acceptance.knots()``.
+    """``acceptance``: source -> depth by depth, P(accept) at ``echo_trt.decoding.goodput.acceptance.knots()``.
 
     ``children`` [depth][child][quantile]; ``fixed_threshold`` is the best single one for all gates.
     """
@@ -123,7 +123,7 @@ class CurveTable(_Stored):
 
 
 class HingeTable(_Stored):
-    """``echo_trt.decoding.costs.Hinge``."""
+    """``echo_trt.decoding.goodput.costs.Hinge``."""
 
     t_ar: Annotated[float, Field(gt=0)]
     gamma: float

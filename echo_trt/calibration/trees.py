@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.candidates import Continuations
-from echo_trt.decoding.goodput import Load, Plan, Planner
-from echo_trt.decoding.grow import Draft, grow
-from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.errors import DAMAGED, UserError
 from echo_trt.runtime.slots import Slots
@@ -134,20 +133,27 @@ class Trees:
             raise UserError(f"{path} is not a recording; name a file that bench --record wrote.") from error
 
 
-class TreeRecorder(Planner):
-    """Stands in for the goodput policy: keeps every tree, and has only the roots verified."""
+class TreeRecorder:
+    """A planner that keeps every tree, and has only the roots verified."""
 
-    def __init__(self, state: Slots, shape: Policy):
-        """``shape``: max_depth, beams and width of the recorded trees."""
-        self._state, self._shape = state, shape
+    name, budget = "record", 0
+
+    def __init__(self, state: Slots, shape: EchoSettings, copier: Copier | None = None, head: bool = True):
+        """``shape``: max_depth, beams and width of the recorded trees; without a ``head`` only ``copier`` proposes."""
+        self._state, self._shape, self._copier, self._head = state, shape, copier, head
         self._parts: list[dict[str, np.ndarray]] = []
 
-    def plan(
-        self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
-    ) -> Plan:
+    def observe(self, iteration: Iteration) -> None:
+        pass
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        return {}
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         state, count = self._state, len(roots)
+        copied = self._copier.continuations(load.slots, COPIED) if self._copier else None
         tree = SuperTree.from_roots(roots)
-        if draft is not None and load.room.any():
+        if self._head and load.room.any():
             tree, _ = grow(roots, draft, self._shape, load.room)
         nodes = np.flatnonzero(tree.parent >= 0)
         nodes = nodes[np.argsort(tree.request[nodes], kind="stable")]
@@ -158,7 +164,7 @@ class TreeRecorder(Planner):
         tokens = np.full((count, COPIED), -1) if copied is None else copied.tokens[:, :COPIED]
         self._parts.append(
             {
-                "serial": state.admitted[load.slots],
+                "serial": load.serial,
                 "index": state.length[load.slots] - state.prompt_length[load.slots],
                 "sizes": sizes,
                 "parent": local[parent],
@@ -195,10 +201,10 @@ class TreeRecorder(Planner):
 
 
 class RecordedDraft:
-    """A Draft that reads recorded trees: request i of the batch stands at ``positions[i]``."""
+    """A drafter's iteration that reads recorded trees: request i of the batch stands at ``positions[i]``."""
 
     def __init__(self, trees: Trees, positions: np.ndarray, width: int):
-        self.entries = 0
+        self.entries = self.context = 0
         self._trees, self._positions, self._places = trees, positions, np.arange(width)
         self._recorded = np.full(len(positions), ROOT)  # of each node of the super-tree that was expanded
 

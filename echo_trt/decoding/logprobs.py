@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.arrays import rank_within
 
 _GROUP = 32  # tokens whose best one is looked at first
 

@@ -16,8 +16,8 @@ class Packed(NamedTuple):
     """The arrays of one call, N tokens of B requests; plugins/super_tree_attention has the table of their meaning.
 
     token_ids, positions int64 [N]; past_lens int32 [B]; seq_begins, block_begins, tree_mask_begins int32 [B+1];
-    block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for; ``fill``: tokens
-    that an engine with a granule fills the pass up to.
+    block_indices int32; tree_mask uint8; logit_rows int64 [R], the rows whose next token is asked for; ``padded_to``:
+    tokens to which an engine pads the pass, 0 where the planner leaves that to it.
     """
 
     token_ids: np.ndarray
@@ -29,7 +29,7 @@ class Packed(NamedTuple):
     tree_mask: np.ndarray
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
-    fill: int = 0
+    padded_to: int = 0
 
 
 def pack(
@@ -40,7 +40,7 @@ def pack(
     block_table: np.ndarray,
     logit_rows: np.ndarray,
     mask: tuple[np.ndarray, np.ndarray] | None = None,
-    fill: int = 0,
+    padded_to: int = 0,
 ) -> Packed:
     """counts [B]: tokens of each request; past [B]: its committed tokens; block_table [B, M]: its KV blocks in order.
 
@@ -63,7 +63,7 @@ def pack(
         tree_mask=tree_mask,
         tree_mask_begins=tree_mask_begins,
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
-        fill=fill,
+        padded_to=padded_to,
     )
 
 

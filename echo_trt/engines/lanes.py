@@ -31,7 +31,7 @@ def as_lanes(call: Packed, unmasked: bool) -> Packed:
         return call
     blocks = call.block_indices, call.block_begins
     past_lens, seq_begins, *lanes = _as_lanes(chain, call.past_lens, call.seq_begins, *blocks, *masks)
-    return Packed(call.token_ids, call.positions, past_lens, seq_begins, *lanes, call.logit_rows, call.fill)
+    return Packed(call.token_ids, call.positions, past_lens, seq_begins, *lanes, call.logit_rows, call.padded_to)
 
 
 @compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")

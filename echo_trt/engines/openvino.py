@@ -81,8 +81,8 @@ class OpenVINOEngine:
         # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
         if drafts or len(call.past_lens) > 1 or self.least > 1:
             call = as_lanes(call, unmasked=drafts)
-        if call.fill > len(call.token_ids):
-            call = rounded(call, call.fill, self.num_blocks)
+        if call.padded_to > len(call.token_ids):
+            call = rounded(call, call.padded_to, self.num_blocks)
         elif len(call.token_ids) < self.least:
             call = rounded(call, self.least, self.num_blocks)
         elif verifies:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import BLOCK, Packed
-from echo_trt.decoding.ragged import begins, ragged_arange
 
 #: What one more call costs, in tokens computed: about where reading the weights stops being the longer part.
 CALL_TOKENS = 64

@@ -1,11 +1,14 @@
-"""From a bundle to a loop that can run: engines, KV pool, drafter."""
+"""From a bundle to networks that a loop can run: engines, KV pool, drafter, and what is known of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from echo_trt.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from echo_trt.decoding.policies import Policy, reserve_for
+from echo_trt.calibration.store import CALIBRATION, Calibration, read_calibration
+from echo_trt.decoding.planner import Planner
+from echo_trt.decoding.policies import reserve_for
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
@@ -15,9 +18,45 @@ from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.runtime.slots import Slots, blocks_for
 
 
-def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> tuple[Loop, Manifest]:
-    """Open a bundle, with plain decoding for a start; ``batch`` (running requests) and ``prefix_cache`` override the
-    recipe's."""
+@dataclass(frozen=True)
+class Networks:
+    """A bundle's engines over one KV pool.
+
+    drafter      None: the bundle has no draft
+    copier       finds continuations in a request's own text; None: the recipe leaves them out
+    calibration  None: the bundle has none
+    """
+
+    manifest: Manifest
+    state: Slots
+    target: Engine
+    draft: Engine | None
+    drafter: Drafter | None
+    copier: LookupDrafter | None
+    calibration: Calibration | None
+
+    def loop(self, planner: Planner) -> Loop:
+        """A loop over these networks; one at a time may have running requests."""
+        manifest = self.manifest
+        chunk = manifest.recipe.limits.prefill_chunk
+        return Loop(self.target, self.drafter, self.state, planner, manifest.eos_token_ids, chunk)
+
+    def divided(self, parts: int) -> list[Networks]:
+        """``parts`` views of the same engines, a part of the KV pool each. These networks must rest meanwhile.
+
+        Slots of an engine that has a cache for each slot (``state.linear``) cannot be divided.
+        """
+        state = self.state
+        blocks = state.num_blocks // parts
+        slots = [
+            Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, part * blocks)
+            for part in range(parts)
+        ]
+        return [_networks(self.manifest, own, self.target, self.draft, self.calibration) for own in slots]
+
+
+def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> Networks:
+    """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's."""
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
         raise UserError(
@@ -35,33 +74,19 @@ def load_loop(folder: Path, batch: int | None = None, prefix_cache: bool | None 
     state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
     target = _engine(folder, manifest, "target", state, blocks)
     own = recipe.draft.kind in ("model", "eagle3")
-    return _loop(manifest, state, target, _engine(folder, manifest, "draft", state, blocks) if own else None), manifest
+    draft = _engine(folder, manifest, "draft", state, blocks) if own else None
+    path = folder / CALIBRATION
+    known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
+    return _networks(manifest, state, target, draft, known)
 
 
-def divided(loop: Loop, manifest: Manifest, parts: int) -> list[Loop]:
-    """So many loops over the engines of ``loop``, which rests meanwhile: each has a part of its KV pool.
-
-    Slots of an engine that has a cache for each cannot be divided.
-    """
-    state = loop.state
-    each, draft = state.num_blocks // parts, loop.drafter.engine if isinstance(loop.drafter, EngineDrafter) else None
-    loops = []
-    for part in range(parts):
-        own = Slots(state.count, state.context, state.reserve, each, state.cache.enabled, part * each)
-        loops.append(_loop(manifest, own, loop.target, draft))
-        if loop.copier:
-            loops[-1].copier.log_acceptance = loop.copier.log_acceptance
-    return loops
-
-
-def _loop(manifest: Manifest, state: Slots, target: Engine, draft: Engine | None) -> Loop:
-    recipe = manifest.recipe
-    copier = LookupDrafter(state, recipe.draft.min_match, recipe.draft.acceptance)
-    drafter = copier if recipe.draft.kind == "lookup" else _drafter(manifest, state, draft)
-    plain, eos = Policy("autoregressive"), manifest.eos_token_ids
-    loop = Loop(target, drafter, state, plain, eos, recipe.limits.prefill_chunk)
-    loop.copier = copier if recipe.draft.copy_text else None
-    return loop
+def _networks(
+    manifest: Manifest, state: Slots, target: Engine, draft: Engine | None, calibration: Calibration | None
+) -> Networks:
+    settings = manifest.recipe.draft
+    copier = LookupDrafter(state, settings.min_match, calibration.lookup if calibration else settings.acceptance)
+    drafter = copier if settings.kind == "lookup" else _drafter(manifest, state, draft)
+    return Networks(manifest, state, target, draft, drafter, copier if settings.copy_text else None, calibration)
 
 
 def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks: int) -> Engine:

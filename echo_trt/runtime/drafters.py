@@ -7,14 +7,13 @@ accepted path or a pause of any length, is caught up in the pass that next needs
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from echo_trt.decoding.grow import Draft
+from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.ragged import ragged_arange
+from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.base import Engine
 from echo_trt.runtime.slots import Slots
@@ -22,12 +21,26 @@ from echo_trt.runtime.slots import Slots
 UNKNOWN = -1  # entries of a request that has not drafted
 
 
+class IterationDraft(Protocol):
+    """One iteration of a drafter, as ``decoding.planner.Draft`` without the clock.
+
+    ``entries``: tokens of its last pass, 0 where it took none; ``context``: cached tokens of that pass's requests.
+    """
+
+    entries: int
+    context: int
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class Drafter(Protocol):
     """``behind`` [B]: tokens that the draft of each slot has to catch up with before it can draft."""
 
     def behind(self, slots: np.ndarray) -> np.ndarray: ...
 
-    def begin(self, slots: np.ndarray) -> Draft:
+    def begin(self, slots: np.ndarray) -> IterationDraft:
         """This iteration's draft, over the requests in ``slots`` [B]."""
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
@@ -38,28 +51,29 @@ class Drafter(Protocol):
 
 
 class TimedDraft:
-    """A draft whose passes are timed: ``seconds`` and ``passes`` of all, and each told to ``observe``, with its tokens,
-    their cached context, its seconds, and whether it is the first."""
+    """A draft whose passes are timed. It begins when a planner first asks it to expand something."""
 
-    def __init__(self, draft: Draft, observe: Callable[[int, int, float, bool], None]):
-        self._draft, self._observe = draft, observe
-        self.seconds, self.passes = 0.0, 0
+    def __init__(self, drafter: Drafter, slots: np.ndarray):
+        self._drafter, self._slots = drafter, slots
+        self._draft: IterationDraft | None = None
+        self.passes: list[Pass] = []
+        self.levels, self.seconds = 0, 0.0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._timed(self._draft.expand_roots, requests)
+        begin = time.perf_counter()
+        self._draft = self._drafter.begin(self._slots)
+        return self._timed(begin, self._draft.expand_roots(requests))
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._timed(self._draft.expand, tree, nodes)
+        return self._timed(time.perf_counter(), self._draft.expand(tree, nodes))
 
-    def _timed(self, call: Callable, *arguments) -> tuple[np.ndarray, np.ndarray]:
-        start = time.perf_counter()
-        result = call(*arguments)
-        seconds = time.perf_counter() - start
+    def _timed(self, begin: float, proposed: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        seconds = time.perf_counter() - begin
         self.seconds += seconds
-        self.passes += 1
-        if self._draft.entries:
-            self._observe(self._draft.entries, self._draft.context, seconds, self.passes == 1)
-        return result
+        self.levels += 1
+        if self._draft.entries:  # copied text takes no pass
+            self.passes.append(Pass(self._draft.entries, self._draft.context, seconds))
+        return proposed
 
 
 class EngineDrafter:

@@ -13,7 +13,7 @@ from echo_trt.errors import UserError
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
-from echo_trt.runtime.assemble import divided, load_loop
+from echo_trt.runtime.assemble import load_networks
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
@@ -45,9 +45,12 @@ class LLM:
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        self.loop, self.manifest = load_loop(folder, batch, prefix_cache)
-        self.tuning = Tuning(folder, self.manifest, self.loop, note)
-        self.set_policy(policy, budget)
+        self.networks = load_networks(folder, batch, prefix_cache)
+        self.manifest = self.networks.manifest
+        self.tuning = Tuning(folder, self.networks, note)
+        planner = self.tuning.planner(policy, budget)
+        self._planners = {(policy, budget): planner}
+        self.loop = self.networks.loop(planner)
         self.tokenizer = load_tokenizer(folder)
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
 
@@ -55,30 +58,24 @@ class LLM:
     def counters(self) -> Counters:
         return self.loop.counters
 
-    @property
-    def k_max(self) -> int:
-        """The policy's budget; of `goodput`, which shares none, the knee of the measured costs; 0 of the others."""
-        policy = self.loop.policy
-        return self.tuning.costs.hinge.k_max if policy.seeks_goodput else policy.budget or 0
+    def set_policy(self, name: str | None, budget: int | None = None) -> None:
+        """Plan by another policy from now on, None for the recipe's, or with another K_max; texts stay the same.
 
-    def set_policy(self, name: str | None, budget: int | None = None, loop: Loop | None = None) -> None:
-        """Another policy from now on, None for the recipe's, or another K_max; the text stays the same.
-
-        The first that needs this machine's costs measures them, so nothing may be running then. ``loop``: one of
-        ``divided``, for which alone it is.
+        A policy that was set before goes on with what it had learnt. The first that needs this machine's costs
+        measures them, so nothing may be running then.
         """
-        loop = loop or self.loop
-        policy = self.tuning.policy(name, budget)
-        if policy.seeks_goodput and loop.planner is None:
-            loop.planner = self.tuning.planner()
-        loop.policy = policy
+        planner = self._planners.get((name, budget)) or self.tuning.planner(name, budget)
+        self._planners[name, budget] = planner
+        self.loop.plan_with(planner)
 
-    def divided(self, parts: int) -> list[Loop]:
-        """So many loops over the same engines, a part of the KV pool each, for runs side by side; ``loop`` must rest.
+    def side_by_side(self, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
+        """A loop for each policy over the same engines, a part of the KV pool each; ``loop`` must rest meanwhile.
 
-        An engine that has a cache a slot (``state.linear``) has no pool to divide.
+        An engine that has a cache for each slot (``state.linear``) has no pool to divide.
         """
-        return divided(self.loop, self.manifest, parts)
+        parts = self.networks.divided(len(policies))
+        planners = [self.tuning.planner(name, budget, part) for name, part in zip(policies, parts, strict=True)]
+        return [part.loop(planner) for part, planner in zip(parts, planners, strict=True)]
 
     def chat_ids(self, message: str) -> list[int]:
         """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""

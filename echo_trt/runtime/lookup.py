@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.candidates import Continuations
 from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.slots import Slots
 
@@ -49,7 +49,7 @@ class LookupDraft:
 
     def __init__(self, drafter: LookupDrafter, slots: np.ndarray):
         self._drafter = drafter
-        self.entries = 0
+        self.entries = self.context = 0
         state, best = drafter.state, len(drafter.log_acceptance)
         self._length = state.length[slots]
         self._text = state.tokens[slots, : self._length.max()]

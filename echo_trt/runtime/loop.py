@@ -1,6 +1,6 @@
 """The loop: one iteration of ECHO over all running requests, and the queue that feeds it.
 
-``step`` is the paper's iteration: draft, gate, allocate (``_draft``), pack and verify (``_verify``), accept, commit.
+``step`` is the paper's iteration: plan (draft, gate, allocate: a planner's), pack, verify, accept, commit, observe.
 Prompts are computed in chunks inside the same calls.
 """
 
@@ -15,17 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.goodput import Load, Plan, Planner
-from echo_trt.decoding.grow import grow
+from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import pack
-from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
-from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import Slots, blocks_for
 from echo_trt.runtime.verified import Verified, with_roots
@@ -71,27 +67,28 @@ NOTHING = Emission(np.empty(0, object), np.zeros(0, np.int64), np.zeros(0, np.in
 
 
 class Loop:
-    """Continuous batching: requests join and leave at any iteration; ``policy`` may be exchanged between two."""
+    """Continuous batching: requests join and leave at any iteration."""
 
     def __init__(
         self,
         target: Engine,
         drafter: Drafter | None,
         state: Slots,
-        policy: Policy,
+        planner: Planner,
         eos: Iterable[int],
         chunk: int = 256,
-        planner: Planner | None = None,
-        copier: LookupDrafter | None = None,
     ):
-        """``planner`` decides under the policy goodput, where ``copier`` adds continuations from the text itself."""
-        self.target, self.drafter, self.state, self.policy = target, drafter, state, policy
-        self.planner, self.copier = planner, copier
+        """``eos``: token ids that end a text. ``chunk``: prompt tokens computed in one iteration at most."""
+        self.target, self.drafter, self.state, self.planner = target, drafter, state, planner
         self.eos, self.chunk = tuple(eos), chunk
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
         self.admissions = 0
+
+    def plan_with(self, planner: Planner) -> None:
+        """Leave plans to another planner from the next iteration on; texts stay the same."""
+        self.planner = planner
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -171,8 +168,6 @@ class Loop:
             state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
             state.active[slot] = True
             self._request_in[slot], request.slot = request, slot
-            if self.planner:
-                self.planner.joined(slot)
 
     def _leave(self, request: Request) -> None:
         """Out of its slot; the request itself keeps its text."""
@@ -203,22 +198,19 @@ class Loop:
         chunk_slots, chunks = self._plan_chunks()
         if len(slots) + len(chunk_slots) == 0:
             return NOTHING
-        begin, other = time.perf_counter(), self._speculating_seconds()
+        begin = time.perf_counter()
         load = self._load(slots, int(chunks.sum()))
-        plan = self._draft(slots, load)
-        for depth, requests in enumerate(plan.candidates.reached.tolist()):
-            self.counters.reached[depth] += requests
-        verified = self._verify(plan, slots, chunk_slots, chunks)
-        self.counters.iterations += 1
-        self.counters.speculative_iterations += len(plan.tree) > len(slots)
+        draft = TimedDraft(self.drafter, slots) if self.drafter else None
+        plan, planning = self._plan(slots, draft, load)
+        verified, target = self._verify(plan, slots, chunk_slots, chunks)
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
             emission = self._commit(verified, path, emitted, chunk_slots, chunks)
-        if self.planner and self.policy.seeks_goodput:
-            seconds = time.perf_counter() - begin
-            host = seconds - (self._speculating_seconds() - other)
-            self.planner.committed(plan, path[path < len(plan.tree)], load, seconds, host)
+        seconds, path = time.perf_counter() - begin, path[path < len(plan.tree)]
+        passes, levels, drafting = (tuple(draft.passes), draft.levels, draft.seconds) if draft else ((), 0, 0.0)
+        host = seconds - planning - drafting - target.seconds
+        self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         return emission
 
     def _hold_for_decoding(self) -> np.ndarray:
@@ -251,43 +243,33 @@ class Loop:
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        ngrams = self.planner.ngrams if self.planner and self.policy.seeks_goodput else None
-        recent = None if ngrams is None else state.recent(slots, ngrams.longest)
-        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks, recent)
+        recent = state.recent(slots, RECENT)
+        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks, recent, state.admitted[slots])
 
-    def _draft(self, slots: np.ndarray, load: Load) -> Plan:
-        """The super-tree to verify for decoding ``slots`` [B], sorted by request."""
-        state, policy = self.state, self.policy
+    def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: Load) -> tuple[Plan, float]:
+        """Ask the planner. Returns its plan for decoding ``slots`` [B], and the seconds beside the draft's passes."""
+        state, counters = self.state, self.counters
         roots = state.tokens[slots, state.length[slots] - 1]
-        speculates = policy.seeks_goodput or policy.spare(len(slots)) > 0
-        if len(slots) == 0 or self.drafter is None or not speculates:
-            return Plan.undrafted(roots)
-        draft = TimedDraft(self.drafter.begin(slots), self._observe_draft)
-        begin = time.perf_counter()
-        if policy.seeks_goodput:
-            copies = self.copier is not None and policy.copies
-            copied = self.copier.continuations(slots, policy.max_depth) if copies else None
-            plan = self.planner.plan(roots, None if self.drafter is self.copier else draft, policy, load, copied)
-            gate = time.perf_counter() - begin - draft.seconds
-            self._add_seconds("gate", gate)
-            self.planner.decided(draft.passes, gate)
+        if draft is None or len(slots) == 0:
+            plan, seconds = Plan.undrafted(roots), 0.0
         else:
-            candidates, reach = grow(roots, draft, policy, load.room)
-            self._add_seconds("gate", time.perf_counter() - begin - draft.seconds)
-            with self._timed("allocate"):
-                tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
-            plan = Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)
-        self._add_seconds("draft", draft.seconds)
+            begin = time.perf_counter()
+            plan = self.planner.plan(roots, draft, load)
+            seconds = time.perf_counter() - begin - draft.seconds
+            self._add_seconds("plan", seconds)
+            self._add_seconds("draft", draft.seconds)
+            counters.draft_passes += len(draft.passes)
         state.drafted[slots] += plan.tree.sizes - 1
-        self.counters.drafted_tokens += len(plan.tree) - len(slots)
-        return plan
+        counters.drafted_tokens += len(plan.tree) - len(slots)
+        counters.iterations += 1
+        counters.speculative_iterations += len(plan.tree) > len(slots)
+        for depth, requests in enumerate(plan.candidates.reached.tolist()):
+            counters.reached[depth] += requests
+        return plan, seconds
 
-    def _observe_draft(self, entries: int, context: int, seconds: float, first: bool) -> None:
-        self.counters.draft_passes += 1
-        if self.planner:
-            self.planner.draft_pass(entries, context, seconds, first)
-
-    def _verify(self, plan: Plan, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray) -> Verified:
+    def _verify(
+        self, plan: Plan, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
+    ) -> tuple[Verified, Pass]:
         """One pass of the target over all trees and prompt chunks."""
         state, tree = self.state, plan.tree
         with self._timed("pack"):
@@ -299,19 +281,18 @@ class Loop:
                 ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
                 finishing = chunk_slots[ends]
                 each = map(np.concatenate, zip(each, self._chunks(chunk_slots, chunks, len(tree), ends), strict=True))
-            call = pack(*each, mask, fill=0 if len(chunk_slots) else plan.fill)
+            call = pack(*each, mask, padded_to=0 if len(chunk_slots) else plan.padded_to)
             # Summed up before the pass: right behind one, whose weights fill the cache, every first line takes longer.
-            nodes, prompts = call.seq_begins[1:] - call.seq_begins[:-1] - 1, int(chunks.sum())
+            nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
             context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
         self._add_seconds("verify", seconds)
-        if self.planner:
-            self.planner.target_pass(max(len(call.token_ids), call.fill), context, seconds, again, prompts)
         last = state.tokens[finishing, state.length[finishing] - 1]
         every = np.concatenate((slots, finishing))
-        return Verified(with_roots(tree, last), every, len(slots), outputs, call, state)
+        verified = Verified(with_roots(tree, last), every, len(slots), outputs, call, state)
+        return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, again)
 
     def _chunks(self, slots: np.ndarray, chunks: np.ndarray, before: int, ends: np.ndarray) -> tuple[np.ndarray, ...]:
         """What ``pack`` is told of ``slots`` that compute ``chunks`` of their prompts behind so many tokens ``before``;
@@ -383,8 +364,3 @@ class Loop:
     def _add_seconds(self, phase: str, seconds: float) -> None:
         known = self.counters.seconds
         known[phase] = known.get(phase, 0.0) + seconds
-
-    def _speculating_seconds(self) -> float:
-        """Of passes and of deciding on them; what is left of an iteration, plain decoding takes too."""
-        seconds = self.counters.seconds
-        return sum(seconds.get(phase, 0.0) for phase in ("draft", "gate", "verify"))

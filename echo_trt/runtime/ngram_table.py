@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.ngrams import NGrams
+from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.errors import DAMAGED, UserError
 
 _STEPS = 255  # of a probability, in eight bits

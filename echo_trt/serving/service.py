@@ -168,7 +168,7 @@ class Service:
 
     def statistics(self) -> Statistics:
         """What is true now; may be asked for at any time."""
-        loop, state, policy = self.loop, self.loop.state, self.loop.policy
+        loop, state, planner = self.loop, self.loop.state, self.loop.planner
         queued, counters = len(self._pending) + len(loop.waiting), loop.counters.copy()
         ended = dict(self._ended)
         running = loop.running
@@ -178,10 +178,10 @@ class Service:
             state.num_blocks,
             state.used_blocks,
             state.cached_blocks,
-            policy.name,
-            self.llm.k_max,
+            planner.name,
+            planner.budget,
             counters,
-            loop.planner.acceptance.totals() if loop.planner else {},
+            planner.totals(),
             ended,
             self._engine_failures,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from rich.table import Table
 
 from echo_trt.calibration.store import Calibration, read_stored
 from echo_trt.calibration.trees import Trees
-from echo_trt.decoding.ngrams import NGrams
-from echo_trt.decoding.policies import NAMES, Policy, make_policy
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.planner import Planner
+from echo_trt.decoding.policies import NAMES, PAPER, PLAIN, echo_settings, goodput_settings, make_planner
 from echo_trt.errors import UserError
 from echo_trt.outputs import files_first, json_bytes, output_file
 from echo_trt.recipe import Decoding
@@ -22,10 +27,10 @@ from echo_trt.runtime.ngram_table import read_ngrams
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
-from echo_trt.simulation.replay import Replay, Tally
-from echo_trt.simulation.walk import Recording
+from echo_trt.simulation.replay import RecordedCopier, Replay, Tally
+from echo_trt.simulation.walk import Recording, Walk
 
-ORACLE, PLAIN = "oracle", "autoregressive"
+ORACLE = "oracle"
 POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
@@ -63,7 +68,10 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
     recording = Recording(Trees.read(job.recording))
     ngrams = job.ngrams and _read_ngrams(job.ngrams, calibration)
     names = list(dict.fromkeys((PLAIN, *job.policies)))
-    policies = {name: policy_for(name, job, recording, calibration, machine) for name in names}
+    settings = settings_for(job, recording, calibration, machine)
+    for name in names:
+        if name in PAPER and name != PLAIN:
+            _check_shape(name, echo_settings(name, settings), recording)
     result: dict[str, Any] = {
         "machine": machine.name,
         "recording": {"answers": len(recording.answers), "positions": len(recording.trees)},
@@ -78,7 +86,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
             for batch in job.batches:
                 plain = 0.0
                 for name in names:
-                    tally = simulate(name, policies[name], recording, calibration, machine, batch, job, ngrams)
+                    tally = simulate(name, settings, recording, calibration, machine, batch, job, ngrams)
                     plain = tally.rate if name == PLAIN else plain
                     row = {"policy": name, "batch": batch, "ratio": tally.rate / plain}  # of rates that may round to 0
                     result["results"].append(row | tally.figures())
@@ -90,7 +98,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
 
 def simulate(
     name: str,
-    policy: Policy,
+    settings: Mapping[str, Any],
     recording: Recording,
     calibration: Calibration,
     machine: Machine,
@@ -100,17 +108,36 @@ def simulate(
 ) -> Tally:
     """One cell."""
     tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
-    if name == ORACLE:
-        return Oracle(recording, machine, policy, batch, job.prompt, ngrams).run(tokens)
-    return Replay(recording, calibration, machine, policy, batch, job.prompt, ngrams).run(tokens)
+    if name == ORACLE:  # it has goodput's candidates
+        shape = goodput_settings("goodput", settings)
+        return Oracle(recording, machine, shape, batch, job.prompt, ngrams).run(tokens)
+    walk = Walk(recording, batch, job.prompt)
+    return Replay(walk, machine, planner_for(name, settings, calibration, machine, walk, ngrams)).run(tokens)
 
 
-def policy_for(
-    name: str, job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
-) -> Policy:
-    """The policy's numbers as the runtime would have them (runtime/tuning.py); the oracle has goodput's candidates."""
+def planner_for(
+    name: str,
+    settings: Mapping[str, Any],
+    calibration: Calibration,
+    machine: Machine,
+    walk: Walk,
+    ngrams: NGrams | None = None,
+) -> Planner:
+    """The planner that the runtime would have on this machine (runtime/tuning.py)."""
+
+    def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
+        copier = RecordedCopier(walk, calibration.lookup)
+        return GoodputPlanner(name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier)
+
+    return make_planner(name, settings, goodput)
+
+
+def settings_for(
+    job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
+) -> dict[str, Any]:
+    """The policies' numbers, as a recipe's ``decoding`` section."""
     depth, top_k, nodes = job.static or (min(STATIC[0], recording.levels), min(STATIC[1], recording.beams), STATIC[2])
-    settings = {
+    return {
         "max_depth": recording.levels,
         "beams": recording.beams,
         "width": recording.width,
@@ -121,9 +148,6 @@ def policy_for(
         "fixed_threshold": calibration.fixed_threshold,
         "static": {"depth": depth, "top_k": top_k, "tokens": nodes},
     }
-    policy = make_policy("goodput" if name == ORACLE else name, settings)
-    _check_shape(policy, recording)
-    return policy
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -213,15 +237,15 @@ def _check(job: SimulationJob) -> None:
         raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")
 
 
-def _check_shape(policy: Policy, recording: Recording) -> None:
+def _check_shape(name: str, settings: EchoSettings, recording: Recording) -> None:
     """Beyond what was recorded nobody knows what the draft would have said."""
     for what, wanted, known in (
-        ("max_depth", policy.max_depth, recording.levels),
-        ("beams", policy.beams if policy.max_depth > 1 else 1, recording.beams),
-        ("width", policy.width if policy.max_depth else 0, recording.width),
+        ("max_depth", settings.max_depth, recording.levels),
+        ("beams", settings.beams if settings.max_depth > 1 else 1, recording.beams),
+        ("width", settings.width, recording.width),
     ):
         if wanted > known:
             raise UserError(
-                f"policy {policy.name} has {what} {wanted}, but the recording's trees have {known}; "
+                f"policy {name} has {what} {wanted}, but the recording's trees have {known}; "
                 "lower it, or record larger trees."
             )

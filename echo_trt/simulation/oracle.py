@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.calibration.trees import Trees
-from echo_trt.decoding.costs import Costs
-from echo_trt.decoding.ngrams import NGrams, context_keys
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.replay import Step, Tally
 from echo_trt.simulation.walk import Recording, Walk
@@ -24,15 +24,15 @@ from echo_trt.simulation.walk import Recording, Walk
 ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method
 
 
-def foresee(trees: Trees, policy: Policy, ngrams: NGrams | None = None) -> np.ndarray:
+def foresee(trees: Trees, settings: GoodputSettings, ngrams: NGrams | None = None) -> np.ndarray:
     """How many draft tokens in a row will be accepted of each position once 0, 1, ... levels are drafted for it:
-    [P, levels + 1], within ``policy``'s max_depth, width and tokens a request.
+    [P, levels + 1], within ``settings``'s max_depth, width and tokens a request.
 
     At 0 it is what is copied and what n-grams say; they go on behind what is drafted, too. The last token of an answer
     needs no draft.
     """
-    most = np.minimum(trees.left - 1, min(policy.max_depth, policy.per_request - 1)).clip(0)
-    drafted = np.minimum(_drafted_run(trees, policy.width), most)
+    most = np.minimum(trees.left - 1, min(settings.max_depth, settings.per_request - 1)).clip(0)
+    drafted = np.minimum(_drafted_run(trees, settings.width), most)
     levels = np.arange(drafted.max(initial=0) + 1)
     runs = np.stack((*np.minimum(levels[:, None], drafted), np.minimum(_copied_run(trees), most)), axis=1)
     if ngrams is not None:
@@ -149,13 +149,13 @@ def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
 
 
 class Oracle:
-    """``run`` is ``replay.Replay``'s, with foresight; ``policy`` says which candidates there are."""
+    """``run`` is ``replay.Replay``'s, with foresight; ``settings`` say which candidates there are."""
 
     def __init__(
         self,
         recording: Recording,
         machine: Machine,
-        policy: Policy,
+        settings: GoodputSettings,
         batch: int,
         prompt: int,
         ngrams: NGrams | None = None,
@@ -163,7 +163,7 @@ class Oracle:
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
         self._costs.change = 0.0  # it is spared what passes of another size cost
-        self._ahead = foresee(recording.trees, policy, ngrams)
+        self._ahead = foresee(recording.trees, settings, ngrams)
 
     def run(self, tokens: int) -> Tally:
         """Walk until about ``tokens`` are emitted, again with the rate that this brought; the sums of the best walk."""

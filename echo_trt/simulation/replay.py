@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from echo_trt.calibration.fit import continuations
-from echo_trt.calibration.store import Calibration
 from echo_trt.calibration.trees import RecordedDraft
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.costs import Costs
-from echo_trt.decoding.goodput import Goodput, Load, Plan, Planner
-from echo_trt.decoding.grow import grow
-from echo_trt.decoding.ngrams import NGrams
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Planner
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.simulation.machines import Machine
-from echo_trt.simulation.walk import BEYOND, Recording, Walk
+from echo_trt.simulation.walk import BEYOND, Walk
 
 WARM_UP = 40  # iterations in which a policy learns, before those that count
 
@@ -84,11 +80,13 @@ class ClockedDraft:
     draft: RecordedDraft
     walk: Walk
     costs: Costs
-    planner: Planner | None
     seconds: float = 0.0
-    passes: int = 0
-    entries: int = 0
+    passes: list[Pass] = field(default_factory=list)
     _expanded: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def levels(self) -> int:
+        return len(self.passes)
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._pass(int(self.walk.behind[requests].clip(1).sum()))
@@ -103,102 +101,77 @@ class ClockedDraft:
         return self.draft.expand(tree, nodes)
 
     def _pass(self, entries: int) -> None:
-        first, context = self.passes == 0, int(self.walk.context.sum())
-        self.entries = entries
-        taken = self.costs.draft(entries, context) + first * self.costs.cold
+        context = int(self.walk.context.sum())
+        taken = self.costs.draft(entries, context) + (self.costs.cold if not self.passes else 0.0)
         self.seconds += taken
-        self.passes += 1
-        if self.planner:
-            self.planner.draft_pass(entries, context, taken, first)
+        self.passes.append(Pass(entries, context, taken))
+
+
+class RecordedCopier:
+    """The continuations that were found when the trees were recorded, where a walk stands now."""
+
+    def __init__(self, walk: Walk, lookup: list[float]):
+        """``lookup``: P(a copied token is accepted) after matches of 1, 2, ... tokens."""
+        self._walk, self._lookup = walk, lookup
+
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+        walk = self._walk
+        return continuations(walk.recording.trees, walk.positions[slots], self._lookup, length)
 
 
 class Replay:
-    """One policy at one batch: ``step`` is runtime/loop.py's iteration without engines."""
+    """One planner over one walk: ``step`` is runtime/loop.py's iteration without engines."""
 
-    def __init__(
-        self,
-        recording: Recording,
-        calibration: Calibration,
-        machine: Machine,
-        policy: Policy,
-        batch: int,
-        prompt: int,
-        ngrams: NGrams | None = None,
-    ):
-        self._recording, self._policy, self._prompt, self._batch = recording, policy, prompt, batch
+    def __init__(self, walk: Walk, machine: Machine, planner: Planner):
+        self.walk, self.planner = walk, planner
         self._machine, self._clock, self._size = machine, machine.costs(), 0
-        self._lookup = calibration.lookup if policy.copies else None
-        self.planner: Goodput | None = None
-        if policy.seeks_goodput:
-            self.planner = Goodput(machine.costs(), calibration.model(), batch, ngrams)
-        self.walk = Walk(recording, batch, prompt)
+        self._candidate_seconds = machine.candidate_seconds if isinstance(planner, GoodputPlanner) else 0.0
 
     def run(self, tokens: int) -> Tally:
-        """Iterate from the beginning until ``tokens`` are committed, once a policy that learns has warmed up."""
-        if self.planner:
-            for _ in range(WARM_UP):
-                self.step()
-        self.restart()
-        tally = Tally(np.zeros(self._batch, np.int64))
+        """Iterate from the beginning until ``tokens`` are committed, once a planner that learns has warmed up."""
+        for _ in range(WARM_UP):
+            self.step()
+        self.walk.restart()  # every policy is measured on the same texts
+        tally = Tally(np.zeros(self.walk.batch, np.int64))
         while tally.tokens < tokens:
             tally.add(self.step())
         return tally
 
-    def restart(self) -> None:
-        """All requests of the beginning again: every policy is measured on the same texts."""
-        self.walk = Walk(self._recording, self._batch, self._prompt)
-        self._join(np.arange(self._batch))
-
     def step(self) -> Step:
-        walk = self.walk
+        walk, batch, trees = self.walk, self.walk.batch, self.walk.recording.trees
         positions, context = walk.positions, int(walk.context.sum())
-        ngrams = self.planner.ngrams if self.planner else None
-        recent = None if ngrams is None else walk.recent(ngrams.longest)
-        load = Load(np.arange(self._batch), walk.room.clip(0), walk.behind.clip(1), context, recent=recent)
-        draft = ClockedDraft(self._draft_at(positions), walk, self._clock, self.planner)
-        plan = self._plan(positions, draft, load)
-        tree, planning = plan.tree, draft.passes * self._machine.level_seconds
-        if self.planner:
-            planning += len(plan.candidates) * self._machine.candidate_seconds
+        load = Load(
+            np.arange(batch),
+            walk.room.clip(0),
+            walk.behind.clip(1),
+            context,
+            recent=walk.recent(RECENT),
+            serial=walk.serial.copy(),
+        )
+        draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock)
+        plan = self.planner.plan(walk.roots, draft, load)
+        tree = plan.tree
+        planning = draft.levels * self._machine.level_seconds + len(plan.candidates) * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
-        tokens = max(len(tree), plan.fill)
-        taken = self._verification(tokens, context, again)
+        target = self._verification(max(len(tree), plan.padded_to), context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
-        seconds = draft.seconds + planning + taken + self._machine.host_seconds
-        if self.planner:
-            self.planner.decided(draft.passes, planning)
-            self.planner.target_pass(tokens, context, taken, again)
-            self.planner.committed(plan, path, load, seconds, self._machine.host_seconds)
-        kept = walk.advance(np.bincount(tree.request[path], minlength=self._batch))
-        self._join(kept.ended)
-        return Step(kept.tokens, len(tree) - self._batch, len(path) - self._batch, draft.passes, seconds)
+        host = self._machine.host_seconds
+        seconds = draft.seconds + planning + target.seconds + host
+        passes = tuple(draft.passes)
+        self.planner.observe(Iteration(plan, load, path, target, passes, draft.levels, planning, seconds, host))
+        kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
+        return Step(kept.tokens, len(tree) - batch, len(path) - batch, draft.levels, seconds)
 
-    def _verification(self, tokens: int, context: int, again: int) -> float:
-        """Seconds of the target's pass; ``again``: cached tokens that nodes attend, roots apart."""
-        clock = self._clock
+    def _verification(self, tokens: int, context: int, again: int) -> Pass:
+        """The target's pass on the clock; ``again``: cached tokens that nodes attend, roots apart."""
+        clock, padded = self._clock, tokens
         if again:
-            tokens += -tokens % clock.granule
-        tokens = max(tokens, clock.least)
-        changed, self._size = tokens != self._size, tokens
-        return clock.target(tokens, context) + clock.target.per_node * again + changed * clock.change
-
-    def _plan(self, positions: np.ndarray, draft: ClockedDraft, load: Load) -> Plan:
-        roots, policy = self.walk.roots, self._policy
-        if self.planner:
-            copied = self._lookup and continuations(self._recording.trees, positions, self._lookup, policy.max_depth)
-            return self.planner.plan(roots, draft, policy, load, copied)
-        candidates, reach = grow(roots, draft, policy, load.room)
-        tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
-        return Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)
-
-    def _draft_at(self, positions: np.ndarray) -> RecordedDraft:
-        return RecordedDraft(self._recording.trees, positions, self._recording.width)
+            padded += -padded % clock.granule
+        padded = max(padded, clock.least)
+        changed, self._size = padded != self._size, padded
+        seconds = clock.target(padded, context) + clock.target.per_node * again + changed * clock.change
+        return Pass(tokens, context, seconds, again)
 
     def _next_token(self, positions: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-        tokens = self._recording.trees.truth(positions, ahead).astype(np.int64)
+        tokens = self.walk.recording.trees.truth(positions, ahead).astype(np.int64)
         return np.where(tokens >= 0, tokens, BEYOND)
-
-    def _join(self, slots: np.ndarray) -> None:
-        if self.planner:
-            for slot in slots:
-                self.planner.joined(int(slot))

@@ -75,33 +75,42 @@ class Kept:
 
 
 class Walk:
-    """``batch`` slots. answer, index [B]: each continues answer[: index]; behind [B]: what its draft has to catch up.
+    """``batch`` slots. answer, index [B]: each continues answer[: index]; behind [B]: what its draft has to catch up;
+    serial [B]: a number of its own for each answer that is taken up.
 
     They begin spread over their answers; with more slots than answers several walk one, from different places.
     ``prompt`` cached tokens stand before each answer.
     """
 
     def __init__(self, recording: Recording, batch: int, prompt: int):
-        self._recording, self._prompt = recording, prompt
+        self.recording, self.batch, self._prompt = recording, batch, prompt
+        self._admissions = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again with the first requests; a planner sees them as new ones."""
+        recording, batch = self.recording, self.batch
         self.answer = recording.answers[np.arange(batch) % len(recording.answers)]
         share = (np.arange(1, batch + 1) * _GOLDEN) % 1
         self.index = 1 + (share * (recording.lengths[self.answer] - 1)).astype(np.int64)
         self.behind = np.ones(batch, np.int64)
+        self.serial = self._admissions + np.arange(batch)
+        self._admissions += batch
         self._next = batch
 
     @property
     def positions(self) -> np.ndarray:
-        return self._recording.position(self.answer, self.index)
+        return self.recording.position(self.answer, self.index)
 
     @property
     def left(self) -> np.ndarray:
         """Tokens that each slot's answer still has: 1 or more."""
-        return self._recording.lengths[self.answer] - self.index
+        return self.recording.lengths[self.answer] - self.index
 
     @property
     def room(self) -> np.ndarray:
         """Draft tokens in a row that may still be used. Only the limit is known beforehand, not an answer's end."""
-        return self._recording.longest - self.index - 1
+        return self.recording.longest - self.index - 1
 
     @property
     def roots(self) -> np.ndarray:
@@ -111,8 +120,8 @@ class Walk:
     def recent(self, count: int, before: int = 1) -> np.ndarray:
         """``count`` tokens up to ``before`` ahead of each slot's newest, -1 before its answer: int64 [B, count]."""
         place = self.index[:, None] - before - np.arange(count, 0, -1)
-        begin = self._recording.trees.answer_begins[self.answer]
-        tokens = self._recording.trees.answers[begin[:, None] + np.maximum(place, 0)]
+        begin = self.recording.trees.answer_begins[self.answer]
+        tokens = self.recording.trees.answers[begin[:, None] + np.maximum(place, 0)]
         return np.where(place >= 0, tokens, -1).astype(np.int64)
 
     @property
@@ -127,7 +136,9 @@ class Walk:
         self.behind += kept
         ended = np.flatnonzero(self.left == 0)
         for slot in ended:
-            self.answer[slot] = self._recording.answers[self._next % len(self._recording.answers)]
+            self.answer[slot] = self.recording.answers[self._next % len(self.recording.answers)]
             self.index[slot], self.behind[slot] = 1, self._prompt + 1  # a draft begins with the prompt
+            self.serial[slot] = self._admissions
+            self._admissions += 1
             self._next += 1
         return Kept(kept, ended)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import torch
 
-from echo_trt.decoding.costs import fit_hinge
+from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.engines.base import Engine

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.pack import pack
-from echo_trt.decoding.policies import Policy, make_policy, reserve_for
+from echo_trt.decoding.planner import Planner
+from echo_trt.decoding.policies import make_planner, reserve_for
 from echo_trt.engines.torch import TorchEngine
 from echo_trt.models.roles import DraftRole, TargetRole
 from echo_trt.runtime.drafters import EngineDrafter
@@ -97,7 +99,7 @@ class Runs:
         for _ in range(2 if self.target.device.type == "cuda" else 1):
             state = Slots(self.scale.batch, self.context, self.reserve, self.blocks)
             drafter = EngineDrafter(self.draft, state, 64)
-            loop = Loop(self.target, drafter, state, self._policy(name), (), 64, self._planner(name))
+            loop = Loop(self.target, drafter, state, self._planner(name), (), 64)
             requests = [Request(i, prompt, self._params(i)) for i, prompt in enumerate(self.prompts)]
             for request in requests:
                 loop.add(request)
@@ -122,12 +124,11 @@ class Runs:
     def _params(self, index: int) -> SamplingParams:
         return SamplingParams(self.scale.tokens, temperature=0.8 * (index % 2), seed=index, ignore_eos=True)
 
-    def _policy(self, name: str) -> Policy:
-        return make_policy(name, DECODING | {"budget": 4 * self.scale.batch})
+    def _planner(self, name: str) -> Planner:
+        return make_planner(name, DECODING | {"budget": 4 * self.scale.batch}, self._goodput)
 
-    def _planner(self, name: str) -> Goodput | None:
-        if name != "goodput":
-            return None
+    def _goodput(self, name: str, settings: GoodputSettings) -> GoodputPlanner:
         # Verification all but free, so that trees grow: what is proved is the text, not the plan.
         costs = Costs(Curve([1, 64, 128], [0.02, 0.02, 0.04]), Curve([1, 256], [1e-5, 1e-5]))
-        return Goodput(costs, Acceptance.uncalibrated(DECODING["max_depth"]), self.scale.batch)
+        acceptance = Acceptance.uncalibrated(settings.max_depth)
+        return GoodputPlanner(name, settings, costs, acceptance, self.scale.batch)

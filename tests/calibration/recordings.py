@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_trt.calibration.trees import COPIED, Trees
-from echo_trt.decoding.ragged import begins
+from echo_trt.decoding.arrays import begins
 
 #: Of a position: (parent among the position's nodes or -1, token, depth, log q), level by level.
 Nodes = Sequence[tuple[int, int, int, float]]

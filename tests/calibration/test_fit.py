@@ -22,7 +22,7 @@ from echo_trt.calibration.fit import (
     youden,
 )
 from echo_trt.calibration.reliability import _diagram
-from echo_trt.decoding.acceptance import BOTH, HEAD, KNOTS, LOOKUP, Acceptance, knots
+from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, KNOTS, LOOKUP, Acceptance, knots
 
 labelled = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=25)
 

@@ -10,7 +10,7 @@ from runtime.driving import assert_all_free
 from echo_trt.calibration.measure import FEW, MANY, SIZES, disturbance, measure, without_speculation
 from echo_trt.calibration.store import machine
 from echo_trt.compile.native_export import export_native
-from echo_trt.decoding.costs import Curve
+from echo_trt.decoding.goodput.costs import Curve
 from echo_trt.engines.onnxruntime import OnnxRuntimeEngine
 from echo_trt.engines.padded import Layout
 from echo_trt.runtime.drafters import EngineDrafter

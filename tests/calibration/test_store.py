@@ -23,7 +23,7 @@ from echo_trt.calibration.store import (
     read_costs,
     write,
 )
-from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, knots
+from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, knots
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 

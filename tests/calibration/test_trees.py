@@ -15,8 +15,8 @@ from refusal import refused
 from echo_trt.calibration.record import record
 from echo_trt.calibration.trees import COPIED, RecordedDraft, Trees
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.grow import grow
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.prompts import Prompt

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from seeded_draft import PathDraft, SteadyDraft
 
-from echo_trt.decoding.acceptance import CALIBRATED, KNOTS, Acceptance
-from echo_trt.decoding.costs import Curve
-from echo_trt.decoding.goodput import Load, Plan, Planner
+from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, Acceptance
+from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.decoding.goodput.planner import Load, Plan, Planner
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -61,7 +61,7 @@ class Server:
         draft = _TimedDraft(self)
         load = Load(self.slots, np.full(len(self.slots), 99), self.behind.copy(), 0)
         plan = self.planner.plan(np.zeros(len(self.slots)), draft, self.policy, load)
-        tokens = max(len(plan.tree), plan.fill)
+        tokens = max(len(plan.tree), plan.padded_to)
         verified = self.target(tokens)
         self.planner.target_pass(tokens, 0, verified)
         path = self._accepted(plan)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from seeded_draft import PathDraft, drafted
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.grow import grow
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.policies import PAPER, Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 

@@ -8,7 +8,7 @@ from forests import nodes_of, path_to, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_trt.decoding.allocate import allocate
+from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.policies import Policy
 from echo_trt.decoding.super_tree import SuperTree
 

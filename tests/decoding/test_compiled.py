@@ -9,9 +9,9 @@ import sys
 if {missing}:
     sys.modules["numba"] = None
 import numpy as np
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.foresight import best_portion, portions
-from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.search import best_portion, portions
+from echo_trt.decoding.arrays import rank_within
 from echo_trt.decoding.sampling import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.lookup import _latest_match
@@ -41,7 +41,7 @@ print(sample(logits, np.ones(4), top_k, top_p, np.array([0, 7, 2**62, 3]), np.ar
 #: Two of the loops.
 FEW = """
 import numpy as np
-from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.arrays import rank_within
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 tree = SuperTree.from_roots(np.arange(3))
 tree.add(np.array([0, 0, 2]), np.arange(3), np.zeros(3))

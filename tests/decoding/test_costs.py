@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_trt.decoding.costs import NEAR, Costs, Curve, Hinge, fit_hinge
+from echo_trt.decoding.echo.budget import Hinge, fit_hinge
+from echo_trt.decoding.goodput.costs import NEAR, Costs, Curve
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]

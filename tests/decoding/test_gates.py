@@ -5,8 +5,8 @@ import pytest
 from forests import nodes_of
 from seeded_draft import SteadyDraft, drafted
 
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.grow import grow
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.errors import UserError

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from machines import POLICY, SIZES, Recorded, linear, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
-from echo_trt.decoding.candidates import Candidates, Continuations
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.foresight import BINS
-from echo_trt.decoding.goodput import Goodput, Load, Search, Verifications, select
+from echo_trt.decoding.goodput.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import Goodput, Load, Search, Verifications, select
+from echo_trt.decoding.goodput.search import BINS
+from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.policies import Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 

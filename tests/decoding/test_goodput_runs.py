@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from machines import POLICY, Server, linear
 
-from echo_trt.decoding.acceptance import HEAD, Acceptance
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.goodput.acceptance import HEAD, Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import Goodput
 
 
 def server_of(target: Curve, draft: Curve, q: list[float], count: int) -> Server:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.allocate import allocate
-from echo_trt.decoding.grow import grow
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.policies import PAPER, Policy, make_policy
 from echo_trt.decoding.super_tree import SuperTree
 

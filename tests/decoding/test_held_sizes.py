@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from machines import Server, linear
 from seeded_draft import SteadyDraft
 
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.costs import NEAR, Costs, Curve
-from echo_trt.decoding.goodput import Goodput, Load, Verifications
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import NEAR, Costs, Curve
+from echo_trt.decoding.goodput.planner import Goodput, Load, Verifications
+from echo_trt.decoding.goodput.sizes import HELD, Sizes, load_of
+from echo_trt.decoding.goodput.turns import HELD_TURN, PLAIN_TURN
 from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.sizes import HELD, Sizes, load_of
-from echo_trt.decoding.turns import HELD_TURN, PLAIN_TURN
 
 POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
 FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width)
@@ -344,7 +344,7 @@ def test_a_pass_that_finds_less_keeps_the_size_that_is_held(change, fills):
         load = Load(np.arange(2), np.full(2, room), np.ones(2, np.int64), 0)
         plan = planner.plan(np.zeros(2), SteadyDraft([[0.9, 0.8]] * 2), POLICY, load)
         assert len(plan.tree) == (12 if room == 9 else 6)
-        assert plan.fill == (12 if room == 9 or fills else 0)
+        assert plan.padded_to == (12 if room == 9 or fills else 0)
 
 
 @pytest.mark.parametrize("least", [1, 4])

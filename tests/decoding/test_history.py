@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.decoding.history import History
+from echo_trt.decoding.goodput.requests import History
 
 ALL = np.arange(4)
 

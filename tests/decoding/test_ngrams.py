@@ -11,11 +11,11 @@ from machines import POLICY, Recorded, linear
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
-from echo_trt.decoding.acceptance import NGRAM, Acceptance
-from echo_trt.decoding.candidates import Candidates
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput, Load
-from echo_trt.decoding.ngrams import LEAST, LEAVES, NGrams, context_keys
+from echo_trt.decoding.goodput.acceptance import NGRAM, Acceptance
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.ngrams import LEAST, LEAVES, NGrams, context_keys
+from echo_trt.decoding.goodput.planner import Goodput, Load
 from echo_trt.decoding.policies import make_policy
 from echo_trt.decoding.super_tree import SuperTree
 

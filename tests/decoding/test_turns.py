@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from echo_trt.decoding.turns import HELD_TURN, PLAIN_TURN, Turns
+from echo_trt.decoding.goodput.turns import HELD_TURN, PLAIN_TURN, Turns
 
 MANY = 400  # requests, whose texts are easy and hard alike
 STEADY = 1.0

@@ -12,10 +12,10 @@ from pairs import FOLDERS, PAIRS
 from refusal import refused
 
 from echo_trt.calibration.store import COSTS
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput
-from echo_trt.decoding.sizes import Sizes
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import Goodput
+from echo_trt.decoding.goodput.sizes import Sizes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -109,8 +109,8 @@ def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
     llm.loop.target.run = lambda call: (calls.append(call), seen(call))[1]
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids("close")
     prompts = [((np.diff(c.seq_begins) > 1) & (np.diff(c.tree_mask_begins) == 0)).any() for c in calls]
-    filled = [call.fill for call in calls]
-    assert any(call.fill > len(call.token_ids) for call in calls)
+    filled = [call.padded_to for call in calls]
+    assert any(call.padded_to > len(call.token_ids) for call in calls)
     assert all(fill in (0, len(call.past_lens) + 40) for call, fill in zip(calls, filled, strict=True))
     assert not any(fill and prompt for fill, prompt in zip(filled, prompts, strict=True))
     assert 0 < filled.count(0) < len(filled) / 2

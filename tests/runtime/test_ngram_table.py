@@ -13,10 +13,10 @@ from refusal import refused
 
 from echo_trt.bundle import NGRAMS, read_manifest
 from echo_trt.compile.build import build
-from echo_trt.decoding.acceptance import NGRAM, Acceptance
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput
-from echo_trt.decoding.ngrams import SUREST, NGrams, context_keys
+from echo_trt.decoding.goodput.acceptance import NGRAM, Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.ngrams import SUREST, NGrams, context_keys
+from echo_trt.decoding.goodput.planner import Goodput
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM

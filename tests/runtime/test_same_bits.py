@@ -6,9 +6,9 @@ from pairs import LIMITS, recipe_of
 
 from echo_trt.compile.build import build
 from echo_trt.compile.openvino import has_bf16
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.costs import Costs, Curve
-from echo_trt.decoding.goodput import Goodput
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import Goodput
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from echo_trt.calibration.trees import COPIED, Trees
-from echo_trt.decoding.ragged import begins, ragged_arange
+from echo_trt.decoding.arrays import begins, ragged_arange
 
 VOCAB = 1000
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.decoding.costs import fit_hinge
+from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.models.config import decoder_config
 from echo_trt.simulation.machines import Network, roofline
 from echo_trt.sizing.cards import CARDS, knee, parse_cards

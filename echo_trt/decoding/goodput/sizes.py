@@ -12,10 +12,10 @@ import math
 
 import numpy as np
 
-from echo_trt.decoding.acceptance import Foreseen
 from echo_trt.decoding.compiled import compiled
-from echo_trt.decoding.costs import Costs
-from echo_trt.decoding.turns import Turns
+from echo_trt.decoding.goodput.acceptance import Foreseen
+from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.turns import Turns
 
 HELD = 72  # iterations for which a size is kept
 _BETTER = 1.05  # times the rate of the size that is held, what another one must be foreseen to have

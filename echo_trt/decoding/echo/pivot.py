@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.ragged import rank_within
+from echo_trt.decoding.arrays import rank_within
+from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.super_tree import SuperTree
 
 
-def allocate(tree: SuperTree, reach: np.ndarray, policy: Policy) -> np.ndarray:
+def allocate(tree: SuperTree, reach: np.ndarray, settings: EchoSettings) -> np.ndarray:
     """The nodes to verify, an ancestor-closed set that holds every root: indices, ascending.
 
     Depth first: each request's path down to its ``reach`` [B]. Then width: whatever the budget still holds goes to
     the best-scored candidates of the whole batch: at low load siblings of the unsure and of the confident alike, at
     high load nothing. That is the paper's pivot between depth and width; there is no mode switch.
     """
-    if policy.budget is None:
-        everyone = np.full(tree.num_requests, policy.per_request)
+    if settings.budget is None:
+        everyone = np.full(tree.num_requests, settings.per_request)
         return np.sort(_best_first(tree, np.arange(len(tree)), everyone))
     taken = tree.ancestors_and_self(reach)
-    left = policy.budget - int(taken.sum())
+    left = settings.budget - int(taken.sum())
     if left > 0:
         claimed = np.bincount(tree.request[taken], minlength=tree.num_requests)
-        others = _best_first(tree, np.flatnonzero(~taken), policy.per_request - claimed)
+        others = _best_first(tree, np.flatnonzero(~taken), settings.per_request - claimed)
         taken[others[:left]] = True
     return np.flatnonzero(taken)
 

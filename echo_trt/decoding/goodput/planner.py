@@ -1,7 +1,7 @@
 """The goodput policy: over the whole batch, draft levels and nodes that commit most tokens a second.
 
-Time has a price: so many tokens a second are what this machine commits anyway (``Goodput.price``). A plan is worth its
-expected tokens less the price of its passes; plain decoding is the plan without a draft. An iteration decides
+Time has a price: the tokens a second that this machine commits anyway (``GoodputPlanner.price``). A plan is worth
+its expected tokens less the price of its passes; plain decoding is the plan without a draft. An iteration decides
 
 1. where a pass of another size than the last one costs extra (OpenVINO), how many tokens are verified: a number that is
    held for some dozens of iterations (``sizes``), possibly none beyond the roots. Elsewhere 3 weighs any number.
@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from echo_trt.decoding.acceptance import Acceptance
-from echo_trt.decoding.candidates import Candidates, Continuations
 from echo_trt.decoding.compiled import compiled
-from echo_trt.decoding.costs import Costs
-from echo_trt.decoding.foresight import BINS, best_portion, portions
-from echo_trt.decoding.grow import Draft
-from echo_trt.decoding.history import History
-from echo_trt.decoding.ngrams import NGrams
-from echo_trt.decoding.policies import Policy
-from echo_trt.decoding.sizes import Sizes
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.ngrams import Chains, NGrams
+from echo_trt.decoding.goodput.requests import History
+from echo_trt.decoding.goodput.search import BINS, best_portion, portions
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.goodput.sizes import Sizes
+from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
@@ -39,84 +38,38 @@ ROOM_A_DRAFT = 8  # tokens that a request may still write, for each iteration th
 TIE = 1e-12  # of a value: too little to tell one from another
 
 
-@dataclass(frozen=True)
-class Load:
-    """What one iteration has to do. slots [B]: where each request's history is kept; room [B]: draft tokens in a row
-    it can still use; behind [B]: tokens its draft must catch up with first; context: cached tokens of all;
-    others: prompt tokens in the same call; recent [B, n]: the last tokens before each root, -1 where there are none."""
+class GoodputPlanner:
+    """Maximise committed tokens a second, with what was learnt while running: costs, acceptance, requests' history."""
 
-    slots: np.ndarray
-    room: np.ndarray
-    behind: np.ndarray
-    context: int
-    others: int = 0
-    recent: np.ndarray | None = None
+    def __init__(
+        self,
+        name: str,
+        settings: GoodputSettings,
+        costs: Costs,
+        acceptance: Acceptance,
+        slots: int,
+        ngrams: NGrams | None = None,
+        copier: Copier | None = None,
+        head: bool = True,
+        budget: int = 0,
+    ):
+        """Candidates come from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The super-tree to verify, sorted by request, P(accept) of its nodes [n], 1 at roots, and what it is a part of.
-    ``fill``: tokens that a pass with nothing else in it is filled up to."""
-
-    tree: SuperTree
-    probability: np.ndarray
-    candidates: SuperTree
-    fill: int = 0
-
-    @classmethod
-    def undrafted(cls, roots: np.ndarray) -> Plan:
-        """Nothing but ``roots`` [B]: plain decoding."""
-        tree = SuperTree.from_roots(roots)
-        return cls(tree, np.ones(len(roots)), tree)
-
-
-class Planner(Protocol):
-    """Who decides what an iteration drafts and verifies, and is told what came of it, if it wants to know.
-
-    With ``ngrams`` it wants each load's ``recent`` tokens.
-    """
-
-    ngrams: NGrams | None = None
-
-    def plan(
-        self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
-    ) -> Plan:
-        """The super-tree to verify for ``roots`` [B], the requests' pending tokens."""
-
-    def joined(self, slot: int) -> None:
-        """Another request begins in ``slot``."""
-
-    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0) -> None:
-        """The target has computed ``tokens``, ``prompts`` of them prompts', with ``context`` cached ones;
-        ``node_context`` as in ``Curve.observe``."""
-
-    def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
-        """The same of the draft; ``first`` of this iteration, right after a target's pass."""
-
-    def decided(self, levels: int, seconds: float) -> None:
-        """To plan ``levels`` draft levels took ``seconds`` beside their passes."""
-
-    def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
-        """An iteration took ``seconds``, ``host`` of them outside passes and planning; ``path``: its accepted nodes."""
-
-
-class Goodput(Planner):
-    """The policy, and what it has learnt while running: costs, acceptance, each request's history."""
-
-    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, ngrams: NGrams | None = None):
-        """``ngrams`` go on where drafts end, unless the policy leaves text to the head."""
-        self.ngrams = ngrams
+        budget  knee of the measured costs, which is only reported
+        """
+        self.name, self.settings, self.budget = name, settings, budget
+        self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
+        self._head = head
         self.costs, self.acceptance, self.history, self.sizes = costs, acceptance, History(slots), Sizes()
         self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
-        self._drafting, self._caught_up = 0.0, False  # seconds in this iteration; after more than an accepted path
+        self._caught_up = False  # whether a draft had to compute more than an accepted path
+        self._serial = np.full(slots, -1)
 
-    def plan(
-        self, roots: np.ndarray, draft: Draft | None, policy: Policy, load: Load, copied: Continuations | None = None
-    ) -> Plan:
-        """``draft`` None: only what is ``copied`` from the text and what n-grams say can be verified, at no cost."""
-        self._found, self._drafting, self._caught_up = None, 0.0, False
-        history, holds = self.history, draft is not None and self.costs.change > 0
-        foreseen = self.acceptance.foreseen(policy.width)
+    def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
+        self._forget_departed(load)
+        self._found, self._caught_up = None, False
+        settings, history, holds = self.settings, self.history, self._head and self.costs.change > 0
+        foreseen = self.acceptance.foreseen(settings.width)
         held_nodes = None
         if holds:
             host, level = history.host_seconds, history.level_seconds
@@ -127,18 +80,32 @@ class Goodput(Planner):
         price = self.price(load) * (1.0 if holds else history.caution)
         weights = history.weights(load.slots)
         tree = SuperTree.from_roots(roots)
-        candidates = Candidates(tree, self.acceptance, weights, load.room, copied, policy.one_path)
+        copied = self.copier.continuations(load.slots, settings.max_depth) if self.copier else None
+        candidates = Candidates(tree, self.acceptance, weights, load.room, copied, settings.one_path)
         seconds = Verifications(self.costs, load, held_nodes)
-        if draft is not None and load.room.any():
-            self._draft(draft, Search(candidates, policy, load, seconds, price))
-        if self.ngrams is not None and policy.copies:
-            candidates.go_on(candidates.continued(self.ngrams, load.recent, policy.max_depth))
-        chosen = select(candidates.value, candidates.tree, policy.per_request, seconds.upto(len(candidates)), price)
+        if self._head and load.room.any():
+            self._draft(draft, Search(candidates, load, seconds, price))
+        if self.ngrams is not None:
+            candidates.go_on(self._continued(candidates, load))
+        chosen = select(candidates.value, candidates.tree, settings.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         history.planned(len(tree) > len(roots))
         self._found = candidates.probability[len(roots) :]
-        fill = self.costs.kept(len(tree), len(roots) + held_nodes) if holds else 0
-        return Plan(tree, candidates.probability[nodes], candidates.tree, fill)
+        padded_to = self.costs.kept(len(tree), len(roots) + held_nodes) if holds else 0
+        return Plan(tree, candidates.probability[nodes], candidates.tree, padded_to)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        return self.acceptance.totals()
+
+    def _forget_departed(self, load: Load) -> None:
+        """Start afresh where another request has taken a slot."""
+        if load.serial is not None:
+            for slot in load.slots[self._serial[load.slots] != load.serial].tolist():
+                self.history.forget(slot)
+            self._serial[load.slots] = load.serial
+
+    def _continued(self, candidates: Candidates, load: Load) -> Chains:
+        return candidates.continued(self.ngrams, load.recent[:, -self.ngrams.longest :], self.settings.max_depth)
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
@@ -147,8 +114,7 @@ class Goodput(Planner):
 
     def _draft(self, draft: Draft, search: Search) -> None:
         """Draft levels, while they pay; their nodes join the candidates."""
-        candidates, policy, load = search.candidates, search.policy, search.load
-        history = self.history
+        candidates, load, settings, history = search.candidates, search.load, self.settings, self.history
         history.begin(load.slots)
         open_ = np.flatnonzero(load.room > 0)
         promise = np.minimum(history.promise[load.slots[open_]] * candidates.weights[open_], 2.0)
@@ -166,12 +132,12 @@ class Goodput(Planner):
                 return
         requests = np.sort(requests)
         self._caught_up = load.behind[requests].max() > IN_STEP
-        candidates.add(requests[:, None], *draft.expand_roots(requests), policy.width)
+        candidates.add(requests[:, None], *draft.expand_roots(requests), settings.width)
         best_child = candidates.best_child(requests)
-        history.drafted(load.slots[requests], best_child, self.acceptance.foreseen(policy.width).first)
+        history.drafted(load.slots[requests], best_child, self.acceptance.foreseen(settings.width).first)
         expanded = 0
-        for depth in range(1, policy.max_depth):
-            frontier = candidates.frontier(depth, policy.beams)
+        for depth in range(1, settings.max_depth):
+            frontier = candidates.frontier(depth, settings.beams)
             if len(frontier) == 0:
                 return
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
@@ -179,7 +145,7 @@ class Goodput(Planner):
             if count == 0:
                 return
             nodes = np.sort(frontier[:count])
-            candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), policy.width)
+            candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), settings.width)
             expanded += count
 
     def _worth_expanding(self, search: Search, frontier: np.ndarray, depth: int, entries: np.ndarray) -> int:
@@ -188,16 +154,16 @@ class Goodput(Planner):
         entries [F]: tokens of the draft's pass that expands the first 1, 2, ... of them. Tried are portions up to all,
         with what this level and the next would bring.
         """
-        candidates, policy, load, price = search.candidates, search.policy, search.load, search.price
-        foreseen = self.acceptance.foreseen(policy.width)
+        candidates, load, price = search.candidates, search.load, search.price
+        foreseen = self.acceptance.foreseen(self.settings.width)
         if depth >= len(foreseen.below):
             return 0
         costs, ends = self.costs, portions(len(frontier))
         children, brought = foreseen.below[depth], foreseen.brought[depth]
         known = candidates.value[candidates.tree.num_requests :]
         going_on, moved = np.empty(0), np.empty(0, bool)
-        if self.ngrams is not None and policy.copies:
-            chains = candidates.continued(self.ngrams, load.recent, policy.max_depth)
+        if self.ngrams is not None:
+            chains = self._continued(candidates, load)
             going_on = chains.probability * candidates.weights[chains.request]
             moved = candidates.tree.depth[chains.leaf] == depth
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
@@ -219,35 +185,33 @@ class Goodput(Planner):
             price * search.seconds.upto(nodes, affordable),
         )
 
-    def joined(self, slot: int) -> None:
-        self.history.forget(slot)
+    def observe(self, iteration: Iteration) -> None:
+        plan, load, history = iteration.plan, iteration.load, self.history
+        for number, done in enumerate(iteration.drafts):
+            self.costs.observe_draft(done.tokens, done.context, done.seconds, first=number == 0)
+        history.decided(iteration.levels, iteration.planning)
+        target, prompts = iteration.target, load.prompt_tokens
+        self.costs.observe_target(target.tokens, target.context, target.seconds, target.node_context, prompts)
+        progress = self._accepted(plan, iteration.path, len(load.slots))
+        plain = self.costs.plain(len(load.slots), load.context) + history.host_seconds
+        expected, seconds = plan.probability.sum(), iteration.seconds
+        history.observe(load.slots, progress, expected, seconds, iteration.host, plain, prompts > 0)
+        if prompts == 0 and len(load.slots):
+            self.sizes.spent(seconds, expected / len(load.slots))  # expected: too few are accepted in a turn to count
+        found, self._found = self._found, None
+        if found is not None:
+            # With prompts and rests drafts catch up once, which says nothing of the next search.
+            drafting = iteration.planning + sum(done.seconds for done in iteration.drafts)
+            self.sizes.observe(found, len(load.slots), None if self._caught_up else drafting)
 
-    def target_pass(self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0) -> None:
-        self.costs.observe_target(tokens, context, seconds, node_context, prompts)
-
-    def decided(self, levels: int, seconds: float) -> None:
-        self._drafting += seconds
-        self.history.decided(levels, seconds)
-
-    def draft_pass(self, tokens: int, context: int, seconds: float, first: bool = False) -> None:
-        self._drafting += seconds
-        self.costs.observe_draft(tokens, context, seconds, first)
-
-    def committed(self, plan: Plan, path: np.ndarray, load: Load, seconds: float, host: float) -> None:
+    def _accepted(self, plan: Plan, path: np.ndarray, requests: int) -> np.ndarray:
+        """Learn from what was verified. Returns tokens committed of each request: int64 [B]."""
         tree = plan.tree
         drafted = np.flatnonzero(tree.parent >= 0)
         accepted = np.zeros(len(tree))
         accepted[path] = 1
         self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
-        progress = np.bincount(tree.request[path], minlength=len(load.slots))
-        plain = self.costs.plain(len(load.slots), load.context) + self.history.host_seconds
-        expected = plan.probability.sum()
-        self.history.observe(load.slots, progress, expected, seconds, host, plain, load.others > 0)
-        if load.others == 0 and len(load.slots):
-            self.sizes.spent(seconds, expected / len(load.slots))  # expected: too few are accepted in a turn to count
-        if self._found is not None:
-            drafting = None if self._caught_up else self._drafting  # with prompts and rests drafts catch up once
-            self.sizes.observe(self._found, len(load.slots), drafting)
+        return np.bincount(tree.request[path], minlength=requests)
 
 
 @dataclass(frozen=True)
@@ -255,7 +219,6 @@ class Search:
     """One iteration's: what there is to verify so far, what that takes, and what a second is worth in tokens."""
 
     candidates: Candidates
-    policy: Policy
     load: Load
     seconds: Verifications
     price: float
@@ -267,7 +230,7 @@ class Verifications:
     def __init__(self, costs: Costs, load: Load, held_nodes: int | None = None):
         """``held_nodes``: so many are verified, whatever they are worth: none of them costs anything, and no more are
         priced, which is how those who search know the limit."""
-        self._costs, self._tokens, self._held = costs, len(load.slots) + load.others, held_nodes
+        self._costs, self._tokens, self._held = costs, len(load.slots) + load.prompt_tokens, held_nodes
         # A node attends its request's context, on average this much.
         self._each = costs.target.per_node * load.context / len(load.slots)
         self._seconds = np.empty(0)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.compiled import compiled
-from echo_trt.decoding.ngrams import Chains, NGrams
+from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
+from echo_trt.decoding.goodput.ngrams import Chains, NGrams
+from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAST_LEFT = 0.02  # of a head's probability outside its proposals: it may be surer than it should be
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """What followed the last time a request's latest tokens stood in its text.
-
-    tokens int64 [B, L], -1 from where there are none; log_q [B]: log P(one copied token is accepted), which depends on
-    matched [B]: how many of the latest tokens stood there.
-    """
-
-    tokens: np.ndarray
-    log_q: np.ndarray
-    matched: np.ndarray
 
 
 class Candidates:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo import gates
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.planner import Draft
 from echo_trt.decoding.super_tree import SuperTree
 
 
-class Draft(Protocol):
-    """A draft model's side of one iteration, over the requests of the batch. ``entries``: tokens of its last pass;
-    ``context``: cached tokens of that pass's requests."""
-
-    entries: int
-    context: int
-
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The root's children of ``requests`` [A]: log q float [A, k], best first, and their tokens int [A, k]."""
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The children of ``nodes`` [F], all of one depth: log q [F, k], best first, and tokens [F, k]."""
-
-
-def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> tuple[SuperTree, np.ndarray]:
+def grow(roots: np.ndarray, draft: Draft, settings: EchoSettings, room: np.ndarray) -> tuple[SuperTree, np.ndarray]:
     """Draft level by level; at a gated depth an unsure request is truncated, and the budget's depth goes to the others.
 
     roots [B]: pending tokens. room [B]: how many draft tokens in a row each request could still use.
@@ -33,26 +19,26 @@ def grow(roots: np.ndarray, draft: Draft, policy: Policy, room: np.ndarray) -> t
     """
     tree = SuperTree.from_roots(roots)
     reach = np.arange(len(roots))
-    spare = policy.spare(len(roots))
+    spare = settings.spare(len(roots))
     requests = np.flatnonzero(room > 0)
     if spare == 0 or len(requests) == 0:
         return tree, reach
     frontier = requests[:, None]
     log_q, tokens = draft.expand_roots(requests)
-    for depth in range(1, policy.max_depth + 1):
-        children, scores = _add_children(tree, frontier, log_q, tokens, policy.width)
+    for depth in range(1, settings.max_depth + 1):
+        children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
         best = np.arange(len(children)), scores.argmax(axis=1)
         confidence = np.exp(scores[best])
-        deeper = policy.passes(depth, confidence) & (confidence > 0)
-        if policy.budget is not None:
+        deeper = gates.passes(settings.gates, depth, confidence) & (confidence > 0)
+        if settings.budget is not None:
             deeper = _most_confident(deeper, confidence, spare)
             spare -= int(deeper.sum())
         reach[requests[deeper]] = children[best][deeper]
         deeper &= room[requests] > depth
-        if depth == policy.max_depth or spare == 0 or not deeper.any():
+        if depth == settings.max_depth or spare == 0 or not deeper.any():
             break
         requests = requests[deeper]
-        frontier = _best(children[deeper], scores[deeper], policy.beams)
+        frontier = _best(children[deeper], scores[deeper], settings.beams)
         expanded = frontier >= 0
         log_q, tokens = _scatter(expanded, *draft.expand(tree, frontier[expanded]))
     return tree, reach

@@ -1,0 +1,159 @@
+"""The planner protocol: who decides what one iteration drafts and verifies, and learns from what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from echo_trt.decoding.super_tree import SuperTree
+
+RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
+
+
+class Draft(Protocol):
+    """A draft model's side of one iteration."""
+
+    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Propose children of the roots of ``requests`` [A]: log q float [A, k], best first, and tokens int [A, k]."""
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Propose children of ``nodes`` [F], all of one depth: log q float [F, k], best first; tokens int [F, k]."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What followed the last time a request's latest tokens stood in its own text.
+
+    tokens   int64 [B, L], -1 from where there are none
+    log_q    float64 [B], log P(one copied token is accepted), a function of ``matched``
+    matched  int64 [B], number of latest tokens that stood there
+    """
+
+    tokens: np.ndarray
+    log_q: np.ndarray
+    matched: np.ndarray
+
+
+class Copier(Protocol):
+    """A source of candidates that cost nothing: text copied from the request itself."""
+
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+        """Return the next ``length`` tokens after the latest match of each of ``slots`` [B]."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one iteration has to do, for B decoding requests.
+
+    slots          int64 [B], where each request's history is kept
+    room           int64 [B], draft tokens in a row that the request can still use
+    behind         int64 [B], tokens that its draft must compute before it can draft
+    context        cached tokens of all B requests
+    prompt_tokens  tokens of prompts computed in the same pass
+    recent         int64 [B, RECENT], tokens before each root, -1 where the text is shorter; None: not known
+    serial         int64 [B], admission number of the request in each slot; None: slots never change hands
+    """
+
+    slots: np.ndarray
+    room: np.ndarray
+    behind: np.ndarray
+    context: int
+    prompt_tokens: int = 0
+    recent: np.ndarray | None = None
+    serial: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one iteration verifies.
+
+    tree         nodes to verify, grouped by request; every root is included
+    probability  float64 [n], estimated chance that each node is accepted (1.0 for roots)
+    candidates   all nodes that were considered, of which ``tree`` is a subset; kept for metrics
+    padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
+    """
+
+    tree: SuperTree
+    probability: np.ndarray
+    candidates: SuperTree
+    padded_to: int = 0
+
+    @classmethod
+    def undrafted(cls, roots: np.ndarray) -> Plan:
+        """Plan plain decoding: nothing but ``roots`` int64 [B]."""
+        tree = SuperTree.from_roots(roots)
+        return cls(tree, np.ones(len(roots)), tree)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One timed forward pass of a network.
+
+    tokens        tokens computed, padding included
+    context       cached tokens of the pass's requests
+    seconds       wall-clock time
+    node_context  cached tokens that tree nodes attend besides their roots, summed over the nodes
+    """
+
+    tokens: int
+    context: int
+    seconds: float
+    node_context: int = 0
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What came of one plan.
+
+    path      int64 [m], accepted nodes of ``plan.tree``, roots included
+    target    the verification pass
+    drafts    the draft's passes, in order
+    levels    draft levels that were asked for
+    planning  seconds spent in ``Planner.plan`` outside the draft's passes
+    seconds   the whole iteration
+    host      seconds outside passes and planning
+    """
+
+    plan: Plan
+    load: Load
+    path: np.ndarray
+    target: Pass
+    drafts: tuple[Pass, ...]
+    levels: int
+    planning: float
+    seconds: float
+    host: float
+
+
+class Planner(Protocol):
+    """Decides what each iteration verifies. Texts never depend on it, only speed does."""
+
+    name: str
+    budget: int
+    """K_max, tokens verified an iteration over the whole batch, roots included; 0 where none is shared."""
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
+        """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
+
+    def observe(self, iteration: Iteration) -> None:
+        """Learn from one finished iteration."""
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Return sums over verified draft tokens, "expected" and "accepted", each by source."""
+
+
+class PlainPlanner:
+    """Plain autoregressive decoding: one token a request and iteration."""
+
+    name, budget = "autoregressive", 0
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
+        return Plan.undrafted(roots)
+
+    def observe(self, iteration: Iteration) -> None:
+        pass
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        return {}
