@@ -1,9 +1,10 @@
-"""ECHO (arXiv 2604.09603) and the goodput policy, over arrays. Nothing here knows an engine.
+"""Decide, pack and accept: one iteration of speculative decoding over arrays. Nothing here knows an engine.
 
-One iteration: draft -> gate (``grow``) -> allocate -> pack -> verify (an engine) -> accept -> commit (the runtime).
-
-The paper, as pure functions: ``super_tree``, ``policies`` (gates, K_max), ``grow``, ``allocate``, ``pack``, ``accept``,
-and the hinge in ``costs``. Goodput, which learns while it runs: ``goodput``, ``foresight``, ``sizes``, ``turns``,
-``candidates``, ``ngrams``, ``acceptance``, ``costs``, ``history``. What both draw on: ``sampling``, ``penalties``,
-``logprobs``; and to compute with, ``ragged`` arrays and ``compiled`` loops.
+planner     the protocol: ``plan`` chooses what is drafted and verified, ``observe`` learns from what came of it
+policies    builds a policy's planner by name, with its numbers
+echo        the paper (arXiv 2604.09603): gates, grow, pivot, budget
+goodput     the default: maximises committed tokens a second, and learns while it runs
+super_tree  all requests' draft trees in one set of arrays; ``pack`` makes an engine's call of them
+accept      walks down the verified trees; ``sampling``, ``penalties`` and ``logprobs`` say what the target emits
+arrays      ragged arrays; ``compiled`` loops
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from echo_trt.decoding.pack import pack
+from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
@@ -48,9 +49,8 @@ class LLM:
         self.networks = load_networks(folder, batch, prefix_cache)
         self.manifest = self.networks.manifest
         self.tuning = Tuning(folder, self.networks, note)
-        planner = self.tuning.planner(policy, budget)
-        self._planners = {(policy, budget): planner}
-        self.loop = self.networks.loop(planner)
+        self._planners: dict[tuple[str, int | None], Planner] = {}
+        self.loop = self.networks.loop(self._planner(policy, budget))
         self.tokenizer = load_tokenizer(folder)
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
 
@@ -64,9 +64,13 @@ class LLM:
         A policy that was set before goes on with what it had learnt. The first that needs this machine's costs
         measures them, so nothing may be running then.
         """
-        planner = self._planners.get((name, budget)) or self.tuning.planner(name, budget)
-        self._planners[name, budget] = planner
-        self.loop.plan_with(planner)
+        self.loop.plan_with(self._planner(name, budget))
+
+    def _planner(self, name: str | None, budget: int | None) -> Planner:
+        key = name or self.manifest.recipe.decoding.policy, budget
+        if key not in self._planners:
+            self._planners[key] = self.tuning.planner(*key)
+        return self._planners[key]
 
     def side_by_side(self, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
         """A loop for each policy over the same engines, a part of the KV pool each; ``loop`` must rest meanwhile.

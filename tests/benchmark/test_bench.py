@@ -118,9 +118,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
     alone.run()
     assert not alone.busy
     monkeypatch.setattr("echo_trt.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
-    loops, held = llm.divided(3), []
-    for loop, policy in zip(loops, ("static", "autoregressive", "dense"), strict=True):
-        llm.set_policy(policy, budget=6, loop=loop)
+    loops, held = llm.side_by_side(("static", "autoregressive", "dense"), budget=6), []
     runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
     for run in runs:
         for _ in range(3):
@@ -141,9 +139,8 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
 def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
     monkeypatch.setattr("echo_trt.benchmark.closed_loop.SLICE", 0.0)
     llm = open_llm("close", "autoregressive", batch=2)
-    first, second = llm.divided(2)
-    llm.set_policy("static", loop=second)  # emits several tokens an iteration
-    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in (first, second)], []
+    loops = llm.side_by_side(("autoregressive", "static"))  # the second emits several tokens an iteration
+    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
     for run in runs:
         step = run._step
         monkeypatch.setattr(
@@ -232,8 +229,8 @@ def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkey
     file, opened, loops = tmp_path / "long.jsonl", [], []
     file.write_text("\n".join(json.dumps({"id": i, "prompt": f"{i} abc" * 12}) for i in range(3)), "utf-8")
     monkeypatch.setattr(command, "LLM", lambda *given, **more: opened.append(LLM(*given, **more)) or opened[-1])
-    divided = command._loops
-    monkeypatch.setattr(command, "_loops", lambda *given: loops.append(divided(*given)) or loops[-1])
+    side_by_side = command._loops
+    monkeypatch.setattr(command, "_loops", lambda *given: loops.append(side_by_side(*given)) or loops[-1])
     bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
     assert [*loops[0]] == ["autoregressive", "static"]
     for loop in loops[0].values():

@@ -62,7 +62,7 @@ def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts)
     assert 1 in spots
     # The tiny pair's recipe has gates of its own, which stand.
     llm.set_policy("echo")
-    assert llm.loop.policy.gates == {1: 0.05, 3: 0.01}
+    assert llm.loop.planner.settings.gates == {1: 0.05, 3: 0.01}
 
 
 def test_without_a_calibration_that_is_said_and_costs_are_measured_once(bundle):

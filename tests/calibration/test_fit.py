@@ -22,6 +22,7 @@ from echo_trt.calibration.fit import (
     youden,
 )
 from echo_trt.calibration.reliability import _diagram
+from echo_trt.decoding.echo import gates
 from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, KNOTS, LOOKUP, Acceptance, knots
 
 labelled = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=25)
@@ -58,11 +59,8 @@ def test_youden_keeps_most_accepted_and_cuts_most_others(pairs):
 
 
 def test_a_gate_at_youdens_threshold_lets_the_accepted_pass():
-    from echo_trt.decoding.policies import Policy
-
     confidence, label = np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, True, False, False])
-    gate = Policy("echo", gates={1: youden(confidence, label)})
-    assert gate.passes(1, confidence).tolist() == label.tolist()
+    assert gates.passes({1: youden(confidence, label)}, 1, confidence).tolist() == label.tolist()
 
 
 # -- synthetic observations ------------------------------------------------------------------------------------------

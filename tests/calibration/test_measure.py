@@ -1,5 +1,6 @@
 """What passes cost, measured on tiny pairs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 from pairs import LIMITS, roles_of
 from runtime.driving import assert_all_free
 
+from echo_trt.bundle import Manifest
 from echo_trt.calibration.measure import FEW, MANY, SIZES, disturbance, measure, without_speculation
 from echo_trt.calibration.store import machine
 from echo_trt.compile.native_export import export_native
 from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.engines.onnxruntime import OnnxRuntimeEngine
 from echo_trt.engines.padded import Layout
+from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -42,7 +46,7 @@ def check(table, sizes):
 def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     llm = open_llm(pair, "autoregressive", 3)
     before = llm.generate(["the theme"], SamplingParams(8))[0].token_ids
-    table = measure(llm.loop, llm.manifest, seconds=0.05)
+    table = measure(llm.networks, seconds=0.05)
     possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
     check(table, ([n for n in possible if n <= FEW], [n for n in possible if n > FEW]))
     assert table.machine == machine(llm.manifest)
@@ -55,18 +59,16 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
 def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, sizes, open_llm, networks, tmp_path):
     """An engine with a cache a slot takes each slot once a call, in its own blocks."""
     llm = open_llm("model", "autoregressive", slots)
-    loop = llm.loop
-    state = Slots(slots, loop.state.context, loop.state.reserve)
+    state = Slots(slots, llm.networks.state.context, llm.networks.state.reserve)
     blocks = blocks_for(state.context + state.reserve)
     engines = {}
     for name, role in roles_of("model", networks).items():
         export_native(role, tmp_path / f"{name}.onnx", "fp32", Layout(1, blocks, LIMITS["prefill_chunk"]).rows)
         engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
-    loop.target, loop.state = engines["target"], state
-    loop.drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
-    table = measure(loop, llm.manifest, seconds=0.05)
-    check(table, (list(sizes), []))
-    assert_all_free(loop)
+    drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
+    networks = replace(llm.networks, state=state, **engines, drafter=drafter)
+    check(measure(networks, seconds=0.05), (list(sizes), []))
+    assert_all_free(networks.loop(PlainPlanner()))
 
 
 class Clocked:
@@ -81,6 +83,10 @@ class Clocked:
         self.clock.now += self.curve(len(call.token_ids), int(call.past_lens.sum()))
 
 
+def networks_of(target: Clocked, state: Slots, manifest: Manifest) -> Networks:
+    return Networks(manifest, state, target, None, None, None, None)
+
+
 @pytest.mark.parametrize("count", [8, 64, 256])
 def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, monkeypatch):
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
@@ -88,8 +94,7 @@ def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, m
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
     monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(truth.costs().target, clock, 8192)
-    loop = SimpleNamespace(state=Slots(count, 4096, 128, 8192), target=target, drafter=None)
-    table = measure(loop, manifest)
+    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
     curve = table.costs().target
     for tokens in (1, 100, 150, 200, 300, 500, 1000, 2000):
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03 if tokens <= 500 else 0.2)
@@ -101,8 +106,7 @@ def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
     monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
-    loop = SimpleNamespace(state=Slots(256, 4096, 128, 8192), target=target, drafter=None)
-    assert measure(loop, manifest).target.sizes[-1] == MANY
+    assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == MANY
 
 
 def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
@@ -112,8 +116,8 @@ def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, mon
     knees = set()
     for longest in (0.33, 0.7):
         curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
-        loop = SimpleNamespace(state=Slots(64, 2048, 64, 8192), target=Clocked(curve, clock, 8192), drafter=None)
-        knees.add(measure(loop, manifest).hinge.k_max)
+        networks = networks_of(Clocked(curve, clock, 8192), Slots(64, 2048, 64, 8192), manifest)
+        knees.add(measure(networks).hinge.k_max)
     assert len(knees) == 1
     assert knees < {3, 4}
 
@@ -143,7 +147,7 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
     for seed in range(20):
         begin = clock.now
         target = Restless(truth, clock, 8192, seed)
-        curve = measure(SimpleNamespace(state=Slots(64, 2048, 64, 8192), target=target, drafter=None), manifest).costs()
+        curve = measure(networks_of(target, Slots(64, 2048, 64, 8192), manifest)).costs()
         assert clock.now - begin < 10
         times = np.array([curve.target(n) / truth(n) for n in small])
         wrong.append(times / np.median(times) - 1)

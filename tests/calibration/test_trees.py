@@ -17,12 +17,12 @@ from echo_trt.calibration.trees import COPIED, RecordedDraft, Trees
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 
-SHAPE, MOST = Policy("static", max_depth=3, beams=3, width=3), 24
+SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3), 24
 
 
 def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_tree(recorded, texts, open_llm):
@@ -102,12 +102,12 @@ def test_a_recorded_draft_says_what_was_recorded_whatever_is_asked(recorded, dat
 
 def verifications(trees: Trees, request: int) -> int:
     """Passes of the target that the static policy needs for an answer: its prompt's, then one a tree."""
-    policy = Policy("static", max_depth=3, beams=3, width=3, per_request=8)
+    limits = replace(SHAPE, per_request=8)
     answer, done, passes = answer_of(trees, request), 1, 1
     while done < len(answer):
         position = np.flatnonzero((trees.request == request) & (trees.index == done))
-        tree, reach = grow(np.zeros(1), RecordedDraft(trees, position, 3), policy, np.array([MOST - done - 1]))
-        tree, _ = tree.sorted_by_request(allocate(tree, reach, policy))
+        tree, reach = grow(np.zeros(1), RecordedDraft(trees, position, 3), limits, np.array([MOST - done - 1]))
+        tree, _ = tree.sorted_by_request(allocate(tree, reach, limits))
         truth = [-1, *(trees.truth(position, np.array([ahead]))[0] for ahead in range(1, 6))]
         path, _ = accept(tree, lambda nodes, t=tree, own=truth: np.array(own)[t.depth[nodes] + 1])
         done += len(path)

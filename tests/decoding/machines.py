@@ -9,11 +9,11 @@ from seeded_draft import PathDraft, SteadyDraft
 
 from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.goodput.costs import Curve
-from echo_trt.decoding.goodput.planner import Load, Plan, Planner
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import SuperTree
 
-POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=12)
+SHAPE = GoodputSettings(max_depth=5, beams=2, width=3, per_request=12)
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 USUAL = np.array([[[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]]])
 
@@ -29,14 +29,24 @@ def linear(first: float, each: float) -> Curve:
     return Curve(SIZES, [first + each * (n - 1) for n in SIZES])
 
 
+class Copied:
+    """A copier that has found ``continuations`` already, whoever asks."""
+
+    def __init__(self, continuations: Continuations):
+        self._found = continuations
+
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+        return self._found
+
+
 class Server:
     """One request a slot, without end. ``q`` [k]: what the draft says of the children of any node, best first, of
     which ``right`` [k] are the target's own; by default the draft is calibrated."""
 
-    def __init__(self, planner: Planner, policy: Policy, target: Curve, draft: Curve, q: Sequence[float], count: int):
-        self.planner, self.policy, self.target, self.draft = planner, policy, target, draft
+    def __init__(self, planner: Planner, target: Curve, draft: Curve, q: Sequence[float], count: int):
+        self.planner, self.target, self.draft = planner, target, draft
         self.q = self.right = q
-        self.slots, self.behind = np.arange(count), np.full(count, 20)
+        self.slots, self.serial, self.behind = np.arange(count), np.arange(count), np.full(count, 20)
         self.rng = np.random.default_rng(0)
         self.reset()
 
@@ -59,17 +69,17 @@ class Server:
 
     def _step(self) -> None:
         draft = _TimedDraft(self)
-        load = Load(self.slots, np.full(len(self.slots), 99), self.behind.copy(), 0)
-        plan = self.planner.plan(np.zeros(len(self.slots)), draft, self.policy, load)
+        load = Load(self.slots, np.full(len(self.slots), 99), self.behind.copy(), 0, serial=self.serial.copy())
+        plan = self.planner.plan(np.zeros(len(self.slots)), draft, load)
         tokens = max(len(plan.tree), plan.padded_to)
-        verified = self.target(tokens)
-        self.planner.target_pass(tokens, 0, verified)
-        path = self._accepted(plan)
+        target, passes = Pass(tokens, 0, self.target(tokens)), tuple(draft.passes)
+        drafting = sum(done.seconds for done in passes)
+        path, seconds = self._accepted(plan), target.seconds + drafting
         self.behind += np.bincount(plan.tree.request[path])
-        self.planner.committed(plan, path, load, verified + draft.seconds, 0.0)
-        self.seconds += verified + draft.seconds
-        self.drafting += draft.seconds
-        self.drafts += draft.seconds > 0
+        self.planner.observe(Iteration(plan, load, path, target, passes, len(passes), 0.0, seconds, 0.0))
+        self.seconds += seconds
+        self.drafting += drafting
+        self.drafts += drafting > 0
         self.tokens += len(path)
         self.sizes.append(len(plan.tree))
 
@@ -89,22 +99,19 @@ class _TimedDraft:
     def __init__(self, server: Server):
         self._server, self._draft = server, SteadyDraft([server.q] * len(server.slots))
         self._above = 0
-        self.seconds = 0.0
+        self.passes: list[Pass] = []
 
-    def _passes(self, entries: int) -> None:
-        self.entries = entries
-        taken = self._server.draft(entries)
-        self.seconds += taken
-        self._server.planner.draft_pass(entries, 0, taken)
+    def _pass(self, entries: int) -> None:
+        self.passes.append(Pass(entries, 0, self._server.draft(entries)))
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._passes(int(self._server.behind[requests].sum()))
+        self._pass(int(self._server.behind[requests].sum()))
         self._server.behind[requests] = 0
         return self._draft.expand_roots(requests)
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._above += len(nodes)
-        self._passes(self._above)
+        self._pass(self._above)
         return self._draft.expand(tree, nodes)
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from seeded_draft import PathDraft, drafted
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.echo.grow import grow
-from echo_trt.decoding.echo.pivot import allocate
-from echo_trt.decoding.policies import PAPER, Policy, make_policy
+from echo_trt.decoding.planner import Load, Planner
+from echo_trt.decoding.policies import PAPER, make_planner
 from echo_trt.decoding.super_tree import SuperTree
 
 
@@ -60,22 +59,17 @@ def test_an_empty_batch():
 # -- lossless ------------------------------------------------------------------------------------------------------
 
 VOCAB = 11
-POLICIES = {
-    name: make_policy(
-        name,
-        {
-            "budget": 14,
-            "per_request": 64,
-            "max_depth": 5,
-            "beams": 2,
-            "width": 4,
-            "gates": {1: 0.3, 3: 0.15},
-            "fixed_threshold": 0.25,
-            "static": {"depth": 3, "top_k": 3, "tokens": 7},
-        },
-    )
-    for name in PAPER
+SETTINGS = {
+    "budget": 14,
+    "per_request": 64,
+    "max_depth": 5,
+    "beams": 2,
+    "width": 4,
+    "gates": {1: 0.3, 3: 0.15},
+    "fixed_threshold": 0.25,
+    "static": {"depth": 3, "top_k": 3, "tokens": 7},
 }
+PLANNERS = {name: make_planner(name, SETTINGS, lambda *_: None) for name in PAPER}
 
 
 def hashed(*what: object) -> int:
@@ -105,17 +99,20 @@ class GuessingDraft(PathDraft):
 
 
 def decode(
-    seeds: list[int], prompts: list[tuple[int, ...]], limits: list[int], policy_at: Callable[[int], Policy], hit: float
+    seeds: list[int],
+    prompts: list[tuple[int, ...]],
+    limits: list[int],
+    planner_at: Callable[[int], Planner],
+    hit: float,
 ) -> tuple[list[tuple[int, ...]], int]:
     """Speculative decoding of a batch that shrinks as its requests finish: the texts, and verifications in all."""
     texts, iteration, verifications = list(prompts), 0, 0
     while running := [i for i in range(len(texts)) if len(texts[i]) < limits[i]]:
-        policy = policy_at(iteration)
         own_seeds, own_texts = [seeds[i] for i in running], [texts[i] for i in running]
         room = np.array([limits[i] - len(texts[i]) - 1 for i in running])
         roots = np.array([text[-1] for text in own_texts])
-        candidates, reach = grow(roots, GuessingDraft(own_seeds, own_texts, hit), policy, room)
-        tree, _ = candidates.sorted_by_request(allocate(candidates, reach, policy))
+        load = Load(np.array(running), room, np.ones(len(running), np.int64), 0)
+        tree = planner_at(iteration).plan(roots, GuessingDraft(own_seeds, own_texts, hit), load).tree
 
         def next_token(nodes: np.ndarray, tree=tree, seeds=own_seeds, texts=own_texts) -> np.ndarray:
             owners = tree.request[nodes].tolist()
@@ -145,7 +142,7 @@ def batch_of(size: int) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
 @pytest.mark.parametrize("size", range(1, 10))
 def test_the_text_is_the_targets_own(size, name, hit):
     seeds, prompts, limits = batch_of(size)
-    texts, verifications = decode(seeds, prompts, limits, lambda _: POLICIES[name], hit)
+    texts, verifications = decode(seeds, prompts, limits, lambda _: PLANNERS[name], hit)
     assert texts == [plain(*request) for request in zip(seeds, prompts, limits, strict=True)]
     tokens = sum(limits) - 2 * size
     if name == "autoregressive":
@@ -157,7 +154,7 @@ def test_the_text_is_the_targets_own(size, name, hit):
 @given(st.lists(st.sampled_from(PAPER), min_size=1, max_size=6), st.integers(1, 5), st.sampled_from([0.4, 0.8]))
 def test_the_policy_may_change_between_iterations(names, size, hit):
     seeds, prompts, limits = batch_of(size)
-    texts, _ = decode(seeds, prompts, limits, lambda iteration: POLICIES[names[iteration % len(names)]], hit)
+    texts, _ = decode(seeds, prompts, limits, lambda iteration: PLANNERS[names[iteration % len(names)]], hit)
     assert texts == [plain(*request) for request in zip(seeds, prompts, limits, strict=True)]
 
 

@@ -60,7 +60,7 @@ def test_trees_and_prompt_chunks(tree, data):
 
 def test_types_are_the_operators():
     call = pack(np.arange(3), np.arange(3), np.array([BLOCK]), np.array([3]), shuffled_table(1, 2), np.array([2]))
-    arrays = {name: value for name, value in call._asdict().items() if name != "fill"}
+    arrays = {name: value for name, value in call._asdict().items() if name != "padded_to"}
     assert call.padded_to == 0
     assert {name for name, value in arrays.items() if value.dtype == np.int32} == set(INT32)
     assert call.tree_mask.dtype == np.uint8

@@ -8,7 +8,7 @@ from pairs import DECODING, LIMITS, VOCAB, roles_of
 
 from echo_trt.compile.native_export import export_native
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.policies import make_policy, reserve_for
+from echo_trt.decoding.policies import make_planner, reserve_for
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.engines.onnxruntime import OnnxRuntimeEngine
 from echo_trt.engines.padded import Layout
@@ -182,7 +182,8 @@ def open_loop(native):
             config = head.network.config
             sizes = 3 * config.target_hidden_size, config.hidden_size
             drafter = Eagle3Drafter(drafter.engine, state, CHUNK, *sizes)
-        return Loop(engine("target"), drafter, state, make_policy(policy, DECODING), (0,), CHUNK)
+        planner = make_planner(policy, DECODING, lambda *_: None)
+        return Loop(engine("target"), drafter, state, planner, (0,), CHUNK)
 
     return get
 

@@ -125,7 +125,7 @@ def test_a_call_says_what_it_is_filled_up_to(sizes, fill, bundle_of):
     fed, feed = [], engine._feed
     engine._feed = lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs))
     call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
-    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(fill=fill)))
+    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=fill)))
     count = sum(sizes)
     own = count if sizes == [1, 1] else count + -count % GRANULE
     assert fed == [own, fill if fill > count else own]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.decoding.planner import Planner
 from echo_trt.runtime.drafters import Eagle3Drafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import Slots
@@ -99,6 +100,6 @@ class Chained:
         self.pool[target] = self.pool[source]
 
 
-def chained_loop(state: Slots, policy, chunk: int) -> Loop:
+def chained_loop(state: Slots, planner: Planner, chunk: int) -> Loop:
     target, head = (Chained(state.num_blocks, head) for head in (False, True))
-    return Loop(target, Eagle3Drafter(head, state, chunk, 3, 3), state, policy, (), chunk)
+    return Loop(target, Eagle3Drafter(head, state, chunk, 3, 3), state, planner, (), chunk)

@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from pairs import VOCAB
 
+from echo_trt.decoding.echo.planner import EchoPlanner
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.pack import Packed
+from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.engines.base import Engine
+from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots
@@ -34,6 +42,19 @@ def run(loop: Loop, steps: int = 100_000) -> list[tuple[Request, list[int]]]:
             break
         events += loop.step()
     return events
+
+
+def echo_planner(**settings) -> EchoPlanner:
+    return EchoPlanner("echo", EchoSettings(**settings))
+
+
+def goodput_planner(llm: LLM, costs: Costs, policy: str = "goodput", ngrams: NGrams | None = None) -> GoodputPlanner:
+    """A goodput policy's planner for a machine of ``costs``, not this one, so that it speculates as a test wants."""
+    networks = llm.networks
+    settings = goodput_settings(policy, llm.manifest.recipe.decoding.model_dump())
+    acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
+    slots = networks.state.count
+    return GoodputPlanner(policy, settings, costs, acceptance, slots, ngrams, networks.copier, head=head)
 
 
 def assert_all_free(loop: Loop) -> None:

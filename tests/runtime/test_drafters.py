@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from driving import Counted, add, assert_all_free, prompt_ids, run
+from driving import Counted, add, assert_all_free, echo_planner, prompt_ids, run
 from pairs import LIMITS, VOCAB, reference_engines
 
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.slots import Slots
@@ -202,14 +202,14 @@ def test_the_draft_is_in_step_after(event, pair, open_llm, from_scratch):
 def test_all_is_accepted_before_and_after_a_pause(pause, open_llm):
     """The target as its own draft, one greedy chain: each verification emits the whole chain and one token more."""
     loop = open_llm("self").loop
-    chain, plain = Policy("echo", max_depth=4, beams=1, width=2, budget=15), Policy("autoregressive")
+    chain, plain = echo_planner(max_depth=4, beams=1, width=2, budget=15), PlainPlanner()
     for seed in range(3):
         add(loop, prompt_ids(5 + 6 * seed, seed), max_tokens=90)
-    loop.policy = plain
+    loop.plan_with(plain)
     while len(loop.state.decoding()) < 3:
         loop.step()
-    for policy, steps, each in ((chain, 4, 5), (plain, pause, 1), (chain, 4, 5)):
-        loop.policy = policy
+    for planner, steps, each in ((chain, 4, 5), (plain, pause, 1), (chain, 4, 5)):
+        loop.plan_with(planner)
         assert [len(new) for _, new in run(loop, steps)] == [each] * 3 * steps
 
 
@@ -218,9 +218,8 @@ def test_all_is_accepted_before_and_after_a_pause(pause, open_llm):
 def test_acceptance_is_the_same_where_others_come_and_go(pair, policy, open_llm):
     """Batches change a request's share of a common budget, so here the budget is large enough for everyone."""
     loop = open_llm(pair, policy).loop
-    loop.policy = Policy(
-        policy, max_depth=3, beams=2, width=3, **({"per_request": 9} if policy == "static" else {"budget": 999})
-    )
+    limits = {"per_request": 9} if policy == "static" else {"budget": 999}
+    loop.plan_with(echo_planner(max_depth=3, beams=2, width=3, **limits))
     alone = add(loop, prompt_ids(20, 0))
     run(loop)
     beside = add(loop, prompt_ids(20, 0))
@@ -244,7 +243,7 @@ def test_not_drafting_never_calls_the_draft(pair, open_llm):
         add(llm.loop, prompt_ids(30, seed), max_tokens=10)
     run(llm.loop, 8)
     assert len(target.calls) == 8
-    llm.loop.policy = Policy("echo", max_depth=4, beams=2, width=3, budget=3)  # spent on the roots
+    llm.loop.plan_with(echo_planner(max_depth=4, beams=2, width=3, budget=3))  # spent on the roots
     run(llm.loop, 3)
     assert draft.calls == []
     llm.set_policy("echo")
@@ -262,7 +261,7 @@ def test_a_request_in_step_costs_one_pass_a_level_and_reads_no_token_twice(pair,
     for _ in range(6):
         draft.calls.clear()
         ((_, next_emitted),) = run(llm.loop, 1)
-        assert len(draft.calls) == llm.loop.policy.max_depth
+        assert len(draft.calls) == llm.loop.planner.settings.max_depth
         assert len(draft.calls[0].token_ids) == len(emitted)
         emitted = next_emitted
 

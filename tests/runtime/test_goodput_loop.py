@@ -7,16 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from driving import add, assert_all_free, prompt_ids, run
+from driving import add, assert_all_free, goodput_planner, prompt_ids, run
 from pairs import FOLDERS, PAIRS
 from refusal import refused
 
 from echo_trt.calibration.store import COSTS
-from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import Goodput
 from echo_trt.decoding.goodput.sizes import Sizes
-from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
@@ -39,12 +36,6 @@ def machine(each: float = 0.0, draft: float = 0.0) -> Costs:
     return Costs(Curve([1, 256], [1e-3, 1e-3 * (1 + 255 * each)]), Curve([1, 256], [1e-9 + 1e-3 * draft] * 2))
 
 
-def plan_on(llm: LLM, costs: Costs) -> LLM:
-    """Not this machine's costs, but such that it speculates as the test wants."""
-    llm.loop.planner = Goodput(costs, Acceptance.uncalibrated(4), llm.loop.state.count)
-    return llm
-
-
 @pytest.fixture(scope="module")
 def plain_ids(open_llm):
     """pair -> what plain decoding writes, one request at a time."""
@@ -65,8 +56,7 @@ def plain_ids(open_llm):
 def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", batch)
     for policy in POLICIES:
-        plan_on(llm, machine())  # anew: what was learnt on a busy machine may be that drafts do not pay
-        llm.set_policy(policy)
+        llm.loop.plan_with(goodput_planner(llm, machine(), policy))
         drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
         completions = llm.generate(*requests())
         assert [c.token_ids for c in completions] == plain_ids(pair)
@@ -88,9 +78,10 @@ class Turns(Sizes):
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
-    llm = plan_on(open_llm(pair, "autoregressive", 3), replace(machine(), change=1e-3))
-    llm.loop.planner.sizes = Turns()
-    llm.set_policy("goodput")
+    llm = open_llm(pair, "autoregressive", 3)
+    planner = goodput_planner(llm, replace(machine(), change=1e-3))
+    planner.sizes = Turns()
+    llm.loop.plan_with(planner)
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
     assert_all_free(llm.loop)
 
@@ -101,10 +92,11 @@ class Held(Sizes):
 
 
 def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
-    llm = plan_on(open_llm("close", "autoregressive", 3), replace(machine(), change=1.0, granule=2))
-    llm.loop.planner.sizes = Held()
-    llm.loop.planner.target_pass = lambda *_, **__: None  # what passes take here would change what a change is worth
-    llm.set_policy("goodput")
+    llm = open_llm("close", "autoregressive", 3)
+    planner = goodput_planner(llm, replace(machine(), change=1.0, granule=2))
+    planner.sizes = Held()
+    planner.observe = lambda _: None  # what passes take here would change what a change is worth
+    llm.loop.plan_with(planner)
     seen, calls = llm.loop.target.run, []
     llm.loop.target.run = lambda call: (calls.append(call), seen(call))[1]
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids("close")
@@ -118,25 +110,30 @@ def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
 
 @pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
 def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
-    llm = plan_on(open_llm(pair, "autoregressive", 2), machine())
-    planner = llm.loop.planner  # which is not to learn from what else runs here
-    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
+    llm = open_llm(pair, "autoregressive", 2)
     for policy in POLICIES:
-        llm.set_policy(policy)
+        planner = goodput_planner(llm, machine(), policy)
+        planner.observe = lambda _: None  # it is not to learn from what else runs here
+        llm.loop.plan_with(planner)
         params = SamplingParams(max_tokens=40, ignore_eos=True)
         assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > least
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
-    llm = plan_on(open_llm(pair, "autoregressive", 3), machine())
+    llm = open_llm(pair, "autoregressive", 3)
+    planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}
     prompts, params = requests()
     policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static"])
     costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
     ids: dict[int, list[int]] = {}
     for delta in llm.stream(prompts, params):
-        llm.set_policy(next(policies))
-        llm.loop.planner.costs = next(costs)
+        policy, now = next(policies), next(costs)
+        if policy in planners:
+            planners[policy].costs = now
+            llm.loop.plan_with(planners[policy])
+        else:
+            llm.set_policy(policy)
         if delta.completion:
             ids[delta.index] = delta.completion.token_ids
     assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
@@ -160,9 +157,9 @@ def test_costs_are_not_measured_while_requests_run(pair, open_llm, bundle_of, pl
 
 
 def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
-    llm = plan_on(open_llm("close", "autoregressive", 8), machine())
-    llm.set_policy("goodput")
+    llm = open_llm("close", "autoregressive", 8)
     loop = llm.loop
+    loop.plan_with(goodput_planner(llm, machine()))
     prompts, params = requests()
     added = {}
     for i in np.random.default_rng(0).permutation(len(prompts)):
@@ -176,9 +173,9 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
 
 
 def test_what_is_learnt_comes_from_what_ran(open_llm):
-    llm = plan_on(open_llm("close", "autoregressive", 2), machine())
-    llm.set_policy("goodput")
-    planner = llm.loop.planner
+    llm = open_llm("close", "autoregressive", 2)
+    planner = goodput_planner(llm, machine())
+    llm.loop.plan_with(planner)
     target, draft = planner.costs.target.seconds, planner.costs.draft.seconds
     llm.generate([prompt_ids(5, 0)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
     assert (planner.costs.target.seconds != target).any()
@@ -188,6 +185,6 @@ def test_what_is_learnt_comes_from_what_ran(open_llm):
     assert planner.history.host_seconds > 0
     planner.history.promise[:] = 0.01
     add(llm.loop, prompt_ids(5, 0))
-    run(llm.loop, steps=1)
+    run(llm.loop, steps=2)  # its prompt, and a plan
     assert sorted(planner.history.promise)[0] == 0.01
     assert sorted(planner.history.promise)[1] > 0.5

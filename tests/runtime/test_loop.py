@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from driving import Counted, Foresight, add, assert_all_free, prompt_ids, run
+from driving import Counted, Foresight, add, assert_all_free, echo_planner, prompt_ids, run
 from pairs import LIMITS, PAIRS, VOCAB, reference_engines
 from refusal import refused
 
 from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.policies import Policy
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import MAX_STOP_TOKENS, SamplingParams
@@ -224,7 +223,7 @@ def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
 def test_what_is_drafted_is_what_may_still_be_said(open_llm):
     """No draft token beyond max_tokens is verified: the last iterations of a request get smaller trees."""
     loop = open_llm("self", batch=1).loop
-    loop.policy = Policy("static", max_depth=3, beams=1, width=1, per_request=4)
+    loop.plan_with(echo_planner(max_depth=3, beams=1, width=1, per_request=4))
     for limit, chains in ((9, [6, 4, 4]), (8, [6, 4, 3]), (6, [6, 4, 1]), (2, [6, 1])):
         loop.target = target = Counted(loop.target)
         add(loop, prompt_ids(6, 0), max_tokens=limit)
@@ -298,7 +297,7 @@ def test_a_pool_too_small_for_one_request(with_limits):
 def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     """It would wait for blocks that never come."""
     llm = open_llm("lookup")
-    part = llm.divided(llm.loop.state.num_blocks)[0]
+    part = llm.side_by_side(["autoregressive"] * llm.loop.state.num_blocks)[0]
     with refused("the request may need", "there are 1", "lower its max_tokens"):
         part.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
 
@@ -312,6 +311,20 @@ def test_batch_is_checked(batch, bundle_of):
 def test_policy_is_checked(bundle_of):
     with refused("policy is 'ecco'", "echo"):
         LLM(bundle_of("lookup"), "ecco")
+
+
+def test_a_policy_that_comes_back_goes_on_with_what_it_has_learnt(open_llm):
+    """Under its own name or as the recipe's; with another K_max it is another one."""
+    llm = open_llm("lookup", None)
+    first = llm.loop.planner
+    for name in ("echo", None, "echo"):
+        llm.set_policy("autoregressive")
+        assert llm.loop.planner.name == "autoregressive"
+        llm.set_policy(name)
+        assert llm.loop.planner is first
+    llm.set_policy("echo", 9)
+    assert (llm.loop.planner.name, llm.loop.planner.budget) == ("echo", 9)
+    assert first.budget == 24
 
 
 def test_one_request_needs_its_context_and_a_tree(open_llm):

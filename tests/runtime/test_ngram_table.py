@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import assert_all_free, prompt_ids
+from driving import assert_all_free, goodput_planner, prompt_ids
 from pairs import recipe_of
 from refusal import refused
 
 from echo_trt.bundle import NGRAMS, read_manifest
 from echo_trt.compile.build import build
-from echo_trt.decoding.goodput.acceptance import NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import NGRAM
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ngrams import SUREST, NGrams, context_keys
-from echo_trt.decoding.goodput.planner import Goodput
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
@@ -165,11 +164,11 @@ def test_texts_are_plain_decodings_whether_they_are_right_or_wrong(pair, wrong, 
     llm = open_llm(pair, "autoregressive", 3)
     free = Costs(Curve([1, 256], [1e-3, 1e-3]), Curve([1, 256], [1e-9, 1e-9]))
     ngrams = ngrams_of(plain, wrong=wrong)
-    llm.loop.planner = Goodput(free, Acceptance.uncalibrated(4), llm.loop.state.count, ngrams)
     for policy in ("goodput", "goodput-exact"):
-        llm.set_policy(policy)
+        planner = goodput_planner(llm, free, policy, ngrams)
+        llm.loop.plan_with(planner)
         assert [c.token_ids for c in llm.generate(*requests())] == plain
         assert_all_free(llm.loop)
-    accepted, expected = (getattr(llm.loop.planner.acceptance, what)[NGRAM] for what in ("accepted", "expected"))
-    assert expected > 0
-    assert (accepted > 0.5 * expected) == (wrong == 0)
+        totals = planner.totals()
+        assert totals["expected"]["ngram"] > 0
+        assert (totals["accepted"]["ngram"] > 0.5 * totals["expected"]["ngram"]) == (wrong == 0)

@@ -7,23 +7,23 @@ from collections import Counter
 import numpy as np
 import pytest
 from chained import VOCAB, chained_loop, continued
-from driving import add, assert_all_free, run
+from driving import add, assert_all_free, echo_planner, run
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.runtime.prefix_cache import PrefixCache
 from echo_trt.runtime.slots import Slots, blocks_for
 
 COUNT, CONTEXT, CHUNK = 4, 5 * BLOCK + 9, 40
-POLICIES = {
-    "plain": Policy("autoregressive"),
-    "static": Policy("static", max_depth=3, beams=2, width=3, per_request=9),
-    "echo": Policy("echo", max_depth=4, beams=2, width=3, budget=14, per_request=9),
+PLANNERS = {
+    "plain": PlainPlanner(),
+    "static": echo_planner(max_depth=3, beams=2, width=3, per_request=9),
+    "echo": echo_planner(max_depth=4, beams=2, width=3, budget=14, per_request=9),
 }
-RESERVE = max(policy.nodes_per_request for policy in POLICIES.values())
+RESERVE = max(PLANNERS[name].settings.rows_per_request for name in ("static", "echo"))
 LEAST = blocks_for(CONTEXT + RESERVE)
 #: Parts of prompts: two differ in their first token, two in their last alone, which is the key of the block before.
 PARTS = np.random.default_rng(0).integers(0, VOCAB, (3, BLOCK))
@@ -45,7 +45,7 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(blocks=st.integers(LEAST, 3 * LEAST))
     def begin(self, blocks):
-        self.loop = chained_loop(slots(blocks), POLICIES["echo"], CHUNK)
+        self.loop = chained_loop(slots(blocks), PLANNERS["echo"], CHUNK)
         self.asked = []
 
     @rule(prompt=prompts, answer=st.integers(1, 2 * BLOCK), stop=st.sampled_from([(), (3,), (7, 8, 9)]))
@@ -61,9 +61,9 @@ class Traffic(RuleBasedStateMachine):
             text = np.concatenate((before.prompt, before.generated, more[: 1 + turn % 20])).astype(np.int64)
             self.asked.append(add(self.loop, text[: CONTEXT - 1], max_tokens=1 + turn % 40))
 
-    @rule(steps=st.integers(1, 12), policy=st.sampled_from(sorted(POLICIES)))
-    def step(self, steps, policy):
-        self.loop.policy = POLICIES[policy]
+    @rule(steps=st.integers(1, 12), planner=st.sampled_from(sorted(PLANNERS)))
+    def step(self, steps, planner):
+        self.loop.plan_with(PLANNERS[planner])
         run(self.loop, steps)
 
     @precondition(lambda self: self.loop.running)
@@ -185,7 +185,7 @@ def test_a_held_block_is_not_idle_until_its_last_request_leaves():
 
 @pytest.fixture
 def loop():
-    return chained_loop(slots(6 * LEAST), POLICIES["echo"], CHUNK)
+    return chained_loop(slots(6 * LEAST), PLANNERS["echo"], CHUNK)
 
 
 def computed(loop, prompt, **params) -> tuple[int, int]:
@@ -239,7 +239,7 @@ def test_drafts_find_what_drafts_have_left(loop):
     before = loop.drafter.engine.tokens_read
     second = add(loop, prompt, max_tokens=40)
     run(loop)
-    alone = chained_loop(slots(6 * LEAST, False), POLICIES["echo"], CHUNK)
+    alone = chained_loop(slots(6 * LEAST, False), PLANNERS["echo"], CHUNK)
     third = add(alone, prompt, max_tokens=40)
     run(alone)
     assert first.verifications == second.verifications == third.verifications < 25
@@ -248,10 +248,10 @@ def test_drafts_find_what_drafts_have_left(loop):
 
 def test_a_prefix_that_was_never_drafted_is_caught_up_with(loop):
     prompt = np.random.default_rng(1).integers(0, VOCAB, 3 * BLOCK + 5)
-    loop.policy = POLICIES["plain"]
+    loop.plan_with(PLANNERS["plain"])
     add(loop, prompt, max_tokens=1)
     run(loop)
-    loop.policy = POLICIES["echo"]
+    loop.plan_with(PLANNERS["echo"])
     request = add(loop, prompt, max_tokens=40)
     run(loop)
     assert loop.counters.cached_tokens == 3 * BLOCK
@@ -259,7 +259,7 @@ def test_a_prefix_that_was_never_drafted_is_caught_up_with(loop):
 
 
 def test_without_the_cache_nothing_stays():
-    loop = chained_loop(slots(2 * LEAST, False), POLICIES["echo"], CHUNK)
+    loop = chained_loop(slots(2 * LEAST, False), PLANNERS["echo"], CHUNK)
     assert computed(loop, np.ones(90, np.int64), max_tokens=5) == computed(loop, np.ones(90, np.int64)) == (90, 0)
     assert loop.state.free_blocks == loop.state.num_blocks
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from driving import add, assert_all_free, prompt_ids, run
+from driving import add, assert_all_free, echo_planner, goodput_planner, prompt_ids, run
 from pairs import PAIRS
-from test_goodput_loop import machine, plan_on
+from test_goodput_loop import machine
 
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import NAMES, Policy
+from echo_trt.decoding.policies import GOODPUT, NAMES
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -38,9 +38,12 @@ def conversation(llm: LLM, **sampling) -> list[list[int]]:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_conversation_is_the_same_under_every_policy(pair, sampling, open_llm, without):
     expected = conversation(without(pair), **sampling)
-    llm = plan_on(open_llm(pair, "autoregressive"), machine())
+    llm = open_llm(pair, "autoregressive")
     for policy in NAMES:
-        llm.set_policy(policy)
+        if policy in GOODPUT:
+            llm.loop.plan_with(goodput_planner(llm, machine(), policy))
+        else:
+            llm.set_policy(policy)
         llm.loop.state.forget_cached()
         found = llm.counters.cached_tokens
         assert conversation(llm, **sampling) == expected
@@ -139,7 +142,7 @@ def test_a_chain_of_one_request_does_not_write_into_what_another_shares(open_llm
     before = loop.target._pool[:, blocks].copy()
     for i in range(3):
         add(loop, [*SYSTEM, *prompt_ids(7, i)], max_tokens=60)
-    loop.policy = Policy("static", max_depth=3, beams=3, width=3, per_request=12)
+    loop.plan_with(echo_planner(max_depth=3, beams=3, width=3, per_request=12))
     run(loop)
     assert loop.counters.cached_tokens == 3 * 2 * BLOCK
     np.testing.assert_array_equal(loop.target._pool[:, blocks], before)

@@ -1,14 +1,12 @@
 """In bf16, too, one path a request has plain decoding's own bits, whatever else is computed beside it."""
 
 import pytest
-from driving import add, prompt_ids, run
+from driving import add, goodput_planner, prompt_ids, run
 from pairs import LIMITS, recipe_of
 
 from echo_trt.compile.build import build
 from echo_trt.compile.openvino import has_bf16
-from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import Goodput
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -28,9 +26,9 @@ def bf16_bundle(networks, tmp_path_factory):
 def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float]]]:
     """Token ids, and log P(token) to the last bit, of each answer."""
     llm = LLM(bundle, "autoregressive", batch)
-    curve = Curve([1, 256], [1e-3, 1.001e-3])  # speculation pays
-    llm.loop.planner = Goodput(Costs(curve, Curve([1, 256], [1e-9] * 2)), Acceptance.uncalibrated(4), batch)
-    llm.set_policy(policy)
+    if policy != "autoregressive":
+        costs = Costs(Curve([1, 256], [1e-3, 1.001e-3]), Curve([1, 256], [1e-9] * 2))  # speculation pays
+        llm.loop.plan_with(goodput_planner(llm, costs, policy))
     prompts = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)]
     params = [
         SamplingParams(max_tokens=ANSWERS[i % len(ANSWERS)], ignore_eos=True, logprobs=0) for i in range(len(PROMPTS))

@@ -10,7 +10,7 @@ from synthetic import recorded
 
 from echo_trt.calibration.fit import observe
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.simulation.oracle import choose, foresee
 
 SIZES = [1, 2, 3, 5, 8, 13, 40]
@@ -18,7 +18,7 @@ rising = st.lists(st.floats(0, 0.4), min_size=7, max_size=7).map(lambda steps: (
 # Accepted without a draft; what each further level brings; entries behind.
 levels = st.lists(st.integers(0, 2), max_size=3)
 requests = st.lists(st.tuples(st.integers(0, 2), levels, st.integers(1, 3)), min_size=1, max_size=3)
-ORACLE = Policy("goodput", 4, 2, 3)
+ORACLE = GoodputSettings(max_depth=4, beams=2, width=3)
 
 
 def by_trying_everything(ahead, behind, rate, costs):

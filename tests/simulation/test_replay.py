@@ -7,23 +7,28 @@ from synthetic import recorded
 
 from echo_trt.calibration.fit import fit
 from echo_trt.calibration.record import record
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.policies import PLAIN, goodput_settings
 from echo_trt.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.simulation.command import planner_for
 from echo_trt.simulation.machines import Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
 from echo_trt.simulation.replay import Replay
 from echo_trt.simulation.walk import Recording, Walk
 
 SIZES = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
-SHAPE = {"max_depth": 4, "beams": 2, "width": 3}
-GOODPUT = Policy("goodput", **SHAPE)
-OTHERS = (
-    Policy("goodput-head", **SHAPE),
-    Policy("echo", **SHAPE, gates={1: 0.2, 3: 0.1}, budget=32),
-    Policy("static", **SHAPE, per_request=6),
-    Policy("autoregressive"),
-)
+SETTINGS = {
+    "max_depth": 4,
+    "beams": 2,
+    "width": 3,
+    "per_request": 64,
+    "budget": 32,
+    "gates": {1: 0.2, 3: 0.1},
+    "static": {"depth": 4, "top_k": 2, "tokens": 6},
+}
+POLICIES = ("goodput", "goodput-head", "echo", "static", PLAIN)
+CANDIDATES = goodput_settings("goodput", SETTINGS)
 
 
 def machine(target, draft, host=0.0, per_context=0.0) -> Machine:
@@ -53,13 +58,14 @@ def ngrams(recording):
     return table({(a,): (b if sure else b + 1, 0.8) for a, b, sure in pairs}, 1)
 
 
-def replay(recording, calibration, policy, batch, on=KNEE, ngrams=None) -> Replay:
-    return Replay(recording, calibration, on, policy, batch, 10, ngrams)
+def replay(recording, calibration, policy, batch, on=KNEE, ngrams=None, **settings) -> Replay:
+    walk = Walk(recording, batch, 10)
+    return Replay(walk, on, planner_for(policy, SETTINGS | settings, calibration, on, walk, ngrams))
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_plain_decoding_has_the_rate_that_arithmetic_says(recording, calibration, batch):
-    tally = replay(recording, calibration, Policy("autoregressive"), batch).run(500)
+    tally = replay(recording, calibration, PLAIN, batch).run(500)
     assert tally.rate == pytest.approx(batch / (KNEE.costs().target(batch) + 1e-3))
     assert tally.figures()["accepted_length"] == 1
     assert tally.figures()["draft_utilisation"] is None
@@ -67,16 +73,16 @@ def test_plain_decoding_has_the_rate_that_arithmetic_says(recording, calibration
 
 def test_context_is_paid_for(recording, calibration):
     slow = machine(KNEE.target[1], KNEE.draft[1], per_context=1e-5)
-    run = replay(recording, calibration, Policy("autoregressive"), 3, slow)
+    run = replay(recording, calibration, PLAIN, 3, slow)
     context = run.walk.context.sum()
     assert run.step().seconds == pytest.approx(slow.costs().target(3) + 1e-5 * context)
 
 
-@pytest.mark.parametrize("policy", [GOODPUT, Policy("static", 4, 1, 1, per_request=5)])
+@pytest.mark.parametrize("policy", ["goodput", "static"])
 def test_a_draft_that_is_always_right_and_free_gives_all_its_levels_and_the_bonus(calibration, policy):
     always = Recording(recorded([60, 45, 80], 4, 2, 3, right=1.0))
     sure = fit(always.trees, "target", "draft", 4, 2, 3)
-    run = replay(always, sure, policy, 3, FREE)
+    run = replay(always, sure, policy, 3, FREE, static={"depth": 4, "top_k": 1, "tokens": 5})
     for _ in range(20):
         left = run.walk.left
         assert (run.step().tokens == np.minimum(5, left)).all()
@@ -85,45 +91,46 @@ def test_a_draft_that_is_always_right_and_free_gives_all_its_levels_and_the_bonu
 def test_a_draft_that_is_never_right_is_given_up(recording):
     never = Recording(recorded([60, 45, 80, 70] * 3, 4, 2, 3, right=0.0, copied=0.0))
     hopeless = fit(never.trees, "target", "draft", 4, 2, 3)
-    tally = replay(never, hopeless, GOODPUT, 4).run(400)
+    tally = replay(never, hopeless, "goodput", 4).run(400)
     assert tally.figures()["accepted_length"] == 1
-    assert tally.rate > 0.98 * replay(never, hopeless, Policy("autoregressive"), 4).run(400).rate
+    assert tally.rate > 0.98 * replay(never, hopeless, PLAIN, 4).run(400).rate
 
 
 @pytest.mark.parametrize("on", [KNEE, FREE, machine_named("8xh100-qwen3-235b", None)], ids=["knee", "free", "moe"])
 @pytest.mark.parametrize("batch", [1, 4, 48])
 def test_nobody_beats_the_oracle(recording, calibration, on, batch):
-    best = Oracle(recording, on, GOODPUT, batch, 10).run(1200)
+    best = Oracle(recording, on, CANDIDATES, batch, 10).run(1200)
     assert best.figures()["draft_utilisation"] in (None, 1)
-    for policy in (GOODPUT, *OTHERS):
+    for policy in POLICIES:
         assert replay(recording, calibration, policy, batch, on).run(1200).rate <= best.rate * 1.001
 
 
 def test_n_grams_bring_something(recording, calibration, ngrams):
-    with_them, without = (replay(recording, calibration, GOODPUT, 4, ngrams=n).run(1200) for n in (ngrams, None))
+    with_them, without = (replay(recording, calibration, "goodput", 4, ngrams=n).run(1200) for n in (ngrams, None))
     assert with_them.rate > 1.02 * without.rate
 
 
 @pytest.mark.parametrize("batch", [1, 4, 48])
 def test_the_oracle_has_n_grams_too(recording, calibration, ngrams, batch):
-    best = Oracle(recording, KNEE, GOODPUT, batch, 10, ngrams).run(1200)
-    assert best.rate >= replay(recording, calibration, GOODPUT, batch, ngrams=ngrams).run(1200).rate / 1.001
-    assert best.rate > 1.01 * Oracle(recording, KNEE, GOODPUT, batch, 10).run(1200).rate
+    best = Oracle(recording, KNEE, CANDIDATES, batch, 10, ngrams).run(1200)
+    assert best.rate >= replay(recording, calibration, "goodput", batch, ngrams=ngrams).run(1200).rate / 1.001
+    assert best.rate > 1.01 * Oracle(recording, KNEE, CANDIDATES, batch, 10).run(1200).rate
 
 
 def test_goodput_head_is_without_n_grams(recording, calibration, ngrams):
-    policy = Policy("goodput-head", **SHAPE)
-    first, second = (replay(recording, calibration, policy, 4, ngrams=n).run(400).figures() for n in (ngrams, None))
+    first, second = (
+        replay(recording, calibration, "goodput-head", 4, ngrams=n).run(400).figures() for n in (ngrams, None)
+    )
     assert first == second
 
 
 def test_on_a_machine_with_a_knee_the_policies_are_in_order(recording, calibration):
-    rate = {p.name: replay(recording, calibration, p, 16).run(3000).rate for p in (GOODPUT, *OTHERS)}
+    rate = {name: replay(recording, calibration, name, 16).run(3000).rate for name in POLICIES}
     assert rate["goodput"] > rate["goodput-head"] > rate["autoregressive"] > rate["static"]
 
 
 def test_passes_take_along_what_the_runtimes_do(recording, calibration):
-    run = replay(recording, calibration, Policy("static", **SHAPE, per_request=6), 3)
+    run = replay(recording, calibration, "static", 3)
     draft_costs, target_costs = KNEE.costs().draft, KNEE.costs().target
     for behind in (3, None):
         behind = behind or int(run.walk.behind.sum())
@@ -137,8 +144,7 @@ def test_passes_take_along_what_the_runtimes_do(recording, calibration):
 def test_what_a_pass_costs_beside_its_tokens_is_paid_for(recording, calibration):
     """A granule, a change of size, a cold draft, planning, and nodes that attend their request's context again."""
     dear = replace(KNEE, target=(*KNEE.target[:3], 1e-6), cold=3e-4, granule=8, change=2e-3, level_seconds=1e-4)
-    static = Policy("static", **SHAPE, per_request=6)
-    run, plain = (Replay(recording, calibration, each, static, 3, prompt=10) for each in (dear, KNEE))
+    run, plain = (replay(recording, calibration, "static", 3, each) for each in (dear, KNEE))
     for again in range(3):
         context = run.walk.context.copy()
         step, cheap = run.step(), plain.step()
@@ -154,8 +160,8 @@ def test_goodput_pays_for_the_nodes_that_it_considers(recording, calibration):
     """Of a large batch its search takes longer than a level's planning, also where it drafts nothing."""
     free, dear = (replace(KNEE, candidate_seconds=each) for each in (0.0, 1e-5))
     (cheap, step), (same, again) = (
-        [Replay(recording, calibration, each, policy, 3, prompt=10).step() for each in (free, dear)]
-        for policy in (GOODPUT, Policy("static", **SHAPE, per_request=6))
+        [replay(recording, calibration, policy, 3, each).step() for each in (free, dear)]
+        for policy in ("goodput", "static")
     )
     assert step.verified == cheap.verified > 0
     assert step.seconds - cheap.seconds >= 1e-5 * (3 + step.verified)
@@ -163,7 +169,7 @@ def test_goodput_pays_for_the_nodes_that_it_considers(recording, calibration):
 
 
 def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
-    run = replay(recording, calibration, GOODPUT, 8)
+    run = replay(recording, calibration, "goodput", 8)
     run.run(500)
     assert run.planner.costs.target.seconds == pytest.approx(KNEE.target[1])
     assert run.planner.costs.draft.seconds == pytest.approx(KNEE.draft[1])
@@ -171,7 +177,7 @@ def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
 
 
 def test_runs_repeat(recording, calibration):
-    first, second = (replay(recording, calibration, GOODPUT, 7).run(500).figures() for _ in range(2))
+    first, second = (replay(recording, calibration, "goodput", 7).run(500).figures() for _ in range(2))
     assert first == second
 
 
@@ -179,18 +185,14 @@ def test_the_replay_walks_as_the_runtime_does(open_llm):
     """Iterations of each request, one by one: recorded trees replayed against the same policy run for real."""
     llm = open_llm("close", "goodput", 4)
     prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
-    trees = record(llm, prompts, ["all"] * 4, 40, Policy("record", 3, 3, 4))
-    calibration = fit(trees, "target", "draft", 3, 3, 4)
-    policy = Policy("static", 3, 3, 4, per_request=8)
+    trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4))
     llm.set_policy("static")
-    llm.loop.policy = policy
     answers = llm.generate([p.text for p in prompts], SamplingParams(40))
     recording = Recording(trees)
-    run = Replay(recording, calibration, KNEE, policy, 1, 10)
     for i, answer in enumerate(answers):
         walk = Walk(recording, 1, 10)
         walk.answer[:], walk.index[:] = i, 1
-        run.walk, iterations = walk, 0
+        run, iterations = Replay(walk, KNEE, llm.loop.planner), 0
         while walk.answer[0] == i and (iterations == 0 or walk.index[0] > 1):
             run.step()
             iterations += 1

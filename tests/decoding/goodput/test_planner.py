@@ -8,16 +8,17 @@ import pytest
 from forests import nodes_of, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import POLICY, SIZES, Recorded, linear, random_acceptance
+from machines import SHAPE, SIZES, Copied, Recorded, linear, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.decoding.goodput.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import Goodput, Load, Search, Verifications, select
+from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, Verifications, select
 from echo_trt.decoding.goodput.search import BINS
-from echo_trt.decoding.planner import Continuations
-from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
+from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 
 FREE = Curve([1], [0.0])
@@ -27,8 +28,18 @@ def flat(seconds: float) -> Curve:
     return linear(seconds, 0.0)
 
 
-def planner_of(target: Curve, draft: Curve, count: int = 4, acceptance: Acceptance | None = None) -> Goodput:
-    return Goodput(Costs(target, draft), acceptance or Acceptance.uncalibrated(POLICY.max_depth), count)
+def planner_of(
+    target: Curve,
+    draft: Curve,
+    count: int = 4,
+    acceptance: Acceptance | None = None,
+    settings: GoodputSettings = SHAPE,
+    copied: Continuations | None = None,
+    head: bool = True,
+) -> GoodputPlanner:
+    acceptance = acceptance or Acceptance.uncalibrated(settings.max_depth)
+    copier = Copied(copied) if copied else None
+    return GoodputPlanner("goodput", settings, Costs(target, draft), acceptance, count, copier=copier, head=head)
 
 
 def load_of(count: int, room: int = 9, **changes) -> Load:
@@ -132,15 +143,15 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
         planner.costs.draft = flat(dear * worth / planner.price(load_of(count)))
         draft = steady(count, 0.5, 0.1, 0.1)
-        plan = planner.plan(np.zeros(count), draft if asked else NoDraft(), POLICY, load_of(count))
+        plan = planner.plan(np.zeros(count), draft if asked else NoDraft(), load_of(count))
         assert draft.roots == (list(range(count)) if asked else [])
         assert asked or len(plan.tree) == count
 
 
 def test_where_all_is_free_all_is_drafted_and_verified():
-    policy = Policy("goodput", max_depth=4, beams=2, width=3, per_request=64)
+    settings = GoodputSettings(max_depth=4, beams=2, width=3)
     draft = steady(3, 0.5, 0.2, 0.1)
-    plan = planner_of(flat(0.01), FREE).plan(np.arange(5, 8), draft, policy, load_of(3))
+    plan = planner_of(flat(0.01), FREE, settings=settings).plan(np.arange(5, 8), draft, load_of(3))
     assert draft.passes == 4
     for request in range(3):
         assert np.bincount(plan.tree.depth[nodes_of(plan.tree, request)]).tolist() == [1, 3, 6, 6, 6]
@@ -152,14 +163,12 @@ def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified
     for count in (1, 3):
         copied = Continuations(np.full((count, 2), 7), np.log(np.full(count, 0.9)), np.full(count, 4))
         for each, verified in ((1.01, False), (0.3, True)):
-            planner = planner_of(flat(0.01), flat(1e-9))
-            planner.costs.target = Curve(
-                range(1, 40), [0.01 * (1 + each * max(n - count, 0) / count) for n in range(1, 40)]
-            )
+            target = Curve(range(1, 40), [0.01 * (1 + each * max(n - count, 0) / count) for n in range(1, 40)])
             draft = steady(count, 0.95, 0.01, 0.01) if verified else NoDraft()
-            plan = planner.plan(np.zeros(count), draft, POLICY, load_of(count), copied)
+            plan = planner_of(target, flat(1e-9), copied=copied).plan(np.zeros(count), draft, load_of(count))
             assert (len(plan.tree) > count) == verified
-            plan = planner.plan(np.zeros(count), None, POLICY, load_of(count), copied)
+            planner = planner_of(target, flat(1e-9), copied=copied, head=False)
+            plan = planner.plan(np.zeros(count), NoDraft(), load_of(count))
             assert (plan.tree.source[plan.tree.parent >= 0] == LOOKUP).all()
             assert len(plan.tree) == count * (3 if verified else 1)
 
@@ -167,22 +176,22 @@ def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified
 def test_without_room_nothing_is_drafted():
     planner = planner_of(flat(0.01), FREE)
     draft = steady(4, 0.9, 0.05, 0.01)
-    plan = planner.plan(np.zeros(4), draft, POLICY, load_of(4, room=np.array([0, 2, 0, 1])))
+    plan = planner.plan(np.zeros(4), draft, load_of(4, room=np.array([0, 2, 0, 1])))
     assert draft.roots == [1, 3]
     assert plan.tree.depth[np.array(nodes_of(plan.tree, 1))].max() == 2
     assert plan.tree.depth[np.array(nodes_of(plan.tree, 3))].max() == 1
     assert [len(nodes_of(plan.tree, request)) for request in (0, 2)] == [1, 1]
-    plan = planner.plan(np.zeros(4), NoDraft(), POLICY, load_of(4, room=np.zeros(4, np.int64)))
+    plan = planner.plan(np.zeros(4), NoDraft(), load_of(4, room=np.zeros(4, np.int64)))
     assert len(plan.tree) == 4
 
 
 def test_those_are_drafted_who_promise_most():
-    planner = planner_of(flat(0.01), FREE)
+    planner = planner_of(flat(0.01), FREE, settings=GoodputSettings(max_depth=1, beams=2, width=1))
     planner.history.promise[:] = [0.1, 1.5, 0.2, 1.4]
     # Each entry costs what the two promising are worth, and the others are not.
     planner.costs.draft = linear(0.8 * 0.59 / planner.price(load_of(4)), 0.8 * 0.59 / planner.price(load_of(4)))
     draft = steady(4, 0.5, 0.1, 0.1)
-    planner.plan(np.zeros(4), draft, Policy("goodput", 1, 2, 1), load_of(4))
+    planner.plan(np.zeros(4), draft, load_of(4))
     assert draft.roots == [1, 3]
 
 
@@ -191,7 +200,7 @@ def test_one_that_is_far_behind_is_left_where_others_are_not():
     planner.costs.draft = Curve([1, 400], np.array([1, 400]) * 0.3 * 0.59 / planner.price(load_of(4)))
     draft = steady(4, 0.5, 0.1, 0.1)
     planner.history.promise[:] = [1.03, 1.02, 1.01, 1.0]
-    planner.plan(np.zeros(4), draft, POLICY, load_of(4, behind=np.array([1, 1, 1, 300])))
+    planner.plan(np.zeros(4), draft, load_of(4, behind=np.array([1, 1, 1, 300])))
     assert draft.roots == [0, 1]  # tried are 1, 2 and all
 
 
@@ -200,25 +209,25 @@ def test_a_prompt_is_caught_up_with_where_enough_is_left_to_serve(room, drafts):
     """It takes six passes of plain decoding: over 31 iterations that draft of 250 tokens, or over six of 50."""
     planner = planner_of(flat(0.02), linear(0.0, 3e-4), 1)
     draft = steady(1, 0.5, 0.1, 0.1)
-    planner.plan(np.zeros(1), draft, POLICY, load_of(1, room=room, behind=np.array([400])))
+    planner.plan(np.zeros(1), draft, load_of(1, room=room, behind=np.array([400])))
     assert (draft.roots == [0]) == drafts
 
 
 def test_prompts_in_the_same_call_make_a_token_cost_what_it_costs_there():
     knee = Curve([1, 2, 16, 17, 128], [0.01, 0.01, 0.01, 0.02, 2.0])
     copied = Continuations(np.full((2, 3), 7), np.log(np.full(2, 0.9)), np.full(2, 4))
-    planner = planner_of(knee, FREE, 2)
-    assert len(planner.plan(np.zeros(2), None, POLICY, load_of(2), copied).tree) == 8
-    assert len(planner.plan(np.zeros(2), None, POLICY, load_of(2, others=12), copied).tree) == 4
-    assert len(planner.plan(np.zeros(2), None, POLICY, load_of(2, others=14), copied).tree) == 2
+    planner = planner_of(knee, FREE, 2, copied=copied, head=False)
+    for prompt_tokens, verified in ((0, 8), (12, 4), (14, 2)):
+        plan = planner.plan(np.zeros(2), NoDraft(), load_of(2, prompt_tokens=prompt_tokens))
+        assert len(plan.tree) == verified
 
 
 def test_a_second_is_worth_what_plain_decoding_makes_of_it_times_what_was_gained():
-    planner = planner_of(Curve([1, 4, 8], [0.01, 0.02, 0.03], per_context=1e-5), FREE)
+    planner, load = planner_of(Curve([1, 4, 8], [0.01, 0.02, 0.03], per_context=1e-5), FREE, head=False), load_of(4)
     assert planner.price(load_of(4, context=500)) == pytest.approx(4 / 0.025)
-    plan = planner.plan(np.zeros(4), None, POLICY, load_of(4))
+    plan = planner.plan(np.zeros(4), NoDraft(), load)
     for _ in range(400):
-        planner.committed(plan, np.arange(4), load_of(4), seconds=0.01, host=0.005)
+        planner.observe(Iteration(plan, load, np.arange(4), Pass(4, 0, 0.02), (), 0, 0.0, seconds=0.01, host=0.005))
     # 4 tokens in 0.01 s, where a plain iteration takes 0.02 s and 0.005 s of the host
     assert planner.price(load_of(4)) == pytest.approx(4 / 0.01, rel=0.01)
 
@@ -253,7 +262,8 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     children = -np.sort(-rng.uniform(0, 1, (3, 2, 4)), axis=1)
     acceptance = Acceptance(random_acceptance(0).table, children)
     steps = rng.choice([0, each, 4 * each], 7)
-    planner = planner_of(Curve(SIZES, 0.01 + np.cumsum([0, *steps])), linear(draft_each, draft_each), count, acceptance)
+    target, settings = Curve(SIZES, 0.01 + np.cumsum([0, *steps])), replace(SHAPE, width=2)
+    planner = planner_of(target, linear(draft_each, draft_each), count, acceptance, settings)
     candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), np.full(count, 9), None)
     tokens = np.tile(np.arange(3), (count, 1))
     candidates.add(np.arange(count)[:, None], np.log(np.sort(rng.uniform(0, 0.6, (count, 3)))[:, ::-1]), tokens, 3)
@@ -261,7 +271,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    search = Search(candidates, replace(POLICY, width=2), load, Verifications(planner.costs, load), price)
+    search = Search(candidates, load, Verifications(planner.costs, load), price)
     got = planner._worth_expanding(search, frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
@@ -285,21 +295,26 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
 
 
 @st.composite
-def servings(draw) -> tuple[Goodput, SeededDraft, Load, Continuations | None]:
+def servings(
+    draw, settings: GoodputSettings = SHAPE, changes: tuple[float, ...] = (0.0,)
+) -> tuple[GoodputPlanner, SeededDraft, Load, Continuations | None]:
+    """A planner whose machine charges one of ``changes`` for a pass of another size, and what it has to plan for."""
     seeds = draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True))
     count, rng = len(seeds), np.random.default_rng(seeds[0])
     draft = SeededDraft(seeds, spread=draw(st.sampled_from([0.05, 0.3])), missing=draw(st.sampled_from([0.0, 0.3])))
     each, draft_each = draw(st.sampled_from([0.0, 1e-4, 1e-3, 0.02])), draw(st.sampled_from([0.0, 1e-4, 1e-3, 0.02]))
-    acceptance = random_acceptance(draw(st.integers(0, 99)), POLICY.max_depth)
-    planner = planner_of(linear(0.01, each), linear(draft_each, draft_each), 6, acceptance)
-    planner.history.promise[:] = rng.uniform(0, 2, 6)
+    acceptance = random_acceptance(draw(st.integers(0, 99)), SHAPE.max_depth)
     slots = rng.permutation(6)[:count]
     load = Load(slots, rng.integers(0, 6, count), rng.integers(1, 30, count), 100, int(rng.integers(0, 9)))
-    chains = rng.integers(0, 12, (count, POLICY.max_depth))
+    chains = rng.integers(0, 12, (count, SHAPE.max_depth))
     chains[:, 0] = [draft.children(request, ())[1][rng.integers(0, 2)] for request in range(count)]
     chains[rng.random(count) < 0.3] = -1
     copied = Continuations(chains, np.log(rng.uniform(0.1, 0.9, count)), np.full(count, 2))
-    return planner, draft, load, copied if draw(st.booleans()) else None
+    copied = copied if draw(st.booleans()) else None
+    planner = planner_of(linear(0.01, each), linear(draft_each, draft_each), 6, acceptance, settings, copied)
+    planner.costs.change = draw(st.sampled_from(changes))
+    planner.history.promise[:] = rng.uniform(0, 2, 6)
+    return planner, draft, load, copied
 
 
 @settings(max_examples=150, deadline=None)
@@ -307,7 +322,7 @@ def servings(draw) -> tuple[Goodput, SeededDraft, Load, Continuations | None]:
 def test_plans_are_trees_that_the_loop_can_verify(case):
     planner, draft, load, copied = case
     count = len(load.slots)
-    plan = planner.plan(np.arange(30, 30 + count), draft, POLICY, load, copied)
+    plan = planner.plan(np.arange(30, 30 + count), draft, load)
     tree = plan.tree
     assert (np.diff(tree.request) >= 0).all()
     roots = np.flatnonzero(tree.parent < 0)
@@ -315,7 +330,7 @@ def test_plans_are_trees_that_the_loop_can_verify(case):
     assert tree.request[roots].tolist() == list(range(count))
     assert (tree.depth[roots] == 0).all()
     assert plan.probability[roots].tolist() == [1] * count
-    assert tree.sizes.max() <= POLICY.per_request
+    assert tree.sizes.max() <= SHAPE.per_request
     below = np.flatnonzero(tree.parent >= 0)
     above = tree.parent[below]
     assert (above < below).all()
@@ -325,22 +340,20 @@ def test_plans_are_trees_that_the_loop_can_verify(case):
     paths = [(int(tree.request[node]), drafted(tree, node)) for node in range(len(tree))]
     assert len(set(paths)) == len(paths)
     expanded = np.bincount(draft.expanded, minlength=count)
-    assert expanded.max() <= 1 + POLICY.beams * (POLICY.max_depth - 1)
+    assert expanded.max() <= 1 + SHAPE.beams * (SHAPE.max_depth - 1)
     assert not expanded[load.room == 0].any()
     for node in below:  # who is said to have proposed it has
         request, path = paths[node]
-        head = path[-1] in draft.children(request, path[:-1])[1][: POLICY.width]
+        head = path[-1] in draft.children(request, path[:-1])[1][: SHAPE.width]
         copy = copied is not None and path == tuple(copied.tokens[request, : len(path)])
         assert head if tree.source[node] == HEAD else copy if tree.source[node] == LOOKUP else head and copy
 
 
 @settings(max_examples=150, deadline=None)
-@given(servings(), st.sampled_from([0.0, 4.0]))
-def test_exact_plans_are_one_chain_a_request(case, change):
-    planner, draft, load, copied = case
-    planner.costs.change = change
-    policy = make_policy("goodput-exact", {"gates": None, "budget": None, **vars(POLICY)})
-    plan = planner.plan(np.arange(30, 30 + len(load.slots)), draft, policy, load, copied)
+@given(servings(goodput_settings("goodput-exact", vars(SHAPE)), changes=(0.0, 4.0)))
+def test_exact_plans_are_one_chain_a_request(case):
+    planner, draft, load, _ = case
+    plan = planner.plan(np.arange(30, 30 + len(load.slots)), draft, load)
     below = np.flatnonzero(plan.tree.parent >= 0)
     assert (plan.tree.parent[below] == below - 1).all()
     assert (plan.probability[below] > 0).all()
@@ -352,7 +365,7 @@ def test_plans_depend_on_nothing_but_what_they_are_told():
         sizes = [
             len(
                 planner_of(linear(0.01, 1e-4), linear(1e-4, 1e-5))
-                .plan(np.zeros(4), steady(4, 0.6, 0.2, 0.1), POLICY, load_of(4))
+                .plan(np.zeros(4), steady(4, 0.6, 0.2, 0.1), load_of(4))
                 .tree
             )
             for _ in range(2)
@@ -362,10 +375,8 @@ def test_plans_depend_on_nothing_but_what_they_are_told():
 
 def test_who_fell_behind_is_preferred():
     planner = planner_of(linear(0.01, 2e-3), linear(1e-4, 1e-5), 2)
-    roots = planner.plan(np.zeros(2), None, POLICY, load_of(2))
     for _ in range(200):
         planner.history.observe(np.arange(2), np.array([1, 4]), 2.0, 0.01, 0.0, 0.01, False)
-    assert len(roots.tree) == 2
-    plan = planner.plan(np.zeros(2), steady(2, 0.8, 0.1, 0.05), POLICY, load_of(2))
+    plan = planner.plan(np.zeros(2), steady(2, 0.8, 0.1, 0.05), load_of(2))
     slow, fast = plan.tree.sizes
     assert slow > fast

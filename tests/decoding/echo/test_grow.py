@@ -9,15 +9,19 @@ from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
-from echo_trt.decoding.policies import PAPER, Policy, make_policy
+from echo_trt.decoding.echo.planner import EchoPlanner
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.planner import Load
+from echo_trt.decoding.policies import PAPER, PLAIN, echo_settings
 from echo_trt.decoding.super_tree import SuperTree
 
 AMPLE = 10**6
+NAMES = [name for name in PAPER if name != PLAIN]
 Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
 
 
-def policy_of(name: str, budget: int = 16, **changes) -> Policy:
-    settings = {
+def settings_of(name: str, budget: int = 16, **changes) -> EchoSettings:
+    numbers = {
         "budget": budget,
         "per_request": 64,
         "max_depth": 5,
@@ -27,16 +31,16 @@ def policy_of(name: str, budget: int = 16, **changes) -> Policy:
         "fixed_threshold": 0.4,
         "static": {"depth": 3, "top_k": 3, "tokens": 8},
     }
-    return make_policy(name, settings | changes)
+    return echo_settings(name, numbers | changes)
 
 
-def grown(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[SuperTree, np.ndarray]:
-    return grow(np.arange(len(room)), draft, policy, np.array(room))
+def grown(draft: PathDraft, limits: EchoSettings, room: list[int]) -> tuple[SuperTree, np.ndarray]:
+    return grow(np.arange(len(room)), draft, limits, np.array(room))
 
 
-def verified(draft: PathDraft, policy: Policy, room: list[int]) -> SuperTree:
-    tree, reach = grown(draft, policy, room)
-    return tree.sorted_by_request(allocate(tree, reach, policy))[0]
+def verified(draft: PathDraft, limits: EchoSettings, room: list[int]) -> SuperTree:
+    load = Load(np.arange(len(room)), np.array(room), np.ones(len(room), np.int64), 0)
+    return EchoPlanner("static", limits).plan(np.arange(len(room)), draft, load).tree
 
 
 def paths_by_request(tree: SuperTree) -> list[Paths]:
@@ -46,32 +50,32 @@ def paths_by_request(tree: SuperTree) -> list[Paths]:
     ]
 
 
-def retold(draft: PathDraft, policy: Policy, room: list[int]) -> tuple[list[Paths], list[tuple[int, ...]]]:
+def retold(draft: PathDraft, limits: EchoSettings, room: list[int]) -> tuple[list[Paths], list[tuple[int, ...]]]:
     """What ``grow`` promises, one request and one node at a time."""
     trees: list[Paths] = [{(): np.float32(0)} for _ in room]
     reach: list[tuple[int, ...]] = [()] * len(room)
     frontiers = {request: [()] for request, length in enumerate(room) if length > 0}
-    spare = policy.spare(len(room))
-    for depth in range(1, policy.max_depth + 1):
+    spare = limits.spare(len(room))
+    for depth in range(1, limits.max_depth + 1):
         if spare == 0:
             break
         levels: dict[int, list[tuple[int, ...]]] = {}
         for request, frontier in frontiers.items():
             level: Paths = {}
             for path in frontier:
-                for log_q, token in list(zip(*draft.children(request, path), strict=True))[: policy.width]:
+                for log_q, token in list(zip(*draft.children(request, path), strict=True))[: limits.width]:
                     if log_q > -np.inf:
                         level[(*path, int(token))] = trees[request][path] + log_q
             trees[request] |= level
-            if level and np.exp(max(level.values())) > policy.gates.get(depth, 0):
+            if level and np.exp(max(level.values())) > limits.gates.get(depth, 0):
                 levels[request] = sorted(level, key=level.get, reverse=True)
         chosen = sorted(levels, key=lambda request: trees[request][levels[request][0]], reverse=True)
-        if policy.budget is not None:
+        if limits.budget is not None:
             chosen = chosen[:spare]
             spare -= len(chosen)
         for request in chosen:
             reach[request] = levels[request][0]
-        frontiers = {request: levels[request][: policy.beams] for request in chosen if room[request] > depth}
+        frontiers = {request: levels[request][: limits.beams] for request in chosen if room[request] > depth}
     return trees, reach
 
 
@@ -90,12 +94,12 @@ def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(drafts_and_room(), st.sampled_from(PAPER), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
+@given(drafts_and_room(), st.sampled_from(NAMES), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
 def test_growth_is_what_it_promises(case, name, budget):
     draft, room = case
-    policy = policy_of(name, budget)
-    tree, reach = grown(draft, policy, room)
-    want_trees, want_reach = retold(draft, policy, room)
+    limits = settings_of(name, budget)
+    tree, reach = grown(draft, limits, room)
+    want_trees, want_reach = retold(draft, limits, room)
     assert paths_by_request(tree) == want_trees
     assert [drafted(tree, node) for node in reach] == want_reach
     assert np.isfinite(tree.score).all()  # a child of -inf never becomes a node
@@ -103,18 +107,16 @@ def test_growth_is_what_it_promises(case, name, budget):
 
 
 @settings(max_examples=100, deadline=None)
-@given(drafts_and_room(), st.sampled_from(PAPER), st.integers(0, 30), st.sampled_from([6, 8, 64]))
+@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30), st.sampled_from([6, 8, 64]))
 def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
-    policy = policy_of(name, budget, per_request=per_request)
-    tree, reach = grown(draft, policy, room)
-    sizes = np.bincount(tree.request[allocate(tree, reach, policy)], minlength=len(room))
+    limits = settings_of(name, budget, per_request=per_request)
+    tree, reach = grown(draft, limits, room)
+    sizes = np.bincount(tree.request[allocate(tree, reach, limits)], minlength=len(room))
     assert sizes.min() >= 1
-    assert sizes.max() <= policy.per_request <= policy.nodes_per_request
+    assert sizes.max() <= limits.per_request <= limits.rows_per_request
     if name == "static":
-        assert sizes.tolist() == np.minimum(tree.sizes, policy.per_request).tolist()
-    elif name == "autoregressive":
-        assert sizes.sum() == len(room)
+        assert sizes.tolist() == np.minimum(tree.sizes, limits.per_request).tolist()
     else:
         assert sizes.sum() == min(max(budget, len(room)), np.minimum(tree.sizes, per_request).sum())
 
@@ -123,56 +125,48 @@ def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request
 @given(drafts_and_room(), st.sampled_from(["static", "echo"]))
 def test_a_request_drafts_no_more_rows_than_the_policy_says(case, name):
     draft, room = case
-    policy = policy_of(name, AMPLE)
-    grown(draft, policy, room)
+    limits = settings_of(name, AMPLE)
+    grown(draft, limits, room)
     expanded = np.bincount(draft.expanded, minlength=1)
-    assert expanded.max() <= 1 + policy.beams * (policy.max_depth - 1)
+    assert expanded.max() <= 1 + limits.beams * (limits.max_depth - 1)
 
 
 @pytest.mark.parametrize("budget", [0, 3, 4])
 @pytest.mark.parametrize("name", ["dense", "fixed", "echo"])
 def test_a_budget_of_the_roots_alone_asks_no_draft(name, budget):
-    policy = policy_of(name, budget)
-    tree, reach = grow(np.arange(4), NoDraft(), policy, np.full(4, 9))
-    assert allocate(tree, reach, policy).tolist() == [0, 1, 2, 3]
+    limits = settings_of(name, budget)
+    tree, reach = grow(np.arange(4), NoDraft(), limits, np.full(4, 9))
+    assert allocate(tree, reach, limits).tolist() == [0, 1, 2, 3]
 
 
-def test_autoregressive_asks_no_draft():
-    policy = policy_of("autoregressive", AMPLE)
-    tree, reach = grow(np.array([5, 6]), NoDraft(), policy, np.full(2, 9))
-    assert allocate(tree, reach, policy).tolist() == [0, 1]
-    assert tree.token.tolist() == [5, 6]
-    assert reach.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", NAMES)
 def test_without_room_no_draft_is_asked(name):
-    tree, _ = grow(np.arange(3), NoDraft(), policy_of(name, AMPLE), np.array([0, 0, -1]))
+    tree, _ = grow(np.arange(3), NoDraft(), settings_of(name, AMPLE), np.array([0, 0, -1]))
     assert len(tree) == 3
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_batch(name):
-    policy = policy_of(name)
-    tree, reach = grow(np.zeros(0, np.int64), NoDraft(), policy, np.zeros(0, np.int64))
-    assert len(allocate(tree, reach, policy)) == 0
+    limits = settings_of(name)
+    tree, reach = grow(np.zeros(0, np.int64), NoDraft(), limits, np.zeros(0, np.int64))
+    assert len(allocate(tree, reach, limits)) == 0
 
 
 @settings(max_examples=50, deadline=None)
 @given(drafts_and_room())
 def test_static_does_not_know_its_batch_mates(case):
     draft, room = case
-    policy = policy_of("static")
-    candidates = paths_by_request(grown(draft, policy, room)[0])
-    chosen = paths_by_request(verified(draft, policy, room))
+    limits = settings_of("static")
+    candidates = paths_by_request(grown(draft, limits, room)[0])
+    chosen = paths_by_request(verified(draft, limits, room))
     for request, seed in enumerate(draft.seeds):
         alone, own_room = SeededDraft([seed], draft.k, draft.spread, draft.missing), room[request : request + 1]
-        assert paths_by_request(grown(alone, policy, own_room)[0]) == [candidates[request]]
-        assert paths_by_request(verified(alone, policy, own_room)) == [chosen[request]]
+        assert paths_by_request(grown(alone, limits, own_room)[0]) == [candidates[request]]
+        assert paths_by_request(verified(alone, limits, own_room)) == [chosen[request]]
 
 
 def test_static_grows_to_its_depth_with_its_beams():
-    tree, reach = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), policy_of("static"), [9, 9])
+    tree, reach = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), settings_of("static"), [9, 9])
     assert [drafted(tree, node) for node in reach] == [(0, 0, 0), (0, 0, 0)]
     assert [np.bincount(tree.depth[tree.request == request]).tolist() for request in (0, 1)] == [[1, 3, 9, 9]] * 2
 
@@ -180,6 +174,6 @@ def test_static_grows_to_its_depth_with_its_beams():
 def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():
     """A log-softmax in low precision can end a little above 0."""
     draft = SteadyDraft([[1.06, 0.01]])
-    tree, _ = grown(draft, policy_of("echo"), [9])
+    tree, _ = grown(draft, settings_of("echo"), [9])
     below = np.flatnonzero(tree.parent >= 0)
     assert (tree.score[below] <= tree.score[tree.parent[below]]).all()

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_trt.decoding.echo.pivot import allocate
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.super_tree import SuperTree
+
+
+def settings_of(budget: int | None, per_request: int = 64) -> EchoSettings:
+    return EchoSettings(max_depth=9, beams=1, width=1, budget=budget, per_request=per_request)
 
 
 def best_first(tree: SuperTree, nodes: list[int]) -> list[int]:
@@ -26,12 +30,12 @@ def size(tree: SuperTree, nodes: set[int], request: int) -> int:
     return sum(int(tree.request[node]) == request for node in nodes)
 
 
-def widened(tree: SuperTree, taken: set[int], policy: Policy) -> set[int]:
+def widened(tree: SuperTree, taken: set[int], limits: EchoSettings) -> set[int]:
     """Then the best candidate under a taken node, one after the other, where its request may have one more."""
     taken = set(taken)
-    while len(taken) < policy.budget:
+    while len(taken) < limits.budget:
         under = [n for n in range(len(tree)) if n not in taken and int(tree.parent[n]) in taken]
-        under = [n for n in under if size(tree, taken, tree.request[n]) < policy.per_request]
+        under = [n for n in under if size(tree, taken, tree.request[n]) < limits.per_request]
         if not under:
             break
         taken.add(best_first(tree, under)[0])
@@ -42,41 +46,41 @@ def is_closed(tree: SuperTree, nodes: set[int]) -> bool:
     return all(int(tree.parent[node]) in nodes | {-1} for node in nodes)
 
 
-def within_limit(tree: SuperTree, nodes: set[int], policy: Policy) -> bool:
-    return all(size(tree, nodes, request) <= policy.per_request for request in range(tree.num_requests))
+def within_limit(tree: SuperTree, nodes: set[int], limits: EchoSettings) -> bool:
+    return all(size(tree, nodes, request) <= limits.per_request for request in range(tree.num_requests))
 
 
 @st.composite
-def trees_and_claims(draw, **sizes) -> tuple[SuperTree, list[int], Policy]:
-    """A tree, a node that each request reaches, and a policy whose budget and limit pay for the way there."""
+def trees_and_claims(draw, **sizes) -> tuple[SuperTree, list[int], EchoSettings]:
+    """A tree, a node that each request reaches, and settings whose budget and limit pay for the way there."""
     tree = draw(super_trees(**sizes))
     reach = [draw(st.sampled_from(nodes_of(tree, request))) for request in range(tree.num_requests)]
     budget = len(claims(tree, reach)) + draw(st.integers(0, 12))
     longest = 1 + int(tree.depth[reach].max())
     per_request = draw(st.sampled_from([longest, longest + 2, 64]))
-    return tree, reach, Policy("echo", max_depth=9, budget=budget, per_request=per_request)
+    return tree, reach, settings_of(budget, per_request)
 
 
 @given(trees_and_claims())
 def test_shared_budget_is_depth_first_then_width(case):
-    tree, reach, policy = case
-    nodes = allocate(tree, np.array(reach), policy)
-    assert nodes.tolist() == sorted(widened(tree, claims(tree, reach), policy))
+    tree, reach, limits = case
+    nodes = allocate(tree, np.array(reach), limits)
+    assert nodes.tolist() == sorted(widened(tree, claims(tree, reach), limits))
     assert is_closed(tree, set(nodes.tolist()))
     assert set(range(tree.num_requests)) <= set(nodes.tolist())
-    assert len(nodes) == min(policy.budget, np.minimum(tree.sizes, policy.per_request).sum())
-    assert np.bincount(tree.request[nodes]).max() <= policy.per_request
+    assert len(nodes) == min(limits.budget, np.minimum(tree.sizes, limits.per_request).sum())
+    assert np.bincount(tree.request[nodes]).max() <= limits.per_request
 
 
 @settings(max_examples=50)
 @given(trees_and_claims(max_requests=3, max_nodes=8))
 def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
-    tree, reach, policy = case
-    nodes = allocate(tree, np.array(reach), policy)
+    tree, reach, limits = case
+    nodes = allocate(tree, np.array(reach), limits)
     claimed = claims(tree, reach)
     others = [node for node in range(len(tree)) if node not in claimed]
     choices = (claimed | set(more) for more in combinations(others, len(nodes) - len(claimed)))
-    allowed = (choice for choice in choices if is_closed(tree, choice) and within_limit(tree, choice, policy))
+    allowed = (choice for choice in choices if is_closed(tree, choice) and within_limit(tree, choice, limits))
     worth = max(sum(tree.score[list(choice)]) for choice in allowed)
     assert sum(tree.score[nodes]) == worth
 
@@ -84,7 +88,7 @@ def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
 @given(super_trees(), st.integers(1, 8))
 def test_static_gives_each_request_its_own_best(tree, per_request):
     roots = np.arange(tree.num_requests)
-    nodes = allocate(tree, roots, Policy("static", max_depth=9, per_request=per_request)).tolist()
+    nodes = allocate(tree, roots, settings_of(None, per_request)).tolist()
     best = [best_first(tree, nodes_of(tree, request))[:per_request] for request in range(tree.num_requests)]
     assert nodes == sorted(chain.from_iterable(best))
     assert is_closed(tree, set(nodes))
@@ -93,5 +97,5 @@ def test_static_gives_each_request_its_own_best(tree, per_request):
 @pytest.mark.parametrize("budget", [0, 1, 4])
 def test_a_budget_short_of_the_roots_still_advances_every_request(budget):
     tree = SuperTree.from_roots(np.arange(5))
-    nodes = allocate(tree, np.arange(5), Policy("echo", max_depth=9, budget=budget))
+    nodes = allocate(tree, np.arange(5), settings_of(budget))
     assert nodes.tolist() == [0, 1, 2, 3, 4]

@@ -5,11 +5,12 @@ import pytest
 from forests import nodes_of
 from seeded_draft import SteadyDraft, drafted
 
+from echo_trt.decoding.echo import gates
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
-from echo_trt.decoding.policies import Policy, make_policy
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.policies import echo_settings
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.errors import UserError
 
 AMPLE = 10**6
 SETTINGS = {
@@ -29,17 +30,17 @@ def steady(*best: float, width: int = 4) -> SteadyDraft:
     return SteadyDraft([[first] + [min(first, 1 - first) / width] * (width - 1) for first in best])
 
 
-def reach_of(draft: SteadyDraft, policy: Policy) -> list[int]:
+def reach_of(draft: SteadyDraft, settings: EchoSettings) -> list[int]:
     """The depth to which each request has a claim."""
     count = len(draft.log_q)
-    tree, reach = grow(np.zeros(count), draft, policy, np.full(count, 99))
+    tree, reach = grow(np.zeros(count), draft, settings, np.full(count, 99))
     return tree.depth[reach].tolist()
 
 
-def verified(draft: SteadyDraft, policy: Policy) -> SuperTree:
+def verified(draft: SteadyDraft, settings: EchoSettings) -> SuperTree:
     count = len(draft.log_q)
-    tree, reach = grow(np.zeros(count), draft, policy, np.full(count, 99))
-    return tree.sorted_by_request(allocate(tree, reach, policy))[0]
+    tree, reach = grow(np.zeros(count), draft, settings, np.full(count, 99))
+    return tree.sorted_by_request(allocate(tree, reach, settings))[0]
 
 
 def levels(tree: SuperTree, request: int) -> list[int]:
@@ -52,56 +53,50 @@ def levels(tree: SuperTree, request: int) -> list[int]:
 
 @pytest.mark.parametrize(("depth", "tau"), [(1, 0.2), (2, 0.5), (4, 0.3), (5, 0.9)])
 def test_a_gate_stops_exactly_what_is_not_above_its_threshold(depth, tau):
-    policy = Policy("echo", max_depth=6, beams=2, width=4, gates={depth: tau}, budget=AMPLE)
+    settings = EchoSettings(max_depth=6, beams=2, width=4, gates={depth: tau}, budget=AMPLE)
     edge = tau ** (1 / depth)
-    assert reach_of(steady(edge * 0.999, edge * 1.001), policy) == [depth - 1, 6]
+    assert reach_of(steady(edge * 0.999, edge * 1.001), settings) == [depth - 1, 6]
 
 
 def test_confidence_equal_to_the_threshold_stops():
-    policy = Policy("echo", max_depth=6, gates={2: 0.25}, budget=AMPLE)
-    assert policy.passes(2, np.array([0.25, np.nextafter(0.25, 1)])).tolist() == [False, True]
+    assert gates.passes({2: 0.25}, 2, np.array([0.25, np.nextafter(0.25, 1)])).tolist() == [False, True]
 
 
 def test_between_its_gates_echo_only_grows():
-    policy = make_policy("echo", SETTINGS)  # gates at 2 and 4
-    assert reach_of(steady(0.70, 0.72, 0.75), policy) == [1, 3, 6]  # 0.72^2 is above 0.5, 0.72^4 is below 0.3
-    assert [depth for depth in range(1, 7) if not policy.passes(depth, np.array(1e-6))] == [2, 4]
+    settings = echo_settings("echo", SETTINGS)  # gates at 2 and 4
+    assert reach_of(steady(0.70, 0.72, 0.75), settings) == [1, 3, 6]  # 0.72^2 is above 0.5, 0.72^4 is below 0.3
+    assert [depth for depth in range(1, 7) if not gates.passes(settings.gates, depth, np.array(1e-6))] == [2, 4]
 
 
 def test_fixed_has_one_threshold_at_the_same_depths():
-    policy = make_policy("fixed", SETTINGS)
-    assert policy.gates == {2: 0.45, 4: 0.45}
-    assert reach_of(steady(0.67, 0.68, 0.82), policy) == [1, 3, 6]
+    settings = echo_settings("fixed", SETTINGS)
+    assert settings.gates == {2: 0.45, 4: 0.45}
+    assert reach_of(steady(0.67, 0.68, 0.82), settings) == [1, 3, 6]
 
 
 def test_dense_looks_at_every_depth():
-    policy = make_policy("dense", SETTINGS)
-    assert policy.gates == pytest.approx({1: 0.5, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.3, 6: 0.3})
+    settings = echo_settings("dense", SETTINGS)
+    assert settings.gates == pytest.approx({1: 0.5, 2: 0.5, 3: 0.4, 4: 0.3, 5: 0.3, 6: 0.3})
     # Each stops at the first depth d where best^d is not above that depth's threshold.
-    assert reach_of(steady(0.49, 0.70, 0.72, 0.77, 0.83), policy) == [0, 1, 2, 4, 6]
+    assert reach_of(steady(0.49, 0.70, 0.72, 0.77, 0.83), settings) == [0, 1, 2, 4, 6]
 
 
 def test_dense_without_sparse_gates_has_none():
-    assert make_policy("dense", SETTINGS | {"gates": {}}).gates == {}
+    assert echo_settings("dense", SETTINGS | {"gates": {}}).gates == {}
 
 
 def test_static_has_no_gates_and_its_own_shape():
-    policy = make_policy("static", SETTINGS)
-    assert (policy.max_depth, policy.beams, policy.width, policy.per_request) == (3, 2, 2, 5)
-    assert reach_of(steady(0.01, 0.99), policy) == [3, 3]
-    assert verified(steady(0.01, 0.99), policy).sizes.tolist() == [5, 5]
-
-
-def test_an_unknown_policy_is_named():
-    with pytest.raises(UserError, match="policy is 'eco'; choose one of autoregressive, static"):
-        make_policy("eco", SETTINGS)
+    settings = echo_settings("static", SETTINGS)
+    assert (settings.max_depth, settings.beams, settings.width, settings.per_request) == (3, 2, 2, 5)
+    assert reach_of(steady(0.01, 0.99), settings) == [3, 3]
+    assert verified(steady(0.01, 0.99), settings).sizes.tolist() == [5, 5]
 
 
 # -- one budget for the batch --------------------------------------------------------------------------------------
 
 
-def root_gated(budget: int, width: int = 4, max_depth: int = 6) -> Policy:
-    return Policy("echo", max_depth=max_depth, beams=1, width=width, gates={1: 0.2}, budget=budget)
+def root_gated(budget: int, width: int = 4, max_depth: int = 6) -> EchoSettings:
+    return EchoSettings(max_depth=max_depth, beams=1, width=width, gates={1: 0.2}, budget=budget)
 
 
 def test_high_load_what_the_truncated_leave_carries_the_confident_deeper():

@@ -7,7 +7,7 @@ import pytest
 from forests import path_to, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import POLICY, Recorded, linear
+from machines import SHAPE, Recorded, linear
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
@@ -15,8 +15,10 @@ from echo_trt.decoding.goodput.acceptance import NGRAM, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ngrams import LEAST, LEAVES, NGrams, context_keys
-from echo_trt.decoding.goodput.planner import Goodput, Load
-from echo_trt.decoding.policies import make_policy
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.planner import Load
+from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 
 LONGEST = 3
@@ -117,9 +119,9 @@ def load_of(count: int, recent: np.ndarray) -> Load:
 def test_the_policy_verifies_what_costs_little(policy):
     costs = Costs(linear(1.0, 0.01), linear(9.0, 0.0))  # a draft would cost more than it can bring
     ngrams = table({(5,): (6, 0.9), (5, 6): (7, 0.8), (4,): (9, 0.002)}, LONGEST)
-    planner = Goodput(costs, Acceptance.uncalibrated(POLICY.max_depth), 2, ngrams)
-    settings = {"per_request": 9, "max_depth": 4, "beams": 2, "width": 2, "budget": 9, "gates": None}
-    plan = planner.plan(np.array([5, 4]), NoDraft(), make_policy(policy, settings), load_of(2, np.full((2, 3), -1)))
+    settings = goodput_settings(policy, {"per_request": 9, "max_depth": 4, "beams": 2, "width": 2})
+    planner = GoodputPlanner(policy, settings, costs, Acceptance.uncalibrated(SHAPE.max_depth), 2, ngrams)
+    plan = planner.plan(np.array([5, 4]), NoDraft(), load_of(2, np.full((2, 3), -1)))
     expected = [] if policy == "goodput-head" else [(0, 6, 0.9), (0, 7, 0.72)]
     drafted = np.flatnonzero(plan.tree.parent >= 0)
     got = zip(plan.tree.request[drafted], plan.tree.token[drafted], plan.probability[drafted], strict=True)
@@ -149,9 +151,9 @@ def test_drift_follows_what_is_accepted():
     assert model.totals()["accepted"]["ngram"] == 400
 
 
-def chain_of(max_depth: int):
-    numbers = {"per_request": 9, "max_depth": max_depth, "beams": 1, "width": 1, "budget": 9, "gates": None}
-    return make_policy("goodput", numbers)
+def chain_planner(max_depth: int, costs: Costs, acceptance: Acceptance, ngrams: NGrams) -> GoodputPlanner:
+    settings = GoodputSettings(max_depth=max_depth, beams=1, width=1, per_request=9)
+    return GoodputPlanner("goodput", settings, costs, acceptance, 1, ngrams)
 
 
 @pytest.mark.parametrize(("chance", "levels"), [(0.01, 2), (0.97, 0)])
@@ -160,9 +162,8 @@ def test_no_level_is_drafted_for_what_ngrams_bring_anyway(chance, levels):
     costs = Costs(Curve([1, 3, 4], [1.0, 1.0, 9.0]), linear(0.1, 0.0))
     ngrams = table({(5,): (6, chance), (6,): (5, chance)}, LONGEST)
     acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[0.9]]], (4, 1, 1)))
-    planner = Goodput(costs, acceptance, 1, ngrams)
-    draft = Recorded(SteadyDraft([[0.9]]))
-    plan = planner.plan(np.array([5]), draft, chain_of(2), load_of(1, np.full((1, LONGEST), -1)))
+    draft, load = Recorded(SteadyDraft([[0.9]])), load_of(1, np.full((1, LONGEST), -1))
+    plan = chain_planner(2, costs, acceptance, ngrams).plan(np.array([5]), draft, load)
     assert draft.passes == levels
     assert len(plan.tree) > 1
 
@@ -173,9 +174,7 @@ def test_a_level_that_is_seldom_right_takes_from_ngrams_what_they_would_bring(ri
     costs = Costs(Curve([1, 9, 10], [1.0, 1.0, 9.0]), linear(0.02, 0.0))
     ngrams = table({(5,): (6, 0.6), (6,): (7, 0.95), (7,): (8, 0.95)}, LONGEST)
     acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[right]]], (4, 1, 1)))
-    draft = Recorded(SteadyDraft([[right]]))
-    plan = Goodput(costs, acceptance, 1, ngrams).plan(
-        np.array([5]), draft, chain_of(1), load_of(1, np.full((1, LONGEST), -1))
-    )
+    draft, load = Recorded(SteadyDraft([[right]])), load_of(1, np.full((1, LONGEST), -1))
+    plan = chain_planner(1, costs, acceptance, ngrams).plan(np.array([5]), draft, load)
     assert draft.passes == levels
     assert len(plan.tree) > 1

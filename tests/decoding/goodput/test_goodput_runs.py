@@ -3,17 +3,17 @@ after what it has learnt has changed."""
 
 import numpy as np
 import pytest
-from machines import POLICY, Server, linear
+from machines import SHAPE, Server, linear
 
 from echo_trt.decoding.goodput.acceptance import HEAD, Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import Goodput
+from echo_trt.decoding.goodput.planner import GoodputPlanner
 
 
 def server_of(target: Curve, draft: Curve, q: list[float], count: int) -> Server:
     believed = Costs(Curve(target.sizes, target.seconds), Curve(draft.sizes, draft.seconds))
-    planner = Goodput(believed, Acceptance.uncalibrated(POLICY.max_depth), count)
-    return Server(planner, POLICY, target, draft, q, count)
+    planner = GoodputPlanner("goodput", SHAPE, believed, Acceptance.uncalibrated(SHAPE.max_depth), count)
+    return Server(planner, target, draft, q, count)
 
 
 @pytest.mark.parametrize(("count", "each"), [(1, 1e-5), (8, 2e-4)])
@@ -67,7 +67,7 @@ def test_it_is_as_good_as_the_better_of_plain_decoding_and_any_fixed_tree(count)
     server = server_of(target, draft, q, count)
     server.run(200)
     rates = [count / target(count)]
-    for depth in range(1, POLICY.max_depth + 1):
+    for depth in range(1, SHAPE.max_depth + 1):
         tokens = sum(0.7**d for d in range(depth + 1))
         seconds = target(count * (1 + depth)) + sum(draft(count * d) for d in (3, *range(1, depth)))
         rates.append(count * tokens / seconds)
@@ -93,5 +93,6 @@ def test_a_fresh_request_forgets_the_promise_of_who_was_there_before():
     history = server.planner.history
     usual = history.promise[0]
     history.promise[2] = 0.01
-    server.planner.joined(2)
+    server.serial[2] = 9
+    server.run(1)
     assert history.promise[2] == pytest.approx(usual, rel=0.05)

@@ -1,5 +1,7 @@
 """Sizes: which is held on machines where another size costs extra, for how long, and what a held size verifies."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,17 +11,22 @@ from seeded_draft import SteadyDraft
 
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.costs import NEAR, Costs, Curve
-from echo_trt.decoding.goodput.planner import Goodput, Load, Verifications
+from echo_trt.decoding.goodput.planner import GoodputPlanner, Verifications
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.goodput.sizes import HELD, Sizes, load_of
 from echo_trt.decoding.goodput.turns import HELD_TURN, PLAIN_TURN
-from echo_trt.decoding.policies import Policy
+from echo_trt.decoding.planner import Load, Pass
 
-POLICY = Policy("goodput", max_depth=5, beams=2, width=3, per_request=64)
-FORESEEN = Acceptance.uncalibrated(POLICY.max_depth).foreseen(POLICY.width)
+SHAPE = GoodputSettings(max_depth=5, beams=2, width=3)
+FORESEEN = Acceptance.uncalibrated(SHAPE.max_depth).foreseen(SHAPE.width)
 
 
 def costs_of(target: Curve, change: float = 4.0, granule: int = 4, draft: float = 0.5) -> Costs:
     return Costs(target, linear(draft, 0.0), change=change, granule=granule)
+
+
+def planner_of(costs: Costs, count: int) -> GoodputPlanner:
+    return GoodputPlanner("goodput", SHAPE, costs, Acceptance.uncalibrated(SHAPE.max_depth), count)
 
 
 def told(
@@ -248,8 +255,7 @@ def test_where_changes_cost_a_planner_keeps_to_one_size():
     changes = {}
     for change in (0.0, 6.0):
         costs = Costs(linear(10.0, 0.3), linear(0.3, 0.0), change=change, granule=4)
-        planner = Goodput(costs, Acceptance.uncalibrated(POLICY.max_depth), 2)
-        server = Server(planner, POLICY, linear(10.0, 0.3), linear(0.3, 0.0), (0.6, 0.2), 2)
+        server = Server(planner_of(costs, 2), linear(10.0, 0.3), linear(0.3, 0.0), (0.6, 0.2), 2)
         server.run(4 * HELD)
         server.run(4 * HELD)
         sizes = -(-np.array(server.sizes) // 4)
@@ -266,7 +272,7 @@ def held(target: Curve, right: list[float], count: int, granule: int = 4, draft:
     """A machine on which another size costs a third of a pass, and its planner."""
     draft = draft or linear(1e-3, 1e-5)
     costs = Costs(target, draft, change=3e-3, granule=granule)
-    return Server(Goodput(costs, Acceptance.uncalibrated(POLICY.max_depth), count), POLICY, target, draft, right, count)
+    return Server(planner_of(costs, count), target, draft, right, count)
 
 
 @pytest.mark.parametrize("count", [1, 4, 32])
@@ -291,8 +297,8 @@ def test_a_draft_that_becomes_good_is_found_again(count):
 def test_a_size_that_loses_is_given_up_whatever_is_known_of_it(count):
     """The target takes longer for trees than its passes, as the tables know them, do."""
     server = held(linear(0.01, 1e-5), [0.4, 0.05, 0.01], count)
-    usual = server.planner.target_pass
-    server.planner.target_pass = lambda tokens, *more: usual(count, *more[:1], server.target(count))
+    observe = server.planner.observe
+    server.planner.observe = lambda done: observe(replace(done, target=Pass(count, 0, server.target(count))))
     server.target = Curve([count, count + 1, 999], [0.01, 0.03, 0.03])
     server.run(200)
     server.run(3000)
@@ -338,11 +344,11 @@ def test_a_machine_that_changes_its_speed_is_no_reason_to_decode_plainly(lasts):
 @pytest.mark.parametrize(("change", "fills"), [(4.0, True), (0.1, False)])
 def test_a_pass_that_finds_less_keeps_the_size_that_is_held(change, fills):
     """Where to go to its own size and back would take longer."""
-    planner = Goodput(costs_of(linear(10.0, 0.2), change), Acceptance.uncalibrated(POLICY.max_depth), 2)
+    planner = planner_of(costs_of(linear(10.0, 0.2), change), 2)
     planner.sizes.nodes = lambda *_: 10
     for room in (9, 1):  # of a draft token each there are two
         load = Load(np.arange(2), np.full(2, room), np.ones(2, np.int64), 0)
-        plan = planner.plan(np.zeros(2), SteadyDraft([[0.9, 0.8]] * 2), POLICY, load)
+        plan = planner.plan(np.zeros(2), SteadyDraft([[0.9, 0.8]] * 2), load)
         assert len(plan.tree) == (12 if room == 9 else 6)
         assert plan.padded_to == (12 if room == 9 or fills else 0)
 
