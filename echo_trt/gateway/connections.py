@@ -71,7 +71,8 @@ class Connection(H11Protocol):
 
     def _look_for_client(self) -> None:
         if self.conn.our_state is h11.SEND_RESPONSE:  # later the answer's own text tells
-            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])))
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(interim))
             self._look = self.loop.call_later(LOOK_S, self._look_for_client)
 
     def connection_lost(self, exc: Exception | None) -> None:
