@@ -129,7 +129,7 @@ def test_others_are_answered_while_eight_clients_attack(gateway, name):
         with httpx.Client(base_url=client.base_url, timeout=60) as own:
             while time.monotonic() < end:
                 if name == "byte by byte":
-                    drip(client.base_url.port)
+                    drip(client.base_url.port, end)
                     continue
                 body = REFUSED[name]
                 path = "/v1/completions" if b'"prompt"' in body else "/v1/chat/completions"
@@ -140,21 +140,31 @@ def test_others_are_answered_while_eight_clients_attack(gateway, name):
         thread.start()
     times, memory = [], 0
     while time.monotonic() < end:
-        begin = time.monotonic()
+        begin = worked(process)
         assert client.get("/v1/models").status_code == 200
-        times.append(time.monotonic() - begin)
+        times.append(worked(process) - begin)
         memory = max(memory, process.memory_info().rss)
         time.sleep(0.02)
     for thread in threads:
         thread.join()
     assert set(seen) <= {400}
-    assert sorted(times)[len(times) // 2] < 1.5
-    assert max(times) < 4  # a second where nothing else runs
+    assert max(times) < 0.6  # the gateway's work between a question and its answer, whatever else the machine does
     assert memory < 300e6
 
 
-def drip(port: int) -> None:
-    """Sends a body of which every byte is a chunk, as far as it is read within two seconds."""
+def worked(process: psutil.Process) -> float:
+    """Seconds of CPU that it has used."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def drip(port: int, end: float) -> None:
+    """Sends a body of which every byte is a chunk, as fast as it is read."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=2) as connection, contextlib.suppress(TimeoutError):
-        connection.sendall(head + b"1\r\n[\r\n" * 100_000)
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(head)
+        rest = b""
+        while time.monotonic() < end:
+            rest = rest or b"1\r\n[\r\n" * 1000
+            with contextlib.suppress(TimeoutError):
+                rest = rest[connection.send(rest) :]
