@@ -14,7 +14,7 @@ class Engine(Protocol):
 
     num_blocks: int
     granule: int
-    """A verification is filled up to the next multiple of so many tokens, any pass to its ``fill``; 1: none is."""
+    """A verification is filled up to the next multiple of so many tokens, any pass to its ``padded_to``; 1: none is."""
     least: int
     """Any pass of fewer tokens is filled up to so many."""
 

@@ -6,7 +6,7 @@ its expected tokens less the price of its passes; plain decoding is the plan wit
 1. where a pass of another size than the last one costs extra (OpenVINO), how many tokens are verified: a number that is
    held for some dozens of iterations (``sizes``), possibly none beyond the roots. Elsewhere 3 weighs any number.
 2. before each draft level: which nodes of the frontier are expanded, if any. What their children will be worth is not
-   known yet; the calibration knows how it is distributed (``Acceptance.children``, ``foresight``).
+   known yet; the calibration knows how it is distributed (``Acceptance.children``, ``search``).
 3. after the last level: how many of all candidates are verified, best first over the batch (``select``); as many as are
    held, or as many as pay under the cost table.
 
