@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from echo_trt.stopping import stop_signals
+from echo_trt.launch.stopping import stop_signals
 
 
 def main() -> None:

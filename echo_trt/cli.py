@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from echo_trt import __version__
-from echo_trt.build_progress import BuildProgress
+from echo_trt.commands.progress import BuildProgress
 from echo_trt.decoding.policies import NAMES
 from echo_trt.errors import UserError, shown
 
@@ -131,16 +131,16 @@ def build(
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
     `echo-trt build build/smollm2-135m.yaml --engine tensorrt-rtx --compute-capability 8.9`
     """
-    from echo_trt.recipe import load_recipe
+    from echo_trt.bundle.recipe import load_recipe
 
     chosen = [option and option.value for option in (engine, precision)]
     settings = load_recipe(recipe).built_as(*chosen, compute_capability or [])
     folder = out or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:
-        from echo_trt.compile.build import build as run
+        from echo_trt.commands.build import build as run
 
         manifest = run(settings, recipe.parent, folder, progress.stage, progress.detail)
-    from echo_trt.report import manifest_table
+    from echo_trt.commands.tables import manifest_table
 
     Screen().print(manifest_table(manifest, folder))
 
@@ -182,8 +182,8 @@ def generate(
     Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
-    from echo_trt.generate import Job, run
-    from echo_trt.prompts import Prompt, encodable, read_prompts
+    from echo_trt.commands.generate import Job, run
+    from echo_trt.files.prompts import Prompt, encodable, read_prompts
     from echo_trt.runtime.params import SamplingParams
 
     if (prompt is None) == (prompts is None):
@@ -230,7 +230,7 @@ def serve(
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
-    from echo_trt.serving.launcher import Job, run
+    from echo_trt.launch.launcher import Job, run
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
     name = policy.value if policy else None
@@ -351,15 +351,15 @@ def inspect(
 
     Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
     """
-    from echo_trt.report import manifest_table, print_recipe
+    from echo_trt.commands.tables import manifest_table, print_recipe
 
     if not os.path.exists(place):
         raise UserError(f"{place} does not exist; name a bundle's folder, or a recipe's YAML file.")
     if not place.is_dir():
-        from echo_trt.recipe import load_recipe
+        from echo_trt.bundle.recipe import load_recipe
 
         raise typer.Exit(0 if print_recipe(load_recipe(place), place.parent, cards, Screen()) else 1)
-    from echo_trt.bundle import read_manifest, verify_files
+    from echo_trt.bundle.manifest import read_manifest, verify_files
 
     if cards is not None:
         raise UserError(f"--fit is about a recipe, but {place} is a folder; name the recipe's YAML file.")

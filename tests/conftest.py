@@ -15,7 +15,7 @@ from hypothesis import settings
 from pairs import recipe_of, reference_engines, write_networks
 from transformers.utils import logging
 
-from echo_trt.compile.build import build
+from echo_trt.commands.build import build
 from echo_trt.runtime.llm import LLM
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.bundle.recipe import Recipe, parse_recipe
 from echo_trt.decoding.policies import reserve_for
-from echo_trt.engines.torch import TorchEngine
-from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.weights import load_decoder, load_eagle3
-from echo_trt.recipe import Recipe, parse_recipe
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close")
 VOCAB = 300

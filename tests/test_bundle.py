@@ -10,8 +10,8 @@ from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, LIMITS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.bundle import read_manifest, sha256, verify_files
-from echo_trt.compile.build import build
+from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
+from echo_trt.commands.build import build
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from refusal import refused
 
-from echo_trt.prompts import Prompt, read_prompts
+from echo_trt.files.prompts import Prompt, read_prompts
 
 
 def test_prompt_or_the_first_of_turns(tmp_path):

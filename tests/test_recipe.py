@@ -8,7 +8,7 @@ import pytest
 import yaml
 from refusal import refused
 
-from echo_trt.recipe import Recipe, load_recipe
+from echo_trt.bundle.recipe import Recipe, load_recipe
 
 SHIPPED = sorted((Path(__file__).parent.parent / "build").glob("*.yaml"))
 VALID: dict[str, Any] = {

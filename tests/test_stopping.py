@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from echo_trt.stopping import stop_signals
+from echo_trt.launch.stopping import stop_signals
 
 STOPPED = """
 import signal

@@ -12,19 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
 from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
-from echo_trt.benchmark.peers import Peer, PeerRun, check_peer, open_peer
+from echo_trt.benchmark.peer import Peer, PeerRun
+from echo_trt.benchmark.peers import check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
+from echo_trt.bundle.calibration import own_files
 from echo_trt.calibration.record import record
-from echo_trt.calibration.store import machine, own_files
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.policies import NAMES, SHARED
 from echo_trt.errors import UserError, shown
-from echo_trt.outputs import files_first, json_bytes, output_file
-from echo_trt.prompts import Prompt, check_lengths, read_prompts
-from echo_trt.runtime.llm import LLM
+from echo_trt.files.outputs import files_first, json_bytes, output_file
+from echo_trt.files.prompts import Prompt, read_prompts
+from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.measure import machine
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.runtime.slots import blocks_for
 
@@ -76,7 +79,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
         result: dict[str, Any] = {
             "machine": machine(llm.manifest),
             "bundle": llm.manifest.name,
-            "precision": llm.manifest.computes_in,
+            "precision": computes_in(llm.manifest),
             "max_tokens": job.max_tokens,
             "prompts": {name: len(rows) for name, rows in sets.items()},
             "hinge": llm.tuning.costs.hinge.model_dump(),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.benchmark.closed_loop import PHASES, Sample, Tally
-from echo_trt.benchmark.peers import PeerRun
+from echo_trt.benchmark.peer import PeerRun
 
 PLAIN = "autoregressive"
 

@@ -11,9 +11,9 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 
-from echo_trt.benchmark.peers import PeerRun
-from echo_trt.bundle import Manifest
-from echo_trt.compile.openvino import compute_type
+from echo_trt.backends.openvino.cpu import compute_type
+from echo_trt.benchmark.peer import PeerRun
+from echo_trt.bundle.manifest import Manifest
 from echo_trt.decoding.pack import BLOCK
 
 WARM_UP_TOKENS = 8

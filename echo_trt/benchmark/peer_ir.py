@@ -22,10 +22,10 @@ from openvino._offline_transformations import apply_make_stateful_transformation
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from echo_trt.backends.openvino.cpu import stores_fp16
 from echo_trt.benchmark.peer_head import EagleHead, hidden_layers, load_head
 from echo_trt.benchmark.peer_transformers import load_network
-from echo_trt.bundle import Manifest
-from echo_trt.compile.openvino import stores_fp16
+from echo_trt.bundle.manifest import Manifest
 
 #: What GenAI feeds a language model, besides the state: int64 [B, T], [B, past + T], [B, T] and int32 [B].
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")

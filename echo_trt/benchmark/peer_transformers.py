@@ -20,10 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from echo_trt.benchmark.peers import PeerRun
-from echo_trt.bundle import Manifest
-from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.benchmark.peer import PeerRun
+from echo_trt.bundle.manifest import Manifest
 from echo_trt.models.config import DECODERS
+from echo_trt.models.open_checkpoint import open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,7 +35,7 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, manifest: Manifest, checkpoint: Path):
-        self.model = load_network(checkpoint).to(DTYPES[manifest.computes_in])
+        self.model = load_network(checkpoint).to(DTYPES[computes_in(manifest)])
         self.model.generation_config = GenerationConfig()  # a checkpoint's own may sample or penalise repetition
         self.eos = manifest.eos_token_ids
 

@@ -10,18 +10,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from echo_trt.bundle import read_manifest
+from echo_trt.bundle.calibration import Calibration
+from echo_trt.bundle.costs import COSTS, CostTable
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.calibration.fit import fit
-from echo_trt.calibration.measure import disturbance, measure
 from echo_trt.calibration.plots import draw
 from echo_trt.calibration.record import record
 from echo_trt.calibration.reliability import reliability
-from echo_trt.calibration.store import CALIBRATION, COSTS, Calibration, CostTable, write
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.errors import UserError
-from echo_trt.outputs import files_first
-from echo_trt.prompts import Prompt, check_lengths, read_prompts
-from echo_trt.runtime.llm import LLM
+from echo_trt.files.outputs import files_first
+from echo_trt.files.prompts import Prompt, read_prompts
+from echo_trt.runtime.llm import LLM, check_lengths
+from echo_trt.runtime.measure import disturbance, measure
 
 PLOT = "calibration.svg"
 FEWEST = 8  # prompts, below which an estimate is an anecdote

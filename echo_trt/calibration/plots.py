@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from echo_trt.bundle.calibration import Calibration
+from echo_trt.bundle.costs import CostTable
 from echo_trt.calibration.reliability import Reliability
-from echo_trt.calibration.store import Calibration, CostTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import numpy as np
 from echo_trt.calibration.trees import TreeRecorder, Trees
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.errors import UserError
-from echo_trt.prompts import Prompt
+from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.calibration.fit import Observed, acceptance_table, lookup_acceptance, observe
+from echo_trt.calibration.fit import acceptance_table, lookup_acceptance
+from echo_trt.calibration.observe import Observed, observe
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.acceptance import Acceptance

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.super_tree import SuperTree
 
 

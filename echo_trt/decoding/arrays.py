@@ -1,10 +1,40 @@
-"""Ragged batches as flat arrays: the few index tricks that keep Python loops out of a step."""
+"""Ragged batches as flat arrays, and loops over them compiled to machine code by numba.
+
+An iteration's decisions are a few thousand operations. As array calls they are a few hundred, of some microseconds of
+overhead each; compiled, they take a tenth of that. numba keeps the machine code in a cache beside the module, or
+in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+try:
+    from numba import njit
+except ImportError:  # where nothing can be installed
+    njit = None
+    warnings.warn("numba is missing: planning is interpreted, and slow; install numba.", stacklevel=1)
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def compiled(signature: str | None = None) -> Callable[[Function], Function]:
+    """Compile a function for arguments of this numba ``signature``; without one, as a part of others."""
+
+    def compile_(function: Function) -> Function:
+        if njit is None:
+            return function
+        types = [signature] if signature else []
+        try:
+            return njit(*types, cache=True)(function)
+        except RuntimeError:  # no folder of numba's can be written: compiled anew in each process
+            return njit(*types)(function)
+
+    return compile_
 
 
 def begins(counts: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 
 BLOCK = 32  # tokens in a KV block
 _CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 
 
 @dataclass

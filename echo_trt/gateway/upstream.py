@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from echo_trt.gateway.errors import ApiError, from_grpc, unavailable
 from echo_trt.gateway.metrics import Metrics
-from echo_trt.serving.probe import FIRST
+from echo_trt.serving.protocol import FIRST
 
 #: input -> Triton's name of its type, numpy's type
 TYPES = {

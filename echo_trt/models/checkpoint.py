@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from echo_trt.errors import UserError
-from echo_trt.models.fp8_checkpoint import dequantised
 
 #: A slice of each axis; () is the whole.
 Part = tuple[slice, ...]
@@ -35,19 +34,6 @@ class Checkpoint(Protocol):
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         """One tensor or a part of it, in the type it is stored in (GGUF: float32)."""
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A folder with config.json and safetensors, FP8 ones dequantised, or a .gguf file."""
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
-    if path.is_file() and path.suffix != ".gguf":
-        raise UserError(f"checkpoint {path} is a single file; give a Hugging Face folder or a .gguf file.")
-    if path.suffix == ".gguf":
-        from echo_trt.models.gguf_checkpoint import GgufCheckpoint
-
-        return GgufCheckpoint(path)
-    return dequantised(SafetensorsCheckpoint(path))
 
 
 class SafetensorsCheckpoint:

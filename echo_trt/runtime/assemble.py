@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from echo_trt.calibration.store import CALIBRATION, Calibration, read_calibration
+from echo_trt.backends.base import Engine
+from echo_trt.bundle.calibration import Calibration, read_calibration
+from echo_trt.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import reserve_for
-from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
@@ -94,14 +95,14 @@ def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks
     if network == "target" and manifest.target.rank_files:
         return _ranked(folder, manifest, state, blocks)
     if manifest.tensorrt:
-        from echo_trt.engines.tensorrt import TensorRTEngine
+        from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
         return TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, *state.block_table.shape, blocks)
     if manifest.engine == "torch":
-        from echo_trt.engines.torch import open_torch
+        from echo_trt.backends.torch.engine import open_torch
 
         return open_torch(file, blocks)
-    from echo_trt.engines.openvino import OpenVINOEngine
+    from echo_trt.backends.openvino.engine import OpenVINOEngine
 
     own = manifest.recipe.draft.precision if network == "draft" else None
     engine = OpenVINOEngine(file, own or manifest.precision, blocks)
@@ -130,15 +131,15 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
 
 def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engine:
     """A divided target, in a process a rank; the draft stands whole in this one."""
-    from echo_trt.engines.ranked import RankedEngine
+    from echo_trt.backends.parallel.ranked import RankedEngine
 
     files = tuple(folder / file for file in manifest.target.rank_files)
     if manifest.tensorrt:
-        from echo_trt.engines.tensorrt import TensorRTRank
+        from echo_trt.backends.tensorrt.engine import TensorRTRank
 
         opened = TensorRTRank(files, manifest.engine, manifest.tensorrt, *state.block_table.shape, blocks)
     else:
-        from echo_trt.engines.torch import TorchRank
+        from echo_trt.backends.torch.engine import TorchRank
 
         opened = TorchRank(files, blocks)
     return RankedEngine(opened, len(files))

@@ -11,11 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
+from echo_trt.backends.base import Engine
 from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.engines.base import Engine
 from echo_trt.runtime.slots import Slots
 
 UNKNOWN = -1  # entries of a request that has not drafted

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import Planner
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
+from echo_trt.files.prompts import Prompt
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
@@ -20,7 +21,7 @@ from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, S
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
-Prompt = str | Sequence[int]
+PromptIds = str | Sequence[int]
 
 
 class LLM:
@@ -86,14 +87,14 @@ class LLM:
         return self._chat.ids([{"role": "user", "content": message}])
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[PromptIds], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
         """Answers in the order of the prompts. A string is a user turn; token ids are taken as they are."""
         finished = {d.index: d.completion for d in self.stream(prompts, params) if d.completion}
         return [finished[index] for index in range(len(prompts))]
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Sequence[PromptIds], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[Delta]:
         """The same, as text comes: a Delta for each piece, with the Completion in a request's last one."""
         if isinstance(prompts, str):
@@ -124,7 +125,7 @@ class LLM:
             for request in answers:
                 self.loop.cancel(request)
 
-    def gap(self, prompt: Prompt, first: Sequence[int], second: Sequence[int]) -> float:
+    def gap(self, prompt: PromptIds, first: Sequence[int], second: Sequence[int]) -> float:
         """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
 
         Infinite where one merely ends earlier. Call it while nothing is running.
@@ -157,3 +158,15 @@ class LLM:
         if len(unknown):
             raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
         return array
+
+
+def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
+    context = llm.loop.state.context
+    for prompt in prompts:
+        count = len(llm.chat_ids(prompt.text))
+        if count >= context:
+            raise UserError(
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
+                "limits.context in the recipe and build again."
+            )

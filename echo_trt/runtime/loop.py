@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from echo_trt.backends.base import Engine
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import ancestor_mask
-from echo_trt.engines.base import Engine
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs

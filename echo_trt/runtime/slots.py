@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.arrays import ragged_arange
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled, ragged_arange
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from echo_trt.bundle import NGRAMS
-from echo_trt.calibration.measure import disturbance, measure, times_as_long, without_speculation
-from echo_trt.calibration.store import CALIBRATION, COSTS, CostTable, read_costs, write
+from echo_trt.bundle.costs import COSTS, CostTable, read_costs
+from echo_trt.bundle.manifest import NGRAMS
+from echo_trt.bundle.ngrams import read_ngrams
+from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
@@ -18,7 +19,7 @@ from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import SHARED, make_planner
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
-from echo_trt.runtime.ngram_table import read_ngrams
+from echo_trt.runtime.measure import disturbance, machine, measure, times_as_long, without_speculation
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
 MEASUREMENTS = 2  # of costs at a start, at most: more make a start on a busy machine longer, and a table likelier
@@ -44,7 +45,7 @@ class Tuning:
     def costs(self) -> CostTable:
         """Nothing may be running when this is asked for the first time."""
         networks, busy = self._networks, bool(self._networks.state.active.any())
-        table, engine = read_costs(self._folder, self._manifest, self._note), networks.target
+        table, engine = read_costs(self._folder, self._manifest, machine(self._manifest), self._note), networks.target
         if table and (table.granule, table.least) != (engine.granule, engine.least):
             table = None  # of a version that filled passes up otherwise
         if table and not busy and (times := times_as_long(table, networks)) > DOUBTED:

@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 
 from echo_trt.decoding.arrays import ragged_arange
-from echo_trt.decoding.logprobs import best_tokens, log_normalisers
 from echo_trt.decoding.pack import Packed
-from echo_trt.decoding.penalties import penalise, tokens_above
-from echo_trt.decoding.sampling import sample
+from echo_trt.decoding.sampling.draw import sample
+from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
+from echo_trt.decoding.sampling.penalties import penalise, tokens_above
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.params import TokenLogprobs
 from echo_trt.runtime.slots import Slots

@@ -20,7 +20,7 @@ from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Counters, SamplingParams
-from echo_trt.serving.probe import FIRST
+from echo_trt.serving.protocol import FIRST
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from echo_trt.calibration.store import Calibration, read_stored
+from echo_trt.bundle.calibration import Calibration
+from echo_trt.bundle.ngrams import read_ngrams
+from echo_trt.bundle.recipe import Decoding
+from echo_trt.bundle.stored import read_stored
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.ngrams import NGrams
@@ -21,9 +24,7 @@ from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import NAMES, PAPER, PLAIN, echo_settings, goodput_settings, make_planner
 from echo_trt.errors import UserError
-from echo_trt.outputs import files_first, json_bytes, output_file
-from echo_trt.recipe import Decoding
-from echo_trt.runtime.ngram_table import read_ngrams
+from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle

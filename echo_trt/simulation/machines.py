@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.calibration.store import CostTable, read_stored
+from echo_trt.bundle.costs import CostTable
+from echo_trt.bundle.stored import read_stored
 from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError

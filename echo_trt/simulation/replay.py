@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from echo_trt.calibration.fit import continuations
+from echo_trt.calibration.observe import continuations
 from echo_trt.calibration.trees import RecordedDraft
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.goodput.costs import Costs

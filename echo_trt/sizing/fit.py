@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.compile.call_sizes import CallSizes
+from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
-from echo_trt.recipe import Recipe
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.errors import UserError
 from echo_trt.models.config import check_division, decoder_config, eagle3_config
-from echo_trt.recipe import Recipe, Source
 from echo_trt.sizing.networks import Sizes, decoder_sizes, head_sizes
 
 
@@ -50,7 +50,8 @@ def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, An
         path = recipe_folder / Path(source.path).expanduser()
         file = path if path.is_file() else path / "config.json"
         if file.exists():
-            from echo_trt.models.checkpoint import open_checkpoint, read_json  # imports torch
+            from echo_trt.models.checkpoint import read_json
+            from echo_trt.models.open_checkpoint import open_checkpoint
 
             raw = open_checkpoint(file).config if file == path else read_json(file)
             return {**raw, "quantization_config": None}, str(file)  # weights are dequantised as they are read

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.recipe import Recipe
 from echo_trt.sizing.fit import gigabytes, needs
 from echo_trt.sizing.shapes import shapes
 

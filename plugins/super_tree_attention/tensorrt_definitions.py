@@ -10,7 +10,7 @@ import tensorrt.plugin as trtp
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
 from super_tree_attention.kernel_plan import ROWS, Plan, Whole, plan, tile_count
-from super_tree_attention.tensorrt_plugin import ATTENTION, COMBINE, NAMESPACE, relist_parameters
+from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, relist_parameters
 
 Desc, Tensor = trtp.TensorDesc, trtp.Tensor
 Launch = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]

@@ -16,7 +16,7 @@ from echo_trt.benchmark.command import Job, check_pool, drawn
 from echo_trt.benchmark.command import run as run_bench
 from echo_trt.benchmark.figures import figures
 from echo_trt.calibration.trees import Trees
-from echo_trt.prompts import Prompt
+from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM
 
 

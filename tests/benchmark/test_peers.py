@@ -10,11 +10,11 @@ from pairs import SIZES, raw_recipe, write_tokenizer
 from refusal import refused
 from runtime.driving import prompt_ids
 
+from echo_trt.backends.openvino import graph as compiler
 from echo_trt.benchmark.peers import PEERS, open_peer
-from echo_trt.bundle import read_manifest
-from echo_trt.compile import openvino as compiler
-from echo_trt.compile.build import build
-from echo_trt.recipe import parse_recipe
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.bundle.recipe import parse_recipe
+from echo_trt.commands.build import build
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 

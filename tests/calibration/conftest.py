@@ -8,7 +8,7 @@ from runtime.driving import prompt_ids
 from echo_trt.calibration.record import record
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.prompts import Prompt
+from echo_trt.files.prompts import Prompt
 
 #: As wide and deep as the pairs' static tree, so that a replay can follow that policy.
 SHAPE = EchoSettings(max_depth=3, beams=3, width=3)

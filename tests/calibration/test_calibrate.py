@@ -11,9 +11,10 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
+from echo_trt.backends.openvino.engine import OpenVINOEngine
+from echo_trt.bundle.costs import COSTS
+from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.calibration.command import Job, run
-from echo_trt.calibration.store import CALIBRATION, COSTS
-from echo_trt.engines.openvino import OpenVINOEngine
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -43,7 +44,7 @@ def ticks(monkeypatch) -> SimpleNamespace:
         clock.now += 1e-3
         return clock.now
 
-    monkeypatch.setattr("echo_trt.calibration.measure.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=perf_counter))
     return clock
 
 

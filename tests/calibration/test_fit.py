@@ -8,19 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 
-from echo_trt.calibration.fit import (
-    PRIOR,
-    QUANTILES,
-    Observed,
-    acceptance_table,
-    auc,
-    children_quantiles,
-    fit,
-    fit_gates,
-    lookup_acceptance,
-    observe,
-    youden,
-)
+from echo_trt.calibration.fit import PRIOR, QUANTILES, acceptance_table, children_quantiles, fit, lookup_acceptance
+from echo_trt.calibration.gates import auc, fit_gates, youden
+from echo_trt.calibration.observe import Observed, observe
 from echo_trt.calibration.reliability import _diagram
 from echo_trt.decoding.echo import gates
 from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, KNOTS, LOOKUP, Acceptance, knots

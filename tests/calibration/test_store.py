@@ -9,23 +9,15 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.bundle import Manifest, read_manifest
-from echo_trt.calibration.store import (
-    CALIBRATION,
-    COSTS,
-    Calibration,
-    CostTable,
-    CurveTable,
-    Gate,
-    HingeTable,
-    machine,
-    read_calibration,
-    read_costs,
-    write,
-)
+from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.bundle.calibration import Calibration, Gate, read_calibration
+from echo_trt.bundle.costs import COSTS, CostTable, CurveTable, HingeTable, read_costs
+from echo_trt.bundle.manifest import Manifest, read_manifest
+from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, knots
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.measure import machine
 
 TARGET, DRAFT = "1" * 64, "2" * 64
 
@@ -89,7 +81,7 @@ def test_what_is_written_is_read_again(tmp_path, manifest):
     assert stored.model().table.shape == (len(CALIBRATED), 3, KNOTS)
     assert stored.model().children.shape == (3, 2, 2)
     write(tmp_path, COSTS, costs(machine(manifest)))
-    table = read_costs(tmp_path, manifest, pytest.fail)
+    table = read_costs(tmp_path, manifest, machine(manifest), pytest.fail)
     assert table == costs(machine(manifest))
     assert table.costs().target(2, 1000) == pytest.approx(0.01 + 0.01 / 3 + 1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == [CALIBRATION, COSTS]  # nothing half-written
@@ -106,11 +98,11 @@ def test_a_calibration_of_another_pair_is_refused(target, draft, words, tmp_path
 
 
 def test_costs_of_another_machine_are_not_used(tmp_path, manifest):
-    assert read_costs(tmp_path, manifest, pytest.fail) is None
+    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
     write(tmp_path, COSTS, costs("a faster one"))
-    assert read_costs(tmp_path, manifest, pytest.fail) is None
+    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
     assert machine(manifest) == machine(manifest)
-    assert manifest.computes_in in machine(manifest)
+    assert computes_in(manifest) in machine(manifest)
 
 
 BROKEN = [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"format": 1}', b"null"]
@@ -127,7 +119,7 @@ def test_a_broken_file_is_named(content, tmp_path, manifest):
 
 def assert_measured_again(folder: Path, manifest: Manifest, *words: str) -> None:
     told = []
-    assert read_costs(folder, manifest, told.append) is None
+    assert read_costs(folder, manifest, machine(manifest), told.append) is None
     assert len(told) == 1
     with refused(folder / COSTS, "it is measured again", *words):
         raise UserError(told[0])
@@ -232,7 +224,7 @@ def test_costs_without_the_draft_of_a_bundle_that_has_one_are_not_used(tmp_path,
     manifest = read_manifest(bundle_of("model"))
     none = CurveTable(sizes=[1], seconds=[0.0])
     write(tmp_path, COSTS, costs(machine(manifest)).model_copy(update={"draft": none}))
-    assert read_costs(tmp_path, manifest, pytest.fail) is None
+    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
 
 
 def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
@@ -241,7 +233,7 @@ def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
     told = []
     LLM(bundle, "goodput", note=told.append)
     assert any("format is not valid" in note for note in told)
-    assert read_costs(bundle, read_manifest(bundle), pytest.fail) is not None
+    assert read_costs(bundle, read_manifest(bundle), machine(read_manifest(bundle)), pytest.fail) is not None
 
 
 def test_numbers_survive_the_file(tmp_path):

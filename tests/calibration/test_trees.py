@@ -19,7 +19,7 @@ from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.prompts import Prompt
+from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 
 SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3), 24

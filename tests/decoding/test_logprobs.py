@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax
 
-from echo_trt.decoding.logprobs import best_tokens, log_normalisers
+from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
 
 
 @st.composite

@@ -8,7 +8,7 @@ from forests import path_to, super_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.decoding.penalties import penalise, tokens_above
+from echo_trt.decoding.sampling.penalties import penalise, tokens_above
 from echo_trt.decoding.super_tree import SuperTree
 
 VOCAB = 6

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import chisquare, kstest
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.sampling import limited, philox4x32, sample, uniform
+from echo_trt.decoding.sampling.draw import limited, philox4x32, sample, uniform
 from echo_trt.decoding.super_tree import SuperTree
 
 # -- the generator -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from echo_trt.serving.launcher import Job
+from echo_trt.launch.launcher import Job
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

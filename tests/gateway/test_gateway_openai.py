@@ -16,7 +16,7 @@ import pytest
 from pairs import ASSISTANT, END, LIMITS, USER, recipe_of
 from serving.served import Served, needs_triton
 
-from echo_trt.compile.build import build
+from echo_trt.commands.build import build
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 

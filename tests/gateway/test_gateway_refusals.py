@@ -28,7 +28,7 @@ from echo_trt.gateway.app import create_app  # noqa: E402
 from echo_trt.gateway.keys import Keys  # noqa: E402
 from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest  # noqa: E402
 from echo_trt.gateway.upstream import Upstream  # noqa: E402
-from echo_trt.serving.probe import FIRST  # noqa: E402
+from echo_trt.serving.protocol import FIRST  # noqa: E402
 
 NOBODY = "127.0.0.1:1"
 KEY, OTHER_KEY = "sk-0123456789abcdef", "sk-fedcba9876543210"

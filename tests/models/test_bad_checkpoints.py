@@ -13,8 +13,8 @@ from refusal import refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder, load_eagle3
 
 WEIGHTS = "model.safetensors"

@@ -9,8 +9,8 @@ from checkpoints import llama, qwen3, qwen3_moe
 from paged import assert_same_network
 from transformers import Qwen3ForCausalLM
 
-from echo_trt.models.checkpoint import open_checkpoint
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
 
 

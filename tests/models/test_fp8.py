@@ -11,7 +11,7 @@ from checkpoints import qwen3, qwen3_moe
 from refusal import refused
 from safetensors.torch import load_file, save_file
 
-from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
 from echo_trt.models.weights import load_decoder
 

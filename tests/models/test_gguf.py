@@ -11,11 +11,12 @@ from gguf_files import CHAT_TEMPLATE, CONTROL, USER_DEFINED, vocabulary, write_g
 from paged import assert_same_network, run_in_calls
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from echo_trt.bundle.recipe import load_recipe
+from echo_trt.bundle.sources import locate
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint, open_checkpoint
-from echo_trt.models.sources import locate
+from echo_trt.models.checkpoint import Checkpoint
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
-from echo_trt.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "build"
 #: Quantised rows come in blocks of 32.

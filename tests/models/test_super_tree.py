@@ -5,7 +5,7 @@ import torch
 from checkpoints import llama, qwen3, qwen3_moe
 from paged import PagedCache, Tree, run_decoder
 
-from echo_trt.models.checkpoint import open_checkpoint
+from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
 
 ROOT_ONLY = Tree([-1])

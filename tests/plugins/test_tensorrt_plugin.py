@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, roles_of
 
-from echo_trt.compile.onnx_export import export
-from super_tree_attention import kernel_plan, super_tree_attention, tensorrt_plugin
+from echo_trt.backends.onnx_export import export
+from super_tree_attention import kernel_plan, super_tree_attention, tensorrt_names, tensorrt_plugin
 
 INPUTS = ("query", "key", "value", "key_cache", "value_cache", "past_lens", "seq_begins", "block_indices",
           "block_begins", "tree_mask", "tree_mask_begins")  # fmt: skip
@@ -44,7 +44,7 @@ def registered(definitions):
     from tensorrt.plugin._lib import QDP_CREATORS, QDP_REGISTRY
 
     plugins = {name.removeprefix("echo::"): QDP_REGISTRY[name] for name in QDP_CREATORS if name.startswith("echo::")}
-    assert set(plugins) == {tensorrt_plugin.ATTENTION, tensorrt_plugin.COMBINE}
+    assert set(plugins) == {tensorrt_names.ATTENTION, tensorrt_names.COMBINE}
     return plugins
 
 
@@ -250,14 +250,14 @@ def test_profiles_of_different_tiles_have_kernels_of_their_own(trt, registered, 
 
 def test_a_parameter_that_is_read_cannot_be_left_out():
     ptx = ".visible .entry k(\n\t.param .u64 k_param_0,\n\t.param .u64 k_param_1\n)\n{ld.param.b64 %rd1, [k_param_1];}"
-    name, relisted = tensorrt_plugin.relist_parameters(ptx, [1, None], "small")
+    name, relisted = tensorrt_names.relist_parameters(ptx, [1, None], "small")
     assert name == "echo_small"
     assert re.findall(r"\.param \.u64 .*?(\w+),?\n", relisted) == ["echo_small_param_1", "echo_small_unread_0"]
     assert "[echo_small_param_1]" in relisted
     with pytest.raises(ValueError, match="k reads its parameter k_param_1, which TensorRT does not pass"):
-        tensorrt_plugin.relist_parameters(ptx, [0], "small")
+        tensorrt_names.relist_parameters(ptx, [0], "small")
     with pytest.raises(ValueError, match="no entry"):
-        tensorrt_plugin.relist_parameters("", [0], "small")
+        tensorrt_names.relist_parameters("", [0], "small")
 
 
 def ptxas_path() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from pairs import VOCAB
 
+from echo_trt.backends.base import Engine
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.acceptance import Acceptance
@@ -16,7 +17,6 @@ from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.engines.base import Engine
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import SamplingParams

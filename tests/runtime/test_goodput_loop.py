@@ -11,7 +11,7 @@ from driving import add, assert_all_free, goodput_planner, prompt_ids, run
 from pairs import FOLDERS, PAIRS
 from refusal import refused
 
-from echo_trt.calibration.store import COSTS
+from echo_trt.bundle.costs import COSTS
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.sizes import Sizes
 from echo_trt.runtime.params import SamplingParams

@@ -4,8 +4,8 @@ import pytest
 from driving import add, goodput_planner, prompt_ids, run
 from pairs import LIMITS, recipe_of
 
-from echo_trt.compile.build import build
-from echo_trt.compile.openvino import has_bf16
+from echo_trt.backends.openvino.cpu import has_bf16
+from echo_trt.commands.build import build
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
+from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.sampling import sample
+from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.engines.device_rows import DeviceRows
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots
 from echo_trt.runtime.verified import Verified

@@ -56,7 +56,7 @@ def test_a_failure_is_told_and_the_other_sections_go_on(copy):
     text = kernel.read_text()
     kernel.write_text(text.replace("1.4426950408889634 * HEAD_DIM**-0.5", "1.3 * HEAD_DIM**-0.5"))
     assert kernel.read_text() != text
-    (copy / "scripts/gpu_proof_parts/speed.py").write_text(
+    (copy / "scripts/proofs/gpu_proof_parts/speed.py").write_text(
         "def prove(proof):\n    raise OSError('the card is on fire')\n"
     )
     done = run(copy, "--cpu-interpret", "--only", "kernel,speed,tensorrt")
@@ -70,8 +70,8 @@ def test_a_failure_is_told_and_the_other_sections_go_on(copy):
 
 @pytest.fixture
 def parts(monkeypatch) -> Callable[[str], ModuleType]:
-    """name -> that module of scripts/gpu_proof_parts."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    """name -> that module of scripts/proofs/gpu_proof_parts."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "proofs"))
     return lambda name: importlib.import_module(f"gpu_proof_parts.{name}")
 
 

@@ -13,12 +13,12 @@ from pairs import recipe_of
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from echo_trt.compile.build import build
+from echo_trt.bundle.ngrams import read_ngrams
+from echo_trt.commands.build import build
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.models.checkpoint import weights_sha256
-from echo_trt.runtime.ngram_table import read_ngrams
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_eagle3.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "training" / "train_eagle3.py"
 
 
 def run(*words: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pairs import LIMITS, recipe_of
 
-from echo_trt.compile.build import build
+from echo_trt.commands.build import build
 
 ROOMY = {**LIMITS, "batch": 4, "context": 480}
 

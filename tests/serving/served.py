@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echo_trt.serving.triton_server import PREFIX
+from echo_trt.launch.triton_server import PREFIX
 
 needs_triton = pytest.mark.skipif(
     not (find_spec("pytriton") and find_spec("tritonclient")),

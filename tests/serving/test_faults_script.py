@@ -1,4 +1,4 @@
-"""scripts/serve_faults.py at a fiftieth of its size; the deaths have tests of their own."""
+"""scripts/proofs/serve_faults.py at a fiftieth of its size; the deaths have tests of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAULTS = ["departures", "nonsense", "malformed", "queue"]
 def test_nothing_is_lost_where_nothing_may_be(roomy_bundle, tmp_path, monkeypatch, capsys):
     for package in ("starlette", "uvicorn"):
         pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "scripts")])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "scripts" / "proofs")])
     import serve_faults
 
     failed = serve_faults.run(roomy_bundle, tmp_path, 0.02, FAULTS)

@@ -11,11 +11,11 @@ import pytest
 from driving import assert_all_free, prompt_ids
 from refusal import refused
 
+from echo_trt.backends.base import Engine
 from echo_trt.decoding.pack import Packed
-from echo_trt.engines.base import Engine
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
-from echo_trt.serving.probe import FIRST
+from echo_trt.serving.protocol import FIRST
 from echo_trt.serving.service import Event, Job, Overloaded, Service
 
 LONG = SamplingParams(100, ignore_eos=True)

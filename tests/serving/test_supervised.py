@@ -19,11 +19,11 @@ from refusal import refused
 from served import free_ports
 
 from echo_trt.errors import UserError
-from echo_trt.serving import launcher, probe, process, supervised, triton_server
-from echo_trt.serving.launcher import Gateway, Job, Launcher
-from echo_trt.serving.probe import responds
-from echo_trt.serving.process import Log, Process
-from echo_trt.serving.supervised import Supervised
+from echo_trt.launch import launcher, probe, process, supervised, triton_server
+from echo_trt.launch.launcher import Gateway, Job, Launcher
+from echo_trt.launch.probe import responds
+from echo_trt.launch.process import Log, Process
+from echo_trt.launch.supervised import Supervised
 
 LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
 SERVES = f"{LISTENS}.serve_forever()"

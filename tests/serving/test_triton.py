@@ -17,7 +17,7 @@ from served import Served, grpc_input, joined, joined_lists, needs_triton
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
-from echo_trt.serving.probe import FIRST
+from echo_trt.serving.protocol import FIRST
 
 pytestmark = needs_triton
 QUEUE, LONG = 6, 440

@@ -20,10 +20,10 @@ import served
 from refusal import refused
 from served import Served, free_ports, joined, needs_triton
 
+from echo_trt.launch import launcher, process, triton_server
+from echo_trt.launch.launcher import Job, run
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.serving import launcher, process, triton_server
-from echo_trt.serving.launcher import Job, run
 
 LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
 STREAMS = 8

@@ -9,9 +9,9 @@ from refusal import refused
 from rich.console import Console
 from synthetic import recorded
 
+from echo_trt.bundle.ngrams import write_ngrams
+from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.calibration.fit import fit
-from echo_trt.calibration.store import CALIBRATION, write
-from echo_trt.runtime.ngram_table import write_ngrams
 from echo_trt.simulation.command import POLICIES, SimulationJob, run
 
 

@@ -9,7 +9,7 @@ from echo_trt.calibration.fit import fit
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.policies import PLAIN, goodput_settings
-from echo_trt.prompts import Prompt
+from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.simulation.command import planner_for
 from echo_trt.simulation.machines import Machine, machine_named

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_trt.compile.call_sizes import CallSizes
+from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.bundle.recipe import Recipe, load_recipe, parse_recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
-from echo_trt.recipe import Recipe, load_recipe, parse_recipe
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
 from echo_trt.sizing.fit import Fit, fit, needs, split_scratch
 from echo_trt.sizing.shapes import shapes
@@ -234,7 +234,7 @@ def test_cards_that_tensorrt_rtx_builds_nothing_for():
 
 def test_what_tensorrt_rtx_builds_for_is_what_it_says():
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install -e '.[rtx]'")
-    from echo_trt.compile.tensorrt import known_capabilities
+    from echo_trt.backends.tensorrt.compiler import known_capabilities
 
     assert set(known_capabilities("tensorrt-rtx")) == set(RTX_CAPABILITIES)
 

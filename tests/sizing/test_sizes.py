@@ -7,10 +7,10 @@ import torch
 from refusal import refused
 from torch import nn
 
+from echo_trt.bundle.recipe import load_recipe, parse_recipe
 from echo_trt.models.config import decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.recipe import load_recipe, parse_recipe
 from echo_trt.sizing.networks import decoder_sizes, head_sizes
 from echo_trt.sizing.shapes import published, shapes
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 
 HEAD, LOOKUP, BOTH, NGRAM = range(4)  # who proposed a node
 HORIZON = 2  # levels that are foreseen: one that does not pay by itself may pay with the next

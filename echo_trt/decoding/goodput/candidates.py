@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.goodput.ngrams import Chains, NGrams
 from echo_trt.decoding.planner import Continuations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 
 NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
 _FRESH = 64.0  # passes for which what one size has taken lately is not put in doubt by what another takes

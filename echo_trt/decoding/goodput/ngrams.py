@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAVES = 256  # of a batch, the best, that are continued

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs

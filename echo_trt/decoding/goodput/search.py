@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 
 BINS = 64  # of a histogram over values, the best first
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from echo_trt.decoding.compiled import compiled
+from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.goodput.acceptance import Foreseen
 from echo_trt.decoding.goodput.costs import Costs
 from echo_trt.decoding.goodput.turns import Turns

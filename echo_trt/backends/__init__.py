@@ -1,0 +1,1 @@
+"""Compilers and engines: one folder each, behind one protocol (``base``)."""

@@ -1,0 +1,1 @@
+"""What GPU engines share: device memory, staged calls, rows that stay on the device."""

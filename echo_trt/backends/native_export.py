@@ -1,0 +1,163 @@
+"""PyTorch to ONNX in standard operators alone, for compilers without the plugin: padded batches over linear caches.
+
+B requests of at most T new tokens each lie padded in [B, T]; request b's KV rows are row b of [B, Hk, C, D] caches. A
+graph reads and gives, with F the graph's float type (float32, float16 or bfloat16) and N = B * T:
+
+| input                       | type, shape              | meaning                                                     |
+|-----------------------------|--------------------------|-------------------------------------------------------------|
+| token_ids, positions        | int64 [B, T]             | new tokens; padding may be any valid ones                   |
+| features (head only)        | F [M, 3 * H_target]      | as in the packed graph                                      |
+| hidden (head only)          | F [P, H]                 | as in the packed graph; M or P may be 0                     |
+| state_rows (head only)      | int64 [B, T]             | each token's row of those M + P                             |
+| past_lens                   | int32 [B]                | committed tokens; past_lens + T <= C                        |
+| tree_mask                   | uint8 [B, T, T]          | 1: the token sees that new one; padding sees none           |
+| logit_rows                  | int64 [R]                | rows asked for, as b * T + t                                |
+| key_cache.i, value_cache.i  | F [B, Hk, C, D]          | layer i's rows, all finite, used or not                     |
+
+| output                             | type, shape              | of                                                   |
+|------------------------------------|--------------------------|------------------------------------------------------|
+| logits                             | F [R, V]                 | the target                                           |
+| features                           | F [N, 3 * H]             | a target with a head                                 |
+| scores, candidates                 | float32, int64 [R, k]    | a draft, a head                                      |
+| state                              | F [N, H]                 | a head                                               |
+| new_key_cache.i, new_value_cache.i | F [B, Hk, C, D]          | all; may be bound to the inputs' memory              |
+
+The dynamic axes are named batch (B), tokens (T), rows (R), feature_rows (M) and hidden_rows (P).
+
+The T new rows of request b are written at past_lens[b], those of padding as zeros. A row that may not be seen is masked
+by adding the lowest float16 number to its score: it then weighs exactly nothing, as long as it is finite.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.onnx import ops
+
+from echo_trt.backends.onnx_export import cache_names, trace
+from echo_trt.models.layers import Attend
+from echo_trt.models.roles import HeadRole, Role
+
+OPSET = 24
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PADDED = ("token_ids", "positions", "state_rows")
+METADATA = ("past_lens", "tree_mask", "logit_rows")
+#: What a row that may not be seen gets added to its score: in every float type a number, never an infinity.
+HIDDEN_SCORE = torch.finfo(torch.float16).min
+
+
+def export_native(role: Role, path: Path, precision: str, context: int) -> None:
+    """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data).
+
+    ``precision`` is fp32, fp16 or bf16, that of weights, caches and activations. ``context`` is C, a slot's cache rows:
+    the longest context and the largest T together.
+    """
+    role = in_precision(role, precision)
+    inputs, metadata, caches = _example(role, context)
+    names = native_inputs(role), native_outputs(role)
+    program = trace(_NativeGraph(role), (inputs, metadata, caches), _dynamic_shapes(role), *names, opset=OPSET)
+    program.save(path, external_data=True)
+
+
+def in_precision(role: Role, precision: str) -> Role:
+    """A copy of ``role`` in ``precision``, which shares those weights that are in it already."""
+    dtype = TYPES[precision]
+    shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
+    return copy.deepcopy(role, shared).to(dtype)
+
+
+def native_inputs(role: Role) -> list[str]:
+    states = ["state_rows"] if isinstance(role, HeadRole) else []
+    return [*role.inputs, *states, *METADATA, *cache_names(role.num_layers)]
+
+
+def native_outputs(role: Role) -> list[str]:
+    return [*role.outputs, *(f"new_{name}" for name in cache_names(role.num_layers))]
+
+
+class _NativeGraph(nn.Module):
+    """A role whose attention is the standard operator, over padded batches and linear caches."""
+
+    def __init__(self, role: Role):
+        super().__init__()
+        self.role = role
+
+    def forward(self, inputs: dict[str, Tensor], metadata: dict[str, Tensor], caches: list[Tensor]):
+        flat = {name: x.flatten() if name in PADDED else x for name, x in inputs.items()}
+        written: list[Tensor] = []
+        attend = self._attend(metadata["past_lens"], metadata["tree_mask"], caches, written)
+        return *self.role(flat, metadata["logit_rows"], attend), *written
+
+    def _attend(self, past_lens: Tensor, tree_mask: Tensor, caches: list[Tensor], written: list[Tensor]) -> Attend:
+        head_dim = self.role.network.config.head_dim
+        batch, tokens = tree_mask.shape[:2]
+        write_indices = past_lens.long()
+        mask = _additive_mask(past_lens, tree_mask, caches[0])
+        # What padding computes may be no number, and would then outlast the call in rows that weigh nothing.
+        padding = (tree_mask.to(mask.dtype).amax(dim=2) == 0).view(-1, 1)
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.view(batch, tokens, -1, head_dim).transpose(1, 2)
+
+        def write(cache: Tensor, rows: Tensor) -> Tensor:
+            new = ops.symbolic(
+                "TensorScatter", (cache, by_head(rows.masked_fill(padding, 0)), write_indices), {"axis": 2},
+                dtype=cache.dtype, shape=cache.shape, version=OPSET,
+            )  # fmt: skip
+            written.append(new)
+            return new
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            queries = by_head(query)
+            keys, values = write(caches[2 * layer], key), write(caches[2 * layer + 1], value)
+            output = ops.symbolic(
+                "Attention", (queries, keys, values, mask), {}, dtype=query.dtype, shape=queries.shape, version=OPSET
+            )
+            return output.transpose(1, 2).reshape(query.shape)
+
+        return attend
+
+
+def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tensor:
+    """What attention adds to the scores: [B, 1, T, C], 0 where a token sees a cache row, else HIDDEN_SCORE."""
+    tokens, rows = tree_mask.shape[2], cache.shape[2]
+    hidden = (1 - tree_mask.to(cache.dtype)) * HIDDEN_SCORE
+    column = torch.arange(rows, dtype=torch.int32) - past_lens[:, None]  # [B, C], its place among the new tokens
+    place = column.clamp(0, tokens - 1).long()[:, None].expand(-1, tokens, -1)
+    among_new = hidden.gather(2, place)
+    column = column[:, None]
+    unseen = torch.where(column < tokens, among_new, HIDDEN_SCORE)
+    return torch.where(column < 0, 0.0, unseen)[:, None]
+
+
+def _example(role: Role, context: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    """Inputs of sizes that no two axes share by accident, for the tracer."""
+    config, dtype = role.network.config, next(role.parameters()).dtype
+    batch, tokens = 3, 5
+    inputs = {name: torch.zeros(batch, tokens, dtype=torch.long) for name in ("token_ids", "positions")}
+    if isinstance(role, HeadRole):
+        inputs["features"] = torch.zeros(7, 3 * config.target_hidden_size, dtype=dtype)
+        inputs["hidden"] = torch.zeros(8, config.hidden_size, dtype=dtype)
+        inputs["state_rows"] = torch.zeros(batch, tokens, dtype=torch.long)
+    metadata = {
+        "past_lens": torch.zeros(batch, dtype=torch.int32),
+        "tree_mask": torch.zeros(batch, tokens, tokens, dtype=torch.uint8),
+        "logit_rows": torch.zeros(2, dtype=torch.long),
+    }
+    # One tensor a cache: the exporter takes two uses of one tensor for one input.
+    shape = batch, config.num_kv_heads, context, config.head_dim
+    return inputs, metadata, [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
+
+
+def _dynamic_shapes(role: Role) -> tuple[dict, dict, list]:
+    batch, tokens = Dim("batch"), Dim("tokens")
+    padded = {0: batch, 1: tokens}
+    inputs = {"token_ids": padded, "positions": padded}
+    if isinstance(role, HeadRole):
+        inputs |= {"features": {0: Dim("feature_rows")}, "hidden": {0: Dim("hidden_rows")}, "state_rows": padded}
+    metadata = {"past_lens": {0: batch}, "tree_mask": {**padded, 2: tokens}, "logit_rows": {0: Dim("rows")}}
+    return inputs, metadata, [{0: batch}] * (2 * role.num_layers)

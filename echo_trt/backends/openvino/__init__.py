@@ -1,0 +1,1 @@
+"""OpenVINO: the embedded default, on any CPU."""

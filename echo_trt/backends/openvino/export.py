@@ -1,0 +1,38 @@
+"""PyTorch to ONNX for OpenVINO: the same graph with the matrices of gated MLPs apart."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echo_trt.backends.onnx_export import export
+from echo_trt.models.layers import MLP
+from echo_trt.models.roles import Role
+
+
+def export_parted(role: Role, path: Path) -> None:
+    """``export``, where OpenVINO activates a gate within its matrix product.
+
+    What comes out of a merged product it splits and activates by itself: 3 to 5 % of a pass of 16 to 28 tokens.
+    """
+    shared = {id(parameter): parameter for parameter in role.parameters()}
+    parted = copy.deepcopy(role, shared)
+    for module in list(parted.modules()):
+        if isinstance(getattr(module, "mlp", None), MLP):
+            module.mlp = _PartedMLP(module.mlp)
+    export(parted, path)
+
+
+class _PartedMLP(nn.Module):
+    """What ``mlp`` computes on one device, gate and up by themselves, over the same memory."""
+
+    def __init__(self, mlp: MLP):
+        super().__init__()
+        self.gate, self.up = (nn.Parameter(half, requires_grad=False) for half in mlp.gate_up.weight.chunk(2))
+        self.down = mlp.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up))

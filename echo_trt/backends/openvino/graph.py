@@ -1,0 +1,206 @@
+"""ONNX to OpenVINO: ``echo::SuperTreeAttention`` becomes OpenVINO's PagedAttention, whose qq_bias is our tree mask."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino as ov
+from openvino import opset13 as ops
+from openvino._offline_transformations import compress_model_transformation
+from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
+from openvino.frontend.onnx import ConversionExtension
+from openvino.op import Constant
+from openvino.passes import ConstantFolding, Manager
+from openvino.preprocess import PrePostProcessor
+
+from echo_trt.backends.onnx_export import BLOCK, DOMAIN, OPERATOR
+from echo_trt.backends.openvino.cpu import compute_type, has_amx, stores_fp16
+from echo_trt.errors import UserError
+
+FEATURES = "features"  # the output that only a head reads
+MAX_CONTEXT = 12  # the place of that input of PagedAttention
+SMALL = 64 << 20  # weights up to which matrix units take longer to compute in int8 than to read two bytes a weight
+GROUP = 192  # activations that share a scale, at most
+
+
+def read_graph(path: Path) -> ov.Model:
+    """The exported graph as an OpenVINO model, weights memory-mapped."""
+    core = ov.Core()
+    core.add_extension(ConversionExtension(OPERATOR, DOMAIN, _to_paged_attention))
+    try:
+        return core.read_model(path)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rstrip(".").replace(". ", ", ")
+        raise UserError(
+            f"{path} is not a network that OpenVINO reads ({reason}); see with echo-trt inspect whether the bundle is "
+            "as it was built, or build it again."
+        ) from error
+
+
+def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:
+    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO."""
+    for parameter in model.get_parameters():
+        if "_cache." in parameter.get_friendly_name():
+            parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
+            parameter.set_element_type(ov.Type.dynamic)
+    _measure_context(model)
+    model.validate_nodes_and_infer_types()
+    if stores_fp16(precision):
+        compress_model_transformation(model)
+    compute = compute_type(precision).to_string()
+    options = {
+        "INFERENCE_PRECISION_HINT": compute,
+        "KV_CACHE_PRECISION": compute,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if precision == "int8" and has_amx() and _weights(model) <= SMALL:
+        _decompress(model)
+    elif precision == "int8":
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model)
+    if compute == "bf16":
+        model = _with_short_features(model)
+        if has_amx():
+            join_mlps(model)
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    return ov.Core().compile_model(model, "CPU", options)
+
+
+def _weights(model: ov.Model) -> int:
+    constants = (node.get_output_shape(0) for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(math.prod(shape) for shape in constants)
+
+
+def _group_size(model: ov.Model) -> int:
+    """Activations that share a scale where a matrix has 8 bits: the fewer scales, the less time. The largest group that
+    divides every row."""
+    eight = (ov.Type.i8, ov.Type.u8)
+    rows = [
+        node.get_output_shape(0)[-1]
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type() in eight and len(node.shape) == 2
+    ]
+    return max((size for size in range(32, GROUP + 1, 32) if all(row % size == 0 for row in rows)), default=32)
+
+
+def _decompress(model: ov.Model) -> None:
+    """Weights of 8 bits with a scale a channel become plain numbers, which are compiled to the graph's type."""
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
+
+
+def _with_short_features(model: ov.Model) -> ov.Model:
+    """A target's features in bf16 too.
+
+    OpenVINO keeps fp32 what lies between an output in it and the matrix products before: of features, all that layers
+    add to, with two conversions at each.
+    """
+    if all(FEATURES not in output.names for output in model.outputs):
+        return model
+    wrapper = PrePostProcessor(model)
+    wrapper.output(FEATURES).tensor().set_element_type(ov.Type.bf16)
+    return wrapper.build()
+
+
+def join_mlps(model: ov.Model) -> None:
+    """Write each gated MLP, whose three matrices are apart, over three axes: with AMX, OpenVINO has one kernel for all
+    of that. It is a fifth of a pass of few tokens.
+    """
+    axis = np.int64(1)
+    for sigmoid in [node for node in model.get_ops() if node.get_type_name() == "Sigmoid"]:
+        gate, activated = _matrix_product(sigmoid.input_value(0)), _only_user(sigmoid)
+        gated = activated and _only_user(activated)
+        down = gated and _only_user(gated)
+        if not gate or not down or down.get_type_name() != "MatMul":
+            continue
+        others = [value for value in gated.input_values() if value.get_node().get_name() != activated.get_name()]
+        up = _matrix_product(others[0]) if len(others) == 1 else None
+        products = [product for product in (gate, up, down) if product]
+        if [product.input_value(1).get_node().get_type_name() for product in products] != 3 * ["Constant"]:
+            continue
+        rows = ops.unsqueeze(gate.input_value(0), axis)
+        wide, other = (ops.matmul(rows, product.input_value(1), False, True) for product in (gate, up))
+        swish = ops.multiply(wide, ops.sigmoid(wide))
+        joined = ops.multiply(swish, other)
+        narrow = ops.matmul(joined, down.input_value(1), False, True)
+        # Profiles go on telling these nodes by their names in the graph.
+        for new, old in ((wide, gate), (other, up), (swish, activated), (joined, gated), (narrow, down)):
+            new.set_friendly_name(old.get_friendly_name())
+        replaced = ops.squeeze(narrow, axis).output(0)
+        for user in down.output(0).get_target_inputs():
+            user.replace_source_output(replaced)
+
+
+def _matrix_product(value: ov.Output) -> ov.Node | None:
+    """The matrix product that ``value`` is, but for the factor and the summand of a Gemm."""
+    node = value.get_node()
+    while node.get_type_name() in ("Add", "Multiply"):
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "MatMul" else None
+
+
+def _only_user(node: ov.Node) -> ov.Node | None:
+    users = node.output(0).get_target_inputs()
+    return next(iter(users)).get_node() if len(users) == 1 else None
+
+
+def _measure_context(model: ov.Model) -> None:
+    """Let each call say how long its longest context can be: it sizes a workspace that batch 1 clears at every call."""
+    inputs = {p.get_friendly_name(): p for p in model.get_parameters()}
+    new = ops.squeeze(ops.shape_of(inputs["token_ids"], "i32"), ops.constant(np.zeros(1, np.int64)))
+    longest = ops.add(ops.reduce_max(inputs["past_lens"], np.zeros(1, np.int64)), new).output(0)
+    for node in model.get_ops():
+        if node.get_type_name() == "PagedAttentionExtension":
+            node.input(MAX_CONTEXT).replace_source_output(longest)
+
+
+def compress_to_int8(path: Path) -> None:
+    """Replace the graph's weight matrices by 8-bit ones with a scale a channel, in place."""
+    import nncf  # slow to import, and only an int8 build needs it
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # its tables
+        model = nncf.compress_weights(onnx.load(path), mode=nncf.CompressWeightsMode.INT8_SYM)
+    data = path.with_name(path.name + ".data")
+    data.unlink()
+    onnx.save(model, path, save_as_external_data=True, location=data.name)
+    data.chmod(0o644)
+
+
+def _constant(values: object, dtype: type) -> ov.Output:
+    array = np.array(values, dtype=dtype)
+    return Constant(ov.Type(dtype), ov.Shape(array.shape), array.reshape(-1).tolist()).output(0)
+
+
+def _to_paged_attention(node) -> list[ov.Output]:
+    inputs = [node.get_input(i) for i in range(node.get_input_size())]
+    kv_heads, head_dim = node.get_attribute("num_kv_heads"), node.get_attribute("head_dim")
+    no_int, no_float = _constant([], np.int32), _constant([], np.float32)
+    scale, no_window = _constant(head_dim**-0.5, np.float32), _constant(0, np.int32)
+    longest = _constant(node.get_attribute("max_context"), np.int32)
+    attention = _PagedAttentionExtension(
+        [
+            *inputs[:9],  # query, key, value, caches, past_lens, seq_begins, block_indices, block_begins
+            *(scale, no_window, no_float, longest, no_int),  # scale, sliding window, alibi, max context, score window
+            *(no_int, no_int, no_float, no_float),  # rotation of evicted blocks (3), sparse attention threshold
+            *(_constant(64, np.int32), _constant(8, np.int32), no_float),  # sparse attention block and stride, sinks
+            *(no_window, no_int, no_int, no_int, no_int),  # adaptive eviction, token types
+            *inputs[9:11],  # tree_mask, tree_mask_begins
+        ]
+    )
+    info = attention.get_rt_info()
+    for name, value in (
+        ("num_k_heads", kv_heads),
+        ("k_head_size", head_dim),
+        ("num_v_heads", kv_heads),
+        ("v_head_size", head_dim),
+    ):
+        info[name] = value
+    return [attention.output(0)]

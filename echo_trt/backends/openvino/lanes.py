@@ -1,0 +1,81 @@
+"""A chain of tokens as sequences of one token each, over the same KV blocks.
+
+OpenVINO's attention has one kernel for a single token of a request and another for several. Their low-precision results
+differ, so that a verified chain would not have plain decoding's logits bit by bit, and a call that needs both pays for
+both. All new rows are written before any is attended, so token j of a chain can be a sequence of its own, whose past is
+j longer: the same attention, by the kernel that plain decoding uses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.pack import BLOCK, Packed
+
+LONGEST = 32  # without a mask: more of them are better off in the kernel for many tokens
+_TYPES = ("i4[::1]", "i4[::1]", "i4[::1]", "i4[::1]", "u1[::1]", "i4[::1]")
+
+
+def as_lanes(call: Packed, unmasked: bool) -> Packed:
+    """``call`` with every chain of two tokens or more that has a mask as that many requests; trees as they are.
+
+    ``unmasked``: those of 2 to LONGEST tokens without a mask, too. A target's are parts of prompts, whose rows must not
+    depend on how a prompt was divided: in the kernel for many tokens they don't.
+    """
+    if call.seq_begins[-1] == len(call.past_lens):  # single tokens all
+        return call
+    masks = call.tree_mask, call.tree_mask_begins
+    chain = _chains(call.seq_begins, *masks, LONGEST if unmasked else 0)
+    if not chain.any():
+        return call
+    blocks = call.block_indices, call.block_begins
+    past_lens, seq_begins, *lanes = _as_lanes(chain, call.past_lens, call.seq_begins, *blocks, *masks)
+    return Packed(call.token_ids, call.positions, past_lens, seq_begins, *lanes, call.logit_rows, call.padded_to)
+
+
+@compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")
+def _chains(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray, longest: int) -> np.ndarray:
+    """Which requests [B] bring two tokens or more, each of which sees all before it, by their mask or, up to
+    ``longest`` of them, without one."""
+    chain = np.zeros(len(seq_begins) - 1, np.bool_)
+    for request in range(len(chain)):
+        count = seq_begins[request + 1] - seq_begins[request]
+        seen = tree_mask[mask_begins[request] : mask_begins[request + 1]]
+        causal = seen.sum() == count * (count + 1) // 2 if len(seen) else count <= longest
+        chain[request] = count >= 2 and causal
+    return chain
+
+
+@compiled(f"Tuple(({', '.join(_TYPES)}))(b1[::1], {', '.join(_TYPES)})")
+def _as_lanes(
+    chain: np.ndarray,
+    past_lens: np.ndarray,
+    seq_begins: np.ndarray,
+    block_indices: np.ndarray,
+    block_begins: np.ndarray,
+    tree_mask: np.ndarray,
+    mask_begins: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    counts, blocks = np.diff(seq_begins), np.diff(block_begins)
+    lanes = np.where(chain, counts, 1)
+    size = lanes.sum()
+    past = np.empty(size, np.int32)
+    seq, block, area = np.zeros(size + 1, np.int32), np.zeros(size + 1, np.int32), np.zeros(size + 1, np.int32)
+    indices = np.empty((lanes * blocks).sum(), np.int32)
+    mask = np.empty(len(tree_mask), np.uint8)
+    lane = 0
+    for request in range(len(chain)):
+        tokens = 1 if chain[request] else counts[request]
+        seen = tree_mask[mask_begins[request] : mask_begins[request + 1]][: 0 if chain[request] else len(tree_mask)]
+        for before in range(lanes[request]):
+            past[lane] = past_lens[request] + before
+            used = (past[lane] + tokens + BLOCK - 1) // BLOCK
+            seq[lane + 1] = seq[lane] + tokens
+            block[lane + 1] = block[lane] + used
+            area[lane + 1] = area[lane] + len(seen)
+            first = block_begins[request]
+            indices[block[lane] : block[lane + 1]] = block_indices[first : first + used]
+            mask[area[lane] : area[lane + 1]] = seen
+            lane += 1
+    return past, seq, indices[: block[size]], block, mask[: area[size]], area

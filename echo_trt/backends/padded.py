@@ -1,0 +1,167 @@
+"""Packed to padded and back, for engines of the native export (``native_export`` has the table of inputs).
+
+A linear engine keeps one cache row range a slot: slot s holds the pool's blocks s * M to s * M + M - 1, and a graph's
+batch row is a slot. A call therefore covers a range of slots; those in between that have no part in it are all padding,
+which is written to spare rows past the slot's M blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.pack import BLOCK, Packed
+
+#: What one more call costs, in tokens computed: about where reading the weights stops being the longer part.
+CALL_TOKENS = 64
+#: Outputs with a row for every token; the others have one for every row of ``logit_rows``.
+ROW_OUTPUTS = ("features", "state")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``slots`` of ``blocks`` KV blocks each, and ``spare`` rows more: as many new tokens may one call bring a slot."""
+
+    slots: int
+    blocks: int
+    spare: int
+
+    @property
+    def rows(self) -> int:
+        """C, the rows of a slot's cache."""
+        return self.blocks * BLOCK + self.spare
+
+    def slots_of(self, call: Packed) -> np.ndarray:
+        """The slot of each request [B]."""
+        first = call.block_indices[call.block_begins[:-1]]
+        if (first % self.blocks).any():
+            raise ValueError(f"KV blocks {first} do not begin a slot of {self.blocks}: this engine needs linear slots")
+        return first // self.blocks
+
+    def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and their cache rows [m] of pool rows [m]."""
+        return np.divmod(rows, self.blocks * BLOCK)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one padded call computes of a packed one: ``counts`` tokens of each of ``requests`` [b], from ``starts``."""
+
+    requests: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Padded:
+    """One call's tensors, by the names of the graph's inputs, over the slots from ``first`` on.
+
+    ``rows`` [n] are the packed rows that it computes and ``places`` [n] where they are in its N = B * T; ``asked`` are
+    the packed call's ``logit_rows``, by index, that it answers, in order.
+    """
+
+    first: int
+    token_ids: np.ndarray
+    positions: np.ndarray
+    state_rows: np.ndarray
+    past_lens: np.ndarray
+    tree_mask: np.ndarray
+    logit_rows: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
+    asked: np.ndarray
+
+
+def split(call: Packed, layout: Layout, together: int | None = None) -> list[Part]:
+    """Parts that together compute ``call`` with little padding: long prompt chunks alone, all the others at once.
+
+    A request of more than ``together`` tokens is always alone, and a prompt chunk of more than ``layout.spare`` comes
+    in several parts, one after the other.
+    """
+    counts, slots = np.diff(call.seq_begins), layout.slots_of(call)
+    order = np.argsort(-counts, kind="stable")
+    longest_first, ordered = counts[order], slots[order]
+    # [k]: the k longest apart, the others together in a range of slots of which T is the longest that is left.
+    apart = begins(longest_first + CALL_TOKENS)
+    lowest, highest = (f.accumulate(ordered[::-1])[::-1] for f in (np.minimum, np.maximum))
+    shared = np.append((highest - lowest + 1) * longest_first + CALL_TOKENS, 0)
+    cost = apart + shared
+    most = layout.spare if together is None else together
+    cost[: np.count_nonzero(counts > most)] = np.iinfo(np.int64).max
+    k = int(cost.argmin())
+    rest = order[k:]
+    parts = [Part(rest, np.zeros_like(rest), counts[rest])] if len(rest) else []
+    return parts + [piece for request in order[:k] for piece in _pieces(call, request, counts[request], layout.spare)]
+
+
+def _pieces(call: Packed, request: int, count: int, most: int) -> Iterator[Part]:
+    if count > most and call.tree_mask_begins[request] < call.tree_mask_begins[request + 1]:
+        raise ValueError(f"a tree of {count} nodes, but the caches were built for {most} new tokens a call")
+    for start in range(0, count, most):
+        yield Part(np.array([request]), np.array([start]), np.array([min(most, count - start)]))
+
+
+def pad(call: Packed, part: Part, layout: Layout, batch: int = 1, tokens: int = 1) -> Padded:
+    """The tensors of a part of a call; ``batch`` and ``tokens`` are the least B and T, for compilers that like few."""
+    slots, counts, requests = layout.slots_of(call)[part.requests], part.counts, part.requests
+    tokens, batch = max(tokens, int(counts.max())), max(batch, int(np.ptp(slots)) + 1)
+    first = min(int(slots.min()), layout.slots - batch)
+    row = slots - first
+    rows = np.repeat(call.seq_begins[requests] + part.starts, counts) + ragged_arange(counts)
+    places = np.repeat(row * tokens, counts) + ragged_arange(counts)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        array = np.zeros(batch * tokens, np.int64)
+        array[places] = values
+        return array.reshape(batch, tokens)
+
+    place_of = np.full(len(call.token_ids), -1)
+    place_of[rows] = places
+    asked = np.flatnonzero(place_of[call.logit_rows] >= 0)
+    past_lens = np.full(batch, layout.rows - tokens, np.int32)
+    past_lens[row] = call.past_lens[requests] + part.starts
+    return Padded(
+        first=first,
+        token_ids=padded(call.token_ids[rows]),
+        positions=padded(call.positions[rows]),
+        state_rows=padded(rows),
+        past_lens=past_lens,
+        tree_mask=_tree_mask(call, part, row, batch, tokens),
+        logit_rows=place_of[call.logit_rows[asked]],
+        rows=rows,
+        places=places,
+        asked=asked,
+    )
+
+
+def _tree_mask(call: Packed, part: Part, row: np.ndarray, batch: int, tokens: int) -> np.ndarray:
+    """[B, T, T]: ancestors for trees, causal for the others, zeros for padding."""
+    counts = np.zeros(batch, np.int64)
+    counts[row] = part.counts
+    mask = np.tri(tokens, dtype=np.uint8) * (np.arange(tokens)[:, None] < counts[:, None, None])
+    sizes = np.diff(call.tree_mask_begins)[part.requests]
+    tree = sizes > 0
+    if not tree.any():
+        return mask
+    row, sizes, section = row[tree], sizes[tree], call.tree_mask_begins[part.requests[tree]]
+    element, width = ragged_arange(sizes), np.repeat(part.counts[tree], sizes)
+    mask[np.repeat(row, sizes), element // width, element % width] = call.tree_mask[np.repeat(section, sizes) + element]
+    return mask
+
+
+def unpad(call: Packed, parts: list[Padded], outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The packed call's outputs from those of its parts."""
+    joined = {}
+    for name, sample in outputs[0].items():
+        per_row = name in ROW_OUTPUTS
+        whole = np.empty((len(call.token_ids if per_row else call.logit_rows), *sample.shape[1:]), sample.dtype)
+        for part, output in zip(parts, outputs, strict=True):
+            if per_row:
+                whole[part.rows] = output[name][part.places]
+            else:
+                whole[part.asked] = output[name][: len(part.asked)]
+        joined[name] = whole
+    return joined

@@ -1,0 +1,1 @@
+"""Tensor parallelism: one process a rank behind a single engine."""

@@ -1,0 +1,81 @@
+"""A build's last word: does the compiled engine compute what the reference does, on a prompt and on a tree?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from echo_trt.backends.base import Engine
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.bundle.manifest import SelfCheck
+from echo_trt.decoding.pack import Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.errors import UserError
+from echo_trt.models.roles import HeadRole, Role
+
+#: Largest error allowed, as a share of the largest logit; PyTorch's own bf16 is 0.07 off for the default pair.
+BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.2}
+PROMPT, BLOCKS = 45, 4
+#: The request's KV blocks: anywhere in the pool, or the first slot's where a request has a cache of its own.
+SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
+
+
+def check_engine(
+    role: Role, compiled: Callable[[int], Engine], precision: str, blocks: tuple[int, ...] = SCATTERED_TABLE
+) -> SelfCheck:
+    """Both engines read a prompt, then a tree over it; ``compiled`` makes the engine with so many KV blocks."""
+    engines = [TorchEngine(role, BLOCKS), compiled(BLOCKS)]
+    rng = np.random.default_rng(0)
+    table = np.array([blocks], np.int32)
+    vocab = role.network.config.vocab_size
+    prompt = pack(
+        rng.integers(0, vocab, PROMPT),
+        np.arange(PROMPT),
+        np.zeros(1, np.int64),
+        np.array([PROMPT]),
+        table,
+        np.arange(PROMPT),
+    )
+    tree = SuperTree.from_roots(rng.integers(0, vocab, 1))
+    for parent in (0, 0, 1, 1, 2, 3):
+        tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
+    past, size = np.array([PROMPT]), np.array([len(tree)])
+    branch = pack(tree.token, PROMPT + tree.depth, past, size, table, np.arange(len(tree)), ancestor_mask(tree))
+    (prompt_error, same), (tree_error, _) = (_compare(engines, role, call) for call in (prompt, branch))
+    check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
+    if not max(prompt_error, tree_error) <= check.bound:
+        raise UserError(
+            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit "
+            f"off the reference, and {check.bound} is allowed; build with --precision fp32."
+        )
+    return check
+
+
+def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
+    """Of two ranks' checks."""
+    if first is None or second is None:
+        return first or second
+    return SelfCheck(
+        prompt_error=max(first.prompt_error, second.prompt_error),
+        tree_error=max(first.tree_error, second.tree_error),
+        bound=first.bound,
+        same_argmax=min(first.same_argmax, second.same_argmax),
+        of=first.of,
+    )
+
+
+def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, float]:
+    """Largest error over largest value of the first output, and the share of rows with the same best token."""
+    inputs = {}
+    if isinstance(role, HeadRole):
+        rng, config = np.random.default_rng(1), role.network.config
+        count = len(call.token_ids)
+        split = count // 2
+        inputs["features"] = rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32)
+        inputs["hidden"] = rng.standard_normal((count - split, config.hidden_size)).astype(np.float32)
+    want, got = (engine.run(call, **inputs) for engine in engines)
+    first, best = ("logits", want["logits"].argmax(1)) if "logits" in want else ("scores", want["candidates"][:, 0])
+    found = got["logits"].argmax(1) if "logits" in got else got["candidates"][:, 0]
+    error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
+    return float(error), float((best == found).mean())

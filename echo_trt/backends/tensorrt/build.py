@@ -1,0 +1,119 @@
+"""A network to a TensorRT or TensorRT-RTX engine: exported, proved, compiled, and checked where there is a card."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_trt.backends.cuda.device import compute_capability, cuda_device, has_cuda
+from echo_trt.backends.native_export import export_native, in_precision
+from echo_trt.backends.onnx_export import export
+from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
+from echo_trt.backends.tensorrt.collectives import name_collectives
+from echo_trt.backends.tensorrt.compiler import (
+    COMPILERS,
+    Detail,
+    Job,
+    check_capabilities,
+    check_precision,
+    compile_engine,
+    known_capabilities,
+    load_compiler,
+)
+from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
+from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.bundle.manifest import SelfCheck, TensorRTFacts
+from echo_trt.bundle.recipe import Recipe
+from echo_trt.errors import UserError
+from echo_trt.models.roles import Role
+from super_tree_attention.tensorrt_plugin import prepare_graph, register
+
+LOG = "tensorrt.log"
+#: The oldest cards that an engine for all of them runs on.
+AMPERE = 8.0
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse what cannot be built, before anything is read: no compiler, another precision, an unknown card."""
+    engine = recipe.engine
+    load_compiler(engine)
+    check_precision(engine, "precision", recipe.precision)
+    if recipe.draft.precision is not None:
+        check_precision(engine, "draft.precision", recipe.draft.precision)
+    check_capabilities(engine, recipe.compute_capability)
+    if not COMPILERS[engine].builds_anywhere:
+        _register_plugins()
+        cuda_device()
+
+
+def _register_plugins() -> None:
+    try:
+        register()
+    except ImportError as error:
+        raise UserError(
+            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
+        ) from error
+
+
+@dataclass(frozen=True)
+class TensorRTBuild:
+    """What all networks of one build share. ``folder``: the bundle's; ``detail``: told how far the compiler is."""
+
+    recipe: Recipe
+    folder: Path
+    timings: Path
+    detail: Detail
+
+    def facts(self) -> TensorRTFacts:
+        engine = self.recipe.engine
+        return TensorRTFacts(version=load_compiler(engine).__version__, capabilities=self._capabilities())
+
+    def _capabilities(self) -> list[str]:
+        engine, asked = self.recipe.engine, self.recipe.compute_capability
+        if not COMPILERS[engine].builds_anywhere:
+            return [compute_capability(cuda_device())]
+        return list(asked) or [c for c in known_capabilities(engine) if float(c) >= AMPERE]
+
+    def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
+        """Write ``name``.engine. The check is of it where a card can run it, else of its graph where a CPU can."""
+        recipe, sizes = self.recipe, CallSizes.of(self.recipe)
+        graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
+        native = recipe.engine == "tensorrt-rtx"
+        if native:
+            export_native(role, graph, precision, sizes.cache_rows)
+        else:
+            export(in_precision(role, precision), graph)
+            prepare_graph(graph, graph)
+        ranks = role.network.config.ranks
+        if ranks > 1:
+            name_collectives(graph)
+        check = _check_graph(role, graph, precision, sizes) if native else None
+        profiles = (native_profiles if native else packed_profiles)(graph, sizes)
+        targets = recipe.compute_capability if native else ()
+        job = Job(recipe.engine, graph, profiles, targets, self.timings, self.folder / LOG)
+        compile_engine(job, engine, self.detail)
+        for file in (graph, graph.with_name(graph.name + ".data")):  # the engine has the weights
+            file.unlink(missing_ok=True)
+        # A rank's engine waits for the others: it is not run here by itself.
+        if ranks == 1 and has_cuda() and compute_capability(cuda_device()) in self._capabilities():
+            check = self._check_engine(role, engine, precision, sizes)
+        return engine.name, check
+
+    def _check_engine(self, role: Role, engine: Path, precision: str, sizes: CallSizes) -> SelfCheck:
+        from echo_trt.backends.tensorrt.engine import TensorRTEngine
+
+        def opened(blocks: int) -> TensorRTEngine:
+            return TensorRTEngine.open(self.recipe.engine, engine, self.facts(), 1, sizes.blocks, sizes.pool)
+
+        return check_engine(role, opened, precision, LINEAR_TABLE)
+
+
+def _check_graph(role: Role, graph: Path, precision: str, sizes: CallSizes) -> SelfCheck | None:
+    """The native graph against the reference; None where ONNX Runtime is missing, or cannot compute in bf16."""
+    if precision == "bf16" or importlib.util.find_spec("onnxruntime") is None:
+        return None
+    from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
+
+    check = check_engine(role, lambda _: OnnxRuntimeEngine(graph, 1, sizes.blocks), precision, LINEAR_TABLE)
+    return check.model_copy(update={"of": "graph"})

@@ -1,0 +1,289 @@
+"""ONNX to TensorRT and TensorRT-RTX engines: one API in two modules, which differ in what they can build where.
+
+TensorRT-RTX builds without a GPU, for the compute capabilities it is told; TensorRT builds for the card it runs on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.errors import UserError
+
+#: Of one input: least, usual and largest sizes of its axes.
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+#: Input name -> its shapes.
+Profile = Mapping[str, Shapes]
+#: Told how far a build is, from 0 to 1, and in which phase.
+Detail = Callable[[float, str], None]
+
+PRECISIONS = ("fp16", "bf16")
+
+#: Warnings that say nothing about an engine's numbers.
+HARMLESS = (
+    re.compile(r"Make sure (in|out)put \S+ has Int64 binding"),
+    re.compile(r"The logger passed into createInfer\w+ differs from one already registered"),
+)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """One of the two modules: its name for users, its Python module, the major version known here, and its extra."""
+
+    title: str
+    module: str
+    major: int
+    extra: str
+    builds_anywhere: bool
+    plugins: frozenset[tuple[str, str]] = frozenset()
+
+
+#: Operators of ours (domain, name), which only TensorRT takes plugins for.
+PLUGINS = frozenset({("echo", "SuperTreeAttention"), ("echo", "SuperTreeCombine")})
+
+COMPILERS = {
+    "tensorrt": Compiler("TensorRT", "tensorrt", 11, "tensorrt", False, PLUGINS),
+    "tensorrt-rtx": Compiler("TensorRT-RTX", "tensorrt_rtx", 1, "rtx", True),
+}
+
+
+def load_compiler(engine: str) -> ModuleType:
+    """The Python module of ``engine``; a missing or unknown one is refused."""
+    compiler = COMPILERS[engine]
+    run = f"run pip install -e '.[{compiler.extra}]' in the repository"
+    remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
+    try:
+        module = importlib.import_module(compiler.module)
+        version = module.__version__
+    except Exception as error:  # a wheel without its libraries fails in ways of its own
+        raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
+    if version.split(".")[0] != str(compiler.major):
+        raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
+    return module
+
+
+def check_precision(engine: str, key: str, precision: str) -> None:
+    if precision not in PRECISIONS:
+        why = "has no attention kernel for" if precision == "fp32" else "does not build"
+        raise UserError(f"{key} is {precision!r}, which {COMPILERS[engine].title} {why}; use fp16 or bf16.")
+
+
+def check_capabilities(engine: str, wanted: Sequence[str]) -> None:
+    """Refuse compute capabilities, such as 8.9, that the compiler cannot build for."""
+    compiler = COMPILERS[engine]
+    if not compiler.builds_anywhere:
+        if wanted:
+            raise UserError(
+                f"compute_capability is {wanted[0]}, but {compiler.title} builds for the card it runs on; "
+                "leave it out, or use --engine tensorrt-rtx."
+            )
+        return
+    known = known_capabilities(engine)
+    for capability in wanted:
+        if capability not in known:
+            raise UserError(
+                f"compute_capability is {capability}, which {compiler.title} does not know; "
+                f"use one of {', '.join(known)}, or --engine tensorrt on the card itself."
+            )
+
+
+def known_capabilities(engine: str) -> list[str]:
+    members = load_compiler(engine).ComputeCapability.__members__
+    numbers = sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name))
+    return [f"{n // 10}.{n % 10}" for n in numbers]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build. ``graph`` is the ONNX file, ``profiles`` the ranges of sizes it is optimised for.
+
+    ``timing_cache`` is read where it exists, and written; what the compiler says is appended to ``log``.
+    """
+
+    engine: str
+    graph: Path
+    profiles: Sequence[Profile]
+    capabilities: Sequence[str]
+    timing_cache: Path
+    log: Path
+
+
+def compile_engine(job: Job, out: Path, detail: Detail = lambda share, phase: None) -> None:
+    """Write the engine to ``out``. What the compiler has against a graph or build is the refusal."""
+    api, compiler = load_compiler(job.engine), COMPILERS[job.engine]
+    logger = logger_of(api)
+    with job.log.open("a", encoding="utf-8") as log, logger.writing_to(log):
+        builder = api.Builder(logger)
+        network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = api.OnnxParser(network, logger)
+        check_graph(job.graph, parser.supports_operator, compiler.plugins, compiler.title)
+        _parse(parser, job.graph, logger, compiler)
+        config = builder.create_builder_config()
+        if hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX's launches cannot be captured
+            config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if compiler.plugins:  # they write into the caches that they are given
+            config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        _target(api, config, job.capabilities)
+        if not compiler.builds_anywhere:  # the others time nothing, and without a GPU cannot even read a cache
+            timings = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.exists() else b"")
+            config.set_timing_cache(timings, True)
+        for profile in job.profiles:
+            config.add_optimization_profile(_profile(builder, profile))
+        engine = _build(api, builder, network, config, detail)
+        if engine is None:
+            raise UserError(
+                f"{compiler.title} could not build {job.graph.stem}: {first_sentence(logger.errors())}; "
+                "use another precision, or --engine openvino."
+            )
+        out.write_bytes(engine)
+        if not compiler.builds_anywhere:
+            job.timing_cache.write_bytes(config.get_timing_cache().serialize())
+
+
+def _parse(parser: Any, graph: Path, logger: Any, compiler: Compiler) -> None:
+    logger.forget()  # what it has said of flags and libraries is not of the graph
+    if not parser.parse_from_file(str(graph)):
+        error = parser.get_error(0)
+        raise UserError(
+            f"{compiler.title} cannot read {graph}: operator {error.node_operator() or '?'} "
+            f"{error.node_name()}: {first_sentence([error.desc()])}."
+        )
+    for warning in logger.warnings():
+        if not any(harmless.search(warning) for harmless in HARMLESS):
+            raise UserError(
+                f"{compiler.title} warned while reading {graph}: {first_sentence([warning])}; this is not known to be "
+                "harmless, so no engine was built: export the network with echo-trt build."
+            )
+
+
+def _target(api: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
+    """Without any, TensorRT-RTX builds for all cards from Ampere on, and TensorRT for this one."""
+    if not capabilities:
+        return
+    config.num_compute_capabilities = len(capabilities)
+    for i, capability in enumerate(capabilities):
+        config.set_compute_capability(getattr(api.ComputeCapability, "SM" + capability.replace(".", "")), i)
+
+
+def _profile(builder: Any, shapes: Profile) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, (least, usual, most) in shapes.items():
+        profile.set_shape(name, least, usual, most)
+    return profile
+
+
+def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: Detail) -> Any:
+    """Build in a thread of its own: a Ctrl-C then lands here and not inside the compiler's callbacks."""
+    monitor = _monitor_class(api)(detail)
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(1) as executor:  # whose end waits for the build, which the network must outlive
+        future = executor.submit(builder.build_serialized_network, network, config)
+        try:
+            engine = future.result()
+        except BaseException:
+            monitor.cancelled = True
+            raise
+    if monitor.error is not None:
+        raise monitor.error
+    return engine
+
+
+def first_sentence(messages: Sequence[str]) -> str:
+    """The first message without where in the compiler's sources it came from, as the end of a sentence."""
+    text = " ".join((messages[0] if messages else "it does not say why").split())
+    if "not supported by a dedicated kernel" in text:
+        return "it has no attention kernel for this type, number and size of heads"
+    text = re.sub(r"^[\w:.]+: Error Code \d+: [\w ]+ \((.*)\)$", r"\1", text)
+    text = re.sub(r"^[\w./]+:\d+: ", "", text)
+    text = re.sub(r"\[[\w.]+:\d+: \w+\] |\w+Exception: [\w.]+:\d+: ", "", text)
+    text = re.split(r"\.? ?\(?In \w+ at /|\s+\(See |\. ", text)[0]
+    return text.rstrip(". ")
+
+
+@cache
+def logger_of(api: ModuleType) -> Any:
+    """The module's one logger: it keeps the first it is given for the whole process."""
+
+    class Log(api.ILogger):
+        def __init__(self):
+            api.ILogger.__init__(self)
+            self._file, self._said = None, []
+
+        def writing_to(self, file):
+            self.forget()
+            self._file = file
+            return self
+
+        def forget(self):
+            self._said = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file = None
+
+        def log(self, severity, message):
+            if severity == api.ILogger.VERBOSE:
+                return
+            name = str(severity).rpartition(".")[2]
+            self._said.append((name, message))
+            if self._file:
+                self._file.write(f"{name}: {message}\n")
+
+        def warnings(self) -> list[str]:
+            return [message for name, message in self._said if name == "WARNING"]
+
+        def errors(self) -> list[str]:
+            return [message for name, message in self._said if name in ("ERROR", "INTERNAL_ERROR")]
+
+    return Log()
+
+
+@cache
+def _monitor_class(api: ModuleType) -> type:
+    class Monitor(api.IProgressMonitor):
+        """Phases nest: a phase's share of its parent is one of the parent's steps."""
+
+        def __init__(self, detail: Detail):
+            api.IProgressMonitor.__init__(self)
+            self._detail, self._lock = detail, threading.Lock()
+            self._phases: dict[str, list[int]] = {}  # outermost first: steps done, steps in all
+            self.cancelled = False
+            self.error: Exception | None = None  # of ``detail``: the compiler would not survive it
+
+        def phase_start(self, phase_name, parent_phase, num_steps):
+            with self._lock:
+                self._phases[phase_name] = [0, max(num_steps, 1)]
+
+        def step_complete(self, phase_name, step):
+            with self._lock:
+                if phase_name in self._phases:
+                    self._phases[phase_name][0] = step + 1
+                try:
+                    self._detail(self._share(), phase_name)
+                except Exception as error:
+                    self.error, self.cancelled = error, True
+            return not self.cancelled
+
+        def phase_finish(self, phase_name):
+            with self._lock:
+                self._phases.pop(phase_name, None)
+
+        def _share(self) -> float:
+            share, part = 0.0, 1.0
+            for done, steps in self._phases.values():
+                share += part * done / steps
+                part /= steps
+            return min(share, 1.0)
+
+    return Monitor

@@ -1,0 +1,214 @@
+"""The engine for TensorRT and TensorRT-RTX: caches and large outputs stay on the device, one CUDA graph a size of call.
+
+TensorRT with the plugin takes packed calls over a paged pool; the native graph takes padded ones over a cache a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_trt.backends.cuda.calls import LARGEST, Graphs, Staging
+from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
+from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.padded import ROW_OUTPUTS, Layout
+from echo_trt.backends.parallel.rank_group import RankGroup
+from echo_trt.backends.tensorrt.calls import CallLimits, Piece, linear_pieces, packed_pieces
+from echo_trt.backends.tensorrt.compiler import COMPILERS, load_compiler
+from echo_trt.backends.tensorrt.session import Session
+from echo_trt.bundle.manifest import TensorRTFacts
+from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.errors import UserError
+from super_tree_attention.tensorrt_names import WRITTEN
+
+ON_HOST = ("scores", "candidates")  # small, and read whole
+
+
+def check_version(engine: str, facts: TensorRTFacts) -> None:
+    """An engine runs in the version that built it and in no other."""
+    title, installed = COMPILERS[engine].title, load_compiler(engine).__version__
+    if installed != facts.version:
+        raise UserError(
+            f"the bundle was built by {title} {facts.version}, but {installed} is installed; build it again, or "
+            f"install {title} {facts.version}."
+        )
+
+
+def check_card(engine: str, facts: TensorRTFacts, capability: str, name: str) -> None:
+    if capability not in facts.capabilities:
+        anywhere = COMPILERS[engine].builds_anywhere
+        remedy = f"with --compute-capability {capability}, or for another engine" if anywhere else "on this machine"
+        raise UserError(
+            f"the bundle was built for compute capability {', '.join(facts.capabilities)}, but {name} has "
+            f"{capability}; build it again {remedy}."
+        )
+
+
+class TensorRTEngine:
+    """A compiled network on the session's device, and its KV cache.
+
+    ``slots`` requests of ``blocks`` KV blocks each; where the network pages its cache, of ``num_blocks`` in all.
+    """
+
+    def __init__(self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True):
+        self._session, self._device = session, session.device
+        self._caches = [name for name in session.inputs if "_cache." in name]
+        linear = f"new_{self._caches[0]}" in session.outputs
+        self._aliases = {f"new_{name}" if linear else name + WRITTEN: name for name in self._caches}
+        heads, rows, head_dim = (session.most(self._caches[0], axis) for axis in (1, 2, 3))
+        self._layout = Layout(slots, blocks, rows - blocks * BLOCK) if linear else None
+        self.num_blocks, self.granule, self.least = slots * blocks if linear else num_blocks, 1, 1
+        self._limits = CallLimits.of(session, linear)
+        if slots > self._limits.batch:
+            raise UserError(
+                f"batch is {slots}, but {session.name} was built for {self._limits.batch} running requests; lower it, "
+                "or raise limits.batch in the recipe and build again."
+            )
+        self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
+
+    @classmethod
+    def open(
+        cls,
+        engine: str,
+        file: Path,
+        facts: TensorRTFacts,
+        slots: int,
+        blocks: int,
+        num_blocks: int,
+        communicator: Any = None,
+    ) -> TensorRTEngine:
+        """``engine``: tensorrt or tensorrt-rtx; ``file``: what it built, for what ``facts`` say.
+
+        With a ``communicator`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+        """
+        check_version(engine, facts)
+        device = cuda_device()
+        check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
+        session = Session(engine, file, device, communicator)
+        return cls(session, slots, blocks, num_blocks, graphs=communicator is None)
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        dtype = self._session.types[self._caches[0]]
+        needed = int(np.prod(shape)) * dtype.itemsize
+        lower = "limits.batch or limits.context" if self._layout else "limits.kv_blocks"
+        if self._device.type == "cuda":
+            check_room(self._device, needed, f"the KV cache of {self.num_blocks} blocks", f"lower {lower}")
+        return torch.zeros(shape, dtype=dtype, device=self._device)
+
+    @torch.inference_mode()
+    def run(self, call: Packed, **inputs: np.ndarray | DeviceRows) -> dict[str, np.ndarray | DeviceRows]:
+        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        with torch.cuda.stream(self._stream):
+            if self._layout:
+                self._clear(call)
+                pieces = linear_pieces(call, inputs, self._layout, self._limits)
+            else:
+                pieces = packed_pieces(call, inputs, self._limits)
+            outputs = self._read(self._join(call, pieces))
+        self._wait()
+        return outputs
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _clear(self, call: Packed) -> None:
+        """A masked row weighs nothing only while it is finite, which a slot's last request need not have left it."""
+        starting = np.flatnonzero(call.past_lens == 0)
+        if len(starting):
+            self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
+        """The packed call's outputs, on the device."""
+        whole: dict[str, Tensor] = {}
+        for piece in pieces:
+            if whole:
+                self._wait()  # the last piece may have been staged in the same memory
+            rows, places, asked = map(self._on_device, (piece.rows, piece.places, piece.asked))
+            for name, output in self._launch(piece).items():
+                total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)
+                if name not in whole:
+                    whole[name] = output.new_empty((total, *output.shape[1:]))
+                if name in ROW_OUTPUTS:
+                    whole[name][rows] = output[places]
+                else:
+                    whole[name][asked] = output[: len(asked)]
+        return whole
+
+    def _launch(self, piece: Piece) -> dict[str, Tensor]:
+        small = piece.padded and piece.tokens <= LARGEST
+        if self._graphs and small and self._session.capturable(self._shapes(piece)):
+            outputs = self._graphs.run(piece.arrays, piece.first)
+        else:
+            inputs = Staging(piece.arrays, self._device).upload(piece.arrays)
+            outputs = self._forward(inputs, piece.first, recurs=piece.padded)
+        return dict(zip(self._output_names(), outputs, strict=True))
+
+    def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
+        """One launch over the slots from ``first`` on; each row's best token comes last, where there are logits."""
+        typed = {name: tensor.to(self._session.types[name]) for name, tensor in tensors.items()}
+        bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
+        outputs = self._session.launch(bound, self._aliases, recurs)
+        best = [outputs["logits"].argmax(dim=-1)] if "logits" in outputs else []
+        return *outputs.values(), *best
+
+    def _bound_caches(self, first: int, batch: int) -> dict[str, Tensor]:
+        part = slice(first, first + batch) if self._layout else slice(None)
+        return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
+
+    def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
+        caches = self._bound_caches(piece.first, len(piece.arrays["past_lens"]))
+        return {name: tuple((caches if name in caches else piece.arrays)[name].shape) for name in self._session.inputs}
+
+    def _output_names(self) -> Iterator[str]:
+        names = [name for name in self._session.outputs if name not in self._aliases]
+        return iter([*names, "best"] if "logits" in names else names)
+
+    def _read(self, whole: dict[str, Tensor]) -> dict[str, np.ndarray | DeviceRows]:
+        """Only what is small is copied at once; logits, features and states as they are read."""
+        best = whole.pop("best").cpu().numpy() if "best" in whole else None
+        return {
+            name: tensor.cpu().numpy() if name in ON_HOST else DeviceRows(tensor, best if name == "logits" else None)
+            for name, tensor in whole.items()
+        }
+
+    @torch.inference_mode()
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        from super_tree_attention.triton_attention import move_rows
+
+        with torch.cuda.stream(self._stream):
+            move_rows(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
+
+    def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Row r of the pool as move_rows counts them: r // rows of a block, here of a slot's cache, r % those."""
+        if self._layout is None:
+            return rows
+        slot, row = self._layout.place(rows)
+        return slot * self._layout.rows + row
+
+
+@dataclass(frozen=True)
+class TensorRTRank:
+    """Opens a rank's engine (``parallel.ranked``). ``files``: one a rank; the rest is TensorRTEngine.open's."""
+
+    files: tuple[Path, ...]
+    engine: str
+    facts: TensorRTFacts
+    slots: int
+    blocks: int
+    num_blocks: int
+
+    def __call__(self, group: RankGroup) -> TensorRTEngine:
+        sizes = self.slots, self.blocks, self.num_blocks
+        return TensorRTEngine.open(self.engine, self.files[group.rank], self.facts, *sizes, group.communicator)

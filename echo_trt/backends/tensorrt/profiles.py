@@ -1,0 +1,83 @@
+"""Optimisation profiles: for which sizes of a call an engine is made; those of decoding, and those of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from echo_trt.backends.cuda.calls import LARGEST, bucket
+from echo_trt.backends.tensorrt.compiler import Profile
+from echo_trt.bundle.call_sizes import CallSizes
+
+#: Least, usual and largest size of an axis.
+Range = tuple[int, int, int]
+
+
+def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
+    """For the padded graph: trees and single tokens of all slots, and prompt chunks of one."""
+    batch, tree, chunk, rows = sizes.batch, sizes.tree, sizes.chunk, sizes.rows
+    usual, most = min(8, tree), batch * tree
+    trees = {
+        "batch": (1, batch, batch),
+        "tokens": (1, usual, tree),
+        "rows": (1, min(rows, batch * usual), rows),
+        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, min(most, batch * usual), bucket(most))),
+    }
+    chunks = {
+        "batch": (1, 1, 1),
+        "tokens": (1, chunk, chunk),
+        "rows": (1, 1, chunk),
+        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, chunk, bucket(chunk))),
+    }
+    return [_of_inputs(graph, axes) for axes in (trees, chunks)]
+
+
+def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
+    """For the graph with the plugins, as prepare_graph writes it: up to 32 tokens, up to 256, and as many as come."""
+    batch, most = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
+    most = max(most, bucket(min(most, LARGEST)))  # calls beyond LARGEST are not padded
+    profiles = []
+    for least, largest in ((1, 32), (33, 256), (257, most)):
+        if least > most:
+            break
+        largest = min(largest, most)
+        requests = min(batch, largest)
+        axes: dict[str, Range] = {
+            "tokens": (least, largest, largest),
+            "rows": (1, min(largest, sizes.rows), largest),
+            "part": (0, largest, largest),
+            "batch": (1, requests, requests),
+            "batch + 1": (2, requests + 1, requests + 1),
+            # More than there are in the pool, where requests share those of a beginning that they have in common.
+            "blocks": (1, min(sizes.pool, requests * sizes.blocks), bucket(requests * sizes.blocks)),
+            "pool": (1, sizes.pool, sizes.pool),
+            "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * largest // 4)),
+        }
+        profiles.append(_of_inputs(graph, axes, PACKED_AXES))
+    return profiles
+
+
+#: The first axis of each input of the packed graph; its caches' is the pool.
+PACKED_AXES = {
+    **dict.fromkeys(("token_ids", "positions"), "tokens"),
+    "logit_rows": "rows",
+    **dict.fromkeys(("features", "hidden"), "part"),
+    "past_lens": "batch",
+    **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), "batch + 1"),
+    "block_indices": "blocks",
+    "tree_mask": "mask",
+}
+
+
+def _of_inputs(graph: Path, axes: Mapping[str, Range], first: Mapping[str, str] | None = None) -> Profile:
+    """``axes`` are by the names that the graph's dynamic axes have, or that ``first`` gives each input's only one."""
+    profile = {}
+    for value in onnx.load(graph, load_external_data=False).graph.input:
+        dims = value.type.tensor_type.shape.dim
+        only = first.get(value.name, "pool") if first else ""
+        ranges = [(d.dim_value,) * 3 if d.HasField("dim_value") else axes[only or d.dim_param] for d in dims]
+        least, usual, most = (tuple(r[i] for r in ranges) for i in range(3))
+        profile[value.name] = (least, usual, most)
+    return profile

@@ -1,0 +1,164 @@
+"""A compiled TensorRT or TensorRT-RTX engine on the device: its sizes, its contexts, its launch."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echo_trt.backends.cuda.device import check_room
+from echo_trt.backends.tensorrt.compiler import COMPILERS, first_sentence, load_compiler, logger_of
+from echo_trt.errors import UserError
+
+Shape = tuple[int, ...]
+
+
+def torch_types(api: ModuleType) -> dict[Any, torch.dtype]:
+    types = api.DataType
+    return {
+        types.FLOAT: torch.float32,
+        types.HALF: torch.float16,
+        types.BF16: torch.bfloat16,
+        types.INT32: torch.int32,
+        types.INT64: torch.int64,
+        types.UINT8: torch.uint8,
+    }
+
+
+def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mapping[str, Shape]) -> int:
+    """The first profile, of least and largest shapes by input, that ``shapes`` are within."""
+    for index, profile in enumerate(profiles):
+        within = (
+            low <= size <= high
+            for name, (least, most) in profile.items()
+            for low, size, high in zip(least, shapes[name], most, strict=True)
+        )
+        if all(within):
+            return index
+    raise ValueError(f"no optimisation profile takes {dict(shapes)}; there are {profiles}")
+
+
+class Session:
+    """A deserialised engine. All its contexts, one a size of call that recurs, share one scratch buffer.
+
+    Kernels are never exchanged while running: the same call gives the same bits from the first time on.
+    ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the others.
+    """
+
+    def __init__(self, engine: str, file: Path, device: torch.device, communicator: Any = None):
+        self._api, self._title = load_compiler(engine), COMPILERS[engine].title
+        self._communicator = communicator
+        self.device, self.name, self._logger = device, file.name, logger_of(self._api)
+        self._runtime = self._api.Runtime(self._logger)
+        remedy = "use a smaller target, or one GPU for this alone"
+        check_room(device, file.stat().st_size, f"engine {file.name}", remedy)
+        self._logger.forget()
+        # Mapped, not read: eight ranks that start together would each hold a copy of their file beside the pages of it.
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise UserError(
+                f"{self._title} cannot load {file}: {first_sentence(self._logger.errors())}; build the bundle again."
+            )
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        inputs = self._api.TensorIOMode.INPUT
+        self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == inputs]
+        self.outputs = [name for name in names if self._engine.get_tensor_mode(name) != inputs]
+        known = torch_types(self._api)
+        self.types = {name: known[self._engine.get_tensor_dtype(name)] for name in names}
+        self._profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        scratch = self._engine.device_memory_size_v2
+        check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
+        self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=device)
+        self._settings = self._runtime_settings()
+        self._contexts: dict[tuple, Any] = {}
+
+    def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
+        shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}
+        return {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
+
+    @property
+    def num_profiles(self) -> int:
+        return len(self._profiles)
+
+    def most(self, name: str, axis: int, profile: int = 0) -> int:
+        """The largest size of an input's axis in a profile."""
+        return self._profiles[profile][name][1][axis]
+
+    def _runtime_settings(self) -> Any:
+        settings = self._engine.create_runtime_config()
+        settings.set_execution_context_allocation_strategy(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX compiles at run time
+            # Lazily specialised kernels would take the place of others between two calls, and round otherwise.
+            strategies = self._api.DynamicShapesKernelSpecializationStrategy
+            settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+            self._compiled = settings.create_runtime_cache()  # contexts find each other's kernels in it
+            settings.set_runtime_cache(self._compiled)
+        return settings
+
+    def launch(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], recurs: bool = True
+    ) -> dict[str, Tensor]:
+        """Enqueue one call on PyTorch's current stream; the outputs are new tensors, but for those in ``aliases``.
+
+        ``aliases``: output name -> the input whose memory it is written to. ``recurs``: its sizes are of few.
+        """
+        context = self._context({name: tuple(tensors[name].shape) for name in self.inputs}, recurs)
+        for name in self.inputs:
+            # An empty tensor has no address of its own, and the engine reads nothing there.
+            self._must(context.set_tensor_address(name, tensors[name].data_ptr() or self._scratch.data_ptr()), name)
+        outputs = {}
+        for name in self.outputs:
+            if name in aliases:
+                address = tensors[aliases[name]].data_ptr()
+            else:
+                shape = tuple(context.get_tensor_shape(name))
+                outputs[name] = torch.empty(shape, dtype=self.types[name], device=self.device)
+                address = outputs[name].data_ptr()
+            self._must(context.set_tensor_address(name, address or self._scratch.data_ptr()), name)
+        self._must(context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream), "the launch")
+        return outputs
+
+    def capturable(self, shapes: Mapping[str, Shape]) -> bool:
+        """Whether a launch of these sizes can be kept as a CUDA graph."""
+        context = self._context({name: shapes[name] for name in self.inputs})
+        asks = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone: TensorRT does not tell
+        return asks is None or asks(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
+        """A context of its own for each size that ``recurs``, so that a captured graph's is never given another.
+
+        For other calls, no two of which need have the same sizes, one a profile: it is given each one's.
+        """
+        profile = profile_for(self._profiles, shapes)
+        key = tuple(shapes.values()) if recurs else profile
+        context = self._contexts.get(key)
+        if context and recurs:
+            return context
+        new = context is None
+        context = self._new_context(profile) if new else context
+        for name, shape in shapes.items():
+            self._must(context.set_input_shape(name, shape), name)
+        if new:
+            torch.cuda.current_stream(self.device).synchronize()
+            self._contexts[key] = context
+        return context
+
+    def _new_context(self, profile: int) -> Any:
+        context = self._engine.create_execution_context(self._settings)
+        self._must(context is not None, "a context")
+        if self._communicator is not None:  # waits until every rank has come here, and all make the same calls
+            self._must(context.set_communicator(self._communicator), "the communicator")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self._must(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+        return context
+
+    def _must(self, succeeded: bool, what: str) -> None:
+        if not succeeded:
+            raise RuntimeError(f"{self._title} refused {what}: {first_sentence(self._logger.errors())}")

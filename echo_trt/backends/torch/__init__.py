@@ -1,0 +1,1 @@
+"""PyTorch: the reference implementation, on a CPU or a GPU."""

@@ -1,0 +1,150 @@
+"""The PyTorch engine: on a CPU the reference, slow but the measure of others; on a GPU the operator's Triton kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_trt.backends.cuda.calls import Arrays, Graphs, Staging, pad
+from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
+from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.parallel.rank_group import RankGroup
+from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.errors import UserError
+from echo_trt.models.ranks import Alone, Collectives, among
+from echo_trt.models.roles import Role
+from super_tree_attention import super_tree_attention
+
+METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+
+
+class TorchEngine:
+    """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
+
+    The role's network moves to ``device``. ``operator`` is the attention, by default the reference on a CPU and the
+    Triton kernel elsewhere. ``graphs``: replay calls of up to 512 tokens as CUDA graphs, one a size. ``collectives``:
+    how a rank of a divided network reaches the others; without, it is alone.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        num_blocks: int,
+        device: str = "cpu",
+        operator: Callable[..., Tensor] | None = None,
+        graphs: bool = True,
+        collectives: Collectives | None = None,
+    ):
+        self.num_blocks, self.granule, self.least = num_blocks, 1, 1
+        self.device = cuda_device() if device == "cuda" else torch.device(device)
+        config = role.network.config
+        self._role = role.to(self.device)
+        self._dtype = next(role.parameters()).dtype
+        self._collectives = collectives or Alone()
+        self._operator = operator or _operator_for(self.device)
+        shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
+        if self.device.type == "cuda":
+            needed = int(np.prod(shape)) * self._dtype.itemsize
+            check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
+        self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        self._lazy = self.device.type != "cpu"  # outputs stay on the device until they are read
+        self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
+        arrays = {name: np.ascontiguousarray(arrays[name]) for name in self._role.inputs}
+        arrays |= {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
+        if self._lazy:
+            return self._on_device(arrays)
+        outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
+        return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
+
+    def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The role's outputs; where they stay on the device, each row's best token comes after logits and features."""
+        named = {name: tensors[name] for name in self._role.inputs}
+        named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
+        metadata = [tensors[name] for name in METADATA]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Rotation is in float32, so query and key come back to the network's own type here.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
+
+        with among(self._collectives):
+            outputs = self._role(named, tensors["logit_rows"], attend)
+        if self._lazy and self._role.outputs[0] == "logits":
+            return *outputs, outputs[0].argmax(dim=-1)
+        return outputs
+
+    def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
+        """Only candidates, scores and best tokens are copied at once; logits, features and states as they are read."""
+        padded = pad(arrays) if self._graphs else None
+        if padded is None:
+            outputs = self._forward(Staging(arrays, self.device).upload(arrays))
+        else:
+            outputs = self._graphs.run(padded)
+        asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
+        read: dict[str, np.ndarray | DeviceRows] = {}
+        for name, output in zip(self._role.outputs, outputs, strict=False):
+            if name == "logits":
+                read[name] = DeviceRows(output[:asked], outputs[-1][:asked].cpu().numpy())
+            elif name in ("scores", "candidates"):
+                read[name] = _as_array(output[:asked].cpu())
+            else:
+                read[name] = DeviceRows(output[:tokens])
+        return read
+
+    @torch.inference_mode()
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        old, new = (torch.from_numpy(rows).to(self.device) for rows in (source, target))
+        if self.device.type == "cpu":
+            self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
+        else:
+            from super_tree_attention.triton_attention import move_rows
+
+            move_rows(self._pool, old, new)
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _operator_for(device: torch.device) -> Callable[..., Tensor]:
+    if device.type == "cpu":
+        return super_tree_attention
+    try:
+        from super_tree_attention.triton_attention import super_tree_attention_triton
+    except ImportError as error:
+        raise UserError(
+            f"the kernel for GPUs cannot be loaded ({error}); run pip install -e '.[cuda]' in the repository, or "
+            "echo-trt build the bundle with --engine openvino."
+        ) from error
+    return super_tree_attention_triton
+
+
+def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = None) -> TorchEngine:
+    """The engine of a bundle that PyTorch runs: on the GPU where there is one.
+
+    With ``collectives`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+    """
+    from echo_trt.backends.torch.files import load_role
+
+    device = "cuda" if has_cuda() else "cpu"
+    return TorchEngine(load_role(file, device), num_blocks, device, graphs=collectives is None, collectives=collectives)
+
+
+@dataclass(frozen=True)
+class TorchRank:
+    """Opens a rank's engine (echo_trt.backends.parallel.ranked). ``files``: one a rank."""
+
+    files: tuple[Path, ...]
+    num_blocks: int
+
+    def __call__(self, group: RankGroup) -> TorchEngine:
+        return open_torch(self.files[group.rank], self.num_blocks, group.collectives)

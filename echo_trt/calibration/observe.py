@@ -1,0 +1,86 @@
+"""Replay the growth of recorded trees: every candidate with its score, and whether it was accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.calibration.trees import RecordedDraft, Trees
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.planner import Continuations
+from echo_trt.decoding.super_tree import SuperTree
+
+BATCH = 512  # positions that are replayed together
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Candidates and their fate: source, depth, score [n]; parent [n] among them, -1 a root; accepted bool [n]; tree
+    [n], the recorded position. Within a depth, what the head proposed stands tree by tree."""
+
+    source: np.ndarray
+    depth: np.ndarray
+    score: np.ndarray
+    parent: np.ndarray
+    accepted: np.ndarray
+    tree: np.ndarray
+
+
+def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int, width: int) -> Observed:
+    """Replay the growth of full trees, with copied continuations if ``lookup`` says what those are worth."""
+    neutral = Acceptance.uncalibrated(max_depth)
+    parts, total = [], 0
+    for begin in range(0, len(trees), BATCH):
+        positions = np.arange(begin, min(begin + BATCH, len(trees)))
+        tree = grow_recorded(trees, positions, neutral, lookup, max_depth, beams, width)
+        truth = trees.truth(positions[tree.request], np.maximum(tree.depth, 1))
+        accepted = tree.parent < 0
+        for depth in range(1, max_depth + 1):
+            level = np.flatnonzero(tree.depth == depth)
+            accepted[level] = accepted[tree.parent[level]] & (tree.token[level] == truth[level])
+        # Beyond the answer's end nobody knows.
+        known = (tree.parent >= 0) & (tree.depth <= trees.left[positions[tree.request]])
+        kept = np.flatnonzero(known)
+        place = np.full(len(tree) + 1, -1)
+        place[kept] = total + np.arange(len(kept))
+        parts.append(
+            (
+                tree.source[kept],
+                tree.depth[kept],
+                tree.score[kept],
+                place[tree.parent[kept]],
+                accepted[kept],
+                positions[tree.request[kept]],
+            )
+        )
+        total += len(kept)
+    return Observed(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def grow_recorded(
+    trees: Trees,
+    positions: np.ndarray,
+    acceptance: Acceptance,
+    lookup: list[float] | None,
+    max_depth: int,
+    beams: int,
+    width: int,
+) -> SuperTree:
+    count = len(positions)
+    room = np.full(count, max_depth)
+    copied = None if lookup is None else continuations(trees, positions, lookup, max_depth)
+    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), room, copied)
+    draft = RecordedDraft(trees, positions, width)
+    candidates.add(np.arange(count)[:, None], *draft.expand_roots(np.arange(count)), width)
+    for depth in range(1, max_depth):
+        nodes = np.sort(candidates.frontier(depth, beams))
+        candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), width)
+    return candidates.tree
+
+
+def continuations(trees: Trees, positions: np.ndarray, lookup: list[float], length: int) -> Continuations:
+    matched = trees.matched[positions].astype(np.int64)
+    log_q = np.log(np.asarray(lookup))[np.clip(matched, 1, len(lookup)) - 1]
+    return Continuations(trees.copied[positions, :length].astype(np.int64), log_q, matched)

@@ -1,0 +1,1 @@
+"""``build``, ``generate`` and ``inspect``, and what they print."""

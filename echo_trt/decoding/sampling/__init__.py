@@ -1,0 +1,1 @@
+"""The target's choice of a token: penalties, top-k and top-p, seeded draws, log-probabilities."""

@@ -1,1 +1,0 @@
-"""Run a compiled engine: one protocol (base.py), one file a runtime."""

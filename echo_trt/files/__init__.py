@@ -1,0 +1,1 @@
+"""Files that users name: prompts, inputs and outputs."""

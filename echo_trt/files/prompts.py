@@ -1,0 +1,88 @@
+"""Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
+
+MT-bench's own files are read as they are: their ``question_id`` is an id.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echo_trt.errors import UserError, shown
+from echo_trt.files.inputs import read_lines
+
+if TYPE_CHECKING:
+    pass
+
+MOST_LINES = 1_000_000
+LARGEST = 2**30  # bytes of a file
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    text: str
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Every line of the file; a mistake is told with its line number, as soon as it comes: a pipe may have no end."""
+    prompts: dict[str, Prompt] = {}
+    try:
+        for prompt in _prompts(path):
+            if prompt.id in prompts:
+                raise UserError(f"{path}: id {shown(prompt.id)} stands twice; give each prompt an id of its own.")
+            prompts[prompt.id] = prompt
+    except OSError as error:
+        raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
+    if not prompts:
+        raise UserError(f"prompts file {path} holds no prompt; give one JSON object a line.")
+    return list(prompts.values())
+
+
+def _prompts(path: Path) -> Iterator[Prompt]:
+    size = 0
+    for number, line in enumerate(read_lines(path), 1):
+        size += len(line)
+        if number > MOST_LINES or size > LARGEST:
+            raise UserError(
+                f"prompts file {path} has more than {MOST_LINES:,} lines or {LARGEST:,} bytes; give a part of it."
+            )
+        text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if text.strip():
+            yield _parse(text, f"{path}, line {number}")
+
+
+def _parse(line: bytes, where: str) -> Prompt:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); give one object a line.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds {type(row).__name__}, not an object; give one with id and prompt.")
+    text = row.get("prompt")
+    if text is None and isinstance(row.get("turns"), list) and row["turns"]:
+        text = row["turns"][0]
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
+    own = row.get("id", row.get("question_id"))
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        raise UserError(f"{where}: id is {shown(own)}; give a string or a whole number.")
+    return Prompt(encodable(str(own), f"{where}: id"), encodable(text, f"{where}: prompt"))
+
+
+def encodable(text: str, what: str) -> str:
+    """``text``, if UTF-8 can write it: JSON may spell half a surrogate pair, and bytes of an argument become one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
+            "give whole characters."
+        ) from error
+    return text

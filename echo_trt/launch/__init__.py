@@ -1,0 +1,1 @@
+"""The launcher: Triton's process, the gateway's, probes, restarts, and signals."""

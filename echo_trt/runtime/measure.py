@@ -1,0 +1,237 @@
+"""Measure T(N, context) of target and draft on this machine, in a few seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
+from echo_trt.bundle.manifest import Manifest
+from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.echo.budget import fit_hinge
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.runtime.assemble import Networks
+from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.slots import blocks_for
+
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
+ALL = 16 * LONG  # and of few requests so many in all, for their attention to be noticed
+NODES = 3  # tokens of a small tree
+FEW, MANY = 64, 128  # tokens up to which sizes are measured however few requests run, and however many
+STEEP = 3.0  # times what one token takes, at which larger sizes are told by the slope; on a GPU that is far beyond MANY
+ROUNDS = 9
+PAIRS = 10  # passes of each size, two in a row, for what a change of size takes
+LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
+FAR = 10.0  # times what one token takes, beyond which passes, measured once, say nothing of where the curve bends
+ACCURACY = 0.02  # of what is measured, relative
+NOTICED = 0.05  # of a pass: what another size must take more to count
+CHECKED = (1, 4, 8)  # tokens of the passes that a table is checked by
+TRIES, CHECKING = 3, 0.5  # passes of each, and the seconds that they may take, where that is more than one
+LEAST = 1e-3  # seconds: differences below are noise
+PLAUSIBLE = 2.0  # times what n passes over one token take: larger, and less of other work's share is noticed
+
+
+def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
+    """Passes over N tokens of the slots' requests, sizes in turn in one round after another.
+
+    ``seconds`` bounds what the rounds take; each size is timed once at least. Nothing may be running.
+    """
+    networks.state.forget_cached()  # these passes write over the pool
+    target = _measured(networks, lambda call: networks.target.run(call), 0.75 * seconds)
+    draft, cold = CurveTable(sizes=[1], seconds=[0.0]), 0.0
+    if isinstance(networks.drafter, EngineDrafter):
+        drafter = networks.drafter
+        run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
+        draft, cold = _measured(networks, run, 0.25 * seconds), _cold(networks, run)
+    sizes, times = np.array(target.sizes), np.array(target.seconds)
+    near = times <= FAR * times[0]
+    return CostTable(
+        machine=machine(networks.manifest),
+        measured=date.today(),
+        target=target,
+        draft=draft,
+        hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
+        cold=cold,
+        granule=networks.target.granule,
+        change=_change(networks),
+        least=networks.target.least,
+    )
+
+
+def times_as_long(table: CostTable, networks: Networks) -> float:
+    """How many times what a pass takes now it took when ``table`` was measured, 1 or more. Nothing may be running.
+
+    That is in doubt one way alone: what else runs makes passes longer, then or now, but never shorter.
+    """
+    networks.state.forget_cached()
+    most, curve = 1.0, table.target
+    for tokens, seconds in zip(curve.sizes, curve.seconds, strict=True):
+        if tokens in CHECKED:
+            call = _call(networks, _spread(tokens, networks.state.count), SHORT)
+            tries = min(max(int(CHECKING / seconds), 1), TRIES)
+            now = min(_seconds(networks.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
+            if seconds - now > LEAST:
+                most = max(most, seconds / max(now, LEAST))
+    return most
+
+
+def disturbance(table: CostTable) -> str:
+    """Say which of the target's passes only other work explains; empty where there is none.
+
+    One pass over n tokens does the work of n passes over one. So it takes n times as long at most on a quiet machine.
+    Only a few tokens are looked at: speculation depends on their times, and longer passes are timed just once.
+    """
+    one = table.target.seconds[0]
+    for tokens, seconds in zip(table.target.sizes, table.target.seconds, strict=True):
+        if tokens <= CHECKED[-1] and seconds > PLAUSIBLE * tokens * one:
+            return f"a pass over {tokens} tokens took {seconds / one:,.0f} times as long as one over 1"
+    return ""
+
+
+def without_speculation(table: CostTable) -> CostTable:
+    """Replace the target's times by ones at which no draft pays: each further token costs a pass of its own.
+
+    A pass is taken to be as long as the longest over few tokens. That is too long rather than too short: what is then
+    observed of plain decoding's passes makes further tokens look dearer still.
+    """
+    sizes = table.target.sizes
+    longest = max(s for n, s in zip(sizes, table.target.seconds, strict=True) if n <= CHECKED[-1])
+    target = CurveTable(sizes=sizes, seconds=[n * longest for n in sizes])
+    return table.model_copy(update={"target": target, "hinge": HingeTable(t_ar=longest, gamma=1.0, k_max=1, error=0.0)})
+
+
+def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
+    state, blocks = networks.state, networks.target.num_blocks
+    long = min(max(LONG, ALL // state.count), state.context - NODES)
+    short = min(SHORT, long)
+    # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
+    longest = min(state.reserve, state.context - short)
+    possible = [n for n in SIZES if n <= state.count * longest]
+    calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
+    sizes = [n for n in possible if n <= min(max(4 * state.count, FEW), MANY)]
+    one = _seconds(run, calls[1])
+    while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
+        sizes.append(possible[len(sizes)])
+    each = blocks_for(long + NODES)
+    # Requests with long contexts, one token each; the same with NODES tokens each.
+    wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
+    bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
+    calls = [calls[n] for n in sizes]
+    calls += [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
+    taken = _rounds(run, calls, seconds)
+    *usual, far, tree = _typical(taken).tolist()
+    per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
+    base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
+    straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
+    per_node = max(tree - straight, 0.0) / (bushy * (NODES - 1) * long)
+    often = np.isfinite(taken).sum(axis=0)[: len(sizes)]
+    monotone = np.maximum(isotonic_regression(base, weights=often).x, 1e-6)
+    return CurveTable(
+        sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context, per_node=per_node
+    )
+
+
+def _rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
+    """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
+
+    So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
+    nothing, once.
+    """
+    first = np.array([_timed(run, call) for call in calls])
+    long = first > LONG_PASS * first.min()
+    share, spent = seconds / len(calls), np.where(long, first, 0.0)
+    rng, taken = np.random.default_rng(0), [np.where(long, first, np.nan)]
+    while len(taken) < ROUNDS and (spent < share).any():
+        if np.isfinite(taken[0]).all():
+            taken.append(np.full(len(calls), np.nan))
+        for i in rng.permutation(np.flatnonzero(spent < share)):  # what ran before leaves its weights in the cache
+            begin = time.perf_counter()
+            taken[-1][i] = _seconds(run, calls[i])
+            spent[i] += time.perf_counter() - begin
+    return np.array(taken)
+
+
+def _typical(taken: np.ndarray) -> np.ndarray:
+    """Seconds of each call, of ``_rounds``: what calls are to each other is apart from what the machine was worth in
+    each round. Of the rounds the lower quartile: whatever else ran only ever adds.
+    """
+    rounds = taken[:, np.isfinite(taken).all(axis=0)].mean(axis=1)
+    return np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
+
+
+def _change(networks: Networks) -> float:
+    """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
+    run, calls = networks.target.run, [_call(networks, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
+    # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
+    pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(PAIRS) for call in calls])
+    first, again = pairs.T
+    more = float(np.median(first - again))
+    return more if more > NOTICED * np.median(again) else 0.0
+
+
+def _cold(networks: Networks, draft: Callable) -> float:
+    """Seconds that a draft's pass takes more right after a target's, which has driven its weights out of the cache."""
+    call, warm, after = _call(networks, np.array([1]), SHORT), [], []
+    for _ in range(ROUNDS):
+        networks.target.run(call)
+        after.append(_timed(draft, call))
+        warm.append(_timed(draft, call))
+    return max(float(np.median(after) - np.median(warm)), 0.0)
+
+
+def _spread(tokens: int, slots: int) -> np.ndarray:
+    """Tokens of each request, where so many are spread over as many requests as there are slots for: [B]."""
+    requests = min(tokens, slots)
+    return tokens // requests + (np.arange(requests) < tokens % requests)
+
+
+def _call(networks: Networks, counts: np.ndarray, context: int):
+    """``counts`` [B] tokens of each request: one, or a chain with a tree's mask."""
+    requests, blocks = len(counts), blocks_for(context + int(counts.max()))
+    table = networks.state.block_table[:requests]
+    if not networks.state.linear:
+        table = np.arange(requests * blocks).reshape(requests, blocks) % networks.target.num_blocks
+    place, total = ragged_arange(counts), int(counts.sum())
+    triangles = np.concatenate([np.tri(n, dtype=np.uint8).reshape(-1) for n in counts])
+    mask = (triangles, begins(counts**2)) if total > requests else None
+    return pack(np.ones(total), context + place, np.full(requests, context), counts, table, np.arange(total), mask)
+
+
+def _seconds(run: Callable, call) -> float:
+    run(call)  # a pass of another size than the last one takes longer
+    return _timed(run, call)
+
+
+def _timed(run: Callable, call) -> float:
+    begin = time.perf_counter()
+    run(call)
+    return time.perf_counter() - begin
+
+
+def machine(manifest: Manifest) -> str:
+    """What must be the same for measured times to hold."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = manifest.tools.get(manifest.engine, "")
+    return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {computes_in(manifest)}".replace("  ", " ")
+
+
+def _processor() -> str:
+    """Its name and, since virtual machines shorten names, its family and model where they are told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return f"{name} ({', '.join(numbers)})" if numbers else name

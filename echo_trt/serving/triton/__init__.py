@@ -1,0 +1,1 @@
+"""The Triton model: requests in, replies out, metrics."""

@@ -1,0 +1,127 @@
+"""The model that Triton's Python backend runs: it reads requests and hands them to the service.
+
+Requests are answered on other threads (``replies``), so ``execute`` returns at once and Triton's queue stays empty; the
+service has the queue.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from echo_trt.errors import UserError
+from echo_trt.runtime.llm import LLM
+from echo_trt.serving.service import Overloaded, Service
+from echo_trt.serving.triton.logprobs import Outgoing
+from echo_trt.serving.triton.replies import FINAL, Replies, Reply, failed
+from echo_trt.serving.triton.request import Reader, wants_stop
+
+QUEUE = 256
+
+
+class TritonPythonModel:
+    """What Triton calls: initialize once, execute for each batch of requests, finalize at the end."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Opens the bundle; under the policy goodput, costs that are not known yet are measured here."""
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        config = json.loads(args["model_config"])
+        self._inputs = [each["name"] for each in config["input"]]
+        bundle = Path(_setting(config, "bundle"))
+        if not bundle.name:
+            raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
+        batch, queue = _whole(config, "batch"), _whole(config, "queue")
+        llm = LLM(bundle, _setting(config, "policy") or None, batch, note=pb_utils.Logger.log_info)
+        self._reader = Reader(bundle, llm.loop.state.context, _truth(config, "special_tokens_in_content"))
+        self._service = Service(llm, queue or QUEUE)
+        signals = os.environ.get("ECHO_TRT_SIGNALS")
+        self._replies = Replies(self._service, Path(signals) if signals else None)
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        """Hand the requests on; their answers come from other threads, in any number of responses."""
+        for request in requests:
+            self._take(request)
+
+    def finalize(self) -> None:
+        """Triton calls this once no request is open."""
+        self._service.close(0)
+        self._replies.close()
+
+    def _take(self, request: pb_utils.InferenceRequest) -> None:
+        arrived, sender = time.monotonic(), request.get_response_sender()
+        try:
+            tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+            id = _id(request)
+            if wants_stop(tensors):
+                if not id:
+                    raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
+                self._replies.stop(id)
+                sender.send(flags=FINAL)
+                return
+            ask = self._reader.read(tensors)
+            logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)
+            reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
+            reply.job = self._service.submit(
+                ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
+            )
+            self._replies.begin(reply)
+            return
+        except UserError as mistake:
+            outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)
+        except Overloaded as full:
+            outcome, code, answer = "refused", "UNAVAILABLE", str(full)
+        except Exception as failure:
+            logging.exception("a request could not be read")
+            outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
+        self._replies.refused(outcome)
+        sender.send(failed(code, answer, _wants_codes(request)), flags=FINAL)
+
+
+def _id(request: pb_utils.InferenceRequest) -> str:
+    """The client's own, or empty. Raises UserError."""
+    try:
+        return request.request_id()
+    except UnicodeDecodeError as error:
+        raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
+
+
+def _wants_codes(request: pb_utils.InferenceRequest) -> bool:
+    """Fields that are no tensors come as parameters, so those may hold anything."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or a nest of lists
+        return False
+    return bool(parameters.get("error_codes", False))
+
+
+def _tensor(request: pb_utils.InferenceRequest, name: str) -> pb_utils.Tensor | None:
+    return pb_utils.get_input_tensor_by_name(request, name)
+
+
+def _setting(config: dict, name: str) -> str:
+    """The configuration's parameter, or else the environment's ECHO_TRT_<NAME>."""
+    given = config.get("parameters", {}).get(name, {}).get("string_value", "")
+    return given or os.environ.get(f"ECHO_TRT_{name.upper()}", "")
+
+
+def _whole(config: dict, name: str) -> int | None:
+    text = _setting(config, name)
+    try:
+        number = int(text or 1)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{name} is {text!r}; give a whole number of 1 or more.")
+    return number if text else None
+
+
+def _truth(config: dict, name: str) -> bool:
+    text = _setting(config, name)
+    if text.lower() not in ("", "true", "false"):
+        raise UserError(f"{name} is {text!r}; give true or false.")
+    return text.lower() == "true"

@@ -1,0 +1,236 @@
+"""Replies on their way to Triton: one thread sends them all, asks who has gone, and keeps the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from echo_trt.serving.protocol import FIRST
+from echo_trt.serving.service import End, Event, Job, Service
+from echo_trt.serving.triton.logprobs import Outgoing
+from echo_trt.serving.triton.metrics import Metrics
+from echo_trt.serving.triton.request import Ask
+
+log = logging.getLogger(__name__)
+
+TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
+#: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
+LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
+LOOKED_AT = 16  # clients in a look, in turn: each is a question to Triton's process, and the engine wants the machine
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+@dataclass(eq=False)
+class Reply:
+    """An open request, and what of its answer has not been sent yet."""
+
+    sender: Any
+    ask: Ask
+    arrived: float
+    id: str = ""  # the client's own
+    coded: bool = False  # an error's message begins with its code
+    logprobs: Outgoing | None = None  # where asked for
+    job: Job | None = None
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    index: int = 0
+    last: float | None = None  # time of the last event
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.text = self.ask.echoed
+
+
+class Replies:
+    """Any thread may ``begin`` a reply and ``put`` its events, which may come before it begins.
+
+    Once there is a file ``drain`` in the folder ``signals``, nothing new is taken; ``drained`` appears there when the
+    last reply has been sent. (A Triton that is told to stop refuses new requests itself, but may abort over it.)
+    """
+
+    def __init__(self, service: Service, signals: Path | None = None):
+        self._service, self._signals = service, signals
+        self._events: queue.SimpleQueue[tuple[Reply, Event | None] | str | None] = queue.SimpleQueue()
+        self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
+        self._refused: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
+        self._thread.start()
+
+    def begin(self, reply: Reply) -> None:
+        """Watch whether its client is still there; ``reply.job`` is known."""
+        self._events.put((reply, None))
+
+    def put(self, reply: Reply, event: Event) -> None:
+        self._events.put((reply, event))
+
+    def stop(self, id: str) -> None:
+        """Cancel the open requests that their clients have given this id."""
+        self._events.put(id)
+
+    def refused(self, outcome: str) -> None:
+        """Count a request that the service never took."""
+        self._refused[outcome] += 1
+
+    def close(self) -> None:
+        """Send what there is, and stop."""
+        self._events.put(None)
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _run(self) -> None:
+        metrics = Metrics(pb_utils.MetricFamily)
+        looked = flushed = time.monotonic()
+        running, server = True, triton_process()
+        while running:
+            if os.getppid() != server:  # Triton was killed, and would leave this process behind
+                os._exit(1)
+            changed: dict[Reply, Event] = {}
+            for item in self._take():
+                if item is None:
+                    running = False
+                elif isinstance(item, str):
+                    self._stop(item)
+                elif item[1] is None:
+                    if not item[0].ended:
+                        self._open[item[0]] = None
+                else:
+                    self._merge(*item, changed, metrics)
+            for reply, event in changed.items():
+                if event.end or (reply.ask.stream and reply.text):
+                    self._send(reply, event.end)
+            now = time.monotonic()
+            if now - looked >= LOOK:
+                looked = now
+                self._cancel_abandoned()
+                self._drain_if_asked()
+            if now - flushed >= FLUSH or not running:
+                flushed = now
+                # A call to a Triton that has died never returns; this ends the process then, without the interpreter.
+                faulthandler.dump_traceback_later(STUCK, exit=True)
+                metrics.flush(self._service.statistics(), dict(self._refused))
+
+    def _take(self) -> list[tuple[Reply, Event | None] | str | None]:
+        """All events there are; waits a moment for the first."""
+        items: list[tuple[Reply, Event | None] | str | None] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._events.get(timeout=LOOK))
+            while True:
+                items.append(self._events.get_nowait())
+        return items
+
+    def _merge(self, reply: Reply, event: Event, changed: dict[Reply, Event], metrics: Metrics) -> None:
+        """Several events of one reply become one message."""
+        reply.text += event.text
+        reply.ids += event.token_ids
+        if reply.logprobs:
+            reply.logprobs.take(event.logprobs, event.offsets)
+        client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server
+        if client and reply.last is not None and event.token_ids:
+            metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
+        if event.token_ids:
+            reply.last = event.time
+        if client and event.end:
+            metrics.ended(event)
+            metrics.observe("request", event.time - reply.arrived)
+        changed[reply] = event
+
+    def _send(self, reply: Reply, end: End | None) -> None:
+        try:
+            reply.sender.send(_response(reply, end), flags=FINAL if end else 0)
+        except Exception:
+            log.exception("a reply could not be sent; its request is cancelled")
+            if reply.job and not end:
+                self._service.cancel(reply.job)
+        reply.text, reply.ids = "", []
+        reply.index += 1
+        if end:
+            reply.ended = True
+            self._open.pop(reply, None)
+
+    def _drain_if_asked(self) -> None:
+        if not self._signals or not (self._signals / "drain").exists():
+            return
+        if self._service.drain(0) and not self._open and self._events.empty():
+            (self._signals / "drained").touch()
+
+    def _stop(self, id: str) -> None:
+        for reply in self._open:
+            if reply.id == id:
+                self._service.cancel(reply.job)
+
+    def _cancel_abandoned(self) -> None:
+        for reply in list(islice(self._open, LOOKED_AT)):
+            self._open[reply] = self._open.pop(reply)  # the last, next time
+            if reply.sender.is_cancelled():
+                self._service.cancel(reply.job)
+
+
+def triton_process() -> int:
+    """Triton's process id. Its stub is told it, since Triton may have died before the bundle was loaded."""
+    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    if words[0].endswith(b"triton_python_backend_stub") and words[5].isdigit():
+        return int(words[5])
+    return os.getppid()
+
+
+def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
+    """``coded``: the message begins with the code, which a gRPC stream of Triton's does not tell otherwise."""
+    text = f"{code}: {message}" if coded else message
+    number = getattr(pb_utils.TritonError, TRITONS_NAMES.get(code, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
+
+
+def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
+    if end and end.reason in ("failed", "cancelled"):
+        code = "INTERNAL" if end.reason == "failed" else "CANCELLED"
+        return failed(code, end.message or "the request was cancelled.", reply.coded)
+    tensors = [
+        _strings("text_output", reply.text),
+        pb_utils.Tensor("output_ids", np.array([reply.ids], np.int32).reshape(1, -1)),
+        _numbers("sequence_index", reply.index, np.int32),
+        _numbers("prompt_tokens", len(reply.ask.prompt), np.int32),
+    ]
+    if reply.logprobs:
+        numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
+        tensors += [
+            pb_utils.Tensor("output_log_probs", numbers),
+            _numbers("cum_log_probs", reply.logprobs.total, np.float32),
+            _strings("logprobs", reply.logprobs.clear()),
+        ]
+    if end:
+        tensors += [
+            _strings("finish_reason", end.reason),
+            _numbers("cached_tokens", end.cached_tokens, np.int32),
+            _numbers("completion_tokens", end.completion_tokens, np.int32),
+        ]
+    if end and reply.ask.statistics:
+        accepted = max(end.completion_tokens - end.verifications, 0)
+        tensors += [
+            _numbers("acceptance_rate", accepted / end.drafted if end.drafted else 0.0, np.float32),
+            _numbers("total_accepted_draft_tokens", accepted, np.int32),
+            _numbers("total_draft_tokens", end.drafted, np.int32),
+            _numbers("accepted_length", end.completion_tokens / max(end.verifications, 1), np.float32),
+            _numbers("time_to_first_token_ms", 1000 * (end.first_token_seconds or 0.0), np.float32),
+        ]
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _strings(name: str, text: str) -> pb_utils.Tensor:
+    return pb_utils.Tensor(name, np.array([[text.encode()]], object))
+
+
+def _numbers(name: str, value: float, kind: type) -> pb_utils.Tensor:
+    return pb_utils.Tensor(name, np.array([[value]], kind))

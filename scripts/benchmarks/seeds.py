@@ -1,0 +1,67 @@
+"""Does a seed give one text? Tries the same request in different company, and prints a table in markdown.
+
+    python scripts/benchmarks/seeds.py BUNDLE [BUNDLE ...] --prompts FILE --limit 10
+
+Each prompt is tried four times: twice alone, beside 1 other request and beside 3. It counts in the first share if its
+tries agree, and in the second if all of them are the text of plain decoding, one request at a time. Figures hold for
+the machine they were taken on: bf16 rounds otherwise on another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echo_trt.files.prompts import read_prompts
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+PLAIN = "autoregressive"
+COMPANY = (0, 0, 1, 3)
+
+
+def main(
+    bundles: list[Path],
+    prompts: Annotated[Path, typer.Option(help="JSONL file")] = Path(__file__).parents[1] / "demo_prompts.jsonl",
+    limit: Annotated[int, typer.Option(help="prompts, spread over the file; 0 for all")] = 10,
+    max_tokens: Annotated[int, typer.Option(help="of an answer")] = 48,
+    temperatures: str = "0,0.8,1",
+    policies: str = "goodput,goodput-exact",
+    seed: int = 11,
+) -> None:
+    """One row for each bundle, policy and temperature."""
+    texts = [p.text for p in read_prompts(prompts)]
+    if limit:
+        texts = texts[:: max(len(texts) // limit, 1)][:limit]
+    print("| bundle | precision | policy | temperature | one text of four | plain decoding's |")
+    print("|---|---|---|---|---|---|")
+    for bundle in bundles:
+        llm = LLM(bundle, PLAIN, batch=max(COMPANY) + 1, prefix_cache=False)
+        for temperature in map(float, temperatures.split(",")):
+            params = SamplingParams(max_tokens, temperature, seed=seed)
+            llm.set_policy(PLAIN)
+            plain = [llm.generate([text], params)[0].token_ids for text in texts]
+            for policy in policies.split(","):
+                llm.set_policy(policy)
+                tries = [answers(llm, texts, number, params) for number in range(len(texts))]
+                same = [all(answer == own[0] for answer in own) for own in tries]
+                equal = [all(answer == wanted for answer in own) for own, wanted in zip(tries, plain, strict=True)]
+                shares = [f"{kind.count(True)} of {len(texts)}" for kind in (same, equal)]
+                row = [bundle.name, llm.manifest.precision, policy, f"{temperature:g}", *shares]
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
+def answers(llm: LLM, texts: list[str], number: int, params: SamplingParams) -> list[list[int]]:
+    """Answer the prompt at ``number`` once in each company: token ids."""
+    found, start = [], number + 1
+    for others in COMPANY:
+        beside = [texts[(start + i) % len(texts)] for i in range(others)]
+        found.append(llm.generate([texts[number], *beside], params)[0].token_ids)
+        start += others
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

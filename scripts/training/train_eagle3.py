@@ -1,0 +1,223 @@
+"""Train an EAGLE-3 head (arXiv 2503.01840) for a target of your own, on text that the target generated.
+
+    python scripts/training/train_eagle3.py init --target CHECKPOINT --out UNTRAINED
+    python scripts/training/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
+    python scripts/training/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
+    python scripts/training/train_eagle3.py ngrams --target CHECKPOINT --data SHARDS --out HEAD/ngrams.npz
+
+``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
+is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from eagle3_training.answers import record, write_answers
+from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
+from eagle3_training.features import missing_features, write_features
+from eagle3_training.head import feature_scale, head_config, save_head, start_from, warm_start
+from eagle3_training.loop import Recipe, Trainer, load_state
+from eagle3_training.ngrams import count, held_out, read_texts, right
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from echo_trt.bundle.ngrams import write_ngrams
+from echo_trt.errors import UserError
+from echo_trt.files.prompts import read_prompts
+from echo_trt.models.checkpoint import Checkpoint, weights_sha256
+from echo_trt.models.config import decoder_config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.runtime.llm import LLM
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+console = Console()
+DEFAULT = Recipe(minutes=45)
+DRAFT_VOCAB = 8192
+
+
+@app.command()
+def init(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    out: Annotated[Path, typer.Option(help="folder for the head")],
+) -> None:
+    """Write a head that has learnt nothing, for the first bundle of a target that has none."""
+    checkpoint = open_checkpoint(target)
+    decoder = load_decoder(checkpoint, 1)
+    config = decoder.config
+    ids = torch.arange(min(DRAFT_VOCAB, config.vocab_size))
+    scale = torch.ones(3 * config.hidden_size)
+    raw = head_config(config, len(ids), weights_sha256(checkpoint.path), config.intermediate_size)
+    save_head(warm_start(raw, decoder, ids, scale, 1), scale, out)
+    console.print(f"{out}: build a recipe with it as draft.source.path, then generate", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="the target's bundle, with an eagle3 draft of any quality")],
+    prompts: Annotated[Path, typer.Option(help="JSONL: id and prompt a line, in random order")],
+    data: Annotated[Path, typer.Option(help="folder for shard-*.npz; a later run goes on where this one ends")],
+    batch: Annotated[int, typer.Option(help="requests at once")] = 48,
+    max_tokens: Annotated[int, typer.Option(help="new tokens of an answer, at most")] = 224,
+    per_shard: Annotated[int, typer.Option(help="prompts of a file")] = 256,
+) -> None:
+    """Let the target answer prompts, greedily and sampled."""
+    llm = LLM(bundle, batch=batch, prefix_cache=False)  # features of every prompt token are recorded
+    with _progress("answers") as report:
+        write_answers(llm, record(llm, bundle), read_prompts(prompts), data, max_tokens, per_shard, report)
+
+
+@app.command()
+def train(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[Path, typer.Option(help="folder of shard-*.npz with text that the target generated")],
+    out: Annotated[Path, typer.Option(help="folder for the head and its training state")],
+    minutes: Annotated[float, typer.Option(help="training time, earlier runs included where it resumes")] = 45,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last save in --out")] = False,
+    start: Annotated[Path | None, typer.Option(help="begin with this head, not with the target's last layer")] = None,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="how many of the target's tokens the head can draft; 8192, or those of --start")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(min=1, help="of the head's MLP; the target's, or that of --start, which it may exceed")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
+    loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
+    unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
+    unroll_from: Annotated[float, typer.Option(help="share of the time when chains begin")] = DEFAULT.unroll_from,
+    max_length: Annotated[int, typer.Option(help="leave out samples with more tokens")] = 2048,
+    save_every: Annotated[float, typer.Option(help="minutes between two saves")] = DEFAULT.save_every,
+    seed: Annotated[int, typer.Option(help="of the warm start")] = 0,
+    fp32: Annotated[bool, typer.Option("--fp32", help="no bfloat16 in the head's arithmetic")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Train a head, writing config.json and model.safetensors in Hugging Face's layout."""
+    torch.manual_seed(seed)
+    recipe = Recipe(
+        minutes=minutes,
+        learning_rate=learning_rate,
+        loss_rows=loss_rows,
+        unroll_steps=unroll_steps,
+        unroll_from=unroll_from,
+        save_every=save_every,
+        bf16=not fp32,
+    )
+    checkpoint = open_checkpoint(target)
+    decoder = load_decoder(checkpoint, max_length + unroll_steps).to(device)
+    _prepare_features(decoder, data)
+    corpus = Corpus(data, max_length)
+    size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
+    console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
+    begins_with = start if start and not resume else None
+    earlier = load_eagle3(open_checkpoint(begins_with), max_length + unroll_steps, decoder) if begins_with else None
+    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, intermediate_size, earlier, resume)
+    if earlier:
+        start_from(trainer.head, earlier, trainer.scale)
+    with _progress("training") as report:
+        agreement = trainer.train(report)
+    console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ngrams(
+    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[list[Path], typer.Option(help="folder of shard-*.npz; give it again for more")],
+    out: Annotated[Path, typer.Option(help="the .npz, which a recipe names as draft.ngrams")],
+) -> None:
+    """Write down what the target usually says after a few tokens, for drafts to go on with."""
+    checkpoint = open_checkpoint(target)
+    texts = read_texts(data, decoder_config(checkpoint.config, str(target)).vocab_size)
+    _make_folder(out.parent)
+    counted, others = held_out(texts)
+    told, thought = right(count(counted), others)
+    table = count(texts)
+    write_ngrams(table, out, weights_sha256(checkpoint.path))
+    size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
+    share = f"of held-out answers' tokens it names {told:.1%}, and thinks {thought:.1%}"
+    console.print(f"{out}: {size}, {out.stat().st_size / 1e6:.1f} MB; {share}", highlight=False, soft_wrap=True)
+
+
+def _trainer(
+    checkpoint: Checkpoint,
+    target: Decoder,
+    corpus: Corpus,
+    recipe: Recipe,
+    out: Path,
+    draft_vocab: int | None,
+    intermediate: int | None,
+    earlier: Eagle3Head | None,
+    resume: bool,
+) -> Trainer:
+    state = load_state(out) if resume else None
+    if state:
+        target_ids, scale = state["head"]["target_ids"], state["scale"]
+    elif earlier and draft_vocab is None:  # another text's most frequent tokens would cost the head some of its own
+        target_ids, scale = earlier.target_ids, feature_scale(corpus)
+    else:
+        size = min(draft_vocab or DRAFT_VOCAB, target.config.vocab_size)
+        target_ids = draft_vocabulary(corpus, target.config.vocab_size, size, always=target.config.eos_token_ids)
+        scale = feature_scale(corpus)
+    if state:
+        intermediate = state["head"]["mlp.down.weight"].shape[1]
+    usual = (earlier or target).config.intermediate_size
+    intermediate = intermediate or usual
+    if earlier and intermediate < usual:
+        raise UserError(f"--intermediate-size is {intermediate}, but --start has {usual}; give as many or more.")
+    config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path), intermediate)
+    positions = target.rotary.cos.shape[0]
+    trainer = Trainer(warm_start(config, target, target_ids, scale, positions), target, scale, corpus, recipe, out)
+    if state:
+        trainer.resume(state)
+    return trainer
+
+
+def _make_folder(folder: Path) -> None:
+    """Before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be made ({error.strerror}); name another one.") from error
+
+
+def _prepare_features(target: Decoder, data: Path) -> None:
+    missing = missing_features(data)
+    if not missing:
+        return
+    with _progress("features") as report:
+        for number, shard in enumerate(missing):
+            report(number / len(missing), f"{features_path(shard).name}")
+            write_features(target, shard)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on a terminal, plain lines elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda share, text: print(f"{title} {share:6.1%} {text}", flush=True)
+        return
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), note)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=1.0, note="")
+        yield lambda share, text: bar.update(task, completed=share, note=text)
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A rank's graphs as TensorRT takes them: its own collective operator, which TensorRT-RTX compiles without a GPU."""
+
+import onnx
+import pytest
+from models.checkpoints import qwen3, qwen3_moe
+from onnx import helper
+from pairs import SIZES, recipe_of
+
+from echo_trt.backends.native_export import export_native, in_precision
+from echo_trt.backends.onnx_export import export
+from echo_trt.backends.tensorrt.collectives import name_collectives
+from echo_trt.backends.tensorrt.compiler import PLUGINS, Job, compile_engine, load_compiler, logger_of
+from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.backends.tensorrt.profiles import native_profiles
+from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.ranks import Shard
+from echo_trt.models.roles import TargetRole
+from echo_trt.models.weights import load_decoder
+from super_tree_attention.tensorrt_plugin import prepare_graph
+
+RANKS = 2
+SHAPE = SIZES | {"num_attention_heads": 8, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install -e '.[rtx]'")
+    return load_compiler("tensorrt-rtx")
+
+
+def rank_of(make, folder, **sizes) -> TargetRole:
+    make(**SHAPE | sizes).save_pretrained(folder / "target")
+    return TargetRole(load_decoder(open_checkpoint(folder / "target"), 200, shard=Shard(1, RANKS)), (0, 1, 1))
+
+
+def collectives(path) -> list[dict]:
+    nodes = [n for n in onnx.load(path, load_external_data=False).graph.node if n.op_type == "DistCollective"]
+    assert all(node.domain == "" for node in nodes)
+    return [{a.name: helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
+
+
+@pytest.mark.parametrize("make", [qwen3, qwen3_moe], ids=["dense", "mixture"])
+def test_tensorrt_rtx_compiles_a_ranks_graph(make, rtx, tmp_path, networks):
+    graph, log = tmp_path / "rank.onnx", tmp_path / "log"
+    sizes = CallSizes.of(recipe_of("lookup", networks, engine="tensorrt-rtx", precision="fp16"))
+    extra = {"moe_intermediate_size": 32} if make is qwen3_moe else {}
+    export_native(rank_of(make, tmp_path, **extra), graph, "fp16", sizes.cache_rows)
+    assert name_collectives(graph) == 5
+    shared = {"nb_rank": RANKS, "group_size": 0, "root": -1}
+    summed = {"collective_operation": b"all_reduce", "reduce_op": b"sum"}
+    gathered = {"collective_operation": b"all_gather", "reduce_op": b"none"}
+    assert collectives(graph) == [shared | summed] * 4 + [shared | gathered]
+    job = Job("tensorrt-rtx", graph, native_profiles(graph, sizes), ["8.9"], tmp_path / "timings", log)
+    compile_engine(job, tmp_path / "rank.engine")
+    assert (tmp_path / "rank.engine").stat().st_size > 10_000
+    assert "ERROR" not in log.read_text()
+
+
+def test_the_graph_with_the_plugin_has_nothing_that_tensorrt_does_not_know(rtx, tmp_path):
+    """By the parser of TensorRT-RTX, which knows the standard operators and the collective one."""
+    graph = tmp_path / "rank.onnx"
+    export(in_precision(rank_of(qwen3, tmp_path), "bf16"), graph)
+    prepare_graph(graph, graph)
+    flag = 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = rtx.Builder(logger_of(rtx)).create_network(flag)
+    parser = rtx.OnnxParser(network, logger_of(rtx))
+    with pytest.raises(Exception, match=r"operator echo::AllReduce is not one that TensorRT compiles"):
+        check_graph(graph, parser.supports_operator, PLUGINS, "TensorRT")
+    assert name_collectives(graph) == 5
+    check_graph(graph, parser.supports_operator, PLUGINS, "TensorRT")

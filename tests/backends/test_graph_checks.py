@@ -1,0 +1,123 @@
+"""Graphs that the TensorRT compilers would refuse, or die of, are refused before their parser sees them."""
+
+import importlib.util
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from refusal import refused
+
+from echo_trt.backends.tensorrt.compiler import Job, compile_engine
+from echo_trt.backends.tensorrt.graph_checks import check_graph
+
+rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+
+
+def small_graph(mask=TensorProto.FLOAT16, attributes=None):
+    """One attention over a cache, as the native export writes it."""
+    half = TensorProto.FLOAT16
+    inputs = [
+        helper.make_tensor_value_info("query", half, ["b", 2, "t", 16]),
+        helper.make_tensor_value_info("rows", half, ["b", 2, "t", 16]),
+        helper.make_tensor_value_info("mask", mask, ["b", 1, "t", 64]),
+        helper.make_tensor_value_info("past", TensorProto.INT64, ["b"]),
+        helper.make_tensor_value_info("cache", half, ["b", 2, 64, 16]),
+    ]
+    nodes = [
+        helper.make_node("TensorScatter", ["cache", "rows", "past"], ["new_cache"], axis=2, **attributes or {}),
+        helper.make_node("Attention", ["query", "new_cache", "new_cache", "mask"], ["attended"], "attention"),
+        helper.make_node("Identity", ["attended"], ["output"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("output", half, ["b", 2, "t", 16]),
+        helper.make_tensor_value_info("new_cache", half, ["b", 2, 64, 16]),
+    ]
+    graph = helper.make_graph(nodes, "small", inputs, outputs)
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("echo", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=11)
+
+
+def plugin(model):
+    model.graph.node.append(helper.make_node("SuperTreeAttention", ["attended"], ["extra"], domain="echo"))
+
+
+def unknown(model):
+    model.graph.node.append(helper.make_node("StringNormalizer", ["attended"], ["extra"]))
+
+
+def hidden_in_a_branch(model):
+    branch = helper.make_graph([helper.make_node("Mystery", [], ["x"], domain="other")], "branch", [], [])
+    model.graph.node.append(helper.make_node("If", ["past"], ["extra"], then_branch=branch, else_branch=branch))
+
+
+def more_outputs(model):
+    model.graph.node[1].output.append("present")
+
+
+def lengths(model):
+    model.graph.node[1].input.extend(["", "", "past"])
+
+
+def circular(model):
+    model.CopyFrom(small_graph(attributes={"mode": "circular"}))
+
+
+def bool_mask(model):
+    model.CopyFrom(small_graph(TensorProto.BOOL))
+
+
+def computed_bool_mask(model):
+    model.graph.initializer.append(numpy_helper.from_array(np.float16(0), "zero"))
+    model.graph.node.insert(0, helper.make_node("Less", ["mask", "zero"], ["seen"]))
+    model.graph.node[2].input[3] = "seen"
+
+
+def unused(model):
+    model.graph.input.append(helper.make_tensor_value_info("spare", TensorProto.INT64, ["b"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (plugin, ("operator echo::SuperTreeAttention", "--engine openvino")),
+        (unknown, ("operator StringNormalizer",)),
+        (hidden_in_a_branch, ("operator other::Mystery",)),
+        (more_outputs, ("Attention attention has more than one output",)),
+        (lengths, ("Attention attention has inputs beyond its mask",)),
+        (circular, ("is not linear",)),
+        (bool_mask, ("bool mask", "added to the scores")),
+        (computed_bool_mask, ("bool mask", "added to the scores")),
+        (unused, ("input spare is not used",)),
+    ],
+)
+def test_graphs_that_are_refused_before_the_parser_sees_them(change, words, tmp_path):
+    model, path = small_graph(), tmp_path / "graph.onnx"
+
+    def check():
+        onnx.save(model, path)
+        check_graph(path, lambda name: name != "StringNormalizer", frozenset(), "TensorRT-RTX")
+
+    check()
+    change(model)
+    with refused(path, *words):
+        check()
+
+
+@rtx
+def test_a_plugin_node_does_not_end_the_process(tmp_path):
+    model, path = small_graph(), tmp_path / "graph.onnx"
+    plugin(model)
+    onnx.save(model, path)
+    with refused("operator echo::SuperTreeAttention", "TensorRT-RTX"):
+        compile_engine(Job("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine")
+
+
+@rtx
+def test_a_graph_that_is_none(tmp_path):
+    attention = small_graph()
+    attention.graph.node[0].attribute[0].i = 7  # heads of another size than the tensors have
+    path = tmp_path / "graph.onnx"
+    onnx.save(attention, path)
+    with refused("TensorRT-RTX cannot read", path):
+        compile_engine(Job("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine")

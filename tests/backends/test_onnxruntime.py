@@ -1,0 +1,234 @@
+"""The native export on ONNX Runtime: the reference's numbers, and ECHO's losslessness from end to end."""
+
+import numpy as np
+import pytest
+from driving import Foresight, add, assert_all_free, prompt_ids, run
+from models.checkpoints import qwen3_moe
+from pairs import DECODING, LIMITS, VOCAB, roles_of
+
+from echo_trt.backends.native_export import export_native
+from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
+from echo_trt.backends.padded import Layout
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.policies import make_planner, reserve_for
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.models.weights import load_decoder
+from echo_trt.runtime.drafters import Eagle3Drafter, EngineDrafter
+from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.slots import Slots, blocks_for
+
+CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
+RESERVE = reserve_for(DECODING)
+BLOCKS, SPARE = blocks_for(CONTEXT + RESERVE), max(RESERVE, CHUNK)
+
+
+@pytest.fixture(scope="module")
+def native(networks, tmp_path_factory):
+    """(pair, network, precision) -> the role and its native graph; the pair "experts" has a Qwen3-MoE target."""
+    folder, known = tmp_path_factory.mktemp("native"), {}
+
+    def role_of(pair, name):
+        if pair != "experts":
+            return roles_of(pair, networks)[name]
+        qwen3_moe(vocab_size=VOCAB, num_hidden_layers=2, mlp_only_layers=[0]).save_pretrained(folder / "moe")
+        return TargetRole(load_decoder(open_checkpoint(folder / "moe"), CONTEXT + RESERVE), (0, 1, 1))
+
+    def get(pair, name, precision="fp32"):
+        key = pair, name, precision
+        if key not in known:
+            role, path = role_of(pair, name), folder / f"{pair}-{name}-{precision}.onnx"
+            export_native(role, path, precision, Layout(1, BLOCKS, SPARE).rows)
+            known[key] = role, path
+        return known[key]
+
+    return get
+
+
+class Conversation:
+    """Random calls to two engines: prompt chunks, single tokens and trees whose best path is then moved into place."""
+
+    def __init__(self, role, engines, slots, seed):
+        self.role, self.engines, self.slots = role, engines, slots
+        self.past = np.zeros(slots, np.int64)
+        self.table = np.arange(slots * BLOCKS).reshape(slots, BLOCKS)
+        self.rng = np.random.default_rng(seed)
+
+    def call(self) -> list[dict[str, np.ndarray]]:
+        """A call over some of the slots; returns both engines' outputs."""
+        rng = self.rng
+        slots = rng.permutation(self.slots)[: rng.integers(1, self.slots + 1)]
+        for slot in slots[(self.past[slots] > CONTEXT - 60) | (rng.random(len(slots)) < 0.15)]:
+            self.past[slot] = 0  # another request, into a slot of which nothing may be read
+            self.engines[1]._pool[:, slot] = np.nan
+        planted = int(rng.integers(0, len(slots) + 1))
+        tree = SuperTree.from_roots(rng.integers(0, VOCAB, planted))
+        for _ in range(int(rng.integers(0, 4 * planted + 1))):
+            tree.add(rng.integers(0, len(tree), 1), rng.integers(0, VOCAB, 1), np.zeros(1))
+        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+        chunks = rng.choice([1, 1, 3, 11, 50], len(slots) - planted)
+        counts, owner = np.concatenate((tree.sizes, chunks)), np.repeat(slots[planted:], chunks)
+        places = np.concatenate([np.arange(n) for n in [0, *chunks]])
+        call = pack(
+            np.concatenate((tree.token, rng.integers(0, VOCAB, len(owner)))),
+            np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + places)),
+            self.past[slots],
+            counts,
+            self.table[slots],
+            np.flatnonzero(rng.random(counts.sum()) < 0.5),
+            ancestor_mask(tree) if planted else None,
+        )
+        outputs = [engine.run(call, **self._entries(len(call.token_ids), seed=len(tree))) for engine in self.engines]
+        self._commit(tree, slots, planted)
+        self.past[slots[planted:]] += chunks
+        return outputs
+
+    def _entries(self, count, seed) -> dict[str, np.ndarray]:
+        """A head's features of the first entries and hidden states of the others."""
+        if not isinstance(self.role, HeadRole):
+            return {}
+        rng, config = np.random.default_rng(seed), self.role.network.config
+        split = int(rng.integers(0, count + 1))
+        features = rng.standard_normal((split, 3 * config.target_hidden_size), np.float32)
+        return {"features": features, "hidden": rng.standard_normal((count - split, config.hidden_size), np.float32)}
+
+    def _commit(self, tree, slots, planted):
+        """Keep the path to each tree's last node, as a verification would."""
+        for request in range(planted):
+            nodes = np.flatnonzero(tree.request == request)
+            path, node = [], nodes[-1]
+            while node >= 0:
+                path.insert(0, int(node - nodes[0]))
+                node = tree.parent[node]
+            first = slots[request] * BLOCKS * BLOCK + self.past[slots[request]]
+            for engine in self.engines:
+                engine.move(first + np.array(path), first + np.arange(len(path)))
+            self.past[slots[request]] += len(path)
+
+
+def errors(role, path, calls, seed=0) -> dict[str, list[float]]:
+    """Largest error of each output, as a share of its largest value, call by call."""
+    slots = 4
+    engines = [TorchEngine(role, slots * BLOCKS), OnnxRuntimeEngine(path, slots, BLOCKS, threads=1)]
+    engines[1]._pool[:] = np.nan
+    conversation, found = Conversation(role, engines, slots, seed), {name: [] for name in role.outputs}
+    for _ in range(calls):
+        want, got = conversation.call()
+        assert set(got) == set(want) == set(role.outputs)
+        for name, array in want.items():
+            wanted = np.asarray(array)
+            assert got[name].shape == wanted.shape
+            assert got[name].dtype == (np.int64 if name == "candidates" else np.float32)
+            if wanted.size:
+                found[name].append(float(np.abs(got[name] - wanted).max() / np.abs(wanted).max()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pair", "name"), [("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("experts", "target")]
+)
+def test_outputs_are_the_references(pair, name, native):
+    for output, shares in errors(*native(pair, name), calls=40).items():
+        assert len(shares) > 30
+        assert max(shares) < (1e-5 if output != "candidates" else 1e-9), output
+
+
+def test_half_precision_is_near(native):
+    shares = errors(*native("eagle3", "target", "fp16"), calls=10)
+    assert 1e-5 < max(shares["logits"]) < 0.01
+    assert 1e-5 < max(shares["features"]) < 0.01
+
+
+def test_padding_is_written_as_zeros(native):
+    """Whatever it computes: a row beyond a length that is no number would be one at every later call."""
+    engine = OnnxRuntimeEngine(native("model", "draft")[1], 4, BLOCKS, threads=1)
+    engine._pool[:] = np.nan
+    counts, past = np.array([1, 6]), np.array([3, 0])  # slots 2 and 0, padded to 6 tokens; slot 1 is all padding
+    table = np.arange(4 * BLOCKS).reshape(4, BLOCKS)[[2, 0]]
+    engine._pool[:, 2, :, :3] = 1.0
+    engine.run(pack(np.arange(7), np.arange(7), past, counts, table, np.arange(7)))
+    pool = engine._pool
+    assert np.isnan(pool[:, 1, :, : BLOCKS * BLOCK]).all()
+    assert np.isfinite(pool[:, 0]).all()
+    assert pool[:, 0, :, :6].any(axis=(0, 1, 3)).all()
+    assert pool[:, 2, :, 3].any()
+    for slot, rows in ((2, slice(4, 9)), (1, slice(-6, None))):
+        assert (pool[:, slot, :, rows] == 0).all()
+
+
+# -- ECHO from end to end ---------------------------------------------------------------------------------------------
+
+PROMPTS = (5, 37, 1, 16, 50, 17, 2, 33)
+ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
+
+
+@pytest.fixture(scope="module")
+def open_loop(native):
+    """A loop over engines of either kind, without a bundle."""
+
+    def get(pair: str, policy: str, batch: int, kind: str = "onnxruntime") -> Loop:
+        linear = kind == "onnxruntime"
+        state = Slots(batch, CONTEXT, RESERVE, None if linear else batch * BLOCKS)
+
+        def engine(name):
+            role, path = native(pair, name)
+            return OnnxRuntimeEngine(path, batch, BLOCKS, threads=1) if linear else TorchEngine(role, batch * BLOCKS)
+
+        drafter = EngineDrafter(engine("draft"), state, CHUNK)
+        head = native(pair, "draft")[0]
+        if isinstance(head, HeadRole):
+            config = head.network.config
+            sizes = 3 * config.target_hidden_size, config.hidden_size
+            drafter = Eagle3Drafter(drafter.engine, state, CHUNK, *sizes)
+        planner = make_planner(policy, DECODING, lambda *_: None)
+        return Loop(engine("target"), drafter, state, planner, (0,), CHUNK)
+
+    return get
+
+
+def answers(loop: Loop, apart: int = 0) -> list[list[int]]:
+    """Greedy and sampled requests, each ``apart`` iterations after the one before it."""
+    asked = []
+    for i, (length, tokens) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        sampled = {"temperature": 0.8, "top_p": 0.95} if i % 2 else {}
+        asked.append(add(loop, prompt_ids(length, i), max_tokens=tokens, seed=100 + i, ignore_eos=i % 4 < 2, **sampled))
+        run(loop, steps=apart)
+    run(loop)
+    assert_all_free(loop)
+    return [request.generated for request in asked]
+
+
+@pytest.fixture(scope="module")
+def plain(open_loop):
+    """What plain decoding writes, one request at a time, on this engine and on the reference."""
+    known = {}
+
+    def get(pair: str) -> list[list[int]]:
+        if pair not in known:
+            known[pair] = answers(open_loop(pair, "autoregressive", 1))
+            assert known[pair] == answers(open_loop(pair, "autoregressive", 3, "torch"))
+        return known[pair]
+
+    return get
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("policy", ["static", "echo"])
+@pytest.mark.parametrize("pair", ["eagle3", "close"])
+def test_policies_write_the_same_tokens(pair, policy, batch, open_loop, plain):
+    loop = open_loop(pair, policy, batch)
+    assert answers(loop, apart=2 * (batch > 1)) == plain(pair)
+    assert loop.counters.drafted_tokens > 100
+    if pair == "close":
+        assert loop.counters.accepted_length > 1.2
+
+
+def test_branches_beside_the_first_are_accepted(open_loop, plain):
+    """Most of each tree is accepted, so that nearly every iteration moves rows of the caches."""
+    loop, written = open_loop("eagle3", "echo", 3), plain("eagle3")
+    texts = [prompt_ids(n, i) + w for i, (n, w) in enumerate(zip(PROMPTS, written, strict=True))]
+    loop.drafter = Foresight(loop.state, texts)
+    assert answers(loop) == written
+    assert loop.counters.accepted_length > 1.3

@@ -1,0 +1,319 @@
+"""The OpenVINO engine is the reference engine, call by call, whatever is packed into a call."""
+
+import io
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+from pairs import SIZES, VOCAB, recipe_of, reference_engines
+from rich.console import Console
+
+from echo_trt.backends.base import Engine
+from echo_trt.backends.openvino import engine as openvino
+from echo_trt.backends.openvino import graph as compiler
+from echo_trt.backends.openvino.cpu import computes_in
+from echo_trt.backends.openvino.engine import OpenVINOEngine
+from echo_trt.commands.build import build
+from echo_trt.commands.tables import manifest_table
+from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.measure import machine
+from echo_trt.runtime.params import SamplingParams
+
+BLOCKS, PER_REQUEST = 24, 4
+#: A network of every role: pair, file, and how many numbers an entry's features and states have.
+NETWORKS = {
+    "target": ("lookup", "target", 0),
+    "target with features": ("eagle3", "target", 0),
+    "draft model": ("model", "draft", 0),
+    "head": ("eagle3", "draft", 3 * SIZES["hidden_size"]),
+}
+
+
+class Calls:
+    """Random calls over the same requests, each with what it commits: prompts, then trees beside prompt chunks."""
+
+    def __init__(self, seed: int, requests: int):
+        self.rng, self.count = np.random.default_rng(seed), requests
+        # Scattered blocks, that no two requests share.
+        self.table = self.rng.permutation(BLOCKS)[: requests * PER_REQUEST].reshape(requests, PER_REQUEST)
+        self.past = np.zeros(requests, np.int64)
+
+    def prompts(self) -> Packed:
+        counts = self.rng.integers(1, 2 * BLOCK, self.count)
+        positions = np.concatenate([np.arange(n) for n in counts])
+        self.past = counts
+        return self._pack(self._tokens(counts.sum()), positions, counts)
+
+    def trees_and_chunks(self) -> Packed:
+        """The first requests bring trees, some of them a root alone, the others a chunk of their prompt."""
+        with_tree = int(self.rng.integers(1, self.count + 1))
+        tree = SuperTree.from_roots(self._tokens(with_tree))
+        for _ in range(int(self.rng.integers(1, 4))):
+            parents = self.rng.integers(0, len(tree), int(self.rng.integers(1, 9)))
+            tree.add(parents, self._tokens(len(parents)), np.zeros(len(parents)))
+        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+        chunks = self.rng.integers(1, BLOCK, self.count - with_tree)
+        places = [self.past[with_tree + i] + np.arange(n) for i, n in enumerate(chunks)]
+        positions = np.concatenate((self.past[tree.request] + tree.depth, *places))
+        tokens = np.concatenate((tree.token, self._tokens(chunks.sum())))
+        return self._pack(tokens, positions, np.concatenate((tree.sizes[:with_tree], chunks)), ancestor_mask(tree))
+
+    def move(self) -> tuple[np.ndarray, np.ndarray]:
+        """Committed rows of one request, copied to distinct others; some of the targets are sources too."""
+        request = int(self.past.argmax())
+        rows = (
+            self.table[request, np.arange(self.past[request]) // BLOCK] * BLOCK + np.arange(self.past[request]) % BLOCK
+        )
+        size = len(rows) // 2
+        return self.rng.permutation(rows)[:size], self.rng.permutation(rows)[:size]
+
+    def _tokens(self, count: int) -> np.ndarray:
+        return self.rng.integers(0, VOCAB, count)
+
+    def _pack(self, tokens, positions, counts, mask=None) -> Packed:
+        asked = np.flatnonzero(self.rng.random(len(tokens)) < 0.6)
+        return pack(tokens, positions, self.past * (mask is not None), counts, self.table, asked, mask)
+
+
+def inputs_for(call: Packed, features: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if not features:
+        return {}
+    count = len(call.token_ids)
+    known = int(rng.integers(0, count + 1))
+    shapes = {"features": (known, features), "hidden": (count - known, SIZES["hidden_size"])}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def assert_same(wanted: dict[str, np.ndarray], got: dict[str, np.ndarray], tolerance: float) -> None:
+    assert wanted.keys() == got.keys()
+    for name, values in wanted.items():
+        assert got[name].shape == values.shape
+        if name != "candidates":
+            assert got[name].dtype == np.float32
+            scale = np.abs(values).max() if values.size else 1.0
+            np.testing.assert_allclose(got[name], values, atol=tolerance * scale, rtol=0)
+        elif tolerance < 1e-3:
+            assert (got[name] == values).all()
+
+
+@pytest.fixture(scope="module")
+def engines(networks, bundle_of):
+    """(network, precision) -> the reference engine and the compiled one."""
+
+    def get(network: str, precision: str = "fp32") -> tuple[Engine, Engine]:
+        pair, name, _ = NETWORKS[network]
+        compiled = OpenVINOEngine(bundle_of(pair) / f"{name}.onnx", precision, BLOCKS)
+        return reference_engines(pair, networks, BLOCKS)[name], compiled
+
+    return get
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 0.06)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_calls_of_any_shape_equal_the_reference(network, precision, tolerance, engines):
+    reference, compiled = engines(network, precision)
+    for seed in range(8):
+        calls = Calls(seed, requests=1 + seed % 6)
+        packed = [calls.prompts(), calls.trees_and_chunks(), calls.trees_and_chunks()]
+        for call in packed:
+            inputs = inputs_for(call, NETWORKS[network][2], calls.rng)
+            assert_same(reference.run(call, **inputs), compiled.run(call, **inputs), tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("bf16", 0.06)])
+def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines):
+    reference, compiled = engines("target", precision)
+    for seed in range(4):
+        calls = Calls(100 + seed, requests=3)
+        prompts, later = calls.prompts(), calls.trees_and_chunks()
+        source, target = calls.move()
+        assert set(source) & set(target)
+        outputs = []
+        for engine in (reference, compiled):
+            engine.run(prompts)
+            before = engine.run(later)["logits"].copy()
+            engine.move(source, target)
+            outputs.append(engine.run(later))
+            assert np.abs(outputs[-1]["logits"] - before).max() > 0.5
+        assert_same(*outputs, tolerance)
+
+
+def test_rows_are_exactly_those_moved(bundle_of):
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 3)
+    engine._pool[:] = np.random.default_rng(0).random(engine._pool.shape)
+    by_row = (
+        np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), engine._pool.shape[1] * BLOCK, -1).copy()
+    )  # [caches, rows, values]
+    source, target = np.array([3, 40, 95, 4, 5]), np.array([4, 3, 0, 5, 64])
+    engine.move(source, target)
+    by_row[:, target] = by_row[:, source]
+    assert (np.moveaxis(engine._pool, 3, 2).reshape(by_row.shape) == by_row).all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of, monkeypatch):
+    pair, name, _ = NETWORKS[network]
+    graph, sizes, run = bundle_of(pair) / f"{name}.onnx", [], OpenVINOEngine.run
+
+    def told(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        sizes.append(len(call.token_ids))
+        return run(self, call, **inputs)
+
+    monkeypatch.setattr(OpenVINOEngine, "run", told)
+    engine = OpenVINOEngine(graph, "fp32", BLOCKS)
+    most, step = openvino.PREPARED, engine.granule
+    assert sorted(set(sizes)) == list(range(step, most + 1, step))
+    assert not engine._pool[:, :BLOCKS].any()
+    sizes.clear()
+    monkeypatch.setattr(openvino, "PREPARING", -1.0)  # a network whose passes take long
+    OpenVINOEngine(graph, "fp32", BLOCKS)
+    assert sizes == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_cache_layout_is_refused(precision, bundle_of, monkeypatch):
+    """Rows are moved by hand, so a version of OpenVINO that lays the cache out otherwise must not get past loading."""
+    graph = bundle_of("lookup") / "target.onnx"
+    compiled = openvino.compile_graph(openvino.read_graph(graph), precision)
+    caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
+    shapes = {str(cache.partial_shape) for cache in caches}
+    assert shapes == {f"[?,{SIZES['num_key_value_heads']},{BLOCK},{SIZES['head_dim']}]"}
+    assert [cache.get_any_name() for cache in caches] == [
+        f"{kind}_cache.{layer}" for layer in range(SIZES["num_hidden_layers"]) for kind in ("key", "value")
+    ]
+    monkeypatch.setattr(openvino, "BLOCK", 16)
+    with pytest.raises(RuntimeError, match="blocks of 16"):
+        OpenVINOEngine(graph, precision, 2)
+
+
+def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
+    """As on a CPU without AVX-512, where OpenVINO refuses bf16: weights in fp16, arithmetic and cache in fp32."""
+    monkeypatch.setattr(compiler, "has_bf16", lambda: False)
+    graph, calls = bundle_of("lookup") / "target.onnx", Calls(0, requests=3)
+    engines = [OpenVINOEngine(graph, precision, BLOCKS) for precision in ("fp32", "bf16")]
+    assert [engine._pool.dtype for engine in engines] == [np.float32] * 2
+    for call in (calls.prompts(), calls.trees_and_chunks()):
+        exact, rounded = (engine.run(call)["logits"].copy() for engine in engines)
+        assert 0 < np.abs(exact - rounded).max() < 1e-2 * np.abs(exact).max()
+
+
+def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch):
+    manifest = build(recipe_of("lookup", networks, precision="bf16"), networks, tmp_path / "bf16")
+    for has, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(compiler, "has_bf16", lambda has=has: has)
+        assert computes_in(manifest) == precision
+        assert precision in machine(manifest)
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(manifest_table(manifest, tmp_path / "bf16"))
+        assert ("computed in fp32: this CPU has no AVX-512" in console.export_text()) == (not has)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "flags", "expected"),
+    [
+        (["FP32", "BF16"], "flags : avx2 avx512f", True),
+        (["FP32", "BF16"], "flags : avx2 avx_ne_convert", False),  # its matrix products could, its attention could not
+        (["FP32"], "flags : avx2 avx512f", False),
+        (["FP32", "BF16"], None, True),  # nobody says
+    ],
+)
+def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected, tmp_path, monkeypatch):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(compiler, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(compiler.ov.Core, "get_property", lambda *_: capabilities)
+    assert compiler.has_bf16.__wrapped__() == expected
+
+
+@pytest.mark.skipif(not compiler.has_bf16(), reason="needs a CPU with AVX-512, for bf16")
+@pytest.mark.parametrize("length", [2, 4, 7])
+@pytest.mark.parametrize("amx", sorted({False, compiler.has_amx()}))
+def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, length, bundle_of, monkeypatch):
+    monkeypatch.setattr(openvino, "has_amx", lambda: amx)
+    rng, past, table = np.random.default_rng(length), 37, np.array([[2, 0]])
+    text = rng.integers(0, VOCAB, past + length)
+    told = []
+    for together in (1, length):
+        engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 3)
+        count = np.array([past])
+        engine.run(pack(text[:past], np.arange(past), 0 * count, count, table, np.zeros(1)))
+        for begin in range(past, past + length, together):
+            place = np.arange(begin, begin + together)
+            mask = (np.tril(np.ones((together, together), np.uint8)).reshape(-1), np.array([0, together**2]))
+            call = pack(
+                text[place],
+                place,
+                np.array([begin]),
+                np.array([together]),
+                table,
+                np.arange(together),
+                mask if together > 1 else None,
+            )
+            told.append(engine.run(call)["logits"].copy())
+    plain, verified = np.concatenate(told[:-1]), told[-1]
+    assert plain.shape == verified.shape
+    assert (plain == verified).all()
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_int8_builds_and_runs(amx, networks, bundle_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+    manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
+    assert 0 < manifest.checks["target"].prompt_error < 0.2
+    assert 0 < manifest.checks["target"].tree_error < 0.2
+    weights = [folder / "target.onnx.data" for folder in (tmp_path / "int8", bundle_of("lookup"))]
+    assert weights[0].stat().st_size < 0.4 * weights[1].stat().st_size
+    llm = LLM(tmp_path / "int8", batch=2)
+    completions = llm.generate([[7, 8, 9], [*range(40, 90)], [5]], SamplingParams(8, ignore_eos=True))
+    assert [len(c.token_ids) for c in completions] == [8, 8, 8]
+
+
+def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(networks, tmp_path, monkeypatch):
+    build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
+
+    def weights(amx: bool, small: int) -> set[str]:
+        monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+        monkeypatch.setattr(compiler, "SMALL", small)
+        model = compiler.read_graph(tmp_path / "int8" / "target.onnx")
+        compiler.compile_graph(model, "int8")
+        constants = [node.output(0) for node in model.get_ops() if node.get_type_name() == "Constant"]
+        return {each.element_type.get_type_name() for each in constants if np.prod(list(each.shape)) >= 64 * 64}
+
+    assert "i8" in weights(amx=False, small=1 << 20)
+    assert "i8" in weights(amx=True, small=0)
+    assert weights(amx=True, small=1 << 20) == {"f32"}
+
+
+@pytest.mark.parametrize(("rows", "size"), [((576, 1728), 192), ((4096, 12288), 128), ((576, 320), 64), ((48,), 32)])
+def test_activations_share_a_scale_in_groups_that_divide_every_row(rows, size):
+    tokens = [ops.parameter([-1, row], np.float32) for row in rows]
+    matrices = [ops.convert(ops.constant(np.ones((4, row), np.int8)), "f32") for row in rows]
+    products = [ops.matmul(x, w, False, True) for x, w in zip(tokens, matrices, strict=True)]
+    assert compiler._group_size(ov.Model(products, tokens)) == size
+
+
+def test_a_verified_chain_has_the_bits_of_plain_decoding(bundle_of):
+    """In bf16, with another request beside it: the kernels for one token of a request are the only ones used."""
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 8)
+    table, rng = np.array([[5, 2], [3, 6]]), np.random.default_rng(0)
+    prompt, chain = rng.integers(0, VOCAB, (2, 30)), rng.integers(0, VOCAB, (2, 6))
+
+    def run(tokens: np.ndarray, past: int, mask=None) -> np.ndarray:
+        count = tokens.shape[1]
+        positions = np.tile(past + np.arange(count), 2)
+        call = pack(
+            tokens.reshape(-1), positions, np.full(2, past), np.full(2, count), table, np.arange(2 * count), mask
+        )
+        return engine.run(call)["logits"].reshape(2, count, -1).copy()
+
+    run(prompt, 0)
+    one_by_one = np.concatenate([run(chain[:, j : j + 1], 30 + j) for j in range(6)], axis=1)
+    tree = SuperTree.from_roots(chain[:, 0])
+    last = np.arange(2)
+    for j in range(1, 6):
+        last = tree.add(last, chain[:, j], np.zeros(2))
+    tree, _ = tree.sorted_by_request(np.arange(12))
+    assert (run(chain, 30, ancestor_mask(tree)) == one_by_one).all()

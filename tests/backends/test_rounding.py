@@ -1,0 +1,133 @@
+"""Verifications filled up to few sizes: what is asked for stays what it was, and nobody's rows are touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_trt.backends.openvino.engine import CATCH_UP, GRANULE, LEAST, PREPARED, OpenVINOEngine
+from echo_trt.backends.openvino.rounding import is_verification, rounded
+from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+
+
+def trees(sizes: list[int], past: int, table: np.ndarray) -> Packed:
+    """A fan of ``sizes`` nodes, root included, for each request."""
+    forest = SuperTree.from_roots(np.arange(len(sizes)) + 3)
+    for request, size in enumerate(sizes):
+        forest.add(np.full(size - 1, request), np.arange(size - 1) + 9, np.zeros(size - 1))
+    forest, _ = forest.sorted_by_request(np.arange(len(forest)))
+    pasts, rows = np.full(len(sizes), past), np.arange(len(forest))
+    return pack(forest.token, past + forest.depth, pasts, forest.sizes, table, rows, ancestor_mask(forest))
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), multiple=st.integers(1, 16))
+def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
+    table = np.arange(len(sizes))[:, None]
+    call = trees(sizes, 3, table)
+    got = rounded(call, multiple, 77)
+    count, requests = sum(sizes), len(sizes)
+    assert len(got.token_ids) == len(got.positions) == -(-count // multiple) * multiple
+    assert len(got.logit_rows) == -(-count // multiple) * multiple
+    for name in ("token_ids", "positions", "logit_rows", "tree_mask", "block_indices"):
+        before = getattr(call, name)
+        assert (getattr(got, name)[: len(before)] == before).all()
+        assert getattr(got, name).dtype == before.dtype
+    assert (np.diff(got.seq_begins)[requests:] == 1).all()
+    assert (got.seq_begins[: requests + 1] == call.seq_begins).all()
+    assert (got.block_indices[len(call.block_indices) :] == 77).all()
+    assert len(got.past_lens) + 1 == len(got.seq_begins) == len(got.block_begins) == len(got.tree_mask_begins)
+    assert got.logit_rows.max() < len(got.token_ids)
+
+
+@pytest.mark.parametrize("tokens", [PREPARED - 1, PREPARED + 1, PREPARED + CATCH_UP])
+def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
+    """With the scores of its own size, and no row that is asked for beside."""
+    engine = OpenVINOEngine(bundle_of("eagle3") / "draft.onnx", "fp32", 6)
+    inputs = {i.get_any_name(): i.partial_shape for i in engine._request.get_compiled_model().inputs}
+    width = {name: shape[1].get_length() for name, shape in inputs.items() if len(shape) == 2}
+    rng, sizes, feed = np.random.default_rng(0), [], engine._feed
+    engine._feed = lambda inputs: (sizes.append(len(inputs["token_ids"])), feed(inputs))
+    rows = {"features": rng.normal(size=(tokens, width["features"])).astype(np.float32)}
+    rows["hidden"] = np.zeros((0, width["hidden"]), np.float32)
+    count, table = np.arange(tokens), np.array([[2, 0, 4]])
+    call = pack(count % 9, count, np.zeros(1, np.int64), np.array([tokens]), table, count[-1:])
+    got = {name: np.array(values) for name, values in engine.run(call, **rows).items()}
+    parts = [slice(0, 20), slice(20, tokens)]  # both of few tokens
+    for part in parts:
+        given = {"features": rows["features"][part], "hidden": rows["hidden"]}
+        past, size = np.array([part.start]), np.array([part.stop - part.start])
+        call = pack(count[part] % 9, count[part], past, size, table, size - 1)
+        expected = {name: np.array(values) for name, values in engine.run(call, **given).items()}
+    assert sizes == [tokens if tokens <= PREPARED else -(-tokens // CATCH_UP) * CATCH_UP, 20, tokens - 20]
+    assert len(got["scores"]) == 1
+    np.testing.assert_allclose(got["scores"], expected["scores"], atol=1e-4)
+    np.testing.assert_allclose(got["state"][-1], expected["state"][-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_pass_of_few_tokens_is_filled_up_where_that_is_faster(tokens, bundle_of):
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
+    assert engine.least == 1
+    count = np.arange(tokens)
+    call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
+    got = []
+    engine._pool[:, 6] = 0
+    for least in (1, LEAST):
+        engine.least = least
+        got.append({name: np.array(values) for name, values in engine.run(call).items()})
+    for name, values in got[1].items():
+        assert len(values) == tokens
+        np.testing.assert_allclose(values, got[0][name], atol=1e-4)
+    assert engine._pool[:, 6].any() == (tokens < LEAST)
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
+def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
+    past, blocks = 5, 6
+    engines = [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", blocks) for _ in range(2)]
+    engines[1].granule = 1  # as it comes
+    table = np.array([4, 0, 3, 1])[: len(sizes), None]
+    prompts = pack(
+        np.tile(np.arange(past), len(sizes)),
+        np.tile(np.arange(past), len(sizes)),
+        np.zeros(len(sizes), np.int64),
+        np.full(len(sizes), past),
+        table,
+        np.zeros(1),
+    )
+    call = trees(sizes, past, table)
+    assert is_verification(call)
+    assert not is_verification(prompts)
+    assert len(call.token_ids) % GRANULE
+    got = []
+    for engine in engines:
+        engine.run(prompts)
+        outputs = engine.run(call)
+        got.append({name: np.array(values) for name, values in outputs.items()})
+    for name, values in got[0].items():
+        assert len(values) == len(got[1][name]) == sum(sizes)
+        np.testing.assert_allclose(values, got[1][name], atol=1e-4)
+    filled, plain = (engine._pool[:, :blocks] for engine in engines)
+    np.testing.assert_allclose(filled, plain, atol=1e-5)
+    assert engines[0]._pool.shape[1] == blocks + 1
+    assert engines[0]._pool[:, blocks].any()
+    assert past + max(sizes) < BLOCK
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 1], [1, 4, 2]])
+@pytest.mark.parametrize("fill", [0, 5, 8, 9])
+def test_a_call_says_what_it_is_filled_up_to(sizes, fill, bundle_of):
+    """Passes that repeat the size of others: trees and single tokens alike."""
+    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
+    fed, feed = [], engine._feed
+    engine._feed = lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs))
+    call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
+    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=fill)))
+    count = sum(sizes)
+    own = count if sizes == [1, 1] else count + -count % GRANULE
+    assert fed == [own, fill if fill > count else own]
+    assert len(got) == count
+    np.testing.assert_allclose(got, usual, atol=1e-4)

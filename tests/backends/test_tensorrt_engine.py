@@ -1,0 +1,391 @@
+"""The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
+
+import importlib.util
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from pairs import LIMITS, SIZES, recipe_of, roles_of
+from refusal import refused
+
+from echo_trt.backends.cuda import calls as torch_calls
+from echo_trt.backends.cuda.device import missing
+from echo_trt.backends.native_export import export_native
+from echo_trt.backends.onnx_export import METADATA, export
+from echo_trt.backends.padded import Layout
+from echo_trt.backends.tensorrt import engine as tensorrt
+from echo_trt.backends.tensorrt.calls import CallLimits, linear_pieces, packed_pieces
+from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
+from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
+from echo_trt.backends.tensorrt.session import profile_for
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.bundle.call_sizes import CallSizes
+from echo_trt.bundle.manifest import TensorRTFacts
+from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.models.roles import HeadRole
+from super_tree_attention import super_tree_attention
+from super_tree_attention.tensorrt_names import WRITTEN
+from super_tree_attention.tensorrt_plugin import prepare_graph
+
+SLOTS = 4
+NETWORKS = {"target": ("eagle3", "target"), "draft": ("model", "draft"), "head": ("eagle3", "draft")}
+rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+
+
+class OnnxSession:
+    """A native graph behind the session's interface, with the profiles its engine would be built for, on the CPU."""
+
+    name, device = "test.engine", torch.device("cpu")
+
+    def __init__(self, graph, sizes: CallSizes):
+        self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        profiles = native_profiles(graph, sizes)
+        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        known = {"float": torch.float32, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
+        self.types = {i.name: known[i.type[len("tensor(") : -1]] for i in self._session.get_inputs()}
+        self.num_profiles = len(profiles)
+        self.launched: list[tuple[int, int]] = []
+        self.recurring: set[tuple] = set()  # sizes of calls, each of which has a context of its own
+
+    def _check(self, tensors, recurs):
+        shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
+        profile_for(self._profiles, shapes)
+        self.launched.append(shapes["token_ids"])
+        if recurs:
+            self.recurring.add(tuple(shapes.values()))
+
+    def most(self, name, axis, profile=0):
+        return self._profiles[profile][name][1][axis]
+
+    def capturable(self, shapes):
+        assert list(shapes) == self.inputs
+        return False
+
+    def launch(self, tensors, aliases, recurs=True):
+        self._check(tensors, recurs)
+        outputs = self._session.run(None, {name: tensors[name].numpy() for name in self.inputs})
+        named = {name: torch.from_numpy(np.array(o)) for name, o in zip(self.outputs, outputs, strict=True)}
+        for name, alias in aliases.items():
+            tensors[alias].copy_(named.pop(name))  # in place, as the engine writes
+        return named
+
+
+class RoleSession(OnnxSession):
+    """The packed graph behind the session's interface: its role with the reference operator in the plugins' place."""
+
+    def __init__(self, role, graph, sizes):
+        profiles = packed_profiles(graph, sizes)
+        self._role = role
+        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
+        self.inputs = list(profiles[0])
+        caches = [name for name in self.inputs if "_cache." in name]
+        self.outputs = [*role.outputs, *(name + WRITTEN for name in caches)]
+        floats = {*caches, "features", "hidden"}
+        longs = {"token_ids", "positions", "logit_rows"}
+        self.types = {
+            name: torch.float32 if name in floats else torch.int64 if name in longs else torch.int32
+            for name in self.inputs
+        }
+        self.num_profiles = len(profiles)
+        self.launched, self.recurring = [], set()
+
+    def launch(self, tensors, aliases, recurs=True):
+        self._check(tensors, recurs)
+        assert {name: tensors[name].dtype for name in self.inputs} == self.types
+        assert aliases == {name + WRITTEN: name for name in self.inputs if "_cache." in name}
+        metadata = [tensors[name] for name in METADATA]
+        metadata[METADATA.index("tree_mask")] = tensors["tree_mask"].view(torch.uint8)
+
+        def attend(layer, query, key, value):
+            caches = tensors[f"key_cache.{layer}"], tensors[f"value_cache.{layer}"]
+            return super_tree_attention(query, key, value, *caches, *metadata)
+
+        outputs = self._role(tensors, tensors["logit_rows"], attend)
+        return dict(zip(self._role.outputs, outputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def opened(networks, tmp_path_factory):
+    """network, limits -> its role, the engine under test and its session."""
+    folder, graphs = tmp_path_factory.mktemp("graphs"), {}
+
+    def get(network, slots=SLOTS, rows=None):
+        pair, name = NETWORKS[network]
+        sizes = CallSizes.of(recipe_of(pair, networks, limits=LIMITS | {"prefill_chunk": 32}))
+        if network not in graphs:
+            role = roles_of(pair, networks)[name]
+            export_native(role, folder / f"{network}.onnx", "fp32", sizes.cache_rows)
+            graphs[network] = role, folder / f"{network}.onnx"
+        role, graph = graphs[network]
+        session = OnnxSession(graph, sizes)
+        if rows is not None:
+            for profile in session._profiles:
+                profile["logit_rows"] = ((1,), (rows,))
+        return role, TensorRTEngine(session, slots, sizes.blocks, 0), session
+
+    return get
+
+
+class Script:
+    """Random calls over the same slots: prompts of any length, then trees beside chunks and single tokens."""
+
+    def __init__(self, seed, blocks):
+        self.rng = np.random.default_rng(seed)
+        self.table = np.arange(SLOTS * blocks).reshape(SLOTS, blocks)
+        self.past = np.zeros(SLOTS, np.int64)
+
+    def call(self, first: bool):
+        rng = self.rng
+        slots = rng.permutation(SLOTS)[: int(rng.integers(1, SLOTS + 1))]
+        with_tree = 0 if first else int(rng.integers(0, len(slots) + 1))
+        tree = SuperTree.from_roots(rng.integers(0, SIZES["vocab_size"], with_tree))
+        for _ in range(int(rng.integers(0, 6)) * bool(with_tree)):
+            parents = rng.integers(0, len(tree), 2)
+            tree.add(parents, rng.integers(0, SIZES["vocab_size"], 2), np.zeros(2))
+        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+        chunks = rng.choice([1, 1, 2, 17, 40], len(slots) - with_tree)
+        owner = np.repeat(slots[with_tree:], chunks)
+        place = np.concatenate([np.arange(n) for n in (0, *chunks)])
+        counts = np.concatenate((tree.sizes, chunks))
+        tokens = np.concatenate((tree.token, rng.integers(0, SIZES["vocab_size"], len(owner))))
+        positions = np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + place))
+        asked = np.flatnonzero(rng.random(len(tokens)) < 0.7)
+        mask = ancestor_mask(tree) if with_tree else None
+        call = pack(tokens, positions, self.past[slots], counts, self.table[slots], asked, mask)
+        self.past[slots[with_tree:]] += chunks
+        return call
+
+
+def inputs_of(role, call, rng):
+    if not isinstance(role, HeadRole):
+        return {}
+    config, count = role.network.config, len(call.token_ids)
+    split = int(rng.choice([0, count, count // 2]))
+    shapes = {"features": (split, 3 * config.target_hidden_size), "hidden": (count - split, config.hidden_size)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def assert_like_the_reference(role, engine, seeds):
+    reference = TorchEngine(role, engine.num_blocks)
+    for seed in range(seeds):
+        script = Script(seed, engine.num_blocks // SLOTS)
+        engine._pool[:] = 0
+        for step in range(3):
+            call = script.call(first=step == 0)
+            inputs = inputs_of(role, call, script.rng)
+            wanted, got = reference.run(call, **inputs), engine.run(call, **inputs)
+            assert wanted.keys() == got.keys()
+            for name, array in wanted.items():
+                found = np.asarray(got[name])
+                assert found.shape == array.shape
+                assert found.dtype == array.dtype
+                np.testing.assert_allclose(found, array, atol=1e-5 * max(np.abs(array).max(initial=0), 1e-9), rtol=0)
+            if "logits" in got:
+                assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_call_equals_the_reference(network, opened):
+    role, engine, session = opened(network)
+    assert_like_the_reference(role, engine, 12)
+    assert any(batch > 1 for batch, _ in session.launched)
+    assert any(batch == 1 and tokens > 16 for batch, tokens in session.launched)
+
+
+def packed(name, networks, folder):
+    """The role, its engine over a paged pool, and its session."""
+    sizes = CallSizes.of(recipe_of("eagle3", networks))
+    role = roles_of("eagle3", networks)[name]
+    graph = folder / f"{name}.onnx"
+    export(role, graph)
+    prepare_graph(graph, graph)
+    session = RoleSession(role, graph, sizes)
+    return role, TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks), session
+
+
+def test_every_packed_call_equals_the_reference(networks, tmp_path):
+    role, engine, session = packed("draft", networks, tmp_path)
+    assert_like_the_reference(role, engine, 12)
+    assert any(tokens > 32 for (tokens,) in session.launched)
+
+
+def test_sizes_are_few(opened):
+    """CUDA graphs are one a size: of all batches and lengths, only these are launched."""
+    _, engine, session = opened("target")
+    for seed in range(20):
+        script = Script(seed, engine.num_blocks // SLOTS)
+        for step in range(2):
+            engine.run(script.call(first=step == 0))
+    batches, tokens = ({shape[axis] for shape in session.launched} for axis in (0, 1))
+    assert batches <= {1, 2, 4}
+    assert tokens <= {1, 2, 4, 8, 12, 16, 24, 32}
+
+
+def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_calls, "LARGEST", 16)
+    _, engine, session = packed("target", networks, tmp_path)
+    for seed in range(12):
+        script = Script(seed, engine.num_blocks // SLOTS)
+        for step in range(3):
+            engine.run(script.call(first=step == 0))
+    assert max(session.launched) > (16,)
+    assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
+        (n,) for n in (1, 2, 4, 8, 12, 16)
+    }
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_heads_states_go_back_as_they_came(paged, opened, networks, tmp_path):
+    """A second draft level reads what the first one left on the device."""
+    role, engine, _ = packed("draft", networks, tmp_path) if paged else opened("head")
+    reference = TorchEngine(role, engine.num_blocks)
+    table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
+    features = np.random.default_rng(0).standard_normal((SLOTS, 3 * SIZES["hidden_size"]), np.float32)
+    ones = np.ones(SLOTS, int)
+    first = pack(np.arange(SLOTS), ones * 0, ones * 0, ones, table, np.arange(SLOTS))
+    second = pack(np.arange(SLOTS), ones, ones, ones, table, np.arange(SLOTS))
+    states = []
+    for each in (reference, engine):
+        hidden = np.zeros((0, SIZES["hidden_size"]), np.float32)
+        left = each.run(first, features=features, hidden=hidden)["state"]
+        states.append(each.run(second, features=features[:0], hidden=left[np.arange(SLOTS)])["state"])
+    np.testing.assert_allclose(np.asarray(states[1]), states[0], atol=1e-4)
+
+
+def test_a_call_that_asks_for_more_rows_than_a_launch_gives_is_divided(opened):
+    limit = max(CallSizes(1, 1, 13, 16, 1).tree, 16)
+    role, engine, session = opened("target", rows=limit)
+    reference = TorchEngine(role, engine.num_blocks)
+    table = np.arange(engine.num_blocks).reshape(SLOTS, -1)
+    counts, rng = np.full(SLOTS, 7), np.random.default_rng(0)
+    tokens = rng.integers(0, SIZES["vocab_size"], 28)
+    call = pack(tokens, np.tile(np.arange(7), SLOTS), np.zeros(SLOTS, int), counts, table, np.arange(28))
+    wanted, got = reference.run(call), engine.run(call)
+    np.testing.assert_allclose(np.asarray(got["logits"]), wanted["logits"], atol=1e-3)
+    assert len(session.launched) > 1
+
+
+def test_moved_rows_are_those_that_later_calls_see(opened):
+    role, engine, _ = opened("draft")
+    reference = TorchEngine(role, engine.num_blocks)
+    script = Script(3, engine.num_blocks // SLOTS)
+    for step in range(4):
+        call = script.call(first=step == 0)
+        reference.run(call), engine.run(call)
+    slot = int(script.past.argmax())
+    rows = script.table[slot, 0] * BLOCK + np.arange(script.past[slot])
+    source, target = rows[3:8], rows[2:7]  # they overlap
+    for which in (reference, engine):
+        which.move(source, target)
+    later = pack([5], [script.past[slot]], script.past[[slot]], np.array([1]), script.table[[slot]], np.array([0]))
+    wanted, got = reference.run(later), engine.run(later)
+    np.testing.assert_allclose(np.asarray(got["scores"]), wanted["scores"], atol=1e-4)
+
+
+def test_more_requests_than_it_was_built_for(opened):
+    with refused(f"batch is {LIMITS['batch'] + 1}", f"built for {LIMITS['batch']}", "limits.batch", "build again"):
+        opened("draft", slots=LIMITS["batch"] + 1)
+
+
+def test_a_starting_request_finds_its_slot_cleared(opened):
+    _, engine, _ = opened("draft")
+    engine._pool[:] = np.nan
+    call = Script(1, engine.num_blocks // SLOTS).call(first=True)
+    assert np.isfinite(np.asarray(engine.run(call)["scores"])).all()
+
+
+# -- packed calls, for the graph with the plugin -------------------------------------------------------------------
+
+
+def packed_call(counts, past=0):
+    counts = np.asarray(counts)
+    table = np.arange(len(counts) * 8).reshape(len(counts), 8)
+    total = counts.sum()
+    return pack(np.arange(total), np.zeros(total), np.full(len(counts), past), counts, table, np.arange(0, total, 2))
+
+
+def test_a_packed_call_in_pieces_is_the_whole_call():
+    call = packed_call([3, 30, 1, 8, 8, 2], past=40)
+    limits = CallLimits(batch=8, tokens=32, chunk=32, rows=32)
+    total = len(call.token_ids)
+    features = np.arange(20.0)[:, None]
+    inputs = {"features": features, "hidden": np.arange(20.0, total)[:, None]}
+    pieces = list(packed_pieces(call, inputs, limits))
+    assert len(pieces) > 1
+    assert np.concatenate([p.rows for p in pieces]).tolist() == list(range(total))
+    assert np.concatenate([p.asked for p in pieces]).tolist() == list(range(len(call.logit_rows)))
+    for piece in pieces:
+        arrays, count = piece.arrays, len(piece.rows)
+        assert (arrays["token_ids"][:count] == call.token_ids[piece.rows]).all()
+        states = np.concatenate((arrays["features"], arrays["hidden"]))
+        if not piece.padded:
+            assert (states[:, 0] == piece.rows).all()
+        asked = call.logit_rows[piece.asked]
+        assert (piece.rows[arrays["logit_rows"][: len(asked)]] == asked).all()
+        requests = np.flatnonzero(np.isin(call.seq_begins[:-1], piece.rows))
+        blocks = [call.block_indices[call.block_begins[r] : call.block_begins[r + 1]] for r in requests]
+        assert (arrays["block_indices"][: sum(map(len, blocks))] == np.concatenate(blocks)).all()
+        assert arrays["block_begins"][0] == arrays["seq_begins"][0] == 0
+        assert arrays["tree_mask"].dtype == np.int32
+
+
+def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
+    call = packed_call([3])
+    call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
+    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32))
+    assert len(piece.arrays["logit_rows"]) >= 1
+    assert len(piece.asked) == 0
+    (piece,) = linear_pieces(call, {}, Layout(2, 8, 16), CallLimits(2, 16, 16, 16))
+    assert len(piece.arrays["logit_rows"]) >= 1
+    assert len(piece.asked) == 0
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_profiles_are_chosen_by_every_axis():
+    profiles = [{"a": ((1, 1), (4, 16))}, {"a": ((1, 1), (1, 64))}]
+    assert profile_for(profiles, {"a": (4, 16)}) == 0
+    assert profile_for(profiles, {"a": (1, 17)}) == 1
+    with pytest.raises(ValueError, match="no optimisation profile"):
+        profile_for(profiles, {"a": (2, 17)})
+
+
+FACTS = TensorRTFacts(version="1.0.0", capabilities=["8.0", "8.9"])
+
+
+def test_an_engine_of_another_version(monkeypatch):
+    module = type("Module", (), {"__version__": "1.9.9"})
+    monkeypatch.setattr(tensorrt, "load_compiler", lambda engine: module)
+    with refused("TensorRT-RTX 1.0.0", "1.9.9 is installed", "build it again", "install TensorRT-RTX 1.0.0"):
+        check_version("tensorrt-rtx", FACTS)
+    check_version("tensorrt-rtx", FACTS.model_copy(update={"version": "1.9.9"}))
+
+
+def test_an_engine_for_another_card():
+    check_card("tensorrt-rtx", FACTS, "8.9", "L4")
+    with refused("8.0, 8.9", "H100 has 9.0", "--compute-capability 9.0"):
+        check_card("tensorrt-rtx", FACTS, "9.0", "H100")
+    with refused("8.0, 8.9", "A10 has 8.6", "on this machine"):
+        check_card("tensorrt", FACTS, "8.6", "A10")
+
+
+def test_too_little_memory_says_how_much():
+    message = missing(6 * 2**30, 2**30, "L4", "the KV cache of 9 blocks", "lower limits.kv_blocks")
+    assert message == (
+        "the KV cache of 9 blocks needs 6.0 GiB, but L4 has 1.0 GiB free, 5.0 GiB too little; lower limits.kv_blocks."
+    )
+
+
+@rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that nothing is refused")
+def test_no_gpu(tmp_path):
+    import tensorrt_rtx
+
+    facts = TensorRTFacts(version=tensorrt_rtx.__version__, capabilities=["8.9"])
+    with refused("no CUDA device", "run on a machine with an NVIDIA GPU", "--engine openvino"):
+        TensorRTEngine.open("tensorrt-rtx", tmp_path / "target.engine", facts, 1, 4, 4)

@@ -1,0 +1,235 @@
+"""The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from driving import prompt_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import SIZES, VOCAB, roles_of
+from refusal import refused
+
+from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
+from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for
+from echo_trt.backends.torch.files import load_role, save_role
+from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.sampling.draw import sample
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.errors import UserError
+from echo_trt.runtime.params import SamplingParams
+from super_tree_attention.triton_attention import super_tree_attention_triton
+
+BLOCKS = 16
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+#: pair, network, size of an entry's features
+NETWORKS = {"target": ("eagle3", "target", 0), "draft": ("model", "draft", 0), "head": ("eagle3", "draft", 192)}
+
+
+def calls(seed: int, requests: int = 3) -> list[Packed]:
+    """Prompts, then a tree for the first request, a single token for the second and chunks for the others."""
+    rng = np.random.default_rng(seed)
+    table = rng.permutation(BLOCKS)[: requests * 4].reshape(requests, 4)
+    past = rng.integers(1, BLOCK + 9, requests)
+    prompt = pack(
+        rng.integers(0, VOCAB, past.sum()), np.concatenate([np.arange(n) for n in past]), 0 * past, past, table,
+        np.cumsum(past) - 1,
+    )  # fmt: skip
+    tree = SuperTree.from_roots(rng.integers(0, VOCAB, 2))
+    for _ in range(3):
+        parents = rng.choice(np.flatnonzero(tree.request == 0), 3)
+        tree.add(parents, rng.integers(0, VOCAB, 3), np.zeros(3))
+    tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+    chunks = rng.integers(1, 9, requests - 2)
+    counts = np.concatenate((tree.sizes, chunks))
+    positions = np.concatenate(
+        (past[tree.request] + tree.depth, *(past[2 + i] + np.arange(n) for i, n in enumerate(chunks)))
+    )
+    asked = np.flatnonzero(rng.random(counts.sum()) < 0.6)
+    mixed = pack(rng.integers(0, VOCAB, counts.sum()), positions, past, counts, table, asked, ancestor_mask(tree))
+    return [prompt, mixed]
+
+
+def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:
+    """All of a call's entries have features, or all have the head's own state."""
+    if not features:
+        return {}
+    rng, known = np.random.default_rng(seed), len(call.token_ids) * (seed % 2)
+    shapes = {"features": (known, features), "hidden": (len(call.token_ids) - known, SIZES["hidden_size"])}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def arrays_of(call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    names = ("token_ids", "positions", *METADATA, "logit_rows")
+    return {name: getattr(call, name) for name in names} | inputs
+
+
+def lazy(engine: TorchEngine) -> TorchEngine:
+    """The engine as on a GPU, but for the graphs."""
+    engine._lazy = True
+    return engine
+
+
+def assert_same(want: dict[str, np.ndarray], got: dict, tolerance: float = 0.0) -> None:
+    assert want.keys() == got.keys()
+    for name, values in want.items():
+        assert got[name].shape == values.shape
+        np.testing.assert_allclose(np.asarray(got[name]), values, atol=tolerance, rtol=tolerance)
+
+
+@given(st.integers(1, 5000))
+def test_buckets_are_few_and_near(count):
+    size = bucket(count)
+    assert count <= size <= max(1.5 * count, 2 * count - 1 if count < 12 else 0)
+    assert bucket(size) == size
+    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 16
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_padding_is_seen_by_nothing(network, kernel, networks):
+    """Outputs of the real rows and every row of the pool are the same with padding as without, by the kernel too."""
+    pair, name, features = NETWORKS[network]
+    operator = super_tree_attention_triton if kernel else None
+    near = {"atol": 5e-5 if kernel else 2e-6, "rtol": 1e-5}
+    for seed in range(1 if kernel else 4):
+        plain = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
+        padded = TorchEngine(roles_of(pair, networks)[name], BLOCKS, operator=operator)
+        for call in calls(seed, requests=3 + seed % 2):
+            arrays = arrays_of(call, **inputs_for(call, features, seed))
+            wanted = plain._forward({n: torch.from_numpy(a) for n, a in arrays.items()})
+            larger = pad(arrays)
+            assert len(larger["token_ids"]) == bucket(len(call.token_ids))
+            got = padded._forward(Staging(larger, torch.device("cpu")).upload(larger))
+            for one, other in zip(wanted, got, strict=True):
+                torch.testing.assert_close(other[: len(one)], one, **near)
+            torch.testing.assert_close(padded._pool, plain._pool, **near)
+
+
+def test_calls_that_no_graph_is_for_are_not_padded():
+    call = calls(0)[1]
+    count = len(call.token_ids)
+    entries = {"features": np.zeros((1, 4), np.float32), "hidden": np.zeros((count - 1, 4), np.float32)}
+    assert pad(arrays_of(call)) is not None
+    assert pad(arrays_of(call, **entries)) is None
+    assert pad(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}) is None
+
+
+def test_staging_keeps_arrays_apart_and_aligned():
+    rng = np.random.default_rng(0)
+    arrays = {"a": rng.integers(0, 9, 3), "b": rng.integers(0, 2, 5).astype(np.uint8), "c": rng.random((2, 3)),
+              "none": np.zeros((0, 7), np.float32), "d": rng.integers(0, 9, 1).astype(np.int32)}  # fmt: skip
+    staging = Staging({name: np.zeros_like(a) for name, a in arrays.items()}, torch.device("cpu"))
+    tensors = staging.upload(arrays)
+    for name, array in arrays.items():
+        assert tensors[name].numpy().dtype == array.dtype
+        assert (tensors[name].numpy() == array).all()
+        assert (tensors[name].data_ptr() - tensors["a"].data_ptr()) % 16 == 0
+
+
+def test_rows_read_late_are_the_rows():
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((9, 50)).astype(np.float32)
+    values[4, 7] = values[4, 31] = 9.0  # the first of two equals
+    rows = DeviceRows(torch.from_numpy(values), values.argmax(1))
+    picked = rng.permutation(9)[:5]
+    assert len(rows) == 9
+    assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()
+    assert (rows[picked].argmax(axis=1) == values[picked].argmax(axis=1)).all()
+    assert (DeviceRows(torch.from_numpy(values)).argmax(axis=1) == values.argmax(axis=1)).all()
+    assert (rows[3] == values[3]).all()
+    assert (np.asarray(rows[values[:, 0] > 0]) == values[values[:, 0] > 0]).all()
+    assert (np.concatenate((values[:2], rows[picked])) == values[np.concatenate(([0, 1], picked))]).all()
+    settings = np.array([0.0, 1.0, 0.7, 0.0, 2.0]), np.full(5, 9), np.full(5, 0.9), np.arange(5), np.arange(5)
+    assert (sample(rows[picked], *settings) == sample(values[picked], *settings)).all()
+    assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()  # what a reader did with them is its own
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_outputs_read_late_are_the_references(network, networks):
+    pair, name, features = NETWORKS[network]
+    role = roles_of(pair, networks)[name]
+    plain, late = TorchEngine(role, BLOCKS), lazy(TorchEngine(role, BLOCKS))
+    for seed in range(2):
+        for call in calls(seed):
+            inputs = inputs_for(call, features, seed)
+            wanted, got = plain.run(call, **inputs), late.run(call, **inputs)
+            assert_same(wanted, got)
+            if "logits" in wanted:
+                assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("pair", ["eagle3", "close", "model"])
+def test_decoding_with_late_rows_writes_the_same_text(pair, open_llm):
+    prompts = [prompt_ids(n, i) for i, n in enumerate((5, 37, 1, 16))]
+    params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
+    texts = []
+    for late in (False, True):
+        llm = open_llm(pair, "echo", 3, "torch")
+        for engine in (llm.loop.target, llm.loop.drafter.engine):
+            engine._lazy = late
+        texts.append([c.token_ids for c in llm.generate(prompts, params)])
+    assert texts[0] == texts[1]
+
+
+def test_half_precision_is_close_to_single(networks):
+    single = TorchEngine(roles_of("lookup", networks)["target"], BLOCKS)
+    half = TorchEngine(roles_of("lookup", networks)["target"].to(torch.bfloat16), BLOCKS)
+    for call in calls(3):
+        wanted, got = (engine.run(call)["logits"] for engine in (single, half))
+        assert got.dtype == np.float32
+        assert 0 < np.abs(wanted - got).max() < 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_named(networks):
+    with pytest.raises(UserError, match=r"no CUDA device: PyTorch .* build with --engine openvino"):
+        TorchEngine(roles_of("lookup", networks)["target"], BLOCKS, "cuda")
+
+
+@CUDA
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_gpu_computes_what_the_reference_does(network, graphs, networks):
+    pair, name, features = NETWORKS[network]
+    reference = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
+    engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS, "cuda", graphs=graphs)
+    for seed in range(4):
+        for call in calls(seed) * 2:  # the second time a graph is replayed
+            inputs = inputs_for(call, features, seed)
+            wanted, got = reference.run(call, **inputs), engine.run(call, **inputs)
+            assert_same({n: v for n, v in wanted.items() if n != "candidates"},
+                        {n: v for n, v in got.items() if n != "candidates"}, 1e-3)  # fmt: skip
+        source, target = np.arange(5), np.arange(1, 6)
+        reference.move(source, target)
+        engine.move(source, target)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_role_comes_back_from_its_file(network, networks, tmp_path):
+    pair, name, features = NETWORKS[network]
+    role = roles_of(pair, networks)[name]
+    for precision in ("fp32", "bf16"):
+        save_role(role, tmp_path / precision, precision)
+    loaded = load_role(tmp_path / "fp32")
+    assert (type(loaded), loaded.outputs, loaded.network.config) == (type(role), role.outputs, role.network.config)
+    assert {p.dtype for p in load_role(tmp_path / "bf16").parameters()} == {torch.bfloat16}
+    engines = TorchEngine(role, BLOCKS), TorchEngine(loaded, BLOCKS)
+    for call in calls(0):
+        inputs = inputs_for(call, features, 1)
+        assert_same(*(engine.run(call, **inputs) for engine in engines))
+
+
+def test_a_file_of_something_else_is_refused(networks, tmp_path):
+    (tmp_path / "text").write_text("not a network")
+    for path in (tmp_path / "text", networks / "target" / "model.safetensors"):
+        with pytest.raises(UserError, match=r"holds no network of echo-trt .*build the bundle again"):
+            load_role(path)
+
+
+def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
+    with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
+        _operator_for(torch.device("cuda"))
