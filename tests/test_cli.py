@@ -172,7 +172,7 @@ def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
 
 
 def test_a_budget_that_no_policy_shares_is_refused_before_the_bundle_is_opened(echo_trt, bundle_of, monkeypatch):
-    monkeypatch.setattr("echo_trt.generate.LLM", None)
+    monkeypatch.setattr("echo_trt.commands.generate.LLM", None)
     outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", "goodput", "--budget", 4)
     assert outcome.code == 2
     assert "--budget is 4, but goodput shares no budget" in outcome.err
@@ -202,7 +202,7 @@ def test_a_pool_beyond_the_memory_is_a_sentence(words, told, echo_trt, bundle_of
     def too_large(*given, **more):
         raise MemoryError(*words)
 
-    monkeypatch.setattr("echo_trt.generate.LLM", too_large)
+    monkeypatch.setattr("echo_trt.commands.generate.LLM", too_large)
     outcome = echo_trt("generate", bundle_of("lookup"), "hi")
     assert outcome.code == 2
     assert f"not enough {told}lower limits.kv_blocks" in outcome.err
@@ -231,7 +231,7 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bun
 
 
 def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prompts, monkeypatch):
-    monkeypatch.setattr("echo_trt.generate.LLM", None)
+    monkeypatch.setattr("echo_trt.commands.generate.LLM", None)
     for file in (prompts, bundle_of("lookup") / "manifest.json"):
         before = file.read_bytes()
         outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", prompts, "--json", file)

@@ -84,7 +84,7 @@ def test_a_pipe_without_an_end_is_refused(endless, words, tmp_path):
 
 
 def test_a_file_of_too_many_bytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("echo_trt.prompts.LARGEST", 1024)
+    monkeypatch.setattr("echo_trt.files.prompts.LARGEST", 1024)
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b"".join(b'{"id": %d, "prompt": "x"}\n' % i for i in range(100)))
     with refused(file, "lines or 1,024 bytes", "a part of it"):

@@ -12,7 +12,7 @@ import numpy as np
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.search import best_portion, portions
 from echo_trt.decoding.arrays import rank_within
-from echo_trt.decoding.sampling import sample
+from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.lookup import _latest_match
 rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """The processes of ranks 1 and up: started, told each call, and never waited for in vain.
 
-A process is told what to do through a pipe, and ends when the pipe does. ``python -m echo_trt.engines.rank_processes``
+A process is told what to do through a pipe, and ends when the pipe does. ``python -m echo_trt.backends.parallel.rank_processes``
 is such a process.
 """
 
