@@ -34,7 +34,7 @@ class SamplingParams:
     """temperature 0 is greedy. top_k 0 or -1 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
 
     The same seed gives the same text, whichever policy, batch or load; in bf16 texts can part at near-ties, but for
-    the policies autoregressive and goodput-exact on CPUs (docs/goodput.md).
+    the policies autoregressive and goodput-exact on CPUs (docs/exactness.md).
 
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
     over the prompt too, and comes first (``decoding.penalties``). They precede temperature, and hold for greedy text.

@@ -1,4 +1,4 @@
-"""The lines that README and docs give a client, run as they stand but for the ports."""
+"""The lines that README, docs and examples give a client, run as they stand but for the ports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from served import Served, needs_triton
 
 ROOT = Path(__file__).parents[2]
-DOCS = ("README.md", "docs/serving.md", "docs/gateway.md")
+DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
+EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton
 
@@ -34,7 +35,7 @@ def commands() -> list[tuple[str, str]]:
     return [
         (file, command)
         for file, block in blocks("")
-        for command in re.findall(r"^curl (?:.*\\\n)*.*", block, re.MULTILINE)
+        for command in re.findall(r"^(?:\$ )?(curl (?:.*\\\n)*.*)", block, re.MULTILINE)
         if "-d " in command
     ]
 
@@ -91,6 +92,13 @@ def test_python(server, snippet):
     pytest.importorskip("openai" if "openai" in snippet else "tritonclient")
     limit = 64 if "64" in snippet else 480
     assert run(server, [sys.executable, "-c"], snippet) == expected(server, limit)
+
+
+def test_example(server):
+    pytest.importorskip("openai")
+    text, _, used = run(server, [sys.executable, "-c"], EXAMPLE.read_text()).rpartition("\n[")
+    assert text == expected(server)
+    assert re.fullmatch(r"\d+ prompt tokens, \d+ answered\]\n", used)
 
 
 def expected(server: Served, limit: int = 64) -> str:

@@ -1,0 +1,105 @@
+"""Published figures: all from one stored run, rendered the same each time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "benchmarks" / "publish.py"
+publish = type("publish", (), runpy.run_path(str(SCRIPT)))
+README = (ROOT / "README.md").read_text()
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+@pytest.fixture(scope="module")
+def run() -> dict:
+    return json.loads((ROOT / "docs" / "benchmarks.json").read_text())
+
+
+def written_block() -> str:
+    return README.partition(publish.BEGIN + "\n")[2].partition("\n" + publish.END)[0]
+
+
+def test_readme_and_page_are_the_stored_run_s(run):
+    assert written_block() == publish.block(run)
+    earlier = yaml.safe_load(publish.EARLIER.read_text())
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == publish.page(run, earlier)
+
+
+def test_readme_s_figures_stand_in_the_page(run):
+    cells = [line for line in written_block().splitlines() if line.startswith(("| plain", "| fixed", "| default"))]
+    assert len(cells) == 3
+    page = set(NUMBER.findall((ROOT / "docs" / "benchmarks.md").read_text()))
+    assert set(NUMBER.findall("".join(cells))) <= page
+
+
+def test_a_run_says_where_it_comes_from(run):
+    assert run["published"].keys() == {"commit", "date", "command", "trial"}
+    assert "/" not in run["published"]["command"].replace("scripts/benchmarks/", "").replace("bundles/", "")
+    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().replace("\\\n", " ").split())
+    for word in (run["machine"], run["published"]["commit"], run["published"]["date"], run["published"]["command"]):
+        assert word in page
+
+
+def test_a_short_run_is_called_a_trial(run):
+    for trial in (True, False):
+        run = run | {"published": run["published"] | {"trial": trial}}
+        for text in (publish.block(run), publish.page(run, [])):
+            assert ("not a result" in text) == trial
+
+
+def test_rendering_is_stable(run):
+    assert publish.plot(run) == publish.plot(copy.deepcopy(run))
+    assert publish.with_block(README, publish.block(run)) == README
+
+
+def test_a_readme_without_markers_is_left_alone():
+    with pytest.raises(SystemExit, match=r"README\.md lacks the lines"):
+        publish.with_block("# echo-trt\n", "a table")
+
+
+def test_the_plot_can_be_read_on_light_and_dark_pages():
+    """WCAG's contrast of 3 to 1 for graphics, on white and on GitHub's dark page."""
+    for colour in (*publish.COLOURS.values(), publish.GREY):
+        for page in ("#ffffff", "#0d1117"):
+            light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
+
+
+def test_the_page_is_short():
+    assert len((ROOT / "docs" / "benchmarks.md").read_text().split()) <= 900
+
+
+def test_a_bundle_is_measured_and_published(bundle_of, tmp_path):
+    run = publish.measure(bundle_of("close"), [publish.DEMO], 2, 1, 4)
+    assert {row["policy"] for row in run["results"]} == set(publish.NAMES)
+    assert {row["batch"] for row in run["results"]} == {1, 2, 4, 8, 16}
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    publish.write(run, tmp_path)
+    stored = json.loads((tmp_path / "docs" / "benchmarks.json").read_text())
+    assert stored == run
+    assert publish.block(stored) in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs" / "benchmarks.svg").read_text().startswith("<?xml")
+
+
+def test_nothing_to_measure_is_a_sentence():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give a bundle to measure, or --from with a stored run" in " ".join(done.stderr.replace("│", " ").split())
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour, as WCAG defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

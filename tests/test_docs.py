@@ -1,0 +1,77 @@
+"""Docs that a stranger can follow: links lead somewhere, lines can be read, commands have the options they name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from echo_trt import __version__
+from echo_trt.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_there_are_pages():
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/serving.md"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        assert to.exists(), target
+        assert not anchor or anchor in anchors(to), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_are_wrapped(page):
+    """At 120 characters, but for tables and for JSON in a shell's quotes."""
+    for line in page.read_text().splitlines():
+        assert len(line) <= 120 or line.startswith("|") or " -d '" in line, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_have_these_options(page):
+    commands = get_command(app).commands
+    for block in FENCE.finditer(page.read_text()):
+        for line in re.findall(r"\becho-trt ([a-z]+ (?:[^\n]*\\\n)*[^\n]*)", block[0]):
+            name, *words = shlex.split(line.replace("\\\n", " "), comments=True)
+            assert name in commands, line
+            known = {option for parameter in commands[name].params for option in parameter.opts}
+            assert {word for word in words if re.match(r"-{1,2}[a-z]", word)} <= known, line
+
+
+def test_readme_is_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 80
+
+
+def test_the_citation_is_this_version_s_and_names_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["references"][0]["url"].endswith("2604.09603")
+
+
+def test_code_names_pages_that_exist():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if name.endswith((".py", ".pbtxt", ".toml", ".yaml")) or "Dockerfile" in name:
+            for page in re.findall(r"\bdocs/[\w/-]+\.md", (ROOT / name).read_text()):
+                assert (ROOT / page).exists(), (name, page)
