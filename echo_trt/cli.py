@@ -169,7 +169,7 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Divides logits of tokens said before or in the prompt; 1 is off.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text; in bf16 but for near-ties.")] = 0,
+    seed: Annotated[int, typer.Option(help="Repeats a text; in bf16 for sure only by the policy goodput-exact.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
     compare: Annotated[

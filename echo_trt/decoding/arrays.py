@@ -17,7 +17,7 @@ try:
     from numba import njit
 except ImportError:  # where nothing can be installed
     njit = None
-    warnings.warn("numba is missing: planning is interpreted, and slow; install numba.", stacklevel=1)
+    warnings.warn("numba is missing: planning and sampling are interpreted, and slow; install numba.", stacklevel=1)
 
 Function = TypeVar("Function", bound=Callable)
 

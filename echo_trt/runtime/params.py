@@ -33,8 +33,10 @@ _SHORT.fillvalue = "…"
 class SamplingParams:
     """temperature 0 is greedy. top_k 0 or -1 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
 
-    The same seed gives the same text, whichever policy, batch or load; in bf16 texts can part at near-ties, but for
-    the policies autoregressive and goodput-exact on CPUs (docs/exactness.md).
+    The same seed gives the same text wherever the logits are the same, whichever policy, batch or load. In bf16 their
+    rounding depends on those, but for the policies autoregressive and goodput-exact on CPUs (docs/exactness.md says how
+    often texts part). The draws are those of places in the whole text, so the text so far, as the prompt of another
+    request with the same seed, is continued as it would have been.
 
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
     over the prompt too, and comes first (``decoding.penalties``). They precede temperature, and hold for greedy text.

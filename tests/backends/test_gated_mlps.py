@@ -6,7 +6,7 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from echo_trt.backends.openvino import graph as compiler
+from echo_trt.backends.openvino import cpu as cpu_facts
 from echo_trt.backends.openvino.cpu import has_amx, has_bf16
 from echo_trt.backends.openvino.graph import compile_graph, join_mlps, read_graph
 
@@ -26,8 +26,8 @@ needs_amx = pytest.mark.skipif(not has_amx(), reason="needs a CPU with AMX")
 def cpu(request, monkeypatch):
     """The graphs of each kind of CPU that this one can stand in for: those without what it has."""
     bf16, amx = request.param
-    monkeypatch.setattr(compiler, "has_bf16", lambda: bf16)
-    monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu_facts, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(cpu_facts, "has_amx", lambda: amx)
 
 
 @NETWORKS

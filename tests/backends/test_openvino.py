@@ -10,6 +10,7 @@ from pairs import SIZES, VOCAB, recipe_of, reference_engines
 from rich.console import Console
 
 from echo_trt.backends.base import Engine
+from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino import engine as openvino
 from echo_trt.backends.openvino import graph as compiler
 from echo_trt.backends.openvino.cpu import computes_in
@@ -191,7 +192,7 @@ def test_another_cache_layout_is_refused(precision, bundle_of, monkeypatch):
 
 def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
     """As on a CPU without AVX-512, where OpenVINO refuses bf16: weights in fp16, arithmetic and cache in fp32."""
-    monkeypatch.setattr(compiler, "has_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     graph, calls = bundle_of("lookup") / "target.onnx", Calls(0, requests=3)
     engines = [OpenVINOEngine(graph, precision, BLOCKS) for precision in ("fp32", "bf16")]
     assert [engine._pool.dtype for engine in engines] == [np.float32] * 2
@@ -203,7 +204,7 @@ def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
 def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch):
     manifest = build(recipe_of("lookup", networks, precision="bf16"), networks, tmp_path / "bf16")
     for has, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(compiler, "has_bf16", lambda has=has: has)
+        monkeypatch.setattr(cpu, "has_bf16", lambda has=has: has)
         assert computes_in(manifest) == precision
         assert precision in machine(manifest)
         console = Console(width=200, record=True, file=io.StringIO())
@@ -223,16 +224,16 @@ def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch)
 def test_bf16_takes_what_openvinos_attention_does(capabilities, flags, expected, tmp_path, monkeypatch):
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
-    monkeypatch.setattr(compiler, "_CPU", tmp_path / "cpuinfo")
-    monkeypatch.setattr(compiler.ov.Core, "get_property", lambda *_: capabilities)
-    assert compiler.has_bf16.__wrapped__() == expected
+    monkeypatch.setattr(cpu, "_CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu.ov.Core, "get_property", lambda *_: capabilities)
+    assert cpu.has_bf16.__wrapped__() == expected
 
 
-@pytest.mark.skipif(not compiler.has_bf16(), reason="needs a CPU with AVX-512, for bf16")
+@pytest.mark.skipif(not cpu.has_bf16(), reason="needs a CPU with AVX-512, for bf16")
 @pytest.mark.parametrize("length", [2, 4, 7])
-@pytest.mark.parametrize("amx", sorted({False, compiler.has_amx()}))
+@pytest.mark.parametrize("amx", sorted({False, cpu.has_amx()}))
 def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, length, bundle_of, monkeypatch):
-    monkeypatch.setattr(openvino, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
     rng, past, table = np.random.default_rng(length), 37, np.array([[2, 0]])
     text = rng.integers(0, VOCAB, past + length)
     told = []
@@ -260,7 +261,7 @@ def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, len
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_int8_builds_and_runs(amx, networks, bundle_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
     manifest = build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
     assert 0 < manifest.checks["target"].prompt_error < 0.2
     assert 0 < manifest.checks["target"].tree_error < 0.2
@@ -275,7 +276,7 @@ def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(network
     build(recipe_of("lookup", networks, precision="int8"), networks, tmp_path / "int8")
 
     def weights(amx: bool, small: int) -> set[str]:
-        monkeypatch.setattr(compiler, "has_amx", lambda: amx)
+        monkeypatch.setattr(cpu, "has_amx", lambda: amx)
         monkeypatch.setattr(compiler, "SMALL", small)
         model = compiler.read_graph(tmp_path / "int8" / "target.onnx")
         compiler.compile_graph(model, "int8")

@@ -10,7 +10,7 @@ from pairs import SIZES, raw_recipe, write_tokenizer
 from refusal import refused
 from runtime.driving import prompt_ids
 
-from echo_trt.backends.openvino import graph as compiler
+from echo_trt.backends.openvino import cpu
 from echo_trt.benchmark.peers import PEERS, open_peer
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.recipe import parse_recipe
@@ -155,7 +155,7 @@ def test_where_our_weights_are_fp16_so_are_the_peers(bundle_of, cache, monkeypat
     bundle = bundle_of("lookup")
     open_peer("openvino-genai", bundle, read_manifest(bundle))
     manifest = read_manifest(bundle).model_copy(update={"precision": "bf16"})
-    monkeypatch.setattr(compiler, "has_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     open_peer("openvino-genai", bundle, manifest)
     graphs = [
         cache / "echo-trt" / "peers" / manifest.target_sha256 / name / "openvino_model.bin"

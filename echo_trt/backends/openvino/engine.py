@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from echo_trt.backends.openvino.cpu import compute_type, has_amx
+from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
 from echo_trt.backends.openvino.lanes import as_lanes
 from echo_trt.backends.openvino.rounding import is_verification, rounded
@@ -42,9 +42,9 @@ class OpenVINOEngine:
         self._target = "logits" in self._outputs
         self.granule = GRANULE if self._target else 1
         # A single row has not the bits of several.
-        bf16 = self._target and precision == "bf16" and compute_type(precision) == ov.Type.bf16
-        self.least = (2 if has_amx() else LEAST) if bf16 else 1
-        self._pool = self._bind_pool(compiled, compute_type(precision))
+        bf16 = self._target and precision == "bf16" and cpu.compute_type(precision) == ov.Type.bf16
+        self.least = (2 if cpu.has_amx() else LEAST) if bf16 else 1
+        self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
         widths = {i.get_any_name(): i.partial_shape[1] for i in compiled.inputs if len(i.partial_shape) == 2}

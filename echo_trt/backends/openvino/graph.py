@@ -20,7 +20,7 @@ from openvino.passes import ConstantFolding, Manager
 from openvino.preprocess import PrePostProcessor
 
 from echo_trt.backends.onnx_export import BLOCK, DOMAIN, OPERATOR
-from echo_trt.backends.openvino.cpu import compute_type, has_amx, stores_fp16
+from echo_trt.backends.openvino import cpu
 from echo_trt.errors import UserError
 
 FEATURES = "features"  # the output that only a head reads
@@ -51,21 +51,21 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
             parameter.set_element_type(ov.Type.dynamic)
     _measure_context(model)
     model.validate_nodes_and_infer_types()
-    if stores_fp16(precision):
+    if cpu.stores_fp16(precision):
         compress_model_transformation(model)
-    compute = compute_type(precision).to_string()
+    compute = cpu.compute_type(precision).to_string()
     options = {
         "INFERENCE_PRECISION_HINT": compute,
         "KV_CACHE_PRECISION": compute,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    if precision == "int8" and has_amx() and _weights(model) <= SMALL:
+    if precision == "int8" and cpu.has_amx() and _weights(model) <= SMALL:
         _decompress(model)
     elif precision == "int8":
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model)
     if compute == "bf16":
         model = _with_short_features(model)
-        if has_amx():
+        if cpu.has_amx():
             join_mlps(model)
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads

@@ -1,7 +1,7 @@
 """The processes of ranks 1 and up: started, told each call, and never waited for in vain.
 
-A process is told what to do through a pipe, and ends when the pipe does. ``python -m echo_trt.backends.parallel.rank_processes``
-is such a process.
+A process is told what to do through a pipe, and ends when the pipe does. It is started as
+``python -m echo_trt.backends.parallel.rank_processes``.
 """
 
 from __future__ import annotations
