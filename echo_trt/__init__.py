@@ -1,3 +1,24 @@
-"""echo-trt: ECHO speculative decoding (arXiv 2604.09603) as a compiled deployment pipeline."""
+"""echo-trt: ECHO speculative decoding (arXiv 2604.09603) as a compiled deployment pipeline.
 
+``from echo_trt import LLM, SamplingParams, Completion`` is the public face; networks load where they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from echo_trt.runtime.llm import LLM
+    from echo_trt.runtime.params import Completion, SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: the engines behind ``LLM`` take seconds to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.runtime.{'llm' if name == 'LLM' else 'params'}")
+    return getattr(module, name)

@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 
 from echo_trt import __version__
-from echo_trt.commands.progress import BuildProgress
-from echo_trt.decoding.policies import NAMES
+from echo_trt.decoding.policy_names import NAMES
 from echo_trt.errors import UserError, shown
 
 NARROWEST = 20  # columns that are believed
@@ -132,6 +131,7 @@ def build(
     `echo-trt build build/smollm2-135m.yaml --engine tensorrt-rtx --compute-capability 8.9`
     """
     from echo_trt.bundle.recipe import load_recipe
+    from echo_trt.commands.progress import BuildProgress
 
     chosen = [option and option.value for option in (engine, precision)]
     settings = load_recipe(recipe).built_as(*chosen, compute_capability or [])

@@ -55,7 +55,8 @@ def test_a_bundle_needs_nothing_else(bundle_of, tmp_path, networks, monkeypatch)
     """It works from another place, under another name, and nothing in it but the recipe knows where it came from."""
     moved = shutil.copytree(bundle_of("model"), tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
-    assert LLM("elsewhere").generate(["hello"])[0].token_ids == LLM(bundle_of("model")).generate(["hello"])[0].token_ids
+    turn = [{"role": "user", "content": "hello"}]
+    assert LLM("elsewhere").chat(turn)[0].token_ids == LLM(bundle_of("model")).chat(turn)[0].token_ids
     for name in files_below(moved) - {"manifest.json"}:
         assert str(networks).encode() not in (moved / name).read_bytes()
 

@@ -102,7 +102,7 @@ def test_a_prompt_holds_control_tokens_only_with_the_option(echo_trt, bundle_of,
         llm = LLM(bundle_of("close"), special_tokens_in_content=bool(words))
         end = llm.tokenizer.convert_tokens_to_ids(END)
         assert llm.chat_ids(prompt).count(end) - llm.chat_ids("x").count(end) == (2 if words else 0)
-        (wanted,) = llm.generate([prompt], SamplingParams(12))
+        (wanted,) = llm.chat([{"role": "user", "content": prompt}], SamplingParams(12))
         (result,) = generated(echo_trt, tmp_path, bundle_of("close"), prompt, *words)["results"]
         assert result["token_ids"] == wanted.token_ids
         texts.append(wanted.token_ids)

@@ -21,7 +21,7 @@ from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.bundle.calibration import own_files
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policies import NAMES, SHARED
+from echo_trt.decoding.policy_names import NAMES, SHARED
 from echo_trt.errors import UserError, shown
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, read_prompts

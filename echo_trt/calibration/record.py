@@ -33,7 +33,7 @@ def record(
     try:
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0
-        for delta in llm.stream([p.text for p in prompts], SamplingParams(max_tokens)):
+        for delta in llm.stream([llm.chat_ids(p.text) for p in prompts], SamplingParams(max_tokens)):
             if delta.completion:
                 answers[delta.index] = delta.completion.token_ids
                 done += 1

@@ -15,7 +15,7 @@ from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.commands.tables import comparison_table, rounding_note
-from echo_trt.decoding.policies import SHARED
+from echo_trt.decoding.policy_names import SHARED
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt
@@ -87,7 +87,8 @@ def run(job: Job, out: Console, messages: Console) -> None:
             )
         policy = llm.loop.planner.name
         check_lengths(llm, job.prompts)
-        llm.generate([job.prompts[0].text], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
+        first = llm.chat_ids(job.prompts[0].text)
+        llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
         write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))
 
@@ -119,7 +120,8 @@ def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -
     rows = []
     for each in runs:
         pairs = [(p, plain.completions[p.id].token_ids, each.completions[p.id].token_ids) for p in job.prompts]
-        gaps = {p.id: round(llm.gap(p.text, first, second), 4) for p, first, second in pairs if first != second}
+        apart = [(p, first, second) for p, first, second in pairs if first != second]
+        gaps = {p.id: round(llm.gap(llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
         rows.append({**each.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps})
     out.print()
     out.print(comparison_table(rows, rows[0]))
@@ -137,7 +139,7 @@ def _run_round(
     start = time.perf_counter()
     with Progress(console=messages, transient=True, disable=not messages.is_terminal or len(prompts) == 1) as progress:
         task = progress.add_task(done.policy, total=len(prompts))
-        for delta in llm.stream([p.text for p in prompts], job.params):
+        for delta in llm.stream([llm.chat_ids(p.text) for p in prompts], job.params):
             if len(prompts) == 1:
                 out.print(delta.text, end="", highlight=False, soft_wrap=True)
             if delta.completion:

@@ -22,13 +22,8 @@ from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import PlainPlanner, Planner
+from echo_trt.decoding.policy_names import GOODPUT, NAMES, PAPER, PLAIN
 from echo_trt.errors import UserError
-
-PLAIN = "autoregressive"
-PAPER = (PLAIN, "static", "dense", "fixed", "echo")
-GOODPUT = ("goodput", "goodput-exact", "goodput-head")
-NAMES = (*PAPER, *GOODPUT)
-SHARED = ("echo", "dense", "fixed")  # these verify up to K_max tokens of the whole batch
 
 MakeGoodput = Callable[[str, GoodputSettings], Planner]
 

@@ -10,13 +10,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_lines
-
-if TYPE_CHECKING:
-    pass
 
 MOST_LINES = 1_000_000
 LARGEST = 2**30  # bytes of a file

@@ -18,6 +18,22 @@ PLAIN_CHATS = [
 ]
 
 
+def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, str]]:
+    """A conversation as an encoder takes it, without further keys. A refusal names ``name`` and ends with ``rule``."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError(f"{name} is no list of messages; {rule}")
+    for index, message in enumerate(messages):
+        fits = isinstance(message, dict) and message.keys() >= {"role", "content"}
+        if not fits or not all(_is_text(message[key]) for key in ("role", "content")):
+            raise UserError(f"{name}[{index}] has no role and content, both strings; {rule}")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string, and one that UTF-8 can write: JSON may hold half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 class ChatEncoder:
     """Encodes messages in a tokenizer's chat template.
 

@@ -1,9 +1,9 @@
-"""The offline interface: ``LLM(bundle).generate(prompts, params)``, whole or streamed."""
+"""The offline interface: ``LLM(bundle).generate(prompts)`` continues texts, ``chat(conversations)`` answers them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError, shown
-from echo_trt.files.prompts import Prompt
-from echo_trt.models.chat import ChatEncoder
+from echo_trt.files.prompts import Prompt, encodable
+from echo_trt.models.chat import ChatEncoder, Messages, checked_messages
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
@@ -21,7 +21,8 @@ from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, S
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
-PromptIds = str | Sequence[int]
+TextOrIds = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -82,37 +83,66 @@ class LLM:
         planners = [self.tuning.planner(name, budget, part) for name, part in zip(policies, parts, strict=True)]
         return [part.loop(planner) for part, planner in zip(parts, planners, strict=True)]
 
-    def chat_ids(self, message: str) -> list[int]:
-        """Token ids of a single user turn in the bundle's chat template, or of the bare text if it has none."""
-        return self._chat.ids([{"role": "user", "content": message}])
+    def chat_ids(self, conversation: str | Messages) -> list[int]:
+        """Token ids of a conversation in the bundle's chat template; a string is a single user turn.
 
-    def generate(
-        self, prompts: Sequence[PromptIds], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Completion]:
-        """Answers in the order of the prompts. A string is a user turn; token ids are taken as they are."""
-        finished = {d.index: d.completion for d in self.stream(prompts, params) if d.completion}
-        return [finished[index] for index in range(len(prompts))]
+        A bundle without a template takes the bare texts.
+        """
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        return self._chat.ids(conversation)
 
-    def stream(
-        self, prompts: Sequence[PromptIds], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
-        """The same, as text comes: a Delta for each piece, with the Completion in a request's last one."""
+    def generate(self, prompts: Sequence[TextOrIds], params: Params = None) -> list[Completion]:
+        """Continue texts as they are; completions come in the order of the prompts.
+
+        A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
+        are control tokens. Token ids are taken as they are. ``params`` are for all prompts, or one for each.
+        """
+        return _completions(self.stream(prompts, params))
+
+    def chat(self, conversations: Messages | Sequence[Messages], params: Params = None) -> list[Completion]:
+        """Answer one conversation or several, each a list of ``{"role", "content"}``, in the bundle's chat template.
+
+        Always returns a list, in the order of the conversations.
+        """
+        return _completions(self.stream_chat(conversations, params))
+
+    def stream(self, prompts: Sequence[TextOrIds], params: Params = None) -> Iterator[Delta]:
+        """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion."""
         if isinstance(prompts, str):
             raise UserError("prompts is a string; give a list of prompts, if only of one.")
+        ids = [
+            self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
+            for index, prompt in enumerate(prompts)
+        ]
+        return self._deltas("prompts", ids, params)
+
+    def stream_chat(self, conversations: Messages | Sequence[Messages], params: Params = None) -> Iterator[Delta]:
+        """Do as ``chat``, a Delta for each new piece of text; a request's last one holds its Completion."""
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        rule = 'give a list such as [{"role": "user", "content": "hello"}].'
+        ids = [
+            self.chat_ids(checked_messages(messages, f"conversations[{index}]", rule))
+            for index, messages in enumerate(several)
+        ]
+        return self._deltas("conversations", ids, params)
+
+    def _deltas(self, name: str, prompts: Sequence[Sequence[int]], params: Params) -> Iterator[Delta]:
+        """Run prompts of token ids; a refusal names the argument that they came in."""
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
-            raise UserError(f"params has {len(each)} entries for {len(prompts)} prompts; give one, or one a prompt.")
+            one = name.removesuffix("s")
+            raise UserError(f"params has {len(each)} entries for {len(prompts)} {name}; give one, or one a {one}.")
         if self.loop.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
         answers: dict[Request, Answer] = {}
         try:
-            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-                ids = self.chat_ids(prompt) if isinstance(prompt, str) else prompt
+            for index, (ids, own) in enumerate(zip(prompts, each, strict=True)):
                 try:
                     request = self.request(index, ids, own)
                     self.loop.add(request)
                 except UserError as error:
-                    raise UserError(f"prompts[{index}]: {error}") from error
+                    raise UserError(f"{name}[{index}]: {error}") from error
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
                 for request, tokens in self.loop.step():
@@ -125,15 +155,16 @@ class LLM:
             for request in answers:
                 self.loop.cancel(request)
 
-    def gap(self, prompt: PromptIds, first: Sequence[int], second: Sequence[int]) -> float:
+    def gap(self, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
         """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
 
+        prompt, first, second  token ids
         Infinite where one merely ends earlier. Call it while nothing is running.
         """
         shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         if shared is None:
             return math.inf
-        ids = self.checked([*(self.chat_ids(prompt) if isinstance(prompt, str) else prompt), *first[:shared]])
+        ids = self.checked([*prompt, *first[:shared]])
         self.loop.state.forget_cached()  # the pass below writes over the pool
         count = np.array([len(ids)])
         table = np.arange(blocks_for(len(ids)))[None]
@@ -158,6 +189,11 @@ class LLM:
         if len(unknown):
             raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
         return array
+
+
+def _completions(deltas: Iterator[Delta]) -> list[Completion]:
+    finished = {delta.index: delta.completion for delta in deltas if delta.completion}
+    return [finished[index] for index in range(len(finished))]
 
 
 def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:

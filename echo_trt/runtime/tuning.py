@@ -16,7 +16,8 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import SHARED, make_planner
+from echo_trt.decoding.policies import make_planner
+from echo_trt.decoding.policy_names import SHARED
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.measure import disturbance, machine, measure, times_as_long, without_speculation

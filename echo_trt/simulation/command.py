@@ -22,7 +22,8 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import NAMES, PAPER, PLAIN, echo_settings, goodput_settings, make_planner
+from echo_trt.decoding.policies import echo_settings, goodput_settings, make_planner
+from echo_trt.decoding.policy_names import NAMES, PAPER, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.runtime.params import MOST_AT_ONCE

@@ -48,12 +48,13 @@ def main(
     rows, broken = [], 0
     for size in map(int, batch.split(",")):
         llm = LLM(bundle, PLAIN, size, prefix_cache=prefix_cache)
-        plain = [c.token_ids for c in llm.generate(texts, params)]
+        asked = [llm.chat_ids(text) for text in texts]
+        plain = [c.token_ids for c in llm.generate(asked, params)]
         for policy in policies.split(","):
             llm.set_policy(policy, budget * size)
             verifications, emitted = llm.counters.verifications, llm.counters.emitted_tokens
-            answers = [c.token_ids for c in llm.generate(texts, params)]
-            gaps = [llm.gap(t, a, b) for t, a, b in zip(texts, plain, answers, strict=True) if a != b]
+            answers = [c.token_ids for c in llm.generate(asked, params)]
+            gaps = [llm.gap(ids, a, b) for ids, a, b in zip(asked, plain, answers, strict=True) if a != b]
             broken += sum(gap > TIE for gap in gaps)
             rows.append(
                 {

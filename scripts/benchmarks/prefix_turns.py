@@ -37,7 +37,7 @@ def main(
     rows = [json.loads(line)["turns"] for line in conversations.read_text(encoding="utf-8").splitlines()]
     rows = rows[:: max(len(rows) // limit, 1)][:limit]
     llm = LLM(bundle, batch=1, prefix_cache=True)
-    llm.generate(["hello"], SamplingParams(max_tokens=8))  # the first calls are slow
+    llm.generate([llm.chat_ids("hello")], SamplingParams(max_tokens=8))  # the first calls are slow
     taken: dict[bool, list[list[Figures]]] = {True: [], False: []}
     for number, turns in enumerate(rows):
         for cached in (True, False) if number % 2 else (False, True):

@@ -39,13 +39,14 @@ def main(
     print("|---|---|---|---|---|---|")
     for bundle in bundles:
         llm = LLM(bundle, PLAIN, batch=max(COMPANY) + 1, prefix_cache=False)
+        asked = [llm.chat_ids(text) for text in texts]
         for temperature in map(float, temperatures.split(",")):
             params = SamplingParams(max_tokens, temperature, seed=seed)
             llm.set_policy(PLAIN)
-            plain = [llm.generate([text], params)[0].token_ids for text in texts]
+            plain = [llm.generate([ids], params)[0].token_ids for ids in asked]
             for policy in policies.split(","):
                 llm.set_policy(policy)
-                tries = [answers(llm, texts, number, params) for number in range(len(texts))]
+                tries = [answers(llm, asked, number, params) for number in range(len(asked))]
                 same = [all(answer == own[0] for answer in own) for own in tries]
                 equal = [all(answer == wanted for answer in own) for own, wanted in zip(tries, plain, strict=True)]
                 shares = [f"{kind.count(True)} of {len(texts)}" for kind in (same, equal)]
@@ -53,12 +54,12 @@ def main(
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
-def answers(llm: LLM, texts: list[str], number: int, params: SamplingParams) -> list[list[int]]:
+def answers(llm: LLM, prompts: list[list[int]], number: int, params: SamplingParams) -> list[list[int]]:
     """Answer the prompt at ``number`` once in each company: token ids."""
     found, start = [], number + 1
     for others in COMPANY:
-        beside = [texts[(start + i) % len(texts)] for i in range(others)]
-        found.append(llm.generate([texts[number], *beside], params)[0].token_ids)
+        beside = [prompts[(start + i) % len(prompts)] for i in range(others)]
+        found.append(llm.generate([prompts[number], *beside], params)[0].token_ids)
         start += others
     return found
 

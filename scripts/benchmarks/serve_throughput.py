@@ -64,9 +64,9 @@ def offline(asked: argparse.Namespace) -> float:
     from echo_trt.runtime.params import SamplingParams
 
     llm = LLM(asked.bundle, asked.policy, asked.streams)
-    texts = list(islice(cycle(row.text for row in read_prompts(asked.prompts)), 50 * asked.streams))
+    chats = [llm.chat_ids(row.text) for row in read_prompts(asked.prompts)]
     begin = settled = 0.0
-    for _ in llm.stream(texts, SamplingParams(asked.max_tokens)):
+    for _ in llm.stream(list(islice(cycle(chats), 50 * asked.streams)), SamplingParams(asked.max_tokens)):
         now = time.monotonic()
         begin = begin or now
         if not settled and now - begin > SETTLE:

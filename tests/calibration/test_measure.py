@@ -44,14 +44,15 @@ def check(table, sizes):
 @pytest.mark.parametrize("pair", ["close", "lookup"])
 def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     llm = open_llm(pair, "autoregressive", 3)
-    before = llm.generate(["the theme"], SamplingParams(8))[0].token_ids
+    turn = [{"role": "user", "content": "the theme"}]
+    before = llm.chat(turn, SamplingParams(8))[0].token_ids
     table = measure(llm.networks, seconds=0.05)
     possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
     check(table, ([n for n in possible if n <= FEW], [n for n in possible if n > FEW]))
     assert table.machine == machine(llm.manifest)
     assert (table.costs().draft(8) > 0) == (pair == "close")
     assert_all_free(llm.loop)
-    assert llm.generate(["the theme"], SamplingParams(8))[0].token_ids == before
+    assert llm.chat(turn, SamplingParams(8))[0].token_ids == before
 
 
 @pytest.mark.parametrize(("slots", "sizes"), [(1, SIZES[:9]), (3, SIZES[:13])])

@@ -25,8 +25,12 @@ from echo_trt.runtime.params import SamplingParams
 SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3), 24
 
 
+def chats(texts: list[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
 def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_tree(recorded, texts, open_llm):
-    plain = open_llm("close", "autoregressive", 2).generate(texts, SamplingParams(MOST))
+    plain = open_llm("close", "autoregressive", 2).chat(chats(texts), SamplingParams(MOST))
     assert [answer_of(recorded, r) for r in range(len(texts))] == [c.token_ids for c in plain]
     places = sorted(zip(recorded.request.tolist(), recorded.index.tolist(), strict=True))
     assert places == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
@@ -116,7 +120,7 @@ def verifications(trees: Trees, request: int) -> int:
 
 
 def test_a_replay_goes_as_the_real_run_does(recorded, texts, open_llm):
-    real = open_llm("close", "static", 1).generate(texts, SamplingParams(MOST))
+    real = open_llm("close", "static", 1).chat(chats(texts), SamplingParams(MOST))
     wanted = [round(len(c.token_ids) / c.accepted_length) for c in real]
     assert [verifications(recorded, request) for request in range(len(texts))] == wanted
     assert sum(wanted) < 0.8 * len(recorded)

@@ -12,7 +12,8 @@ from seeded_draft import PathDraft, drafted
 
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.planner import Load, Planner
-from echo_trt.decoding.policies import PAPER, make_planner
+from echo_trt.decoding.policies import make_planner
+from echo_trt.decoding.policy_names import PAPER
 from echo_trt.decoding.super_tree import SuperTree
 
 

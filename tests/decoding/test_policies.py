@@ -6,7 +6,8 @@ from seeded_draft import NoDraft
 
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.planner import Load, PlainPlanner
-from echo_trt.decoding.policies import GOODPUT, NAMES, PAPER, PLAIN, make_planner
+from echo_trt.decoding.policies import make_planner
+from echo_trt.decoding.policy_names import GOODPUT, NAMES, PAPER, PLAIN
 from echo_trt.errors import UserError
 
 SETTINGS = {

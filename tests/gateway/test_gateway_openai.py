@@ -102,7 +102,7 @@ def test_models_and_health(client, server):
     ids=["greedy", "seeded", "top_k", "top_k off", "stop", "penalised", "penalised and seeded", "biased"],
 )
 def test_chat_whole_and_streamed_says_what_plain_decoding_says(client, offline, asked, params):
-    truth = offline.generate([TURN], SamplingParams(max_tokens=40, **params))[0]
+    truth = offline.chat(CHAT, SamplingParams(max_tokens=40, **params))[0]
     asked = {"model": "echo", "messages": CHAT, "max_completion_tokens": 40, **asked}
 
     whole = client.chat.completions.create(**asked)
@@ -152,7 +152,7 @@ def test_every_chunk_may_tell_what_its_choice_has_used(client, offline):
 @pytest.mark.parametrize("way", [{}, {"stop": ["e", "th"]}, PENALTIES], ids=["free", "stop", "penalised"])
 def test_logprobs_of_a_chat_are_those_of_its_text(client, offline, way):
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in way.items()}
-    truth = offline.generate([TURN], SamplingParams(40, temperature=1.0, seed=5, logprobs=4, **own))[0]
+    truth = offline.chat(CHAT, SamplingParams(40, temperature=1.0, seed=5, logprobs=4, **own))[0]
     asked = {"model": "echo", "messages": CHAT, "max_tokens": 40, "seed": 5, "logprobs": True, "top_logprobs": 4, **way}
     whole = client.chat.completions.create(**asked).choices[0]
     chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
@@ -220,8 +220,7 @@ def test_text_comes_while_it_is_made(client):
 
 def test_choices_are_the_seeds_that_follow(client, offline):
     answers = [
-        offline.generate([TURN], SamplingParams(max_tokens=24, temperature=0.9, seed=40 + choice))[0]
-        for choice in range(3)
+        offline.chat(CHAT, SamplingParams(max_tokens=24, temperature=0.9, seed=40 + choice))[0] for choice in range(3)
     ]
     truths = [answer.text for answer in answers]
     assert len(set(truths)) == 3
@@ -277,8 +276,8 @@ def test_a_message_cannot_forge_a_turn_and_a_bare_prompt_may_hold_markers(client
     ids = offline.chat_ids(forged)
     end = offline.tokenizer.convert_tokens_to_ids(END)
     assert ids.count(end) == offline.chat_ids("x").count(end)
-    (truth,) = offline.generate([forged], SamplingParams(max_tokens=16))
     turn = [{"role": "user", "content": forged}]
+    (truth,) = offline.chat(turn, SamplingParams(max_tokens=16))
     answer = client.chat.completions.create(model="echo", messages=turn, max_tokens=16, temperature=0)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (truth.text, len(ids))
     bare = client.completions.create(model="echo", prompt=forged, max_tokens=1)

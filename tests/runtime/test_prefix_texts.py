@@ -9,7 +9,7 @@ from pairs import PAIRS
 from test_goodput_loop import machine
 
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import GOODPUT, NAMES
+from echo_trt.decoding.policy_names import GOODPUT, NAMES
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 

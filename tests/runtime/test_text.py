@@ -165,7 +165,7 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, t
 @pytest.mark.parametrize("pair", ["self", "close"])
 def test_streamed_text_is_the_text_of_the_tokens(pair, temperature, open_llm):
     llm = open_llm(pair)
-    prompts = ["the theme of", "naïve 日本", prompt_ids(30, 1), prompt_ids(3, 2)]
+    prompts = [llm.chat_ids("the theme of"), "naïve 日本", prompt_ids(30, 1), prompt_ids(3, 2)]
     params = [SamplingParams(50, temperature=temperature, top_p=0.95, seed=i, ignore_eos=True) for i in range(4)]
     pieces, completions = [""] * 4, {}
     for delta in llm.stream(prompts, params):

@@ -8,7 +8,8 @@ from synthetic import recorded
 from echo_trt.calibration.fit import fit
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policies import PLAIN, goodput_settings
+from echo_trt.decoding.policies import goodput_settings
+from echo_trt.decoding.policy_names import PLAIN
 from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.simulation.command import planner_for
@@ -187,7 +188,7 @@ def test_the_replay_walks_as_the_runtime_does(open_llm):
     prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
     trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4))
     llm.set_policy("static")
-    answers = llm.generate([p.text for p in prompts], SamplingParams(40))
+    answers = llm.chat([[{"role": "user", "content": p.text}] for p in prompts], SamplingParams(40))
     recording = Recording(trees)
     for i, answer in enumerate(answers):
         walk = Walk(recording, 1, 10)

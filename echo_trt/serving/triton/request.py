@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.errors import UserError
-from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.chat import ChatEncoder, checked_messages
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
@@ -109,18 +109,7 @@ def _messages(text: str) -> list[dict[str, str]]:
         messages = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"chat_messages is not JSON; {rule}") from None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"chat_messages is no list of messages; {rule}")
-    for index, message in enumerate(messages):
-        fits = isinstance(message, dict) and message.keys() >= {"role", "content"}
-        if not fits or not all(_is_text(message[key]) for key in ("role", "content")):
-            raise UserError(f"chat_messages[{index}] has no role and content, both strings; {rule}")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _is_text(value: object) -> bool:
-    """Whether it is a string, and one that UTF-8 can write: JSON may hold half a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+    return checked_messages(messages, "chat_messages", rule)
 
 
 def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:

@@ -12,7 +12,8 @@ from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.planner import Load
-from echo_trt.decoding.policies import PAPER, PLAIN, echo_settings
+from echo_trt.decoding.policies import echo_settings
+from echo_trt.decoding.policy_names import PAPER, PLAIN
 from echo_trt.decoding.super_tree import SuperTree
 
 AMPLE = 10**6
