@@ -18,7 +18,8 @@ from pydantic import (
 )
 
 from echo_trt.gateway.errors import ApiError
-from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_CHARACTERS
+from echo_trt.runtime.parameter import MOST as INT32
+from echo_trt.runtime.params import PARAMETERS
 
 CHOICES = 128  # of one request, prompts times n
 #: Most messages of a chat, and most content parts of a message: as at OpenAI.
@@ -27,7 +28,6 @@ MESSAGES = 2048
 FIELDS = 100
 STOP_STRINGS = 16
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
-INT32, INT64 = 2**31 - 1, 2**63 - 1
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -67,10 +67,24 @@ def _by_token(bias: dict[str, float]) -> dict[int, float]:
     return {int(key): value for key, value in bias.items()}
 
 
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Alternatives = Annotated[int, Field(ge=0, le=20)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+def within(name: str, low: int | None = None, high: int | None = None) -> Any:
+    """The bounds of a sampling parameter, or of its entries; ``low`` and ``high`` are given where OpenAI's differ."""
+    known = PARAMETERS[name]
+    low, high = known.low if low is None else low, known.high if high is None else high
+    if known.kind is str:
+        return Field(min_length=low, max_length=high)
+    return Field(gt=low, le=high) if known.above else Field(ge=low, le=high)
+
+
+def off(name: str) -> Any:
+    """The default of a sampling parameter, which changes nothing."""
+    return PARAMETERS[name].default
+
+
+Limit = Annotated[int, within("max_tokens")]
+Bias = Annotated[float, within("logit_bias")]
+Alternatives = Annotated[int, within("logprobs")]
+Stop = Annotated[str, within("stop")]
 
 
 class Strict(BaseModel):
@@ -89,19 +103,23 @@ class Params(Strict):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=INT32)] = 0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
-    logit_bias: Annotated[dict[str, Bias], AfterValidator(_by_token), at_most(MAX_BIASED, "tokens")] = {}
-    min_tokens: Annotated[int, Field(ge=0, le=INT32)] = 0
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    max_tokens: Limit | None = None
+    temperature: Annotated[float, within("temperature", high=2)] = 1.0
+    top_p: Annotated[float, within("top_p")] = off("top_p")
+    top_k: Annotated[int, within("top_k")] = off("top_k")
+    presence_penalty: Annotated[float, within("presence_penalty")] = off("presence_penalty")
+    frequency_penalty: Annotated[float, within("frequency_penalty")] = off("frequency_penalty")
+    repetition_penalty: Annotated[float, within("repetition_penalty")] = off("repetition_penalty")
+    logit_bias: Annotated[
+        dict[str, Bias],
+        AfterValidator(_by_token),
+        at_most(PARAMETERS["logit_bias"].entries, "tokens"),
+    ] = {}
+    min_tokens: Annotated[int, within("min_tokens")] = off("min_tokens")
+    seed: Annotated[int, within("seed", low=-(2**63))] | None = None
     stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = []
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
-    ignore_eos: bool = False
+    ignore_eos: bool = off("ignore_eos")
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -209,7 +227,7 @@ class ChatRequest(Params):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1), FailFast(), at_most(MESSAGES, "messages")]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: Alternatives = 0
 

@@ -15,38 +15,14 @@ import grpc
 import numpy as np
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient, InferResult
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from echo_trt.gateway.errors import ApiError, from_grpc, unavailable
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.serving.protocol import FIRST
+from echo_trt.serving.triton.tensors import INPUTS
 
-#: input -> Triton's name of its type, numpy's type
-TYPES = {
-    "text_input": ("BYTES", np.object_),
-    "chat_messages": ("BYTES", np.object_),
-    "stop_words": ("BYTES", np.object_),
-    "input_ids": ("INT32", np.int32),
-    "max_tokens": ("INT32", np.int32),
-    "temperature": ("FP32", np.float32),
-    "top_p": ("FP32", np.float32),
-    "top_k": ("INT32", np.int32),
-    "presence_penalty": ("FP32", np.float32),
-    "frequency_penalty": ("FP32", np.float32),
-    "repetition_penalty": ("FP32", np.float32),
-    "logit_bias_ids": ("INT32", np.int32),
-    "logit_bias": ("FP32", np.float32),
-    "min_length": ("INT32", np.int32),
-    "return_log_probs": ("BOOL", np.bool_),
-    "top_logprobs": ("INT32", np.int32),
-    "seed": ("UINT64", np.uint64),
-    "ignore_eos": ("BOOL", np.bool_),
-    "stream": ("BOOL", np.bool_),
-    "exclude_input_in_output": ("BOOL", np.bool_),
-    "priority": ("INT32", np.int32),
-    "deadline_ms": ("INT32", np.int32),
-    "stop": ("BOOL", np.bool_),
-}
+DATATYPES = {tensor.name: tensor.datatype for tensor in INPUTS}
 CODES = grpc.StatusCode.__members__
 #: The field of OpenAI's that each of these comes from.
 PROMPTS = {"chat_messages": "messages", "text_input": "prompt", "input_ids": "prompt"}
@@ -182,10 +158,11 @@ def _failure(message: str, prompt: str | None) -> ApiError:
 
 
 def _tensor(name: str, value: Any) -> InferInput:
-    kind, dtype = TYPES[name]
+    datatype = DATATYPES[name]
     values = value if isinstance(value, list) else [value]
-    array = np.array([v.encode() for v in values] if kind == "BYTES" else values, dtype)[None]  # a batch of one
-    tensor = InferInput(name, array.shape, kind)
+    encoded = [text.encode() for text in values] if datatype == "BYTES" else values
+    array = np.array(encoded, triton_to_np_dtype(datatype))[None]  # a batch of one
+    tensor = InferInput(name, array.shape, datatype)
     tensor.set_data_from_numpy(array)
     return tensor
 

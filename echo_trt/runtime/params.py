@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 
 from echo_trt.errors import UserError
+from echo_trt.runtime.parameter import Parameter, parameter
 
 #: Requests at most that run at once.
 MOST_AT_ONCE = 4096
@@ -20,10 +20,6 @@ MAX_LOGPROBS = 20
 MAX_BIASED = 300
 #: Characters at most of a stop string.
 MAX_STOP_CHARACTERS = 1000
-#: The largest count or token id.
-MOST = 2**31 - 1
-#: Each penalty, and the value at which it is off.
-PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 _SHORT = reprlib.Repr()
 _SHORT.fillvalue = "…"
@@ -31,7 +27,7 @@ _SHORT.fillvalue = "…"
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy. top_k 0 or -1 and top_p 1 are off. ``stop`` strings end the text and are left out of it.
+    """How a text is continued. Greedy, and up to 256 tokens, unless told otherwise.
 
     The same seed gives the same text wherever the logits are the same, whichever policy, batch or load. In bf16 their
     rounding depends on those, but for the policies autoregressive and goodput-exact on CPUs (docs/exactness.md says how
@@ -48,63 +44,83 @@ class SamplingParams:
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
     """
 
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    min_tokens: int = 0
+    max_tokens: int = parameter(256, "new tokens at most", "a whole number from 1 to 2^31 - 1", low=1)
+    temperature: float = parameter(0.0, "0 is greedy", "a number from 0 (greedy) to 100", high=100)
+    top_k: int = parameter(
+        0,
+        "draws from so many of the best tokens; 0 and -1 are off",
+        "a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
+        low=-1,
+    )
+    top_p: float = parameter(
+        1.0,
+        "draws from the smallest set of best tokens with this share; 1 is off",
+        "a number above 0 and up to 1 (off)",
+        high=1,
+        above=True,
+    )
+    seed: int = parameter(
+        0,
+        "repeats a text ([how far](exactness.md#what-a-seed-promises))",
+        "a whole number from 0 to 2^63 - 1",
+        high=2**63 - 1,
+    )
+    stop: tuple[str, ...] = parameter(
+        (),
+        "strings that end the text, and are left out of it",
+        f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
+        kind=str,
+        low=1,
+        high=MAX_STOP_CHARACTERS,
+    )
+    stop_token_ids: tuple[int, ...] = parameter(
+        (), "tokens that end the text, beside the model's own", "token ids from 0 to 2^31 - 1", kind=int
+    )
+    ignore_eos: bool = parameter(False, "goes on after the model's end token", "True or False")
+    presence_penalty: float = parameter(
+        0.0, "taken off the logits of tokens that the answer holds", "a number from -2 to 2, 0 is off", low=-2, high=2
+    )
+    frequency_penalty: float = parameter(
+        0.0,
+        "taken off the logits of tokens, times how often the answer holds them",
+        "a number from -2 to 2, 0 is off",
+        low=-2,
+        high=2,
+    )
+    repetition_penalty: float = parameter(
+        1.0,
+        "divides the logits of tokens that prompt or answer hold; 1 is off",
+        "a number above 0 and up to 100, 1 is off",
+        high=100,
+        above=True,
+    )
+    logprobs: int | None = parameter(
+        None,
+        "log-probabilities of the answer's tokens, and of so many of the best tokens at each place",
+        f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
+        kind=int,
+        high=MAX_LOGPROBS,
+    )
+    logit_bias: Mapping[int, float] = parameter(
+        {},
+        f"added to the logits of these tokens, at most {MAX_BIASED}",
+        f"numbers from -100 to 100 by token id, at most {MAX_BIASED}",
+        kind=float,
+        low=-100,
+        high=100,
+        entries=MAX_BIASED,
+    )
+    min_tokens: int = parameter(
+        0,
+        "new tokens before a stop token or stop string counts, up to the limit; 0 is off",
+        "a whole number from 0 (off) to max_tokens, {0.max_tokens}",
+    )
 
     def __post_init__(self) -> None:
-        for name, valid, rule in (
-            ("max_tokens", _is_count(self.max_tokens) and self.max_tokens >= 1, "a whole number from 1 to 2^31 - 1"),
-            (
-                "temperature",
-                _is_number(self.temperature) and 0 <= self.temperature <= 100,
-                "a number from 0 (greedy) to 100",
-            ),
-            (
-                "top_k",
-                _is_int(self.top_k) and -1 <= self.top_k <= MOST,
-                "a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
-            ),
-            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1 (off)"),
-            ("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            (
-                "stop",
-                _each(self.stop, lambda s: isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS),
-                f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
-            ),
-            ("stop_token_ids", _each(self.stop_token_ids, _is_count), "token ids from 0 to 2^31 - 1"),
-            ("presence_penalty", _is_penalty(self.presence_penalty), "a number from -2 to 2, 0 is off"),
-            ("frequency_penalty", _is_penalty(self.frequency_penalty), "a number from -2 to 2, 0 is off"),
-            (
-                "repetition_penalty",
-                _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
-                "a number above 0 and up to 100, 1 is off",
-            ),
-            (
-                "logprobs",
-                self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-                f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
-            ),
-            ("logit_bias", _is_bias(self.logit_bias), f"numbers from -100 to 100 by token id, at most {MAX_BIASED}"),
-            (
-                "min_tokens",
-                _is_count(self.min_tokens) and _is_count(self.max_tokens) and self.min_tokens <= self.max_tokens,
-                f"a whole number from 0 (off) to max_tokens, {self.max_tokens}",
-            ),
-        ):
-            if not valid:
-                raise UserError(f"{name} is {_SHORT.repr(getattr(self, name))}; give {rule}.")
+        for name, known in PARAMETERS.items():
+            value = getattr(self, name)
+            if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
+                raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.rule.format(self)}.")
 
     @property
     def adjusts_logits(self) -> bool:
@@ -113,33 +129,11 @@ class SamplingParams:
         return penalised or bool(self.logit_bias) or self.min_tokens > 0
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return _is_int(value) and 0 <= value <= MOST
-
-
-def _each(values: object, valid: Callable[[Any], object]) -> bool:
-    return isinstance(values, tuple | list) and all(map(valid, values))  # a bare string is not a list of characters
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is not itself
-
-
-def _is_penalty(value: object) -> bool:
-    return _is_number(value) and -2 <= value <= 2
-
-
-def _is_bias(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) <= MAX_BIASED
-        and all(map(_is_count, value))
-        and all(_is_number(bias) and -100 <= bias <= 100 for bias in value.values())
-    )
+PARAMETERS: dict[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
+#: Each penalty, and the value at which it is off.
+PENALTIES: dict[str, float] = {
+    name: PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+}
 
 
 @dataclass(frozen=True)

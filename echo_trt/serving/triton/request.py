@@ -15,9 +15,9 @@ from echo_trt.models.chat import ChatEncoder, checked_messages
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
+from echo_trt.serving.triton.tensors import DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
-MAX_STOP_WORDS = 64
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Reader:
     def read(self, tensors: Mapping[str, np.ndarray]) -> Ask:
         """``tensors`` by name, each [1, n]; what is absent has its default. Raises UserError."""
         prompt, echoed = self._prompt(tensors)
-        deadline = _number(tensors, "deadline_ms", 0)
+        deadline = _number(tensors, "deadline_ms")
         if deadline < 0:
             raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
-        most, least = _number(tensors, "max_tokens", 256), _number(tensors, "min_length", 0)
+        most, least = _number(tensors, "max_tokens"), _number(tensors, "min_length")
         if least > most >= 1:  # what is wrong with max_tokens itself is said below
             raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
             max_tokens=most,
-            temperature=_number(tensors, "temperature", 0.0),
-            top_k=_number(tensors, "top_k", 0),
-            top_p=_number(tensors, "top_p", 1.0) or 1.0,  # clients of TensorRT-LLM send 0 for "off"
-            seed=_number(tensors, "seed", 0),
+            temperature=_number(tensors, "temperature"),
+            top_k=_number(tensors, "top_k"),
+            top_p=_number(tensors, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+            seed=_number(tensors, "seed"),
             stop=_stop_words(tensors),
-            ignore_eos=bool(_number(tensors, "ignore_eos", False)),
-            presence_penalty=_number(tensors, "presence_penalty", 0.0),
-            frequency_penalty=_number(tensors, "frequency_penalty", 0.0),
-            repetition_penalty=_number(tensors, "repetition_penalty", 1.0),
+            ignore_eos=bool(_number(tensors, "ignore_eos")),
+            presence_penalty=_number(tensors, "presence_penalty"),
+            frequency_penalty=_number(tensors, "frequency_penalty"),
+            repetition_penalty=_number(tensors, "repetition_penalty"),
             logprobs=_logprobs(tensors),
             logit_bias=_logit_bias(tensors),
             min_tokens=least,
@@ -71,10 +71,10 @@ class Reader:
         return Ask(
             prompt,
             params,
-            stream=_number(tensors, "stream", False),
-            statistics=_number(tensors, "return_perf_metrics", False),
-            echoed="" if _number(tensors, "exclude_input_in_output", True) else echoed,
-            priority=_number(tensors, "priority", 0),
+            stream=_number(tensors, "stream"),
+            statistics=_number(tensors, "return_perf_metrics"),
+            echoed="" if _number(tensors, "exclude_input_in_output") else echoed,
+            priority=_number(tensors, "priority"),
             seconds=deadline / 1000 if deadline else None,
         )
 
@@ -93,14 +93,14 @@ class Reader:
             )
         if given[0] == "chat_messages":
             return self._chat.ids(_messages(text)), ""
-        if _number(tensors, "chat", False):
+        if _number(tensors, "chat"):
             return self._chat.ids([{"role": "user", "content": text}]), ""
         return self._tokenizer(text)["input_ids"], text
 
 
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
-    return bool(_number(tensors, "stop", False))
+    return bool(_number(tensors, "stop"))
 
 
 def _messages(text: str) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def _messages(text: str) -> list[dict[str, str]]:
 
 def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:
     """How many of the best tokens' are wanted beside the emitted one's, None for none at all."""
-    wanted, top = _number(tensors, "return_log_probs", False), _number(tensors, "top_logprobs", 0)
+    wanted, top = _number(tensors, "return_log_probs"), _number(tensors, "top_logprobs")
     if top and not wanted:
         raise UserError(f"top_logprobs is {top} and return_log_probs is not true; set both.")
     if not 0 <= top <= MAX_LOGPROBS:
@@ -147,10 +147,13 @@ def _decoded(raw: bytes, name: str) -> str:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
 
 
-def _number(tensors: Mapping[str, np.ndarray], name: str, default: Any) -> Any:
-    """A Python number or bool. A float32 becomes the number that it was written as: 0.7, not 0.699999988."""
+def _number(tensors: Mapping[str, np.ndarray], name: str) -> Any:
+    """A Python number or bool, the default of an absent tensor.
+
+    A float32 becomes the number that it was written as: 0.7, not 0.699999988.
+    """
     if name not in tensors:
-        return default
+        return DEFAULTS[name]
     value = _only(tensors, name)
     return float(str(value)) if isinstance(value, np.floating) else value.item()
 

@@ -1,0 +1,81 @@
+"""The definition of a sampling parameter, from which the API, the gateway, Triton's tensors and the docs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The largest count or token id.
+MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What every interface says of one sampling parameter.
+
+    default    of the value; its type tells a single value, a tuple or a mapping from token ids
+    kind       type of the value or of its entries: int, float, bool or str
+    doc        a line for tables
+    rule       how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
+    low, high  bounds of the value, of its entries, or of their length where they are strings
+    above      whether ``low`` itself is refused
+    entries    entries at most, None: any number
+    """
+
+    default: Any
+    kind: type
+    doc: str
+    rule: str
+    low: int = 0
+    high: int = MOST
+    above: bool = False
+    entries: int | None = None
+
+    @property
+    def values(self) -> str:
+        """The bounds as tables of the docs have them; a string's are those of its length."""
+        if self.kind is bool:
+            return ""
+        low, high = _spelled(self.low), _spelled(self.high)
+        span = f"above {low}, up to {high}" if self.above else f"{low} to {high}"
+        return f"{span} characters" if self.kind is str else span
+
+    def allows(self, value: object) -> bool:
+        """Whether a value has the right type and is within the bounds."""
+        if isinstance(self.default, Mapping):
+            return (
+                isinstance(value, Mapping)
+                and len(value) <= self.entries
+                and all(_is_number(token, int) and 0 <= token <= MOST for token in value)
+                and all(map(self._holds, value.values()))
+            )
+        if isinstance(self.default, tuple):
+            return isinstance(value, tuple | list) and all(map(self._holds, value))  # a string is no list of strings
+        return (value is None and self.default is None) or self._holds(value)
+
+    def _holds(self, value: Any) -> bool:
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if self.kind is str:
+            return isinstance(value, str) and self.low <= len(value) <= self.high
+        if not _is_number(value, self.kind):
+            return False
+        return (self.low < value if self.above else self.low <= value) and value <= self.high  # NaN is within nothing
+
+
+def parameter(default: Any, doc: str, rule: str, *, kind: type | None = None, **bounds: Any) -> Any:
+    """A dataclass's field with a Parameter in its metadata; the default's type is the kind unless another is given."""
+    known = {"metadata": {"parameter": Parameter(default, kind or type(default), doc, rule, **bounds)}}
+    if isinstance(default, dict):
+        return field(default_factory=dict, hash=False, **known)
+    return field(default=default, **known)
+
+
+def _spelled(number: int) -> str:
+    """Write the largest numbers of 32 and 64 bits as powers."""
+    return next((f"2^{bits} - 1" for bits in (31, 63) if number == 2**bits - 1), f"{number:,}")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, int | kind) and not isinstance(value, bool)

@@ -1,0 +1,90 @@
+"""The inputs of the Triton model, defined once: the reader of requests and the gateway's client take them here.
+
+``model_repo/echo/config.pbtxt`` and the table of ``docs/triton-api.md`` say the same; a test compares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from echo_trt.runtime.params import PARAMETERS
+
+DATATYPES = {int: "INT32", float: "FP32", bool: "BOOL", str: "BYTES"}
+MAX_STOP_WORDS = 64
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input of the model.
+
+    datatype  as Triton's protocols name it
+    default   what an absent tensor stands for; None: nothing
+    doc       a line for the docs
+    values    for the docs, where not every value of the datatype is taken
+    many      whether it holds any number of values, else one
+    """
+
+    name: str
+    datatype: str
+    default: Any
+    doc: str
+    values: str = ""
+    many: bool = False
+
+
+def _sampling(parameter: str, name: str | None = None, datatype: str | None = None, **other: Any) -> Tensor:
+    """The tensor of a sampling parameter; ``name`` is TensorRT-LLM's where that is another."""
+    known = PARAMETERS[parameter]
+    facts = {"default": known.default, "doc": known.doc, "values": known.values} | other
+    return Tensor(name or parameter, datatype or DATATYPES[known.kind], **facts)
+
+
+INPUTS = (
+    Tensor("text_input", "BYTES", None, "text to continue, or one user turn where `chat` is true"),
+    Tensor("chat_messages", "BYTES", None, 'JSON list of `{"role", "content"}`, put into the bundle\'s chat template'),
+    Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
+    Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
+    _sampling("max_tokens"),
+    _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
+    _sampling("temperature"),
+    _sampling("top_k"),
+    _sampling("top_p"),
+    _sampling("repetition_penalty"),
+    _sampling("presence_penalty"),
+    _sampling("frequency_penalty"),
+    Tensor("logit_bias_ids", "INT32", None, "tokens whose logits are changed", many=True),
+    _sampling("logit_bias", default=None, many=True),
+    _sampling("min_tokens", "min_length"),
+    _sampling("seed", datatype="UINT64"),
+    _sampling("ignore_eos"),
+    Tensor(
+        "stream",
+        "BOOL",
+        False,
+        "several responses; over HTTP use `generate_stream` then ([why](operations.md#what-to-know-of-triton))",
+    ),
+    Tensor(
+        "exclude_input_in_output",
+        "BOOL",
+        True,
+        "false: `text_input` precedes the answer, unless `chat` is true",
+    ),
+    Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
+    _sampling("logprobs", "top_logprobs", default=0, doc="and of so many of the best tokens at each place"),
+    Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
+    Tensor(
+        "priority",
+        "INT32",
+        0,
+        "lowest first, then by arrival; -2147483648 is for [probes](operations.md#probes)",
+    ),
+    Tensor("deadline_ms", "INT32", 0, "after so long the answer ends as it is; 0 is never", "0 or more"),
+    Tensor(
+        "stop",
+        "BOOL",
+        False,
+        "true: no prompt, but the end of those open requests that have this request's id, which must not be empty",
+    ),
+)
+DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
