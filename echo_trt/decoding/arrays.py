@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+njit: Any = None  # its overloads take no list of signatures
 try:
     from numba import njit
 except ImportError:  # where nothing can be installed
-    njit = None
     warnings.warn("numba is missing: planning and sampling are interpreted, and slow; install numba.", stacklevel=1)
 
 Function = TypeVar("Function", bound=Callable)
@@ -30,9 +30,10 @@ def compiled(signature: str | None = None) -> Callable[[Function], Function]:
             return function
         types = [signature] if signature else []
         try:
-            return njit(*types, cache=True)(function)
+            machine_code: Function = njit(*types, cache=True)(function)
         except RuntimeError:  # no folder of numba's can be written: compiled anew in each process
-            return njit(*types)(function)
+            machine_code = njit(*types)(function)
+        return machine_code
 
     return compile_
 

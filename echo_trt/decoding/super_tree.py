@@ -77,8 +77,16 @@ class SuperTree:
         and its nodes' indices in this tree, in the new order.
         """
         nodes, parent = _by_request(np.ascontiguousarray(nodes, np.int64), self.parent, self.request, self.num_requests)
-        token, *columns = (a[nodes] for a in (self.token, self.request, self.depth, self.score, self.source))
-        return SuperTree(token, parent, *columns, self.num_requests), nodes
+        part = SuperTree(
+            self.token[nodes],
+            parent,
+            self.request[nodes],
+            self.depth[nodes],
+            self.score[nodes],
+            self.source[nodes],
+            self.num_requests,
+        )
+        return part, nodes
 
     def ancestors_and_self(self, nodes: np.ndarray) -> np.ndarray:
         """Mark ``nodes`` and everything above them: bool [n]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import uvicorn
@@ -27,12 +27,13 @@ def run(
     """Serve OpenAI's API from a Triton server that holds an echo model."""
     app = create_app(grpc_url, model, api_keys_file, largest_body)
     most = most_connections()
+    protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
     uvicorn.run(
         app,
         host=host,
         port=port,
         loop="asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
-        http=partial(Connection, most=most),
+        http=protocol,
         backlog=max(most // 4, 1),  # asyncio accepts so many at once before it counts them
         log_level="error",  # its warnings are of what clients send, and any client can send it for ever
         access_log=False,

@@ -45,6 +45,14 @@ def create_app(
     keys = Keys(api_keys_file) if api_keys_file else None
     metrics = Metrics()
 
+    handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
+        ApiError: _ours,
+        HTTPException: _frameworks,
+        ClientDisconnect: _hung_up,  # while its body was read
+        ClientGone: _hung_up,  # while it was answered
+        Exception: _unexpected,
+    }
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.upstream, app.state.bodies = Upstream(grpc_url, model, metrics), Bodies(largest_body)
@@ -61,13 +69,7 @@ def create_app(
             Route("/metrics", show_metrics),
         ],
         middleware=[Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)],
-        exception_handlers={
-            ApiError: _ours,
-            HTTPException: _frameworks,
-            ClientDisconnect: _hung_up,  # while its body was read
-            ClientGone: _hung_up,  # while it was answered
-            Exception: _unexpected,
-        },
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says

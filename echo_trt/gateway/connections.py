@@ -40,12 +40,13 @@ class Connection(H11Protocol):
         self._late: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:  # a selector's: no public type has its max_size
         super().connection_made(transport)
         transport.max_size = READ
         if len(self.connections) > self._most:
-            owing = (other for other in self.connections if other._late)
-            min(owing, key=lambda other: other._late.when(), default=self)._abort()
+            others = (other for other in self.connections if isinstance(other, Connection))
+            owing = {other: other._late.when() for other in others if other._late}
+            min(owing, key=owing.__getitem__, default=self)._abort()
         if not transport.is_closing():
             self._await_request()
 
@@ -56,7 +57,7 @@ class Connection(H11Protocol):
         else:
             self._request_came()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's never keeps a connection
         """Answer a client that has ended its side after a request, as ``nc -N`` does: true keeps the connection.
 
         One that has left sends the same. Writing tells them apart, for the system of the latter refuses it, so an

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 #: Seconds to the first piece of text, upper ends of the histogram's buckets.
@@ -13,7 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = {"namespace": "echo", "subsystem": "gateway", "registry": self._registry}
+        own: dict[str, Any] = {"namespace": "echo", "subsystem": "gateway", "registry": self._registry}
         self.requests = Counter("requests", "Requests answered, by path and HTTP status.", ("path", "status"), **own)
         self.running = Gauge("running", "Requests being answered.", **own)
         self.disconnects = Counter("disconnects", "Clients that hung up before their answer was complete.", **own)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from echo_trt.backends.base import Engine
 from echo_trt.bundle.calibration import Calibration, read_calibration
-from echo_trt.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import reserve_for
@@ -73,9 +73,8 @@ def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | N
     blocks = each * count if linear else limits.kv_blocks or each * count
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
-    target = _engine(folder, manifest, "target", state, blocks)
-    own = recipe.draft.kind in ("model", "eagle3")
-    draft = _engine(folder, manifest, "draft", state, blocks) if own else None
+    target = _engine(folder, manifest, manifest.target, state, blocks)
+    draft = _engine(folder, manifest, manifest.draft, state, blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
     return _networks(manifest, state, target, draft, known)
@@ -90,14 +89,16 @@ def _networks(
     return Networks(manifest, state, target, draft, drafter, copier if settings.copy_text else None, calibration)
 
 
-def _engine(folder: Path, manifest: Manifest, network: str, state: Slots, blocks: int) -> Engine:
-    file = folder / (manifest.target if network == "target" else manifest.draft).file
-    if network == "target" and manifest.target.rank_files:
+def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots, blocks: int) -> Engine:
+    """Open the network of ``facts``: the manifest's target, or its draft."""
+    file, network = folder / facts.file, "target" if facts is manifest.target else "draft"
+    if network == "target" and facts.rank_files:
         return _ranked(folder, manifest, state, blocks)
     if manifest.tensorrt:
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
-        return TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, *state.block_table.shape, blocks)
+        slots, slot_blocks = state.block_table.shape
+        return TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks)
     if manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
@@ -131,13 +132,15 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
 
 def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engine:
     """A divided target, in a process a rank; the draft stands whole in this one."""
-    from echo_trt.backends.parallel.ranked import RankedEngine
+    from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine
 
     files = tuple(folder / file for file in manifest.target.rank_files)
+    opened: OpenRank
     if manifest.tensorrt:
         from echo_trt.backends.tensorrt.engine import TensorRTRank
 
-        opened = TensorRTRank(files, manifest.engine, manifest.tensorrt, *state.block_table.shape, blocks)
+        slots, slot_blocks = state.block_table.shape
+        opened = TensorRTRank(files, manifest.engine, manifest.tensorrt, slots, slot_blocks, blocks)
     else:
         from echo_trt.backends.torch.engine import TorchRank
 
@@ -147,7 +150,7 @@ def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engi
 
 def _drafter(manifest: Manifest, state: Slots, engine: Engine | None) -> Drafter | None:
     draft, facts = manifest.recipe.draft, manifest.draft
-    if engine is None:
+    if engine is None or facts is None:
         return None
     chunk = manifest.recipe.limits.prefill_chunk
     if draft.kind == "model":

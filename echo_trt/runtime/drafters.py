@@ -55,7 +55,7 @@ class TimedDraft:
 
     def __init__(self, drafter: Drafter, slots: np.ndarray):
         self._drafter, self._slots = drafter, slots
-        self._draft: IterationDraft | None = None
+        self._draft: IterationDraft  # begins with the roots
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
 
@@ -99,7 +99,7 @@ class EngineDrafter:
         """Tokens and further inputs of committed entries ``index`` [m] of ``slots`` [m]."""
         return self.state.tokens[slots, index], {}
 
-    def node_inputs(self, hidden: np.ndarray | None) -> dict[str, np.ndarray]:
+    def node_inputs(self, hidden: np.ndarray) -> dict[str, np.ndarray]:
         """Further inputs of drafted nodes, whose parents' states are ``hidden`` [m, H]."""
         return {}
 
@@ -111,7 +111,8 @@ class EngineDrafter:
         """Entries of each of ``slots`` that the next pass for it must compute: 1 or more."""
         self._find(slots[self.cached[slots] == UNKNOWN])
         # The newest entry runs again if nothing else is missing: its outputs are what the iteration starts from.
-        return np.maximum(self.state.committed[slots] + self.ahead - self.cached[slots], 1)
+        entries: np.ndarray = np.maximum(self.state.committed[slots] + self.ahead - self.cached[slots], 1)
+        return entries
 
     def _find(self, slots: np.ndarray) -> None:
         """What requests that share a text's blocks have drafted of it, its own draft need not catch up with."""
@@ -170,7 +171,7 @@ class Eagle3Drafter(EngineDrafter):
         features = self._features[self.state.rows(slots, index)]
         return self.state.tokens[slots, index + 1], {"features": features, "hidden": self._no_hidden}
 
-    def node_inputs(self, hidden: np.ndarray | None) -> dict[str, np.ndarray]:
+    def node_inputs(self, hidden: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": self._no_features, "hidden": hidden}
 
 
@@ -217,12 +218,12 @@ class EngineDraft:
             row_of[nodes],
             (mask, np.append(mask_begins[requests], mask_begins[-1])),
         )
-        hidden = None
+        inputs: dict[str, np.ndarray] = {}
         if self._states is not None:
             sorter = np.argsort(self._expanded)
             place = np.searchsorted(self._expanded, tree.parent[order], sorter=sorter)
-            hidden = self._states[sorter[place]]
-        outputs = drafter.engine.run(call, **drafter.node_inputs(hidden))
+            inputs = drafter.node_inputs(self._states[sorter[place]])
+        outputs = drafter.engine.run(call, **inputs)
         self._keep(nodes, outputs, row_of[nodes])
         return outputs["scores"].copy(), outputs["candidates"].copy()
 

@@ -73,7 +73,8 @@ class LookupDraft:
 
     def _copied(self, requests: np.ndarray, offset: np.ndarray) -> np.ndarray:
         place = np.minimum(self._next[requests] + offset, self._length[requests] - 1)
-        return self._text[requests, place].astype(np.int64)[:, None]
+        tokens: np.ndarray = self._text[requests, place].astype(np.int64)
+        return tokens[:, None]
 
 
 @compiled("UniTuple(i8[::1], 2)(i4[:, :], i8[::1], i8)")

@@ -36,7 +36,7 @@ class Request:
     prompt were in the prefix cache when it first came to a place.
     """
 
-    id: int | str
+    id: int
     prompt: np.ndarray
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
@@ -275,13 +275,17 @@ class Loop:
         with self._timed("pack"):
             past, rows = state.committed[slots], np.arange(len(tree))
             mask = ancestor_mask(tree) if len(tree) > len(slots) else None
-            each = tree.token, past[tree.request] + tree.depth, past, tree.sizes, state.block_table[slots], rows
+            depths, table = past[tree.request] + tree.depth, state.block_table[slots]
+            columns: tuple[np.ndarray, ...] = (tree.token, depths, past, tree.sizes, table, rows)
             finishing = chunk_slots
             if len(chunk_slots):
                 ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
                 finishing = chunk_slots[ends]
-                each = map(np.concatenate, zip(each, self._chunks(chunk_slots, chunks, len(tree), ends), strict=True))
-            call = pack(*each, mask, padded_to=0 if len(chunk_slots) else plan.padded_to)
+                behind = self._chunks(chunk_slots, chunks, len(tree), ends)
+                columns = tuple(map(np.concatenate, zip(columns, behind, strict=True)))
+            tokens, positions, past, counts, table, rows = columns
+            padded_to = 0 if len(chunk_slots) else plan.padded_to
+            call = pack(tokens, positions, past, counts, table, rows, mask, padded_to)
             # Summed up before the pass: right behind one, whose weights fill the cache, every first line takes longer.
             nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
             context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
@@ -317,7 +321,7 @@ class Loop:
         if moved.any():
             self.target.move(state.rows(owner[moved], source[moved]), state.rows(owner[moved], target[moved]))
         if self.drafter:
-            self._observe(verified, owner[in_tree], target[in_tree], path[in_tree], chunk_slots, chunks)
+            self._observe(self.drafter, verified, owner[in_tree], target[in_tree], path[in_tree], chunk_slots, chunks)
         state.committed[slots[:trees]] += counts[:trees]
         state.committed[chunk_slots] += chunks
         for slot in slots[trees:]:  # prompts that are complete
@@ -325,13 +329,22 @@ class Loop:
         self.counters.prompt_tokens += int(chunks.sum())
         return self._emit(verified, path, counts, emitted)
 
-    def _observe(self, verified, owner, positions, path, chunk_slots, chunks) -> None:
+    def _observe(
+        self,
+        drafter: Drafter,
+        verified: Verified,
+        owner: np.ndarray,
+        positions: np.ndarray,
+        path: np.ndarray,
+        chunk_slots: np.ndarray,
+        chunks: np.ndarray,
+    ) -> None:
         if len(chunk_slots):
             chunk_owner, total = np.repeat(chunk_slots, chunks), len(verified.call.token_ids)
             owner = np.concatenate((owner, chunk_owner))
             positions = np.concatenate((positions, self.state.committed[chunk_owner] + ragged_arange(chunks)))
             path = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
-        self.drafter.observe(self.state.rows(owner, positions), verified.outputs, path)
+        drafter.observe(self.state.rows(owner, positions), verified.outputs, path)
 
     def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
         state, slots = self.state, verified.slots
@@ -356,7 +369,7 @@ class Loop:
         return emission
 
     @contextmanager
-    def _timed(self, phase: str):
+    def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._add_seconds(phase, time.perf_counter() - start)

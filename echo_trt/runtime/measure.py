@@ -18,7 +18,7 @@ from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.echo.budget import fit_hinge
-from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.slots import blocks_for
@@ -126,9 +126,8 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     # Requests with long contexts, one token each; the same with NODES tokens each.
     wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
-    calls = [calls[n] for n in sizes]
-    calls += [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
-    taken = _rounds(run, calls, seconds)
+    far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
+    taken = _rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
     *usual, far, tree = _typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
     base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
@@ -166,7 +165,8 @@ def _typical(taken: np.ndarray) -> np.ndarray:
     each round. Of the rounds the lower quartile: whatever else ran only ever adds.
     """
     rounds = taken[:, np.isfinite(taken).all(axis=0)].mean(axis=1)
-    return np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
+    seconds: np.ndarray = np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
+    return seconds
 
 
 def _change(networks: Networks) -> float:
@@ -195,7 +195,7 @@ def _spread(tokens: int, slots: int) -> np.ndarray:
     return tokens // requests + (np.arange(requests) < tokens % requests)
 
 
-def _call(networks: Networks, counts: np.ndarray, context: int):
+def _call(networks: Networks, counts: np.ndarray, context: int) -> Packed:
     """``counts`` [B] tokens of each request: one, or a chain with a tree's mask."""
     requests, blocks = len(counts), blocks_for(context + int(counts.max()))
     table = networks.state.block_table[:requests]
@@ -207,12 +207,12 @@ def _call(networks: Networks, counts: np.ndarray, context: int):
     return pack(np.ones(total), context + place, np.full(requests, context), counts, table, np.arange(total), mask)
 
 
-def _seconds(run: Callable, call) -> float:
+def _seconds(run: Callable, call: Packed) -> float:
     run(call)  # a pass of another size than the last one takes longer
     return _timed(run, call)
 
 
-def _timed(run: Callable, call) -> float:
+def _timed(run: Callable, call: Packed) -> float:
     begin = time.perf_counter()
     run(call)
     return time.perf_counter() - begin

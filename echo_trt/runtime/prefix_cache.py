@@ -47,7 +47,7 @@ class PrefixCache:
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of ``keys``, up to the first that is not known."""
-        return list(takewhile(lambda block: block is not None, map(self._block.get, keys)))
+        return [self._block[key] for key in takewhile(self._block.__contains__, keys)]
 
     def idle_of(self, blocks: Sequence[int]) -> int:
         """How many of ``blocks`` are idle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from echo_trt.decoding.arrays import compiled, ragged_arange
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
 
 
 class Slots:
@@ -37,7 +40,10 @@ class Slots:
         always s * M to s * M + M - 1, and nothing is shared. Else all slots draw on one pool of so many blocks, from
         ``first_block`` on in the engine.
         """
-        ints = lambda *shape: np.zeros(shape, np.int64)  # noqa: E731
+
+        def ints(*shape: int) -> np.ndarray:
+            return np.zeros(shape, np.int64)
+
         self.count, self.context, self.reserve = count, context, reserve
         self.active = np.zeros(count, bool)
         self.tokens = np.zeros((count, context), np.int32)
@@ -56,7 +62,8 @@ class Slots:
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
         self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
         self.blocks_held = ints(count)
-        self.num_blocks = self._free_count = self.block_table.size if self.linear else num_blocks
+        self.num_blocks = self.block_table.size if num_blocks is None else num_blocks
+        self._free_count = self.num_blocks
         self._free = (first_block + np.arange(self.num_blocks, dtype=np.int32))[::-1].copy()  # a stack
         self.cache = PrefixCache(prefix_cache and not self.linear)
         # Whether the draft's KV of a block's text is in it, too.
@@ -194,7 +201,7 @@ class Slots:
         """Empty the cache, before something writes over the pool."""
         self._give(self.cache.clear())
 
-    def _give(self, blocks: Sequence[int]) -> None:
+    def _give(self, blocks: Sequence[int] | np.ndarray) -> None:
         self._free[self._free_count : self._free_count + len(blocks)] = blocks
         self._free_count += len(blocks)
 
@@ -212,9 +219,10 @@ class Slots:
         return _append(self.tokens, self.length, self.limit, self.stop_tokens, slots, counts, tokens)
 
 
-def blocks_for(tokens):
+def blocks_for(tokens: Tokens) -> Tokens:
     """Blocks that hold this many tokens; an int or an array of them."""
-    return -(-tokens // BLOCK)
+    blocks: Tokens = -(-tokens // BLOCK)
+    return blocks
 
 
 def _shareable(length: int) -> int:

@@ -76,7 +76,8 @@ class Verified:
     def _best(self, nodes: np.ndarray) -> np.ndarray:
         logits = self.outputs["logits"]
         if len(nodes) == len(logits) or not isinstance(logits, np.ndarray):
-            return self._logits(nodes).argmax(axis=1)
+            best: np.ndarray = self._logits(nodes).argmax(axis=1)
+            return best
         return np.array([logits[node].argmax() for node in nodes.tolist()])  # row by row: to copy them takes longer
 
     def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
@@ -113,7 +114,8 @@ class Verified:
         state, slots = self.state, self.slots[self.tree.request[nodes]]
         temperature = state.temperature[slots]
         if not temperature.any():
-            return logits.argmax(axis=1)
+            best: np.ndarray = logits.argmax(axis=1)
+            return best
         # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
         place = state.length[slots] + self.tree.depth[nodes]
         return sample(logits, temperature, state.top_k[slots], state.top_p[slots], state.seed[slots], place)
@@ -121,7 +123,8 @@ class Verified:
     def _generated(self, nodes: np.ndarray) -> np.ndarray:
         """How many tokens of its request's answer there are up to each node."""
         slots = self.slots[self.tree.request[nodes]]
-        return self.state.length[slots] - self.state.prompt_length[slots] + self.tree.depth[nodes]
+        count: np.ndarray = self.state.length[slots] - self.state.prompt_length[slots] + self.tree.depth[nodes]
+        return count
 
 
 def with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:

@@ -265,7 +265,7 @@ class Service:
             for job in probes:
                 self._end(job, "busy")  # nothing happens to one that had its token
         if self._on_trial and len(emission.requests):
-            self._pass_trial()
+            self._pass_trial(self._on_trial)
 
     def _tell(self, job: Job, tokens: Sequence[int]) -> None:
         """New tokens of a request, and its end where they bring it."""
@@ -358,9 +358,9 @@ class Service:
                 self._suspects.append(job)
         self._requeue([job for job in inside if job not in running])
 
-    def _pass_trial(self) -> None:
+    def _pass_trial(self, job: Job) -> None:
         """The engine has done again what it failed at, with this request alone. It waits for the other suspects."""
-        job, self._on_trial = self._on_trial, None
+        self._on_trial = None
         job.failures = 0
         if self._suspects:
             self.loop.set_back()

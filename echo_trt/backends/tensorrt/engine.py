@@ -104,7 +104,8 @@ class TensorRTEngine:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
-    def run(self, call: Packed, **inputs: np.ndarray | DeviceRows) -> dict[str, np.ndarray | DeviceRows]:
+    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
         inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         with torch.cuda.stream(self._stream):
             if self._layout:

@@ -35,4 +35,5 @@ def _best_first(tree: SuperTree, nodes: np.ndarray, most: np.ndarray) -> np.ndar
     """
     nodes = nodes[np.argsort(-tree.score[nodes], kind="stable")]
     owner = tree.request[nodes]
-    return nodes[rank_within(owner) < most[owner]]
+    best: np.ndarray = nodes[rank_within(owner) < most[owner]]
+    return best

@@ -102,7 +102,8 @@ def _as_shares(children: np.ndarray) -> np.ndarray:
     """children [levels, w, quantiles], each level's as a share of its parent -> as a share of the first parent."""
     best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: who is likely goes on to be
     above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))
-    return above[:, None] * children
+    shares: np.ndarray = above[:, None] * children
+    return shares
 
 
 def _trees(children: np.ndarray) -> np.ndarray:
@@ -112,7 +113,8 @@ def _trees(children: np.ndarray) -> np.ndarray:
     drawn = np.indices((quantiles,) * levels).reshape(levels, -1)
     shares = children[np.arange(levels)[:, None], :, drawn].transpose(0, 2, 1)  # [levels, w, combinations]
     above = np.cumprod(np.concatenate((np.ones_like(shares[:1, 0]), shares[:-1, 0])), axis=0)
-    return (above[:, None] * shares).reshape(-1, drawn.shape[1])
+    worth: np.ndarray = above[:, None] * shares
+    return worth.reshape(-1, drawn.shape[1])
 
 
 @compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")

@@ -39,8 +39,8 @@ class Candidates:
         self.probability = np.ones(len(tree))
         self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
         self._copy_under = np.full(len(tree), -1)  # node -> its copied child
-        self._copied_log_q = None if copied is None else copied.log_q
-        self._chain: np.ndarray | None = None
+        self._copied_log_q = np.zeros(0) if copied is None else copied.log_q
+        self._chain = np.zeros((0, 0), np.int64)  # empty where nothing is copied
         self._continued: Chains | None = None  # by n-grams, of the leaves that there are now
         if copied is not None:
             self._hang(copied)
@@ -51,7 +51,8 @@ class Candidates:
     @property
     def value(self) -> np.ndarray:
         """Expected tokens, each weighed as its request is: float64 [n]."""
-        return self.probability * self.weights[self.tree.request]
+        value: np.ndarray = self.probability * self.weights[self.tree.request]
+        return value
 
     def add(self, parents: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int) -> None:
         """The head's children of ``parents`` [F, 1]: log q and tokens [F, k], best first, of which ``width`` count."""
@@ -62,13 +63,13 @@ class Candidates:
         room = self._room[tree.request[parents]] > tree.depth[parents]
         copy = self._copy_under[parents]
         number, parent, new, score, same = _children(parents, room, copy, token, log_q, tree.token, tree.score)
-        if self._chain is not None:
+        if self._chain.size:
             agreed = np.flatnonzero(same >= 0)
             self._agree(copy[agreed], log_q[agreed, same[agreed]])
             self._disagree(copy, same, log_q)
             self._expandable[copy[copy >= 0]] = True
         nodes = self._append(parent[:number], new[:number], score[:number])
-        if self._one_path and self._chain is not None:
+        if self._one_path and self._chain.size:
             self._give_up_rivals(nodes)
 
     def _give_up_rivals(self, nodes: np.ndarray) -> None:
@@ -109,7 +110,8 @@ class Candidates:
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """P(accept) of the best node of depth 1 of each of ``requests``, 0 where there is none."""
         tree = self.tree
-        return _best_child(tree.depth, tree.request, self.probability, tree.num_requests)[requests]
+        best: np.ndarray = _best_child(tree.depth, tree.request, self.probability, tree.num_requests)[requests]
+        return best
 
     def _hang(self, copied: Continuations) -> None:
         """The chains, request by request; ``_chain`` [B, L] has their nodes, -1 beyond a chain's end."""

@@ -80,14 +80,14 @@ class NGrams:
 
 
 @compiled("u8(u8, i8)")
-def _mix(state: int, token: int) -> int:
+def _mix(state: np.uint64, token: int) -> np.uint64:
     """The state of a context that is one token longer, towards its beginning."""
     state = (state ^ np.uint64(token)) * np.uint64(0x9E3779B97F4A7C15)
     return state ^ (state >> np.uint64(29))
 
 
 @compiled("u4(u8)")
-def _key(state: int) -> int:
+def _key(state: np.uint64) -> np.uint32:
     return np.uint32(state >> np.uint64(32))
 
 
@@ -121,7 +121,7 @@ def _slots(keys: np.ndarray) -> np.ndarray:
     bits = 1
     while 1 << bits < 2 * len(keys):
         bits += 1
-    slots, slot = np.full(1 << bits, _EMPTY), -1
+    slots, slot = np.full(1 << bits, _EMPTY), np.int64(-1)
     for place in range(len(keys)):
         slot = max(np.int64(keys[place]) >> (32 - bits), slot + 1)
         while slots[slot & (len(slots) - 1)] != _EMPTY:  # behind the end it goes on at the beginning
@@ -131,14 +131,14 @@ def _slots(keys: np.ndarray) -> np.ndarray:
 
 
 @compiled("i8(u8[::1], i8, u4)")
-def _find(slots: np.ndarray, shift: int, key: int) -> int:
+def _find(slots: np.ndarray, shift: int, key: np.uint32) -> np.int64:
     """The place of ``key``, which ``shift`` takes to its slot, or -1."""
     slot = np.int64(key) >> shift
     while slots[slot] != _EMPTY:
         if np.uint32(slots[slot] >> np.uint64(32)) == key:
             return np.int64(slots[slot] & np.uint64(0xFFFFFFFF))
         slot = (slot + 1) & (len(slots) - 1)
-    return -1
+    return np.int64(-1)
 
 
 _TABLE = "Tuple((u8[::1], i8, i8[::1], f8[::1], i8, f8))"
@@ -169,7 +169,7 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
             words[end - 1 - back] = recent[own, recent.shape[1] - 1 - back]
         last, p, above = longest, probability[leaf], leaf
         for level in range(depth[leaf] + 1, deepest[own] + 1):
-            found, state = -1, np.uint64(_SEED)
+            found, state = np.int64(-1), np.uint64(_SEED)
             for back in range(longest):
                 if words[last - 1 - back] < 0:
                     break

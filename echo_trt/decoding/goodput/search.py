@@ -34,12 +34,14 @@ def _add(histogram: np.ndarray, value: float, number: float) -> None:
 def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
     """The most that verifying the best of these nodes, any number that has a price, is worth."""
     most = len(verification) - 1
-    count, total, best = 0.0, 0.0, -verification[0]
+    count, total = 0.0, 0.0
+    best: float = -verification[0]
     for cell in range(BINS):
         number, value = histogram[0, cell], histogram[1, cell]
         if count + number >= most:  # as many of them as have one
             share = (most - count) / number if number > 0 else 0.0
-            return max(best, total + share * value - verification[most])
+            best = max(best, total + share * value - verification[most])
+            break
         count += number
         total += value
         low = int(count)

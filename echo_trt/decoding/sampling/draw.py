@@ -74,7 +74,7 @@ def uniform(seed: np.uint64, place: np.uint64, token: int) -> float:
     call, word = token // _BLOCK * _CALLS + token % _CALLS, token // _CALLS % 4
     high = _noise(seed, place, call, 1, _FIRST_HALF)[word, 0]
     low = _noise(seed, place, call, 1, _SECOND_HALF)[word, 0]
-    return (np.float64((high << _LONG) | (low >> _SHORT)) + 0.5) * 2.0**-52
+    return float((np.float64((high << _LONG) | (low >> _SHORT)) + 0.5) * 2.0**-52)
 
 
 def sample(
@@ -95,11 +95,11 @@ def sample(
     place        int [n], of the token in its text, prompt included
     returns      int64 [n]
     """
-    tokens = logits.argmax(axis=1)
+    tokens: np.ndarray = logits.argmax(axis=1)
     drawn = np.flatnonzero((temperature > _COLDEST) & (top_k != 1))
     if len(drawn) == 0:
         return tokens
-    rows = np.require(logits if len(drawn) == len(logits) else logits[drawn], np.float32, "CW")
+    rows = np.require(logits if len(drawn) == len(logits) else logits[drawn], np.float32, ["C", "W"])
     seeds, places = seed[drawn].astype(np.uint64), place[drawn].astype(np.uint64)
     for i, (row, key, counter) in enumerate(zip(rows, seeds, places, strict=True)):
         n = drawn[i]
@@ -122,10 +122,10 @@ def limited(logits: np.ndarray, temperature: float, top_k: int, top_p: float) ->
         return logits
     tokens = _largest(logits, top_k) if shortened else None
     if top_p < 1:
-        values = logits[tokens] if shortened else logits
+        values = logits if tokens is None else logits[tokens]
         weights = np.exp((values - values.max()) / np.float32(temperature))
         nucleus = _largest(values, _nucleus_size(weights, top_p))
-        tokens = tokens[nucleus] if shortened else nucleus
+        tokens = nucleus if tokens is None else tokens[nucleus]
     kept = np.full(size, -np.inf, np.float32)
     kept[tokens] = logits[tokens]
     return kept
@@ -166,7 +166,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 @compiled()
-def _may_win(behind: float, high: np.uint64) -> bool:
+def _may_win(behind: np.float64, high: np.uint64) -> np.bool_:
     """Tell, without a logarithm, whether a token can arrive first; rarely right where it says yes, always where no.
 
     behind  what -log E must exceed for that, above -64
@@ -191,7 +191,7 @@ def _race(logits: np.ndarray, temperature: float, best: int, seed: np.uint64, pl
     are too far behind for any, without a logarithm if they are for theirs.
     """
     top, inverse = np.float64(logits[best]), 1 / temperature
-    score = -math.log(-math.log1p(-uniform(seed, place, best)))
+    score = np.float64(-math.log(-math.log1p(-uniform(seed, place, best))))
     for begin in range(0, len(logits), _BLOCK):
         block = logits[begin : begin + _BLOCK]
         possible = 0

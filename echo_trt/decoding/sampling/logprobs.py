@@ -13,7 +13,8 @@ def log_normalisers(logits: np.ndarray) -> np.ndarray:
     """log sum exp of each row of ``logits`` [m, V] float32: what to take off a logit. float32 [m]"""
     peak = logits.max(axis=1, keepdims=True)
     parts = logits - peak
-    return peak[:, 0] + np.log(np.exp(parts, out=parts).sum(axis=1))
+    normalisers: np.ndarray = peak[:, 0] + np.log(np.exp(parts, out=parts).sum(axis=1))
+    return normalisers
 
 
 def best_tokens(logits: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from echo_trt.decoding.goodput.acceptance import SOURCES
-from echo_trt.serving.service import Event, Statistics
+from echo_trt.serving.service import End, Statistics
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 
@@ -39,7 +39,7 @@ class Metrics:
 
     def __init__(self, family: Any):
         counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
-        self._families = []  # a family that is collected takes its metrics along
+        self._families: list[Any] = []  # a family that is collected takes its metrics along
 
         def make(name: str, description: str, kind: Any, labels: dict[str, str] | None = None, **more: Any) -> Any:
             self._families.append(family(name=f"echo_{name}", description=description, kind=kind))
@@ -83,9 +83,8 @@ class Metrics:
     def observe(self, name: str, seconds: float) -> None:
         self._histograms[name].observe(seconds)
 
-    def ended(self, event: Event) -> None:
-        """A request's last event."""
-        end = event.end
+    def ended(self, end: End) -> None:
+        """Observe a request's seconds in the queue and until its first token."""
         if end.queue_seconds is not None:
             self.observe("queue", end.queue_seconds)
         if end.first_token_seconds is not None:
@@ -104,8 +103,8 @@ class Metrics:
             self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
         self._count_gates(now.counters.reached)
         for what, sums in now.drafts.items():
-            for source, number in sums.items():
-                self._count(f"drafts {source} {what}", self._by_source[source, what], number)
+            for source, tokens in sums.items():
+                self._count(f"drafts {source} {what}", self._by_source[source, what], tokens)
         if now.policy not in self._by_policy:
             self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
         for name, metric in self._by_policy.items():

@@ -85,9 +85,10 @@ class TritonPythonModel:
 def _id(request: pb_utils.InferenceRequest) -> str:
     """The client's own, or empty. Raises UserError."""
     try:
-        return request.request_id()
+        id: str = request.request_id()
     except UnicodeDecodeError as error:
         raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
+    return id
 
 
 def _wants_codes(request: pb_utils.InferenceRequest) -> bool:

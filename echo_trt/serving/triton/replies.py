@@ -64,7 +64,7 @@ class Replies:
     def __init__(self, service: Service, signals: Path | None = None):
         self._service, self._signals = service, signals
         self._events: queue.SimpleQueue[tuple[Reply, Event | None] | str | None] = queue.SimpleQueue()
-        self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
+        self._open: dict[Reply, Job] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
         self._thread.start()
@@ -103,11 +103,12 @@ class Replies:
                     running = False
                 elif isinstance(item, str):
                     self._stop(item)
-                elif item[1] is None:
-                    if not item[0].ended:
-                        self._open[item[0]] = None
                 else:
-                    self._merge(*item, changed, metrics)
+                    reply, event = item
+                    if event is not None:
+                        self._merge(reply, event, changed, metrics)
+                    elif reply.job and not reply.ended:
+                        self._open[reply] = reply.job
             for reply, event in changed.items():
                 if event.end or (reply.ask.stream and reply.text):
                     self._send(reply, event.end)
@@ -143,7 +144,7 @@ class Replies:
         if event.token_ids:
             reply.last = event.time
         if client and event.end:
-            metrics.ended(event)
+            metrics.ended(event.end)
             metrics.observe("request", event.time - reply.arrived)
         changed[reply] = event
 
@@ -167,15 +168,15 @@ class Replies:
             (self._signals / "drained").touch()
 
     def _stop(self, id: str) -> None:
-        for reply in self._open:
+        for reply, job in self._open.items():
             if reply.id == id:
-                self._service.cancel(reply.job)
+                self._service.cancel(job)
 
     def _cancel_abandoned(self) -> None:
         for reply in list(islice(self._open, LOOKED_AT)):
-            self._open[reply] = self._open.pop(reply)  # the last, next time
+            self._open[reply] = job = self._open.pop(reply)  # the last, next time
             if reply.sender.is_cancelled():
-                self._service.cancel(reply.job)
+                self._service.cancel(job)
 
 
 def triton_process() -> int:
