@@ -160,12 +160,18 @@ class Params(Strict):
         return self
 
     @property
+    def limit(self) -> int:
+        """The most tokens of one choice; each endpoint has its own default."""
+        raise NotImplementedError
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def wants_running_usage(self) -> bool:
-        return self.wants_usage and self.stream_options.continuous_usage_stats
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
 
     def seeds(self) -> list[int]:
         """One a choice: the request's seed, plus one for each choice after the first; without one, a random start."""

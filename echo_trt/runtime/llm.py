@@ -172,7 +172,7 @@ class LLM:
         logits = self.loop.target.run(call)["logits"][0]
         return float(abs(logits[first[shared]] - logits[second[shared]]))
 
-    def request(self, id: int | str, ids: Sequence[int], params: SamplingParams) -> Request:
+    def request(self, id: int, ids: Sequence[int], params: SamplingParams) -> Request:
         """A request for the loop; token ids that the target does not have are refused."""
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:

@@ -182,11 +182,12 @@ class Costs:
         that it is expected to stay in use, and twice that, since one chosen for a single plan tends to be left sooner.
         """
         sizes = self._filled(roots, nodes)
-        seconds = self.target.base(int(sizes.max()))[sizes]
+        seconds: np.ndarray = self.target.base(int(sizes.max()))[sizes]
         if self.change <= 0:
             return seconds
         left = 2 * 2 * self.change * (1 - self._stays[np.minimum(sizes, _SIZES)])
-        return seconds + np.where(sizes == self._size, 0.0, left)
+        seconds = seconds + np.where(sizes == self._size, 0.0, left)
+        return seconds
 
     def plain(self, requests: int, context: int) -> float:
         """Seconds of the target's pass of plain decoding."""

@@ -85,13 +85,13 @@ class GoodputPlanner:
         seconds = Verifications(self.costs, load, held_nodes)
         if self._head and load.room.any():
             self._draft(draft, Search(candidates, load, seconds, price))
-        if self.ngrams is not None:
-            candidates.go_on(self._continued(candidates, load))
+        if (chains := self._continued(candidates, load)) is not None:
+            candidates.go_on(chains)
         chosen = select(candidates.value, candidates.tree, settings.per_request, seconds.upto(len(candidates)), price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         history.planned(len(tree) > len(roots))
         self._found = candidates.probability[len(roots) :]
-        padded_to = self.costs.kept(len(tree), len(roots) + held_nodes) if holds else 0
+        padded_to = 0 if held_nodes is None else self.costs.kept(len(tree), len(roots) + held_nodes)
         return Plan(tree, candidates.probability[nodes], candidates.tree, padded_to)
 
     def totals(self) -> dict[str, dict[str, float]]:
@@ -104,7 +104,9 @@ class GoodputPlanner:
                 self.history.forget(slot)
             self._serial[load.slots] = load.serial
 
-    def _continued(self, candidates: Candidates, load: Load) -> Chains:
+    def _continued(self, candidates: Candidates, load: Load) -> Chains | None:
+        if self.ngrams is None or load.recent is None:
+            return None
         return candidates.continued(self.ngrams, load.recent[:, -self.ngrams.longest :], self.settings.max_depth)
 
     def price(self, load: Load) -> float:
@@ -162,8 +164,7 @@ class GoodputPlanner:
         children, brought = foreseen.below[depth], foreseen.brought[depth]
         known = candidates.value[candidates.tree.num_requests :]
         going_on, moved = np.empty(0), np.empty(0, bool)
-        if self.ngrams is not None:
-            chains = self._continued(candidates, load)
+        if (chains := self._continued(candidates, load)) is not None:
             going_on = chains.probability * candidates.weights[chains.request]
             moved = candidates.tree.depth[chains.leaf] == depth
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
@@ -242,7 +243,7 @@ class Verifications:
     def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
         """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without, or
         has all that it may."""
-        if self.held:
+        if self._held is not None:
             return np.zeros(self._held + 1)
         while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
             numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
@@ -252,7 +253,7 @@ class Verifications:
     def _longest(self) -> float:
         """What the last one takes more than none, at least: sizes beyond it may be spared the price of change."""
         last = len(self._seconds) - 1
-        return self._costs.target(self._tokens + last) + self._each * last - self._seconds[0]
+        return float(self._costs.target(self._tokens + last) + self._each * last - self._seconds[0])
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:

@@ -76,7 +76,8 @@ class History:
         if len(slots) < 2:
             return np.ones(len(slots))
         low, high = _LIMITS
-        return np.minimum(np.maximum((progress.mean() / progress) ** _AGEING, low), high)
+        weights: np.ndarray = np.minimum(np.maximum((progress.mean() / progress) ** _AGEING, low), high)
+        return weights
 
     def begin(self, slots: np.ndarray) -> None:
         """An iteration that could draft for ``slots`` [B] begins."""
@@ -96,7 +97,8 @@ class History:
         if len(requests) == 0:
             return requests
         self._credit = 0.0
-        return requests[self._idle[slots[requests]].argmax()][None]
+        longest = self._idle[slots[requests]].argmax()
+        return requests[longest : longest + 1]
 
     def observe(
         self,

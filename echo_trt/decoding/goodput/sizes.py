@@ -57,7 +57,8 @@ class _Known:
         return (levels > 0) * self._cold + levels * self._level
 
     def drafting(self, requests: int) -> np.ndarray:
-        return self._slower * self._usual(requests)
+        seconds: np.ndarray = self._slower * self._usual(requests)
+        return seconds
 
     def learn(self, probability: np.ndarray, requests: int, drafting: float | None, size: int) -> None:
         """Update what each size is thought to bring from one search at the held ``size``: smaller ones directly. Larger
@@ -107,7 +108,8 @@ class Sizes:
         if load not in self._known:
             self._known[load] = _Known(requests, costs, foreseen)
         self._here |= load == self._load
-        if abs(load - self._load) > 1 or 0 < self.held <= requests or self._known[self._load].turns.tick():
+        turns = self._known[self._load].turns if self._load in self._known else None
+        if turns is None or abs(load - self._load) > 1 or 0 < self.held <= requests or turns.tick():
             best, gain = self._known[load].best(requests, context, costs, host, level)
             self._choose(load, requests, best, gain)
         return max(self.held - requests, 0)
@@ -121,16 +123,18 @@ class Sizes:
         moved = abs(load - self._load) > 1 or not self._here
         if moved and before:
             before.left = self._iteration
-        if not moved:
-            before.turns.next()
+        shared = before.turns if before else None
+        if shared and not moved:
+            turns = shared
+            turns.next()
         elif known.turns:
-            known.turns.resume(self._iteration - known.left)
-        elif abs(load - self._load) == 1:
-            known.turns = before.turns.carried_to(requests)
+            turns = known.turns
+            turns.resume(self._iteration - known.left)
+        elif shared and abs(load - self._load) == 1:
+            turns = known.turns = shared.carried_to(requests)
         else:
-            known.turns = Turns(requests, math.log(gain / _SURE))
+            turns = known.turns = Turns(requests, math.log(gain / _SURE))
         self._load, self._here = load if moved else self._load, False
-        turns = self._known[self._load].turns
         if turns.speculates and (moved or self._left < 0 or self.held <= requests):
             turns.hold(best)
             self._left = HELD - 1
@@ -138,7 +142,7 @@ class Sizes:
 
     def spent(self, seconds: float, progress: float) -> None:
         """An iteration took ``seconds`` for ``progress`` tokens a request."""
-        if known := self._known.get(self._load):
+        if (known := self._known.get(self._load)) and known.turns:
             known.turns.spent(seconds, progress)
 
     def observe(self, probability: np.ndarray, requests: int, drafting: float | None) -> None:
