@@ -1,30 +1,83 @@
-"""Bundles of tiny pairs (pairs.py), built once, by the first process that has a test which asks for them."""
+"""The layers of the tests, the profiles of hypothesis, and bundles of tiny pairs (pairs.py).
+
+A bundle is built once, by the first process that has a test which asks for it. What is heavy (PyTorch, the engines) is
+imported by fixtures alone, so that the pure layer runs without it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import settings
-from pairs import recipe_of, reference_engines, write_networks
-from transformers.utils import logging
 
-from echo_trt.commands.build import build
-from echo_trt.runtime.llm import LLM
+if TYPE_CHECKING:
+    from echo_trt.runtime.llm import LLM
 
-settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-settings.load_profile("untimed")
+#: Folder or file of tests/ -> its layer; what is not named is "engine". pyproject.toml describes the layers.
+LAYERS = {
+    "decoding": "pure",
+    "files": "pure",
+    "simulation": "pure",
+    "test_docs.py": "pure",
+    "test_layers.py": "pure",
+    "plugins": "kernel",
+    "examples": "server",
+    "gateway": "server",
+    "launch": "server",
+    "serving": "server",
+}
+#: What a pure test may not import.
+HEAVY = {"onnx", "onnxruntime", "openvino", "tensorrt", "torch", "transformers", "triton"}
+
+settings.register_profile("dev", max_examples=20, deadline=None)  # a busy machine is no failure
+settings.register_profile("ci", max_examples=150, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def layer(path: Path) -> str:
+    """Name the layer of a file or folder in tests/."""
+    return LAYERS.get(path.relative_to(Path(__file__).parent).parts[0], "engine")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Spare a run of the pure layer the imports of the others."""
+    if config.option.markexpr == "pure" and collection_path != Path(__file__).parent:
+        return layer(collection_path) != "pure" or None
+    return None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test with its layer."""
+    item.add_marker(layer(item.path))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a pure test that imports a heavy library while it runs."""
+    before = HEAVY & sys.modules.keys()
+    result = yield
+    if item.get_closest_marker("pure"):
+        assert HEAVY & sys.modules.keys() == before
+    return result
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_quiet_thread() -> Iterator[None]:
+def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """The networks here are tiny: threads and progress bars only get in the way."""
+    if all(item.get_closest_marker("pure") for item in request.session.items):
+        yield
+        return
+    import torch
+    from transformers.utils import logging
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -50,12 +103,18 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 @pytest.fixture(scope="session")
 def networks(made_once) -> Path:
+    from pairs import write_networks
+
     return made_once("networks", write_networks)
 
 
 @pytest.fixture(scope="session")
 def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
     """pair -> its bundle, in fp32, a copy of this process's own."""
+    from pairs import recipe_of
+
+    from echo_trt.commands.build import build
+
     folder = tmp_path_factory.mktemp("bundles")
 
     def get(pair: str) -> Path:
@@ -70,6 +129,9 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def open_llm(bundle_of, networks) -> Callable[..., LLM]:
     """An LLM of its own for each test; with engine "torch" the reference runs behind the same loop."""
+    from pairs import reference_engines
+
+    from echo_trt.runtime.llm import LLM
 
     def get(pair: str, policy: str = "echo", batch: int = 3, engine: str = "openvino") -> LLM:
         llm = LLM(bundle_of(pair), policy, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 
@@ -139,7 +139,6 @@ def test_gates_stand_where_confidence_tells_and_apart():
     assert 0.35 < fixed < 0.65
 
 
-@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_lookup_is_the_share_of_right_copies_and_only_rises_with_the_match(cases):
     """cases: tokens matched, whether the copy is right, whether the answer goes on."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 from refusal import refused
@@ -74,7 +74,6 @@ def test_a_recorded_draft_grows_the_recorded_trees_again(batch, recorded):
                     assert got[*path, token] - got[path] == pytest.approx(log_q, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_recorded_draft_says_what_was_recorded_whatever_is_asked(recorded, data):
     """Any nodes, of trees that hold strangers too: of those and of what was not expanded nothing is known."""

@@ -3,7 +3,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ngram_tables import table
 from synthetic import recorded
@@ -34,7 +34,6 @@ def by_trying_everything(ahead, behind, rate, costs):
     return best
 
 
-@settings(max_examples=150, deadline=None)
 @given(requests=requests, rate=st.floats(0.05, 5), target=rising, draft=rising, flat=st.booleans())
 def test_against_trying_everything(requests, rate, target, draft, flat):
     most = max(len(gains) for _, gains, _ in requests)

@@ -6,12 +6,8 @@ from ngram_tables import table
 from synthetic import recorded
 
 from echo_trt.calibration.fit import fit
-from echo_trt.calibration.record import record
-from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.policy_names import PLAIN
-from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.params import SamplingParams
 from echo_trt.simulation.command import planner_for
 from echo_trt.simulation.machines import Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
@@ -180,25 +176,3 @@ def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
 def test_runs_repeat(recording, calibration):
     first, second = (replay(recording, calibration, "goodput", 7).run(500).figures() for _ in range(2))
     assert first == second
-
-
-def test_the_replay_walks_as_the_runtime_does(open_llm):
-    """Iterations of each request, one by one: recorded trees replayed against the same policy run for real."""
-    llm = open_llm("close", "goodput", 4)
-    prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
-    trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4))
-    llm.set_policy("static")
-    answers = llm.chat([[{"role": "user", "content": p.text}] for p in prompts], SamplingParams(40))
-    recording = Recording(trees)
-    for i, answer in enumerate(answers):
-        walk = Walk(recording, 1, 10)
-        walk.answer[:], walk.index[:] = i, 1
-        run, iterations = Replay(walk, KNEE, llm.loop.planner), 0
-        while walk.answer[0] == i and (iterations == 0 or walk.index[0] > 1):
-            run.step()
-            iterations += 1
-        begin, end = trees.answer_begins[i : i + 2]
-        assert answer.token_ids == trees.answers[begin:end].tolist()
-        assert answer.accepted_length == pytest.approx(len(answer.token_ids) / (iterations + 1), abs=0.01) or (
-            answer.accepted_length == pytest.approx((len(answer.token_ids) - 1) / iterations, abs=0.01)
-        )

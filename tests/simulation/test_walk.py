@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 from synthetic import recorded
@@ -9,7 +9,6 @@ from synthetic import recorded
 from echo_trt.simulation.walk import Recording, Walk
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 9), min_size=1, max_size=5),
     batch=st.integers(1, 12),

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.bundle.call_sizes import CallSizes
@@ -163,7 +163,6 @@ def test_a_context_to_lower():
     assert Recipe.model_validate(lowered.model_dump()) == lowered  # the pool holds one request of that context
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(MEANT)),
     card=st.sampled_from(sorted(CARDS)),

@@ -2,13 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.decoding.echo.budget import Hinge, fit_hinge
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.floats(1e-4, 1.0), st.floats(0.005, 0.5), st.integers(2, 60))
 def test_a_hinge_is_found_again(t_ar, gamma, k_max):
     sizes = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from forests import nodes_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
@@ -94,7 +94,6 @@ def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
     return draft, [draw(st.integers(0, 7)) for _ in draft.seeds]
 
 
-@settings(max_examples=150, deadline=None)
 @given(drafts_and_room(), st.sampled_from(NAMES), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
 def test_growth_is_what_it_promises(case, name, budget):
     draft, room = case
@@ -107,7 +106,6 @@ def test_growth_is_what_it_promises(case, name, budget):
     assert all(tree.depth[node] <= room[tree.request[node]] for node in range(len(tree)))
 
 
-@settings(max_examples=100, deadline=None)
 @given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30), st.sampled_from([6, 8, 64]))
 def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
@@ -122,7 +120,6 @@ def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request
         assert sizes.sum() == min(max(budget, len(room)), np.minimum(tree.sizes, per_request).sum())
 
 
-@settings(max_examples=50, deadline=None)
 @given(drafts_and_room(), st.sampled_from(["static", "echo"]))
 def test_a_request_drafts_no_more_rows_than_the_policy_says(case, name):
     draft, room = case
@@ -153,7 +150,6 @@ def test_an_empty_batch(name):
     assert len(allocate(tree, reach, limits)) == 0
 
 
-@settings(max_examples=50, deadline=None)
 @given(drafts_and_room())
 def test_static_does_not_know_its_batch_mates(case):
     draft, room = case

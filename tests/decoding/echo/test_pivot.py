@@ -5,7 +5,7 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 from forests import nodes_of, path_to, super_trees
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.decoding.echo.pivot import allocate
@@ -72,7 +72,6 @@ def test_shared_budget_is_depth_first_then_width(case):
     assert np.bincount(tree.request[nodes]).max() <= limits.per_request
 
 
-@settings(max_examples=50)
 @given(trees_and_claims(max_requests=3, max_nodes=8))
 def test_no_other_choice_that_honours_the_claims_is_worth_more(case):
     tree, reach, limits = case

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from forests import nodes_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
@@ -152,7 +152,6 @@ def assert_best(candidates: Candidates, frontier: np.ndarray, retold: list[Retol
         assert sorted(worth[p] for p in chosen) == sorted(worth[p] for p in allowed)[len(allowed) - len(chosen) :]
 
 
-@settings(max_examples=120, deadline=None)
 @given(cases(), st.integers(1, 3), st.integers(1, 4), st.booleans(), st.randoms(use_true_random=False))
 def test_candidates_are_what_they_promise(case, beams, width, copying, random):
     draft, acceptance, room, copied, log_a = case
@@ -191,7 +190,6 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
         assert candidates.best_child(asked) == pytest.approx(best, abs=1e-3)
 
 
-@settings(max_examples=120, deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other(case, random):
     draft, acceptance, room, copied, log_a = case

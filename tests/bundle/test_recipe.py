@@ -10,7 +10,7 @@ from refusal import refused
 
 from echo_trt.bundle.recipe import Recipe, load_recipe
 
-SHIPPED = sorted((Path(__file__).parent.parent / "build").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 VALID: dict[str, Any] = {
     "name": "mine",
     "target": {"path": "target"},

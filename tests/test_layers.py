@@ -1,0 +1,28 @@
+"""The layers of the tests: each test has one, and the pure one needs nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import HEAVY, LAYERS
+
+TESTS = Path(__file__).parent
+COLLECT = f"""
+import sys
+import pytest
+assert pytest.main(["--collect-only", "-qq", "-m", "pure", "-p", "no:cacheprovider"]) == 0
+print("heavy:", sorted({HEAVY!r} & sys.modules.keys()))
+"""
+
+
+def test_every_folder_that_has_a_layer_exists():
+    assert all((TESTS / place).exists() for place in LAYERS)
+
+
+def test_pure_folders_are_collected_without_a_heavy_import():
+    """conftest.py watches the imports of a pure test while it runs."""
+    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"
