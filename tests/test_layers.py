@@ -22,7 +22,8 @@ def test_every_folder_that_has_a_layer_exists():
 
 
 def test_pure_folders_are_collected_without_a_heavy_import():
-    """conftest.py watches the imports of a pure test while it runs."""
-    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
+    """A run of the pure layer (conftest.py) looks at the imports of its tests, too."""
+    command = [sys.executable, "-c", COLLECT]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"

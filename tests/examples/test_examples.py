@@ -44,6 +44,7 @@ def test_readme_s_python(bundle_of):
     assert run(sys.executable, "-c", program.replace("bundles/smollm2-135m", str(bundle_of("close")))).strip()
 
 
+@pytest.mark.slow
 def test_own_head(networks, tmp_path):
     """Its lines, shortened: a few tokens for each prompt, and seconds of training."""
     lines = re.findall(r"^```\n(.*?)^```", (EXAMPLES / "own_head.md").read_text(), re.MULTILINE | re.DOTALL)[0]

@@ -5,25 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from batches import PROMPTS, assert_same, mixed, penalised
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from pairs import FOLDERS, PAIRS
 from transformers import AutoModelForCausalLM
 
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import Completion, SamplingParams
 
 SPECULATIVE = ("static", "dense", "fixed", "echo")
-#: Lengths of the prompts (a chunk is 16 tokens) and of the answers, in a batch that mixes greedy and sampled requests.
-PROMPTS = (5, 37, 1, 16, 50, 17, 2, 33, 9, 70)
-ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22, 40, 3)
-
-
-def requests(count: int = len(PROMPTS)) -> tuple[list[list[int]], list[SamplingParams]]:
-    sampled = {"temperature": 0.8, "top_p": 0.95}
-    params = [
-        SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
-        for i, n in enumerate(ANSWERS)
-    ]
-    return [prompt_ids(n, i) for i, n in enumerate(PROMPTS)][:count], params[:count]
+POLICIES = ("autoregressive", *SPECULATIVE)
+BATCHES, ENGINES = (1, 3, 8), ("openvino", "torch")
+REQUESTS = {"mixed": mixed, "penalised": penalised}
+#: Every pair with every policy; batch, engine and requests change along the diagonals, so that any two choices meet.
+MATRIX = [
+    (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], tuple(REQUESTS)[(i + j) // 2 % 2])
+    for i, pair in enumerate(PAIRS)
+    for j, policy in enumerate(POLICIES)
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +40,23 @@ def llm_of(open_llm):
 
 
 @pytest.fixture(scope="module")
-def plain_ids(llm_of):
-    """pair -> what plain decoding writes, one request at a time."""
+def plain(llm_of):
+    """pair, requests -> what plain decoding answers, one request at a time."""
     known = {}
 
-    def get(pair: str) -> list[list[int]]:
-        target = FOLDERS[pair][0]
-        if target not in known:
-            known[target] = [c.token_ids for c in llm_of(pair, "autoregressive", 1).generate(*requests())]
-        return known[target]
+    def get(pair: str, requests: str) -> list[Completion]:
+        key = FOLDERS[pair][0], requests
+        if key not in known:
+            known[key] = llm_of(pair, "autoregressive", 1).generate(*REQUESTS[requests]())
+        return known[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def plain_ids(plain):
+    """pair -> what plain decoding writes to the mixed requests."""
+    return lambda pair: [completion.token_ids for completion in plain(pair, "mixed")]
 
 
 @pytest.mark.parametrize("target", ["target", "plain_target"])
@@ -69,25 +73,22 @@ def test_plain_decoding_is_the_models_own(target, networks, llm_of):
         assert completion.token_ids == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("policy", SPECULATIVE)
-@pytest.mark.parametrize("pair", PAIRS)
-def test_policies_write_the_same_tokens(pair, policy, batch, llm_of, plain_ids):
-    prompts, params = requests(4 if batch == 1 else len(PROMPTS))
-    llm = llm_of(pair, policy, batch)
+@pytest.mark.parametrize(("pair", "policy", "batch", "engine", "requests"), MATRIX)
+def test_policies_write_the_same(pair, policy, batch, engine, requests, llm_of, plain):
+    prompts, params = REQUESTS[requests]()
+    count = 4 if batch == 1 else len(prompts)
+    llm = llm_of(pair, policy, batch, engine)
     drafted = llm.counters.drafted_tokens
-    completions = llm.generate(prompts, params)
-    assert [c.token_ids for c in completions] == plain_ids(pair)[: len(prompts)]
-    assert llm.counters.drafted_tokens > drafted
+    assert_same(llm.generate(prompts[:count], params[:count]), plain(pair, requests)[:count])
+    assert (llm.counters.drafted_tokens > drafted) == (policy in SPECULATIVE)
     assert_all_free(llm.loop)
 
 
-@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
-@pytest.mark.parametrize("pair", PAIRS)
-def test_the_reference_engine_writes_the_same_tokens(pair, policy, llm_of, plain_ids):
-    prompts, params = requests(5)
-    completions = llm_of(pair, policy, 3, "torch").generate(prompts, params)
-    assert [c.token_ids for c in completions] == plain_ids(pair)[: len(prompts)]
+def test_any_two_choices_meet_in_the_matrix():
+    columns = list(zip(*MATRIX, strict=True))
+    for left, right in itertools.combinations(columns, 2):
+        met = set(zip(left, right, strict=True))
+        assert met == set(itertools.product(set(left), set(right)))
 
 
 @pytest.mark.parametrize(("pair", "least"), [("self", 2.5), ("close", 1.5)])
@@ -105,7 +106,7 @@ def test_much_is_accepted_where_the_draft_is_good(pair, least, llm_of):
 def test_branches_beside_the_first_are_accepted(policy, engine, open_llm, plain_ids):
     """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted."""
     llm = open_llm("lookup", policy, 3, engine)
-    prompts, params = requests(6 if engine == "openvino" else 4)
+    prompts, params = mixed(6 if engine == "openvino" else 4)
     wanted = plain_ids("lookup")[: len(prompts)]
     llm.loop.drafter = Foresight(llm.loop.state, [p + w for p, w in zip(prompts, wanted, strict=True)])
     assert [c.token_ids for c in llm.generate(prompts, params)] == wanted
@@ -115,7 +116,7 @@ def test_branches_beside_the_first_are_accepted(policy, engine, open_llm, plain_
 @pytest.mark.parametrize("pair", ["self", "close"])
 def test_policies_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, batch=3)
-    prompts, params = requests()
+    prompts, params = mixed()
     policies = itertools.cycle(
         ["echo", "autoregressive", "static", "autoregressive", "autoregressive", "dense", "fixed"]
     )
@@ -160,7 +161,7 @@ def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, 
 
 def test_requests_join_while_others_run(open_llm, plain_ids):
     loop = open_llm("close", batch=8).loop
-    prompts, params = requests()
+    prompts, params = mixed()
     order = np.random.default_rng(0).permutation(len(prompts))
     added = {}
     for i in order:

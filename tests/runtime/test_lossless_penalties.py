@@ -5,30 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from driving import Foresight, assert_all_free, prompt_ids
+from batches import assert_same, penalised
+from driving import Foresight, prompt_ids
 from refusal import refused
 from transformers import AutoModelForCausalLM
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
-
-PROMPTS = (37, 5, 16, 1, 50, 17, 9, 20)
-#: A batch of every kind: greedy and sampled, with penalties and without, with log-probabilities and without.
-WAYS = (
-    {"frequency_penalty": 0.6, "logprobs": 3},
-    {"temperature": 0.9, "seed": 7, "presence_penalty": 1.5, "frequency_penalty": 0.3, "logprobs": 0},
-    {},
-    {"repetition_penalty": 1.4},
-    {"temperature": 0.7, "top_p": 0.9, "seed": 1, "logprobs": 20},
-    {"temperature": 1.0, "seed": 9, "logit_bias": {7: 3.5, 20: -100.0, 21: 1.0}},
-    {"frequency_penalty": 0.2, "logit_bias": {31: 100.0}, "stop_token_ids": (31, 40), "min_tokens": 13, "logprobs": 1},
-    {"temperature": 1.0, "top_k": 40, "seed": 3, "repetition_penalty": 0.8, "presence_penalty": -2.0, "logprobs": 5},
-)
-
-
-def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    params = [SamplingParams(28 + i, ignore_eos=True, **way) for i, way in enumerate(WAYS)]
-    return [prompt_ids(n, n) for n in PROMPTS], params
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +34,10 @@ def plain(llm_of):
 
     def get(pair: str) -> list[Completion]:
         if pair not in known:
-            known[pair] = llm_of(pair, "autoregressive", 1).generate(*requests())
+            known[pair] = llm_of(pair, "autoregressive", 1).generate(*penalised())
         return known[pair]
 
     return get
-
-
-def assert_same(got: list[Completion], want: list[Completion]) -> None:
-    """Tokens, and log-probabilities but for what the arithmetic of another batch rounds differently."""
-    assert [c.token_ids for c in got] == [c.token_ids for c in want]
-    for own, other in zip(got, want, strict=True):
-        assert (own.logprobs is None) == (other.logprobs is None)
-        for a, b in zip(own.logprobs or [], other.logprobs or [], strict=True):
-            assert (a.token, [token for token, _ in a.top]) == (b.token, [token for token, _ in b.top])
-            numbers = [[each.logprob, *(logprob for _, logprob in each.top)] for each in (a, b)]
-            assert numbers[0] == pytest.approx(numbers[1], abs=1e-4)
 
 
 # -- plain decoding is right ---------------------------------------------------------------------------------------
@@ -114,17 +86,7 @@ def test_repetition_is_hugging_faces(networks, llm_of):
     assert ours[0].token_ids == theirs[0, len(prompt) :].tolist()
 
 
-# -- and every other way the same ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("policy", ["static", "dense", "fixed", "echo"])
-@pytest.mark.parametrize("pair", ["lookup", "self", "close"])
-def test_policies_write_the_same(pair, policy, llm_of, plain):
-    llm = llm_of(pair, policy, 4)
-    drafted = llm.counters.drafted_tokens
-    assert_same(llm.generate(*requests()), plain(pair))
-    assert llm.counters.drafted_tokens > drafted
-    assert_all_free(llm.loop)
+# -- and every other way the same (test_lossless.py has the matrix) ---------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
@@ -132,7 +94,7 @@ def test_policies_write_the_same(pair, policy, llm_of, plain):
 def test_deep_paths_are_accepted_and_counted(policy, engine, open_llm, plain):
     """With a drafter that knows the penalised text: tokens of the path itself are penalised further down."""
     llm = open_llm("lookup", policy, 3, engine)
-    prompts, params = requests()
+    prompts, params = penalised()
     want = plain("lookup")
     llm.loop.drafter = Foresight(llm.loop.state, [p + w.token_ids for p, w in zip(prompts, want, strict=True)])
     assert_same(llm.generate(prompts, params), want)
@@ -153,7 +115,7 @@ def test_setbacks_neither_forget_nor_repeat(policy, open_llm, plain):
         return step()
 
     llm.loop.step = restless
-    assert_same(llm.generate(*requests()), plain("close"))
+    assert_same(llm.generate(*penalised()), plain("close"))
     assert steps > 20
 
 

@@ -26,7 +26,7 @@ def test_the_replay_walks_as_the_runtime_does(open_llm):
     prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
     trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4))
     llm.set_policy("static")
-    answers = llm.generate([p.text for p in prompts], SamplingParams(40))
+    answers = llm.chat([[{"role": "user", "content": p.text}] for p in prompts], SamplingParams(40))
     recording = Recording(trees)
     for i, answer in enumerate(answers):
         walk = Walk(recording, 1, 10)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FAULTS = ["departures", "nonsense", "malformed", "queue"]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_nothing_is_lost_where_nothing_may_be(roomy_bundle, tmp_path, monkeypatch, capsys):
     for package in ("starlette", "uvicorn"):
