@@ -20,7 +20,7 @@ class Parameter:
     rule       how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
     low, high  bounds of the value, of its entries, or of their length where they are strings
     above      whether ``low`` itself is refused
-    entries    entries at most, None: any number
+    entries    entries at most
     """
 
     default: Any
@@ -30,7 +30,7 @@ class Parameter:
     low: int = 0
     high: int = MOST
     above: bool = False
-    entries: int | None = None
+    entries: int = MOST
 
     @property
     def values(self) -> str:
@@ -61,15 +61,16 @@ class Parameter:
             return isinstance(value, str) and self.low <= len(value) <= self.high
         if not _is_number(value, self.kind):
             return False
-        return (self.low < value if self.above else self.low <= value) and value <= self.high  # NaN is within nothing
+        within = (self.low < value if self.above else self.low <= value) and value <= self.high  # NaN is within nothing
+        return bool(within)
 
 
 def parameter(default: Any, doc: str, rule: str, *, kind: type | None = None, **bounds: Any) -> Any:
     """A dataclass's field with a Parameter in its metadata; the default's type is the kind unless another is given."""
-    known = {"metadata": {"parameter": Parameter(default, kind or type(default), doc, rule, **bounds)}}
+    metadata = {"parameter": Parameter(default, kind or type(default), doc, rule, **bounds)}
     if isinstance(default, dict):
-        return field(default_factory=dict, hash=False, **known)
-    return field(default=default, **known)
+        return field(default_factory=lambda: dict(default), hash=False, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _spelled(number: int) -> str:
