@@ -13,10 +13,9 @@ class Engine(Protocol):
     """A compiled network with its paged KV pool."""
 
     num_blocks: int
-    granule: int
-    """A verification is filled up to the next multiple of so many tokens, any pass to its ``padded_to``; 1: none is."""
-    least: int
-    """Any pass of fewer tokens is filled up to so many."""
+    sizes: tuple[int, ...]
+    """Tokens, ascending, to the next of which a verification is padded, and to the first of which any pass is; beyond
+    the last one a pass is as it comes. Empty: none is padded."""
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One forward pass. ``inputs`` are a head's ``features`` and ``hidden``, float32.

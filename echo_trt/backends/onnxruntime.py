@@ -27,7 +27,7 @@ class OnnxRuntimeEngine:
         _, heads, rows, head_dim = inputs[self._caches[0]].shape
         self._type = _ARRAY_TYPES[inputs[self._caches[0]].type]
         self._layout = Layout(slots, blocks, rows - blocks * BLOCK)
-        self.num_blocks, self.granule, self.least = slots * blocks, 1, 1
+        self.num_blocks, self.sizes = slots * blocks, ()
         # One array for all layers, so that a commit is one indexed copy. calloc leaves untouched pages unallocated.
         self._pool = np.zeros((len(self._caches), slots, heads, rows, head_dim), self._type)
 

@@ -16,7 +16,7 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
     """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own.
 
     draft_utilisation: accepted of the draft tokens that were verified; verified_per_iteration: tokens of the tree,
-    roots among them, without what a pass was filled up with.
+    roots among them, without padding.
     """
     decode = [s.decode for s in rounds]
     iterations, verifications = sum(t.iterations for t in decode), sum(t.verifications for t in decode)

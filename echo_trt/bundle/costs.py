@@ -30,10 +30,6 @@ SecondsEach = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(ge=1, le=2**16)]
 
 
-#: To which engines fill passes up.
-Granule = Annotated[int, Field(ge=1, le=64)]
-
-
 class CurveTable(_Stored):
     """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node.
 
@@ -56,8 +52,8 @@ class CurveTable(_Stored):
             raise ValueError("seconds must be above 0")
         return self
 
-    def curve(self, reach: float, together: bool = False) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach, together)
+    def curve(self, reach: float) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach)
 
 
 class HingeTable(_Stored):
@@ -70,7 +66,12 @@ class HingeTable(_Stored):
 
 
 class CostTable(_Stored):
-    """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve."""
+    """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve.
+
+    change  extra seconds of a target's pass that has another size than the last one
+    cold    extra seconds of a draft's first pass after a target's
+    sizes   tokens, ascending, to which the target pads its passes (``Engine.sizes``)
+    """
 
     format: Literal[1] = 1
     machine: str
@@ -79,21 +80,22 @@ class CostTable(_Stored):
     draft: CurveTable
     hinge: HingeTable
     cold: Seconds = 0.0
-    granule: Granule = 1
     change: Seconds = 0.0
-    least: Granule = 1
+    sizes: list[Tokens] = []
 
     @model_validator(mode="after")
     def _is_of_a_target(self) -> CostTable:
         if self.target.seconds[0] == 0:
             raise ValueError("target.seconds must be above 0")
+        if any(a >= b for a, b in itertools.pairwise(self.sizes)):
+            raise ValueError("sizes must ascend")
         if self.hinge.k_max > self.target.sizes[-1]:
             raise ValueError(f"hinge.k_max is {self.hinge.k_max}, beyond the largest of target.sizes")
         return self
 
     def costs(self) -> Costs:
-        target = self.target.curve(NEAR, together=True)
-        return Costs(target, self.draft.curve(FAR), self.cold, self.granule, self.change, self.least)
+        target = self.target.curve(NEAR)
+        return Costs(target, self.draft.curve(FAR), self.cold, self.change, tuple(self.sizes))
 
 
 def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:

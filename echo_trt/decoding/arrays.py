@@ -8,7 +8,8 @@ in NUMBA_CACHE_DIR, so that only the first import on a machine takes seconds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -78,3 +79,9 @@ def _rank_within(groups: np.ndarray, count: int) -> np.ndarray:
         ranks[i] = seen[groups[i]]
         seen[groups[i]] += 1
     return ranks
+
+
+def next_size(sizes: Sequence[int], tokens: int) -> int:
+    """The first of ``sizes``, ascending, that holds ``tokens``; beyond the last one ``tokens`` themselves."""
+    place = bisect_left(sizes, tokens)
+    return sizes[place] if place < len(sizes) else tokens

@@ -62,9 +62,8 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
         draft=draft,
         hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
-        granule=networks.target.granule,
         change=_change(networks),
-        least=networks.target.least,
+        sizes=list(networks.target.sizes),
     )
 
 

@@ -11,6 +11,7 @@ from echo_trt.bundle.costs import COSTS, CostTable, read_costs
 from echo_trt.bundle.manifest import NGRAMS
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
+from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
@@ -47,8 +48,8 @@ class Tuning:
         """Nothing may be running when this is asked for the first time."""
         networks, busy = self._networks, bool(self._networks.state.active.any())
         table, engine = read_costs(self._folder, self._manifest, machine(self._manifest), self._note), networks.target
-        if table and (table.granule, table.least) != (engine.granule, engine.least):
-            table = None  # of a version that filled passes up otherwise
+        if table and tuple(table.sizes) != engine.sizes:
+            table = None  # of a version that padded passes otherwise
         if table and not busy and (times := times_as_long(table, networks)) > DOUBTED:
             told = f"{COSTS} says that a pass takes {times:.1f} times as long as it does"
             self._note(f"{told}: other work ran when it was measured")
@@ -97,8 +98,7 @@ class Tuning:
                 told = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
                 self._note(f"{self._folder} has no {CALIBRATION}: gates are the usual {told}; run echo-trt calibrate.")
             if settings["budget"] is None:
-                knee, granule = self.costs.hinge.k_max, self.costs.granule
-                settings["budget"] = knee + -knee % granule  # passes are padded to there anyway
+                settings["budget"] = next_size(self.costs.sizes, self.costs.hinge.k_max)  # padded to it anyway
         part = networks or self._networks
         return make_planner(name, settings, lambda name, numbers: self._goodput(name, numbers, part))
 

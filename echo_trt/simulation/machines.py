@@ -13,6 +13,7 @@ import numpy as np
 
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
+from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError
@@ -28,11 +29,18 @@ LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of passes over ``sizes`` tokens, tables [m], what a cached token adds, and one that a tree's node attends
-    again (``Curve``). cold, granule, change, least: as in ``Costs``. ``host_seconds``: outside passes, an iteration;
-    ``level_seconds``: and a draft level; ``candidate_seconds``: and a node that goodput considers. ``capacity``: tokens
-    that its KV cache holds, None where unknown. ``knee``: K_max where it was measured, None: fitted to ``target``.
-    ``assumptions``: a sentence each."""
+    """What passes take on a machine.
+
+    target, draft      sizes in tokens [m], seconds of a pass over so many [m], seconds that a cached token adds, and
+                       that one adds which a tree's node attends again (``Curve``)
+    host_seconds       outside passes, an iteration
+    level_seconds      of planning, a draft level
+    candidate_seconds  and a node that goodput considers
+    assumptions        a sentence each
+    capacity           tokens that its KV cache holds; None: unknown
+    cold, change       as in ``Costs``, of which ``padded`` are the ``sizes``
+    knee               K_max where it was measured; None: fitted to ``target``
+    """
 
     name: str
     target: tuple[np.ndarray, np.ndarray, float, float]
@@ -42,25 +50,23 @@ class Machine:
     assumptions: tuple[str, ...]
     capacity: int | None = None
     cold: float = 0.0
-    granule: int = 1
     change: float = 0.0
-    least: int = 1
+    padded: tuple[int, ...] = ()
     knee: int | None = None
     candidate_seconds: float = CANDIDATE_SECONDS
 
     def costs(self) -> Costs:
         """Curves of their own, which a policy may go on to correct."""
-        measured = self.knee is not None
-        target = Curve(*self.target, reach=NEAR if measured else FAR, together=measured)
-        return Costs(target, Curve(*self.draft), self.cold, self.granule, self.change, self.least)
+        target = Curve(*self.target, reach=FAR if self.knee is None else NEAR)
+        return Costs(target, Curve(*self.draft), self.cold, self.change, self.padded)
 
     @property
     def k_max(self) -> int:
-        """The knee of the paper's cost model, filled up to what takes as long."""
+        """The knee of the paper's cost model, padded to what takes as long."""
         sizes, seconds, *_ = self.target
         near = sizes <= LARGEST_KNEE
         knee = self.knee or fit_hinge(sizes[near], seconds[near]).k_max
-        return knee + -knee % self.granule
+        return next_size(self.padded, knee)
 
 
 @dataclass(frozen=True)
@@ -211,9 +217,8 @@ def from_costs_file(path: Path) -> Machine:
         LEVEL_SECONDS,
         assumptions,
         cold=stored.cold,
-        granule=stored.granule,
         change=stored.change,
-        least=stored.least,
+        padded=tuple(stored.sizes),
         knee=stored.hinge.k_max,
     )
 

@@ -1,4 +1,4 @@
-"""Verifications filled up to few sizes: what is asked for stays what it was, and nobody's rows are touched."""
+"""Passes padded to few sizes: what is asked for stays what it was, and nobody's rows are touched."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.backends.openvino.engine import CATCH_UP, GRANULE, LEAST, PREPARED, OpenVINOEngine
-from echo_trt.backends.openvino.rounding import is_verification, rounded
+from echo_trt.backends.openvino.engine import DRAFT_SIZES, LEAST, PREPARED, TARGET_SIZES, OpenVINOEngine
+from echo_trt.backends.openvino.rounding import is_verification, padded
+from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 
@@ -23,14 +24,13 @@ def trees(sizes: list[int], past: int, table: np.ndarray) -> Packed:
     return pack(forest.token, past + forest.depth, pasts, forest.sizes, table, rows, ancestor_mask(forest))
 
 
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), multiple=st.integers(1, 16))
-def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), size=st.integers(1, 60))
+def test_a_padded_call_has_its_size_and_goes_on_as_it_was(sizes, size):
     table = np.arange(len(sizes))[:, None]
     call = trees(sizes, 3, table)
-    got = rounded(call, multiple, 77)
+    got = padded(call, size, 77)
     count, requests = sum(sizes), len(sizes)
-    assert len(got.token_ids) == len(got.positions) == -(-count // multiple) * multiple
-    assert len(got.logit_rows) == -(-count // multiple) * multiple
+    assert len(got.token_ids) == len(got.positions) == len(got.logit_rows) == max(count, size)
     for name in ("token_ids", "positions", "logit_rows", "tree_mask", "block_indices"):
         before = getattr(call, name)
         assert (getattr(got, name)[: len(before)] == before).all()
@@ -42,7 +42,7 @@ def test_sizes_are_multiples_and_the_call_goes_on_as_it_was(sizes, multiple):
     assert got.logit_rows.max() < len(got.token_ids)
 
 
-@pytest.mark.parametrize("tokens", [PREPARED - 1, PREPARED + 1, PREPARED + CATCH_UP])
+@pytest.mark.parametrize("tokens", [PREPARED - 1, PREPARED + 1, PREPARED + 16])
 def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
     """With the scores of its own size, and no row that is asked for beside."""
     engine = OpenVINOEngine(bundle_of("eagle3") / "draft.onnx", "fp32", 6)
@@ -61,22 +61,22 @@ def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
         past, size = np.array([part.start]), np.array([part.stop - part.start])
         call = pack(count[part] % 9, count[part], past, size, table, size - 1)
         expected = {name: np.array(values) for name, values in engine.run(call, **given).items()}
-    assert sizes == [tokens if tokens <= PREPARED else -(-tokens // CATCH_UP) * CATCH_UP, 20, tokens - 20]
+    assert sizes == [next_size(DRAFT_SIZES, tokens), 20, tokens - 20]
     assert len(got["scores"]) == 1
     np.testing.assert_allclose(got["scores"], expected["scores"], atol=1e-4)
     np.testing.assert_allclose(got["state"][-1], expected["state"][-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_a_pass_of_few_tokens_is_filled_up_where_that_is_faster(tokens, bundle_of):
+def test_a_pass_of_few_tokens_is_padded_where_that_is_faster(tokens, bundle_of):
     engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
-    assert engine.least == 1
+    assert engine.sizes == (1, *TARGET_SIZES)
     count = np.arange(tokens)
     call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
     got = []
     engine._pool[:, 6] = 0
     for least in (1, LEAST):
-        engine.least = least
+        engine.sizes = (least, *TARGET_SIZES)
         got.append({name: np.array(values) for name, values in engine.run(call).items()})
     for name, values in got[1].items():
         assert len(values) == tokens
@@ -85,10 +85,10 @@ def test_a_pass_of_few_tokens_is_filled_up_where_that_is_faster(tokens, bundle_o
 
 
 @pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
-def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
+def test_an_engine_pads_without_a_trace(sizes, bundle_of):
     past, blocks = 5, 6
     engines = [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", blocks) for _ in range(2)]
-    engines[1].granule = 1  # as it comes
+    engines[1].sizes = (1,)  # as it comes
     table = np.array([4, 0, 3, 1])[: len(sizes), None]
     prompts = pack(
         np.tile(np.arange(past), len(sizes)),
@@ -101,7 +101,7 @@ def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
     call = trees(sizes, past, table)
     assert is_verification(call)
     assert not is_verification(prompts)
-    assert len(call.token_ids) % GRANULE
+    assert len(call.token_ids) not in TARGET_SIZES
     got = []
     for engine in engines:
         engine.run(prompts)
@@ -118,16 +118,16 @@ def test_an_engine_fills_up_without_a_trace(sizes, bundle_of):
 
 
 @pytest.mark.parametrize("sizes", [[3], [1, 1], [1, 4, 2]])
-@pytest.mark.parametrize("fill", [0, 5, 8, 9])
-def test_a_call_says_what_it_is_filled_up_to(sizes, fill, bundle_of):
+@pytest.mark.parametrize("size", [0, 5, 8, 9])
+def test_a_call_says_what_it_is_padded_to(sizes, size, bundle_of):
     """Passes that repeat the size of others: trees and single tokens alike."""
     engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
     fed, feed = [], engine._feed
     engine._feed = lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs))
     call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
-    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=fill)))
+    usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=size)))
     count = sum(sizes)
-    own = count if sizes == [1, 1] else count + -count % GRANULE
-    assert fed == [own, fill if fill > count else own]
+    own = count if sizes == [1, 1] else next_size(TARGET_SIZES, count)
+    assert fed == [own, max(own, size)]
     assert len(got) == count
     np.testing.assert_allclose(got, usual, atol=1e-4)

@@ -124,7 +124,7 @@ def test_costs_that_other_work_disturbs_are_neither_gone_by_nor_kept(bundle, dis
     assert not (bundle / COSTS).exists()
     assert llm.tuning.costs.hinge.k_max == 1
     planner = llm.loop.planner  # which is not to learn from what else runs here
-    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
+    planner.observe = lambda iteration: None
     llm.generate([[5, 6, 7]] * 2, SamplingParams(24, ignore_eos=True))
     assert llm.counters.drafted_tokens == 0
 
@@ -136,14 +136,14 @@ def test_a_calibration_that_other_work_disturbs_is_refused(bundle, prompts, dist
     assert not (bundle / CALIBRATION).exists()
 
 
-def test_costs_of_passes_that_were_filled_up_otherwise_are_measured_again(bundle):
-    granule = LLM(bundle, "goodput").loop.target.granule
+def test_costs_of_passes_that_were_padded_otherwise_are_measured_again(bundle):
+    sizes = LLM(bundle, "goodput").loop.target.sizes
     stored = json.loads((bundle / COSTS).read_text("utf-8"))
-    (bundle / COSTS).write_text(json.dumps({**stored, "granule": 2 * granule}), "utf-8")
+    (bundle / COSTS).write_text(json.dumps({**stored, "sizes": sizes[1:]}), "utf-8")
     notes: list[str] = []
     LLM(bundle, "goodput", note=notes.append)
     assert any("measuring" in note for note in notes)
-    assert json.loads((bundle / COSTS).read_text("utf-8"))["granule"] == granule
+    assert json.loads((bundle / COSTS).read_text("utf-8"))["sizes"] == list(sizes)
 
 
 @pytest.mark.parametrize("key", ["target_sha256", "draft_sha256"])

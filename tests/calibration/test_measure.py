@@ -74,7 +74,7 @@ def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, 
 class Clocked:
     """An engine whose passes take what ``curve`` says, on ``clock``."""
 
-    granule, least = 1, 1
+    sizes = ()
 
     def __init__(self, curve, clock, num_blocks):
         self.curve, self.clock, self.num_blocks = curve, clock, num_blocks

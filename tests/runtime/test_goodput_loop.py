@@ -13,7 +13,7 @@ from refusal import refused
 
 from echo_trt.bundle.costs import COSTS
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.sizes import Sizes
+from echo_trt.decoding.goodput.ladder import PLAIN, Ladder
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
@@ -65,36 +65,37 @@ def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
         assert_all_free(llm.loop)
 
 
-class Turns(Sizes):
-    """None and every size in turn, each for one iteration."""
+class Turns(Ladder):
+    """Plain decoding and every size in turn, each for one iteration."""
 
     def __init__(self):
         super().__init__()
         self._turns = itertools.cycle(range(9))
 
-    def nodes(self, *_) -> int:
-        return next(self._turns)
+    def rung(self, requests, foresee) -> int:
+        nodes = next(self._turns)
+        return requests + nodes if nodes else PLAIN
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", 3)
     planner = goodput_planner(llm, replace(machine(), change=1e-3))
-    planner.sizes = Turns()
+    planner.ladder = Turns()
     llm.loop.plan_with(planner)
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
     assert_all_free(llm.loop)
 
 
-class Held(Sizes):
-    def nodes(self, *_) -> int:
-        return 40
+class Held(Ladder):
+    def rung(self, requests, foresee) -> int:
+        return requests + 40
 
 
 def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
     llm = open_llm("close", "autoregressive", 3)
-    planner = goodput_planner(llm, replace(machine(), change=1.0, granule=2))
-    planner.sizes = Held()
+    planner = goodput_planner(llm, replace(machine(), change=1.0, sizes=tuple(range(2, 65, 2))))
+    planner.ladder = Held()
     planner.observe = lambda _: None  # what passes take here would change what a change is worth
     llm.loop.plan_with(planner)
     seen, calls = llm.loop.target.run, []

@@ -87,9 +87,9 @@ def test_this_machine_is_as_measured(tmp_path):
     assert machine.costs().target(4, 1000) == pytest.approx(0.012)
     assert machine.costs().draft(16) == pytest.approx(0.002)
     assert machine.k_max == 4  # as the runtime has it, which goes by the stored hinge
-    path.write_text(json.dumps(COSTS | {"cold": 3e-4, "granule": 8, "change": 2e-3}))
+    path.write_text(json.dumps(COSTS | {"cold": 3e-4, "sizes": [8, 16], "change": 2e-3}))
     costs = from_costs_file(path).costs()
-    assert (costs.cold, costs.granule, costs.change) == (3e-4, 8, 2e-3)
+    assert (costs.cold, costs.sizes, costs.change) == (3e-4, (8, 16), 2e-3)
     assert from_costs_file(path).k_max == 8
 
 

@@ -80,7 +80,7 @@ def test_a_draft_that_is_always_right_and_free_gives_all_its_levels_and_the_bonu
     always = Recording(recorded([60, 45, 80], 4, 2, 3, right=1.0))
     sure = fit(always.trees, "target", "draft", 4, 2, 3)
     run = replay(always, sure, policy, 3, FREE, static={"depth": 4, "top_k": 1, "tokens": 5})
-    for _ in range(20):
+    for _ in range(8):  # the next ones try plain decoding
         left = run.walk.left
         assert (run.step().tokens == np.minimum(5, left)).all()
 
@@ -139,8 +139,10 @@ def test_passes_take_along_what_the_runtimes_do(recording, calibration):
 
 
 def test_what_a_pass_costs_beside_its_tokens_is_paid_for(recording, calibration):
-    """A granule, a change of size, a cold draft, planning, and nodes that attend their request's context again."""
-    dear = replace(KNEE, target=(*KNEE.target[:3], 1e-6), cold=3e-4, granule=8, change=2e-3, level_seconds=1e-4)
+    """Padding, a change of size, a cold draft, planning, and nodes that attend their request's context again."""
+    dear = replace(
+        KNEE, target=(*KNEE.target[:3], 1e-6), cold=3e-4, padded=tuple(range(8, 65, 8)), change=2e-3, level_seconds=1e-4
+    )
     run, plain = (replay(recording, calibration, "static", 3, each) for each in (dear, KNEE))
     for again in range(3):
         context = run.walk.context.copy()

@@ -21,6 +21,9 @@ def bucket(count: int) -> int:
     return 3 * power // 4 if power >= 16 and count <= 3 * power // 4 else power
 
 
+SIZES = tuple(sorted({bucket(count) for count in range(1, LARGEST + 1)}))  # of calls, in tokens
+
+
 def pad(arrays: Arrays) -> Arrays | None:
     """The same call, of a size that others share; None for a call that is better run as it is.
 

@@ -11,14 +11,17 @@ import openvino as ov
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
 from echo_trt.backends.openvino.lanes import as_lanes
-from echo_trt.backends.openvino.rounding import is_verification, rounded
+from echo_trt.backends.openvino.rounding import is_verification, padded
+from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 
-GRANULE = 2  # tokens: a verification is filled up to the next multiple
 LEAST = 4  # tokens: in bf16, but for AMX, one to three take longer
-PREPARED = 32  # tokens up to which kernels of passes are prepared at the start
-CATCH_UP = 16  # tokens: beyond those, a draft's passes are filled up to the next multiple
+PREPARED = 32  # tokens up to which kernels of passes are prepared at the start: more take longer to prepare
 PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
+#: Tokens to which passes are padded: the finer, the less padding and the more changes of size. Of a target steps are of
+#: two tokens, and an eighth at most; a draft's passes up to PREPARED change size for little, once those are prepared.
+TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
+DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
 
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
@@ -26,7 +29,7 @@ _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has n
 class OpenVINOEngine:
     """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, touched only as it fills.
 
-    One more block behind them takes the rows of tokens that only fill a pass up.
+    One more block behind them takes the rows of tokens that only pad a pass.
     """
 
     def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
@@ -40,10 +43,11 @@ class OpenVINOEngine:
         #: Of inputs and outputs that have a row a token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
-        self.granule = GRANULE if self._target else 1
         # A single row has not the bits of several.
         bf16 = self._target and precision == "bf16" and cpu.compute_type(precision) == ov.Type.bf16
-        self.least = (2 if cpu.has_amx() else LEAST) if bf16 else 1
+        least = (2 if cpu.has_amx() else LEAST) if bf16 else 1
+        usual = TARGET_SIZES if self._target else DRAFT_SIZES
+        self.sizes = (least, *(size for size in usual if size > least))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -67,7 +71,7 @@ class OpenVINOEngine:
     def _prepare(self, widths: dict[str, int]) -> None:
         """Run a pass of each usual size: its first takes 2 to 10 ms more. ``widths``: of a head's inputs, by name."""
         begin = time.perf_counter()
-        for count in range(max(self.granule, self.least), PREPARED + 1, self.granule):
+        for count in (size for size in self.sizes if size <= PREPARED):
             if time.perf_counter() - begin > PREPARING:
                 return
             for given in widths or [""]:  # a head reads features, or where it goes on from a drafted token, its state
@@ -77,20 +81,17 @@ class OpenVINOEngine:
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         asked = {FEATURES: len(call.token_ids), "state": len(call.token_ids)}
         rows = len(call.logit_rows)
-        verifies = is_verification(call)
         drafts = not self._target
+        verifies = is_verification(call)
         # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
-        if drafts or len(call.past_lens) > 1 or self.least > 1:
+        if drafts or len(call.past_lens) > 1 or self.sizes[0] > 1:
             call = as_lanes(call, unmasked=drafts)
-        if call.padded_to > len(call.token_ids):
-            call = rounded(call, call.padded_to, self.num_blocks)
-        elif len(call.token_ids) < self.least:
-            call = rounded(call, self.least, self.num_blocks)
-        elif verifies:
-            call = rounded(call, self.granule, self.num_blocks)
-        elif drafts and len(call.token_ids) > PREPARED:
-            inputs = _longer(inputs, -len(call.token_ids) % CATCH_UP)
-            call = rounded(call, CATCH_UP, self.num_blocks, rows_too=False)
+        tokens = len(call.token_ids)
+        size = next_size(self.sizes, tokens) if verifies or drafts else max(tokens, self.sizes[0])
+        size = max(size, call.padded_to)
+        if drafts:
+            inputs = _longer(inputs, size - tokens)
+        call = padded(call, size, self.num_blocks, rows_too=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
         read = {name: values[: asked.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}

@@ -2,10 +2,10 @@
 
 Where a graph is compiled for any size, a pass of another size than the last one pays for it: shapes are inferred and
 kernels are prepared again, which takes as long as five to ten tokens more. Trees change size from pass to pass, so
-their passes are filled up to the next multiple, and the policy is told that the tokens up to there cost nothing. Where
-it keeps to one size for a while, it says so, and passes that are short of it are filled up to that.
-Plain decoding repeats its size and is left as it is. A draft that catches up with a prompt has a size of its own nearly
-each time, whose kernels are new: that takes as long as its pass does.
+their passes are padded to the next size of a ladder, and the planner knows that the tokens up to there cost nothing.
+Where it keeps to one size for a while, it says so, and passes that are short of it are padded to that. Plain decoding
+repeats its size and is left as it is. A draft that catches up with a prompt has a size of its own nearly each time,
+whose kernels are new: that takes as long as its pass does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from echo_trt.decoding.pack import Packed
 
 
-def rounded(call: Packed, multiple: int, block: int, rows_too: bool = True) -> Packed:
-    """``call`` with requests of one token that nobody reads, to a ``multiple`` of tokens, and of rows asked for.
+def padded(call: Packed, size: int, block: int, rows_too: bool = True) -> Packed:
+    """``call`` with requests of one token that nobody reads, up to ``size`` tokens, and as many rows asked for.
 
-    Their keys and values go to ``block``, which no other request holds.
+    Their keys and values go to ``block``, which no other request holds. Without ``rows_too`` no rows are added.
     """
-    count, rows = len(call.token_ids), len(call.logit_rows) if rows_too else 0
-    if count % multiple == rows % multiple == 0:
+    count = len(call.token_ids)
+    more = size - count
+    if more <= 0:
         return call
-    more = -count % multiple
     zeros = np.zeros(more, np.int32)
     follow = np.arange(1, more + 1, dtype=np.int32)
     return call._replace(
@@ -34,7 +34,7 @@ def rounded(call: Packed, multiple: int, block: int, rows_too: bool = True) -> P
         block_indices=np.concatenate((call.block_indices, zeros + np.int32(block))),
         block_begins=np.concatenate((call.block_begins, call.block_begins[-1] + follow)),
         tree_mask_begins=np.concatenate((call.tree_mask_begins, zeros + call.tree_mask_begins[-1])),
-        logit_rows=np.concatenate((call.logit_rows, np.full(-rows % multiple, count + more - 1))),
+        logit_rows=np.concatenate((call.logit_rows, np.full(more * rows_too, size - 1))),
     )
 
 

@@ -50,7 +50,7 @@ class RankedEngine:
         except BaseException:
             self._end()
             raise
-        self.num_blocks, self.granule, self.least = self._own.num_blocks, self._own.granule, self._own.least
+        self.num_blocks, self.sizes = self._own.num_blocks, self._own.sizes
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import LARGEST, Graphs, Staging
+from echo_trt.backends.cuda.calls import LARGEST, SIZES, Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
@@ -63,7 +63,7 @@ class TensorRTEngine:
         self._aliases = {f"new_{name}" if linear else name + WRITTEN: name for name in self._caches}
         heads, rows, head_dim = (session.most(self._caches[0], axis) for axis in (1, 2, 3))
         self._layout = Layout(slots, blocks, rows - blocks * BLOCK) if linear else None
-        self.num_blocks, self.granule, self.least = slots * blocks if linear else num_blocks, 1, 1
+        self.num_blocks, self.sizes = slots * blocks if linear else num_blocks, SIZES
         self._limits = CallLimits.of(session, linear)
         if slots > self._limits.batch:
             raise UserError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import Arrays, Graphs, Staging, pad
+from echo_trt.backends.cuda.calls import SIZES, Arrays, Graphs, Staging, pad
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.parallel.rank_group import RankGroup
@@ -40,7 +40,7 @@ class TorchEngine:
         graphs: bool = True,
         collectives: Collectives | None = None,
     ):
-        self.num_blocks, self.granule, self.least = num_blocks, 1, 1
+        self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)

@@ -1,5 +1,6 @@
 """The goodput policy: draft and verify what commits most tokens a second, by costs measured on this machine.
 
+ladder      which size is verified at a load, or plain decoding
 planner     one iteration: levels while they pay, then the best nodes over the batch
 search      what a level would bring before it is drafted
 candidates  head, copied text and n-grams in one super-tree, each node with its P(accept)

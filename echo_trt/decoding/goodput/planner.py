@@ -3,19 +3,15 @@
 Time has a price: the tokens a second that this machine commits anyway (``GoodputPlanner.price``). A plan is worth
 its expected tokens less the price of its passes; plain decoding is the plan without a draft. An iteration decides
 
-1. where a pass of another size than the last one costs extra (OpenVINO), how many tokens are verified: a number that is
-   held for some dozens of iterations (``sizes``), possibly none beyond the roots. Elsewhere 3 weighs any number.
+1. how many tokens are verified at most, or that it decodes plainly: the rung that the load holds (``ladder``).
 2. before each draft level: which nodes of the frontier are expanded, if any. What their children will be worth is not
    known yet; the calibration knows how it is distributed (``Acceptance.children``, ``search``).
-3. after the last level: how many of all candidates are verified, best first over the batch (``select``); as many as are
-   held, or as many as pay under the cost table.
-
-Now and then, where 2 says no, one request is drafted all the same, to see whether that still holds.
+3. after the last level: how many of all candidates are verified, best first over the batch (``select``). Where a pass
+   of another size than the last one costs extra (OpenVINO) the rung is filled, elsewhere as many as pay are taken.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,17 +20,19 @@ from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.ladder import DOUBT, PLAIN, Ladder
 from echo_trt.decoding.goodput.ngrams import Chains, NGrams
 from echo_trt.decoding.goodput.requests import History
-from echo_trt.decoding.goodput.search import BINS, best_portion, portions
+from echo_trt.decoding.goodput.search import best_portion, portions
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.goodput.sizes import Sizes
 from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with: an accepted path
 SERVES = 32  # iterations that a longer catch-up serves, at most
 ROOM_A_DRAFT = 8  # tokens that a request may still write, for each iteration that will draft for it
+LEVELS = 1.6  # draft levels that are foreseen, a doubling of a request's verified tokens
+MOST, ALONE = 8, 64  # tokens that are verified at most: a request, and besides
 TIE = 1e-12  # of a value: too little to tell one from another
 
 
@@ -60,39 +58,65 @@ class GoodputPlanner:
         self.name, self.settings, self.budget = name, settings, budget
         self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
         self._head = head
-        self.costs, self.acceptance, self.history, self.sizes = costs, acceptance, History(slots), Sizes()
-        self._found: np.ndarray | None = None  # P(accept) of this iteration's candidates, if it has searched
-        self._caught_up = False  # whether a draft had to compute more than an accepted path
+        self.costs, self.acceptance, self.history, self.ladder = costs, acceptance, History(slots), Ladder()
         self._serial = np.full(slots, -1)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         self._forget_departed(load)
-        self._found, self._caught_up = None, False
-        settings, history, holds = self.settings, self.history, self._head and self.costs.change > 0
-        foreseen = self.acceptance.foreseen(settings.width)
-        held_nodes = None
-        if holds:
-            host, level = history.host_seconds, history.level_seconds
-            held_nodes = self.sizes.nodes(len(roots), load.context, self.costs, host, foreseen, level)
-        if held_nodes == 0 or (not holds and (history.compares() or history.rests(len(roots)))):
+        settings, history, costs, count = self.settings, self.history, self.costs, len(roots)
+        rung = self.ladder.rung(count, lambda: self._foresee(load))
+        if rung == PLAIN:
             return Plan.undrafted(roots)
-        # Where sizes are held their rates are measured, and caution would keep from them what they are measured by.
-        price = self.price(load) * (1.0 if holds else history.caution)
-        weights = history.weights(load.slots)
+        size = max(rung, costs.padded(count + 1))
         tree = SuperTree.from_roots(roots)
         copied = self.copier.continuations(load.slots, settings.max_depth) if self.copier else None
-        candidates = Candidates(tree, self.acceptance, weights, load.room, copied, settings.one_path)
-        seconds = Verifications(self.costs, load, held_nodes)
+        candidates = Candidates(
+            tree, self.acceptance, history.weights(load.slots), load.room, copied, settings.one_path
+        )
+        search = Search(candidates, load, self._verifying(load, size - count), self.price(load))
         if self._head and load.room.any():
-            self._draft(draft, Search(candidates, load, seconds, price))
+            self._draft(draft, search)
         if (chains := self._continued(candidates, load)) is not None:
             candidates.go_on(chains)
-        chosen = select(candidates.value, candidates.tree, settings.per_request, seconds.upto(len(candidates)), price)
+        chosen = select(candidates.value, candidates.tree, settings.per_request, search.seconds, search.price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
-        history.planned(len(tree) > len(roots))
-        self._found = candidates.probability[len(roots) :]
-        padded_to = 0 if held_nodes is None else self.costs.kept(len(tree), len(roots) + held_nodes)
-        return Plan(tree, candidates.probability[nodes], candidates.tree, padded_to)
+        return Plan(
+            tree, candidates.probability[nodes], candidates.tree, costs.kept(len(tree), size) if self._holds else 0
+        )
+
+    @property
+    def _holds(self) -> bool:
+        """Whether verifications fill their rung. Copied text alone is too rare for that."""
+        return self._head and self.costs.change > 0
+
+    def _foresee(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
+        """Foresee what the ladder asks for: rungs int64 [R] and their scores float64 [R]."""
+        costs, history, count = self.costs, self.history, len(load.slots)
+        rungs = costs.rungs(count, MOST * count + ALONE)
+        if not self._head:
+            return rungs[-1:], np.full(1, TIE)
+        each = (rungs - count) / count
+        levels = np.minimum(np.minimum(LEVELS * np.log2(1 + each), each), self.settings.max_depth)
+        level = costs.draft(2 * count, load.context) + history.level_seconds
+        target = costs.target.base(int(rungs[-1]))[rungs] + costs.target.per_context * load.context
+        seconds = target + costs.target.per_node * each * load.context + costs.cold + levels * level
+        tokens = 1 + self.acceptance.foreseen(self.settings.width).best(rungs - count, count) / count
+        host, plain = history.host_seconds, costs.plain(count, load.context)
+        scores = np.log(tokens * (plain + host) / (seconds + host))
+        if self._holds:
+            return rungs, scores - DOUBT
+        return rungs[-1:], np.maximum(scores.max(keepdims=True), TIE)  # the search may choose any size, or none
+
+    def _verifying(self, load: Load, nodes: int) -> np.ndarray:
+        """Seconds that verifying 0, 1, ... ``nodes`` nodes takes longer than verifying none: [nodes + 1]."""
+        costs, count = self.costs, len(load.slots)
+        if self._holds:  # the rung is filled, whatever its nodes are worth
+            return np.zeros(nodes + 1)
+        number = np.arange(nodes + 1)
+        seconds = costs.verifications(count + load.prompt_tokens, number)
+        seconds += costs.target.per_node * load.context / count * number
+        seconds[1:] += 2 * costs.change  # there and back
+        return seconds - seconds[0]
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.acceptance.totals()
@@ -111,8 +135,12 @@ class GoodputPlanner:
 
     def price(self, load: Load) -> float:
         """Tokens that a second is worth: plain decoding's rate at this load, times what speculation has gained."""
-        plain = self.costs.plain(len(load.slots), load.context) + self.history.host_seconds
-        return self.history.speedup * len(load.slots) / plain
+        return self.history.speedup * self._plain_rate(load)
+
+    def _plain_rate(self, load: Load) -> float:
+        """Tokens a second of plain decoding."""
+        count = len(load.slots)
+        return count / (self.costs.plain(count, load.context) + self.history.host_seconds)
 
     def _draft(self, draft: Draft, search: Search) -> None:
         """Draft levels, while they pay; their nodes join the candidates."""
@@ -133,7 +161,6 @@ class GoodputPlanner:
             if len(requests) == 0:
                 return
         requests = np.sort(requests)
-        self._caught_up = load.behind[requests].max() > IN_STEP
         candidates.add(requests[:, None], *draft.expand_roots(requests), settings.width)
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.foreseen(settings.width).first)
@@ -169,10 +196,6 @@ class GoodputPlanner:
             moved = candidates.tree.depth[chains.leaf] == depth
         passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
         passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        nodes = len(known) + len(going_on) + len(frontier) * children.shape[0] * children.shape[1]
-        affordable = math.inf
-        if not search.seconds.held:
-            affordable = (known.sum() + going_on.sum() + frontier.sum() * brought[-1]) / price
         return best_portion(
             frontier,
             ends,
@@ -183,7 +206,7 @@ class GoodputPlanner:
             known,
             going_on,
             moved,
-            price * search.seconds.upto(nodes, affordable),
+            price * search.seconds,
         )
 
     def observe(self, iteration: Iteration) -> None:
@@ -194,16 +217,12 @@ class GoodputPlanner:
         target, prompts = iteration.target, load.prompt_tokens
         self.costs.observe_target(target.tokens, target.context, target.seconds, target.node_context, prompts)
         progress = self._accepted(plan, iteration.path, len(load.slots))
-        plain = self.costs.plain(len(load.slots), load.context) + history.host_seconds
-        expected, seconds = plan.probability.sum(), iteration.seconds
-        history.observe(load.slots, progress, expected, seconds, iteration.host, plain, prompts > 0)
+        history.observe(load.slots, progress, iteration.seconds)
         if prompts == 0 and len(load.slots):
-            self.sizes.spent(seconds, expected / len(load.slots))  # expected: too few are accepted in a turn to count
-        found, self._found = self._found, None
-        if found is not None:
-            # With prompts and rests drafts catch up once, which says nothing of the next search.
-            drafting = iteration.planning + sum(done.seconds for done in iteration.drafts)
-            self.sizes.observe(found, len(load.slots), None if self._caught_up else drafting)
+            count = len(load.slots)  # accepted tokens are too few in a trial to count
+            expected = count + history.verified(plan.probability.sum() - count, len(iteration.path) - count)
+            history.spent(expected, self._plain_rate(load) * iteration.seconds, iteration.host)
+            self.ladder.observe(expected, iteration.seconds)
 
     def _accepted(self, plan: Plan, path: np.ndarray, requests: int) -> np.ndarray:
         """Learn from what was verified. Returns tokens committed of each request: int64 [B]."""
@@ -217,43 +236,17 @@ class GoodputPlanner:
 
 @dataclass(frozen=True)
 class Search:
-    """One iteration's: what there is to verify so far, what that takes, and what a second is worth in tokens."""
+    """What one iteration searches through.
+
+    candidates  nodes that there are to verify so far
+    seconds     float64 [n], what verifying 0, 1, ..., n - 1 nodes takes longer than verifying none
+    price       tokens that a second is worth
+    """
 
     candidates: Candidates
     load: Load
-    seconds: Verifications
+    seconds: np.ndarray
     price: float
-
-
-class Verifications:
-    """Seconds of verifying 0, 1, ... nodes beside the roots, in one iteration, less what is the same for any number."""
-
-    def __init__(self, costs: Costs, load: Load, held_nodes: int | None = None):
-        """``held_nodes``: so many are verified, whatever they are worth: none of them costs anything, and no more are
-        priced, which is how those who search know the limit."""
-        self._costs, self._tokens, self._held = costs, len(load.slots) + load.prompt_tokens, held_nodes
-        # A node attends its request's context, on average this much.
-        self._each = costs.target.per_node * load.context / len(load.slots)
-        self._seconds = np.empty(0)
-
-    @property
-    def held(self) -> bool:
-        return self._held is not None
-
-    def upto(self, nodes: int, affordable: float = math.inf) -> np.ndarray:
-        """[nodes + 1] or longer; or ending where a verification takes more than ``affordable`` beyond one without, or
-        has all that it may."""
-        if self._held is not None:
-            return np.zeros(self._held + 1)
-        while nodes >= len(self._seconds) and (len(self._seconds) == 0 or self._longest() <= affordable):
-            numbers = np.arange(min(2 * nodes, 4 * len(self._seconds)) + BINS)
-            self._seconds = self._costs.verifications(self._tokens, numbers) + self._each * numbers
-        return self._seconds
-
-    def _longest(self) -> float:
-        """What the last one takes more than none, at least: sizes beyond it may be spared the price of change."""
-        last = len(self._seconds) - 1
-        return float(self._costs.target(self._tokens + last) + self._each * last - self._seconds[0])
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:

@@ -1,19 +1,15 @@
-"""What the goodput policy remembers of requests and of itself: who drafts well, who fell behind, what was gained."""
+"""What the goodput policy remembers of requests: who drafts well, who fell behind; and what planning takes."""
 
 from __future__ import annotations
 
 import numpy as np
 
-_MEMORY = 0.97  # of running means over iterations
-_FADING = 0.02  # a request that is not drafted for drifts towards the mean of all by this, an iteration
-_PROBING = 0.005  # share of the time that may go into seeing whether drafting would pay again
-_UNSURE = 1.2  # a gain below which plain decoding is tried now and then, to compare
-_COMPARED = 48  # iterations between two such trials
-_CAUTION = 0.2  # how fast time becomes dearer while speculation loses
-_COURAGE = 0.005  # how fast that is forgotten while there is none
-_MOST_CAUTIOUS = 2.0
-_PATIENCE, _LONGEST_REST = 4, 8  # plain plans after which one is left out, and how many at most
-_AGEING = 0.25  # the power of what a request fell behind by which its nodes weigh more
+_MEMORY = 0.97  # of running means over iterations: more of it is steadier, and later
+_CANDOUR = 0.99  # of running sums of what is expected and accepted: fewer tokens tell less
+_FADING = 0.02  # by which the promise of a request that is not drafted for returns to the mean in an iteration
+_PROBING = 0.005  # share of the time that goes into seeing whether drafting would pay again: more finds it sooner
+_NEWEST = 0.3  # weight of a request's newest draft in its promise
+_AGEING = 0.25  # power of what a request fell behind by which its nodes weigh more
 _LIMITS = 0.8, 1.25  # of that weight
 _LEAST = 1e-4  # of what a draft's best token is usually worth: a calibration may say nothing
 
@@ -24,47 +20,16 @@ class History:
     def __init__(self, slots: int):
         self.promise, self._mean = np.ones(slots), 1.0
         self._progress = np.ones(slots)  # tokens an iteration, running mean
-        self._idle = np.zeros(slots, np.int64)  # iterations since it was last drafted for
-        self._credit = 0.0
+        self._idle = np.zeros(slots, np.int64)  # iterations since each slot was last drafted for
+        self._credit = 0.0  # seconds
         self._tokens = self._plain = 1e-9
+        self._expected = self._accepted = 1.0  # drafted tokens
         self.host_seconds = self.level_seconds = 0.0
-        self.caution = 1.0
-        self._since_plain = 0
-        self._speculated = False  # in the last iteration
-        self._quiet = np.zeros(slots + 1, np.int64)  # by load: plans in a row that were plain, up to what matters
-        self._rest = self._requests = 0
 
     @property
     def speedup(self) -> float:
         """Expected tokens over those of plain decoding in the same time, running mean; 1 or more."""
         return max(self._tokens / self._plain, 1.0)
-
-    def compares(self) -> bool:
-        """Whether this iteration should be plain: what that takes must stay known where the gain is small."""
-        self._since_plain += 1
-        due = self._since_plain >= _COMPARED and self._tokens < _UNSURE * self._plain
-        if due:
-            self._since_plain = 0
-        return due
-
-    def rests(self, requests: int) -> bool:
-        """Whether to do without a plan: where many in a row were plain, at the same load, the next one will be."""
-        if requests != self._requests:
-            self._requests, self._rest = requests, 0
-        self._rest -= 1
-        return self._rest >= 0
-
-    def planned(self, speculates: bool) -> None:
-        """What the plan came to; each that is plain lets the next one wait a little longer."""
-        quiet = self._quiet[self._requests]
-        quiet = quiet // 2 if speculates else min(quiet + 1, _PATIENCE * _LONGEST_REST)
-        self._quiet[self._requests] = quiet
-        self._rest = int(quiet // _PATIENCE)
-
-    def decided(self, levels: int, seconds: float) -> None:
-        """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""
-        if levels:
-            self.level_seconds += (1 - _MEMORY) * (seconds / levels - self.level_seconds)
 
     def forget(self, slot: int) -> None:
         """Another request begins in ``slot``."""
@@ -88,7 +53,7 @@ class History:
         """Slots ``chosen`` [A] were drafted for; the best token of each is worth ``best`` [A]."""
         seen = best / max(usual, _LEAST)
         self._idle[chosen] = 0
-        self.promise[chosen] += 0.3 * (seen - self.promise[chosen])
+        self.promise[chosen] += _NEWEST * (seen - self.promise[chosen])
         self._mean += (1 - _MEMORY) * (float(seen.mean()) - self._mean)
 
     def probe(self, requests: np.ndarray, slots: np.ndarray, seconds: np.ndarray) -> np.ndarray:
@@ -100,34 +65,26 @@ class History:
         longest = self._idle[slots[requests]].argmax()
         return requests[longest : longest + 1]
 
-    def observe(
-        self,
-        slots: np.ndarray,
-        progress: np.ndarray,
-        expected: float,
-        seconds: float,
-        host: float,
-        plain: float,
-        prompts: bool,
-    ) -> None:
-        """An iteration: tokens of each request [B], those expected, what it took and what a plain one would take.
+    def decided(self, levels: int, seconds: float) -> None:
+        """Deciding on ``levels`` draft levels has taken ``seconds`` beside their passes."""
+        if levels:
+            self.level_seconds += (1 - _MEMORY) * (seconds / levels - self.level_seconds)
 
-        If a speculative iteration, with the slower plain one that may follow it, takes longer than plain decoding would
-        for the same tokens, time becomes dearer (``caution``) until speculation stops losing. One that computed
-        ``prompts`` too says nothing of speed.
-        """
-        self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
+    def observe(self, slots: np.ndarray, progress: np.ndarray, seconds: float) -> None:
+        """An iteration of ``seconds`` has committed ``progress`` tokens of each request [B]."""
         self._credit += _PROBING * seconds
-        if prompts or len(slots) == 0:
-            return
-        self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)
-        speculated, self._speculated = self._speculated, expected > len(slots)
-        lost = 1 - expected * plain / (len(slots) * seconds)
-        if not self._speculated:
-            self._since_plain = 0
-            self.caution -= _COURAGE * (self.caution - 1)
-            lost = max(lost, 0.0) * speculated  # the way back from it, to a pass of another size
-        if lost:
-            self.caution = min(max(self.caution + _CAUTION * lost, 1.0), _MOST_CAUTIOUS)
+        self._progress[slots] += (1 - _MEMORY) * (progress - self._progress[slots])
+
+    def verified(self, expected: float, accepted: int) -> float:
+        """Of drafted tokens so many were ``expected``, and ``accepted``. Returns the former as it usually comes true:
+        what was accepted lately of what was expected. The draft of an uncalibrated head may promise anything."""
+        self._expected = _CANDOUR * self._expected + expected
+        self._accepted = _CANDOUR * self._accepted + accepted
+        return expected * self._accepted / self._expected
+
+    def spent(self, expected: float, plain: float, host: float) -> None:
+        """An iteration without prompts was ``expected`` to commit so many tokens, and plain decoding would have
+        committed ``plain`` in its time; ``host`` seconds of that went beside passes and planning."""
         self._tokens = _MEMORY * self._tokens + expected
-        self._plain = _MEMORY * self._plain + len(slots) * seconds / plain
+        self._plain = _MEMORY * self._plain + plain
+        self.host_seconds += (1 - _MEMORY) * (host - self.host_seconds)

@@ -14,7 +14,8 @@ from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 from echo_trt.decoding.goodput.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, Verifications, select
+from echo_trt.decoding.goodput.ladder import Foresee, Ladder
+from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, select
 from echo_trt.decoding.goodput.search import BINS
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
@@ -39,7 +40,16 @@ def planner_of(
 ) -> GoodputPlanner:
     acceptance = acceptance or Acceptance.uncalibrated(settings.max_depth)
     copier = Copied(copied) if copied else None
-    return GoodputPlanner("goodput", settings, Costs(target, draft), acceptance, count, copier=copier, head=head)
+    planner = GoodputPlanner("goodput", settings, Costs(target, draft), acceptance, count, copier=copier, head=head)
+    planner.ladder = Highest()
+    return planner
+
+
+class Highest(Ladder):
+    """Leaves it to the search whether anything is drafted."""
+
+    def rung(self, requests: int, foresee: Foresee) -> int:
+        return int(foresee()[0][-1])
 
 
 def load_of(count: int, room: int = 9, **changes) -> Load:
@@ -96,22 +106,6 @@ def test_a_step_in_the_curve_is_crossed_only_if_what_lies_beyond_pays_for_it():
     assert len(select(value, tree, 64, seconds, price=1.0)) == 1 + 2  # four more bring 1.6, which cost 2
     assert len(select(value, tree, 64, seconds, price=0.7)) == 1 + 6
     assert len(select(value, tree, 6, seconds, price=0.7)) == 1 + 2  # three more bring 1.2, which cost 1.4
-
-
-def test_a_size_that_is_spared_a_change_is_reached_over_those_that_are_not():
-    tree = SuperTree.from_roots(np.array([1]))
-    tree.add(np.zeros(4, np.int64), np.arange(4), np.zeros(4))
-    value = np.array([1.0, 0.4, 0.3, 0.3, 0.2])
-    seconds = np.array([2.5, 3.5, 3.5, 2.0, 3.5])  # the last pass was of three
-    assert len(select(value, tree, 64, seconds, price=2.0)) == 1 + 3
-
-
-def test_a_table_goes_on_to_a_size_that_is_spared_a_change():
-    costs = Costs(Curve([1, 2000], [1.0, 1.2]), FREE, change=2.0)
-    costs.observe_target(500, 0, 1.05, 1)
-    known = Verifications(costs, load_of(1)).upto(900, affordable=0.1)
-    assert len(known) > 499
-    assert known[499] == known.min()
 
 
 # -- whether to draft ------------------------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    search = Search(candidates, load, Verifications(planner.costs, load), price)
+    search = Search(candidates, load, planner._verifying(load, 200), price)
     got = planner._worth_expanding(search, frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
@@ -373,7 +367,7 @@ def test_plans_depend_on_nothing_but_what_they_are_told():
 def test_who_fell_behind_is_preferred():
     planner = planner_of(linear(0.01, 2e-3), linear(1e-4, 1e-5), 2)
     for _ in range(200):
-        planner.history.observe(np.arange(2), np.array([1, 4]), 2.0, 0.01, 0.0, 0.01, False)
+        planner.history.observe(np.arange(2), np.array([1, 4]), 0.01)
     plan = planner.plan(np.zeros(2), steady(2, 0.8, 0.1, 0.05), load_of(2))
     slow, fast = plan.tree.sizes
     assert slow > fast

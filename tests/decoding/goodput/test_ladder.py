@@ -1,0 +1,222 @@
+"""The ladder on a machine that only keeps time: which rung it holds, what trials cost, how it changes its mind."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from machines import SHAPE, Server, linear
+
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.ladder import PLAIN, SETTLING, SHARE, TRIAL, Ladder, load_of
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+
+RUNGS = (6, 8, 12, 16)
+Rates = Callable[[int], float]
+
+
+def rates_of(*gains: float) -> Rates:
+    """Tokens a second of plain decoding, 100, and of RUNGS, in it."""
+    known = dict(zip((PLAIN, *RUNGS), (1.0, *gains), strict=True))
+    return lambda rung: 100 * known[rung]
+
+
+def foresee(*gains: float):
+    return lambda: (np.array(RUNGS), np.log(np.array(gains)))
+
+
+FLAT = foresee(1.0, 1.0, 1.0, 1.0)
+
+
+class Machine:
+    """Iterations of 4 tokens, or of ``requests``; ``noise``: deviation of the log of what one takes."""
+
+    def __init__(self, ladder: Ladder, noise: float = 0.0):
+        self.ladder, self.noise, self.rng = ladder, noise, np.random.default_rng(0)
+        self.tokens = self.seconds = 0.0
+
+    def run(self, rate: Rates, iterations: int, requests: int = 4, foreseen=FLAT) -> list[int]:
+        """The rung of each iteration; counts tokens and seconds from here on."""
+        rungs, self.tokens, self.seconds = [], 0.0, 0.0
+        for _ in range(iterations):
+            rung = self.ladder.rung(requests, foreseen)
+            seconds = requests / rate(rung) * float(np.exp(self.noise * self.rng.normal()))
+            self.ladder.observe(requests, seconds)
+            rungs.append(rung)
+            self.tokens, self.seconds = self.tokens + requests, self.seconds + seconds
+        return rungs
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def usual(rungs: list[int]) -> int:
+    return Counter(rungs).most_common(1)[0][0]
+
+
+@pytest.mark.parametrize("foreseen", [FLAT, foresee(0.5, 0.5, 0.5, 0.5), foresee(1.1, 1.15, 1.2, 1.25)])
+@pytest.mark.parametrize("best", RUNGS)
+def test_the_best_rung_is_found_whatever_was_foreseen(best, foreseen):
+    machine = Machine(Ladder())
+    rate = rates_of(*(1.5 if rung == best else 1.2 for rung in RUNGS))
+    machine.run(rate, 6000, foreseen=foreseen)
+    rungs = machine.run(rate, 2000)
+    assert usual(rungs) == best
+    assert machine.rate > 0.985 * rate(best)
+
+
+def test_what_was_foreseen_runs_first():
+    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, foreseen=foresee(1.1, 1.4, 1.3, 0.9))) == {8}
+    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, foreseen=foresee(0.9, 0.8, 0.9, 0.9))) == {PLAIN}
+
+
+@pytest.mark.parametrize("requests", [1, 4, 32])
+def test_a_rung_that_loses_is_given_up_after_a_window_or_two(requests):
+    machine = Machine(Ladder())
+    rungs = machine.run(rates_of(0.7, 0.7, 0.7, 0.7), 200, requests, foresee(1.2, 1.4, 1.3, 1.1))
+    assert rungs[TRIAL] == 8
+    assert sum(rung != PLAIN for rung in rungs[100:]) < (35 if requests >= 4 else 70)  # one text may just be hard
+    if requests >= 4:
+        assert sum(rung == 8 for rung in rungs) <= 5 * (TRIAL + SETTLING)
+
+
+@pytest.mark.parametrize("requests", [1, 4, 32])
+@pytest.mark.parametrize("gain", [0.3, 0.7, 0.95])
+def test_where_nothing_pays_it_decodes_plainly_and_loses_a_hundredth(gain, requests):
+    machine = Machine(Ladder(), noise=0.05)
+    rate = rates_of(gain, gain, gain, gain)
+    machine.run(rate, 1500, requests, foresee(1.2, 1.4, 1.3, 1.1))
+    rungs = machine.run(rate, 6000, requests)
+    assert 0 < sum(rung != PLAIN for rung in rungs) < (0.05 if gain < 0.9 else 0.35) * len(rungs)  # it goes on looking
+    assert machine.rate > 0.98 * rate(PLAIN)
+
+
+@pytest.mark.parametrize("foreseen", [1.2, 0.8])
+def test_trials_lose_about_a_hundredth_of_the_time(foreseen):
+    machine = Machine(Ladder())
+    rate = rates_of(2.0, 1.0, 1.0, 1.0)
+    machine.run(rate, 6000, foreseen=foresee(foreseen, 1.0, 1.0, 1.0))
+    rungs = machine.run(rate, 10000)
+    others = sum(rung != 6 for rung in rungs)
+    assert 0 < others < 0.03 * len(rungs)
+    assert machine.rate > (1 - 1.2 * SHARE) * rate(6)
+
+
+def test_plain_decoding_and_the_other_rungs_are_tried():
+    machine = Machine(Ladder())
+    machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 2000, foreseen=foresee(1.4, 1.5, 1.3, 1.1))
+    tried = Counter(machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 20000))
+    assert {PLAIN, 6, 8} <= set(tried)
+    assert tried[6] > tried[16]  # the more promising the oftener
+    assert tried[8] > 0.95 * 20000
+
+
+def test_it_holds_without_flapping():
+    """Rungs a hundredth apart, and iterations that differ by a tenth."""
+    machine = Machine(Ladder(), noise=0.1)
+    rate = rates_of(1.30, 1.31, 1.30, 1.29)
+    machine.run(rate, 2000, foreseen=foresee(1.3, 1.3, 1.3, 1.3))
+    rungs = np.array(machine.run(rate, 8000))
+    assert (rungs[1:] != rungs[:-1]).sum() < 8000 / 80  # to a trial and back
+    assert machine.rate > 0.97 * rate(8)
+
+
+def test_a_machine_that_changes_its_speed_favours_no_rung():
+    """All that runs takes twice as long for some seconds, and then does not."""
+    machine = Machine(Ladder())
+    base, plain = rates_of(1.3, 1.2, 1.1, 1.0), 0
+    machine.run(base, 500, foreseen=foresee(1.3, 1.2, 1.1, 1.0))
+    for turn in range(80):
+        factor = 1 + turn % 2
+        rungs = machine.run(lambda rung, by=factor: base(rung) / by, 100 + 7 * (turn % 3))
+        plain += sum(rung != 6 for rung in rungs)
+    assert plain < 0.1 * 80 * 107
+
+
+@pytest.mark.parametrize(("before", "after"), [((1.5, 1.4, 1.2, 1.0), 0.7), ((0.7, 0.7, 0.7, 0.7), 1.5)])
+def test_texts_that_change_are_followed(before, after):
+    machine = Machine(Ladder())
+    machine.run(rates_of(*before), 3000)
+    rate = rates_of(after, after - 0.2, after - 0.3, after - 0.4)
+    machine.run(rate, 9000)
+    rungs = machine.run(rate, 2000)
+    assert usual(rungs) == (6 if after > 1 else PLAIN)
+    assert machine.rate > 0.98 * max(rate(6), rate(PLAIN))
+
+
+def test_loads_learn_apart_and_a_new_one_begins_with_what_the_last_has_shown():
+    machine = Machine(Ladder())
+    machine.run(rates_of(1.5, 1.2, 1.1, 1.0), 2000, requests=4)
+    machine.run(rates_of(0.5, 0.5, 0.5, 0.5), 2000, requests=5)  # another load, a step away
+    assert load_of(4) != load_of(5)
+    assert usual(machine.run(rates_of(1.5, 1.2, 1.1, 1.0), 20, requests=4)) == 6
+    first = machine.run(rates_of(0.5, 0.5, 0.5, 0.5), TRIAL, requests=5)
+    assert usual(first) == PLAIN
+    new = machine.run(rates_of(0.5, 0.5, 0.5, 0.5), TRIAL, requests=40, foreseen=foresee(1.2, 1.1, 1.0, 1.0))
+    assert set(new) == {PLAIN}  # the draft is as bad there
+
+
+@pytest.mark.parametrize("lasts", [8, 15, 30])
+def test_a_load_that_comes_and_goes_hides_no_loss(lasts):
+    ladder, rungs = Ladder(), []
+    machine, rate = Machine(ladder), rates_of(0.7, 0.7, 0.7, 0.7)
+    for turn in range(6000 // lasts):
+        rungs += machine.run(rate, lasts, 1 + turn % 2, foresee(1.2, 1.4, 1.3, 1.1))
+    assert np.mean(np.array(rungs[2000:]) == PLAIN) > 0.9
+
+
+def test_a_trial_that_prompts_leave_nothing_of_ends():
+    ladder = Ladder()
+    rungs = [ladder.rung(4, foresee(1.2, 1.1, 1.0, 1.0)) for _ in range(1000)]  # none is observed
+    assert 0.3 < np.mean(np.array(rungs) == 6) < 1
+
+
+def server_of(target: Curve, draft: Curve, q: list[float], count: int) -> Server:
+    """A machine on which another size costs a third of a pass, and its planner."""
+    costs = Costs(target, draft, change=3e-3, sizes=tuple(range(2, 600, 2)))
+    planner = GoodputPlanner("goodput", SHAPE, costs, Acceptance.uncalibrated(SHAPE.max_depth), count)
+    return Server(planner, target, draft, q, count)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_an_uncalibrated_head_that_drafts_badly_is_given_up(count):
+    server = server_of(linear(0.01, 2e-4), linear(1e-3, 1e-5), [0.6, 0.2, 0.1], count)
+    server.right = [0.05, 0.02, 0.01]
+    server.run(300)
+    server.run(4000)
+    assert server.rate > 0.98 * count / server.target(count)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_a_draft_that_becomes_good_is_found_again(count):
+    server = server_of(linear(0.01, 1e-4), linear(4e-3, 1e-6), [0.02, 0.01, 0.01], count)
+    server.run(400)
+    server.q = server.right = [0.9, 0.05, 0.01]
+    server.run(4000)
+    assert server.run(200).rate > 1.3 * count / server.target(count)
+
+
+@pytest.mark.parametrize("count", [4, 16, 32])
+def test_that_larger_passes_take_longer_than_the_table_says_is_found_out(count):
+    server = server_of(linear(0.01, 1e-5), linear(1e-3, 1e-5), [0.45, 0.1, 0.05], count)
+    server.target = Curve([1, count, 2 * count, 999], [0.01, 0.01, 0.016, 0.16])
+    server.run(1200)
+    server.run(3000)
+    assert server.rate > 0.97 * count / server.target(count)
+
+
+def test_a_rung_is_filled_and_what_is_short_of_it_is_padded():
+    server = server_of(linear(0.01, 1e-4), linear(1e-3, 1e-5), [0.7, 0.1, 0.05], 4)
+    server.run(600)
+    rung = usual(server.sizes)
+    assert rung > 4
+    assert np.mean(np.array(server.sizes) == rung) > 0.5
+
+
+@pytest.mark.parametrize("count", [60, 130, 300])
+def test_many_requests_speculate_where_it_pays(count):
+    server = server_of(Curve([1, 999], [0.01, 0.011]), linear(1e-3, 1e-7), [0.7, 0.1, 0.05], count)
+    server.run(100)
+    assert server.run(200).rate > 1.3 * count / server.target(count)
