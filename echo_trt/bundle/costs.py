@@ -81,7 +81,7 @@ class CostTable(_Stored):
     hinge: HingeTable
     cold: Seconds = 0.0
     change: Seconds = 0.0
-    sizes: list[Tokens] = []
+    sizes: tuple[Tokens, ...] = ()
 
     @model_validator(mode="after")
     def _is_of_a_target(self) -> CostTable:
@@ -95,7 +95,7 @@ class CostTable(_Stored):
 
     def costs(self) -> Costs:
         target = self.target.curve(NEAR)
-        return Costs(target, self.draft.curve(FAR), self.cold, self.change, tuple(self.sizes))
+        return Costs(target, self.draft.curve(FAR), self.cold, self.change, self.sizes)
 
 
 def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
