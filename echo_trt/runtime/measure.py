@@ -63,7 +63,7 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
         hinge=HingeTable(**asdict(fit_hinge(sizes[near], times[near], ACCURACY))),
         cold=cold,
         change=_change(networks),
-        sizes=list(networks.target.sizes),
+        sizes=networks.target.sizes,
     )
 
 

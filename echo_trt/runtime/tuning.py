@@ -48,7 +48,7 @@ class Tuning:
         """Nothing may be running when this is asked for the first time."""
         networks, busy = self._networks, bool(self._networks.state.active.any())
         table, engine = read_costs(self._folder, self._manifest, machine(self._manifest), self._note), networks.target
-        if table and tuple(table.sizes) != engine.sizes:
+        if table and table.sizes != engine.sizes:
             table = None  # of a version that padded passes otherwise
         if table and not busy and (times := times_as_long(table, networks)) > DOUBTED:
             told = f"{COSTS} says that a pass takes {times:.1f} times as long as it does"

@@ -115,7 +115,8 @@ class Costs:
 
     def rungs(self, requests: int, most: int) -> np.ndarray:
         """Sizes worth telling apart that verifications of ``requests`` can have: int64 [R], up to ``most`` or more."""
-        rungs, size = [], requests
+        rungs: list[int] = []
+        size = requests
         while not rungs or size < most:
             size = self.padded(max(size + 1, math.ceil(STEP * size)))
             rungs.append(size)

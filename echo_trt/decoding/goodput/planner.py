@@ -113,7 +113,7 @@ class GoodputPlanner:
         if self._holds:  # the rung is filled, whatever its nodes are worth
             return np.zeros(nodes + 1)
         number = np.arange(nodes + 1)
-        seconds = costs.verifications(count + load.prompt_tokens, number)
+        seconds: np.ndarray = costs.verifications(count + load.prompt_tokens, number)
         seconds += costs.target.per_node * load.context / count * number
         seconds[1:] += 2 * costs.change  # there and back
         return seconds - seconds[0]
