@@ -1,4 +1,4 @@
-"""The layers of the tests, the profiles of hypothesis, and bundles of tiny pairs (pairs.py).
+"""The profiles of hypothesis, the markers of layers, and bundles of tiny pairs (pairs.py).
 
 A bundle is built once, by the first process that has a test which asks for it. What is heavy (PyTorch, the engines) is
 imported by fixtures alone, so that the pure layer runs without it.
@@ -17,34 +17,14 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from layers import HEAVY, layer
 
 if TYPE_CHECKING:
     from echo_trt.runtime.llm import LLM
 
-#: Folder or file of tests/ -> its layer; what is not named is "engine". pyproject.toml describes the layers.
-LAYERS = {
-    "decoding": "pure",
-    "files": "pure",
-    "simulation": "pure",
-    "test_docs.py": "pure",
-    "test_layers.py": "pure",
-    "plugins": "kernel",
-    "examples": "server",
-    "gateway": "server",
-    "launch": "server",
-    "serving": "server",
-}
-#: What a pure test may not import.
-HEAVY = {"onnx", "onnxruntime", "openvino", "tensorrt", "torch", "transformers", "triton"}
-
 settings.register_profile("dev", max_examples=20, deadline=None)  # a busy machine is no failure
 settings.register_profile("ci", max_examples=150, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
-
-
-def layer(path: Path) -> str:
-    """Name the layer of a file or folder in tests/."""
-    return LAYERS.get(path.relative_to(Path(__file__).parent).parts[0], "engine")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import HEAVY, LAYERS
+from layers import HEAVY, LAYERS
 
 TESTS = Path(__file__).parent
 COLLECT = f"""
