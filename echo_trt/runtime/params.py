@@ -48,7 +48,7 @@ class SamplingParams:
     temperature: float = parameter(0.0, "0 is greedy", "a number from 0 (greedy) to 100", high=100)
     top_k: int = parameter(
         0,
-        "draws from so many of the best tokens; 0 and -1 are off",
+        "draws from the k best tokens; 0 and -1 are off",
         "a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
         low=-1,
     )
