@@ -159,7 +159,7 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
     monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
-    table = measure(SimpleNamespace(state=Slots(1, 2048, 64, 8192), target=target, drafter=None), manifest)
+    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
     assert table.hinge.k_max == 1
     safe = without_speculation(table)
@@ -180,5 +180,5 @@ def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
     monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
-    table = measure(SimpleNamespace(state=Slots(1, 2048, 64, 8192), target=target, drafter=None), manifest)
+    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == ""
