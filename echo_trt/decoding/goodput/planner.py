@@ -116,7 +116,8 @@ class GoodputPlanner:
         seconds: np.ndarray = costs.verifications(count + load.prompt_tokens, number)
         seconds += costs.target.per_node * load.context / count * number
         seconds[1:] += 2 * costs.change  # there and back
-        return seconds - seconds[0]
+        seconds -= seconds[0]
+        return seconds
 
     def totals(self) -> dict[str, dict[str, float]]:
         return self.acceptance.totals()
