@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from pairs import VOCAB
@@ -15,6 +16,7 @@ from echo_trt.decoding.goodput.costs import Costs
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.pack import Packed
+from echo_trt.decoding.planner import Iteration
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.llm import LLM
@@ -48,13 +50,30 @@ def echo_planner(**settings) -> EchoPlanner:
     return EchoPlanner("echo", EchoSettings(**settings))
 
 
-def goodput_planner(llm: LLM, costs: Costs, policy: str = "goodput", ngrams: NGrams | None = None) -> GoodputPlanner:
-    """A goodput policy's planner for a machine of ``costs``, not this one, so that it speculates as a test wants."""
+class _OnMachine(GoodputPlanner):
+    """A planner to which passes take what its costs say, however busy this machine is."""
+
+    def observe(self, iteration: Iteration) -> None:
+        costs, target = self.costs, iteration.target
+        drafts = tuple(replace(each, seconds=costs.draft(each.tokens, each.context)) for each in iteration.drafts)
+        target = replace(target, seconds=costs.target(target.tokens, target.context))
+        seconds = target.seconds + sum(each.seconds for each in drafts)
+        parts = {"target": target, "drafts": drafts, "seconds": seconds, "planning": 0.0, "host": 0.0}
+        super().observe(replace(iteration, **parts))
+
+
+def goodput_planner(
+    llm: LLM, costs: Costs, policy: str = "goodput", ngrams: NGrams | None = None, clock: bool = True
+) -> GoodputPlanner:
+    """A goodput policy's planner for a machine of ``costs``, not this one, so that it speculates as a test wants.
+
+    Without a ``clock`` it learns what passes take here.
+    """
     networks = llm.networks
     settings = goodput_settings(policy, llm.manifest.recipe.decoding.model_dump())
     acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
-    slots = networks.state.count
-    return GoodputPlanner(policy, settings, costs, acceptance, slots, ngrams, networks.copier, head=head)
+    kind, slots = _OnMachine if clock else GoodputPlanner, networks.state.count
+    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, head=head)
 
 
 def assert_all_free(loop: Loop) -> None:

@@ -175,7 +175,7 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
 
 def test_what_is_learnt_comes_from_what_ran(open_llm):
     llm = open_llm("close", "autoregressive", 2)
-    planner = goodput_planner(llm, machine())
+    planner = goodput_planner(llm, machine(), clock=False)
     llm.loop.plan_with(planner)
     target, draft = planner.costs.target.seconds, planner.costs.draft.seconds
     llm.generate([prompt_ids(5, 0)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))

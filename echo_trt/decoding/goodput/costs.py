@@ -17,6 +17,7 @@ SHARED = (
 LEARNING = 0.1  # weight of the newest pass, slower or faster: a throughput is of means
 OUTLIERS = -1.0, 0.3  # logs of what a pass took for what it should, beyond which it tells no more: something else ran
 STEP = 1.25  # from one rung to the next, at least: smaller steps find better sizes, and take longer to
+COLDEST = 4.0  # passes of one token that a cold cache may cost, at most: what else runs is no cache
 FEW = 64  # tokens of a draft's pass that is mostly its weights
 
 
@@ -158,6 +159,6 @@ class Costs:
         """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""
         more, few = seconds - self.draft(tokens, context), first and tokens <= FEW
         if few:
-            self.cold += LEARNING * (min(max(more, 0.0), self.draft(1) + self.cold) - self.cold)
+            self.cold += LEARNING * (min(max(more, 0.0), COLDEST * self.draft(1)) - self.cold)
         if not few or more < 0:  # no cache makes a pass faster than the curve says
             self.draft.observe(tokens, context, max(seconds - (first and not few) * self.cold, 1e-6))

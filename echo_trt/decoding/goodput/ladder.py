@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-TRIAL = 8  # iterations of a trial: more of them tell more, and lose more where they lose
+TRIAL = 12  # iterations of a trial: more of them tell more, and lose more where they lose
 WINDOW = 64  # iterations of the present rung, at most, that a trial is compared with on each side
 SHARE = 0.01  # of the time that trials may lose: more of it follows changes sooner
 MARGIN = 0.02  # by which another rung's score must be higher to take over: more of it flaps less
 MEMORY = 0.25  # weight of the newest comparison: more of it follows changed texts sooner, and noise too
-FEW = 1  # requests of which a comparison tells as much as what was foreseen: texts are easy or hard
+FEW = 2  # requests of which a comparison tells as much as what was foreseen: texts are easy or hard
 SETTLING = 2  # iterations after a change that do not count: drafts catch up, the pass has another size
 DOUBT = 0.1  # by which scores may be off, those of many requests: more of it repeats trials sooner
 PATIENCE = 4  # times its iterations after which a window ends all the same: prompts may leave nothing that counts
@@ -114,15 +114,19 @@ class _Load:
             yield (trial := _Window(self._rival(turn), TRIAL))
             yield (after := _Window(self._present, min(span, WINDOW)))
             usual, present, rest = (before.score + after.score) / 2, self._present, 0.0
-            if not math.isnan(usual + trial.score):
-                self._learn(trial.rung, trial.score - usual)
-                lost = trial.all_seconds - trial.all_tokens / math.exp(usual)
+            ahead = trial.score - usual
+            if not math.isnan(ahead):
+                self._learn(trial.rung, ahead)
+            if self._present != present:
+                span, turn = TRIAL, 0
+            elif ahead > MARGIN:  # by luck, or because the present rung loses: the same again, soon
+                span = TRIAL
+            elif not math.isnan(ahead):
                 gap = abs(self._scores[trial.rung] - self._scores[self._present])
+                lost = trial.all_seconds - trial.all_tokens / math.exp(usual)
                 span *= 2 ** (1 + gap * self._tells / DOUBT)
                 rest = min(span, lost / SHARE * after.iterations / after.seconds) - WINDOW
-            turn += 1
-            if self._present != present:
-                span, turn, rest = TRIAL, 0, 0.0
+                turn += 1
             if rest >= 1:
                 yield _Window(self._present, rest)
             yield (before := _Window(self._present, min(span, WINDOW)))
