@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 settings.register_profile("dev", max_examples=20, deadline=None)  # a busy machine is no failure
 settings.register_profile("ci", max_examples=150, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or "dev")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
