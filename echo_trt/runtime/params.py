@@ -40,7 +40,7 @@ class SamplingParams:
     logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
     stop token is chosen and no stop string looked for.
 
-    ``logprobs`` asks for the log-probability of every emitted token and of so many of the best tokens at its place;
+    ``logprobs`` asks for the log-probability of every emitted token and of this number of best tokens at its place;
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
     """
 
@@ -96,7 +96,7 @@ class SamplingParams:
     )
     logprobs: int | None = parameter(
         None,
-        "log-probabilities of the answer's tokens, and of so many of the best tokens at each place",
+        "log-probabilities of the answer's tokens, and of this number of best tokens at each place",
         f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
         kind=int,
         high=MAX_LOGPROBS,

@@ -71,7 +71,7 @@ INPUTS = (
         "false: `text_input` precedes the answer, unless `chat` is true",
     ),
     Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
-    _sampling("logprobs", "top_logprobs", default=0, doc="and of so many of the best tokens at each place"),
+    _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
     Tensor(
         "priority",
