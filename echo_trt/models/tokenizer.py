@@ -10,6 +10,15 @@ from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.gguf_checkpoint import GgufCheckpoint
 
+#: Around a reasoning model's thought, as Qwen3 and DeepSeek write it.
+THOUGHT = ("<think>", "</think>")
+
+
+def thought_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
+    """The tokens that open and close a thought; None where the model does not think."""
+    known = tokenizer.get_added_vocab()
+    return (known[THOUGHT[0]], known[THOUGHT[1]]) if all(mark in known for mark in THOUGHT) else None
+
 
 def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """From ``folder`` where one is named, else from the checkpoint."""

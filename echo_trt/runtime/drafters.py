@@ -16,6 +16,7 @@ from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.runtime.guided import prune, state_at
 from echo_trt.runtime.slots import Slots
 
 UNKNOWN = -1  # entries of a request that has not drafted
@@ -53,8 +54,9 @@ class Drafter(Protocol):
 class TimedDraft:
     """A draft whose passes are timed. It begins when a planner first asks it to expand something."""
 
-    def __init__(self, drafter: Drafter, slots: np.ndarray):
-        self._drafter, self._slots = drafter, slots
+    def __init__(self, drafter: Drafter, slots: np.ndarray, grammars: np.ndarray):
+        """``grammars`` [B]: what may follow each request's text, None where anything may."""
+        self._drafter, self._slots, self._grammars = drafter, slots, grammars
         self._draft: IterationDraft  # begins with the roots
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
@@ -62,10 +64,14 @@ class TimedDraft:
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         begin = time.perf_counter()
         self._draft = self._drafter.begin(self._slots)
-        return self._timed(begin, self._draft.expand_roots(requests))
+        proposed = self._timed(begin, self._draft.expand_roots(requests))
+        return prune(self._grammars[requests], *proposed)
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._timed(time.perf_counter(), self._draft.expand(tree, nodes))
+        proposed = self._timed(time.perf_counter(), self._draft.expand(tree, nodes))
+        if not self._grammars.any():
+            return proposed
+        return prune([state_at(self._grammars, tree, node) for node in nodes.tolist()], *proposed)
 
     def _timed(self, begin: float, proposed: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         seconds = time.perf_counter() - begin

@@ -12,8 +12,10 @@ from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError, shown
 from echo_trt.files.prompts import Prompt, encodable
+from echo_trt.grammar.compiler import Compiler
+from echo_trt.grammar.state import State, Thought, Tokens
 from echo_trt.models.chat import ChatEncoder, Messages, checked_messages
-from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
 from echo_trt.runtime.loop import Loop, Request
@@ -55,6 +57,9 @@ class LLM:
         self.loop = self.networks.loop(self._planner(policy, budget))
         self.tokenizer = load_tokenizer(folder)
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
+        self._marks = thought_marks(self.tokenizer)
+        tokens = Tokens(self.manifest.target.vocab_size, tuple(self.manifest.eos_token_ids))
+        self._grammars = Compiler(self.tokenizer.backend_tokenizer.to_str(), tokens)
 
     @property
     def counters(self) -> Counters:
@@ -179,7 +184,21 @@ class LLM:
             raise UserError(
                 f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
             )
-        return Request(id, self.checked(ids), params)
+        prompt = self.checked(ids)
+        return Request(id, prompt, params, grammar=self._grammar(prompt, params))
+
+    def _grammar(self, prompt: np.ndarray, params: SamplingParams) -> State | None:
+        """What may follow the prompt; None: anything."""
+        budget = params.thinking_token_budget
+        if params.structured is None and budget is None:
+            return None
+        if self._marks is None and budget is not None:
+            raise UserError(
+                f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
+                f"{THOUGHT[1]}); leave it out."
+            )
+        thought = self._marks and Thought.behind(prompt.tolist(), *self._marks, budget)
+        return self._grammars.begin(params.structured, thought)
 
     def checked(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids as the loop takes them [n] int64; ids that the target does not have are refused."""

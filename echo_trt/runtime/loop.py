@@ -21,6 +21,7 @@ from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.errors import UserError
+from echo_trt.grammar.state import State
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -46,6 +47,8 @@ class Request:
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1
+    grammar: State | None = None  # what may follow its text so far; None: anything
+    failure: str = ""  # why, where the finish_reason is "failed"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
 
 
@@ -144,7 +147,8 @@ class Loop:
         return bool(self.waiting) or bool(self.state.active.any())
 
     def _stop_tokens(self, params: SamplingParams) -> list[int]:
-        return [*(() if params.ignore_eos else self.eos), *params.stop_token_ids]
+        endless = params.ignore_eos and params.structured is None  # a grammar's last token is an end
+        return [*(() if endless else self.eos), *params.stop_token_ids]
 
     def _admit(self) -> None:
         """Oldest first, while there is a slot, and room for the whole text so far."""
@@ -162,6 +166,7 @@ class Loop:
             self.counters.cached_tokens += int(state.committed[slot])
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
             state.ask(slot, params)
+            state.grammar[slot] = request.grammar
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
@@ -176,6 +181,7 @@ class Loop:
         if request.cached_tokens is None:  # what it finds once it was set back is its own
             request.cached_tokens = int(state.found[slot])
         request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
+        request.grammar = state.grammar[slot]
         state.release(slot)
         if self.drafter:
             self.drafter.forget(slot)
@@ -200,7 +206,7 @@ class Loop:
             return NOTHING
         begin = time.perf_counter()
         load = self._load(slots, int(chunks.sum()))
-        draft = TimedDraft(self.drafter, slots) if self.drafter else None
+        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter else None
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunk_slots, chunks)
         with self._timed("accept"):
@@ -362,9 +368,11 @@ class Loop:
         emission = Emission(self._request_in[slots], emitted, kept)
         for i, entries in logprobs:
             emission.requests[i].logprobs += entries[: kept[i]]
+        verified.follow(emission.counts, emission.tokens)
         for i in (stopped | full).nonzero()[0]:
             request = emission.requests[i]
-            request.finish_reason = "stop" if stopped[i] else "length"
+            request.failure = verified.failures.get(i, "")
+            request.finish_reason = "failed" if request.failure else "stop" if stopped[i] else "length"
             self._leave(request)
         return emission
 

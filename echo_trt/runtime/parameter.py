@@ -15,7 +15,7 @@ class Parameter:
     """What every interface says of one sampling parameter.
 
     default    of the value; its type tells a single value, a tuple or a mapping from token ids
-    kind       type of the value or of its entries: int, float, bool or str
+    kind       type of the value or of its entries: int, float, bool or str; dict: a JSON object
     doc        a line for tables
     rule       how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
     low, high  bounds of the value, of its entries, or of their length where they are strings
@@ -35,7 +35,7 @@ class Parameter:
     @property
     def values(self) -> str:
         """The bounds as tables of the docs have them; a string's are those of its length."""
-        if self.kind is bool:
+        if self.kind in (bool, dict):
             return ""
         low, high = _spelled(self.low), _spelled(self.high)
         span = f"above {low}, up to {high}" if self.above else f"{low} to {high}"
@@ -55,8 +55,8 @@ class Parameter:
         return (value is None and self.default is None) or self._holds(value)
 
     def _holds(self, value: Any) -> bool:
-        if self.kind is bool:
-            return isinstance(value, bool)
+        if self.kind in (bool, dict):
+            return isinstance(value, self.kind)
         if self.kind is str:
             return isinstance(value, str) and self.low <= len(value) <= self.high
         if not _is_number(value, self.kind):
@@ -68,6 +68,8 @@ class Parameter:
 def parameter(default: Any, doc: str, rule: str, *, kind: type | None = None, **bounds: Any) -> Any:
     """A dataclass's field with a Parameter in its metadata; the default's type is the kind unless another is given."""
     metadata = {"parameter": Parameter(default, kind or type(default), doc, rule, **bounds)}
+    if kind is dict:
+        return field(default=default, hash=False, metadata=metadata)
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), hash=False, metadata=metadata)
     return field(default=default, metadata=metadata)

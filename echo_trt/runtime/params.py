@@ -6,8 +6,10 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from echo_trt.errors import UserError
+from echo_trt.grammar import compiler as grammar
 from echo_trt.runtime.parameter import Parameter, parameter
 
 #: Requests at most that run at once.
@@ -39,6 +41,10 @@ class SamplingParams:
 
     logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
     stop token is chosen and no stop string looked for.
+
+    ``structured`` makes the text fit a grammar, whatever the policy: {"json": schema}, {"json_object": True},
+    {"regex": ...}, {"choice": [...]} or {"grammar": Lark or GBNF}. Tokens that it forbids are shut out after the bias.
+    A reasoning model's thought is free, and takes up to ``thinking_token_budget`` tokens.
 
     ``logprobs`` asks for the log-probability of every emitted token and of this number of best tokens at its place;
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
@@ -115,12 +121,27 @@ class SamplingParams:
         "new tokens before a stop token or stop string counts, up to the limit; 0 is off",
         "a whole number from 0 (off) to max_tokens, {0.max_tokens}",
     )
+    structured: Mapping[str, Any] | None = parameter(
+        None,
+        "what the answer must fit: `json` (a schema), `json_object`, `regex`, `choice` or `grammar` (Lark, GBNF)",
+        f"{grammar.RULE}, or None".replace("{", "{{").replace("}", "}}"),  # it is no format
+        kind=dict,
+    )
+    thinking_token_budget: int | None = parameter(
+        None, "tokens of a reasoning model's thought before it is ended", "a whole number from 0 to 2^31 - 1", kind=int
+    )
 
     def __post_init__(self) -> None:
         for name, known in PARAMETERS.items():
             value = getattr(self, name)
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
                 raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.rule.format(self)}.")
+        if self.structured is not None:
+            grammar.checked(self.structured)
+            if self.min_tokens:
+                raise UserError(
+                    f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
+                )
 
     @property
     def adjusts_logits(self) -> bool:

@@ -57,6 +57,7 @@ class Slots:
         self.min_tokens, self.biased = ints(count), ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.logprobs = ints(count) - 1  # how many of the best tokens' are wanted beside the emitted one's; -1: none
+        self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
@@ -195,6 +196,7 @@ class Slots:
         else:
             self._give(self.cache.leave(self.publish(slot), self.block_table[slot, :held].tolist()))
         self.blocks_held[slot] = 0
+        self.grammar[slot] = None
         self.active[slot] = False
 
     def forget_cached(self) -> None:

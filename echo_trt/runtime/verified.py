@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from echo_trt.decoding.arrays import ragged_arange
+from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.decoding.sampling.penalties import penalise, tokens_above
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.params import TokenLogprobs
 from echo_trt.runtime.slots import Slots
 
@@ -28,6 +29,8 @@ class Verified:
     outputs: dict[str, np.ndarray]
     call: Packed
     state: Slots
+    failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
+    _places: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
     @cached_property
     def _greedy(self) -> bool:
@@ -36,6 +39,44 @@ class Verified:
 
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
         """The target's next token at each node [m]: the best, or the draw for (seed, place), of adjusted logits."""
+        tokens = self._next_token(nodes)
+        grammars = self.state.grammar[self.slots[self.tree.request[nodes]]]
+        for i in np.flatnonzero(grammars):  # not None
+            tokens[i] = self._allowed(nodes[i], tokens[i], grammars[i])
+        return tokens
+
+    def _allowed(self, node: int, token: int, grammar: State) -> int:
+        """The next token at one node under the grammar of its request, whose text's ``grammar`` is the root's.
+
+        ``token`` is what would follow without it. Where that is allowed it is the choice among allowed tokens, too,
+        unless top-k or top-p look at them all.
+        """
+        slot, above = self.slots[self.tree.request[node]], self.tree.parent[node]
+        try:
+            place = self._places[above].after(int(self.tree.token[node])) if above >= 0 else grammar
+            assert place  # or the node would not have been visited
+            self._places[node] = place
+            limited = self.state.temperature[slot] > 0 and (self.state.top_k[slot] > 1 or self.state.top_p[slot] < 1)
+            if (limited and place.mask is not None) or place.after(int(token)) is None:
+                only = np.array([node])
+                logits = (self._adjusted_logits if self.state.adjusted[slot] else self._logits)(only)
+                token = self._chosen(only, place.shut_out(logits[0])[None])[0]
+            if place.after(int(token)) is None:
+                raise GrammarFailed("it allows no token here")
+        except GrammarFailed as failure:
+            self.failures[int(self.tree.request[node])] = f"its grammar cannot go on ({failure})."
+            return int(self.state.stop_tokens[slot, 0])
+        return int(token)
+
+    def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
+        """Move grammars behind what was emitted: tokens end to end, ``counts`` [B] of each request."""
+        begin = begins(counts)
+        for i in np.flatnonzero(self.state.grammar[self.slots]):
+            for token in tokens[begin[i] : begin[i + 1]].tolist() if i not in self.failures else ():
+                place = self.state.grammar[self.slots[i]].after(token)
+                self.state.grammar[self.slots[i]] = place
+
+    def _next_token(self, nodes: np.ndarray) -> np.ndarray:
         if self._greedy:
             return self._best(nodes)
         adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]

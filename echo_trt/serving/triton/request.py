@@ -67,6 +67,8 @@ class Reader:
             logprobs=_logprobs(tensors),
             logit_bias=_logit_bias(tensors),
             min_tokens=least,
+            structured=_json(tensors, "structured"),
+            thinking_token_budget=_number(tensors, "thinking_token_budget"),
         )
         return Ask(
             prompt,
@@ -110,6 +112,15 @@ def _messages(text: str) -> list[dict[str, str]]:
     except (ValueError, RecursionError):
         raise UserError(f"chat_messages is not JSON; {rule}") from None
     return checked_messages(messages, "chat_messages", rule)
+
+
+def _json(tensors: Mapping[str, np.ndarray], name: str) -> Any:
+    """A value written as JSON, None where the tensor is absent or empty."""
+    text = _text(tensors, name) if name in tensors else ""
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        raise UserError(f"{name} is not JSON, or too deep; send an object written as JSON.") from None
 
 
 def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:

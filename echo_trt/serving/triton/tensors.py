@@ -10,7 +10,7 @@ from typing import Any
 
 from echo_trt.runtime.params import PARAMETERS
 
-DATATYPES = {int: "INT32", float: "FP32", bool: "BOOL", str: "BYTES"}
+DATATYPES = {int: "INT32", float: "FP32", bool: "BOOL", str: "BYTES", dict: "BYTES"}
 MAX_STOP_WORDS = 64
 
 
@@ -58,6 +58,8 @@ INPUTS = (
     _sampling("min_tokens", "min_length"),
     _sampling("seed", datatype="UINT64"),
     _sampling("ignore_eos"),
+    _sampling("structured", doc=f"JSON: {PARAMETERS['structured'].doc}"),
+    _sampling("thinking_token_budget"),
     Tensor(
         "stream",
         "BOOL",

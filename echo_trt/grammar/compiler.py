@@ -1,0 +1,183 @@
+"""From what a request asks of its answer (a schema, a regex, ...) to the state that its text begins in.
+
+Parsing and masks are llguidance's. It bounds its own work by counting steps, so what a hostile grammar costs does not
+depend on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from echo_trt.errors import UserError
+from echo_trt.grammar.layout import Layouts, Writer
+from echo_trt.grammar.state import State, Thought, Tokens
+
+KINDS = ("json", "json_object", "regex", "choice", "grammar")
+RULE = (
+    'one of {"json": SCHEMA}, {"json_object": true}, {"regex": "..."}, {"choice": ["...", ...]} and '
+    '{"grammar": "LARK OR GBNF"}'
+)
+LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
+CACHED = 128  # grammars that are kept compiled: more take memory, some 100 KB each
+SLOWEST_S = 2.0  # that compiling may take
+PROBED = 6  # tokens of a trial: more find a grammar that is too complex before a request runs into it
+#: Between two tokens of JSON; a model may lay a text out, but not fill a page with spaces.
+WHITE_SPACE = r"[ \t\r\n]{0,32}"
+BARE = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_LIMITS = LLParserLimits(
+    max_grammar_size=20_000, initial_lexer_fuel=200_000, step_lexer_fuel=100_000, verbose_errors=False
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A grammar at the beginning of a text, and the writer of its JSON, None for another language."""
+
+    free: LLMatcher
+    writer: Writer | None
+
+
+class Compiler:
+    """Compiles grammars for one tokenizer, and keeps the latest. Any thread may ask."""
+
+    def __init__(self, tokenizer: str, tokens: Tokens):
+        """``tokenizer``: content of a tokenizer.json."""
+        self._json, self._tokens = tokenizer, tokens
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._cache: OrderedDict[str, Compiled | str] = OrderedDict()  # a refused grammar's sentence is kept, too
+
+    def begin(self, structured: Mapping[str, Any] | None, thought: Thought | None = None) -> State:
+        """The state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong where."""
+        if structured is None:
+            return State(self._tokens, None, thought=thought)
+        found = self._compiled(structured)
+        if isinstance(found, str):
+            raise UserError(found)
+        return State(self._tokens, found.free, found.writer, thought)
+
+    def _compiled(self, structured: Mapping[str, Any]) -> Compiled | str:
+        kind, value = checked(structured)
+        key = json.dumps([kind, value], ensure_ascii=False)
+        with self._lock:
+            if key not in self._cache:
+                begin = time.monotonic()
+                try:
+                    self._cache[key] = self._compile(kind, value)
+                except UserError as error:
+                    self._cache[key] = str(error)
+                if (seconds := time.monotonic() - begin) > SLOWEST_S and self._tokenizer:
+                    self._cache[key] = f"structured.{kind} took {seconds:.1f} s to compile; make it smaller."
+            self._cache.move_to_end(key)
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
+            return self._cache[key]
+
+    def _compile(self, kind: str, value: Any) -> Compiled:
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(
+                self._json, n_vocab=self._tokens.vocab_size, eos_token=list(self._tokens.ends)
+            )
+            self._layouts = Layouts(self._tokenizer)
+        if kind in ("json", "json_object"):
+            schema = value if kind == "json" else {"type": "object"}
+            free = self._matcher(kind, _json_grammar(schema, {"whitespace_pattern": WHITE_SPACE}))
+            return Compiled(free, Writer(self._layouts, self._matcher(kind, _json_grammar(schema, BARE))))
+        if kind == "choice":
+            text = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value)
+            return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(text)), None)
+        if kind == "regex":
+            return Compiled(self._matcher(kind, LLMatcher.grammar_from_regex(value)), None)
+        try:
+            lark = any_to_lark(value)
+        except Exception as error:  # it raises what it likes
+            raise UserError(f"structured.grammar cannot be read ({_clause(str(error))}); {_REMEDY}") from None
+        return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(lark)), None)
+
+    def _matcher(self, kind: str, grammar: str) -> LLMatcher:
+        """Compile, and walk a few tokens on, where a grammar without an end or that is too complex shows itself."""
+        assert self._tokenizer
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise UserError(f"structured.{kind} cannot be compiled ({_clause(matcher.get_error())}); {_REMEDY}")
+        for beginning in ([], self._tokenizer.tokenize_str('{"')):
+            trial = matcher.deep_copy()
+            if trial.try_consume_tokens(beginning) == len(beginning):
+                self._try(kind, trial)
+        return matcher
+
+    def _try(self, kind: str, trial: LLMatcher) -> None:
+        for _ in range(PROBED):
+            mask = trial.compute_bitmask()
+            if trial.is_error():
+                raise UserError(f"structured.{kind} cannot be used ({_clause(trial.get_error())}); {_REMEDY}")
+            token = _first(mask, self._tokens.ends)
+            if trial.is_stopped() or token is None or not trial.try_consume_tokens([token]):
+                return
+
+
+_REMEDY = "mend or simplify it."
+
+
+def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
+    """Kind and value of what a request asks of its answer. Raises UserError."""
+    if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
+        keys = f"the keys {', '.join(map(str, structured))}"[:100] if isinstance(structured, Mapping) else "no object"
+        raise UserError(f"structured has {keys}; give {RULE}.")
+    [(kind, value)] = structured.items()
+    fits = {
+        "json": lambda: isinstance(value, Mapping | bool),
+        "json_object": lambda: value is True,
+        "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
+    }.get(kind, lambda: _is_text(value))
+    if not fits():
+        raise UserError(f"structured.{kind} is {_short(value)}; give {RULE}.")
+    try:
+        size = len(json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"structured.{kind} is not JSON; give {RULE}.") from None
+    if size > LONGEST:
+        raise UserError(f"structured.{kind} has {size} characters; give at most {LONGEST}.")
+    return kind, value
+
+
+def _json_grammar(schema: Mapping[str, Any] | bool, options: dict[str, Any]) -> str:
+    wrapped = schema if isinstance(schema, Mapping) else {} if schema else {"not": {}}
+    grammar: str = LLMatcher.grammar_from_json_schema(dict(wrapped), overrides=options)
+    return grammar
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _clause(message: str) -> str:
+    """What llguidance says as a clause: one line, without its last stop and what follows the place of the mistake."""
+    text = " ".join(message.replace("<non-verbose/>", "").split())
+    if text == "NoExtensionBias":
+        return "no text fits it, for it never ends"
+    return (text if len(text) <= 200 else f"{text[:200]}…").rstrip(".") or "it is too complex"
+
+
+def _first(mask: bytes, ends: Sequence[int]) -> int | None:
+    """The lowest token of a mask that does not end the text."""
+    for place, byte in enumerate(mask):
+        if byte:
+            for bit in range(8):
+                if byte >> bit & 1 and 8 * place + bit not in ends:
+                    return 8 * place + bit
+    return None

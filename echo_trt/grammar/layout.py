@@ -1,0 +1,147 @@
+"""How a model lays out JSON, so that what a schema forces is drafted as the model would write it.
+
+A grammar with free white space forces little: behind ``"Dune",`` a line break or a space may follow as well as a quote.
+So the text without white space is held against the grammar without white space, and what that forces is laid out as the
+text was so far: the answer's line breaks, indentation and spaces, or those of the answer before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llguidance import LLMatcher, LLTokenizer
+
+_SPACE = b" \t\r\n"
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_OPEN, _CLOSE = b"{[", b"}]"
+_PROBES = (b"a", b"1")  # what may follow a draft: where they change its last tokens, those are left out
+
+
+@dataclass(frozen=True)
+class Style:
+    """What stands between the tokens of JSON.
+
+    indent    spaces a level, on lines of their own
+    lines     which containers have a line for each entry: of b"{["
+    colon     white space behind a colon
+    comma     white space behind a comma, in containers on one line
+    """
+
+    indent: int = 2
+    lines: bytes = b""
+    colon: bytes = b" "
+    comma: bytes = b" "
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a JSON text ends: its open containers, the last character outside strings, and the space behind it."""
+
+    open: bytes = b""
+    last: int = 0
+    gap: bytes = b""
+    in_string: bool = False
+    escaped: bool = False
+
+    def behind(self, byte: int) -> Place:
+        """The place behind one more byte."""
+        if self.in_string:
+            closes = byte == _QUOTE and not self.escaped
+            return replace(self, in_string=not closes, escaped=byte == _BACKSLASH and not self.escaped)
+        if byte in _SPACE:
+            return replace(self, gap=self.gap + bytes([byte]))
+        inside = self.open + bytes([byte]) if byte in _OPEN else self.open[:-1] if byte in _CLOSE else self.open
+        return Place(inside, byte, in_string=byte == _QUOTE)
+
+    def learn(self, byte: int, style: Style) -> Style:
+        """What the space before ``byte``, the next character outside strings, says of the style."""
+        lines = b"\n" in self.gap
+        if self.last in _OPEN and byte not in _CLOSE:
+            kept = style.lines.replace(bytes([self.last]), b"")
+            style = replace(style, lines=kept + bytes([self.last]) if lines else kept)
+            if lines:
+                style = replace(style, indent=len(self.gap.rpartition(b"\n")[2]) // len(self.open))
+        elif self.last == ord(":"):
+            style = replace(style, colon=self.gap)
+        elif self.last == ord(",") and not lines:
+            style = replace(style, comma=self.gap)
+        return style
+
+    def gap_before(self, byte: int, style: Style) -> bytes:
+        """White space that the style puts here before ``byte``; 0 stands for any beginning of a value or key."""
+        closes, opened, depth = byte in _CLOSE and byte != 0, self.last in _OPEN and self.last != 0, len(self.open)
+        if self.last == ord(":"):
+            return style.colon
+        if not self.open or (opened and closes) or not (opened or closes or self.last == ord(",")):
+            return b""
+        if self.open[-1] in style.lines:
+            return b"\n" + b" " * (style.indent * (depth - closes))
+        return style.comma if self.last == ord(",") else b""
+
+
+class Layouts:
+    """The style of the latest answers, in which the next one is expected to begin."""
+
+    def __init__(self, tokenizer: LLTokenizer):
+        self.tokenizer, self.style = tokenizer, Style()
+
+
+class Writer:
+    """A JSON text, how it is laid out, and what must follow. It does not change."""
+
+    def __init__(self, layouts: Layouts, bare: LLMatcher, place: Place | None = None, style: Style | None = None):
+        """``bare``: the grammar without white space, behind the text without white space."""
+        self._layouts, self._bare = layouts, bare
+        self._place, self._style = place or Place(), style
+
+    def behind(self, tokens: list[int]) -> Writer | None:
+        """The writer behind these tokens; None where the grammar without white space has no such text."""
+        place, style, kept = self._place, self._style or self._layouts.style, bytearray()
+        for byte in self._layouts.tokenizer.decode_bytes(tokens):
+            if not place.in_string and byte not in _SPACE:
+                style = place.learn(byte, style)
+            if place.in_string or byte not in _SPACE:
+                kept.append(byte)
+            place = place.behind(byte)
+        self._layouts.style = style
+        bare = self._bare.deep_copy()
+        text = self._layouts.tokenizer.tokenize_bytes(bytes(kept))
+        if bare.try_consume_tokens(text) < len(text):
+            return None
+        return Writer(self._layouts, bare, place, style)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow but the end."""
+        return self._bare.is_stopped()
+
+    def forced(self, most: int) -> list[int]:
+        """Up to ``most`` tokens of what must follow; the end is one of them."""
+        forced = self._bare.compute_ff_bytes()
+        if not forced:
+            return []
+        tokenizer, text = self._layouts.tokenizer, self._laid_out(forced)
+        tokens: list[int] = tokenizer.tokenize_bytes(text)
+        for probe in _PROBES:
+            other = tokenizer.tokenize_bytes(text + probe)
+            same = [a == b for a, b in zip(tokens, other, strict=False)]
+            tokens = tokens[: same.index(False)] if False in same else tokens[: len(same)]
+        return tokens[:most]
+
+    def _laid_out(self, forced: bytes) -> bytes:
+        place, style, text = self._place, self._style or self._layouts.style, bytearray()
+        for byte in forced:
+            if not place.in_string:
+                text += self._rest(place, byte, style)
+                place = replace(place, gap=b"")
+            text.append(byte)
+            place = place.behind(byte)
+        if not place.in_string and place.last in b":,":
+            text += self._rest(place, 0, style)
+        return bytes(text)
+
+    @staticmethod
+    def _rest(place: Place, byte: int, style: Style) -> bytes:
+        """White space that is missing before ``byte``: none where the text has another one already."""
+        gap = place.gap_before(byte, style)
+        return gap[len(place.gap) :] if gap.startswith(place.gap) else b""

@@ -1,0 +1,173 @@
+"""A place in a text under a grammar: what may follow there, and what must.
+
+States do not change: ``after`` makes the next one, and remembers it. So drafting and verifying share what was computed,
+a tree has a state for each node along its own path, and nothing is rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from llguidance import LLMatcher
+
+from echo_trt.grammar.layout import Writer
+
+CLOSED = 4  # tokens from the end of a thought to the end of a prompt, at most: the mark and line breaks
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A reasoning model's thought, which no grammar constrains.
+
+    opens, closes  token ids of the marks around it, <think> and </think>
+    inside         whether the text is in it; else the next token may open it
+    left           tokens that it may still take; None: no limit
+    """
+
+    opens: int
+    closes: int
+    inside: bool
+    left: int | None = None
+
+    @classmethod
+    def behind(cls, prompt: Sequence[int], opens: int, closes: int, left: int | None) -> Thought | None:
+        """The thought that a prompt leaves open, or that may begin behind it; None where it holds a closed one.
+
+        A template that asks for no thought ends with an empty one.
+        """
+        last = next((i for i in reversed(range(len(prompt))) if prompt[i] in (opens, closes)), None)
+        if last is not None and prompt[last] == closes and len(prompt) - last <= CLOSED:
+            return None
+        return cls(opens, closes, last is not None and prompt[last] == opens, left)
+
+    def after(self, token: int) -> Thought | None:
+        """The thought behind its ``token``; None: it is over."""
+        if token == self.closes:
+            return None
+        if not self.inside:
+            return replace(self, inside=True)
+        return self if self.left is None else replace(self, left=self.left - 1)
+
+    @property
+    def spent(self) -> bool:
+        """Whether it must close now."""
+        return self.inside and self.left == 0
+
+
+class GrammarFailed(Exception):
+    """llguidance gave up on a text, for instance since the grammar is too complex there. The message is a clause."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A target's tokens: ``vocab_size``, the width of its logits, and ``ends``, ids that end a text."""
+
+    vocab_size: int
+    ends: tuple[int, ...]
+
+    def bits(self, tokens: Sequence[int]) -> np.ndarray:
+        """A mask that allows these tokens only: uint8 [ceil(vocab_size / 8)], the first token in the lowest bit."""
+        bits = np.zeros(-(-self.vocab_size // 8), np.uint8)
+        for token in tokens:
+            bits[token >> 3] |= 1 << (token & 7)
+        return bits
+
+
+class State:
+    """What may follow a text. Made by ``Compiler.begin`` and ``after``."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        free: LLMatcher | None,
+        writer: Writer | None = None,
+        thought: Thought | None = None,
+        unseen: tuple[int, ...] = (),
+        ended: bool = False,
+    ):
+        """
+        free     decides what is allowed; None: everything is, once the thought is over
+        writer   proposes what must follow in JSON; None: ``free`` does
+        unseen   tokens of the text that ``writer`` has not seen yet
+        ended    whether the text has ended
+        """
+        self._tokens, self._free, self._writer, self._thought = tokens, free, writer, thought
+        self._unseen, self.ended = unseen, ended
+        self._after: dict[int, State | None] = {}
+
+    def after(self, token: int) -> State | None:
+        """The state behind ``token``; None where it is forbidden. Raises GrammarFailed."""
+        if token not in self._after:
+            self._after[token] = self._next(token)
+        return self._after[token]
+
+    def _next(self, token: int) -> State | None:
+        thought, tokens, ends = self._thought, self._tokens, token in self._tokens.ends
+        if self.ended:
+            return self
+        if thought and (thought.inside or token == thought.opens):
+            if (thought.spent and token != thought.closes) or (ends and self._free):
+                return None
+            return State(tokens, self._free, self._writer, thought.after(token), ended=ends)
+        if self._free is None:
+            return State(tokens, None, ended=ends)
+        if ends:
+            return State(tokens, self._free, ended=True) if self._free.is_accepting() else None
+        free = self._free.deep_copy()
+        if not free.try_consume_tokens([token]):
+            _check(free)
+            return None
+        return State(tokens, free, self._writer, None, (*self._unseen, token), ends)
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        """Allowed tokens, as ``Tokens.bits``. None: all are. Raises GrammarFailed."""
+        thought, tokens = self._thought, self._tokens
+        if thought and thought.spent:
+            return tokens.bits([thought.closes])
+        if self.ended or self._free is None:
+            return None
+        if thought and thought.inside:
+            return ~tokens.bits(tokens.ends)
+        mask = np.frombuffer(self._free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
+        _check(self._free)
+        return mask | tokens.bits([thought.opens]) if thought else mask
+
+    def allowed(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of ``tokens`` int64 [n] may follow: bool [n]. Raises GrammarFailed."""
+        if self.mask is None:
+            return np.ones(len(tokens), bool)
+        allowed: np.ndarray = (self.mask[tokens >> 3] >> (tokens & 7) & 1).astype(bool)
+        return allowed
+
+    def shut_out(self, logits: np.ndarray) -> np.ndarray:
+        """A copy of ``logits`` float32 [V] with -inf for what is forbidden. Raises GrammarFailed."""
+        kept = np.array(logits, np.float32)
+        if self.mask is not None:
+            kept[np.unpackbits(self.mask, bitorder="little", count=len(kept)) == 0] = -np.inf
+        return kept
+
+    def forced(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that the grammar leaves no choice about, as a tokenizer writes them: a likely draft.
+
+        Not a certain one: other tokens may spell the same, and with free white space others may be allowed.
+        """
+        thought = self._thought
+        if thought and thought.inside:
+            return [thought.closes] if thought.spent else []
+        if self.ended or self._free is None:
+            return []
+        if self._writer and self._unseen:
+            self._writer, self._unseen = self._writer.behind(list(self._unseen)), ()
+        if self._free.is_stopped() or (self._writer and self._writer.complete):
+            return list(self._tokens.ends[:1]) if self._free.is_accepting() else []
+        tokens = self._writer.forced(most) if self._writer else self._free.compute_ff_tokens()[:most]
+        return tokens[: self._free.validate_tokens(tokens)]
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarFailed(" ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:200])
