@@ -116,7 +116,7 @@ def test_values_at_a_bound_are_taken_and_those_beyond_refused_by_a_sentence_with
     assert SamplingParams() == SamplingParams(**{name: known.default})
     with refused(name, known.rule.format(SamplingParams())):
         SamplingParams(**{name: object()})
-    if known.kind is bool:
+    if known.kind in (bool, dict):
         return
 
     def one(number: int) -> Any:

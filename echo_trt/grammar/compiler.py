@@ -23,8 +23,8 @@ from echo_trt.grammar.state import State, Thought, Tokens
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 RULE = (
-    'one of {"json": SCHEMA}, {"json_object": true}, {"regex": "..."}, {"choice": ["...", ...]} and '
-    '{"grammar": "LARK OR GBNF"}'
+    'one of {"json": SCHEMA}, {"json_object": true}, {"regex": TEXT}, {"choice": [TEXT, TEXT]} and '
+    '{"grammar": LARK_OR_GBNF}'
 )
 LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
 CACHED = 128  # grammars that are kept compiled: more take memory, some 100 KB each
@@ -167,7 +167,7 @@ def _short(value: object) -> str:
 
 def _clause(message: str) -> str:
     """What llguidance says as a clause: one line, without its last stop and what follows the place of the mistake."""
-    text = " ".join(message.replace("<non-verbose/>", "").split())
+    text = " ".join(message.replace("<non-verbose/>", "").split()).replace(". ", ", ")
     if text == "NoExtensionBias":
         return "no text fits it, for it never ends"
     return (text if len(text) <= 200 else f"{text[:200]}…").rstrip(".") or "it is too complex"
