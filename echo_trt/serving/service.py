@@ -277,7 +277,7 @@ class Service:
             self._end(job, "failed", f"its tokens could not be put into text ({_sentence(error)}).")
             return
         if job.request.finish_reason:
-            self._close_job(job, said, job.request.finish_reason)
+            self._close_job(job, said, job.request.finish_reason, job.request.failure)
         elif said.token_ids:
             self._send(job, Event(**vars(said), time=time.monotonic()))
 

@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.errors import UserError
@@ -41,6 +43,7 @@ class TritonPythonModel:
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, Path(signals) if signals else None)
+        self._compiling = ThreadPoolExecutor(1, "grammars")  # others are read meanwhile
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Hand the requests on; their answers come from other threads, in any number of responses."""
@@ -49,13 +52,26 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Triton calls this once no request is open."""
+        self._compiling.shutdown()
         self._service.close(0)
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
         arrived, sender = time.monotonic(), request.get_response_sender()
+        tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+        if "structured" in tensors:
+            self._compiling.submit(self._answer, request, tensors, sender, arrived)
+        else:
+            self._answer(request, tensors, sender, arrived)
+
+    def _answer(
+        self,
+        request: pb_utils.InferenceRequest,
+        tensors: dict[str, np.ndarray],
+        sender: pb_utils.InferenceResponseSender,
+        arrived: float,
+    ) -> None:
         try:
-            tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
             id = _id(request)
             if wants_stop(tensors):
                 if not id:
