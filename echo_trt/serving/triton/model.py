@@ -12,6 +12,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -44,6 +45,8 @@ class TritonPythonModel:
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, Path(signals) if signals else None)
         self._compiling = ThreadPoolExecutor(1, "grammars")  # others are read meanwhile
+        self._compiled_for: set[str] = set()  # ids of requests on that thread
+        self._stopped: set[str] = set()  # of these, those whose clients asked for their end
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Hand the requests on; their answers come from other threads, in any number of responses."""
@@ -59,10 +62,20 @@ class TritonPythonModel:
     def _take(self, request: pb_utils.InferenceRequest) -> None:
         arrived, sender = time.monotonic(), request.get_response_sender()
         tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-        if "structured" in tensors:
-            self._compiling.submit(self._answer, request, tensors, sender, arrived)
-        else:
+        if "structured" not in tensors:
             self._answer(request, tensors, sender, arrived)
+            return
+        id = request.request_id()
+        self._compiled_for.add(id)
+        self._compiling.submit(self._compile, id, request, tensors, sender, arrived)
+
+    def _compile(self, id: str, *rest: Any) -> None:
+        """Answer a request on the thread for grammars; its client may ask for its end before it is submitted."""
+        self._answer(*rest)
+        self._compiled_for.discard(id)
+        if id in self._stopped:
+            self._stopped.discard(id)
+            self._replies.stop(id)
 
     def _answer(
         self,
@@ -76,6 +89,8 @@ class TritonPythonModel:
             if wants_stop(tensors):
                 if not id:
                     raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
+                if id in self._compiled_for:
+                    self._stopped.add(id)
                 self._replies.stop(id)
                 sender.send(flags=FINAL)
                 return
