@@ -15,7 +15,7 @@ from echo_trt.models.chat import ChatEncoder, checked_messages
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
-from echo_trt.serving.triton.tensors import DEFAULTS, MAX_STOP_WORDS
+from echo_trt.serving.triton.tensors import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 
@@ -46,6 +46,7 @@ class Reader:
 
     def read(self, tensors: Mapping[str, np.ndarray]) -> Ask:
         """``tensors`` by name, each [1, n]; what is absent has its default. Raises UserError."""
+        tensors = _renamed(tensors)
         prompt, echoed = self._prompt(tensors)
         deadline = _number(tensors, "deadline_ms")
         if deadline < 0:
@@ -98,6 +99,14 @@ class Reader:
         if _number(tensors, "chat"):
             return self._chat.ids([{"role": "user", "content": text}]), ""
         return self._tokenizer(text)["input_ids"], text
+
+
+def _renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under our own names. Raises UserError where one comes under two."""
+    twice = next((alias for alias, name in ALIASES.items() if alias in tensors and name in tensors), None)
+    if twice:
+        raise UserError(f"{twice} and {ALIASES[twice]} are both given, and mean the same; give one of them.")
+    return {ALIASES.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -90,3 +90,27 @@ INPUTS = (
     ),
 )
 DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
+#: What TensorRT-LLM's newer Triton model (llmapi) calls these inputs; its datatypes are ours.
+ALIASES = {
+    "streaming": "stream",
+    "min_tokens": "min_length",
+    "sampling_param_stop": "stop_words",
+    "sampling_param_exclude_input_from_output": "exclude_input_in_output",
+} | {
+    f"sampling_param_{name}": name
+    for name in (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "frequency_penalty",
+        "presence_penalty",
+        "seed",
+        "return_perf_metrics",
+    )
+}
+_DATATYPES = {tensor.name: (tensor.datatype, tensor.many) for tensor in INPUTS}
+INPUTS += tuple(
+    Tensor(alias, _DATATYPES[name][0], None, f"as `{name}`", many=_DATATYPES[name][1])
+    for alias, name in ALIASES.items()
+)
