@@ -1,13 +1,22 @@
-"""Drafts under grammars: what a text may not go on with is not proposed."""
+"""Drafts under grammars: what is forbidden is not proposed, and what is forced costs no draft."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from echo_trt.decoding.goodput.acceptance import GRAMMAR
+from echo_trt.decoding.goodput.ngrams import Chains
+from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
+from echo_trt.runtime.slots import Slots
+
+FORCED = 0.97  # P(a forced token is accepted) before anything is learnt; larger: longer chains at first
+LONGEST = 16  # tokens of a chain; larger: more time to look for them, rarely a longer one
+WORTH = 0.1  # P(accept) of a leaf that is continued; larger: fewer are looked at
 
 
 def state_at(grammars: Sequence[State | None] | np.ndarray, tree: SuperTree, node: int) -> State | None:
@@ -51,3 +60,74 @@ def prune(
         order = np.argsort(-log_q[row], kind="stable")
         log_q[row], tokens[row] = log_q[row][order], tokens[row][order]
     return log_q, tokens
+
+
+class Grammars:
+    """Proposes, at no cost, what running requests' grammars force, and otherwise what ``copier`` copies."""
+
+    def __init__(self, state: Slots, copier: Copier | None):
+        self._state, self._copier = state, copier
+
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations | None:
+        """Do as ``Copier``: a forced chain comes before copied text, and copied text ends where it is forbidden."""
+        copied = self._copier.continuations(slots, length) if self._copier else None
+        grammars = self._state.grammar[slots]
+        if not grammars.any():
+            return copied
+        count = len(slots)
+        tokens, log_q = np.full((count, LONGEST), -1), np.full(count, -np.inf)
+        source, matched = np.zeros(count, np.int8), np.zeros(count, np.int64)
+        if copied is not None:
+            tokens[:, :length] = copied.tokens[:, :LONGEST]
+            log_q, source, matched = copied.log_q.copy(), copied.source, copied.matched
+            source = source.copy()
+        for i in np.flatnonzero(grammars):
+            forced = _forced(grammars[i])
+            if forced:
+                tokens[i] = -1
+                tokens[i, : len(forced)] = forced
+                log_q[i], source[i] = np.log(FORCED), GRAMMAR
+            else:
+                tokens[i, _allowed(grammars[i], tokens[i]) :] = -1
+        return Continuations(tokens, log_q, matched, source)
+
+    def chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray, room: np.ndarray) -> Chains:
+        """What is forced behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
+
+        slots, room  int64 [B], of the requests; room: the depth that its nodes may have
+        """
+        grammars, columns = self._state.grammar[slots], []
+        leaf = (probability >= WORTH) & (tree.depth > 0)
+        leaf[tree.parent[tree.parent >= 0]] = False
+        size = len(tree)
+        for node in np.flatnonzero(leaf & grammars.astype(bool)[tree.request]).tolist():
+            request, depth = int(tree.request[node]), int(tree.depth[node])
+            state, above, p = state_at(grammars, tree, node), node, float(probability[node])
+            for token in _forced(state)[: max(int(room[request]) - depth, 0)] if state else ():
+                p, depth = p * FORCED, depth + 1
+                columns.append((node, above, token, request, depth, p))
+                above, size = size, size + 1
+        leaf, parent, token, request, depth, chance = map(np.array, zip(*columns, strict=True)) if columns else _NOTHING
+        return Chains(leaf, parent, token, request, depth, chance, np.full(len(leaf), GRAMMAR, np.int8))
+
+
+_NOTHING = (*[np.zeros(0, np.int64)] * 5, np.zeros(0))
+
+
+def _forced(state: State) -> list[int]:
+    try:
+        return state.forced(LONGEST)
+    except GrammarFailed:
+        return []
+
+
+def _allowed(state: State | None, tokens: np.ndarray) -> int:
+    """Count the first of ``tokens`` [L] that are allowed; -1 ends them."""
+    for place, token in enumerate(tokens.tolist()):
+        try:
+            state = state.after(token) if state and token >= 0 else None
+        except GrammarFailed:
+            state = None
+        if state is None:
+            return place
+    return len(tokens)

@@ -40,6 +40,35 @@ def penalised() -> tuple[list[list[int]], list[SamplingParams]]:
     return [prompt_ids(n, n) for n in PENALISED_PROMPTS], params
 
 
+#: What answers must fit, greedy and sampled, with what else comes between logits and choice.
+RECORD = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["alpha", "beta"]},
+        "tags": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "tags"],
+    "additionalProperties": False,
+}
+GRAMMARS = (
+    {"structured": {"json": RECORD}},
+    {"structured": {"json": RECORD}, "temperature": 0.9, "seed": 4},
+    {"structured": {"regex": "[A-Z][a-z]{2,9}( [a-z]{1,4}){2,6}"}, "frequency_penalty": 0.5, "logprobs": 2},
+    {},
+    {"structured": {"choice": ["yes, it is", "yes, it was", "no"]}, "temperature": 1.0, "seed": 8, "ignore_eos": True},
+    {"structured": {"grammar": 'root ::= ("ab" | "ba")+ "."'}, "temperature": 0.8, "top_p": 0.9, "seed": 2},
+    {"structured": {"json_object": True}, "temperature": 0.7, "top_k": 20, "seed": 5},
+    {"structured": {"json": RECORD}, "logit_bias": {9: -100.0, 40: 5.0}, "repetition_penalty": 1.2},
+)
+
+
+def structured() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Make prompts and parameters of requests under grammars, beside one without."""
+    params = [SamplingParams(40 + i, **way) for i, way in enumerate(GRAMMARS)]
+    return [prompt_ids(n, n) for n in PENALISED_PROMPTS], params
+
+
 def assert_same(got: list[Completion], want: list[Completion]) -> None:
     """Compare tokens, and log-probabilities but for what the arithmetic of another batch rounds differently."""
     assert [c.token_ids for c in got] == [c.token_ids for c in want]

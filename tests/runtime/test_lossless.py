@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from batches import PROMPTS, assert_same, mixed, penalised
+from batches import PROMPTS, assert_same, mixed, penalised, structured
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from pairs import FOLDERS, PAIRS
 from transformers import AutoModelForCausalLM
@@ -15,10 +15,10 @@ from echo_trt.runtime.params import Completion, SamplingParams
 SPECULATIVE = ("static", "dense", "fixed", "echo")
 POLICIES = ("autoregressive", *SPECULATIVE)
 BATCHES, ENGINES = (1, 3, 8), ("openvino", "torch")
-REQUESTS = {"mixed": mixed, "penalised": penalised}
+REQUESTS = {"mixed": mixed, "penalised": penalised, "structured": structured}
 #: Every pair with every policy; batch, engine and requests change along the diagonals, so that any two choices meet.
 MATRIX = [
-    (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], tuple(REQUESTS)[(i + j) // 2 % 2])
+    (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], tuple(REQUESTS)[(i + 2 * j) % 3])
     for i, pair in enumerate(PAIRS)
     for j, policy in enumerate(POLICIES)
 ]
