@@ -126,7 +126,7 @@ class Loop:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def set_back(self) -> list[Request]:
+    def preempt_all(self) -> list[Request]:
         """Take all requests out, oldest first. Each keeps its text so far; added again, it goes on from there."""
         running = [self._request_in[slot] for slot in self.state.oldest_first(self.state.active)]
         for request in running:

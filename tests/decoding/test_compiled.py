@@ -27,7 +27,7 @@ nodes = np.flatnonzero(tree.parent >= 0)
 print(acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes]).round(9).tolist())
 for size in (1, 5, 90, 300):
     frontier, ends = -np.sort(-rng.uniform(0, 1.2, size)), portions(size)
-    below, brought, known = acceptance.foreseen(9).below[0], acceptance.foreseen(9).brought[0], rng.uniform(0, 1, 7)
+    below, brought, known = acceptance.forecast(9).below[0], acceptance.forecast(9).brought[0], rng.uniform(0, 1, 7)
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)
     print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds))

@@ -13,7 +13,7 @@ from refusal import refused
 
 from echo_trt.bundle.costs import COSTS
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import PLAIN, Ladder
+from echo_trt.decoding.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
@@ -74,7 +74,7 @@ class Turns(Ladder):
 
     def rung(self, requests, foresee) -> int:
         nodes = next(self._turns)
-        return requests + nodes if nodes else PLAIN
+        return requests + nodes if nodes else UNDRAFTED
 
 
 @pytest.mark.parametrize("pair", PAIRS)

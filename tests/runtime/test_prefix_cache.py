@@ -79,7 +79,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(forget=st.booleans())
     def start_again(self, forget):
-        requests = self.loop.set_back()
+        requests = self.loop.preempt_all()
         if forget:
             self.loop.state.forget_cached()
             assert self.loop.state.free_blocks == self.loop.state.num_blocks
