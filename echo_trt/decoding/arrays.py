@@ -41,29 +41,28 @@ def compiled(signature: str | None = None) -> Callable[[Function], Function]:
 
 def begins(counts: np.ndarray) -> np.ndarray:
     """Return where sections of ``counts`` [B] elements begin, and the total: int64 [B+1]."""
-    out = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=out[1:])
-    return out
+    return _begins(np.ascontiguousarray(counts, np.int64))
 
 
 def ragged_arange(counts: np.ndarray) -> np.ndarray:
     """Return 0..counts[0]-1, 0..counts[1]-1, ... end to end: int64 [sum counts]."""
-    first = begins(counts)
-    return np.arange(first[-1]) - np.repeat(first[:-1], counts)
+    return _ragged_arange(np.ascontiguousarray(counts, np.int64))
 
 
-def rank_within(groups: np.ndarray) -> np.ndarray:
-    """Return an element's place in its group: 0 for the first, 1 for the second, ...; int64 [n]."""
-    return _rank_within(np.ascontiguousarray(groups, np.int64), int(groups.max(initial=-1)) + 1)
+@compiled("i8[::1](i8[::1])")
+def _begins(counts: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(counts) + 1, np.int64)
+    out[1:] = counts.cumsum()
+    return out
 
 
-@compiled("i8[::1](i8[::1], i8)")
-def _rank_within(groups: np.ndarray, count: int) -> np.ndarray:
-    ranks, seen = np.empty(len(groups), np.int64), np.zeros(count, np.int64)
-    for i in range(len(groups)):
-        ranks[i] = seen[groups[i]]
-        seen[groups[i]] += 1
-    return ranks
+@compiled("i8[::1](i8[::1])")
+def _ragged_arange(counts: np.ndarray) -> np.ndarray:
+    out, end = np.empty(counts.sum(), np.int64), 0
+    for count in counts:
+        out[end : end + count] = np.arange(count)
+        end += count
+    return out
 
 
 def next_size(sizes: Sequence[int], tokens: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.arrays import begins, compiled, rank_within
+from echo_trt.decoding.arrays import begins, compiled
 
 
 @dataclass
@@ -78,20 +78,14 @@ class SuperTree:
         Parents still stand before children. A node whose parent is left out becomes a top (parent -1), so the part may
         be a forest.
         """
-        nodes = np.sort(nodes)
-        nodes = nodes[self.request[nodes].argsort(kind="stable")]
-        place = np.full(len(self) + 1, -1)  # the last is that of a root's parent, -1
-        place[nodes] = np.arange(len(nodes))
-        parent, token, request = place[self.parent[nodes]], self.token[nodes], self.request[nodes]
+        nodes, parent = _by_request(np.ascontiguousarray(nodes, np.int64), self.parent, self.request, self.num_requests)
+        token, request = self.token[nodes], self.request[nodes]
         depth, score, source = self.depth[nodes], self.score[nodes], self.source[nodes]
         return SuperTree(token, parent, request, depth, score, source, self.num_requests), nodes
 
-    def best_first(self, nodes: np.ndarray, value: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
-        """Sort nodes by falling ``value`` float [m], keeping at most ``limit`` nodes a request, an int or int64 [B]."""
-        nodes = nodes[np.argsort(-value, kind="stable")]
-        request = self.request[nodes]
-        kept: np.ndarray = nodes[rank_within(request) < np.broadcast_to(limit, self.num_requests)[request]]
-        return kept
+    def best_first(self, nodes: np.ndarray, value: np.ndarray, limit: np.ndarray) -> np.ndarray:
+        """Sort nodes by falling ``value`` float [m], keeping at most ``limit`` int64 [B] nodes a request."""
+        return _best_first(nodes, self.request, value.astype(np.float64), limit)
 
     def ancestors_and_self(self, nodes: np.ndarray) -> np.ndarray:
         """Mark ``nodes`` and everything above them: bool [n]."""
@@ -111,6 +105,37 @@ def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
     """
     first, mask_begins = begins(tree.sizes), begins(tree.sizes**2)
     return _ancestor_mask(tree.parent, tree.request, first, mask_begins), mask_begins
+
+
+@compiled("UniTuple(i8[::1], 2)(i8[::1], i8[::1], i8[::1], i8)")
+def _by_request(
+    chosen: np.ndarray, parent: np.ndarray, request: np.ndarray, requests: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sort ``chosen`` nodes [m] by request and index. Returns them and the places of their parents, int64 [m]."""
+    place, end = np.full(len(parent), -1), np.zeros(requests + 1, np.int64)
+    for node in chosen:
+        place[node] = 0
+        end[request[node] + 1] += 1
+    end = end.cumsum()
+    nodes, above = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
+    for node in range(len(parent)):
+        if place[node] == 0:
+            place[node] = end[request[node]]
+            end[request[node]] += 1
+            nodes[place[node]] = node
+            above[place[node]] = place[parent[node]] if parent[node] >= 0 else -1  # parents come before children
+    return nodes, above
+
+
+@compiled("i8[::1](i8[::1], i8[::1], f8[::1], i8[::1])")
+def _best_first(nodes: np.ndarray, request: np.ndarray, value: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    best, taken, number = np.empty(len(nodes), np.int64), np.zeros(len(limit), np.int64), 0
+    for node in nodes[np.argsort(-value, kind="mergesort")]:
+        if taken[request[node]] < limit[request[node]]:
+            taken[request[node]] += 1
+            best[number] = node
+            number += 1
+    return best[:number]
 
 
 @compiled("u1[::1](i8[::1], i8[::1], i8[::1], i8[::1])")

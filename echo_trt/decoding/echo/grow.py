@@ -26,21 +26,21 @@ def grow(roots: np.ndarray, draft: Draft, settings: EchoSettings, room: np.ndarr
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
-        best = scores.argmax(axis=1)[:, None]
-        best_child = np.take_along_axis(children, best, axis=1)[:, 0]
-        confidence = np.exp(np.take_along_axis(scores, best, axis=1)[:, 0])
+        row, best = np.arange(len(children)), scores.argmax(axis=1)
+        confidence = np.exp(scores[row, best])
         claims = gates.passes(settings.gates, depth, confidence) & (confidence > 0)
         if settings.budget is not None:
             claims = _most_confident(claims, confidence, spare)
             spare -= int(claims.sum())
-        claimed_node[requests[claims]] = best_child[claims]
+        claimed_node[requests[claims]] = children[row, best][claims]
         deeper = claims & (room[requests] > depth)
         if depth == settings.max_depth or spare == 0 or not deeper.any():
             break
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], settings.beams)
         expanded = frontier >= 0
-        log_q, tokens = _scatter(expanded, *draft.expand(tree, frontier[expanded]))
+        log_q, tokens = draft.expand(tree, frontier[expanded])
+        log_q, tokens = _scatter(expanded, log_q, tokens)
     return tree, claimed_node
 
 

@@ -19,9 +19,12 @@ def allocate(tree: SuperTree, claimed_node: np.ndarray, settings: EchoSettings) 
     equals the earlier comes first, so that no node comes before its parent.
     """
     if settings.budget is None:
-        return np.sort(tree.best_first(np.arange(len(tree)), tree.score, settings.per_request))
+        limit = np.full(tree.num_requests, settings.per_request)
+        return np.sort(tree.best_first(np.arange(len(tree)), tree.score, limit))
     taken = tree.ancestors_and_self(claimed_node)
-    left = max(settings.budget - int(taken.sum()), 0)
-    claimed, others = np.bincount(tree.request[taken], minlength=tree.num_requests), np.flatnonzero(~taken)
-    taken[tree.best_first(others, tree.score[others], settings.per_request - claimed)[:left]] = True
+    left = settings.budget - int(taken.sum())
+    if left > 0:
+        limit = settings.per_request - np.bincount(tree.request[taken], minlength=tree.num_requests)
+        others = np.flatnonzero(~taken)
+        taken[tree.best_first(others, tree.score[others], limit)[:left]] = True
     return np.flatnonzero(taken)

@@ -93,9 +93,9 @@ class Candidates:
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Return nodes of ``depth`` that may be expanded, best first, at most ``beams`` a request: int64 [F]."""
         tree = self.tree
-        able = (tree.depth == depth) & self._expandable & (self.probability > 0) & (self._room[tree.request] > depth)
-        nodes = np.flatnonzero(able)
-        return tree.best_first(nodes, self.value[nodes], beams)
+        worth, room = self._expandable & (self.probability > 0), self._room
+        nodes = _of_depth(tree.depth, tree.request, worth, room, depth)
+        return tree.best_first(nodes, self.value[nodes], np.full(tree.num_requests, beams))
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """Return P(accept) of the best child of the roots of ``requests`` int64 [A], 0 for none: float64 [A]."""
@@ -172,6 +172,17 @@ class Candidates:
         probability = np.ones(chains.shape)
         probability[exists] = self._calibrated(chains[exists])
         self.probability[chains[exists]] = np.minimum.accumulate(probability, axis=1)[exists]
+
+
+@compiled("i8[::1](i8[::1], i8[::1], b1[::1], i8[::1], i8)")
+def _of_depth(depth: np.ndarray, request: np.ndarray, worth: np.ndarray, room: np.ndarray, level: int) -> np.ndarray:
+    """Return nodes of depth ``level`` that are ``worth`` it, of requests with ``room`` for their children."""
+    nodes, number = np.empty(len(depth), np.int64), 0
+    for node in range(len(depth)):
+        if depth[node] == level and worth[node] and room[request[node]] > level:
+            nodes[number] = node
+            number += 1
+    return nodes[:number]
 
 
 @compiled(

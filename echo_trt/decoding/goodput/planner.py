@@ -257,6 +257,6 @@ def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.nda
         best = np.flatnonzero(order <= np.partition(order, most)[most])
         if np.bincount(tree.request[nodes[best]], minlength=1).max() < per_request:
             nodes, order = nodes[best], order[best]
-    nodes = tree.best_first(nodes, -order, per_request - 1)[: len(seconds) - 1]
+    nodes = tree.best_first(nodes, -order, np.full(roots, per_request - 1))[: len(seconds) - 1]
     worth = np.append(0.0, np.cumsum(value[nodes])) - price * seconds[: len(nodes) + 1]
     return np.concatenate((np.arange(roots), np.sort(nodes[: worth.argmax()])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.arrays import rank_within
+from echo_trt.decoding.arrays import ragged_arange
 
 _GROUP = 32  # tokens whose best one is looked at first; larger: fewer to sort, and more that pass
 
@@ -29,7 +29,7 @@ def best_tokens(logits: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.n
     row, token = np.nonzero(logits >= reached(logits, most)[:, None])
     order = np.lexsort((token, -logits[row, token], row))
     row, token = row[order], token[order]
-    kept = rank_within(row) < count[row]
+    kept = ragged_arange(np.bincount(row)) < count[row]
     return row[kept], token[kept]
 
 
