@@ -140,6 +140,7 @@ class Planner(Protocol):
 
     def observe(self, iteration: Iteration) -> None:
         """Learn from one finished iteration; by default nothing."""
+        return
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Return sums over verified draft tokens, "expected" and "accepted", by source; by default none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,7 +47,8 @@ class SuperTree:
         """Number of requests that have a node at a depth: int64 [deepest + 1]."""
         seen = np.zeros((self.num_requests, self.depth.max(initial=0) + 1), bool)
         seen[self.request, self.depth] = True
-        return seen.sum(axis=0)
+        reached: np.ndarray = seen.sum(axis=0)
+        return reached
 
     def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray, source: int = 0) -> np.ndarray:
         """Hang new nodes (all [m]) under existing ones. Returns their indices int64 [m]."""
@@ -71,6 +72,15 @@ class SuperTree:
         self.depth = np.concatenate((self.depth, depth))
         self.score = np.concatenate((self.score, score.astype(np.float32)))
         self.source = np.concatenate((self.source, np.zeros(len(parent), np.int8) + np.int8(source)))
+
+    def with_roots(self, tokens: np.ndarray) -> SuperTree:
+        """Return the tree with further requests of a root alone: ``tokens`` int64 [m]."""
+        if len(tokens) == 0:
+            return self
+        requests, none = self.num_requests + np.arange(len(tokens)), np.zeros(len(tokens), np.int64)
+        tree = replace(self, num_requests=self.num_requests + len(tokens))
+        tree.add_chains(none - 1, tokens, requests, none, none, 0)
+        return tree
 
     def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
         """Return the part made of ``nodes``, request by request, and its nodes' indices in this tree, in that order.

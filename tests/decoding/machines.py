@@ -30,10 +30,10 @@ def linear(first: float, each: float) -> Curve:
 
 
 def load_of(count: int, **changes) -> Load:
-    """A load of ``count`` requests in step with their draft, of which nothing is known but what ``changes`` say."""
+    """A load of ``count`` requests in step with their draft, which were in their slots from the beginning."""
     slots = np.arange(count)
     usual = {"slots": slots, "room": np.full(count, 9), "behind": np.ones(count, np.int64), "context": 0}
-    return Load(**{**usual, "recent": np.full((count, RECENT), -1), "serial": slots, **changes})
+    return Load(**{**usual, "recent": np.full((count, RECENT), -1), "serial": np.full(count, -1), **changes})
 
 
 class Copied:

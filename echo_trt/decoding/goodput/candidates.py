@@ -99,9 +99,10 @@ class Candidates:
 
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """Return P(accept) of the best child of the roots of ``requests`` int64 [A], 0 for none: float64 [A]."""
-        best, nodes = np.zeros(self.tree.num_requests), np.flatnonzero(self.tree.depth == 1)
+        nodes, best = np.flatnonzero(self.tree.depth == 1), np.zeros(self.tree.num_requests)
         np.maximum.at(best, self.tree.request[nodes], self.probability[nodes])
-        return best[requests]
+        of_requests: np.ndarray = best[requests]
+        return of_requests
 
     def _hang(self, copied: Continuations) -> None:
         """Hang the copied chains under the roots, request by request, as far as texts and room go."""

@@ -36,7 +36,8 @@ class Chains:
     probability: np.ndarray
 
 
-NO_CHAINS = Chains(*[np.zeros(0, np.int64)] * 5, np.zeros(0))
+_NONE = np.zeros(0, np.int64)
+NO_CHAINS = Chains(_NONE, _NONE, _NONE, _NONE, _NONE, np.zeros(0))
 
 
 class NGrams:
