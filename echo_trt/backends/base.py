@@ -14,8 +14,8 @@ class Engine(Protocol):
 
     num_blocks: int
     sizes: tuple[int, ...]
-    """Tokens, ascending, to the next of which a verification is padded, and to the first of which any pass is; beyond
-    the last one a pass is as it comes. Empty: none is padded."""
+    """Ascending pass sizes in tokens. A verification is padded to the next size, any other pass to at least the first.
+    Empty: no padding."""
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """One forward pass. ``inputs`` are a head's ``features`` and ``hidden``, float32.

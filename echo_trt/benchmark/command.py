@@ -14,14 +14,14 @@ from rich.progress import Progress
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
-from echo_trt.benchmark.figures import PLAIN, figures, peer_figures
+from echo_trt.benchmark.figures import figures, peer_figures
 from echo_trt.benchmark.peer import Peer, PeerRun
 from echo_trt.benchmark.peers import check_peer, open_peer
 from echo_trt.benchmark.report import html_report, results_table
 from echo_trt.bundle.calibration import own_files
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policy_names import NAMES, SHARED
+from echo_trt.decoding.policy_names import BUDGETED, NAMES, PLAIN
 from echo_trt.errors import UserError, shown
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, read_prompts
@@ -178,7 +178,8 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Call
         for prompt in drawn({name: rows}, min(job.requests, len(rows)))
     }
     prompts = [Prompt(key, p.text) for key, (_, p) in groups.items()]
-    shape = EchoSettings(max_depth=decoding.max_depth, beams=decoding.beams, width=decoding.width)
+    sizes = decoding.model_dump(include={"max_depth", "beams", "width", "per_request"})
+    shape = EchoSettings(**sizes)
     return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape, progress).to_bytes()
 
 
@@ -190,7 +191,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
             raise UserError(f"--policies names {shown(policy)}; choose from {', '.join(NAMES)}.")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and not any(policy in SHARED for policy in job.policies):
+    if job.budget and not any(policy in BUDGETED for policy in job.policies):
         raise UserError(
             f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
             "--policies, or leave it out."

@@ -9,8 +9,6 @@ import numpy as np
 from echo_trt.benchmark.closed_loop import PHASES, Sample, Tally
 from echo_trt.benchmark.peer import PeerRun
 
-PLAIN = "autoregressive"
-
 
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
     """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own.

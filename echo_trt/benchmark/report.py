@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader
 from rich.table import Table
 
 from echo_trt.benchmark.closed_loop import PHASES
-from echo_trt.benchmark.figures import PLAIN
+from echo_trt.decoding.policy_names import PLAIN
 
 COLUMNS = {
     "set": "prompts",

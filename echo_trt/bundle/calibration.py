@@ -66,7 +66,7 @@ class Calibration(_Stored):
         return Acceptance(table, np.array(self.children, np.float64))
 
     @property
-    def sweet_spots(self) -> dict[int, float]:
+    def sparse_gates(self) -> dict[int, float]:
         """The sparse gates: depth -> threshold."""
         return {g.depth: g.threshold for g in self.gates if g.sweet_spot}
 

@@ -57,7 +57,7 @@ class CurveTable(_Stored):
 
 
 class HingeTable(_Stored):
-    """``echo_trt.decoding.goodput.costs.Hinge``."""
+    """A fitted ``echo_trt.decoding.echo.budget.Hinge``, validated."""
 
     t_ar: Annotated[float, Field(gt=0)]
     gamma: float
@@ -70,7 +70,8 @@ class CostTable(_Stored):
 
     change  extra seconds of a target's pass that has another size than the last one
     cold    extra seconds of a draft's first pass after a target's
-    sizes   tokens, ascending, to which the target pads its passes (``Engine.sizes``)
+    sizes   Ascending pass sizes in tokens. A verification is padded to the next size, any other pass to at least the
+            first. Empty: no padding.
     """
 
     format: Literal[1] = 1

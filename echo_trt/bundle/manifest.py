@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import Engine, Precision, Recipe
+from echo_trt.bundle.recipe import EngineName, Precision, Recipe
 from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.files.inputs import read_text
 
@@ -87,7 +87,7 @@ class Manifest(BaseModel):
 
     format: Literal[2] = FORMAT
     name: str
-    engine: Engine
+    engine: EngineName
     precision: Precision
     recipe: Recipe
     target: NetworkFacts

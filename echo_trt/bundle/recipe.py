@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
+from echo_trt.decoding.policy_names import Policy
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_text
 
-Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -108,9 +109,7 @@ class Decoding(_Section):
     per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
     """
 
-    policy: Literal[
-        "autoregressive", "static", "dense", "fixed", "echo", "goodput", "goodput-exact", "goodput-head"
-    ] = "goodput"
+    policy: Policy = "goodput"
     budget: Positive | None = None
     per_request: Annotated[int, Field(ge=2, le=1024)] = 64
     max_depth: Annotated[int, Field(ge=1, le=32)] = 6
@@ -138,7 +137,7 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Source
     draft: Draft = Draft()
-    engine: Engine = "openvino"
+    engine: EngineName = "openvino"
     precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1
     compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = []

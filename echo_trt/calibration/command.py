@@ -66,7 +66,8 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         messages.print("the bundle's draft has no network, so there is no acceptance to calibrate")
         return
     decoding = llm.manifest.recipe.decoding
-    shape = EchoSettings(max_depth=decoding.max_depth, beams=decoding.beams, width=decoding.width)
+    sizes = decoding.model_dump(include={"max_depth", "beams", "width", "per_request"})
+    shape = EchoSettings(**sizes)
     with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("recording draft trees", total=1.0)
         trees = record(

@@ -8,11 +8,11 @@ from scipy.stats import rankdata
 from echo_trt.bundle.calibration import Gate
 from echo_trt.calibration.observe import Observed
 
-SPOTS = 3  # sparse gates: the root's and so many less one deeper
+GATES = 3  # gates at most, depth 1 included; larger: more depths at which drafts may end
 
 
 def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
-    """A gate for each depth, the sparse ones marked, and the best single threshold for those.
+    """Fit a gate for every depth, the sparse ones marked, and the best single threshold for those.
 
     conf is the best path probability of a depth, the label whether some path of that depth was accepted. A depth is
     worth a gate where conf tells the two apart (AUC) and where there is something to tell: the spread of the label.
@@ -25,12 +25,12 @@ def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
     aucs = [auc(c, y) for c, y in zip(confidence, label, strict=True)]
     spread = [2 * np.sqrt(y.mean() * (1 - y.mean())) if len(y) else 0.0 for y in label]
     merit = [(a - 0.5) * s for a, s in zip(aucs, spread, strict=True)]
-    spots = [0]
+    gated = [0]  # depths less one
     for depth in np.argsort(merit)[::-1].tolist():
-        if len(spots) < SPOTS and all(abs(depth - s) >= 2 for s in spots):
-            spots.append(depth)
+        if len(gated) < GATES and all(abs(depth - other) >= 2 for other in gated):
+            gated.append(depth)
     thresholds = [youden(c, y) for c, y in zip(confidence, label, strict=True)]
-    pooled = [np.concatenate([part[s] for s in spots]) for part in (confidence, label)]
+    pooled = [np.concatenate([part[s] for s in gated]) for part in (confidence, label)]
     gates = [
         Gate(
             depth=d + 1,
@@ -38,7 +38,7 @@ def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
             samples=len(label[d]),
             accepted=round(float(label[d].mean()), 4) if len(label[d]) else 0.0,
             threshold=round(thresholds[d], 3),
-            sweet_spot=d in spots,
+            sweet_spot=d in gated,
         )
         for d in range(max_depth)
     ]

@@ -73,10 +73,13 @@ def grow_recorded(
     copied = None if lookup is None else continuations(trees, positions, lookup, max_depth)
     candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), room, copied)
     draft = RecordedDraft(trees, positions, width)
-    candidates.add(np.arange(count)[:, None], *draft.expand_roots(np.arange(count)), width)
+    roots = np.arange(count)
+    log_q, tokens = draft.expand_roots(roots)
+    candidates.add(roots, log_q, tokens, width)
     for depth in range(1, max_depth):
         nodes = np.sort(candidates.frontier(depth, beams))
-        candidates.add(nodes[:, None], *draft.expand(candidates.tree, nodes), width)
+        log_q, tokens = draft.expand(candidates.tree, nodes)
+        candidates.add(nodes, log_q, tokens, width)
     return candidates.tree
 
 

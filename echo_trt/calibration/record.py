@@ -28,7 +28,7 @@ def record(
         raise UserError("the bundle has no draft, so there is nothing to record; build one with a draft.")
     kept, networks = loop.planner, llm.networks
     recorder = TreeRecorder(loop.state, shape, networks.copier, head=networks.drafter is not networks.copier)
-    loop.plan_with(recorder)
+    loop.planner = recorder
     first, preemptions = loop.admissions, loop.counters.preemptions
     try:
         answers: list[list[int]] = [[] for _ in prompts]
@@ -39,7 +39,7 @@ def record(
                 done += 1
                 progress(done / len(prompts))
     finally:
-        loop.plan_with(kept)
+        loop.planner = kept
     if loop.counters.preemptions > preemptions:
         raise UserError("the KV pool was too small to record; give a smaller --batch.")
     if max(map(len, answers), default=0) < 2:

@@ -15,14 +15,12 @@ from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.commands.tables import comparison_table, rounding_note
-from echo_trt.decoding.policy_names import SHARED
+from echo_trt.decoding.policy_names import BUDGETED, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.params import Completion, SamplingParams
-
-PLAIN = "autoregressive"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def run(job: Job, out: Console, messages: Console) -> None:
     name = job.policy or decoding.policy
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and name not in SHARED:
+    if job.budget and name not in BUDGETED:
         raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
     inputs = [job.prompts_file, *own_files(job.bundle)]
     with output_file("--json", job.json_file, inputs) as write, files_first(out) if job.json_file else nullcontext():

@@ -1,10 +1,11 @@
 """Decide, pack and accept: one iteration of speculative decoding over arrays. Nothing here knows an engine.
 
-planner     the protocol: ``plan`` chooses what is drafted and verified, ``observe`` learns from what came of it
+planner     the protocol: ``plan`` chooses what is drafted and verified, ``observe`` learns from the outcome
 policies    builds a policy's planner by name, with its numbers
 echo        the paper (arXiv 2604.09603): gates, grow, pivot, budget
 goodput     the default: maximises committed tokens a second, and learns while it runs
 super_tree  all requests' draft trees in one set of arrays; ``pack`` makes an engine's call of them
-accept      walks down the verified trees; ``sampling``, ``penalties`` and ``logprobs`` say what the target emits
+accept      walks down the verified trees
+sampling    the target's choice of a token: penalties, draws, log-probabilities
 arrays      ragged arrays; ``compiled`` loops
 """

@@ -7,13 +7,14 @@ from typing import Protocol
 
 import numpy as np
 
+from echo_trt.decoding.policy_names import PLAIN
 from echo_trt.decoding.super_tree import SuperTree
 
 RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
 
 
 class Draft(Protocol):
-    """A draft model's side of one iteration."""
+    """Proposes children in one iteration."""
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Propose children of the roots of ``requests`` [A]: log q float [A, k], best first, and tokens int [A, k]."""
@@ -24,53 +25,55 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class Continuations:
-    """What followed the last time a request's latest tokens stood in its own text.
+    """Copied text: what followed the last time a request's latest tokens stood in its text. Or what a grammar forces.
 
     tokens   int64 [B, L], -1 from where there are none
     log_q    float64 [B], log P(one copied token is accepted), a function of ``matched``
     matched  int64 [B], number of latest tokens that stood there
+    forced   bool [B], whether a grammar proposes them; None: it proposes none
     """
 
     tokens: np.ndarray
     log_q: np.ndarray
     matched: np.ndarray
+    forced: np.ndarray | None = None
 
 
 class Copier(Protocol):
     """A source of candidates that cost nothing: text copied from the request itself."""
 
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
-        """Return the next ``length`` tokens after the latest match of each of ``slots`` [B]."""
+    def continuations(self, slots: np.ndarray, length: int) -> Continuations | None:
+        """Return the next ``length`` tokens after the latest match of ``slots`` int64 [B]."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one iteration has to do, for B decoding requests.
+    """The work of one iteration, for B decoding requests.
 
-    slots          int64 [B], where each request's history is kept
+    slots          int64 [B], where a request's history is kept
     room           int64 [B], draft tokens in a row that the request can still use
     behind         int64 [B], tokens that its draft must compute before it can draft
     context        cached tokens of all B requests
+    recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
+    serial         int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
-    recent         int64 [B, RECENT], tokens before each root, -1 where the text is shorter; None: not known
-    serial         int64 [B], admission number of the request in each slot; None: slots never change hands
     """
 
     slots: np.ndarray
     room: np.ndarray
     behind: np.ndarray
     context: int
+    recent: np.ndarray
+    serial: np.ndarray
     prompt_tokens: int = 0
-    recent: np.ndarray | None = None
-    serial: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one iteration verifies.
+    """The nodes that one iteration verifies.
 
     tree         nodes to verify, grouped by request; every root is included
-    probability  float64 [n], estimated chance that each node is accepted (1.0 for roots)
+    probability  float64 [n], estimated chance that a node is accepted (1.0 for roots)
     candidates   all nodes that were considered, of which ``tree`` is a subset; kept for metrics
     padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
     """
@@ -105,7 +108,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Iteration:
-    """What came of one plan.
+    """The outcome of one plan.
 
     path      int64 [m], accepted nodes of ``plan.tree``, roots included
     target    the verification pass
@@ -131,29 +134,25 @@ class Planner(Protocol):
     """Decides what each iteration verifies. Texts never depend on it, only speed does."""
 
     name: str
-    budget: int
+    budget: int = 0
     """K_max, tokens verified an iteration over the whole batch, roots included; 0 where none is shared."""
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
 
     def observe(self, iteration: Iteration) -> None:
-        """Learn from one finished iteration."""
+        """Learn from one finished iteration; by default nothing."""
+        return
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Return sums over verified draft tokens, "expected" and "accepted", each by source."""
+        """Return sums over verified draft tokens, "expected" and "accepted", by source; by default none."""
+        return {}
 
 
-class PlainPlanner:
+class PlainPlanner(Planner):
     """Plain autoregressive decoding: one token a request and iteration."""
 
-    name, budget = "autoregressive", 0
+    name = PLAIN
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         return Plan.undrafted(roots)
-
-    def observe(self, iteration: Iteration) -> None:
-        pass
-
-    def totals(self) -> dict[str, dict[str, float]]:
-        return {}

@@ -6,7 +6,7 @@
 | static         | none                               | the same for each request (EAGLE-3's tree)    |
 | dense          | at every depth                     | one for the batch                             |
 | fixed          | at ECHO's depths, one threshold    | one for the batch                             |
-| echo           | at a few depths, each its threshold| one for the batch                             |
+| echo           | at a few depths, with thresholds   | one for the batch                             |
 | goodput        | a level is drafted if it pays      | a token is verified if it pays                |
 | goodput-exact  | as goodput, with one path a request: engines that round trees otherwise than     |
 |                | chains verify those bit for bit as they decode plainly                            |
@@ -44,7 +44,7 @@ def make_planner(name: str, settings: Mapping, make_goodput: MakeGoodput) -> Pla
 
 
 def echo_settings(name: str, settings: Mapping) -> EchoSettings:
-    """The numbers of ``static``, ``dense``, ``fixed`` or ``echo``."""
+    """Return the numbers of ``static``, ``dense``, ``fixed`` or ``echo``."""
     if name == "static":
         tree = settings["static"]
         return EchoSettings(
@@ -60,7 +60,7 @@ def echo_settings(name: str, settings: Mapping) -> EchoSettings:
 
 
 def goodput_settings(name: str, settings: Mapping) -> GoodputSettings:
-    """The numbers of a goodput policy."""
+    """Return the numbers of a goodput policy."""
     shared = {key: settings[key] for key in ("max_depth", "beams", "width", "per_request")}
     if name == "goodput-exact":
         return GoodputSettings(**shared | {"beams": 1, "width": 1}, one_path=True)
@@ -68,5 +68,5 @@ def goodput_settings(name: str, settings: Mapping) -> GoodputSettings:
 
 
 def reserve_for(settings: Mapping) -> int:
-    """KV rows beyond its committed tokens that a request can need, whichever policy is in force and whatever K_max."""
+    """Return the KV rows that a request can need beyond its committed tokens, whatever the policy and K_max."""
     return max(echo_settings(name, settings).rows_per_request for name in ("static", "echo"))

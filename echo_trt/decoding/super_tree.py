@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.arrays import begins, compiled
 
 
 @dataclass
@@ -15,7 +15,7 @@ class SuperTree:
 
     token int64 [n], parent int64 [n] (-1 at a root), request int64 [n] (0..B-1), depth int64 [n] (0 at a root),
     score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root. source int8
-    [n]: who proposed it (``acceptance``: HEAD, LOOKUP, BOTH or NGRAM).
+    [n]: who proposed the node (``acceptance``: HEAD, LOOKUP, BOTH or NGRAM).
     """
 
     token: np.ndarray
@@ -28,7 +28,7 @@ class SuperTree:
 
     @classmethod
     def from_roots(cls, tokens: np.ndarray) -> SuperTree:
-        """One root a request: its pending token, which is committed but not yet in the KV cache. tokens [B]."""
+        """Return trees of a root alone: pending ``tokens`` [B], which are emitted but not yet in the KV cache."""
         count = len(tokens)
         none = np.zeros(count, np.int64)
         score, source = np.zeros(count, np.float32), np.zeros(count, np.int8)
@@ -39,16 +39,19 @@ class SuperTree:
 
     @property
     def sizes(self) -> np.ndarray:
-        """K_i, the nodes of each request, root included: int64 [B]."""
+        """K_i, the nodes of a request, root included: int64 [B]."""
         return np.bincount(self.request, minlength=self.num_requests)
 
     @property
     def reached(self) -> np.ndarray:
-        """How many requests have a node at each depth: int64 [deepest + 1]."""
-        return _reached(self.request, self.depth, self.num_requests)
+        """Number of requests that have a node at a depth: int64 [deepest + 1]."""
+        seen = np.zeros((self.num_requests, self.depth.max(initial=0) + 1), bool)
+        seen[self.request, self.depth] = True
+        reached: np.ndarray = seen.sum(axis=0)
+        return reached
 
     def add(self, parent: np.ndarray, token: np.ndarray, score: np.ndarray, source: int = 0) -> np.ndarray:
-        """Hang new nodes (all [m]) under existing ones; returns their indices [m]."""
+        """Hang new nodes (all [m]) under existing ones. Returns their indices int64 [m]."""
         start = len(self)
         self.add_chains(parent, token, self.request[parent], self.depth[parent] + 1, score, source)
         return np.arange(start, len(self))
@@ -62,7 +65,7 @@ class SuperTree:
         score: np.ndarray,
         source: int,
     ) -> None:
-        """Add nodes (all [m]) whose parents may be among them, each before its children."""
+        """Add nodes (all [m]) whose parents may be among them, parents before children."""
         self.token = np.concatenate((self.token, token))
         self.parent = np.concatenate((self.parent, parent))
         self.request = np.concatenate((self.request, request))
@@ -70,23 +73,29 @@ class SuperTree:
         self.score = np.concatenate((self.score, score.astype(np.float32)))
         self.source = np.concatenate((self.source, np.zeros(len(parent), np.int8) + np.int8(source)))
 
-    def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
-        """The part made of ``nodes``, request by request, parents still before children.
+    def with_roots(self, tokens: np.ndarray) -> SuperTree:
+        """Return the tree with further requests of a root alone: ``tokens`` int64 [m]."""
+        if len(tokens) == 0:
+            return self
+        requests, none = self.num_requests + np.arange(len(tokens)), np.zeros(len(tokens), np.int64)
+        tree = replace(self, num_requests=self.num_requests + len(tokens))
+        tree.add_chains(none - 1, tokens, requests, none, none, 0)
+        return tree
 
-        A node whose parent is left out becomes a top of its own (parent -1), so the part may be a forest. Returns it
-        and its nodes' indices in this tree, in the new order.
+    def sorted_by_request(self, nodes: np.ndarray) -> tuple[SuperTree, np.ndarray]:
+        """Return the part made of ``nodes``, request by request, and its nodes' indices in this tree, in that order.
+
+        Parents still stand before children. A node whose parent is left out becomes a top (parent -1), so the part may
+        be a forest.
         """
         nodes, parent = _by_request(np.ascontiguousarray(nodes, np.int64), self.parent, self.request, self.num_requests)
-        part = SuperTree(
-            self.token[nodes],
-            parent,
-            self.request[nodes],
-            self.depth[nodes],
-            self.score[nodes],
-            self.source[nodes],
-            self.num_requests,
-        )
-        return part, nodes
+        token, request = self.token[nodes], self.request[nodes]
+        depth, score, source = self.depth[nodes], self.score[nodes], self.source[nodes]
+        return SuperTree(token, parent, request, depth, score, source, self.num_requests), nodes
+
+    def best_first(self, nodes: np.ndarray, value: np.ndarray, limit: np.ndarray) -> np.ndarray:
+        """Sort nodes by falling ``value`` float [m], keeping at most ``limit`` int64 [B] nodes a request."""
+        return _best_first(nodes, self.request, value.astype(np.float64), limit)
 
     def ancestors_and_self(self, nodes: np.ndarray) -> np.ndarray:
         """Mark ``nodes`` and everything above them: bool [n]."""
@@ -99,43 +108,48 @@ class SuperTree:
 
 
 def ancestor_mask(tree: SuperTree) -> tuple[np.ndarray, np.ndarray]:
-    """The operator's tree_mask: row-major K_i x K_i matrices, 1 where the row's node may attend the column's.
+    """Return the operator's tree_mask uint8 [sum K_i^2], and where a request's matrix begins, int64 [B+1].
 
-    ``tree`` must be sorted by request. Returns uint8 [sum K_i^2] and where each request's matrix begins, int64 [B+1].
+    A request's matrix is K_i x K_i, row-major: 1 where the row's node may attend the column's. ``tree`` must be sorted
+    by request.
     """
-    return _ancestor_mask(tree.parent, tree.request, tree.num_requests)
+    first, mask_begins = begins(tree.sizes), begins(tree.sizes**2)
+    return _ancestor_mask(tree.parent, tree.request, first, mask_begins), mask_begins
 
 
 @compiled("UniTuple(i8[::1], 2)(i8[::1], i8[::1], i8[::1], i8)")
 def _by_request(
     chosen: np.ndarray, parent: np.ndarray, request: np.ndarray, requests: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``chosen`` nodes [m] request by request, each one's ascending, and the places of their parents among them."""
-    place, begin = np.full(len(parent), -1), np.zeros(requests + 1, np.int64)
+    """Sort ``chosen`` nodes [m] by request and index. Returns them and the places of their parents, int64 [m]."""
+    place, end = np.full(len(parent), -1), np.zeros(requests + 1, np.int64)
     for node in chosen:
         place[node] = 0
-        begin[request[node] + 1] += 1
-    for owner in range(requests):
-        begin[owner + 1] += begin[owner]
+        end[request[node] + 1] += 1
+    end = end.cumsum()
     nodes, above = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
     for node in range(len(parent)):
-        if place[node] < 0:
-            continue
-        place[node] = own = begin[request[node]]
-        begin[request[node]] += 1
-        nodes[own] = node
-        above[own] = place[parent[node]] if parent[node] >= 0 else -1  # a parent comes before its children
+        if place[node] == 0:
+            place[node] = end[request[node]]
+            end[request[node]] += 1
+            nodes[place[node]] = node
+            above[place[node]] = place[parent[node]] if parent[node] >= 0 else -1  # parents come before children
     return nodes, above
 
 
-@compiled("Tuple((u1[::1], i8[::1]))(i8[::1], i8[::1], i8)")
-def _ancestor_mask(parent: np.ndarray, request: np.ndarray, requests: int) -> tuple[np.ndarray, np.ndarray]:
-    first, mask_begins = np.zeros(requests + 1, np.int64), np.zeros(requests + 1, np.int64)
-    for owner in request:
-        first[owner + 1] += 1
-    for owner in range(requests):
-        mask_begins[owner + 1] = mask_begins[owner] + first[owner + 1] ** 2
-        first[owner + 1] += first[owner]
+@compiled("i8[::1](i8[::1], i8[::1], f8[::1], i8[::1])")
+def _best_first(nodes: np.ndarray, request: np.ndarray, value: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    best, taken, number = np.empty(len(nodes), np.int64), np.zeros(len(limit), np.int64), 0
+    for node in nodes[np.argsort(-value, kind="mergesort")]:
+        if taken[request[node]] < limit[request[node]]:
+            taken[request[node]] += 1
+            best[number] = node
+            number += 1
+    return best[:number]
+
+
+@compiled("u1[::1](i8[::1], i8[::1], i8[::1], i8[::1])")
+def _ancestor_mask(parent: np.ndarray, request: np.ndarray, first: np.ndarray, mask_begins: np.ndarray) -> np.ndarray:
     mask = np.zeros(mask_begins[-1], np.uint8)
     for node in range(len(parent)):
         owner = request[node]
@@ -145,17 +159,4 @@ def _ancestor_mask(parent: np.ndarray, request: np.ndarray, requests: int) -> tu
         while above >= 0:
             mask[row + above] = 1
             above = parent[above]
-    return mask, mask_begins
-
-
-@compiled("i8[::1](i8[::1], i8[::1], i8)")
-def _reached(request: np.ndarray, depth: np.ndarray, requests: int) -> np.ndarray:
-    levels = 1
-    for node in range(len(depth)):
-        levels = max(levels, depth[node] + 1)
-    seen, reached = np.zeros((requests, levels), np.bool_), np.zeros(levels, np.int64)
-    for node in range(len(depth)):
-        if not seen[request[node], depth[node]]:
-            seen[request[node], depth[node]] = True
-            reached[depth[node]] += 1
-    return reached
+    return mask

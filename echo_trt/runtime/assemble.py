@@ -53,7 +53,7 @@ class Networks:
             Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, part * blocks)
             for part in range(parts)
         ]
-        return [_networks(self.manifest, own, self.target, self.draft, self.calibration) for own in slots]
+        return [_networks(self.manifest, part, self.target, self.draft, self.calibration) for part in slots]
 
 
 def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> Networks:
@@ -68,9 +68,9 @@ def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | N
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
-    each = blocks_for(limits.context + reserve)
+    slot_blocks = blocks_for(limits.context + reserve)
     linear = manifest.engine == "tensorrt-rtx"  # its engines have a cache a slot instead of one pool
-    blocks = each * count if linear else limits.kv_blocks or each * count
+    blocks = slot_blocks * count if linear else limits.kv_blocks or slot_blocks * count
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
     target = _engine(folder, manifest, manifest.target, state, blocks)
@@ -105,8 +105,8 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
         return open_torch(file, blocks)
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
-    own = manifest.recipe.draft.precision if network == "draft" else None
-    engine = OpenVINOEngine(file, own or manifest.precision, blocks)
+    draft_precision = manifest.recipe.draft.precision if network == "draft" else None
+    engine = OpenVINOEngine(file, draft_precision or manifest.precision, blocks)
     _check_network(engine.widths, folder / MANIFEST, manifest, network)
     return engine
 

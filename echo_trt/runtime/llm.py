@@ -71,7 +71,7 @@ class LLM:
         A policy that was set before goes on with what it had learnt. The first that needs this machine's costs
         measures them, so nothing may be running then.
         """
-        self.loop.plan_with(self._planner(name, budget))
+        self.loop.planner = self._planner(name, budget)
 
     def _planner(self, name: str | None, budget: int | None) -> Planner:
         key = name or self.manifest.recipe.decoding.policy, budget
@@ -134,17 +134,19 @@ class LLM:
 
     def _deltas(self, name: str, prompts: Sequence[Sequence[int]], params: Params) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
-        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if len(each) != len(prompts):
+        all_params = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(all_params) != len(prompts):
             one = name.removesuffix("s")
-            raise UserError(f"params has {len(each)} entries for {len(prompts)} {name}; give one, or one a {one}.")
+            raise UserError(
+                f"params has {len(all_params)} entries for {len(prompts)} {name}; give one, or one a {one}."
+            )
         if self.loop.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
         answers: dict[Request, Answer] = {}
         try:
-            for index, (ids, own) in enumerate(zip(prompts, each, strict=True)):
+            for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
-                    request = self.request(index, ids, own)
+                    request = self.request(index, ids, prompt_params)
                     self.loop.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error

@@ -1,4 +1,4 @@
-"""Prompt lookup: the draft that costs nothing. What followed the last time these tokens stood in the text?"""
+"""Prompt lookup, the draft that costs nothing: copies what followed earlier occurrences of the last tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echo_trt.runtime.slots import Slots
 
 
 class LookupDrafter:
-    """Continues each request's text from the latest place where its last tokens stood before.
+    """Continues a request's text from the latest place where its last tokens stood before.
 
     ``acceptance[m - 1]`` is the probability that a token copied after a match of m tokens is accepted; longer matches
     are worth the last one. Matches shorter than ``min_match`` are not used.
@@ -34,7 +34,7 @@ class LookupDrafter:
         return LookupDraft(self, slots)
 
     def continuations(self, slots: np.ndarray, length: int) -> Continuations:
-        """The next ``length`` tokens after each request's latest match, to stand beside another draft's."""
+        """Return the next ``length`` tokens after the latest matches, to stand beside another draft's."""
         return LookupDraft(self, slots).continuations(length)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
@@ -79,8 +79,10 @@ class LookupDraft:
 
 @compiled("UniTuple(i8[::1], 2)(i4[:, :], i8[::1], i8)")
 def _latest_match(text: np.ndarray, length: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """text [B, W], of which each row has ``length`` tokens -> behind the place where its last tokens stood before, as
-    many as possible up to ``longest``, of such places the latest: where to go on [B], how many matched [B]; 0 if none.
+    """Find the longest, then latest, earlier occurrence of a row's last tokens, up to ``longest`` of them.
+
+    text int32 [B, W]; length int64 [B]. Returns begin int64 [B], the index after the match, and matched int64 [B]
+    tokens, 0 for none.
     """
     begin, matched = np.zeros(len(text), np.int64), np.zeros(len(text), np.int64)
     for row in range(len(text)):
@@ -107,7 +109,7 @@ def _log_q(matched: np.ndarray, min_match: int, log_acceptance: np.ndarray) -> n
 
 @compiled("i8[:, ::1](i4[:, :], i8[::1], i8[::1], i8)")
 def _stretches(text: np.ndarray, begin: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """[B, length]: of each row of ``text`` [B, W] what stands from ``begin`` on, -1 from ``end`` on, [B] each."""
+    """Copy rows of ``text`` int32 [B, W] from ``begin`` to ``end`` int64 [B], -1 beyond: int64 [B, length]."""
     tokens = np.full((len(text), length), -1)
     for row in range(len(text)):
         for place in range(min(length, end[row] - begin[row])):

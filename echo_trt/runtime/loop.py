@@ -1,7 +1,7 @@
-"""The loop: one iteration of ECHO over all running requests, and the queue that feeds it.
+"""The loop: iterations of any planner over all running requests, and the queue that feeds it.
 
-``step`` is the paper's iteration: plan (draft, gate, allocate: a planner's), pack, verify, accept, commit, observe.
-Prompts are computed in chunks inside the same calls.
+``step`` is one iteration: plan (the planner's draft and choice), pack, verify, accept, commit, observe. Prompts are
+computed in chunks inside the same calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from echo_trt.grammar.state import State
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import Slots, blocks_for
-from echo_trt.runtime.verified import Verified, with_roots
+from echo_trt.runtime.verified import Verified
 
 
 @dataclass(eq=False)
@@ -54,7 +54,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Emission:
-    """What one iteration emitted: requests (an object array [B]), their new tokens end to end, and how many each."""
+    """The tokens of one iteration.
+
+    requests object [B]; tokens int64 [sum counts], end to end; counts int64 [B]
+    """
 
     requests: np.ndarray
     tokens: np.ndarray
@@ -64,6 +67,21 @@ class Emission:
         tokens, begin = self.tokens.tolist(), begins(self.counts).tolist()
         for i, request in enumerate(self.requests):
             yield request, tokens[begin[i] : begin[i + 1]]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Parts of prompts that one iteration computes, C of them, oldest request first.
+
+    slots, counts  int64 [C]: a part's slot and tokens
+    owner          int64 [sum counts]: a token's slot
+    position       int64 [sum counts]: its place in the text
+    """
+
+    slots: np.ndarray
+    counts: np.ndarray
+    owner: np.ndarray
+    position: np.ndarray
 
 
 NOTHING = Emission(np.empty(0, object), np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -81,17 +99,16 @@ class Loop:
         eos: Iterable[int],
         chunk: int = 256,
     ):
-        """``eos``: token ids that end a text. ``chunk``: prompt tokens computed in one iteration at most."""
+        """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
+
+        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
+        """
         self.target, self.drafter, self.state, self.planner = target, drafter, state, planner
         self.eos, self.chunk = tuple(eos), chunk
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
         self.admissions = 0
-
-    def plan_with(self, planner: Planner) -> None:
-        """Leave plans to another planner from the next iteration on; texts stay the same."""
-        self.planner = planner
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -117,10 +134,10 @@ class Loop:
                 f"the request may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
                 "max_tokens, or raise limits.kv_blocks in the recipe and build again."
             )
-        own = len(request.params.stop_token_ids)
-        most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + own
-        if own > most:
-            raise UserError(f"stop_token_ids has {own} ids; give at most {most}.")
+        asked = len(request.params.stop_token_ids)
+        most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + asked
+        if asked > most:
+            raise UserError(f"stop_token_ids has {asked} ids; give at most {most}.")
 
     def cancel(self, request: Request) -> None:
         """Forget a request, wherever it is; its KV blocks are free at once."""
@@ -129,8 +146,8 @@ class Loop:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def set_back(self) -> list[Request]:
-        """Take all requests out, oldest first. Each keeps its text so far; added again, it goes on from there."""
+    def preempt_all(self) -> list[Request]:
+        """Take all requests out, oldest first. Added again, a request goes on from its text so far."""
         running = [self._request_in[slot] for slot in self.state.oldest_first(self.state.active)]
         for request in running:
             self._leave(request)
@@ -165,7 +182,7 @@ class Loop:
             self.counters.asked_tokens += len(text)
             self.counters.cached_tokens += int(state.committed[slot])
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
-            state.ask(slot, params)
+            state.set_params(slot, params)
             state.grammar[slot] = request.grammar
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
@@ -178,7 +195,7 @@ class Loop:
         """Out of its slot; the request itself keeps its text."""
         state, slot = self.state, request.slot
         request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
-        if request.cached_tokens is None:  # what it finds once it was set back is its own
+        if request.cached_tokens is None:  # text that it finds after a preemption is its own
             request.cached_tokens = int(state.found[slot])
         request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
         request.grammar = state.grammar[slot]
@@ -188,7 +205,7 @@ class Loop:
         self._request_in[slot], request.slot = None, -1
 
     def _preempt_youngest(self) -> None:
-        """Set the youngest request back: its text is kept and computed again later, nothing is emitted twice."""
+        """Preempt the youngest request: its text is kept and computed again later, nothing is emitted twice."""
         state = self.state
         request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
         self._leave(request)
@@ -201,18 +218,18 @@ class Loop:
         """One iteration. Of the requests that emitted, the finished have a finish_reason."""
         self._admit()
         slots = self._hold_for_decoding()
-        chunk_slots, chunks = self._plan_chunks()
-        if len(slots) + len(chunk_slots) == 0:
+        chunks = self._plan_chunks()
+        if len(slots) + len(chunks.slots) == 0:
             return NOTHING
         begin = time.perf_counter()
-        load = self._load(slots, int(chunks.sum()))
+        load = self._load(slots, len(chunks.owner))
         draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter else None
         plan, planning = self._plan(slots, draft, load)
-        verified, target = self._verify(plan, slots, chunk_slots, chunks)
+        verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
-            emission = self._commit(verified, path, emitted, chunk_slots, chunks)
+            emission = self._commit(verified, path, emitted, chunks)
         seconds, path = time.perf_counter() - begin, path[path < len(plan.tree)]
         passes, levels, drafting = (tuple(draft.passes), draft.levels, draft.seconds) if draft else ((), 0, 0.0)
         host = seconds - planning - drafting - target.seconds
@@ -220,7 +237,7 @@ class Loop:
         return emission
 
     def _hold_for_decoding(self) -> np.ndarray:
-        """Decoding slots, each with KV blocks for what it may draft and verify; the youngest give way if they must."""
+        """Return decoding slots that hold KV blocks for their drafts and verifications; the youngest may give way."""
         while True:
             slots = self.state.decoding()
             if self.state.hold(slots, self.state.committed[slots] + self.state.reserve):
@@ -228,32 +245,33 @@ class Loop:
                 return slots
             self._preempt_youngest()
 
-    def _plan_chunks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prefilling slots that get a part of this iteration's prompt budget, oldest first, and their tokens."""
-        slots = self.state.prefilling()
+    def _plan_chunks(self) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling slots, oldest first."""
+        state, slots = self.state, self.state.prefilling()
         if len(slots) == 0:
-            return slots, slots
-        self.counters.cached_tokens += self.state.skip(slots, self.chunk)
-        missing = self.state.length[slots] - self.state.committed[slots]
-        before = begins(missing)[:-1]
-        chunks = np.clip(self.chunk - before, 0, missing)
+            return Chunks(slots, slots, slots, slots)
+        self.counters.cached_tokens += state.skip(slots, self.chunk)
+        missing = state.length[slots] - state.committed[slots]
+        counts = np.clip(self.chunk - begins(missing)[:-1], 0, missing)
         if self.chunk > 2:
             # No token alone, least of all the last: attention rounds a single token's otherwise than several tokens',
             # and a text must not depend on what was computed beside its prompt.
-            chunks -= missing - chunks == 1
-            chunks[chunks == 1] = 0
-        return slots[chunks > 0], chunks[chunks > 0]
+            counts = np.where(missing - counts == 1, counts - 1, counts)
+            counts[counts == 1] = 0
+        slots, counts = slots[counts > 0], counts[counts > 0]
+        owner = np.repeat(slots, counts)
+        return Chunks(slots, counts, owner, state.committed[owner] + ragged_arange(counts))
 
-    def _load(self, slots: np.ndarray, chunks: int) -> Load:
+    def _load(self, slots: np.ndarray, prompt_tokens: int) -> Load:
         state = self.state
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
-        recent = state.recent(slots, RECENT)
-        return Load(slots, room, behind, int(state.committed[slots].sum()), chunks, recent, state.admitted[slots])
+        context, recent = int(state.committed[slots].sum()), state.recent(slots, RECENT)
+        return Load(slots, room, behind, context, recent, state.admitted[slots], prompt_tokens)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: Load) -> tuple[Plan, float]:
-        """Ask the planner. Returns its plan for decoding ``slots`` [B], and the seconds beside the draft's passes."""
+        """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
         state, counters = self.state, self.counters
         roots = state.tokens[slots, state.length[slots] - 1]
         if draft is None or len(slots) == 0:
@@ -268,89 +286,65 @@ class Loop:
         state.drafted[slots] += plan.tree.sizes - 1
         counters.drafted_tokens += len(plan.tree) - len(slots)
         counters.iterations += 1
-        counters.speculative_iterations += len(plan.tree) > len(slots)
+        if len(plan.tree) > len(slots):
+            counters.speculative_iterations += 1
         for depth, requests in enumerate(plan.candidates.reached.tolist()):
             counters.reached[depth] += requests
         return plan, seconds
 
-    def _verify(
-        self, plan: Plan, slots: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
-    ) -> tuple[Verified, Pass]:
-        """One pass of the target over all trees and prompt chunks."""
+    def _verify(self, plan: Plan, slots: np.ndarray, chunks: Chunks) -> tuple[Verified, Pass]:
+        """Run the target once over all trees and prompt chunks."""
         state, tree = self.state, plan.tree
         with self._timed("pack"):
-            past, rows = state.committed[slots], np.arange(len(tree))
-            mask = ancestor_mask(tree) if len(tree) > len(slots) else None
-            depths, table = past[tree.request] + tree.depth, state.block_table[slots]
-            columns: tuple[np.ndarray, ...] = (tree.token, depths, past, tree.sizes, table, rows)
-            finishing = chunk_slots
-            if len(chunk_slots):
-                ends = state.committed[chunk_slots] + chunks == state.length[chunk_slots]  # these emit their next token
-                finishing = chunk_slots[ends]
-                behind = self._chunks(chunk_slots, chunks, len(tree), ends)
-                columns = tuple(map(np.concatenate, zip(columns, behind, strict=True)))
-            tokens, positions, past, counts, table, rows = columns
-            padded_to = 0 if len(chunk_slots) else plan.padded_to
-            call = pack(tokens, positions, past, counts, table, rows, mask, padded_to)
+            ends = state.committed[chunks.slots] + chunks.counts == state.length[chunks.slots]
+            finishing = chunks.slots[ends]  # prompts that emit their next token
+            emitting_slots, call_slots = np.concatenate((slots, finishing)), np.concatenate((slots, chunks.slots))
+            past, mask = state.committed[call_slots], ancestor_mask(tree) if len(tree) > len(slots) else None
+            call = pack(
+                np.concatenate((tree.token, state.tokens[chunks.owner, chunks.position])),
+                np.concatenate((past[tree.request] + tree.depth, chunks.position)),
+                past,
+                np.concatenate((tree.sizes, chunks.counts)),
+                state.block_table[call_slots],
+                np.concatenate((np.arange(len(tree)), len(tree) + np.cumsum(chunks.counts)[ends] - 1)),
+                mask,
+                0 if len(chunks.slots) else plan.padded_to,
+            )
             # Summed up before the pass: right behind one, whose weights fill the cache, every first line takes longer.
             nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
-            context, again = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
+            context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
         self._add_seconds("verify", seconds)
         last = state.tokens[finishing, state.length[finishing] - 1]
-        every = np.concatenate((slots, finishing))
-        verified = Verified(with_roots(tree, last), every, len(slots), outputs, call, state)
-        return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, again)
+        verified = Verified(tree.with_roots(last), emitting_slots, len(slots), outputs, call, state)
+        return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
 
-    def _chunks(self, slots: np.ndarray, chunks: np.ndarray, before: int, ends: np.ndarray) -> tuple[np.ndarray, ...]:
-        """What ``pack`` is told of ``slots`` that compute ``chunks`` of their prompts behind so many tokens ``before``;
-        of those whose prompt ``ends`` the last row is asked for."""
-        state, owner = self.state, np.repeat(slots, chunks)
-        position, last = state.committed[owner] + ragged_arange(chunks), before + np.cumsum(chunks)[ends] - 1
-        return state.tokens[owner, position], position, state.committed[slots], chunks, state.block_table[slots], last
-
-    def _commit(
-        self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunk_slots: np.ndarray, chunks: np.ndarray
-    ) -> Emission:
+    def _commit(self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> Emission:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
-        state, slots, tree = self.state, verified.slots, verified.tree
+        state, slots, tree, decoding = self.state, verified.slots, verified.tree, verified.decoding
         counts = np.bincount(tree.request[path], minlength=len(slots))
-        place = ragged_arange(counts)
-        owner = slots[tree.request[path]]
-        trees = verified.trees
-        in_tree = tree.request[path] < trees
-        source = state.committed[owner] + path - begins(tree.sizes)[tree.request[path]]
-        target = state.committed[owner] + place
-        moved = in_tree & (source != target)
+        in_tree = tree.request[path] < decoding
+        nodes = path[in_tree]
+        request = tree.request[nodes]
+        owner = slots[request]
+        position = state.committed[owner] + ragged_arange(counts[:decoding])
+        from_position = state.committed[owner] + nodes - begins(tree.sizes)[request]
+        moved = from_position != position
         if moved.any():
-            self.target.move(state.rows(owner[moved], source[moved]), state.rows(owner[moved], target[moved]))
+            from_rows = state.rows(owner[moved], from_position[moved])
+            self.target.move(from_rows, state.rows(owner[moved], position[moved]))
         if self.drafter:
-            self._observe(self.drafter, verified, owner[in_tree], target[in_tree], path[in_tree], chunk_slots, chunks)
-        state.committed[slots[:trees]] += counts[:trees]
-        state.committed[chunk_slots] += chunks
-        for slot in slots[trees:]:  # prompts that are complete
+            first, total = len(verified.call.token_ids) - len(chunks.owner), len(verified.call.token_ids)
+            rows = state.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
+            self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, np.arange(first, total))))
+        state.committed[slots[:decoding]] += counts[:decoding]
+        state.committed[chunks.slots] += chunks.counts
+        for slot in slots[decoding:]:  # prompts that are complete
             state.publish(slot)
-        self.counters.prompt_tokens += int(chunks.sum())
+        self.counters.prompt_tokens += len(chunks.owner)
         return self._emit(verified, path, counts, emitted)
-
-    def _observe(
-        self,
-        drafter: Drafter,
-        verified: Verified,
-        owner: np.ndarray,
-        positions: np.ndarray,
-        path: np.ndarray,
-        chunk_slots: np.ndarray,
-        chunks: np.ndarray,
-    ) -> None:
-        if len(chunk_slots):
-            chunk_owner, total = np.repeat(chunk_slots, chunks), len(verified.call.token_ids)
-            owner = np.concatenate((owner, chunk_owner))
-            positions = np.concatenate((positions, self.state.committed[chunk_owner] + ragged_arange(chunks)))
-            path = np.concatenate((path, np.arange(total - len(chunk_owner), total)))
-        drafter.observe(self.state.rows(owner, positions), verified.outputs, path)
 
     def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
         state, slots = self.state, verified.slots

@@ -25,19 +25,19 @@ from echo_trt.runtime.slots import blocks_for
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 SHORT, LONG = 8, 8 * BLOCK  # cached tokens of a request
-ALL = 16 * LONG  # and of few requests so many in all, for their attention to be noticed
+LONG_TOTAL = 16 * LONG  # cached tokens of few requests in all; larger: their attention is noticed more surely
 NODES = 3  # tokens of a small tree
-FEW, MANY = 64, 128  # tokens up to which sizes are measured however few requests run, and however many
-STEEP = 3.0  # times what one token takes, at which larger sizes are told by the slope; on a GPU that is far beyond MANY
+SMALL_BATCH_SIZES, SIZES_LIMIT = 64, 128  # tokens measured of few requests, and of any; larger: slower to measure
+STEEP = 3.0  # times one token's pass, up to which larger sizes are measured, too; larger: more sizes, as on a GPU
 ROUNDS = 9
 PAIRS = 10  # passes of each size, two in a row, for what a change of size takes
 LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
-FAR = 10.0  # times what one token takes, beyond which passes, measured once, say nothing of where the curve bends
+KNEE_RANGE = 10.0  # times one token's pass; larger: longer passes, measured once, count for the knee
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
 CHECKED = (1, 4, 8)  # tokens of the passes that a table is checked by
 TRIES, CHECKING = 3, 0.5  # passes of each, and the seconds that they may take, where that is more than one
-LEAST = 1e-3  # seconds: differences below are noise
+NOISE = 1e-3  # seconds; larger: smaller differences are taken for noise
 PLAUSIBLE = 2.0  # times what n passes over one token take: larger, and less of other work's share is noticed
 
 
@@ -54,7 +54,7 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
         run = lambda call: drafter.engine.run(call, **drafter.blank(len(call.token_ids)))  # noqa: E731
         draft, cold = _measured(networks, run, 0.25 * seconds), _cold(networks, run)
     sizes, times = np.array(target.sizes), np.array(target.seconds)
-    near = times <= FAR * times[0]
+    near = times <= KNEE_RANGE * times[0]
     return CostTable(
         machine=machine(networks.manifest),
         measured=date.today(),
@@ -68,9 +68,9 @@ def measure(networks: Networks, seconds: float = 4.0) -> CostTable:
 
 
 def times_as_long(table: CostTable, networks: Networks) -> float:
-    """How many times what a pass takes now it took when ``table`` was measured, 1 or more. Nothing may be running.
+    """Return the largest ratio of a recorded pass time to the same pass timed now, at least 1.
 
-    That is in doubt one way alone: what else runs makes passes longer, then or now, but never shorter.
+    Nothing may be running. Other work makes passes longer, then or now, but never shorter.
     """
     networks.state.forget_cached()
     most, curve = 1.0, table.target
@@ -79,8 +79,8 @@ def times_as_long(table: CostTable, networks: Networks) -> float:
             call = _call(networks, _spread(tokens, networks.state.count), SHORT)
             tries = min(max(int(CHECKING / seconds), 1), TRIES)
             now = min(_seconds(networks.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
-            if seconds - now > LEAST:
-                most = max(most, seconds / max(now, LEAST))
+            if seconds - now > NOISE:
+                most = max(most, seconds / max(now, NOISE))
     return most
 
 
@@ -111,19 +111,19 @@ def without_speculation(table: CostTable) -> CostTable:
 
 def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     state, blocks = networks.state, networks.target.num_blocks
-    long = min(max(LONG, ALL // state.count), state.context - NODES)
+    long = min(max(LONG, LONG_TOTAL // state.count), state.context - NODES)
     short = min(SHORT, long)
     # No more requests than there are slots: a call of more may be divided. Beyond, each request brings a chain.
     longest = min(state.reserve, state.context - short)
     possible = [n for n in SIZES if n <= state.count * longest]
     calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
-    sizes = [n for n in possible if n <= min(max(4 * state.count, FEW), MANY)]
+    sizes = [n for n in possible if n <= min(max(4 * state.count, SMALL_BATCH_SIZES), SIZES_LIMIT)]
     one = _seconds(run, calls[1])
     while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
         sizes.append(possible[len(sizes)])
-    each = blocks_for(long + NODES)
+    long_blocks = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
-    wide = max(n for n in sizes if n <= state.count and (n * each <= blocks or n == 1))
+    wide = max(n for n in sizes if n <= state.count and (n * long_blocks <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
     taken = _rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
@@ -189,9 +189,10 @@ def _cold(networks: Networks, draft: Callable) -> float:
 
 
 def _spread(tokens: int, slots: int) -> np.ndarray:
-    """Tokens of each request, where so many are spread over as many requests as there are slots for: [B]."""
+    """Spread ``tokens`` over as many requests as there are slots for: int64 [B]."""
     requests = min(tokens, slots)
-    return tokens // requests + (np.arange(requests) < tokens % requests)
+    fewer, more = tokens // requests, tokens % requests
+    return np.where(np.arange(requests) < more, fewer + 1, fewer)
 
 
 def _call(networks: Networks, counts: np.ndarray, context: int) -> Packed:

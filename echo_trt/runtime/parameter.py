@@ -1,4 +1,4 @@
-"""The definition of a sampling parameter, from which the API, the gateway, Triton's tensors and the docs are made."""
+"""The definition of a sampling parameter. Interfaces take bounds and defaults from it; tests compare them."""
 
 from __future__ import annotations
 

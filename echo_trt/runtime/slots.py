@@ -1,4 +1,4 @@
-"""The running requests, as arrays: one slot each, so that a step treats a batch of any size with the same Python."""
+"""The running requests as arrays by slot, so that a step treats a batch of any size with the same Python."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ class Slots:
         self.repetition_penalty = np.ones(count)
         self.min_tokens, self.biased = ints(count), ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
-        self.logprobs = ints(count) - 1  # how many of the best tokens' are wanted beside the emitted one's; -1: none
+        self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
-        self.block_table = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks) * self.linear
+        self.block_table = np.zeros((count, blocks), np.int32)
+        if self.linear:
+            self.block_table[:] = np.arange(count * blocks).reshape(count, blocks)
         self.blocks_held = ints(count)
         self.num_blocks = self.block_table.size if num_blocks is None else num_blocks
         self._free_count = self.num_blocks
@@ -75,28 +77,28 @@ class Slots:
 
     @property
     def free_blocks(self) -> int:
-        """That nothing is in."""
+        """Number of KV blocks that are free."""
         return self._free_count
 
     @property
     def cached_blocks(self) -> int:
-        """That no slot holds, but may find again."""
+        """Number of KV blocks that are cached and unheld."""
         return self.cache.idle
 
     @property
     def used_blocks(self) -> int:
-        """That slots hold."""
+        """Number of KV blocks held by slots."""
         return self.num_blocks - self.free_blocks - self.cached_blocks
 
     def decoding(self) -> np.ndarray:
-        """Slots whose prompt is in the cache, oldest first."""
+        """Return slots whose prompt is in the cache, oldest first."""
         return _phase(self.active, self.length, self.committed, self.admitted, False)
 
     def prefilling(self) -> np.ndarray:
         return _phase(self.active, self.length, self.committed, self.admitted, True)
 
     def recent(self, slots: np.ndarray, count: int) -> np.ndarray:
-        """The last ``count`` tokens before each one's last, -1 where its text has fewer: int64 [B, count]."""
+        """Return the last ``count`` tokens before a slot's last token, -1 where there are fewer: int64 [B, count]."""
         return _recent(self.tokens, slots, self.length, count)
 
     def oldest_first(self, chosen: np.ndarray) -> np.ndarray:
@@ -162,7 +164,7 @@ class Slots:
         return keys
 
     def hold(self, slots: np.ndarray, lengths: np.ndarray) -> bool:
-        """Give each slot the blocks for ``lengths`` tokens, all of them or none. False: the pool is too empty."""
+        """Give slots the blocks for ``lengths`` tokens, all or none. False: the pool is too empty."""
         wanted = np.maximum(blocks_for(lengths) - self.blocks_held[slots], 0)
         total = int(wanted.sum())
         if total == 0:  # most iterations
@@ -179,8 +181,8 @@ class Slots:
         self.blocks_held[slots] += wanted
         return True
 
-    def ask(self, slot: int, params: SamplingParams) -> None:
-        """Note how a slot's tokens are to be chosen."""
+    def set_params(self, slot: int, params: SamplingParams) -> None:
+        """Set how a slot's tokens are chosen."""
         for name in ("temperature", "top_k", "top_p", "seed", "min_tokens", *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
@@ -214,21 +216,21 @@ class Slots:
     def append(
         self, slots: np.ndarray, counts: np.ndarray, tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Append each slot's emitted tokens (ragged, ``counts`` each), up to its first stop token and its limit.
+        """Append emitted ``tokens`` int64 [sum counts] of ``slots`` [B], up to a stop token and the limit.
 
-        Returns, per slot: how many were kept, whether a stop token ended it, whether its limit did.
+        Returns kept int64 [B], and whether a stop token or the limit ended the text, bool [B].
         """
         return _append(self.tokens, self.length, self.limit, self.stop_tokens, slots, counts, tokens)
 
 
 def blocks_for(tokens: Tokens) -> Tokens:
-    """Blocks that hold this many tokens; an int or an array of them."""
+    """Return the blocks that hold ``tokens``; an int or an array."""
     blocks: Tokens = -(-tokens // BLOCK)
     return blocks
 
 
 def _shareable(length: int) -> int:
-    """Blocks that a text of so many tokens may find. Two tokens are left, so that it prefills and drafts behind it."""
+    """Return the blocks that a text of ``length`` tokens may find, less two tokens to prefill and draft behind."""
     return max(length - 2, 0) // BLOCK
 
 
@@ -236,7 +238,7 @@ def _shareable(length: int) -> int:
 def _phase(
     active: np.ndarray, length: np.ndarray, committed: np.ndarray, admitted: np.ndarray, prefills: bool
 ) -> np.ndarray:
-    """Active slots that prefill, or that decode, oldest first."""
+    """Return active slots that prefill, or that decode, oldest first."""
     slots, number = np.empty(len(active), np.int64), 0
     for slot in range(len(active)):
         missing = length[slot] - committed[slot]

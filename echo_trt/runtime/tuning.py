@@ -18,7 +18,7 @@ from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.policy_names import SHARED
+from echo_trt.decoding.policy_names import BUDGETED
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.measure import disturbance, machine, measure, times_as_long, without_speculation
@@ -88,12 +88,12 @@ class Tuning:
         decoding, calibration = self._manifest.recipe.decoding, self._networks.calibration
         name, settings = name or decoding.policy, decoding.model_dump()
         if settings["gates"] is None:
-            settings["gates"] = calibration.sweet_spots if calibration else USUAL_GATES
+            settings["gates"] = calibration.sparse_gates if calibration else USUAL_GATES
             settings["dense_gates"] = {g.depth: g.threshold for g in calibration.gates} if calibration else None
         if settings["fixed_threshold"] is None:
             settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
         settings["budget"] = budget or settings["budget"]
-        if name in SHARED:
+        if name in BUDGETED:
             if decoding.gates is None and calibration is None:
                 told = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
                 self._note(f"{self._folder} has no {CALIBRATION}: gates are the usual {told}; run echo-trt calibrate.")

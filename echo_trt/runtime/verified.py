@@ -1,4 +1,4 @@
-"""The target's word on one call: the next token at a node, and how probable what was emitted is."""
+"""The target's choice in one call: the next token at a node, and log-probabilities of emitted tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from echo_trt.runtime.slots import Slots
 
 @dataclass
 class Verified:
-    """``trees`` of decoding requests first, then one root for each prompt that ended in the call; ``slots`` [B] are
-    those of its requests."""
+    """A verified tree with the target's outputs.
+
+    decoding  number of decoding requests; they come first. Finished prompts follow, with a root alone
+    slots     int64 [B]
+    """
 
     tree: SuperTree
     slots: np.ndarray
-    trees: int
+    decoding: int
     outputs: dict[str, np.ndarray]
     call: Packed
     state: Slots
@@ -38,9 +41,9 @@ class Verified:
         return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
 
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
-        """The target's next token at each node [m]: the best, or the draw for (seed, place), of adjusted logits."""
+        """Return the target's next tokens at ``nodes`` int64 [m]: the best, or the draw for (seed, place)."""
         tokens = self._next_token(nodes)
-        grammars = self.state.grammar[self.slots[self.tree.request[nodes]]]
+        grammars = self.state.grammar[self._slots_of(nodes)]
         for i in np.flatnonzero(grammars):  # not None
             tokens[i] = self._allowed(nodes[i], tokens[i], grammars[i])
         return tokens
@@ -79,7 +82,7 @@ class Verified:
     def _next_token(self, nodes: np.ndarray) -> np.ndarray:
         if self._greedy:
             return self._best(nodes)
-        adjusted = self.state.adjusted[self.slots[self.tree.request[nodes]]]
+        adjusted = self.state.adjusted[self._slots_of(nodes)]
         if not adjusted.any():
             return self._chosen(nodes, self._logits(nodes))
         tokens = np.empty(len(nodes), np.int64)
@@ -88,26 +91,30 @@ class Verified:
         return tokens
 
     def logprobs(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenLogprobs]]]:
-        """What requests that ask for it are told of their emitted tokens: (request, an entry a token), in order.
+        """Return (request, an entry an emitted token), in order, of the requests that ask for log-probabilities.
 
         ``path`` and ``emitted`` are as ``accept`` returns them.
         """
         if self.state.logprobs[self.slots].max(initial=-1) < 0:
             return []
-        top = self.state.logprobs[self.slots[self.tree.request[path]]]
+        top = self.state.logprobs[self._slots_of(path)]
         asked = np.flatnonzero(top >= 0)
         logits = np.asarray(self._logits(path[asked]), np.float32)
         normaliser = log_normalisers(logits)
-        own = logits[np.arange(len(asked)), emitted[asked]] - normaliser
+        emitted_logprobs = logits[np.arange(len(asked)), emitted[asked]] - normaliser
         row, token = best_tokens(logits, top[asked])
         pairs = list(zip(token.tolist(), (logits[row, token] - normaliser[row]).tolist(), strict=True))
         begin = np.searchsorted(row, np.arange(len(asked) + 1)).tolist()
         told: dict[int, list[TokenLogprobs]] = {}
         requests, tokens = self.tree.request[path[asked]].tolist(), emitted[asked].tolist()
-        for i, (request, said, logprob) in enumerate(zip(requests, tokens, own.tolist(), strict=True)):
+        for i, (request, said, logprob) in enumerate(zip(requests, tokens, emitted_logprobs.tolist(), strict=True)):
             entry = TokenLogprobs(said, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
             told.setdefault(request, []).append(entry)
         return list(told.items())
+
+    def _slots_of(self, nodes: np.ndarray) -> np.ndarray:
+        slots: np.ndarray = self.slots[self.tree.request[nodes]]
+        return slots
 
     def _logits(self, nodes: np.ndarray) -> np.ndarray:
         logits = self.outputs["logits"]
@@ -122,20 +129,21 @@ class Verified:
         return np.array([logits[node].argmax() for node in nodes.tolist()])  # row by row: to copy them takes longer
 
     def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
-        """After penalties, bias, and without stop tokens where it is too early for them."""
+        """Return logits after penalties and bias, without stop tokens where it is too early for them."""
         logits = self._penalised(nodes)
-        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        state, slots = self.state, self._slots_of(nodes)
         row, place = np.repeat(np.arange(len(nodes)), state.biased[slots]), ragged_arange(state.biased[slots])
         logits[row, state.bias_tokens[slots[row], place]] += state.bias[slots[row], place]
-        early = self._generated(nodes) < state.min_tokens[slots]
+        generated = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
+        early = generated < state.min_tokens[slots]
         stops = state.stop_tokens[slots]
         row, place = np.nonzero(early[:, None] & (stops >= 0) & (stops < logits.shape[1]))
         logits[row, stops[row, place]] = -np.inf
         return logits
 
     def _penalised(self, nodes: np.ndarray) -> np.ndarray:
-        """Penalties look at the prompt only where one for repetition asks for it."""
-        state, slots = self.state, self.slots[self.tree.request[nodes]]
+        """Return logits after penalties, which look at the prompt only where one for repetition asks for it."""
+        state, slots = self.state, self._slots_of(nodes)
         first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)
         said = state.length[slots] - first
         row = np.repeat(np.arange(len(nodes)), said)
@@ -152,33 +160,9 @@ class Verified:
         )
 
     def _chosen(self, nodes: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        state, slots = self.state, self.slots[self.tree.request[nodes]]
-        temperature = state.temperature[slots]
-        if not temperature.any():
-            best: np.ndarray = logits.argmax(axis=1)
-            return best
+        state, slots = self.state, self._slots_of(nodes)
         # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
         place = state.length[slots] + self.tree.depth[nodes]
-        return sample(logits, temperature, state.top_k[slots], state.top_p[slots], state.seed[slots], place)
-
-    def _generated(self, nodes: np.ndarray) -> np.ndarray:
-        """How many tokens of its request's answer there are up to each node."""
-        slots = self.slots[self.tree.request[nodes]]
-        count: np.ndarray = self.state.length[slots] - self.state.prompt_length[slots] + self.tree.depth[nodes]
-        return count
-
-
-def with_roots(tree: SuperTree, tokens: np.ndarray) -> SuperTree:
-    """The tree with further requests of one node each, whose children nobody drafted."""
-    if len(tokens) == 0:
-        return tree
-    more, count = SuperTree.from_roots(tokens), tree.num_requests
-    return SuperTree(
-        np.concatenate((tree.token, more.token)),
-        np.concatenate((tree.parent, more.parent)),
-        np.concatenate((tree.request, more.request + count)),
-        np.concatenate((tree.depth, more.depth)),
-        np.concatenate((tree.score, more.score)),
-        np.concatenate((tree.source, more.source)),
-        count + more.num_requests,
-    )
+        return sample(
+            logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.seed[slots], place
+        )

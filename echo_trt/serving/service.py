@@ -342,7 +342,7 @@ class Service:
             running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects}
             inside = [job for job in self._open.values() if job not in known]
-        self.loop.set_back()
+        self.loop.preempt_all()
         self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
         for job in inside:
             untold = job.request.generated[job.answer.told :]  # the iteration may have failed after it had its tokens
@@ -363,7 +363,7 @@ class Service:
         self._on_trial = None
         job.failures = 0
         if self._suspects:
-            self.loop.set_back()
+            self.loop.preempt_all()
             self._requeue([job])
 
     def _requeue(self, jobs: Sequence[Job]) -> None:

@@ -72,7 +72,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
     names = list(dict.fromkeys((PLAIN, *job.policies)))
     settings = settings_for(job, recording, calibration, machine)
     for name in names:
-        if name in PAPER and name != PLAIN:
+        if name in PAPER:
             _check_shape(name, echo_settings(name, settings), recording)
     result: dict[str, Any] = {
         "machine": machine.name,
@@ -145,7 +145,7 @@ def settings_for(
         "width": recording.width,
         "per_request": Decoding().per_request,
         "budget": _budget(job, machine),
-        "gates": calibration.sweet_spots,
+        "gates": calibration.sparse_gates,
         "dense_gates": {g.depth: g.threshold for g in calibration.gates},
         "fixed_threshold": calibration.fixed_threshold,
         "static": {"depth": depth, "top_k": top_k, "tokens": nodes},

@@ -165,7 +165,7 @@ class Replay:
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """The target's pass on the clock; ``again``: cached tokens that nodes attend, roots apart."""
         clock = self._clock
-        padded = clock.padded(tokens) if again else max(tokens, *clock.sizes[:1], 1)
+        padded = clock.padded(tokens) if again else clock.smallest(tokens)
         changed, self._size = padded != self._size, padded
         seconds = clock.target(padded, context) + clock.target.per_node * again + changed * clock.change
         return Pass(tokens, context, seconds, again)

@@ -83,7 +83,8 @@ def measure(name: str, requests: int, budget: int, repeats: int) -> tuple[np.nda
     block_table = rng.permutation(requests * (CONTEXT // BLOCK)).reshape(requests, -1)
     target = np.where(rng.random(budget) < 0.6, 0, width)  # a node's next token: its best child's, or none
     recent = rng.integers(0, 1000, (requests, RECENT))
-    load = Load(np.arange(requests), room, np.ones(requests, np.int64), int(past.sum()), recent=recent)
+    slots = np.arange(requests)
+    load = Load(slots, room, np.ones(requests, np.int64), int(past.sum()), recent, serial=slots)
     seconds = []
     for _ in range(repeats):
         marks = [time.perf_counter()]

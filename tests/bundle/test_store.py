@@ -77,7 +77,7 @@ def test_what_is_written_is_read_again(tmp_path, manifest):
     write(tmp_path, CALIBRATION, calibration())
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
     assert stored == calibration()
-    assert stored.sweet_spots == {1: 0.1, 3: 0.3}
+    assert stored.sparse_gates == {1: 0.1, 3: 0.3}
     assert stored.model().table.shape == (len(CALIBRATED), 3, KNOTS)
     assert stored.model().children.shape == (3, 2, 2)
     write(tmp_path, COSTS, costs(machine(manifest)))

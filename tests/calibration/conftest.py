@@ -11,7 +11,7 @@ from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.files.prompts import Prompt
 
 #: As wide and deep as the pairs' static tree, so that a replay can follow that policy.
-SHAPE = EchoSettings(max_depth=3, beams=3, width=3)
+SHAPE = EchoSettings(max_depth=3, beams=3, width=3, per_request=64)
 MOST = 24  # tokens of an answer
 
 

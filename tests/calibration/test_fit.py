@@ -194,7 +194,7 @@ def test_a_calibration_of_recorded_trees_is_whole(recorded):
     calibration = fit(recorded, "t" * 64, "d" * 64, 3, 3, 3)
     assert calibration.positions == len(recorded)
     assert len(calibration.gates) == 3
-    assert 1 in calibration.sweet_spots
+    assert 1 in calibration.sparse_gates
     model = calibration.model()
     assert model.table.shape == (3, 3, KNOTS)
     assert len(model.children) == 3

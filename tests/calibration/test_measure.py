@@ -16,7 +16,15 @@ from echo_trt.decoding.goodput.costs import Curve
 from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.measure import FEW, MANY, SIZES, disturbance, machine, measure, without_speculation
+from echo_trt.runtime.measure import (
+    SIZES,
+    SIZES_LIMIT,
+    SMALL_BATCH_SIZES,
+    disturbance,
+    machine,
+    measure,
+    without_speculation,
+)
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.slots import Slots, blocks_for
 from echo_trt.simulation.machines import h100_qwen3_8b
@@ -48,7 +56,7 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     before = llm.chat(turn, SamplingParams(8))[0].token_ids
     table = measure(llm.networks, seconds=0.05)
     possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
-    check(table, ([n for n in possible if n <= FEW], [n for n in possible if n > FEW]))
+    check(table, ([n for n in possible if n <= SMALL_BATCH_SIZES], [n for n in possible if n > SMALL_BATCH_SIZES]))
     assert table.machine == machine(llm.manifest)
     assert (table.costs().draft(8) > 0) == (pair == "close")
     assert_all_free(llm.loop)
@@ -106,7 +114,7 @@ def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
     monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
-    assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == MANY
+    assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
 
 
 def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):

@@ -22,7 +22,7 @@ from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import SamplingParams
 
-SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3), 24
+SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3, per_request=64), 24
 
 
 def chats(texts: list[str]) -> list[list[dict[str, str]]]:

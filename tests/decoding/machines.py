@@ -10,7 +10,7 @@ from seeded_draft import PathDraft, SteadyDraft
 from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.goodput.costs import Curve
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass, Plan, Planner
+from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import SuperTree
 
 SHAPE = GoodputSettings(max_depth=5, beams=2, width=3, per_request=12)
@@ -27,6 +27,13 @@ def random_acceptance(seed: int, depths: int = 3) -> Acceptance:
 def linear(first: float, each: float) -> Curve:
     """``first`` seconds for a token and ``each`` for every further one."""
     return Curve(SIZES, [first + each * (n - 1) for n in SIZES])
+
+
+def load_of(count: int, **changes) -> Load:
+    """A load of ``count`` requests in step with their draft, which were in their slots from the beginning."""
+    slots = np.arange(count)
+    usual = {"slots": slots, "room": np.full(count, 9), "behind": np.ones(count, np.int64), "context": 0}
+    return Load(**{**usual, "recent": np.full((count, RECENT), -1), "serial": np.full(count, -1), **changes})
 
 
 class Copied:
@@ -69,7 +76,8 @@ class Server:
 
     def _step(self) -> None:
         draft = _TimedDraft(self)
-        load = Load(self.slots, np.full(len(self.slots), 99), self.behind.copy(), 0, serial=self.serial.copy())
+        count = len(self.slots)
+        load = load_of(count, room=np.full(count, 99), behind=self.behind.copy(), serial=self.serial.copy())
         plan = self.planner.plan(np.zeros(len(self.slots)), draft, load)
         tokens = max(len(plan.tree), plan.padded_to)
         target, passes = Pass(tokens, 0, self.target(tokens)), tuple(draft.passes)

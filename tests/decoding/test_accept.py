@@ -8,12 +8,13 @@ import pytest
 from forests import nodes_of, super_trees
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import load_of
 from seeded_draft import PathDraft, drafted
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.planner import Load, Planner
+from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.policy_names import PAPER
+from echo_trt.decoding.policy_names import PAPER, PLAIN
 from echo_trt.decoding.super_tree import SuperTree
 
 
@@ -70,7 +71,7 @@ SETTINGS = {
     "fixed_threshold": 0.25,
     "static": {"depth": 3, "top_k": 3, "tokens": 7},
 }
-PLANNERS = {name: make_planner(name, SETTINGS, lambda *_: None) for name in PAPER}
+PLANNERS = {name: make_planner(name, SETTINGS, lambda *_: None) for name in (PLAIN, *PAPER)}
 
 
 def hashed(*what: object) -> int:
@@ -112,7 +113,7 @@ def decode(
         own_seeds, own_texts = [seeds[i] for i in running], [texts[i] for i in running]
         room = np.array([limits[i] - len(texts[i]) - 1 for i in running])
         roots = np.array([text[-1] for text in own_texts])
-        load = Load(np.array(running), room, np.ones(len(running), np.int64), 0)
+        load = load_of(len(running), slots=np.array(running), room=room)
         tree = planner_at(iteration).plan(roots, GuessingDraft(own_seeds, own_texts, hit), load).tree
 
         def next_token(nodes: np.ndarray, tree=tree, seeds=own_seeds, texts=own_texts) -> np.ndarray:
@@ -139,20 +140,20 @@ def batch_of(size: int) -> tuple[list[int], list[tuple[int, ...]], list[int]]:
 
 
 @pytest.mark.parametrize("hit", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PLANNERS)
 @pytest.mark.parametrize("size", range(1, 10))
 def test_the_text_is_the_targets_own(size, name, hit):
     seeds, prompts, limits = batch_of(size)
     texts, verifications = decode(seeds, prompts, limits, lambda _: PLANNERS[name], hit)
     assert texts == [plain(*request) for request in zip(seeds, prompts, limits, strict=True)]
     tokens = sum(limits) - 2 * size
-    if name == "autoregressive":
+    if name == PLAIN:
         assert verifications == tokens
     elif hit > 0.9 and size <= 3:
         assert verifications < tokens / 2  # it did speculate
 
 
-@given(st.lists(st.sampled_from(PAPER), min_size=1, max_size=6), st.integers(1, 5), st.sampled_from([0.4, 0.8]))
+@given(st.lists(st.sampled_from([*PLANNERS]), min_size=1, max_size=6), st.integers(1, 5), st.sampled_from([0.4, 0.8]))
 def test_the_policy_may_change_between_iterations(names, size, hit):
     seeds, prompts, limits = batch_of(size)
     texts, _ = decode(seeds, prompts, limits, lambda iteration: PLANNERS[names[iteration % len(names)]], hit)

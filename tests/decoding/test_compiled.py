@@ -11,7 +11,7 @@ if {missing}:
 import numpy as np
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.search import best_portion, portions
-from echo_trt.decoding.arrays import rank_within
+from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.lookup import _latest_match
@@ -21,13 +21,13 @@ for _ in range(4):
     parent = rng.integers(0, len(tree), 5)
     tree.add(parent, rng.integers(0, 9, 5), tree.score[parent] + np.log(rng.uniform(0.1, 1, 5)))
 tree, _ = tree.sorted_by_request(np.arange(len(tree)))
-print(ancestor_mask(tree)[0].tolist(), rank_within(rng.integers(0, 5, 40)).tolist())
+print(ancestor_mask(tree)[0].tolist(), ragged_arange(rng.integers(0, 5, 40)).tolist())
 acceptance = Acceptance.uncalibrated(5)
 nodes = np.flatnonzero(tree.parent >= 0)
 print(acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes]).round(9).tolist())
 for size in (1, 5, 90, 300):
     frontier, ends = -np.sort(-rng.uniform(0, 1.2, size)), portions(size)
-    below, brought, known = acceptance.foreseen(9).below[0], acceptance.foreseen(9).brought[0], rng.uniform(0, 1, 7)
+    below, brought, known = acceptance.forecast(9).below[0], acceptance.forecast(9).brought[0], rng.uniform(0, 1, 7)
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)
     print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds))
@@ -41,11 +41,11 @@ print(sample(logits, np.ones(4), top_k, top_p, np.array([0, 7, 2**62, 3]), np.ar
 #: Two of the loops.
 FEW = """
 import numpy as np
-from echo_trt.decoding.arrays import rank_within
+from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 tree = SuperTree.from_roots(np.arange(3))
 tree.add(np.array([0, 0, 2]), np.arange(3), np.zeros(3))
-print(ancestor_mask(tree)[0].tolist(), rank_within(np.array([1, 0, 1, 1])).tolist())
+print(ancestor_mask(tree)[0].tolist(), ragged_arange(np.array([1, 0, 1, 1])).tolist())
 """
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from machines import load_of
 from seeded_draft import NoDraft
 
 from echo_trt.decoding.echo.planner import EchoPlanner
-from echo_trt.decoding.planner import Load, PlainPlanner
+from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.decoding.policies import make_planner
 from echo_trt.decoding.policy_names import GOODPUT, NAMES, PAPER, PLAIN
 from echo_trt.errors import UserError
@@ -33,9 +34,12 @@ def test_an_unknown_policy_is_named():
 
 
 def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
-    planners = {name: made(name) for name in PAPER}
-    assert {name: planner.name for name, planner in planners.items()} == {name: name for name in PAPER}
-    assert isinstance(planners.pop(PLAIN), PlainPlanner)
+    assert (PLAIN, *PAPER, *GOODPUT) == NAMES
+    planners = {name: made(name) for name in (PLAIN, *PAPER)}
+    assert {name: planner.name for name, planner in planners.items()} == {name: name for name in planners}
+    plain = planners.pop(PLAIN)
+    assert isinstance(plain, PlainPlanner)
+    assert (plain.budget, plain.totals()) == (0, {})
     assert all(isinstance(planner, EchoPlanner) for planner in planners.values())
     assert {name: planner.budget for name, planner in planners.items()} == {
         "static": 0,
@@ -47,8 +51,7 @@ def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
 
 @pytest.mark.parametrize("name", [PLAIN, "dense", "fixed", "echo"])
 def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
-    load = Load(np.arange(2), np.full(2, 9), np.ones(2, np.int64), 0)
-    plan = made(name).plan(np.array([5, 6]), NoDraft(), load)
+    plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
     assert plan.tree.token.tolist() == plan.candidates.token.tolist() == [5, 6]
     assert plan.tree.parent.tolist() == [-1, -1]
     assert plan.probability.tolist() == [1, 1]

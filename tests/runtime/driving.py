@@ -47,7 +47,7 @@ def run(loop: Loop, steps: int = 100_000) -> list[tuple[Request, list[int]]]:
 
 
 def echo_planner(**settings) -> EchoPlanner:
-    return EchoPlanner("echo", EchoSettings(**settings))
+    return EchoPlanner("echo", EchoSettings(**{"per_request": 64, **settings}))
 
 
 class _OnMachine(GoodputPlanner):

@@ -205,11 +205,11 @@ def test_all_is_accepted_before_and_after_a_pause(pause, open_llm):
     chain, plain = echo_planner(max_depth=4, beams=1, width=2, budget=15), PlainPlanner()
     for seed in range(3):
         add(loop, prompt_ids(5 + 6 * seed, seed), max_tokens=90)
-    loop.plan_with(plain)
+    loop.planner = plain
     while len(loop.state.decoding()) < 3:
         loop.step()
     for planner, steps, each in ((chain, 4, 5), (plain, pause, 1), (chain, 4, 5)):
-        loop.plan_with(planner)
+        loop.planner = planner
         assert [len(new) for _, new in run(loop, steps)] == [each] * 3 * steps
 
 
@@ -219,7 +219,7 @@ def test_acceptance_is_the_same_where_others_come_and_go(pair, policy, open_llm)
     """Batches change a request's share of a common budget, so here the budget is large enough for everyone."""
     loop = open_llm(pair, policy).loop
     limits = {"per_request": 9} if policy == "static" else {"budget": 999}
-    loop.plan_with(echo_planner(max_depth=3, beams=2, width=3, **limits))
+    loop.planner = echo_planner(max_depth=3, beams=2, width=3, **limits)
     alone = add(loop, prompt_ids(20, 0))
     run(loop)
     beside = add(loop, prompt_ids(20, 0))
@@ -243,7 +243,7 @@ def test_not_drafting_never_calls_the_draft(pair, open_llm):
         add(llm.loop, prompt_ids(30, seed), max_tokens=10)
     run(llm.loop, 8)
     assert len(target.calls) == 8
-    llm.loop.plan_with(echo_planner(max_depth=4, beams=2, width=3, budget=3))  # spent on the roots
+    llm.loop.planner = echo_planner(max_depth=4, beams=2, width=3, budget=3)  # spent on the roots
     run(llm.loop, 3)
     assert draft.calls == []
     llm.set_policy("echo")

@@ -13,7 +13,7 @@ from refusal import refused
 
 from echo_trt.bundle.costs import COSTS
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import PLAIN, Ladder
+from echo_trt.decoding.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
@@ -56,7 +56,7 @@ def plain_ids(open_llm):
 def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", batch)
     for policy in POLICIES:
-        llm.loop.plan_with(goodput_planner(llm, machine(), policy))
+        llm.loop.planner = goodput_planner(llm, machine(), policy)
         drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
         completions = llm.generate(*requests())
         assert [c.token_ids for c in completions] == plain_ids(pair)
@@ -74,7 +74,7 @@ class Turns(Ladder):
 
     def rung(self, requests, foresee) -> int:
         nodes = next(self._turns)
-        return requests + nodes if nodes else PLAIN
+        return requests + nodes if nodes else UNDRAFTED
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -82,7 +82,7 @@ def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", 3)
     planner = goodput_planner(llm, replace(machine(), change=1e-3))
     planner.ladder = Turns()
-    llm.loop.plan_with(planner)
+    llm.loop.planner = planner
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
     assert_all_free(llm.loop)
 
@@ -97,7 +97,7 @@ def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
     planner = goodput_planner(llm, replace(machine(), change=1.0, sizes=tuple(range(2, 65, 2))))
     planner.ladder = Held()
     planner.observe = lambda _: None  # what passes take here would change what a change is worth
-    llm.loop.plan_with(planner)
+    llm.loop.planner = planner
     seen, calls = llm.loop.target.run, []
     llm.loop.target.run = lambda call: (calls.append(call), seen(call))[1]
     assert [c.token_ids for c in llm.generate(*requests())] == plain_ids("close")
@@ -115,7 +115,7 @@ def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
     for policy in POLICIES:
         planner = goodput_planner(llm, machine(), policy)
         planner.observe = lambda _: None  # it is not to learn from what else runs here
-        llm.loop.plan_with(planner)
+        llm.loop.planner = planner
         params = SamplingParams(max_tokens=40, ignore_eos=True)
         assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > least
 
@@ -132,7 +132,7 @@ def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_
         policy, now = next(policies), next(costs)
         if policy in planners:
             planners[policy].costs = now
-            llm.loop.plan_with(planners[policy])
+            llm.loop.planner = planners[policy]
         else:
             llm.set_policy(policy)
         if delta.completion:
@@ -160,7 +160,7 @@ def test_costs_are_not_measured_while_requests_run(pair, open_llm, bundle_of, pl
 def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
     llm = open_llm("close", "autoregressive", 8)
     loop = llm.loop
-    loop.plan_with(goodput_planner(llm, machine()))
+    loop.planner = goodput_planner(llm, machine())
     prompts, params = requests()
     added = {}
     for i in np.random.default_rng(0).permutation(len(prompts)):
@@ -176,7 +176,7 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
 def test_what_is_learnt_comes_from_what_ran(open_llm):
     llm = open_llm("close", "autoregressive", 2)
     planner = goodput_planner(llm, machine(), clock=False)
-    llm.loop.plan_with(planner)
+    llm.loop.planner = planner
     target, draft = planner.costs.target.seconds, planner.costs.draft.seconds
     llm.generate([prompt_ids(5, 0)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
     assert (planner.costs.target.seconds != target).any()

@@ -223,7 +223,7 @@ def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
 def test_what_is_drafted_is_what_may_still_be_said(open_llm):
     """No draft token beyond max_tokens is verified: the last iterations of a request get smaller trees."""
     loop = open_llm("self", batch=1).loop
-    loop.plan_with(echo_planner(max_depth=3, beams=1, width=1, per_request=4))
+    loop.planner = echo_planner(max_depth=3, beams=1, width=1, per_request=4)
     for limit, chains in ((9, [6, 4, 4]), (8, [6, 4, 3]), (6, [6, 4, 1]), (2, [6, 1])):
         loop.target = target = Counted(loop.target)
         add(loop, prompt_ids(6, 0), max_tokens=limit)

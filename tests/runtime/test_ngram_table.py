@@ -166,7 +166,7 @@ def test_texts_are_plain_decodings_whether_they_are_right_or_wrong(pair, wrong, 
     ngrams = ngrams_of(plain, wrong=wrong)
     for policy in ("goodput", "goodput-exact"):
         planner = goodput_planner(llm, free, policy, ngrams)
-        llm.loop.plan_with(planner)
+        llm.loop.planner = planner
         assert [c.token_ids for c in llm.generate(*requests())] == plain
         assert_all_free(llm.loop)
         totals = planner.totals()

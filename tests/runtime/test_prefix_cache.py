@@ -63,7 +63,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 12), planner=st.sampled_from(sorted(PLANNERS)))
     def step(self, steps, planner):
-        self.loop.plan_with(PLANNERS[planner])
+        self.loop.planner = PLANNERS[planner]
         run(self.loop, steps)
 
     @precondition(lambda self: self.loop.running)
@@ -79,7 +79,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(forget=st.booleans())
     def start_again(self, forget):
-        requests = self.loop.set_back()
+        requests = self.loop.preempt_all()
         if forget:
             self.loop.state.forget_cached()
             assert self.loop.state.free_blocks == self.loop.state.num_blocks
@@ -248,10 +248,10 @@ def test_drafts_find_what_drafts_have_left(loop):
 
 def test_a_prefix_that_was_never_drafted_is_caught_up_with(loop):
     prompt = np.random.default_rng(1).integers(0, VOCAB, 3 * BLOCK + 5)
-    loop.plan_with(PLANNERS["plain"])
+    loop.planner = PLANNERS["plain"]
     add(loop, prompt, max_tokens=1)
     run(loop)
-    loop.plan_with(PLANNERS["echo"])
+    loop.planner = PLANNERS["echo"]
     request = add(loop, prompt, max_tokens=40)
     run(loop)
     assert loop.counters.cached_tokens == 3 * BLOCK

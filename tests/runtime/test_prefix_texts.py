@@ -41,7 +41,7 @@ def test_a_conversation_is_the_same_under_every_policy(pair, sampling, open_llm,
     llm = open_llm(pair, "autoregressive")
     for policy in NAMES:
         if policy in GOODPUT:
-            llm.loop.plan_with(goodput_planner(llm, machine(), policy))
+            llm.loop.planner = goodput_planner(llm, machine(), policy)
         else:
             llm.set_policy(policy)
         llm.loop.state.forget_cached()
@@ -142,7 +142,7 @@ def test_a_chain_of_one_request_does_not_write_into_what_another_shares(open_llm
     before = loop.target._pool[:, blocks].copy()
     for i in range(3):
         add(loop, [*SYSTEM, *prompt_ids(7, i)], max_tokens=60)
-    loop.plan_with(echo_planner(max_depth=3, beams=3, width=3, per_request=12))
+    loop.planner = echo_planner(max_depth=3, beams=3, width=3, per_request=12)
     run(loop)
     assert loop.counters.cached_tokens == 3 * 2 * BLOCK
     np.testing.assert_array_equal(loop.target._pool[:, blocks], before)

@@ -24,7 +24,7 @@ def test_the_replay_walks_as_the_runtime_does(open_llm):
     """Iterations of each request, one by one: recorded trees replayed against the same policy run for real."""
     llm = open_llm("close", "goodput", 4)
     prompts = [Prompt(str(i), f"hello there number {i} and again hello there") for i in range(4)]
-    trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4))
+    trees = record(llm, prompts, ["all"] * 4, 40, EchoSettings(max_depth=3, beams=3, width=4, per_request=64))
     llm.set_policy("static")
     answers = llm.chat([[{"role": "user", "content": p.text}] for p in prompts], SamplingParams(40))
     recording = Recording(trees)

@@ -28,7 +28,7 @@ def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float
     llm = LLM(bundle, "autoregressive", batch)
     if policy != "autoregressive":
         costs = Costs(Curve([1, 256], [1e-3, 1.001e-3]), Curve([1, 256], [1e-9] * 2))  # speculation pays
-        llm.loop.plan_with(goodput_planner(llm, costs, policy))
+        llm.loop.planner = goodput_planner(llm, costs, policy)
     prompts = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)]
     params = [
         SamplingParams(max_tokens=ANSWERS[i % len(ANSWERS)], ignore_eos=True, logprobs=0) for i in range(len(PROMPTS))

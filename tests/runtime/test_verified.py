@@ -49,7 +49,7 @@ def calls(draw) -> tuple[Verified, list[tuple[list[int], list[int], SamplingPara
         text, own = [*prompt, *said], requests[-1][2]
         state.tokens[slot, : len(text)] = text
         state.length[slot], state.prompt_length[slot] = len(text), len(prompt)
-        state.ask(slot, own)
+        state.set_params(slot, own)
         state.stop_tokens[slot, : len(own.stop_token_ids)] = own.stop_token_ids
     seed = draw(st.integers(0, 999))
     logits = np.random.default_rng(seed).normal(0, 2, (len(tree), VOCAB)).astype(np.float32)

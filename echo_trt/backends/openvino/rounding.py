@@ -34,7 +34,7 @@ def padded(call: Packed, size: int, block: int, rows_too: bool = True) -> Packed
         block_indices=np.concatenate((call.block_indices, zeros + np.int32(block))),
         block_begins=np.concatenate((call.block_begins, call.block_begins[-1] + follow)),
         tree_mask_begins=np.concatenate((call.tree_mask_begins, zeros + call.tree_mask_begins[-1])),
-        logit_rows=np.concatenate((call.logit_rows, np.full(more * rows_too, size - 1))),
+        logit_rows=np.concatenate((call.logit_rows, np.full(more if rows_too else 0, size - 1))),
     )
 
 

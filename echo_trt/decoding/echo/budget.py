@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Hinge:
-    """The paper's cost model, T(N) = T_ar (1 + gamma [N - K_max]+); ``error`` is the fit's largest relative one."""
+    """The paper's cost model, T(N) = T_ar (1 + gamma [N - K_max]+); ``error`` is the largest relative error."""
 
     t_ar: float
     gamma: float
@@ -18,10 +18,10 @@ class Hinge:
 
 
 def fit_hinge(sizes: np.ndarray, seconds: np.ndarray, accuracy: float = 0.0) -> Hinge:
-    """Least squares in relative terms, by trying every knee: the curve may be jagged, so nothing is descended.
+    """Fit by least squares of relative errors, trying every knee: the curve may be jagged.
 
-    ``accuracy``: of the ``seconds``, relative. Knees whose mean error differs by less cannot be told apart, and the
-    latest of them is it: where a curve bends slowly the best one is anywhere, and an early one leaves no budget.
+    ``accuracy``: relative, of ``seconds`` float64 [m]. Knees whose mean errors differ by less cannot be told apart, and
+    the latest is taken: where a curve bends slowly the best knee is anywhere, and an early one leaves no budget.
     A single size has no bend: K_max is that size, beyond which nothing is known.
     """
     if len(sizes) == 1:

@@ -10,7 +10,7 @@ OPEN = -1.0  # a threshold that every confidence passes
 
 
 def passes(gates: Mapping[int, float], depth: int, confidence: np.ndarray) -> np.ndarray:
-    """Return whether each request may go deeper than ``depth``: bool [A].
+    """Tell which requests may go deeper than ``depth``: bool [A].
 
     gates       depth d -> threshold tau_d; other depths have no gate
     confidence  float [A], conf(i, d) = exp(max_j S(i, d, j)), the best path probability of a request's level d
@@ -19,12 +19,12 @@ def passes(gates: Mapping[int, float], depth: int, confidence: np.ndarray) -> np
 
 
 def fixed(gates: Mapping[int, float], threshold: float) -> dict[int, float]:
-    """One threshold at every gated depth: the paper's ablation "fixed"."""
+    """Replace the thresholds by a common one: the paper's ablation "fixed"."""
     return dict.fromkeys(gates, threshold)
 
 
 def dense(gates: Mapping[int, float], max_depth: int) -> dict[int, float]:
-    """A threshold at every depth, on straight lines between the sparse ones: the paper's ablation "dense"."""
+    """Give every depth a gate, on straight lines between the sparse ones: the paper's ablation "dense"."""
     known = sorted(gates)
     depths = range(1, max_depth + 1)
     return dict(zip(depths, np.interp(depths, known, [gates[d] for d in known]).tolist(), strict=True)) if known else {}

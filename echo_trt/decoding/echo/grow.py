@@ -11,45 +11,45 @@ from echo_trt.decoding.super_tree import SuperTree
 
 
 def grow(roots: np.ndarray, draft: Draft, settings: EchoSettings, room: np.ndarray) -> tuple[SuperTree, np.ndarray]:
-    """Draft level by level; at a gated depth an unsure request is truncated, and the budget's depth goes to the others.
+    """Draft level by level. At a gated depth unsure requests end, and the budget's depth goes to the others.
 
-    roots [B]: pending tokens. room [B]: how many draft tokens in a row each request could still use.
-    Returns the tree of all candidates and reach [B], the node to which each request has a claim (see ``allocate``).
-    A score of -inf marks a child that does not exist.
+    roots int64 [B]: pending tokens. room int64 [B]: draft tokens in a row that a request can still use.
+    Returns the tree of all candidates and claimed_node int64 [B] (see ``allocate``).
     """
     tree = SuperTree.from_roots(roots)
-    reach = np.arange(len(roots))
+    claimed_node = np.arange(len(roots))
     spare = settings.spare(len(roots))
     requests = np.flatnonzero(room > 0)
     if spare == 0 or len(requests) == 0:
-        return tree, reach
+        return tree, claimed_node
     frontier = requests[:, None]
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
-        best = np.arange(len(children)), scores.argmax(axis=1)
-        confidence = np.exp(scores[best])
-        deeper = gates.passes(settings.gates, depth, confidence) & (confidence > 0)
+        row, best = np.arange(len(children)), scores.argmax(axis=1)
+        confidence = np.exp(scores[row, best])
+        claims = gates.passes(settings.gates, depth, confidence) & (confidence > 0)
         if settings.budget is not None:
-            deeper = _most_confident(deeper, confidence, spare)
-            spare -= int(deeper.sum())
-        reach[requests[deeper]] = children[best][deeper]
-        deeper &= room[requests] > depth
+            claims = _most_confident(claims, confidence, spare)
+            spare -= int(claims.sum())
+        claimed_node[requests[claims]] = children[row, best][claims]
+        deeper = claims & (room[requests] > depth)
         if depth == settings.max_depth or spare == 0 or not deeper.any():
             break
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], settings.beams)
         expanded = frontier >= 0
-        log_q, tokens = _scatter(expanded, *draft.expand(tree, frontier[expanded]))
-    return tree, reach
+        log_q, tokens = draft.expand(tree, frontier[expanded])
+        log_q, tokens = _scatter(expanded, log_q, tokens)
+    return tree, claimed_node
 
 
 def _add_children(
     tree: SuperTree, frontier: np.ndarray, log_q: np.ndarray, tokens: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Children of frontier [A, w] from log_q and tokens [A * w, k]: their indices and scores, [A, w * width] each.
+    """Add children of ``frontier`` int64 [A, w] from log_q and tokens [A * w, k]. Returns indices and scores.
 
-    A child that does not exist has index -1 and score -inf.
+    indices int64, scores float32 [A, w * width]: -1 and -inf where a child does not exist.
     """
     log_q, tokens = np.minimum(log_q[:, :width], 0), tokens[:, :width]  # low precision may round log 1 to above 0
     parents = np.repeat(frontier.reshape(-1), log_q.shape[1])
@@ -61,7 +61,7 @@ def _add_children(
 
 
 def _best(children: np.ndarray, scores: np.ndarray, beams: int) -> np.ndarray:
-    """The ``beams`` best of each row, [A, min(beams, width)]; -1 where there are fewer."""
+    """Return the ``beams`` best of a row: int64 [A, min(beams, width)], -1 where there are fewer."""
     if scores.shape[1] > beams:
         best = np.argpartition(-scores, beams - 1, axis=1)[:, :beams]
         return np.take_along_axis(children, best, axis=1)
@@ -69,7 +69,7 @@ def _best(children: np.ndarray, scores: np.ndarray, beams: int) -> np.ndarray:
 
 
 def _scatter(expanded: np.ndarray, log_q: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spread rows [F, k] over the frontier's places [A * w, k]."""
+    """Spread rows [F, k] over the places [A * w, k] of ``expanded`` bool [A, w]."""
     if expanded.all():
         return log_q, tokens
     places = expanded.reshape(-1)
@@ -80,7 +80,7 @@ def _scatter(expanded: np.ndarray, log_q: np.ndarray, tokens: np.ndarray) -> tup
 
 
 def _most_confident(wanting: np.ndarray, confidence: np.ndarray, spare: int) -> np.ndarray:
-    """Of those that want one more level, as many as the budget can pay, the most confident first."""
+    """Keep the ``spare`` most confident requests of ``wanting`` bool [A]."""
     if wanting.sum() <= spare:
         return wanting
     chosen = np.zeros_like(wanting)

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.arrays import rank_within
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.super_tree import SuperTree
 
 
-def allocate(tree: SuperTree, reach: np.ndarray, settings: EchoSettings) -> np.ndarray:
-    """The nodes to verify, an ancestor-closed set that holds every root: indices, ascending.
+def allocate(tree: SuperTree, claimed_node: np.ndarray, settings: EchoSettings) -> np.ndarray:
+    """Return the nodes to verify, an ancestor-closed set that holds every root: int64, ascending.
 
-    Depth first: each request's path down to its ``reach`` [B]. Then width: whatever the budget still holds goes to
-    the best-scored candidates of the whole batch: at low load siblings of the unsure and of the confident alike, at
-    high load nothing. That is the paper's pivot between depth and width; there is no mode switch.
+    claimed_node int64 [B]: the deepest node that a request has a claim to, its root at least.
+
+    Depth comes first: the paths down to the claimed nodes. The rest of the budget buys width, the best-scored
+    candidates of the whole batch: at low load siblings of the unsure and of the confident alike, at high load nothing.
+    That is the paper's pivot between depth and width; there is no mode switch. Scores only fall along a path, and of
+    equals the earlier comes first, so that no node comes before its parent.
     """
     if settings.budget is None:
-        everyone = np.full(tree.num_requests, settings.per_request)
-        return np.sort(_best_first(tree, np.arange(len(tree)), everyone))
-    taken = tree.ancestors_and_self(reach)
+        limit = np.full(tree.num_requests, settings.per_request)
+        return np.sort(tree.best_first(np.arange(len(tree)), tree.score, limit))
+    taken = tree.ancestors_and_self(claimed_node)
     left = settings.budget - int(taken.sum())
     if left > 0:
-        claimed = np.bincount(tree.request[taken], minlength=tree.num_requests)
-        others = _best_first(tree, np.flatnonzero(~taken), settings.per_request - claimed)
-        taken[others[:left]] = True
+        limit = settings.per_request - np.bincount(tree.request[taken], minlength=tree.num_requests)
+        others = np.flatnonzero(~taken)
+        taken[tree.best_first(others, tree.score[others], limit)[:left]] = True
     return np.flatnonzero(taken)
-
-
-def _best_first(tree: SuperTree, nodes: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """``nodes``, ascending, by falling score; of each request its best, ``most`` [B] at most.
-
-    Scores only fall along a path, and of equals the earlier comes first, so that no node comes before its parent.
-    """
-    nodes = nodes[np.argsort(-tree.score[nodes], kind="stable")]
-    owner = tree.request[nodes]
-    best: np.ndarray = nodes[rank_within(owner) < most[owner]]
-    return best

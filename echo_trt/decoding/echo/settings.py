@@ -14,16 +14,16 @@ class EchoSettings:
     beams        nodes of a level that are expanded
     width        children scored under each expanded node
     gates        depth -> threshold tau, see ``gates.passes``
-    budget       K_max, tokens verified an iteration over the whole batch, roots included; None: not shared
     per_request  K_i, the most tokens of one request
+    budget       K_max, tokens verified an iteration over the whole batch, roots included; None: not shared
     """
 
     max_depth: int
     beams: int
     width: int
+    per_request: int
     gates: Mapping[int, float] = field(default_factory=dict)
     budget: int | None = None
-    per_request: int = 64
 
     def spare(self, requests: int) -> int:
         """Return the draft tokens for which the budget has room beside one root a request."""
@@ -33,5 +33,5 @@ class EchoSettings:
 
     @property
     def rows_per_request(self) -> int:
-        """The most new KV rows that one request can need, to draft or to verify, root included."""
+        """Return the most new KV rows that one request can need, to draft or to verify, root included."""
         return max(1 + self.beams * max(self.max_depth - 1, 0), self.per_request)

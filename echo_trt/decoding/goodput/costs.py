@@ -8,17 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.arrays import compiled, next_size
+from echo_trt.decoding.arrays import next_size
 
-NEAR, FAR = 0.2, 0.5  # how far, in log N, one measurement speaks for other sizes
-SHARED = (
-    0.5  # share of an error that all sizes have: more of it takes the machine's speed for what is off, not the shape
-)
-LEARNING = 0.1  # weight of the newest pass, slower or faster: a throughput is of means
-OUTLIERS = -1.0, 0.3  # logs of what a pass took for what it should, beyond which it tells no more: something else ran
-STEP = 1.25  # from one rung to the next, at least: smaller steps find better sizes, and take longer to
-COLDEST = 4.0  # passes of one token that a cold cache may cost, at most: what else runs is no cache
-FEW = 64  # tokens of a draft's pass that is mostly its weights
+NEAR, FAR = 0.2, 0.5  # reach of a measurement in log N, for slopes and for levels; larger: it corrects more sizes
+SPEED_SHARE = 0.5  # share of an error applied to all sizes: larger blames the machine's speed, not one size
+LEARNING = 0.1  # weight of the newest pass; larger: follows the machine sooner, and noise too
+ERROR_LIMITS = -1.0, 0.3  # bounds of log(measured / predicted): wider lets other work distort the curve
+RUNG_RATIO = 1.25  # smallest ratio of two rungs; larger: fewer sizes to try, and worse ones
+COLD_LIMIT = 4.0  # passes of one token that a cold cache may cost; larger: other work is taken for a cold cache
+COLD_TOKENS = 64  # tokens up to which a draft pass is mostly its weights; larger: computation is taken for cold weights
 
 
 class Curve:
@@ -39,7 +37,7 @@ class Curve:
         per_node: float = 0.0,
         reach: float = FAR,
     ):
-        """``sizes`` [m] ascending, from 1; ``seconds`` [m]. ``reach``: NEAR for slopes, FAR for levels."""
+        """Begin with ``seconds`` float64 [m] of ``sizes`` int64 [m], ascending from 1. reach: NEAR or FAR."""
         self._reach = reach
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
@@ -48,11 +46,11 @@ class Curve:
 
     @property
     def seconds(self) -> np.ndarray:
-        """base at ``sizes`` as it stands now, monotone."""
+        """base at ``sizes`` as it stands now, monotone: float64 [m]."""
         return np.maximum.accumulate(self._measured * np.exp(self._correction))
 
     def base(self, upto: int) -> np.ndarray:
-        """base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
+        """Return base(0), base(1), ..., base(upto): float64 [upto + 1] or longer. base(0) is 0: no pass."""
         if upto >= len(self._dense):
             self._draw(2 * upto)
         return self._dense
@@ -61,35 +59,26 @@ class Curve:
         return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
 
     def observe(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
-        """A pass has taken ``seconds``; ``node_context``: cached tokens that its trees' nodes attend, roots apart."""
+        """Correct the curve by a pass of ``seconds``. node_context: cached tokens that nodes attend, roots apart."""
         base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
-        error = math.log(base / self.base(tokens)[tokens])
+        lowest, highest = ERROR_LIMITS
+        error = min(max(math.log(base / self.base(tokens)[tokens]), lowest), highest)
         near = np.exp(-0.5 * (np.log(self.sizes / tokens) / self._reach) ** 2)  # 1 of this size, 0 of quite another
-        self._correction += LEARNING * min(max(error, OUTLIERS[0]), OUTLIERS[1]) * (near + SHARED * (1 - near))
+        self._correction += LEARNING * error * (near + SPEED_SHARE * (1 - near))
         self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:
-        self._dense = _dense(self.sizes, self.seconds, upto)
+        """Draw base(0) to base(upto): straight between ``sizes``, beyond them as steep as their last three quarters.
 
-
-@compiled("f8[::1](i8[::1], f8[::1], i8)")
-def _dense(sizes: np.ndarray, seconds: np.ndarray, upto: int) -> np.ndarray:
-    """``seconds`` at ``sizes``, straight between them, at 1, 2, ... ``upto``, and 0 at 0."""
-    dense, last = np.empty(upto + 1), len(sizes) - 1
-    bend = last - 1  # the largest size of a quarter of the last one's tokens or fewer
-    while bend > 0 and 4 * sizes[bend] > sizes[last]:
-        bend -= 1
-    steep = (seconds[last] - seconds[bend]) / (sizes[last] - sizes[bend]) if last else 0.0
-    place = 0
-    for size in range(1, upto + 1):
-        while place < last and sizes[place + 1] <= size:
-            place += 1
-        slope = steep  # beyond the table: on, as steep as its last three quarters
-        if place < last:
-            slope = (seconds[place + 1] - seconds[place]) / (sizes[place + 1] - sizes[place])
-        dense[size] = seconds[place] + slope * (size - sizes[place])
-    dense[0] = 0.0
-    return dense
+        The slope is that from the largest size of a quarter of the last one's tokens or fewer.
+        """
+        sizes, seconds, last = self.sizes, self.seconds, int(self.sizes[-1])
+        bend = max(int(np.searchsorted(4 * sizes, last, side="right")) - 1, 0)
+        steep = (seconds[-1] - seconds[bend]) / (last - sizes[bend]) if len(sizes) > 1 else 0.0
+        dense = np.interp(np.arange(upto + 1), sizes, seconds)
+        dense[last + 1 :] = seconds[-1] + steep * np.arange(1, max(upto - last, 0) + 1)
+        dense[0] = 0.0
+        self._dense = dense
 
 
 @dataclass
@@ -97,10 +86,9 @@ class Costs:
     """The machine as a planner sees it: passes of the target and of the draft, in seconds.
 
     cold    extra seconds of a draft's first pass after a target's, which has driven its weights out of the cache
-    change  extra seconds of a target's pass that has another size than the last one: a graph for any size prepares
-            itself again
-    sizes   tokens, ascending, to the next of which the target pads a verification, and to the first of which it pads
-            any pass; empty: it pads none
+    change  extra seconds of a target's pass of another size than the last one: a graph for any size prepares anew
+    sizes   Ascending pass sizes in tokens. A verification is padded to the next size, any other pass to at least the
+            first. Empty: no padding.
     """
 
     target: Curve
@@ -111,54 +99,63 @@ class Costs:
     _size: int = 0  # of the target's last pass
 
     def padded(self, tokens: int) -> int:
-        """Tokens of a verification of ``tokens`` with its padding: beyond the last size it is as it comes."""
+        """Return the tokens of a verification of ``tokens`` with its padding; beyond the last size there is none."""
         return next_size(self.sizes, tokens)
 
+    def smallest(self, tokens: int) -> int:
+        """Return the tokens of a pass of ``tokens`` that verifies nothing, with its padding."""
+        return max(tokens, self.sizes[0] if self.sizes else 1)
+
     def rungs(self, requests: int, most: int) -> np.ndarray:
-        """Sizes worth telling apart that verifications of ``requests`` can have: int64 [R], up to ``most`` or more."""
+        """Return sizes worth telling apart of verifications of ``requests``: int64 [R], up to ``most`` or more."""
         rungs: list[int] = []
         size = requests
         while not rungs or size < most:
-            size = self.padded(max(size + 1, math.ceil(STEP * size)))
+            size = self.padded(max(size + 1, math.ceil(RUNG_RATIO * size)))
             rungs.append(size)
         return np.array(rungs)
 
     def verifications(self, roots: int, nodes: np.ndarray) -> np.ndarray:
-        """Seconds of a target's pass over ``roots`` tokens and so many drafted ``nodes``, integers of any shape."""
+        """Return seconds of passes over ``roots`` tokens and ``nodes`` drafted ones, int64 of any shape."""
         tokens = roots + nodes
         if self.sizes:
             padded = np.append(self.sizes, 0)[np.searchsorted(self.sizes, tokens)]
-            tokens = np.where(nodes > 0, np.maximum(padded, tokens), max(roots, self.sizes[0]))
+            tokens = np.where(nodes > 0, np.maximum(padded, tokens), self.smallest(roots))
         seconds: np.ndarray = self.target.base(int(tokens.max()))[tokens]
         return seconds
 
     def plain(self, requests: int, context: int) -> float:
-        """Seconds of the target's pass of plain decoding."""
-        return self.target(max(requests, *self.sizes[:1], 1), context)
+        """Return seconds of the target's pass of plain decoding."""
+        return self.target(self.smallest(requests), context)
 
-    def kept(self, tokens: int, size: int) -> int:
-        """Tokens to which a pass of ``tokens`` is padded where passes have ``size`` for now: that, unless to go to its
-        own size and back takes less; then 0, as the engine likes."""
+    def padding_target(self, tokens: int, size: int) -> int:
+        """Return `size` if padding to it costs less than two changes of size; else 0, the engine's choice."""
         more = self.target(size) - self.target(self.padded(tokens))
         return size if tokens <= size and more < 2 * self.change else 0
 
     def observe_target(
         self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0
     ) -> None:
-        """The target's pass has taken ``seconds``; arguments as in ``Curve.observe``.
+        """Correct the target's curve by a pass; arguments as in ``Curve.observe``.
 
         ``prompts`` of the tokens are prompts', whose attention is another: such a pass says nothing of others, nor
         does one whose size has changed.
         """
-        tokens = self.padded(tokens) if node_context else max(tokens, *self.sizes[:1], 1)
+        tokens = self.padded(tokens) if node_context else self.smallest(tokens)
         changed, self._size = tokens != self._size, tokens
         if not prompts and not (changed and self.change > 0):
             self.target.observe(tokens, context, seconds, node_context)
 
     def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
-        """A draft pass has taken ``seconds``; one of many tokens, after a prompt, hardly notices the cache."""
-        more, few = seconds - self.draft(tokens, context), first and tokens <= FEW
-        if few:
-            self.cold += LEARNING * (min(max(more, 0.0), COLDEST * self.draft(1)) - self.cold)
-        if not few or more < 0:  # no cache makes a pass faster than the curve says
-            self.draft.observe(tokens, context, max(seconds - (first and not few) * self.cold, 1e-6))
+        """Correct the draft's curve by a pass. ``first``: it was the first after a target's.
+
+        A pass of many tokens, after a prompt, hardly notices the cache.
+        """
+        more = seconds - self.draft(tokens, context)
+        if first and tokens <= COLD_TOKENS:
+            self.cold += LEARNING * (min(max(more, 0.0), COLD_LIMIT * self.draft(1)) - self.cold)
+            if more < 0:  # no cache makes a pass faster than the curve says
+                self.draft.observe(tokens, context, max(seconds, 1e-6))
+        else:
+            warm = seconds - self.cold if first else seconds
+            self.draft.observe(tokens, context, max(warm, 1e-6))

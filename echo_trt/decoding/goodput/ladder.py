@@ -1,9 +1,9 @@
-"""Which size verifications have at a load, or whether plain decoding is better.
+"""Chooses the size of verifications at a load, or plain decoding.
 
-The sizes that may be verified are the rungs of a ladder, and plain decoding is the lowest one. A rung's score is the
-number of tokens that it is expected to commit in a second. Foreseen scores, from the cost table and the calibration,
-say where to begin. From then on scores are measured: a trial of another rung runs between two windows of the present
-one, so that a machine whose speed drifts favours neither. Scores are kept as logs, relative to plain decoding's.
+A rung is a number of tokens that a verification may have; the lowest one is plain decoding. A rung's gain is the log of
+the tokens a second that it is expected to commit, divided by plain decoding's. Foreseen gains, from the cost table and
+the calibration, say where to begin. From then on gains are measured: a trial of another rung runs between two windows
+of the present one, so that a machine whose speed drifts favours neither.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-TRIAL = 12  # iterations of a trial: more of them tell more, and lose more where they lose
-WINDOW = 64  # iterations of the present rung, at most, that a trial is compared with on each side
-SHARE = 0.01  # of the time that trials may lose: more of it follows changes sooner
-MARGIN = 0.02  # by which another rung's score must be higher to take over: more of it flaps less
-MEMORY = 0.25  # weight of the newest comparison: more of it follows changed texts sooner, and noise too
-FEW = 2  # requests of which a comparison tells as much as what was foreseen: texts are easy or hard
-SETTLING = 2  # iterations after a change that do not count: drafts catch up, the pass has another size
-DOUBT = 0.1  # by which scores may be off, those of many requests: more of it repeats trials sooner
-PATIENCE = 4  # times its iterations after which a window ends all the same: prompts may leave nothing that counts
-PLAIN = 0
+TRIAL = 12  # iterations of a trial; larger: trials tell more, and lose more where they lose
+WINDOW = 64  # iterations of the present rung at most beside a trial; larger: less noise, and later comparisons
+TRIAL_COST = 0.01  # share of the time that trials may lose; larger: follows changes sooner
+MARGIN = 0.02  # gain by which another rung must be ahead to take over; larger: flaps less
+MEMORY = 0.25  # weight of the newest comparison; larger: follows changed texts sooner, and noise too
+FORESEEN_REQUESTS = 2  # a forecast counts as much as a comparison of as many; larger: trials of few texts count less
+SETTLING = 2  # iterations after a change that do not count, while drafts catch up; larger: trials take longer
+DOUBT = 0.1  # error of foreseen gains; larger: repeats trials sooner
+PATIENCE = 4  # a window ends after as many times its iterations, with or without prompts; larger: waits longer
+UNDRAFTED = 0  # the rung of plain decoding
 
 Foresee = Callable[[], tuple[np.ndarray, np.ndarray]]
 
@@ -35,28 +35,29 @@ class Ladder:
         self._now: _Load | None = None
 
     def rung(self, requests: int, foresee: Foresee) -> int:
-        """Return the tokens of this iteration's verification for ``requests`` requests, or PLAIN.
+        """Return the tokens of this iteration's verification for ``requests`` requests, or UNDRAFTED.
 
         ``foresee`` is called where the load is new. It returns the rungs above ``requests``, int64 [R], and their
-        foreseen scores, float64 [R].
+        foreseen gains, float64 [R].
         """
         load, before = load_of(requests), self._now
         if load not in self._loads:
-            self._loads[load] = _Load(requests, *foresee(), before.surprise if before else 0.0)
+            rungs, gains = foresee()
+            self._loads[load] = _Load(requests, rungs, gains, before.surprise if before else 0.0)
         self._now = self._loads[load]
         return self._now.begin(resumed=self._now is not before)
 
     def observe(self, tokens: float, seconds: float) -> None:
-        """An iteration without prompts was expected to commit ``tokens`` and took ``seconds``."""
+        """Learn from an iteration without prompts: its expected ``tokens`` and its ``seconds``."""
         if self._now:
             self._now.observe(tokens, seconds)
 
 
 class _Window:
-    """Iterations of one rung in a row: their tokens and seconds, and of those that count."""
+    """Iterations of one rung in a row: tokens and seconds of all, and of those that count."""
 
-    def __init__(self, rung: int, due: float):
-        self.rung, self.due, self.patience = rung, int(due), PATIENCE * int(due + SETTLING)
+    def __init__(self, index: int, due: float):
+        self.index, self.due, self.patience = index, int(due), PATIENCE * int(due + SETTLING)
         self.iterations = 0
         self.tokens = self.seconds = self.all_tokens = self.all_seconds = 0.0
 
@@ -65,36 +66,36 @@ class _Window:
         return self.iterations >= self.due or self.patience <= 0
 
     @property
-    def score(self) -> float:
+    def log_rate(self) -> float:
         return math.log(self.tokens / self.seconds) if self.iterations else math.nan
 
 
 class _Load:
-    """What is known of the rungs of one load."""
+    """The rungs of one load, by index, with the gains that are known of them."""
 
     def __init__(self, requests: int, rungs: np.ndarray, foreseen: np.ndarray, surprise: float):
-        self._rungs, self._foreseen = np.append(PLAIN, rungs), np.append(0.0, foreseen)
-        self._scores = np.append(0.0, foreseen + surprise)
-        self._tells = requests / (requests + FEW)  # weight of a rung's first comparison
+        self._rungs, self._foreseen = np.append(UNDRAFTED, rungs), np.append(0.0, foreseen)
+        self._gains = np.append(0.0, foreseen + surprise)
+        self._first_weight = requests / (requests + FORESEEN_REQUESTS)  # of a rung's first comparison
         self._compared = np.zeros(len(self._rungs))
-        self._present = int(self._scores.argmax())
+        self._present = int(self._gains.argmax())
         self._turns = self._take_turns()
         self._window, self._settling = next(self._turns), SETTLING
 
     @property
     def surprise(self) -> float:
-        """How much higher than foreseen the best rung's score is: a draft that is bad at one load is so at others."""
-        best = 1 + int(self._scores[1:].argmax())
-        return float(self._scores[best] - self._foreseen[best])
+        """Gain of the best rung above the foreseen one: a draft that is bad at one load is bad at others."""
+        best = 1 + int(self._gains[1:].argmax())
+        return float(self._gains[best] - self._foreseen[best])
 
     def begin(self, resumed: bool) -> int:
         if self._window.over:
             before, self._window = self._window, next(self._turns)
-            resumed |= self._window.rung != before.rung
+            resumed |= self._window.index != before.index
         if resumed:
             self._settling = SETTLING
         self._window.patience -= 1
-        return int(self._rungs[self._window.rung])
+        return int(self._rungs[self._window.index])
 
     def observe(self, tokens: float, seconds: float) -> None:
         window = self._window
@@ -107,59 +108,62 @@ class _Load:
             window.iterations += 1
 
     def _take_turns(self) -> Iterator[_Window]:
-        """Yield one window after another: trials, and between them the present rung, ever longer while it stays."""
+        """Yield windows: trials, and between them the present rung, ever longer while it stays."""
         span, turn = TRIAL, 0
         yield (before := _Window(self._present, span))
         while True:
             yield (trial := _Window(self._rival(turn), TRIAL))
             yield (after := _Window(self._present, min(span, WINDOW)))
-            usual, present, rest = (before.score + after.score) / 2, self._present, 0.0
-            ahead = trial.score - usual
+            usual, present, rest = (before.log_rate + after.log_rate) / 2, self._present, 0.0
+            ahead = trial.log_rate - usual
             if not math.isnan(ahead):
-                self._learn(trial.rung, ahead)
+                self._learn(trial.index, ahead)
             if self._present != present:
                 span, turn = TRIAL, 0
             elif ahead > MARGIN:  # by luck, or because the present rung loses: the same again, soon
                 span = TRIAL
             elif not math.isnan(ahead):
-                gap = abs(self._scores[trial.rung] - self._scores[self._present])
+                gap = abs(self._gains[trial.index] - self._gains[self._present])
                 lost = trial.all_seconds - trial.all_tokens / math.exp(usual)
-                span *= 2 ** (1 + gap * self._tells / DOUBT)
-                rest = min(span, lost / SHARE * after.iterations / after.seconds) - WINDOW
+                span *= 2 ** (1 + gap * self._first_weight / DOUBT)
+                rest = min(span, lost / TRIAL_COST * after.iterations / after.seconds) - WINDOW
                 turn += 1
             if rest >= 1:
                 yield _Window(self._present, rest)
             yield (before := _Window(self._present, min(span, WINDOW)))
 
     def _rival(self, turn: int) -> int:
-        """The rung to try beside the present one: plain decoding, and every other time the most promising other one.
+        """Return the index of the rung to try: plain decoding, and every other time the most promising other one.
 
-        A rung that has been tried less promises more than its score (an upper confidence bound).
+        A rung that has been tried less promises more than its gain (an upper confidence bound).
         """
-        if self._present != PLAIN and (turn % 2 == 0 or len(self._rungs) == 2):
-            return PLAIN
-        promising = self._scores + 2 * DOUBT * np.sqrt(np.log(2 + turn) / (1 + self._compared))
-        promising[[PLAIN, self._present]] = -math.inf
+        if self._present != UNDRAFTED and (turn % 2 == 0 or len(self._rungs) == 2):
+            return UNDRAFTED
+        promising = self._gains + 2 * DOUBT * np.sqrt(np.log(2 + turn) / (1 + self._compared))
+        promising[[UNDRAFTED, self._present]] = -math.inf
         return int(promising.argmax())
 
     def _learn(self, rival: int, ahead: float) -> None:
-        """A trial of ``rival`` was ``ahead`` of the present rung, which may be another one from now on."""
-        scores, present = self._scores, self._present
-        error = ahead - (scores[rival] - scores[present])
+        """Learn that a trial of ``rival`` was ``ahead`` of the present rung, which may be another one from now on."""
+        gains, present = self._gains, self._present
+        error = ahead - (gains[rival] - gains[present])
         # Plain decoding is the yardstick: where it was better or worse than thought, drafts were worse or better.
-        told, error = (present, -error) if rival == PLAIN else (rival, error)
+        told, error = (present, -error) if rival == UNDRAFTED else (rival, error)
         self._compared[told] += 1
-        error *= max(self._tells / self._compared[told], MEMORY)
-        shared = np.zeros(len(scores))
-        if PLAIN in (rival, present):  # it is the draft's and the texts' as well: what is only foreseen goes along
+        error *= max(self._first_weight / self._compared[told], MEMORY)
+        shared = np.zeros(len(gains))
+        if UNDRAFTED in (
+            rival,
+            present,
+        ):  # rungs that are only foreseen go along: the error is of the draft and the texts
             shared[1:] = np.where(self._compared[1:] > 0, 0.5, 1.0)
         shared[told] = 1.0
-        scores += shared * error
-        best = int(scores.argmax())
-        if scores[best] - scores[present] > MARGIN:
+        gains += shared * error
+        best = int(gains.argmax())
+        if gains[best] - gains[present] > MARGIN:
             self._present = best
 
 
 def load_of(requests: int) -> int:
-    """Group numbers of ``requests`` that share what is learnt of one of them: a step is a factor of 1.4, or 1 to 2."""
+    """Return the load class of a batch size: round(2 log2 B), at least 1."""
     return max(round(2 * math.log2(requests)), 1)

@@ -1,7 +1,7 @@
-"""What expanding a part of the frontier would be worth, before its children are known.
+"""Values portions of the frontier, before their children are known.
 
-The calibration knows how children's values are distributed. Those foreseen and those that there are make a histogram,
-over which the best number of nodes to verify is searched: for each portion of the frontier, one or two levels ahead.
+The calibration knows how children's values are distributed. Foreseen and present candidates make a histogram, over
+which the best number of nodes to verify is searched: for every portion of the frontier, one or two levels ahead.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import numpy as np
 
 from echo_trt.decoding.arrays import compiled
 
-BINS = 64  # of a histogram over values, the best first
+BINS = 64  # of a histogram over values, the best first; larger: finer, and slower
 
 
 @cache
 def portions(count: int) -> np.ndarray:
-    """The sizes to which a set of ``count`` grows, 1, 2, 4, ... or, if it is large, 1, 4, 16, ..., and all: int64."""
+    """Return the sizes tried of ``count`` nodes: 1, 2, 4, ... or, of many, 1, 4, 16, ..., and all: int64."""
     factor = 2 if count <= 16 else 4
     return np.append(factor ** np.arange(np.ceil(np.log(count) / np.log(factor) - 1e-9)), count).astype(np.int64)
 
 
 @compiled()
 def _add(histogram: np.ndarray, value: float, number: float) -> None:
-    """Count ``number`` nodes of ``value`` in: histogram [2, BINS], numbers and sums of values."""
+    """Add ``number`` nodes of ``value`` to ``histogram`` float64 [2, BINS]: numbers, and sums of values."""
     cell = int((1.0 - min(value, 1.0)) * (BINS - 1e-6))
     histogram[0, cell] += number
     histogram[1, cell] += number * value
@@ -32,13 +32,16 @@ def _add(histogram: np.ndarray, value: float, number: float) -> None:
 
 @compiled()
 def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
-    """The most that verifying the best of these nodes, any number that has a price, is worth."""
+    """Return the largest net value over all numbers of verified nodes.
+
+    That is summed node values minus the price of ``verification``, in tokens.
+    """
     most = len(verification) - 1
     count, total = 0.0, 0.0
     best: float = -verification[0]
     for cell in range(BINS):
         number, value = histogram[0, cell], histogram[1, cell]
-        if count + number >= most:  # as many of them as have one
+        if count + number >= most:  # as many of them as have a price
             share = (most - count) / number if number > 0 else 0.0
             best = max(best, total + share * value - verification[most])
             break
@@ -52,9 +55,9 @@ def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
 
 @compiled()
 def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> None:
-    """Add to ``more`` [levels, 2, BINS] what expanding ``parents``, best first, is expected to bring.
+    """Add to ``more`` float64 [levels, 2, BINS] the expected descendants of ``parents`` float64 [m], best first.
 
-    Of more than BINS those of one bin are taken together: of a large batch's values there are few.
+    Of more than BINS parents those of one bin are taken together: a large batch has few different values.
     """
     merge, begin = len(parents) > BINS, 0
     while begin < len(parents):
@@ -74,30 +77,38 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
 def best_portion(
     frontier: np.ndarray,
     ends: np.ndarray,
-    level: np.ndarray,
-    first: float,
+    level_price: np.ndarray,
+    first_price: float,
     children: np.ndarray,
     brought: np.ndarray,
     known: np.ndarray,
-    going_on: np.ndarray,
-    moved: np.ndarray,
+    continued: np.ndarray,
+    below_level: np.ndarray,
     verification: np.ndarray,
 ) -> int:
-    """Of ``ends`` [P], the number of the frontier's best to expand; 0 if none pays. All values in tokens.
+    """Return the number of the frontier's best nodes to expand, one of ``ends``; 0 if none pays.
 
-    frontier [F]: values, best first; level [P]: the price of a draft level over each portion, and ``first`` once;
-    children [levels, w, quantiles] and brought [levels] as in ``Acceptance``; known [n]: values of the candidates that
-    there are; going_on [m]: of those that n-grams put under them, of which the ``moved`` [m], bool, would stand under a
-    level's children; verification: the price of 0, 1, ... nodes, as far as they can pay. ``ends`` int64, else float64.
+    All but ``ends`` and ``below_level`` are float64; values and prices are in tokens.
+
+    frontier      [F], values, best first
+    ends          int64 [P], portions of the frontier, ascending
+    level_price   [P], price of a draft level over a portion
+    first_price   additional price of the first level
+    children      [levels, width, quantiles], as ``Forecast.below``
+    brought       [levels], as ``Forecast.brought``
+    known         [n], values of the present candidates
+    continued     [m], values of n-gram continuations
+    below_level   bool [m], whether the leaf of a continuation is in the frontier
+    verification  [nodes + 1], price of verifying 0, 1, ... nodes, as far as they can pay
     """
     plan, more = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
     for value in known:
         _add(plan, value, 1.0)
     now = plan.copy()
-    for node in range(len(going_on)):
-        _add(now, going_on[node], 1.0)
-        # Under children they go on as well as under what is expanded, as far as those are right.
-        _add(plan, going_on[node] * brought[0] if moved[node] else going_on[node], 1.0)
+    for node in range(len(continued)):
+        _add(now, continued[node], 1.0)
+        # A continuation of an expanded leaf moves under its new children. It then holds only if a child is accepted.
+        _add(plan, continued[node] * brought[0] if below_level[node] else continued[node], 1.0)
     before = _best_value(now, verification)
     best, choice, begin, total = 0.0, 0, 0, 0.0
     for portion in range(len(ends)):
@@ -107,7 +118,7 @@ def best_portion(
         begin, grown = end, plan.copy()
         for depth in range(len(children)):
             grown += more[depth]
-            cost = level[portion] * (depth + 1) + first
+            cost = level_price[portion] * (depth + 1) + first_price
             if total * brought[depth] > cost:  # else it does not pay even if verification were free
                 net = _best_value(grown, verification) - before - cost
                 if net > best:

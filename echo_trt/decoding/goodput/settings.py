@@ -20,6 +20,6 @@ class GoodputSettings:
     max_depth: int
     beams: int
     width: int
-    per_request: int = 64
+    per_request: int
     one_path: bool = False
     free_candidates: bool = True

@@ -16,6 +16,7 @@ import math
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.sampling.logprobs import reached
 
 _LOW = np.uint64(0xFFFFFFFF)
 _WORD = np.uint64(32)
@@ -28,9 +29,8 @@ _SHORT, _LONG = np.uint64(12), np.uint64(20)  # 64 bits of noise less 12 are 32 
 _CALLS = 128
 _BLOCK = 4 * _CALLS  # tokens that they make noise for
 _MOST_NOISE = 37.0  # above -log E of any E: that of the smallest, 2^-53, is 36.74
-_COLDEST = 1e-6  # temperatures up to this one are greedy: they would blow rounding up to the size of the noise
+_GREEDY = 1e-6  # temperatures up to it are greedy: they would blow rounding up to the noise; larger: more are greedy
 _BINS = 2048  # of a weight's first 13 bits, as far as they occur: those of 1.0 are 2032
-_GROUP = 32  # tokens whose best one is looked at first
 
 
 @compiled("u8[:, ::1](u8[:, ::1], u8)")
@@ -96,7 +96,7 @@ def sample(
     returns      int64 [n]
     """
     tokens: np.ndarray = logits.argmax(axis=1)
-    drawn = np.flatnonzero((temperature > _COLDEST) & (top_k != 1))
+    drawn = np.flatnonzero((temperature > _GREEDY) & (top_k != 1))
     if len(drawn) == 0:
         return tokens
     rows = np.require(logits if len(drawn) == len(logits) else logits[drawn], np.float32, ["C", "W"])
@@ -155,10 +155,7 @@ def _nucleus_size(weights: np.ndarray, top_p: float) -> int:
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Find the ``count`` largest of ``values`` [m], the first ones of those that tie: indices, ascending."""
-    pool, width = values, len(values) // _GROUP
-    if count < width:  # the best of each group are few to search, and the last that is wanted is no worse than theirs
-        maxima = values[: width * _GROUP].reshape(_GROUP, width).max(axis=0)
-        pool = values[~(values < np.partition(maxima, -count)[-count])]  # so put, NaN is kept
+    pool = values[~(values < reached(values[None], count))]  # so put, NaN is kept
     last = np.partition(pool, -count)[-count]
     found = np.flatnonzero(~(values < last))
     surplus = len(found) - count
@@ -166,14 +163,14 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 @compiled()
-def _may_win(behind: np.float64, high: np.uint64) -> np.bool_:
+def _may_win(deficit: np.float64, high: np.uint64) -> np.bool_:
     """Tell, without a logarithm, whether a token can arrive first; rarely right where it says yes, always where no.
 
-    behind  what -log E must exceed for that, above -64
-    high    the first 32 bits of the token's number v
+    deficit  what -log E must exceed for that, above -64
+    high     the first 32 bits of the token's number v
     """
-    # It must be that v < E < exp(-behind), and (1 + x / 64)^64 is below exp(x).
-    power = 1.0 + behind / 64
+    # It must be that v < E < exp(-deficit), and (1 + x / 64)^64 is below exp(x).
+    power = 1.0 + deficit / 64
     power *= power
     power *= power
     power *= power
@@ -191,27 +188,27 @@ def _race(logits: np.ndarray, temperature: float, best: int, seed: np.uint64, pl
     are too far behind for any, without a logarithm if they are for theirs.
     """
     top, inverse = np.float64(logits[best]), 1 / temperature
-    score = np.float64(-math.log(-math.log1p(-uniform(seed, place, best))))
+    best_arrival = np.float64(-math.log(-math.log1p(-uniform(seed, place, best))))
     for begin in range(0, len(logits), _BLOCK):
         block = logits[begin : begin + _BLOCK]
         possible = 0
         for i in range(len(block)):
-            if (np.float64(block[i]) - top) * inverse > score - _MOST_NOISE:
+            if (np.float64(block[i]) - top) * inverse > best_arrival - _MOST_NOISE:
                 possible += 1
         if possible == 0:
             continue
         high = _noise(seed, place, begin // 4, _CALLS, _FIRST_HALF).reshape(_BLOCK)
         possible = 0
         for i in range(len(block)):
-            if _may_win(score - (np.float64(block[i]) - top) * inverse, high[i]):
+            if _may_win(best_arrival - (np.float64(block[i]) - top) * inverse, high[i]):
                 possible += 1
         if possible == 0:
             continue
         for i in range(len(block)):
             lead = (np.float64(block[i]) - top) * inverse
-            if _may_win(score - lead, high[i]):
+            if _may_win(best_arrival - lead, high[i]):
                 token = begin + i
                 arrival = lead - math.log(-math.log1p(-uniform(seed, place, token)))
-                if arrival > score or (arrival == score and token < best):
-                    score, best = arrival, token
+                if arrival > best_arrival or (arrival == best_arrival and token < best):
+                    best_arrival, best = arrival, token
     return best

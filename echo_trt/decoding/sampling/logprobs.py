@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.arrays import rank_within
+from echo_trt.decoding.arrays import ragged_arange
 
-_GROUP = 32  # tokens whose best one is looked at first
+_GROUP = 32  # tokens whose best one is looked at first; larger: fewer to sort, and more that pass
 
 
 def log_normalisers(logits: np.ndarray) -> np.ndarray:
-    """log sum exp of each row of ``logits`` [m, V] float32: what to take off a logit. float32 [m]"""
+    """Return log sum exp of a row of ``logits`` float32 [m, V], to be taken off its logits: float32 [m]."""
     peak = logits.max(axis=1, keepdims=True)
     parts = logits - peak
     normalisers: np.ndarray = peak[:, 0] + np.log(np.exp(parts, out=parts).sum(axis=1))
@@ -18,20 +18,27 @@ def log_normalisers(logits: np.ndarray) -> np.ndarray:
 
 
 def best_tokens(logits: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ``count`` [m] best tokens of each row of ``logits`` [m, V]: row, token, [sum count] each, best first.
+    """Return the ``count`` int64 [m] best tokens of a row of ``logits`` float32 [m, V], best first.
 
-    Of tokens that tie, the lowest ids come first, so neither the batch nor the tree has a say in which are returned.
+    Returns row and token, int64 [sum count]. Of tokens that tie, the lowest ids come first, so neither the
+    batch nor the tree has a say in which are returned.
     """
     most = min(int(count.max(initial=0)), logits.shape[1])
     if most == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # The best of each of W groups are few to sort through; the last that is wanted is no worse than the last of those.
-    width = max(logits.shape[1] // _GROUP, most)
-    groups = logits.shape[1] // width * width
-    maxima = logits[:, :groups].reshape(len(logits), -1, width).max(axis=1)
-    least = np.partition(maxima, -most, axis=1)[:, -most]
-    row, token = np.nonzero(logits >= least[:, None])
+    row, token = np.nonzero(logits >= reached(logits, most)[:, None])
     order = np.lexsort((token, -logits[row, token], row))
     row, token = row[order], token[order]
-    kept = rank_within(row) < count[row]
+    kept = ragged_arange(np.bincount(row)) < count[row]
     return row[kept], token[kept]
+
+
+def reached(values: np.ndarray, count: int) -> np.ndarray:
+    """Return a value that at least ``count`` of a row of ``values`` float [m, V] reach: float [m].
+
+    The best of W groups are few to search, and the last that is wanted is no worse than the last of those.
+    """
+    width = max(values.shape[1] // _GROUP, count)
+    maxima = values[:, : values.shape[1] // width * width].reshape(len(values), -1, width).max(axis=1)
+    least: np.ndarray = np.partition(maxima, -count, axis=1)[:, -count]
+    return least

@@ -11,13 +11,13 @@ import numpy as np
 
 from echo_trt.decoding.super_tree import SuperTree
 
-_LEAST = 1e-6  # a repetition penalty that divides without overflow
+_LEAST_REPETITION = 1e-6  # a repetition penalty that divides without overflow
 
 
 def tokens_above(tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens on the paths to ``nodes`` [m], each node's own with them and its root's without: row, token, [k] each.
+    """Return the tokens on the paths to ``nodes`` int64 [m], roots' apart: row and token, int64 [k].
 
-    ``row`` says whose they are, as an index into ``nodes``. Of a root there are none: it is the text's last token.
+    ``row`` is an index into ``nodes``. A root has no tokens: it is the text's last one.
     """
     rows, tokens = [], []
     row, node = np.arange(len(nodes)), nodes
@@ -39,15 +39,15 @@ def penalise(
     presence: np.ndarray,
     frequency: np.ndarray,
 ) -> np.ndarray:
-    """``logits`` [m, V] after the penalties, each [m], of their rows; a new float32 array.
+    """Apply penalties, float [m], to rows of ``logits`` float [m, V]: a new array float32 [m, V].
 
-    What was said before row ``row[j]`` is ``token[j]``, ``generated[j]`` or else of the prompt; [k] each, in any order.
-    The work grows with k and not with V, but for the copy.
+    row, token int64 [k], in any order: a token said before that row. generated bool [k]: else it is the prompt's. The
+    work grows with k and not with V, but for the copy.
     """
     out = np.array(logits, np.float32)
     repeats = repetition[row] != 1
     said = row[repeats], token[repeats]
-    value, factor = out[said], np.maximum(repetition, _LEAST)[said[0]]
+    value, factor = out[said], np.maximum(repetition, _LEAST_REPETITION)[said[0]]
     out[said] = np.where(value > 0, value / factor, value * factor)  # a token said twice is written the same twice
     keys, times = np.unique(row[generated] * out.shape[1] + token[generated], return_counts=True)
     said = np.divmod(keys, out.shape[1])

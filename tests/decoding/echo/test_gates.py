@@ -53,7 +53,7 @@ def levels(tree: SuperTree, request: int) -> list[int]:
 
 @pytest.mark.parametrize(("depth", "tau"), [(1, 0.2), (2, 0.5), (4, 0.3), (5, 0.9)])
 def test_a_gate_stops_exactly_what_is_not_above_its_threshold(depth, tau):
-    settings = EchoSettings(max_depth=6, beams=2, width=4, gates={depth: tau}, budget=AMPLE)
+    settings = EchoSettings(max_depth=6, beams=2, width=4, per_request=64, gates={depth: tau}, budget=AMPLE)
     edge = tau ** (1 / depth)
     assert reach_of(steady(edge * 0.999, edge * 1.001), settings) == [depth - 1, 6]
 
@@ -96,7 +96,7 @@ def test_static_has_no_gates_and_its_own_shape():
 
 
 def root_gated(budget: int, width: int = 4, max_depth: int = 6) -> EchoSettings:
-    return EchoSettings(max_depth=max_depth, beams=1, width=width, gates={1: 0.2}, budget=budget)
+    return EchoSettings(max_depth=max_depth, beams=1, width=width, per_request=64, gates={1: 0.2}, budget=budget)
 
 
 def test_high_load_what_the_truncated_leave_carries_the_confident_deeper():

@@ -5,19 +5,18 @@ import pytest
 from forests import nodes_of
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import load_of
 from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Load
 from echo_trt.decoding.policies import echo_settings
-from echo_trt.decoding.policy_names import PAPER, PLAIN
+from echo_trt.decoding.policy_names import PAPER
 from echo_trt.decoding.super_tree import SuperTree
 
 AMPLE = 10**6
-NAMES = [name for name in PAPER if name != PLAIN]
 Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
 
 
@@ -40,7 +39,7 @@ def grown(draft: PathDraft, limits: EchoSettings, room: list[int]) -> tuple[Supe
 
 
 def verified(draft: PathDraft, limits: EchoSettings, room: list[int]) -> SuperTree:
-    load = Load(np.arange(len(room)), np.array(room), np.ones(len(room), np.int64), 0)
+    load = load_of(len(room), room=np.array(room))
     return EchoPlanner("static", limits).plan(np.arange(len(room)), draft, load).tree
 
 
@@ -94,7 +93,7 @@ def drafts_and_room(draw) -> tuple[SeededDraft, list[int]]:
     return draft, [draw(st.integers(0, 7)) for _ in draft.seeds]
 
 
-@given(drafts_and_room(), st.sampled_from(NAMES), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
+@given(drafts_and_room(), st.sampled_from(PAPER), st.sampled_from([0, 4, 7, 12, 20, AMPLE]))
 def test_growth_is_what_it_promises(case, name, budget):
     draft, room = case
     limits = settings_of(name, budget)
@@ -106,7 +105,7 @@ def test_growth_is_what_it_promises(case, name, budget):
     assert all(tree.depth[node] <= room[tree.request[node]] for node in range(len(tree)))
 
 
-@given(drafts_and_room(), st.sampled_from(NAMES), st.integers(0, 30), st.sampled_from([6, 8, 64]))
+@given(drafts_and_room(), st.sampled_from(PAPER), st.integers(0, 30), st.sampled_from([6, 8, 64]))
 def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
     draft, room = case
     limits = settings_of(name, budget, per_request=per_request)
@@ -137,13 +136,13 @@ def test_a_budget_of_the_roots_alone_asks_no_draft(name, budget):
     assert allocate(tree, reach, limits).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_without_room_no_draft_is_asked(name):
     tree, _ = grow(np.arange(3), NoDraft(), settings_of(name, AMPLE), np.array([0, 0, -1]))
     assert len(tree) == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PAPER)
 def test_an_empty_batch(name):
     limits = settings_of(name)
     tree, reach = grow(np.zeros(0, np.int64), NoDraft(), limits, np.zeros(0, np.int64))

@@ -66,7 +66,7 @@ def test_uncalibrated_takes_the_draft_at_its_word():
     for x in (knots()[5], 0.25, 1.0):
         for source in range(len(CALIBRATED)):
             assert ask(model, source, 3, x) == pytest.approx(0.999 * x, abs=1e-3)
-    assert model.children.shape[0] == len(model.foreseen(9).below) == 4
+    assert model.children.shape[0] == len(model.forecast(9).below) == 4
     assert (np.diff(model.children, axis=2) >= 0).all()
     assert (np.diff(model.children, axis=1) <= 0).all()
 
@@ -124,8 +124,8 @@ def test_one_verification_moves_little_and_in_the_right_direction():
 
 def test_below_a_node_stand_its_children_and_those_of_its_best_child():
     model = Acceptance(random_acceptance(0).table, CHILDREN)
-    assert [len(levels) for levels in model.foreseen(9).below] == [min(HORIZON, 3 - depth) for depth in range(3)]
-    for depth, levels in enumerate(model.foreseen(9).below):
+    assert [len(levels) for levels in model.forecast(9).below] == [min(HORIZON, 3 - depth) for depth in range(3)]
+    for depth, levels in enumerate(model.forecast(9).below):
         assert levels.shape == (min(HORIZON, 3 - depth), 2, 2)
         for quantile in range(2):
             above = 1.0
@@ -136,6 +136,6 @@ def test_below_a_node_stand_its_children_and_those_of_its_best_child():
 
 
 def test_no_more_levels_are_foreseen_than_the_horizon():
-    below = Acceptance.uncalibrated(6).foreseen(9).below
+    below = Acceptance.uncalibrated(6).forecast(9).below
     assert [len(levels) for levels in below] == [min(HORIZON, 6 - depth) for depth in range(6)]
     assert HORIZON > 1

@@ -181,7 +181,7 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
             path, request = drafted(tree, node), int(tree.request[node])
             retold[request].expand(path, *draft.children(request, path), width)
         children = draft.expand_roots(chosen) if depth == 0 else draft.expand(tree, chosen)
-        candidates.add(chosen[:, None], *children, width)
+        candidates.add(chosen, *children, width)
         assert_same(candidates, retold)
         assert candidates.value == pytest.approx(candidates.probability * weights[candidates.tree.request])
         first = {r: [n.probability for p, n in want.nodes.items() if len(p) == 1] for r, want in enumerate(retold)}
@@ -207,7 +207,7 @@ def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other
             break
         for candidates in both:  # the same nodes are expanded in both
             children = draft.expand(candidates.tree, chosen) if depth else draft.expand_roots(chosen)
-            candidates.add(chosen[:, None], *children, 1)
+            candidates.add(chosen, *children, 1)
         tree, alive = kept.tree, kept.probability > 0
         nodes = np.flatnonzero(tree.parent >= 0)
         assert alive[tree.parent[nodes]][alive[nodes]].all()
@@ -230,7 +230,7 @@ def test_what_both_propose_is_one_node_and_the_chain_below_rises():
     candidates = one_chain()
     assert candidates.tree.source.tolist() == [HEAD, LOOKUP, LOOKUP, LOOKUP]
     assert np.exp(candidates.tree.score[1:]) == pytest.approx([0.5, 0.25, 0.125])
-    candidates.add(np.array([[0]]), np.log([[0.6, 0.3]]), np.array([[7, 3]]), 2)
+    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[7, 3]]), 2)
     tree = candidates.tree
     assert tree.token.tolist() == [1, 7, 8, 9, 3]
     assert tree.source.tolist() == [HEAD, BOTH, LOOKUP, LOOKUP, HEAD]
@@ -241,7 +241,7 @@ def test_what_both_propose_is_one_node_and_the_chain_below_rises():
 
 def test_where_the_head_disagrees_the_chain_falls():
     candidates = one_chain()
-    candidates.add(np.array([[0]]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
+    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
     assert candidates.tree.token.tolist() == [1, 7, 8, 9, 3]
     assert candidates.tree.source[1] == LOOKUP
     # Right with 0.5; then the head, which left 0.4, would have missed it with 0.4, and had it been wrong for sure.
@@ -251,7 +251,7 @@ def test_where_the_head_disagrees_the_chain_falls():
     # It was beside the head's own: the head may say what comes after it.
     assert candidates.frontier(1, 9).tolist() == [4, 1]
     assert candidates.frontier(2, 9).tolist() == []
-    candidates.add(np.array([[1]]), np.log([[0.9]]), np.array([[8]]), 1)
+    candidates.add(np.array([1]), np.log([[0.9]]), np.array([[8]]), 1)
     assert candidates.tree.source[:4].tolist() == [HEAD, LOOKUP, BOTH, LOOKUP]
     assert candidates.frontier(2, 9).tolist() == [2]
 
@@ -261,23 +261,23 @@ def test_only_requests_whose_root_was_expanded_have_a_frontier():
     tree = SuperTree.from_roots(np.array([1, 2]))
     candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
     assert candidates.frontier(1, 9).tolist() == []
-    candidates.add(np.array([[1]]), np.log([[0.6]]), np.array([[3]]), 1)
+    candidates.add(np.array([1]), np.log([[0.6]]), np.array([[3]]), 1)
     assert candidates.tree.request[candidates.frontier(1, 9)].tolist() == [1, 1]
 
 
 def test_chains_end_with_the_room_and_where_the_text_ends():
-    assert [len(one_chain(room)) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
+    assert [len(one_chain(room).tree) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
     copied = Continuations(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]), np.array([2, 0]))
     tree = SuperTree.from_roots(np.array([1, 2]))
     candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
     assert candidates.tree.token.tolist() == [1, 2, 5]
-    candidates.add(np.array([[0], [1]]), np.log([[0.6], [0.5]]), np.array([[5], [5]]), 1)
+    candidates.add(np.array([0, 1]), np.log([[0.6], [0.5]]), np.array([[5], [5]]), 1)
     assert candidates.tree.source.tolist() == [HEAD, HEAD, BOTH, HEAD]
 
 
 def test_probabilities_rounded_above_one_and_children_that_do_not_exist():
     candidates = one_chain(chain=())
-    candidates.add(np.array([[0]]), np.array([[0.01, -np.inf]]), np.array([[3, 4]]), 2)
+    candidates.add(np.array([0]), np.array([[0.01, -np.inf]]), np.array([[3, 4]]), 2)
     assert candidates.tree.token.tolist() == [1, 3]
     assert candidates.tree.score.tolist() == [0, 0]
 
@@ -285,7 +285,7 @@ def test_probabilities_rounded_above_one_and_children_that_do_not_exist():
 def test_a_draft_that_has_overflowed_proposes_nothing():
     """One number that is none would otherwise be the best of all candidates, and of all that is learnt from them."""
     candidates = one_chain()
-    known = len(candidates)
-    candidates.add(np.array([[0]]), np.array([[np.nan, np.log(0.25), np.nan]]), np.array([[3, 4, 5]]), 3)
+    known = len(candidates.tree)
+    candidates.add(np.array([0]), np.array([[np.nan, np.log(0.25), np.nan]]), np.array([[3, 4, 5]]), 3)
     assert candidates.tree.token[known:].tolist() == [4]
     assert np.isfinite(candidates.value).all()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.decoding.goodput.costs import NEAR, SHARED, Costs, Curve
+from echo_trt.decoding.goodput.costs import NEAR, SPEED_SHARE, Costs, Curve
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
@@ -88,8 +88,8 @@ def test_a_pass_corrects_sizes_near_its_own_and_by_a_share_all_others(factor):
         curve.observe(8, 0, factor * 0.01)
     assert curve(8) == pytest.approx(factor * 0.01, rel=0.02)
     # Of passes that take as long as this one, smaller ones take no longer than it, and else follow by a share.
-    assert curve(1) == pytest.approx((factor if factor < 1 else factor**SHARED) * 0.01, rel=0.05)
-    assert curve(64) == pytest.approx((factor if factor < 1 else factor**SHARED) * 0.04, rel=0.05)
+    assert curve(1) == pytest.approx((factor if factor < 1 else factor**SPEED_SHARE) * 0.01, rel=0.05)
+    assert curve(64) == pytest.approx((factor if factor < 1 else factor**SPEED_SHARE) * 0.04, rel=0.05)
 
 
 def test_two_sizes_that_take_turns_are_both_learnt():
@@ -162,9 +162,9 @@ def test_rungs_are_sizes_above_the_requests_a_quarter_apart(sizes, requests):
 @pytest.mark.parametrize(("change", "padded"), [(0.3, 6), (0.2, 0)])
 def test_a_pass_is_padded_to_the_usual_size_where_a_change_is_dearer(change, padded):
     costs = Costs(Curve([1, 4, 16], [1.0, 2.0, 5.0]), Curve([1], [0.1]), change=change, sizes=(4, 6, 8))
-    assert costs.kept(2, 6) == costs.kept(4, 6) == padded  # half a second more, for two changes
-    assert costs.kept(5, 6) == costs.kept(6, 6) == 6
-    assert costs.kept(7, 6) == 0
+    assert costs.padding_target(2, 6) == costs.padding_target(4, 6) == padded  # half a second more, for two changes
+    assert costs.padding_target(5, 6) == costs.padding_target(6, 6) == 6
+    assert costs.padding_target(7, 6) == 0
 
 
 def test_a_pass_that_changed_its_size_says_nothing_of_others():

@@ -9,7 +9,7 @@ from machines import SHAPE, Server, linear
 
 from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import PLAIN, SETTLING, SHARE, TRIAL, Ladder, load_of
+from echo_trt.decoding.goodput.ladder import SETTLING, TRIAL, TRIAL_COST, UNDRAFTED, Ladder, load_of
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 
 RUNGS = (6, 8, 12, 16)
@@ -18,7 +18,7 @@ Rates = Callable[[int], float]
 
 def rates_of(*gains: float) -> Rates:
     """Tokens a second of plain decoding, 100, and of RUNGS, in it."""
-    known = dict(zip((PLAIN, *RUNGS), (1.0, *gains), strict=True))
+    known = dict(zip((UNDRAFTED, *RUNGS), (1.0, *gains), strict=True))
     return lambda rung: 100 * known[rung]
 
 
@@ -69,7 +69,7 @@ def test_the_best_rung_is_found_whatever_was_foreseen(best, foreseen):
 
 def test_what_was_foreseen_runs_first():
     assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, foreseen=foresee(1.1, 1.4, 1.3, 0.9))) == {8}
-    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, foreseen=foresee(0.9, 0.8, 0.9, 0.9))) == {PLAIN}
+    assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, foreseen=foresee(0.9, 0.8, 0.9, 0.9))) == {UNDRAFTED}
 
 
 @pytest.mark.parametrize("requests", [1, 4, 32])
@@ -78,7 +78,9 @@ def test_a_rung_that_loses_is_given_up_after_a_window_or_two(requests):
     rungs = machine.run(rates_of(0.7, 0.7, 0.7, 0.7), 40 * TRIAL, requests, foresee(1.2, 1.4, 1.3, 1.1))
     assert rungs[TRIAL] == 8
     later = rungs[20 * TRIAL :]
-    assert sum(rung != PLAIN for rung in later) < (0.35 if requests >= 4 else 0.6) * len(later)  # one text may be hard
+    assert sum(rung != UNDRAFTED for rung in later) < (0.35 if requests >= 4 else 0.6) * len(
+        later
+    )  # one text may be hard
     if requests >= 4:
         assert sum(rung == 8 for rung in rungs) <= 5 * (TRIAL + SETTLING)
 
@@ -90,8 +92,10 @@ def test_where_nothing_pays_it_decodes_plainly_and_loses_a_hundredth(gain, reque
     rate = rates_of(gain, gain, gain, gain)
     machine.run(rate, 1500, requests, foresee(1.2, 1.4, 1.3, 1.1))
     rungs = machine.run(rate, 6000, requests)
-    assert 0 < sum(rung != PLAIN for rung in rungs) < (0.05 if gain < 0.9 else 0.35) * len(rungs)  # it goes on looking
-    assert machine.rate > 0.98 * rate(PLAIN)
+    assert (
+        0 < sum(rung != UNDRAFTED for rung in rungs) < (0.05 if gain < 0.9 else 0.35) * len(rungs)
+    )  # it goes on looking
+    assert machine.rate > 0.98 * rate(UNDRAFTED)
 
 
 @pytest.mark.parametrize("foreseen", [1.2, 0.8])
@@ -102,14 +106,14 @@ def test_trials_lose_about_a_hundredth_of_the_time(foreseen):
     rungs = machine.run(rate, 10000)
     others = sum(rung != 6 for rung in rungs)
     assert 0 < others < 0.03 * len(rungs)
-    assert machine.rate > (1 - 1.2 * SHARE) * rate(6)
+    assert machine.rate > (1 - 1.2 * TRIAL_COST) * rate(6)
 
 
 def test_plain_decoding_and_the_other_rungs_are_tried():
     machine = Machine(Ladder())
     machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 2000, foreseen=foresee(1.4, 1.5, 1.3, 1.1))
     tried = Counter(machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 20000))
-    assert {PLAIN, 6, 8} <= set(tried)
+    assert {UNDRAFTED, 6, 8} <= set(tried)
     assert tried[6] > tried[16]  # the more promising the oftener
     assert tried[8] > 0.95 * 20000
 
@@ -143,8 +147,8 @@ def test_texts_that_change_are_followed(before, after):
     rate = rates_of(after, after - 0.2, after - 0.3, after - 0.4)
     machine.run(rate, 9000)
     rungs = machine.run(rate, 2000)
-    assert usual(rungs) == (6 if after > 1 else PLAIN)
-    assert machine.rate > 0.98 * max(rate(6), rate(PLAIN))
+    assert usual(rungs) == (6 if after > 1 else UNDRAFTED)
+    assert machine.rate > 0.98 * max(rate(6), rate(UNDRAFTED))
 
 
 def test_loads_learn_apart_and_a_new_one_begins_with_what_the_last_has_shown():
@@ -154,9 +158,9 @@ def test_loads_learn_apart_and_a_new_one_begins_with_what_the_last_has_shown():
     assert load_of(4) != load_of(5)
     assert usual(machine.run(rates_of(1.5, 1.2, 1.1, 1.0), 20, requests=4)) == 6
     first = machine.run(rates_of(0.5, 0.5, 0.5, 0.5), TRIAL, requests=5)
-    assert usual(first) == PLAIN
+    assert usual(first) == UNDRAFTED
     new = machine.run(rates_of(0.5, 0.5, 0.5, 0.5), TRIAL, requests=40, foreseen=foresee(1.2, 1.1, 1.0, 1.0))
-    assert set(new) == {PLAIN}  # the draft is as bad there
+    assert set(new) == {UNDRAFTED}  # the draft is as bad there
 
 
 @pytest.mark.parametrize("lasts", [8, 15, 30])
@@ -165,7 +169,7 @@ def test_a_load_that_comes_and_goes_hides_no_loss(lasts):
     machine, rate = Machine(ladder), rates_of(0.7, 0.7, 0.7, 0.7)
     for turn in range(6000 // lasts):
         rungs += machine.run(rate, lasts, 1 + turn % 2, foresee(1.2, 1.4, 1.3, 1.1))
-    assert np.mean(np.array(rungs[2000:]) == PLAIN) > 0.9
+    assert np.mean(np.array(rungs[2000:]) == UNDRAFTED) > 0.9
 
 
 def test_a_trial_that_prompts_leave_nothing_of_ends():

@@ -7,17 +7,16 @@ import pytest
 from forests import path_to, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import SHAPE, Recorded, linear
+from machines import SHAPE, Recorded, linear, load_of
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
 from echo_trt.decoding.goodput.acceptance import NGRAM, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ngrams import LEAST, LEAVES, NGrams, context_keys
+from echo_trt.decoding.goodput.ngrams import FLOOR, LEAVES, NGrams, context_keys
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Load
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -57,7 +56,7 @@ def walked(
     for leaf in sorted(set(range(len(tree))) - set(tree.parent.tolist())):
         own, p, below = int(tree.request[leaf]), float(probability[leaf]), []
         text = [int(t) for t in recent[own] if t >= 0] + [int(tree.token[node]) for node in path_to(tree, leaf)]
-        while p >= LEAST and tree.depth[leaf] + len(below) < deepest[own]:
+        while p >= FLOOR and tree.depth[leaf] + len(below) < deepest[own]:
             ends = [tuple(text[-size:]) for size in range(min(LONGEST, len(text)), 0, -1)]
             context = next((end for end in ends if end in known), None)
             if context is None:
@@ -65,7 +64,7 @@ def walked(
             token, chance = known[context]
             odds = chance / (1 - chance) * np.exp(drift)
             p *= odds / (1 + odds)
-            if p >= LEAST:
+            if p >= FLOOR:
                 text.append(token)
                 below.append(token)
                 found[leaf, *below] = p
@@ -111,17 +110,13 @@ def test_a_table_without_entries_continues_nothing():
     assert len(ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0).parent) == 0
 
 
-def load_of(count: int, recent: np.ndarray) -> Load:
-    return Load(np.arange(count), np.full(count, 9), np.ones(count, np.int64), 0, recent=recent)
-
-
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact", "goodput-head"])
 def test_the_policy_verifies_what_costs_little(policy):
     costs = Costs(linear(1.0, 0.01), linear(9.0, 0.0))  # a draft would cost more than it can bring
     ngrams = table({(5,): (6, 0.9), (5, 6): (7, 0.8), (4,): (9, 0.002)}, LONGEST)
     settings = goodput_settings(policy, {"per_request": 9, "max_depth": 4, "beams": 2, "width": 2})
     planner = GoodputPlanner(policy, settings, costs, Acceptance.uncalibrated(SHAPE.max_depth), 2, ngrams)
-    plan = planner.plan(np.array([5, 4]), NoDraft(), load_of(2, np.full((2, 3), -1)))
+    plan = planner.plan(np.array([5, 4]), NoDraft(), load_of(2))
     expected = [] if policy == "goodput-head" else [(0, 6, 0.9), (0, 7, 0.72)]
     drafted = np.flatnonzero(plan.tree.parent >= 0)
     got = zip(plan.tree.request[drafted], plan.tree.token[drafted], plan.probability[drafted], strict=True)
@@ -131,11 +126,11 @@ def test_the_policy_verifies_what_costs_little(policy):
 
 def test_candidates_keep_what_they_are_worth():
     tree = SuperTree.from_roots(np.array([5]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(1), np.array([9]))
-    candidates.add(np.zeros((1, 1), np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
     ngrams = table({(5, 1): (8, 0.5), (2,): (9, 0.5)}, LONGEST)
-    recent = np.full((1, LONGEST), -1)
-    candidates.go_on(candidates.continued(ngrams, recent, 4))
+    known = {"ngrams": ngrams, "recent": np.full((1, LONGEST), -1), "max_depth": 4}
+    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(1), np.array([9]), **known)
+    candidates.add(np.zeros(1, np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
+    candidates.append_continuations()
     assert tree.parent.tolist() == [-1, 0, 0, 1, 2]
     assert candidates.probability[3:] == pytest.approx(candidates.probability[1:3] * 0.5)
     assert tree.source.tolist()[3:] == [NGRAM, NGRAM]
@@ -162,7 +157,7 @@ def test_no_level_is_drafted_for_what_ngrams_bring_anyway(chance, levels):
     costs = Costs(Curve([1, 3, 4], [1.0, 1.0, 9.0]), linear(0.1, 0.0))
     ngrams = table({(5,): (6, chance), (6,): (5, chance)}, LONGEST)
     acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[0.9]]], (4, 1, 1)))
-    draft, load = Recorded(SteadyDraft([[0.9]])), load_of(1, np.full((1, LONGEST), -1))
+    draft, load = Recorded(SteadyDraft([[0.9]])), load_of(1)
     plan = chain_planner(2, costs, acceptance, ngrams).plan(np.array([5]), draft, load)
     assert draft.passes == levels
     assert len(plan.tree) > 1
@@ -174,7 +169,7 @@ def test_a_level_that_is_seldom_right_takes_from_ngrams_what_they_would_bring(ri
     costs = Costs(Curve([1, 9, 10], [1.0, 1.0, 9.0]), linear(0.02, 0.0))
     ngrams = table({(5,): (6, 0.6), (6,): (7, 0.95), (7,): (8, 0.95)}, LONGEST)
     acceptance = Acceptance(Acceptance.uncalibrated(4).table, np.tile([[[right]]], (4, 1, 1)))
-    draft, load = Recorded(SteadyDraft([[right]])), load_of(1, np.full((1, LONGEST), -1))
+    draft, load = Recorded(SteadyDraft([[right]])), load_of(1)
     plan = chain_planner(1, costs, acceptance, ngrams).plan(np.array([5]), draft, load)
     assert draft.passes == levels
     assert len(plan.tree) > 1

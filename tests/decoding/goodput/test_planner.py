@@ -8,7 +8,7 @@ import pytest
 from forests import nodes_of, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import SHAPE, SIZES, Copied, Recorded, linear, random_acceptance
+from machines import SHAPE, SIZES, Copied, Recorded, linear, load_of, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.decoding.goodput.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
@@ -50,11 +50,6 @@ class Highest(Ladder):
 
     def rung(self, requests: int, foresee: Foresee) -> int:
         return int(foresee()[0][-1])
-
-
-def load_of(count: int, room: int = 9, **changes) -> Load:
-    told = {"slots": np.arange(count), "room": np.full(count, room), "behind": np.ones(count, np.int64), "context": 0}
-    return Load(**{**told, **changes})
 
 
 def steady(count: int, *q: float) -> Recorded:
@@ -131,7 +126,7 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    gains = acceptance.foreseen(9).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
+    gains = acceptance.forecast(9).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
     worth = count * max(gains.cumsum() / np.arange(1, len(gains) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
@@ -143,7 +138,7 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
 
 
 def test_where_all_is_free_all_is_drafted_and_verified():
-    settings = GoodputSettings(max_depth=4, beams=2, width=3)
+    settings = replace(SHAPE, max_depth=4, per_request=64)
     draft = steady(3, 0.5, 0.2, 0.1)
     plan = planner_of(flat(0.01), FREE, settings=settings).plan(np.arange(5, 8), draft, load_of(3))
     assert draft.passes == 4
@@ -180,7 +175,7 @@ def test_without_room_nothing_is_drafted():
 
 
 def test_those_are_drafted_who_promise_most():
-    planner = planner_of(flat(0.01), FREE, settings=GoodputSettings(max_depth=1, beams=2, width=1))
+    planner = planner_of(flat(0.01), FREE, settings=replace(SHAPE, max_depth=1, width=1))
     planner.history.promise[:] = [0.1, 1.5, 0.2, 1.4]
     # Each entry costs what the two promising are worth, and the others are not.
     planner.costs.draft = linear(0.8 * 0.59 / planner.price(load_of(4)), 0.8 * 0.59 / planner.price(load_of(4)))
@@ -203,7 +198,7 @@ def test_a_prompt_is_caught_up_with_where_enough_is_left_to_serve(room, drafts):
     """It takes six passes of plain decoding: over 31 iterations that draft of 250 tokens, or over six of 50."""
     planner = planner_of(flat(0.02), linear(0.0, 3e-4), 1)
     draft = steady(1, 0.5, 0.1, 0.1)
-    planner.plan(np.zeros(1), draft, load_of(1, room=room, behind=np.array([400])))
+    planner.plan(np.zeros(1), draft, load_of(1, room=np.array([room]), behind=np.array([400])))
     assert (draft.roots == [0]) == drafts
 
 
@@ -259,7 +254,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     planner = planner_of(target, linear(draft_each, draft_each), count, acceptance, settings)
     candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), np.full(count, 9), None)
     tokens = np.tile(np.arange(3), (count, 1))
-    candidates.add(np.arange(count)[:, None], np.log(np.sort(rng.uniform(0, 0.6, (count, 3)))[:, ::-1]), tokens, 3)
+    candidates.add(np.arange(count), np.log(np.sort(rng.uniform(0, 0.6, (count, 3)))[:, ::-1]), tokens, 3)
     load, depth = load_of(count), int(rng.integers(0, 3))
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
@@ -298,7 +293,8 @@ def servings(
     each, draft_each = draw(st.sampled_from([0.0, 1e-4, 1e-3, 0.02])), draw(st.sampled_from([0.0, 1e-4, 1e-3, 0.02]))
     acceptance = random_acceptance(draw(st.integers(0, 99)), SHAPE.max_depth)
     slots = rng.permutation(6)[:count]
-    load = Load(slots, rng.integers(0, 6, count), rng.integers(1, 30, count), 100, int(rng.integers(0, 9)))
+    room, behind, prompt_tokens = rng.integers(0, 6, count), rng.integers(1, 30, count), int(rng.integers(0, 9))
+    load = load_of(count, slots=slots, room=room, behind=behind, context=100, prompt_tokens=prompt_tokens)
     chains = rng.integers(0, 12, (count, SHAPE.max_depth))
     chains[:, 0] = [draft.children(request, ())[1][rng.integers(0, 2)] for request in range(count)]
     chains[rng.random(count) < 0.3] = -1

@@ -71,12 +71,12 @@ def test_speedup_is_tokens_over_those_of_plain_decoding_in_the_same_time():
 
 def test_what_is_expected_is_told_as_it_usually_comes_true():
     history = History(4)
-    assert history.verified(0.0, 0) == 0.0
+    assert history.corrected_expectation(0.0, 0) == 0.0
     for _ in range(8):  # a window
-        told = history.verified(2.0, 0)
+        told = history.corrected_expectation(2.0, 0)
     assert told < 0.2
     for _ in range(1000):
-        told = history.verified(2.0, 1)
+        told = history.corrected_expectation(2.0, 1)
     assert told == pytest.approx(1.0, rel=0.02)
 
 
