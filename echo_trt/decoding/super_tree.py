@@ -63,7 +63,7 @@ class SuperTree:
         request: np.ndarray,
         depth: np.ndarray,
         score: np.ndarray,
-        source: int,
+        source: int | np.ndarray,
     ) -> None:
         """Add nodes (all [m]) whose parents may be among them, parents before children."""
         self.token = np.concatenate((self.token, token))

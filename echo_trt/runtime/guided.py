@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.goodput.acceptance import GRAMMAR
-from echo_trt.decoding.goodput.ngrams import Chains
+from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains
 from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
@@ -75,20 +74,24 @@ class Grammars:
             return copied
         count = len(slots)
         tokens, log_q = np.full((count, LONGEST), -1), np.full(count, -np.inf)
-        source, matched = np.zeros(count, np.int8), np.zeros(count, np.int64)
+        is_forced, matched = np.zeros(count, bool), np.zeros(count, np.int64)
         if copied is not None:
             tokens[:, :length] = copied.tokens[:, :LONGEST]
-            log_q, source, matched = copied.log_q.copy(), copied.source, copied.matched
-            source = source.copy()
+            log_q, matched = copied.log_q.copy(), copied.matched
         for i in np.flatnonzero(grammars):
             forced = _forced(grammars[i])
             if forced:
                 tokens[i] = -1
                 tokens[i, : len(forced)] = forced
-                log_q[i], source[i] = np.log(FORCED), GRAMMAR
+                log_q[i], is_forced[i] = np.log(FORCED), True
             else:
                 tokens[i, _allowed(grammars[i], tokens[i]) :] = -1
-        return Continuations(tokens, log_q, matched, source)
+        return Continuations(tokens, log_q, matched, is_forced)
+
+    def constrained(self, slots: np.ndarray) -> np.ndarray:
+        """Do as ``Grammars`` of goodput."""
+        constrained: np.ndarray = self._state.grammar[slots].astype(bool)
+        return constrained
 
     def chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray, room: np.ndarray) -> Chains:
         """What is forced behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
@@ -106,11 +109,9 @@ class Grammars:
                 p, depth = p * FORCED, depth + 1
                 columns.append((node, above, token, request, depth, p))
                 above, size = size, size + 1
-        leaf, parent, token, request, depth, chance = map(np.array, zip(*columns, strict=True)) if columns else _NOTHING
-        return Chains(leaf, parent, token, request, depth, chance, np.full(len(leaf), GRAMMAR, np.int8))
-
-
-_NOTHING = (*[np.zeros(0, np.int64)] * 5, np.zeros(0))
+        if not columns:
+            return NO_CHAINS
+        return Chains(*(np.array(column) for column in zip(*columns, strict=True)))
 
 
 def _forced(state: State) -> list[int]:

@@ -21,6 +21,7 @@ from echo_trt.decoding.policies import make_planner
 from echo_trt.decoding.policy_names import BUDGETED
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
+from echo_trt.runtime.guided import Grammars
 from echo_trt.runtime.measure import disturbance, machine, measure, times_as_long, without_speculation
 
 DOUBTED = 1.5  # times what a pass takes now: a table that says so was measured beside other work
@@ -115,6 +116,7 @@ class Tuning:
             networks.state.count,
             self.ngrams,
             networks.copier,
+            Grammars(networks.state, networks.copier),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
         )

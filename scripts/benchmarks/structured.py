@@ -23,6 +23,7 @@ from echo_trt.decoding.planner import Planner
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
+PROMPTS = Path(__file__).with_name("structured_prompts.jsonl")
 PRUNE = "echo_trt.runtime.drafters.prune"
 
 
@@ -70,9 +71,7 @@ def variants(llm: LLM) -> list[Variant]:
 
 def main(
     bundle: Path,
-    prompts: Annotated[Path, typer.Option(help="JSONL: prompt and structured a line")] = Path(__file__).with_name(
-        "structured_prompts.jsonl"
-    ),
+    prompts: Annotated[Path, typer.Option(help="JSONL: prompt and structured a line")] = PROMPTS,
     batches: str = "1,4,8",
     rounds: int = 3,
     max_tokens: int = 96,

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
-from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import BOTH, GRAMMAR, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains, NGrams
-from echo_trt.decoding.planner import Continuations
+from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAST_LEFT = 0.02  # of a head's probability outside its proposals; larger: copied text falls less where a head is sure
+
+
+class Grammars(Copier, Protocol):
+    """The grammars of running requests, as a source of candidates that cost nothing; it copies, too."""
+
+    def constrained(self, slots: np.ndarray) -> np.ndarray:
+        """Say which of ``slots`` [B] have a grammar: bool [B]."""
+
+    def chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray, room: np.ndarray) -> Chains:
+        """Return what grammars force behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
+
+        slots, room  int64 [B], of the requests; ``room`` is the largest depth of its nodes
+        """
 
 
 class Candidates:
@@ -34,15 +48,21 @@ class Candidates:
         ngrams: NGrams | None = None,
         recent: np.ndarray | None = None,
         max_depth: int = 0,
+        grammars: Grammars | None = None,
+        slots: np.ndarray | None = None,
     ):
         """Begin with the roots of ``tree`` and the chains of ``copied``.
 
         one_path  keep only the likelier child of a node; the other child and its descendants get probability 0
         recent    int64 [B, ...]: tokens before a root, -1 none, for ``ngrams``, which continue leaves to ``max_depth``
+        slots     int64 [B], whose ``grammars``, where a request has one, continue leaves in the n-grams' place
         """
         self.tree, self.weights, self._acceptance, self._room = tree, weights, acceptance, room
         self._one_path, self._ngrams, self._recent = one_path, ngrams, recent
         self._deepest = np.minimum(room, max_depth)  # of n-grams
+        self._grammars, self._slots = grammars, slots
+        if grammars is not None and slots is not None:
+            self._deepest = np.where(grammars.constrained(slots), 0, self._deepest)
         self.probability = np.ones(len(tree))
         self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
         self._copy_under = np.full(len(tree), -1)  # node -> its copied child
@@ -81,13 +101,17 @@ class Candidates:
                 if self._ngrams and self._recent is not None
                 else NO_CHAINS
             )
+            if self._grammars is not None and self._slots is not None:
+                forced = self._grammars.chains(self.tree, self.probability, self._slots, self._room)
+                self._continuations = self._continuations.followed_by(forced, len(self.tree))
         return self._continuations
 
     def append_continuations(self) -> None:
         """Add the n-gram continuations to the tree. Nothing is drafted below them."""
         chains = self.continuations()
         score = np.log(chains.probability)
-        self.tree.add_chains(chains.parent, chains.token, chains.request, chains.depth, score, NGRAM)
+        source = NGRAM if chains.forced is None else np.where(chains.forced, GRAMMAR, NGRAM)
+        self.tree.add_chains(chains.parent, chains.token, chains.request, chains.depth, score, source)
         self._extend(chains.probability, expandable=False)
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
@@ -114,7 +138,8 @@ class Candidates:
         nodes = len(self.tree) + np.arange(len(request))
         parent = np.where(place == 0, request, nodes - 1)
         score = copied.log_q[request] * (place + 1)
-        self.tree.add_chains(parent, tokens[request, place], request, place + 1, score, LOOKUP)
+        source = LOOKUP if copied.forced is None else np.where(copied.forced, GRAMMAR, LOOKUP)[request]
+        self.tree.add_chains(parent, tokens[request, place], request, place + 1, score, source)
         self._extend(np.zeros(len(nodes)), expandable=False)
         self._chain = np.full(tokens.shape, -1)
         self._chain[request, place] = nodes
@@ -135,11 +160,11 @@ class Candidates:
         copy int64 [F]: copied child of an expanded node, -1 none. same int64 [F]: index of the equal head token, -1
         none. log_q float64 [F, k].
         """
-        expanded = np.flatnonzero(copy >= 0)
+        self._expandable[copy[copy >= 0]] = True
+        expanded = np.flatnonzero((copy >= 0) & (self.tree.source[copy] != GRAMMAR))  # what is forced, no head judges
         if len(expanded) == 0:
             return
         tree, nodes, same, q = self.tree, copy[expanded], same[expanded], np.exp(log_q[expanded])
-        self._expandable[nodes] = True
         tree.source[nodes[same >= 0]] = BOTH
         request, depth = tree.request[nodes], tree.depth[nodes]
         log_a = self._copied_log_q[request]

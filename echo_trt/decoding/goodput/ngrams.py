@@ -26,6 +26,7 @@ class Chains:
     """Nodes to be added to a tree, under its leaves and one another, parents before children.
 
     leaf int64 [m]: the tree's leaf above the node. parent, token, request, depth int64 [m]. probability float64 [m].
+    forced bool [m]: whether a grammar proposes it; None: n-grams propose all.
     """
 
     leaf: np.ndarray
@@ -34,6 +35,21 @@ class Chains:
     request: np.ndarray
     depth: np.ndarray
     probability: np.ndarray
+    forced: np.ndarray | None = None
+
+    def followed_by(self, others: Chains, size: int) -> Chains:
+        """Join chains under one tree of ``size`` nodes; n-grams' come first, a grammar's behind them."""
+        ours, theirs = len(self.leaf), len(others.leaf)
+        moved = np.where(others.parent < size, others.parent, others.parent + ours)
+        return Chains(
+            np.concatenate((self.leaf, others.leaf)),
+            np.concatenate((self.parent, moved)),
+            np.concatenate((self.token, others.token)),
+            np.concatenate((self.request, others.request)),
+            np.concatenate((self.depth, others.depth)),
+            np.concatenate((self.probability, others.probability)),
+            np.arange(ours + theirs) >= ours,
+        )
 
 
 _NONE = np.zeros(0, np.int64)

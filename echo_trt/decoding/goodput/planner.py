@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.goodput.candidates import Candidates, Grammars
 from echo_trt.decoding.goodput.costs import Costs
 from echo_trt.decoding.goodput.ladder import DOUBT, UNDRAFTED, Ladder
 from echo_trt.decoding.goodput.ngrams import NGrams
@@ -49,15 +49,19 @@ class GoodputPlanner:
         slots: int,
         ngrams: NGrams | None = None,
         copier: Copier | None = None,
+        grammars: Grammars | None = None,
         head: bool = True,
         budget: int = 0,
     ):
         """Take candidates from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
 
+        grammars  of requests whose texts must fit one; it takes the copier's place while any runs
+
         budget  knee of the measured costs, which is only reported
         """
         self.name, self.settings, self.budget = name, settings, budget
         self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
+        self.grammars = grammars if settings.free_candidates else None
         self._head = head
         self.costs, self.acceptance, self.history, self.ladder = costs, acceptance, History(slots), Ladder()
         self._serial = np.full(slots, -1)
@@ -69,16 +73,20 @@ class GoodputPlanner:
         if rung == UNDRAFTED:
             return Plan.undrafted(roots)
         size = max(rung, costs.padded(count + 1))
+        constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
+        copier = self.grammars if constrained else self.copier
         candidates = Candidates(
             SuperTree.from_roots(roots),
             self.acceptance,
             self.history.weights(load.slots),
             load.room,
-            self.copier.continuations(load.slots, settings.max_depth) if self.copier else None,
+            copier.continuations(load.slots, settings.max_depth) if copier else None,
             settings.one_path,
             self.ngrams,
             load.recent,
             settings.max_depth,
+            self.grammars if constrained else None,
+            load.slots,
         )
         search = Search(candidates, load, self._verifying(load, size - count), self.price(load))
         if self._head and load.room.any():

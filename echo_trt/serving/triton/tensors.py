@@ -40,7 +40,7 @@ def _sampling(parameter: str, name: str | None = None, datatype: str | None = No
     return Tensor(name or parameter, datatype or DATATYPES[known.kind], **facts)
 
 
-INPUTS = (
+INPUTS: tuple[Tensor, ...] = (
     Tensor("text_input", "BYTES", None, "text to continue, or one user turn where `chat` is true"),
     Tensor("chat_messages", "BYTES", None, 'JSON list of `{"role", "content"}`, put into the bundle\'s chat template'),
     Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
