@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from echo_trt.errors import UserError
 from echo_trt.models.config import Eagle3Config, decoder_config, eagle3_config
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.weights import head_tensor_name
 
 
 class EagleHead(nn.Module):
@@ -66,7 +67,7 @@ def load_head(checkpoint: Path, target: Path) -> EagleHead:
     if head.fc_norm or head.norm_output:
         raise UserError(f"{checkpoint}: OpenVINO GenAI takes no head with fc_norm or norm_output; leave it out.")
     network = EagleHead(_llama_config(head), head)
-    weights = {_eagle_name(name): source.get(name).float() for name in source.names()}
+    weights = {head_tensor_name(name): source.get(name).float() for name in source.names()}
     network.offsets = weights.pop("d2t", network.offsets).long()
     weights.pop("t2d", None)
     weights["embed_tokens.weight"] = open_checkpoint(target).get("model.embed_tokens.weight").float()
@@ -97,9 +98,3 @@ def _llama_config(head: Eagle3Config) -> LlamaConfig:
         rope_parameters={"rope_type": "default", "rope_theta": head.rope_theta, **head.rope_scaling},
         attn_implementation="sdpa",
     )
-
-
-def _eagle_name(name: str) -> str:
-    """vLLM's spelling to EAGLE's."""
-    name = name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)
-    return {"draft_id_to_target_id": "d2t"}.get(name, name)

@@ -1,4 +1,4 @@
-"""JSON files beside a bundle's manifest, checked as they are read."""
+"""JSON files beside a bundle's manifest, which are checked as they are read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from echo_trt.errors import UserError, first_mistake
 from echo_trt.files.inputs import read_text
 
 CALIBRATION = "calibration.json"
-
-
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -26,7 +24,7 @@ Model = TypeVar("Model", bound=_Stored)
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:
-    """The file appears whole or not at all, also where two processes write it."""
+    """Write a file that appears whole or not at all, also where two processes write it."""
     partial = folder / f".{name}.{os.urandom(4).hex()}.partial"
     try:
         partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
