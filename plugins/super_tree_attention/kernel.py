@@ -1,7 +1,7 @@
 """The Triton kernels: attention over a super-tree, the merge of its splits, and the move of KV rows.
 
-docs/internals/kernel.md tells the algorithm. The launch follows from shapes alone (``kernel_plan``): a program finds
-out itself which request it works on.
+docs/internals/kernel.md explains the algorithm. The launch follows from shapes alone (``kernel_plan``), so a program
+searches for its request itself.
 """
 
 import triton
