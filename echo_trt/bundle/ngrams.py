@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.errors import DAMAGED, UserError
+from echo_trt.files.outputs import write_whole
 
 _STEPS = 255  # steps of a stored probability: more would not fit eight bits
 _REMEDY = "make it with scripts/training/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
@@ -25,9 +25,7 @@ def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
         "chances": np.round(ngrams.chances * _STEPS).astype(np.uint8),
     }
     np.savez_compressed(stream, **columns, longest=ngrams.longest, target_sha256=target_sha256)
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
-    partial.write_bytes(stream.getvalue())
-    os.replace(partial, path)
+    write_whole(path, stream.getvalue())
 
 
 def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _REMEDY) -> NGrams:

@@ -1,6 +1,6 @@
 """Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
 
-MT-bench's own files are read as they are: their ``question_id`` is an id.
+Files of MT-bench are read as they are: their ``question_id`` is an id.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
 
 def _llama3_frequencies(freq: Tensor, scaling: dict) -> Tensor:
-    # Llama 3.1: long wavelengths are stretched by the factor, short ones kept, those between blended.
+    # Llama 3.1 stretches long wavelengths by the factor, keeps short ones, and blends the two between them.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)

@@ -178,7 +178,7 @@ def _assign(
     dtype: torch.dtype,
     divided: Divided | None = None,
 ) -> None:
-    """Fill the model's meta parameters, each allocated once and filled part by part."""
+    """Fill the model's meta parameters, which are allocated once and filled part by part."""
     filling = _Filling(checkpoint, set(checkpoint.names()), model, divided or Divided(model, WHOLE))
     read = set()
     for ours, parts in sources.items():
@@ -226,7 +226,7 @@ class _Filling:
             self._check(name, (height, *shape[1:]))
             if self.divided.shard.ranks == 1:
                 part.copy_(self.checkpoint.get(name))
-            elif name.endswith("experts.gate_up_proj"):  # gate over up, each divided by itself
+            elif name.endswith("experts.gate_up_proj"):  # gate over up, which are divided one by one
                 for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
                     rows = self.divided.shard.place(shape[1] // 2, half.shape[1])
                     rows = slice(begin + rows.start, begin + rows.stop)

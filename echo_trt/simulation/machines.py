@@ -151,7 +151,7 @@ QWEN3_8B = Network(
 _HEAD = 4096 * (12288 + 8192 + 2 * 2048 + 4096 + 3 * 12288 + 32000)
 EAGLE3_HEAD = Network(dense=_HEAD, parameter_bytes=2, active=_HEAD, kv_bytes=8 * 128 * 2 * 2)
 # Qwen3-235B-A22B's config.json: 94 layers, hidden 4096, 64 query and 4 KV heads of 128, 128 experts of 3x4096x1536 of
-# which 8 a token. One of 8 GPUs holds an eighth of each matrix, and one KV head: 4 heads stand twice on 8 GPUs.
+# which 8 a token. One of 8 GPUs holds an eighth of every matrix, and one KV head: two GPUs hold the same head.
 _GPUS, _LAYERS = 8, 94
 _ATTENTION = 4096 * 128 * (2 * 64 + 2 * 4) * _LAYERS
 _EXPERT = 3 * 4096 * 1536 * _LAYERS

@@ -65,7 +65,7 @@ def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_
 
 
 def words(tree_mask: np.ndarray) -> np.ndarray:
-    """Convert a tree mask, uint8 [n], for the prepared graph: int32 [ceil(n / 4)], with zeros after the mask's bytes."""
+    """Convert a tree mask, uint8 [n], for the prepared graph: int32 [ceil(n / 4)], with zeros after its bytes."""
     return np.pad(tree_mask, (0, -len(tree_mask) % 4)).view(np.int32)
 
 
