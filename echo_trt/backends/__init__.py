@@ -1,1 +1,1 @@
-"""Compilers and engines: one folder each, behind one protocol (``base``)."""
+"""Compilers and engines, in one folder a compiler, behind one protocol (``base``)."""

@@ -1,4 +1,4 @@
-"""The engine protocol: what the runtime asks of OpenVINO, TensorRT or PyTorch."""
+"""The engine protocol, by which the runtime calls OpenVINO, TensorRT or PyTorch."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ import numpy as np
 
 from echo_trt.decoding.pack import Packed
 
+#: Inputs of the attention operator that describe a packed call, in its order.
+METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+
 
 class Engine(Protocol):
-    """A compiled network with its paged KV pool."""
+    """A compiled network with its paged KV pool.
+
+    num_blocks  KV blocks of the pool
+    sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger
+                passes, and all passes of an engine without sizes, are not padded.
+    """
 
     num_blocks: int
     sizes: tuple[int, ...]
-    """Ascending pass sizes in tokens. A verification is padded to the next size, any other pass to at least the first.
-    Empty: no padding."""
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """One forward pass. ``inputs`` are a head's ``features`` and ``hidden``, float32.
+        """Run one forward pass; returns the role's outputs by name, float32 or int64, valid until the next run.
 
-        Returns the role's outputs by name (echo_trt.models.roles), float32 or int64, valid until the next run.
+        features  float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3)
+        hidden    float32 [P, H], of a head
         """
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copy KV rows of all layers, pool row source[j] to target[j] (both [m]); row r is block r // BLOCK, r % BLOCK.
+        """Copy KV rows of all layers. All sources are read before a target is written.
 
-        All sources are read before a target is written.
+        source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK
         """

@@ -1,17 +1,17 @@
-"""PyTorch to ONNX in standard operators alone, for compilers without the plugin: padded batches over linear caches.
+"""Export of PyTorch to ONNX in standard operators alone: padded batches over linear caches, without the plugin.
 
-B requests of at most T new tokens each lie padded in [B, T]; request b's KV rows are row b of [B, Hk, C, D] caches. A
-graph reads and gives, with F the graph's float type (float32, float16 or bfloat16) and N = B * T:
+B requests of at most T new tokens are padded to [B, T]; the KV rows of request b are row b of [B, Hk, C, D] caches. F
+is the graph's float type (float32, float16 or bfloat16), and N = B * T:
 
 | input                       | type, shape              | meaning                                                     |
 |-----------------------------|--------------------------|-------------------------------------------------------------|
 | token_ids, positions        | int64 [B, T]             | new tokens; padding may be any valid ones                   |
 | features (head only)        | F [M, 3 * H_target]      | as in the packed graph                                      |
 | hidden (head only)          | F [P, H]                 | as in the packed graph; M or P may be 0                     |
-| state_rows (head only)      | int64 [B, T]             | each token's row of those M + P                             |
+| state_rows (head only)      | int64 [B, T]             | a token's row of features and hidden, end to end            |
 | past_lens                   | int32 [B]                | committed tokens; past_lens + T <= C                        |
-| tree_mask                   | uint8 [B, T, T]          | 1: the token sees that new one; padding sees none           |
-| logit_rows                  | int64 [R]                | rows asked for, as b * T + t                                |
+| tree_mask                   | uint8 [B, T, T]          | 1: the token sees that new token; padding sees none         |
+| logit_rows                  | int64 [R]                | rows whose next token is wanted, as b * T + t               |
 | key_cache.i, value_cache.i  | F [B, Hk, C, D]          | layer i's rows, all finite, used or not                     |
 
 | output                             | type, shape              | of                                                   |
@@ -24,8 +24,8 @@ graph reads and gives, with F the graph's float type (float32, float16 or bfloat
 
 The dynamic axes are named batch (B), tokens (T), rows (R), feature_rows (M) and hidden_rows (P).
 
-The T new rows of request b are written at past_lens[b], those of padding as zeros. A row that may not be seen is masked
-by adding the lowest float16 number to its score: it then weighs exactly nothing, as long as it is finite.
+The T new rows of request b are written at past_lens[b], and rows of padding are zeros. A row is masked by adding the
+lowest float16 number to its score: its weight is then exactly zero, as long as the row is finite.
 """
 
 from __future__ import annotations
@@ -46,25 +46,24 @@ OPSET = 24
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PADDED = ("token_ids", "positions", "state_rows")
 METADATA = ("past_lens", "tree_mask", "logit_rows")
-#: What a row that may not be seen gets added to its score: in every float type a number, never an infinity.
+#: Added to the score of a masked row. Lower: an infinity in float16, which makes a row without visible tokens NaN.
 HIDDEN_SCORE = torch.finfo(torch.float16).min
 
 
 def export_native(role: Role, path: Path, precision: str, context: int) -> None:
     """Write the graph to ``path`` (.onnx), its weights beside it (.onnx.data).
 
-    ``precision`` is fp32, fp16 or bf16, that of weights, caches and activations. ``context`` is C, a slot's cache rows:
+    ``precision``, of weights, caches and activations, is fp32, fp16 or bf16. ``context`` is C, a slot's cache rows:
     the longest context and the largest T together.
     """
     role = in_precision(role, precision)
-    inputs, metadata, caches = _example(role, context)
-    names = native_inputs(role), native_outputs(role)
-    program = trace(_NativeGraph(role), (inputs, metadata, caches), _dynamic_shapes(role), *names, opset=OPSET)
+    graph, shapes, names = _NativeGraph(role), _dynamic_shapes(role), native_inputs(role)
+    program = trace(graph, _example(role, context), shapes, names, native_outputs(role), OPSET)
     program.save(path, external_data=True)
 
 
 def in_precision(role: Role, precision: str) -> Role:
-    """A copy of ``role`` in ``precision``, which shares those weights that are in it already."""
+    """Copy ``role`` to ``precision``; weights that have this type already are shared."""
     dtype = TYPES[precision]
     shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
     return copy.deepcopy(role, shared).to(dtype)
@@ -97,7 +96,7 @@ class _NativeGraph(nn.Module):
         batch, tokens = tree_mask.shape[:2]
         write_indices = past_lens.long()
         mask = _additive_mask(past_lens, tree_mask, caches[0])
-        # What padding computes may be no number, and would then outlast the call in rows that weigh nothing.
+        # Padding may compute NaN, which would stay in the cache and turn masked rows, of weight zero, into NaN.
         padding = (tree_mask.to(mask.dtype).amax(dim=2) == 0).view(-1, 1)
 
         def by_head(x: Tensor) -> Tensor:
@@ -123,10 +122,10 @@ class _NativeGraph(nn.Module):
 
 
 def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tensor:
-    """What attention adds to the scores: [B, 1, T, C], 0 where a token sees a cache row, else HIDDEN_SCORE."""
+    """Compute the mask that is added to scores, [B, 1, T, C]: 0 where a token sees a cache row, else HIDDEN_SCORE."""
     tokens, rows = tree_mask.shape[2], cache.shape[2]
     hidden = (1 - tree_mask.to(cache.dtype)) * HIDDEN_SCORE
-    column = torch.arange(rows, dtype=torch.int32) - past_lens[:, None]  # [B, C], its place among the new tokens
+    column = torch.arange(rows, dtype=torch.int32) - past_lens[:, None]  # [B, C], a row's place among the new tokens
     place = column.clamp(0, tokens - 1).long()[:, None].expand(-1, tokens, -1)
     among_new = hidden.gather(2, place)
     column = column[:, None]
@@ -135,7 +134,7 @@ def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tenso
 
 
 def _example(role: Role, context: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
-    """Inputs of sizes that no two axes share by accident, for the tracer."""
+    """Make the tracer's inputs, of different sizes along different axes."""
     config, dtype = role.network.config, next(role.parameters()).dtype
     batch, tokens = 3, 5
     inputs = {name: torch.zeros(batch, tokens, dtype=torch.long) for name in ("token_ids", "positions")}

@@ -1,10 +1,10 @@
-"""PyTorch to ONNX: everything standard but ``echo::SuperTreeAttention``, weights as external data.
+"""Export of PyTorch to ONNX: standard operators and ``echo::SuperTreeAttention``, with weights as external data.
 
 One rank of a divided network also has ``echo::AllReduce``, the sum of all ``ranks``' inputs, and ``echo::AllGather``,
 all their inputs along the first axis.
 
-A graph's inputs are its role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches,
-``key_cache.0, value_cache.0, key_cache.1, ...``; its outputs are its role's.
+The inputs of a graph are the role's (echo_trt.models.roles), the operator's ``METADATA``, ``logit_rows`` and the caches
+``key_cache.0, value_cache.0, key_cache.1, ...``; the outputs are the role's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from onnx import defs
 from onnxscript import values
 from torch import Tensor, nn
 
+from echo_trt.backends.base import METADATA
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.models.layers import Attend
 from echo_trt.models.roles import HeadRole, Role
 
 OPSET = 23
 DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
-METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
 
 
@@ -35,7 +35,7 @@ def _operator(
     past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor,
     tree_mask: Tensor, tree_mask_begins: Tensor, num_kv_heads: int, head_dim: int, max_context: int,
 ) -> Tensor:  # fmt: skip
-    """A symbol for tracing, which computes nothing; super_tree_attention.reference does."""
+    """Stand for the operator in a trace; super_tree_attention.reference computes it."""
     return torch.empty_like(query)
 
 
@@ -69,7 +69,7 @@ def trace(
     opset: int,
     translations: dict | None = None,
 ) -> torch.onnx.ONNXProgram:
-    """``graph`` in ONNX, traced on the inputs of ``example``, without the exporter's chatter."""
+    """Trace ``graph`` to ONNX on the inputs of ``example``, without the exporter's chatter."""
     register_schemas()
     collectives = {
         torch.ops.echo.all_reduce.default: lambda part, ranks: values.Opset(DOMAIN, 1).AllReduce(part, ranks=ranks),
@@ -116,7 +116,7 @@ class _Graph(nn.Module):
 
 
 def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
-    """Inputs of sizes that no two axes share by accident, for the tracer."""
+    """Make the tracer's inputs, of different sizes along different axes."""
     config, dtype = role.network.config, next(role.parameters()).dtype
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
     if isinstance(role, HeadRole):
@@ -128,10 +128,8 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
         for m, n in zip(METADATA, lengths, strict=True)
     ]
     # One tensor a cache: the exporter takes two uses of one tensor for one input.
-    caches = [
-        torch.zeros(7, config.num_kv_heads, BLOCK, config.head_dim, dtype=dtype) for _ in range(2 * role.num_layers)
-    ]
-    return inputs, metadata, caches
+    shape = 7, config.num_kv_heads, BLOCK, config.head_dim
+    return inputs, metadata, [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
 
 
 def _to_onnx(query, key, value, key_cache, value_cache, *rest):
@@ -146,27 +144,20 @@ def register_schemas() -> None:
         return
     names = ("query", "key", "value", "key_cache", "value_cache", *METADATA)
     types = ["T"] * 5 + ["tensor(int32)"] * 4 + ["tensor(uint8)", "tensor(int32)"]
-    floats = "T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches"
-    attention = defs.OpSchema(
-        OPERATOR,
+    _register(OPERATOR, dict(zip(names, types, strict=True)), "output", ATTRIBUTES)
+    for name in COLLECTIVES:
+        _register(name, {"part": "T"}, "whole", ("ranks",))
+
+
+def _register(name: str, inputs: dict[str, str], output: str, attributes: tuple[str, ...]) -> None:
+    """Register an operator of ours; ``inputs``: name -> type, where T is any of our float types."""
+    schema = defs.OpSchema(
+        name,
         DOMAIN,
         1,
-        inputs=[defs.OpSchema.FormalParameter(n, t) for n, t in zip(names, types, strict=True)],
-        outputs=[defs.OpSchema.FormalParameter("output", "T")],
-        type_constraints=[floats],
-        attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in ATTRIBUTES],
+        inputs=[defs.OpSchema.FormalParameter(i, t) for i, t in inputs.items()],
+        outputs=[defs.OpSchema.FormalParameter(output, "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations and caches")],
+        attributes=[defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in attributes],
     )
-    collectives = [
-        defs.OpSchema(
-            name,
-            DOMAIN,
-            1,
-            inputs=[defs.OpSchema.FormalParameter("part", "T")],
-            outputs=[defs.OpSchema.FormalParameter("whole", "T")],
-            type_constraints=[floats],
-            attributes=[defs.OpSchema.Attribute("ranks", defs.OpSchema.AttrType.INT, required=True)],
-        )
-        for name in COLLECTIVES
-    ]
-    for schema in (attention, *collectives):
-        onnx.defs.register_schema(schema)
+    onnx.defs.register_schema(schema)

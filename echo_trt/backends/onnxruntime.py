@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: runs the native export on a CPU, where it is proved before other compilers take it."""
+"""The ONNX Runtime engine: runs the native export on a CPU, to check it before other compilers take it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ARRAY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # n
 
 
 class OnnxRuntimeEngine:
-    """A native graph and its caches: ``slots`` requests at a time, each with ``blocks`` KV blocks in a row."""
+    """A native graph and its caches: ``slots`` requests at a time, with ``blocks`` adjacent KV blocks a request."""
 
     def __init__(self, graph: Path, slots: int, blocks: int, threads: int = 0):
         options = ort.SessionOptions()
@@ -32,7 +32,7 @@ class OnnxRuntimeEngine:
         self._pool = np.zeros((len(self._caches), slots, heads, rows, head_dim), self._type)
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        # A masked row weighs nothing only as long as it is finite, which a slot's last request need not have left it.
+        # Masked rows must be finite, and a slot's previous request may have left rows that are not.
         starting = call.past_lens == 0
         if starting.any():
             self._pool[:, self._layout.slots_of(call)[starting]] = 0
@@ -51,7 +51,7 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_input(name, slots)
             binding.bind_ortvalue_output(f"new_{name}", slots)  # written in place
         self._session.run_with_iobinding(binding)
-        outputs = zip(self._outputs, binding.get_outputs(), strict=False)  # ours were bound before the caches
+        outputs = zip(self._outputs, binding.get_outputs(), strict=False)  # caches were bound last, and are left out
         return {name: _as_engine_type(value.numpy()) for name, value in outputs}
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

@@ -1,8 +1,8 @@
-"""Packed to padded and back, for engines of the native export (``native_export`` has the table of inputs).
+"""Conversion of packed to padded calls and back, for the graphs of ``native_export``, which lists their inputs.
 
-A linear engine keeps one cache row range a slot: slot s holds the pool's blocks s * M to s * M + M - 1, and a graph's
-batch row is a slot. A call therefore covers a range of slots; those in between that have no part in it are all padding,
-which is written to spare rows past the slot's M blocks.
+A linear engine has one cache a slot: slot s holds the pool's blocks s * M to s * M + M - 1, and a graph's batch row is
+a slot. A call covers a range of slots. Slots in the range without new tokens are padding, which is written to spare
+rows past the slot's M blocks.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import BLOCK, Packed
 
-#: What one more call costs, in tokens computed: about where reading the weights stops being the longer part.
+#: Cost of one more call, in tokens: about where computing takes as long as reading the weights. Larger: more padding.
 CALL_TOKENS = 64
-#: Outputs with a row for every token; the others have one for every row of ``logit_rows``.
+#: Outputs with a row for every token; other outputs have one for every row of ``logit_rows``.
 ROW_OUTPUTS = ("features", "state")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """``slots`` of ``blocks`` KV blocks each, and ``spare`` rows more: as many new tokens may one call bring a slot."""
+    """The caches of ``slots``: ``blocks`` KV blocks a slot, and ``spare`` rows for the new tokens of one call."""
 
     slots: int
     blocks: int
@@ -35,20 +35,25 @@ class Layout:
         return self.blocks * BLOCK + self.spare
 
     def slots_of(self, call: Packed) -> np.ndarray:
-        """The slot of each request [B]."""
+        """Return the slots of a call's requests, int [B]."""
         first = call.block_indices[call.block_begins[:-1]]
         if (first % self.blocks).any():
             raise ValueError(f"KV blocks {first} do not begin a slot of {self.blocks}: this engine needs linear slots")
         return first // self.blocks
 
     def place(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots and their cache rows [m] of pool rows [m]."""
+        """Return slots and cache rows, int [m] both, of pool ``rows``, int [m]."""
         return np.divmod(rows, self.blocks * BLOCK)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one padded call computes of a packed one: ``counts`` tokens of each of ``requests`` [b], from ``starts``."""
+    """The tokens of a packed call that one padded call computes.
+
+    requests  int [b], indices into the packed call's requests
+    starts    int [b], first token of the request
+    counts    int [b], tokens of the request
+    """
 
     requests: np.ndarray
     starts: np.ndarray
@@ -57,10 +62,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Padded:
-    """One call's tensors, by the names of the graph's inputs, over the slots from ``first`` on.
+    """One padded call over the slots from ``first`` on: the graph's inputs (``native_export``), and its way back.
 
-    ``rows`` [n] are the packed rows that it computes and ``places`` [n] where they are in its N = B * T; ``asked`` are
-    the packed call's ``logit_rows``, by index, that it answers, in order.
+    rows    int [n], packed rows that it computes
+    places  int [n], their places among the N = B * T padded rows
+    asked   int [R], indices into the packed call's ``logit_rows``
     """
 
     first: int
@@ -76,15 +82,15 @@ class Padded:
 
 
 def split(call: Packed, layout: Layout, together: int | None = None) -> list[Part]:
-    """Parts that together compute ``call`` with little padding: long prompt chunks alone, all the others at once.
+    """Divide ``call`` into parts with little padding: long prompt chunks alone, all other requests together.
 
-    A request of more than ``together`` tokens is always alone, and a prompt chunk of more than ``layout.spare`` comes
-    in several parts, one after the other.
+    A request of more than ``together`` tokens is always alone. A prompt chunk of more than ``layout.spare`` tokens is
+    computed in several parts.
     """
     counts, slots = np.diff(call.seq_begins), layout.slots_of(call)
     order = np.argsort(-counts, kind="stable")
     longest_first, ordered = counts[order], slots[order]
-    # [k]: the k longest apart, the others together in a range of slots of which T is the longest that is left.
+    # By k: the k longest requests are apart, and the others share a range of slots with the longest of them as T.
     apart = begins(longest_first + CALL_TOKENS)
     lowest, highest = (f.accumulate(ordered[::-1])[::-1] for f in (np.minimum, np.maximum))
     shared = np.append((highest - lowest + 1) * longest_first + CALL_TOKENS, 0)
@@ -105,7 +111,7 @@ def _pieces(call: Packed, request: int, count: int, most: int) -> Iterator[Part]
 
 
 def pad(call: Packed, part: Part, layout: Layout, batch: int = 1, tokens: int = 1) -> Padded:
-    """The tensors of a part of a call; ``batch`` and ``tokens`` are the least B and T, for compilers that like few."""
+    """Pad a part of a call; ``batch`` and ``tokens`` are the least B and T, so that few sizes come up."""
     slots, counts, requests = layout.slots_of(call)[part.requests], part.counts, part.requests
     tokens, batch = max(tokens, int(counts.max())), max(batch, int(np.ptp(slots)) + 1)
     first = min(int(slots.min()), layout.slots - batch)
@@ -138,7 +144,7 @@ def pad(call: Packed, part: Part, layout: Layout, batch: int = 1, tokens: int = 
 
 
 def _tree_mask(call: Packed, part: Part, row: np.ndarray, batch: int, tokens: int) -> np.ndarray:
-    """[B, T, T]: ancestors for trees, causal for the others, zeros for padding."""
+    """Build the mask, uint8 [B, T, T]: ancestors for trees, causal for chains, zeros for padding."""
     counts = np.zeros(batch, np.int64)
     counts[row] = part.counts
     mask = np.tri(tokens, dtype=np.uint8) * (np.arange(tokens)[:, None] < counts[:, None, None])
@@ -153,7 +159,7 @@ def _tree_mask(call: Packed, part: Part, row: np.ndarray, batch: int, tokens: in
 
 
 def unpad(call: Packed, parts: list[Padded], outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The packed call's outputs from those of its parts."""
+    """Put the outputs of a packed call's parts together."""
     joined = {}
     for name, sample in outputs[0].items():
         per_row = name in ROW_OUTPUTS

@@ -1,4 +1,4 @@
-"""A build's last word: does the compiled engine compute what the reference does, on a prompt and on a tree?"""
+"""The self-check of a build: compares the compiled engine with the reference, on a prompt and on a tree."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.models.roles import HeadRole, Role
 
-#: Largest error allowed, as a share of the largest logit; PyTorch's own bf16 is 0.07 off for the default pair.
+#: Error allowed, as a share of the largest logit; larger: worse engines pass. bf16 in PyTorch is 0.07 off for the
+#: default pair.
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.2}
 PROMPT, BLOCKS = 45, 4
-#: The request's KV blocks: anywhere in the pool, or the first slot's where a request has a cache of its own.
+#: The request's KV blocks: scattered over the pool, or those of the first slot in a linear engine.
 SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
 
 
 def check_engine(
     role: Role, compiled: Callable[[int], Engine], precision: str, blocks: tuple[int, ...] = SCATTERED_TABLE
 ) -> SelfCheck:
-    """Both engines read a prompt, then a tree over it; ``compiled`` makes the engine with so many KV blocks."""
+    """Compare both engines on a prompt, then on a tree over it; ``compiled`` takes a number of KV blocks."""
     engines = [TorchEngine(role, BLOCKS), compiled(BLOCKS)]
     rng = np.random.default_rng(0)
     table = np.array([blocks], np.int32)
     vocab = role.network.config.vocab_size
-    prompt = pack(
-        rng.integers(0, vocab, PROMPT),
-        np.arange(PROMPT),
-        np.zeros(1, np.int64),
-        np.array([PROMPT]),
-        table,
-        np.arange(PROMPT),
-    )
+    rows, empty = np.arange(PROMPT), np.zeros(1, np.int64)
+    prompt = pack(rng.integers(0, vocab, PROMPT), rows, empty, np.array([PROMPT]), table, rows)
     tree = SuperTree.from_roots(rng.integers(0, vocab, 1))
     for parent in (0, 0, 1, 1, 2, 3):
         tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
@@ -53,7 +48,7 @@ def check_engine(
 
 
 def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
-    """Of two ranks' checks."""
+    """Merge two ranks' checks into one of the worse figures."""
     if first is None or second is None:
         return first or second
     return SelfCheck(
@@ -66,7 +61,7 @@ def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None
 
 
 def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, float]:
-    """Largest error over largest value of the first output, and the share of rows with the same best token."""
+    """Return the largest error over the largest value of the first output, and the share of equal best tokens."""
     inputs = {}
     if isinstance(role, HeadRole):
         rng, config = np.random.default_rng(1), role.network.config
@@ -75,7 +70,7 @@ def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, fl
         inputs["features"] = rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32)
         inputs["hidden"] = rng.standard_normal((count - split, config.hidden_size)).astype(np.float32)
     want, got = (engine.run(call, **inputs) for engine in engines)
-    first, best = ("logits", want["logits"].argmax(1)) if "logits" in want else ("scores", want["candidates"][:, 0])
-    found = got["logits"].argmax(1) if "logits" in got else got["candidates"][:, 0]
+    first = "logits" if "logits" in want else "scores"
+    best, same = (o["logits"].argmax(1) if "logits" in o else o["candidates"][:, 0] for o in (want, got))
     error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()
-    return float(error), float((best == found).mean())
+    return float(error), float((best == same).mean())

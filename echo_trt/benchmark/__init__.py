@@ -1,1 +1,1 @@
-"""Measuring echo-trt, and other engines beside it."""
+"""Benchmarks of echo-trt, and of other engines beside it."""

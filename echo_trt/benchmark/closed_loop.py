@@ -1,4 +1,4 @@
-"""One run of one policy with all slots kept full: what it emitted, how fast, and where the time went."""
+"""One run of one policy with all slots kept full: its tokens, its speed, and the seconds of its phases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import Counters, SamplingParams
 
-SLICE = 1.0  # seconds of a turn: a machine's neighbours come and go in some
+SLICE = 1.0  # seconds of a turn; larger: a machine that slows down meanwhile favours a policy more
 PHASES = ("draft", "plan", "pack", "verify", "accept", "commit")
 
 
@@ -42,10 +42,15 @@ class Tally:
 
 @dataclass
 class Sample:
-    """``decode``: iterations in which every slot decoded; ``whole``: all of them, prompts too.
+    """Measurements of one run.
 
-    ttft, gaps: seconds from a request's arrival to its first token, and between its emissions; pace: seconds a token of
-    each request, without its first; progress: tokens per iteration of each request. texts: token ids by request.
+    decode    iterations in which every slot decoded
+    whole     all iterations, also those that computed prompts
+    ttft      seconds from a request's arrival to its first token
+    gaps      seconds between the emissions of a request
+    pace      seconds a token of a request, without its first token
+    progress  tokens per iteration of a request
+    texts     request -> token ids
     """
 
     decode: Tally = field(default_factory=Tally)
@@ -58,12 +63,11 @@ class Sample:
 
 
 class ClosedLoop:
-    """Answers ``prompts`` greedily under the policy in force, ``batch`` of them at once, the next as one ends.
+    """Answers ``prompts`` greedily under the current policy, ``batch`` at once; the next begins as one ends.
 
-    After the last prompt they begin again, so that no slot falls empty before each has been answered once: an end that
-    is not counted would leave out the texts that take longest, which are those whose drafts are accepted least. Of the
-    second answers nothing is kept. ``seconds`` is a clock that goes in iterations alone, so that others may run between
-    two.
+    After the last prompt they begin again, so that all slots are full until every prompt has an answer. Without that,
+    the last iterations, of long texts with a low acceptance rate, would run at a smaller batch. Second answers are not
+    kept. ``seconds`` is a clock that stands still between iterations, so that other runs may take turns.
     """
 
     def __init__(self, loop: Loop, prompts: list[list[int]], batch: int, max_tokens: int):
@@ -78,7 +82,7 @@ class ClosedLoop:
         return len(self.sample.texts) < len(self._prompts)
 
     def run(self, seconds: float = math.inf) -> None:
-        """For so long, one iteration at least, or to the end."""
+        """Run for some ``seconds``, one iteration at least, or to the end."""
         end = self.seconds + seconds
         while self.busy:
             self._step()
@@ -110,8 +114,10 @@ class ClosedLoop:
 
 
 def run_side_by_side(runs: list[ClosedLoop]) -> None:
-    """Run all to their ends in turns of SLICE seconds, whoever emitted least so far: a machine that slows down or
-    recovers meanwhile does so for all alike. Each has a loop of its own."""
+    """Run all to their ends in turns of SLICE seconds; the next turn goes to the run with the fewest tokens.
+
+    A machine that slows down or recovers meanwhile then does so for all runs alike. Every run needs another loop.
+    """
     while busy := [run for run in runs if run.busy]:
         min(busy, key=lambda run: run.emitted).run(SLICE)
 

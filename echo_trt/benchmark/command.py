@@ -1,4 +1,4 @@
-"""``echo-trt bench``: policies interleaved in one run, second by second, at each batch size."""
+"""``echo-trt bench``: compares policies in one run, in turns of a second, at several batch sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ from echo_trt.runtime.slots import blocks_for
 
 @dataclass(frozen=True)
 class Job:
-    """``requests`` a policy, batch and round, at least two a slot; ``each_file`` adds rows for each prompts file."""
+    """The command's options.
+
+    requests   for every policy, batch and round, two a slot at least
+    each_file  whether every prompts file gets rows in the results
+    recipes    folder of the bundle's recipe, from which peers find its checkpoints
+    budget     K_max of policies that share one; None: the recipe's, or the measured knee
+    """
 
     bundle: Path
     prompts: list[Path]
@@ -48,8 +54,8 @@ class Job:
     json_file: Path | None = None
     html_file: Path | None = None
     record_file: Path | None = None
-    recipes: Path = Path("build")  # where the bundle's recipe stands: peers read its checkpoints
-    budget: int | None = None  # K_max of the policies that share one, None: the recipe's, or the measured knee
+    recipes: Path = Path("build")
+    budget: int | None = None
 
 
 def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
@@ -61,15 +67,11 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     with ExitStack() as stack:
         write_json, write_html, write_recording = (
             stack.enter_context(output_file(option, path, [*job.prompts, *own_files(job.bundle)]))
-            for option, path in (
-                ("--json", job.json_file),
-                ("--html", job.html_file),
-                ("--record", job.record_file),
-            )
+            for option, path in _outputs(job).items()
         )
         stack.enter_context(files_first(out))
         with messages.status("loading the bundle"):
-            # Each policy and round gets the same prompts, and is to compute them.
+            # No prefix cache: every policy and round has to compute the same prompts.
             llm = LLM(job.bundle, None, max(job.batches), note=messages.print, prefix_cache=False)
             check_pool(llm, job)
             for rows in sets.values():
@@ -111,15 +113,19 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     return result
 
 
+def _outputs(job: Job) -> dict[str, Path | None]:
+    return {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}
+
+
 def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Loop]:
-    """A loop for each policy, over the same engines; none of an engine with a cache a slot."""
+    """Make a loop for every policy, over the same engines; none for a linear engine."""
     if llm.loop.state.linear:
         return {}
     return dict(zip(policies, llm.side_by_side(policies, budget), strict=True))
 
 
 def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
-    """Whether the KV blocks of each hold ``batch`` of these requests, even the longest."""
+    """Return whether the KV blocks of every loop hold the ``batch`` longest requests."""
     longest = sorted(map(len, prompts))[-batch:]
     return all(
         sum(blocks_for(length + max_tokens + loop.state.reserve) for length in longest) <= loop.state.num_blocks
@@ -128,16 +134,14 @@ def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max
 
 
 def _cell(
-    llm: LLM,
-    loops: dict[str, Loop],
-    policies: list[str],
-    peers: list[Peer],
-    prompts: list[list[int]],
-    batch: int,
+    llm: LLM, loops: dict[str, Loop], policies: list[str], peers: list[Peer], prompts: list[list[int]], batch: int,
     job: Job,
-) -> list[dict[str, Any]]:
-    """Rounds in which the policies run side by side, or where the KV pool is too small for that one after another,
-    beginning with another one each time; and then each peer."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure all policies and peers at one batch, in rounds.
+
+    Policies run side by side, or one after another where the KV pool is too small, with another first one in every
+    round. Peers follow.
+    """
     beside = bool(loops) and _have_room(loops, prompts, batch, job.max_tokens)
     samples: dict[str, list[Sample]] = {policy: [] for policy in policies}
     peer_runs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
@@ -160,12 +164,15 @@ def _cell(
 
 
 def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:
-    """``count`` prompts, as many of each file, one of each in turn, evenly over the whole of it: files are often in an
-    order, of topics for instance. Where there are fewer prompts they come again."""
-    each = -(-count // len(sets))
+    """Draw ``count`` prompts, the same number from every file, the files in turn.
+
+    They are spread evenly over a file, since files are often in an order, for example of topics. Files with fewer
+    prompts begin again.
+    """
+    share = -(-count // len(sets))
     return [
-        rows[i * len(rows) // each if each < len(rows) else i % len(rows)]
-        for i in range(each)
+        rows[i * len(rows) // share if share < len(rows) else i % len(rows)]
+        for i in range(share)
         for rows in sets.values()
     ][:count]
 
@@ -200,9 +207,8 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MOST_AT_ONCE}.")
     for name in job.peers:
         check_peer(name)
-    files = {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}
     named: dict[str, str] = {}
-    for option, path in files.items():
+    for option, path in _outputs(job).items():
         if path is not None and (other := named.setdefault(os.path.realpath(path), option)) != option:
             raise UserError(f"{other} and {option} both name {path}; give each a file of its own.")
     count = sum(map(len, sets.values()))
@@ -211,11 +217,11 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
 
 
 def check_pool(llm: LLM, job: Job) -> None:
-    """A batch that the KV pool cannot hold would be preempted all the time, and measure that."""
+    """Refuse a batch that the KV pool cannot hold: the benchmark would measure preemptions."""
     state, blocks = llm.loop.state, llm.loop.target.num_blocks
-    each = blocks_for(job.max_tokens + state.reserve + 1)
-    if max(job.batches) * each > blocks:
+    needed = max(job.batches) * blocks_for(job.max_tokens + state.reserve + 1)
+    if needed > blocks:
         raise UserError(
-            f"--batch {max(job.batches)} with --max-tokens {job.max_tokens} needs {max(job.batches) * each} KV blocks "
-            f"or more, but the bundle has {blocks}; lower one, or raise limits.kv_blocks in the recipe and build again."
+            f"--batch {max(job.batches)} with --max-tokens {job.max_tokens} needs {needed} KV blocks or more, but the "
+            f"bundle has {blocks}; lower one, or raise limits.kv_blocks in the recipe and build again."
         )

@@ -1,4 +1,4 @@
-"""From samples to figures: medians over rounds, ratios to plain decoding of the same round."""
+"""Figures from samples: medians over rounds, and ratios to plain decoding of the same round."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from echo_trt.benchmark.peer import PeerRun
 
 
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
-    """One row of the results. ``plain`` are the rounds of plain decoding, each run beside ``rounds``' own.
+    """Make a policy's row of the results; ``plain`` are plain decoding's rounds, run beside ``rounds``.
 
-    draft_utilisation: accepted of the draft tokens that were verified; verified_per_iteration: tokens of the tree,
-    roots among them, without padding.
+    draft_utilisation       share of the verified draft tokens that was accepted
+    verified_per_iteration  tokens of the trees with their roots, without padding
     """
     decode = [s.decode for s in rounds]
     iterations, verifications = sum(t.iterations for t in decode), sum(t.verifications for t in decode)
@@ -49,7 +49,7 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
 
 
 def peer_figures(name: str, batch: int, rounds: list[PeerRun], plain: list[Sample]) -> dict[str, Any]:
-    """A peer's row; its ratios are to our plain decoding of the same rounds."""
+    """Make a peer's row, with ratios to our plain decoding of the same rounds."""
     decode = [_ratio(a.decode_tokens_per_s, _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
     whole = [_ratio(a.full_tokens_per_s, _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
     return {
@@ -71,7 +71,7 @@ def _ratio(rate: float | None, plain: float | None) -> float | None:
 
 
 def _pooled(tallies: list[Tally], plain: list[Tally]) -> float | None:
-    """All rounds as one: a round in which the policy learnt a load counts as the others do."""
+    """Compute the ratio of all rounds together, in which a round of learning weighs like any other."""
     ratio = _ratio(_rate_of_all(tallies), _rate_of_all(plain))
     return None if ratio is None else round(ratio, 4)
 
@@ -81,17 +81,17 @@ def _rate_of_all(tallies: list[Tally]) -> float | None:
 
 
 def _median(values: list[float | None], digits: int = 4) -> float | None:
-    known = [v for v in values if v is not None]
-    return round(float(np.median(known)), digits) if known else None
+    measured = [v for v in values if v is not None]
+    return round(float(np.median(measured)), digits) if measured else None
 
 
 def _spread(values: list[float | None]) -> list[float] | None:
-    known = [v for v in values if v is not None]
-    return [round(min(known), 4), round(max(known), 4)] if known else None
+    measured = [v for v in values if v is not None]
+    return [round(min(measured), 4), round(max(measured), 4)] if measured else None
 
 
 def _rate(tally: Tally) -> float | None:
-    """Tokens a second; None where there was no such iteration, as where prompts are in all of them."""
+    """Compute tokens a second; None without iterations, as where all of them computed prompts."""
     return tally.tokens / tally.elapsed if tally.elapsed else None
 
 
@@ -106,5 +106,5 @@ def _variation(values: list[float]) -> float:
 
 
 def _same(rounds: list[Sample], plain: list[Sample]) -> str:
-    pairs = [(a.texts[i], b.texts[i]) for a, b in zip(rounds, plain, strict=True) for i in a.texts]
-    return f"{sum(mine == its for mine, its in pairs)} of {len(pairs)}"
+    same = [a.texts[i] == b.texts[i] for a, b in zip(rounds, plain, strict=True) for i in a.texts]
+    return f"{same.count(True)} of {len(same)}"

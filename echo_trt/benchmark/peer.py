@@ -8,15 +8,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class PeerRun:
-    """What a peer made of the prompts.
+    """A peer's answers and rates. A rate is None where there was no such step.
 
-    ``token_ids`` are the answers in the order of the prompts, each with the end token that ended it. ``seconds`` run
-    from the first prompt's arrival to the last token; loading, compiling and a first short answer came before.
-
-    Rates that compare with ours are of steps in which every place was taken: ``full_tokens_per_s`` is over all of them,
-    prompts included, and ``decode_tokens_per_s`` over those in which every text already had its first token, so that no
-    prompt was computed. ``accepted_length`` is what one of the latter gave a text, 1 without drafting. None where there
-    was no such step. ``drafts`` says what was drafted, None where nothing was.
+    token_ids            answers in the order of the prompts, with their end tokens
+    seconds              from the first prompt's arrival to the last token, after loading and a first short answer
+    full_tokens_per_s    of all steps with a text in every place, prompts included
+    decode_tokens_per_s  of those full steps that computed no prompt
+    accepted_length      tokens of a text in one of the latter steps, 1 without drafting
+    drafts               kind of the drafts, None without any
     """
 
     token_ids: list[list[int]]
@@ -31,7 +30,7 @@ class Peer(Protocol):
     name: str
 
     def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
-        """Answer the prompts (token ids, chat template applied), greedy, at most ``concurrency`` at once.
+        """Answer the prompts (token ids in a chat template) greedily, at most ``concurrency`` at once.
 
         A text ends with one of the manifest's end tokens or after ``max_tokens``, and the next takes its place.
         """

@@ -16,22 +16,20 @@ from echo_trt.benchmark.peer import PeerRun
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.decoding.pack import BLOCK
 
-WARM_UP_TOKENS = 8
-TREE, CHAINS = 0, (1, 2, 3, 4)  # tokens of a chain; a tree has the recipe's
-TRIAL = 8  # prompts of a trial, two a place at least
+WARM_UP_TOKENS = 8  # of a first answer; larger: a longer start, with more kernels prepared
+TREE, CHAINS = 0, (1, 2, 3, 4)  # drafts of a trial: the recipe's tree, and chains by their tokens
+TRIAL_PROMPTS = 8  # of a trial, two a place at least; larger: a slower and surer choice
 
 
 class GenAI:
-    """The graph folders of a target and, where it drafts, of its head, compiled as our own engine compiles.
+    """GenAI on the graph folders of a target and of a head, if it drafts, with the options of our OpenVINO engine.
 
-    Compute and KV cache are in the bundle's precision, for the head as for the target; threads are left to OpenVINO.
-    No prompt shares another's cache (enable_prefix_caching is off, as the benchmark's own is), prompts are computed in
-    chunks between decoding steps, and the KV cache holds every running text whole.
+    Target and head compute and cache in the bundle's precision; threads are left to OpenVINO. Prefix caching is off, as
+    in our runs, prompts are computed in chunks between decoding steps, and the KV cache holds all running texts.
 
-    With a head, a trial says what each step drafts: chains, or with one text at a time a dynamic top-k tree (depth,
-    children and tokens of the recipe's static policy). With more at a time GenAI 2026.4.1 fails in a tree as soon as
-    one text ends while another accepts a branch (PaKVReorder: block_indices_begins and block_update_indices_begins of
-    different length).
+    With a head, a trial chooses the drafts: chains, or for one text at a time a dynamic top-k tree with depth, children
+    and tokens of the recipe's static policy. With several texts GenAI 2026.4.1 fails in trees when one text ends while
+    another accepts a branch (PaKVReorder: block_indices_begins and block_update_indices_begins of different length).
     """
 
     def __init__(self, name: str, manifest: Manifest, target: Path, head: Path | None = None):
@@ -39,7 +37,7 @@ class GenAI:
         self._target, self._head, self._manifest = target, head, manifest
         self._tree = manifest.recipe.decoding.static
         self._opened: _Opened | None = None
-        self._fastest: dict[int, int] = {}  # the chain of a trial, by concurrency
+        self._fastest: dict[int, int] = {}  # concurrency -> the trial's chain, or TREE
 
     def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
         longest = max(map(len, prompts)) + max_tokens
@@ -55,8 +53,8 @@ class GenAI:
     def _trial(
         self, pipeline: genai.ContinuousBatchingPipeline, prompts: list[list[int]], concurrency: int, max_tokens: int
     ) -> int:
-        """The chain, or TREE, with most tokens a second."""
-        some = prompts[: max(TRIAL, 2 * concurrency)]
+        """Find the chain, or TREE, with the most tokens a second."""
+        some = prompts[: max(TRIAL_PROMPTS, 2 * concurrency)]
         rates = {}
         for chain in (*CHAINS, *([TREE] if concurrency == 1 else [])):
             run = _closed_loop(pipeline, some, concurrency, self._generation(chain, max_tokens))
@@ -64,11 +62,11 @@ class GenAI:
         return max(rates, key=rates.__getitem__)
 
     def _pipeline(self, concurrency: int, longest: int) -> genai.ContinuousBatchingPipeline:
-        """A pipeline for as many texts of so many tokens: the last one, where it has room for them."""
+        """Return a pipeline for ``concurrency`` texts of ``longest`` tokens: the previous one if it has room."""
         drafted = self._tree.depth * self._tree.top_k**2
         blocks = concurrency * -(-(longest + drafted + BLOCK) // BLOCK)
         if self._opened is None or self._opened.concurrency != concurrency or self._opened.blocks < blocks:
-            self._opened = None  # its memory goes before the next one's comes
+            self._opened = None  # frees its memory before the next pipeline is opened
             pipeline = self._open(concurrency, blocks)
             _closed_loop(pipeline, [[1, 1]], 1, self._generation(self._head and TREE, WARM_UP_TOKENS))
             self._opened = _Opened(concurrency, blocks, pipeline)
@@ -120,7 +118,7 @@ def _closed_loop(
     concurrency: int,
     generation: genai.GenerationConfig,
 ) -> PeerRun:
-    """Keep ``concurrency`` texts running until each prompt is answered; after the last they begin again, as ours do."""
+    """Keep ``concurrency`` texts running until all prompts are answered; like ours, prompts begin again at the end."""
     texts: list[list[int]] = []
     left, running = set(range(len(prompts))), {}
     full, decode = _Steps(), _Steps()
@@ -146,7 +144,7 @@ def _closed_loop(
 
 
 def _read(handle: Any, text: list[int]) -> int:
-    """Move a text's new tokens from its handle; how many there were."""
+    """Move a text's new tokens from its handle, and return their number."""
     before = len(text)
     while handle.can_read():
         text += next(iter(handle.read().values())).generated_ids
@@ -156,13 +154,13 @@ def _read(handle: Any, text: list[int]) -> int:
 def _is_running(handle: Any) -> bool:
     status = handle.get_status()
     if status == genai.GenerationStatus.IGNORED:
-        raise RuntimeError("OpenVINO GenAI gave a prompt up: its KV cache is too small")
+        raise RuntimeError("OpenVINO GenAI ignored a prompt: its KV cache is too small")
     return status == genai.GenerationStatus.RUNNING
 
 
 @dataclass
 class _Steps:
-    """Sums over steps: their tokens, the texts that took part in each, and the seconds."""
+    """Sums over steps: tokens, texts that took part, and seconds."""
 
     tokens: int = 0
     texts: int = 0

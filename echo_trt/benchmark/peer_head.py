@@ -1,4 +1,4 @@
-"""An EAGLE-3 head from transformers' parts, under the names by which OpenVINO GenAI finds its pieces."""
+"""An EAGLE-3 head of transformers' modules, under the names that OpenVINO GenAI looks for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from echo_trt.errors import UserError
 from echo_trt.models.config import Eagle3Config, decoder_config, eagle3_config
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.weights import head_tensor_name
 
 
 class EagleHead(nn.Module):
-    """One layer over a token's embedding and the target's features; GenAI itself feeds its output back as features.
+    """One layer over a token's embedding and the target's features; GenAI feeds its output back as features.
 
     GenAI moves ``fc`` to the target, copies the target's embeddings here, and reads the output of ``midlayer``.
     """
@@ -32,7 +33,12 @@ class EagleHead(nn.Module):
         self.offsets = torch.zeros(head.draft_vocab_size, dtype=torch.long)  # target token - draft token
 
     def forward(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, features: Tensor, cache: object) -> Tensor:
-        """input_ids [B, T], mask [B, 1, T, past + T], features [B, T, 3 * H_target] -> logits [B, T, V_draft]."""
+        """Compute logits [B, T, V_draft].
+
+        input_ids, position_ids  int64 [B, T]
+        mask                     bool [B, 1, T, past + T]
+        features                 float32 [B, T, 3 * H_target]
+        """
         hidden = self.fc(features)
         angles = self.rotary(hidden, position_ids)
         return self.lm_head(self.norm(self.midlayer(self.embed_tokens(input_ids), hidden, angles, mask, cache)))
@@ -60,13 +66,13 @@ class _MidLayer(nn.Module):
 
 
 def load_head(checkpoint: Path, target: Path) -> EagleHead:
-    """The head of a checkpoint in EAGLE's or vLLM's spelling, in fp32, with the embeddings of its target."""
+    """Load a head in EAGLE's or vLLM's spelling, in fp32, with the embeddings of its target."""
     source = open_checkpoint(checkpoint)
     head = eagle3_config(source.config, str(checkpoint))
     if head.fc_norm or head.norm_output:
         raise UserError(f"{checkpoint}: OpenVINO GenAI takes no head with fc_norm or norm_output; leave it out.")
     network = EagleHead(_llama_config(head), head)
-    weights = {_eagle_name(name): source.get(name).float() for name in source.names()}
+    weights = {head_tensor_name(name): source.get(name).float() for name in source.names()}
     network.offsets = weights.pop("d2t", network.offsets).long()
     weights.pop("t2d", None)
     weights["embed_tokens.weight"] = open_checkpoint(target).get("model.embed_tokens.weight").float()
@@ -75,7 +81,7 @@ def load_head(checkpoint: Path, target: Path) -> EagleHead:
 
 
 def hidden_layers(checkpoint: Path, target: Path) -> list[int]:
-    """The target's layers whose *outputs* are the features, as GenAI counts; ours are layers whose inputs are."""
+    """Return the target's layers whose *outputs* are the features, which GenAI counts; we count their inputs."""
     head = eagle3_config(open_checkpoint(checkpoint).config, str(checkpoint))
     inputs = head.feature_layers or decoder_config(open_checkpoint(target).config, str(target)).feature_layers
     if min(inputs) < 1 or len(set(inputs)) < 3:
@@ -97,9 +103,3 @@ def _llama_config(head: Eagle3Config) -> LlamaConfig:
         rope_parameters={"rope_type": "default", "rope_theta": head.rope_theta, **head.rope_scaling},
         attn_implementation="sdpa",
     )
-
-
-def _eagle_name(name: str) -> str:
-    """vLLM's spelling to EAGLE's."""
-    name = name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)
-    return {"draft_id_to_target_id": "d2t"}.get(name, name)

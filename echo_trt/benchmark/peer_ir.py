@@ -1,8 +1,8 @@
-"""Networks in the form that OpenVINO GenAI takes: transformers' own graph, with its KV cache as OpenVINO state.
+"""Networks for OpenVINO GenAI: transformers' graph, with its KV cache as OpenVINO state.
 
-A plain trace, as optimum-intel makes it (whose releases ask for an older transformers than ours): separate query, key,
-value, gate and up matrices, weights in fp32, rounded to the precision asked for when GenAI compiles them, or in fp16
-where our engine has them so. GenAI turns the state into paged attention by itself.
+It is a plain trace, as optimum-intel makes it (whose releases need an older transformers than ours). Query, key, value,
+gate and up matrices are separate. Weights are in fp32, or in fp16 where our engine stores them in it, and GenAI rounds
+them as it compiles. GenAI turns the state into paged attention by itself.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from echo_trt.backends.openvino.cpu import stores_fp16
 from echo_trt.benchmark.peer_head import EagleHead, hidden_layers, load_head
 from echo_trt.benchmark.peer_transformers import load_network
 from echo_trt.bundle.manifest import Manifest
+from echo_trt.bundle.sources import cache_folder
 
-#: What GenAI feeds a language model, besides the state: int64 [B, T], [B, past + T], [B, T] and int32 [B].
+#: GenAI's inputs of a language model, besides the state: int64 [B, T], [B, past + T], [B, T] and int32 [B].
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
 
 
 def target_ir(checkpoint: Path, manifest: Manifest) -> Path:
-    """The target's folder for GenAI, made once for these weights."""
+    """Return the target's folder for GenAI, which is made once for its weights."""
 
     def write(folder: Path) -> None:
         network = load_network(checkpoint)
@@ -43,12 +44,12 @@ def target_ir(checkpoint: Path, manifest: Manifest) -> Path:
 
 
 def head_ir(checkpoint: Path, target: Path, manifest: Manifest) -> Path:
-    """The EAGLE-3 head's folder for GenAI, made once for these weights beside its target's."""
+    """Return the EAGLE-3 head's folder for GenAI, which is made once for its weights, beside its target's."""
 
     def write(folder: Path) -> None:
         head = load_head(checkpoint, target)
         model = _convert(_StatefulHead(head), head.config, features=head.fc.in_features)
-        # GenAI knows a head by the mode, and takes the draft vocabulary's offsets from a constant of this name.
+        # GenAI recognises a head by the mode, and takes the draft vocabulary's offsets from a constant of this name.
         offsets = ops.constant(head.offsets.numpy(), name="d2t")
         offsets.output(0).set_names({"d2t"})
         model.add_results([ops.result(offsets)])
@@ -61,7 +62,7 @@ def head_ir(checkpoint: Path, target: Path, manifest: Manifest) -> Path:
 
 
 class _Past:
-    """The cache that transformers' attention asks for, over tensors key [B, Hk, past, D], value, key, ..."""
+    """A cache for transformers' attention; ``tensors`` are key, value, key, ..., float32 [B, Hk, past, D]."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = list(tensors)
@@ -76,7 +77,7 @@ class _Past:
 
 
 class _Stateful(nn.Module):
-    """The network with its past as inputs; answers logits [B, T, V] and the past with the new tokens."""
+    """A network with its past as inputs; returns logits [B, T, V] and the past with the new tokens."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -85,12 +86,12 @@ class _Stateful(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor):
         cache = _Past([tensor.index_select(0, beam_idx) for tensor in past])
         mask = _causal(attention_mask, input_ids.shape[1])
-        # By position: transformers 5 has renamed the cache's argument on its way.
+        # By position: releases of transformers 5 name the cache's argument differently.
         return self.network(input_ids, mask, position_ids, cache).logits, *cache.tensors
 
 
 class _StatefulHead(nn.Module):
-    """The same with the target's features, hidden_states [B, T, 3 * H_target]."""
+    """A head with its past as inputs, and the target's features as hidden_states, float32 [B, T, 3 * H_target]."""
 
     def __init__(self, head: EagleHead):
         super().__init__()
@@ -106,7 +107,7 @@ class _StatefulHead(nn.Module):
 
 
 def _causal(attention_mask: Tensor, count: int) -> Tensor:
-    """Who sees whom, bool [B, 1, T, past + T], of the last ``count`` tokens."""
+    """Build the mask of the last ``count`` tokens: bool [B, 1, T, past + T], true where a token sees another."""
     total = attention_mask.shape[1]
     columns, rows = torch.arange(total), torch.arange(count) + total - count
     return (columns[None, :] <= rows[:, None])[None, None] & attention_mask[:, None, None, :].bool()
@@ -128,7 +129,7 @@ def _convert(graph: nn.Module, config: PreTrainedConfig, features: int = 0) -> o
     shapes += [[-1, heads, -1, size]] * len(past)
     example += [torch.zeros(2, heads, 2, size)] * len(past)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer's, of branches that are the same for every shape
+        warnings.simplefilter("ignore")  # the tracer warns of branches that are the same for every shape
         model = ov.convert_model(graph.eval(), example_input=tuple(example), input=[ov.PartialShape(s) for s in shapes])
     _name(model, [*names, *past], ["logits", *(f"present.{name}" for name in past)])
     apply_make_stateful_transformation(model, {name: f"present.{name}" for name in past})
@@ -145,7 +146,7 @@ def _name(model: ov.Model, inputs: list[str], outputs: list[str]) -> None:
 
 
 def _start_empty(model: ov.Model, heads: int, size: int) -> None:
-    """Every state begins as [B, Hk, 0, D]; paged attention is only recognised where a beginning is given."""
+    """Begin every state as [B, Hk, 0, D]: GenAI recognises paged attention only where states have a beginning."""
     batch = ops.gather(ops.shape_of(model.input("input_ids").get_node(), "i64"), [0], 0)
     shape = ops.concat([batch, np.array([heads, 0, size], np.int64)], 0)
     empty = ops.broadcast(np.float32(0), shape)
@@ -160,9 +161,9 @@ def _save(model: ov.Model, folder: Path, manifest: Manifest) -> None:
 
 
 def _cached(name: str, manifest: Manifest, write: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache; where it is missing, ``write`` fills it, and it appears whole or not at all."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo-trt" / "peers"
-    folder = root / manifest.target_sha256 / f"{name}{'-fp16' * stores_fp16(manifest.precision)}"
+    """Return the cache's folder ``name``. A missing one is filled by ``write``, and appears whole or not at all."""
+    suffix = "-fp16" if stores_fp16(manifest.precision) else ""
+    folder = cache_folder() / "peers" / manifest.target_sha256 / f"{name}{suffix}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Hugging Face transformers: the target as its own network, and ``generate()`` on static batches.
+"""Hugging Face transformers as a peer: ``generate()`` on static batches.
 
-transformers' generate() has no continuous batching on a CPU: a batch is as slow as its longest text, and the next one
-starts when all have ended. Its rates count a place as taken until its batch ends.
+generate() has no continuous batching on a CPU: a batch is as slow as its longest text, and the next batch starts when
+all texts have ended. Its rates count a place as taken until the batch ends.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Transformers:
 
     def __init__(self, manifest: Manifest, checkpoint: Path):
         self.model = load_network(checkpoint).to(DTYPES[computes_in(manifest)])
-        self.model.generation_config = GenerationConfig()  # a checkpoint's own may sample or penalise repetition
+        self.model.generation_config = GenerationConfig()  # a checkpoint's may sample or penalise repetition
         self.eos = manifest.eos_token_ids
 
     def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
@@ -70,13 +70,13 @@ class Transformers:
         return [self._until_end(row) for row in output[:, longest:].tolist()]
 
     def _until_end(self, tokens: list[int]) -> list[int]:
-        """A row without the padding that follows its end token."""
+        """Cut the padding that follows a row's end token."""
         ends = [i for i, token in enumerate(tokens) if token in self.eos]
         return tokens[: ends[0] + 1] if ends else tokens
 
 
 class _FirstToken(LogitsProcessor):
-    """Notes when the logits of a batch's first tokens are there: its prompts are computed."""
+    """Notes the time of a batch's first logits, when its prompts are computed."""
 
     time = 0.0
 
@@ -86,7 +86,7 @@ class _FirstToken(LogitsProcessor):
 
 
 def load_network(checkpoint: Path) -> PreTrainedModel:
-    """transformers' network of a Hugging Face folder or a GGUF file (with our reading of it), in fp32."""
+    """Load transformers' network from a Hugging Face folder, or from a GGUF file that we read, in fp32."""
     if checkpoint.is_dir():
         return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     source = open_checkpoint(checkpoint)

@@ -1,10 +1,10 @@
-"""Other engines on a bundle's target: the same weights, precision, prompts and concurrency, greedy, to compare with.
+"""Other engines on a bundle's target, to compare with: the same weights, precision, prompts and concurrency, greedy.
 
-| peer                  | what runs                                                                             |
+| peer                  | engine                                                                                |
 |-----------------------|---------------------------------------------------------------------------------------|
 | openvino-genai        | OpenVINO GenAI's continuous batching, plain decoding                                  |
-| openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head: chains or, of one text, a tree: the    |
-|                       | fastest of a trial. The head in the bundle's precision, where ours is in int8         |
+| openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head, in the bundle's precision: chains or, |
+|                       | for one text, a tree, by a trial                                                      |
 | transformers          | Hugging Face generate() on static batches, padded on the left: no continuous batching |
 """
 
@@ -26,9 +26,9 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path = Path("build")) -> Peer:
-    """The peer ``name`` for the target of ``bundle``, whose recipe's relative paths start in ``recipe_folder``.
+    """Open the peer ``name`` for the target of ``bundle``, whose recipe's relative paths start in ``recipe_folder``.
 
-    GenAI's form of the networks is made at the first call and kept in echo-trt/peers below $XDG_CACHE_HOME (~/.cache).
+    GenAI's networks are made at the first call and kept in echo-trt/peers below $XDG_CACHE_HOME (~/.cache).
     """
     check_peer(name)
     if manifest.precision not in PRECISIONS:
@@ -40,7 +40,7 @@ def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path =
 
 
 def check_peer(name: str) -> None:
-    """Raises UserError where there is no such peer, or it is not installed."""
+    """Refuse a peer that is unknown or not installed."""
     if name not in PEERS:
         raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")
     module, package, _ = PEERS[name]
@@ -49,7 +49,7 @@ def check_peer(name: str) -> None:
 
 
 def find_checkpoint(source: Source, recipe_folder: Path, digest: str) -> Path:
-    """The checkpoint that the bundle was built from, and no other: ``digest`` is its weights' in the manifest."""
+    """Find the checkpoint of a bundle and refuse another one; ``digest`` is the manifest's hash of the weights."""
     path = locate(source, recipe_folder)
     if weights_sha256(path) != digest:
         raise UserError(
@@ -75,8 +75,7 @@ def _open_genai_eagle3(manifest: Manifest, recipe_folder: Path) -> Peer:
         raise UserError(f"bundle {manifest.name} has a draft of kind {draft.kind}; openvino-genai-eagle3 needs eagle3.")
     target = find_checkpoint(manifest.recipe.target, recipe_folder, manifest.target_sha256)
     head = find_checkpoint(draft.source, recipe_folder, manifest.draft_sha256)
-    graphs = [target_ir(target, manifest), head_ir(head, target, manifest)]
-    return GenAI("openvino-genai-eagle3", manifest, *graphs)
+    return GenAI("openvino-genai-eagle3", manifest, target_ir(target, manifest), head_ir(head, target, manifest))
 
 
 def _open_transformers(manifest: Manifest, recipe_folder: Path) -> Peer:
@@ -86,10 +85,10 @@ def _open_transformers(manifest: Manifest, recipe_folder: Path) -> Peer:
     return Transformers(manifest, target)
 
 
-#: Of OpenVINO's packages only equal versions work together.
+#: OpenVINO's packages work together in equal versions alone.
 _GENAI = f"openvino-genai=={importlib.metadata.version('openvino')}"
 
-#: name -> the module that must be there, the pip package that brings it, and how to open the peer
+#: name -> required module, its pip package, function that opens the peer
 PEERS: dict[str, tuple[str, str, Callable[[Manifest, Path], Peer]]] = {
     "openvino-genai": ("openvino_genai", _GENAI, _open_genai),
     "openvino-genai-eagle3": ("openvino_genai", _GENAI, _open_genai_eagle3),

@@ -43,7 +43,7 @@ TERMINAL = {
 
 
 def results_table(result: dict[str, Any]) -> Table:
-    """What fits a terminal; the HTML report has all columns."""
+    """Tabulate the columns that fit a terminal; the HTML report has all columns."""
     several = len({row["set"] for row in result["results"]}) > 1
     columns = [name for name in TERMINAL if name != "set" or several]
     table = Table(title=f"{result['bundle']} {result['precision']}, greedy, {result['machine']}", title_justify="left")
@@ -61,14 +61,12 @@ def results_table(result: dict[str, Any]) -> Table:
 
 
 def html_report(result: dict[str, Any]) -> bytes:
-    """Table and plots in one file without scripts or links."""
-    template = Environment(loader=PackageLoader("echo_trt.benchmark", "."), autoescape=True).get_template(
-        "report.html.j2"
-    )
-    drafted = [
-        row | {"policy": ", ".join(filter(None, (row["policy"], row.get("drafts"))))} for row in result["results"]
-    ]
-    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in drafted]
+    """Render table and plots into one file without scripts or links."""
+    environment = Environment(loader=PackageLoader("echo_trt.benchmark", "."), autoescape=True)
+    template = environment.get_template("report.html.j2")
+    policies = [", ".join(filter(None, (row["policy"], row.get("drafts")))) for row in result["results"]]
+    named = [row | {"policy": policy} for row, policy in zip(result["results"], policies, strict=True)]
+    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in named]
     return template.render(result=result, columns=list(COLUMNS.values()), rows=rows, plots=_plots(result)).encode()
 
 
@@ -91,10 +89,10 @@ def _plots(result: dict[str, Any]) -> list[str]:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     ratio, length, phases = figure.subplots(1, 3)
     for policy in dict.fromkeys(row["policy"] for row in rows):
-        mine = [row for row in rows if row["policy"] == policy and row.get("ratio")]
-        batches = [row["batch"] for row in mine]
-        ratio.plot(batches, [row["ratio"] for row in mine], "o-", label=policy)
-        length.plot(batches, [row.get("accepted_length") or 1 for row in mine], "o-", label=policy)
+        points = [row for row in rows if row["policy"] == policy and row.get("ratio")]
+        batches = [row["batch"] for row in points]
+        ratio.plot(batches, [row["ratio"] for row in points], "o-", label=policy)
+        length.plot(batches, [row.get("accepted_length") or 1 for row in points], "o-", label=policy)
     ratio.set(title="decode tokens/s, to plain decoding", xlabel="batch", xscale="log")
     length.set(title="accepted length", xlabel="batch", xscale="log")
     ratio.legend()
@@ -105,7 +103,7 @@ def _plots(result: dict[str, Any]) -> list[str]:
 
 
 def _stack(axes, rows: list[dict[str, Any]]) -> None:
-    """Where an iteration's time goes: plain decoding and goodput beside each other, by batch."""
+    """Plot the milliseconds of an iteration's phases by batch, for plain decoding and goodput."""
     shown = [row for row in rows if row["policy"] in (PLAIN, "goodput") and "phases_ms" in row]
     names = [f"{'plain' if row['policy'] == PLAIN else 'goodput'} {row['batch']}" for row in shown]
     base = [0.0] * len(shown)

@@ -1,4 +1,4 @@
-"""The calibration on disk: ``calibration.json`` belongs to a target and its draft, ``costs.json`` to a machine."""
+"""Reads ``calibration.json``, which belongs to a target and its draft; ``costs.json`` belongs to a machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from echo_trt.errors import UserError
 
 
 class Gate(_Stored):
-    """A depth: how well confidence tells acceptance there (AUC over ``samples``), and the best threshold."""
+    """The gate of a depth: AUC of the draft's confidence over ``samples`` trees, and the best threshold."""
 
     depth: Positive
     auc: Probability
@@ -28,9 +28,11 @@ class Gate(_Stored):
 
 
 class Calibration(_Stored):
-    """``acceptance``: source -> depth by depth, P(accept) at ``echo_trt.decoding.goodput.acceptance.knots()``.
+    """Holds the acceptance rates and gates that were fitted to a target and its draft.
 
-    ``children`` [depth][child][quantile]; ``fixed_threshold`` is the best single one for all gates.
+    acceptance       source -> [depth][knot], P(accept) at ``echo_trt.decoding.goodput.acceptance.knots()``
+    children         [depth][child][quantile], a child's worth as a share of its parent's
+    fixed_threshold  the best single threshold for all gates
     """
 
     format: Literal[1] = 1
@@ -51,12 +53,12 @@ class Calibration(_Stored):
         if set(self.acceptance) != set(CALIBRATED):
             raise ValueError(f"acceptance must have the sources {', '.join(CALIBRATED)}")
         if not depths or any(len(rows) != depths for rows in self.acceptance.values()):
-            raise ValueError("acceptance and children must have as many depths, one or more")
+            raise ValueError("acceptance and children must have the same number of depths, one or more")
         if any(len(row) != KNOTS for rows in self.acceptance.values() for row in rows):
             raise ValueError(f"acceptance must hold {KNOTS} values a depth")
         shapes = {(len(depth), *map(len, depth)) for depth in self.children}
         if len(shapes) != 1 or 0 in next(iter(shapes)) or len(set(next(iter(shapes))[1:])) != 1:
-            raise ValueError("children must hold as many quantiles for each depth and child")
+            raise ValueError("children must hold the same number of quantiles for each depth and child")
         if not self.lookup:
             raise ValueError("lookup must hold a probability or more")
         return self
@@ -72,20 +74,18 @@ class Calibration(_Stored):
 
 
 def own_files(bundle: Path) -> list[Path]:
-    """What a bundle holds and is read from it: nothing that another file may take the place of."""
+    """The files that are read from a bundle: a command must not write another file over one of them."""
     return [bundle / name for name in (MANIFEST, *read_manifest(bundle).files, CALIBRATION, COSTS)]
 
 
 def read_calibration(path: Path, target_sha256: str, draft_sha256: str) -> Calibration:
-    """A calibration for this target and draft; one of others is refused."""
+    """Read a calibration and refuse one of another target or draft."""
     stored = read_stored(path, Calibration, "run echo-trt calibrate again")
-    for what, mine, its in (
-        ("target", target_sha256, stored.target_sha256),
-        ("draft", draft_sha256, stored.draft_sha256),
-    ):
-        if mine != its:
+    hashes = {"target": (target_sha256, stored.target_sha256), "draft": (draft_sha256, stored.draft_sha256)}
+    for network, (wanted, stated) in hashes.items():
+        if wanted != stated:
             raise UserError(
-                f"{path} was made for another {what} (hash {its[:12] or 'none'}, this one's is {mine[:12] or 'none'}); "
-                "run echo-trt calibrate on a bundle of this pair."
+                f"{path} was made for another {network} (hash {stated[:12] or 'none'}, this one's is "
+                f"{wanted[:12] or 'none'}); run echo-trt calibrate on a bundle of this pair."
             )
     return stored

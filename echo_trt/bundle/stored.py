@@ -1,9 +1,7 @@
-"""JSON files beside a bundle's manifest, checked as they are read."""
+"""JSON files beside a bundle's manifest, which are checked as they are read."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -11,10 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.files.inputs import read_text
+from echo_trt.files.outputs import write_whole
 
 CALIBRATION = "calibration.json"
-
-
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -26,15 +23,7 @@ Model = TypeVar("Model", bound=_Stored)
 
 
 def write(folder: Path, name: str, stored: _Stored) -> None:
-    """The file appears whole or not at all, also where two processes write it."""
-    partial = folder / f".{name}.{os.urandom(4).hex()}.partial"
-    try:
-        partial.write_text(stored.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / name)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    write_whole(folder / name, f"{stored.model_dump_json(indent=1)}\n".encode())
 
 
 def read_stored(path: Path, model: type[Model], remedy: str) -> Model:

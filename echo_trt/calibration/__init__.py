@@ -1,1 +1,1 @@
-"""What a policy must know of a bundle and of a machine: acceptance, gates, and the cost of passes."""
+"""Calibration: acceptance rates and gates of a bundle, and the costs of passes on a machine."""

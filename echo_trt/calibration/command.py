@@ -1,4 +1,4 @@
-"""``echo-trt calibrate``: measure the machine, record draft trees, fit, show, and write both files into the bundle."""
+"""``echo-trt calibrate``: measures costs, records draft trees, fits, and writes both files into the bundle."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.measure import disturbance, measure
 
 PLOT = "calibration.svg"
-FEWEST = 8  # prompts, below which an estimate is an anecdote
+FEWEST = 8  # prompts; larger: better estimates, and a longer file is asked for
 
 
 @dataclass(frozen=True)
 class Job:
-    """``prompts`` are files; ``limit`` prompts of them all are answered with ``max_tokens`` each."""
+    """The command's options: ``prompts`` are files, of which ``limit`` prompts are answered in ``max_tokens``."""
 
     bundle: Path
     prompts: list[Path]
@@ -42,7 +42,7 @@ class Job:
 
 def run(job: Job, out: Console, messages: Console) -> None:
     prompts = chosen_prompts(job.prompts, job.limit)
-    read_manifest(job.bundle)  # refuses what is no bundle
+    read_manifest(job.bundle)  # refuses a folder that is no bundle
     _check_apart(job)
     _check_writable(job.bundle)
     with files_first(out):
@@ -70,14 +70,8 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
     shape = EchoSettings(**sizes)
     with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("recording draft trees", total=1.0)
-        trees = record(
-            llm,
-            prompts,
-            ["all"] * len(prompts),
-            job.max_tokens,
-            shape,
-            lambda done: progress.update(task, completed=done),
-        )
+        groups, show = ["all"] * len(prompts), lambda done: progress.update(task, completed=done)
+        trees = record(llm, prompts, groups, job.max_tokens, shape, show)
     calibration = fit(
         trees, llm.manifest.target_sha256, llm.manifest.draft_sha256, shape.max_depth, shape.beams, shape.width
     )
@@ -95,7 +89,10 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
 
 
 def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
-    """``limit`` prompts, file by file: the first of each, in turn while they last. Ids may repeat between files."""
+    """Choose ``limit`` prompts, the files in turn while they last, from their beginnings; listed file by file.
+
+    Ids may repeat between files.
+    """
     rows = [read_prompts(file) for file in files]
     turns = sorted((turn, number) for number, part in enumerate(rows) for turn in range(len(part)))
     chosen = [rows[number][turn] for number, turn in sorted((n, t) for t, n in turns[:limit])]
@@ -108,7 +105,7 @@ def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
 
 
 def costs_table(costs: CostTable) -> Table:
-    """The target's and the draft's seconds by size, and the hinge."""
+    """Tabulate the target's and the draft's milliseconds by size, and the hinge."""
     hinge = costs.hinge
     table = Table("N", "target", "draft", title=f"a pass over N tokens, ms, on {costs.machine}", title_justify="left")
     drafts = dict(zip(costs.draft.sizes, costs.draft.seconds, strict=True))
@@ -122,7 +119,7 @@ def costs_table(costs: CostTable) -> Table:
 
 
 def gates_table(calibration: Calibration) -> Table:
-    """AUC, acceptance and threshold by depth, with the sweet spots and why they are."""
+    """Tabulate AUC, acceptance and threshold by depth, with the reason of a sparse gate."""
     table = Table(title=f"gates, from {calibration.positions:,} draft trees", title_justify="left")
     for column in ("depth", "AUC", "accepted", "threshold", "sparse gate"):
         table.add_column(column, justify="right" if column != "sparse gate" else "left")

@@ -1,4 +1,4 @@
-"""From recorded trees to a calibration: AUC and thresholds by depth, P(accept | score, depth), what children bring."""
+"""Fits a calibration to recorded trees: gates by depth, P(accept | score, depth), and the worth of children."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.goodput.acceptance import CALIBRATED, Acceptance, knots
 
 QUANTILES = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-CHILDREN = 2  # of a node, whose worth is foreseen
-PRIOR = 10  # made-up observations behind each lookup probability, so that a few copies do not decide it
+CHILDREN = 2  # children of a node whose worth is stored; larger: a deeper estimate, a larger file
+PRIOR = 10  # pseudo-observations of a probability; larger: a few data weigh less against the fallback
 
 
 def fit(trees: Trees, target_sha256: str, draft_sha256: str, max_depth: int, beams: int, width: int) -> Calibration:
-    """A calibration from all of ``trees``; at least a few hundred positions are needed for it to mean anything."""
+    """Fit a calibration to all of ``trees``; fewer than a few hundred positions say nothing."""
     lookup = lookup_acceptance(trees)
     observed = observe(trees, lookup, max_depth, beams, width)
     head = observe(trees, None, max_depth, beams, width)
@@ -36,20 +36,19 @@ def fit(trees: Trees, target_sha256: str, draft_sha256: str, max_depth: int, bea
 
 
 def lookup_acceptance(trees: Trees, longest: int = 4) -> list[float]:
-    """P(the first copied token is the next) after a match of 1, 2, ... ``longest`` or more tokens."""
-    has = trees.copied[:, 0] >= 0
+    """Estimate P(the first copied token is accepted) after a match of 1, 2, ... ``longest`` or more tokens."""
     right = trees.copied[:, 0] == trees.truth(np.arange(len(trees)), np.ones(len(trees), np.int64))
-    known = has & (trees.left >= 1)
+    judged = (trees.copied[:, 0] >= 0) & (trees.left >= 1)
     matched = np.minimum(trees.matched, longest)
-    counts = [(known & (matched == m), 0.2 * m) for m in range(1, longest + 1)]
+    counts = [(judged & (matched == m), 0.2 * m) for m in range(1, longest + 1)]
     shares = [(right[at].sum() + PRIOR * prior) / (at.sum() + PRIOR) for at, prior in counts]
     return np.clip(np.maximum.accumulate(shares), 0.01, 0.99).round(4).tolist()
 
 
 def acceptance_table(observed: Observed, max_depth: int) -> np.ndarray:
-    """Isotonic P(accepted | score) for each source and depth, at the knots: [sources, max_depth, KNOTS].
+    """Fit P(accepted | score) at the knots by isotonic regression: float64 [sources, max_depth, KNOTS].
 
-    A cell with little data borrows the head's table, which itself begins as the draft's own probability.
+    A cell with little data borrows from the head's table, which starts from the draft's path probability.
     """
     at = knots()
     table = np.empty((len(CALIBRATED), max_depth, len(at)))
@@ -62,7 +61,7 @@ def acceptance_table(observed: Observed, max_depth: int) -> np.ndarray:
 
 
 def _isotonic(x: np.ndarray, accepted: np.ndarray, at: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    # Observations between two knots count as one; PRIOR made-up ones spread over all knots hold empty places.
+    # Observations are counted at their nearest knot; PRIOR pseudo-observations, spread over all knots, fill empty ones.
     cell = np.abs(np.sqrt(x) * (len(at) - 1)).round().astype(np.int64)
     count = np.bincount(cell, minlength=len(at)) + PRIOR / len(at)
     share = (np.bincount(cell, accepted, minlength=len(at)) + PRIOR / len(at) * fallback) / count
@@ -70,9 +69,9 @@ def _isotonic(x: np.ndarray, accepted: np.ndarray, at: np.ndarray, fallback: np.
 
 
 def children_quantiles(observed: Observed, table: np.ndarray, max_depth: int, beams: int) -> np.ndarray:
-    """What the best and the second child of a node that would be expanded is worth, as a share of the node.
+    """Compute how much the best and the second child of a node are worth, as a share of the node's worth.
 
-    Quantiles [max_depth, CHILDREN, 5], nodes counted by their own worth: the likely ones are those that are expanded.
+    Returns QUANTILES, float64 [max_depth, CHILDREN, 5]. Nodes count by their worth, since likely nodes are expanded.
     """
     acceptance = Acceptance(table, np.zeros((max_depth, CHILDREN, len(QUANTILES))))
     worth = acceptance.probability(observed.source, observed.depth, observed.score)

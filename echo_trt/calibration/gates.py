@@ -1,4 +1,4 @@
-"""Fit the sparse gates: at which depths, with which thresholds."""
+"""Fits the sparse gates: their depths and thresholds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ GATES = 3  # gates at most, depth 1 included; larger: more depths at which draft
 def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
     """Fit a gate for every depth, the sparse ones marked, and the best single threshold for those.
 
-    conf is the best path probability of a depth, the label whether some path of that depth was accepted. A depth is
-    worth a gate where conf tells the two apart (AUC) and where there is something to tell: the spread of the label.
+    Confidence is the best path probability of a depth; the label is whether some path of that depth was accepted. A
+    depth is worth a gate where confidence predicts the label (AUC) and the label varies (its spread).
     """
-    confidence, label = [], []
-    for depth in range(1, max_depth + 1):
-        conf, reached = _by_tree(head, depth)
-        confidence.append(conf)
-        label.append(reached)
+    by_depth = [_by_tree(head, depth) for depth in range(1, max_depth + 1)]
+    confidence, label = [c for c, _ in by_depth], [y for _, y in by_depth]
     aucs = [auc(c, y) for c, y in zip(confidence, label, strict=True)]
     spread = [2 * np.sqrt(y.mean() * (1 - y.mean())) if len(y) else 0.0 for y in label]
     merit = [(a - 0.5) * s for a, s in zip(aucs, spread, strict=True)]
@@ -46,7 +43,7 @@ def fit_gates(head: Observed, max_depth: int) -> tuple[list[Gate], float]:
 
 
 def _by_tree(head: Observed, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of every tree that has nodes of ``depth``: exp of their best score, and whether one of them was accepted."""
+    """Return the best path probability of ``depth`` and whether a node there was accepted, for trees of that depth."""
     at = np.flatnonzero(head.depth == depth)
     if len(at) == 0:
         return np.zeros(0), np.zeros(0, bool)
@@ -55,7 +52,7 @@ def _by_tree(head: Observed, depth: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def auc(confidence: np.ndarray, label: np.ndarray) -> float:
-    """P(an accepted one is more confident than one that is not), ties half; 0.5 where there are not both."""
+    """Compute P(an accepted tree has more confidence than a rejected one), ties half; 0.5 without both kinds."""
     positive = int(label.sum())
     negative = len(label) - positive
     if positive == 0 or negative == 0:
@@ -65,8 +62,10 @@ def auc(confidence: np.ndarray, label: np.ndarray) -> float:
 
 
 def youden(confidence: np.ndarray, label: np.ndarray) -> float:
-    """The threshold with the largest share of accepted kept plus share of others cut: 0 where all are accepted, 1
-    where none is."""
+    """Find the threshold with the largest share of accepted trees kept plus share of rejected trees cut (Youden's J).
+
+    It is 0 where all trees are accepted and 1 where none is.
+    """
     positive = int(label.sum())
     if positive == len(label):
         return 0.0
@@ -75,7 +74,7 @@ def youden(confidence: np.ndarray, label: np.ndarray) -> float:
     order = np.argsort(-confidence, kind="stable")
     kept, missed = np.cumsum(label[order]) / positive, np.cumsum(~label[order]) / (len(label) - positive)
     ranked = confidence[order]
-    apart = np.append(ranked[1:] < ranked[:-1], True)  # equal ones pass a gate together
-    # A gate passes what is above its threshold: half-way to the next.
+    apart = np.append(ranked[1:] < ranked[:-1], True)  # trees of equal confidence pass a gate together
+    # The threshold is half-way to the next confidence, since a gate passes only greater ones.
     last = int(np.where(apart, kept - missed, -np.inf).argmax())
     return float(ranked[last] + ranked[min(last + 1, len(ranked) - 1)]) / 2

@@ -1,4 +1,4 @@
-"""Replay the growth of recorded trees: every candidate with its score, and whether it was accepted."""
+"""Replays the growth of recorded trees: every candidate with its score, and whether it was accepted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 
-BATCH = 512  # positions that are replayed together
+BATCH = 512  # positions that are replayed together; larger: fewer calls, more memory
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Candidates and their fate: source, depth, score [n]; parent [n] among them, -1 a root; accepted bool [n]; tree
-    [n], the recorded position. Within a depth, what the head proposed stands tree by tree."""
+    """Candidates of all trees and whether they were accepted; within a depth the head's stand tree by tree.
+
+    source    int [n], index in ``CALIBRATED``
+    depth     int [n], 1 below the root
+    score     float [n], log of the path probability
+    parent    int [n], index of the parent, -1 for a root
+    accepted  bool [n]
+    tree      int [n], the recorded position
+    """
 
     source: np.ndarray
     depth: np.ndarray
@@ -29,7 +36,7 @@ class Observed:
 
 
 def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int, width: int) -> Observed:
-    """Replay the growth of full trees, with copied continuations if ``lookup`` says what those are worth."""
+    """Replay the growth of full trees, with copied continuations if ``lookup`` has their acceptance rates."""
     neutral = Acceptance.uncalibrated(max_depth)
     parts, total = [], 0
     for begin in range(0, len(trees), BATCH):
@@ -40,23 +47,15 @@ def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int
         for depth in range(1, max_depth + 1):
             level = np.flatnonzero(tree.depth == depth)
             accepted[level] = accepted[tree.parent[level]] & (tree.token[level] == truth[level])
-        # Beyond the answer's end nobody knows.
-        known = (tree.parent >= 0) & (tree.depth <= trees.left[positions[tree.request]])
-        kept = np.flatnonzero(known)
+        # After an answer's end it is not known what would have been accepted.
+        kept = np.flatnonzero((tree.parent >= 0) & (tree.depth <= trees.left[positions[tree.request]]))
         place = np.full(len(tree) + 1, -1)
         place[kept] = total + np.arange(len(kept))
-        parts.append(
-            (
-                tree.source[kept],
-                tree.depth[kept],
-                tree.score[kept],
-                place[tree.parent[kept]],
-                accepted[kept],
-                positions[tree.request[kept]],
-            )
-        )
+        parent, position = place[tree.parent[kept]], positions[tree.request[kept]]
+        parts.append((tree.source[kept], tree.depth[kept], tree.score[kept], parent, accepted[kept], position))
         total += len(kept)
-    return Observed(*map(np.concatenate, zip(*parts, strict=True)))
+    source, depth, score, parent, accepted, position = map(np.concatenate, zip(*parts, strict=True))
+    return Observed(source, depth, score, parent, accepted, position)
 
 
 def grow_recorded(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def draw(path: Path, calibration: Calibration, costs: CostTable, before: Reliability, after: Reliability) -> None:
-    """AUC and thresholds by depth, reliability before and after, T(N) with the paper's hinge; SVG or PNG by suffix."""
+    """Plot gates by depth, reliability before and after, and T(N) with its hinge; SVG or PNG by suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")

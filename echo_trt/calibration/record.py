@@ -1,4 +1,4 @@
-"""Record draft trees: the target answers prompts, and at each token the draft says what it would have proposed."""
+"""Records draft trees: the target answers prompts, and at every token the draft grows the tree it would propose."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def record(
     shape: EchoSettings,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Trees:
-    """Greedy answers of up to ``max_tokens``; trees of ``shape``'s max_depth, beams and width at every token."""
+    """Record trees of ``shape``'s max_depth, beams and width along greedy answers of up to ``max_tokens``."""
     loop = llm.loop
     if loop.drafter is None:
         raise UserError("the bundle has no draft, so there is nothing to record; build one with a draft.")
-    kept, networks = loop.planner, llm.networks
+    previous, networks = loop.planner, llm.networks
     recorder = TreeRecorder(loop.state, shape, networks.copier, head=networks.drafter is not networks.copier)
     loop.planner = recorder
     first, preemptions = loop.admissions, loop.counters.preemptions
@@ -39,7 +39,7 @@ def record(
                 done += 1
                 progress(done / len(prompts))
     finally:
-        loop.planner = kept
+        loop.planner = previous
     if loop.counters.preemptions > preemptions:
         raise UserError("the KV pool was too small to record; give a smaller --batch.")
     if max(map(len, answers), default=0) < 2:

@@ -1,4 +1,4 @@
-"""How far predicted acceptance is from what was accepted, on requests that were not fitted on."""
+"""Compares predicted with measured acceptance, on requests that were not fitted on."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.acceptance import Acceptance
 
-BINS = 10
+BINS = 10  # of predicted probability; larger: a finer curve of noisier points
+WORTH = 0.05  # least prediction that counts; larger: fewer nodes, nearer to the few that are verified
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """By bins of predicted probability: mean prediction and share accepted, on trees that were not fitted on.
+    """A reliability diagram on trees that were not fitted on.
 
-    ``error`` is the expected calibration error: their distance, averaged over nodes that were given 5 % or more; the
-    many below that hardly ever matter, and would hide it.
+    predicted  float64 [bins], mean predicted P(accept) of a bin
+    accepted   float64 [bins], share of the bin's nodes that were accepted
+    error      expected calibration error: the distance of the two, averaged over nodes
     """
 
     predicted: np.ndarray
@@ -29,7 +31,7 @@ class Reliability:
 
 
 def reliability(trees: Trees, shape: EchoSettings) -> tuple[Reliability, Reliability]:
-    """The draft's own path probability, and the calibrated one fitted on the other half of the requests."""
+    """Judge the draft's path probability, and the calibrated one, fitted on the other half of the requests."""
     lookup = lookup_acceptance(trees)
     observed = observe(trees, lookup, shape.max_depth, shape.beams, shape.width)
     odd = trees.request[observed.tree] % 2 == 1
@@ -44,8 +46,8 @@ def _part(observed: Observed, chosen: np.ndarray) -> Observed:
 
 
 def _diagram(predicted: np.ndarray, accepted: np.ndarray) -> Reliability:
-    worth = predicted >= 0.05
-    predicted, accepted = predicted[worth], accepted[worth]
+    counted = predicted >= WORTH
+    predicted, accepted = predicted[counted], accepted[counted]
     cell = np.minimum((predicted * BINS).astype(int), BINS - 1)
     count = np.bincount(cell, minlength=BINS)
     filled = count > 0

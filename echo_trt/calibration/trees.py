@@ -1,7 +1,7 @@
-"""Draft trees as they were drafted, and what the target then wrote: the data behind calibration and simulation.
+"""Recorded draft trees and the target's answers: the data behind calibration and simulation.
 
-At each position of each answer the draft grows a full tree, ungated, and plain decoding goes on by one token. So a
-replay can begin an iteration at any position, with any policy whose levels, beams and width stay within the recorded.
+At every position of an answer the draft grows a full tree, ungated, and plain decoding goes on by one token. A replay
+can therefore begin an iteration at any position, with any policy whose levels, beams and width were recorded.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.errors import DAMAGED, UserError
 from echo_trt.runtime.slots import Slots
 
-COPIED = 8  # tokens of a continuation that are kept
+COPIED = 8  # tokens of a continuation that are recorded; larger: longer copies can be replayed, larger files
 ROOT, UNKNOWN = -1, -2  # for an index of a recorded node
 
 
 @dataclass(frozen=True)
 class Trees:
-    """P positions of R answers. A position's nodes are [node_begins[p], node_begins[p + 1]), its root not among them.
+    """P positions in the answers of R requests, with n tree nodes without roots.
 
-    answers int32, end to end, of R requests with ``answer_begins`` [R + 1]; group [R]: which of ``groups`` (data sets)
-    a request is of. request, index [P]: the position's tree continues answer[: index]. parent [n]: among the position's
-    nodes, -1 the root; token, depth [n]; log_q float32 [n]: of the token given its path. copied int32 [P, COPIED],
-    -1 where there is none; matched [P]: on how many tokens the continuation was found.
+    answers        int32 [tokens], answers end to end
+    answer_begins  int [R + 1], where a request's answer begins
+    group          int [R], index in ``groups``
+    groups         str [sets], names of data sets
+    request        int [P], a position's request
+    index          int [P], answer tokens before the position: its tree continues answer[: index]
+    node_begins    int [P + 1], where a position's nodes begin
+    parent         int [n], index among the position's nodes, -1 for the root
+    token          int [n]
+    depth          int [n], 1 below the root
+    log_q          float32 [n], log-probability of the token given its path
+    copied         int32 [P, COPIED], continuation from the text, -1 after its end
+    matched        int [P], tokens that matched before the continuation
     """
 
     answers: np.ndarray
@@ -54,33 +63,37 @@ class Trees:
 
     @cached_property
     def left(self) -> np.ndarray:
-        """Tokens of the answer after each position [P]."""
+        """Tokens of the answer after a position: int [P]."""
         return np.diff(self.answer_begins)[self.request] - self.index
 
     @cached_property
     def first_child(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each node: where its children begin, and how many they are. int64 [n], [n]"""
+        """A node's first child and number of children: int64 [n] both."""
         count = len(self.parent)
         parent = np.repeat(self.node_begins[:-1], np.diff(self.node_begins)) + self.parent
         children = np.flatnonzero(self.parent >= 0)
         first = np.zeros(count, np.int64)
-        first[parent[children][::-1]] = children[::-1]  # siblings stand together: the last written is the first of them
+        first[parent[children][::-1]] = children[::-1]  # siblings are adjacent, and the first one is written last
         return first, np.bincount(parent[children], minlength=count)
 
     @cached_property
     def root_children(self) -> np.ndarray:
-        """Nodes of depth 1 of each position [P]; they stand first."""
+        """Number of a position's nodes of depth 1, which stand first: int [P]."""
         position = np.repeat(np.arange(len(self)), np.diff(self.node_begins))
         return np.bincount(position[self.depth == 1], minlength=len(self))
 
     def truth(self, positions: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-        """The answers' tokens ``ahead`` (1: the next) of ``positions``, both [m]; -1 after an answer's end."""
+        """Look up the answers' tokens, int [m], -1 after an answer's end.
+
+        positions  int [m]
+        ahead      int [m], 1 for the next token
+        """
         inside = ahead <= self.left[positions]
         place = self.answer_begins[self.request[positions]] + self.index[positions] + ahead - 1
         return np.where(inside, self.answers[np.minimum(place, len(self.answers) - 1)], -1)
 
     def _is_whole(self) -> bool:
-        """Whether the arrays fit each other: no index leads out of them, and parents stand before their children."""
+        """Return whether the arrays fit each other: indices are valid, and parents stand before their children."""
         tokens, requests, count, nodes = map(len, (self.answers, self.group, self.request, self.parent))
         shapes = {
             **{"answers": (tokens,), "answer_begins": (requests + 1,), "node_begins": (count + 1,)},
@@ -88,11 +101,10 @@ class Trees:
             **dict.fromkeys(("request", "index", "matched"), (count,)),
             **dict.fromkeys(("parent", "token", "depth", "log_q"), (nodes,)),
         }
-        arrays = {name: getattr(self, name) for name in shapes}
-        if any(
-            a.shape != shapes[name] or a.dtype.kind != ("f" if name == "log_q" else "i") for name, a in arrays.items()
-        ):
-            return False
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            if array.shape != shape or array.dtype.kind != ("f" if name == "log_q" else "i"):
+                return False
         for begin, total in ((self.answer_begins, tokens), (self.node_begins, nodes)):
             if begin[0] != 0 or begin[-1] != total or (np.diff(begin) < 0).any():
                 return False
@@ -105,13 +117,10 @@ class Trees:
             self.matched >= 0,
             np.isfinite(self.log_q),
         )
-        if not all(each.all() for each in inside):
+        if not all(check.all() for check in inside):
             return False
         above = np.where(self.parent >= 0, self.depth[np.arange(nodes) - place + self.parent], 0)
         return bool((self.depth == above + 1).all() and (self.left >= 0).all())
-
-    def write(self, path: Path) -> None:
-        path.write_bytes(self.to_bytes())
 
     def to_bytes(self) -> bytes:
         stream = io.BytesIO()
@@ -134,12 +143,12 @@ class Trees:
 
 
 class TreeRecorder:
-    """A planner that keeps every tree, and has only the roots verified."""
+    """A planner that records every tree, and has only the roots verified."""
 
     name, budget = "record", 0
 
     def __init__(self, state: Slots, shape: EchoSettings, copier: Copier | None = None, head: bool = True):
-        """``shape``: max_depth, beams and width of the recorded trees; without a ``head`` only ``copier`` proposes."""
+        """Record trees of ``shape``'s max_depth, beams and width; without a ``head`` only ``copier`` proposes."""
         self._state, self._shape, self._copier, self._head = state, shape, copier, head
         self._parts: list[dict[str, np.ndarray]] = []
 
@@ -178,7 +187,7 @@ class TreeRecorder:
         return Plan.undrafted(roots)
 
     def trees(self, serials: np.ndarray, answers: list[list[int]], groups: list[str]) -> Trees:
-        """What was recorded for the requests with these admission ``serials`` [R], whose answers are now known."""
+        """Put the recorded trees of some requests and their answers together; ``serials``, int [R], of admission."""
         column = {name: np.concatenate([p[name] for p in self._parts]) for name in self._parts[0]}
         request = np.searchsorted(serials, column["serial"])
         names, group = np.unique(groups, return_inverse=True)
@@ -201,12 +210,12 @@ class TreeRecorder:
 
 
 class RecordedDraft:
-    """A drafter's iteration that reads recorded trees: request i of the batch stands at ``positions[i]``."""
+    """A draft that reads recorded trees: request i of the batch is at ``positions[i]``."""
 
     def __init__(self, trees: Trees, positions: np.ndarray, width: int):
         self.entries = self.context = 0
         self._trees, self._positions, self._places = trees, positions, np.arange(width)
-        self._recorded = np.full(len(positions), ROOT)  # of each node of the super-tree that was expanded
+        self._recorded = np.full(len(positions), ROOT)  # recorded node of every expanded node in the super-tree
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.entries = len(requests)
@@ -218,12 +227,12 @@ class RecordedDraft:
         self._recorded = np.concatenate((self._recorded, unknown))
         _, tokens, index = self._children(tree.request[nodes], self._recorded[tree.parent[nodes]])
         same = (tokens == tree.token[nodes][:, None]) & (index >= 0)
-        found = np.where(same.any(axis=1), index[np.arange(len(nodes)), same.argmax(axis=1)], UNKNOWN)
-        self._recorded[nodes] = found
-        return self._children(tree.request[nodes], found)[:2]
+        recorded = np.where(same.any(axis=1), index[np.arange(len(nodes)), same.argmax(axis=1)], UNKNOWN)
+        self._recorded[nodes] = recorded
+        return self._children(tree.request[nodes], recorded)[:2]
 
     def _children(self, requests: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """log q, tokens and indices [m, width] of what was recorded under ``recorded`` nodes; -inf where nothing."""
+        """Return log q (-inf where there is none), tokens and indices, [m, width], of children of ``recorded`` [m]."""
         trees, position = self._trees, self._positions[requests]
         first, count = trees.first_child
         node, at_root = np.maximum(recorded, 0), recorded == ROOT

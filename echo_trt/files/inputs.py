@@ -1,4 +1,4 @@
-"""Files that a command reads, and a user may name: /dev/zero and some pipes have no end."""
+"""Reading of files that a user names. Sizes are limited, since /dev/zero and some pipes have no end."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-LONGEST_TEXT = 64 * 2**20  # bytes of a recipe, a manifest, a calibration
-LONGEST_LINE = 16 * 2**20  # bytes
+# Bytes of a text, such as a recipe or a manifest, and of a line. Larger: more memory goes before a file is refused.
+LONGEST_TEXT, LONGEST_LINE = 64 * 2**20, 16 * 2**20
 
 
 def read_text(path: Path) -> str:
-    """UTF-8. Raises OSError also for what is too large to be meant."""
+    """Read a UTF-8 file. A file of more than LONGEST_TEXT bytes is an OSError."""
     with path.open("rb") as stream:
         content = stream.read(LONGEST_TEXT + 1)
     if len(content) > LONGEST_TEXT:
@@ -21,9 +21,9 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """One after another, without their ends. Raises OSError also for a line that is too long to be meant."""
+    """Yield the lines of a file without their ends. A line of more than LONGEST_LINE bytes is an OSError."""
     with path.open("rb") as stream:
         while line := stream.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
                 raise OSError(errno.EFBIG, f"a line is longer than {LONGEST_LINE >> 20} MB", str(path))
-            yield from line.splitlines()  # which may end as on a Mac of old
+            yield from line.splitlines()  # also at a bare carriage return

@@ -1,46 +1,59 @@
-"""Files that a command is asked to write: refused before the work begins if they cannot be, and never half written."""
+"""Files that a command writes. A name that cannot be written is refused at the start; no file is left half written."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, TextIO
 
 from echo_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Writer = Callable[[bytes], None]
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, also where two processes write it."""
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def output_file(option: str, path: Path | None, inputs: Iterable[Path | None] = ()) -> Iterator[Writer]:
-    """A writer for ``path``, which ``option`` named; each write replaces the last. None: what is written is dropped.
+    """Yield a writer for ``path``, which ``option`` named; each write replaces the last. None drops all writes.
 
-    A file that is one of ``inputs`` is refused: a user's own prompts are not to be lost for a slip.
+    A file that is one of ``inputs`` is refused: a slip must not cost a user's prompts.
     """
     if path is None:
         yield lambda content: None
     elif os.path.isdir(path):
         raise UserError(f"{option} {path} is a folder; name a file.")
     elif os.path.exists(path) and not os.path.isfile(path):
-        yield from _written_at_the_end(option, path)
+        yield from _pipe_writer(option, path)
     else:
         _check_apart(option, path, inputs)
-        yield from _replaced(option, path)
+        yield from _file_writer(option, path)
 
 
 def _check_apart(option: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    with _told(option, path):
+    with _write_errors(option, path):
         if os.path.realpath(path) in {os.path.realpath(file) for file in inputs if file is not None}:
             raise UserError(f"{option} {path} is a file that the command reads; name another file.")
 
 
-def _written_at_the_end(option: str, path: Path) -> Iterator[Writer]:
-    """A pipe or a device is not to be replaced, and takes nothing back: it gets the last of what is written."""
+def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
+    """Yield a writer for a pipe or a device, which cannot be replaced: at the end it gets the last content alone."""
     if not os.access(path, os.W_OK):
         raise UserError(f"{option} {path} cannot be written (Permission denied); name another file.")
     last: list[bytes] = []
@@ -52,19 +65,19 @@ def _written_at_the_end(option: str, path: Path) -> Iterator[Writer]:
         yield write
     finally:
         for content in last:
-            with _told(option, path):
+            with _write_errors(option, path):
                 path.write_bytes(content)
 
 
-def _replaced(option: str, path: Path) -> Iterator[Writer]:
-    with _told(option, path):  # a relative path may start in a folder that was deleted
-        place = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
-    partial = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")  # another process writes one of its own
-    with _told(option, path):
+def _file_writer(option: str, path: Path) -> Iterator[Writer]:
+    with _write_errors(option, path):  # a relative path may start in a folder that was deleted
+        place = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
+    partial = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")  # apart from other processes' files
+    with _write_errors(option, path):
         partial.touch()
 
     def write(content: bytes) -> None:
-        with _told(option, path):
+        with _write_errors(option, path):
             partial.write_bytes(content)
             partial.replace(place)
 
@@ -75,7 +88,7 @@ def _replaced(option: str, path: Path) -> Iterator[Writer]:
 
 
 @contextmanager
-def _told(option: str, path: Path) -> Iterator[None]:
+def _write_errors(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -86,19 +99,19 @@ def _told(option: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def files_first(out: Console) -> Iterator[None]:
-    """What is printed in here may fail, on a full disk or for a reader that has left: that is told after the files."""
+    """Print without failing, on a full disk or for a reader that has left: the error is raised after the files."""
     printed = out.file
-    out.file = lasting = _Lasting(printed)
+    out.file = stream = _PatientStream(printed)
     try:
         yield
     finally:
         out.file = printed
-    if lasting.error:
-        raise lasting.error
+    if stream.error:
+        raise stream.error
 
 
-class _Lasting:
-    """A stream that keeps its first error, and drops what is written after it."""
+class _PatientStream:
+    """A stream that keeps its first error and drops all later writes."""
 
     def __init__(self, stream: TextIO):
         self._stream, self.error = stream, None

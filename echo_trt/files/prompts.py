@@ -1,6 +1,6 @@
 """Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
 
-MT-bench's own files are read as they are: their ``question_id`` is an id.
+Files of MT-bench are read as they are: their ``question_id`` is an id.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_lines
 
-MOST_LINES = 1_000_000
-LARGEST = 2**30  # bytes of a file
+MOST_LINES = 1_000_000  # of a file; larger: an endless pipe takes more memory before it is refused
+LARGEST = 2**30  # bytes of a file; larger: likewise
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Every line of the file; a mistake is told with its line number, as soon as it comes: a pipe may have no end."""
+    """Read all prompts of a file. A mistake is refused with its line number at once: a pipe may have no end."""
     prompts: dict[str, Prompt] = {}
     try:
         for prompt in _prompts(path):
@@ -66,19 +66,19 @@ def _parse(line: bytes, where: str) -> Prompt:
         text = row["turns"][0]
     if not isinstance(text, str) or not text:
         raise UserError(f"{where}: prompt (or the first of turns) must be a string that is not empty.")
-    own = row.get("id", row.get("question_id"))
-    if not isinstance(own, str | int) or isinstance(own, bool):
-        raise UserError(f"{where}: id is {shown(own)}; give a string or a whole number.")
-    return Prompt(encodable(str(own), f"{where}: id"), encodable(text, f"{where}: prompt"))
+    name = row.get("id", row.get("question_id"))
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise UserError(f"{where}: id is {shown(name)}; give a string or a whole number.")
+    return Prompt(encodable(str(name), f"{where}: id"), encodable(text, f"{where}: prompt"))
 
 
-def encodable(text: str, what: str) -> str:
-    """``text``, if UTF-8 can write it: JSON may spell half a surrogate pair, and bytes of an argument become one."""
+def encodable(text: str, name: str) -> str:
+    """Return ``text``, or refuse one that UTF-8 cannot write: half a surrogate pair, from JSON or a command line."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{what} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
+            f"{name} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
             "give whole characters."
         ) from error
     return text

@@ -1,1 +1,1 @@
-"""The launcher: Triton's process, the gateway's, probes, restarts, and signals."""
+"""The launcher: processes of Triton and the gateway, probes, restarts and signals."""

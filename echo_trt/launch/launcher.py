@@ -1,4 +1,4 @@
-"""``echo-trt serve``: starts Triton and the gateway, looks after them, and lets open answers finish at the end."""
+"""``echo-trt serve``: starts Triton and the gateway, supervises them, and finishes open answers at the end."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from echo_trt.launch.triton_server import Ports, TritonServer, find_server, own_
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.serving.protocol import MODEL
 
-LOOK = 0.25  # seconds between two looks at the processes
-REAP_SECONDS = 5.0  # a backend that ends in good order is a zombie until Triton asks for it
-GATEWAY_SECONDS = 30.0  # for an answer: thousands of streams may keep it busy
-FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to hand out what it was given; to stop
+CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
+REAP_SECONDS = 5.0  # for Triton to reap a backend that ends in good order; larger: a dead backend is noticed later
+GATEWAY_SECONDS = 30.0  # for an answer among thousands of streams; larger: a hang is noticed later
+FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the command was asked to do. ``openai_port`` 0: no gateway. None stands for the recipe's own."""
+    """The command's options. ``openai_port`` 0: no gateway; ``policy`` or ``batch`` None: the recipe's."""
 
     bundle: Path
     host: str = "127.0.0.1"
@@ -56,7 +56,7 @@ class Job:
 def run(job: Job) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
-    Raises UserError for what is asked wrongly, does not start, or dies again and again.
+    Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
     job = replace(job, host=_address(job.host))
     _check(job)
@@ -82,10 +82,10 @@ def _check(job: Job) -> None:
         "--metrics-port": job.metrics_port,
         "--openai-port": job.openai_port,
     }
-    asked = {option: port for option, port in ports.items() if port}
-    if len(set(asked.values())) < len(asked):
-        raise UserError(f"{', '.join(map(str, asked.values()))} are the ports asked for; give each a port of its own.")
-    for option, port in asked.items():
+    wanted = {option: port for option, port in ports.items() if port}
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError(f"{', '.join(map(str, wanted.values()))} are the ports asked for; give each a port of its own.")
+    for option, port in wanted.items():
         if trouble := port_trouble(option, job.host, port):
             raise UserError(f"{trouble}.")
     if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
@@ -93,14 +93,14 @@ def _check(job: Job) -> None:
     if job.api_keys and not job.api_keys.is_file():
         raise UserError(f"--api-keys is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
-        Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
+        Keys(job.api_keys)  # refuses a file that the gateway would refuse, before Triton starts
 
 
 def _address(host: str) -> str:
-    """Triton takes addresses only: what is no address to it, such as localhost, it takes for 255.255.255.255."""
+    """Resolve a host: Triton takes IPv4 addresses alone, and reads names such as localhost as 255.255.255.255."""
     try:
         return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-    except (OSError, UnicodeError) as error:  # the latter: no name at all, with an empty or an endless part
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an endless part
         reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
             f"--host is {host!r}, which is no IPv4 address and has none ({reason}); give one, such as 0.0.0.0."
@@ -108,7 +108,7 @@ def _address(host: str) -> str:
 
 
 class Triton(Supervised):
-    """It serves when a real inference has come back."""
+    """Triton's process, which serves once a real inference was answered."""
 
     name = "Triton"
 
@@ -119,7 +119,7 @@ class Triton(Supervised):
         self._job, self._server, self._work = job, server, work
         self._probe = Probe(job.reached_at, job.http_port, job.metrics_port)
         self._backends: set[int] = set()
-        self._starts, self._sound = 0, 0.0  # when no backend was dead, last: of time.monotonic()
+        self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
 
     def _spawn(self) -> Process:
         job = self._job
@@ -145,7 +145,7 @@ class Triton(Supervised):
         return self._probe.lives()
 
     def _trouble(self) -> str | None:
-        """Triton does not notice that its backend has died: open requests would hang, and so would its start."""
+        """Find a dead backend, which Triton does not notice: open requests and its start would hang."""
         if trouble := super()._trouble():
             return trouble
         now, backends = time.monotonic(), self._backends if self.serving else self.process.children()
@@ -159,7 +159,7 @@ class Triton(Supervised):
 
 
 class Gateway(Supervised):
-    """It serves when it answers by itself: what Triton is asked through it says nothing of the gateway."""
+    """The gateway's process, which serves once it answers by itself, without Triton."""
 
     name = "the gateway"
 
@@ -182,7 +182,7 @@ class Gateway(Supervised):
 
 
 class Launcher:
-    """Triton and the gateway as one service: started, looked after, drained at the end."""
+    """Triton and the gateway as one service, which is started, supervised and drained."""
 
     def __init__(self, job: Job, server: TritonServer, work: Path, stop: threading.Event, log: Log):
         self.job, self._stop, self._log = job, stop, log
@@ -191,21 +191,23 @@ class Launcher:
         self._announced = False
 
     def run(self) -> int:
-        """Until ``stop`` is set; the exit code, 1 where open answers were lost. Raises UserError where it gives up."""
+        """Run until ``stop`` is set; returns the exit code, 1 where open answers were lost.
+
+        Raises UserError when it gives up.
+        """
         try:
-            while not self._stop.wait(LOOK):
-                self._look_after()
+            while not self._stop.wait(CHECK_SECONDS):
+                self._step()
             return self._drain()
         except UserError:
-            self._drain()  # without its gateway, Triton has answers open still
+            self._drain()  # if the gateway failed, Triton still has open answers
             raise
         finally:
-            for each in (self._gateway, self._triton):
-                if each:
-                    each.stop()
+            for process in filter(None, (self._gateway, self._triton)):
+                process.stop()
             remove_regions()
 
-    def _look_after(self) -> None:
+    def _step(self) -> None:
         self._triton.step()
         if self._gateway and self._triton.served:
             self._gateway.step()
@@ -224,7 +226,7 @@ class Launcher:
         self._log.say("\n".join(["serving", *lines]))
 
     def _drain(self) -> int:
-        """The model and the gateway refuse what is new and finish what is open; then Triton, idle, is stopped."""
+        """Let model and gateway refuse new requests and finish open ones; then stop Triton, which is idle."""
         if not self._triton.serving:  # nothing is open
             return 0
         self._log.say("stopping; open answers are finished")

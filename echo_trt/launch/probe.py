@@ -1,4 +1,4 @@
-"""Is it alive? A health endpoint says yes while the backend is dead, so a real inference is asked for."""
+"""Probes of a server by a real inference, since Triton's health endpoint is well while the backend is dead."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from http.client import HTTPException
 
 from echo_trt.serving.protocol import FIRST, MODEL
 
+# Seconds between two probes, and for an answer. Larger: less work for the server, a hang is noticed later.
 PROBE_EVERY, PROBE_SECONDS = 10.0, 20.0
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # whatever http_proxy says
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
 
 
 class Probe:
-    """Of a server at ``host``; ports as the launcher's."""
+    """The probe of a Triton server at ``host``."""
 
     def __init__(self, host: str, http_port: int, metrics_port: int):
         self._server, self._metrics = f"http://{host}:{http_port}", f"http://{host}:{metrics_port}"
         self._seen = -1.0
 
     def answers(self, seconds: float) -> bool:
-        """Whether one token comes back in time, or word of an iteration for others (``serving.service``)."""
+        """Return whether one token, or word of an iteration for other requests (``serving.service``), comes in time."""
         request = {"input_ids": [0], "max_tokens": 1, "priority": FIRST, "ignore_eos": True}
         url, body = f"{self._server}/v2/models/{MODEL}/generate", json.dumps(request).encode()
         try:
@@ -34,24 +35,24 @@ class Probe:
         return "output_ids" in answer
 
     def progresses(self) -> bool:
-        """Whether the engine has done something since this was last asked: long iterations answer a probe late."""
+        """Return whether the engine has iterated since the previous call: long iterations answer a probe late."""
         try:
             with _open(f"{self._metrics}/metrics", timeout=2) as reply:
                 text = reply.read().decode()
         except (OSError, HTTPException):
             return False
-        found = re.search(r"^echo_iterations_total(?:{[^}]*})? ([0-9.e+]+)$", text, re.MULTILINE)
-        before, self._seen = self._seen, float(found[1]) if found else -1.0
+        match = re.search(r"^echo_iterations_total(?:{[^}]*})? ([0-9.e+]+)$", text, re.MULTILINE)
+        before, self._seen = self._seen, float(match[1]) if match else -1.0
         return self._seen > before
 
     def lives(self) -> bool:
-        """Whether it answers, or still does something."""
+        """Return whether the server answers, or still iterates."""
         self.progresses()
         return self.answers(PROBE_SECONDS) or self.progresses()
 
 
 def responds(url: str, seconds: float) -> bool:
-    """Whether a GET succeeds in time."""
+    """Return whether a GET succeeds in time."""
     try:
         with _open(url, timeout=seconds):
             return True
@@ -60,7 +61,7 @@ def responds(url: str, seconds: float) -> bool:
 
 
 class Watch:
-    """Asks a server now and then, on a thread of its own, whether it ``lives``; ``silent`` once it did not."""
+    """A thread that calls ``lives`` at intervals; ``silent`` is true once that failed."""
 
     def __init__(self, lives: Callable[[], bool]):
         self._lives, self._stop, self.silent = lives, threading.Event(), False

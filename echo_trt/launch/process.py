@@ -1,4 +1,4 @@
-"""A child process: it does not outlive this one, what it says is shown, and whether a port is its own can be told."""
+"""A child process that does not outlive this one, whose output is shown, and whose ports can be checked."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-#: What Triton complains about where there is no GPU; where there is one, it means what it says.
+#: Words of Triton's complaints that are harmless on a machine without a GPU.
 HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
-STACK = 512 * 2**20  # bytes a thread, taken as used: Triton 2.51 parses JSON by recursion, 170 bytes a bracket
+# Bytes of a thread's stack, allocated as used. Larger: Triton 2.51, which parses JSON by recursion at 170 bytes a
+# bracket, survives deeper nesting.
+STACK = 512 * 2**20
 LISTENING = "0A"  # a socket's state in /proc/net/tcp
 _LIBC = ctypes.CDLL(None)
 
 
 class Log:
-    """Lines for a file descriptor, written by a thread: a full disk or a reader that left or stalls stops nobody.
+    """A log that a thread writes to a file descriptor, so that a full disk or a stalled reader blocks no caller.
 
-    What cannot be written is dropped, and so is what comes while ``most`` lines wait.
+    A line is dropped if it cannot be written, or if ``most`` lines wait.
     """
 
     def __init__(self, descriptor: int, most: int = 10_000):
@@ -37,19 +39,19 @@ class Log:
             self._lines.put_nowait(f"{line}\n".encode(errors="replace"))
 
     def close(self, seconds: float = 1.0) -> None:
-        """Gives what waits so long to be written."""
+        """End the thread, after ``seconds`` for the waiting lines."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
         self._writer.join(seconds)
 
     def _write(self) -> None:
         while line := self._lines.get():
-            with contextlib.suppress(OSError):  # not through sys.stderr, which would keep it and fail at exit again
+            with contextlib.suppress(OSError):  # sys.stderr would keep the line and fail again at exit
                 os.write(self._descriptor, line)
 
 
 class Process:
-    """A child whose last lines are kept, and shown as they come."""
+    """A child process whose lines are shown as they come; the last ones are kept."""
 
     def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Log):
         self.name = name
@@ -61,7 +63,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C is the launcher's to handle
+            start_new_session=True,  # only the launcher gets a terminal's Ctrl-C
             preexec_fn=_prepare,
         )
         self._relay = threading.Thread(target=self._show_lines, daemon=True)
@@ -76,32 +78,32 @@ class Process:
         return self._child.poll() is None
 
     def children(self) -> set[int]:
-        """Process ids of what it started, directly; those that died unnoticed by it are among them."""
-        found: set[int] = set()
+        """Return ids of the processes that it started itself, with those that died and were not waited for."""
+        pids: set[int] = set()
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{self.pid}/task").iterdir():
-                with contextlib.suppress(OSError):  # threads come and go
-                    found.update(map(int, (task / "children").read_text().split()))
-        return found
+                with contextlib.suppress(OSError):  # a thread that has ended
+                    pids.update(map(int, (task / "children").read_text().split()))
+        return pids
 
     def listens_on(self, ports: Iterable[int]) -> bool:
-        """Whether each of these TCP ports is this process's own: on another's, others would answer in its place."""
-        sockets, found = set(), set()
+        """Return whether this process listens on all these TCP ports: another process might answer on one."""
+        sockets, listening = set(), set()
         with contextlib.suppress(OSError):
             for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
-                with contextlib.suppress(OSError):  # they come and go
+                with contextlib.suppress(OSError):  # a descriptor that was closed
                     sockets.add(os.readlink(descriptor))
         for table in ("tcp", "tcp6"):
             with contextlib.suppress(OSError):  # no IPv6
                 for line in Path(f"/proc/{self.pid}/net/{table}").read_text().splitlines()[1:]:
                     _, address, _, state, *_, inode = line.split()[:10]
                     if state == LISTENING and f"socket:[{inode}]" in sockets:
-                        found.add(int(address.rpartition(":")[2], 16))
-        return found.issuperset(ports)
+                        listening.add(int(address.rpartition(":")[2], 16))
+        return listening.issuperset(ports)
 
     def reason(self) -> str:
-        """Why it has ended, in a clause, as far as can be told."""
-        self._relay.join(1)  # seconds; a child of its own may hold the pipe open
+        """Return the likely reason of its end, in a clause."""
+        self._relay.join(1)  # seconds, since a grandchild may hold the pipe open
         code = self._child.poll() or 0
         return f"signal {-code} ended it" if code < 0 else reason(self.lines)
 
@@ -117,7 +119,7 @@ class Process:
         return True
 
     def kill(self) -> None:
-        """With everything that it started."""
+        """Kill it with everything that it started."""
         orphans = self.children()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -127,7 +129,7 @@ class Process:
         self._child.wait()
 
     def _show_lines(self) -> None:
-        """Empties the pipe, whatever comes: a child that writes into a full one stands still."""
+        """Empty the pipe and show its lines; a child that writes into a full pipe would stand still."""
         for raw in self._child.stdout:
             line = raw.decode(errors="replace").rstrip()
             self.lines.append(line)
@@ -136,23 +138,23 @@ class Process:
 
 
 def lives(pid: int) -> bool:
-    """False for a zombie too: Triton never waits for a backend that has died."""
+    """Return whether a process runs; a zombie does not, and Triton never waits for a backend that has died."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False
 
 
 def raise_open_files() -> None:
-    """As many as the system allows, here and in children: each connection is one, on both sides of the gateway."""
+    """Raise the limit of open files, also of children, to the system's: a connection takes two in the gateway."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def reason(lines: Iterable[str]) -> str:
-    """The line that tells most of a failed start."""
-    told = [line for line in lines if line.strip() and not _is_harmless(line)]
-    errors = [line for line in told if "UserError" in line or "error:" in line or "Error" in line]
-    line = (errors or told or ["it said nothing"])[0 if errors else -1]
+    """Return the line that explains a failed start best."""
+    relevant = [line for line in lines if line.strip() and not _is_harmless(line)]
+    errors = [line for line in relevant if "error:" in line or "Error" in line]
+    line = (errors or relevant or ["it said nothing"])[0 if errors else -1]
     for mark in ("UserError: ", "error: "):
         line = line.split(mark, 1)[-1]
     line = line.split(r"\n\nAt:", 1)[0]  # Triton prints a model's error with its Python frames, on one line
@@ -160,7 +162,7 @@ def reason(lines: Iterable[str]) -> str:
 
 
 def _prepare() -> None:
-    """In a child, before it becomes what it will be."""
+    """Set a child's limits, before it runs its program."""
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     _, most = resource.getrlimit(resource.RLIMIT_STACK)
     stack = STACK if most == resource.RLIM_INFINITY else min(STACK, most)

@@ -1,4 +1,4 @@
-"""Which signals ask a command to stop. It imports next to nothing: it is needed before anything else."""
+"""The signals that stop a command. This module is needed before all others, so it imports next to nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import signal
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, and SIGHUP of a terminal that is closed, but where nohup has it ignored."""
-    hangup = getattr(signal, "SIGHUP", None)  # there is none on Windows
+    """Return SIGTERM, and SIGHUP, which a closed terminal sends, unless nohup ignores it."""
+    hangup = getattr(signal, "SIGHUP", None)  # missing on Windows
     if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
         return (signal.SIGTERM,)
     return signal.SIGTERM, hangup

@@ -1,4 +1,4 @@
-"""A process that is kept serving: started, watched, started again where it dies, hangs or does not start."""
+"""A supervised process: started, watched, and restarted if it dies, hangs or does not start."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from echo_trt.errors import UserError
 from echo_trt.launch.probe import Watch
 from echo_trt.launch.process import Log, Process
 
-#: Seconds to wait before each restart; after so many of them it is given up.
+#: Backoff: seconds before the first, second, ... restart in a row; after the last one it gives up. Longer: more
+#: attempts before that.
 WAITS = (0, 1, 4, 16, 60)
-RESTARTS_WITHIN = 300.0  # seconds; what lies back further when it fails is forgotten
+RESTARTS_WITHIN = 300.0  # seconds after which a restart is forgotten; larger: rare failures add up to giving up
 
 
 class Supervised(ABC):
-    """Says what it does to ``log``. ``ports`` are what it listens on, under the options that give them.
+    """Keeps a process serving, and reports to ``log``; ``ports``: option -> port on which it listens.
 
-    A subclass says how the process is started (``_spawn``), whether it serves once it listens (``_ready``), how it is
-    asked from then on, by a thread, whether it still does (``_lives``), and what else may be wrong (``_trouble``).
+    A subclass starts the process (``_spawn``) and checks whether it serves once it listens (``_ready``). From then on a
+    thread checks whether it still serves (``_lives``). A subclass may know further faults (``_trouble``).
     """
 
     name: str
 
     def __init__(self, log: Log, host: str, ports: dict[str, int], start_seconds: float):
         self.process: Process | None = None
-        self.serving = self.served = False  # now; at any time until now
+        self.serving = self.served = False  # served: whether it was ever serving
         self._log, self._host, self._ports, self._start_seconds = log, host, ports, start_seconds
         self._watch: Watch | None = None
         self._restarts: deque[float] = deque()
-        self._failed = self._due = 0.0  # when it ceased to serve, when to start it: of time.monotonic()
+        self._failed = self._due = 0.0  # time.monotonic() of the failure, and of the next start or its end
 
     def step(self) -> None:
-        """Looks at it once; to be called again and again. Raises UserError where it does not start or is given up."""
+        """Check it once; to be called repeatedly. Raises UserError if it does not start or is given up."""
         if self.process is None:
             if time.monotonic() >= self._due:
                 self.process, self._due = self._spawn(), time.monotonic() + self._start_seconds
@@ -44,7 +45,7 @@ class Supervised(ABC):
             self._begin()
 
     def stop(self) -> None:
-        """At once, with all that it has open."""
+        """Kill it at once, with its open requests."""
         self.serving = False
         if self._watch:
             self._watch.stop()
@@ -63,10 +64,10 @@ class Supervised(ABC):
     def _lives(self) -> bool: ...
 
     def _trouble(self) -> str | None:
-        """What is wrong, in a clause."""
+        """Return the fault, in a clause, or None."""
         if not self.process.alive and not self.serving:
-            taken = (port_trouble(option, self._host, port) for option, port in self._ports.items())
-            return next(filter(None, taken), None) or f"{self.name} did not start: {self.process.reason()}"
+            troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
+            return next(filter(None, troubles), None) or f"{self.name} did not start: {self.process.reason()}"
         if not self.process.alive:
             return f"{self.name} has died"
         if self._watch and self._watch.silent:
@@ -83,7 +84,7 @@ class Supervised(ABC):
         self.serving = self.served = True
 
     def _restart(self, trouble: str) -> None:
-        """Sets the next start. A failed start adds to the failure before it, however long it took."""
+        """Schedule the next start. A failed start belongs to the failure before it, however long it took."""
         now, served = time.monotonic(), self.serving
         self.stop()
         if not self.served:
@@ -102,7 +103,7 @@ class Supervised(ABC):
 
 
 def port_trouble(option: str, host: str, port: int) -> str | None:
-    """Why nobody can listen there now, in a clause with the remedy."""
+    """Return why a port is not free, in a clause with the remedy, or None."""
     with socket.socket() as attempt:
         attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""Where Triton is, and how it is started: the server on PATH, or the one that nvidia-pytriton brings from PyPI."""
+"""Triton's installation, on PATH or in nvidia-pytriton from PyPI, and its command line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from echo_trt.errors import UserError
 from echo_trt.serving.protocol import MODEL
 
 SHARED_MEMORY = Path("/dev/shm")
-#: Of the names of a launcher's shared memory and folder. Its process id and a hyphen follow; the namespace that the id
-#: belongs to comes before: containers may share memory, and each has a process 1.
+#: The beginning of the names of a launcher's shared memory and folder; its process id and a hyphen follow. The id's
+#: namespace is in it, since containers may share memory, and every container has a process 1.
 _NAMESPACE = Path("/proc/self/ns/pid")
 PREFIX = f"echo-trt-{_NAMESPACE.stat().st_ino if _NAMESPACE.exists() else 0}-"
 
@@ -32,17 +32,17 @@ class Ports:
 
 @dataclass(frozen=True)
 class TritonServer:
-    """An installation. ``pip`` holds pytriton's folders; None for a server that finds its backends itself."""
+    """An installation; ``pip`` is pytriton's package, None for a server that finds its backends itself."""
 
     executable: Path
     pip: Path | None = None
 
     def command(self, host: str, ports: Ports, work: Path) -> list[str]:
-        """``work`` is a folder that lives as long as the server."""
+        """Return the command that starts Triton; ``work`` is a folder that lives as long as the server."""
         options = {
             "model-repository": model_repository(),
-            "model-control-mode": "none",  # nobody may load a model of his own, which would be code
-            "exit-timeout-secs": 60,  # the launcher's limit comes first
+            "model-control-mode": "none",  # a client's model would be code
+            "exit-timeout-secs": 60,  # the launcher's limit is shorter
             "http-address": host,
             "grpc-address": host,
             "http-port": ports.http,
@@ -59,17 +59,18 @@ class TritonServer:
         return [str(self.executable), *(f"--{name}={value}" for name, value in options.items())]
 
     def environment(self, settings: dict[str, str]) -> dict[str, str]:
-        """``settings`` are ECHO_TRT_*; the backend's Python is the one that runs this."""
-        own = {**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package_root()), os.environ.get("PYTHONPATH"))))
+        """Return Triton's environment, with ``settings`` (ECHO_TRT_*); its backend runs in this Python."""
+        variables = {**os.environ, **settings, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        variables["PYTHONPATH"] = _joined(str(package_root()), os.environ.get("PYTHONPATH"))
         if self.pip:
-            libraries = (str(self.pip.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or "")
-            own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (*libraries, os.environ.get("LD_LIBRARY_PATH"))))
-            own["PATH"] = os.pathsep.join((str(Path(sys.prefix, "bin")), os.environ.get("PATH", "")))
-        return own
+            libraries = str(self.pip.parent / "nvidia_pytriton.libs")
+            python = sysconfig.get_config_var("LIBDIR")
+            variables["LD_LIBRARY_PATH"] = _joined(libraries, python, os.environ.get("LD_LIBRARY_PATH"))
+            variables["PATH"] = os.pathsep.join((str(Path(sys.prefix, "bin")), os.environ.get("PATH", "")))
+        return variables
 
     def _backends(self, work: Path) -> Path:
-        """The Python backend beside the stub for this Python, which the wheel keeps apart."""
+        """Put the Python backend beside the stub for this Python, which the wheel keeps apart."""
         folder, server = work / "backends", self.pip / "tritonserver"
         (folder / "python").mkdir(parents=True)
         for part in (*(server / "backends" / "python").iterdir(), _stub(server)):
@@ -77,15 +78,19 @@ class TritonServer:
         return folder
 
 
+def _joined(*paths: str | None) -> str:
+    return os.pathsep.join(filter(None, paths))
+
+
 def _closed() -> dict[str, str]:
-    """Options that leave clients what a model's client needs: nothing of the machine's files and memory."""
+    """Return options that close the APIs of the machine's files and memory to clients."""
     apis = "model-repository,shared-memory,trace,logging"
-    key = f"{apis}:closed={secrets.token_hex(16)}"  # a header that nobody is told
+    key = f"{apis}:closed={secrets.token_hex(16)}"  # a header of random digits, which no client has
     return {"http-restricted-api": key, "grpc-restricted-protocol": key}
 
 
 def find_server() -> TritonServer:
-    """The server on PATH, else the one of nvidia-pytriton. Raises UserError where there is neither."""
+    """Find the server on PATH, else nvidia-pytriton's. Raises UserError without either."""
     on_path = shutil.which("tritonserver")
     if on_path:
         return TritonServer(Path(on_path))
@@ -109,37 +114,37 @@ def _stub(server: Path) -> Path:
 
 
 def package_root() -> Path:
-    """The folder from which echo_trt is imported."""
+    """Return the folder from which echo_trt is imported."""
     return Path(__file__).parents[2]
 
 
 def model_repository() -> Path:
-    """In a checkout, beside the package; in a wheel, inside it."""
+    """Return the model repository: beside the package in a checkout, inside it in a wheel."""
     places = (package_root() / "model_repo", Path(__file__).parents[1] / "model_repo")
     return next((place for place in places if (place / MODEL).is_dir()), places[0])
 
 
 def own_prefix() -> str:
-    """Of the names of this process's shared memory and folder."""
+    """Return the beginning of the names of this process's shared memory and folder."""
     return f"{PREFIX}{os.getpid()}-"
 
 
 def remove_regions(folder: Path = SHARED_MEMORY) -> None:
-    """Shared memory that this launcher's servers left, and that of launchers which are no more."""
-    for region in _left(folder, os.getpid()):
+    """Remove the shared memory that this launcher's servers left, and launchers that have ended."""
+    for region in _leftovers(folder, os.getpid()):
         with contextlib.suppress(OSError):  # another user's
             region.unlink()
 
 
 def remove_folders(folder: Path) -> None:
-    """Of launchers that are no more: a killed one leaves its own."""
-    for each in _left(folder):
-        shutil.rmtree(each, ignore_errors=True)
+    """Remove the folders of launchers that have ended; a killed one leaves its folder."""
+    for path in _leftovers(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _left(folder: Path, mine: int | None = None) -> Iterator[Path]:
-    """What launchers have put into a folder that live no longer, and process ``mine``."""
-    for each in folder.glob(f"{PREFIX}*"):
-        owner = each.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and (int(owner) == mine or not Path("/proc", owner).exists()):
-            yield each
+def _leftovers(folder: Path, launcher: int | None = None) -> Iterator[Path]:
+    """Yield what ended launchers, and the process ``launcher``, have put into a folder."""
+    for path in folder.glob(f"{PREFIX}*"):
+        owner = path.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and (int(owner) == launcher or not Path("/proc", owner).exists()):
+            yield path

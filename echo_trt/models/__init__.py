@@ -1,1 +1,1 @@
-"""The networks, each written once, in PyTorch: decoder (Qwen3, Qwen3-MoE, Llama), EAGLE-3 head, and their weights."""
+"""The networks in PyTorch: decoder (Qwen3, Qwen3-MoE, Llama), EAGLE-3 head, and their weights."""

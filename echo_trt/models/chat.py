@@ -19,7 +19,7 @@ PLAIN_CHATS = [
 
 
 def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, str]]:
-    """A conversation as an encoder takes it, without further keys. A refusal names ``name`` and ends with ``rule``."""
+    """Return a conversation without further keys. A refusal begins with ``name`` and ends with ``rule``."""
     if not isinstance(messages, list | tuple) or not messages:
         raise UserError(f"{name} is no list of messages; {rule}")
     for index, message in enumerate(messages):
@@ -30,7 +30,7 @@ def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, s
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string, and one that UTF-8 can write: JSON may hold half a surrogate pair."""
+    """Return whether UTF-8 can write ``value``, a string: JSON may hold half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -45,24 +45,24 @@ class ChatEncoder:
     ``special_tokens_in_content`` makes names in messages control tokens, as in Hugging Face's templates.
     """
 
-    # Aliases, which no message can guess, replace the names of control tokens in the template's source. In a rendered
-    # text an alias is then the template's, and a name is a message's, however the template transforms contents.
+    # The template's source gets aliases, which no message can guess, for the names of control tokens. In a rendered
+    # text an alias therefore comes from the template and a name from a message, however contents are transformed.
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens_in_content: bool = False):
         self._tokenizer = tokenizer
         self._bare = not tokenizer.chat_template
         self._template = BARE if self._bare else tokenizer.get_chat_template()
-        self._variables: dict[str, str] = {}  # what the template finds in bos_token and the like, if not the names
-        self._key = f"\ue000{secrets.randbits(128)}:"  # has no letters or spaces, which a template might change
+        self._variables: dict[str, str] = {}  # aliases for the template's variables, such as bos_token
+        self._key = f"\ue000{secrets.randbits(128)}:"  # without letters and spaces, which a template might change
         self._alias = re.compile(f"{self._key}([0-9]+)\ue001")
         self._names = {} if special_tokens_in_content else self._control_tokens()  # by token id
         self._has_aliases = self._put_aliases()
 
     def ids(self, messages: Messages) -> list[int]:
-        """Token ids of a prompt, up to where the answer begins. Raises UserError."""
+        """Encode a prompt, up to where the answer begins. Raises UserError."""
         try:
             rendered = self._rendered(messages)
-        except Exception as error:  # a template may raise what it likes, about roles and their order
+        except Exception as error:  # a template may raise any error about roles and their order
             reason = " ".join(str(error).split())
             raise UserError(f"messages do not fit the model's chat template ({reason}).") from error
         ids = self._encoded(self._without_names(rendered) if self._has_aliases else [rendered])
@@ -88,10 +88,9 @@ class ChatEncoder:
         }
 
     def _put_aliases(self) -> bool:
-        """Put aliases for names into the template; returns whether they stand for all control tokens that it writes.
+        """Put aliases for names into the template; returns whether they cover all control tokens that it writes.
 
-        They do not where a template joins names from parts, as in ``'<|' + message['role'] + '|>'``; then it stays as
-        it was.
+        A template that joins names from parts, as in ``'<|' + message['role'] + '|>'``, is left without aliases.
         """
         tokens = {name: token for token, name in self._names.items()}
         longest_first = sorted(tokens, key=len, reverse=True)
@@ -110,46 +109,42 @@ class ChatEncoder:
         return False
 
     def _tried(self, messages: Messages, answer: bool = True) -> str | None:
-        """The rendered text, None where the template takes no such chat."""
+        """Render a chat; None where the template does not take it."""
         try:
             return self._rendered(messages, answer)
         except Exception:
             return None
 
     def _rendered(self, messages: Messages, answer: bool = True) -> str:
-        """The text of a chat, with aliases; ``answer``: up to where an answer begins."""
+        """Render the text of a chat, with aliases; ``answer`` adds the beginning of an answer."""
         return self._tokenizer.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            add_generation_prompt=answer,
-            tokenize=False,
-            **self._variables,
+            messages, chat_template=self._template, add_generation_prompt=answer, tokenize=False, **self._variables
         )
 
     def _is_clean(self, ids: list[int], rendered: str) -> bool:
-        """Whether all control tokens among ``ids`` are the template's own."""
-        own = [token for token in self._encoded([""]) if token in self._names] if self._bare else []
-        own += [int(token) for token in self._alias.findall(rendered)]
-        return [token for token in ids if token in self._names] == own
+        """Return whether all control tokens among ``ids`` come from the template."""
+        written = [token for token in self._encoded([""]) if token in self._names] if self._bare else []
+        written += [int(token) for token in self._alias.findall(rendered)]
+        return [token for token in ids if token in self._names] == written
 
     def _without_names(self, rendered: str) -> list[str]:
-        """The text in pieces, cut behind the first character of each name that it holds."""
+        """Cut a text behind the first character of every name that it holds."""
         names = [name for name in self._names.values() if name in rendered]
         cuts = sorted({match.start() + 1 for name in names for match in re.finditer(re.escape(name), rendered)})
         return [rendered[begin:end] for begin, end in zip([0, *cuts], [*cuts, None], strict=True)]
 
     def _encoded(self, pieces: list[str]) -> list[int]:
-        """Token ids of a text in pieces, over whose borders no token goes."""
+        """Encode a text in pieces; no token spans two of them."""
         first, *rest = [self._alias.sub(lambda match: self._names[int(match[1])], piece) for piece in pieces]
         ids = self._tokenizer(first, add_special_tokens=self._bare)["input_ids"]
         if not rest:
             return ids
-        # SentencePiece puts a space before a text, but not after a line's end. The tokenizer is asked without
-        # transformers, which takes long for many short texts; the call above has told it not to cut or pad.
+        # SentencePiece puts a space before a text, but not after a line's end. The tokenizer is called without
+        # transformers, which is slow on many short texts; the call above has switched off truncation and padding.
         backend = self._tokenizer.backend_tokenizer
         batch = backend.encode_batch_fast(["\n", *("\n" + piece for piece in rest)], add_special_tokens=False)
         line_end, *others = (encoding.ids for encoding in batch)
-        for piece, own in zip(rest, others, strict=True):
-            joined = own[: len(line_end)] != line_end  # into one token with what follows
-            ids += backend.encode(piece, add_special_tokens=False).ids if joined else own[len(line_end) :]
+        for piece, encoded in zip(rest, others, strict=True):
+            joined = encoded[: len(line_end)] != line_end  # the line's end is one token with the piece's beginning
+            ids += backend.encode(piece, add_special_tokens=False).ids if joined else encoded[len(line_end) :]
         return ids

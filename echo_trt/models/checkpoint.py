@@ -1,6 +1,6 @@
 """Checkpoints on disk, read one tensor at a time: Hugging Face folders (safetensors) and GGUF files.
 
-Both answer with Hugging Face's tensor names and an equivalent ``config.json``, so nothing above knows the difference.
+Both kinds have Hugging Face's tensor names and an equivalent ``config.json``, so that callers see no difference.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ from safetensors import SafetensorError, safe_open
 
 from echo_trt.errors import UserError
 
-#: A slice of each axis; () is the whole.
-Part = tuple[slice, ...]
+Part = tuple[slice, ...]  # one slice an axis; () is the whole tensor
 
 
 class Checkpoint(Protocol):
-    """Stored weights by name; ``config`` is Hugging Face's config.json or what a GGUF file says of the same."""
+    """Stored weights by name; ``config`` has the keys of Hugging Face's config.json."""
 
     path: Path
     config: dict[str, Any]
 
     def names(self) -> Sequence[str]:
-        """Every tensor's name."""
+        """List the names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One tensor's."""
+        """Return a tensor's shape."""
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
-        """One tensor or a part of it, in the type it is stored in (GGUF: float32)."""
+        """Read a tensor or a part of it, in its stored type (GGUF: float32)."""
 
 
 class SafetensorsCheckpoint:
@@ -83,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weights_sha256(path: Path) -> str:
-    """A digest of the checkpoint's weight files, which tells one target from another."""
+    """Hash the checkpoint's weight files; the digest identifies a target."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:

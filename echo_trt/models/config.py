@@ -1,4 +1,4 @@
-"""What a network is: the sizes and switches that a checkpoint's configuration states."""
+"""The sizes and switches of a network, as its checkpoint's configuration states them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DECODERS = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
-#: Switches that change the arithmetic, and the one value of each that these networks implement.
+#: Switches that change the arithmetic, with the one value that these networks implement.
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -22,7 +22,7 @@ FIXED = {
     "quantization_config": None,
 }
 
-#: What each kind of rotary scaling must and may state.
+#: Keys that a kind of rotary scaling must state, and further keys that it may state.
 ROPE_REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -56,18 +56,18 @@ class DecoderConfig:
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    #: Among how many the network is divided; heads, KV heads and widths are then those of one (echo_trt.models.ranks).
+    #: Ranks among which the network is divided; heads, KV heads and widths are those of one rank.
     ranks: int = 1
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
-        """Layers whose *inputs* are EAGLE-3's features, low to high (arXiv 2503.01840)."""
+        """The layers whose *inputs* are EAGLE-3's features, low to high (arXiv 2503.01840)."""
         last = self.num_layers - 1
         return min(2, last), self.num_layers // 2, max(self.num_layers - 3, 0)
 
     @property
-    def own_logits(self) -> int:
-        """Rows of the output matrix: this rank's, or all where the vocabulary cannot be divided."""
+    def output_rows(self) -> int:
+        """Rows of this rank's output matrix: all rows where the vocabulary cannot be divided."""
         return self.vocab_size if self.vocab_size % self.ranks else self.vocab_size // self.ranks
 
     def has_experts(self, layer: int) -> bool:
@@ -109,7 +109,7 @@ def decoder_config(raw: dict[str, Any], where: str) -> DecoderConfig:
 
 
 def rank_config(config: DecoderConfig, ranks: int) -> DecoderConfig:
-    """The sizes of one rank's part; where a network has fewer KV heads than ranks, neighbours hold the same one."""
+    """Return the sizes of one rank's part. With fewer KV heads than ranks, neighbouring ranks hold the same head."""
     check_division(config, ranks)
     if ranks == 1:
         return config
@@ -142,7 +142,7 @@ def check_division(config: DecoderConfig, ranks: int) -> None:
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """An EAGLE-3 head (arXiv 2503.01840): one decoder layer over the token's embedding and the target's features."""
+    """An EAGLE-3 head (arXiv 2503.01840): one decoder layer over a token's embedding and the target's features."""
 
     vocab_size: int
     draft_vocab_size: int
@@ -156,25 +156,22 @@ class Eagle3Config:
     rope_theta: float
     max_position: int
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    #: EAGLE-3.1: each of the three features has its own norm before fc.
-    fc_norm: bool = False
-    #: The residual starts from the normed hidden state.
-    norm_before_residual: bool = False
-    #: EAGLE-3.1: children take this head's output after ``norm``.
-    norm_output: bool = False
+    fc_norm: bool = False  # EAGLE-3.1: every one of the three features has a norm before fc
+    norm_before_residual: bool = False  # the residual starts from the normed hidden state
+    norm_output: bool = False  # EAGLE-3.1: children take this head's output after ``norm``
     #: The target's layers whose inputs are the features; empty for the target's ``feature_layers``.
     feature_layers: tuple[int, ...] = ()
     target_sha256: str = ""
 
     @property
     def ranks(self) -> int:
-        """A head is not divided."""
+        """Always 1: a head is not divided."""
         return 1
 
 
 def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:
     """Read an EAGLE-3 head's ``config.json``, in any of the published spellings."""
-    # The speculators library nests the layer's configuration and norms before the residual unless told otherwise.
+    # The speculators library nests the layer's configuration, and norms before the residual by default.
     nested = raw.get("transformer_layer_config") or {}
     raw = {"norm_before_residual": bool(nested), **nested, **raw}
     architecture = (raw.get("architectures") or ["none"])[0]
@@ -203,10 +200,10 @@ def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:
 
 
 def _feature_layers(raw: dict[str, Any], eagle: dict[str, Any], where: str) -> tuple[int, ...]:
-    """The target's layers whose inputs the head reads, where it names them.
+    """Return the target's layers whose inputs the head reads, where its configuration names them.
 
-    One key, two meanings: within ``eagle_config`` (SpecForge, ModelOpt, SGLang) it lists layers whose outputs are read,
-    at the top level (vLLM, speculators) layers whose inputs are.
+    The key has two meanings. Within ``eagle_config`` (SpecForge, ModelOpt, SGLang) it lists layers whose outputs are
+    read; at the top level (vLLM, speculators) it lists layers whose inputs are read.
     """
     key = "eagle_aux_hidden_state_layer_ids"
     layers = [layer + 1 for layer in eagle.get(key) or ()] or list(raw.get(key) or ())

@@ -1,4 +1,4 @@
-"""The decoder: Qwen3, Qwen3-MoE and Llama, told apart by configuration alone."""
+"""The decoder of Qwen3, Qwen3-MoE and Llama, which differ in configuration alone."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder over packed tokens.
-
-    ``positions`` is the length of the rotary table: the longest context plus the deepest tree that will be asked for.
-    """
+    """A decoder over packed tokens; ``positions``, the rotary table's length, covers context and deepest tree."""
 
     def __init__(self, config: DecoderConfig, positions: int):
         super().__init__()
@@ -39,7 +36,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config, positions)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.own_logits, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.output_rows, bias=False)
 
     def forward(
         self,
@@ -49,9 +46,12 @@ class Decoder(nn.Module):
         attend: Attend,
         feature_layers: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor | None]:
-        """token_ids [N] and positions [N], int; logit_rows [R], the rows whose next token is asked for.
+        """Compute the logits of some rows, and the features of all.
 
-        Returns logits [R, V] and, where ``feature_layers`` names layers, their inputs side by side [N, len * H].
+        token_ids   int [N], packed tokens
+        positions   int [N], a token's place in its text
+        logit_rows  int [R], rows whose next token is wanted
+        Returns logits [R, V] and the inputs of ``feature_layers`` side by side [N, len * H], or None without layers.
         """
         x = self.embed(token_ids)
         cos, sin = self.rotary(positions)

@@ -1,7 +1,7 @@
 """The EAGLE-3 head (arXiv 2503.01840): a one-layer draft over the target's features.
 
-Entry j of a request is the pair (token j+1, feature j): the embedding of a token beside what the target, or for a token
-the target has not seen yet the head itself, knew one position earlier. It predicts token j+2.
+Entry j of a request is the pair (token j+1, feature j) and predicts token j+2. Feature j comes from the target, or from
+the head where the target has not seen token j yet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from echo_trt.models.layers import MLP, Attend, Attention, RMSNorm, Rotary
 
 
 class Eagle3Head(nn.Module):
-    """``embed`` may be the target's own table: a head that brings none shares it."""
+    """The head as a network. ``embed`` may be the target's table, which a head without embeddings shares."""
 
     def __init__(self, config: Eagle3Config, positions: int, embed: nn.Embedding):
         super().__init__()
@@ -43,12 +43,13 @@ class Eagle3Head(nn.Module):
         attend: Attend,
         state_rows: Tensor | None = None,
     ) -> Tensor:
-        """One layer over N = M + P entries.
+        """Compute the outputs of N = M + P entries: [N, H], read by ``logits`` and by children as their ``hidden``.
 
-        features [M, 3*H_target] are the target's, of the first M entries; hidden [P, H] is this head's own output for
-        the parents of the other P. Where entries come in another order, ``state_rows`` [N] gives each one's row of
-        those M + P. Returns each entry's output [N, H], from which ``logits`` reads and which its children take as
-        their ``hidden``.
+        token_ids   int [N]
+        features    float [M, 3*H_target], the target's, of the first M entries
+        hidden      float [P, H], this head's outputs for the parents of the other P entries
+        positions   int [N]
+        state_rows  int [N], an entry's row of features and hidden end to end, where entries come in another order
         """
         if self.config.fc_norm:
             parts = zip(self.fc_norms, features.chunk(3, dim=-1), strict=True)
@@ -64,12 +65,12 @@ class Eagle3Head(nn.Module):
         return self.norm(state) if self.config.norm_output else state
 
     def logits(self, state: Tensor) -> Tensor:
-        """Scores over the draft vocabulary [R, draft_vocab_size] from outputs [R, H]."""
+        """Compute scores over the draft vocabulary [R, draft_vocab_size] from outputs [R, H]."""
         return self.lm_head(state if self.config.norm_output else self.norm(state))
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best next tokens of each row: log-probabilities [R, k] and their indices [R, k], best first."""
+    """Return log-probabilities [R, k] and indices [R, k] of a row's k best next tokens, best first."""
     logits = logits.float()  # a half-precision graph's log-probabilities would tie and drift
     best, index = logits.topk(k, dim=-1)
     return best - logits.logsumexp(dim=-1, keepdim=True), index

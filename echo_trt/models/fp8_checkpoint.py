@@ -1,7 +1,7 @@
-"""FP8 checkpoints, read as what they stand for: e4m3 weights times their scales.
+"""FP8 checkpoints, read as e4m3 weights times their scales.
 
-ModelOpt's (quant_algo FP8, or FP8_PER_CHANNEL_PER_TOKEN) have one ``weight_scale`` a tensor or an output channel; those
-of quant_method fp8 (as Qwen publishes them) one ``weight_scale_inv`` a block. Scales of activations and of an fp8 KV
+ModelOpt (quant_algo FP8, or FP8_PER_CHANNEL_PER_TOKEN) stores one ``weight_scale`` a tensor or an output channel.
+quant_method fp8, which Qwen publishes, stores one ``weight_scale_inv`` a block. Scales of activations and of an fp8 KV
 cache are left out: echo-trt computes and caches in the recipe's precision.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ _SCALE = re.compile(r"\.(weight_scale|weight_scale_inv|input_scale|k_scale|v_sca
 
 
 class Fp8Checkpoint:
-    """A Hugging Face folder with FP8 weights. ``block``: rows and columns of a weight that share a scale, if any do."""
+    """A Hugging Face folder with FP8 weights; ``block``: rows and columns that share a scale, None without blocks."""
 
     def __init__(self, stored: Checkpoint, block: tuple[int, int] | None):
         self.path, self.config = stored.path, {k: v for k, v in stored.config.items() if k != "quantization_config"}
@@ -38,7 +37,7 @@ class Fp8Checkpoint:
         return self._stored.shape(name)
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
-        """A quantised tensor, or a part of it, as float32, any other as it is stored."""
+        """Read a tensor or a part of it: a quantised one as float32, any other in its stored type."""
         tensor = self._stored.get(name, part)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
@@ -53,16 +52,20 @@ class Fp8Checkpoint:
                 f"{self.path}: tensor {scale_name} has shape {list(scale.shape)}, which does not belong to {name} of "
                 f"{list(shape)}; download the checkpoint again."
             )
-        down, across = (torch.arange(size)[own] for size, own in zip(shape, part or (slice(None),) * 2, strict=True))
-        return tensor.float() * scale.reshape(grid)[down // rows][:, across // columns]
+        slices = part or (slice(None),) * 2
+        row, column = (torch.arange(size)[chosen] for size, chosen in zip(shape, slices, strict=True))
+        return tensor.float() * scale.reshape(grid)[row // rows][:, column // columns]
 
 
 def dequantised(stored: Checkpoint) -> Checkpoint:
-    """``stored`` itself, or what reads its FP8 weights; any other quantisation is refused."""
+    """Return ``stored``, with a reader over it if it has FP8 weights; any other quantisation is refused."""
     scheme: dict[str, Any] = stored.config.get("quantization_config") or {}
-    where, beside = f"{stored.path}: quantization_config", stored.path / "hf_quant_config.json"
-    if not scheme and beside.exists():  # how ModelOpt wrote it before it also did into config.json
-        scheme, where = _beside(beside), f"{beside}: quantization"
+    where, separate = f"{stored.path}: quantization_config", stored.path / "hf_quant_config.json"
+    if not scheme and separate.exists():  # older versions of ModelOpt wrote this file alone
+        from echo_trt.models.checkpoint import read_json
+
+        scheme = {"quant_algo": None, **(read_json(separate).get("quantization") or {})}
+        where = f"{separate}: quantization"
     if not scheme:
         return stored
     if "quant_algo" in scheme:
@@ -74,9 +77,3 @@ def dequantised(stored: Checkpoint) -> Checkpoint:
     else:
         named = f"quant_method {scheme.get('quant_method')}"
     raise UserError(f"{where} is {named}, which is not supported; use an FP8 checkpoint of ModelOpt, or one without.")
-
-
-def _beside(file: Path) -> dict[str, Any]:
-    from echo_trt.models.checkpoint import read_json
-
-    return {"quant_algo": None, **(read_json(file).get("quantization") or {})}

@@ -1,4 +1,4 @@
-"""GGUF files: dequantised weights under Hugging Face names, the configuration, and the tokenizer they carry."""
+"""GGUF files: dequantised weights under Hugging Face names, the configuration and the tokenizer."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class GgufCheckpoint:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The byte-level BPE tokenizer and the chat template that the file carries."""
+        """Build the file's byte-level BPE tokenizer, with its chat template."""
         if (kind := self.field("tokenizer.ggml.model")) != "gpt2":
             raise UserError(f"{self.path}: tokenizer.ggml.model is {kind!r}, not gpt2 (byte-level BPE); {ELSEWHERE}")
         tokens, kinds = self._need("tokenizer.ggml.tokens"), self._need("tokenizer.ggml.token_type")

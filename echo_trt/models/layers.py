@@ -1,7 +1,7 @@
-"""The arithmetic that the decoder and the EAGLE-3 head share.
+"""The layers that the decoder and the EAGLE-3 head share.
 
-Tokens of all requests are packed along the first axis, so there is no batch axis and no padding. A layer does not know
-how keys and values are cached: it hands its packed query, key and value to ``attend``, which the caller supplies.
+Tokens of all requests are packed along the first axis, so there is no batch axis and no padding. A layer gives its
+packed query, key and value to the caller's ``attend``, which knows how keys and values are cached.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Config = DecoderConfig | Eagle3Config
 
 
-def whole(part: Tensor, ranks: int) -> Tensor:
-    """A layer's output from what one rank has of it."""
+def sum_ranks(part: Tensor, ranks: int) -> Tensor:
+    """Add the parts that the ranks have of a layer's output."""
     return part if ranks == 1 else all_reduce(part, ranks)
 
 
@@ -47,14 +47,14 @@ class Rotary(nn.Module):
         self.register_buffer("sin", angles.sin() * scale, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [N] -> cos and sin, each [N, 1, 1, D]."""
+        """Look up cos and sin, float32 [N, 1, 1, D] both, of ``positions``, int [N]."""
         return self.cos[positions][:, None, None], self.sin[positions][:, None, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [N, H, 1, D] by the angles of each token's position.
+    """Rotate x [N, H, 1, D] by the angles of its tokens' positions.
 
-    Compilers know rotary embedding by these very steps on four axes, and make one kernel of them.
+    Compilers recognise these very steps on four axes as rotary embedding, and make one kernel of them.
     """
     half = x.shape[-1] // 2
     first, second = x.split((half, half), dim=-1)
@@ -62,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Inverse frequencies [D/2] and the factor on cos and sin, for default, linear, llama3 and yarn scaling."""
+    """Return inverse frequencies, float32 [D/2], and the factor on cos and sin, in one of four kinds of scaling."""
     scaling, dim = config.rope_scaling, config.head_dim
     freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     kind = scaling.get("rope_type", "default")
@@ -76,7 +76,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
 
 def _llama3_frequencies(freq: Tensor, scaling: dict) -> Tensor:
-    # Llama 3.1: long wavelengths are stretched by the factor, short ones kept, those between blended.
+    # Llama 3.1 stretches long wavelengths by the factor, keeps short ones, and blends the two between them.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -104,13 +104,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, input_size: int, qk_norm: bool):
         super().__init__()
-        self.layer, self.heads, self.kv_heads, self.head_dim = (
-            layer,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
-        self.ranks = config.ranks
+        self.layer, self.ranks, self.head_dim = layer, config.ranks, config.head_dim
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.qkv = nn.Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
@@ -124,11 +119,11 @@ class Attention(nn.Module):
             query, key = both.split(heads, dim=1)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
         query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
-        return whole(self.out(attend(self.layer, query, key, value)), self.ranks)
+        return sum_ranks(self.out(attend(self.layer, query, key, value)), self.ranks)
 
 
 class MLP(nn.Module):
-    """Gated SiLU, gate and up projections merged."""
+    """A gated SiLU MLP, with gate and up projections merged."""
 
     def __init__(self, hidden: int, intermediate: int, ranks: int = 1):
         super().__init__()
@@ -138,14 +133,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return whole(self.down(F.silu(gate) * up), self.ranks)
+        return sum_ranks(self.down(F.silu(gate) * up), self.ranks)
 
 
 class Experts(nn.Module):
-    """Mixture of experts (Qwen3-MoE) in standard operators.
+    """A mixture of experts (Qwen3-MoE) in standard operators.
 
-    Every expert sees every token and the router's weights, zero for the experts that were not chosen, pick the result.
-    That is exact and exports to any compiler; it does E/k times the arithmetic of a routed kernel.
+    Every expert computes every token, and the router's weights, zero for experts that were not chosen, pick the result.
+    That is exact and exports to any compiler, at E/k times the arithmetic of a routed kernel.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -165,4 +160,4 @@ class Experts(nn.Module):
         weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
         gate, up = torch.matmul(x.unsqueeze(0), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, size]
         outputs = torch.matmul(F.silu(gate) * up, self.down.transpose(1, 2))  # [E, N, H]
-        return whole((outputs * weights.t().unsqueeze(-1)).sum(dim=0), self.ranks)
+        return sum_ranks((outputs * weights.t().unsqueeze(-1)).sum(dim=0), self.ranks)

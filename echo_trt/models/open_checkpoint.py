@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format."""
+"""Opening of a checkpoint of any format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from echo_trt.models.fp8_checkpoint import dequantised
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A folder with config.json and safetensors, FP8 ones dequantised, or a .gguf file."""
+    """Open a folder with config.json and safetensors, which may be FP8, or a .gguf file."""
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist; give a Hugging Face folder or a .gguf file.")
     if path.is_file() and path.suffix != ".gguf":

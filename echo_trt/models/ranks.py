@@ -1,10 +1,10 @@
-"""A decoder divided among ranks (tensor parallelism): the sizes of one rank's part, and how the parts come together.
+"""Tensor parallelism: how a decoder is divided among ranks, and how the ranks put their results together.
 
-As in Megatron-LM (arXiv 1909.08053): the heads and the width of the MLP are divided, so that two matrices of each layer
-give a part of its output on each rank, and ``all_reduce`` adds the parts. Of a mixture each expert's width is divided,
-and not the experts: then all ranks have the same work, whichever experts the tokens choose. The output matrix is
-divided by rows of the vocabulary, where their number allows it, and ``all_gather`` puts the logits together. Embedding,
-norms and routers stand whole on each rank, so the residual, and with it an EAGLE-3 head's features, is the same on all.
+As in Megatron-LM (arXiv 1909.08053), attention heads and the MLP's width are divided. Two matrices of a layer then give
+a part of its output on every rank, and ``all_reduce`` adds the parts. In a mixture the width of every expert is
+divided, so that all ranks have the same work, whichever experts the tokens choose. The output matrix is divided by rows
+of the vocabulary where their number allows it, and ``all_gather`` puts the logits together. Embedding, norms and
+routers are whole on every rank, so the residual and an EAGLE-3 head's features are the same on all.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 
 class Collectives(Protocol):
-    """How the ranks exchange what they have; all make the same calls, and get the same tensors."""
+    """The exchange between ranks; all ranks make the same calls, and get the same tensors."""
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
-        """The sum of all ranks' parts, in a new tensor."""
+        """Add all ranks' parts, in a new tensor."""
 
     def all_gather(self, part: Tensor, ranks: int) -> Tensor:
-        """All ranks' parts [n, ...] in their order [ranks * n, ...]."""
+        """Put all ranks' parts [n, ...] end to end, in the order of the ranks: [ranks * n, ...]."""
 
 
 class Alone:
-    """What one rank can compute without the others, for checking it by itself: its part stands for theirs."""
+    """The exchange of a rank that is checked by itself: its part stands for those of the other ranks."""
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
         return part.clone()
@@ -44,7 +44,7 @@ _current: ContextVar[Collectives] = ContextVar("collectives")
 
 @contextmanager
 def among(collectives: Collectives) -> Iterator[None]:
-    """Within, the networks of this thread reach the other ranks so."""
+    """Set how the networks of this thread reach the other ranks, for a block of code."""
     token = _current.set(collectives)
     try:
         yield
@@ -54,7 +54,7 @@ def among(collectives: Collectives) -> Iterator[None]:
 
 @torch.library.custom_op("echo::all_reduce", mutates_args=())
 def all_reduce(part: Tensor, ranks: int) -> Tensor:
-    """Exported as the operator echo::AllReduce."""
+    """Add all ranks' parts; exported as the operator echo::AllReduce."""
     return _current.get().all_reduce(part, ranks)
 
 
@@ -65,7 +65,7 @@ def _(part: Tensor, ranks: int) -> Tensor:
 
 @torch.library.custom_op("echo::all_gather", mutates_args=())
 def all_gather(part: Tensor, ranks: int) -> Tensor:
-    """Exported as the operator echo::AllGather."""
+    """Put all ranks' parts end to end; exported as the operator echo::AllGather."""
     return _current.get().all_gather(part, ranks)
 
 
@@ -81,7 +81,7 @@ class Shard:
     rank: int = 0
     ranks: int = 1
 
-    def place(self, whole: int, own: int) -> slice:
-        """Which part of an axis of ``whole`` is this rank's ``own``; neighbours may share one (KV heads)."""
-        start = self.rank * whole // self.ranks // own * own
-        return slice(start, start + own)
+    def place(self, total: int, size: int) -> slice:
+        """Return this rank's ``size`` places on an axis of ``total``; neighbouring ranks may share them (KV heads)."""
+        start = self.rank * total // self.ranks // size * size
+        return slice(start, start + size)

@@ -1,7 +1,7 @@
-"""What an engine computes with a network: the target's part, a standalone draft's, an EAGLE-3 head's.
+"""The roles of a network in an engine: target, standalone draft, EAGLE-3 head.
 
-A role takes its named ``inputs``, the rows asked for, and how to attend. An exporter turns it into a graph, the
-reference engine calls it as it is; so both have the same inputs and outputs by name.
+A role takes its named ``inputs``, the rows of logits that are wanted, and the attention. An exporter turns it into a
+graph and the reference engine calls it directly, so both have the same inputs and outputs by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from echo_trt.models.layers import Attend
 
 
 class TargetRole(nn.Module):
-    """logits [R, V] and, where ``feature_layers`` names layers, the features [N, len * H] for an EAGLE-3 head."""
+    """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head."""
 
     inputs = ("token_ids", "positions")
 
@@ -25,14 +25,13 @@ class TargetRole(nn.Module):
         self.outputs = ("logits", "features") if feature_layers else ("logits",)
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
-        logits, features = self.network(
-            inputs["token_ids"], inputs["positions"], logit_rows, attend, self.feature_layers
-        )
+        tokens, positions = inputs["token_ids"], inputs["positions"]
+        logits, features = self.network(tokens, positions, logit_rows, attend, self.feature_layers)
         return (logits,) if features is None else (logits, features)
 
 
 class DraftRole(nn.Module):
-    """The best ``top_k`` next tokens of each row asked for: log-probabilities [R, k] and token ids [R, k]."""
+    """A draft: log-probabilities [R, k] and token ids [R, k] of the ``top_k`` best next tokens of every wanted row."""
 
     inputs = ("token_ids", "positions")
     outputs = ("scores", "candidates")
@@ -48,7 +47,7 @@ class DraftRole(nn.Module):
 
 
 class HeadRole(nn.Module):
-    """As a draft, with the head's state [N, H] of every row, which the row's children take as their ``hidden``."""
+    """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
     inputs = ("token_ids", "positions", "features", "hidden")
     outputs = ("scores", "candidates", "state")
@@ -59,8 +58,8 @@ class HeadRole(nn.Module):
         self.network, self.top_k = head, top_k
 
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
-        entries = inputs["token_ids"], inputs["features"], inputs["hidden"], inputs["positions"]
-        state = self.network(*entries, attend, inputs.get("state_rows"))
+        tokens, positions, rows = inputs["token_ids"], inputs["positions"], inputs.get("state_rows")
+        state = self.network(tokens, inputs["features"], inputs["hidden"], positions, attend, rows)
         scores, index = top_candidates(self.network.logits(state[logit_rows]), self.top_k)
         return scores, self.network.target_ids[index], state
 

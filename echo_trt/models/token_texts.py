@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class TokenTexts:
-    """What each token of a tokenizer stands for: byte-level vocabularies, and SentencePiece's with byte fallback."""
+    """The texts of a tokenizer's tokens, for byte-level vocabularies and SentencePiece's with byte fallback."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         backend = tokenizer.backend_tokenizer
@@ -16,11 +16,11 @@ class TokenTexts:
         self._bytes = _byte_of_letter() if "ByteLevel" in repr(backend.decoder) else None
 
     def is_special(self, token: int) -> bool:
-        """Whether it is left out of a text."""
+        """Return whether a token is left out of a text."""
         return token in self._added and self._added[token].special
 
     def raw(self, token: int) -> bytes:
-        """The bytes that it adds to a text; a special token's own name; nothing for an id without a token."""
+        """Return the bytes that a token adds to a text: its name if it is special, none for an id without a token."""
         piece = self._piece(token)
         if piece is None:
             return b""
@@ -34,8 +34,8 @@ class TokenTexts:
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's table: printable bytes are written as themselves, the others in order as letters beyond them."""
+    """Build GPT-2's table: printable bytes are their own letters, the others in order are the letters beyond them."""
     letters = sorted(ByteLevel.alphabet())
-    own = [letter for letter in letters if ord(letter) < 256]
-    others = sorted(set(range(256)) - set(map(ord, own)))
-    return dict(zip([*own, *letters[len(own) :]], [*map(ord, own), *others], strict=True))
+    printable = [ord(letter) for letter in letters if ord(letter) < 256]
+    others = sorted(set(range(256)) - set(printable))
+    return dict(zip(letters, [*printable, *others], strict=True))

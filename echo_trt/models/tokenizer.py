@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, read for a bundle, and what must agree between a target's and a draft's."""
+"""Reading of a checkpoint's tokenizer for a bundle, and the check that target and draft have the same tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def thought_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
 
 
 def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
-    """From ``folder`` where one is named, else from the checkpoint."""
+    """Read the tokenizer of ``folder`` where one is named, else the checkpoint's."""
     if folder is None and isinstance(checkpoint, GgufCheckpoint):
         return checkpoint.tokenizer()
     place = folder or checkpoint.path
@@ -38,16 +38,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:
-    """A draft proposes token ids, so they must mean the same to both."""
-    theirs, mine = target.get_vocab(), draft.get_vocab()
-    if theirs == mine:
+    """Refuse a draft whose token ids, which it proposes, mean other tokens than the target's."""
+    wanted, actual = target.get_vocab(), draft.get_vocab()
+    if wanted == actual:
         return
-    example = next((t for t, i in sorted(theirs.items(), key=lambda item: item[1]) if mine.get(t) != i), None)
-    detail = (
-        f"token {example!r} is {theirs[example]} there and {mine.get(example)} here"
-        if example
-        else "it has more tokens"
-    )
+    example = next((t for t, i in sorted(wanted.items(), key=lambda item: item[1]) if actual.get(t) != i), None)
+    detail = f"token {example!r} is {wanted[example]} there and {actual.get(example)} here" if example else ""
     raise UserError(
-        f"{where}: tokenizer differs from the target's ({detail}); use a draft with the target's tokenizer."
+        f"{where}: tokenizer differs from the target's ({detail or 'it has more tokens'}); use a draft with the "
+        "target's tokenizer."
     )

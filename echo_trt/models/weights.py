@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to a network: names, merged projections, shapes checked, one copy in memory."""
+"""Loading of a checkpoint's tensors into a network: names, merged projections, shapes, one copy in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Config, Rotary
 from echo_trt.models.ranks import Shard
 
-#: our parameter -> the checkpoint's tensors, stacked along axis 0; a tensor of None axis is given as a list of lists.
+#: our parameter -> the checkpoint's tensors, stacked along axis 0; a list of such lists where experts are stacked too.
 Sources = dict[str, list[str]]
 WHOLE = Shard()
 
@@ -28,14 +28,14 @@ IGNORED = r"^(lm_head\.weight|t2d|d2t|draft_id_to_target_id)$|\.rotary_emb\.inv_
 def load_decoder(
     checkpoint: Checkpoint, positions: int, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE
 ) -> Decoder:
-    """The target or a standalone draft, or one rank's ``shard`` of it, of which alone the bytes are read.
+    """Load a target or a standalone draft, or the bytes of one rank's ``shard``.
 
     ``positions`` is the rotary table's length.
     """
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
     config = rank_config(whole, shard.ranks)
     with torch.device("meta"):
-        # A rank has an output matrix of its own, which may be a part of the embedding.
+        # A rank's output matrix is a parameter apart, also where it is a part of the embedding.
         model, undivided = Decoder(config, positions), Decoder(replace(whole, tie_embeddings=False), positions)
     sources = _decoder_sources(config, set(checkpoint.names()))
     if whole.tie_embeddings and not config.tie_embeddings:
@@ -48,11 +48,11 @@ def load_decoder(
 def load_eagle3(
     checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype = torch.float32
 ) -> Eagle3Head:
-    """The head for ``target``, in EAGLE's or vLLM's spelling, with its own embeddings or the target's."""
+    """Load the head for ``target``, in EAGLE's or vLLM's spelling, with its embeddings or the target's."""
     where = str(checkpoint.path)
     config = eagle3_config(checkpoint.config, where)
     check_head_fits(config, target.config, where)
-    names = {_canonical_head_name(name): name for name in checkpoint.names()}
+    names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
         model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
     sources = _eagle3_sources(config, names)
@@ -108,8 +108,8 @@ def _target_ids(config: Eagle3Config, checkpoint: Checkpoint, names: dict[str, s
     return draft_ids
 
 
-def _canonical_head_name(name: str) -> str:
-    """vLLM's spelling to EAGLE's."""
+def head_tensor_name(name: str) -> str:
+    """Turn vLLM's spelling of a head's tensor into EAGLE's."""
     name = name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)
     return {"draft_id_to_target_id": "d2t"}.get(name, name)
 
@@ -178,7 +178,7 @@ def _assign(
     dtype: torch.dtype,
     divided: Divided | None = None,
 ) -> None:
-    """Fill the model's meta parameters, each allocated once and filled part by part."""
+    """Fill the model's meta parameters, which are allocated once and filled part by part."""
     filling = _Filling(checkpoint, set(checkpoint.names()), model, divided or Divided(model, WHOLE))
     read = set()
     for ours, parts in sources.items():
@@ -194,7 +194,7 @@ def _assign(
             filling.fill(slot, shape, names)
             read.update(names)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    # A bias, a norm or a quantisation scale that nobody reads would be a silently different network.
+    # A bias, a norm or a quantisation scale that is not read would make a different network without a word.
     for name in sorted(filling.present - read):
         if not re.search(IGNORED, name):
             raise UserError(
@@ -204,7 +204,7 @@ def _assign(
 
 @dataclass(frozen=True)
 class Divided:
-    """The undivided network, whose shapes the checkpoint must have, and which shard of it is read."""
+    """The undivided network, whose shapes the checkpoint must have, and the shard of it that is read."""
 
     whole: nn.Module
     shard: Shard
@@ -218,15 +218,15 @@ class _Filling:
     divided: Divided
 
     def fill(self, slot: Tensor, shape: torch.Size, names: list[str]) -> None:
-        """Stack the named tensors, or the shard's parts of them; ``shape`` is theirs, stacked."""
-        own, whole = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
+        """Stack the named tensors, of ``shape`` together, or the shard's parts of them, into ``slot``."""
+        filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
         if len(names) == 3:  # a merged qkv
-            own, whole = (_heights(network.config) for network in (self.model, self.divided.whole))
-        for name, part, height in zip(names, slot.split(own), whole, strict=True):
+            filled, stored = (_heights(network.config) for network in (self.model, self.divided.whole))
+        for name, part, height in zip(names, slot.split(filled), stored, strict=True):
             self._check(name, (height, *shape[1:]))
             if self.divided.shard.ranks == 1:
                 part.copy_(self.checkpoint.get(name))
-            elif name.endswith("experts.gate_up_proj"):  # gate over up, each divided by itself
+            elif name.endswith("experts.gate_up_proj"):  # gate over up, which are divided one by one
                 for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
                     rows = self.divided.shard.place(shape[1] // 2, half.shape[1])
                     rows = slice(begin + rows.start, begin + rows.stop)
@@ -236,11 +236,11 @@ class _Filling:
                 part.copy_(self.checkpoint.get(name, tuple(places)))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        path = self.checkpoint.path
+        checkpoint = self.checkpoint
         if name not in self.present:
-            raise UserError(f"{path}: tensor {name} is missing; use a complete checkpoint of this network.")
-        if self.checkpoint.shape(name) != shape:
-            raise _shape_error(self.checkpoint, name, self.checkpoint.shape(name), shape)
+            raise UserError(f"{checkpoint.path}: tensor {name} is missing; use a complete checkpoint of this network.")
+        if checkpoint.shape(name) != shape:
+            raise _shape_error(checkpoint, name, checkpoint.shape(name), shape)
 
 
 def _heights(config: Config) -> list[int]:

@@ -1,4 +1,4 @@
-"""``echo-trt simulate``: every policy at every batch on a machine that need not be here, from recorded draft trees."""
+"""``echo-trt simulate``: replays recorded draft trees with every policy, at every batch, on any machine."""
 
 from __future__ import annotations
 
@@ -37,16 +37,20 @@ POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
 LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000}
-FEWEST, EACH, MOST = 4000, 400, 24_000  # tokens that are measured: EACH a slot, within these bounds
+# Tokens that a cell measures: SLOT_TOKENS for every slot, within FEWEST and MOST. Larger: less noise, a longer run.
+SLOT_TOKENS, FEWEST, MOST = 400, 4000, 24_000
 
 
 @dataclass(frozen=True)
 class SimulationJob:
-    """``costs`` is needed by the machine "this" alone. ``budget`` None: the knee of the machine's curve.
+    """The command's options.
 
-    ``static`` is that policy's depth, top_k and tokens, None the default pair's as far as recorded. ``prompt`` cached
-    tokens stand before each answer; ``tokens`` are measured a policy and batch, None as many as the batch needs.
-    ``ngrams``: a table of the target's, with which goodput and the oracle go on.
+    costs   file of measured costs, for the machine "this" alone
+    budget  K_max; None: the knee of the machine's curve
+    static  depth, top_k and tokens of that policy; None: the default pair's, as far as recorded
+    prompt  cached tokens before every answer
+    tokens  measured for a policy and batch; None: by the batch
+    ngrams  file of the target's n-grams, with which goodput and the oracle go on where drafts end
     """
 
     recording: Path
@@ -108,9 +112,9 @@ def simulate(
     job: SimulationJob,
     ngrams: NGrams | None = None,
 ) -> Tally:
-    """One cell."""
-    tokens = job.tokens or min(max(EACH * batch, FEWEST), max(MOST, 4 * batch))
-    if name == ORACLE:  # it has goodput's candidates
+    """Simulate one policy at one batch."""
+    tokens = job.tokens or min(max(SLOT_TOKENS * batch, FEWEST), max(MOST, 4 * batch))
+    if name == ORACLE:  # which has goodput's candidates
         shape = goodput_settings("goodput", settings)
         return Oracle(recording, machine, shape, batch, job.prompt, ngrams).run(tokens)
     walk = Walk(recording, batch, job.prompt)
@@ -125,7 +129,7 @@ def planner_for(
     walk: Walk,
     ngrams: NGrams | None = None,
 ) -> Planner:
-    """The planner that the runtime would have on this machine (runtime/tuning.py)."""
+    """Make the planner that the runtime would have on this machine (runtime/tuning.py)."""
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
         copier = RecordedCopier(walk, calibration.lookup)
@@ -137,7 +141,7 @@ def planner_for(
 def settings_for(
     job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
 ) -> dict[str, Any]:
-    """The policies' numbers, as a recipe's ``decoding`` section."""
+    """Return the policies' numbers, as a recipe's ``decoding`` section."""
     depth, top_k, nodes = job.static or (min(STATIC[0], recording.levels), min(STATIC[1], recording.beams), STATIC[2])
     return {
         "max_depth": recording.levels,
@@ -153,7 +157,7 @@ def settings_for(
 
 
 def read_calibration(path: Path) -> Calibration:
-    """A calibration that is complete. Raises UserError."""
+    """Read a complete calibration. Raises UserError."""
     remedy = "name a calibration.json that echo-trt calibrate wrote"
     stored = read_stored(path, Calibration, remedy)
     try:
@@ -213,9 +217,9 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
     answers = len(recording.answers)
     if max(job.batches) > answers:
         facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")
-    held = machine.capacity and machine.capacity // (job.prompt + recording.longest)
-    if held and held < max(job.batches):
-        facts.append(f"above batch {held} the KV cache would not fit the machine's memory")
+    room = machine.capacity and machine.capacity // (job.prompt + recording.longest)
+    if room and room < max(job.batches):
+        facts.append(f"above batch {room} the KV cache would not fit the machine's memory")
     return facts
 
 
@@ -240,14 +244,14 @@ def _check(job: SimulationJob) -> None:
 
 
 def _check_shape(name: str, settings: EchoSettings, recording: Recording) -> None:
-    """Beyond what was recorded nobody knows what the draft would have said."""
-    for what, wanted, known in (
+    """Refuse a policy whose trees are larger than the recorded ones: the draft's further proposals are unknown."""
+    for setting, wanted, recorded in (
         ("max_depth", settings.max_depth, recording.levels),
         ("beams", settings.beams if settings.max_depth > 1 else 1, recording.beams),
         ("width", settings.width, recording.width),
     ):
-        if wanted > known:
+        if wanted > recorded:
             raise UserError(
-                f"policy {name} has {what} {wanted}, but the recording's trees have {known}; "
+                f"policy {name} has {setting} {wanted}, but the recording's trees have {recorded}; "
                 "lower it, or record larger trees."
             )

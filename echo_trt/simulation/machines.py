@@ -1,7 +1,7 @@
-"""What passes take on a machine: measured tables for this one, rooflines from public specifications for others.
+"""The seconds of passes on a machine: measured tables for this one, rooflines from data sheets for others.
 
-A roofline says a pass takes as long as the slower of reading its weights and doing its arithmetic, at a stated share of
-the peak. It knows nothing of kernels: read its answers as "about", and ratios of them as better than the values.
+A roofline takes the slower of reading a pass's weights and doing its arithmetic, at a stated share of the peak. It
+knows nothing of kernels: its values are rough, and ratios of values are better.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
 from echo_trt.errors import UserError
 
 THIS = "this"
-# Measured on 2 cores of an AMD EPYC at batch 1 to 8: packing, accepting, text; and what a draft level's planning adds.
+# Seconds on the host: an iteration's packing, accepting and text, and a draft level's planning. Measured on 2 cores of
+# an AMD EPYC at batch 1 to 8. Larger: small batches gain less from drafts.
 HOST_SECONDS, LEVEL_SECONDS = 0.5e-3, 0.3e-3
-# What goodput's search takes besides, for each node that it considers: fitted to plans over recorded trees, 1 to 512
-# requests of both H100s here, on two cores of another EPYC (family 25, model 1); within a third of each of them.
+# Seconds of goodput's search for every node that it considers. Fitted to plans over recorded trees, 1 to 512 requests
+# of both H100s here, on two cores of another EPYC (family 25, model 1), within a third. Larger: goodput gains less.
 CANDIDATE_SECONDS = 0.85e-6
-LARGEST_KNEE = 1024  # sizes beyond it say nothing of K_max
+LARGEST_KNEE = 1024  # tokens up to which the hinge is fitted; larger: the far end of the curve moves K_max
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What passes take on a machine.
+    """The costs of passes on a machine.
 
-    target, draft      sizes in tokens [m], seconds of a pass over so many [m], seconds that a cached token adds, and
-                       that one adds which a tree's node attends again (``Curve``)
-    host_seconds       outside passes, an iteration
-    level_seconds      of planning, a draft level
-    candidate_seconds  and a node that goodput considers
-    assumptions        a sentence each
-    capacity           tokens that its KV cache holds; None: unknown
-    cold, change       as in ``Costs``, of which ``padded`` are the ``sizes``
+    target, draft      ``Curve``'s first arguments: sizes int [m], tokens; seconds float [m]; seconds that a cached
+                       token adds to a pass, and for every tree node that attends it
+    host_seconds       of an iteration, outside passes
+    level_seconds      of planning a draft level
+    assumptions        sentences for the user
+    capacity           tokens in the KV cache; None: unknown
+    cold, change       seconds, as in ``Costs``
+    padded             sizes of the target's passes, as in ``Costs``
     knee               K_max where it was measured; None: fitted to ``target``
+    candidate_seconds  of planning a node that goodput considers
     """
 
     name: str
@@ -56,13 +58,13 @@ class Machine:
     candidate_seconds: float = CANDIDATE_SECONDS
 
     def costs(self) -> Costs:
-        """Curves of their own, which a policy may go on to correct."""
+        """Make new curves, which a policy may correct."""
         target = Curve(*self.target, reach=FAR if self.knee is None else NEAR)
         return Costs(target, Curve(*self.draft), self.cold, self.change, self.padded)
 
     @property
     def k_max(self) -> int:
-        """The knee of the paper's cost model, padded to what takes as long."""
+        """The knee of the paper's cost model, raised to the padded size."""
         sizes, seconds, *_ = self.target
         near = sizes <= LARGEST_KNEE
         knee = self.knee or fit_hinge(sizes[near], seconds[near]).k_max
@@ -71,7 +73,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator's peaks, bytes/s and FLOP/s, and the shares of them that kernels are taken to reach."""
+    """An accelerator's peaks, bytes/s and FLOP/s, bytes of memory, and the shares of the peaks that kernels reach."""
 
     bandwidth: float
     flops: float
@@ -82,8 +84,14 @@ class Chip:
 
 @dataclass(frozen=True)
 class Network:
-    """What a pass reads and computes on each chip: parameters read by a pass of any size, further ones an expert (over
-    all layers), bytes a parameter, parameters that one token multiplies, bytes of KV a cached token."""
+    """The share of a network on one chip.
+
+    dense            parameters that a pass of any size reads
+    parameter_bytes  bytes of a parameter
+    active           parameters that one token multiplies
+    kv_bytes         KV bytes of a cached token
+    expert           parameters of one expert, over all layers
+    """
 
     dense: float
     parameter_bytes: float
@@ -99,33 +107,33 @@ class Network:
 
 
 def distinct_experts(tokens: np.ndarray, experts: int, per_token: int) -> np.ndarray:
-    """How many of a layer's experts so many tokens touch, on average, if each picks ``per_token`` at random."""
+    """Estimate how many of a layer's experts ``tokens`` tokens touch, if a token picks ``per_token`` at random."""
     return experts * (1 - (1 - per_token / experts) ** np.asarray(tokens, np.float64))
 
 
-def roofline(network: Network, chip: Chip, tokens: np.ndarray, fixed: float, each: float = 0.0) -> np.ndarray:
-    """Seconds of passes over ``tokens`` [m]: the slower of memory and arithmetic, besides ``fixed`` and ``each`` * N.
+def roofline(network: Network, chip: Chip, tokens: np.ndarray, fixed: float, per_token: float = 0.0) -> np.ndarray:
+    """Compute seconds [m] of passes over ``tokens`` [m]: memory or arithmetic, plus ``fixed`` and ``per_token`` * N.
 
-    The corner is rounded, (m^4 + c^4)^(1/4): near it neither hides the other altogether.
+    The corner is rounded, (memory^4 + compute^4)^(1/4): near it neither hides the other altogether.
     """
     memory = network.bytes_read(tokens) / (chip.bandwidth * chip.bandwidth_share)
     compute = 2 * network.active * tokens / (chip.flops * chip.flops_share)
-    return fixed + each * tokens + (memory**4 + compute**4) ** 0.25
+    return fixed + per_token * tokens + (memory**4 + compute**4) ** 0.25
 
 
 def sizes_upto(most: int) -> np.ndarray:
-    """Every size to 16, then steps of a fifth: int64 [m]."""
+    """List all sizes to 16, then sizes in steps of a fifth: int64 [m]."""
     steps = 16 * 1.2 ** np.arange(1 + np.ceil(np.log(most / 16) / np.log(1.2)))
     return np.unique(np.concatenate((np.arange(1, 17), steps.round().astype(np.int64))))
 
 
 def _table(
-    network: Network, chip: Chip, fixed: float, each: float = 0.0
+    network: Network, chip: Chip, fixed: float, per_token: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """A tree's nodes attend their request's context together: its KV cache is read once."""
+    """Tabulate a ``Machine``'s target or draft. A tree's nodes read their request's KV cache together, once."""
     sizes = sizes_upto(16384)
     per_context = network.kv_bytes / (chip.bandwidth * chip.bandwidth_share)
-    return sizes, roofline(network, chip, sizes, fixed, each), per_context, 0.0
+    return sizes, roofline(network, chip, sizes, fixed, per_token), per_context, 0.0
 
 
 # H100 SXM5 80 GB, NVIDIA's data sheet: 3.35 TB/s, 989 TFLOP/s in bf16 and 1,979 in fp8, both dense; NVLink 900 GB/s.
@@ -143,7 +151,7 @@ QWEN3_8B = Network(
 _HEAD = 4096 * (12288 + 8192 + 2 * 2048 + 4096 + 3 * 12288 + 32000)
 EAGLE3_HEAD = Network(dense=_HEAD, parameter_bytes=2, active=_HEAD, kv_bytes=8 * 128 * 2 * 2)
 # Qwen3-235B-A22B's config.json: 94 layers, hidden 4096, 64 query and 4 KV heads of 128, 128 experts of 3x4096x1536 of
-# which 8 a token. One of 8 GPUs holds an eighth of each matrix, and one KV head: 4 heads stand twice on 8 GPUs.
+# which 8 a token. One of 8 GPUs holds an eighth of every matrix, and one KV head: two GPUs hold the same head.
 _GPUS, _LAYERS = 8, 94
 _ATTENTION = 4096 * 128 * (2 * 64 + 2 * 4) * _LAYERS
 _EXPERT = 3 * 4096 * 1536 * _LAYERS
@@ -179,14 +187,14 @@ def h100_qwen3_8b() -> Machine:
 
 
 def h100x8_qwen3_235b() -> Machine:
-    """Tensor parallel: two all-reduces a layer, each a latency and 2 * 7/8 of N x 4096 bf16 values over NVLink."""
+    """Eight GPUs: two all-reduces a layer, of a latency and 2 * 7/8 of N x 4096 bf16 values over NVLink."""
     reduces = 2 * _LAYERS
-    each = reduces * 2 * (1 - 1 / _GPUS) * 4096 * 2 / NVLINK
+    per_token = reduces * 2 * (1 - 1 / _GPUS) * 4096 * 2 / NVLINK
     weights = QWEN3_235B.dense + 128 * QWEN3_235B.expert + _EMBEDDING / _GPUS
     free = 0.9 * H100.memory - weights - 2 * _HEAD
     return Machine(
         "8xh100-qwen3-235b",
-        _table(QWEN3_235B, H100_FP8, _LAUNCH + reduces * _ALL_REDUCE, each),
+        _table(QWEN3_235B, H100_FP8, _LAUNCH + reduces * _ALL_REDUCE, per_token),
         _table(EAGLE3_HEAD, H100, _DRAFT_LAUNCH),
         HOST_SECONDS,
         LEVEL_SECONDS,
@@ -205,14 +213,15 @@ def h100x8_qwen3_235b() -> Machine:
 
 
 def from_costs_file(path: Path) -> Machine:
-    """The machine on which ``echo-trt calibrate`` or ``bench`` measured a bundle's costs.json."""
+    """Read the machine on which ``echo-trt calibrate`` or ``bench`` measured a bundle's costs.json."""
     stored = read_stored(path, CostTable, "name a costs.json that echo-trt calibrate wrote")
     curves = (stored.target, stored.draft)
-    tables = [(np.array(c.sizes), np.array(c.seconds), c.per_context, c.per_node) for c in curves]
+    target, draft = ((np.array(c.sizes), np.array(c.seconds), c.per_context, c.per_node) for c in curves)
     assumptions = (f"passes take what they took on {stored.machine} on {stored.measured}, without noise",)
     return Machine(
         stored.machine,
-        *tables,
+        target,
+        draft,
         HOST_SECONDS,
         LEVEL_SECONDS,
         assumptions,
@@ -228,7 +237,7 @@ NAMES = (THIS, *ROOFLINES)
 
 
 def machine_named(name: str, costs: Path | None) -> Machine:
-    """One of NAMES; ``costs`` is the measured table of "this"."""
+    """Return the machine of one of NAMES; ``costs`` is the measured table of "this"."""
     if name not in NAMES:
         raise UserError(f"--machine is {name!r}; choose one of {', '.join(NAMES)}.")
     if name != THIS:

@@ -1,10 +1,10 @@
-"""The oracle: a policy with the same head, copies, n-grams and costs that knows which candidates will be accepted.
+"""The oracle: a policy with goodput's candidates and costs that knows which candidates will be accepted.
 
-Each iteration it maximises tokens - rate * seconds, and ``rate`` is raised to the tokens a second that this itself
-brings until the two agree (Dinkelbach's method): the most tokens a second in the long run, if what one iteration leaves
-to the next does not depend on its choice. Within an iteration the search is exact where a draft pass takes as long for
-any number of entries (bandwidth-bound), and for a single request; elsewhere it tries each number of levels and, at
-each, the requests in the order of what they gain an entry, so it may miss a little and is a lower bound of the best.
+An iteration maximises tokens - rate * seconds. ``rate`` is raised to the tokens a second of the whole walk until the
+two agree (Dinkelbach's method), which gives the most tokens a second in the long run if an iteration's choice does not
+change the next one's state. The search is exact for a single request, and where the seconds of a draft pass do not
+depend on its entries (bandwidth-bound). Elsewhere it tries every number of levels, with requests in the order of their
+gain an entry: a lower bound, a little below the best.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.replay import Step, Tally
 from echo_trt.simulation.walk import Recording, Walk
 
-ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method
+ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method. More rounds or less tolerance: a rate nearer to the best, slower
 
 
 def foresee(trees: Trees, settings: GoodputSettings, ngrams: NGrams | None = None) -> np.ndarray:
-    """How many draft tokens in a row will be accepted of each position once 0, 1, ... levels are drafted for it:
-    [P, levels + 1], within ``settings``'s max_depth, width and tokens a request.
+    """Count the draft tokens in a row that will be accepted at a position after 0, 1, ... levels of drafting.
 
-    At 0 it is what is copied and what n-grams say; they go on behind what is drafted, too. The last token of an answer
-    needs no draft.
+    Returns int [P, levels + 1], within ``settings``'s max_depth, width and tokens a request. Copies and n-grams need no
+    level, and n-grams go on where drafts end. The last token of an answer needs no draft.
     """
     most = np.minimum(trees.left - 1, min(settings.max_depth, settings.per_request - 1)).clip(0)
     drafted = np.minimum(_drafted_run(trees, settings.width), most)
@@ -38,12 +37,12 @@ def foresee(trees: Trees, settings: GoodputSettings, ngrams: NGrams | None = Non
     if ngrams is not None:
         place = (trees.answer_begins[trees.request] + trees.index)[:, None] + runs
         runs = np.minimum(runs + _named_run(trees, ngrams)[place], most[:, None])
-    # What is copied is there at any level.
+    # Copied tokens are there at any level.
     return np.maximum.accumulate(np.maximum(runs[:, :-1], runs[:, -1:]), axis=1)
 
 
 def _named_run(trees: Trees, ngrams: NGrams) -> np.ndarray:
-    """How many tokens in a row, from each place of the answers on, n-grams name: [L + 1]"""
+    """Count the right tokens in a row that n-grams name from a place of the answers on: int [tokens + 1]."""
     right = np.zeros(len(trees.answers) + 1, bool)
     for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
         answer = trees.answers[begin:end].astype(np.int64)
@@ -61,15 +60,14 @@ def _copied_run(trees: Trees) -> np.ndarray:
 
 
 def _drafted_run(trees: Trees, width: int) -> np.ndarray:
-    """The deepest accepted node of each recorded tree, of which ``width`` children of each node count."""
+    """Return the depth of a tree's deepest accepted node, int64 [P], where ``width`` children of a node count."""
     position = np.repeat(np.arange(len(trees)), np.diff(trees.node_begins))
     above = np.where(trees.parent < 0, -1, trees.node_begins[position] + trees.parent)
     first = np.where(above < 0, trees.node_begins[position], trees.first_child[0][above])
-    right = (trees.token == trees.truth(position, trees.depth.astype(np.int64))) & (
-        np.arange(len(above)) - first < width
-    )
+    right = trees.token == trees.truth(position, trees.depth.astype(np.int64))
+    right &= np.arange(len(above)) - first < width
     run = np.zeros(len(trees), np.int64)
-    accepted = np.ones(len(above) + 1, bool)  # the last stands for every root, which parent -1 finds
+    accepted = np.ones(len(above) + 1, bool)  # index -1, the last, stands for all roots
     for depth in range(1, int(trees.depth.max(initial=0)) + 1):
         level = np.flatnonzero(trees.depth == depth)
         accepted[level] = right[level] & accepted[above[level]]
@@ -79,8 +77,14 @@ def _drafted_run(trees: Trees, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Choice:
-    """Draft tokens verified of each request [B], all of them accepted; which were drafted for; passes and seconds of
-    the draft; what the iteration is worth beside its roots: tokens - rate * (draft + target)."""
+    """The oracle's plan of one iteration.
+
+    verified       int [B], a request's draft tokens that are verified, all of which are accepted
+    drafted        int [m], requests that are drafted for
+    levels         draft passes
+    draft_seconds  of those passes
+    worth          tokens beside the roots - rate * seconds of draft and target
+    """
 
     verified: np.ndarray
     drafted: np.ndarray
@@ -90,23 +94,24 @@ class Choice:
 
 
 def choose(
-    ahead: np.ndarray,
-    behind: np.ndarray,
-    rate: float,
-    costs: Costs,
-    context: int,
-    level_seconds: float = 0.0,
+    ahead: np.ndarray, behind: np.ndarray, rate: float, costs: Costs, context: int, level_seconds: float = 0.0
 ) -> Choice:
-    """ahead [B, levels + 1]: tokens in a row that will be accepted, as ``foresee`` says; behind [B]: entries that the
-    first level needs; context: cached tokens of all; level_seconds: what a level takes beside its pass."""
+    """Choose drafts and verification of one iteration.
+
+    ahead          int [B, levels + 1], tokens in a row that will be accepted (``foresee``)
+    behind         int [B], entries that a request's first level needs
+    rate           tokens a second
+    context        cached tokens of all requests
+    level_seconds  of a level, beside its pass
+    """
     batch, free, upto = len(ahead), int(ahead[:, 0].sum()), int(ahead[:, -1].sum())
     worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
-    best_upto = np.maximum.accumulate(worth)  # of verifying so many or fewer
+    best_upto = np.maximum.accumulate(worth)  # of verifying up to that number
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
     for levels in range(1, ahead.shape[1]):
         needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
-        entries = np.arange(levels) * (needed[able, None] > np.arange(levels))  # a level takes those above along
+        entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)  # with those of levels above
         entries[:, 0] = behind[able]
         gain = (ahead[:, levels] - ahead[:, 0])[able]
         order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
@@ -126,17 +131,17 @@ def choose(
 
 
 def _needed(ahead: np.ndarray, levels: int) -> np.ndarray:
-    """How many of so many levels each request needs, [B]: fewer may bring as much."""
+    """Return the fewest levels, int [B], that bring a request as many tokens as ``levels`` do."""
     return (ahead == ahead[:, levels, None]).argmax(axis=1)
 
 
 def _verifying(costs: Costs, batch: int, context: int, nodes: np.ndarray) -> np.ndarray:
-    """Seconds of verifying so many ``nodes`` beside the roots, of requests that have the mean context."""
+    """Compute the seconds of verifying ``nodes`` beside the roots, in requests that have the mean context."""
     return costs.verifications(batch, nodes) + costs.target.per_node * context / batch * nodes
 
 
 def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
-    """``number`` tokens of paths of ``reach`` [B], the shallowest: [B]"""
+    """Take the ``number`` shallowest tokens of paths that are ``reach``, int [B], long: int [B]."""
     if number >= reach.sum():
         return reach
     level = 0
@@ -149,7 +154,7 @@ def _shallow_first(reach: np.ndarray, number: int) -> np.ndarray:
 
 
 class Oracle:
-    """``run`` is ``replay.Replay``'s, with foresight; ``settings`` say which candidates there are."""
+    """A ``replay.Replay`` with foresight; ``settings`` bound the candidates."""
 
     def __init__(
         self,
@@ -162,11 +167,11 @@ class Oracle:
     ):
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
-        self._costs.change = 0.0  # it is spared what passes of another size cost
+        self._costs.change = 0.0  # a change of size is free
         self._ahead = foresee(recording.trees, settings, ngrams)
 
     def run(self, tokens: int) -> Tally:
-        """Walk until about ``tokens`` are emitted, again with the rate that this brought; the sums of the best walk."""
+        """Walk until about ``tokens`` are emitted, then again with the measured rate; returns the best walk's sums."""
         plain = self._batch / (self._costs.target(self._batch, self._batch * self._prompt) + self._host)
         best = self._round(plain, tokens)
         rate = best.rate

@@ -1,4 +1,4 @@
-"""Replay: a policy's own code decides over recorded trees, and a clock adds up what its passes would take."""
+"""Replays recorded trees: a policy's code plans the iterations, and a clock adds up the seconds of its passes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.simulation.machines import Machine
 from echo_trt.simulation.walk import BEYOND, Walk
 
-WARM_UP = 40  # iterations in which a policy learns, before those that count
+WARM_UP = 40  # iterations before those that count; larger: a policy has learnt more when it is measured
 
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration: tokens of each slot [B]; draft nodes verified and accepted; draft passes; seconds."""
+    """Results of one iteration; ``tokens``, int [B], are emitted by the slots, ``levels`` counts draft passes."""
 
     tokens: np.ndarray
     verified: int
@@ -32,7 +32,7 @@ class Step:
 
 @dataclass
 class Tally:
-    """Sums over iterations; ``progress`` [B] are each slot's tokens."""
+    """Sums over iterations; ``progress``, int64 [B], are the slots' tokens."""
 
     progress: np.ndarray
     iterations: int = 0
@@ -74,8 +74,11 @@ class Tally:
 
 @dataclass
 class ClockedDraft:
-    """A Draft over recorded trees. Its passes take along what the runtime's do: a root's missing entries, and deeper
-    the nodes of the same requests that were expanded before."""
+    """A timed draft over recorded trees.
+
+    A first pass has a root's missing entries, and a later one also the nodes of its requests that were expanded before,
+    as in the runtime.
+    """
 
     draft: RecordedDraft
     walk: Walk
@@ -102,16 +105,16 @@ class ClockedDraft:
 
     def _pass(self, entries: int) -> None:
         context = int(self.walk.context.sum())
-        taken = self.costs.draft(entries, context) + (self.costs.cold if not self.passes else 0.0)
-        self.seconds += taken
-        self.passes.append(Pass(entries, context, taken))
+        seconds = self.costs.draft(entries, context) + (self.costs.cold if not self.passes else 0.0)
+        self.seconds += seconds
+        self.passes.append(Pass(entries, context, seconds))
 
 
 class RecordedCopier:
-    """The continuations that were found when the trees were recorded, where a walk stands now."""
+    """A copier that returns the recorded continuations at a walk's positions."""
 
     def __init__(self, walk: Walk, lookup: list[float]):
-        """``lookup``: P(a copied token is accepted) after matches of 1, 2, ... tokens."""
+        """Copy along ``walk``; ``lookup``: P(a copied token is accepted) after matches of 1, 2, ... tokens."""
         self._walk, self._lookup = walk, lookup
 
     def continuations(self, slots: np.ndarray, length: int) -> Continuations:
@@ -120,7 +123,7 @@ class RecordedCopier:
 
 
 class Replay:
-    """One planner over one walk: ``step`` is runtime/loop.py's iteration without engines."""
+    """One planner over one walk; ``step`` is the iteration of runtime/loop.py without engines."""
 
     def __init__(self, walk: Walk, machine: Machine, planner: Planner):
         self.walk, self.planner = walk, planner
@@ -128,7 +131,7 @@ class Replay:
         self._candidate_seconds = machine.candidate_seconds if isinstance(planner, GoodputPlanner) else 0.0
 
     def run(self, tokens: int) -> Tally:
-        """Iterate from the beginning until ``tokens`` are committed, once a planner that learns has warmed up."""
+        """Warm up, then iterate from the beginning until ``tokens`` are committed."""
         for _ in range(WARM_UP):
             self.step()
         self.walk.restart()  # every policy is measured on the same texts
@@ -140,14 +143,8 @@ class Replay:
     def step(self) -> Step:
         walk, batch, trees = self.walk, self.walk.batch, self.walk.recording.trees
         positions, context = walk.positions, int(walk.context.sum())
-        load = Load(
-            np.arange(batch),
-            walk.room.clip(0),
-            walk.behind.clip(1),
-            context,
-            recent=walk.recent(RECENT),
-            serial=walk.serial.copy(),
-        )
+        room, behind, recent = walk.room.clip(0), walk.behind.clip(1), walk.recent(RECENT)
+        load = Load(np.arange(batch), room, behind, context, recent=recent, serial=walk.serial.copy())
         draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
@@ -163,11 +160,12 @@ class Replay:
         return Step(kept.tokens, len(tree) - batch, len(path) - batch, draft.levels, seconds)
 
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
-        """The target's pass on the clock; ``again``: cached tokens that nodes attend, roots apart."""
+        """Time the target's pass; ``again``: cached tokens that draft nodes attend."""
         clock = self._clock
         padded = clock.padded(tokens) if again else clock.smallest(tokens)
-        changed, self._size = padded != self._size, padded
-        seconds = clock.target(padded, context) + clock.target.per_node * again + changed * clock.change
+        seconds = clock.target(padded, context) + clock.target.per_node * again
+        seconds += clock.change if padded != self._size else 0.0
+        self._size = padded
         return Pass(tokens, context, seconds, again)
 
     def _next_token(self, positions: np.ndarray, ahead: np.ndarray) -> np.ndarray:

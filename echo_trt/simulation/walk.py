@@ -1,4 +1,4 @@
-"""Requests that are always running: each slot walks a recorded answer, and takes up another one at its end."""
+"""Requests that are always running: a slot walks a recorded answer, and takes up another one at its end."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _GOLDEN = 0.6180339887498949
 
 
 class Recording:
-    """Recorded trees by place in the answers. ``answers``: those that can be walked, in an order that mixes groups."""
+    """Recorded trees by place in the answers; ``answers``, int [m], can be walked, in an order that mixes groups."""
 
     def __init__(self, trees: Trees):
         self.trees = trees
         self.lengths = np.diff(trees.answer_begins)
         self.longest = int(self.lengths.max(initial=0))
-        known = np.flatnonzero(trees.left >= 1)
+        inside = np.flatnonzero(trees.left >= 1)
         self._position = np.full(len(trees.answers) + 1, -1)
-        self._position[trees.answer_begins[trees.request[known]] + trees.index[known]] = known
+        self._position[trees.answer_begins[trees.request[inside]] + trees.index[inside]] = inside
         self.answers = np.random.default_rng(0).permutation(np.flatnonzero(self.lengths >= 2))
         if len(self.answers) == 0:
             raise UserError("the recording has no answer of 2 tokens or more; record more with bench --record.")
@@ -32,19 +32,17 @@ class Recording:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        """An iteration may begin after any token but an answer's last."""
+        """Refuse a recording that lacks a tree: an iteration may begin after any token but an answer's last."""
         place = np.arange(len(self.trees.answers))
         answer = np.repeat(np.arange(len(self.lengths)), self.lengths)
         index = place - self.trees.answer_begins[answer]
-        lost = np.flatnonzero((index >= 1) & (self._position[:-1] < 0))
-        if len(lost):
-            at = lost[0]
-            raise UserError(
-                f"the recording lacks the tree after token {index[at]} of answer {answer[at]}; record it again."
-            )
+        missing = np.flatnonzero((index >= 1) & (self._position[:-1] < 0))
+        if len(missing):
+            token, number = index[missing[0]], answer[missing[0]]
+            raise UserError(f"the recording lacks the tree after token {token} of answer {number}; record it again.")
 
     def position(self, answer: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Which tree continues answer[: index], both [m]."""
+        """Return the position, int [m], whose tree continues answer[: index]; ``answer``, ``index`` int [m]."""
         return self._position[self.trees.answer_begins[answer] + index]
 
     @cached_property
@@ -53,12 +51,12 @@ class Recording:
 
     @cached_property
     def width(self) -> int:
-        """The most children of one node."""
+        """The largest number of children of one node."""
         return int(max(self.trees.first_child[1].max(initial=0), self.trees.root_children.max(initial=0)))
 
     @cached_property
     def beams(self) -> int:
-        """The most nodes of one level that were expanded."""
+        """The largest number of expanded nodes in one level."""
         trees = self.trees
         position = np.repeat(np.arange(len(trees)), np.diff(trees.node_begins))
         expanded = trees.first_child[1] > 0
@@ -68,18 +66,20 @@ class Recording:
 
 @dataclass(frozen=True)
 class Kept:
-    """What an iteration brought: tokens of each slot [B], and the slots whose answers ended."""
+    """An iteration's commit: ``tokens`` of the slots, int [B], and the slots whose answers ``ended``, int [m]."""
 
     tokens: np.ndarray
     ended: np.ndarray
 
 
 class Walk:
-    """``batch`` slots. answer, index [B]: each continues answer[: index]; behind [B]: what its draft has to catch up;
-    serial [B]: a number of its own for each answer that is taken up.
+    """``batch`` slots that walk recorded answers, with ``prompt`` cached tokens before every answer.
 
-    They begin spread over their answers; with more slots than answers several walk one, from different places.
-    ``prompt`` cached tokens stand before each answer.
+    answer  int [B], a slot's answer
+    index   int [B], tokens of the answer so far
+    behind  int64 [B], entries that the slot's draft has to catch up
+    serial  int [B], number of the slot's admission
+    Slots begin spread over their answers. With more slots than answers several walk one, from different places.
     """
 
     def __init__(self, recording: Recording, batch: int, prompt: int):
@@ -104,21 +104,21 @@ class Walk:
 
     @property
     def left(self) -> np.ndarray:
-        """Tokens that each slot's answer still has: 1 or more."""
+        """Tokens that a slot's answer still has, 1 or more: int [B]."""
         return self.recording.lengths[self.answer] - self.index
 
     @property
     def room(self) -> np.ndarray:
-        """Draft tokens in a row that may still be used. Only the limit is known beforehand, not an answer's end."""
+        """Draft tokens in a row that a slot may still use: int [B]. The limit counts, as an answer's end is unknown."""
         return self.recording.longest - self.index - 1
 
     @property
     def roots(self) -> np.ndarray:
-        """The newest token of each slot [B]."""
+        """The newest tokens of the slots: int64 [B]."""
         return self.recent(1, 0)[:, 0]
 
     def recent(self, count: int, before: int = 1) -> np.ndarray:
-        """``count`` tokens up to ``before`` ahead of each slot's newest, -1 before its answer: int64 [B, count]."""
+        """Return ``count`` tokens up to ``before`` ahead of a slot's newest, -1 before the answer: int64 [B, count]."""
         place = self.index[:, None] - before - np.arange(count, 0, -1)
         begin = self.recording.trees.answer_begins[self.answer]
         tokens = self.recording.trees.answers[begin[:, None] + np.maximum(place, 0)]
@@ -126,11 +126,11 @@ class Walk:
 
     @property
     def context(self) -> np.ndarray:
-        """Each slot's tokens in the cache, all but the newest: [B]"""
+        """Tokens of a slot in the cache, all but the newest: int [B]."""
         return self.index + self._prompt - 1
 
     def advance(self, counts: np.ndarray) -> Kept:
-        """Each slot emits ``counts`` [B] tokens, of which those beyond its answer's end are dropped."""
+        """Emit ``counts``, int [B], tokens of the slots; tokens beyond an answer's end are dropped."""
         kept = np.minimum(counts, self.left)
         self.index += kept
         self.behind += kept

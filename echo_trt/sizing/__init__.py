@@ -1,1 +1,1 @@
-"""What a recipe's networks weigh and what a card does with them, from their published shapes: no weights are needed."""
+"""Sizes of a recipe's networks and their fit on a card, from published shapes: no weights are needed."""

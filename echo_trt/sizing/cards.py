@@ -1,4 +1,4 @@
-"""Graphics cards by name, with the peaks of their makers' data sheets."""
+"""Graphics cards by name, with the peaks of NVIDIA's data sheets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 from echo_trt.errors import UserError
 from echo_trt.simulation.machines import Chip, Network
 
-USABLE = 0.9  # of a card's memory: the rest is the driver's, the runtime's and fragmentation's
+USABLE = 0.9  # share of a card's memory; larger: less is left for driver, runtime and fragmentation
 
 
 @dataclass(frozen=True)
 class Card:
-    """``capability``: CUDA compute capability; ``processors``: streaming multiprocessors. ``chip``: bytes/s, dense bf16
-    FLOP/s, bytes (of the GB on the label)."""
+    """A card: its CUDA compute capability, streaming multiprocessors, and dense bf16 peaks and memory as labelled."""
 
     name: str
     capability: str
@@ -53,26 +52,25 @@ CARDS = {
         _card("RTX-PRO-6000", "12.0", 188, 96, 1792, 504),
     )
 }
-#: What TensorRT-RTX 1.7 builds engines for.
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-_MOST = 1 << 16  # tokens of a pass, up to which a knee is sought
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # for which TensorRT-RTX 1.7 builds engines
+_LARGEST_KNEE = 1 << 16  # tokens of a pass; larger: a knee is sought further, in more memory
 
 
 def parse_cards(text: str) -> tuple[Card, int]:
-    """``"H100-80GB x8"`` or ``"RTX 4090"``: a card and how many of them."""
+    """Read a card and the number of cards from a text such as ``"H100-80GB x8"`` or ``"RTX 4090"``."""
     words = re.fullmatch(r"\s*(\S.*?)(?:\s+x\s*(\d+))?\s*", text, re.IGNORECASE)
     if words is None:
         raise UserError(f'--fit is {text!r}; name a card and how many there are, like "H100-80GB x8".')
     name, count = words[1], int(words[2] or 1)
     if not 1 <= count <= 1024:
         raise UserError(f"--fit asks for {count} cards; give a number from 1 to 1024.")
-    found = [card for key, card in CARDS.items() if _plain(key) == _plain(name)]
-    found = found or [card for key, card in CARDS.items() if _plain(key).startswith(_plain(name))]
-    if len(found) != 1:
-        among = found or CARDS.values()
-        said = "could be several cards" if found else "is not known"
-        raise UserError(f'--fit: card {name!r} {said}; use one of {", ".join(c.name for c in among)}, like "L4 x2".')
-    return found[0], count
+    matches = [card for key, card in CARDS.items() if _plain(key) == _plain(name)]
+    matches = matches or [card for key, card in CARDS.items() if _plain(key).startswith(_plain(name))]
+    if len(matches) != 1:
+        names = ", ".join(card.name for card in matches or CARDS.values())
+        problem = "could be several cards" if matches else "is not known"
+        raise UserError(f'--fit: card {name!r} {problem}; use one of {names}, like "L4 x2".')
+    return matches[0], count
 
 
 def _plain(name: str) -> str:
@@ -80,8 +78,8 @@ def _plain(name: str) -> str:
 
 
 def knee(network: Network, chip: Chip) -> int:
-    """The paper's K_max: the tokens of a pass from which its arithmetic takes longer than reading its weights."""
-    tokens = np.arange(1, _MOST + 1)
+    """Compute the paper's K_max: the tokens of a pass at which arithmetic takes as long as reading the weights."""
+    tokens = np.arange(1, _LARGEST_KNEE + 1)
     memory = network.bytes_read(tokens) / (chip.bandwidth * chip.bandwidth_share)
     compute = 2 * network.active * tokens / (chip.flops * chip.flops_share)
-    return int(tokens[np.argmax(compute >= memory)]) if (compute >= memory).any() else _MOST
+    return int(tokens[np.argmax(compute >= memory)]) if (compute >= memory).any() else _LARGEST_KNEE

@@ -1,4 +1,4 @@
-"""What a recipe needs of each GPU, and whether a card has it."""
+"""The memory that a recipe needs on every GPU, and its fit on a card."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from super_tree_attention.kernel_plan import plan
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes on each GPU, and blocks of 32 tokens of the KV pool.
+    """Bytes on one GPU, and blocks of 32 tokens of the KV pool.
 
-    ``calls``: for what sizes of a call engines are made; ``tokens``: of the largest. ``request_blocks``: what one
-    request can hold at most. ``linear``: each running request has a cache of its own for the whole context, whatever
-    limits.kv_blocks says.
+    calls           sizes of the calls for which engines are made
+    tokens          of the largest call
+    working         bytes of activations, logits and scratch memory
+    request_blocks  the most blocks of one request
+    linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
 
     target_weights: int
@@ -46,21 +48,23 @@ class Needs:
 
     @property
     def fixed(self) -> int:
-        """All but the pool."""
+        """Bytes of everything but the pool."""
         return self.target_weights + self.draft_weights + self.working
 
     def most_blocks(self, card: Card) -> int:
-        """How many the pool can have on this card; negative where not even the rest fits."""
+        """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
         return (card.usable - self.fixed) // (BLOCK * self.kv_token)
 
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 132) -> Needs:
-    """Of each GPU; ``target`` is one GPU's share of the network (Sizes.gpus), ``processors`` are the card's."""
+    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus), ``processors`` are the card's."""
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
-    # Padded trees of all slots, or what is asked for and a chunk beside it.
+    # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
     tokens = max(calls.batch * calls.tree, calls.chunk) if linear else max(calls.rows, calls.chunk) + calls.chunk
+    rows = max(calls.rows, calls.chunk) if linear else tokens
+    scratch = 0 if linear else split_scratch(target, calls, tokens, processors)
     return Needs(
         target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
@@ -68,8 +72,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
         calls=calls,
         tokens=tokens,
-        working=_working(recipe, target, tokens, max(calls.rows, calls.chunk) if linear else tokens)
-        + (0 if linear else split_scratch(target, calls, tokens, processors)),
+        working=_working(recipe, target, tokens, rows) + scratch,
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
@@ -77,41 +80,41 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 
 
 
 def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
-    """About: fp32 logits, and the activations of one layer, of which a compiler keeps a few alive at once."""
+    """Estimate bytes of fp32 logits and of one layer's activations, of which a compiler keeps a few alive at once."""
     layer = 6 * target.hidden_size + 3 * target.intermediate_size // target.gpus
-    if target.experts:  # as exported, each expert's output stands before they are summed
+    if target.experts:  # the exported graph keeps the outputs of all experts before it sums them
         layer += target.experts * target.hidden_size
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
 
 
 def split_scratch(target: Sizes, calls: CallSizes, tokens: int, processors: int) -> int:
-    """What the attention kernel's splits leave for their merge, in bytes: of one layer, in the call that has most."""
+    """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of the largest call."""
     heads, kv_heads = target.num_heads // target.gpus, max(target.num_kv_heads // target.gpus, 1)
     most = 0
     for requests in {2**i for i in range(calls.batch.bit_length())} | {calls.batch}:
         for count in {tokens >> i for i in range(tokens.bit_length())}:
-            entries = requests * calls.blocks  # of which the pool may have fewer: requests share what begins alike
-            made = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors)
-            most = max(most, count * heads * made.num_splits * (made.num_splits > 1))
+            entries = requests * calls.blocks  # also more than the pool's, since requests share common beginnings
+            splits = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors).num_splits
+            most = max(most, count * heads * splits if splits > 1 else 0)
     return most * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe on ``count`` of a card. ``spare``: bytes left on each GPU, negative where they are missing."""
+    """The fit of a recipe on ``count`` cards; ``spare``: bytes left on one GPU, negative where bytes are missing."""
 
     card: Card
     count: int
     spare: int
     most_blocks: int
     k_max: int
-    k_max_routed: int | None  # of a mixture of experts whose tokens are computed by their own experts alone
+    k_max_routed: int | None  # of a mixture whose tokens are computed by their chosen experts alone
     fits: bool
     sentence: str
 
 
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
-    """``folder``: the recipe's. UserError where a checkpoint's shape is not known."""
+    """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
@@ -144,7 +147,7 @@ def _room(need: Needs, card: Card) -> str:
 
 
 def _remedy(recipe: Recipe, folder: Path, need: Needs, card: Card, count: int) -> str:
-    """Which limit to lower to what, or what else to do where no limit helps."""
+    """Name the limit to lower, or another remedy where no limit helps."""
     limits, most = recipe.limits, need.most_blocks(card)
     if most >= need.request_blocks:
         if need.linear:
@@ -170,7 +173,7 @@ def _more_cards(recipe: Recipe, folder: Path, card: Card, count: int) -> str:
 
 
 def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
-    """Whether one request at least has room; no, where so many GPUs cannot share the network."""
+    """Return whether one request has room; no, where this number of GPUs cannot share the network."""
     try:
         target, draft = shapes(recipe, folder)
     except UserError:

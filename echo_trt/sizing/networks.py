@@ -1,4 +1,4 @@
-"""How many parameters a network has, where they sit, and what one GPU holds and reads of them."""
+"""Counts of a network's parameters by place, and of the parameters that one GPU holds and reads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.simulation.machines import Network
 
-#: Bytes of a weight and of a KV value, by the recipe's precision. int8 is of weights alone.
+#: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a network by their place, over all layers. ``expert``: one expert's.
+    """Parameters of a network by their place, over all layers; ``expert`` counts one expert.
 
-    ``gpus``: how many share it by tensor parallelism. Matrices are then divided; not so embedding, norms, routers, the
-    KV heads of a network with fewer than ``gpus`` of them, and an output of indivisible rows.
+    ``gpus`` share the network by tensor parallelism, which divides matrices. Embedding, norms and routers are whole on
+    every GPU, and so are KV heads that are fewer than ``gpus`` and an output whose rows ``gpus`` do not divide.
     """
 
     embedding: int
-    output: int  # 0 where it is the embedding
+    output: int  # 0 where it is tied to the embedding
     attention: int
-    kv_matrices: int  # of those
+    kv_matrices: int  # part of ``attention``
     mlp: int
     router: int
     norms: int
@@ -31,9 +31,9 @@ class Sizes:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int  # of the logits
+    vocab_size: int  # columns of the logits
     hidden_size: int
-    intermediate_size: int  # of the widest MLP, all experts together
+    intermediate_size: int  # of the widest MLP, with all experts together
     expert: int = 0
     experts: int = 0
     experts_per_token: int = 0
@@ -41,13 +41,13 @@ class Sizes:
 
     @property
     def total(self) -> int:
-        """As model cards count them: a tied embedding once."""
+        """Parameters as model cards count them: a tied embedding once."""
         matrices = self.embedding + self.output + self.attention + self.mlp
         return matrices + self.expert * self.experts + self.router + self.norms
 
     @property
     def active(self) -> int:
-        """As model cards count what a token needs: of the experts, its own."""
+        """Parameters that one token needs: of the experts, only the chosen ones."""
         return self.total - self.expert * (self.experts - self.experts_per_token)
 
     @property
@@ -58,18 +58,18 @@ class Sizes:
 
     @property
     def stored(self) -> int:
-        """What an engine on one GPU holds: a tied embedding twice, as table of rows and as matrix."""
+        """Parameters that an engine holds on one GPU: a tied embedding twice, as table of rows and as matrix."""
         divided = (self.mlp + self.expert * self.experts) // self.gpus
-        return self.embedding + self.router + self.norms + self._own_attention + self._own_output + divided
+        return self.embedding + self.router + self.norms + self._attention_share + self._output_share + divided
 
     @property
-    def _own_attention(self) -> int:
-        """On one GPU."""
+    def _attention_share(self) -> int:
+        """Attention's parameters on one GPU."""
         kv = self.kv_matrices // min(self.gpus, self.num_kv_heads)
         return (self.attention - self.kv_matrices) // self.gpus + kv
 
     @property
-    def _own_output(self) -> int:
+    def _output_share(self) -> int:
         return (self.output or self.embedding) // (1 if self.vocab_size % self.gpus else self.gpus)
 
     @property
@@ -78,8 +78,8 @@ class Sizes:
         return 2 * self.num_layers * -(-self.num_kv_heads // self.gpus) * self.head_dim
 
     def network(self, precision: str, routed: bool = True) -> Network:
-        """What a pass reads and computes on one GPU. Not ``routed``: each expert computes each token."""
-        dense = self.router + self.norms + self._own_attention + self._own_output + self.mlp / self.gpus
+        """Return the simulator's network on one GPU. Without ``routed`` every expert computes every token."""
+        dense = self.router + self.norms + self._attention_share + self._output_share + self.mlp / self.gpus
         expert = self.expert / self.gpus
         if not routed:
             dense, expert = dense + expert * self.experts, 0.0
@@ -121,7 +121,7 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
 
 
 def head_sizes(config: Eagle3Config) -> Sizes:
-    """An EAGLE-3 head, with the embedding that its engine holds; it stands whole on the first GPU."""
+    """Count an EAGLE-3 head, with the embedding that its engine holds; it is whole on the first GPU."""
     hidden, features = config.hidden_size, 3 * config.target_hidden_size
     return Sizes(
         embedding=config.vocab_size * hidden,

@@ -1,4 +1,4 @@
-"""The shapes of a recipe's networks: from the checkpoints' config.json where that is there, else as published."""
+"""The shapes of a recipe's networks, from the checkpoints' config.json or from published ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from echo_trt.sizing.networks import Sizes, decoder_sizes, head_sizes
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes and what they were read from."""
+    """A network's sizes and their origin."""
 
     sizes: Sizes
     origin: str
@@ -26,12 +26,12 @@ class Shape:
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """Hub name or wheel -> the keys of its config.json."""
+    """Read the published shapes: hub name or wheel -> keys of its config.json."""
     return yaml.safe_load(resources.files("echo_trt.sizing").joinpath("published.yaml").read_text("utf-8"))
 
 
 def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
-    """The target's, on each of ``tensor_parallel`` GPUs, and the draft's, whole on the first, where it is a network."""
+    """Return the shapes of the target, on one of ``tensor_parallel`` GPUs, and of a draft network, which is whole."""
     raw, origin = _config(recipe.target, recipe_folder, "target")
     config = decoder_config(raw, origin)
     check_division(config, recipe.tensor_parallel)

@@ -1,4 +1,4 @@
-"""Is there room on the disk for what a build writes?"""
+"""The check that a build's files fit on the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echo_trt.sizing.shapes import shapes
 
 
 def check_space(recipe: Recipe, recipe_folder: Path, folder: Path) -> None:
-    """Refuse a build into ``folder`` that would fill its disk: all ranks' engines, and the graph of one beside them."""
+    """Refuse a build whose files, the engines of all ranks and the graph of one, would fill the disk of ``folder``."""
     target, draft = shapes(recipe, recipe_folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
     needed = need.target_weights * (recipe.tensor_parallel + 1) + need.draft_weights

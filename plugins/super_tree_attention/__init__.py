@@ -1,16 +1,16 @@
-"""``echo::SuperTreeAttention``: attention over the packed tokens of a super-tree, the one custom operator.
+"""``echo::SuperTreeAttention``, the one custom operator: attention over the packed tokens of a super-tree.
 
 | input                           | shape, type                          | meaning                                    |
 |---------------------------------|--------------------------------------|--------------------------------------------|
 | query, key, value               | [N, Hq*D], [N, Hk*D], [N, Hk*D]      | packed tokens, after QK norm and RoPE      |
 | key_cache, value_cache          | [num_blocks, Hk, block, D]           | paged pool; the N new rows are written     |
-| past_lens                       | int32 [B]                            | committed tokens of each request           |
-| seq_begins                      | int32 [B+1]                          | where each request's tokens begin in N     |
+| past_lens                       | int32 [B]                            | committed tokens of a request              |
+| seq_begins                      | int32 [B+1]                          | where a request's tokens begin in N        |
 | block_indices, block_begins     | int32 [sum of blocks], [B+1]         | the block table, ragged                    |
-| tree_mask, tree_mask_begins     | uint8 [sum n_i^2], int32 [B+1]       | row-major ancestor matrix of each request; |
+| tree_mask, tree_mask_begins     | uint8 [sum n_i^2], int32 [B+1]       | row-major ancestor matrices of requests;   |
 |                                 |                                      | an empty section means causal              |
 
-Token r of request i sees all past_lens[i] committed tokens and those new tokens that its mask row allows.
+Token r of request i sees all past_lens[i] committed tokens, and the new tokens that its mask row allows.
 """
 
 from super_tree_attention.reference import super_tree_attention

@@ -1,8 +1,8 @@
-"""The kernels compiled without a GPU: ``python -m super_tree_attention.ahead_of_time --arch 80,90 --out DIR``.
+"""Compilation of the kernels without a GPU: ``python -m super_tree_attention.ahead_of_time --arch 80,90 --out DIR``.
 
-Launch arguments: the kernel's own parameters without the constants (``CompiledKernel.arguments``, in order), then two
-null pointers, which Triton's compiler adds for scratch memory that these kernels do not use. Grids: kernel_plan.plan
-for attention and combine, (rows moved, pools) for copy_rows. A block has 32 * num_warps threads.
+Launch arguments: ``CompiledKernel.arguments``, in order, then two null pointers, which Triton's compiler adds for
+scratch memory that these kernels do not use. Grids: kernel_plan.plan for attention and combine, (rows moved, pools) for
+copy_rows. A block has 32 * num_warps threads.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 DTYPES = ("bf16", "fp16")
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
-#: Group sizes of the table: the least, Qwen3-8B's, Qwen3-14B's and the largest.
-TABLE_GROUPS = (1, 4, 5, 16)
+TABLE_GROUPS = (1, 4, 5, 16)  # group sizes of the table: the least, Qwen3-8B's, Qwen3-14B's and the largest
 
-_PTX_VERSION = 88  # what drivers of CUDA 13.0 take
+_PTX_VERSION = 88  # the newest that drivers of CUDA 13.0 take; larger: newer drivers are needed
 _FIXED_TYPES = {"partial": "*fp32", "partial_lse": "*fp32", "tree_mask": "*u8"} | dict.fromkeys(
     ("num_requests", "split_keys", "num_splits", "kv_heads", "num_blocks"), "i32"
 )
@@ -39,8 +38,14 @@ _INT_POINTERS = ("past_lens", "seq_begins", "block_indices", "block_begins", "tr
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel for one card. name: the entry's; shared: bytes of dynamic shared memory; registers: a thread's; spills:
-    bytes of a thread's stack; arguments: (name, type) as Triton writes types, such as ``*bf16`` or ``i32``."""
+    """A kernel for one card.
+
+    name       of the PTX's entry
+    shared     bytes of dynamic shared memory
+    registers  of a thread
+    spills     bytes of a thread's stack
+    arguments  (name, Triton's type, such as ``*bf16`` or ``i32``)
+    """
 
     name: str
     architecture: int
@@ -60,8 +65,10 @@ class CompiledKernel:
 def compile_kernels(
     compute_capability: int, dtype: str, head_dim: int, group: int, block: int = 32
 ) -> dict[str, CompiledKernel]:
-    """All kernels of a network: attention_16, attention_64 (and attention_128), by rows of a tile, combine, gather_rows
-    and scatter_rows. dtype: bf16 or fp16; group: query heads of a KV head. ValueError: a value that is not supported.
+    """Compile all kernels of a network. Raises ValueError for a value that is not supported.
+
+    They are attention_16, attention_64 (and attention_128), by rows of a tile, combine, gather_rows and scatter_rows.
+    dtype: bf16 or fp16; group: query heads of a KV head.
     """
     tiles = {
         f"attention_{rows}": compile_kernel("attention", compute_capability, dtype, head_dim, group, rows, block)
@@ -75,7 +82,7 @@ def compile_kernels(
 def compile_kernel(
     kind: str, compute_capability: int, dtype: str, head_dim: int, group: int = 1, rows: int = 16, block: int = 32
 ) -> CompiledKernel:
-    """One kernel: attention, combine, gather_rows or scatter_rows. ``group`` and ``rows`` matter to attention alone."""
+    """Compile attention, combine, gather_rows or scatter_rows; ``group`` and ``rows`` matter to attention alone."""
     _check(compute_capability, dtype, head_dim, group)
     function = getattr(kernel, kind if hasattr(kernel, kind) else "copy_rows")
     constants = {
@@ -112,14 +119,14 @@ def compile_kernel(
 
 
 def _check(compute_capability: int, dtype: str, head_dim: int, group: int) -> None:
-    for name, value, known in (
+    for name, value, supported in (
         ("compute capability", compute_capability, ARCHITECTURES),
         ("dtype", dtype, DTYPES),
         ("head dimension", head_dim, HEAD_DIMS),
         ("group of query heads", group, range(1, MAX_GROUP + 1)),
     ):
-        if value not in known:
-            raise ValueError(f"{name} {value} is not supported; choose one of {', '.join(map(str, known))}")
+        if value not in supported:
+            raise ValueError(f"{name} {value} is not supported; choose one of {', '.join(map(str, supported))}")
 
 
 def _types(names: list[str], dtype: str, constants: dict[str, int]) -> dict[str, str]:
@@ -129,7 +136,7 @@ def _types(names: list[str], dtype: str, constants: dict[str, int]) -> dict[str,
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread."""
+    """Read a thread's registers and bytes of stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -140,7 +147,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _table(architectures: list[int], groups: tuple[int, ...]) -> Iterator[tuple[str, str, int, int, CompiledKernel]]:
-    """(kernel, dtype, head_dim, group, compiled); what does not depend on the group comes once."""
+    """Yield (kernel, dtype, head_dim, group, compiled); kernels that do not depend on the group come once."""
     for architecture in architectures:
         for dtype in DTYPES:
             for head_dim in HEAD_DIMS:

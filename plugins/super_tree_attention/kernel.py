@@ -1,22 +1,16 @@
 """The Triton kernels: attention over a super-tree, the merge of its splits, and the move of KV rows.
 
-docs/internals/kernel.md tells the algorithm. The launch follows from shapes alone (``kernel_plan``): a program finds
-out itself which request it works on.
+docs/internals/kernel.md explains the algorithm. The launch follows from shapes alone (``kernel_plan``), so a program
+searches for its request itself.
 """
 
 import triton
 import triton.language as tl
 
 _METADATA = (
-    "past_lens",
-    "seq_begins",
-    "block_indices",
-    "block_begins",
-    "tree_mask",
-    "tree_mask_begins",
-    "num_requests",
-    "split_keys",
-)
+    "past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins",
+    "num_requests", "split_keys",
+)  # fmt: skip
 
 
 @triton.jit
@@ -69,34 +63,19 @@ def _attend(q, k, v, visible, peak, total, acc, SCALE: tl.constexpr):
 
 @triton.jit(do_not_specialize=_METADATA, do_not_specialize_on_alignment=_METADATA)
 def attention(
-    query,
-    key,
-    value,
-    key_cache,
-    value_cache,
-    past_lens,
-    seq_begins,
-    block_indices,
-    block_begins,
-    tree_mask,
-    tree_mask_begins,
-    num_requests,
-    split_keys,
-    output,
-    partial,
-    partial_lse,
-    HEAD_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    NEW_KEYS: tl.constexpr,
-):
-    """A tile of one request's query tokens, times the query heads of one KV head, over one split of its past.
+    query, key, value, key_cache, value_cache,
+    past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins, num_requests, split_keys,
+    output, partial, partial_lse,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Attend with a tile of one request's query tokens and the heads of one KV head, over one split of the past.
 
-    Grid: (tiles, Hk, splits). Split 0 also attends the new tokens and writes its tile's own KV rows into the caches.
-    A request of one split goes to ``output``; else each split leaves its mean of values in ``partial``, float32
-    [N, Hq, splits, D], and the log2 of its softmax's sum in ``partial_lse``, float32 [N, Hq, splits].
+    Grid: (tiles, Hk, splits). Split 0 also attends the new tokens and writes the tile's KV rows into the caches. A
+    request of one split writes ``output``; a request of several splits leaves their results to ``combine``.
+
+    partial      float32 [N, Hq, splits, D], a split's mean of values
+    partial_lse  float32 [N, Hq, splits], log2 of the sum of a split's softmax
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     SCALE: tl.constexpr = 1.4426950408889634 * HEAD_DIM**-0.5
@@ -176,18 +155,9 @@ def attention(
 
 @triton.jit(do_not_specialize=(*_METADATA, "num_splits"), do_not_specialize_on_alignment=(*_METADATA, "num_splits"))
 def combine(
-    past_lens,
-    seq_begins,
-    partial,
-    partial_lse,
-    num_requests,
-    split_keys,
-    num_splits,
-    output,
-    HEAD_DIM: tl.constexpr,
-    KEYS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-):
+    past_lens, seq_begins, partial, partial_lse, num_requests, split_keys, num_splits, output,
+    HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
     """Merge the splits of one query token and head. Grid: (N, Hq). A request of one split is left as it is."""
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(seq_begins + num_requests):
@@ -210,20 +180,13 @@ def combine(
 
 @triton.jit(do_not_specialize=("kv_heads", "num_blocks"))
 def copy_rows(
-    source,
-    target,
-    source_rows,
-    target_rows,
-    kv_heads,
-    num_blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATHER: tl.constexpr,
-):
+    source, target, source_rows, target_rows, kv_heads, num_blocks,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
     """Copy one KV row, all heads, of one pool. Grid: (m, pools).
 
-    GATHER: from row source_rows[j] of the pools ``source`` [pools, num_blocks, Hk, BLOCK, D] to ``target``
-    [pools, m, Hk, D]; else from such a ``source`` to row target_rows[j] of the pools ``target``.
+    GATHER copies row source_rows[j] of the pools ``source`` [pools, num_blocks, Hk, BLOCK, D] to ``target``
+    [pools, m, Hk, D]; otherwise such a ``source`` is copied to rows target_rows[j] of the pools ``target``.
     """
     STEP: tl.constexpr = 1024
     j, pool = tl.program_id(0), tl.program_id(1).to(tl.int64)

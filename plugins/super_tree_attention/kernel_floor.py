@@ -1,7 +1,7 @@
-"""The least that a call can cost, and what the compiled kernel does: ``python -m super_tree_attention.kernel_floor``.
+"""The floor of a call's cost, beside the compiled kernel's: ``python -m super_tree_attention.kernel_floor``.
 
-The floor reads each request's keys and values once, each query once, and writes each output and each new row once. The
-kernel's own traffic is counted in its PTX: the bytes that one step of the loop over the past copies from global memory.
+The floor reads all keys, values and queries once, and writes all outputs and new rows once. The kernel's traffic is
+counted in its PTX: the bytes that one step of the loop over the past copies from global memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Shape:
-    """``requests`` of ``context`` past tokens each, and ``tokens`` new ones over all of them."""
+    """A call: ``requests`` with ``context`` past tokens a request, and ``tokens`` new tokens of all requests."""
 
     requests: int
     context: int
@@ -31,12 +31,12 @@ class Shape:
 
     @property
     def other_bytes(self) -> int:
-        """Queries and outputs, the new keys and values, read and written into the cache."""
+        """Bytes of queries and outputs, and of new keys and values, which are read and written into the cache."""
         return self.tokens * HEAD_DIM * ELEMENT * (2 * KV_HEADS * GROUP + 4 * KV_HEADS)
 
     @property
     def flops(self) -> int:
-        """Two products a query head, token and key: all of the past, and all new tokens of the request."""
+        """Operations of two products a query head, token and key, over the past and the request's new tokens."""
         return 4 * self.tokens * KV_HEADS * GROUP * HEAD_DIM * (self.context + self.tokens // self.requests)
 
     @property
@@ -49,9 +49,9 @@ SHAPES = (Shape(1, 32768, 64), Shape(32, 2048, 256), Shape(256, 1024, 512))
 
 
 def bytes_of_a_step(kernel: CompiledKernel) -> int:
-    """Bytes of keys and values that all threads together copy from the pools in one step of the loop over the past.
+    """Count the bytes of keys and values that all threads copy from the pools in one step of the loop over the past.
 
-    The loop over the past is the first loop of the PTX with asynchronous copies; its copies of 16 bytes are counted.
+    That is the first loop of the PTX with asynchronous copies, which are of 16 bytes.
     """
     for body in _loops(kernel.ptx):
         copies = len(re.findall(r"cp\.async\.cg\.shared\.global .*?, (?:0x10|16),", body))
@@ -61,7 +61,7 @@ def bytes_of_a_step(kernel: CompiledKernel) -> int:
 
 
 def _loops(ptx: str) -> list[str]:
-    """The text of each innermost loop: from a label to the branch back to it."""
+    """Return the texts of innermost loops, from a label to the branch back to it."""
     place = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
     branches = re.finditer(r"bra(?:\.uni)?\s+(\$\w+);", ptx)
     spans = sorted((place[b[1]], b.end()) for b in branches if place[b[1]] < b.start())
@@ -70,7 +70,7 @@ def _loops(ptx: str) -> list[str]:
 
 
 def table() -> list[str]:
-    """Markdown: floor and kernel, one line a shape."""
+    """Write a Markdown table of floor and kernel, one line a shape."""
     lines = [
         "| B, context, N | KV, MB | q, out, new, MB | GFLOP | floor, us (memory / products) | tile, splits, programs "
         "| KV copied, MB | of it again, from L2 | products with padding, GFLOP | partial results, MB |",
@@ -82,8 +82,7 @@ def table() -> list[str]:
 def _line(shape: Shape) -> str:
     made = shape.plan
     kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, made.rows, BLOCK)
-    each = shape.tokens // shape.requests
-    tiles = -(-each // (made.rows // GROUP))
+    tiles = -(-(shape.tokens // shape.requests) // (made.rows // GROUP))
     past_steps = -(-shape.context // KEYS)
     span = max(made.split_keys, -(-past_steps // made.num_splits) * KEYS)
     splits = -(-shape.context // span)

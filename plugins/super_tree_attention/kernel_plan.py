@@ -1,4 +1,4 @@
-"""How the kernels are launched: from shapes and the card alone, since the metadata's values are on the device."""
+"""The launch of the kernels, from shapes and the card alone, since the metadata's values are on the device."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = 64  # keys of one step of the inner loop
-NEW_KEYS = 32  # the same over the new tokens, where the tree mask takes registers too
-MAX_SPLITS = 32
-MIN_SPLIT_KEYS = 128  # a shorter split does not pay its merge
-_TAIL_SPLITS = 4  # of one long past, where the card is full anyway
-ROWS = (16, 64, 128)  # query tokens x heads of one program: the tile sizes that are compiled
+KEYS = 64  # keys of one step of the inner loop; larger: fewer steps, more shared memory
+NEW_KEYS = 32  # the same over the new tokens; larger: spills, since the tree mask takes registers too
+MAX_SPLITS = 32  # splits of one past; larger: a fuller card at batch 1, a longer merge
+MIN_SPLIT_KEYS = 128  # least keys of a split; smaller: more programs, whose merge does not pay
+_TAIL_SPLITS = 4  # splits of a long past on a full card; larger: a shorter tail, more merging
+ROWS = (16, 64, 128)  # tile sizes: query tokens x heads of one program. Larger: keys are read less often, more padding
 
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: the tile; grid (tiles, Hk, splits) of ``attention``; combine_grid (N, Hq), launched if splits > 1."""
+    """A launch with tiles of ``rows``.
+
+    grid          (tiles, Hk, splits) of ``attention``
+    combine_grid  (N, Hq) of ``combine``, which is launched if there are several splits
+    """
 
     rows: int
     split_keys: int
@@ -31,8 +35,10 @@ class Plan:
 
 
 class Whole:
-    """Arithmetic on whole numbers. The rules below ask an ``ops`` for it: this one, or tensorrt.plugin for its symbols,
-    which must come first in a sum or product and know no other operation."""
+    """Arithmetic on whole numbers, an ``ops`` of the rules below.
+
+    The other one is tensorrt.plugin, whose symbols must come first in a sum or product and have no other operation.
+    """
 
     cdiv, min, max = staticmethod(lambda a, b: -(-a // b)), staticmethod(min), staticmethod(max)
 
@@ -42,12 +48,12 @@ def warps_of(rows: int) -> int:
 
 
 def registers_of(rows: int) -> int:
-    """The most registers of a thread, so that ptxas does not spill for an occupancy that shared memory rules out."""
+    """Return the most registers of a thread; fewer would spill for an occupancy that shared memory rules out."""
     return 168 if rows == 16 else 255
 
 
 def rows_for(compute_capability: int) -> tuple[int, ...]:
-    """The tiles of a card such as 90. Without the wider products of sm_90 and sm_100 a tile of 128 spills registers."""
+    """Return the tiles of a card: without the wider products of sm_90 and sm_100 a tile of 128 spills registers."""
     return ROWS if compute_capability // 10 in (9, 10) else ROWS[:2]
 
 
@@ -65,11 +71,13 @@ def plan(
     rows: int | None = None,
     ops: Any = Whole,
 ) -> Plan:
-    """The launch for N tokens of B requests whose block tables have ``table_entries`` entries together.
+    """Plan the launch for N tokens of B requests whose block tables have ``table_entries`` entries together.
 
-    ``processors``: the card's streaming multiprocessors; ``compute_capability``: such as 90. ``num_splits``: at most so
-    many splits of a past, of 64 keys or more each, instead of the choice made here. ``rows``: a tile, likewise.
-    With symbols, and ``ops`` for them, the plan is of symbols too.
+    processors          streaming multiprocessors of the card
+    compute_capability  of the card, such as 90
+    num_splits          overrides the most splits of a past, which then have 64 keys or more
+    rows                overrides the tile
+    ops                 arithmetic; symbols, with their ``ops``, make a plan of symbols
     """
     rows = rows or _tile_rows(num_tokens, num_requests, group, rows_for(compute_capability), ops)
     tiles = tile_count(num_tokens, num_requests, rows, group, ops)
@@ -81,23 +89,25 @@ def plan(
 
 
 def _tile_rows(num_tokens: Any, num_requests: Any, group: Any, choice: tuple[int, ...], ops: Any) -> Any:
-    """The smallest tile that holds twice the mean request, so that few requests need their KV read twice. One request
-    alone is its own mean."""
+    """Return the smallest tile that holds twice the mean request, so that few requests read their KV twice.
+
+    A single request needs no more than itself.
+    """
     wanted = ops.cdiv(num_tokens, ops.max(num_requests, 1)) * group * (_exceeds(num_requests, 1, ops) + 1)
     steps = (_exceeds(wanted, less, ops) * (more - less) for less, more in itertools.pairwise(choice))
     return functools.reduce(operator.add, steps) + choice[0]
 
 
 def tile_count(num_tokens: Any, num_requests: Any, rows: Any, group: Any, ops: Any = Whole) -> Any:
-    """Tiles that hold the query tokens of any requests, each but one of which may leave a tile partly empty."""
+    """Return how many tiles hold the tokens of any requests; all requests but one may leave a tile partly empty."""
     return ops.max(ops.cdiv(num_tokens, rows // group) + num_requests - 1, 1)
 
 
 def _splits(programs: Any, rows: Any, num_requests: Any, keys: Any, processors: int, ops: Any) -> tuple[Any, Any]:
-    """The most splits of a past and the least keys in one: as many as fill whole waves of the card, were all alike.
+    """Return the most splits of a past and the least keys of a split: equal requests would fill waves of the card.
 
-    ``programs``: tiles times KV heads; ``keys``: what all block tables together have room for. Where requests fill the
-    card without splits, only a past of more than twice the mean is split, against the tail.
+    ``programs``: tiles times KV heads; ``keys``: room in all block tables. Where requests fill the card without splits,
+    only a past of more than twice the mean is split, to shorten the tail.
     """
     at_a_time = (_exceeds(rows, ROWS[0], ops) * -2 + 3) * processors  # by their registers, three small tiles
     mean_keys = ops.cdiv(keys, ops.max(num_requests, 1))
@@ -110,8 +120,8 @@ def _splits(programs: Any, rows: Any, num_requests: Any, keys: Any, processors: 
 
 
 def _filling(programs: Any, at_a_time: Any, ops: Any) -> Any:
-    """The fewest splits, up to MAX_SPLITS, by which programs keep 9/10 of the card's slots busy over their waves."""
-    fewest = ops.cdiv(at_a_time * 9, programs)  # nine waves and more are full enough, whatever the last holds
+    """Return the fewest splits, up to MAX_SPLITS, with which programs fill 9/10 of the card's slots in their waves."""
+    fewest = ops.cdiv(at_a_time * 9, programs)  # nine waves or more are full enough, however full the last one is
     for waves in range(1, 10):
         splits = ops.cdiv(at_a_time * (9 * waves), programs * 10)
         fewest = ops.min(fewest, _exceeds(programs * splits, at_a_time * waves, ops) * MAX_SPLITS + splits)
@@ -119,5 +129,5 @@ def _filling(programs: Any, at_a_time: Any, ops: Any) -> Any:
 
 
 def _exceeds(number: Any, limit: Any, ops: Any) -> Any:
-    """1 or 0."""
+    """Return 1 where ``number`` exceeds ``limit``, else 0."""
     return ops.min(ops.max(number - limit, 0), 1)

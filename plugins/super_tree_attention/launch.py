@@ -1,4 +1,4 @@
-"""Launch a compiled kernel through the CUDA driver, on a stream that someone else owns (cuda-python)."""
+"""Launches of compiled kernels through the CUDA driver (cuda-python), on a given stream."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel gets without 
 
 
 class CudaError(RuntimeError):
-    """A driver call failed: its name, the error's name and what the driver says of it."""
+    """A failed driver call: its name, the error's name and the driver's explanation."""
 
 
 def check(result: tuple[Any, ...], call: str) -> Any:
-    """The values of a driver call's result: none, one, or a tuple of them."""
+    """Return the values of a driver call's result: none, one, or a tuple of them."""
     error, *values = result
     if error != driver.CUresult.CUDA_SUCCESS:
         _, name = driver.cuGetErrorName(error)
@@ -27,8 +27,10 @@ def check(result: tuple[Any, ...], call: str) -> Any:
 
 @cache
 def device_facts() -> tuple[int, int]:
-    """(compute capability that kernels are compiled for, such as 90, and streaming multiprocessors) of the current
-    context's device, or of the first one where no context is current."""
+    """Return the compute capability for kernels, such as 90, and the streaming multiprocessors of the current device.
+
+    Without a current context it is the first device.
+    """
     check(driver.cuInit(0), "cuInit")
     error, device = driver.cuCtxGetDevice()
     if error != driver.CUresult.CUDA_SUCCESS:
@@ -43,12 +45,12 @@ def device_facts() -> tuple[int, int]:
         )
     )
     capability = 10 * major + minor
-    return (80 if capability in (86, 87) else capability), processors  # which run what is made for 8.0
+    return (80 if capability in (86, 87) else capability), processors  # 8.6 and 8.7 run kernels for 8.0
 
 
 @cache
 def load(cubin: bytes, name: str, shared: int) -> Any:
-    """The function ``name`` of a cubin, which needs ``shared`` bytes of shared memory, in the current context."""
+    """Load the function ``name`` of a cubin, with ``shared`` bytes of shared memory, into the current context."""
     module = check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
     function = check(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
     if shared > _STATIC_SHARED:
@@ -58,16 +60,10 @@ def load(cubin: bytes, name: str, shared: int) -> Any:
 
 
 def launch(
-    function: Any,
-    grid: tuple[int, int, int],
-    threads: int,
-    shared: int,
-    stream: int,
-    pointers: list[int],
-    integers: list[int],
-    results: list[int],
-) -> None:
-    """Enqueue one kernel; arguments are pointers, then int32 values, then pointers again."""
+    function: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int,
+    pointers: list[int], integers: list[int], results: list[int],
+) -> None:  # fmt: skip
+    """Enqueue one kernel; its arguments are ``pointers``, int32 ``integers``, and pointers to ``results``."""
     values = (*pointers, *integers, *results)
     kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int32,) * len(integers) + (ctypes.c_void_p,) * len(results)
     launched = driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, (values, kinds), 0)

@@ -1,4 +1,4 @@
-"""The operator in plain PyTorch: what every kernel and every converted graph is measured against."""
+"""The operator in plain PyTorch, the reference of all kernels and converted graphs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ from torch import Tensor
 
 
 def super_tree_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    past_lens: Tensor,
-    seq_begins: Tensor,
-    block_indices: Tensor,
-    block_begins: Tensor,
-    tree_mask: Tensor,
-    tree_mask_begins: Tensor,
-) -> Tensor:
-    """Shapes and types are the table's in this package's docstring. Writes the new rows into the caches, in place.
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
+    seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
+) -> Tensor:  # fmt: skip
+    """Compute attention in float32, and write the new rows into the caches, in place.
 
-    Returns [N, Hq*D] in the query's type; the arithmetic is float32.
+    The package's docstring has the shapes and types. Returns [N, Hq*D] in the query's type.
     """
     _, kv_heads, block, head_dim = key_cache.shape
     group = query.shape[1] // (kv_heads * head_dim)
@@ -31,10 +22,8 @@ def super_tree_attention(
         count = rows.stop - rows.start
         blocks = block_indices[int(block_begins[i]) : int(block_begins[i + 1])].long()
         new = torch.arange(past, past + count)
-        key_cache[blocks[new // block], :, new % block] = key[rows].view(count, kv_heads, head_dim).to(key_cache.dtype)
-        value_cache[blocks[new // block], :, new % block] = (
-            value[rows].view(count, kv_heads, head_dim).to(value_cache.dtype)
-        )
+        for cache, packed in ((key_cache, key), (value_cache, value)):
+            cache[blocks[new // block], :, new % block] = packed[rows].view(count, kv_heads, head_dim).to(cache.dtype)
         seen = torch.arange(past + count)
         keys = key_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)  # [T, Hq, D]
         values = value_cache[blocks[seen // block], :, seen % block].float().repeat_interleave(group, dim=1)

@@ -1,6 +1,6 @@
-"""What TensorRT asks of the plugins: outputs, types, and how a kernel is launched. Importing this registers them.
+"""The plugins' definitions for TensorRT: outputs, types and launches. Importing this module registers them.
 
-Annotations are read when a function is registered, so they stay objects here (no postponed evaluation).
+TensorRT reads annotations as objects when a function is registered, so their evaluation is not postponed here.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ Desc, Tensor = trtp.TensorDesc, trtp.Tensor
 Launch = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 _ATTENTION, _COMBINE = f"{NAMESPACE}::{ATTENTION}", f"{NAMESPACE}::{COMBINE}"
 _BLOCK = 32
-#: The kernels' parameters as TensorRT passes them: inputs, integers, outputs (relist_parameters). Of attention, two
-#: outputs are the caches, which it writes by its inputs. Combine reads no block numbers, and its sixth input is its
+#: The kernels' parameters in TensorRT's order: inputs, integers, outputs (relist_parameters). Attention's last two
+#: outputs are the caches, which it writes through its inputs. Combine reads no block table; its sixth input is its
 #: output.
 ATTENTION_ORDER = [*range(16), None, None]
 COMBINE_ORDER = [0, 1, None, 2, 3, None, 4, 5, 6, 7]
@@ -26,21 +26,10 @@ _TYPES = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
 @trtp.register(_ATTENTION)
 def _describe_attention(
-    query: Desc,
-    key: Desc,
-    value: Desc,
-    key_cache: Desc,
-    value_cache: Desc,
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    block_begins: Desc,
-    tree_mask: Desc,
-    tree_mask_begins: Desc,
-    num_kv_heads: int,
-    head_dim: int,
-    alias_caches: int,
-) -> tuple[Desc, Desc, Desc, Desc, Desc]:
+    query: Desc, key: Desc, value: Desc, key_cache: Desc, value_cache: Desc, past_lens: Desc, seq_begins: Desc,
+    block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc,
+    num_kv_heads: int, head_dim: int, alias_caches: int,
+) -> tuple[Desc, Desc, Desc, Desc, Desc]:  # fmt: skip
     rows = query.shape_expr[0] * (query.shape_expr[1] // head_dim)
     splits = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).num_splits
     partial = trtp.from_shape_expr((rows, splits, head_dim), trt.float32)
@@ -51,82 +40,47 @@ def _describe_attention(
 
 @trtp.register(_COMBINE)
 def _describe_combine(
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    partial: Desc,
-    partial_lse: Desc,
-    attended: Desc,
-    num_kv_heads: int,
-    head_dim: int,
-) -> Desc:
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
+    num_kv_heads: int, head_dim: int,
+) -> Desc:  # fmt: skip
     return attended.aliased()  # requests of one split are done already
 
 
-# One combination of types and one tactic, so that there is nothing to time: TensorRT times with numbers of its own, and
-# block tables must be real. Attention's is the rows of the profile's tile: compiled kernels are kept by their tactic,
-# and two profiles of one tactic would both be given the kernel that was compiled last.
+# One combination of types and one tactic leave nothing to time: TensorRT would time with made-up block tables. The
+# tactic of attention is its tile's rows, since TensorRT keeps a compiled kernel by its tactic: two profiles with one
+# tactic would both get the last kernel.
 @trtp.autotune(_ATTENTION)
 def _types_of_attention(
-    query: Desc,
-    key: Desc,
-    value: Desc,
-    key_cache: Desc,
-    value_cache: Desc,
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    block_begins: Desc,
-    tree_mask: Desc,
-    tree_mask_begins: Desc,
-    num_kv_heads: int,
-    head_dim: int,
-    outputs: tuple[Desc],
-) -> list[trtp.AutoTuneCombination]:
-    own = _type_name(query)
-    types = ", ".join([own] * 5 + ["INT32"] * 6 + [own, "FP32", "FP32", own, own])
-    usual = _usual(query), _usual(past_lens), _usual(block_indices)
-    rows = _plan(*usual, num_kv_heads, query.shape[1] // (num_kv_heads * head_dim)).rows
+    query: Desc, key: Desc, value: Desc, key_cache: Desc, value_cache: Desc, past_lens: Desc, seq_begins: Desc,
+    block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc,
+    num_kv_heads: int, head_dim: int, outputs: tuple[Desc],
+) -> list[trtp.AutoTuneCombination]:  # fmt: skip
+    half = _type_name(query)
+    types = ", ".join([half] * 5 + ["INT32"] * 6 + [half, "FP32", "FP32", half, half])
+    tokens, requests, entries = _usual(query), _usual(past_lens), _usual(block_indices)
+    rows = _plan(tokens, requests, entries, num_kv_heads, query.shape[1] // (num_kv_heads * head_dim)).rows
     return [trtp.AutoTuneCombination(types, tactics=[rows])]
 
 
 @trtp.autotune(_COMBINE)
 def _types_of_combine(
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    partial: Desc,
-    partial_lse: Desc,
-    attended: Desc,
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
     outputs: tuple[Desc],
-) -> list[trtp.AutoTuneCombination]:
-    own = _type_name(attended)
-    return [trtp.AutoTuneCombination(", ".join(["INT32"] * 3 + ["FP32", "FP32", own, own]))]
+) -> list[trtp.AutoTuneCombination]:  # fmt: skip
+    half = _type_name(attended)
+    return [trtp.AutoTuneCombination(", ".join(["INT32"] * 3 + ["FP32", "FP32", half, half]))]
 
 
 @trtp.aot_impl(_ATTENTION)
 def _compile_attention(
-    query: Desc,
-    key: Desc,
-    value: Desc,
-    key_cache: Desc,
-    value_cache: Desc,
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    block_begins: Desc,
-    tree_mask: Desc,
-    tree_mask_begins: Desc,
-    num_kv_heads: int,
-    head_dim: int,
-    alias_caches: int,
-    outputs: tuple[Desc],
-    tactic: int,
-) -> Launch:
+    query: Desc, key: Desc, value: Desc, key_cache: Desc, value_cache: Desc, past_lens: Desc, seq_begins: Desc,
+    block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc,
+    num_kv_heads: int, head_dim: int, alias_caches: int, outputs: tuple[Desc], tactic: int,
+) -> Launch:  # fmt: skip
     group, rows = query.shape[1] // (num_kv_heads * head_dim), tactic
     kernel = _kernel("attention", query.dtype, head_dim, group, rows)
     tokens, requests = query.shape_expr[0], past_lens.shape_expr[0]
-    tiles = tile_count(tokens, requests, rows, group, trtp)  # of the profile's tile, which the splits do not depend on
+    tiles = tile_count(tokens, requests, rows, group, trtp)  # by the profile's tile, on which splits do not depend
     launch = _launch_params(kernel, tiles, num_kv_heads, outputs[1].shape_expr[1])
     split_keys = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).split_keys
     integers = trtp.SymIntExprs.from_tuple((trtp.SymInt32(requests), trtp.SymInt32(split_keys)))
@@ -136,20 +90,12 @@ def _compile_attention(
 
 @trtp.aot_impl(_COMBINE)
 def _compile_combine(
-    past_lens: Desc,
-    seq_begins: Desc,
-    block_indices: Desc,
-    partial: Desc,
-    partial_lse: Desc,
-    attended: Desc,
-    num_kv_heads: int,
-    head_dim: int,
-    outputs: tuple[Desc],
-    tactic: int,
-) -> Launch:
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
+    num_kv_heads: int, head_dim: int, outputs: tuple[Desc], tactic: int,
+) -> Launch:  # fmt: skip
     kernel = _kernel("combine", attended.dtype, head_dim)
     tokens, splits = attended.shape_expr[0], partial.shape_expr[1]
-    # Unless something is split, one token's programs, which find nothing to do: a grid must not be empty.
+    # Without splits, the programs of one token, which do nothing: a grid must not be empty.
     merged = (tokens - 1) * trtp.min(splits - 1, 1) + 1
     launch = _launch_params(kernel, merged, attended.shape_expr[1] // head_dim, 1)
     split_keys = _symbolic_plan(attended, past_lens, block_indices, num_kv_heads, head_dim).split_keys
@@ -161,22 +107,10 @@ def _compile_combine(
 
 @trtp.impl(_ATTENTION)
 def _launch_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    past_lens: Tensor,
-    seq_begins: Tensor,
-    block_indices: Tensor,
-    block_begins: Tensor,
-    tree_mask: Tensor,
-    tree_mask_begins: Tensor,
-    num_kv_heads: int,
-    head_dim: int,
-    outputs: tuple[Tensor],
-    stream: int,
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
+    seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
+    num_kv_heads: int, head_dim: int, outputs: tuple[Tensor], stream: int,
+) -> None:  # fmt: skip
     from super_tree_attention.launch import launch
 
     inputs = query, key, value, key_cache, value_cache, past_lens, seq_begins, block_indices, block_begins
@@ -194,17 +128,9 @@ def _launch_attention(
 
 @trtp.impl(_COMBINE)
 def _launch_combine(
-    past_lens: Tensor,
-    seq_begins: Tensor,
-    block_indices: Tensor,
-    partial: Tensor,
-    partial_lse: Tensor,
-    attended: Tensor,
-    num_kv_heads: int,
-    head_dim: int,
-    outputs: tuple[Tensor],
-    stream: int,
-) -> None:
+    past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, partial: Tensor, partial_lse: Tensor,
+    attended: Tensor, num_kv_heads: int, head_dim: int, outputs: tuple[Tensor], stream: int,
+) -> None:  # fmt: skip
     from super_tree_attention.launch import launch
 
     requests, group = past_lens.shape[0], attended.shape[1] // (num_kv_heads * head_dim)
@@ -223,7 +149,7 @@ def _launch_params(kernel: CompiledKernel, x: Any, y: Any, z: Any) -> trtp.Kerne
 
 
 def _usual(desc: Desc) -> int:
-    """The first extent that the engine is optimised for."""
+    """Return the size of the first axis for which the engine is optimised."""
     return (desc.shape.opt if desc.shape.is_dynamic else desc.shape)[0]
 
 
@@ -248,10 +174,10 @@ def _plan(tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: An
 
 
 def _symbolic_plan(query: Desc, past_lens: Desc, block_indices: Desc, num_kv_heads: int, head_dim: int) -> Plan:
-    """What ``plan`` says of the shapes of each call. An engine's scratch memory is of these splits."""
+    """Plan symbolically, for the shapes of any call. An engine's scratch memory is for these splits."""
     group = query.shape_expr[1] // (num_kv_heads * head_dim)
-    sizes = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]
-    return _plan(*sizes, num_kv_heads, group, trtp)
+    tokens, requests, entries = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]
+    return _plan(tokens, requests, entries, num_kv_heads, group, trtp)
 
 
 def _kernel(kind: str, dtype: trt.DataType, head_dim: int, group: int = 1, rows: int = ROWS[0]) -> CompiledKernel:

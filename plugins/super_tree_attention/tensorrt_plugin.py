@@ -1,11 +1,11 @@
-"""The operator for TensorRT: two plugins in Python, and the exported graph as TensorRT's parser takes it.
+"""The operator for TensorRT: two plugins in Python, and the exported graph prepared for TensorRT's parser.
 
-Each plugin is one kernel, so that TensorRT may compile it into the engine (ahead of time, the default) or call Python
-to launch it (just in time). ``echo::SuperTreeAttention`` leaves what several splits of a past have found to
-``echo::SuperTreeCombine``, which merges it in place. TensorRT owns the memory between them.
+A plugin is one kernel, so that TensorRT may compile it into the engine (ahead of time, the default) or call Python to
+launch it (just in time). ``echo::SuperTreeAttention`` leaves the results of several splits to
+``echo::SuperTreeCombine``, which merges them in place, in memory that TensorRT owns.
 
-The parser finds a plugin by its node's operator, ``plugin_version`` and ``plugin_namespace``, and takes the node's
-``aot`` for which of the two ways is meant.
+The parser finds a plugin by its node's operator, ``plugin_version`` and ``plugin_namespace``; the node's ``aot``
+chooses between the two ways.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, V
 
 
 def register() -> None:
-    """Make both plugins known to this process's TensorRT: before a graph is parsed, and before an engine that launches
-    them just in time is loaded. ModuleNotFoundError without TensorRT."""
-    from super_tree_attention import tensorrt_definitions  # noqa: F401  registers as it is imported
+    """Register both plugins, before a graph is parsed and before an engine that launches them just in time is loaded.
+
+    Raises ModuleNotFoundError without TensorRT.
+    """
+    from super_tree_attention import tensorrt_definitions  # noqa: F401  its import registers them
 
 
 def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_caches: bool = False) -> None:
     """Write the exported graph ``source`` for TensorRT's parser to ``target``, in the same folder: they share weights.
 
-    - ``tree_mask`` becomes int32, four of its bytes a number (``words``), since plugins take no uint8.
-    - Every cache gets an output, named as the cache and WRITTEN: bind it to the cache's own memory. ``alias_caches``
-      also tells TensorRT that they are one. It may then keep a copy of each cache, so NVIDIA's own plugins leave that
-      unsaid (TensorRT-Edge-LLM's AttentionPlugin); the merge says it of its result in any case, which takes
+    - ``tree_mask`` becomes int32 with four bytes a number (``words``), since plugins take no uint8.
+    - Every cache gets an output, named as the cache and WRITTEN, which must be bound to the cache's memory.
+      ``alias_caches`` also declares the two as aliases. TensorRT may then copy every cache, so NVIDIA's plugins do
+      without (TensorRT-Edge-LLM's AttentionPlugin). The merge's result is always declared an alias, which takes
       PreviewFeature.ALIASED_PLUGIN_IO_10_03.
     """
     import onnx
@@ -63,7 +65,7 @@ def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_
 
 
 def words(tree_mask: np.ndarray) -> np.ndarray:
-    """A tree mask as the prepared graph takes it: uint8 [n], and zeros after it, read as int32 [ceil(n / 4)]."""
+    """Convert a tree mask, uint8 [n], for the prepared graph: int32 [ceil(n / 4)], with zeros after its bytes."""
     return np.pad(tree_mask, (0, -len(tree_mask) % 4)).view(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""The operator by its Triton kernels, on CUDA tensors; CPU tensors go through Triton's interpreter, slowly."""
+"""The operator by its Triton kernels, on CUDA tensors, or slowly in Triton's interpreter on CPU tensors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,13 @@ from super_tree_attention.kernel_plan import KEYS, MAX_SPLITS, NEW_KEYS, plan, r
 
 
 def super_tree_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    past_lens: Tensor,
-    seq_begins: Tensor,
-    block_indices: Tensor,
-    block_begins: Tensor,
-    tree_mask: Tensor,
-    tree_mask_begins: Tensor,
-    *,
-    num_splits: int | None = None,
-    rows: int | None = None,
-) -> Tensor:
-    """The reference's arguments and result; the new rows are written into the caches, in place.
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, past_lens: Tensor,
+    seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, tree_mask: Tensor, tree_mask_begins: Tensor,
+    *, num_splits: int | None = None, rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute the reference's result from its arguments, and write the new rows into the caches, in place.
 
-    float16, bfloat16 or float32. Token rows that belong to no request (from seq_begins[B] on) are left unwritten.
+    Types are float16, bfloat16 or float32. Rows without a request (from seq_begins[B] on) are left unwritten.
     ``num_splits`` and ``rows`` override the launch plan's choice.
     """
     _, kv_heads, block, head_dim = key_cache.shape
@@ -43,17 +32,9 @@ def super_tree_attention_triton(
     group = width // (kv_heads * head_dim)
     processors, compute_capability = _card(query.device)
     launch = plan(
-        num_tokens,
-        len(past_lens),
-        len(block_indices),
-        kv_heads,
-        group,
-        block=block,
-        processors=processors,
-        compute_capability=compute_capability,
-        num_splits=num_splits,
-        rows=rows,
-    )
+        num_tokens, len(past_lens), len(block_indices), kv_heads, group, block=block, processors=processors,
+        compute_capability=compute_capability, num_splits=num_splits, rows=rows,
+    )  # fmt: skip
     splits = launch.num_splits
     output = torch.empty_like(query)
     scratch = (num_tokens * kv_heads * group, splits) if splits > 1 else (0, 0)
@@ -61,53 +42,25 @@ def super_tree_attention_triton(
     partial_lse = query.new_empty(scratch, dtype=torch.float32)
     kernels = _kernels(query.device)
     kernels.attention[launch.grid](
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        key_cache,
-        value_cache,
-        past_lens,
-        seq_begins,
-        block_indices,
-        block_begins,
-        tree_mask,
-        tree_mask_begins,
-        len(past_lens),
-        launch.split_keys,
-        output,
-        partial,
-        partial_lse,
-        HEAD_DIM=head_dim,
-        GROUP=group,
-        BLOCK=block,
-        ROWS=launch.rows,
-        KEYS=KEYS,
-        NEW_KEYS=NEW_KEYS,
-        num_warps=warps_of(launch.rows),
-        maxnreg=registers_of(launch.rows),
-    )
+        query.contiguous(), key.contiguous(), value.contiguous(), key_cache, value_cache,
+        past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins,
+        len(past_lens), launch.split_keys, output, partial, partial_lse,
+        HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=KEYS, NEW_KEYS=NEW_KEYS,
+        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows),
+    )  # fmt: skip
     if splits > 1:
         kernels.combine[launch.combine_grid](
-            past_lens,
-            seq_begins,
-            partial,
-            partial_lse,
-            len(past_lens),
-            launch.split_keys,
-            splits,
-            output,
-            HEAD_DIM=head_dim,
-            KEYS=KEYS,
-            MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
-        )
+            past_lens, seq_begins, partial, partial_lse, len(past_lens), launch.split_keys, splits, output,
+            HEAD_DIM=head_dim, KEYS=KEYS, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
+        )  # fmt: skip
     return output
 
 
 def move_rows(pools: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy pool row source[j] to target[j] in every pool; row r is block r // block, r % block.
+    """Copy rows source[j] to target[j] in every pool. All sources are read before a target is written.
 
-    pools [L2, num_blocks, Hk, block, D], contiguous; source, target int32 or int64 [m]. All sources are read before a
-    target is written.
+    pools           [L2, num_blocks, Hk, block, D], contiguous
+    source, target  int32 or int64 [m]; row r is in block r // block at r % block
     """
     layers, num_blocks, kv_heads, block, head_dim = pools.shape
     if not len(source):
@@ -125,7 +78,7 @@ def _kernels(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _interpreted() -> ModuleType:
-    """A copy of the kernels' module whose functions Triton's interpreter runs."""
+    """Load a copy of the kernels' module for Triton's interpreter."""
     spec = importlib.util.spec_from_file_location(f"{kernel.__name__}_interpreted", kernel.__file__)
     module = importlib.util.module_from_spec(spec)
     with triton.knobs.runtime.scope():
@@ -136,13 +89,13 @@ def _interpreted() -> ModuleType:
 
 
 def _wide_dot(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
-    """The interpreter's own product takes the bits of bfloat16 for integers."""
+    """Multiply in float32: the interpreter's product takes the bits of bfloat16 for integers."""
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
 @functools.cache
 def _card(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability; on a CPU a small H100's, since there programs run in turn."""
+    """Return multiprocessors and compute capability; for a CPU, where programs run in turn, of a small H100."""
     if device.type != "cuda":
         return 8, 90
     facts = torch.cuda.get_device_properties(device)

@@ -9,7 +9,7 @@ from pairs import SIZES, recipe_of
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt.collectives import name_collectives
-from echo_trt.backends.tensorrt.compiler import PLUGINS, Job, compile_engine, load_compiler, logger_of
+from echo_trt.backends.tensorrt.compiler import PLUGINS, CompileJob, compile_engine, load_compiler, logger_of
 from echo_trt.backends.tensorrt.graph_checks import check_graph
 from echo_trt.backends.tensorrt.profiles import native_profiles
 from echo_trt.bundle.call_sizes import CallSizes
@@ -51,7 +51,7 @@ def test_tensorrt_rtx_compiles_a_ranks_graph(make, rtx, tmp_path, networks):
     summed = {"collective_operation": b"all_reduce", "reduce_op": b"sum"}
     gathered = {"collective_operation": b"all_gather", "reduce_op": b"none"}
     assert collectives(graph) == [shared | summed] * 4 + [shared | gathered]
-    job = Job("tensorrt-rtx", graph, native_profiles(graph, sizes), ["8.9"], tmp_path / "timings", log)
+    job = CompileJob("tensorrt-rtx", graph, native_profiles(graph, sizes), ["8.9"], tmp_path / "timings", log)
     compile_engine(job, tmp_path / "rank.engine")
     assert (tmp_path / "rank.engine").stat().st_size > 10_000
     assert "ERROR" not in log.read_text()

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from refusal import refused
 
-from echo_trt.backends.tensorrt.compiler import Job, compile_engine
+from echo_trt.backends.tensorrt.compiler import CompileJob, compile_engine
 from echo_trt.backends.tensorrt.graph_checks import check_graph
 
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
@@ -110,7 +110,9 @@ def test_a_plugin_node_does_not_end_the_process(tmp_path):
     plugin(model)
     onnx.save(model, path)
     with refused("operator echo::SuperTreeAttention", "TensorRT-RTX"):
-        compile_engine(Job("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine")
+        compile_engine(
+            CompileJob("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine"
+        )
 
 
 @rtx
@@ -120,4 +122,6 @@ def test_a_graph_that_is_none(tmp_path):
     path = tmp_path / "graph.onnx"
     onnx.save(attention, path)
     with refused("TensorRT-RTX cannot read", path):
-        compile_engine(Job("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine")
+        compile_engine(
+            CompileJob("tensorrt-rtx", path, [], ["8.9"], tmp_path / "t", tmp_path / "log"), tmp_path / "engine"
+        )

@@ -168,7 +168,7 @@ def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of,
     assert sorted(set(sizes)) == [size for size in engine.sizes if size <= openvino.PREPARED]
     assert not engine._pool[:, :BLOCKS].any()
     sizes.clear()
-    monkeypatch.setattr(openvino, "PREPARING", -1.0)  # a network whose passes take long
+    monkeypatch.setattr(openvino, "PREPARE_SECONDS", -1.0)  # a network whose passes take long
     OpenVINOEngine(graph, "fp32", BLOCKS)
     assert sizes == []
 
@@ -276,7 +276,7 @@ def test_int8_keeps_its_8_bits_unless_matrix_units_like_two_bytes_better(network
 
     def weights(amx: bool, small: int) -> set[str]:
         monkeypatch.setattr(cpu, "has_amx", lambda: amx)
-        monkeypatch.setattr(compiler, "SMALL", small)
+        monkeypatch.setattr(compiler, "BF16_WEIGHTS", small)
         model = compiler.read_graph(tmp_path / "int8" / "target.onnx")
         compiler.compile_graph(model, "int8")
         constants = [node.output(0) for node in model.get_ops() if node.get_type_name() == "Constant"]

@@ -17,7 +17,7 @@ from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import compiler as tensorrt
 from echo_trt.backends.tensorrt.compiler import (
-    Job,
+    CompileJob,
     check_capabilities,
     compile_engine,
     first_sentence,
@@ -75,9 +75,9 @@ def graph_of(networks, with_head, tmp_path_factory):
     return get
 
 
-def job(graph, folder, capabilities=("8.9",)) -> Job:
+def job(graph, folder, capabilities=("8.9",)) -> CompileJob:
     profiles = native_profiles(graph, SIZES)
-    return Job("tensorrt-rtx", graph, profiles, capabilities, folder / "timings", folder / "log")
+    return CompileJob("tensorrt-rtx", graph, profiles, capabilities, folder / "timings", folder / "log")
 
 
 # -- engines -------------------------------------------------------------------------------------------------------

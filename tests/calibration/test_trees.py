@@ -150,7 +150,7 @@ def test_truth_is_the_answers_own_text_and_ends_with_it():
 
 def test_what_is_written_is_read_again(recorded, tmp_path):
     file = tmp_path / "trees.npz"
-    recorded.write(file)
+    file.write_bytes(recorded.to_bytes())
     again = Trees.read(file)
     for name in Trees.__dataclass_fields__:
         before, after = getattr(recorded, name), getattr(again, name)

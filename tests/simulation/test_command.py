@@ -19,7 +19,7 @@ from echo_trt.simulation.command import POLICIES, SimulationJob, run
 def job(tmp_path_factory) -> SimulationJob:
     folder = tmp_path_factory.mktemp("simulation")
     trees = recorded([40, 30, 50, 45] * 3, 4, 2, 3)
-    trees.write(folder / "trees.npz")
+    (folder / "trees.npz").write_bytes(trees.to_bytes())
     write(folder, CALIBRATION, fit(trees, "target", "draft", 4, 2, 3))
     return SimulationJob(
         folder / "trees.npz", folder / CALIBRATION, "h100-qwen3-8b", batches=(1, 16), policies=("oracle", "goodput")

@@ -1,1 +1,1 @@
-"""What GPU engines share: device memory, staged calls, rows that stay on the device."""
+"""The common parts of GPU engines: device memory, staged calls, rows that stay on the device."""

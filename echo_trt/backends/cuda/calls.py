@@ -1,4 +1,4 @@
-"""A call's arrays on their way to a GPU: padded to few sizes, sent in one copy, replayed as one CUDA graph."""
+"""A call's arrays on a GPU: padded to few sizes, sent in one copy, replayed as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 Arrays = dict[str, np.ndarray]
-Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of what else a call depends on
+Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
-LARGEST = 512  # tokens of a call worth a graph: beyond it launching hides behind the arithmetic
-_ALIGNMENT = 256  # bytes: TensorRT asks for them of every tensor, and a kernel may load vectors from any array
+LARGEST = 512  # tokens of a call that is padded and captured; larger: more graphs, whose launches arithmetic hides
+_ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
 def bucket(count: int) -> int:
-    """The next size up of 1, 2, 4, 8, 12, 16, 24, 32, 48, ...: at most a half more than asked for."""
+    """Return the padded size: the next one of 1, 2, 4, 8, 12, 16, 24, 32, 48, ..., at most a half more."""
     power = 1 << max(count - 1, 0).bit_length()
     return 3 * power // 4 if power >= 16 and count <= 3 * power // 4 else power
 
@@ -25,10 +25,10 @@ SIZES = tuple(sorted({bucket(count) for count in range(1, LARGEST + 1)}))  # of 
 
 
 def pad(arrays: Arrays) -> Arrays | None:
-    """The same call, of a size that others share; None for a call that is better run as it is.
+    """Pad a call to a size that recurs; None for a call that is better run as it is.
 
-    Padding is tokens of no request, and requests of no tokens: nothing of the call sees them. Their output rows are
-    undefined.
+    Padding is tokens without a request, and requests without tokens, which the call does not see. Output rows of
+    padding are undefined.
     """
     tokens = len(arrays["token_ids"])
     parts = [len(arrays[name]) for name in ("features", "hidden") if name in arrays]
@@ -55,7 +55,7 @@ def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
 
 
 class Staging:
-    """Arrays of the shapes and types of ``like``, side by side in one pinned buffer and in one on the device."""
+    """Buffers for arrays of the shapes and types of ``like``: one pinned on the host, one on the device."""
 
     def __init__(self, like: Arrays, device: torch.device):
         ends = np.cumsum([-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in like.values()])
@@ -69,7 +69,7 @@ class Staging:
             self.tensors[name] = self._device[part].view(dtype).view(array.shape)
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
-        """The arrays on the device, until the next upload; whatever used the last one must have ended by then."""
+        """Copy arrays to the device, until the next upload; work on the previous arrays must have ended."""
         for name, array in arrays.items():
             self._arrays[name][...] = array
         self._device.copy_(self._host, non_blocking=True)
@@ -80,45 +80,44 @@ Captured = tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]  # a graph, 
 
 
 class Graphs:
-    """``forward`` as CUDA graphs, one a size of call, captured when it first comes."""
+    """``forward`` as CUDA graphs: one for every size of a call, captured at the first call."""
 
     def __init__(self, forward: Forward, device: torch.device):
         self._forward, self._device = forward, device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
-        self._outputs: list[Tensor] = []  # shared too, so that a graph keeps no memory of its own
+        self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured] = {}
 
-    def run(self, arrays: Arrays, *which: int) -> tuple[Tensor, ...]:
-        """Outputs that are valid until the next run. ``which``: ``forward``'s further arguments, of a graph's own."""
-        key = (*which, *(array.shape for array in arrays.values()))
+    def run(self, arrays: Arrays, *arguments: int) -> tuple[Tensor, ...]:
+        """Run a call; outputs are valid until the next run. A graph is also captured for every set of ``arguments``."""
+        key = (*arguments, *(array.shape for array in arrays.values()))
         if key not in self._captured:
-            self._captured[key] = self._capture(arrays, which)
+            self._captured[key] = self._capture(arrays, arguments)
         staging, graph, outputs = self._captured[key]
         staging.upload(arrays)
         graph.replay()
         return outputs
 
-    def _capture(self, arrays: Arrays, which: tuple[int, ...]) -> Captured:
+    def _capture(self, arrays: Arrays, arguments: tuple[int, ...]) -> Captured:
         staging = Staging(arrays, self._device)
         inputs = staging.upload(arrays)
-        # Once outside of the graph: kernels are compiled and libraries start. The KV rows it writes are those that
-        # the replay writes again.
+        # A run before the capture compiles kernels and starts libraries. The replay writes its KV rows once more.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            outputs = self._forward(inputs, *which)
+            outputs = self._forward(inputs, *arguments)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         torch.cuda.synchronize(self._device)
-        kept = self._kept(outputs)
+        places = self._output_places(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            for place, output in zip(kept, self._forward(inputs, *which), strict=True):
+            for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
                 place.copy_(output)
-        return staging, graph, kept
+        return staging, graph, places
 
-    def _kept(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Where outputs of these shapes are left."""
+    def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the shared memory of outputs of the shapes of ``like``."""
         if not self._outputs:
             self._outputs = [o.new_empty((LARGEST, *o.shape[1:])) for o in like]
         return tuple(whole[: len(o)] for whole, o in zip(self._outputs, like, strict=True))

@@ -1,4 +1,4 @@
-"""The CUDA device under an engine: is there one, which one, and does it have the room?"""
+"""The CUDA device under an engine, and its free memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def cuda_device() -> torch.device:
-    """The current CUDA device; where there is none, the refusal says why."""
+    """Return the current CUDA device, or refuse with PyTorch's reason for having none."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -27,21 +27,21 @@ def has_cuda() -> bool:
 
 
 def compute_capability(device: torch.device) -> str:
-    """Such as 8.9."""
+    """Return a device's compute capability, such as 8.9."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
 
 
-def check_room(device: torch.device, needed: int, what: str, remedy: str) -> None:
-    """Refuse to allocate ``needed`` bytes for ``what`` where the device has less, and say how much is missing."""
+def check_room(device: torch.device, needed: int, name: str, remedy: str) -> None:
+    """Refuse to allocate ``needed`` bytes for ``name`` where the device has less, and say how much is missing."""
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > free:
-        raise UserError(missing(needed, free, torch.cuda.get_device_name(device), what, remedy))
+        raise UserError(missing(needed, free, torch.cuda.get_device_name(device), name, remedy))
 
 
-def missing(needed: int, free: int, device: str, what: str, remedy: str) -> str:
+def missing(needed: int, free: int, device: str, name: str, remedy: str) -> str:
     return (
-        f"{what} needs {needed / GIB:.1f} GiB, but {device} has {free / GIB:.1f} GiB free, "
+        f"{name} needs {needed / GIB:.1f} GiB, but {device} has {free / GIB:.1f} GiB free, "
         f"{(needed - free) / GIB:.1f} GiB too little; {remedy}."
     )

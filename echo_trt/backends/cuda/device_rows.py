@@ -1,4 +1,4 @@
-"""Rows of an output that stay on the device until someone reads them, for the few readers that engines have."""
+"""Rows of an output that stay on the device until they are read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class DeviceRows:
-    """[n, size], float32 to its reader. It reads like an array, and only the rows that are read are copied.
+    """Rows that read like a float32 array [n, size]; only rows that are read are copied.
 
-    ``best`` [n], int64 on the host, spares copying logits for their argmax.
+    rows  float [n, size], on the device
+    best  int64 [n], on the host: the rows' argmax, for which logits then need no copy
     """
 
     def __init__(self, rows: Tensor, best: np.ndarray | None = None):
@@ -38,7 +39,7 @@ class DeviceRows:
         return np.array(self)
 
     def argmax(self, axis: int) -> np.ndarray:
-        """The first best of each row, int64 [n]; axis is 1."""
+        """Return a row's first largest column, int64 [n]; ``axis`` is 1."""
         if axis != 1:
             raise ValueError(f"axis is {axis}; rows have an argmax along axis 1")
         return (_on_host(self._rows).argmax(1) if self._best is None else self._best).copy()

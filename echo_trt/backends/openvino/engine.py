@@ -11,15 +11,15 @@ import openvino as ov
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
 from echo_trt.backends.openvino.lanes import as_lanes
-from echo_trt.backends.openvino.rounding import is_verification, padded
+from echo_trt.backends.openvino.rounding import pad_requests
 from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 
-LEAST = 4  # tokens: in bf16, but for AMX, one to three take longer
-PREPARED = 32  # tokens up to which kernels of passes are prepared at the start: more take longer to prepare
-PREPARING = 1.0  # seconds that this may take: what a large network's passes take, they take anyway
-#: Tokens to which passes are padded: the finer, the less padding and the more changes of size. Of a target steps are of
-#: two tokens, and an eighth at most; a draft's passes up to PREPARED change size for little, once those are prepared.
+BF16_LEAST = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
+PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
+PREPARE_SECONDS = 1.0  # after which no further size is prepared; larger: likewise
+#: Padded sizes. Finer: less padding, more changes of size. A target's steps are two tokens, or an eighth of the size; a
+#: draft's passes up to PREPARED are not padded, since a change between prepared sizes costs little.
 TARGET_SIZES = (*range(2, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 256, 16), *range(256, 513, 32))
 DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
 
@@ -27,9 +27,9 @@ _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has n
 
 
 class OpenVINOEngine:
-    """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, touched only as it fills.
+    """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, whose memory is allocated as it fills.
 
-    One more block behind them takes the rows of tokens that only pad a pass.
+    One more block takes the rows of padding.
     """
 
     def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
@@ -40,19 +40,18 @@ class OpenVINOEngine:
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
         tables = [port for port in (*compiled.inputs, *compiled.outputs) if len(port.partial_shape) == 2]
-        #: Of inputs and outputs that have a row a token, by name.
+        #: Columns of inputs and outputs with a row a token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
-        # A single row has not the bits of several.
+        # Products of a single row are rounded differently from those of several rows.
         bf16 = self._target and precision == "bf16" and cpu.compute_type(precision) == ov.Type.bf16
-        least = (2 if cpu.has_amx() else LEAST) if bf16 else 1
+        least = (2 if cpu.has_amx() else BF16_LEAST) if bf16 else 1
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (least, *(size for size in usual if size > least))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
-        widths = {i.get_any_name(): i.partial_shape[1] for i in compiled.inputs if len(i.partial_shape) == 2}
-        self._prepare({name: width.get_length() for name, width in widths.items()})
+        self._prepare({name: self.widths[name] for name in inputs if name in self.widths})
 
     def _bind_pool(self, compiled: ov.CompiledModel, cache_type: ov.Type) -> np.ndarray:
         caches = [i for i in compiled.inputs if "_cache." in i.get_any_name()]
@@ -69,21 +68,25 @@ class OpenVINOEngine:
         return pool
 
     def _prepare(self, widths: dict[str, int]) -> None:
-        """Run a pass of each usual size: its first takes 2 to 10 ms more. ``widths``: of a head's inputs, by name."""
+        """Run a pass of every usual size, whose first pass takes 2 to 10 ms more.
+
+        ``widths``: columns of a head's inputs, by name.
+        """
         begin = time.perf_counter()
         for count in (size for size in self.sizes if size <= PREPARED):
-            if time.perf_counter() - begin > PREPARING:
+            if time.perf_counter() - begin > PREPARE_SECONDS:
                 return
-            for given in widths or [""]:  # a head reads features, or where it goes on from a drafted token, its state
-                rows = {name: np.zeros((count * (name == given), width), np.float32) for name, width in widths.items()}
+            for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
+                shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
+                rows = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
                 self.run(_blank(count, self.num_blocks), **rows)
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        asked = {FEATURES: len(call.token_ids), "state": len(call.token_ids)}
+        height = dict.fromkeys((FEATURES, "state"), len(call.token_ids))
         rows = len(call.logit_rows)
         drafts = not self._target
-        verifies = is_verification(call)
-        # For the bits of plain decoding, which matrix products of one row alone do not have; and a draft for speed.
+        verifies = len(call.tree_mask) > 0
+        # A verified chain gets the bits of plain decoding, unless products of a single row have others; a draft, speed.
         if drafts or len(call.past_lens) > 1 or self.sizes[0] > 1:
             call = as_lanes(call, unmasked=drafts)
         tokens = len(call.token_ids)
@@ -91,16 +94,16 @@ class OpenVINOEngine:
         size = max(size, call.padded_to)
         if drafts:
             inputs = _longer(inputs, size - tokens)
-        call = padded(call, size, self.num_blocks, rows_too=self._target)
+        call = pad_requests(call, size, self.num_blocks, pad_rows=self._target)
         self._feed(call._asdict() | inputs)
         outputs = self._request.infer(share_outputs=True).values()  # a copy of the logits would take half a millisecond
-        read = {name: values[: asked.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
+        read = {name: values[: height.get(name, rows)] for name, values in zip(self._outputs, outputs, strict=True)}
         if self._short:
             read[FEATURES] = _from_bf16(read[FEATURES])
         return read
 
     def _feed(self, inputs: dict[str, np.ndarray]) -> None:
-        """Write the bound tensors' memory: to bind another one takes three times as long."""
+        """Write inputs into the bound tensors' memory: binding new tensors takes three times as long."""
         for name, view in self._views.items():
             values = inputs[name]
             if view.shape != values.shape:
@@ -114,21 +117,21 @@ class OpenVINOEngine:
 
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:
-    """With inputs of so many tokens ``more``. Of a head's two kinds, states are those of later tokens."""
+    """Pad a head's inputs by ``more`` rows: ``hidden``, which belongs to later tokens, or else ``features``."""
     if more == 0:
         return inputs
     last = next((name for name in ("hidden", "features") if len(inputs.get(name, ()))), None)
-    return {name: np.pad(rows, ((0, more * (name == last)), (0, 0))) for name, rows in inputs.items()}
+    return {name: np.pad(rows, ((0, more if name == last else 0), (0, 0))) for name, rows in inputs.items()}
 
 
 def _from_bf16(values: np.ndarray) -> np.ndarray:
-    """[n, F] as float32, of which bf16 is the upper half; OpenVINO calls its numbers fp16."""
+    """Convert bf16 [n, F], in the bits of an fp16 array, to float32, whose upper half it is."""
     halves = np.zeros((*values.shape, 2), np.uint16)
     halves[..., 1] = values.view(np.uint16)
     return halves.view(np.float32)[..., 0]
 
 
 def _blank(count: int, block: int) -> Packed:
-    """``count`` requests of one token each, whose keys and values go to ``block``."""
+    """Make a call of ``count`` requests of one token, whose keys and values go to ``block``."""
     table, one = np.full((count, 1), block), np.ones(count, np.int64)
     return pack(np.zeros(count), np.zeros(count), 0 * one, one, table, np.arange(count))

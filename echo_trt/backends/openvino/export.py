@@ -1,4 +1,4 @@
-"""PyTorch to ONNX for OpenVINO: the same graph with the matrices of gated MLPs apart."""
+"""Export of PyTorch to ONNX for OpenVINO: the usual graph, with the matrices of gated MLPs apart."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from echo_trt.models.roles import Role
 
 
 def export_parted(role: Role, path: Path) -> None:
-    """``export``, where OpenVINO activates a gate within its matrix product.
+    """Export ``role`` with gate and up apart, so that OpenVINO activates a gate within its matrix product.
 
-    What comes out of a merged product it splits and activates by itself: 3 to 5 % of a pass of 16 to 28 tokens.
+    A merged product is split and activated afterwards, which takes 3 to 5 % of a pass of 16 to 28 tokens.
     """
     shared = {id(parameter): parameter for parameter in role.parameters()}
     parted = copy.deepcopy(role, shared)
@@ -27,7 +27,7 @@ def export_parted(role: Role, path: Path) -> None:
 
 
 class _PartedMLP(nn.Module):
-    """What ``mlp`` computes on one device, gate and up by themselves, over the same memory."""
+    """``mlp`` with gate and up apart, over the same memory, on one device."""
 
     def __init__(self, mlp: MLP):
         super().__init__()

@@ -1,4 +1,4 @@
-"""ONNX to OpenVINO: ``echo::SuperTreeAttention`` becomes OpenVINO's PagedAttention, whose qq_bias is our tree mask."""
+"""ONNX to OpenVINO: ``echo::SuperTreeAttention`` becomes PagedAttention, whose qq_bias is our tree mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnx
 import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import compress_model_transformation
-from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: openvino is pinned for its sake
+from openvino._pyopenvino.op import _PagedAttentionExtension  # experimental: the reason why openvino is pinned
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import Constant
 from openvino.passes import ConstantFolding, Manager
@@ -24,13 +24,15 @@ from echo_trt.backends.openvino import cpu
 from echo_trt.errors import UserError
 
 FEATURES = "features"  # the output that only a head reads
-MAX_CONTEXT = 12  # the place of that input of PagedAttention
-SMALL = 64 << 20  # weights up to which matrix units take longer to compute in int8 than to read two bytes a weight
-GROUP = 192  # activations that share a scale, at most
+MAX_CONTEXT = 12  # index of that input of PagedAttention
+# Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
+# bytes a weight. Larger: more networks read two bytes.
+BF16_WEIGHTS = 64 << 20
+MAX_GROUP = 192  # activations that share a scale; larger: faster and less exact
 
 
 def read_graph(path: Path) -> ov.Model:
-    """The exported graph as an OpenVINO model, weights memory-mapped."""
+    """Read the exported graph as an OpenVINO model, with weights memory-mapped."""
     core = ov.Core()
     core.add_extension(ConversionExtension(OPERATOR, DOMAIN, _to_paged_attention))
     try:
@@ -54,12 +56,8 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if cpu.stores_fp16(precision):
         compress_model_transformation(model)
     compute = cpu.compute_type(precision).to_string()
-    options = {
-        "INFERENCE_PRECISION_HINT": compute,
-        "KV_CACHE_PRECISION": compute,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    if precision == "int8" and cpu.has_amx() and _weights(model) <= SMALL:
+    options = {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": compute, "PERFORMANCE_HINT": "LATENCY"}
+    if precision == "int8" and cpu.has_amx() and _weights(model) <= BF16_WEIGHTS:
         _decompress(model)
     elif precision == "int8":
         options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model)
@@ -78,29 +76,28 @@ def _weights(model: ov.Model) -> int:
 
 
 def _group_size(model: ov.Model) -> int:
-    """Activations that share a scale where a matrix has 8 bits: the fewer scales, the less time. The largest group that
-    divides every row."""
+    """Return how many activations share a scale: the largest group that divides the rows of 8-bit matrices."""
     eight = (ov.Type.i8, ov.Type.u8)
     rows = [
         node.get_output_shape(0)[-1]
         for node in model.get_ops()
         if node.get_type_name() == "Constant" and node.get_element_type() in eight and len(node.shape) == 2
     ]
-    return max((size for size in range(32, GROUP + 1, 32) if all(row % size == 0 for row in rows)), default=32)
+    return max((size for size in range(32, MAX_GROUP + 1, 32) if all(row % size == 0 for row in rows)), default=32)
 
 
 def _decompress(model: ov.Model) -> None:
-    """Weights of 8 bits with a scale a channel become plain numbers, which are compiled to the graph's type."""
+    """Turn 8-bit weights with scales into plain numbers, which are compiled to the graph's type."""
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
 
 
 def _with_short_features(model: ov.Model) -> ov.Model:
-    """A target's features in bf16 too.
+    """Put a target's features out in bf16.
 
-    OpenVINO keeps fp32 what lies between an output in it and the matrix products before: of features, all that layers
-    add to, with two conversions at each.
+    For an output in fp32, OpenVINO keeps everything from the last matrix products on in fp32. For features that is the
+    residual of all layers, with two conversions a layer.
     """
     if all(FEATURES not in output.names for output in model.outputs):
         return model
@@ -110,8 +107,9 @@ def _with_short_features(model: ov.Model) -> ov.Model:
 
 
 def join_mlps(model: ov.Model) -> None:
-    """Write each gated MLP, whose three matrices are apart, over three axes: with AMX, OpenVINO has one kernel for all
-    of that. It is a fifth of a pass of few tokens.
+    """Write gated MLPs of three matrices over three axes, for which OpenVINO has one kernel with AMX.
+
+    That takes a fifth off a pass of few tokens.
     """
     axis = np.int64(1)
     for sigmoid in [node for node in model.get_ops() if node.get_type_name() == "Sigmoid"]:
@@ -130,7 +128,7 @@ def join_mlps(model: ov.Model) -> None:
         swish = ops.multiply(wide, ops.sigmoid(wide))
         joined = ops.multiply(swish, other)
         narrow = ops.matmul(joined, down.input_value(1), False, True)
-        # Profiles go on telling these nodes by their names in the graph.
+        # A profile then still shows the names of the graph.
         for new, old in ((wide, gate), (other, up), (swish, activated), (joined, gated), (narrow, down)):
             new.set_friendly_name(old.get_friendly_name())
         replaced = ops.squeeze(narrow, axis).output(0)
@@ -139,7 +137,7 @@ def join_mlps(model: ov.Model) -> None:
 
 
 def _matrix_product(value: ov.Output) -> ov.Node | None:
-    """The matrix product that ``value`` is, but for the factor and the summand of a Gemm."""
+    """Return the matrix product behind ``value``, before the factor and the summand of a Gemm."""
     node = value.get_node()
     while node.get_type_name() in ("Add", "Multiply"):
         node = node.input_value(0).get_node()
@@ -152,7 +150,7 @@ def _only_user(node: ov.Node) -> ov.Node | None:
 
 
 def _measure_context(model: ov.Model) -> None:
-    """Let each call say how long its longest context can be: it sizes a workspace that batch 1 clears at every call."""
+    """Compute the longest context of a call in the graph: it sizes a workspace that is cleared at every call."""
     inputs = {p.get_friendly_name(): p for p in model.get_parameters()}
     new = ops.squeeze(ops.shape_of(inputs["token_ids"], "i32"), ops.constant(np.zeros(1, np.int64)))
     longest = ops.add(ops.reduce_max(inputs["past_lens"], np.zeros(1, np.int64)), new).output(0)
@@ -162,7 +160,7 @@ def _measure_context(model: ov.Model) -> None:
 
 
 def compress_to_int8(path: Path) -> None:
-    """Replace the graph's weight matrices by 8-bit ones with a scale a channel, in place."""
+    """Replace the graph's weight matrices by 8-bit ones, with a scale a channel, in place."""
     import nncf  # slow to import, and only an int8 build needs it
 
     nncf.set_log_level(logging.ERROR)
@@ -196,11 +194,6 @@ def _to_paged_attention(node) -> list[ov.Output]:
         ]
     )
     info = attention.get_rt_info()
-    for name, value in (
-        ("num_k_heads", kv_heads),
-        ("k_head_size", head_dim),
-        ("num_v_heads", kv_heads),
-        ("v_head_size", head_dim),
-    ):
-        info[name] = value
+    for kind in "kv":
+        info[f"num_{kind}_heads"], info[f"{kind}_head_size"] = kv_heads, head_dim
     return [attention.output(0)]

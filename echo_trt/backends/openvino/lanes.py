@@ -1,43 +1,43 @@
-"""A chain of tokens as sequences of one token each, over the same KV blocks.
+"""Lanes: a chain of tokens as sequences of one token, over the same KV blocks.
 
-OpenVINO's attention has one kernel for a single token of a request and another for several. Their low-precision results
-differ, so that a verified chain would not have plain decoding's logits bit by bit, and a call that needs both pays for
-both. All new rows are written before any is attended, so token j of a chain can be a sequence of its own, whose past is
-j longer: the same attention, by the kernel that plain decoding uses.
+OpenVINO's attention has one kernel for a single token of a request and another for several tokens. Their low-precision
+results differ, so a verified chain would not have plain decoding's logits bit by bit, and a call that needs both
+kernels pays for both. All new rows are written before any is attended. Token j of a chain can therefore be a sequence
+with a past that is j longer: the same attention, by the kernel of plain decoding.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.backends.base import METADATA
 from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.pack import BLOCK, Packed
 
-LONGEST = 32  # without a mask: more of them are better off in the kernel for many tokens
+LONGEST = 32  # tokens of a chain without a mask; larger: long chains miss the kernel for many tokens, which is faster
 _TYPES = ("i4[::1]", "i4[::1]", "i4[::1]", "i4[::1]", "u1[::1]", "i4[::1]")
 
 
 def as_lanes(call: Packed, unmasked: bool) -> Packed:
-    """``call`` with every chain of two tokens or more that has a mask as that many requests; trees as they are.
+    """Turn chains of two or more tokens with a mask into one request a token; trees stay as they are.
 
-    ``unmasked``: those of 2 to LONGEST tokens without a mask, too. A target's are parts of prompts, whose rows must not
-    depend on how a prompt was divided: in the kernel for many tokens they don't.
+    ``unmasked`` adds chains of 2 to LONGEST tokens without a mask. A target must not have it: its unmasked chains are
+    parts of prompts, and only the kernel for many tokens makes rows independent of how a prompt was divided.
     """
-    if call.seq_begins[-1] == len(call.past_lens):  # single tokens all
+    if call.seq_begins[-1] == len(call.past_lens):  # single tokens alone
         return call
     masks = call.tree_mask, call.tree_mask_begins
     chain = _chains(call.seq_begins, *masks, LONGEST if unmasked else 0)
     if not chain.any():
         return call
     blocks = call.block_indices, call.block_begins
-    past_lens, seq_begins, *lanes = _as_lanes(chain, call.past_lens, call.seq_begins, *blocks, *masks)
-    return Packed(call.token_ids, call.positions, past_lens, seq_begins, *lanes, call.logit_rows, call.padded_to)
+    lanes = _as_lanes(chain, call.past_lens, call.seq_begins, *blocks, *masks)
+    return call._replace(**dict(zip(METADATA, lanes, strict=True)))
 
 
 @compiled("b1[::1](i4[::1], u1[::1], i4[::1], i8)")
 def _chains(seq_begins: np.ndarray, tree_mask: np.ndarray, mask_begins: np.ndarray, longest: int) -> np.ndarray:
-    """Which requests [B] bring two tokens or more, each of which sees all before it, by their mask or, up to
-    ``longest`` of them, without one."""
+    """Find chains, bool [B]: requests of two or more tokens with a causal mask, or none up to ``longest`` tokens."""
     chain = np.zeros(len(seq_begins) - 1, np.bool_)
     for request in range(len(chain)):
         count = seq_begins[request + 1] - seq_begins[request]

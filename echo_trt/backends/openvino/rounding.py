@@ -1,11 +1,10 @@
-"""Passes of few sizes.
+"""Padding of passes to few sizes.
 
-Where a graph is compiled for any size, a pass of another size than the last one pays for it: shapes are inferred and
-kernels are prepared again, which takes as long as five to ten tokens more. Trees change size from pass to pass, so
-their passes are padded to the next size of a ladder, and the planner knows that the tokens up to there cost nothing.
-Where it keeps to one size for a while, it says so, and passes that are short of it are padded to that. Plain decoding
-repeats its size and is left as it is. A draft that catches up with a prompt has a size of its own nearly each time,
-whose kernels are new: that takes as long as its pass does.
+A graph is compiled for any size, and a pass of another size than the last one pays for it: shapes are inferred and
+kernels prepared again, for the time of five to ten tokens. Trees change size from pass to pass, so their passes are
+padded to the next size, and the planner counts the padding as free. A planner that pins a size for a while says so, and
+smaller passes are padded to the pinned size. Plain decoding repeats its size and is not padded. A draft that catches up
+with a prompt is padded too, since new kernels would take as long as its pass.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import numpy as np
 from echo_trt.decoding.pack import Packed
 
 
-def padded(call: Packed, size: int, block: int, rows_too: bool = True) -> Packed:
-    """``call`` with requests of one token that nobody reads, up to ``size`` tokens, and as many rows asked for.
+def pad_requests(call: Packed, size: int, block: int, pad_rows: bool = True) -> Packed:
+    """Pad ``call`` to ``size`` tokens with requests of one token, and rows of logits likewise with ``pad_rows``.
 
-    Their keys and values go to ``block``, which no other request holds. Without ``rows_too`` no rows are added.
+    Keys and values of padding go to ``block``, which no other request holds.
     """
     count = len(call.token_ids)
     more = size - count
@@ -34,10 +33,5 @@ def padded(call: Packed, size: int, block: int, rows_too: bool = True) -> Packed
         block_indices=np.concatenate((call.block_indices, zeros + np.int32(block))),
         block_begins=np.concatenate((call.block_begins, call.block_begins[-1] + follow)),
         tree_mask_begins=np.concatenate((call.tree_mask_begins, zeros + call.tree_mask_begins[-1])),
-        logit_rows=np.concatenate((call.logit_rows, np.full(more if rows_too else 0, size - 1))),
+        logit_rows=np.concatenate((call.logit_rows, np.full(more if pad_rows else 0, size - 1))),
     )
-
-
-def is_verification(call: Packed) -> bool:
-    """Whether some request brings a tree, or a chain with a mask."""
-    return len(call.tree_mask) > 0

@@ -1,1 +1,1 @@
-"""Tensor parallelism: one process a rank behind a single engine."""
+"""Tensor parallelism: one engine over several processes, one for every rank."""

@@ -1,4 +1,4 @@
-"""How the ranks of a divided network add up: over NCCL with a GPU a rank, or over gloo where there is no GPU."""
+"""The collectives of a divided network: NCCL with a GPU a rank, or gloo without GPUs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ HOST = "127.0.0.1"  # the ranks are processes of one machine
 
 @dataclass(frozen=True)
 class RankGroup:
-    """One rank among ``ranks``. ``communicator``: NCCL's, as TensorRT takes it; None without GPUs.
+    """One rank among ``ranks``.
 
-    ``abort`` ends a collective that waits for a rank which is gone; ``leave`` parts with the others.
+    communicator  NCCL's, in TensorRT's form; None without GPUs
+    abort         ends a collective that waits for a lost rank
+    leave         leaves the group
     """
 
     rank: int
@@ -56,7 +58,7 @@ class ByGloo:
     group: dist.ProcessGroupGloo
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
-        # Added in the order of the ranks, so that a token's bits do not depend on its place among others.
+        # Added in the order of the ranks, so that a token's bits do not depend on its place in a call.
         return reduce(torch.add, self._all(part, ranks))
 
     def all_gather(self, part: Tensor, ranks: int) -> Tensor:
@@ -90,7 +92,7 @@ def _join_nccl(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> 
         raise UserError("another divided network is open in this process; close it first, or use another process.")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    # With a device it connects at once, and not in the middle of the first call.
+    # With a device NCCL connects at once, and not in the middle of the first call.
     dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks, timeout=longest, device_id=device)
     group = dist.group.WORLD
     communicator = _capsule(group._get_backend(device)._comm_ptr())
@@ -105,7 +107,7 @@ def join_gloo(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> R
 
 
 def _capsule(pointer: int) -> Any:
-    """A C pointer as TensorRT's Python bindings take it."""
+    """Wrap a C pointer for TensorRT's Python bindings."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
     return new(pointer, None, None)

@@ -1,6 +1,6 @@
-"""The processes of ranks 1 and up: started, told each call, and never waited for in vain.
+"""The processes of ranks 1 and up, which receive the calls of rank 0; a lost process fails a call and hangs none.
 
-A process is told what to do through a pipe, and ends when the pipe does. It is started as
+A process receives its work through a pipe, and ends when the pipe closes. It runs
 ``python -m echo_trt.backends.parallel.rank_processes``.
 """
 
@@ -25,17 +25,17 @@ from typing import Any
 
 from echo_trt.errors import UserError
 
-#: Until a process has its modules; until its engine is loaded; of a call in which no rank answers; after which a call
-#: that nothing ends takes this process with it.
+#: Time limits of importing modules, of loading an engine, of a call, and of a call's end after a rank was lost, when
+#: this process exits. Larger: slower machines are waited for, and a hang is noticed later.
 IMPORT_SECONDS, OPEN_SECONDS, CALL_SECONDS, LAST_SECONDS = 120.0, 3600.0, 300.0, 30.0
 STDERR = 2
-LOOK = 0.5  # seconds between two looks at a call in flight
+CHECK_SECONDS = 0.5  # between two checks of a call in flight; larger: a hang is noticed later
 HERE, READY = "here", "ready"
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A rank's last words."""
+    """A rank's failure, as a message."""
 
     sentence: str
 
@@ -45,13 +45,14 @@ class _Process:
     rank: int
     child: subprocess.Popen
     pipe: Connection
-    said: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    messages: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
 
 class RankProcesses:
-    """Ranks 1 to ``ranks`` - 1. ``loss`` says why they cannot be called any more; ``abort`` frees a call of rank 0.
+    """The processes of ranks 1 to ``ranks`` - 1.
 
-    A thread listens to them: a rank that ends, or a call of more than ``patience`` seconds, is the end of all.
+    A thread listens to them. A rank that ends, or a call of more than ``patience`` seconds, ends all ranks: ``loss``
+    is then the reason, and ``abort`` frees a call of rank 0.
     """
 
     def __init__(self, ranks: int, port: int, patience: float = CALL_SECONDS):
@@ -62,14 +63,14 @@ class RankProcesses:
         threading.Thread(target=self._listen, name="ranks", daemon=True).start()
 
     def hear(self, word: str, seconds: float) -> None:
-        """Wait until every process has said ``word``; what one says instead is the refusal."""
+        """Wait until every process has sent ``word``; another message is raised as the loss."""
         until = time.monotonic() + seconds
         for process in self._processes:
             try:
-                said = process.said.get(timeout=max(until - time.monotonic(), 0))
+                message = process.messages.get(timeout=max(until - time.monotonic(), 0))
             except queue.Empty:
                 self._lose(f"rank {process.rank} of {self.ranks} is not {word} after {seconds:.0f} s")
-            if self.loss or said != word:
+            if self.loss or message != word:
                 raise UserError(self.loss)
 
     def tell(self, message: Any) -> None:
@@ -84,12 +85,12 @@ class RankProcesses:
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """A call of rank 0, during which the others must answer."""
+        """Watch a call of rank 0, during which the other ranks must answer."""
         self._since = time.monotonic()
         try:
             yield
         except Exception as error:
-            # Where another rank is gone, that is the reason; it may not have been noticed yet.
+            # A lost rank is the reason if there is one, which the listener may not have noticed yet.
             self._wait_for_loss()
             self._lose(f"rank 0 of {self.ranks} failed ({_one_line(error)})")
             raise UserError(self.loss) from error
@@ -109,19 +110,19 @@ class RankProcesses:
         pipes = {process.pipe: process for process in self._processes}
         while not self._closed:
             try:
-                ready = wait(pipes, LOOK)
+                ready = wait(pipes, CHECK_SECONDS)
             except OSError:  # closed
                 return
             for pipe in ready:
                 try:
-                    said = pipe.recv()
+                    message = pipe.recv()
                 except (EOFError, OSError):
                     process = pipes.pop(pipe)
-                    said = Failed(f"rank {process.rank} of {self.ranks} has ended ({_ending(process.child)})")
-                if isinstance(said, Failed) and not self._closed:
-                    self._lose(said.sentence)
-                for process in self._processes if isinstance(said, Failed) else [pipes[pipe]]:
-                    process.said.put(said)
+                    message = Failed(f"rank {process.rank} of {self.ranks} has ended ({_ending(process.child)})")
+                if isinstance(message, Failed) and not self._closed:
+                    self._lose(message.sentence)
+                for process in self._processes if isinstance(message, Failed) else [pipes[pipe]]:
+                    process.messages.put(message)
             self._check_patience()
 
     def _check_patience(self) -> None:
@@ -156,15 +157,15 @@ def _start(rank: int, ranks: int, port: int) -> _Process:
         env=environment,
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        stdout=STDERR,  # NCCL talks on it, and answers are rank 0's to print
-        start_new_session=True,  # a terminal's Ctrl-C is rank 0's to handle
+        stdout=STDERR,  # NCCL prints, and standard output is for rank 0's answers
+        start_new_session=True,  # only rank 0 gets a terminal's Ctrl-C
     )
     theirs.close()
     return _Process(rank, child, ours)
 
 
 def _python() -> str:
-    """In a server that embeds Python, sys.executable is the server."""
+    """Return the Python interpreter; in a server that embeds Python, sys.executable is the server."""
     if Path(sys.executable or "").name.startswith("python"):
         return sys.executable
     return str(Path(sysconfig.get_config_var("BINDIR")) / f"python{sysconfig.get_python_version()}")
@@ -183,7 +184,7 @@ def _one_line(error: Exception) -> str:
 
 
 def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
-    """Be one rank: open the engine that comes through the pipe, then make the calls that come after it."""
+    """Run one rank: open the engine that comes through the pipe, then make the calls that follow."""
     messages: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, messages), daemon=True).start()
     try:
@@ -203,11 +204,11 @@ def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
     except Exception as error:
         traceback.print_exc()
         pipe.send(Failed(f"rank {rank} of {ranks} failed ({_one_line(error)})"))
-    os._exit(1)  # nothing of a broken group is waited for
+    os._exit(1)  # an ordinary exit could wait for a broken group
 
 
 def _receive(pipe: Connection, messages: queue.SimpleQueue) -> None:
-    """Whatever this process is busy with, it ends when rank 0 does."""
+    """Queue the pipe's messages, and end this process when rank 0 ends."""
     while True:
         try:
             messages.put(pipe.recv())
@@ -218,5 +219,5 @@ def _receive(pipe: Connection, messages: queue.SimpleQueue) -> None:
 if __name__ == "__main__":
     from echo_trt.backends.parallel import rank_processes
 
-    fd, *place = map(int, sys.argv[1:])
-    rank_processes.main(Connection(fd), *place)
+    descriptor, own_rank, all_ranks, store_port = map(int, sys.argv[1:])
+    rank_processes.main(Connection(descriptor), own_rank, all_ranks, store_port)

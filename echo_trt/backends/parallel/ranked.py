@@ -1,4 +1,4 @@
-"""An engine whose network is divided among processes, one a GPU (tensor parallelism). This process is rank 0."""
+"""An engine over processes with one rank of a divided network (tensor parallelism). This process is rank 0."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from echo_trt.backends.parallel.rank_processes import (
 )
 from echo_trt.decoding.pack import Packed
 
-#: One rank's engine; it is sent to the other processes, so it must be a function of a module, or a partial of one.
+#: Opens one rank's engine. It is sent to other processes, so it must be picklable.
 OpenRank = Callable[[RankGroup], Engine]
 
 
 class RankedEngine:
-    """All ranks make each call, and each on the same inputs; rank 0's outputs are the engine's.
+    """An engine whose ranks all make the same calls; the outputs are rank 0's.
 
-    A rank that is lost, in whatever way, is a UserError of this and every later call, after ``patience`` seconds at
-    most.
+    A lost rank is a UserError of this call and all later ones, after ``patience`` seconds at most.
     """
 
     def __init__(self, open_rank: OpenRank, ranks: int, patience: float = CALL_SECONDS):
@@ -44,26 +43,26 @@ class RankedEngine:
                 group = join(store, 0, ranks, patience)
             self._others.abort = group.abort
             self._end.detach()
-            self._end = weakref.finalize(self, _part, self._others, group)
-            self._own = open_rank(group)
+            self._end = weakref.finalize(self, _leave, self._others, group)
+            self._engine = open_rank(group)
             self._others.hear(READY, OPEN_SECONDS)
         except BaseException:
             self._end()
             raise
-        self.num_blocks, self.sizes = self._own.num_blocks, self._own.sizes
+        self.num_blocks, self.sizes = self._engine.num_blocks, self._engine.sizes
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))
         with self._others.in_flight():
-            return self._own.run(call, **inputs)
+            return self._engine.run(call, **inputs)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._others.tell(("move", (source, target), {}))
         with self._others.in_flight():
-            self._own.move(source, target)
+            self._engine.move(source, target)
 
 
-def _part(others: RankProcesses, group: RankGroup) -> None:
+def _leave(others: RankProcesses, group: RankGroup) -> None:
     others.close()
     group.abort()
     group.leave()

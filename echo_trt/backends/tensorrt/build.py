@@ -1,4 +1,4 @@
-"""A network to a TensorRT or TensorRT-RTX engine: exported, proved, compiled, and checked where there is a card."""
+"""The build of a TensorRT or TensorRT-RTX engine: export, checks of the graph, compilation, check on a card."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
 from echo_trt.backends.tensorrt.collectives import name_collectives
 from echo_trt.backends.tensorrt.compiler import (
     COMPILERS,
+    CompileJob,
     Detail,
-    Job,
     check_capabilities,
     check_precision,
     compile_engine,
@@ -30,12 +30,11 @@ from echo_trt.models.roles import Role
 from super_tree_attention.tensorrt_plugin import prepare_graph, register
 
 LOG = "tensorrt.log"
-#: The oldest cards that an engine for all of them runs on.
-AMPERE = 8.0
+AMPERE = 8.0  # least compute capability of an engine for all cards; larger: fewer cards run it
 
 
 def check_settings(recipe: Recipe) -> None:
-    """Refuse what cannot be built, before anything is read: no compiler, another precision, an unknown card."""
+    """Refuse a recipe that cannot be built: no compiler, another precision, an unknown card."""
     engine = recipe.engine
     load_compiler(engine)
     check_precision(engine, "precision", recipe.precision)
@@ -58,7 +57,7 @@ def _register_plugins() -> None:
 
 @dataclass(frozen=True)
 class TensorRTBuild:
-    """What all networks of one build share. ``folder``: the bundle's; ``detail``: told how far the compiler is."""
+    """The settings that all networks of one build share; ``folder`` is the bundle's."""
 
     recipe: Recipe
     folder: Path
@@ -76,7 +75,7 @@ class TensorRTBuild:
         return list(asked) or [c for c in known_capabilities(engine) if float(c) >= AMPERE]
 
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
-        """Write ``name``.engine. The check is of it where a card can run it, else of its graph where a CPU can."""
+        """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
@@ -91,11 +90,11 @@ class TensorRTBuild:
         check = _check_graph(role, graph, precision, sizes) if native else None
         profiles = (native_profiles if native else packed_profiles)(graph, sizes)
         targets = recipe.compute_capability if native else ()
-        job = Job(recipe.engine, graph, profiles, targets, self.timings, self.folder / LOG)
+        job = CompileJob(recipe.engine, graph, profiles, targets, self.timings, self.folder / LOG)
         compile_engine(job, engine, self.detail)
         for file in (graph, graph.with_name(graph.name + ".data")):  # the engine has the weights
             file.unlink(missing_ok=True)
-        # A rank's engine waits for the others: it is not run here by itself.
+        # The engine of one rank would wait for the other ranks.
         if ranks == 1 and has_cuda() and compute_capability(cuda_device()) in self._capabilities():
             check = self._check_engine(role, engine, precision, sizes)
         return engine.name, check
@@ -110,7 +109,7 @@ class TensorRTBuild:
 
 
 def _check_graph(role: Role, graph: Path, precision: str, sizes: CallSizes) -> SelfCheck | None:
-    """The native graph against the reference; None where ONNX Runtime is missing, or cannot compute in bf16."""
+    """Compare the native graph with the reference; None where ONNX Runtime is missing, or has no bf16."""
     if precision == "bf16" or importlib.util.find_spec("onnxruntime") is None:
         return None
     from echo_trt.backends.onnxruntime import OnnxRuntimeEngine

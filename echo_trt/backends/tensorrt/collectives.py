@@ -1,7 +1,6 @@
-"""Our collectives as TensorRT's parser takes them: ``DistCollective``, the operator of its own collective layer.
+"""Our collectives as ``DistCollective``, the operator of TensorRT's collective layer (IDistCollectiveLayer).
 
-TensorRT 11 has the layer (IDistCollectiveLayer) and runs it over the NCCL communicator that an execution context is
-given; TensorRT-RTX has it from 1.7 on.
+TensorRT 11 has the layer, over the NCCL communicator of an execution context; TensorRT-RTX has it from 1.7 on.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from onnx import helper
 
 from echo_trt.backends.onnx_export import COLLECTIVES, DOMAIN
 
-#: Ours -> collective_operation, reduce_op.
+#: Our operator -> collective_operation, reduce_op.
 OPERATIONS = dict(zip(COLLECTIVES, (("all_reduce", "sum"), ("all_gather", "none")), strict=True))
 
 
 def name_collectives(path: Path) -> int:
     """Rewrite the graph at ``path``; returns how many collectives it has."""
     model = onnx.load(path, load_external_data=False)
-    found = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATIONS]
-    for node in found:
+    collectives = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATIONS]
+    for node in collectives:
         operation, reduction = OPERATIONS[node.op_type]
         attributes = {
             "collective_operation": operation,
@@ -34,4 +33,4 @@ def name_collectives(path: Path) -> int:
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     onnx.save(model, path)
-    return len(found)
+    return len(collectives)

@@ -1,6 +1,6 @@
-"""ONNX to TensorRT and TensorRT-RTX engines: one API in two modules, which differ in what they can build where.
+"""ONNX to TensorRT and TensorRT-RTX engines: two modules with one API.
 
-TensorRT-RTX builds without a GPU, for the compute capabilities it is told; TensorRT builds for the card it runs on.
+TensorRT-RTX builds for given compute capabilities, without a GPU; TensorRT builds for the card that it runs on.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from typing import Any
 from echo_trt.backends.tensorrt.graph_checks import check_graph
 from echo_trt.errors import UserError
 
-#: Of one input: least, usual and largest sizes of its axes.
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-#: Input name -> its shapes.
-Profile = Mapping[str, Shapes]
-#: Told how far a build is, from 0 to 1, and in which phase.
-Detail = Callable[[float, str], None]
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual and largest shape of an input
+Profile = Mapping[str, Shapes]  # by input
+Detail = Callable[[float, str], None]  # takes a build's progress, from 0 to 1, and its phase
 
 PRECISIONS = ("fp16", "bf16")
 
-#: Warnings that say nothing about an engine's numbers.
+#: Warnings that do not concern an engine's numbers.
 HARMLESS = (
     re.compile(r"Make sure (in|out)put \S+ has Int64 binding"),
     re.compile(r"The logger passed into createInfer\w+ differs from one already registered"),
@@ -37,7 +34,7 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """One of the two modules: its name for users, its Python module, the major version known here, and its extra."""
+    """One of the two modules: name for users, Python module, supported major version, and pip extra."""
 
     title: str
     module: str
@@ -47,7 +44,7 @@ class Compiler:
     plugins: frozenset[tuple[str, str]] = frozenset()
 
 
-#: Operators of ours (domain, name), which only TensorRT takes plugins for.
+#: Our operators, (domain, name), that are plugins; TensorRT-RTX takes none.
 PLUGINS = frozenset({("echo", "SuperTreeAttention"), ("echo", "SuperTreeCombine")})
 
 COMPILERS = {
@@ -57,14 +54,14 @@ COMPILERS = {
 
 
 def load_compiler(engine: str) -> ModuleType:
-    """The Python module of ``engine``; a missing or unknown one is refused."""
+    """Import the Python module of ``engine``; a missing one or another version is refused."""
     compiler = COMPILERS[engine]
     run = f"run pip install -e '.[{compiler.extra}]' in the repository"
     remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
     try:
         module = importlib.import_module(compiler.module)
         version = module.__version__
-    except Exception as error:  # a wheel without its libraries fails in ways of its own
+    except Exception as error:  # a wheel without its libraries may raise anything
         raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
     if version.split(".")[0] != str(compiler.major):
         raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
@@ -87,12 +84,12 @@ def check_capabilities(engine: str, wanted: Sequence[str]) -> None:
                 "leave it out, or use --engine tensorrt-rtx."
             )
         return
-    known = known_capabilities(engine)
+    supported = known_capabilities(engine)
     for capability in wanted:
-        if capability not in known:
+        if capability not in supported:
             raise UserError(
                 f"compute_capability is {capability}, which {compiler.title} does not know; "
-                f"use one of {', '.join(known)}, or --engine tensorrt on the card itself."
+                f"use one of {', '.join(supported)}, or --engine tensorrt on the card itself."
             )
 
 
@@ -103,10 +100,10 @@ def known_capabilities(engine: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One engine to build. ``graph`` is the ONNX file, ``profiles`` the ranges of sizes it is optimised for.
+class CompileJob:
+    """One engine to compile from ``graph``, an ONNX file, for ``profiles`` of sizes.
 
-    ``timing_cache`` is read where it exists, and written; what the compiler says is appended to ``log``.
+    ``timing_cache`` is read where it exists, and written; the compiler's messages are appended to ``log``.
     """
 
     engine: str
@@ -117,8 +114,8 @@ class Job:
     log: Path
 
 
-def compile_engine(job: Job, out: Path, detail: Detail = lambda share, phase: None) -> None:
-    """Write the engine to ``out``. What the compiler has against a graph or build is the refusal."""
+def compile_engine(job: CompileJob, out: Path, detail: Detail = lambda share, phase: None) -> None:
+    """Write the engine to ``out``. A refusal contains the compiler's message."""
     api, compiler = load_compiler(job.engine), COMPILERS[job.engine]
     logger = logger_of(api)
     with job.log.open("a", encoding="utf-8") as log, logger.writing_to(log):
@@ -130,10 +127,10 @@ def compile_engine(job: Job, out: Path, detail: Detail = lambda share, phase: No
         config = builder.create_builder_config()
         if hasattr(api.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX's launches cannot be captured
             config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        if compiler.plugins:  # they write into the caches that they are given
+        if compiler.plugins:  # which write into the caches, their inputs
             config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         _target(api, config, job.capabilities)
-        if not compiler.builds_anywhere:  # the others time nothing, and without a GPU cannot even read a cache
+        if not compiler.builds_anywhere:  # TensorRT-RTX times nothing, and cannot read a cache without a GPU
             timings = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.exists() else b"")
             config.set_timing_cache(timings, True)
         for profile in job.profiles:
@@ -150,7 +147,7 @@ def compile_engine(job: Job, out: Path, detail: Detail = lambda share, phase: No
 
 
 def _parse(parser: Any, graph: Path, logger: Any, compiler: Compiler) -> None:
-    logger.forget()  # what it has said of flags and libraries is not of the graph
+    logger.forget()  # earlier messages concern flags and libraries
     if not parser.parse_from_file(str(graph)):
         error = parser.get_error(0)
         raise UserError(
@@ -166,7 +163,7 @@ def _parse(parser: Any, graph: Path, logger: Any, compiler: Compiler) -> None:
 
 
 def _target(api: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
-    """Without any, TensorRT-RTX builds for all cards from Ampere on, and TensorRT for this one."""
+    """Set compute capabilities; by default TensorRT-RTX builds for all cards from Ampere on, TensorRT for this one."""
     if not capabilities:
         return
     config.num_compute_capabilities = len(capabilities)
@@ -182,10 +179,10 @@ def _profile(builder: Any, shapes: Profile) -> Any:
 
 
 def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: Detail) -> Any:
-    """Build in a thread of its own: a Ctrl-C then lands here and not inside the compiler's callbacks."""
+    """Build in another thread, so that a Ctrl-C is raised here and not inside the compiler's callbacks."""
     monitor = _monitor_class(api)(detail)
     config.progress_monitor = monitor
-    with ThreadPoolExecutor(1) as executor:  # whose end waits for the build, which the network must outlive
+    with ThreadPoolExecutor(1) as executor:  # its end waits for the build, which the network must outlive
         future = executor.submit(builder.build_serialized_network, network, config)
         try:
             engine = future.result()
@@ -198,7 +195,7 @@ def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: Det
 
 
 def first_sentence(messages: Sequence[str]) -> str:
-    """The first message without where in the compiler's sources it came from, as the end of a sentence."""
+    """Cut the first message, without its place in the compiler's sources, to the end of a sentence."""
     text = " ".join((messages[0] if messages else "it does not say why").split())
     if "not supported by a dedicated kernel" in text:
         return "it has no attention kernel for this type, number and size of heads"
@@ -211,12 +208,12 @@ def first_sentence(messages: Sequence[str]) -> str:
 
 @cache
 def logger_of(api: ModuleType) -> Any:
-    """The module's one logger: it keeps the first it is given for the whole process."""
+    """Return the module's logger: a module keeps its first logger for the whole process."""
 
     class Log(api.ILogger):
         def __init__(self):
             api.ILogger.__init__(self)
-            self._file, self._said = None, []
+            self._file, self._messages = None, []
 
         def writing_to(self, file):
             self.forget()
@@ -224,7 +221,7 @@ def logger_of(api: ModuleType) -> Any:
             return self
 
         def forget(self):
-            self._said = []
+            self._messages = []
 
         def __enter__(self):
             return self
@@ -236,15 +233,15 @@ def logger_of(api: ModuleType) -> Any:
             if severity == api.ILogger.VERBOSE:
                 return
             name = str(severity).rpartition(".")[2]
-            self._said.append((name, message))
+            self._messages.append((name, message))
             if self._file:
                 self._file.write(f"{name}: {message}\n")
 
         def warnings(self) -> list[str]:
-            return [message for name, message in self._said if name == "WARNING"]
+            return [message for name, message in self._messages if name == "WARNING"]
 
         def errors(self) -> list[str]:
-            return [message for name, message in self._said if name in ("ERROR", "INTERNAL_ERROR")]
+            return [message for name, message in self._messages if name in ("ERROR", "INTERNAL_ERROR")]
 
     return Log()
 
@@ -252,14 +249,14 @@ def logger_of(api: ModuleType) -> Any:
 @cache
 def _monitor_class(api: ModuleType) -> type:
     class Monitor(api.IProgressMonitor):
-        """Phases nest: a phase's share of its parent is one of the parent's steps."""
+        """Adds up nested phases: a phase is one step of its parent."""
 
         def __init__(self, detail: Detail):
             api.IProgressMonitor.__init__(self)
             self._detail, self._lock = detail, threading.Lock()
-            self._phases: dict[str, list[int]] = {}  # outermost first: steps done, steps in all
+            self._phases: dict[str, list[int]] = {}  # outermost first: finished steps, all steps
             self.cancelled = False
-            self.error: Exception | None = None  # of ``detail``: the compiler would not survive it
+            self.error: Exception | None = None  # raised by ``detail``; the compiler would not survive it
 
         def phase_start(self, phase_name, parent_phase, num_steps):
             with self._lock:

@@ -1,6 +1,6 @@
-"""The engine for TensorRT and TensorRT-RTX: caches and large outputs stay on the device, one CUDA graph a size of call.
+"""The engine for TensorRT and TensorRT-RTX, with caches and large outputs on the device and calls as CUDA graphs.
 
-TensorRT with the plugin takes packed calls over a paged pool; the native graph takes padded ones over a cache a slot.
+TensorRT with the plugin takes packed calls over a paged pool; the native graph takes padded calls over linear caches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ON_HOST = ("scores", "candidates")  # small, and read whole
 
 
 def check_version(engine: str, facts: TensorRTFacts) -> None:
-    """An engine runs in the version that built it and in no other."""
+    """Refuse an engine of another version: it runs in the version that built it alone."""
     title, installed = COMPILERS[engine].title, load_compiler(engine).__version__
     if installed != facts.version:
         raise UserError(
@@ -53,7 +53,7 @@ def check_card(engine: str, facts: TensorRTFacts, capability: str, name: str) ->
 class TensorRTEngine:
     """A compiled network on the session's device, and its KV cache.
 
-    ``slots`` requests of ``blocks`` KV blocks each; where the network pages its cache, of ``num_blocks`` in all.
+    It has room for ``slots`` requests of ``blocks`` KV blocks, or for ``num_blocks`` of all in a paged pool.
     """
 
     def __init__(self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True):
@@ -76,18 +76,12 @@ class TensorRTEngine:
 
     @classmethod
     def open(
-        cls,
-        engine: str,
-        file: Path,
-        facts: TensorRTFacts,
-        slots: int,
-        blocks: int,
-        num_blocks: int,
+        cls, engine: str, file: Path, facts: TensorRTFacts, slots: int, blocks: int, num_blocks: int,
         communicator: Any = None,
-    ) -> TensorRTEngine:
-        """``engine``: tensorrt or tensorrt-rtx; ``file``: what it built, for what ``facts`` say.
+    ) -> TensorRTEngine:  # fmt: skip
+        """Open ``file``, which ``engine``, tensorrt or tensorrt-rtx, built as ``facts`` state.
 
-        With a ``communicator`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+        With a ``communicator`` it is a rank of a divided network, whose calls are not captured as CUDA graphs.
         """
         check_version(engine, facts)
         device = cuda_device()
@@ -122,7 +116,7 @@ class TensorRTEngine:
             self._stream.synchronize()
 
     def _clear(self, call: Packed) -> None:
-        """A masked row weighs nothing only while it is finite, which a slot's last request need not have left it."""
+        """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
         starting = np.flatnonzero(call.past_lens == 0)
         if len(starting):
             self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
@@ -131,11 +125,11 @@ class TensorRTEngine:
         return torch.from_numpy(array).to(self._device)
 
     def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
-        """The packed call's outputs, on the device."""
+        """Launch the pieces and put the packed call's outputs together, on the device."""
         whole: dict[str, Tensor] = {}
         for piece in pieces:
             if whole:
-                self._wait()  # the last piece may have been staged in the same memory
+                self._wait()  # the previous piece may use the same staging memory
             rows, places, asked = map(self._on_device, (piece.rows, piece.places, piece.asked))
             for name, output in self._launch(piece).items():
                 total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)
@@ -157,7 +151,7 @@ class TensorRTEngine:
         return dict(zip(self._output_names(), outputs, strict=True))
 
     def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
-        """One launch over the slots from ``first`` on; each row's best token comes last, where there are logits."""
+        """Launch over the slots from ``first`` on; after outputs with logits come the rows' best tokens."""
         typed = {name: tensor.to(self._session.types[name]) for name, tensor in tensors.items()}
         bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
         outputs = self._session.launch(bound, self._aliases, recurs)
@@ -177,7 +171,7 @@ class TensorRTEngine:
         return iter([*names, "best"] if "logits" in names else names)
 
     def _read(self, whole: dict[str, Tensor]) -> dict[str, np.ndarray | DeviceRows]:
-        """Only what is small is copied at once; logits, features and states as they are read."""
+        """Copy small outputs at once; logits, features and states are copied as they are read."""
         best = whole.pop("best").cpu().numpy() if "best" in whole else None
         return {
             name: tensor.cpu().numpy() if name in ON_HOST else DeviceRows(tensor, best if name == "logits" else None)
@@ -192,7 +186,7 @@ class TensorRTEngine:
             move_rows(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Row r of the pool as move_rows counts them: r // rows of a block, here of a slot's cache, r % those."""
+        """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""
         if self._layout is None:
             return rows
         slot, row = self._layout.place(rows)
@@ -201,7 +195,7 @@ class TensorRTEngine:
 
 @dataclass(frozen=True)
 class TensorRTRank:
-    """Opens a rank's engine (``parallel.ranked``). ``files``: one a rank; the rest is TensorRTEngine.open's."""
+    """Opens a rank's engine (``parallel.ranked``) from its file among ``files``, with TensorRTEngine.open."""
 
     files: tuple[Path, ...]
     engine: str
@@ -211,5 +205,7 @@ class TensorRTRank:
     num_blocks: int
 
     def __call__(self, group: RankGroup) -> TensorRTEngine:
-        sizes = self.slots, self.blocks, self.num_blocks
-        return TensorRTEngine.open(self.engine, self.files[group.rank], self.facts, *sizes, group.communicator)
+        file, communicator = self.files[group.rank], group.communicator
+        return TensorRTEngine.open(
+            self.engine, file, self.facts, self.slots, self.blocks, self.num_blocks, communicator
+        )

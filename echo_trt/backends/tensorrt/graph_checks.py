@@ -1,7 +1,4 @@
-"""What an ONNX graph must be before TensorRT sees it.
-
-TensorRT's parser passes some graphs over in silence and ends the process on others, so a graph is walked first.
-"""
+"""Checks of an ONNX graph before TensorRT parses it: its parser misreads some graphs, and crashes on others."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from echo_trt.errors import UserError
 
 
 def check_graph(path: Path, knows: Callable[[str], bool], plugins: frozenset[tuple[str, str]], compiler: str) -> None:
-    """Refuse what ``compiler`` would abort on, pass over or compute wrongly.
+    """Refuse a graph that ``compiler`` would abort on, pass over or compute wrongly.
 
-    ``knows`` says whether the compiler's parser has a standard operator; ``plugins`` are further (domain, operator)s.
+    ``knows`` returns whether the compiler's parser has a standard operator; ``plugins`` are (domain, operator).
     """
     model = onnx.load(path, load_external_data=False)
     for node in _nodes(model.graph):
@@ -46,7 +43,7 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _silent_trap(node: NodeProto) -> str:
-    """Why a standard operator would not compute what it says, or an empty text."""
+    """Return why a standard operator would be computed wrongly, or an empty text."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "Attention" and any(node.input[4:]):
         return f"Attention {node.name} has inputs beyond its mask"

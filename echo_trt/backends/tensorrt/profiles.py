@@ -1,4 +1,4 @@
-"""Optimisation profiles: for which sizes of a call an engine is made; those of decoding, and those of prompts."""
+"""Optimisation profiles: the sizes of calls for which an engine is made, in decoding and for prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from echo_trt.backends.cuda.calls import LARGEST, bucket
 from echo_trt.backends.tensorrt.compiler import Profile
 from echo_trt.bundle.call_sizes import CallSizes
 
-#: Least, usual and largest size of an axis.
-Range = tuple[int, int, int]
+Range = tuple[int, int, int]  # least, usual and largest size of an axis
 
 
 def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
-    """For the padded graph: trees and single tokens of all slots, and prompt chunks of one."""
+    """Make the profiles of the padded graph: trees and single tokens of all slots, and one slot's prompt chunks."""
     batch, tree, chunk, rows = sizes.batch, sizes.tree, sizes.chunk, sizes.rows
     usual, most = min(8, tree), batch * tree
     trees = {
@@ -35,7 +34,7 @@ def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
 
 
 def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
-    """For the graph with the plugins, as prepare_graph writes it: up to 32 tokens, up to 256, and as many as come."""
+    """Make the profiles of the graph that prepare_graph writes: up to 32 tokens, up to 256, and more."""
     batch, most = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
     most = max(most, bucket(min(most, LARGEST)))  # calls beyond LARGEST are not padded
     profiles = []
@@ -50,7 +49,7 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
             "part": (0, largest, largest),
             "batch": (1, requests, requests),
             "batch + 1": (2, requests + 1, requests + 1),
-            # More than there are in the pool, where requests share those of a beginning that they have in common.
+            # Also more than the pool's, since requests share the blocks of common beginnings.
             "blocks": (1, min(sizes.pool, requests * sizes.blocks), bucket(requests * sizes.blocks)),
             "pool": (1, sizes.pool, sizes.pool),
             "mask": (0, largest * min(sizes.tree, 16) // 4, -(-largest * largest // 4)),
@@ -59,7 +58,7 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
     return profiles
 
 
-#: The first axis of each input of the packed graph; its caches' is the pool.
+#: Input of the packed graph -> its first axis; for a cache that is the pool.
 PACKED_AXES = {
     **dict.fromkeys(("token_ids", "positions"), "tokens"),
     "logit_rows": "rows",
@@ -72,7 +71,7 @@ PACKED_AXES = {
 
 
 def _of_inputs(graph: Path, axes: Mapping[str, Range], first: Mapping[str, str] | None = None) -> Profile:
-    """``axes`` are by the names that the graph's dynamic axes have, or that ``first`` gives each input's only one."""
+    """Make a profile; ``axes`` are by the names of dynamic axes, or by those that ``first`` gives to inputs."""
     profile = {}
     for value in onnx.load(graph, load_external_data=False).graph.input:
         dims = value.type.tensor_type.shape.dim

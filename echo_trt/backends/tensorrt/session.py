@@ -31,7 +31,7 @@ def torch_types(api: ModuleType) -> dict[Any, torch.dtype]:
 
 
 def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mapping[str, Shape]) -> int:
-    """The first profile, of least and largest shapes by input, that ``shapes`` are within."""
+    """Return the first profile, of least and largest shapes by input, that covers ``shapes``."""
     for index, profile in enumerate(profiles):
         within = (
             low <= size <= high
@@ -44,10 +44,10 @@ def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mappi
 
 
 class Session:
-    """A deserialised engine. All its contexts, one a size of call that recurs, share one scratch buffer.
+    """A deserialised engine, with a context for every size of call that recurs and one scratch buffer.
 
     Kernels are never exchanged while running: the same call gives the same bits from the first time on.
-    ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the others.
+    ``communicator``: NCCL's (a PyCapsule), over which a rank of a divided network reaches the other ranks.
     """
 
     def __init__(self, engine: str, file: Path, device: torch.device, communicator: Any = None):
@@ -58,7 +58,7 @@ class Session:
         remedy = "use a smaller target, or one GPU for this alone"
         check_room(device, file.stat().st_size, f"engine {file.name}", remedy)
         self._logger.forget()
-        # Mapped, not read: eight ranks that start together would each hold a copy of their file beside the pages of it.
+        # Mapped, not read: eight ranks that start together would hold copies of their files beside the cached pages.
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
@@ -69,8 +69,8 @@ class Session:
         inputs = self._api.TensorIOMode.INPUT
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == inputs]
         self.outputs = [name for name in names if self._engine.get_tensor_mode(name) != inputs]
-        known = torch_types(self._api)
-        self.types = {name: known[self._engine.get_tensor_dtype(name)] for name in names}
+        types = torch_types(self._api)
+        self.types = {name: types[self._engine.get_tensor_dtype(name)] for name in names}
         self._profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
         scratch = self._engine.device_memory_size_v2
         check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
@@ -94,23 +94,23 @@ class Session:
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(settings, "dynamic_shapes_kernel_specialization_strategy"):  # TensorRT-RTX compiles at run time
-            # Lazily specialised kernels would take the place of others between two calls, and round otherwise.
+            # Lazily specialised kernels would replace others between two calls, and round differently.
             strategies = self._api.DynamicShapesKernelSpecializationStrategy
             settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-            self._compiled = settings.create_runtime_cache()  # contexts find each other's kernels in it
+            self._compiled = settings.create_runtime_cache()  # shares kernels between contexts
             settings.set_runtime_cache(self._compiled)
         return settings
 
     def launch(
         self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], recurs: bool = True
     ) -> dict[str, Tensor]:
-        """Enqueue one call on PyTorch's current stream; the outputs are new tensors, but for those in ``aliases``.
+        """Enqueue one call on PyTorch's current stream; the outputs are new tensors, except those in ``aliases``.
 
-        ``aliases``: output name -> the input whose memory it is written to. ``recurs``: its sizes are of few.
+        ``aliases``: output name -> input that it overwrites. ``recurs``: whether the call has a padded size.
         """
         context = self._context({name: tuple(tensors[name].shape) for name in self.inputs}, recurs)
         for name in self.inputs:
-            # An empty tensor has no address of its own, and the engine reads nothing there.
+            # An empty tensor has no address, and the engine reads nothing from any.
             self._must(context.set_tensor_address(name, tensors[name].data_ptr() or self._scratch.data_ptr()), name)
         outputs = {}
         for name in self.outputs:
@@ -125,15 +125,15 @@ class Session:
         return outputs
 
     def capturable(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether a launch of these sizes can be kept as a CUDA graph."""
+        """Return whether a launch of these sizes can be captured as a CUDA graph."""
         context = self._context({name: shapes[name] for name in self.inputs})
-        asks = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone: TensorRT does not tell
-        return asks is None or asks(torch.cuda.current_stream(self.device).cuda_stream)
+        check = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX has it
+        return check is None or check(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
-        """A context of its own for each size that ``recurs``, so that a captured graph's is never given another.
+        """Return a context of these shapes. A size that ``recurs`` has one, which captured graphs need unchanged.
 
-        For other calls, no two of which need have the same sizes, one a profile: it is given each one's.
+        Other calls share one context a profile, whose shapes are set at every call.
         """
         profile = profile_for(self._profiles, shapes)
         key = tuple(shapes.values()) if recurs else profile
@@ -152,13 +152,13 @@ class Session:
     def _new_context(self, profile: int) -> Any:
         context = self._engine.create_execution_context(self._settings)
         self._must(context is not None, "a context")
-        if self._communicator is not None:  # waits until every rank has come here, and all make the same calls
+        if self._communicator is not None:  # waits until every rank is here; all ranks make the same calls
             self._must(context.set_communicator(self._communicator), "the communicator")
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.nbytes)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self._must(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
         return context
 
-    def _must(self, succeeded: bool, what: str) -> None:
+    def _must(self, succeeded: bool, subject: str) -> None:
         if not succeeded:
-            raise RuntimeError(f"{self._title} refused {what}: {first_sentence(self._logger.errors())}")
+            raise RuntimeError(f"{self._title} refused {subject}: {first_sentence(self._logger.errors())}")

@@ -1,4 +1,4 @@
-"""The PyTorch engine: on a CPU the reference, slow but the measure of others; on a GPU the operator's Triton kernel."""
+"""The PyTorch engine: the reference for other engines on a CPU, and Triton's kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import SIZES, Arrays, Graphs, Staging, pad
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
 from echo_trt.backends.cuda.device_rows import DeviceRows
@@ -20,15 +21,14 @@ from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
-METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
-
 
 class TorchEngine:
     """A network in eager PyTorch and a KV pool of ``num_blocks`` blocks.
 
-    The role's network moves to ``device``. ``operator`` is the attention, by default the reference on a CPU and the
-    Triton kernel elsewhere. ``graphs``: replay calls of up to 512 tokens as CUDA graphs, one a size. ``collectives``:
-    how a rank of a divided network reaches the others; without, it is alone.
+    role         its network is moved to ``device``
+    operator     attention; by default the reference on a CPU and the Triton kernel elsewhere
+    graphs       whether calls of up to 512 tokens are captured as CUDA graphs
+    collectives  exchange with the other ranks of a divided network; by default the rank is alone
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class TorchEngine:
         return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The role's outputs; where they stay on the device, each row's best token comes after logits and features."""
+        """Compute the role's outputs; if they stay on the device, the rows' best tokens follow logits and features."""
         named = {name: tensors[name] for name in self._role.inputs}
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # Rotation is in float32, so query and key come back to the network's own type here.
+            # Rotation is in float32, so query and key are converted back to the network's type.
             query, key = query.to(value.dtype), key.to(value.dtype)
             return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
 
@@ -83,7 +83,7 @@ class TorchEngine:
         return outputs
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
-        """Only candidates, scores and best tokens are copied at once; logits, features and states as they are read."""
+        """Run on the device: candidates, scores and best tokens are copied at once, other outputs as they are read."""
         padded = pad(arrays) if self._graphs else None
         if padded is None:
             outputs = self._forward(Staging(arrays, self.device).upload(arrays))
@@ -129,9 +129,9 @@ def _operator_for(device: torch.device) -> Callable[..., Tensor]:
 
 
 def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = None) -> TorchEngine:
-    """The engine of a bundle that PyTorch runs: on the GPU where there is one.
+    """Open a bundle's network in PyTorch, on the GPU where there is one.
 
-    With ``collectives`` it is a rank of a divided network; its calls are then not kept as CUDA graphs.
+    With ``collectives`` it is a rank of a divided network, whose calls are not captured as CUDA graphs.
     """
     from echo_trt.backends.torch.files import load_role
 
@@ -141,7 +141,7 @@ def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = No
 
 @dataclass(frozen=True)
 class TorchRank:
-    """Opens a rank's engine (echo_trt.backends.parallel.ranked). ``files``: one a rank."""
+    """Opens a rank's engine (echo_trt.backends.parallel.ranked) from its file among ``files``."""
 
     files: tuple[Path, ...]
     num_blocks: int

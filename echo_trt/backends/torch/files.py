@@ -1,4 +1,4 @@
-"""A role as one safetensors file, for bundles that PyTorch runs: its weights, and in the header what they belong to."""
+"""A role as one safetensors file, for bundles that PyTorch runs: weights, and a header with role and sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def save_role(role: Role, path: Path, precision: str) -> None:
     """Write ``role`` in ``precision``, one of TYPES; a head that shares its target's embedding gets a copy of it."""
-    kind = next(name for name, known in ROLES.items() if isinstance(role, known))
+    kind = next(name for name, role_class in ROLES.items() if isinstance(role, role_class))
     header = {
         "role": kind,
         "config": dataclasses.asdict(role.network.config),
@@ -39,7 +39,7 @@ def save_role(role: Role, path: Path, precision: str) -> None:
 
 
 def load_role(path: Path, device: str = "cpu") -> Role:
-    """What ``save_role`` wrote, its weights on ``device``."""
+    """Load the role that ``save_role`` wrote, with weights on ``device``."""
     try:
         with safe_open(path, framework="pt", device=device) as file:
             header = json.loads(file.metadata()["echo_trt"])
