@@ -70,10 +70,12 @@ class GoodputPlanner:
         self._forget_departed(load)
         settings, costs, count = self.settings, self.costs, len(roots)
         rung = self.ladder.rung(count, lambda: self._foresee(load))
-        if rung == UNDRAFTED:
-            return Plan.undrafted(roots)
-        size = max(rung, costs.padded(count + 1))
         constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
+        drafts = rung != UNDRAFTED
+        if not drafts and not constrained:  # what a grammar forces is worth a verification by itself
+            return Plan.undrafted(roots)
+        size = max(rung, costs.padded(count + 1)) if drafts else costs.padded(TOKENS_A_REQUEST * count)
+        fills = drafts and self._fills_rung
         copier = self.grammars if constrained else self.copier
         candidates = Candidates(
             SuperTree.from_roots(roots),
@@ -88,13 +90,13 @@ class GoodputPlanner:
             self.grammars if constrained else None,
             load.slots,
         )
-        search = Search(candidates, load, self._verifying(load, size - count), self.price(load))
-        if self._head and load.room.any():
+        search = Search(candidates, load, self._verifying(load, size - count, fills), self.price(load))
+        if drafts and self._head and load.room.any():
             self._draft(draft, search)
         candidates.append_continuations()
         chosen = select(candidates.value, candidates.tree, settings.per_request, search.seconds, search.price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
-        padded_to = costs.padding_target(len(tree), size) if self._fills_rung else 0
+        padded_to = costs.padding_target(len(tree), size) if fills else 0
         return Plan(tree, candidates.probability[nodes], candidates.tree, padded_to)
 
     @property
@@ -121,10 +123,13 @@ class GoodputPlanner:
             return rungs, gains - DOUBT
         return rungs[-1:], np.maximum(gains.max(keepdims=True), ABOVE_PLAIN)  # the search may choose any size, or none
 
-    def _verifying(self, load: Load, nodes: int) -> np.ndarray:
-        """Return the additional seconds of verifying 0, 1, ... ``nodes`` nodes: float64 [nodes + 1]."""
+    def _verifying(self, load: Load, nodes: int, fills: bool) -> np.ndarray:
+        """Return the additional seconds of verifying 0, 1, ... ``nodes`` nodes: float64 [nodes + 1].
+
+        ``fills``: the rung is filled, whatever its nodes are worth.
+        """
         costs, count = self.costs, len(load.slots)
-        if self._fills_rung:  # whatever its nodes are worth
+        if fills:
             return np.zeros(nodes + 1)
         number = np.arange(nodes + 1)
         seconds: np.ndarray = costs.verifications(count + load.prompt_tokens, number)
