@@ -18,7 +18,7 @@ rising = st.lists(st.floats(0, 0.4), min_size=7, max_size=7).map(lambda steps: (
 # Accepted without a draft; what each further level brings; entries behind.
 levels = st.lists(st.integers(0, 2), max_size=3)
 requests = st.lists(st.tuples(st.integers(0, 2), levels, st.integers(1, 3)), min_size=1, max_size=3)
-ORACLE = GoodputSettings(max_depth=4, beams=2, width=3)
+ORACLE = GoodputSettings(max_depth=4, beams=2, width=3, per_request=64)
 
 
 def by_trying_everything(ahead, behind, rate, costs):
