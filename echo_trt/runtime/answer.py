@@ -57,6 +57,13 @@ class Answer:
         request = self.request
         accepted = len(request.generated) / max(request.verifications, 1)
         logprobs = None if request.params.logprobs is None else request.logprobs
+        prompt_logprobs = None if request.params.prompt_logprobs is None else request.prompt_logprobs
         return Completion(
-            self._text.text, request.generated, request.finish_reason, accepted, len(request.prompt), logprobs
+            self._text.text,
+            request.generated,
+            request.finish_reason,
+            accepted,
+            len(request.prompt),
+            logprobs,
+            prompt_logprobs,
         )

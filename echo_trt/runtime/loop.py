@@ -25,7 +25,7 @@ from echo_trt.grammar.state import State
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import Slots, blocks_for
-from echo_trt.runtime.verified import Verified
+from echo_trt.runtime.verified import Verified, token_logprobs
 
 
 @dataclass(eq=False)
@@ -42,6 +42,7 @@ class Request:
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
     drafted: int = 0
     cached_tokens: int | None = None
@@ -174,7 +175,7 @@ class Loop:
             request = self.waiting[0]
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~state.active)[0])
-            if not state.open(slot, text, request.keys):
+            if not state.open(slot, text, request.keys, request.params.prompt_logprobs is None):
                 return
             self.waiting.popleft()
             params, stops = request.params, self._stop_tokens(request.params)
@@ -184,6 +185,7 @@ class Loop:
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
             state.set_params(slot, params)
             state.grammar[slot] = request.grammar
+            request.prompt_logprobs.clear()  # they are computed again, with the prompt
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
@@ -299,6 +301,7 @@ class Loop:
             ends = state.committed[chunks.slots] + chunks.counts == state.length[chunks.slots]
             finishing = chunks.slots[ends]  # prompts that emit their next token
             emitting_slots, call_slots = np.concatenate((slots, finishing)), np.concatenate((slots, chunks.slots))
+            asked = len(tree) + np.flatnonzero(self._asks(chunks))  # prompts' logits, behind those of all nodes
             past, mask = state.committed[call_slots], ancestor_mask(tree) if len(tree) > len(slots) else None
             call = pack(
                 np.concatenate((tree.token, state.tokens[chunks.owner, chunks.position])),
@@ -306,7 +309,7 @@ class Loop:
                 past,
                 np.concatenate((tree.sizes, chunks.counts)),
                 state.block_table[call_slots],
-                np.concatenate((np.arange(len(tree)), len(tree) + np.cumsum(chunks.counts)[ends] - 1)),
+                np.concatenate((np.arange(len(tree)), len(tree) + np.cumsum(chunks.counts)[ends] - 1, asked)),
                 mask,
                 0 if len(chunks.slots) else plan.padded_to,
             )
@@ -320,6 +323,22 @@ class Loop:
         last = state.tokens[finishing, state.length[finishing] - 1]
         verified = Verified(tree.with_roots(last), emitting_slots, len(slots), outputs, call, state)
         return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
+
+    def _asks(self, chunks: Chunks) -> np.ndarray:
+        """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
+        state, owner = self.state, chunks.owner
+        asks: np.ndarray = (state.prompt_logprobs[owner] >= 0) & (chunks.position + 1 < state.prompt_length[owner])
+        return asks
+
+    def _note_prompts(self, verified: Verified, chunks: Chunks) -> None:
+        """Keep the log-probabilities of prompts, which their requests ask for."""
+        asks = self._asks(chunks)
+        if asks.any():
+            state, owner, place = self.state, chunks.owner[asks], chunks.position[asks] + 1
+            logits = verified.outputs["logits"][np.arange(len(verified.tree), len(verified.tree) + len(owner))]
+            entries = token_logprobs(logits, state.tokens[owner, place].astype(np.int64), state.prompt_logprobs[owner])
+            for slot, entry in zip(owner.tolist(), entries, strict=True):
+                self._request_in[slot].prompt_logprobs.append(entry)
 
     def _commit(self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> Emission:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
@@ -341,6 +360,7 @@ class Loop:
             self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, np.arange(first, total))))
         state.committed[slots[:decoding]] += counts[:decoding]
         state.committed[chunks.slots] += chunks.counts
+        self._note_prompts(verified, chunks)
         for slot in slots[decoding:]:  # prompts that are complete
             state.publish(slot)
         self.counters.prompt_tokens += len(chunks.owner)

@@ -107,6 +107,13 @@ class SamplingParams:
         kind=int,
         high=MAX_LOGPROBS,
     )
+    prompt_logprobs: int | None = parameter(
+        None,
+        "log-probabilities of the prompt's tokens but the first, and of this number of best tokens at each place",
+        f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
+        kind=int,
+        high=MAX_LOGPROBS,
+    )
     logit_bias: Mapping[int, float] = parameter(
         {},
         f"added to the logits of these tokens, at most {MAX_BIASED}",
@@ -174,7 +181,7 @@ class Completion:
     """A finished request. ``accepted_length`` is tokens emitted per verification, 1.0 without speculation.
 
     finish_reason: "stop" (end of text, a stop token or string) or "length". ``logprobs`` has an entry for each of the
-    ``token_ids``, None unless asked for.
+    ``token_ids``, None unless asked for; ``prompt_logprobs`` has one for each token of the prompt but the first.
     """
 
     text: str
@@ -183,6 +190,7 @@ class Completion:
     accepted_length: float
     prompt_tokens: int
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass

@@ -12,6 +12,8 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache
 
+NEVER = 2**62  # blocks that the cache must have gained before a slot looks for its text again
+
 Tokens = TypeVar("Tokens", int, np.ndarray)
 
 
@@ -56,6 +58,7 @@ class Slots:
         self.repetition_penalty = np.ones(count)
         self.min_tokens, self.biased = ints(count), ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
+        self.prompt_logprobs = ints(count) - 1  # the same of the prompt's tokens
         self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
@@ -105,20 +108,20 @@ class Slots:
         slots = chosen.nonzero()[0]
         return slots[np.argsort(self.admitted[slots], kind="stable")]
 
-    def open(self, slot: int, text: np.ndarray, keys: list[bytes]) -> bool:
+    def open(self, slot: int, text: np.ndarray, keys: list[bytes], finds: bool = True) -> bool:
         """Put a text [n] into a free slot: the cached blocks of its beginning are committed, the rest is given blocks.
 
         ``keys`` are those of the text's blocks, as far as they are known; more are added. False: the pool is too empty
-        for the text and for drafting behind it.
+        for the text and for drafting behind it. ``finds``: cached blocks are used; else all of it is computed.
         """
         text, length = text.astype(np.int32), len(text)
         self.cache.extend(keys, text, _shareable(length))
-        found = self.cache.find(keys[: _shareable(length)])
+        found = self.cache.find(keys[: _shareable(length)]) if finds else []
         available = self.free_blocks + self.cached_blocks - self.cache.idle_of(found)
         if blocks_for(length + self.reserve) - len(found) > available:
             return False
         self.cache.hold(found)
-        self.keys[slot], self.looked[slot] = keys, self.cache.added
+        self.keys[slot], self.looked[slot] = keys, self.cache.added if finds else NEVER
         self.tokens[slot, :length] = text
         self.length[slot] = length
         self.committed[slot] = self.found[slot] = len(found) * BLOCK
@@ -186,6 +189,7 @@ class Slots:
         for name in ("temperature", "top_k", "top_p", "seed", "min_tokens", *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.biased[slot] = biased = len(params.logit_bias)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
         self.adjusted[slot] = params.adjusts_logits

@@ -99,18 +99,11 @@ class Verified:
             return []
         top = self.state.logprobs[self._slots_of(path)]
         asked = np.flatnonzero(top >= 0)
-        logits = np.asarray(self._logits(path[asked]), np.float32)
-        normaliser = log_normalisers(logits)
-        emitted_logprobs = logits[np.arange(len(asked)), emitted[asked]] - normaliser
-        row, token = best_tokens(logits, top[asked])
-        pairs = list(zip(token.tolist(), (logits[row, token] - normaliser[row]).tolist(), strict=True))
-        begin = np.searchsorted(row, np.arange(len(asked) + 1)).tolist()
-        told: dict[int, list[TokenLogprobs]] = {}
-        requests, tokens = self.tree.request[path[asked]].tolist(), emitted[asked].tolist()
-        for i, (request, said, logprob) in enumerate(zip(requests, tokens, emitted_logprobs.tolist(), strict=True)):
-            entry = TokenLogprobs(said, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
-            told.setdefault(request, []).append(entry)
-        return list(told.items())
+        entries = token_logprobs(self._logits(path[asked]), emitted[asked], top[asked])
+        by_request: dict[int, list[TokenLogprobs]] = {}
+        for request, entry in zip(self.tree.request[path[asked]].tolist(), entries, strict=True):
+            by_request.setdefault(request, []).append(entry)
+        return list(by_request.items())
 
     def _slots_of(self, nodes: np.ndarray) -> np.ndarray:
         slots: np.ndarray = self.slots[self.tree.request[nodes]]
@@ -166,3 +159,17 @@ class Verified:
         return sample(
             logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.seed[slots], place
         )
+
+
+def token_logprobs(logits: np.ndarray, tokens: np.ndarray, top: np.ndarray) -> list[TokenLogprobs]:
+    """Return the log-probabilities of ``tokens`` int64 [m] by ``logits`` float [m, V], and of a row's ``top`` best."""
+    logits = np.asarray(logits, np.float32)
+    normaliser = log_normalisers(logits)
+    own = (logits[np.arange(len(tokens)), tokens] - normaliser).tolist()
+    row, best = best_tokens(logits, top)
+    pairs = list(zip(best.tolist(), (logits[row, best] - normaliser[row]).tolist(), strict=True))
+    begin = np.searchsorted(row, np.arange(len(tokens) + 1)).tolist()
+    return [
+        TokenLogprobs(token, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), own, strict=True))
+    ]
