@@ -230,6 +230,11 @@ class Counters:
         return replace(self, reached=self.reached.copy(), seconds=dict(self.seconds))
 
     @property
+    def accepted_tokens(self) -> int:
+        """Draft tokens that were accepted, as far as texts went on behind them."""
+        return max(self.emitted_tokens - self.verifications, 0)
+
+    @property
     def accepted_length(self) -> float:
         """Tokens emitted per request and verification."""
         return self.emitted_tokens / self.verifications if self.verifications else 0.0

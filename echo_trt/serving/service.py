@@ -100,6 +100,11 @@ class Statistics:
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
 
+    @property
+    def kv_usage(self) -> float:
+        """The share of the KV pool that requests hold."""
+        return self.blocks_used / self.blocks
+
 
 class Service:
     """Answers requests with ``llm``, which is its own from now on. ``queue``: how many may wait for a place."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -16,6 +17,7 @@ import yaml
 from served import Served, free_ports, needs_triton
 
 DOCKER = Path(__file__).parents[2] / "docker"
+ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 DASHBOARD = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
 #: What such a load has none of, and what is over when it is asked for.
@@ -42,6 +44,7 @@ def ask(server, tmp_path_factory) -> Iterator[Callable[[str], list[float]]]:
     for job in config["scrape_configs"]:
         job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[job['job_name']]}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    shutil.copy(DOCKER / "alerts.yml", folder)
     words = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     words.append(f"--web.listen-address=127.0.0.1:{port}")
     with (folder / "log").open("wb") as log:
@@ -99,6 +102,15 @@ def test_a_query_of_the_dashboard_has_an_answer(query, ask, load):
         return
     assert np.isfinite(values).any()
     assert max(values) > 0 or any(name in query for name in NOTHING), query
+
+
+@needs_triton
+@needs_prometheus
+def test_alerts_ask_for_series_that_exist_and_none_fires(ask, load):
+    for rule in ALERTS:
+        for name in set(re.findall(r"\b(?:echo_\w+|up)\b", rule["expr"])):
+            assert ask(f"count({name})"), name
+        assert ask(rule["expr"]) == [], rule["alert"]
 
 
 @needs_triton

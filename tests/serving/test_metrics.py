@@ -21,7 +21,7 @@ class Family:
         self.name = name
 
     def Metric(self, labels: dict[str, str], **more: Any) -> Metric:
-        return Metric((self.name, *labels.values()))
+        return Metric((self.name, *(value for name, value in labels.items() if name != "model_name")))
 
 
 class Metric:
@@ -36,7 +36,7 @@ class Metric:
 
 
 def test_failures_of_the_engine_and_of_reading_are_added():
-    metrics = Metrics(Family)
+    metrics = Metrics(Family, "echo")
     for ended, refused in (({"failed": 2, "stop": 1}, {"failed": 1}), ({"failed": 2, "stop": 1}, {"failed": 2})):
         metrics.flush(Statistics(0, 0, 1, 0, 0, "echo", 1, Counters(), {}, ended), refused)
     assert told["echo_requests_total", "failed"] == 4

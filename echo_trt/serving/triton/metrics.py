@@ -21,6 +21,7 @@ COUNTERS = {
     "emitted_tokens": "Tokens emitted",
     "verified_tokens": "Tokens that the target verified, roots included",
     "drafted_tokens": "Draft tokens that were verified",
+    "accepted_tokens": "Draft tokens that were accepted",
     "verifications": "Verifications of one request: emitted over these is the accepted length",
     "preemptions": "Requests set back because KV blocks ran out",
 }
@@ -29,21 +30,23 @@ GAUGES = {
     "running": "Requests that are being answered",
     "blocks": "KV blocks of the pool",
     "blocks_used": "KV blocks that requests hold",
+    "kv_usage": "Share of the KV blocks that requests hold, 0 to 1",
     "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
     "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
 }
 
 
 class Metrics:
-    """``family`` is Triton's MetricFamily. Counters are brought up to date by ``flush``, from the service's own."""
+    """``family`` is Triton's MetricFamily; ``model`` names the model in every series (``model_name``). Counters are brought up to date by ``flush``, from the service's own."""
 
-    def __init__(self, family: Any):
+    def __init__(self, family: Any, model: str):
+        self._model = {"model_name": model}
         counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
         self._families: list[Any] = []  # a family that is collected takes its metrics along
 
         def make(name: str, description: str, kind: Any, labels: dict[str, str] | None = None, **more: Any) -> Any:
             self._families.append(family(name=f"echo_{name}", description=description, kind=kind))
-            return self._families[-1].Metric(labels=labels or {}, **more)
+            return self._families[-1].Metric(labels=self._model | (labels or {}), **more)
 
         self._counters = {name: make(f"{name}_total", text, counter) for name, text in COUNTERS.items()}
         self._gauges = {name: make(name, text, gauge) for name, text in GAUGES.items()}
@@ -64,7 +67,7 @@ class Metrics:
         self._by_policy: dict[str, Any] = {}
         self._by_gate: dict[tuple[int, str], Any] = {}
         self._by_source = {
-            (source, what): self._drafts.Metric(labels={"source": source, "what": what})
+            (source, what): self._drafts.Metric(labels=self._model | {"source": source, "what": what})
             for source in SOURCES
             for what in ("expected", "accepted")
         }
@@ -99,14 +102,14 @@ class Metrics:
             self._set(name, metric, getattr(now, name))
         for outcome, number in (Counter(now.ended) + Counter(refused)).items():
             if outcome not in self._by_outcome:
-                self._by_outcome[outcome] = self._requests.Metric(labels={"outcome": outcome})
+                self._by_outcome[outcome] = self._requests.Metric(labels=self._model | {"outcome": outcome})
             self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
         self._count_gates(now.counters.reached)
         for what, sums in now.drafts.items():
             for source, tokens in sums.items():
                 self._count(f"drafts {source} {what}", self._by_source[source, what], tokens)
         if now.policy not in self._by_policy:
-            self._by_policy[now.policy] = self._policy.Metric(labels={"policy": now.policy})
+            self._by_policy[now.policy] = self._policy.Metric(labels=self._model | {"policy": now.policy})
         for name, metric in self._by_policy.items():
             self._set(f"policy {name}", metric, float(name == now.policy))
         emitted, verifications = self._last
@@ -123,7 +126,7 @@ class Metrics:
                 gate = depth, decision
                 if gate not in self._by_gate:
                     labels = {"depth": str(depth), "decision": decision}
-                    self._by_gate[gate] = self._gates.Metric(labels=labels)
+                    self._by_gate[gate] = self._gates.Metric(labels=self._model | labels)
                 self._count(f"gate {gate}", self._by_gate[gate], number)
 
     def _count(self, name: str, metric: Any, value: float) -> None:

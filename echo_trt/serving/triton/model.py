@@ -43,7 +43,7 @@ class TritonPythonModel:
         self._reader = Reader(bundle, llm.loop.state.context, _truth(config, "special_tokens_in_content"))
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
-        self._replies = Replies(self._service, Path(signals) if signals else None)
+        self._replies = Replies(self._service, args["model_name"], Path(signals) if signals else None)
         self._compiling = ThreadPoolExecutor(1, "grammars")  # others are read meanwhile
         self._compiled_for: set[str] = set()  # ids of requests on that thread
         self._stopped: set[str] = set()  # of these, those whose clients asked for their end

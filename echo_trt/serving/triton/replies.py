@@ -61,8 +61,9 @@ class Replies:
     last reply has been sent. (A Triton that is told to stop refuses new requests itself, but may abort over it.)
     """
 
-    def __init__(self, service: Service, signals: Path | None = None):
-        self._service, self._signals = service, signals
+    def __init__(self, service: Service, model: str, signals: Path | None = None):
+        """``model``: its name in metrics. ``signals``: see above."""
+        self._service, self._model, self._signals = service, model, signals
         self._events: queue.SimpleQueue[tuple[Reply, Event | None] | str | None] = queue.SimpleQueue()
         self._open: dict[Reply, Job] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
@@ -91,7 +92,7 @@ class Replies:
         faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
-        metrics = Metrics(pb_utils.MetricFamily)
+        metrics = Metrics(pb_utils.MetricFamily, self._model)
         looked = flushed = time.monotonic()
         running, server = True, triton_process()
         while running:
