@@ -282,8 +282,8 @@ class Loop:
             begin = time.perf_counter()
             plan = self.planner.plan(roots, draft, load)
             seconds = time.perf_counter() - begin - draft.seconds
-            self._add_seconds("plan", seconds)
-            self._add_seconds("draft", draft.seconds)
+            self.counters.add_seconds("plan", seconds)
+            self.counters.add_seconds("draft", draft.seconds)
             counters.draft_passes += len(draft.passes)
         state.drafted[slots] += plan.tree.sizes - 1
         counters.drafted_tokens += len(plan.tree) - len(slots)
@@ -319,7 +319,7 @@ class Loop:
         begin = time.perf_counter()
         outputs = self.target.run(call)
         seconds = time.perf_counter() - begin
-        self._add_seconds("verify", seconds)
+        self.counters.add_seconds("verify", seconds)
         last = state.tokens[finishing, state.length[finishing] - 1]
         verified = Verified(tree.with_roots(last), emitting_slots, len(slots), outputs, call, state)
         return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
@@ -394,8 +394,4 @@ class Loop:
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._add_seconds(phase, time.perf_counter() - start)
-
-    def _add_seconds(self, phase: str, seconds: float) -> None:
-        known = self.counters.seconds
-        known[phase] = known.get(phase, 0.0) + seconds
+        self.counters.add_seconds(phase, time.perf_counter() - start)

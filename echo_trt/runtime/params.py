@@ -37,7 +37,7 @@ class SamplingParams:
     request with the same seed, is continued as it would have been.
 
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
-    over the prompt too, and comes first (``decoding.penalties``). They precede temperature, and hold for greedy text.
+    over the prompt too, and comes first (``decoding.sampling.penalties``). They precede temperature, and hold for greedy text.
 
     logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
     stop token is chosen and no stop string looked for.
@@ -157,8 +157,8 @@ class SamplingParams:
         return penalised or bool(self.logit_bias) or self.min_tokens > 0
 
 
-PARAMETERS: dict[str, Parameter] = {each.name: each.metadata["parameter"] for each in fields(SamplingParams)}
-#: Each penalty, and the value at which it is off.
+PARAMETERS: dict[str, Parameter] = {entry.name: entry.metadata["parameter"] for entry in fields(SamplingParams)}
+#: Penalties by name, and the value at which one is off.
 PENALTIES: dict[str, float] = {
     name: PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
 }
@@ -206,7 +206,7 @@ class Delta:
 class Counters:
     """What the loop has done so far; ratios of these are the figures that users see.
 
-    Prompts include the text of requests that were set back. asked_tokens of them were admitted; of these cached_tokens
+    Prompts include the text of requests that were preempted. asked_tokens of them were admitted; of these cached_tokens
     were found in the prefix cache, and prompt_tokens computed. reached: depth -> a request's drafts that had candidates
     there; at depth 0 all verifications but those that end a prompt, at 1 those with a draft.
     """
@@ -225,6 +225,10 @@ class Counters:
     evicted_blocks: int = 0
     reached: Counter[int] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add to the time of a phase of iterations."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def copy(self) -> Counters:
         return replace(self, reached=self.reached.copy(), seconds=dict(self.seconds))
