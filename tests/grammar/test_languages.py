@@ -22,7 +22,7 @@ REGEXES = (
     "a?b?c?d?",
     "[ぁ-ん]{2,5}( [ぁ-ん]{2,5})?",
     "(?i:select) [a-z]{1,6}(, [a-z]{1,6}){0,2};",
-    "# [A-Z][a-z]+\\n\\n(- [a-z ]{1,12}\\n){1,3}",
+    "# [A-Z][a-z]{1,9}\\n\\n(- [a-z ]{1,12}\\n){1,3}",
     "🍣{1,3}|寿司",
     "[^a]",
     "(a+)+",
@@ -60,7 +60,7 @@ string ::= "\\"" [a-z ]* "\\""
 """
 GBNF_POINTS = """
 root ::= point{2,3}
-point ::= "- " [A-Z] [a-z]+ "\\n"
+point ::= "- " [A-Z] [a-z]{1,9} "\\n"
 """
 
 
@@ -81,7 +81,7 @@ def is_list(text: str) -> bool:
 
 
 def is_points(text: str) -> bool:
-    return bool(re.fullmatch("(- [A-Z][a-z]+\n){2,3}", text))
+    return bool(re.fullmatch("(- [A-Z][a-z]{1,9}\n){2,3}", text))
 
 
 GRAMMARS = {
