@@ -20,6 +20,7 @@ from echo_trt.grammar.state import State, Tokens
 HERE = Path(__file__).parent
 END, TURN_END, OPENS, CLOSES = "<|end|>", "<|turn_end|>", "<think>", "</think>"
 VOCABULARY = 1000
+END_HASTE = 5  # of an end, the most
 LONGEST = 3000  # tokens of a walk: one that takes more has found no end
 
 
@@ -84,8 +85,12 @@ def ids_of(text: str) -> list[int]:
 
 def allowed(state: State) -> np.ndarray:
     """Ids of the tokens that may follow: int64 [n]."""
-    size = tokenizer().get_vocab_size()
-    return np.flatnonzero(state.allowed(np.arange(size)))
+    return np.flatnonzero(state.allowed(_everything()))
+
+
+@cache
+def _everything() -> np.ndarray:
+    return np.arange(tokenizer().get_vocab_size())
 
 
 @cache
@@ -93,20 +98,17 @@ def _haste() -> np.ndarray:
     """How much a token hurries a text to its end: int64 [vocabulary]."""
     ranks = {b"}": 4, b"]": 4, b'"': 3, b",": 1} | dict.fromkeys((b" ", b"\n", b"\t", b"\r", b"{", b"["), 0)
     rank = [2 if text == b"\n" else ranks.get(text[:1], 2) for text in spelled()]
-    return np.array([5 if token in ends() else each for token, each in enumerate(rank)])
+    return np.array([END_HASTE if token in ends() else each for token, each in enumerate(rank)])
 
 
 def choose(state: State, draw: np.random.Generator, hurry: bool) -> int:
     """Draw a token from those that may follow. An end is taken often; in a hurry, so is what closes most."""
     options = allowed(state)
     assert len(options), "nothing may follow"
-    last = options[np.isin(options, ends())]
-    if len(last) and (hurry or draw.random() < 0.3):
-        return int(draw.choice(last))
-    if hurry and draw.random() < 0.9:
-        haste = _haste()[options]
+    haste = _haste()[options]
+    if (hurry and draw.random() < 0.9) or (haste.max() == END_HASTE and draw.random() < 0.3):
         options = options[haste == haste.max()]
-    return int(draw.choice(options))
+    return int(options[draw.integers(len(options))])
 
 
 def walk(state: State, seed: int, free: int = 40) -> list[int]:
