@@ -8,6 +8,7 @@ from pathlib import Path
 LAYERS = {
     "decoding": "pure",
     "files": "pure",
+    "grammar": "pure",
     "simulation": "pure",
     "test_docs.py": "pure",
     "test_layers.py": "pure",

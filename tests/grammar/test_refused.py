@@ -1,0 +1,151 @@
+"""Grammars that no text can fit, or that cannot be kept to, are refused by one sentence; compiled ones are kept."""
+
+from __future__ import annotations
+
+import pytest
+from refusal import refused
+from walks import compiler, ends, rows, tokenizer
+
+from echo_trt.errors import UserError
+from echo_trt.grammar.compiler import CACHED, LONGEST, Compiler
+from echo_trt.grammar.state import Tokens
+
+#: Accepted so far, though no text can ever end under them.
+ENDLESS = ("endless-object", "endless-array")
+REFUSED = [
+    pytest.param(
+        row["schema"],
+        row["word"],
+        id=row["id"],
+        marks=[pytest.mark.xfail(strict=True, reason="endless recursion is not found")] * (row["id"] in ENDLESS),
+    )
+    for row in rows("refused.json")
+]
+TOO_MANY = {"type": "object", "properties": {f"k{i}": {"type": "null"} for i in range(4000)}}
+LARGE = {"enum": [f"{i}{'x' * 100}" for i in range(2000)]}  # 200 KB
+RECORD = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+class Counting(Compiler):
+    """Counts what it compiles."""
+
+    compiled = 0
+
+    def _compile(self, kind, value):
+        self.compiled += 1
+        return super()._compile(kind, value)
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    return compiler()
+
+
+@pytest.fixture
+def counting() -> Counting:
+    return Counting(tokenizer().to_str(), Tokens(tokenizer().get_vocab_size(), ends()))
+
+
+@pytest.mark.parametrize(("schema", "word"), REFUSED)
+def test_schemas_are_refused_by_one_sentence(grammars, schema, word):
+    with refused("structured.json", word):
+        grammars.begin({"json": schema})
+
+
+def test_large_schemas_are_refused(grammars):
+    with refused("structured.json", "too big"):
+        grammars.begin({"json": TOO_MANY})
+    with refused("structured.json", LONGEST):
+        grammars.begin({"json": LARGE})
+
+
+@pytest.mark.parametrize(
+    ("structured", "words"),
+    [
+        ({}, ["structured", '{"json": SCHEMA}']),
+        ({"json": {}, "regex": "a"}, ["json, regex"]),
+        ({"schema": {}}, ["schema", '{"json": SCHEMA}']),
+        ({"json": "{}"}, ["structured.json", "'{}'"]),
+        ({"json": [1]}, ["structured.json", "[1]"]),
+        ({"json": {"enum": {1}}}, ["structured.json", "not JSON"]),
+        ({"json_object": False}, ["structured.json_object", "False"]),
+        ({"regex": ""}, ["structured.regex", "''"]),
+        ({"regex": 3}, ["structured.regex", "3"]),
+        ({"regex": "(a"}, ["structured.regex", "unclosed"]),
+        ({"regex": "(?=a)b"}, ["structured.regex", "look-ahead"]),
+        ({"regex": "(a)\\1"}, ["structured.regex", "backreferences"]),
+        ({"regex": "[^\\s\\S]"}, ["structured.regex", "no text fits it"]),
+        ({"choice": []}, ["structured.choice", "[]"]),
+        ({"choice": ["a", ""]}, ["structured.choice"]),
+        ({"choice": "abc"}, ["structured.choice", "'abc'"]),
+        ({"grammar": "start: missing"}, ["structured.grammar", "missing"]),
+        ({"grammar": 'root ::= "a'}, ["structured.grammar"]),
+        ({"grammar": 'root ::= root "a"'}, ["structured.grammar", "no text fits it"]),
+        ({"grammar": 'start: %json {"uniqueItems": true}'}, ["structured.grammar", "uniqueItems"]),
+        ("json", ["structured"]),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_other_mistakes_are_refused_by_one_sentence(grammars, structured, words):
+    with refused(*words):
+        grammars.begin(structured)
+
+
+@pytest.mark.xfail(strict=True, reason="they are no UserError")
+@pytest.mark.parametrize(
+    "structured",
+    [
+        {"json": {"const": "\ud800"}},
+        {"choice": ["\ud800"]},
+        {"regex": "\ud800"},
+        {"json": {"type": "integer", "minimum": 10**20}},
+    ],
+    ids=["surrogate", "surrogate in a choice", "surrogate in a regex", "large number"],
+)
+def test_values_that_cannot_be_passed_on_are_refused(grammars, structured):
+    with refused("structured"):
+        grammars.begin(structured)
+
+
+@pytest.mark.xfail(strict=True, reason="what llguidance takes instead is used")
+@pytest.mark.parametrize(
+    "schema",
+    [{"const": float("nan")}, {"x-guidance": {"lenient": True}, "not": {"type": "object"}}],
+    ids=["not a number", "leniency"],
+)
+def test_schemas_that_would_not_be_kept_to_are_refused(grammars, schema):
+    with refused("structured.json"):
+        grammars.begin({"json": schema})
+
+
+def test_a_grammar_is_compiled_once(counting):
+    for _ in range(3):
+        counting.begin({"json": RECORD})
+        counting.begin({"regex": "a+"})
+    assert counting.compiled == 2
+
+
+def test_what_was_refused_is_refused_again(counting):
+    sentences = set()
+    for _ in range(3):
+        with pytest.raises(UserError) as caught:
+            counting.begin({"json": {"uniqueItems": True}})
+        sentences.add(str(caught.value))
+    assert counting.compiled == len(sentences) == 1
+
+
+def test_grammars_are_told_apart_by_their_kind(counting):
+    counting.begin({"regex": "a"})
+    counting.begin({"choice": ["a"]})
+    assert counting.compiled == 2
+
+
+def test_the_latest_grammars_are_kept(counting):
+    counting.begin({"json": RECORD})
+    for i in range(CACHED):
+        counting.begin({"choice": [f"text {i}"]})
+    assert counting.compiled == CACHED + 1
+    counting.begin({"choice": ["text 0"]})
+    assert counting.compiled == CACHED + 1
+    counting.begin({"json": RECORD})
+    assert counting.compiled == CACHED + 2
