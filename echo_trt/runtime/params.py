@@ -37,7 +37,8 @@ class SamplingParams:
     request with the same seed, is continued as it would have been.
 
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
-    over the prompt too, and comes first (``decoding.sampling.penalties``). They precede temperature, and hold for greedy text.
+    over the prompt too, and comes first (``decoding.sampling.penalties``). They precede temperature, and hold for
+    greedy text.
 
     logit_bias (token id -> -100 to 100) is added to logits after the penalties. Before ``min_tokens`` are generated no
     stop token is chosen and no stop string looked for.

@@ -37,7 +37,10 @@ GAUGES = {
 
 
 class Metrics:
-    """``family`` is Triton's MetricFamily; ``model`` names the model in every series (``model_name``). Counters are brought up to date by ``flush``, from the service's own."""
+    """``family`` is Triton's MetricFamily; ``model`` names the model in every series (``model_name``).
+
+    Counters are brought up to date by ``flush``, from the service's own.
+    """
 
     def __init__(self, family: Any, model: str):
         self._model = {"model_name": model}
