@@ -7,6 +7,7 @@ depend on how busy the machine is.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -19,16 +20,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from echo_trt.errors import UserError
 from echo_trt.grammar.layout import Layouts, Writer
+from echo_trt.grammar.requested import REMEDY, checked, clause
 from echo_trt.grammar.state import State, Thought, Tokens
 
-KINDS = ("json", "json_object", "regex", "choice", "grammar")
-RULE = (
-    'one of {"json": SCHEMA}, {"json_object": true}, {"regex": TEXT}, {"choice": [TEXT, TEXT]} and '
-    '{"grammar": LARK_OR_GBNF}'
-)
-LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
 CACHED = 128  # grammars that are kept compiled: more take memory, some 100 KB each
 SLOWEST_S = 2.0  # that compiling may take
+LARK_RULE = re.compile(r"^\s*[?!]?\w+(\.\d+)?(\[[^\]]*\])?\s*:(?!:)", re.MULTILINE)
 PROBED = 6  # tokens of a trial: more find a grammar that is too complex before a request runs into it
 #: Between two tokens of JSON; a model may lay a text out, but not fill a page with spaces.
 WHITE_SPACE = r"[ \t\r\n]{0,32}"
@@ -70,24 +67,30 @@ class Compiler:
         key = json.dumps([kind, value], ensure_ascii=False)
         with self._lock:
             if key not in self._cache:
-                begin = time.monotonic()
+                self._prepare()
+                begin = time.thread_time()
                 try:
                     self._cache[key] = self._compile(kind, value)
                 except UserError as error:
                     self._cache[key] = str(error)
-                if (seconds := time.monotonic() - begin) > SLOWEST_S and self._tokenizer:
+                except Exception as error:  # of numbers or texts that llguidance's Python side cannot read
+                    self._cache[key] = f"structured.{kind} cannot be compiled ({clause(str(error))}); {REMEDY}"
+                if (seconds := time.thread_time() - begin) > SLOWEST_S:
                     self._cache[key] = f"structured.{kind} took {seconds:.1f} s to compile; make it smaller."
             self._cache.move_to_end(key)
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
             return self._cache[key]
 
-    def _compile(self, kind: str, value: Any) -> Compiled:
+    def _prepare(self) -> None:
+        """Read the tokenizer for the first grammar: it takes a second, which most servers never need."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 self._json, n_vocab=self._tokens.vocab_size, eos_token=list(self._tokens.ends)
             )
             self._layouts = Layouts(self._tokenizer)
+
+    def _compile(self, kind: str, value: Any) -> Compiled:
         if kind in ("json", "json_object"):
             schema = value if kind == "json" else {"type": "object"}
             free = self._matcher(kind, _json_grammar(schema, {"whitespace_pattern": WHITE_SPACE}))
@@ -97,10 +100,7 @@ class Compiler:
             return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(text)), None)
         if kind == "regex":
             return Compiled(self._matcher(kind, LLMatcher.grammar_from_regex(value)), None)
-        try:
-            lark = any_to_lark(value)
-        except Exception as error:  # it raises what it likes
-            raise UserError(f"structured.grammar cannot be read ({_clause(str(error))}); {_REMEDY}") from None
+        lark = value if LARK_RULE.search(value) else any_to_lark(value)
         return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(lark)), None)
 
     def _matcher(self, kind: str, grammar: str) -> LLMatcher:
@@ -108,69 +108,24 @@ class Compiler:
         assert self._tokenizer
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise UserError(f"structured.{kind} cannot be compiled ({_clause(matcher.get_error())}); {_REMEDY}")
+            raise UserError(f"structured.{kind} cannot be compiled ({clause(matcher.get_error())}); {REMEDY}")
         for beginning in ([], self._tokenizer.tokenize_str('{"')):
             trial = matcher.deep_copy()
             if trial.try_consume_tokens(beginning) == len(beginning):
-                self._try(kind, trial)
-        return matcher
-
-    def _try(self, kind: str, trial: LLMatcher) -> None:
-        for _ in range(PROBED):
-            mask = trial.compute_bitmask()
+                for _ in range(PROBED):
+                    token = _first(trial.compute_bitmask(), self._tokens.ends)
+                    if trial.is_stopped() or token is None or not trial.try_consume_tokens([token]):
+                        break
             if trial.is_error():
-                raise UserError(f"structured.{kind} cannot be used ({_clause(trial.get_error())}); {_REMEDY}")
-            token = _first(mask, self._tokens.ends)
-            if trial.is_stopped() or token is None or not trial.try_consume_tokens([token]):
-                return
-
-
-_REMEDY = "mend or simplify it."
-
-
-def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
-    """Kind and value of what a request asks of its answer. Raises UserError."""
-    if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
-        keys = f"the keys {', '.join(map(str, structured))}"[:100] if isinstance(structured, Mapping) else "no object"
-        raise UserError(f"structured has {keys}; give {RULE}.")
-    [(kind, value)] = structured.items()
-    fits = {
-        "json": lambda: isinstance(value, Mapping | bool),
-        "json_object": lambda: value is True,
-        "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
-    }.get(kind, lambda: _is_text(value))
-    if not fits():
-        raise UserError(f"structured.{kind} is {_short(value)}; give {RULE}.")
-    try:
-        size = len(json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError, RecursionError):
-        raise UserError(f"structured.{kind} is not JSON; give {RULE}.") from None
-    if size > LONGEST:
-        raise UserError(f"structured.{kind} has {size} characters; give at most {LONGEST}.")
-    return kind, value
+                raise UserError(f"structured.{kind} cannot be used ({clause(trial.get_error())}); {REMEDY}")
+        return matcher
 
 
 def _json_grammar(schema: Mapping[str, Any] | bool, options: dict[str, Any]) -> str:
-    wrapped = schema if isinstance(schema, Mapping) else {} if schema else {"not": {}}
-    grammar: str = LLMatcher.grammar_from_json_schema(dict(wrapped), overrides=options)
+    grammar: str = LLMatcher.grammar_from_json_schema(
+        dict(schema) if isinstance(schema, Mapping) else {}, overrides=options
+    )
     return grammar
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _clause(message: str) -> str:
-    """What llguidance says as a clause: one line, without its last stop and what follows the place of the mistake."""
-    text = " ".join(message.replace("<non-verbose/>", "").split()).replace(". ", ", ")
-    if text == "NoExtensionBias":
-        return "no text fits it, for it never ends"
-    return (text if len(text) <= 200 else f"{text[:200]}…").rstrip(".") or "it is too complex"
 
 
 def _first(mask: bytes, ends: Sequence[int]) -> int | None:

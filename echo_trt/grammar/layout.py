@@ -7,13 +7,15 @@ text was so far: the answer's line breaks, indentation and spaces, or those of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from llguidance import LLMatcher, LLTokenizer
 
 _SPACE = b" \t\r\n"
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _OPEN, _CLOSE = b"{[", b"}]"
+_TOKEN = 8  # bytes of a token; larger: more of a long forced text is looked at in each step
 _PROBES = (b"a", b"1")  # what may follow a draft: where they change its last tokens, those are left out
 
 
@@ -22,13 +24,13 @@ class Style:
     """What stands between the tokens of JSON.
 
     indent    spaces a level, on lines of their own
-    lines     which containers have a line for each entry: of b"{["
+    lines     whether a container has a line for each entry: by (depth, bracket), and by (0, bracket) of the latest
     colon     white space behind a colon
     comma     white space behind a comma, in containers on one line
     """
 
     indent: int = 2
-    lines: bytes = b""
+    lines: Mapping[tuple[int, int], bool] = field(default_factory=dict)
     colon: bytes = b" "
     comma: bytes = b" "
 
@@ -57,8 +59,8 @@ class Place:
         """What the space before ``byte``, the next character outside strings, says of the style."""
         lines = b"\n" in self.gap
         if self.last in _OPEN and byte not in _CLOSE:
-            kept = style.lines.replace(bytes([self.last]), b"")
-            style = replace(style, lines=kept + bytes([self.last]) if lines else kept)
+            kinds = {(len(self.open), self.last): lines, (0, self.last): lines}
+            style = replace(style, lines={**style.lines, **kinds})
             if lines:
                 style = replace(style, indent=len(self.gap.rpartition(b"\n")[2]) // len(self.open))
         elif self.last == ord(":"):
@@ -74,7 +76,8 @@ class Place:
             return style.colon
         if not self.open or (opened and closes) or not (opened or closes or self.last == ord(",")):
             return b""
-        if self.open[-1] in style.lines:
+        bracket = self.open[-1]
+        if style.lines.get((depth, bracket), style.lines.get((0, bracket), False)):
             return b"\n" + b" " * (style.indent * (depth - closes))
         return style.comma if self.last == ord(",") else b""
 
@@ -120,8 +123,11 @@ class Writer:
         forced = self._bare.compute_ff_bytes()
         if not forced:
             return []
-        tokenizer, text = self._layouts.tokenizer, self._laid_out(forced)
+        tokenizer, enough = self._layouts.tokenizer, forced[: _TOKEN * most]
+        text = self._laid_out(enough)
         tokens: list[int] = tokenizer.tokenize_bytes(text)
+        if len(enough) < len(forced):
+            return tokens[:-1][:most]
         for probe in _PROBES:
             other = tokenizer.tokenize_bytes(text + probe)
             same = [a == b for a, b in zip(tokens, other, strict=False)]

@@ -114,8 +114,8 @@ class State:
             return State(tokens, self._free, self._writer, thought.after(token), ended=ends)
         if self._free is None:
             return State(tokens, None, ended=ends)
-        if ends:
-            return State(tokens, self._free, ended=True) if self._free.is_accepting() else None
+        if ends and self._free.is_accepting():
+            return State(tokens, self._free, ended=True)
         free = self._free.deep_copy()
         if not free.try_consume_tokens([token]):
             _check(free)

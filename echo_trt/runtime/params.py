@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from echo_trt.errors import UserError
-from echo_trt.grammar import compiler as grammar
+from echo_trt.grammar.requested import RULE, checked
 from echo_trt.runtime.parameter import Parameter, parameter
 
 #: Requests at most that run at once.
@@ -132,7 +132,7 @@ class SamplingParams:
     structured: Mapping[str, Any] | None = parameter(
         None,
         "what the answer must fit: `json` (a schema), `json_object`, `regex`, `choice` or `grammar` (Lark, GBNF)",
-        f"{grammar.RULE}, or None".replace("{", "{{").replace("}", "}}"),  # it is no format
+        f"{RULE}, or None".replace("{", "{{").replace("}", "}}"),  # it is no format
         kind=dict,
     )
     thinking_token_budget: int | None = parameter(
@@ -145,7 +145,7 @@ class SamplingParams:
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
                 raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.rule.format(self)}.")
         if self.structured is not None:
-            grammar.checked(self.structured)
+            checked(self.structured)
             if self.min_tokens:
                 raise UserError(
                     f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."

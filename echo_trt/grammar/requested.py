@@ -1,0 +1,142 @@
+"""What a request asks of its answer, checked before it is compiled: its form, its size, and what no bound of
+llguidance catches."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from echo_trt.errors import UserError
+
+KINDS = ("json", "json_object", "regex", "choice", "grammar")
+RULE = (
+    'one of {"json": SCHEMA}, {"json_object": true}, {"regex": TEXT}, {"choice": [TEXT, TEXT]} and '
+    '{"grammar": LARK_OR_GBNF}'
+)
+REMEDY = "mend or simplify it."
+LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
+REFERENCES = 500  # of a schema; llguidance follows a chain of them on the stack, which ends at about 1,000
+RULES = 1000  # of a Lark or GBNF grammar; a chain of them ends the stack at about 2,600
+LARGEST_DIVISOR = 100_000  # of multipleOf; time grows with it, to half a second here
+
+
+def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
+    """Kind and value of what a request asks of its answer. Raises UserError."""
+    if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
+        raise UserError(f"structured is {_short(structured)}; give {RULE}.")
+    [(kind, value)] = structured.items()
+    fits = {
+        "json": lambda: isinstance(value, Mapping | bool),
+        "json_object": lambda: value is True,
+        "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
+    }.get(kind, lambda: _is_text(value))
+    if not fits():
+        raise UserError(f"structured.{kind} is {_short(value)}; give {RULE}.")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except RecursionError:
+        raise UserError(f"structured.{kind} is nested too deep; {REMEDY}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"structured.{kind} is not JSON in UTF-8 ({clause(str(error))}); {REMEDY}") from None
+    if len(text) > LONGEST:
+        raise UserError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
+    if kind == "json":
+        _check_schema(value)
+    if kind == "grammar" and (rules := len(re.findall(r":", value))) > RULES:
+        raise UserError(f"structured.grammar has {rules} colons, so as many rules; give at most {RULES}.")
+    return kind, value
+
+
+def clause(message: str) -> str:
+    """What a library says as a clause: one line of at most 200 characters, without a stop."""
+    text = " ".join(message.replace("<non-verbose/>", "").split()).replace(". ", ", ")
+    if text == "NoExtensionBias":
+        return "no text fits it, for it never ends"
+    text = text.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "use anyOf")
+    return (text if len(text) <= 200 else f"{text[:200]}…").rstrip(".") or "it is too complex"
+
+
+def _check_schema(schema: Any) -> None:
+    if schema is False:
+        raise UserError("structured.json is false, which no text fits; give a schema.")
+    references: list[str] = []
+    for key, value in _entries(schema):
+        if key == "x-guidance":
+            raise UserError("structured.json has the key x-guidance, which is not supported; leave it out.")
+        if key == "multipleOf" and isinstance(value, int | float) and not 1e-4 <= abs(value) <= LARGEST_DIVISOR:
+            raise UserError(f"structured.json has multipleOf {_short(value)}; give 0.0001 to {LARGEST_DIVISOR}.")
+        if key == "$ref" and isinstance(value, str):
+            references.append(value)
+    if len(references) > REFERENCES:
+        raise UserError(f"structured.json has {len(references)} times $ref; give at most {REFERENCES}.")
+    if references and not _ends(schema, _ending(schema, set(references))):
+        raise UserError("structured.json cannot be used (no text fits it, for it never ends); mend its $ref.")
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys and values of objects in ``value``, at any depth."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            yield from part.items()
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+
+
+def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
+    """Those of ``references`` that some finite text fits: found from those that need no other on."""
+    ending: set[str] = set()
+    while more := {name for name in references - ending if _ends(_resolved(name, root), ending)}:
+        ending |= more
+    return ending
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    """Whether a finite text fits ``schema``, where the references ``ending`` have one. What is not known here has."""
+    if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema:
+        return True
+    if isinstance(reference := schema.get("$ref"), str) and reference not in ending:
+        return False
+    for name in ("anyOf", "oneOf"):
+        branches = _list(schema.get(name))
+        if branches and not any(_ends(branch, ending) for branch in branches):
+            return False
+    parts = _list(schema.get("allOf"))
+    if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), Mapping):
+        parts = parts + [properties.get(name) for name in _list(schema.get("required")) if isinstance(name, str)]
+    least = schema.get("minItems", 0)
+    if schema.get("type") == "array" and isinstance(least, int) and least > 0:
+        first = _list(schema.get("prefixItems"))[:least]
+        parts = parts + (first if len(first) == least else [*first, schema.get("items")])
+    return all(_ends(part, ending) for part in parts)
+
+
+def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference within the schema points to; None: nothing that is known here."""
+    part: Any = root
+    if reference != "#" and not reference.startswith("#/"):
+        return None
+    for name in reference.removeprefix("#").split("/")[1:]:
+        part = part.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(part, Mapping) else None
+    return part
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "too large to print"
+    return text if len(text) <= 100 else f"{text[:100]}…"
