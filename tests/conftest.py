@@ -87,6 +87,19 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
     return get
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A network is traced once a run (traced.py)."""
+    if request.config.option.markexpr == "pure":
+        yield
+        return
+    from traced import trace_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        trace_once(patch, request.getfixturevalue("made_once"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def networks(made_once) -> Path:
     from pairs import write_networks
