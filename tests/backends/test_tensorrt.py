@@ -64,7 +64,7 @@ def graph_of(networks, with_head, tmp_path_factory):
         if network == "head":
             target = load_decoder(open_checkpoint(networks / "target"), 192)
             return HeadRole(load_eagle3(open_checkpoint(with_head), 192, target), 5)
-        return roles_of("model", networks)[network]
+        return roles_of("model" if network == "draft" else "eagle3", networks)[network]
 
     def get(network, precision="fp16"):
         path = folder / f"{network}-{precision}.onnx"
