@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The networks here are tiny: threads and progress bars only get in the way."""
+    """The networks here are tiny: threads and progress bars only get in the way, here and in processes of tests."""
     if request.config.option.markexpr == "pure":
         yield
         return
@@ -67,7 +67,9 @@ def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
 
 
@@ -85,6 +87,19 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         return folder / name
 
     return get
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A network is traced once a run (traced.py)."""
+    if request.config.option.markexpr == "pure":
+        yield
+        return
+    from traced import trace_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        trace_once(patch, request.getfixturevalue("made_once"))
+        yield
 
 
 @pytest.fixture(scope="session")

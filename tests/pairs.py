@@ -45,6 +45,8 @@ SIZES = {
     "max_position_embeddings": 2048,
 }
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
+#: Of a cache in native graphs: LIMITS' blocks, and 32 more. Files that agree on it share the graphs (traced.py).
+NATIVE_ROWS = 6 * 32 + 32
 DECODING = {
     "policy": "echo",
     "budget": 24,

@@ -7,11 +7,10 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from pairs import VOCAB, roles_of
+from pairs import NATIVE_ROWS, VOCAB, roles_of
 
 from echo_trt.backends.native_export import export_native
 
-ROWS = 128
 FLOAT = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 INT32, INT64, UINT8, SCORES = TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8, TensorProto.FLOAT
 
@@ -26,7 +25,7 @@ def exported(request, networks, tmp_path_factory):
     if precision == "bf16":  # as a loader gives it: weights in the graph's type, the rotary table in float32
         for parameter in role.parameters():
             parameter.data = parameter.data.bfloat16()
-    export_native(role, path, precision, ROWS)
+    export_native(role, path, precision, NATIVE_ROWS)
     return path, role, FLOAT[precision]
 
 
@@ -53,7 +52,7 @@ def test_inputs_are_the_tables(exported, graph):
         "tree_mask": (UINT8, ["batch", "tokens", "tokens"]),
         "logit_rows": (INT64, ["rows"]),
     }
-    cache = floats, ["batch", config.num_kv_heads, ROWS, config.head_dim]
+    cache = floats, ["batch", config.num_kv_heads, NATIVE_ROWS, config.head_dim]
     expected |= {f"{kind}_cache.{i}": cache for i in range(role.num_layers) for kind in ("key", "value")}
     assert described(graph.input) == expected
     assert list(described(graph.input)) == list(expected)
@@ -70,7 +69,7 @@ def test_outputs_are_the_tables(exported, graph):
         assert elem_type == types.get(name, floats)
         assert last == (rows | per_token)[name]
         assert (first == "rows") == (name in rows)
-    cache = floats, ["batch", config.num_kv_heads, ROWS, config.head_dim]
+    cache = floats, ["batch", config.num_kv_heads, NATIVE_ROWS, config.head_dim]
     assert got == {f"new_{kind}_cache.{i}": cache for i in range(role.num_layers) for kind in ("key", "value")}
 
 

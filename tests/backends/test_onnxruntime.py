@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from models.checkpoints import qwen3_moe
-from pairs import DECODING, LIMITS, VOCAB, roles_of
+from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, roles_of
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
-from echo_trt.backends.padded import Layout
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import make_planner, reserve_for
@@ -22,7 +21,7 @@ from echo_trt.runtime.slots import Slots, blocks_for
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 RESERVE = reserve_for(DECODING)
-BLOCKS, SPARE = blocks_for(CONTEXT + RESERVE), max(RESERVE, CHUNK)
+BLOCKS = blocks_for(CONTEXT + RESERVE)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def native(networks, tmp_path_factory):
         key = pair, name, precision
         if key not in known:
             role, path = role_of(pair, name), folder / f"{pair}-{name}-{precision}.onnx"
-            export_native(role, path, precision, Layout(1, BLOCKS, SPARE).rows)
+            export_native(role, path, precision, NATIVE_ROWS)
             known[key] = role, path
         return known[key]
 

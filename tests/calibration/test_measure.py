@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pairs import LIMITS, roles_of
+from pairs import LIMITS, NATIVE_ROWS, roles_of
 from runtime.driving import assert_all_free
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
-from echo_trt.backends.padded import Layout
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.decoding.goodput.costs import Curve
 from echo_trt.decoding.planner import PlainPlanner
@@ -71,7 +70,7 @@ def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, 
     blocks = blocks_for(state.context + state.reserve)
     engines = {}
     for name, role in roles_of("model", networks).items():
-        export_native(role, tmp_path / f"{name}.onnx", "fp32", Layout(1, blocks, LIMITS["prefill_chunk"]).rows)
+        export_native(role, tmp_path / f"{name}.onnx", "fp32", NATIVE_ROWS)
         engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
     drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
     networks = replace(llm.networks, state=state, **engines, drafter=drafter)

@@ -47,10 +47,10 @@ def test_readme_s_python(bundle_of):
 
 @pytest.mark.slow
 def test_own_head(networks, tmp_path):
-    """Its lines, shortened: a few tokens for each prompt, and seconds of training."""
+    """Its lines, shortened: a target of one layer, a few tokens for each prompt, and a second of training."""
     lines = re.findall(r"^```\n(.*?)^```", (EXAMPLES / "own_head.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     for usual, short in (
-        ("TARGET=checkpoints/my-model ", f"TARGET={networks / 'target'} "),
+        ("TARGET=checkpoints/my-model ", f"TARGET={networks / 'small'} "),
         ("--minutes 60", "--minutes 0.02 --draft-vocab 150 --loss-rows 40"),
         ("--prompts $PROMPTS", "--max-tokens 12 --prompts $PROMPTS"),
         ("python scripts", f"{sys.executable} {ROOT / 'scripts'}"),
@@ -59,7 +59,7 @@ def test_own_head(networks, tmp_path):
         lines = lines.replace(usual, short)
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(40)))
     head = {"kind": "eagle3", "source": {"path": "heads/untrained"}}
-    recipe = raw_recipe("eagle3", networks, draft=head)
+    recipe = raw_recipe("eagle3", networks, target={"path": str(networks / "small")}, draft=head)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run("bash", "-euc", lines, cwd=tmp_path)
     assert (tmp_path / "bundles/mine/calibration.json").exists()

@@ -87,7 +87,7 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=3 * settings().max_examples // 4, derandomize=True)  # the interpreter is slow
+@settings(max_examples=settings().max_examples // 2, derandomize=True)  # the interpreter is slow
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=3).filter(lambda batch: any(count for _, count, _ in batch)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 16)).filter(lambda pair: pair[0] * pair[1] <= 16),
@@ -104,13 +104,13 @@ def test_any_batch_equals_the_reference(requests, heads, head_dim, dtype, num_sp
     Batch(requests, *heads, head_dim, dtype, seed).check(num_splits=num_splits, rows=rows)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 12, 16])
+@pytest.mark.parametrize("group", [1, 3, 5, 8, 16])
 def test_groups(group):
     Batch([(70, 3, True), (33, 1, False), (0, 6, False)], 2, group).check()
 
 
 def test_a_prompt_chunk_a_single_token_and_a_tree_in_one_call():
-    Batch([(96, 300, False), (200, 1, False), (40, 90, True)], 1, 4, dtype=torch.bfloat16).check()
+    Batch([(96, 140, False), (200, 1, False), (40, 50, True)], 1, 4, dtype=torch.bfloat16).check()
 
 
 def test_a_long_context_in_as_many_splits_as_the_plan_chooses():
