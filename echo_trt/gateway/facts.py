@@ -24,12 +24,14 @@ class Marks:
 class Facts:
     """
     template     the chat template's text
+    tokens       names of added tokens that the template writes
     variables    of the template, which a request may set
     takes_tools  whether the template shows tools to the model
     thought      None for a model that does not think
     """
 
     template: str
+    tokens: frozenset[str]
     variables: frozenset[str]
     takes_tools: bool
     thought: Marks | None
@@ -37,7 +39,7 @@ class Facts:
     @cached_property
     def tool_format(self) -> Format | None:
         """How the model writes calls; None where that is not known."""
-        return format_of(self.template) if self.takes_tools else None
+        return format_of(self.template, self.tokens) if self.takes_tools else None
 
     @classmethod
     def read(cls, text: str) -> Facts:
@@ -45,4 +47,6 @@ class Facts:
         raw: dict[str, Any] = json.loads(text)
         thought = raw["thought"]
         marks = Marks(thought["opens"], thought["closes"], thought["ids"][1]) if thought else None
-        return cls(raw["chat_template"], frozenset(raw["variables"]), raw["takes_tools"], marks)
+        return cls(
+            raw["chat_template"], frozenset(raw["tokens"]), frozenset(raw["variables"]), raw["takes_tools"], marks
+        )

@@ -215,7 +215,11 @@ def overlap(text: str, mark: str) -> int:
 
 
 class Format(ABC):
-    """A way of writing calls. ``several``: whether an answer may hold more than one."""
+    """A way of writing calls.
+
+    several  whether an answer may hold more than one
+    tokens   names of those added tokens that the template writes: a grammar spells them otherwise than text
+    """
 
     #: Where a call's arguments stand.
     key: str
@@ -223,11 +227,15 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, template: str) -> Format | None:
+    def of(cls, template: str, tokens: Collection[str]) -> Format | None:
         """The format where a chat template teaches it, else None."""
 
-    def __init__(self, several: bool = True):
-        self.several = several
+    def __init__(self, tokens: Collection[str] = (), several: bool = True):
+        self.several, self.tokens = several, frozenset(tokens)
+
+    def mark(self, text: str) -> str:
+        """Lark of a mark around calls, where nothing else may stand."""
+        return text if text in self.tokens else json.dumps(text)
 
     @abstractmethod
     def rules(self, asked: Asked) -> Sequence[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from echo_trt.gateway.tool_formats.base import Asked, Format, Parser, overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -65,19 +67,20 @@ class Hermes(Format):
     key, parser = "arguments", HermesParser
 
     @classmethod
-    def of(cls, template: str) -> Hermes | None:
+    def of(cls, template: str, tokens: Collection[str]) -> Hermes | None:
         """Qwen3-Coder's templates have the marks too, and XML between them."""
-        return cls() if OPEN in template and "<function=" not in template else None
+        return cls(tokens) if OPEN in template and "<function=" not in template else None
 
     def rules(self, asked: Asked) -> list[str]:
-        call = f'call: "{OPEN}" rest\nrest: "\\n" function "\\n{CLOSE}"'
+        call = f"call: {self.mark(OPEN)} rest"
+        rest = f'rest: "\\n" function "\\n" {self.mark(CLOSE)}'
         calls = 'calls: call ("\\n" call)*' if asked.several else "calls: call"
-        lead = "LEAD: /[ \\n]{0,4}/"
+        lead = r"LEAD: /[ \n]{0,4}/"
         if asked.must:
-            return ["start: LEAD calls", lead, calls, call]
+            return ["start: LEAD calls", lead, calls, call, rest]
         if asked.content is not None:
-            return ["start: LEAD calls | LEAD content", f"content: {asked.content}", lead, calls, call]
-        texts = [f'opened[suffix="{OPEN}"]: /(.|\\n)*/', "TEXT: /(.|\\n)*/", call.partition("\n")[2]]
-        if asked.several:
-            return ["start: (opened rest)* text", "text: TEXT", *texts]
-        return ["start: text | opened rest", "text: TEXT", *texts]
+            return ["start: LEAD calls | LEAD content", f"content: {asked.content}", lead, calls, call, rest]
+        start = "start: (opened rest)* text" if asked.several else "start: text | opened rest"
+        spelt = f'spelt[suffix="{OPEN}"]: TEXT'
+        opened = f"opened: spelt | text {OPEN}" if OPEN in self.tokens else "opened: spelt"
+        return [start, opened, spelt, "text: TEXT", r"TEXT: /(.|\n)*/", rest]

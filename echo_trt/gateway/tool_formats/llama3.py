@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from echo_trt.gateway.tool_formats.base import Asked, Format, Parser, Scan, overlap
 
@@ -86,11 +87,11 @@ class Llama3(Format):
     key, parser = "parameters", Llama3Parser
 
     @classmethod
-    def of(cls, template: str) -> Llama3 | None:
+    def of(cls, template: str, tokens: Collection[str]) -> Llama3 | None:
         """Llama 3.1's template refuses a history with several calls in a turn, so its answers have one."""
         if '"parameters": ' not in template or not (TAG in template or "<|start_header_id|>" in template):
             return None
-        return cls(several=re.search(r"single tool.calls?", template) is None)
+        return cls(tokens, several=re.search(r"single tool.calls?", template) is None)
 
     def rules(self, asked: Asked) -> list[str]:
         calls = 'calls: function ("; " function)*' if asked.several else "calls: function"
