@@ -11,6 +11,7 @@ from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most
 from echo_trt.gateway.tool_formats.base import NAME
 from echo_trt.models.messages import MOST_TOOLS
 
+ADDED = ("index", "parsed_arguments")
 Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
@@ -19,15 +20,17 @@ def _legacy(value: Any) -> Any:
 
 
 def _known(raw: Any) -> Any:
-    """A client that streams sends back the ``index`` of calls."""
+    """Without what clients add to an answer: a call's ``index`` in a stream, and what they have parsed."""
     if isinstance(raw, dict) and len(raw) <= FIELDS:
-        return {name: value for name, value in raw.items() if name != "index" and value is not None}
+        return {name: value for name, value in raw.items() if name not in ADDED and value is not None}
     return raw
 
 
 class CalledFunction(Strict):
     name: Name
     arguments: str = "{}"
+
+    _without_parsed = model_validator(mode="before")(_known)
 
     @field_validator("arguments")
     @classmethod
@@ -71,6 +74,7 @@ class Message(Strict):
         if len(raw) > FIELDS:
             raise ValueError(f"give at most {FIELDS} fields")
         kept = {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
+        kept.pop("parsed", None)  # OpenAI's client adds it to an answer that fits a schema
         thought = kept.pop("reasoning", None)  # vLLM's newer name
         if thought is not None:
             kept.setdefault("reasoning_content", thought)

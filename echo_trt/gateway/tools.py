@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ValidationError
 
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.fields import Strict
@@ -39,7 +41,17 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-Choice = Literal["auto", "none", "required"] | NamedTool
+def _choice(value: Any) -> Any:
+    if value in ("auto", "none", "required"):
+        return value
+    try:
+        return NamedTool.model_validate(value)
+    except ValidationError:
+        raise ValueError(f"give auto, none, required or {NAMED}") from None
+
+
+NAMED = '{"type": "function", "function": {"name": ...}}'
+Choice = Annotated[Literal["auto", "none", "required"] | NamedTool, BeforeValidator(_choice)]
 
 
 def check(tools: Sequence[Tool], choice: Choice | None) -> None:
@@ -47,7 +59,7 @@ def check(tools: Sequence[Tool], choice: Choice | None) -> None:
     known: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.function.name in known:
-            message = f"tools.{index}.function.name is {tool.function.name!r} a second time; give each its own name."
+            message = f"tools.{index}.function.name is {tool.function.name!r} again; give each function its own name."
             raise ApiError(400, message, param=f"tools.{index}.function.name")
         known.add(tool.function.name)
     if choice in (None, "none"):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -30,6 +30,7 @@ GIVEN = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template)
     "messages",
     "raise_exception",
     "strftime_now",
+    *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 }
 
 
@@ -67,10 +68,13 @@ class ChatEncoder:
         """Names that the template reads and a request may set, such as enable_thinking."""
         try:
             environment = _compile_jinja_template(self.source).environment
-            found = meta.find_undeclared_variables(environment.parse(self.source))
+            tree = environment.parse(self.source)
         except TemplateError:  # it fails when it is rendered, too
             return frozenset()
-        return frozenset(found) - GIVEN - self._tokenizer.special_tokens_map.keys() - environment.globals.keys()
+        asked_for = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+        own = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"} - asked_for
+        found = frozenset(meta.find_undeclared_variables(tree)) - own
+        return found - GIVEN - environment.globals.keys()
 
     @cached_property
     def takes_tools(self) -> bool:

@@ -14,7 +14,7 @@ Tools = Sequence[Mapping[str, Any]]
 MOST_TOOLS = 128  # of a request: more fill the prompt, and a grammar of them takes long to compile
 #: What a template may read of a message beside its role and content.
 TEXTS = ("name", "tool_call_id", "reasoning_content")
-TOOL_RULE = 'give a list such as [{"type": "function", "function": {"name": "...", "parameters": {...}}}].'
+TOOL_RULE = 'give a list such as [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}].'
 
 
 def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, Any]]:
@@ -52,9 +52,7 @@ def _message(message: object, where: str, rule: str) -> dict[str, Any]:
 def _call(call: object, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not _is_text(function.get("name")):
-        raise UserError(
-            f'{where} has no function with a name; give {{"function": {{"name": "...", "arguments": ...}}}}.'
-        )
+        raise UserError(f"{where} has no function with a name; give the calls of an earlier answer.")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

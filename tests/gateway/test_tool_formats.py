@@ -95,7 +95,7 @@ def test_however_a_text_is_cut_it_is_read_the_same(data, case):
     assert read(name, pieces) == (content, calls)
 
 
-PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters": ',
+PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters":',
          "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é"]  # fmt: skip
 
 
