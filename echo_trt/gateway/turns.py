@@ -21,8 +21,7 @@ class Turn:
         self._thought = _Thought(thought) if thought else None
         self._closing_token = thought.closing_token if thought else None
         self._parser = parser
-        self._first = True
-        self._thinking = False
+        self._first, self._closed = True, False
         self.reasoning_tokens = 0
         self.calls = 0
 
@@ -76,11 +75,10 @@ class Turn:
     def _count(self, piece: Piece) -> None:
         """Count the tokens up to the mark that closes the thought, in so far as there was one."""
         assert self._thought
-        if self._closing_token in piece.token_ids and not self._thinking:
-            self.reasoning_tokens += piece.token_ids.index(self._closing_token) + 1
-            self._thinking = True
-        elif not self._thinking:
-            self.reasoning_tokens += len(piece.token_ids)
+        if not self._closed:
+            self._closed = self._closing_token in piece.token_ids
+            last = piece.token_ids.index(self._closing_token) + 1 if self._closed else len(piece.token_ids)
+            self.reasoning_tokens += last
         if piece.finish_reason and not self._thought.thought:
             self.reasoning_tokens = 0
 

@@ -41,7 +41,7 @@ CASES = [
     ("Hello <think>x</think>", False, "", "Hello <think>x</think>", 0),
     ("Hm.</think>\n" + CALL, True, "Hm.", None, 1),
     ("Call " + CALL + "?</think> So:\n" + CALL + CALL, True, "Call " + CALL + "?", "So:", 2),
-    ("<thi", False, "", "<thi", 0),
+    ("<t", False, "", "<t", 0),
     (" <think>", False, "", "", 0),
 ]
 
