@@ -106,7 +106,8 @@ class Answer:
                     logprobs, waiting[choice] = self._logprobs(waiting[choice]), []
                     yield self._chunk([_delta(choice, delta) | {"logprobs": logprobs}], *counts)
                 if reason:
-                    yield self._chunk([_delta(choice, {}, reason)], *counts)
+                    left = self._logprobs(waiting[choice]) if waiting[choice] else None
+                    yield self._chunk([_delta(choice, {}, reason) | {"logprobs": left}], *counts)
             if self.wants_usage:
                 yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": usage.body()})
             yield "data: [DONE]\n\n"

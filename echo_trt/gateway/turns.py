@@ -19,7 +19,7 @@ class Turn:
 
     def __init__(self, thought: Marks | None = None, parser: Parser | None = None):
         self._thought = _Thought(thought) if thought else None
-        self._closing_token = thought.closing_token if thought else None
+        self._closing_token = thought.closing_token if thought else -1
         self._parser = parser
         self._first, self._closed = True, False
         self.reasoning_tokens = 0
