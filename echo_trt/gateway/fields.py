@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from echo_trt.runtime.params import PARAMETERS
 
@@ -15,7 +15,16 @@ FIELDS = 100
 
 
 class Strict(BaseModel):
+    """An object whose fields are all known."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and len(raw) > FIELDS:
+            raise ValueError(f"give at most {FIELDS} fields")
+        return raw
 
 
 def at_most(most: int, things: str) -> BeforeValidator:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import from_json
 
-from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most
+from echo_trt.gateway.fields import MESSAGES, Strict, at_most
 from echo_trt.gateway.tool_formats.base import NAME
 from echo_trt.models.messages import MOST_TOOLS
 
@@ -21,9 +21,18 @@ def _legacy(value: Any) -> Any:
 
 def _known(raw: Any) -> Any:
     """Without what clients add to an answer: a call's ``index`` in a stream, and what they have parsed."""
-    if isinstance(raw, dict) and len(raw) <= FIELDS:
+    if isinstance(raw, dict):
         return {name: value for name, value in raw.items() if name not in ADDED and value is not None}
     return raw
+
+
+def few_calls(messages: Any) -> Any:
+    """Bound the calls of all turns together, as ``at_most`` does."""
+    if isinstance(messages, list):
+        calls = [turn.get("tool_calls") for turn in messages if isinstance(turn, dict)]
+        if sum(len(each) for each in calls if isinstance(each, list)) > MESSAGES:
+            raise ValueError(f"give at most {MESSAGES} calls in all")
+    return messages
 
 
 class CalledFunction(Strict):
@@ -71,8 +80,6 @@ class Message(Strict):
         """A client that sends an earlier answer back sends tool_calls, refusal and others as null or empty."""
         if not isinstance(raw, dict):
             return raw
-        if len(raw) > FIELDS:
-            raise ValueError(f"give at most {FIELDS} fields")
         kept = {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
         kept.pop("parsed", None)  # OpenAI's client adds it to an answer that fits a schema
         thought = kept.pop("reasoning", None)  # vLLM's newer name

@@ -6,11 +6,11 @@ import secrets
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, FailFast, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, off, within
-from echo_trt.gateway.messages import Message
+from echo_trt.gateway.messages import Message, few_calls
 from echo_trt.gateway.names import Names
 from echo_trt.gateway.structured import FIELDS as STRUCTURED
 from echo_trt.gateway.structured import Structured, structured_of
@@ -162,7 +162,9 @@ class Params(Strict):
 class ChatRequest(Params):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1), FailFast(), at_most(MESSAGES, "messages")]
+    messages: Annotated[
+        list[Message], Field(min_length=1), FailFast(), BeforeValidator(few_calls), at_most(MESSAGES, "messages")
+    ]
     max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: Alternatives = 0

@@ -258,7 +258,7 @@ def test_llama_s_calls(llama, stream):
     assert json.loads(call.function.arguments)
     turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"index"})]}
     result = {"role": "tool", "tool_call_id": call.id, "content": "5"}
-    again = ask(llama, stream, messages=[*CHAT, turn, result], tools=TOOLS, max_tokens=4)
+    again = ask(llama, messages=[*CHAT, turn, result], tools=TOOLS, max_tokens=4)
     assert again.finish_reason in ("length", "stop")
 
 
