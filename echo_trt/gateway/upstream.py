@@ -26,6 +26,7 @@ from echo_trt.serving.triton.tensors import INPUTS
 
 DATATYPES = {tensor.name: tensor.datatype for tensor in INPUTS}
 CODES = grpc.StatusCode.__members__
+FACTS_S = 60.0  # how long facts hold: an engine may come back with another bundle while nobody asks
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
 LAST = ("finish_reason", "description")  # outputs that only an answer's last response has
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
@@ -61,6 +62,7 @@ class Upstream:
         self._client = InferenceServerClient(url, channel_args=[*RECONNECT, ("grpc.max_receive_message_length", -1)])
         self._last_piece = float("-inf")
         self._facts: Facts | None = None
+        self._asked_for_facts = float("-inf")
         self._probing = asyncio.Lock()
         self._ending: set[asyncio.Task] = set()
 
@@ -70,16 +72,18 @@ class Upstream:
         await self._client.close()
 
     async def facts(self) -> Facts:
-        """What the engine says of its model; asked once, and again where it has been away. Raises ApiError."""
-        if self._facts is None:
+        """What the engine says of its model; asked now and then, and where it has been away. Raises ApiError."""
+        facts = self._facts
+        if facts is None or time.monotonic() - self._asked_for_facts > FACTS_S:
+            self._asked_for_facts = time.monotonic()
             try:
                 async with asyncio.timeout(PROBE_S), aclosing(self._results({"describe": True})) as results:
                     async for result in results:
-                        self._facts = Facts.read(_value(result, "description", b"").decode())
+                        self._facts = facts = Facts.read(_value(result, "description", b"").decode())
             except TimeoutError:
                 raise unavailable() from None
-        assert self._facts
-        return self._facts
+        assert facts  # a stream without any result raises
+        return facts
 
     async def stream(self, inputs: Mapping[str, Any], names: Names | None = None) -> AsyncGenerator[Piece]:
         """Pieces as they come. Close it early and the engine drops the request. Raises ApiError."""
