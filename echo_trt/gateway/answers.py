@@ -16,6 +16,7 @@ from echo_trt.gateway.choices import ClientGone
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.logprobs import Entry, for_chat, for_completion
 from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.turns import Delta, Message, Turn
 from echo_trt.gateway.upstream import Piece
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
@@ -29,22 +30,31 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    reasoning: int | None = None  # None for a model that does not think
 
-    def add(self, choice: int, last: Piece) -> None:
+    def add(self, choice: int, last: Piece, turn: Turn | None) -> None:
         self.completion += last.completion_tokens
+        if turn and turn.thinks:
+            self.reasoning = (self.reasoning or 0) + turn.reasoning_tokens
         if choice % self.n == 0:
             self.prompt += last.prompt_tokens
             self.cached += last.cached_tokens
 
     def body(self) -> dict[str, Any]:
-        return _counts(self.prompt, self.completion) | {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        body = _counts(self.prompt, self.completion) | {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        if self.reasoning is not None:
+            body["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return body
 
 
 @dataclass
 class Answer:
-    """One HTTP request's answer, of ``choices`` texts, n of them a prompt."""
+    """One HTTP request's answer, of ``choices`` texts, n of them a prompt.
 
-    chat: bool
+    turns  readers of a chat's texts, one a choice; empty for a completion
+    """
+
+    turns: list[Turn]
     model: str
     choices: int
     n: int
@@ -56,27 +66,30 @@ class Answer:
     id: str = ""
 
     def __post_init__(self) -> None:
+        self.chat = bool(self.turns)
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(16)
 
     async def whole(self, pieces: Pieces) -> dict[str, Any]:
         """The body of an answer that is not streamed, once all choices have ended."""
-        texts, reasons, usage = [""] * self.choices, [""] * self.choices, Usage(self.n)
+        messages = [Message() for _ in range(self.choices)]
+        reasons, usage = [""] * self.choices, Usage(self.n)
         logprobs: list[list[Entry]] = [[] for _ in range(self.choices)]
         async for choice, piece in pieces:
-            texts[choice] += piece.text
+            for delta in self._deltas(choice, piece):
+                messages[choice].add(delta)
             logprobs[choice] += piece.logprobs
             if piece.finish_reason:
-                reasons[choice] = piece.finish_reason
-                usage.add(choice, piece)
+                reasons[choice] = self._end(choice, piece, usage)
         self._count(usage)
         kind = "chat.completion" if self.chat else "text_completion"
-        said = zip(texts, reasons, logprobs, strict=True)
+        said = zip(messages, reasons, logprobs, strict=True)
         choices = [self._choice(index, *each) for index, each in enumerate(said)]
         return self._head(kind) | {"choices": choices, "usage": usage.body()}
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[str]:
         """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
         usage = Usage(self.n)
+        waiting: list[list[Entry]] = [[] for _ in range(self.choices)]  # logprobs whose text is not certain yet
         try:
             if self.chat:
                 prompt = first[1].prompt_tokens  # all choices of a chat have one prompt
@@ -84,12 +97,17 @@ class Answer:
                     yield self._chunk([_delta(index, {"role": "assistant", "content": ""})], prompt, 0)
             async for choice, piece in _chained(first, pieces):
                 counts = piece.prompt_tokens, piece.completion_tokens
-                if piece.text or not self.chat:
+                deltas, waiting[choice] = self._deltas(choice, piece), waiting[choice] + piece.logprobs
+                reason = self._end(choice, piece, usage) if piece.finish_reason else None
+                if not self.chat:
                     yield self._chunk([self._new_text(choice, piece)], *counts)
-                if piece.finish_reason:
-                    usage.add(choice, piece)
-                    if self.chat:
-                        yield self._chunk([_delta(choice, {}, piece.finish_reason)], *counts)
+                    continue
+                for delta in deltas:
+                    logprobs, waiting[choice] = self._logprobs(waiting[choice]), []
+                    yield self._chunk([_delta(choice, delta) | {"logprobs": logprobs}], *counts)
+                if reason:
+                    left = self._logprobs(waiting[choice]) if waiting[choice] else None
+                    yield self._chunk([_delta(choice, {}, reason) | {"logprobs": left}], *counts)
             if self.wants_usage:
                 yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": usage.body()})
             yield "data: [DONE]\n\n"
@@ -99,6 +117,15 @@ class Answer:
             self.metrics.disconnects.inc()
         finally:
             self._count(usage)
+
+    def _deltas(self, choice: int, piece: Piece) -> list[Delta]:
+        return self.turns[choice].take(piece) if self.chat else [{"content": piece.text}]
+
+    def _end(self, choice: int, last: Piece, usage: Usage) -> str:
+        """Count a choice that has ended; returns the reason, as OpenAI has it."""
+        turn, reason = self.turns[choice] if self.chat else None, last.finish_reason or ""
+        usage.add(choice, last, turn)
+        return turn.reason(reason) if turn else reason
 
     @property
     def _chunk_kind(self) -> str:
@@ -117,12 +144,10 @@ class Answer:
 
     def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
         logprobs = self._logprobs(piece.logprobs)
-        if self.chat:
-            return _delta(index, {"content": piece.text}) | {"logprobs": logprobs}
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
-    def _choice(self, index: int, text: str, reason: str, logprobs: list[Entry]) -> dict[str, Any]:
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+    def _choice(self, index: int, message: Message, reason: str, logprobs: list[Entry]) -> dict[str, Any]:
+        said = {"message": message.body()} if self.chat else {"text": message.content}
         return {"index": index, **said, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
 
     def _logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
@@ -160,7 +185,7 @@ def _counts(prompt: int, completion: int) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _delta(index: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+def _delta(index: int, delta: Delta, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from echo_trt.gateway.answers import Answer, EventStream
 from echo_trt.gateway.bodies import Bodies
+from echo_trt.gateway.chats import chat_for
 from echo_trt.gateway.choices import ClientGone, merged
 from echo_trt.gateway.edge import Edge
 from echo_trt.gateway.errors import ApiError, log
@@ -113,10 +114,15 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     """The first piece decides over the HTTP status: what fails before it is no 200."""
     _check_model(request, asked.model)
     state = request.app.state
-    inputs = [prompt | _params(asked, seed) for prompt in asked.inputs() for seed in asked.seeds()]
-    pieces = merged([state.upstream.stream(each) for each in inputs], request)
+    if isinstance(asked, ChatRequest):
+        chat = chat_for(asked, await state.upstream.facts())
+        prompts, names = [chat.inputs], chat.names
+    else:
+        chat, prompts, names = None, asked.inputs(), asked.names
+    inputs = [prompt | _params(asked, seed) for prompt in prompts for seed in asked.seeds()]
+    pieces = merged([state.upstream.stream(each, names) for each in inputs], request)
     answer = Answer(
-        isinstance(asked, ChatRequest),
+        [chat.turn() for _ in inputs] if chat else [],
         asked.model,
         len(inputs),
         asked.n,
@@ -148,6 +154,8 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
     }
     optional = {
         "stop_words": asked.stop or None,
+        "stop_token_ids": asked.stop_token_ids or None,
+        "thinking_token_budget": asked.thinking_token_budget,
         "logit_bias_ids": [*asked.logit_bias] or None,
         "logit_bias": [*asked.logit_bias.values()] or None,
         "return_log_probs": None if asked.alternatives is None else True,

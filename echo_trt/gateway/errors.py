@@ -9,6 +9,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from echo_trt.gateway.names import Names
+
 log = logging.getLogger("echo_trt.gateway")
 SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
@@ -50,15 +52,17 @@ def unavailable() -> ApiError:
     return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
 
 
-def from_grpc(code: str, details: str, prompt: str | None = None) -> ApiError:
+def from_grpc(code: str, details: str, names: Names | None = None) -> ApiError:
     """Translate a gRPC status, by its name. What a client cannot act on is logged here and not told outside.
 
-    ``prompt`` is the name of the request's field that holds the prompt.
+    ``names`` are those of the request's fields.
     """
     if code == "INVALID_ARGUMENT":
+        names = names or Names()
         if "maximum context length" in details:
-            return ApiError(400, details, param=prompt, code="context_length_exceeded")
-        return ApiError(400, details)
+            return ApiError(400, details, param=names.prompt, code="context_length_exceeded")
+        sentence, field = names.told(details)
+        return ApiError(400, sentence, param=field)
     if code == "UNAVAILABLE" and "queue" in details.lower():
         return overloaded()
     if code == "DEADLINE_EXCEEDED":

@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, off, within
+from echo_trt.gateway.messages import Message, few_calls
+from echo_trt.gateway.names import Names
+from echo_trt.gateway.structured import FIELDS as STRUCTURED
+from echo_trt.gateway.structured import Structured, structured_of
+from echo_trt.gateway.tools import Choice, Tool, check
+from echo_trt.models.messages import MOST_TOOLS
 from echo_trt.runtime.parameter import MOST as INT32
-from echo_trt.runtime.params import PARAMETERS
+from echo_trt.runtime.params import MAX_STOP_TOKENS, PARAMETERS
 
 CHOICES = 128  # of one request, prompts times n
-#: Most messages of a chat, and most content parts of a message: as at OpenAI.
-MESSAGES = 2048
-#: Most fields of an object. More would only take longer to refuse; there are about 40 that mean something.
-FIELDS = 100
 STOP_STRINGS = 16
 TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True, False),  # says nothing without tools
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
     "store": (False,),
     "best_of": (1,),
     "suffix": ("",),
@@ -50,45 +39,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
-def at_most(most: int, things: str) -> BeforeValidator:
-    """Refuse a longer list or object before pydantic looks at its entries, which takes it microseconds for each."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > most:
-            raise ValueError(f"give at most {most} {things}")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
         raise ValueError("its keys must be token ids")
     return {int(key): value for key, value in bias.items()}
 
 
-def within(name: str, low: int | None = None, high: int | None = None) -> Any:
-    """The bounds of a sampling parameter, or of its entries; ``low`` and ``high`` are given where OpenAI's differ."""
-    known = PARAMETERS[name]
-    low, high = known.low if low is None else low, known.high if high is None else high
-    if known.kind is str:
-        return Field(min_length=low, max_length=high)
-    return Field(gt=low, le=high) if known.above else Field(ge=low, le=high)
-
-
-def off(name: str) -> Any:
-    """The default of a sampling parameter, which changes nothing."""
-    return PARAMETERS[name].default
-
-
 Limit = Annotated[int, within("max_tokens")]
 Bias = Annotated[float, within("logit_bias")]
 Alternatives = Annotated[int, within("logprobs")]
 Stop = Annotated[str, within("stop")]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -98,7 +58,7 @@ class StreamOptions(Strict):
 
 
 class Params(Strict):
-    """What both endpoints share. Not OpenAI's: ``top_k``, ``repetition_penalty``, ``min_tokens``, the last three."""
+    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/openai-api.md)."""
 
     model: str
     stream: bool = False
@@ -114,10 +74,20 @@ class Params(Strict):
         dict[str, Bias],
         AfterValidator(_by_token),
         at_most(PARAMETERS["logit_bias"].entries, "tokens"),
-    ] = {}
+    ] = Field({})
     min_tokens: Annotated[int, within("min_tokens")] = off("min_tokens")
     seed: Annotated[int, within("seed", low=-(2**63))] | None = None
-    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = []
+    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = Field([])
+    stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
+        Field([])
+    )
+    thinking_token_budget: Annotated[int, within("thinking_token_budget")] | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     ignore_eos: bool = off("ignore_eos")
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
@@ -159,6 +129,16 @@ class Params(Strict):
             raise ApiError(400, message, param="min_tokens")
         return self
 
+    @cached_property
+    def structured(self) -> Structured | None:
+        """What the answer must fit. Raises ApiError."""
+        return structured_of({name: getattr(self, name) for name in STRUCTURED})
+
+    @model_validator(mode="after")
+    def _read_structured(self) -> Params:
+        _ = self.structured
+        return self
+
     @property
     def limit(self) -> int:
         """The most tokens of one choice; each endpoint has its own default."""
@@ -179,63 +159,25 @@ class Params(Strict):
         return [(first + choice) % 2**63 for choice in range(self.n)]
 
 
-def _no_tools(value: Any) -> Any:
-    raise ValueError("tools are not supported by this engine; leave their calls and results out")
-
-
-NoTools = Annotated[Any, BeforeValidator(_no_tools)]
-
-
-class Message(Strict):
-    """One turn of a chat; its content is text. ``name`` is accepted and not used: few templates know it."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    tool_calls: NoTools = None  # before content, which is null beside it
-    function_call: NoTools = None
-    tool_call_id: NoTools = None
-    content: str
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_fields(cls, raw: Any) -> Any:
-        """A client that sends an earlier answer back sends tool_calls, refusal and others as null or empty."""
-        if not isinstance(raw, dict):
-            return raw
-        if len(raw) > FIELDS:
-            raise ValueError(f"give at most {FIELDS} fields")
-        return {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
-
-    @field_validator("role", mode="before")
-    @classmethod
-    def _no_tool(cls, role: Any) -> Any:
-        return _no_tools(role) if role in ("tool", "function") else role
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _joined(cls, content: Any) -> Any:
-        if isinstance(content, str):
-            return content
-        if not isinstance(content, list) or not content:
-            raise ValueError("give a string, or parts of type text")
-        if len(content) > MESSAGES:
-            raise ValueError(f"give at most {MESSAGES} parts")
-        texts = []
-        for part in content:
-            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            if not isinstance(text, str):
-                raise ValueError("give a string, or parts of type text; this model reads nothing else")
-            texts.append(text)
-        return "".join(texts)
-
-
 class ChatRequest(Params):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1), FailFast(), at_most(MESSAGES, "messages")]
+    messages: Annotated[
+        list[Message], Field(min_length=1), FailFast(), BeforeValidator(few_calls), at_most(MESSAGES, "messages")
+    ]
     max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: Alternatives = 0
+    tools: Annotated[list[Tool], FailFast(), at_most(MOST_TOOLS, "tools")] = Field([])
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatRequest:
+        check(self.tools, self.tool_choice)
+        return self
 
     @model_validator(mode="after")
     def _top_of_something(self) -> ChatRequest:
@@ -260,14 +202,6 @@ class ChatRequest(Params):
     def alternatives(self) -> int | None:
         """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
         return self.top_logprobs if self.logprobs else None
-
-    def inputs(self) -> list[dict[str, Any]]:
-        """What stands for the prompt in the engine's inputs: one entry a prompt, and a chat is one."""
-        turns = [
-            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
-            for turn in self.messages
-        ]
-        return [{"chat_messages": json.dumps(turns, ensure_ascii=False)}]
 
 
 class CompletionRequest(Params):
@@ -310,4 +244,11 @@ class CompletionRequest(Params):
         return self.logprobs
 
     def inputs(self) -> list[dict[str, Any]]:
-        return [{"text_input" if isinstance(p, str) else "input_ids": p} for p in self.prompt]
+        """What stands for the prompts in the engine's inputs."""
+        grammar = {"structured": self.structured.for_engine()} if self.structured else {}
+        return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
+
+    @property
+    def names(self) -> Names:
+        """Translate the engine's refusals."""
+        return Names("prompt", self.structured.names if self.structured else {})

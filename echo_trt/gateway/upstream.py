@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,17 @@ from tritonclient.grpc.aio import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from echo_trt.gateway.errors import ApiError, from_grpc, unavailable
+from echo_trt.gateway.facts import Facts
 from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.names import Names
 from echo_trt.serving.protocol import FIRST
 from echo_trt.serving.triton.tensors import INPUTS
 
 DATATYPES = {tensor.name: tensor.datatype for tensor in INPUTS}
 CODES = grpc.StatusCode.__members__
-#: The field of OpenAI's that each of these comes from.
-PROMPTS = {"chat_messages": "messages", "text_input": "prompt", "input_ids": "prompt"}
+FACTS_S = 60.0  # how long facts hold: an engine may come back with another bundle while nobody asks
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
+LAST = ("finish_reason", "description")  # outputs that only an answer's last response has
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
 PROBE_S = 10.0  # how long a probe waits for its token, or for an iteration of the engine's
 #: A server that is back is found within a second; gRPC's own defaults wait ever longer, and at least 20 seconds for
@@ -48,6 +50,8 @@ class Piece:
     cached_tokens: int = 0
     completion_tokens: int = 0  # up to the end of this piece
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the tokens of the text
+    token_ids: list[int] = field(default_factory=list)
+    in_thought: bool = False  # of the first one: whether the prompt has opened a thought
 
 
 class Upstream:
@@ -57,6 +61,8 @@ class Upstream:
         self.model, self._metrics = model, metrics
         self._client = InferenceServerClient(url, channel_args=[*RECONNECT, ("grpc.max_receive_message_length", -1)])
         self._last_piece = float("-inf")
+        self._facts: Facts | None = None
+        self._asked_for_facts = float("-inf")
         self._probing = asyncio.Lock()
         self._ending: set[asyncio.Task] = set()
 
@@ -65,11 +71,35 @@ class Upstream:
         await asyncio.gather(*self._ending)
         await self._client.close()
 
-    async def stream(self, inputs: Mapping[str, Any]) -> AsyncIterator[Piece]:
+    async def facts(self) -> Facts:
+        """What the engine says of its model; asked now and then, and where it has been away. Raises ApiError."""
+        facts = self._facts
+        if facts is None or time.monotonic() - self._asked_for_facts > FACTS_S:
+            self._asked_for_facts = time.monotonic()
+            try:
+                async with asyncio.timeout(PROBE_S), aclosing(self._results({"describe": True})) as results:
+                    async for result in results:
+                        self._facts = facts = Facts.read(_value(result, "description", b"").decode())
+            except TimeoutError:
+                raise unavailable() from None
+        assert facts  # a stream without any result raises
+        return facts
+
+    async def stream(self, inputs: Mapping[str, Any], names: Names | None = None) -> AsyncGenerator[Piece]:
         """Pieces as they come. Close it early and the engine drops the request. Raises ApiError."""
-        stream = _Stream(self._client, self.model, inputs)
-        begin, first, done, tokens = time.monotonic(), True, False, 0
-        prompt = next((field for name, field in PROMPTS.items() if name in inputs), None)
+        begin, first, tokens = time.monotonic(), True, 0
+        async with aclosing(self._results(inputs, names)) as results:
+            async for result in results:
+                piece = _piece(result, tokens)
+                tokens = piece.completion_tokens
+                self._last_piece = time.monotonic()
+                if first and inputs.get("stream"):
+                    self._metrics.first_text.observe(self._last_piece - begin)
+                first = False
+                yield piece
+
+    async def _results(self, inputs: Mapping[str, Any], names: Names | None = None) -> AsyncGenerator[InferResult]:
+        stream, done = _Stream(self._client, self.model, inputs), False
         try:
             while not done:
                 answer = await stream.read()
@@ -78,15 +108,13 @@ class Upstream:
                 result, error = answer
                 if error is not None:
                     done = True
-                    raise _failure(error.message(), prompt)
-                piece = _piece(result, tokens)
-                tokens = piece.completion_tokens
-                self._last_piece = time.monotonic()
-                if first and inputs.get("stream"):
-                    self._metrics.first_text.observe(self._last_piece - begin)
-                first, done = False, piece.finish_reason is not None
-                yield piece
-        except grpc.aio.AioRpcError as error:
+                    raise _failure(error.message(), names)
+                done = any(result.as_numpy(name) is not None for name in LAST)
+                yield result
+        except (grpc.aio.AioRpcError, ApiError) as error:
+            self._facts = None  # another engine may come
+            if isinstance(error, ApiError):
+                raise
             raise from_grpc(error.code().name, error.details() or "") from None
         finally:
             ending = asyncio.create_task(stream.end(stop=not done))  # whoever closes this need not wait for it
@@ -136,7 +164,7 @@ class _Stream:
         """Wait for the stream's end, where ``stop`` is true after asking for it; never raises."""
         self._stop = stop
         self._over.set()
-        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+        with suppress(grpc.aio.AioRpcError, TimeoutError):
             async with asyncio.timeout(END_S):
                 if self._reading and await self._reading is not None:
                     while await self.read() is not None:
@@ -151,10 +179,10 @@ class _Stream:
             yield {**request, "inputs": [_tensor("stop", True)]}
 
 
-def _failure(message: str, prompt: str | None) -> ApiError:
+def _failure(message: str, names: Names | None) -> ApiError:
     """The model's own errors begin with a code, as was asked for; what Triton says itself is no client's mistake."""
     code, colon, details = message.partition(": ")
-    return from_grpc(code, details, prompt) if colon and code in CODES else from_grpc("UNAVAILABLE", message)
+    return from_grpc(code, details, names) if colon and code in CODES else from_grpc("UNAVAILABLE", message)
 
 
 def _tensor(name: str, value: Any) -> InferInput:
@@ -167,21 +195,24 @@ def _tensor(name: str, value: Any) -> InferInput:
     return tensor
 
 
+def _value(result: InferResult, name: str, default: Any) -> Any:
+    """The only value of an output."""
+    array = result.as_numpy(name)
+    return default if array is None or array.size == 0 else array.reshape(-1)[0]
+
+
 def _piece(result: InferResult, before: int) -> Piece:
     """``before``: completion tokens of the pieces before this one."""
-
-    def value(name: str, default: Any) -> Any:
-        array = result.as_numpy(name)
-        return default if array is None or array.size == 0 else array.reshape(-1)[0]
-
-    text = value("text_output", b"").decode("utf-8", "replace")
+    text = _value(result, "text_output", b"").decode("utf-8", "replace")
     new = result.as_numpy("output_ids")
-    reason = value("finish_reason", b"").decode() or None
-    tokens = int(value("completion_tokens", before + (0 if new is None else new.size)))
+    ids = [] if new is None else new.reshape(-1).tolist()
+    reason = _value(result, "finish_reason", b"").decode() or None
+    tokens = int(_value(result, "completion_tokens", before + len(ids)))
     if reason == "deadline":
         if not tokens:
             raise from_grpc("DEADLINE_EXCEEDED", "")
         reason = "length"  # OpenAI's word for a text that was cut short
-    logprobs = json.loads(value("logprobs", b"[]"))
-    prompt, cached = (int(value(name, 0)) for name in ("prompt_tokens", "cached_tokens"))
-    return Piece(text, reason, prompt, cached, tokens, logprobs)
+    logprobs = json.loads(_value(result, "logprobs", b"[]"))
+    prompt, cached = (int(_value(result, name, 0)) for name in ("prompt_tokens", "cached_tokens"))
+    in_thought = bool(_value(result, "in_thought", False))
+    return Piece(text, reason, prompt, cached, tokens, logprobs, ids, in_thought)

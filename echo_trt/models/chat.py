@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
+from jinja2 import TemplateError, meta, nodes
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, shown
+from echo_trt.models.messages import Messages, Tools, strings_in
 
-Messages = Sequence[Mapping[str, str]]
 BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
 PLAIN_CHATS = [
     [{"role": role, "content": "x"} for role in roles]
     for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user"))
 ]
-
-
-def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, str]]:
-    """Return a conversation without further keys. A refusal begins with ``name`` and ends with ``rule``."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UserError(f"{name} is no list of messages; {rule}")
-    for index, message in enumerate(messages):
-        fits = isinstance(message, dict) and message.keys() >= {"role", "content"}
-        if not fits or not all(_is_text(message[key]) for key in ("role", "content")):
-            raise UserError(f"{name}[{index}] has no role and content, both strings; {rule}")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _is_text(value: object) -> bool:
-    """Return whether UTF-8 can write ``value``, a string: JSON may hold half a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+#: A tool's result, whose marks no result may write.
+TOOL_CHAT = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool")]
+#: A tool for trying whether a template uses tools.
+A_TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
+#: What templates are given by whoever renders them, and no request may set.
+GIVEN = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
+    "messages",
+    "raise_exception",
+    "strftime_now",
+    *(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+}
 
 
 class ChatEncoder:
@@ -58,17 +58,45 @@ class ChatEncoder:
         self._names = {} if special_tokens_in_content else self._control_tokens()  # by token id
         self._has_aliases = self._put_aliases()
 
-    def ids(self, messages: Messages) -> list[int]:
-        """Encode a prompt, up to where the answer begins. Raises UserError."""
+    @property
+    def source(self) -> str:
+        """The template as the tokenizer has it; empty where it has none."""
+        return "" if self._bare else self._tokenizer.get_chat_template()
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and a request may set, such as enable_thinking."""
         try:
-            rendered = self._rendered(messages)
-        except Exception as error:  # a template may raise any error about roles and their order
+            environment = _compile_jinja_template(self.source).environment
+            tree = environment.parse(self.source)
+        except TemplateError:  # it fails when it is rendered, too
+            return frozenset()
+        asked_for = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+        own = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"} - asked_for
+        found = frozenset(meta.find_undeclared_variables(tree)) - own
+        return found - GIVEN - environment.globals.keys()
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether tools change what the template writes."""
+        return any(self._tried(chat, tools=[A_TOOL]) != self._tried(chat) for chat in PLAIN_CHATS)
+
+    def ids(self, messages: Messages, tools: Tools | None = None, kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a prompt, up to where the answer begins. Raises UserError.
+
+        ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text, as
+        contents are.
+        """
+        self._check(messages, tools, kwargs or {})
+        try:
+            rendered = self._rendered(messages, tools=tools, kwargs=kwargs)
+        except Exception as error:  # a template may raise what it likes, about roles and their order
             reason = " ".join(str(error).split())
             raise UserError(f"messages do not fit the model's chat template ({reason}).") from error
         ids = self._encoded(self._without_names(rendered) if self._has_aliases else [rendered])
         if self._is_clean(ids, rendered):
             return ids
-        texts = [text for message in messages for text in message.values()]
+        texts = list(strings_in([messages, tools, kwargs]))
         if not self._has_aliases and not any(name in text for name in self._names.values() for text in texts):
             return ids
         raise UserError(
@@ -76,9 +104,31 @@ class ChatEncoder:
             "text; leave it out, or have the server started with --special-tokens-in-content."
         )
 
+    def _check(self, messages: Messages, tools: Tools | None, kwargs: Mapping[str, Any]) -> None:
+        """Refuse what the template would leave out of the prompt."""
+        for name in kwargs:
+            if name not in self.variables:
+                known = ", ".join(sorted(self.variables))
+                remedy = f"give {known}" if known else "leave it out"
+                raise UserError(
+                    f"chat_template_kwargs.{shown(name)[1:-1]} is no variable of this model's chat template; {remedy}."
+                )
+        if self.takes_tools:
+            return
+        if tools:
+            raise UserError(
+                "tools are given, but this model's chat template does not use them; leave them out, or serve a model "
+                "whose template does."
+            )
+        if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            raise UserError(
+                "messages hold calls of tools or their results, but this model's chat template does not use tools; "
+                "leave them out, or serve a model whose template does."
+            )
+
     def _control_tokens(self) -> dict[int, str]:
         around: set[int] = set()
-        for chat in PLAIN_CHATS:
+        for chat in (*PLAIN_CHATS, TOOL_CHAT):
             if (rendered := self._tried(chat, answer=False)) is not None:
                 around.update(self._encoded([rendered]))
         return {
@@ -108,17 +158,29 @@ class ChatEncoder:
         self._template, self._variables = before, {}
         return False
 
-    def _tried(self, messages: Messages, answer: bool = True) -> str | None:
-        """Render a chat; None where the template does not take it."""
+    def _tried(self, messages: Messages, answer: bool = True, tools: Tools | None = None) -> str | None:
+        """The rendered text, None where the template takes no such chat."""
         try:
-            return self._rendered(messages, answer)
+            return self._rendered(messages, answer, tools)
         except Exception:
             return None
 
-    def _rendered(self, messages: Messages, answer: bool = True) -> str:
-        """Render the text of a chat, with aliases; ``answer`` adds the beginning of an answer."""
+    def _rendered(
+        self,
+        messages: Messages,
+        answer: bool = True,
+        tools: Tools | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of a chat, with aliases; ``answer``: up to where an answer begins."""
         return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=answer, tokenize=False, **self._variables
+            messages,
+            tools=list(tools) if tools else None,
+            chat_template=self._template,
+            add_generation_prompt=answer,
+            tokenize=False,
+            **self._variables,
+            **(kwargs or {}),
         )
 
     def _is_clean(self, ids: list[int], rendered: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from echo_trt.errors import UserError, shown
 from echo_trt.files.prompts import Prompt, encodable
 from echo_trt.grammar.compiler import Compiler
 from echo_trt.grammar.state import State, Thought, Tokens
-from echo_trt.models.chat import ChatEncoder, Messages, checked_messages
+from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.messages import Messages, Tools, checked_messages, checked_tools
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
@@ -88,14 +90,19 @@ class LLM:
         planners = [self.tuning.planner(name, budget, part) for name, part in zip(policies, parts, strict=True)]
         return [part.loop(planner) for part, planner in zip(parts, planners, strict=True)]
 
-    def chat_ids(self, conversation: str | Messages) -> list[int]:
+    def chat_ids(
+        self,
+        conversation: str | Messages,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation in the bundle's chat template; a string is a single user turn.
 
         A bundle without a template takes the bare texts.
         """
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
-        return self._chat.ids(conversation)
+        return self._chat.ids(conversation, checked_tools(tools) if tools else None, chat_template_kwargs)
 
     def generate(self, prompts: Sequence[TextOrIds], params: Params = None) -> list[Completion]:
         """Continue texts as they are; completions come in the order of the prompts.
@@ -105,12 +112,20 @@ class LLM:
         """
         return _completions(self.stream(prompts, params))
 
-    def chat(self, conversations: Messages | Sequence[Messages], params: Params = None) -> list[Completion]:
+    def chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: Params = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
         """Answer one conversation or several, each a list of ``{"role", "content"}``, in the bundle's chat template.
 
-        Always returns a list, in the order of the conversations.
+        ``tools`` are OpenAI's, for all conversations; turns may hold ``tool_calls``, and their results. The template
+        writes them, and the answer is the model's text, calls included. ``chat_template_kwargs`` set variables of the
+        template, such as {"enable_thinking": False}. Always returns a list, in the order of the conversations.
         """
-        return _completions(self.stream_chat(conversations, params))
+        return _completions(self.stream_chat(conversations, params, tools, chat_template_kwargs))
 
     def stream(self, prompts: Sequence[TextOrIds], params: Params = None) -> Iterator[Delta]:
         """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion."""
@@ -122,12 +137,18 @@ class LLM:
         ]
         return self._deltas("prompts", ids, params)
 
-    def stream_chat(self, conversations: Messages | Sequence[Messages], params: Params = None) -> Iterator[Delta]:
+    def stream_chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: Params = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Delta]:
         """Do as ``chat``, a Delta for each new piece of text; a request's last one holds its Completion."""
         several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
         rule = 'give a list such as [{"role": "user", "content": "hello"}].'
         ids = [
-            self.chat_ids(checked_messages(messages, f"conversations[{index}]", rule))
+            self.chat_ids(checked_messages(messages, f"conversations[{index}]", rule), tools, chat_template_kwargs)
             for index, messages in enumerate(several)
         ]
         return self._deltas("conversations", ids, params)

@@ -34,3 +34,13 @@ def running(app: Starlette, **options: Any) -> Iterator[httpx.Client]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the gateway does not stop"
+
+
+def refused(response, status: int, param: str | None = None) -> str:
+    """The sentence of an answer that must be an error in OpenAI's format."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"].endswith(".")
+    return error["message"]

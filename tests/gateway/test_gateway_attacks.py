@@ -28,6 +28,9 @@ from echo_trt.gateway.schemas import ChatRequest, CompletionRequest  # noqa: E40
 NOBODY = "127.0.0.1:1"
 JSON = {"Content-Type": "application/json"}
 USER = {"role": "user", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"function": {"name": "f"}}
+LISTS = json.dumps({"a": [[]] * 49_000})
 FIELDS = {f"k{i}": i for i in range(64_000)}
 
 
@@ -52,6 +55,14 @@ REFUSED = {
     "parts": chat(messages=[USER | {"content": [{}] * 340_000}]),
     "text parts": chat(messages=[USER | {"content": [{"type": "text", "text": ""}] * 20_000}]),
     "tool calls": chat(messages=[USER | {"tool_calls": ["x"] * 250_000}]),
+    "calls of tools": chat(messages=[{"role": "assistant", "tool_calls": [CALL] * 128}] * 190),
+    "fields of a call": chat(messages=[{"role": "assistant", "tool_calls": [{"function": FIELDS}]}]),
+    "tools": chat(tools=[TOOL] * 20_000),
+    "fields of a tool": chat(tools=[TOOL | {"function": FIELDS}]),
+    "fields of a choice": chat(tools=[TOOL], tool_choice=FIELDS),
+    "template variables": chat(chat_template_kwargs=FIELDS),
+    "kinds of structured output": chat(structured_outputs=FIELDS),
+    "a deep schema as text": chat(guided_json="[" * 49_000),
     "ignored lists": chat(metadata=[[[[[[]]]]]] * 80_000),
     "a long field": chat(**{"k" * 1_000_000: 1}),
     "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
@@ -63,6 +74,13 @@ REFUSED = {
 ACCEPTED = {
     "messages": chat(messages=[USER] * 2048),
     "parts": chat(messages=[USER | {"content": [{"type": "text", "text": "x"}] * 2048}]),
+    "calls of tools": chat(messages=[{"role": "assistant", "tool_calls": [CALL] * 128}] * 16),
+    "arguments": chat(
+        messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LISTS}}]}]
+    ),
+    "tools": chat(
+        tools=[TOOL | {"function": {"name": f"f{i}", "parameters": {"enum": [1] * 2000}}} for i in range(128)]
+    ),
     "token ids": completion([7] * 2**18),
     "a prompt": completion("x" * 1_000_000),
     "an escaped prompt": completion("é\n" * 100_000),

@@ -19,7 +19,7 @@ for package in ("starlette", "uvicorn", "httpx", "tritonclient.grpc"):
 
 import grpc  # noqa: E402
 import httpx  # noqa: E402
-from gateway.running import running  # noqa: E402
+from gateway.running import refused, running  # noqa: E402
 from serving.served import free_ports  # noqa: E402
 
 from echo_trt.errors import UserError  # noqa: E402
@@ -49,16 +49,6 @@ def keys_file(tmp_path: Path) -> Path:
     return file
 
 
-def refused(response, status: int, param: str | None = None) -> str:
-    """The sentence of an answer that must be an error in OpenAI's format."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["param"] == param
-    assert error["message"].endswith(".")
-    return error["message"]
-
-
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -82,7 +72,6 @@ def refused(response, status: int, param: str | None = None) -> str:
         ({"logprobs": 5}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
@@ -91,11 +80,11 @@ def refused(response, status: int, param: str | None = None) -> str:
         ({"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
         ({"min_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"min_p": 0.1}, "min_p"),
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
@@ -103,7 +92,6 @@ def refused(response, status: int, param: str | None = None) -> str:
         ({"top_k": -2}, "top_k"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ],
 )
 def test_a_chat_request_is_refused_by_field(client, change, param):
@@ -139,9 +127,8 @@ def test_a_completion_request_is_refused_by_field(client, change, param):
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        ({"role": "tool", "content": "4", "tool_call_id": "1"}, "role is 'tool': tools are not supported"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "a list of 1: tools are not supported"),
-        ({"role": "assistant", "content": None, "function_call": {}}, "an object of 0: tools are not supported"),
+        ({"role": "function", "content": "4"}, "role is 'function': functions are not supported by this engine"),
+        ({"role": "assistant", "content": None, "function_call": {}}, "an object of 0: functions are not supported"),
         ({"role": "user", "content": None}, "content is null: give a string, or parts of type text."),
         ({"role": "user", "content": []}, "content is a list of 0: give a string, or parts of type text."),
         ({"role": "user"}, "content is missing."),

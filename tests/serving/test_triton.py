@@ -93,6 +93,11 @@ def test_chat_goes_through_the_template(server, offline):
     expected = offline.generate([offline.chat_ids("hi there")], params(WAYS["greedy"]))[0].text
     messages = json.dumps([{"role": "user", "content": "hi there"}])
     assert server.generate(chat_messages=messages, **WAYS["greedy"])["text_output"] == expected
+    described = json.loads(server.generate(describe=True)["description"])
+    assert described.keys() == {"chat_template", "variables", "tokens", "takes_tools", "thought"}
+    assert not described["takes_tools"]
+    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
+    assert "does not use them" in server.generate(chat_messages=messages, tools=tools)["error"]
     assert server.generate(text_input="hi there", chat=True, **WAYS["greedy"])["text_output"] == expected
     assert server.generate(text_input="hi there", **WAYS["greedy"])["text_output"] != expected
 

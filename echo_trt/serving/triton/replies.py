@@ -195,6 +195,11 @@ def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
 
 
+def described(text: str) -> pb_utils.InferenceResponse:
+    """The response to a question what the model is; ``text`` is JSON."""
+    return pb_utils.InferenceResponse([_strings("description", text)])
+
+
 def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
     if end and end.reason in ("failed", "cancelled"):
         code = "INTERNAL" if end.reason == "failed" else "CANCELLED"
@@ -205,6 +210,8 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
         _numbers("sequence_index", reply.index, np.int32),
         _numbers("prompt_tokens", len(reply.ask.prompt), np.int32),
     ]
+    if reply.ask.in_thought is not None and reply.index == 0:
+        tensors.append(_numbers("in_thought", reply.ask.in_thought, bool))
     if reply.logprobs:
         numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
         tensors += [

@@ -11,18 +11,25 @@ from typing import Any
 import numpy as np
 
 from echo_trt.errors import UserError
-from echo_trt.models.chat import ChatEncoder, checked_messages
+from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
-from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
 from echo_trt.serving.triton.tensors import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
+IN_CHATS = ("tools", "chat_template_kwargs")  # tensors that mean nothing without a chat template
+OPENING = 4  # tokens from the mark that opens a thought to the prompt's end, at most: the mark and line breaks
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request, understood. ``echoed`` is text that precedes the answer in the output."""
+    """A request, understood.
+
+    echoed      text that precedes the answer in the output
+    in_thought  whether the prompt ends inside a thought; None for a model that does not think
+    """
 
     prompt: list[int]
     params: SamplingParams
@@ -31,6 +38,7 @@ class Ask:
     echoed: str
     priority: int
     seconds: float | None
+    in_thought: bool | None = None
 
 
 class Reader:
@@ -40,6 +48,7 @@ class Reader:
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self._tokenizer)
+        self._marks = thought_marks(self._tokenizer)
         self._context = context
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._most_characters = context * longest  # a longer text cannot have as few tokens as fit
@@ -61,6 +70,7 @@ class Reader:
             top_p=_number(tensors, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
             seed=_number(tensors, "seed"),
             stop=_stop_words(tensors),
+            stop_token_ids=tuple(tensors.get("stop_token_ids", np.empty(0)).reshape(-1).tolist()),
             ignore_eos=bool(_number(tensors, "ignore_eos")),
             presence_penalty=_number(tensors, "presence_penalty"),
             frequency_penalty=_number(tensors, "frequency_penalty"),
@@ -79,13 +89,39 @@ class Reader:
             echoed="" if _number(tensors, "exclude_input_in_output") else echoed,
             priority=_number(tensors, "priority"),
             seconds=deadline / 1000 if deadline else None,
+            in_thought=self._in_thought(prompt),
         )
+
+    def description(self) -> str:
+        """JSON of what a client that reads answers must know of the model."""
+        thought = None
+        if self._marks:
+            opens, closes = THOUGHT
+            thought = {"opens": opens, "closes": closes, "ids": self._marks}
+        facts = {
+            "chat_template": self._chat.source,
+            "tokens": [name for name in self._tokenizer.get_added_vocab() if name in self._chat.source],
+            "variables": sorted(self._chat.variables),
+            "takes_tools": self._chat.takes_tools,
+            "thought": thought,
+        }
+        return json.dumps(facts, ensure_ascii=False)
+
+    def _in_thought(self, prompt: list[int]) -> bool | None:
+        if self._marks is None:
+            return None
+        last = next((token for token in reversed(prompt[-OPENING:]) if token in self._marks), None)
+        return last == self._marks[0]
 
     def _prompt(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str]:
         """Token ids, and the text that the caller may want to see before the answer."""
         given = [name for name in PROMPTS if name in tensors]
         if len(given) != 1:
             raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")
+        chat = given[0] == "chat_messages" or (given[0] == "text_input" and _number(tensors, "chat"))
+        for name in IN_CHATS:
+            if name in tensors and not chat:
+                raise UserError(f"{name} given without a chat; give chat_messages, or leave it out.")
         if given[0] == "input_ids":
             return tensors["input_ids"].reshape(-1).tolist(), ""
         text = _text(tensors, given[0])
@@ -94,10 +130,9 @@ class Reader:
                 f"the prompt has {len(text)} characters, but this model's maximum context length is "
                 f"{self._context} tokens; shorten it."
             )
-        if given[0] == "chat_messages":
-            return self._chat.ids(_messages(text)), ""
-        if _number(tensors, "chat"):
-            return self._chat.ids([{"role": "user", "content": text}]), ""
+        if chat:
+            turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]
+            return self._chat.ids(turns, _tools(tensors), _kwargs(tensors)), ""
         return self._tokenizer(text)["input_ids"], text
 
 
@@ -109,12 +144,31 @@ def _renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {ALIASES.get(name, name): tensor for name, tensor in tensors.items()}
 
 
+def wants_description(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is no request but asks what the model is. Raises UserError."""
+    return bool(_number(tensors, "describe"))
+
+
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
     return bool(_number(tensors, "stop"))
 
 
-def _messages(text: str) -> list[dict[str, str]]:
+def _tools(tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]] | None:
+    tools = _json(tensors, "tools")
+    return checked_tools(tools) if tools is not None and tools != [] else None
+
+
+def _kwargs(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    kwargs = _json(tensors, "chat_template_kwargs")
+    if not isinstance(kwargs, dict | None):
+        raise UserError('chat_template_kwargs is no JSON object; give one, such as {"enable_thinking": false}.')
+    if not all(isinstance(text, str) and text.isprintable() for text in kwargs or ()):
+        raise UserError("chat_template_kwargs has a name that cannot be printed; give names of variables.")
+    return kwargs or {}
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
     rule = 'give a JSON list of objects such as {"role": "user", "content": "..."}.'
     try:
         messages = json.loads(text)
@@ -129,7 +183,7 @@ def _json(tensors: Mapping[str, np.ndarray], name: str) -> Any:
     try:
         return json.loads(text) if text else None
     except (ValueError, RecursionError):
-        raise UserError(f"{name} is not JSON, or too deep; send an object written as JSON.") from None
+        raise UserError(f"{name} is not JSON, or too deep; send it written as JSON.") from None
 
 
 def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:

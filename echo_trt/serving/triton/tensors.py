@@ -43,10 +43,18 @@ def _sampling(parameter: str, name: str | None = None, datatype: str | None = No
 INPUTS: tuple[Tensor, ...] = (
     Tensor("text_input", "BYTES", None, "text to continue, or one user turn where `chat` is true"),
     Tensor("chat_messages", "BYTES", None, 'JSON list of `{"role", "content"}`, put into the bundle\'s chat template'),
+    Tensor("tools", "BYTES", None, "JSON list of OpenAI's tools, for the chat template"),
+    Tensor(
+        "chat_template_kwargs",
+        "BYTES",
+        None,
+        'JSON object: variables of the chat template, as `{"enable_thinking": false}`',
+    ),
     Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
     Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
     _sampling("max_tokens"),
     _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
+    _sampling("stop_token_ids", default=None, many=True),
     _sampling("temperature"),
     _sampling("top_k"),
     _sampling("top_p"),
@@ -88,6 +96,7 @@ INPUTS: tuple[Tensor, ...] = (
         False,
         "true: no prompt, but the end of those open requests that have this request's id, which must not be empty",
     ),
+    Tensor("describe", "BOOL", False, "true: no prompt, but a response with `description` alone"),
 )
 DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
 #: What TensorRT-LLM's newer Triton model (llmapi) calls these inputs; its datatypes are ours.

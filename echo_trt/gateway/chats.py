@@ -1,0 +1,153 @@
+"""A chat decided for the model that is served: what the engine is asked, and how its texts are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.facts import Facts
+from echo_trt.gateway.names import Names
+from echo_trt.gateway.schemas import ChatRequest
+from echo_trt.gateway.structured import Structured
+from echo_trt.gateway.tool_formats.base import Asked, Format, json_rule
+from echo_trt.gateway.tools import NamedTool, Tool
+from echo_trt.gateway.turns import Turn
+
+SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
+NO_THOUGHT = "this model does not think; leave it out"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """``inputs`` are tensors of the Triton model, but for those of sampling; ``names`` translate its refusals."""
+
+    inputs: dict[str, Any]
+    names: Names
+    facts: Facts
+    calls: Calls | None
+
+    def turn(self) -> Turn:
+        """A reader for one choice."""
+        if self.calls is None:
+            return Turn(self.facts.thought)
+        asked, form = self.calls.asked, self.calls.form
+        return Turn(self.facts.thought, form.parser(asked.tools.keys(), asked.several))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Tools that may be called. ``places``: the client's field of the arguments' schema of each."""
+
+    form: Format
+    asked: Asked
+    places: list[str]
+    must_fit: bool
+
+    def grammar(self) -> tuple[str, dict[int, str]]:
+        """Lark, and the fields that its lines came from."""
+        text = self.form.grammar(self.asked)
+        lines = {f"function_{index}": place for index, place in enumerate(self.places)}
+        rules = {number: line.partition(":")[0] for number, line in enumerate(text.split("\n"), 1)}
+        return text, {number: lines[rule] for number, rule in rules.items() if rule in lines}
+
+
+def chat_for(asked: ChatRequest, facts: Facts) -> Chat:
+    """Decide. Raises ApiError for what this model cannot do."""
+    inputs: dict[str, Any] = {"chat_messages": _json([turn.for_engine() for turn in asked.messages])}
+    calls, structured = _calls(asked, facts), asked.structured
+    fields: dict[str, str] = {}
+    lines: dict[int, str] = {}
+    if asked.tools and asked.tool_choice != "none":
+        inputs["tools"] = _json([tool.for_engine() for tool in asked.tools])
+    if calls and calls.must_fit:
+        grammar, lines = calls.grammar()
+        inputs["structured"], fields["structured.grammar"] = _json({"grammar": grammar}), "tools"
+    elif structured:
+        inputs["structured"] = structured.for_engine()
+        fields = structured.names
+    if kwargs := _template_kwargs(asked, facts):
+        inputs["chat_template_kwargs"] = _json(kwargs)
+    if asked.thinking_token_budget is not None and facts.thought is None:
+        message = f"thinking_token_budget is {asked.thinking_token_budget}, but {NO_THOUGHT}."
+        raise ApiError(400, message, param="thinking_token_budget")
+    return Chat(inputs, Names("messages", fields, lines), facts, calls)
+
+
+def _calls(asked: ChatRequest, facts: Facts) -> Calls | None:
+    if not asked.tools or asked.tool_choice == "none":
+        return None
+    if not facts.takes_tools:
+        message = (
+            "tools are given, but this model's chat template does not use them; leave them out, or serve a model whose "
+            "template does."
+        )
+        raise ApiError(400, message, param="tools")
+    form = facts.tool_format
+    if form is None:
+        message = (
+            "tools are given, but how this model writes calls is not known here; leave them out, or serve a model that "
+            "writes them as Hermes, Qwen3 or Llama 3.1 do."
+        )
+        raise ApiError(400, message, param="tools")
+    choice = asked.tool_choice
+    several = asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
+    chosen = {
+        f"tools.{index}.function.parameters": tool
+        for index, tool in enumerate(asked.tools)
+        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
+    }
+    must = choice == "required" or isinstance(choice, NamedTool)
+    content = None if must else _content(asked.structured)
+    strict = any(tool.function.strict for tool in asked.tools)
+    must_fit = must or strict or content is not None or asked.parallel_tool_calls is False
+    schemas = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
+    return Calls(form, Asked(schemas, must, several, content), list(chosen), must_fit)
+
+
+def _schema(tool: Tool, must: bool) -> dict[str, Any]:
+    """Arguments that nobody asked to fit are any object."""
+    return tool.schema_of_arguments() if must or tool.function.strict else {"type": "object"}
+
+
+def _content(structured: Structured | None) -> str | None:
+    """Lark of an answer that calls nothing."""
+    if structured is None:
+        return None
+    kind, value = structured.kind, structured.value
+    if kind == "json_object":
+        return json_rule({"type": "object"})
+    if kind == "json" and isinstance(value, dict):
+        return json_rule(value)
+    if kind == "choice" and isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return " | ".join(map(_json, value))
+    message = f"{structured.field} cannot stand beside tools; give a JSON schema, or tool_choice none or required."
+    raise ApiError(400, message, param=structured.field)
+
+
+def _template_kwargs(asked: ChatRequest, facts: Facts) -> dict[str, Any]:
+    kwargs, effort = dict(asked.chat_template_kwargs), asked.reasoning_effort
+    for name in kwargs:
+        if name not in facts.variables:
+            known = ", ".join(sorted(facts.variables)[:20])
+            remedy = f"give {known}" if known else "leave it out"
+            reason = f"chat_template_kwargs has {name[:50]!a}, which this model's chat template does not use"
+            raise ApiError(400, f"{reason}; {remedy}.", param="chat_template_kwargs")
+    if effort is None or (effort == "none" and facts.thought is None):  # which asks for nothing
+        return kwargs
+    if "reasoning_effort" in facts.variables:
+        return {"reasoning_effort": effort} | kwargs
+    if facts.thought is None:
+        message = f"reasoning_effort is {effort!r}, but {NO_THOUGHT}."
+    elif SWITCH not in facts.variables:
+        message = f"reasoning_effort is {effort!r}, but this model always decides itself how it thinks; leave it out."
+    elif effort != "none":
+        message = f"reasoning_effort is {effort!r}, but this model knows none alone; give thinking_token_budget."
+    else:
+        return {SWITCH: False} | kwargs
+    raise ApiError(400, message, param="reasoning_effort")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,52 @@
+"""What the bodies' models have in common: strict objects, and bounds that are looked at before entries are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from echo_trt.runtime.params import PARAMETERS
+
+#: Most messages of a chat, and most content parts of a message: as at OpenAI.
+MESSAGES = 2048
+#: Most fields of an object. More would only take longer to refuse; there are about 40 that mean something.
+FIELDS = 100
+
+
+class Strict(BaseModel):
+    """An object whose fields are all known."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and len(raw) > FIELDS:
+            raise ValueError(f"give at most {FIELDS} fields")
+        return raw
+
+
+def at_most(most: int, things: str) -> BeforeValidator:
+    """Refuse a longer list or object before pydantic looks at its entries, which takes it microseconds for each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise ValueError(f"give at most {most} {things}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def within(name: str, low: int | None = None, high: int | None = None) -> Any:
+    """The bounds of a sampling parameter, or of its entries; ``low`` and ``high`` are given where OpenAI's differ."""
+    known = PARAMETERS[name]
+    low, high = known.low if low is None else low, known.high if high is None else high
+    if known.kind is str:
+        return Field(min_length=low, max_length=high)
+    return Field(gt=low, le=high) if known.above else Field(ge=low, le=high)
+
+
+def off(name: str) -> Any:
+    """The default of a sampling parameter, which changes nothing."""
+    return PARAMETERS[name].default

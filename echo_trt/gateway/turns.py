@@ -1,0 +1,176 @@
+"""The model's text of one choice as the parts of OpenAI's message: thought, content and calls of tools."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from echo_trt.gateway.facts import Marks
+from echo_trt.gateway.tool_formats.base import Arguments, Call, Content, Event, Parser, overlap
+from echo_trt.gateway.upstream import Piece
+
+Delta = dict[str, Any]
+
+
+class Turn:
+    """Takes pieces as they come. The deltas joined are the same however the text is cut."""
+
+    def __init__(self, thought: Marks | None = None, parser: Parser | None = None):
+        self._thought = _Thought(thought) if thought else None
+        self._closing_token = thought.closing_token if thought else -1
+        self._parser = parser
+        self._first, self._closed = True, False
+        self.reasoning_tokens = 0
+        self.calls = 0
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its model does."""
+        return self._thought is not None
+
+    def take(self, piece: Piece) -> list[Delta]:
+        """Deltas of OpenAI's for what became certain; all of the rest with the last piece."""
+        deltas: list[Delta] = []
+        if self._thought and self._first:
+            self._thought.begin(piece.in_thought)
+        self._first = False
+        parts = self._thought.push(piece.text) if self._thought else iter([(False, piece.text)])
+        for reasoning, text in parts:
+            deltas += self._said(reasoning, text)
+        if piece.finish_reason:
+            for reasoning, text in self._thought.finish() if self._thought else ():
+                deltas += self._said(reasoning, text)
+            if self._parser:
+                deltas += map(self._delta, self._parser.finish())
+        if self._thought:
+            self._count(piece)
+        return deltas
+
+    def reason(self, reason: str) -> str:
+        """OpenAI's word for the end, where the engine's is ``reason``."""
+        return "tool_calls" if self.calls and reason == "stop" else reason
+
+    def _said(self, reasoning: bool, text: str) -> Iterator[Delta]:
+        if reasoning and text:
+            yield {"reasoning_content": text, "reasoning": text}
+        elif self._parser:
+            yield from map(self._delta, self._parser.push(text))
+        elif text:
+            yield {"content": text}
+
+    def _delta(self, event: Event) -> Delta:
+        if isinstance(event, Content):
+            return {"content": event.text}
+        if isinstance(event, Call):
+            self.calls += 1
+            function = {"name": event.name, "arguments": ""}
+            call = {"id": _call_id(), "type": "function", "function": function}
+        else:
+            assert isinstance(event, Arguments)
+            call = {"function": {"arguments": event.text}}
+        return {"tool_calls": [{"index": self.calls - 1, **call}]}
+
+    def _count(self, piece: Piece) -> None:
+        """Count the tokens up to the mark that closes the thought, in so far as there was one."""
+        assert self._thought
+        if not self._closed:
+            self._closed = self._closing_token in piece.token_ids
+            last = piece.token_ids.index(self._closing_token) + 1 if self._closed else len(piece.token_ids)
+            self.reasoning_tokens += last
+        if piece.finish_reason and not self._thought.thought:
+            self.reasoning_tokens = 0
+
+
+class Message:
+    """Deltas joined."""
+
+    def __init__(self) -> None:
+        self.content = self._thought = ""
+        self._calls: list[dict[str, Any]] = []
+
+    def add(self, delta: Delta) -> None:
+        self.content += delta.get("content", "")
+        self._thought += delta.get("reasoning", "")
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                self._calls.append({key: call[key] for key in ("id", "type", "function")})
+            else:
+                self._calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's message. Content is null where there is something else instead."""
+        other: dict[str, Any] = {"tool_calls": self._calls} if self._calls else {}
+        if self._thought:
+            other |= {"reasoning_content": self._thought, "reasoning": self._thought}
+        content = self.content if self.content or not other else None
+        return {"role": "assistant", "content": content, "refusal": None, **other}
+
+
+class _Thought:
+    """Cuts a text at the marks around its thought; white space next to them belongs to nothing."""
+
+    def __init__(self, marks: Marks):
+        self._opens, self._closes = marks.opens, marks.closes
+        self._text = ""
+        self._state: Callable[[], tuple[bool, str] | None] = self._before
+        self.thought = False  # whether there was a thought
+
+    def begin(self, inside: bool) -> None:
+        """``inside``: the prompt has opened the thought."""
+        if inside:
+            self._state, self.thought = self._opening, True
+
+    def push(self, text: str) -> Iterator[tuple[bool, str]]:
+        """(whether it is thought, text)."""
+        self._text += text
+        while True:
+            state = self._state
+            if part := state():
+                yield part
+            if self._state == state:
+                return
+
+    def finish(self) -> Iterator[tuple[bool, str]]:
+        inside = self._state in (self._opening, self._inside)
+        if self._text and self._state != self._behind:
+            yield inside, self._text.rstrip() if inside else self._text
+        self._text = ""
+
+    def _before(self) -> None:
+        rest = self._text.lstrip()
+        if rest.startswith(self._opens):
+            self._text, self._state, self.thought = rest[len(self._opens) :], self._opening, True
+        elif rest and overlap(rest, self._opens) < len(rest):
+            self._state = self._content
+
+    def _opening(self) -> None:
+        self._text = self._text.lstrip()
+        if self._text.startswith(self._opens):  # the prompt had opened it already
+            self._text = self._text[len(self._opens) :].lstrip()
+        if self._text and not self._opens.startswith(self._text):
+            self._state = self._inside
+
+    def _inside(self) -> tuple[bool, str] | None:
+        place = self._text.find(self._closes)
+        end = place if place >= 0 else len(self._text) - overlap(self._text, self._closes)
+        certain = self._text[:end].rstrip()
+        if place >= 0:
+            self._text, self._state = self._text[place + len(self._closes) :], self._behind
+        else:
+            self._text = self._text[len(certain) :]
+        return (True, certain) if certain else None
+
+    def _behind(self) -> None:
+        self._text = self._text.lstrip()
+        if self._text:
+            self._state = self._content
+
+    def _content(self) -> tuple[bool, str] | None:
+        text, self._text = self._text, ""
+        return (False, text) if text else None
+
+
+def _call_id() -> str:
+    return "call_" + "".join(secrets.choice(string.ascii_letters) for _ in range(24))

@@ -1,0 +1,133 @@
+"""Texts that fit a format, of the default bundle, as OpenAI's client asks for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+from serving.served import Served, needs_triton
+
+openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
+DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
+pytestmark = [needs_triton, pytest.mark.skipif(not DEFAULT.exists(), reason="bundles/smollm2-135m is not built")]
+ASK = {"model": "echo", "max_tokens": 200, "temperature": 0}
+
+
+class Weather(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # an open object would go on as long as the model likes
+    city: str = Field(max_length=20)
+    sky: Literal["blue", "grey"]
+    degrees: int = Field(ge=-50, le=50)
+
+
+FORM = {"type": "json_schema", "json_schema": {"name": "weather", "schema": Weather.model_json_schema()}}
+CHAT = [{"role": "user", "content": "The weather in Paris as JSON, please."}]
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": Weather.model_json_schema()}}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
+    served = Served(DEFAULT, tmp_path_factory.mktemp("served") / "log", gateway=True)
+    try:
+        served.wait_for("serving", 400)
+        base = f"http://127.0.0.1:{served.openai}/v1"
+        with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=300) as client:
+            yield client
+        assert "Traceback" not in served.err
+    finally:
+        served.kill()
+
+
+def test_a_pydantic_model_is_parsed(client):
+    answer = client.chat.completions.parse(messages=CHAT, response_format=Weather, **ASK)
+    assert isinstance(answer.choices[0].message.parsed, Weather)
+    assert answer.choices[0].finish_reason == "stop"
+    turns = [*CHAT, answer.choices[0].message, {"role": "user", "content": "And in Rome?"}]
+    again = client.chat.completions.parse(messages=turns, response_format=Weather, **ASK)
+    assert isinstance(again.choices[0].message.parsed, Weather)
+
+
+def test_a_schema_is_streamed_piece_by_piece(client):
+    stream = client.chat.completions.create(messages=CHAT, response_format=FORM, stream=True, **ASK)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert len([piece for piece in pieces if piece]) > 1
+    Weather.model_validate_json("".join(pieces))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "json_object", "schema": Weather.model_json_schema()}},
+        {"extra_body": {"structured_outputs": {"json": json.dumps(Weather.model_json_schema())}}},
+        {"extra_body": {"guided_json": Weather.model_json_schema()}},
+    ],
+)
+def test_other_spellings_of_a_schema(client, asked):
+    answer = client.chat.completions.create(messages=CHAT, **asked, **ASK)
+    Weather.model_validate_json(answer.choices[0].message.content)
+
+
+def test_any_object_is_one(client):
+    ask = ASK | {"max_tokens": 400}
+    answer = client.chat.completions.create(messages=CHAT, response_format={"type": "json_object"}, **ask)
+    text = answer.choices[0].message.content
+    assert text.lstrip().startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"structured_outputs": {"regex": "[a-c]{3}-[0-9]{2}"}}, "[a-c]{3}-[0-9]{2}"),
+        ({"guided_regex": "[a-c]{3}"}, "[a-c]{3}"),
+        ({"structured_outputs": {"choice": ["red", "blue"]}}, "red|blue"),
+        ({"guided_choice": ["red", "blue"]}, "red|blue"),
+        ({"guided_grammar": 'start: "x" /[0-9]{2}/'}, "x[0-9]{2}"),
+    ],
+)
+def test_other_kinds_in_both_endpoints(client, asked, pattern):
+    chat = client.chat.completions.create(messages=CHAT, extra_body=asked, **ASK)
+    assert re.fullmatch(pattern, chat.choices[0].message.content)
+    text = client.completions.create(prompt="The sky is", extra_body=asked, **ASK)
+    assert re.fullmatch(pattern, text.choices[0].text)
+
+
+def test_stop_tokens_end_a_text(client):
+    plain = client.completions.create(prompt="One, two,", logprobs=0, **ASK | {"max_tokens": 6})
+    token = plain.choices[0].logprobs.tokens[2]
+    for candidate in client_tokens(token):
+        stopped = client.completions.create(
+            prompt="One, two,", extra_body={"stop_token_ids": [candidate]}, **ASK | {"max_tokens": 6}
+        )
+        assert stopped.choices[0].finish_reason == "stop"
+        assert stopped.usage.completion_tokens <= 3
+
+
+def client_tokens(text: str) -> list[int]:
+    from echo_trt.models.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(DEFAULT)(text)["input_ids"]
+    return ids if len(ids) == 1 else []
+
+
+def test_tools_are_refused_by_a_model_whose_template_does_not_know_them(client):
+    history = [
+        *CHAT,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}],
+        },
+    ]
+    for change, param in (({"tools": [TOOL]}, "tools"), ({"messages": history}, "messages")):
+        with pytest.raises(openai.BadRequestError, match="chat template does not use") as error:
+            client.chat.completions.create(**{"messages": CHAT} | change, **ASK)
+        assert error.value.param == param
+    answer = client.chat.completions.create(messages=CHAT, tools=[TOOL], tool_choice="none", **ASK | {"max_tokens": 4})
+    assert answer.choices[0].message.content

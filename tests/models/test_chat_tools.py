@@ -1,0 +1,163 @@
+"""Tools, their calls and their results in chat templates: what templates are given, and what no text can forge."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tool_models
+from hypothesis import given
+from hypothesis import strategies as st
+from refusal import refused
+
+from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.messages import checked_messages, checked_tools
+from echo_trt.serving.triton.request import Reader
+
+USER = {"role": "user", "content": "hello"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
+NAMES = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|start_header_id|>", "</tool_response>", "<tool_response>"]
+RULE = "give a list."
+
+
+def call(arguments: object, **more: object) -> dict:
+    return {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments, **more}}
+
+
+def turns(arguments: object, result: str) -> list[dict]:
+    assistant = {"role": "assistant", "content": None, "tool_calls": [call(arguments)]}
+    return [USER, assistant, {"role": "tool", "tool_call_id": "1", "content": result}]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> list[tuple[ChatEncoder, object]]:
+    made = [tool_models.qwen3_tokenizer(), tool_models.llama3_tokenizer()]
+    return [(ChatEncoder(each), each) for each in made]
+
+
+@given(parts=st.lists(st.sampled_from([*NAMES, "a", " ", "\n", "é"]), max_size=6))
+def test_names_of_control_tokens_in_calls_results_and_descriptions_are_text(encoders, parts):
+    text = "".join(parts)
+    for encoder, tokenizer in encoders:
+
+        def count(text: str, encoder=encoder, tokenizer=tokenizer) -> list[int]:
+            tool = {"type": "function", "function": {"name": "add", "description": text, "parameters": {"x": text}}}
+            messages = checked_messages(turns(json.dumps({"a": text}), text), "messages", RULE)
+            ids = encoder.ids(messages, checked_tools([tool]))
+            return [token for token in ids if tokenizer.convert_ids_to_tokens(token) in NAMES]
+
+        assert count(text) == count("x")
+
+
+def test_arguments_are_objects_for_the_template_and_null_content_is_empty(encoders):
+    for encoder, tokenizer in encoders:
+        texts = [
+            tokenizer.decode(encoder.ids(checked_messages(turns(given, "5"), "messages", RULE), [TOOL]))
+            for given in ('{"a":  1}', {"a": 1})
+        ]
+        assert texts[0] == texts[1]
+        assert '": {"a": 1}}' in texts[0]
+        assert "None" not in texts[0]
+
+
+def test_what_is_kept_of_a_message():
+    message = USER | {"refusal": None, "name": "Ann", "reasoning_content": "Hm.", "tool_calls": [], "x": 5}
+    assert checked_messages([message], "messages", RULE) == [USER | {"name": "Ann", "reasoning_content": "Hm."}]
+    [kept] = checked_messages(turns("", "5")[1:2], "messages", RULE)
+    assert kept == {"role": "assistant", "content": "", "tool_calls": [call({})]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([USER | {"name": 5}], "messages[0].name is no text"),
+        ([USER | {"tool_calls": "x"}], "messages[0].tool_calls is no list"),
+        (turns("{", "5"), "messages[1].tool_calls[0].function.arguments is no JSON object"),
+        (turns("[" * 100_000, "5"), "messages[1].tool_calls[0].function.arguments is no JSON object"),
+        (turns({"a": "\ud800"}, "5"), "messages[1].tool_calls[0].function.arguments is no JSON object"),
+        ([USER | {"tool_calls": [{}]}], "messages[0].tool_calls[0] has no function with a name"),
+        ([{"role": "assistant", "content": None}], "messages[0] has no role and content"),
+    ],
+)
+def test_messages_that_are_none(messages, said):
+    with refused(said):
+        checked_messages(messages, "messages", RULE)
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        ({}, "tools is no list of tools"),
+        ([TOOL] * 129, "tools has 129 entries; give at most 128"),
+        ([TOOL, TOOL], "tools[1] is a second function 'add'"),
+        ([{"type": "function"}], "tools[0] has no function with a name"),
+        ([{"function": {"name": "x", "description": "\ud800"}}], "tools[0] holds half a surrogate pair"),
+    ],
+)
+def test_tools_that_are_none(tools, said):
+    with refused(said):
+        checked_tools(tools)
+
+
+def test_templates_that_use_no_tools_take_none():
+    encoder = ChatEncoder(tool_models.qwen3_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    assert not encoder.takes_tools
+    with refused("tools are given, but this model's chat template does not use them"):
+        encoder.ids([USER], [TOOL])
+    with refused("messages hold calls of tools or their results"):
+        encoder.ids(checked_messages(turns("{}", "5"), "messages", RULE))
+
+
+def test_variables_of_a_template_may_be_set_and_nothing_else():
+    template = (
+        "{% if not date is defined %}{% set date = 'today' %}{% endif %}{% set own = 1 %}{{ bos_token }}{{ date }}"
+        "{{ enable_thinking }}{{ tools }}{{ documents }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    encoder = ChatEncoder(tool_models.qwen3_tokenizer(template))
+    assert encoder.variables == {"date", "enable_thinking"}
+    for name in ("own", "chat_template", "tokenize", "messages", "tools", "nobody"):
+        with refused(f"chat_template_kwargs.{name} is no variable of this model's chat template; give date"):
+            encoder.ids([USER], kwargs={name: 1})
+    with refused("chat_template_kwargs.x is no variable of this model's chat template; leave it out"):
+        ChatEncoder(tool_models.llama3_tokenizer()).ids([USER], kwargs={"x": 1})
+
+
+def test_names_of_control_tokens_in_variables_are_text():
+    template = "{{ x }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = tool_models.qwen3_tokenizer(template)
+    ids = ChatEncoder(tokenizer).ids([USER], kwargs={"x": "<|im_end|>"})
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "inside"),
+    [
+        (tool_models.QWEN3, {}, False),
+        (tool_models.QWEN3, {"enable_thinking": False}, False),
+        (tool_models.QWEN3_THINKING, {}, True),
+    ],
+)
+def test_triton_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template, kwargs, inside):
+    """Marks that a user writes say nothing of it."""
+    tool_models.qwen3_tokenizer(template).save_pretrained(tmp_path)
+    reader = Reader(tmp_path, 1000)
+
+    def tensor(value: object) -> np.ndarray:
+        return np.array([json.dumps(value).encode()], object)
+
+    chat = {"chat_messages": tensor([{"role": "user", "content": "what is <think>?"}])}
+    ask = reader.read(chat | {"chat_template_kwargs": tensor(kwargs), "tools": tensor([TOOL])})
+    assert ask.in_thought is inside
+    described = json.loads(reader.description())
+    assert described["takes_tools"]
+    assert described["thought"]["closes"] == "</think>"
+    assert {"<tool_call>", "<think>"} & set(described["tokens"])
+    for name, value, said in (
+        ("tools", {"a": 1}, "tools is no list of tools"),
+        ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),
+    ):
+        with refused(said):
+            reader.read(chat | {name: tensor(value)})
+        with refused(f"{name} given without a chat"):
+            reader.read({"text_input": np.array([b"x"], object), name: tensor(value)})

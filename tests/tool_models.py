@@ -1,0 +1,114 @@
+"""Tiny models that are shaped as Qwen3 and Llama 3 are: tokenizers with their marks, and chat templates with tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from models.checkpoints import llama, qwen3
+from pairs import DECODING, LIMITS, SIZES
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from echo_trt.bundle.recipe import Recipe, parse_recipe
+
+QWEN3 = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+    {{- 'These functions can be called:\\n<tools>\\n' }}
+    {%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+    {{- '</tools>\\nCall one by writing\\n<tool_call>\\n{"name": NAME, "arguments": OBJECT}\\n</tool_call>' }}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
+"""
+#: As of the models that always think: the prompt opens the thought.
+QWEN3_THINKING = QWEN3[: QWEN3.index("{%- if add_generation_prompt")] + (
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+LLAMA3 = """
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message.role == 'tool' else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.tool_calls %}
+        {%- if message.tool_calls | length > 1 %}{{- raise_exception('only single tool calls here') }}{%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '{"name": "' + call.name + '", "parameters": ' + (call.arguments | tojson) + '}' }}
+    {%- else %}
+        {%- if tools and message.role == 'user' and loop.last %}
+            {{- 'Answer with a call, {"name": NAME, "parameters": OBJECT}, of one of\\n' }}
+            {%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+        {%- endif %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
+"""
+CORPUS = 'the theme of a thing, naïve café; {"name": "get_weather", "arguments": {"city": "Paris"}} \n tool think ' * 3
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_SHOWN = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+LLAMA_SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+VOCAB = 420
+
+
+def tokenizer(template: str | None, special: list[str], shown: list[str], **more: Any) -> PreTrainedTokenizerFast:
+    """Bytes, their commonest merges, and added tokens: ``shown`` ones stay in texts."""
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = VOCAB - len(special) - len(shown)
+    made.train_from_iterator(
+        [CORPUS], trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    )
+    made.add_tokens([AddedToken(name, special=name in special, normalized=False) for name in special + shown])
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **more)
+
+
+def qwen3_tokenizer(template: str | None = QWEN3) -> PreTrainedTokenizerFast:
+    return tokenizer(template, QWEN_SPECIAL, QWEN_SHOWN, eos_token="<|im_end|>")
+
+
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer(LLAMA3, LLAMA_SPECIAL, [], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
+
+
+def write(folder: Path, kind: str) -> Recipe:
+    """A checkpoint, and the recipe of its bundle. kind: qwen3, thinking or llama3."""
+    made = llama3_tokenizer() if kind == "llama3" else qwen3_tokenizer(QWEN3 if kind == "qwen3" else QWEN3_THINKING)
+    made.save_pretrained(folder / kind)
+    network = llama if kind == "llama3" else qwen3
+    sizes = {**SIZES, "vocab_size": len(made), "eos_token_id": made.eos_token_id}
+    network(**sizes).save_pretrained(folder / kind)
+    raw = {
+        "name": kind,
+        "target": {"path": str(folder / kind)},
+        "draft": {"kind": "lookup"},
+        "precision": "fp32",
+        "limits": {**LIMITS, "context": 1200},
+        "decoding": DECODING,
+    }
+    return parse_recipe(raw, "recipe.yaml")
