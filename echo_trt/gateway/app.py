@@ -16,19 +16,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from echo_trt import __version__
 from echo_trt.gateway.answers import Answer, EventStream, Pieces
 from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.chats import chat_for
 from echo_trt.gateway.choices import ClientGone, merged
+from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import Edge
+from echo_trt.gateway.engine_metrics import EngineMetrics
 from echo_trt.gateway.errors import ApiError, log
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.names import Names
+from echo_trt.gateway.openapi import show_openapi
+from echo_trt.gateway.options import checked_names, checked_origins
 from echo_trt.gateway.responses.answer import Response as ResponsesAnswer
 from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
-from echo_trt.gateway.served import check_model, checked_names, models, one_model
+from echo_trt.gateway.served import check_model, models, one_model
+from echo_trt.gateway.tokens import detokenize, tokenize
 from echo_trt.gateway.upstream import Upstream
 
 LARGEST_BODY = 2**20  # bytes
@@ -46,14 +52,20 @@ def create_app(
     api_keys_file: Path | None = None,
     largest_body: int = LARGEST_BODY,
     names: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    metrics_url: str | None = None,
 ) -> Starlette:
     """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
 
-    ``names`` are those that clients may call the model by; none: ``model`` alone. Raises UserError for a keys file that
-    holds no usable key, and for an odd name.
+    ``names`` are those that clients may call the model by; none: ``model`` alone. ``origins`` are those of web pages
+    that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. Raises UserError for a keys file that
+    holds no usable key, an odd name, origin or URL.
     """
     keys = Keys(api_keys_file) if api_keys_file else None
-    metrics = Metrics()
+    metrics = Metrics(engine=metrics_url is not None)
+    engine_metrics = EngineMetrics(metrics_url) if metrics_url is not None else None
+    layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
+    layers.append(Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics))
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
         ApiError: _ours,
@@ -77,14 +89,19 @@ def create_app(
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", responses, methods=["POST"]),
             Route("/health", health),
+            Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
+            Route("/version", version),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
         ],
-        middleware=[Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)],
+        middleware=layers,
         exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
-    app.state.metrics, app.state.created = metrics, int(time.time())
+    app.state.metrics, app.state.engine_metrics, app.state.created = metrics, engine_metrics, int(time.time())
     app.state.names = checked_names(names or [model])
     return app
 
@@ -122,9 +139,18 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+async def version(request: Request) -> Response:
+    """GET /version: this package's."""
+    return JSONResponse({"version": __version__})
+
+
 async def show_metrics(request: Request) -> PlainTextResponse:
-    """GET /metrics, for Prometheus."""
-    return PlainTextResponse(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    """GET /metrics, for Prometheus: the gateway's, and the engine's where it is known where they are."""
+    metrics, engine = request.app.state.metrics, request.app.state.engine_metrics
+    theirs = await engine.text() if engine else None
+    if metrics.engine_up:
+        metrics.engine_up.set(theirs is not None)
+    return PlainTextResponse(metrics.text() + (theirs or b""), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:

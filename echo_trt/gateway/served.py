@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from echo_trt.errors import UserError
 from echo_trt.gateway.errors import ApiError
-
-LONGEST = 256  # characters of a name
-
-
-def checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Without those given twice. Raises UserError."""
-    for name in names:
-        if not name or len(name) > LONGEST or not name.isprintable() or " " in name:
-            raise UserError(
-                f"--served-model-name is {name[:LONGEST]!a}; give 1 to {LONGEST} characters that can be printed, "
-                "without blanks."
-            )
-    return tuple(dict.fromkeys(names))
 
 
 async def models(request: Request) -> Response:
