@@ -64,8 +64,8 @@ def document() -> dict[str, Any]:
         schemas[model]["properties"][field] = schema
     schemas["ResponsesRequest"]["properties"]["stop"] = schemas["ChatRequest"]["properties"]["stop"]
     paths: dict[str, Any] = {path: {"get": _operation(path)} for path in READ}
-    for path, model in BODIES.items():
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
+    for path, body in bodies.items():
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
         paths[path] = {"post": _operation(path) | {"requestBody": {"required": True, "content": content}}}
     paths["/ping"]["post"] = _operation("/ping")
     paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]

@@ -88,7 +88,8 @@ class Upstream:
     async def text(self, token_ids: list[int], names: Names) -> str:
         """Of tokens. Raises ApiError."""
         result = await self._single({"input_ids": token_ids, "tokenize": True}, names)
-        return _value(result, "text_output", b"").decode("utf-8", "replace")
+        text: bytes = _value(result, "text_output", b"")
+        return text.decode("utf-8", "replace")
 
     async def _single(self, inputs: Mapping[str, Any], names: Names | None = None) -> InferResult:
         """The one response to a question that the engine's loop does not see. Raises ApiError."""

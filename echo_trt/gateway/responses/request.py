@@ -104,7 +104,7 @@ class Text(Strict):
         return {"type": "json_schema", "json_schema": inner}
 
 
-class StreamOptions(Strict):
+class EventOptions(Strict):
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
 
 
@@ -116,7 +116,7 @@ class ResponsesRequest(Strict):
     instructions: str | None = None
     max_output_tokens: int | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: EventOptions | None = None
     tools: Annotated[list[FlatTool], FailFast(), at_most(MOST_TOOLS, "tools")] = Field([])
     tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, BeforeValidator(_choice)] | None = None
     text: Text = Text()

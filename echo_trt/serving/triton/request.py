@@ -105,7 +105,7 @@ class Reader:
         unknown = next((token for token in ids if not 0 <= token <= largest), None)
         if unknown is not None:
             raise UserError(f"input_ids holds token id {unknown}; give ids from 0 to {largest}.")
-        return ids, self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return ids, str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def description(self) -> str:
         """JSON of what a client that reads answers must know of the model."""
