@@ -52,10 +52,9 @@ async def show_openapi(request: Request) -> Response:
 @cache
 def document() -> dict[str, Any]:
     """In OpenAPI 3.1."""
-    models: list[Any] = list(BODIES.values())
-    _, known = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-    )
+    bodies: dict[str, Any] = BODIES
+    reference = "#/components/schemas/{model}"
+    _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
     schemas = known["$defs"]
     schemas["ResponsesRequest"]["properties"].pop("shared")
     for name in SHARED:
