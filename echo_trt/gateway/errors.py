@@ -59,9 +59,9 @@ def from_grpc(code: str, details: str, names: Names | None = None) -> ApiError:
     """
     if code == "INVALID_ARGUMENT":
         names = names or Names()
-        if "maximum context length" in details:
-            return ApiError(400, details, param=names.prompt, code="context_length_exceeded")
         sentence, field = names.told(details)
+        if "maximum context length" in details:
+            return ApiError(400, sentence, param=names.prompt, code="context_length_exceeded")
         return ApiError(400, sentence, param=field)
     if code == "UNAVAILABLE" and "queue" in details.lower():
         return overloaded()
