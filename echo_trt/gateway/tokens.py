@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -37,7 +38,7 @@ class TokenizeRequest(_Tokens):
     prompt: str | None = None
     messages: Annotated[list[Any], at_most(MESSAGES, "messages")] | None = None
     tools: Annotated[list[Any], at_most(MOST_TOOLS, "tools")] = Field([])
-    chat_template_kwargs: dict[str, Any] = Field({})
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
     add_special_tokens: bool | None = None
     add_generation_prompt: Literal[True] = True
     continue_final_message: Literal[False] = False
@@ -55,13 +56,21 @@ class TokenizeRequest(_Tokens):
             raise ApiError(400, message, param="add_special_tokens")
         return self
 
-    def chat(self, name: str) -> ChatRequest:
+    @cached_property
+    def chat(self) -> ChatRequest | None:
         """The chat that ``messages`` are. Raises ApiError."""
+        if self.messages is None:
+            return None
         body = {name: value for name, value in self if name in ("messages", "tools", "chat_template_kwargs")}
         try:
-            return ChatRequest.model_validate({"model": name, **body})
+            return ChatRequest.model_validate({"model": "", **body})
         except ValidationError as error:
             raise from_validation(error.errors(include_url=False)) from None
+
+    @model_validator(mode="after")
+    def _is_a_chat(self) -> TokenizeRequest:
+        _ = self.chat
+        return self
 
 
 class DetokenizeRequest(_Tokens):
@@ -90,8 +99,8 @@ async def tokenize(request: Request) -> Response:
     if asked.model is not None:
         check_model(request, asked.model)
     facts = await state.upstream.facts()
-    if asked.prompt is None:
-        chat = chat_for(asked.chat(state.names[0]), facts)
+    if asked.chat:
+        chat = chat_for(asked.chat, facts)
         inputs, names = chat.inputs, chat.names
     else:
         inputs = {"text_input": asked.prompt, "add_special_tokens": asked.add_special_tokens is not False}

@@ -50,6 +50,7 @@ SHARED = (
     "parallel_tool_calls",
 )
 LOGPROBS = "message.output_text.logprobs"
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
 #: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
 OURS = {
     "response_format.json_schema": "text.format",
@@ -121,7 +122,7 @@ class ResponsesRequest(Strict):
     tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, BeforeValidator(_choice)] | None = None
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field([])
+    include: Annotated[list[Included], at_most(16, "entries")] = Field([])
     metadata: Annotated[dict[str, str], at_most(16, "entries")] = Field({})
     shared: Any = Field(None, exclude=True)
 
