@@ -215,7 +215,16 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Metrics for Prometheus.")] = 8002,
     openai_port: Annotated[int, typer.Option(min=0, max=65535, help="The OpenAI-compatible API; 0 is off.")] = 9000,
-    api_keys: Annotated[Path | None, typer.Option(help="Keys that the OpenAI API takes, one a line.")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option("--api-keys-file", "--api-keys", help="Keys that the OpenAI API takes, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What OpenAI clients call the model; may be given again.")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="A web page's origin that may ask the OpenAI API, * for all; again for more."),
+    ] = None,
     policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
@@ -234,9 +243,9 @@ def serve(
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
     name = policy.value if policy else None
-    job = Job(
-        bundle, host, *ports, api_keys, name, batch, queue, start_timeout, drain_timeout, special_tokens_in_content
-    )
+    numbers = batch, queue, start_timeout, drain_timeout
+    names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
+    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins)
     raise typer.Exit(run(job))
 
 

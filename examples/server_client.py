@@ -11,7 +11,7 @@ from openai import OpenAI
 
 client = OpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", "http://localhost:9000/v1"),
-    api_key=os.environ.get("OPENAI_API_KEY", "any"),  # the server's, where it was started with --api-keys
+    api_key=os.environ.get("OPENAI_API_KEY", "any"),  # the server's, where it was started with --api-keys-file
 )
 stream = client.chat.completions.create(
     model="echo",

@@ -20,12 +20,24 @@ def run(
     model: Annotated[str, typer.Option(help="Name of the Triton model.")] = "echo",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9000,
-    api_keys_file: Annotated[Path | None, typer.Option(help="A file with one API key a line.")] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option("--api-keys-file", "--api-keys", help="A file with one API key a line.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model; may be given again. Default: --model.")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may ask, * for all; may be given again.")
+    ] = None,
+    metrics_url: Annotated[
+        str | None, typer.Option(help="URL of Triton's metrics, to give the engine's at /metrics too.")
+    ] = None,
     largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
     drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
 ) -> None:
     """Serve OpenAI's API from a Triton server that holds an echo model."""
-    app = create_app(grpc_url, model, api_keys_file, largest_body)
+    names, origins = served_model_name or [], allowed_origins or []
+    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url)
     most = most_connections()
     protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
     uvicorn.run(

@@ -95,7 +95,7 @@ class Answer:
                 prompt = first[1].prompt_tokens  # all choices of a chat have one prompt
                 for index in range(self.choices):
                     yield self._chunk([_delta(index, {"role": "assistant", "content": ""})], prompt, 0)
-            async for choice, piece in _chained(first, pieces):
+            async for choice, piece in chained(first, pieces):
                 counts = piece.prompt_tokens, piece.completion_tokens
                 deltas, waiting[choice] = self._deltas(choice, piece), waiting[choice] + piece.logprobs
                 reason = self._end(choice, piece, usage) if piece.finish_reason else None
@@ -175,7 +175,7 @@ class EventStream(StreamingResponse):
             await self._pieces.aclose()
 
 
-async def _chained(first: tuple[int, Piece], rest: Pieces) -> AsyncIterator[tuple[int, Piece]]:
+async def chained(first: tuple[int, Piece], rest: Pieces) -> AsyncIterator[tuple[int, Piece]]:
     yield first
     async for item in rest:
         yield item

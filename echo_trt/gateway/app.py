@@ -1,9 +1,9 @@
-"""The HTTP application: three of OpenAI's endpoints, health and metrics."""
+"""The HTTP application: OpenAI's endpoints, health and metrics."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from echo_trt.gateway.answers import Answer, EventStream
+from echo_trt import __version__
+from echo_trt.gateway.answers import Answer, EventStream, Pieces
 from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.chats import chat_for
 from echo_trt.gateway.choices import ClientGone, merged
+from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import Edge
+from echo_trt.gateway.engine_metrics import EngineMetrics
 from echo_trt.gateway.errors import ApiError, log
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.names import Names
+from echo_trt.gateway.openapi import show_openapi
+from echo_trt.gateway.options import checked_names, checked_origins
+from echo_trt.gateway.responses.answer import Response as ResponsesAnswer
+from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
+from echo_trt.gateway.served import check_model, models, one_model
+from echo_trt.gateway.tokens import detokenize, tokenize
 from echo_trt.gateway.upstream import Upstream
 
 LARGEST_BODY = 2**20  # bytes
@@ -37,14 +47,25 @@ MESSAGES = {
 
 
 def create_app(
-    grpc_url: str, model: str = "echo", api_keys_file: Path | None = None, largest_body: int = LARGEST_BODY
+    grpc_url: str,
+    model: str = "echo",
+    api_keys_file: Path | None = None,
+    largest_body: int = LARGEST_BODY,
+    names: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    metrics_url: str | None = None,
 ) -> Starlette:
     """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
 
-    Raises UserError for a keys file that holds no usable key.
+    ``names`` are those that clients may call the model by; none: ``model`` alone. ``origins`` are those of web pages
+    that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. Raises UserError for a keys file that
+    holds no usable key, an odd name, origin or URL.
     """
     keys = Keys(api_keys_file) if api_keys_file else None
-    metrics = Metrics()
+    metrics = Metrics(engine=metrics_url is not None)
+    engine_metrics = EngineMetrics(metrics_url) if metrics_url is not None else None
+    layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
+    layers.append(Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics))
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
         ApiError: _ours,
@@ -66,27 +87,23 @@ def create_app(
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/health", health),
+            Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
+            Route("/version", version),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
         ],
-        middleware=[Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics)],
+        middleware=layers,
         exception_handlers=handlers,
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
-    app.state.metrics, app.state.model, app.state.created = metrics, model, int(time.time())
+    app.state.metrics, app.state.engine_metrics, app.state.created = metrics, engine_metrics, int(time.time())
+    app.state.names = checked_names(names or [model])
     return app
-
-
-async def models(request: Request) -> Response:
-    """GET /v1/models: the one there is."""
-    return JSONResponse({"object": "list", "data": [_model(request)]})
-
-
-async def one_model(request: Request) -> Response:
-    """GET /v1/models/NAME; 404 for another name."""
-    _check_model(request, request.path_params["name"])
-    return JSONResponse(_model(request))
 
 
 async def chat(request: Request) -> Response:
@@ -99,32 +116,57 @@ async def completions(request: Request) -> Response:
     return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
 
 
+async def responses(request: Request) -> Response:
+    """POST /v1/responses: a chat in other words."""
+    state = request.app.state
+    asked = await state.bodies.read(request, ResponsesRequest)
+    check_model(request, asked.model)
+    try:
+        chat = chat_for(asked.chat, await state.upstream.facts())
+        pieces = _pieces(request, asked.chat, [chat.inputs], chat.names)
+        answer = ResponsesAnswer(asked, chat.turn(), state.metrics)
+        if not asked.stream:
+            return JSONResponse(await answer.whole(pieces))
+        first = await anext(pieces)
+    except ApiError as error:
+        raise asked.ours(error) from None
+    return EventStream(answer.events(first, pieces), pieces)
+
+
 async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
     await request.app.state.upstream.check()
     return JSONResponse({"status": "ok"})
 
 
+async def version(request: Request) -> Response:
+    """GET /version: this package's."""
+    return JSONResponse({"version": __version__})
+
+
 async def show_metrics(request: Request) -> PlainTextResponse:
-    """GET /metrics, for Prometheus."""
-    return PlainTextResponse(request.app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    """GET /metrics, for Prometheus: the gateway's, and the engine's where it is known where they are."""
+    metrics, engine = request.app.state.metrics, request.app.state.engine_metrics
+    theirs = await engine.text() if engine else None
+    if metrics.engine_up:
+        metrics.engine_up.set(theirs is not None)
+    return PlainTextResponse(metrics.text() + (theirs or b""), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
     """The first piece decides over the HTTP status: what fails before it is no 200."""
-    _check_model(request, asked.model)
+    check_model(request, asked.model)
     state = request.app.state
     if isinstance(asked, ChatRequest):
         chat = chat_for(asked, await state.upstream.facts())
         prompts, names = [chat.inputs], chat.names
     else:
         chat, prompts, names = None, asked.inputs(), asked.names
-    inputs = [prompt | _params(asked, seed) for prompt in prompts for seed in asked.seeds()]
-    pieces = merged([state.upstream.stream(each, names) for each in inputs], request)
+    pieces, choices = _pieces(request, asked, prompts, names), len(prompts) * asked.n
     answer = Answer(
-        [chat.turn() for _ in inputs] if chat else [],
+        [chat.turn() for _ in range(choices)] if chat else [],
         asked.model,
-        len(inputs),
+        choices,
         asked.n,
         state.metrics,
         wants_usage=asked.wants_usage,
@@ -135,6 +177,14 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         return JSONResponse(await answer.whole(pieces))
     first = await anext(pieces)
     return EventStream(answer.events(first, pieces), pieces)
+
+
+def _pieces(
+    request: Request, asked: ChatRequest | CompletionRequest, prompts: list[dict[str, Any]], names: Names
+) -> Pieces:
+    """Of all choices, as they come."""
+    inputs = [prompt | _params(asked, seed) for prompt in prompts for seed in asked.seeds()]
+    return merged([request.app.state.upstream.stream(each, names) for each in inputs], request)
 
 
 def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]:
@@ -164,18 +214,6 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "deadline_ms": asked.deadline_ms,
     }
     return params | {name: value for name, value in optional.items() if value is not None}
-
-
-def _model(request: Request) -> dict[str, Any]:
-    state = request.app.state
-    return {"id": state.model, "object": "model", "created": state.created, "owned_by": "echo-trt"}
-
-
-def _check_model(request: Request, name: str) -> None:
-    served = request.app.state.model
-    if name != served:
-        message = f"The model {name[:80]!a} does not exist here; ask for '{served}'."
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def _ours(request: Request, error: ApiError) -> Response:

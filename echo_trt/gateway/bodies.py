@@ -11,12 +11,12 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from echo_trt.gateway.errors import ApiError, from_validation, no_object
-from echo_trt.gateway.schemas import Params
+from echo_trt.gateway.fields import Strict
 
 #: Most opening brackets in a body, those in texts included. Each may become a list or a dict, which take the most time:
 #: parsing a megabyte of empty lists holds the loop for 100 ms, as many lists as this for 30 ms.
 BRACKETS = 50_000
-Asked = TypeVar("Asked", bound=Params)
+Asked = TypeVar("Asked", bound=Strict)
 
 
 class Bodies:
@@ -39,9 +39,10 @@ class Bodies:
                 asked = parsed(body, request.headers.get("content-type", ""), kind)
             finally:
                 await asyncio.sleep(time.monotonic() - begin)
-        if asked.n > 1 and asked.n * len(body) > self._largest:  # Triton is sent the prompt for each choice
+        n = getattr(asked, "n", 1)
+        if n > 1 and n * len(body) > self._largest:  # Triton is sent the prompt for each choice
             most = max(self._largest // len(body), 1)
-            message = f"n is {asked.n} for a body of {len(body)} bytes; ask for at most {most} choices."
+            message = f"n is {n} for a body of {len(body)} bytes; ask for at most {most} choices."
             raise ApiError(400, message, param="n")
         return asked
 

@@ -8,8 +8,10 @@ from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.metrics import Metrics
 
-OPEN = ("/health", "/metrics")  # paths for machines that watch over us, without a key
-COUNTED = (*OPEN, "/v1/models", "/v1/chat/completions", "/v1/completions")  # others are "other": no endless labels
+#: Paths for machines that watch over us, without a key.
+OPEN = ("/health", "/ping", "/metrics", "/version")
+ASKED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+COUNTED = (*OPEN, *ASKED)  # others are "other": no endless labels
 
 
 class Edge:

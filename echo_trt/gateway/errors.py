@@ -59,9 +59,9 @@ def from_grpc(code: str, details: str, names: Names | None = None) -> ApiError:
     """
     if code == "INVALID_ARGUMENT":
         names = names or Names()
-        if "maximum context length" in details:
-            return ApiError(400, details, param=names.prompt, code="context_length_exceeded")
         sentence, field = names.told(details)
+        if "maximum context length" in details:
+            return ApiError(400, sentence, param=names.prompt, code="context_length_exceeded")
         return ApiError(400, sentence, param=field)
     if code == "UNAVAILABLE" and "queue" in details.lower():
         return overloaded()
@@ -83,7 +83,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     reason = reason[0].lower() + reason[1:]
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing.", param=param)
-    return ApiError(400, f"{param} is {_shown(first['input'])}: {reason}.", param=param)
+    return ApiError(400, f"{param} is {shown(first['input'])}: {reason}.", param=param)
 
 
 def no_object() -> ApiError:
@@ -91,7 +91,7 @@ def no_object() -> ApiError:
     return ApiError(400, "The body must be a JSON object, sent as application/json.")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value of a JSON document in a few words, at the same cost whatever its size."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"

@@ -28,6 +28,7 @@ class Facts:
     variables    of the template, which a request may set
     takes_tools  whether the template shows tools to the model
     thought      None for a model that does not think
+    context      tokens of a prompt and its answer, at most
     """
 
     template: str
@@ -35,6 +36,7 @@ class Facts:
     variables: frozenset[str]
     takes_tools: bool
     thought: Marks | None
+    context: int
 
     @cached_property
     def tool_format(self) -> Format | None:
@@ -47,6 +49,5 @@ class Facts:
         raw: dict[str, Any] = json.loads(text)
         thought = raw["thought"]
         marks = Marks(thought["opens"], thought["closes"], thought["ids"][1]) if thought else None
-        return cls(
-            raw["chat_template"], frozenset(raw["tokens"]), frozenset(raw["variables"]), raw["takes_tools"], marks
-        )
+        tokens, variables = frozenset(raw["tokens"]), frozenset(raw["variables"])
+        return cls(raw["chat_template"], tokens, variables, raw["takes_tools"], marks, raw["context"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
-from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.errors import ApiError, shown
 from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, off, within
 from echo_trt.gateway.messages import Message, few_calls
 from echo_trt.gateway.names import Names
@@ -31,7 +31,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "store": (False,),
-    "best_of": (1,),
     "suffix": ("",),
     "echo": (False,),
 }
@@ -43,6 +42,13 @@ def _by_token(bias: dict[str, float]) -> dict[int, float]:
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
         raise ValueError("its keys must be token ids")
     return {int(key): value for key, value in bias.items()}
+
+
+def _check_best_of(best_of: Any, n: Any) -> None:
+    """As many texts as are returned: none is better than another. Raises ApiError."""
+    if type(best_of) is not int or best_of != (1 if n is None else n):
+        message = f"best_of is {shown(best_of)}, and texts are not ranked here; give the value of n, or leave it out."
+        raise ApiError(400, message, param="best_of")
 
 
 Limit = Annotated[int, within("max_tokens")]
@@ -103,6 +109,9 @@ class Params(Strict):
         kept = {}
         for name, value in raw.items():
             if value is None or name in IGNORED:
+                continue
+            if name == "best_of":
+                _check_best_of(value, raw.get("n"))
                 continue
             if name not in REFUSED:
                 kept[name] = value

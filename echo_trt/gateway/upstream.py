@@ -28,7 +28,7 @@ DATATYPES = {tensor.name: tensor.datatype for tensor in INPUTS}
 CODES = grpc.StatusCode.__members__
 FACTS_S = 60.0  # how long facts hold: an engine may come back with another bundle while nobody asks
 FRESH_S = 2.0  # text that came within this long ago proves the engine alive
-LAST = ("finish_reason", "description")  # outputs that only an answer's last response has
+SINGLE = frozenset({"describe", "tokenize"})  # inputs of questions that have one response
 END_S = 5.0  # how long a stream may take to end that has said all, or was asked to stop
 PROBE_S = 10.0  # how long a probe waits for its token, or for an iteration of the engine's
 #: A server that is back is found within a second; gRPC's own defaults wait ever longer, and at least 20 seconds for
@@ -76,14 +76,28 @@ class Upstream:
         facts = self._facts
         if facts is None or time.monotonic() - self._asked_for_facts > FACTS_S:
             self._asked_for_facts = time.monotonic()
-            try:
-                async with asyncio.timeout(PROBE_S), aclosing(self._results({"describe": True})) as results:
-                    async for result in results:
-                        self._facts = facts = Facts.read(_value(result, "description", b"").decode())
-            except TimeoutError:
-                raise unavailable() from None
-        assert facts  # a stream without any result raises
+            result = await self._single({"describe": True})
+            self._facts = facts = Facts.read(_value(result, "description", b"").decode())
         return facts
+
+    async def token_ids(self, inputs: Mapping[str, Any], names: Names) -> list[int]:
+        """Of the prompt that ``inputs`` hold. Raises ApiError."""
+        ids = (await self._single({**inputs, "tokenize": True}, names)).as_numpy("output_ids")
+        return [] if ids is None else ids.reshape(-1).tolist()
+
+    async def text(self, token_ids: list[int], names: Names) -> str:
+        """Of tokens. Raises ApiError."""
+        result = await self._single({"input_ids": token_ids, "tokenize": True}, names)
+        text: bytes = _value(result, "text_output", b"")
+        return text.decode("utf-8", "replace")
+
+    async def _single(self, inputs: Mapping[str, Any], names: Names | None = None) -> InferResult:
+        """The one response to a question that the engine's loop does not see. Raises ApiError."""
+        try:
+            async with asyncio.timeout(PROBE_S), aclosing(self._results(inputs, names)) as results:
+                return await anext(results)
+        except TimeoutError:
+            raise unavailable() from None
 
     async def stream(self, inputs: Mapping[str, Any], names: Names | None = None) -> AsyncGenerator[Piece]:
         """Pieces as they come. Close it early and the engine drops the request. Raises ApiError."""
@@ -109,7 +123,7 @@ class Upstream:
                 if error is not None:
                     done = True
                     raise _failure(error.message(), names)
-                done = any(result.as_numpy(name) is not None for name in LAST)
+                done = bool(SINGLE & inputs.keys()) or result.as_numpy("finish_reason") is not None
                 yield result
         except (grpc.aio.AioRpcError, ApiError) as error:
             self._facts = None  # another engine may come

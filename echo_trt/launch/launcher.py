@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from echo_trt.bundle.manifest import read_manifest
+from echo_trt.bundle.manifest import Manifest, read_manifest
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
+from echo_trt.gateway.options import checked_names, checked_origins
 from echo_trt.launch.probe import PROBE_SECONDS, Probe, responds
 from echo_trt.launch.process import Log, Process, lives, raise_open_files
 from echo_trt.launch.stopping import stop_signals
@@ -31,7 +32,10 @@ FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, a
 
 @dataclass(frozen=True)
 class Job:
-    """The command's options. ``openai_port`` 0: no gateway; ``policy`` or ``batch`` None: the recipe's."""
+    """What the command was asked to do.
+
+    ``openai_port`` 0: no gateway. None stands for the recipe's own, no ``served_model_names`` for the default.
+    """
 
     bundle: Path
     host: str = "127.0.0.1"
@@ -46,6 +50,8 @@ class Job:
     start_seconds: int = 300
     drain_seconds: int = 60
     special_tokens_in_content: bool = False
+    served_model_names: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
 
     @property
     def reached_at(self) -> str:
@@ -59,7 +65,9 @@ def run(job: Job) -> int:
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
     job = replace(job, host=_address(job.host))
-    _check(job)
+    manifest = _check(job)
+    names = job.served_model_names or (MODEL, manifest.recipe.target.hub or manifest.name)
+    job = replace(job, served_model_names=checked_names(names))
     server = find_server()
     stop = threading.Event()
     for number in (signal.SIGINT, *stop_signals()):
@@ -74,8 +82,9 @@ def run(job: Job) -> int:
         log.close()
 
 
-def _check(job: Job) -> None:
-    read_manifest(job.bundle)
+def _check(job: Job) -> Manifest:
+    """Returns the bundle's. Raises UserError."""
+    manifest = read_manifest(job.bundle)
     ports = {
         "--http-port": job.http_port,
         "--grpc-port": job.grpc_port,
@@ -91,9 +100,11 @@ def _check(job: Job) -> None:
     if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
         raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
     if job.api_keys and not job.api_keys.is_file():
-        raise UserError(f"--api-keys is {job.api_keys}, which is no file; name one with a key a line.")
+        raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
     if job.api_keys:
-        Keys(job.api_keys)  # refuses a file that the gateway would refuse, before Triton starts
+        Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
+    checked_origins(job.allowed_origins)
+    return manifest
 
 
 def _address(host: str) -> str:
@@ -165,13 +176,16 @@ class Gateway(Supervised):
 
     def __init__(self, job: Job, log: Log):
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
-        self._job, self._url = job, f"http://{job.reached_at}:{job.openai_port}/metrics"
+        self._job, self._url = job, f"http://{job.reached_at}:{job.openai_port}/version"
 
     def _spawn(self) -> Process:
         job = self._job
         words = ["--grpc-url", f"{job.reached_at}:{job.grpc_port}", "--model", MODEL, "--host", job.host]
         words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
+        words += ["--metrics-url", f"http://{job.reached_at}:{job.metrics_port}/metrics"]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
+        words += [f"--served-model-name={name}" for name in job.served_model_names]
+        words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
         return Process("gateway", [sys.executable, "-m", "echo_trt.gateway", *words], dict(os.environ), self._log)
 
     def _ready(self) -> bool:

@@ -23,7 +23,10 @@ from serving.served import free_ports  # noqa: E402
 
 from echo_trt.gateway.bodies import parsed  # noqa: E402
 from echo_trt.gateway.errors import ApiError  # noqa: E402
+from echo_trt.gateway.fields import Strict  # noqa: E402
+from echo_trt.gateway.responses.request import ResponsesRequest  # noqa: E402
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest  # noqa: E402
+from echo_trt.gateway.tokens import DetokenizeRequest, TokenizeRequest  # noqa: E402
 
 NOBODY = "127.0.0.1:1"
 JSON = {"Content-Type": "application/json"}
@@ -42,6 +45,11 @@ def completion(prompt: Any, **fields: Any) -> bytes:
     return json.dumps({"model": "echo", "prompt": prompt} | fields, separators=(",", ":")).encode()
 
 
+def response(given: Any, **fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "input": given} | fields, separators=(",", ":")).encode()
+
+
+FUNCTION_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 #: Up to a megabyte each.
 REFUSED = {
     "empty messages": chat(messages=[{}] * 340_000),
@@ -66,6 +74,16 @@ REFUSED = {
     "ignored lists": chat(metadata=[[[[[[]]]]]] * 80_000),
     "a long field": chat(**{"k" * 1_000_000: 1}),
     "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
+    "items": response([{}] * 340_000),
+    "fields of an item": response([FIELDS]),
+    "parts of an item": response([USER | {"content": [{}] * 340_000}]),
+    "fields of a function": response("x", tools=[{"type": "function", "name": "f"} | FIELDS]),
+    "fields of a format": response("x", text={"format": FIELDS}),
+    "includes": response("x", include=["x"] * 240_000),
+    "metadata": response("x", metadata={str(i): i for i in range(60_000)}),
+    "a chat to tokenize": json.dumps({"messages": [{}] * 300_000}).encode(),
+    "tokens": json.dumps({"tokens": [7] * 300_000}).encode(),
+    "a wrong token": json.dumps({"tokens": [7] * 200_000 + [-1]}).encode(),
     "prompts": completion([[]] * 340_000),
     "token ids": completion([7] * 500_000),
     "a wrong token id": completion([7] * 200_000 + [-1]),
@@ -82,6 +100,10 @@ ACCEPTED = {
         tools=[TOOL | {"function": {"name": f"f{i}", "parameters": {"enum": [1] * 2000}}} for i in range(128)]
     ),
     "token ids": completion([7] * 2**18),
+    "items": response([USER | {"content": [{"type": "input_text", "text": "x"}] * 8}] * 2048),
+    "calls": response([USER, *[FUNCTION_CALL] * 128] * 15),
+    "a chat to tokenize": json.dumps({"messages": [USER] * 2048}).encode(),
+    "tokens": json.dumps({"tokens": [7] * 200_000}).encode(),
     "a prompt": completion("x" * 1_000_000),
     "an escaped prompt": completion("é\n" * 100_000),
 }
@@ -100,8 +122,10 @@ def test_as_much_as_the_limits_allow_is_accepted_soon(name):
     assert min(seconds(ACCEPTED[name]) for _ in range(3)) < 0.1
 
 
-def read(body: bytes) -> ChatRequest | CompletionRequest:
-    return parsed(body, "application/json", CompletionRequest if b'"prompt"' in body else ChatRequest)
+def read(body: bytes) -> Strict:
+    kinds = {b'"prompt"': CompletionRequest, b'"input"': ResponsesRequest, b'"tokens"': DetokenizeRequest}
+    kinds[b'"model"'], kinds[b""] = ChatRequest, TokenizeRequest
+    return parsed(body, "application/json", next(kind for name, kind in kinds.items() if name in body))
 
 
 def seconds(body: bytes) -> float:

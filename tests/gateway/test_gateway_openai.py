@@ -43,7 +43,7 @@ def start(bundle, tmp_path_factory) -> Callable[[], Served]:
     def get() -> Served:
         folder = tmp_path_factory.mktemp("served")
         (folder / "keys").write_text(KEY)
-        options = ("--queue", QUEUE, "--api-keys", folder / "keys")
+        options = ("--queue", QUEUE, "--api-keys-file", folder / "keys")
         return Served(bundle, folder / "log", *options, gateway=True)
 
     return get
@@ -76,7 +76,8 @@ def idle(metrics: dict[str, float]) -> bool:
 
 
 def test_models_and_health(client, server):
-    assert [model.id for model in client.models.list()] == ["echo"]
+    assert [model.id for model in client.models.list()] == ["echo", "close"]
+    assert client.models.retrieve("close").id == "close"
     assert client.models.retrieve("echo").owned_by == "echo-trt"
     assert raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
 

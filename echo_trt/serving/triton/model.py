@@ -21,8 +21,8 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.service import Overloaded, Service
 from echo_trt.serving.triton.logprobs import Outgoing
-from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed
-from echo_trt.serving.triton.request import Reader, wants_description, wants_stop
+from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
+from echo_trt.serving.triton.request import Reader, wants_description, wants_stop, wants_tokens
 
 QUEUE = 256
 
@@ -96,6 +96,9 @@ class TritonPythonModel:
                 return
             if wants_description(tensors):
                 sender.send(described(self._reader.description()), flags=FINAL)
+                return
+            if wants_tokens(tensors):
+                sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
                 return
             ask = self._reader.read(tensors)
             logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)

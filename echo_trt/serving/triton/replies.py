@@ -200,6 +200,13 @@ def described(text: str) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse([_strings("description", text)])
 
 
+def tokenized(ids: list[int], text: str | None) -> pb_utils.InferenceResponse:
+    """The response to a question for tokens, or for their text where ``text`` is not None."""
+    if text is not None:
+        return pb_utils.InferenceResponse([_strings("text_output", text)])
+    return pb_utils.InferenceResponse([pb_utils.Tensor("output_ids", np.array([ids], np.int32).reshape(1, -1))])
+
+
 def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
     if end and end.reason in ("failed", "cancelled"):
         code = "INTERNAL" if end.reason == "failed" else "CANCELLED"

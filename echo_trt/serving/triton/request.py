@@ -92,6 +92,22 @@ class Reader:
             in_thought=self._in_thought(prompt),
         )
 
+    def tokenized(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str | None]:
+        """Token ids of a prompt; for ``input_ids`` their text, too. Raises UserError."""
+        ids, _ = self._prompt(tensors)
+        if "input_ids" not in tensors:
+            return ids, None
+        if len(ids) > self._context:
+            raise UserError(
+                f"input_ids has {len(ids)} tokens, but this model's maximum context length is {self._context} tokens; "
+                "send them in parts."
+            )
+        largest = len(self._tokenizer) - 1
+        unknown = next((token for token in ids if not 0 <= token <= largest), None)
+        if unknown is not None:
+            raise UserError(f"input_ids holds token id {unknown}; give ids from 0 to {largest}.")
+        return ids, str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def description(self) -> str:
         """JSON of what a client that reads answers must know of the model."""
         thought = None
@@ -104,6 +120,7 @@ class Reader:
             "variables": sorted(self._chat.variables),
             "takes_tools": self._chat.takes_tools,
             "thought": thought,
+            "context": self._context,
         }
         return json.dumps(facts, ensure_ascii=False)
 
@@ -133,7 +150,8 @@ class Reader:
         if chat:
             turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]
             return self._chat.ids(turns, _tools(tensors), _kwargs(tensors)), ""
-        return self._tokenizer(text)["input_ids"], text
+        special = bool(_number(tensors, "add_special_tokens"))
+        return self._tokenizer(text, add_special_tokens=special)["input_ids"], text
 
 
 def _renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -147,6 +165,11 @@ def _renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def wants_description(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no request but asks what the model is. Raises UserError."""
     return bool(_number(tensors, "describe"))
+
+
+def wants_tokens(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is no request but asks for a prompt's tokens, or tokens' text. Raises UserError."""
+    return bool(_number(tensors, "tokenize"))
 
 
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:

@@ -52,6 +52,7 @@ INPUTS: tuple[Tensor, ...] = (
     ),
     Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
     Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
+    Tensor("add_special_tokens", "BOOL", True, "false: `text_input` without the tokens that the tokenizer puts around"),
     _sampling("max_tokens"),
     _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
     _sampling("stop_token_ids", default=None, many=True),
@@ -97,6 +98,12 @@ INPUTS: tuple[Tensor, ...] = (
         "true: no prompt, but the end of those open requests that have this request's id, which must not be empty",
     ),
     Tensor("describe", "BOOL", False, "true: no prompt, but a response with `description` alone"),
+    Tensor(
+        "tokenize",
+        "BOOL",
+        False,
+        "true: no answer, but the prompt's ids in `output_ids`, or the text of `input_ids` in `text_output`",
+    ),
 )
 DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
 #: What TensorRT-LLM's newer Triton model (llmapi) calls these inputs; its datatypes are ours.

@@ -80,7 +80,7 @@ class Stage:
         keys = self.folder / "keys"
         keys.write_text(KEY)
         log = self.folder / f"server-{self.starts}.log"
-        options = ("--queue", self.queue, "--api-keys", keys, *options)
+        options = ("--queue", self.queue, "--api-keys-file", keys, *options)
         self.read = 0
         self.server = Served(self.bundle, log, *options, gateway=True).wait_for("serving", 300)
         if not self.expected:

@@ -1,0 +1,93 @@
+"""/openapi.json: the endpoints and what their bodies hold, made from the models that check them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from echo_trt import __version__
+from echo_trt.gateway.edge import OPEN
+from echo_trt.gateway.responses.request import SHARED, ResponsesRequest
+from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
+from echo_trt.gateway.tokens import DetokenizeRequest, TokenizeRequest
+
+BODIES = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+READ = ("/v1/models", "/v1/models/{name}", "/health", "/ping", "/version", "/metrics", "/openapi.json")
+STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
+#: Fields that are taken in more shapes than they are kept in.
+WIDER: dict[tuple[str, str], dict[str, Any]] = {
+    ("CompletionRequest", "prompt"): {"anyOf": [TEXT, MANY]},
+    ("ResponsesRequest", "input"): {"anyOf": [TEXT, MANY]},
+    ("Message", "content"): {"anyOf": [TEXT, MANY, {"type": "null"}]},
+    ("ChatRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
+    ("CompletionRequest", "stop"): {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
+}
+ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {name: {"type": ["string", "null"]} for name in ("message", "type", "param", "code")},
+        }
+    },
+}
+
+
+async def show_openapi(request: Request) -> Response:
+    """GET /openapi.json."""
+    return JSONResponse(document())
+
+
+@cache
+def document() -> dict[str, Any]:
+    """In OpenAPI 3.1."""
+    bodies: dict[str, Any] = BODIES
+    reference = "#/components/schemas/{model}"
+    _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
+    schemas = known["$defs"]
+    schemas["ResponsesRequest"]["properties"].pop("shared")
+    for name in SHARED:
+        schemas["ResponsesRequest"]["properties"][name] = schemas["ChatRequest"]["properties"][name]
+    for (model, field), schema in WIDER.items():
+        schemas[model]["properties"][field] = schema
+    schemas["ResponsesRequest"]["properties"]["stop"] = schemas["ChatRequest"]["properties"]["stop"]
+    paths: dict[str, Any] = {path: {"get": _operation(path)} for path in READ}
+    for path, body in bodies.items():
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+        paths[path] = {"post": _operation(path) | {"requestBody": {"required": True, "content": content}}}
+    paths["/ping"]["post"] = _operation("/ping")
+    paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "echo-trt", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": schemas | {"Error": ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(path: str) -> dict[str, Any]:
+    """What an endpoint answers; one that wants no key says so."""
+    kinds = ["text/plain"] if path == "/metrics" else ["application/json"]
+    kinds += ["text/event-stream"] if path in STREAMS else []
+    refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "security": [{}] if path in OPEN else [{}, {"key": []}],
+        "responses": {
+            "200": {"description": "The answer.", "content": {kind: {} for kind in kinds}},
+            "default": {"description": "A refusal or a failure.", "content": refused},
+        },
+    }

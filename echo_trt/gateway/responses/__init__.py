@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: its requests as chats, and answers to chats in its shape."""

@@ -1,0 +1,206 @@
+"""The body of /v1/responses, and the chat that it stands for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_validator
+
+from echo_trt.gateway.errors import ApiError, from_validation
+from echo_trt.gateway.fields import FIELDS, Strict, at_most
+from echo_trt.gateway.messages import Name
+from echo_trt.gateway.responses.items import Turns
+from echo_trt.gateway.schemas import ChatRequest
+from echo_trt.models.messages import MOST_TOOLS
+
+#: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "background": (False,),
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
+    "max_tool_calls": (),
+    "context_management": (),
+    "truncation": ("disabled",),
+}
+#: Fields that say something about the caller and nothing about the text.
+IGNORED = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+#: Fields that are a chat's too, by the same name; the chat checks them.
+SHARED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "top_logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "priority",
+    "deadline_ms",
+    "thinking_token_budget",
+    "structured_outputs",
+    "chat_template_kwargs",
+    "parallel_tool_calls",
+)
+LOGPROBS = "message.output_text.logprobs"
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]  # the latter: nothing here is
+#: The chat's names of fields that are called otherwise here. A longer one stands before its beginning.
+OURS = {
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "max_completion_tokens": "max_output_tokens",
+}
+
+
+class FlatTool(Strict):
+    """A function, in one object where a chat has two."""
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def for_chat(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.model_dump(exclude={"type"})}
+
+
+class FlatChoice(Strict):
+    type: Literal["function"]
+    name: str
+
+
+def _choice(value: Any) -> Any:
+    if value in ("auto", "none", "required"):
+        return value
+    try:
+        return FlatChoice.model_validate(value)
+    except ValidationError:
+        raise ValueError('give auto, none, required or {"type": "function", "name": ...}') from None
+
+
+class Reasoning(Strict):
+    effort: str | None = None
+    summary: Literal["auto"] | None = None  # there is none: the thought itself is given
+    generate_summary: Literal["auto"] | None = None
+
+
+class Text(Strict):
+    format: Annotated[dict[str, Any], at_most(FIELDS, "fields")] | None = None
+    verbosity: Literal["medium"] | None = None
+
+    def for_chat(self) -> dict[str, Any] | None:
+        """The chat's ``response_format``."""
+        if self.format is None or self.format.get("type") != "json_schema":
+            return self.format
+        inner = {name: value for name, value in self.format.items() if name != "type"}
+        return {"type": "json_schema", "json_schema": inner}
+
+
+class EventOptions(Strict):
+    include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
+
+
+class ResponsesRequest(Strict):
+    """What is asked. ``top_k`` and others of SHARED are not OpenAI's (docs/openai-api.md)."""
+
+    model: str
+    input: Any
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool = False
+    stream_options: EventOptions | None = None
+    tools: Annotated[list[FlatTool], FailFast(), at_most(MOST_TOOLS, "tools")] = Field([])
+    tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, BeforeValidator(_choice)] | None = None
+    text: Text = Text()
+    reasoning: Reasoning = Reasoning()
+    include: Annotated[list[Included], at_most(16, "entries")] = Field([])
+    metadata: Annotated[dict[str, str], at_most(16, "entries")] = Field({})
+    shared: Any = Field(None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_we_have(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        if len(raw) > FIELDS:
+            raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
+        kept: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        for name, value in raw.items():
+            if value is None or name in IGNORED:
+                continue
+            if name in SHARED:
+                shared[name] = value
+            elif name in REFUSED and not any(value == free and type(value) is type(free) for free in REFUSED[name]):
+                raise ApiError(400, f"{name} is not supported by this engine; leave it out.", param=name)
+            elif name == "shared":
+                raise ApiError(400, "shared is not known here; leave it out.", param="shared")
+            elif name not in REFUSED:
+                kept[name] = value
+        return kept | {"shared": shared}
+
+    @cached_property
+    def turns(self) -> Turns:
+        return Turns(self.instructions, self.input)
+
+    @cached_property
+    def chat(self) -> ChatRequest:
+        """The chat that it stands for. Raises ApiError."""
+        choice: Any = self.tool_choice
+        if isinstance(choice, FlatChoice):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        body = {
+            "model": self.model,
+            "messages": self.turns.messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "stream": self.stream,
+            "tools": [tool.for_chat() for tool in self.tools],
+            "tool_choice": choice,
+            "response_format": self.text.for_chat(),
+            "reasoning_effort": self.reasoning.effort,
+            "logprobs": LOGPROBS in self.include or "top_logprobs" in self.shared,
+            **self.shared,
+        }
+        try:
+            return ChatRequest.model_validate(body)
+        except ValidationError as error:
+            raise self.ours(from_validation(error.errors(include_url=False))) from None
+        except ApiError as error:
+            raise self.ours(error) from None
+
+    @model_validator(mode="after")
+    def _is_a_chat(self) -> ResponsesRequest:
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is only allowed where stream is true."
+            raise ApiError(400, message, param="stream_options")
+        _ = self.chat
+        return self
+
+    def ours(self, error: ApiError) -> ApiError:
+        """A chat's refusal in the names of these fields."""
+        told: dict[str, Any] = error.body["error"]
+        theirs, message = told["param"], told["message"]
+        if not theirs:
+            return error
+        field = self._field(theirs)
+        message = field + message.removeprefix(theirs) if message.startswith(theirs + " ") else message
+        return ApiError(error.status_code, message, told["type"], field, told["code"], error.retry_after)
+
+    def _field(self, theirs: str) -> str:
+        if theirs == "messages":
+            return "input"
+        if theirs.startswith("messages."):
+            return self.turns.place(theirs)
+        if theirs.startswith("tools."):
+            return theirs.replace(".function", "", 1)
+        longest = next((name for name in OURS if theirs == name or theirs.startswith(name + ".")), None)
+        return OURS[longest] + theirs.removeprefix(longest) if longest else theirs
