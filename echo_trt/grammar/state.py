@@ -15,7 +15,7 @@ from llguidance import LLMatcher
 
 from echo_trt.grammar.layout import Writer
 
-CLOSED = 4  # tokens from the end of a thought to the end of a prompt, at most: the mark and line breaks
+AT_END = 4  # tokens from a mark of a thought to the end of a prompt, at most: the mark and line breaks
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class Thought:
 
     @classmethod
     def behind(cls, prompt: Sequence[int], opens: int, closes: int, left: int | None) -> Thought | None:
-        """The thought that a prompt leaves open, or that may begin behind it; None where it holds a closed one.
+        """The thought that a prompt leaves open, or that may begin behind it; None where it ends with a closed one.
 
-        A template that asks for no thought ends with an empty one.
+        A template that asks for no thought ends with an empty one. Marks further ahead are a message's.
         """
-        last = next((i for i in reversed(range(len(prompt))) if prompt[i] in (opens, closes)), None)
-        if last is not None and prompt[last] == closes and len(prompt) - last <= CLOSED:
-            return None
-        return cls(opens, closes, last is not None and prompt[last] == opens, left)
+        mark = next((token for token in reversed(prompt[-AT_END:]) if token in (opens, closes)), None)
+        return None if mark == closes else cls(opens, closes, mark == opens, left)
 
     def after(self, token: int) -> Thought | None:
         """The thought behind its ``token``; None: it is over."""

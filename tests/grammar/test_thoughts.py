@@ -114,7 +114,7 @@ def test_without_a_grammar_a_thought_may_end_the_text(grammars, marks):
         ("hello", False),
         (f"hello{OPENS}", True),
         (f"hello{OPENS}\n", True),
-        (f"hello{OPENS}let me see", True),
+        (f"hello{OPENS}let me see, what a message may say", False),
         (f"hello{OPENS}{CLOSES}", None),
         (f"hello{OPENS}\n\n{CLOSES}\n\n", None),
         (f"{OPENS}old{CLOSES}an answer, and then another question", False),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo_trt.errors import UserError
+from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
@@ -20,7 +21,6 @@ from echo_trt.serving.triton.tensors import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 IN_CHATS = ("tools", "chat_template_kwargs")  # tensors that mean nothing without a chat template
-OPENING = 4  # tokens from the mark that opens a thought to the prompt's end, at most: the mark and line breaks
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Reader:
     def _in_thought(self, prompt: list[int]) -> bool | None:
         if self._marks is None:
             return None
-        last = next((token for token in reversed(prompt[-OPENING:]) if token in self._marks), None)
+        last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
         return last == self._marks[0]
 
     def _prompt(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str]:
