@@ -188,6 +188,7 @@ def _pieces(
 
 
 def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]:
+    echoes = isinstance(asked, CompletionRequest) and asked.echo
     params = {
         "max_tokens": asked.limit,
         "temperature": asked.temperature,
@@ -200,7 +201,7 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "seed": seed,
         "ignore_eos": asked.ignore_eos,
         "stream": asked.stream,
-        "exclude_input_in_output": True,
+        "exclude_input_in_output": not echoes,
     }
     optional = {
         "stop_words": asked.stop or None,
@@ -210,6 +211,7 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "logit_bias": [*asked.logit_bias.values()] or None,
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
+        "prompt_logprobs": asked.alternatives if echoes else None,
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }

@@ -18,6 +18,12 @@ def for_completion(entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
-        "top_logprobs": [{each["token"]: each["logprob"] for each in (*e["top_logprobs"], e)} for e in entries],
+        "top_logprobs": [_by_token(entry) for entry in entries],
         "text_offset": [entry["text_offset"] for entry in entries],
     }
+
+
+def _by_token(entry: Entry) -> dict[str, float] | None:
+    if entry["logprob"] is None:  # a prompt's first token
+        return None
+    return {each["token"]: each["logprob"] for each in (*entry["top_logprobs"], entry)}

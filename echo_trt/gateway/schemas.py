@@ -32,7 +32,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "store": (False,),
     "suffix": ("",),
-    "echo": (False,),
 }
 #: Fields that say something about the caller and nothing about the text.
 IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -218,6 +217,7 @@ class CompletionRequest(Params):
 
     prompt: list[str | list[int]]
     logprobs: Alternatives | None = None
+    echo: bool = False  # the prompt precedes the answer, with its log-probabilities where those are asked for
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -101,7 +101,8 @@ class TritonPythonModel:
                 sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
                 return
             ask = self._reader.read(tensors)
-            logprobs = None if ask.params.logprobs is None else Outgoing(self._reader.texts)
+            silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
+            logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
             reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
             reply.job = self._service.submit(
                 ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds

@@ -137,6 +137,10 @@ class Replies:
         """Several events of one reply become one message."""
         reply.text += event.text
         reply.ids += event.token_ids
+        if reply.logprobs and reply.last is None and reply.ask.params.prompt_logprobs is not None:
+            while reply.job is None:  # its first event may come before ``submit`` has returned
+                time.sleep(0.001)
+            reply.logprobs.begin(reply.ask.prompt, reply.job.request.prompt_logprobs)
         if reply.logprobs:
             reply.logprobs.take(event.logprobs, event.offsets)
         client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server

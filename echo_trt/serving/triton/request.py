@@ -76,6 +76,7 @@ class Reader:
             frequency_penalty=_number(tensors, "frequency_penalty"),
             repetition_penalty=_number(tensors, "repetition_penalty"),
             logprobs=_logprobs(tensors),
+            prompt_logprobs=_number(tensors, "prompt_logprobs"),
             logit_bias=_logit_bias(tensors),
             min_tokens=least,
             structured=_json(tensors, "structured"),
@@ -140,7 +141,9 @@ class Reader:
             if name in tensors and not chat:
                 raise UserError(f"{name} given without a chat; give chat_messages, or leave it out.")
         if given[0] == "input_ids":
-            return tensors["input_ids"].reshape(-1).tolist(), ""
+            ids = tensors["input_ids"].reshape(-1).tolist()
+            echoed = not _number(tensors, "exclude_input_in_output") and all(0 <= i < len(self._tokenizer) for i in ids)
+            return ids, str(self._tokenizer.decode(ids, skip_special_tokens=True)) if echoed else ""
         text = _text(tensors, given[0])
         if len(text) > self._most_characters:
             raise UserError(

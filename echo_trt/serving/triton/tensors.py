@@ -79,10 +79,14 @@ INPUTS: tuple[Tensor, ...] = (
         "exclude_input_in_output",
         "BOOL",
         True,
-        "false: `text_input` precedes the answer, unless `chat` is true",
+        "false: the prompt precedes the answer, unless it is a chat",
     ),
     Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
     _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
+    _sampling(
+        "prompt_logprobs",
+        doc="log-probabilities of the prompt's tokens, and of so many best tokens; they come first in `logprobs`",
+    ),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
     Tensor(
         "priority",
