@@ -428,3 +428,21 @@ def wait_for_data(connection: socket.socket) -> None:
         part = connection.recv(4096)
         assert part, received
         received += part
+
+
+def test_echo_brings_the_prompt_and_its_logprobs(client, offline):
+    """What lm-eval's log-likelihood tasks ask for: strings or token ids, the first token without a log-probability."""
+    prompts = ["the theme of this is the theme", "naïve"]
+    ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    truths = offline.generate(ids, SamplingParams(1, logprobs=1, prompt_logprobs=1))
+    asked = {"model": "echo", "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    for given in (prompts, ids):
+        for choice, tokens, prompt, truth in zip(
+            client.completions.create(**asked, prompt=given).choices, ids, prompts, truths, strict=True
+        ):
+            assert choice.text == prompt + truth.text
+            first, *rest = choice.logprobs.token_logprobs[: len(tokens)]
+            assert first is None
+            assert rest == pytest.approx([entry.logprob for entry in truth.prompt_logprobs], abs=1e-4)
+            assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+    assert client.completions.create(**asked | {"logprobs": None}, prompt="naïve").choices[0].text.startswith("naïve")
