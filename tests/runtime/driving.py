@@ -19,6 +19,7 @@ from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.planner import Iteration
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.guided import Grammars
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import SamplingParams
@@ -73,7 +74,8 @@ def goodput_planner(
     settings = goodput_settings(policy, llm.manifest.recipe.decoding.model_dump())
     acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
     kind, slots = _OnMachine if clock else GoodputPlanner, networks.state.count
-    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, head=head)
+    grammars = Grammars(networks.state, networks.copier)
+    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head)
 
 
 def assert_all_free(loop: Loop) -> None:

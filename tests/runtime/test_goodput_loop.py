@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from batches import structured
 from driving import add, assert_all_free, goodput_planner, prompt_ids, run
 from pairs import FOLDERS, PAIRS
 from refusal import refused
@@ -21,14 +22,15 @@ POLICIES = ("goodput", "goodput-exact", "goodput-head")
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Greedy and sampled ones, of which every second begins with a text that repeats itself."""
+    """Greedy and sampled ones, every second of which begins with a text that repeats itself; four have grammars."""
     sampled = {"temperature": 0.8, "top_p": 0.95}
     params = [
         SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
         for i, n in enumerate(ANSWERS)
     ]
     prompts = [(prompt_ids(7, i) * 9)[:n] if i % 2 else prompt_ids(n, i) for i, n in enumerate(PROMPTS)]
-    return prompts, params
+    under_grammars = structured()
+    return prompts + under_grammars[0][:4], params + under_grammars[1][:4]
 
 
 def machine(each: float = 0.0, draft: float = 0.0) -> Costs:

@@ -1,0 +1,127 @@
+"""Requests under grammars in the loop: what is drafted for them, and what ends them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from batches import structured
+from driving import add, assert_all_free, goodput_planner, prompt_ids, run
+
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.grammar.state import GrammarFailed, State
+from echo_trt.runtime.guided import LONGEST, Grammars, prune
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+
+SENTENCE = {"structured": {"regex": "[a-z]: the answer is (yes|no)[.]"}}
+
+
+@pytest.fixture(scope="module")
+def llm(open_llm) -> LLM:
+    return open_llm("close", batch=3)
+
+
+def begin(llm: LLM, **params) -> State:
+    state = llm.request(0, prompt_ids(5, 0), SamplingParams(**params)).grammar
+    assert state
+    return state
+
+
+def ids(llm: LLM, text: str) -> list[int]:
+    return llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_forbidden_proposals_give_their_probability_to_the_allowed_ones(llm):
+    state = begin(llm, structured={"regex": "[ab]"})
+    (a,), (b,), (c,), (d,) = (ids(llm, letter) for letter in "abcd")
+    log_q = np.log([[0.5, 0.2, 0.1, 0.1], [0.5, 0.2, 0.1, 0.1]])
+    tokens = np.array([[c, a, d, b]] * 2)
+    log_q, tokens = prune([state, None], log_q, tokens)
+    assert tokens[0, :2].tolist() == [a, b]
+    assert np.exp(log_q[0]) == pytest.approx([0.5, 0.25, 0, 0])
+    assert tokens[1].tolist() == [c, a, d, b]
+    assert np.exp(log_q[1]) == pytest.approx([0.5, 0.2, 0.1, 0.1])
+
+
+def test_forced_text_is_proposed_under_roots_and_leaves(llm):
+    state = llm.loop.state
+    grammars = Grammars(state, llm.networks.copier)
+    slots = np.arange(2)
+    state.grammar[:2] = begin(llm, structured={"regex": "one and only"}), begin(llm, **SENTENCE)
+    try:
+        assert grammars.constrained(np.arange(3)).tolist() == [True, True, False]
+        state.length[:2], state.tokens[:2, :2] = 2, 5
+        proposed = grammars.continuations(slots, 4)
+        wanted = ids(llm, "one and only")
+        count = min(len(wanted), LONGEST)
+        assert proposed.tokens[0, :count].tolist() == wanted[:count]
+        assert proposed.forced.tolist() == [True, False]
+        tree = SuperTree.from_roots(np.array([5, 5]))
+        tree.add(np.array([1]), np.array(ids(llm, "x")), np.zeros(1), 0)
+        chains = grammars.chains(tree, np.array([1.0, 1.0, 0.5]), slots, np.array([30, 6]))
+        wanted = ids(llm, "x: the answer is ")[1:]
+        assert chains.token.tolist() == wanted[:5]
+        assert chains.parent.tolist() == [2, 3, 4, 5, 6]
+        assert set(chains.leaf.tolist()) == {2}
+        assert chains.depth.tolist() == [2, 3, 4, 5, 6]
+        assert (np.diff(chains.probability) < 0).all()
+    finally:
+        state.grammar[:] = None
+
+
+def test_forced_tokens_are_accepted_without_a_draft(open_llm):
+    """The head of this pair proposes nothing right, so what is accepted came from the grammar."""
+    llm = open_llm("eagle3", batch=1)
+    llm.loop.planner = goodput_planner(llm, Costs(Curve([1, 256], [1e-3, 1e-3]), Curve([1, 256], [1e-3, 1e-3])))
+    way = {"structured": {"json": {"const": "a rather long text that nobody would write by chance"}}}
+    [completion] = llm.generate([prompt_ids(9, 1)], SamplingParams(80, **way))
+    assert completion.text == '"a rather long text that nobody would write by chance"'
+    assert completion.finish_reason == "stop"
+    assert llm.loop.planner.totals()["accepted"]["grammar"] > 0.5 * len(completion.token_ids)
+    assert completion.accepted_length > 2
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "echo"])
+def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monkeypatch):
+    llm = open_llm("close", policy, 3)
+    free = [add(llm.loop, prompt_ids(7, seed)) for seed in (1, 2)]
+    run(llm.loop)
+    wanted = [request.generated for request in free]
+    after = State.after
+
+    def given_up(state: State, token: int) -> State | None:
+        if len(state._unseen) > 4:
+            raise GrammarFailed("too complex")
+        return after(state, token)
+
+    monkeypatch.setattr(State, "after", given_up)
+    doomed = llm.request(9, prompt_ids(6, 3), SamplingParams(40, structured={"json_object": True}))
+    llm.loop.add(doomed)
+    free = [add(llm.loop, prompt_ids(7, seed)) for seed in (1, 2)]
+    run(llm.loop)
+    assert doomed.finish_reason == "failed"
+    assert doomed.failure == "its grammar cannot go on (too complex)."
+    assert [request.generated for request in free] == wanted
+    assert_all_free(llm.loop)
+
+
+def test_preempted_requests_go_on_under_their_grammars(with_limits, open_llm):
+    prompts, params = structured()
+    wanted = [c.token_ids for c in open_llm("close", "autoregressive", 1).generate(prompts, params)]
+    llm = LLM(with_limits("close", kv_blocks=9), "echo", 4)
+    assert [c.token_ids for c in llm.generate(prompts, params)] == wanted
+    assert llm.counters.preemptions > 0
+
+
+def test_log_probabilities_of_prompts_are_those_of_their_texts(llm):
+    prompts = [prompt_ids(n, n) for n in (40, 7, 1)]
+    answers = llm.generate(prompts, SamplingParams(3, prompt_logprobs=2))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert [entry.token for entry in answer.prompt_logprobs] == prompt[1:]
+        for place in {1, len(prompt) // 2, len(prompt) - 1} - {0, len(prompt)}:
+            [truth] = llm.generate([prompt[:place]], SamplingParams(1, logprobs=2, ignore_eos=True))
+            top = dict(truth.logprobs[0].top)
+            assert dict(answer.prompt_logprobs[place - 1].top) == pytest.approx(top, abs=1e-4)
+    again = llm.generate(prompts, SamplingParams(3, prompt_logprobs=2))
+    assert [len(answer.prompt_logprobs) for answer in again] == [39, 6, 0]
