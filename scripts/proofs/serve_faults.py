@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "scripts" / "proofs"), str(ROOT / "tests" / "serving")]
 
-from serve_faults_parts import clients, crowds, deaths, nonsense  # noqa: E402
+from serve_faults_parts import clients, crowds, deaths, grammars, nonsense  # noqa: E402
 from serve_faults_parts.stage import Failed, Row, Stage  # noqa: E402
 
 FAULTS: dict[str, Callable[[Stage], Row]] = {
@@ -31,6 +31,10 @@ FAULTS: dict[str, Callable[[Stage], Row]] = {
     "deadline": crowds.deadlines,
     "queue": crowds.full_queue,
     "pool": crowds.full_pool,
+    "grammars": grammars.hostile_grammars,
+    "compiling": grammars.gone_while_compiling,
+    "tools": grammars.fuzzed_tools,
+    "mixed": grammars.mixed_batches,
     "backend": deaths.backend_killed,
     "gateway": deaths.gateway_killed,
     "server": deaths.server_killed,

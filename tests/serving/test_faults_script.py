@@ -9,7 +9,7 @@ import pytest
 from served import needs_triton
 
 ROOT = Path(__file__).parents[2]
-FAULTS = ["departures", "nonsense", "malformed", "queue"]
+FAULTS = ["departures", "nonsense", "malformed", "queue", "grammars", "compiling", "tools", "mixed"]
 
 
 @pytest.mark.slow
