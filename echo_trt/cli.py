@@ -161,14 +161,14 @@ def generate(
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 or -1 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own, else 0.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many best tokens; 0 or -1 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens said before, -2 to 2.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that they were said.")] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Divides logits of tokens said before or in the prompt; 1 is off.")
-    ] = 1.0,
+        float | None, typer.Option(help="Divides logits of tokens said before or in the prompt; 1 is off.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Repeats a text; in bf16 for sure only by the policy goodput-exact.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
@@ -182,6 +182,7 @@ def generate(
     Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
+    from echo_trt.bundle.manifest import read_manifest
     from echo_trt.commands.generate import Job, run
     from echo_trt.files.prompts import Prompt, encodable, read_prompts
     from echo_trt.runtime.params import SamplingParams
@@ -190,16 +191,14 @@ def generate(
         raise UserError("give either PROMPT or --prompts FILE.")
     if prompt == "":
         raise UserError("PROMPT is empty; give at least one character.")
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     params = SamplingParams(
         max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        tuple(encodable(text, "--stop") for text in stop or ()),
+        seed=seed,
+        stop=tuple(encodable(text, "--stop") for text in stop or ()),
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
+        **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name = policy.value if policy else None

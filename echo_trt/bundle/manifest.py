@@ -77,6 +77,21 @@ class TensorRTFacts(BaseModel):
     capabilities: list[str]
 
 
+class Sampling(BaseModel):
+    """Holds what a checkpoint's generation_config.json recommends where it samples; None: nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The parameters that are recommended, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class Manifest(BaseModel):
     """Holds manifest.json.
 
@@ -84,6 +99,7 @@ class Manifest(BaseModel):
     draft_sha256   of the draft's checkpoint, "" without a draft network; a calibration belongs to it
     checks         network -> self-check; a network that could not be checked where it was built is missing
     files          name -> sha256
+    sampling       sampling parameters that the checkpoint recommends: defaults of requests
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -102,6 +118,7 @@ class Manifest(BaseModel):
     checks: dict[str, SelfCheck]
     tools: dict[str, str]
     files: dict[FileName, str]
+    sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from echo_trt import __version__
@@ -17,13 +18,22 @@ from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.self_check import check_engine, worst
 from echo_trt.backends.torch.files import TYPES
 from echo_trt.bundle.calibration import Calibration, read_calibration
-from echo_trt.bundle.manifest import MANIFEST, NGRAMS, Manifest, NetworkFacts, SelfCheck, TensorRTFacts, sha256
+from echo_trt.bundle.manifest import (
+    MANIFEST,
+    NGRAMS,
+    Manifest,
+    NetworkFacts,
+    Sampling,
+    SelfCheck,
+    TensorRTFacts,
+    sha256,
+)
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.policies import reserve_for
-from echo_trt.errors import UserError
+from echo_trt.errors import UserError, first_mistake
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
@@ -174,6 +184,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         target=facts["target"],
         draft=facts.get("draft"),
         eos_token_ids=_eos(checkpoint, config, tokenizer),
+        sampling=_sampling(checkpoint),
         target_sha256=digest,
         draft_sha256=draft_digest,
         tensorrt=tensorrt,
@@ -287,6 +298,19 @@ def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
             f"the tokenizer), but a request stops at {MAX_STOP_TOKENS} at most; leave the others out there."
         )
     return ends
+
+
+def _sampling(checkpoint: Checkpoint) -> Sampling:
+    """What the checkpoint recommends to requests that say nothing: nothing unless it samples."""
+    path = checkpoint.path / "generation_config.json"
+    stated = read_json(path) if path.exists() else {}
+    if not stated.get("do_sample"):
+        return Sampling()
+    named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}
+    try:
+        return Sampling(**named)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_mistake(error)}; mend it, or set do_sample to false.") from None
 
 
 def _folder(name: str | None, recipe_folder: Path) -> Path | None:

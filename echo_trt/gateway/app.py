@@ -25,6 +25,7 @@ from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import Edge
 from echo_trt.gateway.engine_metrics import EngineMetrics
 from echo_trt.gateway.errors import ApiError, log
+from echo_trt.gateway.facts import Facts
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.names import Names
@@ -122,8 +123,9 @@ async def responses(request: Request) -> Response:
     asked = await state.bodies.read(request, ResponsesRequest)
     check_model(request, asked.model)
     try:
-        chat = chat_for(asked.chat, await state.upstream.facts())
-        pieces = _pieces(request, asked.chat, [chat.inputs], chat.names)
+        facts = await state.upstream.facts()
+        chat = chat_for(asked.chat, facts)
+        pieces = _pieces(request, asked.chat, facts, [chat.inputs], chat.names)
         answer = ResponsesAnswer(asked, chat.turn(), state.metrics)
         if not asked.stream:
             return JSONResponse(await answer.whole(pieces))
@@ -157,12 +159,13 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     """The first piece decides over the HTTP status: what fails before it is no 200."""
     check_model(request, asked.model)
     state = request.app.state
+    facts = await state.upstream.facts()
     if isinstance(asked, ChatRequest):
-        chat = chat_for(asked, await state.upstream.facts())
+        chat = chat_for(asked, facts)
         prompts, names = [chat.inputs], chat.names
     else:
         chat, prompts, names = None, asked.inputs(), asked.names
-    pieces, choices = _pieces(request, asked, prompts, names), len(prompts) * asked.n
+    pieces, choices = _pieces(request, asked, facts, prompts, names), len(prompts) * asked.n
     answer = Answer(
         [chat.turn() for _ in range(choices)] if chat else [],
         asked.model,
@@ -180,23 +183,20 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
 
 
 def _pieces(
-    request: Request, asked: ChatRequest | CompletionRequest, prompts: list[dict[str, Any]], names: Names
+    request: Request, asked: ChatRequest | CompletionRequest, facts: Facts, prompts: list[dict[str, Any]], names: Names
 ) -> Pieces:
     """Of all choices, as they come."""
-    inputs = [prompt | _params(asked, seed) for prompt in prompts for seed in asked.seeds()]
+    inputs = [prompt | _params(asked, facts, seed) for prompt in prompts for seed in asked.seeds()]
     return merged([request.app.state.upstream.stream(each, names) for each in inputs], request)
 
 
-def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]:
+def _params(asked: ChatRequest | CompletionRequest, facts: Facts, seed: int) -> dict[str, Any]:
+    """Sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay out."""
     echoes = isinstance(asked, CompletionRequest) and asked.echo
     params = {
         "max_tokens": asked.limit,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": asked.top_k,
         "presence_penalty": asked.presence_penalty,
         "frequency_penalty": asked.frequency_penalty,
-        "repetition_penalty": asked.repetition_penalty,
         "min_length": asked.min_tokens,
         "seed": seed,
         "ignore_eos": asked.ignore_eos,
@@ -215,6 +215,9 @@ def _params(asked: ChatRequest | CompletionRequest, seed: int) -> dict[str, Any]
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        if name in asked.model_fields_set or name not in facts.sampling:
+            params[name] = getattr(asked, name)
     return params | {name: value for name, value in optional.items() if value is not None}
 
 

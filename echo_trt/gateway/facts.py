@@ -29,6 +29,7 @@ class Facts:
     takes_tools  whether the template shows tools to the model
     thought      None for a model that does not think
     context      tokens of a prompt and its answer, at most
+    sampling     parameters of requests that leave them out, where the model recommends any
     """
 
     template: str
@@ -37,6 +38,7 @@ class Facts:
     takes_tools: bool
     thought: Marks | None
     context: int
+    sampling: dict[str, float]
 
     @cached_property
     def tool_format(self) -> Format | None:
@@ -50,4 +52,4 @@ class Facts:
         thought = raw["thought"]
         marks = Marks(thought["opens"], thought["closes"], thought["ids"][1]) if thought else None
         tokens, variables = frozenset(raw["tokens"]), frozenset(raw["variables"])
-        return cls(raw["chat_template"], tokens, variables, raw["takes_tools"], marks, raw["context"])
+        return cls(raw["chat_template"], tokens, variables, raw["takes_tools"], marks, raw["context"], raw["sampling"])

@@ -67,6 +67,11 @@ class LLM:
     def counters(self) -> Counters:
         return self.loop.counters
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """The parameters of a request that gives none: what the model's generation_config.json recommends."""
+        return SamplingParams(**self.manifest.sampling.given())
+
     def set_policy(self, name: str | None, budget: int | None = None) -> None:
         """Plan by another policy from now on, None for the recipe's, or with another K_max; texts stay the same.
 
@@ -108,7 +113,8 @@ class LLM:
         """Continue texts as they are; completions come in the order of the prompts.
 
         A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
-        are control tokens. Token ids are taken as they are. ``params`` are for all prompts, or one for each.
+        are control tokens. Token ids are taken as they are. ``params`` are for all prompts, or one for
+        each; without, ``default_params``.
         """
         return _completions(self.stream(prompts, params))
 
@@ -155,7 +161,7 @@ class LLM:
 
     def _deltas(self, name: str, prompts: Sequence[Sequence[int]], params: Params) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
-        all_params = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
         if len(all_params) != len(prompts):
             one = name.removesuffix("s")
             raise UserError(

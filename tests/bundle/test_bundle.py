@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, LIMITS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
@@ -15,6 +16,8 @@ from echo_trt.commands.build import build
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.serving.triton.request import Reader
 
 
 @pytest.fixture
@@ -381,6 +384,23 @@ def test_end_tokens_of_the_generation_config_stop_too(networks, tmp_path):
     shutil.copytree(networks, folder)
     (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
     assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
+
+
+def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp_path):
+    folder = tmp_path / "networks"
+    shutil.copytree(networks, folder)
+    config = folder / "target" / "generation_config.json"
+    config.write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}')
+    build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
+    llm = LLM(tmp_path / "bundle")
+    assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    read = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given()).read
+    ids, greedy = {"input_ids": np.array([[5]])}, {"temperature": np.array([[0.0]], np.float32)}
+    assert read(ids).params == llm.default_params
+    assert read(ids | greedy).params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95)
+    config.write_text('{"do_sample": true, "temperature": -1}')
+    with refused("temperature", "do_sample"):
+        build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
 
 
 def test_more_end_tokens_than_a_request_stops_at_are_refused(networks, tmp_path):

@@ -40,7 +40,12 @@ class TritonPythonModel:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
         llm = LLM(bundle, _setting(config, "policy") or None, batch, note=pb_utils.Logger.log_info)
-        self._reader = Reader(bundle, llm.loop.state.context, _truth(config, "special_tokens_in_content"))
+        self._reader = Reader(
+            bundle,
+            llm.loop.state.context,
+            _truth(config, "special_tokens_in_content"),
+            llm.manifest.sampling.given(),
+        )
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, args["model_name"], Path(signals) if signals else None)

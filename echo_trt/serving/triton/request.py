@@ -44,7 +44,16 @@ class Ask:
 class Reader:
     """Reads requests for a bundle. It has a tokenizer of its own: the engine's thread uses another."""
 
-    def __init__(self, bundle: Path, context: int, special_tokens_in_content: bool = False):
+    def __init__(
+        self,
+        bundle: Path,
+        context: int,
+        special_tokens_in_content: bool = False,
+        sampling: Mapping[str, float] | None = None,
+    ):
+        """``sampling``: parameters of requests that leave them out (``Manifest.sampling``)."""
+        self._sampling = dict(sampling or {})
+        self._defaults = {name: np.array([value]) for name, value in self._sampling.items()}
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self._tokenizer)
@@ -55,7 +64,7 @@ class Reader:
 
     def read(self, tensors: Mapping[str, np.ndarray]) -> Ask:
         """``tensors`` by name, each [1, n]; what is absent has its default. Raises UserError."""
-        tensors = _renamed(tensors)
+        tensors = self._defaults | _renamed(tensors)
         prompt, echoed = self._prompt(tensors)
         deadline = _number(tensors, "deadline_ms")
         if deadline < 0:
@@ -122,6 +131,7 @@ class Reader:
             "takes_tools": self._chat.takes_tools,
             "thought": thought,
             "context": self._context,
+            "sampling": self._sampling,
         }
         return json.dumps(facts, ensure_ascii=False)
 
