@@ -57,6 +57,8 @@ class Compiler:
         """The state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong where."""
         if structured is None:
             return State(self._tokens, None, thought=thought)
+        if not self._tokens.ends:
+            raise UserError("structured is given, but this model has no end token to end the text with; leave it out.")
         found = self._compiled(structured)
         if isinstance(found, str):
             raise UserError(found)
