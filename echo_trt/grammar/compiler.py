@@ -87,9 +87,14 @@ class Compiler:
     def _prepare(self) -> None:
         """Read the tokenizer for the first grammar: it takes a second, which most servers never need."""
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(
-                self._json, n_vocab=self._tokens.vocab_size, eos_token=list(self._tokens.ends)
-            )
+            size, ends = self._tokens.vocab_size, list(self._tokens.ends)
+            try:
+                self._tokenizer = LLTokenizer(self._json, n_vocab=size, eos_token=ends)
+            except Exception as error:  # a kind of tokenizer that llguidance does not know
+                raise UserError(
+                    f"structured is given, but grammars cannot read this model's tokenizer ({clause(str(error))}); "
+                    "leave it out."
+                ) from None
             self._layouts = Layouts(self._tokenizer)
 
     def _compile(self, kind: str, value: Any) -> Compiled:
