@@ -1,0 +1,35 @@
+// The Vercel AI SDK: text, stream, an object by schema, the Responses API.
+import { createOpenAI } from "@ai-sdk/openai";
+import { generateObject, generateText, streamText } from "ai";
+import { z } from "zod";
+
+const openai = createOpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: "none" });
+const model = openai.chat(process.env.MODEL);
+const schema = z.object({ name: z.string(), country: z.string(), population: z.number().int() });
+const question = "Give me a JSON record of the city of Paris: name, country, population.";
+
+async function tried(feature, task) {
+  let outcome = "works";
+  let said;
+  try {
+    said = String(await task());
+  } catch (error) {
+    said = `${error.statusCode ?? ""} ${error.message}`;
+    outcome = error.statusCode === 400 ? "refused" : "broken";
+  }
+  console.log([feature, outcome, said.replace(/\s+/g, " ").slice(0, 160)].join("\t"));
+}
+
+await tried("generateText", async () => (await generateText({ model, prompt: "Say hello.", maxOutputTokens: 32 })).text);
+await tried("streamText", async () => {
+  let text = "";
+  for await (const piece of streamText({ model, prompt: "Say hello.", maxOutputTokens: 32 }).textStream) text += piece;
+  return text;
+});
+await tried("generateObject", async () =>
+  JSON.stringify((await generateObject({ model, schema, prompt: question, maxOutputTokens: 96, temperature: 0 })).object),
+);
+await tried("responses", async () => {
+  const responses = openai(process.env.MODEL);
+  return (await generateText({ model: responses, prompt: "Say hello.", maxOutputTokens: 32 })).text;
+});
