@@ -115,7 +115,6 @@ def test_a_chat_request_is_refused_by_field(client, change, param):
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"min_tokens": 17}, "min_tokens"),  # 16 is the limit where none is given
-        ({"echo": True}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "end"}, "suffix"),
     ],

@@ -270,5 +270,5 @@ def test_tokens_are_those_of_the_bundles_tokenizer(client, server):
         assert http.get("/ping").status_code == http.post("/ping").status_code == 200
         metrics = http.get("/metrics").text
     assert "echo_gateway_engine_metrics_up 1.0" in metrics
-    assert "\necho_iterations_total " in metrics
+    assert "\necho_iterations_total{" in metrics
     assert "\nnv_" not in metrics

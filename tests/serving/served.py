@@ -136,8 +136,9 @@ class Served:
     def metrics(self) -> dict[str, float]:
         connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=60)
         connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode()
+        text = connection.getresponse().read().decode()
         connection.close()
+        lines = text.replace('{model_name="echo"}', "").replace('model_name="echo",', "")
         return {name: float(value) for name, value in re.findall(r"^(echo_\S+) (\S+)$", lines, re.MULTILINE)}
 
     def wait_metrics(self, fits, seconds: float = 120) -> dict[str, float]:

@@ -94,7 +94,7 @@ def test_chat_goes_through_the_template(server, offline):
     messages = json.dumps([{"role": "user", "content": "hi there"}])
     assert server.generate(chat_messages=messages, **WAYS["greedy"])["text_output"] == expected
     described = json.loads(server.generate(describe=True)["description"])
-    assert described.keys() == {"chat_template", "variables", "tokens", "takes_tools", "thought"}
+    assert described.keys() == {"chat_template", "variables", "tokens", "takes_tools", "thought", "context", "sampling"}
     assert not described["takes_tools"]
     tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
     assert "does not use them" in server.generate(chat_messages=messages, tools=tools)["error"]

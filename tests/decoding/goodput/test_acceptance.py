@@ -112,11 +112,11 @@ def test_one_verification_moves_little_and_in_the_right_direction():
     model.observe(many[:1], np.array([0.5]), np.zeros(1))
     assert 0 < model.drift[BOTH] < up
     assert model.totals() == {
-        "expected": {"head": 0, "lookup": 0, "both": pytest.approx(200.5), "ngram": 0},
-        "accepted": {"head": 0, "lookup": 0, "both": 400, "ngram": 0},
+        "expected": {"head": 0, "lookup": 0, "both": pytest.approx(200.5), "ngram": 0, "grammar": 0},
+        "accepted": {"head": 0, "lookup": 0, "both": 400, "ngram": 0, "grammar": 0},
     }
     model.observe(many[:0], np.zeros(0), np.zeros(0))
-    assert model.expected.tolist() == [0, 0, 200.5, 0]
+    assert model.expected.tolist() == [0, 0, 200.5, 0, 0]
 
 
 # -- children --------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     price = planner.price(load)
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    search = Search(candidates, load, planner._verifying(load, 200), price)
+    search = Search(candidates, load, planner._verifying(load, 200, planner._fills_rung), price)
     got = planner._worth_expanding(search, frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
