@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def gone_while_compiling(stage: Stage) -> Row:
 def fuzzed_tools(stage: Stage) -> Row:
     """Requests for tools with a part changed at random; the gateway answers each, and never with 500."""
     number, draw = stage.count(1000, 40), np.random.default_rng(0)
-    bodies = [json.dumps(_changed(_tool_request(), draw)).encode() for _ in range(number)]
+    bodies = [json.dumps(_changed(deepcopy(_tool_request()), draw)).encode() for _ in range(number)]
     told = Counter(together(number, 8, lambda i: stage.gateway(bodies[i])[0]))
     expect(set(told) <= {200, 400, 413, 429}, f"the gateway said {dict(told)}")
     state = stage.answers_right()
@@ -153,7 +154,10 @@ def mixed_batches(stage: Stage) -> Row:
     ended = [answer["text_output"] for answer in answers if answer["finish_reason"] == "stop"]
     for text in ended:
         record = json.loads(text)
-        expect(record.keys() == {"name", "size"} and record["size"] <= 999, f"a record is {record}")
+        expect(
+            isinstance(record, dict) and record.keys() == {"name", "size"} and record["size"] <= 999,
+            f"a record is {record}",
+        )
     told = f"{len(ended)} records ended, and fit; {stage.same(whole)}; {stage.answers_right()}"
     stage.quiet()
     return Row(f"{number} requests at once, half of them under a schema", told, "nothing")
