@@ -19,7 +19,9 @@ REMEDY = "mend or simplify it."
 LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
 REFERENCES = 500  # of a schema; llguidance follows a chain of them on the stack, which ends at about 1,000
 RULES = 1000  # of a Lark or GBNF grammar; a chain of them ends the stack at about 2,600
-LARGEST_DIVISOR = 100_000  # of multipleOf; time grows with it, to half a second here
+SMALLEST_DIVISOR, LARGEST_DIVISOR = 0.0001, 100_000  # of multipleOf; time grows with it, to half a second here
+_RULE = re.compile(r"^\s*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?:", re.MULTILINE)
+_DIVISOR = re.compile(r'"multipleOf"\s*:\s*([0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9]+)?)')
 
 
 def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
@@ -45,8 +47,8 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         raise UserError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
     if kind == "json":
         _check_schema(value)
-    if kind == "grammar" and (rules := len(re.findall(r":", value))) > RULES:
-        raise UserError(f"structured.grammar has {rules} colons, so as many rules; give at most {RULES}.")
+    if kind == "grammar":
+        _check_grammar(value)
     return kind, value
 
 
@@ -59,6 +61,19 @@ def clause(message: str) -> str:
     return (text if len(text) <= 200 else f"{text[:200]}…").rstrip(".") or "it is too complex"
 
 
+def _check_grammar(text: str) -> None:
+    """Check a Lark or GBNF grammar, and the schemas that stand in Lark behind %json."""
+    if (rules := len(_RULE.findall(text))) > RULES:
+        raise UserError(f"structured.grammar has {rules} rules; give at most {RULES}.")
+    if (references := text.count('"$ref"')) > REFERENCES:
+        raise UserError(f"structured.grammar has {references} times $ref; give at most {REFERENCES}.")
+    for divisor in _DIVISOR.findall(text):
+        if not SMALLEST_DIVISOR <= abs(float(divisor)) <= LARGEST_DIVISOR:
+            raise UserError(
+                f"structured.grammar has multipleOf {divisor[:20]}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
+            )
+
+
 def _check_schema(schema: Any) -> None:
     if schema is False:
         raise UserError("structured.json is false, which no text fits; give a schema.")
@@ -66,8 +81,11 @@ def _check_schema(schema: Any) -> None:
     for key, value in _entries(schema):
         if key == "x-guidance":
             raise UserError("structured.json has the key x-guidance, which is not supported; leave it out.")
-        if key == "multipleOf" and isinstance(value, int | float) and not 1e-4 <= abs(value) <= LARGEST_DIVISOR:
-            raise UserError(f"structured.json has multipleOf {_short(value)}; give 0.0001 to {LARGEST_DIVISOR}.")
+        divides = key == "multipleOf" and isinstance(value, int | float)
+        if divides and not SMALLEST_DIVISOR <= abs(value) <= LARGEST_DIVISOR:
+            raise UserError(
+                f"structured.json has multipleOf {_short(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
+            )
         if key == "$ref" and isinstance(value, str):
             references.append(value)
     if len(references) > REFERENCES:
