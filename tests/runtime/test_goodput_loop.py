@@ -166,7 +166,8 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
     prompts, params = requests()
     added = {}
     for i in np.random.default_rng(0).permutation(len(prompts)):
-        added[i] = add(loop, prompts[i], **vars(params[i]))
+        added[i] = llm.request(i, prompts[i], params[i])
+        loop.add(added[i])
         gone = add(loop, prompts[i][::-1])
         run(loop, steps=2)
         loop.cancel(gone)
