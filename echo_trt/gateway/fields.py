@@ -6,12 +6,20 @@ from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from echo_trt.gateway.errors import ApiError
 from echo_trt.runtime.params import PARAMETERS
 
 #: Most messages of a chat, and most content parts of a message: as at OpenAI.
 MESSAGES = 2048
 #: Most fields of an object. More would only take longer to refuse; there are about 40 that mean something.
 FIELDS = 100
+
+
+def bounded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A body with few enough fields to look at. Raises ApiError."""
+    if len(raw) > FIELDS:
+        raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
+    return raw
 
 
 class Strict(BaseModel):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from echo_trt.gateway.errors import ApiError, shown
-from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, off, within
+from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, off, within
 from echo_trt.gateway.messages import Message, few_calls
 from echo_trt.gateway.names import Names
 from echo_trt.gateway.structured import FIELDS as STRUCTURED
@@ -103,10 +103,8 @@ class Params(Strict):
     def _only_what_we_have(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        if len(raw) > FIELDS:
-            raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
         kept = {}
-        for name, value in raw.items():
+        for name, value in bounded(raw).items():
             if value is None or name in IGNORED:
                 continue
             if name == "best_of":

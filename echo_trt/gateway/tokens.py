@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from echo_trt.gateway.chats import chat_for
 from echo_trt.gateway.errors import ApiError, from_validation
-from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most
+from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded
 from echo_trt.gateway.names import Names
 from echo_trt.gateway.schemas import TOKEN_IDS, ChatRequest
 from echo_trt.gateway.served import check_model
@@ -27,9 +27,7 @@ class _Tokens(Strict):
     def _without_nulls(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        if len(raw) > FIELDS:
-            raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
-        return {name: value for name, value in raw.items() if value is not None}
+        return {name: value for name, value in bounded(raw).items() if value is not None}
 
 
 class TokenizeRequest(_Tokens):

@@ -41,17 +41,22 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-def _choice(value: Any) -> Any:
-    if value in ("auto", "none", "required"):
-        return value
-    try:
-        return NamedTool.model_validate(value)
-    except ValidationError:
-        raise ValueError(f"give auto, none, required or {NAMED}") from None
+def choice_of(named: type[Strict], example: str) -> BeforeValidator:
+    """Read a tool_choice: a word, or an object that names a function, as ``example`` does."""
+
+    def read(value: Any) -> Any:
+        if value in ("auto", "none", "required"):
+            return value
+        try:
+            return named.model_validate(value)
+        except ValidationError:
+            raise ValueError(f"give auto, none, required or {example}") from None
+
+    return BeforeValidator(read)
 
 
 NAMED = '{"type": "function", "function": {"name": ...}}'
-Choice = Annotated[Literal["auto", "none", "required"] | NamedTool, BeforeValidator(_choice)]
+Choice = Annotated[Literal["auto", "none", "required"] | NamedTool, choice_of(NamedTool, NAMED)]
 
 
 def check(tools: Sequence[Tool], choice: Choice | None) -> None:

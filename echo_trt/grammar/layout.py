@@ -71,14 +71,14 @@ class Place:
 
     def gap_before(self, byte: int, style: Style) -> bytes:
         """White space that the style puts here before ``byte``; 0 stands for any beginning of a value or key."""
-        closes, opened, depth = byte in _CLOSE and byte != 0, self.last in _OPEN and self.last != 0, len(self.open)
+        closes, opened, depth = byte in _CLOSE, self.last in _OPEN, len(self.open)
         if self.last == ord(":"):
             return style.colon
         if not self.open or (opened and closes) or not (opened or closes or self.last == ord(",")):
             return b""
         bracket = self.open[-1]
         if style.lines.get((depth, bracket), style.lines.get((0, bracket), False)):
-            return b"\n" + b" " * (style.indent * (depth - closes))
+            return b"\n" + b" " * (style.indent * (depth - 1 if closes else depth))
         return style.comma if self.last == ord(",") else b""
 
 

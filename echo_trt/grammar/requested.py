@@ -45,10 +45,13 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         raise UserError(f"structured.{kind} is not JSON in UTF-8 ({clause(str(error))}); {REMEDY}") from None
     if len(text) > LONGEST:
         raise UserError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
-    if kind == "json":
-        _check_schema(value)
     if kind == "grammar":
         _check_grammar(value)
+    try:
+        if kind == "json":
+            _check_schema(value)
+    except RecursionError:
+        raise UserError(f"structured.json is nested too deep; {REMEDY}") from None
     return kind, value
 
 

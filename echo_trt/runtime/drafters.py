@@ -56,7 +56,8 @@ class TimedDraft:
 
     def __init__(self, drafter: Drafter, slots: np.ndarray, grammars: np.ndarray):
         """``grammars`` [B]: what may follow each request's text, None where anything may."""
-        self._drafter, self._slots, self._grammars = drafter, slots, grammars
+        self._drafter, self._slots = drafter, slots
+        self._grammars = grammars if grammars.any() else None
         self._draft: IterationDraft  # begins with the roots
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
@@ -65,11 +66,11 @@ class TimedDraft:
         begin = time.perf_counter()
         self._draft = self._drafter.begin(self._slots)
         proposed = self._timed(begin, self._draft.expand_roots(requests))
-        return prune(self._grammars[requests], *proposed)
+        return proposed if self._grammars is None else prune(self._grammars[requests], *proposed)
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         proposed = self._timed(time.perf_counter(), self._draft.expand(tree, nodes))
-        if not self._grammars.any():
+        if self._grammars is None:
             return proposed
         return prune([state_at(self._grammars, tree, node) for node in nodes.tolist()], *proposed)
 

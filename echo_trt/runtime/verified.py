@@ -36,6 +36,11 @@ class Verified:
     _places: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
     @cached_property
+    def _constrained(self) -> bool:
+        """Whether a grammar constrains any of the requests."""
+        return bool(self.state.grammar[self.slots].any())
+
+    @cached_property
     def _greedy(self) -> bool:
         """Whether the next token is the best one everywhere, as the logits are."""
         return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
@@ -43,6 +48,8 @@ class Verified:
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
         """Return the target's next tokens at ``nodes`` int64 [m]: the best, or the draw for (seed, place)."""
         tokens = self._next_token(nodes)
+        if not self._constrained:
+            return tokens
         grammars = self.state.grammar[self._slots_of(nodes)]
         for i in np.flatnonzero(grammars):  # not None
             tokens[i] = self._allowed(nodes[i], tokens[i], grammars[i])
@@ -73,6 +80,8 @@ class Verified:
 
     def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
         """Move grammars behind what was emitted: tokens end to end, ``counts`` [B] of each request."""
+        if not self._constrained:
+            return
         begin = begins(counts)
         for i in np.flatnonzero(self.state.grammar[self.slots]):
             for token in tokens[begin[i] : begin[i + 1]].tolist() if i not in self.failures else ():

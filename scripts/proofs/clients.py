@@ -1,7 +1,7 @@
 """Do the clients that people use work with a server? Installs each in an environment of its own, and prints a table.
 
     echo-trt serve bundles/smollm2-135m
-    python scripts/proofs/clients.py --folder /tmp/clients
+    python scripts/proofs/clients.py --folder clients
 
 Each client is a short program in ``clients_parts``. A feature works, is refused by a sentence that the client shows, or
 is broken; exit code 1 where one is broken. Features of tools need a model whose chat template knows them, else they are

@@ -25,7 +25,7 @@ SIZES = tuple(sorted({bucket(count) for count in range(1, LARGEST + 1)}))  # of 
 
 
 def pad(arrays: Arrays) -> Arrays | None:
-    """Pad a call to a size that recurs; None for a call that is better run as it is.
+    """Pad a call to the next captured size; return None for a call that runs faster unpadded.
 
     Padding is tokens without a request, and requests without tokens, which the call does not see. Output rows of
     padding are undefined.

@@ -93,7 +93,7 @@ class Candidates:
             self._drop_rivals(nodes)
 
     def continuations(self) -> Chains:
-        """Return n-gram continuations of the current leaves, cached until the tree grows."""
+        """Return what n-grams and grammars put behind the current leaves, cached until the tree grows."""
         if self._continuations is None:
             drift = self._acceptance.drift[NGRAM]
             self._continuations = (
@@ -107,7 +107,7 @@ class Candidates:
         return self._continuations
 
     def append_continuations(self) -> None:
-        """Add the n-gram continuations to the tree. Nothing is drafted below them."""
+        """Add these continuations to the tree. Nothing is drafted below them."""
         chains = self.continuations()
         score = np.log(chains.probability)
         source = NGRAM if chains.forced is None else np.where(chains.forced, GRAMMAR, NGRAM)

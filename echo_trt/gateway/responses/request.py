@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationError, model_validator
+from pydantic import FailFast, Field, ValidationError, model_validator
 
 from echo_trt.gateway.errors import ApiError, from_validation
-from echo_trt.gateway.fields import FIELDS, Strict, at_most
+from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded
 from echo_trt.gateway.messages import Name
 from echo_trt.gateway.responses.items import Turns
 from echo_trt.gateway.schemas import ChatRequest
+from echo_trt.gateway.tools import choice_of
 from echo_trt.models.messages import MOST_TOOLS
 
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
@@ -78,13 +79,7 @@ class FlatChoice(Strict):
     name: str
 
 
-def _choice(value: Any) -> Any:
-    if value in ("auto", "none", "required"):
-        return value
-    try:
-        return FlatChoice.model_validate(value)
-    except ValidationError:
-        raise ValueError('give auto, none, required or {"type": "function", "name": ...}') from None
+CHOICE = choice_of(FlatChoice, '{"type": "function", "name": ...}')
 
 
 class Reasoning(Strict):
@@ -119,7 +114,7 @@ class ResponsesRequest(Strict):
     stream: bool = False
     stream_options: EventOptions | None = None
     tools: Annotated[list[FlatTool], FailFast(), at_most(MOST_TOOLS, "tools")] = Field([])
-    tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, BeforeValidator(_choice)] | None = None
+    tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, CHOICE] | None = None
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
     include: Annotated[list[Included], at_most(16, "entries")] = Field([])
@@ -131,11 +126,9 @@ class ResponsesRequest(Strict):
     def _only_what_we_have(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        if len(raw) > FIELDS:
-            raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
         kept: dict[str, Any] = {}
         shared: dict[str, Any] = {}
-        for name, value in raw.items():
+        for name, value in bounded(raw).items():
             if value is None or name in IGNORED:
                 continue
             if name in SHARED:

@@ -113,6 +113,17 @@ class Parser(ABC):
         self._end()
         return self._given_out()
 
+    def _inside(self) -> bool:
+        """The state within a call's arguments."""
+        if not self._arguments():
+            return False
+        self._state = self._behind
+        return True
+
+    @abstractmethod
+    def _behind(self) -> bool:
+        """The state behind a call's arguments."""
+
     @abstractmethod
     def _begin(self) -> bool:
         """The first state. A state takes from ``_text`` what it is sure of; True: it may be asked again."""

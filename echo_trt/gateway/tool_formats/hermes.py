@@ -38,12 +38,6 @@ class HermesParser(Parser):
         self._state = self._begin
         return True
 
-    def _inside(self) -> bool:
-        if not self._arguments():
-            return False
-        self._state = self._behind
-        return True
-
     def _behind(self) -> bool:
         end = self._text.find(CLOSE)
         if end < 0:

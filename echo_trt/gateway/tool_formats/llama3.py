@@ -55,12 +55,6 @@ class Llama3Parser(Parser):
             self._state = self._content
         return True
 
-    def _inside(self) -> bool:
-        if not self._arguments():
-            return False
-        self._state = self._behind
-        return True
-
     def _behind(self) -> bool:
         _, closed, rest = self._text.partition("}")
         self._text = rest

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +68,19 @@ class TritonPythonModel:
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
         arrived, sender = time.monotonic(), request.get_response_sender()
-        tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-        if "structured" not in tensors:
-            self._answer(request, tensors, sender, arrived)
-            return
-        id = request.request_id()
-        self._compiled_for.add(id)
-        self._compiling.submit(self._compile, id, request, tensors, sender, arrived)
+        with self._refusals(request, sender):
+            id = _id(request)
+            tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+            if "structured" in tensors:
+                self._compiled_for.add(id)
+                self._compiling.submit(self._compile, request, id, tensors, sender, arrived)
+            else:
+                self._answer(request, id, tensors, sender, arrived)
 
-    def _compile(self, id: str, *rest: Any) -> None:
+    def _compile(self, request: pb_utils.InferenceRequest, id: str, tensors: Any, sender: Any, arrived: float) -> None:
         """Answer a request on the thread for grammars; its client may ask for its end before it is submitted."""
-        self._answer(*rest)
+        with self._refusals(request, sender):
+            self._answer(request, id, tensors, sender, arrived)
         self._compiled_for.discard(id)
         if id in self._stopped:
             self._stopped.discard(id)
@@ -85,34 +89,39 @@ class TritonPythonModel:
     def _answer(
         self,
         request: pb_utils.InferenceRequest,
+        id: str,
         tensors: dict[str, np.ndarray],
         sender: pb_utils.InferenceResponseSender,
         arrived: float,
     ) -> None:
+        if wants_stop(tensors):
+            if not id:
+                raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
+            if id in self._compiled_for:
+                self._stopped.add(id)
+            self._replies.stop(id)
+            sender.send(flags=FINAL)
+            return
+        if wants_description(tensors):
+            sender.send(described(self._reader.description()), flags=FINAL)
+            return
+        if wants_tokens(tensors):
+            sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
+            return
+        ask = self._reader.read(tensors)
+        silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
+        logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
+        reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
+        reply.job = self._service.submit(
+            ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
+        )
+        self._replies.begin(reply)
+
+    @contextmanager
+    def _refusals(self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender) -> Iterator[None]:
+        """Answer a request that cannot be taken with the reason."""
         try:
-            id = _id(request)
-            if wants_stop(tensors):
-                if not id:
-                    raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
-                if id in self._compiled_for:
-                    self._stopped.add(id)
-                self._replies.stop(id)
-                sender.send(flags=FINAL)
-                return
-            if wants_description(tensors):
-                sender.send(described(self._reader.description()), flags=FINAL)
-                return
-            if wants_tokens(tensors):
-                sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
-                return
-            ask = self._reader.read(tensors)
-            silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
-            logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
-            reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
-            reply.job = self._service.submit(
-                ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
-            )
-            self._replies.begin(reply)
+            yield
             return
         except UserError as mistake:
             outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)

@@ -85,7 +85,7 @@ INPUTS: tuple[Tensor, ...] = (
     _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
     _sampling(
         "prompt_logprobs",
-        doc="log-probabilities of the prompt's tokens, and of so many best tokens; they come first in `logprobs`",
+        doc="log-probabilities of the prompt, first in `logprobs`; the value is the number of best tokens a place",
     ),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
     Tensor(
