@@ -91,8 +91,7 @@ def test_a_client_that_ends_its_side_after_a_request_is_answered(port):
         connection.sendall(head % len(body) + body)
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    interim, final = answer.split(b"\r\n\r\n", 1)
-    assert interim.startswith(b"HTTP/1.1 100")
+    final = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")  # sent where the end was read before the answer
     assert final.startswith(b"HTTP/1.1 503")
     assert final.endswith(b"}}")
 
