@@ -164,6 +164,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own, else 0.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many best tokens; 0 or -1 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the smallest set with this share; 1 is off.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens with this share of the best one's; 0 is off.")
+    ] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens said before, -2 to 2.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that they were said.")] = 0.0,
     repetition_penalty: Annotated[
@@ -191,7 +194,13 @@ def generate(
         raise UserError("give either PROMPT or --prompts FILE.")
     if prompt == "":
         raise UserError("PROMPT is empty; give at least one character.")
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    asked = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
     params = SamplingParams(
         max_tokens,
         seed=seed,

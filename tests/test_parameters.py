@@ -106,7 +106,7 @@ def test_the_docs_have_this_table(page, expected):
 def test_the_command_line_has_the_same_defaults():
     options = inspect.signature(generate).parameters
     shared = [name for name in PARAMETERS if name in options]
-    assert len(shared) == 9
+    assert len(shared) == 10
     for name in shared:
         own = options[name].default
         recommended = own is None and name in Sampling.model_fields  # the model's own, else the parameter's default

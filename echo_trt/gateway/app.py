@@ -215,7 +215,7 @@ def _params(asked: ChatRequest | CompletionRequest, facts: Facts, seed: int) -> 
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         if name in asked.model_fields_set or name not in facts.sampling:
             params[name] = getattr(asked, name)
     return params | {name: value for name, value in optional.items() if value is not None}

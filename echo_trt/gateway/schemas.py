@@ -72,6 +72,7 @@ class Params(Strict):
     temperature: Annotated[float, within("temperature", high=2)] = 1.0
     top_p: Annotated[float, within("top_p")] = off("top_p")
     top_k: Annotated[int, within("top_k")] = off("top_k")
+    min_p: Annotated[float, within("min_p")] = off("min_p")
     presence_penalty: Annotated[float, within("presence_penalty")] = off("presence_penalty")
     frequency_penalty: Annotated[float, within("frequency_penalty")] = off("frequency_penalty")
     repetition_penalty: Annotated[float, within("repetition_penalty")] = off("repetition_penalty")

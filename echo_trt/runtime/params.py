@@ -66,6 +66,12 @@ class SamplingParams:
         high=1,
         above=True,
     )
+    min_p: float = parameter(
+        0.0,
+        "draws from tokens with at least this share of the best one's; 0 is off",
+        "a number from 0 (off) to 1",
+        high=1,
+    )
     seed: int = parameter(
         0,
         "repeats a text ([how far](exactness.md#what-a-seed-promises))",
@@ -156,6 +162,11 @@ class SamplingParams:
         """Whether anything comes between the target's logits and the choice of a token."""
         penalised = any(getattr(self, name) != off for name, off in PENALTIES.items())
         return penalised or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether a draw is among some tokens only, which depends on all logits of its place."""
+        return self.temperature > 0 and (self.top_k > 1 or self.top_p < 1 or self.min_p > 0)
 
 
 PARAMETERS: dict[str, Parameter] = {entry.name: entry.metadata["parameter"] for entry in fields(SamplingParams)}

@@ -52,7 +52,7 @@ class Slots:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
-        self.temperature, self.top_p = np.zeros(count), np.ones(count)
+        self.temperature, self.top_p, self.min_p = np.zeros(count), np.ones(count), np.zeros(count)
         self.top_k, self.seed = ints(count), ints(count)
         self.presence_penalty, self.frequency_penalty = np.zeros(count), np.zeros(count)
         self.repetition_penalty = np.ones(count)
@@ -61,6 +61,7 @@ class Slots:
         self.prompt_logprobs = ints(count) - 1  # the same of the prompt's tokens
         self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
+        self.limited = np.zeros(count, bool)  # whether a draw is among some tokens only
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
@@ -186,13 +187,14 @@ class Slots:
 
     def set_params(self, slot: int, params: SamplingParams) -> None:
         """Set how a slot's tokens are chosen."""
-        for name in ("temperature", "top_k", "top_p", "seed", "min_tokens", *PENALTIES):
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.biased[slot] = biased = len(params.logit_bias)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
         self.adjusted[slot] = params.adjusts_logits
+        self.limited[slot] = params.limits_tokens
 
     def release(self, slot: int) -> None:
         """Free the slot and its blocks; those of committed text stay in the cache."""

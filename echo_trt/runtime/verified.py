@@ -59,15 +59,14 @@ class Verified:
         """The next token at one node under the grammar of its request, whose text's ``grammar`` is the root's.
 
         ``token`` is what would follow without it. Where that is allowed it is the choice among allowed tokens, too,
-        unless top-k or top-p look at them all.
+        unless top-k, top-p or min-p look at them all.
         """
         slot, above = self.slots[self.tree.request[node]], self.tree.parent[node]
         try:
             place = self._places[above].after(int(self.tree.token[node])) if above >= 0 else grammar
             assert place  # or the node would not have been visited
             self._places[node] = place
-            limited = self.state.temperature[slot] > 0 and (self.state.top_k[slot] > 1 or self.state.top_p[slot] < 1)
-            if (limited and place.mask is not None) or place.after(int(token)) is None:
+            if (self.state.limited[slot] and place.mask is not None) or place.after(int(token)) is None:
                 only = np.array([node])
                 logits = (self._adjusted_logits if self.state.adjusted[slot] else self._logits)(only)
                 token = self._chosen(only, place.shut_out(logits[0])[None])[0]
@@ -166,7 +165,13 @@ class Verified:
         # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
         place = state.length[slots] + self.tree.depth[nodes]
         return sample(
-            logits, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.seed[slots], place
+            logits,
+            state.temperature[slots],
+            state.top_k[slots],
+            state.top_p[slots],
+            state.seed[slots],
+            place,
+            state.min_p[slots],
         )
 
 

@@ -393,11 +393,11 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     config.write_text('{"do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}')
     build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
     llm = LLM(tmp_path / "bundle")
-    assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
     read = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given()).read
     ids, greedy = {"input_ids": np.array([[5]])}, {"temperature": np.array([[0.0]], np.float32)}
     assert read(ids).params == llm.default_params
-    assert read(ids | greedy).params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95)
+    assert read(ids | greedy).params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
     config.write_text('{"do_sample": true, "temperature": -1}')
     with refused("temperature", "do_sample"):
         build(recipe_of("lookup", folder), folder, tmp_path / "bundle")

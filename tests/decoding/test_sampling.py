@@ -108,6 +108,18 @@ def test_limits_row_by_row(case):
         np.testing.assert_array_equal(got[np.isfinite(got)], logits[np.isfinite(got)])
 
 
+@given(rows(), st.floats(0, 1))
+def test_min_p_keeps_tokens_with_that_share_of_the_best_one_s_and_the_other_limits_see_those_alone(case, min_p):
+    for logits, temperature, top_k, top_p in zip(*case, strict=True):
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+        if (np.abs(weights - min_p) < 1e-3 * min_p).any():
+            continue  # within rounding of the limit
+        left = np.where(weights >= min_p, logits, np.float32(-np.inf))
+        assert limited(logits, temperature, 0, 1.0, min_p).tolist() == left.tolist()
+        got, want = limited(logits, temperature, top_k, top_p, min_p), limited(left, temperature, top_k, top_p)
+        assert got.tolist() == want.tolist()
+
+
 def raced(logits: np.ndarray, temperature: float, top_k: int, top_p: float, seed: int, place: int) -> int:
     """The draw in words: of the tokens that are left, the one with the largest logit / temperature - log E."""
     if temperature <= 1e-6:

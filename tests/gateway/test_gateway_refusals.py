@@ -80,7 +80,7 @@ def keys_file(tmp_path: Path) -> Path:
         ({"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
         ({"min_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"min_p": 0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),

@@ -17,7 +17,7 @@ WAYS = (
     {"temperature": 0.9, "seed": 7, "presence_penalty": 1.5, "frequency_penalty": 0.3, "logprobs": 0},
     {},
     {"repetition_penalty": 1.4},
-    {"temperature": 0.7, "top_p": 0.9, "seed": 1, "logprobs": 20},
+    {"temperature": 0.7, "top_p": 0.9, "min_p": 0.02, "seed": 1, "logprobs": 20},
     {"temperature": 1.0, "seed": 9, "logit_bias": {7: 3.5, 20: -100.0, 21: 1.0}},
     {"frequency_penalty": 0.2, "logit_bias": {31: 100.0}, "stop_token_ids": (31, 40), "min_tokens": 13, "logprobs": 1},
     {"temperature": 1.0, "top_k": 40, "seed": 3, "repetition_penalty": 0.8, "presence_penalty": -2.0, "logprobs": 5},

@@ -73,7 +73,8 @@ def choice(logits: list[float], prompt: list[int], said: list[int], own: Samplin
             logits[token] = -np.inf
     each = (np.array([value]) for value in (own.temperature, own.top_k, own.top_p))
     place = np.array([len(prompt) + len(said)])
-    return int(sample(np.array([logits], np.float32), *each, np.array([own.seed]), place)[0])
+    least = np.array([own.min_p])
+    return int(sample(np.array([logits], np.float32), *each, np.array([own.seed]), place, least)[0])
 
 
 @given(calls(), st.data())

@@ -36,6 +36,7 @@ TYPES = {
     "seed": "UINT64",
     "temperature": "FP32",
     "top_p": "FP32",
+    "min_p": "FP32",
     "repetition_penalty": "FP32",
     "presence_penalty": "FP32",
     "frequency_penalty": "FP32",

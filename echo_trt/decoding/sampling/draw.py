@@ -84,8 +84,9 @@ def sample(
     top_p: np.ndarray,
     seed: np.ndarray,
     place: np.ndarray,
+    min_p: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Choose a token a row: the argmax at temperature 0, else a draw. Temperature comes first, then top-k, then top-p.
+    """Choose a token a row: the argmax at temperature 0, else a draw among the tokens that ``limited`` keeps.
 
     logits       float [n, V]
     temperature  float [n], 0 is greedy
@@ -93,6 +94,7 @@ def sample(
     top_p        float [n], 1 is off
     seed         int [n]
     place        int [n], of the token in its text, prompt included
+    min_p        float [n], 0 is off
     returns      int64 [n]
     """
     tokens: np.ndarray = logits.argmax(axis=1)
@@ -103,19 +105,24 @@ def sample(
     seeds, places = seed[drawn].astype(np.uint64), place[drawn].astype(np.uint64)
     for i, (row, key, counter) in enumerate(zip(rows, seeds, places, strict=True)):
         n = drawn[i]
-        running = limited(row, temperature[n], top_k[n], top_p[n])
+        running = limited(row, temperature[n], top_k[n], top_p[n], 0.0 if min_p is None else min_p[n])
         tokens[n] = _race(running, temperature[n], tokens[n], key, counter)
     return tokens
 
 
-def limited(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Shut tokens out: those beyond the top_k best, then those beyond the nucleus, the fewest that weigh top_p.
+def limited(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray:
+    """Shut tokens out, by the distribution at ``temperature``, in this order.
 
-    Of tokens that tie at a limit the lowest ids are kept, so top_k tokens are no more than that.
+    min_p (arXiv 2407.01082): those whose share is below min_p times the best one's; top_k: those beyond the top_k best;
+    top_p: those beyond the nucleus, the fewest that weigh top_p of what is left. Of tokens that tie at a limit the
+    lowest ids are kept, so top_k tokens are no more than that.
 
     logits   float32 [V]
     returns  float32 [V], -inf for tokens that are out
     """
+    if min_p > 0:
+        least = logits.max() + np.float32(temperature * math.log(min_p))
+        logits = np.where(logits < least, np.float32(-np.inf), logits)
     size = len(logits)
     shortened = 0 < top_k < size
     if not shortened and top_p >= 1:

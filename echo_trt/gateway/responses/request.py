@@ -33,6 +33,7 @@ SHARED = (
     "temperature",
     "top_p",
     "top_k",
+    "min_p",
     "top_logprobs",
     "presence_penalty",
     "frequency_penalty",

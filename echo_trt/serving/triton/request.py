@@ -77,6 +77,7 @@ class Reader:
             temperature=_number(tensors, "temperature"),
             top_k=_number(tensors, "top_k"),
             top_p=_number(tensors, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+            min_p=_number(tensors, "min_p"),
             seed=_number(tensors, "seed"),
             stop=_stop_words(tensors),
             stop_token_ids=tuple(tensors.get("stop_token_ids", np.empty(0)).reshape(-1).tolist()),

@@ -59,6 +59,7 @@ INPUTS: tuple[Tensor, ...] = (
     _sampling("temperature"),
     _sampling("top_k"),
     _sampling("top_p"),
+    _sampling("min_p"),
     _sampling("repetition_penalty"),
     _sampling("presence_penalty"),
     _sampling("frequency_penalty"),
