@@ -52,6 +52,15 @@ class Source(_Section):
         return self
 
 
+class Target(Source):
+    """Names the target's checkpoint.
+
+    chat_template  file with a chat template (Jinja), relative to the recipe, in the place of the checkpoint's own
+    """
+
+    chat_template: str | None = None
+
+
 class Draft(_Section):
     """Names the draft: eagle3, a head for this target; model, a smaller model with its tokenizer; lookup, the text.
 
@@ -143,7 +152,7 @@ class Recipe(_Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    target: Source
+    target: Target
     draft: Draft = Draft()
     engine: EngineName = "openvino"
     precision: Precision = "bf16"

@@ -34,6 +34,7 @@ from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
@@ -141,6 +142,8 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         )
     digest = weights_sha256(checkpoint.path)
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
+    if recipe.target.chat_template is not None:
+        tokenizer.chat_template = read_template(recipe_folder / recipe.target.chat_template)
     draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
     calibration = _calibration(recipe, recipe_folder, digest, draft_digest)
     if recipe.draft.ngrams is not None:

@@ -42,6 +42,7 @@ CLIENTS = {
     "tritonclient": Client("triton_client.py", ("tritonclient[grpc,http]",)),
     "guidellm": Client("guidellm_client.py", ("guidellm",)),
     "aiperf": Client("aiperf_client.py", ("aiperf",)),
+    "genai-perf": Client("genai_perf_client.py", ("genai-perf",)),
     "ai-sdk": Client("ai_sdk.mjs", ("ai@6", "@ai-sdk/openai@3", "zod@4")),
 }
 

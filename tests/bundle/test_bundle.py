@@ -117,6 +117,23 @@ def other_model(folder: Path, corpus: str = "", **changes) -> dict:
     return {"kind": "model", "source": {"path": str(folder)}}
 
 
+def test_a_recipe_brings_its_own_chat_template(networks, tmp_path):
+    folder = tmp_path / "networks"
+    shutil.copytree(networks, folder)
+    written = folder / "mine.jinja"
+    recipe = recipe_of("lookup", folder)
+    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": "mine.jinja"})})
+    for source in (None, "{% for x in messages %}"):
+        if source:
+            written.write_text(source)
+        with refused("mine.jinja", "Jinja template"):
+            build(recipe, folder, tmp_path / "bundle")
+    written.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    build(recipe, folder, tmp_path / "bundle")
+    llm = LLM(tmp_path / "bundle")
+    assert llm.tokenizer.decode(llm.chat_ids("ab")) == "<ab>"
+
+
 def without_tokenizer(folder: Path) -> dict:
     draft = other_model(folder)
     (folder / "tokenizer.json").unlink()

@@ -1,6 +1,6 @@
-// The Vercel AI SDK: text, stream, an object by schema, the Responses API.
+// The Vercel AI SDK: text, stream, an object by schema, whole and streamed, a tool, the Responses API.
 import { createOpenAI } from "@ai-sdk/openai";
-import { generateObject, generateText, streamText } from "ai";
+import { generateObject, generateText, streamObject, streamText, tool } from "ai";
 import { z } from "zod";
 
 const openai = createOpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: "none" });
@@ -29,6 +29,15 @@ await tried("streamText", async () => {
 await tried("generateObject", async () =>
   JSON.stringify((await generateObject({ model, schema, prompt: question, maxOutputTokens: 96, temperature: 0 })).object),
 );
+await tried("streamObject", async () => {
+  const streamed = streamObject({ model, schema, prompt: question, maxOutputTokens: 96, temperature: 0 });
+  return JSON.stringify(await streamed.object);
+});
+await tried("tools, required", async () => {
+  const tools = { city: tool({ description: "Note a city.", inputSchema: schema }) };
+  const answer = await generateText({ model, tools, toolChoice: "required", prompt: question, maxOutputTokens: 96 });
+  return JSON.stringify(answer.toolCalls.map((call) => call.input));
+});
 await tried("responses", async () => {
   const responses = openai(process.env.MODEL);
   return (await generateText({ model: responses, prompt: "Say hello.", maxOutputTokens: 32 })).text;
