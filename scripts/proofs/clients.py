@@ -40,7 +40,7 @@ CLIENTS = {
     "litellm": Client("litellm_client.py", ("litellm",)),
     "lm-eval": Client("lm_eval_client.py", ("lm-eval[api]", "transformers>=4")),
     "tritonclient": Client("triton_client.py", ("tritonclient[grpc,http]",)),
-    "guidellm": Client("guidellm_client.py", ("guidellm",)),
+    "guidellm": Client("guidellm_client.py", ("guidellm>=0.8",)),
     "aiperf": Client("aiperf_client.py", ("aiperf",)),
     "genai-perf": Client("genai_perf_client.py", ("genai-perf",)),
     "ai-sdk": Client("ai_sdk.mjs", ("ai@6", "@ai-sdk/openai@3", "zod@4")),

@@ -5,7 +5,7 @@ import { z } from "zod";
 
 const openai = createOpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: "none" });
 const model = openai.chat(process.env.MODEL);
-const schema = z.object({ name: z.string(), country: z.string(), population: z.number().int() });
+const schema = z.object({ name: z.string(), country: z.string(), population: z.number().int().min(0).max(50_000_000) });
 const question = "Give me a JSON record of the city of Paris: name, country, population.";
 
 async function tried(feature, task) {
@@ -31,7 +31,9 @@ await tried("generateObject", async () =>
 );
 await tried("streamObject", async () => {
   const streamed = streamObject({ model, schema, prompt: question, maxOutputTokens: 96, temperature: 0 });
-  return JSON.stringify(await streamed.object);
+  let last;
+  for await (const part of streamed.partialObjectStream) last = part;
+  return JSON.stringify(last);
 });
 await tried("tools, required", async () => {
   const tools = { city: tool({ description: "Note a city.", inputSchema: schema }) };

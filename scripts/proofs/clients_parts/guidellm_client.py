@@ -10,9 +10,11 @@ from tried import MODEL, URL, tried
 
 def benchmark() -> str:
     command = [
-        *("guidellm", "benchmark", "run", "--target", URL, "--model", MODEL, "--processor", os.environ["TOKENIZER"]),
-        *("--profile", "concurrent", "--rate", "4", "--max-requests", "12", "--output-path", "report.json"),
-        *("--data", "prompt_tokens=64,output_tokens=32"),
+        *("guidellm", "run", "--backend", f"kind=openai_http,target={URL},model={MODEL}"),
+        *("--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=12"),
+        *("--tokenizer", f"kind=hf_auto,model={os.environ['TOKENIZER']}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=32"),
+        *("--output", "kind=json,path=report.json", "--disable-console"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:

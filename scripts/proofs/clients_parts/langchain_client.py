@@ -20,7 +20,7 @@ tried("batch", lambda: [answer.content for answer in llm.batch(["Say hello.", "S
 for method in ("json_schema", "json_mode", "function_calling"):
     structured = llm.with_structured_output(City if method != "json_mode" else None, method=method)
     tried(f"with_structured_output({method})", lambda structured=structured: structured.invoke(QUESTION))
-tried("bind_tools", lambda: llm.bind_tools([City]).invoke(QUESTION).tool_calls)
+tried("bind_tools", lambda: llm.bind_tools([City], tool_choice="City").invoke(QUESTION).tool_calls)
 tried(
     "responses",
     lambda: ChatOpenAI(model=MODEL, base_url=BASE, api_key="none", use_responses_api=True).invoke("Hi.").text,
