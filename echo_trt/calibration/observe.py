@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.calibration.trees import RecordedDraft, Trees
-from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
@@ -37,7 +37,7 @@ class Observed:
 
 def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int, width: int) -> Observed:
     """Replay the growth of full trees, with copied continuations if ``lookup`` has their acceptance rates."""
-    neutral = Acceptance.uncalibrated(max_depth)
+    neutral = Acceptance.uncalibrated(max_depth, CALIBRATED_START)
     parts, total = [], 0
     for begin in range(0, len(trees), BATCH):
         positions = np.arange(begin, min(begin + BATCH, len(trees)))

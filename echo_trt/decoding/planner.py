@@ -145,7 +145,7 @@ class Planner(Protocol):
         return
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Return sums over verified draft tokens, "expected" and "accepted", by source; by default none."""
+        """Return sums by source: draft tokens "expected" and "accepted", and "silent" minutes; by default none."""
         return {}
 
 

@@ -4,7 +4,8 @@ ladder      chooses the size that is verified at a load, or plain decoding
 planner     one iteration: levels while they pay, then the best nodes over the batch
 search      values a level before it is drafted
 candidates  head, copied text and n-grams in one super-tree, with P(accept)
-acceptance  calibrated P(accept | source, depth, score), corrected while it runs
+acceptance  P(accept | source, depth, score): calibrated or not, and learnt while it runs
+fit         what was verified lately, as a logistic fit
 ngrams      continuations that the target has usually written
 costs       seconds of passes on this machine, tracked while it runs
 requests    running statistics of requests: who drafts well, who fell behind

@@ -1,4 +1,4 @@
-"""P(accept | source, depth, score) of drafted nodes: calibrated, and corrected while it runs."""
+"""P(accept | source, depth, score) of drafted nodes: calibrated or not, and learnt while it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.goodput.fit import DEPTHS, Fit
 
 HEAD, LOOKUP, BOTH, NGRAM, GRAMMAR = range(5)  # who proposed a node
 HORIZON = 2  # levels forecast before a draft; larger: levels that pay only with the next ones are drafted, too
@@ -14,9 +15,11 @@ BRANCHING = 5  # levels of the trees that a rung is forecast from; larger: deepe
 SOURCES = ("head", "lookup", "both", "ngram", "grammar")
 CALIBRATED = SOURCES[:NGRAM]  # the others bring their own probability
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
-_LEARNING = 0.02  # step of drift; larger: it follows changed texts sooner, and noise too
-_DRIFT_LIMIT = 1.5  # log-odds; larger: a calibration may be overruled further
-_UNCALIBRATED_LIMIT = 0.999  # P(accept) of a draft that is sure; larger: drift corrects it later
+CALIBRATED_START = 1.0, 0.0  # slope and bias
+UNCALIBRATED_START = 0.5, -0.2  # those with which vLLM's adaptive verification begins
+_SUREST = 0.999  # P(accept) of a draft that is sure, at most; larger: fits correct it later
+_LEAST = 1e-4  # P(accept) at least; larger: unlikely nodes are not told apart
+_TRIED, _SILENT = 30, 0.02  # nodes in a minute, and a share of them: with fewer accepted the source is silent
 _UNCALIBRATED_CHILDREN = np.array([[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]])
 
 
@@ -55,23 +58,29 @@ class Forecast:
 
 
 class Acceptance:
-    """P(accept) of candidates, by tables of the calibration, and sums over verified nodes.
+    """P(accept) of candidates: a prior, corrected by what was verified lately (``Fit``, one a source).
+
+    The prior is the calibration's table where there is one, else the draft's own path probability.
 
     table               float64 [calibrated sources, depths, KNOTS]: P(the path to a node is accepted) at exp(score),
                         row d for depth d + 1
     children            float64 [depths, width, quantiles]: P(accept) of the best, second best, ... child of an expanded
                         node at depth d, divided by that of the node: equally likely values, ascending
-    drift               float64 [sources]: shift of the log-odds, learnt from verified nodes
-    expected, accepted  float64 [sources]: tokens, summed over verified nodes
+    slope               float64 [sources], and
+    bias                float64 [sources, DEPTHS]: log-odds of P = slope * log-odds of the prior + bias
+    tried, expected, accepted  float64 [sources]: verified nodes, the sum of their P(accept), and those accepted
+    silent              int64 [sources]: minutes in which a source was tried and hardly anything of it was accepted
     """
 
-    def __init__(self, table: np.ndarray, children: np.ndarray):
+    def __init__(self, table: np.ndarray, children: np.ndarray, start: tuple[float, float] = CALIBRATED_START):
+        """``start``: slope and bias of the calibrated sources at first."""
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
-        own = np.broadcast_to(knots() * _UNCALIBRATED_LIMIT, (len(SOURCES) - len(table), *self.table.shape[1:]))
-        self._tables = np.concatenate((self.table, own))
+        self._fits = [Fit(*start) if i < len(table) else Fit(1.0, 0.0, fixed=True) for i in range(len(SOURCES))]
         self._forecasts: dict[int, Forecast] = {}
-        self.drift = np.zeros(len(SOURCES))
-        self.expected, self.accepted = np.zeros(len(SOURCES)), np.zeros(len(SOURCES))
+        self.tried, self.expected, self.accepted = np.zeros((3, len(SOURCES)))
+        self.silent = np.zeros(len(SOURCES), np.int64)
+        self._begin_minute()
+        self._adopt()
 
     def forecast(self, width: int) -> Forecast:
         """Return the forecast for nodes of ``width`` children."""
@@ -80,31 +89,63 @@ class Acceptance:
         return self._forecasts[width]
 
     @classmethod
-    def uncalibrated(cls, depths: int) -> Acceptance:
-        """Take the draft's path probabilities at their word; drift corrects them while it runs."""
-        table = np.broadcast_to(knots() * _UNCALIBRATED_LIMIT, (len(CALIBRATED), depths, KNOTS)).copy()
-        return cls(table, np.tile(_UNCALIBRATED_CHILDREN, (depths, 1, 1)))
+    def uncalibrated(cls, depths: int, start: tuple[float, float] = UNCALIBRATED_START) -> Acceptance:
+        """Begin with the draft's path probabilities, by default trusted less; fits correct them while it runs."""
+        table = np.broadcast_to(knots() * _SUREST, (len(CALIBRATED), depths, KNOTS)).copy()
+        return cls(table, np.tile(_UNCALIBRATED_CHILDREN, (depths, 1, 1)), start)
 
     def probability(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """Return P(accept) of nodes at ``depth`` >= 1 with log path probability ``score``, all [n]: float64 [n]."""
-        source, score = np.ascontiguousarray(source, np.int8), np.ascontiguousarray(score, np.float64)
-        return _probability(self._tables, self.drift, source, np.ascontiguousarray(depth, np.int64), score)
+        """Return P(accept) of calibrated sources' nodes at ``depth`` >= 1 with log path probability ``score``.
 
-    def observe(self, source: np.ndarray, probability: np.ndarray, accepted: np.ndarray) -> None:
-        """Learn from verified nodes: their ``probability`` float64 [n] then, and whether they were ``accepted`` [n]."""
-        count = np.bincount(source, minlength=len(SOURCES))
-        expected = np.bincount(source, probability, len(SOURCES))
-        came_true = np.bincount(source, accepted, len(SOURCES))
-        self.expected += expected
-        self.accepted += came_true
-        # A step of stochastic gradient on the log-likelihood: unbiased whatever was chosen to be verified.
-        step = _LEARNING * (came_true - expected) / np.sqrt(np.maximum(count, 1))
-        np.clip(self.drift + step, -_DRIFT_LIMIT, _DRIFT_LIMIT, out=self.drift)
+        All [n]. Returns float64 [n].
+        """
+        prior = self._prior(source, depth, score)
+        return _sigmoid(self.slope[source] * prior + self.bias[source, np.minimum(depth, DEPTHS) - 1])
+
+    def observe(
+        self, source: np.ndarray, depth: np.ndarray, score: np.ndarray, probability: np.ndarray, accepted: np.ndarray
+    ) -> None:
+        """Learn from verified nodes, all [n]: their ``probability`` then, and whether they were ``accepted``."""
+        self.tried += np.bincount(source, minlength=len(SOURCES))
+        self.expected += np.bincount(source, probability, len(SOURCES))
+        self.accepted += np.bincount(source, accepted, len(SOURCES))
+        place = np.minimum(depth, DEPTHS) - 1
+        own = source >= len(self.table)  # their probability was corrected by this bias already
+        prior = np.empty(len(source))
+        prior[own] = _log_odds(probability[own]) - self.bias[source[own], place[own]]
+        prior[~own] = self._prior(source[~own], depth[~own], score[~own])
+        learnt = False
+        for number, fit in enumerate(self._fits):
+            mine = source == number
+            learnt |= fit.observe(prior[mine], place[mine], accepted[mine])
+        if learnt:
+            self._adopt()
+
+    def elapsed(self, seconds: float) -> None:
+        """Let time pass, by which minutes are judged."""
+        self._seconds += seconds
+        if self._seconds < 60:
+            return
+        tried, accepted = self.tried - self._tried_before, self.accepted - self._accepted_before
+        self.silent += (tried >= _TRIED) & (accepted < _SILENT * tried)
+        self._begin_minute()
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Return ``expected`` and ``accepted`` by source."""
-        sums = (("expected", self.expected), ("accepted", self.accepted))
+        """Return ``expected``, ``accepted`` and ``silent`` by source."""
+        sums = (("expected", self.expected), ("accepted", self.accepted), ("silent", self.silent))
         return {name: dict(zip(SOURCES, tokens.tolist(), strict=True)) for name, tokens in sums}
+
+    def _begin_minute(self) -> None:
+        self._seconds, self._tried_before, self._accepted_before = 0.0, self.tried.copy(), self.accepted.copy()
+
+    def _adopt(self) -> None:
+        self.slope = np.array([fit.slope for fit in self._fits])
+        self.bias = np.array([fit.bias for fit in self._fits])
+
+    def _prior(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """Return the log-odds that the table has: float64 [n]."""
+        source, score = np.ascontiguousarray(source, np.int8), np.ascontiguousarray(score, np.float64)
+        return _log_odds(_read(self.table, source, np.ascontiguousarray(depth, np.int64), score))
 
 
 def _as_shares(children: np.ndarray) -> np.ndarray:
@@ -128,16 +169,23 @@ def _trees(children: np.ndarray) -> np.ndarray:
     return worth.reshape(-1, drawn.shape[1])
 
 
-@compiled("f8[::1](f8[:, :, ::1], f8[::1], i1[::1], i8[::1], f8[::1])")
-def _probability(
-    table: np.ndarray, drift: np.ndarray, source: np.ndarray, depth: np.ndarray, score: np.ndarray
-) -> np.ndarray:
+def _log_odds(probability: np.ndarray) -> np.ndarray:
+    p = np.clip(probability, _LEAST, _SUREST)
+    odds: np.ndarray = np.log(p / (1 - p))
+    return odds
+
+
+def _sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    p: np.ndarray = 1 / (1 + np.exp(-log_odds))
+    return p
+
+
+@compiled("f8[::1](f8[:, :, ::1], i1[::1], i8[::1], f8[::1])")
+def _read(table: np.ndarray, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
     out = np.empty(len(score))
     for i in range(len(score)):
         values = table[source[i], min(depth[i], table.shape[1]) - 1]
         place = math.sqrt(math.exp(score[i])) * (KNOTS - 1)
         low = min(int(place), KNOTS - 2)
-        known = values[low] + (values[low + 1] - values[low]) * (place - low)
-        odds = math.exp(drift[source[i]])
-        out[i] = known * odds / (1 - known + known * odds)
+        out[i] = values[low] + (values[low + 1] - values[low]) * (place - low)
     return out

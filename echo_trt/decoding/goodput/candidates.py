@@ -95,9 +95,9 @@ class Candidates:
     def continuations(self) -> Chains:
         """Return what n-grams and grammars put behind the current leaves, cached until the tree grows."""
         if self._continuations is None:
-            drift = self._acceptance.drift[NGRAM]
+            shift = float(self._acceptance.bias[NGRAM, 0])
             self._continuations = (
-                self._ngrams.chains(self.tree, self.probability, self._recent, self._deepest, drift)
+                self._ngrams.chains(self.tree, self.probability, self._recent, self._deepest, shift)
                 if self._ngrams and self._recent is not None
                 else NO_CHAINS
             )

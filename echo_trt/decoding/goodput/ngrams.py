@@ -16,7 +16,7 @@ from echo_trt.decoding.super_tree import SuperTree
 
 LEAVES = 256  # of a batch that are continued, the best; larger: more continuations of large batches, and more time
 FLOOR = 0.015  # P(accept) of a continuation; larger: shorter ones
-SUREST = 0.995  # probability of a next token at most; larger: drift corrects sure ones later
+SUREST = 0.995  # probability of a next token at most; larger: a shift corrects sure ones later
 _EMPTY = np.uint64(0)  # content of a free cell: a key of 0 is no context's
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
@@ -65,7 +65,7 @@ class NGrams:
     def __init__(self, keys: np.ndarray, tokens: np.ndarray, chances: np.ndarray, longest: int):
         self.keys, self.longest = np.ascontiguousarray(keys, np.uint32), longest
         self.tokens = np.ascontiguousarray(tokens, np.int64)
-        self.chances = np.minimum(chances, SUREST, dtype=np.float64)  # drift moves no certainty
+        self.chances = np.minimum(chances, SUREST, dtype=np.float64)  # a shift moves no certainty
         self._cells = _cells(self.keys)
         self._shift = 33 - len(self._cells).bit_length()  # of a key, to its cell
 
@@ -85,18 +85,18 @@ class NGrams:
         return token, chance
 
     def chains(
-        self, tree: SuperTree, probability: np.ndarray, recent: np.ndarray, deepest: np.ndarray, drift: float
+        self, tree: SuperTree, probability: np.ndarray, recent: np.ndarray, deepest: np.ndarray, shift: float
     ) -> Chains:
         """Continue the leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
 
         recent int64 [B, ...]: the last tokens before a root, -1 none. deepest int64 [B]: the largest depth of a
-        request's nodes. ``drift`` shifts the log-odds of next tokens.
+        request's nodes. ``shift`` is added to the log-odds of next tokens.
         """
         leaves = _leaves(tree.parent, probability)
         if len(leaves) > LEAVES:
             leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
         found = _continue(
-            (self._cells, self._shift, self.tokens, self.chances, self.longest, math.exp(drift)),
+            (self._cells, self._shift, self.tokens, self.chances, self.longest, math.exp(shift)),
             leaves,
             (tree.token, tree.parent, tree.request, tree.depth, probability),
             np.ascontiguousarray(recent[:, -self.longest :], np.int64),

@@ -229,7 +229,14 @@ class GoodputPlanner:
         tree, count = plan.tree, len(load.slots)
         drafted, accepted = np.flatnonzero(tree.parent >= 0), np.zeros(len(tree))
         accepted[iteration.path] = 1
-        self.acceptance.observe(tree.source[drafted], plan.probability[drafted], accepted[drafted])
+        self.acceptance.observe(
+            tree.source[drafted],
+            tree.depth[drafted],
+            tree.score[drafted],
+            plan.probability[drafted],
+            accepted[drafted],
+        )
+        self.acceptance.elapsed(iteration.seconds)
         history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
         if prompts == 0 and count:
             # Accepted tokens are too few in a trial to count.

@@ -74,6 +74,15 @@ class Metrics:
             for source in SOURCES
             for what in ("expected", "accepted")
         }
+        silent = family(
+            name="echo_silent_drafts_minutes_total",
+            description="Minutes in which a source of drafts was tried and hardly any of its tokens accepted",
+            kind=counter,
+        )
+        self._by_source |= {
+            (source, "silent"): silent.Metric(labels=self._model | {"source": source}) for source in SOURCES
+        }
+        self._families.append(silent)
         self._histograms = {
             name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
             for name, text in (

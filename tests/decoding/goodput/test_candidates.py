@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import BOTH, HEAD, LOOKUP, NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import BOTH, CALIBRATED_START, HEAD, LOOKUP, NGRAM, Acceptance
 from echo_trt.decoding.goodput.candidates import LEAST_LEFT, Candidates
 from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
@@ -102,7 +102,7 @@ def cases(draw) -> tuple[SeededDraft, Acceptance, list[int], list[list[int]], li
     seeds = draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=4, unique=True))
     draft = SeededDraft(seeds, spread=draw(st.sampled_from([0.05, 0.3])), missing=draw(st.sampled_from([0.0, 0.3])))
     acceptance = random_acceptance(draw(st.integers(0, 99)))
-    acceptance.drift[:NGRAM] = draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 3))
+    acceptance.bias[:NGRAM] += np.array(draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * 3)))[:, None]
     room = [draw(st.integers(0, 6)) for _ in seeds]
     picks = st.lists(st.sampled_from([0, 0, 1, 3, 11]), max_size=LENGTH)
     copied = [copied_of(draft, request, draw(picks)) for request in range(len(seeds))]
@@ -223,7 +223,7 @@ def one_chain(room: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: float = 0.5)
     """One request, taken at its word, whose text suggests ``chain``."""
     copied = continuations([list(chain)], [float(np.log(a))])
     tree = SuperTree.from_roots(np.array([1]))
-    return Candidates(tree, Acceptance.uncalibrated(4), np.ones(1), np.array([room]), copied)
+    return Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(1), np.array([room]), copied)
 
 
 def test_what_both_propose_is_one_node_and_the_chain_below_rises():
@@ -259,7 +259,7 @@ def test_where_the_head_disagrees_the_chain_falls():
 def test_only_requests_whose_root_was_expanded_have_a_frontier():
     copied = continuations([[7, 8], [7, 8]], np.log([0.5, 0.5]).tolist())
     tree = SuperTree.from_roots(np.array([1, 2]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
+    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
     assert candidates.frontier(1, 9).tolist() == []
     candidates.add(np.array([1]), np.log([[0.6]]), np.array([[3]]), 1)
     assert candidates.tree.request[candidates.frontier(1, 9)].tolist() == [1, 1]
@@ -269,7 +269,7 @@ def test_chains_end_with_the_room_and_where_the_text_ends():
     assert [len(one_chain(room).tree) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
     copied = Continuations(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]), np.array([2, 0]))
     tree = SuperTree.from_roots(np.array([1, 2]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4), np.ones(2), np.array([9, 9]), copied)
+    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
     assert candidates.tree.token.tolist() == [1, 2, 5]
     candidates.add(np.array([0, 1]), np.log([[0.6], [0.5]]), np.array([[5], [5]]), 1)
     assert candidates.tree.source.tolist() == [HEAD, HEAD, BOTH, HEAD]

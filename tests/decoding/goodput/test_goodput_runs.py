@@ -75,15 +75,14 @@ def test_it_is_as_good_as_the_better_of_plain_decoding_and_any_fixed_tree(count)
 
 
 def test_a_boastful_draft_is_seen_through():
-    """It says 0.9 where 0.5 are right: drift must come to believe the half."""
+    """It says 0.9 where 0.5 are right: the fit must come to believe the half."""
     server = server_of(linear(0.01, 5e-4), linear(5e-4, 1e-5), [0.9, 0.05, 0.02], 4)
     server.right = [0.5, 0.05, 0.02]
     server.run(700)
     model = server.planner.acceptance
     first = model.probability(np.array([HEAD]), np.array([1]), np.log([0.9]))[0]
-    assert model.drift[HEAD] < -0.8
-    assert first < 0.75
-    assert (abs(model.drift[1:]) == 0).all()
+    assert first == pytest.approx(0.5, abs=0.1)
+    assert (model.bias[1:] == Acceptance.uncalibrated(SHAPE.max_depth).bias[1:]).all()
     assert server.run(200).rate >= 0.98 * 4 / server.target(4)
 
 
@@ -95,4 +94,4 @@ def test_a_fresh_request_forgets_the_promise_of_who_was_there_before():
     history.promise[2] = 0.01
     server.serial[2] = 9
     server.run(1)
-    assert history.promise[2] == pytest.approx(usual, rel=0.05)
+    assert history.promise[2] == pytest.approx(usual, rel=0.1)  # what it thinks of the head still changes
