@@ -106,7 +106,9 @@ def _vllm(name: str, folder: Path, target: Target, options: list[str]) -> Iterat
         raise Unavailable("vLLM is compared in bf16 and fp32 alone.")
     python = _vllm_python(folder)
     bf16 = target.precision == "bf16" and has_bf16()
-    words = [python.with_name("vllm"), "serve", _vllm_target(folder, target), "--served-model-name", "target"]
+    # Not "vllm serve", which looks for a package of the name vllm.
+    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", _vllm_target(folder, target)]
+    words += ["--served-model-name", "target"]
     words += ["--dtype", "bfloat16" if bf16 else "float32", "--max-model-len", target.manifest.recipe.limits.context]
     words += ["--max-num-seqs", target.slots, "--no-enable-prefix-caching", *options]
     openmp = python.parents[1] / "lib" / "libiomp5.so"
