@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from echo_trt.backends.openvino.cpu import has_bf16
 from echo_trt.benchmark.peer_transformers import load_network
@@ -169,6 +170,7 @@ def _vllm_target(folder: Path, target: Target) -> Path:
     """Return the target as a Hugging Face folder, written once: weights, end tokens, the bundle's tokenizer."""
     place = folder / f"target-{target.manifest.target_sha256[:16]}"
     if not place.exists():
+        logging.disable_progress_bar()
         network = load_network(target.checkpoint)
         network.generation_config = GenerationConfig(eos_token_id=list(target.manifest.eos_token_ids))
         network.save_pretrained(place.with_suffix(".part"))
