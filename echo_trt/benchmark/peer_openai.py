@@ -116,22 +116,22 @@ class OpenAIPeer:
 
     async def _form(self) -> tuple[bool, dict[str, bool]]:
         """Find the form of a request that the server takes, and check that it reads the prompt as we do."""
-        ids = self._tokenizer(PROBE)["input_ids"]
+        ids, refusals = self._tokenizer(PROBE)["input_ids"], []
         async with self._server.client() as client:
             for as_ids, options in FORMS:
                 try:
                     stream = await self._ask(client, 0, self._body(ids, 4, as_ids, options))
-                except UserError:
-                    if (as_ids, options) == FORMS[-1]:
-                        raise
+                except UserError as refusal:
+                    refusals.append(refusal)
                     continue
-                if stream.usage.get("prompt_tokens") != len(ids):
+                count = stream.usage.get("prompt_tokens")
+                if count != len(ids):
                     raise UserError(
-                        f"peer {self.name}: {self._server.url} counts {stream.usage.get('prompt_tokens')} tokens in a "
-                        f"prompt of {len(ids)}; serve the bundle's target with its tokenizer."
+                        f"peer {self.name}: {self._server.url} counts {count} tokens in a prompt of {len(ids)}; serve "
+                        "the bundle's target with its tokenizer."
                     )
                 return as_ids, options
-        raise AssertionError("FORMS is empty")
+        raise refusals[-1]
 
     def _body(self, ids: list[int], max_tokens: int, as_ids: bool, options: dict[str, bool]) -> bytes:
         text: dict[str, Any] = {"prompt": self._tokenizer.decode(ids), "add_special_tokens": False}

@@ -16,9 +16,9 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from echo_trt.benchmark.peer import Peer
-from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import Source
 from echo_trt.bundle.sources import locate
@@ -26,6 +26,9 @@ from echo_trt.decoding.policy_names import NAMES
 from echo_trt.errors import UserError, shown
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from echo_trt.benchmark.peer_openai import Server
 
 FLOATS = ("fp32", "bf16")
 
@@ -37,6 +40,8 @@ def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path =
     """
     check_peers([name])
     if "=" in name:
+        from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
+
         return OpenAIPeer(Server.parse(name), load_tokenizer(bundle))
     precisions, opened = PEERS[name][2:]
     if manifest.precision not in precisions:
@@ -49,10 +54,12 @@ def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path =
 
 def check_peers(names: Sequence[str]) -> None:
     """Refuse peers that are unknown, not installed, not reached, or not told apart."""
-    servers = [Server.parse(name) for name in names if "=" in name]
     inside = [name for name in names if "=" not in name]
     for name in inside:
-        _check_installed(name)
+        if name not in PEERS:
+            raise UserError(f"peer {shown(name)} is unknown; use NAME=URL for a server, or one of {', '.join(PEERS)}.")
+        _check_installed(name, *PEERS[name][:2])
+    servers = _servers([name for name in names if "=" in name])
     for name, count in Counter([*inside, *(server.name for server in servers)]).items():
         if count > 1 or name in NAMES:
             raise UserError(f"--peers gives a peer the name {shown(name)}, which is taken; give it a name of its own.")
@@ -60,12 +67,18 @@ def check_peers(names: Sequence[str]) -> None:
         server.find_model()
 
 
-def _check_installed(name: str) -> None:
-    if name not in PEERS:
-        raise UserError(f"peer {shown(name)} is unknown; use NAME=URL for a server, or one of {', '.join(PEERS)}.")
-    module, package = PEERS[name][:2]
+def _servers(names: Sequence[str]) -> list[Server]:
+    if not names:
+        return []
+    _check_installed(names[0], "httpx", "httpx")
+    from echo_trt.benchmark.peer_openai import Server
+
+    return [Server.parse(name) for name in names]
+
+
+def _check_installed(name: str, module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"peer {name} is not installed; run pip install {package}.")
+        raise UserError(f"peer {name} needs a package that is not installed; run pip install {package}.")
 
 
 def find_checkpoint(source: Source, recipe_folder: Path, digest: str) -> Path:

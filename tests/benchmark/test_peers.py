@@ -64,11 +64,18 @@ def test_an_unknown_peer_is_named_beside_the_known(bundle_of):
         open_peer("vllm", bundle, read_manifest(bundle))
 
 
-@pytest.mark.parametrize("name", ["openvino-genai", "openvino-genai-eagle3"])
-def test_a_peer_that_is_not_installed_names_its_package(name, bundle_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("openvino-genai", "openvino_genai", "openvino-genai=="),
+        ("openvino-genai-eagle3", "openvino_genai", "openvino-genai=="),
+        ("vllm=http://127.0.0.1:1", "httpx", "httpx"),
+    ],
+)
+def test_a_peer_that_is_not_installed_names_its_package(name, module, package, bundle_of, monkeypatch):
     bundle = bundle_of("lookup")
-    monkeypatch.setitem(sys.modules, "openvino_genai", None)  # Python's own way to say that there is no such module
-    with refused(name, "pip install openvino-genai=="):
+    monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that there is no such module
+    with refused(name, f"pip install {package}"):
         open_peer(name, bundle, read_manifest(bundle))
 
 
