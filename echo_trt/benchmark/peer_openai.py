@@ -55,7 +55,8 @@ class Server:
             base_url=self.url,
             headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None),
+            # A connection a request: one that is kept may be closed by the server just as the next request is sent.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
     def find_model(self) -> str:
