@@ -293,7 +293,11 @@ def bench(
         int | None, typer.Option(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
     ] = None,
     peers: Annotated[
-        str, typer.Option(help="openvino-genai, openvino-genai-eagle3, transformers; where installed.")
+        str,
+        typer.Option(
+            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, where installed; "
+            "NAME=URL or NAME=URL#MODEL for a server that runs, as vllm=http://127.0.0.1:8000."
+        ),
     ] = "",
     recipes: Annotated[Path, typer.Option(help="The folder of the bundle's recipe, for peers.")] = Path("build"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,

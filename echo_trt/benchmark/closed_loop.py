@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from echo_trt.benchmark.peer import Work
 from echo_trt.runtime.loop import Loop, Request
 from echo_trt.runtime.params import Counters, SamplingParams
 
@@ -46,6 +47,7 @@ class Sample:
 
     decode    iterations in which every slot decoded
     whole     all iterations, also those that computed prompts
+    prompts   tokens of prompts that were computed
     ttft      seconds from a request's arrival to its first token
     gaps      seconds between the emissions of a request
     pace      seconds a token of a request, without its first token
@@ -55,11 +57,17 @@ class Sample:
 
     decode: Tally = field(default_factory=Tally)
     whole: Tally = field(default_factory=Tally)
+    prompts: int = 0
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     pace: list[float] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
     texts: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def prefill(self) -> Work:
+        """Return the tokens of prompts, and the seconds in which a request waited for its first token."""
+        return Work(self.prompts, self.whole.elapsed - self.decode.elapsed)
 
 
 class ClosedLoop:
@@ -101,6 +109,7 @@ class ClosedLoop:
         elapsed = time.perf_counter() - begin
         self.seconds += elapsed
         sample.whole.add(before, loop.counters, elapsed)
+        sample.prompts += loop.counters.prompt_tokens - before.prompt_tokens
         if loop.counters.prompt_tokens == before.prompt_tokens:
             sample.decode.add(before, loop.counters, elapsed)
         for request, tokens in emissions:

@@ -16,8 +16,8 @@ from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
 from echo_trt.benchmark.figures import figures, peer_figures
 from echo_trt.benchmark.peer import Peer, PeerRun
-from echo_trt.benchmark.peers import check_peer, open_peer
-from echo_trt.benchmark.report import html_report, results_table
+from echo_trt.benchmark.peers import check_peers, open_peer
+from echo_trt.benchmark.report import html_report, latency_table, results_table
 from echo_trt.bundle.calibration import own_files
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
@@ -104,6 +104,8 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                 if not messages.is_terminal:
                     messages.print(f"batch {batch}, {name}: done", highlight=False)
         out.print(results_table(result))
+        out.print(latency_table(result))
+        _note_caches(result, messages)
         write_html(html_report(result))
         if job.record_file:
             with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
@@ -160,7 +162,20 @@ def _cell(
     k_max = job.budget or llm.tuning.costs.hinge.k_max
     rows = [figures(policy, batch, samples[policy], samples[PLAIN], k_max) for policy in policies]
     rows = [row | {"side_by_side": beside} for row in rows]
-    return rows + [peer_figures(name, batch, runs, samples[PLAIN]) for name, runs in peer_runs.items()]
+
+    def text_of(ids: list[int]) -> str:
+        return llm.tokenizer.decode(ids, skip_special_tokens=True)
+
+    return rows + [peer_figures(name, batch, runs, samples[PLAIN], text_of) for name, runs in peer_runs.items()]
+
+
+def _note_caches(result: dict[str, Any], messages: Console) -> None:
+    for name in dict.fromkeys(row["policy"] for row in result["results"] if row.get("cached_prompt_tokens")):
+        messages.print(
+            f"note: peer {name} took prompts from its prefix cache, and ours had none; start it without one to compare "
+            "first tokens, prefill and whole requests.",
+            highlight=False,
+        )
 
 
 def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:
@@ -205,8 +220,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         )
     if not job.batches or min(job.batches) < 1 or max(job.batches) > MOST_AT_ONCE:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MOST_AT_ONCE}.")
-    for name in job.peers:
-        check_peer(name)
+    check_peers(job.peers)
     named: dict[str, str] = {}
     for option, path in _outputs(job).items():
         if path is not None and (other := named.setdefault(os.path.realpath(path), option)) != option:

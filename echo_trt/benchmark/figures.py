@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from echo_trt.benchmark.closed_loop import PHASES, Sample, Tally
-from echo_trt.benchmark.peer import PeerRun
+from echo_trt.benchmark.peer import PeerRun, Work
 
 
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
         "rounds": len(rounds),
         "decode_tokens_per_s": _median([_rate(t) for t in decode], 2),
         "end_to_end_tokens_per_s": _median([_rate(s.whole) for s in rounds], 2),
+        "prefill_tokens_per_s": _median([_rate(s.prefill) for s in rounds], 2),
         "ratio": _median(ratios),
         "ratio_spread": _spread(ratios),
         "pooled_ratio": _pooled(decode, [s.decode for s in plain]),
@@ -48,36 +50,59 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
     }
 
 
-def peer_figures(name: str, batch: int, rounds: list[PeerRun], plain: list[Sample]) -> dict[str, Any]:
-    """Make a peer's row, with ratios to our plain decoding of the same rounds."""
-    decode = [_ratio(a.decode_tokens_per_s, _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
-    whole = [_ratio(a.full_tokens_per_s, _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
+def peer_figures(
+    name: str, batch: int, rounds: list[PeerRun], plain: list[Sample], text_of: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """Make a peer's row, with ratios to our plain decoding of the same rounds; ``text_of`` decodes our answers."""
+    decode = [_ratio(_rate(a.decode), _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
+    whole = [_ratio(_rate(a.whole), _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
     return {
         "policy": name,
         "batch": batch,
         "rounds": len(rounds),
-        "decode_tokens_per_s": _median([r.decode_tokens_per_s for r in rounds]),
-        "end_to_end_tokens_per_s": _median([r.full_tokens_per_s for r in rounds]),
+        "decode_tokens_per_s": _median([_rate(r.decode) for r in rounds], 2),
+        "end_to_end_tokens_per_s": _median([_rate(r.whole) for r in rounds], 2),
+        "prefill_tokens_per_s": _median([_rate(r.prefill) for r in rounds], 2),
         "ratio": _median(decode),
         "ratio_spread": _spread(decode),
+        "pooled_ratio": _pooled([r.decode for r in rounds], [s.decode for s in plain]),
         "end_to_end_ratio": _median(whole),
+        "pooled_end_to_end_ratio": _pooled([r.whole for r in rounds], [s.whole for s in plain]),
         "accepted_length": _median([r.accepted_length for r in rounds]),
+        "ttft_ms": _percentiles([x for r in rounds for x in r.ttft]),
+        "time_per_token_ms": _percentiles([x for r in rounds for x in r.pace]),
+        "same_texts": _share([_equal(r.answers, s.texts, text_of) for r, s in zip(rounds, plain, strict=True)]),
         "drafts": rounds[-1].drafts,
+        "cached_prompt_tokens": sum(r.cached for r in rounds),
     }
+
+
+def _equal(
+    answers: Sequence[list[int]] | Sequence[str], ours: dict[int, list[int]], text_of: Callable[[list[int]], str]
+) -> list[bool]:
+    """Compare token ids, or texts where a server gives no ids: without the white space and broken character at ends."""
+    return [
+        (_bare(answer) == _bare(text_of(ours[i]))) if isinstance(answer, str) else answer == ours[i]
+        for i, answer in enumerate(answers)
+    ]
+
+
+def _bare(text: str) -> str:
+    return text.rstrip("\ufffd").strip()
 
 
 def _ratio(rate: float | None, plain: float | None) -> float | None:
     return None if rate is None or plain is None else rate / plain
 
 
-def _pooled(tallies: list[Tally], plain: list[Tally]) -> float | None:
+def _pooled(tallies: Sequence[Tally | Work], plain: Sequence[Tally | Work]) -> float | None:
     """Compute the ratio of all rounds together, in which a round of learning weighs like any other."""
     ratio = _ratio(_rate_of_all(tallies), _rate_of_all(plain))
     return None if ratio is None else round(ratio, 4)
 
 
-def _rate_of_all(tallies: list[Tally]) -> float | None:
-    return _rate(Tally(elapsed=sum(t.elapsed for t in tallies), tokens=sum(t.tokens for t in tallies)))
+def _rate_of_all(tallies: Sequence[Tally | Work]) -> float | None:
+    return _rate(Work(sum(t.tokens for t in tallies), sum(t.elapsed for t in tallies)))
 
 
 def _median(values: list[float | None], digits: int = 4) -> float | None:
@@ -90,8 +115,8 @@ def _spread(values: list[float | None]) -> list[float] | None:
     return [round(min(measured), 4), round(max(measured), 4)] if measured else None
 
 
-def _rate(tally: Tally) -> float | None:
-    """Compute tokens a second; None without iterations, as where all of them computed prompts."""
+def _rate(tally: Tally | Work) -> float | None:
+    """Compute tokens a second; None where no time was measured, as where every iteration computed prompts."""
     return tally.tokens / tally.elapsed if tally.elapsed else None
 
 
@@ -106,5 +131,9 @@ def _variation(values: list[float]) -> float:
 
 
 def _same(rounds: list[Sample], plain: list[Sample]) -> str:
-    same = [a.texts[i] == b.texts[i] for a, b in zip(rounds, plain, strict=True) for i in a.texts]
-    return f"{same.count(True)} of {len(same)}"
+    return _share([[a.texts[i] == b.texts[i] for i in a.texts] for a, b in zip(rounds, plain, strict=True)])
+
+
+def _share(equal: list[list[bool]]) -> str:
+    flat = [same for one in equal for same in one]
+    return f"{flat.count(True)} of {len(flat)}"

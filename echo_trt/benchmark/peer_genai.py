@@ -12,7 +12,7 @@ import openvino as ov
 import openvino_genai as genai
 
 from echo_trt.backends.openvino.cpu import compute_type
-from echo_trt.benchmark.peer import PeerRun
+from echo_trt.benchmark.peer import Arrivals, PeerRun, measured
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.decoding.pack import BLOCK
 
@@ -24,8 +24,10 @@ TRIAL_PROMPTS = 8  # of a trial, two a place at least; larger: a slower and sure
 class GenAI:
     """GenAI on the graph folders of a target and of a head, if it drafts, with the options of our OpenVINO engine.
 
-    Target and head compute and cache in the bundle's precision; threads are left to OpenVINO. Prefix caching is off, as
-    in our runs, prompts are computed in chunks between decoding steps, and the KV cache holds all running texts.
+    Target and head compute and cache in the bundle's precision. Of int8 only the weights are given, and GenAI's fast
+    defaults stay: activations are quantised as they come, and the KV cache is u8. Threads are left to OpenVINO. Prefix
+    caching is off, as in our runs, prompts are computed in chunks between decoding steps, and the KV cache holds all
+    running texts.
 
     With a head, a trial chooses the drafts: chains, or for one text at a time a dynamic top-k tree with depth, children
     and tokens of the recipe's static policy. With several texts GenAI 2026.4.1 fails in trees when one text ends while
@@ -58,7 +60,7 @@ class GenAI:
         rates = {}
         for chain in (*CHAINS, *([TREE] if concurrency == 1 else [])):
             run = _closed_loop(pipeline, some, concurrency, self._generation(chain, max_tokens))
-            rates[chain] = run.decode_tokens_per_s or 0.0
+            rates[chain] = run.decode.tokens / run.decode.elapsed if run.decode.elapsed else 0.0
         return max(rates, key=rates.__getitem__)
 
     def _pipeline(self, concurrency: int, longest: int) -> genai.ContinuousBatchingPipeline:
@@ -78,12 +80,10 @@ class GenAI:
         scheduler.max_num_seqs = concurrency
         scheduler.max_num_batched_tokens = self._manifest.recipe.limits.prefill_chunk + concurrency * self._tree.tokens
         scheduler.dynamic_split_fuse, scheduler.enable_prefix_caching = True, False
-        compute = compute_type(self._manifest.precision).to_string()
-        options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": compute,
-            "KV_CACHE_PRECISION": compute,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if self._manifest.precision != "int8":
+            compute = compute_type(self._manifest.precision).to_string()
+            options |= {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": compute}
         if self._head is not None:
             options["draft_model"] = genai.draft_model(self._head, "CPU", **options)
         return genai.ContinuousBatchingPipeline(self._target, scheduler, "CPU", options)
@@ -120,27 +120,27 @@ def _closed_loop(
 ) -> PeerRun:
     """Keep ``concurrency`` texts running until all prompts are answered; like ours, prompts begin again at the end."""
     texts: list[list[int]] = []
+    arrivals: list[Arrivals] = []
     left, running = set(range(len(prompts))), {}
-    full, decode = _Steps(), _Steps()
     begin = time.perf_counter()
     while left:
         while len(running) < concurrency:
             index, prompt = len(texts), prompts[len(texts) % len(prompts)]
+            arrivals.append(Arrivals(len(prompt), time.perf_counter()))
             running[index] = pipeline.add_request(index, ov.Tensor(np.array([prompt], np.int64)), generation)
             texts.append([])
-        decoding, step_begin = all(texts[index] for index in running), time.perf_counter()
         pipeline.step()
-        tokens = sum([_read(handle, texts[index]) for index, handle in running.items()])
-        for steps in (full, decode) if decoding else (full,):
-            steps.add(tokens, concurrency, time.perf_counter() - step_begin)
+        now = time.perf_counter()
+        for index, handle in running.items():
+            if tokens := _read(handle, texts[index]):
+                arrivals[index].add(now, tokens)
         running = {index: handle for index, handle in running.items() if _is_running(handle)}
         left -= set(range(len(texts))) - running.keys()
-    seconds = time.perf_counter() - begin
     for handle in running.values():
         handle.cancel()
     while pipeline.has_non_finished_requests():
         pipeline.step()
-    return PeerRun(texts[: len(prompts)], seconds, full.tokens_per_s, decode.tokens_per_s, decode.accepted_length)
+    return measured(texts[: len(prompts)], arrivals, concurrency, begin, now)
 
 
 def _read(handle: Any, text: list[int]) -> int:
@@ -156,23 +156,3 @@ def _is_running(handle: Any) -> bool:
     if status == genai.GenerationStatus.IGNORED:
         raise RuntimeError("OpenVINO GenAI ignored a prompt: its KV cache is too small")
     return status == genai.GenerationStatus.RUNNING
-
-
-@dataclass
-class _Steps:
-    """Sums over steps: tokens, texts that took part, and seconds."""
-
-    tokens: int = 0
-    texts: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, texts: int, seconds: float) -> None:
-        self.tokens, self.texts, self.seconds = self.tokens + tokens, self.texts + texts, self.seconds + seconds
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return self.tokens / self.seconds if self.texts else None
-
-    @property
-    def accepted_length(self) -> float | None:
-        return self.tokens / self.texts if self.texts else None

@@ -1,12 +1,15 @@
 """Networks for OpenVINO GenAI: transformers' graph, with its KV cache as OpenVINO state.
 
 It is a plain trace, as optimum-intel makes it (whose releases need an older transformers than ours). Query, key, value,
-gate and up matrices are separate. Weights are in fp32, or in fp16 where our engine stores them in it, and GenAI rounds
-them as it compiles. GenAI turns the state into paged attention by itself.
+gate and up matrices are separate. Weights are in fp32, and GenAI rounds them as it compiles; or as our engine stores
+them, in fp16 or in int8. GenAI turns the state into paged attention by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import shutil
 import tempfile
@@ -157,12 +160,18 @@ def _start_empty(model: ov.Model, heads: int, size: int) -> None:
 
 
 def _save(model: ov.Model, folder: Path, manifest: Manifest) -> None:
+    if manifest.precision == "int8":
+        import nncf  # slow to import
+
+        nncf.set_log_level(logging.ERROR)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=stores_fp16(manifest.precision))
 
 
 def _cached(name: str, manifest: Manifest, write: Callable[[Path], None]) -> Path:
     """Return the cache's folder ``name``. A missing one is filled by ``write``, and appears whole or not at all."""
-    suffix = "-fp16" if stores_fp16(manifest.precision) else ""
+    suffix = "-fp16" if stores_fp16(manifest.precision) else "-int8" if manifest.precision == "int8" else ""
     folder = cache_folder() / "peers" / manifest.target_sha256 / f"{name}{suffix}"
     if folder.exists():
         return folder

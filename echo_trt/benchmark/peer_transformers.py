@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from echo_trt.backends.openvino.cpu import computes_in
-from echo_trt.benchmark.peer import PeerRun
+from echo_trt.benchmark.peer import Arrivals, PeerRun, measured
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.models.config import DECODERS
 from echo_trt.models.open_checkpoint import open_checkpoint
@@ -40,21 +40,22 @@ class Transformers:
         self.eos = manifest.eos_token_ids
 
     def run(self, prompts: list[list[int]], concurrency: int, max_tokens: int) -> PeerRun:
-        self._answer(prompts[:1], min(max_tokens, 8), _FirstToken())
+        self._answer(prompts[:1], min(max_tokens, 8), _TokenTimes())
         texts: list[list[int]] = []
-        decode_seconds, begin = 0.0, time.perf_counter()
+        arrivals: list[Arrivals] = []
+        begin = time.perf_counter()
         for at in range(0, len(prompts), concurrency):
-            first = _FirstToken()
-            texts += self._answer(prompts[at : at + concurrency], max_tokens, first)
-            decode_seconds += time.perf_counter() - first.time
-        seconds = time.perf_counter() - begin
-        tokens = sum(map(len, texts))
-        decoded = tokens - len(texts)
-        decode_rate, accepted = (decoded / decode_seconds, 1.0) if decoded else (None, None)
-        return PeerRun(texts, seconds, tokens / seconds, decode_rate, accepted)
+            batch = [prompts[i % len(prompts)] for i in range(at, at + concurrency)]
+            steps, sent = _TokenTimes(), time.perf_counter()
+            answers = self._answer(batch, max_tokens, steps)
+            texts += answers
+            for prompt, answer in zip(batch, answers, strict=True):
+                tokens = [1.0] * len(answer) + [0.0] * (len(steps.times) - len(answer))  # padding, while others go on
+                arrivals.append(Arrivals(len(prompt), sent, steps.times, tokens))
+        return measured(texts[: len(prompts)], arrivals, concurrency, begin, time.perf_counter())
 
     @torch.inference_mode()
-    def _answer(self, prompts: list[list[int]], max_tokens: int, first: _FirstToken) -> list[list[int]]:
+    def _answer(self, prompts: list[list[int]], max_tokens: int, steps: _TokenTimes) -> list[list[int]]:
         longest = max(map(len, prompts))
         padding = self.eos[0] if self.eos else 0
         ids = torch.tensor([[padding] * (longest - len(p)) + p for p in prompts])
@@ -65,7 +66,7 @@ class Transformers:
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos or None, pad_token_id=padding
             ),
-            logits_processor=LogitsProcessorList([first]),
+            logits_processor=LogitsProcessorList([steps]),
         )
         return [self._until_end(row) for row in output[:, longest:].tolist()]
 
@@ -75,13 +76,14 @@ class Transformers:
         return tokens[: ends[0] + 1] if ends else tokens
 
 
-class _FirstToken(LogitsProcessor):
-    """Notes the time of a batch's first logits, when its prompts are computed."""
+class _TokenTimes(LogitsProcessor):
+    """Notes the times of a batch's logits, one for every token of its longest text."""
 
-    time = 0.0
+    def __init__(self):
+        self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.time = self.time or time.perf_counter()
+        self.times.append(time.perf_counter())
         return scores
 
 

@@ -6,23 +6,31 @@
 | openvino-genai-eagle3 | the same, drafted by the bundle's EAGLE-3 head, in the bundle's precision: chains or, |
 |                       | for one text, a tree, by a trial                                                      |
 | transformers          | Hugging Face generate() on static batches, padded on the left: no continuous batching |
+| NAME=URL, with #MODEL | a server of OpenAI's completions that runs already: vLLM, TensorRT-LLM, SGLang, ...   |
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from echo_trt.benchmark.peer import Peer
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import Source
 from echo_trt.bundle.sources import locate
-from echo_trt.errors import UserError
+from echo_trt.decoding.policy_names import NAMES
+from echo_trt.errors import UserError, shown
 from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.models.tokenizer import load_tokenizer
 
-PRECISIONS = ("fp32", "bf16")
+if TYPE_CHECKING:
+    from echo_trt.benchmark.peer_openai import Server
+
+FLOATS = ("fp32", "bf16")
 
 
 def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path = Path("build")) -> Peer:
@@ -30,22 +38,47 @@ def open_peer(name: str, bundle: Path, manifest: Manifest, recipe_folder: Path =
 
     GenAI's networks are made at the first call and kept in echo-trt/peers below $XDG_CACHE_HOME (~/.cache).
     """
-    check_peer(name)
-    if manifest.precision not in PRECISIONS:
+    check_peers([name])
+    if "=" in name:
+        from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
+
+        return OpenAIPeer(Server.parse(name), load_tokenizer(bundle))
+    precisions, opened = PEERS[name][2:]
+    if manifest.precision not in precisions:
         raise UserError(
-            f"bundle {bundle} is in {manifest.precision}, in which peers do not run; "
-            f"build it in {' or '.join(PRECISIONS)}."
+            f"bundle {bundle} is in {manifest.precision}, in which {name} does not run; "
+            f"build it in {' or '.join(precisions)}."
         )
-    return PEERS[name][2](manifest, recipe_folder)
+    return opened(manifest, recipe_folder)
 
 
-def check_peer(name: str) -> None:
-    """Refuse a peer that is unknown or not installed."""
-    if name not in PEERS:
-        raise UserError(f"peer {name!r} is unknown; use one of {', '.join(PEERS)}.")
-    module, package, _ = PEERS[name]
+def check_peers(names: Sequence[str]) -> None:
+    """Refuse peers that are unknown, not installed, not reached, or not told apart."""
+    inside = [name for name in names if "=" not in name]
+    for name in inside:
+        if name not in PEERS:
+            raise UserError(f"peer {shown(name)} is unknown; use NAME=URL for a server, or one of {', '.join(PEERS)}.")
+        _check_installed(name, *PEERS[name][:2])
+    servers = _servers([name for name in names if "=" in name])
+    for name, count in Counter([*inside, *(server.name for server in servers)]).items():
+        if count > 1 or name in NAMES:
+            raise UserError(f"--peers gives a peer the name {shown(name)}, which is taken; give it a name of its own.")
+    for server in servers:
+        server.find_model()
+
+
+def _servers(names: Sequence[str]) -> list[Server]:
+    if not names:
+        return []
+    _check_installed(names[0], "httpx", "httpx")
+    from echo_trt.benchmark.peer_openai import Server
+
+    return [Server.parse(name) for name in names]
+
+
+def _check_installed(name: str, module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"peer {name} is not installed; run pip install {package}.")
+        raise UserError(f"peer {name} needs a package that is not installed; run pip install {package}.")
 
 
 def find_checkpoint(source: Source, recipe_folder: Path, digest: str) -> Path:
@@ -88,9 +121,9 @@ def _open_transformers(manifest: Manifest, recipe_folder: Path) -> Peer:
 #: OpenVINO's packages work together in equal versions alone.
 _GENAI = f"openvino-genai=={importlib.metadata.version('openvino')}"
 
-#: name -> required module, its pip package, function that opens the peer
-PEERS: dict[str, tuple[str, str, Callable[[Manifest, Path], Peer]]] = {
-    "openvino-genai": ("openvino_genai", _GENAI, _open_genai),
-    "openvino-genai-eagle3": ("openvino_genai", _GENAI, _open_genai_eagle3),
-    "transformers": ("transformers", "transformers", _open_transformers),
+#: name -> required module, its pip package, precisions of bundles, function that opens the peer
+PEERS: dict[str, tuple[str, str, tuple[str, ...], Callable[[Manifest, Path], Peer]]] = {
+    "openvino-genai": ("openvino_genai", _GENAI, (*FLOATS, "int8"), _open_genai),
+    "openvino-genai-eagle3": ("openvino_genai", _GENAI, (*FLOATS, "int8"), _open_genai_eagle3),
+    "transformers": ("transformers", "transformers", FLOATS, _open_transformers),
 }

@@ -21,6 +21,7 @@ COLUMNS = {
     "pooled_ratio": "all rounds as one",
     "end_to_end_tokens_per_s": "with prompts, tokens/s",
     "end_to_end_ratio": "to plain",
+    "prefill_tokens_per_s": "prefill tokens/s",
     "accepted_length": "accepted length",
     "draft_utilisation": "draft used",
     "verified_per_iteration": "verified",
@@ -29,10 +30,8 @@ COLUMNS = {
     "ttft_ms": "first token p50 / p99 ms",
     "same_texts": "same texts",
 }
-TERMINAL = {
-    "set": "prompts",
-    "batch": "batch",
-    "policy": "policy",
+KEYS = {"set": "prompts", "batch": "batch", "policy": "policy"}
+SPEED = {
     "decode_tokens_per_s": "tokens/s",
     "ratio": "ratio",
     "ratio_spread": "spread",
@@ -40,16 +39,32 @@ TERMINAL = {
     "accepted_length": "accepted",
     "same_texts": "texts",
 }
+LATENCY = {
+    "ttft_ms": "first token ms",
+    "time_per_token_ms": "a token ms",
+    "prefill_tokens_per_s": "prefill/s",
+    "end_to_end_tokens_per_s": "whole/s",
+    "end_to_end_ratio": "ratio",
+}
 
 
 def results_table(result: dict[str, Any]) -> Table:
-    """Tabulate the columns that fit a terminal; the HTML report has all columns."""
+    """Tabulate the speed of decoding; the HTML report has all columns."""
+    return _table(result, SPEED, f"{result['bundle']} {result['precision']}, greedy, {result['machine']}")
+
+
+def latency_table(result: dict[str, Any]) -> Table:
+    """Tabulate latencies (p50 / p99), and the rates of prompts and of whole requests."""
+    return _table(result, LATENCY, "Latency p50 / p99; tokens/s of prompts, and of whole requests")
+
+
+def _table(result: dict[str, Any], figures: dict[str, str], title: str) -> Table:
     several = len({row["set"] for row in result["results"]}) > 1
-    columns = [name for name in TERMINAL if name != "set" or several]
-    table = Table(title=f"{result['bundle']} {result['precision']}, greedy, {result['machine']}", title_justify="left")
+    columns = {name: head for name, head in (KEYS | figures).items() if name != "set" or several}
+    table = Table(title=title, title_justify="left")
     table.collapse_padding = True  # 80 columns are enough
-    for name in columns:
-        table.add_column(TERMINAL[name], justify="left" if name in ("set", "policy") else "right")
+    for name, head in columns.items():
+        table.add_column(head, justify="left" if name in ("set", "policy") else "right")
     last = None
     for row in result["results"]:
         key = row["set"], row["batch"]

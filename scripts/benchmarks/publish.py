@@ -44,6 +44,12 @@ COLOURS = {"static": "#8b6fd6", "echo": "#c2760c", EXACT: "#1a9a6c", DEFAULT: "#
 GREY = "#768390"
 BEGIN, END = "<!-- benchmarks: written by scripts/benchmarks/publish.py -->", "<!-- benchmarks: end -->"
 
+BESIDE = (
+    "The command `bench` also measures [running servers](quickstart-gpu.md#beside-other-engines) of TensorRT-LLM, "
+    "vLLM, SGLang or llama.cpp:"
+)
+BESIDE_COMMAND = "echo-trt bench BUNDLE --prompts FILE --batch 1,8,32 --peers vllm=http://127.0.0.1:8000"
+
 Run = dict[str, Any]
 
 
@@ -163,6 +169,9 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         by_batch(lambda row: _ratio(row["accepted_length"])),
         "## Texts equal to plain decoding's",
         by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
+        "## Beside other engines",
+        BESIDE,
+        f"```\n{BESIDE_COMMAND}\n```",
         "## Other machines, earlier versions",
         "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16.",
         _table(["what", "machine", "version", "figures"], old),

@@ -60,15 +60,22 @@ def ours(bundle, prompts: list[list[int]], stop: tuple[int, ...] = ()) -> list[l
 
 def test_an_unknown_peer_is_named_beside_the_known(bundle_of):
     bundle = bundle_of("lookup")
-    with refused("'vllm'", *PEERS):
+    with refused("'vllm'", "NAME=URL", *PEERS):
         open_peer("vllm", bundle, read_manifest(bundle))
 
 
-@pytest.mark.parametrize("name", ["openvino-genai", "openvino-genai-eagle3"])
-def test_a_peer_that_is_not_installed_names_its_package(name, bundle_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("openvino-genai", "openvino_genai", "openvino-genai=="),
+        ("openvino-genai-eagle3", "openvino_genai", "openvino-genai=="),
+        ("vllm=http://127.0.0.1:1", "httpx", "httpx"),
+    ],
+)
+def test_a_peer_that_is_not_installed_names_its_package(name, module, package, bundle_of, monkeypatch):
     bundle = bundle_of("lookup")
-    monkeypatch.setitem(sys.modules, "openvino_genai", None)  # Python's own way to say that there is no such module
-    with refused(name, "pip install openvino-genai=="):
+    monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that there is no such module
+    with refused(name, f"pip install {package}"):
         open_peer(name, bundle, read_manifest(bundle))
 
 
@@ -96,10 +103,12 @@ def test_eagle3_asks_for_a_bundle_with_a_head(bundle_of):
 def test_peers_write_our_tokens(name, concurrency, bundle_of):
     bundle, prompts = bundle_of("lookup"), prompts_of(*LENGTHS)
     run = open_peer(name, bundle, read_manifest(bundle)).run(prompts, concurrency, max_tokens=12)
-    assert run.token_ids == ours(bundle, prompts)
-    assert run.seconds > 0
-    assert run.full_tokens_per_s > 0
-    assert run.decode_tokens_per_s > 0
+    assert run.answers == ours(bundle, prompts)
+    assert run.whole.elapsed >= run.prefill.elapsed > 0
+    assert run.whole.tokens >= run.decode.tokens > 0
+    assert run.decode.elapsed > 0
+    assert run.prefill.tokens >= sum(map(len, prompts))
+    assert len(run.ttft) == len(run.pace) == len(prompts)
     assert run.accepted_length == 1
 
 
@@ -110,9 +119,9 @@ def test_an_end_token_ends_a_text_and_is_its_last(name, bundle_of):
     manifest = read_manifest(bundle)
     manifest = manifest.model_copy(update={"eos_token_ids": [*manifest.eos_token_ids, end]})
     run = open_peer(name, bundle, manifest).run(prompts, 3, max_tokens=12)
-    assert run.token_ids == ours(bundle, prompts, (end,))
-    assert run.token_ids[1][-1] == end
-    assert len(run.token_ids[1]) < 12
+    assert run.answers == ours(bundle, prompts, (end,))
+    assert run.answers[1][-1] == end
+    assert len(run.answers[1]) < 12
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -125,7 +134,7 @@ def test_a_gguf_llama_is_read_as_we_read_it(name, tmp_path):
     build(parse_recipe(raw, "recipe.yaml"), tmp_path, bundle)
     prompts = prompts_of(5, 20)
     run = open_peer(name, bundle, read_manifest(bundle), recipe_folder=tmp_path).run(prompts, 2, max_tokens=12)
-    assert run.token_ids == ours(bundle, prompts)
+    assert run.answers == ours(bundle, prompts)
 
 
 @needs_genai
@@ -133,7 +142,7 @@ def test_a_gguf_llama_is_read_as_we_read_it(name, tmp_path):
 def test_genai_drafts_with_our_head_and_writes_our_tokens(concurrency, eagle_bundle):
     prompts = prompts_of(*LENGTHS)
     run = open_peer("openvino-genai-eagle3", eagle_bundle, read_manifest(eagle_bundle)).run(prompts, concurrency, 12)
-    assert run.token_ids == ours(eagle_bundle, prompts)
+    assert run.answers == ours(eagle_bundle, prompts)
     assert run.accepted_length >= 1
 
 
@@ -147,6 +156,17 @@ def test_a_converted_network_is_kept(bundle_of, cache):
     open_peer("openvino-genai", bundle, manifest)
     assert graph.stat().st_mtime_ns == written
     assert {p.name for p in graph.parents[1].iterdir()} <= {"target", "target-fp16"}
+
+
+@needs_genai
+@pytest.mark.parametrize("name", ["openvino-genai", "openvino-genai-eagle3"])
+def test_genai_runs_int8(name, eagle_bundle):
+    """Weights are ours, activations and KV cache as GenAI chooses: its texts may part from ours."""
+    manifest = read_manifest(eagle_bundle).model_copy(update={"precision": "int8"})
+    run = open_peer(name, eagle_bundle, manifest).run(prompts_of(*LENGTHS), 2, max_tokens=12)
+    assert [len(answer) for answer in run.answers] == [
+        len(answer) for answer in ours(eagle_bundle, prompts_of(*LENGTHS))
+    ]
 
 
 @needs_genai
