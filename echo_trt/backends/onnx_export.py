@@ -117,7 +117,7 @@ class _Graph(nn.Module):
 
 def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     """Make the tracer's inputs, of different sizes along different axes."""
-    config, dtype = role.network.config, next(role.parameters()).dtype
+    config, dtype = role.network.config, role.network.norm.weight.dtype
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
     if isinstance(role, HeadRole):
         inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)

@@ -25,8 +25,31 @@ SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
 def check_engine(
     role: Role, compiled: Callable[[int], Engine], precision: str, blocks: tuple[int, ...] = SCATTERED_TABLE
 ) -> SelfCheck:
-    """Compare both engines on a prompt, then on a tree over it; ``compiled`` takes a number of KV blocks."""
-    engines = [TorchEngine(role, BLOCKS), compiled(BLOCKS)]
+    """Compare both engines on a prompt, then on a tree over it.
+
+    compiled  opens the engine with a number of KV blocks. The reference has run by then: ``compiled`` may take the
+              role's weights out of memory, so that both need not fit side by side.
+    """
+    calls = _calls(role, blocks)
+    reference = TorchEngine(role, BLOCKS)
+    expected = [reference.run(call, **inputs) for call, inputs in calls]
+    del reference
+    engine = compiled(BLOCKS)
+    pairs = zip(expected, calls, strict=True)
+    (prompt_error, same), (tree_error, _) = (
+        _compare(want, engine.run(call, **inputs)) for want, (call, inputs) in pairs
+    )
+    check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
+    if not max(prompt_error, tree_error) <= check.bound:
+        raise UserError(
+            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit "
+            f"off the reference, and {check.bound} is allowed; build with --precision fp32."
+        )
+    return check
+
+
+def _calls(role: Role, blocks: tuple[int, ...]) -> list[tuple[Packed, dict[str, np.ndarray]]]:
+    """Make a prompt and a tree over it, with a head's inputs, of random tokens."""
     rng = np.random.default_rng(0)
     table = np.array([blocks], np.int32)
     vocab = role.network.config.vocab_size
@@ -37,14 +60,7 @@ def check_engine(
         tree.add(np.array([parent]), rng.integers(0, vocab, 1), np.zeros(1))
     past, size = np.array([PROMPT]), np.array([len(tree)])
     branch = pack(tree.token, PROMPT + tree.depth, past, size, table, np.arange(len(tree)), ancestor_mask(tree))
-    (prompt_error, same), (tree_error, _) = (_compare(engines, role, call) for call in (prompt, branch))
-    check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
-    if not max(prompt_error, tree_error) <= check.bound:
-        raise UserError(
-            f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit "
-            f"off the reference, and {check.bound} is allowed; build with --precision fp32."
-        )
-    return check
+    return [(call, _head_inputs(role, call)) for call in (prompt, branch)]
 
 
 def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
@@ -60,16 +76,20 @@ def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None
     )
 
 
-def _compare(engines: list[Engine], role: Role, call: Packed) -> tuple[float, float]:
+def _head_inputs(role: Role, call: Packed) -> dict[str, np.ndarray]:
+    if not isinstance(role, HeadRole):
+        return {}
+    rng, config = np.random.default_rng(1), role.network.config
+    count = len(call.token_ids)
+    split = count // 2
+    return {
+        "features": rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32),
+        "hidden": rng.standard_normal((count - split, config.hidden_size)).astype(np.float32),
+    }
+
+
+def _compare(want: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> tuple[float, float]:
     """Return the largest error over the largest value of the first output, and the share of equal best tokens."""
-    inputs = {}
-    if isinstance(role, HeadRole):
-        rng, config = np.random.default_rng(1), role.network.config
-        count = len(call.token_ids)
-        split = count // 2
-        inputs["features"] = rng.standard_normal((split, 3 * config.target_hidden_size)).astype(np.float32)
-        inputs["hidden"] = rng.standard_normal((count - split, config.hidden_size)).astype(np.float32)
-    want, got = (engine.run(call, **inputs) for engine in engines)
     first = "logits" if "logits" in want else "scores"
     best, same = (o["logits"].argmax(1) if "logits" in o else o["candidates"][:, 0] for o in (want, got))
     error = np.abs(want[first] - got[first]).max() / np.abs(want[first]).max()

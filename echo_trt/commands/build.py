@@ -42,7 +42,7 @@ from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
-from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
 from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.space import check_space
@@ -131,8 +131,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     ranks = recipe.tensor_parallel
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
-    # A divided network is too large to be read in more than it is built in.
-    dtype = torch.float32 if ranks == 1 else TYPES[recipe.precision]
+    dtype = _loaded_type(recipe)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
     config = target.config
     if recipe.limits.context > config.max_position:
@@ -201,6 +200,14 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     )
 
 
+def _loaded_type(recipe: Recipe) -> torch.dtype | None:
+    """Return the type of the networks while they are built; None: that of the checkpoint."""
+    if recipe.engine == "openvino":
+        return None
+    # A divided network is too large to be read in more than it is built in.
+    return torch.float32 if recipe.tensor_parallel == 1 else TYPES[recipe.precision]
+
+
 def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
     if recipe.calibration is None:
         return None
@@ -218,17 +225,18 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
     progress("reading the draft")
     checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
     positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
+    dtype = _loaded_type(recipe)
     if draft.kind == "model":
         where = str(checkpoint.path)
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
-        decoder, most = load_decoder(checkpoint, positions), target.config.vocab_size
+        decoder, most = load_decoder(checkpoint, positions, dtype), target.config.vocab_size
         if decoder.config.vocab_size > most:  # its padding would be proposed as tokens that the target cannot read
             raise UserError(
                 f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {most}; "
                 "use a draft with at most as many."
             )
         return DraftRole(decoder, draft.top_k), (), own_digest
-    head = load_eagle3(checkpoint, positions, target, target.embed.weight.dtype)
+    head = load_eagle3(checkpoint, positions, target, dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(
             f"{checkpoint.path}: target_sha256 says that this head is for other weights than the recipe's target; "
@@ -256,7 +264,12 @@ def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, Self
     export_parted(role, path)
     if precision == "int8":
         compress_to_int8(path)
-    return path.name, check_engine(role, lambda blocks: OpenVINOEngine(path, precision, blocks), precision)
+
+    def opened(blocks: int) -> OpenVINOEngine:
+        release_weights(role)
+        return OpenVINOEngine(path, precision, blocks)
+
+    return path.name, check_engine(role, opened, precision)
 
 
 def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:

@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from echo_trt.errors import UserError
 
 Part = tuple[slice, ...]  # one slice an axis; () is the whole tensor
+# Bytes that are read of a file before it is mapped anew. Pages that were read stay in memory with their map; larger:
+# more of them do.
+MAPPED = 256 << 20
 
 
 class Checkpoint(Protocol):
@@ -30,6 +33,9 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which ``get`` reads a tensor."""
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         """Read a tensor or a part of it, in its stored type (GGUF: float32)."""
@@ -50,23 +56,40 @@ class SafetensorsCheckpoint:
             files = sorted({path / name for name in weight_map.values()})
         if not files:
             raise UserError(f"checkpoint {path} holds no *.safetensors file; download it whole.")
-        self._files = {}
+        self._files: dict[str, _MappedFile] = {}
         for file in files:
             try:
-                handle = safe_open(file, framework="pt")
+                mapped = _MappedFile(file)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"checkpoint file {file} cannot be read ({error}); download it again.") from error
-            self._files.update(dict.fromkeys(handle.keys(), handle))
+            self._files.update(dict.fromkeys(mapped.handle.keys(), mapped))
 
     def names(self) -> Sequence[str]:
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._files[name].handle.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[name].handle.get_slice(name)[(slice(0, 0),) * len(self.shape(name))].dtype
 
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
-        file = self._files[name]
-        return file.get_slice(name)[part] if part else file.get_tensor(name)
+        return self._files[name].read(name, part)
+
+
+class _MappedFile:
+    """A safetensors file; ``handle`` maps it, and is replaced when much of it was read."""
+
+    def __init__(self, path: Path):
+        self._path, self._read = path, 0
+        self.handle = safe_open(path, framework="pt")
+
+    def read(self, name: str, part: Part) -> torch.Tensor:
+        if self._read > MAPPED:
+            self.handle, self._read = safe_open(self._path, framework="pt"), 0
+        tensor = self.handle.get_slice(name)[part] if part else self.handle.get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
 
 
 def read_json(path: Path) -> dict[str, Any]:

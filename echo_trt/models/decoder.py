@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import DecoderConfig
-from echo_trt.models.layers import MLP, Attend, Attention, Experts, RMSNorm, Rotary
+from echo_trt.models.layers import MLP, Attend, Attention, Experts, Linear, RMSNorm, Rotary, widened
 from echo_trt.models.ranks import all_gather
 
 
@@ -36,7 +36,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config, positions)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.output_rows, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.output_rows)
 
     def forward(
         self,
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         logit_rows  int [R], rows whose next token is wanted
         Returns logits [R, V] and the inputs of ``feature_layers`` side by side [N, len * H], or None without layers.
         """
-        x = self.embed(token_ids)
+        x = widened(self.embed(token_ids), self.norm.weight)
         cos, sin = self.rotary(positions)
         features = {}
         for i, layer in enumerate(self.layers):
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
                 features[i] = x
             x = layer(x, cos, sin, attend)
         rows = self.norm(x[logit_rows])
-        head = self.embed.weight if self.lm_head is None else self.lm_head.weight
+        head = widened(self.embed.weight if self.lm_head is None else self.lm_head.weight, rows)
         if len(head) < self.config.vocab_size:
             logits = all_gather(torch.nn.functional.linear(head, rows), self.config.ranks).t()
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.models.config import Eagle3Config
-from echo_trt.models.layers import MLP, Attend, Attention, RMSNorm, Rotary
+from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rotary, widened
 
 
 class Eagle3Head(nn.Module):
@@ -23,7 +23,7 @@ class Eagle3Head(nn.Module):
         self.embed = embed
         norms = 3 if config.fc_norm else 0
         self.fc_norms = nn.ModuleList(RMSNorm(config.target_hidden_size, config.norm_eps) for _ in range(norms))
-        self.fc = nn.Linear(features, hidden, bias=False)
+        self.fc = Linear(features, hidden)
         self.rotary = Rotary(config, positions)
         self.embed_norm = RMSNorm(hidden, config.norm_eps)
         self.hidden_norm = RMSNorm(hidden, config.norm_eps)
@@ -31,7 +31,7 @@ class Eagle3Head(nn.Module):
         self.mlp_norm = RMSNorm(hidden, config.norm_eps)
         self.mlp = MLP(hidden, config.intermediate_size)
         self.norm = RMSNorm(hidden, config.norm_eps)
-        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.lm_head = Linear(hidden, config.draft_vocab_size)
         self.register_buffer("target_ids", torch.arange(config.draft_vocab_size))
 
     def forward(
@@ -59,7 +59,7 @@ class Eagle3Head(nn.Module):
             state = state[state_rows]
         normed = self.hidden_norm(state)
         cos, sin = self.rotary(positions)
-        x = torch.cat((self.embed_norm(self.embed(token_ids)), normed), dim=-1)
+        x = torch.cat((self.embed_norm(widened(self.embed(token_ids), self.norm.weight)), normed), dim=-1)
         state = (normed if self.config.norm_before_residual else state) + self.attention(x, cos, sin, attend)
         state = state + self.mlp(self.mlp_norm(state))
         return self.norm(state) if self.config.norm_output else state

@@ -36,6 +36,10 @@ class Fp8Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored.shape(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._stored.dtype(name)
+        return torch.float32 if stored == torch.float8_e4m3fn else stored
+
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         """Read a tensor or a part of it: a quantised one as float32, any other in its stored type."""
         tensor = self._stored.get(name, part)

@@ -59,6 +59,9 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def get(self, name: str, part: Part = ()) -> torch.Tensor:
         stored = self._tensors[name]
         try:

@@ -26,6 +26,21 @@ def sum_ranks(part: Tensor, ranks: int) -> Tensor:
     return part if ranks == 1 else all_reduce(part, ranks)
 
 
+def widened(weight: Tensor, x: Tensor) -> Tensor:
+    """Convert a weight that is stored in a narrower type to the type of ``x``; exact, and nothing where it has it."""
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix product without bias, in the type of its input; its matrix may be stored in a narrower one."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, widened(self.weight, x))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -106,8 +121,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.ranks, self.head_dim = layer, config.ranks, config.head_dim
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
-        self.qkv = nn.Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(input_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.hidden_size)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
 
@@ -128,8 +143,8 @@ class MLP(nn.Module):
     def __init__(self, hidden: int, intermediate: int, ranks: int = 1):
         super().__init__()
         self.ranks = ranks
-        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
-        self.down = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_up = Linear(hidden, 2 * intermediate)
+        self.down = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -148,7 +163,7 @@ class Experts(nn.Module):
         hidden, size, count = config.hidden_size, config.expert_size, config.num_experts
         self.ranks = config.ranks
         self.top_k, self.normalise = config.experts_per_token, config.norm_expert_weights
-        self.router = nn.Linear(hidden, count, bias=False)
+        self.router = Linear(hidden, count)
         self.gate_up = nn.Parameter(torch.empty(count, 2 * size, hidden))
         self.down = nn.Parameter(torch.empty(count, hidden, size))
 
@@ -158,6 +173,7 @@ class Experts(nn.Module):
         if self.normalise:
             top = top / top.sum(dim=-1, keepdim=True)
         weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
-        gate, up = torch.matmul(x.unsqueeze(0), self.gate_up.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, size]
-        outputs = torch.matmul(F.silu(gate) * up, self.down.transpose(1, 2))  # [E, N, H]
+        gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
+        gate, up = torch.matmul(x.unsqueeze(0), gate_up).chunk(2, dim=-1)  # [E, N, size]
+        outputs = torch.matmul(F.silu(gate) * up, down)  # [E, N, H]
         return sum_ranks((outputs * weights.t().unsqueeze(-1)).sum(dim=0), self.ranks)

@@ -20,17 +20,19 @@ from echo_trt.models.ranks import Shard
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a list of such lists where experts are stacked too.
 Sources = dict[str, list[str]]
 WHOLE = Shard()
+NARROW = {torch.bfloat16, torch.float16}  # types whose every number float32 has, too
 
 #: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.
 IGNORED = r"^(lm_head\.weight|t2d|d2t|draft_id_to_target_id)$|\.rotary_emb\.inv_freq$"
 
 
 def load_decoder(
-    checkpoint: Checkpoint, positions: int, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE
+    checkpoint: Checkpoint, positions: int, dtype: torch.dtype | None = torch.float32, shard: Shard = WHOLE
 ) -> Decoder:
     """Load a target or a standalone draft, or the bytes of one rank's ``shard``.
 
-    ``positions`` is the rotary table's length.
+    positions  the rotary table's length
+    dtype      of the weights; None: float32, with matrices in their stored type where it is narrower
     """
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
     config = rank_config(whole, shard.ranks)
@@ -46,9 +48,12 @@ def load_decoder(
 
 
 def load_eagle3(
-    checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype | None = torch.float32
 ) -> Eagle3Head:
-    """Load the head for ``target``, in EAGLE's or vLLM's spelling, with its embeddings or the target's."""
+    """Load the head for ``target``, in EAGLE's or vLLM's spelling, with its embeddings or the target's.
+
+    positions, dtype  as of ``load_decoder``
+    """
     where = str(checkpoint.path)
     config = eagle3_config(checkpoint.config, where)
     check_head_fits(config, target.config, where)
@@ -63,11 +68,18 @@ def load_eagle3(
                 f"{where}: tensor embed_tokens.weight is missing and hidden_size {config.hidden_size} is not the "
                 f"target's {target.config.hidden_size}; use a head with its own embeddings."
             )
-        model.embed = target.embed
+        model.embed.weight = target.embed.weight
     _assign(model, checkpoint, sources, dtype)
     model.rotary = Rotary(config, positions)
     model.target_ids = _target_ids(config, checkpoint, names)
     return model.eval()
+
+
+def release_weights(network: nn.Module) -> None:
+    """Take ``network``'s parameters out of memory and keep their shapes; other networks keep what they share."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def check_head_fits(head: Eagle3Config, target: DecoderConfig, where: str) -> None:
@@ -175,7 +187,7 @@ def _assign(
     model: nn.Module,
     checkpoint: Checkpoint,
     sources: dict[str, Any],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     divided: Divided | None = None,
 ) -> None:
     """Fill the model's meta parameters, which are allocated once and filled part by part."""
@@ -184,7 +196,8 @@ def _assign(
     for ours, parts in sources.items():
         module_path, _, leaf = ours.rpartition(".")
         module = model.get_submodule(module_path)
-        value = torch.empty(getattr(module, leaf).shape, dtype=dtype)
+        shape = getattr(module, leaf).shape
+        value = torch.empty(shape, dtype=dtype or _stored_type(filling, shape, parts))
         stored = filling.divided.whole.get_parameter(ours).shape
         if isinstance(parts[0], list):
             slots = [(slot, stored[1:], names) for slot, names in zip(value, parts, strict=True)]
@@ -241,6 +254,18 @@ class _Filling:
             raise UserError(f"{checkpoint.path}: tensor {name} is missing; use a complete checkpoint of this network.")
         if checkpoint.shape(name) != shape:
             raise _shape_error(checkpoint, name, checkpoint.shape(name), shape)
+
+
+def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dtype:
+    """Return the narrow type that all parts of a matrix are stored in, or float32.
+
+    Vectors are float32: they are small, and the norm's type is the one that a network computes in.
+    """
+    names = [name for part in parts for name in (part if isinstance(part, list) else [part])]
+    if len(shape) == 1 or not filling.present.issuperset(names):
+        return torch.float32
+    types = {filling.checkpoint.dtype(name) for name in names}
+    return types.pop() if len(types) == 1 and types <= NARROW else torch.float32
 
 
 def _heights(config: Config) -> list[int]:

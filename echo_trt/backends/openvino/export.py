@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echo_trt.backends.onnx_export import export
-from echo_trt.models.layers import MLP
+from echo_trt.models.layers import MLP, widened
 from echo_trt.models.roles import Role
 
 
@@ -35,4 +35,4 @@ class _PartedMLP(nn.Module):
         self.down = mlp.down
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up))
+        return self.down(F.silu(F.linear(x, widened(self.gate, x))) * F.linear(x, widened(self.up, x)))

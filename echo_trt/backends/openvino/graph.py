@@ -28,6 +28,7 @@ MAX_CONTEXT = 12  # index of that input of PagedAttention
 # Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
 # bytes a weight. Larger: more networks read two bytes.
 BF16_WEIGHTS = 64 << 20
+DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
 MAX_GROUP = 192  # activations that share a scale; larger: faster and less exact
 
 
@@ -56,6 +57,7 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if cpu.stores_fp16(precision):
         compress_model_transformation(model)
     compute = cpu.compute_type(precision).to_string()
+    _keep_narrow(model)
     options = {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": compute, "PERFORMANCE_HINT": "LATENCY"}
     if precision == "int8" and cpu.has_amx() and _weights(model) <= BF16_WEIGHTS:
         _decompress(model)
@@ -68,6 +70,16 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+def _keep_narrow(model: ov.Model) -> None:
+    """Mark conversions of weights in bf16 and fp16, so that these are compiled from the mapped file.
+
+    OpenVINO converts other constants to fp32 beforehand, in memory of its own.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "Convert" and node.get_element_type() == ov.Type.f32 and _is_weight(node):
+            node.get_rt_info()[DECOMPRESSION] = ""
 
 
 def _weights(model: ov.Model) -> int:
@@ -121,7 +133,7 @@ def join_mlps(model: ov.Model) -> None:
         others = [value for value in gated.input_values() if value.get_node().get_name() != activated.get_name()]
         up = _matrix_product(others[0]) if len(others) == 1 else None
         products = [product for product in (gate, up, down) if product]
-        if [product.input_value(1).get_node().get_type_name() for product in products] != 3 * ["Constant"]:
+        if len(products) < 3 or not all(_is_weight(product.input_value(1).get_node()) for product in products):
             continue
         rows = ops.unsqueeze(gate.input_value(0), axis)
         wide, other = (ops.matmul(rows, product.input_value(1), False, True) for product in (gate, up))
@@ -142,6 +154,13 @@ def _matrix_product(value: ov.Output) -> ov.Node | None:
     while node.get_type_name() in ("Add", "Multiply"):
         node = node.input_value(0).get_node()
     return node if node.get_type_name() == "MatMul" else None
+
+
+def _is_weight(node: ov.Node) -> bool:
+    """Return whether ``node`` is a constant, or the conversion of one that is stored in a narrower type."""
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "Constant"
 
 
 def _only_user(node: ov.Node) -> ov.Node | None:

@@ -44,7 +44,7 @@ class TorchEngine:
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
-        self._dtype = next(role.parameters()).dtype
+        self._dtype = role.network.norm.weight.dtype  # matrices may be stored in a narrower one
         self._collectives = collectives or Alone()
         self._operator = operator or _operator_for(self.device)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
