@@ -43,7 +43,7 @@ Screen = partial(Console, markup=False, emoji=False)
 messages = Screen(stderr=True)
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
-Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8")})
+Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
 Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
 SpecialTokens = Annotated[
     bool,

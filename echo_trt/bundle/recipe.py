@@ -16,7 +16,7 @@ from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_text
 
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 

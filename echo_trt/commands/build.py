@@ -48,7 +48,7 @@ from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.space import check_space
 
 #: Of the engines that are not TensorRT's.
-PRECISIONS = {"openvino": ("fp32", "bf16", "int8"), "torch": ("fp32", "bf16", "fp16")}
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8", "int4"), "torch": ("fp32", "bf16", "fp16")}
 #: Those that run a network on several GPUs.
 DIVIDED = ("tensorrt", "torch")
 #: What TensorRT measured while it built, which the next build of the bundle need not measure again.
@@ -259,11 +259,11 @@ def _compiler(recipe: Recipe, work: Path, detail: Detail) -> tuple[Compile, Tens
 
 def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
     from echo_trt.backends.openvino.engine import OpenVINOEngine
-    from echo_trt.backends.openvino.graph import compress_to_int8
+    from echo_trt.backends.openvino.quantise import quantise
 
     export_parted(role, path)
-    if precision == "int8":
-        compress_to_int8(path)
+    if precision in ("int8", "int4"):
+        quantise(path, precision)
 
     def opened(blocks: int) -> OpenVINOEngine:
         release_weights(role)

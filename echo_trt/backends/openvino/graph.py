@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 from pathlib import Path
 
 import numpy as np
-import onnx
 import openvino as ov
 from openvino import opset13 as ops
 from openvino._offline_transformations import compress_model_transformation
@@ -21,6 +17,7 @@ from openvino.preprocess import PrePostProcessor
 
 from echo_trt.backends.onnx_export import BLOCK, DOMAIN, OPERATOR
 from echo_trt.backends.openvino import cpu
+from echo_trt.backends.openvino.quantise import GROUP
 from echo_trt.errors import UserError
 
 FEATURES = "features"  # the output that only a head reads
@@ -61,8 +58,8 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
     options = {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": compute, "PERFORMANCE_HINT": "LATENCY"}
     if precision == "int8" and cpu.has_amx() and _weights(model) <= BF16_WEIGHTS:
         _decompress(model)
-    elif precision == "int8":
-        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model)
+    elif precision in ("int8", "int4"):
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _group_size(model) if precision == "int8" else GROUP
     if compute == "bf16":
         model = _with_short_features(model)
         if cpu.has_amx():
@@ -176,19 +173,6 @@ def _measure_context(model: ov.Model) -> None:
     for node in model.get_ops():
         if node.get_type_name() == "PagedAttentionExtension":
             node.input(MAX_CONTEXT).replace_source_output(longest)
-
-
-def compress_to_int8(path: Path) -> None:
-    """Replace the graph's weight matrices by 8-bit ones, with a scale a channel, in place."""
-    import nncf  # slow to import, and only an int8 build needs it
-
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # its tables
-        model = nncf.compress_weights(onnx.load(path), mode=nncf.CompressWeightsMode.INT8_SYM)
-    data = path.with_name(path.name + ".data")
-    data.unlink()
-    onnx.save(model, path, save_as_external_data=True, location=data.name)
-    data.chmod(0o644)
 
 
 def _constant(values: object, dtype: type) -> ov.Output:
