@@ -58,6 +58,8 @@ def export(role: Role, path: Path) -> None:
         {torch.ops.echo.super_tree_attention.default: _to_onnx},
     )
     program.save(path, external_data=True)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter keeps the last graph, whose weights would stay in memory
 
 
 def trace(

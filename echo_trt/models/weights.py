@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,7 @@ def release_weights(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    gc.collect()  # an export leaves circles behind
 
 
 def check_head_fits(head: Eagle3Config, target: DecoderConfig, where: str) -> None:

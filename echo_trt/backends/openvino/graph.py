@@ -25,6 +25,7 @@ MAX_CONTEXT = 12  # index of that input of PagedAttention
 # Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
 # bytes a weight. Larger: more networks read two bytes.
 BF16_WEIGHTS = 64 << 20
+NARROW = (ov.Type.bf16, ov.Type.f16)
 DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
 MAX_GROUP = 192  # activations that share a scale; larger: faster and less exact
 
@@ -72,11 +73,17 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
 def _keep_narrow(model: ov.Model) -> None:
     """Mark conversions of weights in bf16 and fp16, so that these are compiled from the mapped file.
 
-    OpenVINO converts other constants to fp32 beforehand, in memory of its own.
+    OpenVINO converts other constants to fp32 beforehand, in memory of its own. It also has that mark read before a
+    lookup alone, so a table is converted there and not after it.
     """
+    for node in model.get_ops():
+        table = node.get_type_name() == "Gather" and node.input_value(0)
+        if table and table.get_element_type() in NARROW and table.get_node().get_type_name() == "Constant":
+            node.input(0).replace_source_output(ops.convert(table, "f32").output(0))
     for node in model.get_ops():
         if node.get_type_name() == "Convert" and node.get_element_type() == ov.Type.f32 and _is_weight(node):
             node.get_rt_info()[DECOMPRESSION] = ""
+    model.validate_nodes_and_infer_types()
 
 
 def _weights(model: ov.Model) -> int:
