@@ -1,0 +1,57 @@
+"""The script that measures a build, on a small shape; and what a bundle holds of a checkpoint in bf16."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "build_memory.py"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("sizes")
+    command = [sys.executable, SCRIPT, "tiny", "--folder", folder]
+    return folder, subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_rows_are_those_of_a_real_build(measured):
+    folder, printed = measured
+    rows = {cells[1].strip(): cells[2].strip() for line in printed.splitlines() if len(cells := line.split("|")) == 5}
+    assert rows["build"].endswith(" s")
+    assert rows["load"].endswith(" s")
+    most, own = (float(rows[name].split()[0]) for name in ("most memory of the build", "most memory of its own"))
+    assert 0 < own < most
+    tokens = json.loads(printed.rpartition("Tokens: ")[2])
+    assert len(tokens) == 8
+    assert json.loads((folder / "bundle-bf16" / "manifest.json").read_text())["draft"]["file"] == "draft.onnx"
+
+
+def test_bundle_holds_a_matrix_in_the_type_of_the_checkpoint(measured):
+    folder, _ = measured
+    graph = onnx.load(folder / "bundle-bf16" / "target.onnx").graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    embedding = stored["role.network.embed.weight"]
+    assert embedding.data_type == TensorProto.BFLOAT16
+    theirs = load_file(folder / "target" / "model.safetensors")["model.embed_tokens.weight"]
+    assert (numpy_helper.to_array(embedding).astype("float32") == theirs.float().numpy()).all()
+    assert sum(tensor.name.endswith("embed.weight") for tensor in graph.initializer) == 1  # tied: one copy
+
+
+def test_heads_and_targets_have_the_published_shapes():
+    script = runpy.run_path(str(SCRIPT))
+    config = script["USUAL"] | script["SHAPES"]["qwen3-0.6b"] | {"tie_word_embeddings": True}
+    counts = [_weights(script[f"{kind}_shapes"](config | {"draft_vocab_size": 32000})) for kind in ("target", "head")]
+    assert counts == [596_049_920, 55_840_768]  # the first is Qwen3-0.6B's
+
+
+def _weights(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(shape[0] * (shape[1] if len(shape) == 2 else 1) for shape in shapes.values())
