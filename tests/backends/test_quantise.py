@@ -9,6 +9,7 @@ from onnx import TensorProto, numpy_helper
 from pairs import recipe_of, roles_of
 
 from echo_trt import LLM, SamplingParams
+from echo_trt.backends.openvino import graph
 from echo_trt.backends.openvino import quantise as quantisation
 from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.openvino.quantise import GROUP, quantise
@@ -60,6 +61,31 @@ def test_a_matrix_in_pieces_has_the_same_numbers(networks, tmp_path, monkeypatch
         stored.append(weights(tmp_path / "target.onnx"))
     assert stored[0].keys() == stored[1].keys()
     assert all((stored[0][name] == stored[1][name]).all() for name in stored[0])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integers_are_left_to_openvino(precision, networks, tmp_path):
+    """Their conversions are not marked: with the mark, OpenVINO makes them fp32 matrices in memory of its own."""
+    export_parted(roles_of("lookup", networks)["target"], tmp_path / "target.onnx")
+    quantise(tmp_path / "target.onnx", precision)
+    model = graph.read_graph(tmp_path / "target.onnx")
+    graph.compile_graph(model, precision)
+    converted = [node for node in model.get_ops() if node.get_type_name() == "Convert" and graph._is_weight(node)]
+    assert converted
+    assert not any(graph.DECOMPRESSION in node.get_rt_info() for node in converted)
+
+
+def test_narrow_floats_are_kept(networks, tmp_path):
+    role = roles_of("lookup", networks)["target"]
+    for parameter in role.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.bfloat16()
+    export_parted(role, tmp_path / "target.onnx")
+    model = graph.read_graph(tmp_path / "target.onnx")
+    graph.compile_graph(model, "fp32")
+    converted = [node for node in model.get_ops() if node.get_type_name() == "Convert" and graph._is_weight(node)]
+    assert converted
+    assert all(graph.DECOMPRESSION in node.get_rt_info() for node in converted)
 
 
 @pytest.mark.parametrize("pair", ["lookup", "close"])

@@ -81,7 +81,7 @@ def _keep_narrow(model: ov.Model) -> None:
         if table and table.get_element_type() in NARROW and table.get_node().get_type_name() == "Constant":
             node.input(0).replace_source_output(ops.convert(table, "f32").output(0))
     for node in model.get_ops():
-        if node.get_type_name() == "Convert" and node.get_element_type() == ov.Type.f32 and _is_weight(node):
+        if node.get_type_name() == "Convert" and node.input_value(0).get_element_type() in NARROW and _is_weight(node):
             node.get_rt_info()[DECOMPRESSION] = ""
     model.validate_nodes_and_infer_types()
 
