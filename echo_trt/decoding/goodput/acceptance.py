@@ -34,9 +34,9 @@ class Forecast:
     first       mean P(accept) of a root's best child
     """
 
-    def __init__(self, children: np.ndarray):
+    def __init__(self, children: np.ndarray, horizon: int = HORIZON):
         self.first = float(children[0, 0].mean())
-        self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
+        self.below = [_as_shares(children[depth : depth + horizon]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
         self._trees = _trees(children[:BRANCHING])
 
@@ -69,15 +69,16 @@ class Acceptance:
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
         own = np.broadcast_to(knots() * _UNCALIBRATED_LIMIT, (len(SOURCES) - len(table), *self.table.shape[1:]))
         self._tables = np.concatenate((self.table, own))
-        self._forecasts: dict[int, Forecast] = {}
+        self._forecasts: dict[tuple[int, int], Forecast] = {}
         self.drift = np.zeros(len(SOURCES))
         self.expected, self.accepted = np.zeros(len(SOURCES)), np.zeros(len(SOURCES))
 
-    def forecast(self, width: int) -> Forecast:
-        """Return the forecast for nodes of ``width`` children."""
-        if width not in self._forecasts:
-            self._forecasts[width] = Forecast(self.children[:, :width])
-        return self._forecasts[width]
+    def forecast(self, width: int, horizon: int = HORIZON) -> Forecast:
+        """Return the forecast for nodes of ``width`` children, ``horizon`` levels ahead."""
+        key = width, horizon
+        if key not in self._forecasts:
+            self._forecasts[key] = Forecast(self.children[:, :width], horizon)
+        return self._forecasts[key]
 
     @classmethod
     def uncalibrated(cls, depths: int) -> Acceptance:
