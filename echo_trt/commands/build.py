@@ -37,6 +37,7 @@ from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import DecoderConfig, decoder_config
@@ -299,7 +300,7 @@ def _facts(role: Role, files: list[str]) -> NetworkFacts:
         head_dim=config.head_dim,
         parameters=sum(p.numel() for p in _own_parameters(role)),
         feature_size=_feature_size(role),
-        block=_block_facts(role) if isinstance(role, BlockRole) else None,
+        block=block_facts(config) if isinstance(role, BlockRole) else None,
     )
 
 
@@ -310,8 +311,9 @@ def _feature_size(role: Role) -> int:
     return 3 * config.target_hidden_size if isinstance(role, HeadRole) else 0
 
 
-def _block_facts(role: BlockRole) -> BlockFacts:
-    config, shape = role.network.config, block_shape(role.network.config)
+def block_facts(config: BlockConfig) -> BlockFacts:
+    """State how a drafter's pass looks, for a runtime without PyTorch."""
+    shape = block_shape(config)
     return BlockFacts(
         rows=shape.rows,
         mask_token=shape.mask_token,
