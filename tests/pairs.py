@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from models.block_checkpoints import block_raw, block_tensors, write_block
 from models.checkpoints import head_config, head_tensors, qwen3, write_head
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
@@ -210,3 +212,11 @@ def roles_of(pair: str, networks: Path) -> dict[str, Role]:
 
 def reference_engines(pair: str, networks: Path, blocks: int) -> dict[str, TorchEngine]:
     return {name: TorchEngine(role, blocks) for name, role in roles_of(pair, networks).items()}
+
+
+def block_inputs(call: Packed, feature_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make a block drafter's inputs for any call: its logit rows are the block's, all other rows have features."""
+    count, asked = len(call.token_ids), len(call.logit_rows)
+    states, others = np.empty(count, np.int64), np.setdiff1d(np.arange(count), call.logit_rows)
+    states[call.logit_rows], states[others] = np.arange(asked), asked + np.arange(len(others))
+    return {"features": rng.standard_normal((len(others), feature_size), np.float32), "state_rows": states}

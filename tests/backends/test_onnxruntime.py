@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from models.checkpoints import qwen3_moe
-from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, roles_of
+from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, block_inputs, roles_of
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -90,11 +90,7 @@ class Conversation:
         """A head's features of the first entries and hidden states of the others; a block drafter's states."""
         rng, config, count = np.random.default_rng(seed), self.role.network.config, len(call.token_ids)
         if isinstance(self.role, BlockRole):
-            asked, states = len(call.logit_rows), np.empty(count, np.int64)
-            others = np.setdiff1d(np.arange(count), call.logit_rows)
-            states[call.logit_rows], states[others] = np.arange(asked), asked + np.arange(len(others))
-            features = rng.standard_normal((len(others), config.feature_size), np.float32)
-            return {"features": features, "state_rows": states}
+            return block_inputs(call, config.feature_size, rng)
         if not isinstance(self.role, HeadRole):
             return {}
         split = int(rng.integers(0, count + 1))
