@@ -24,6 +24,8 @@ from echo_trt.models.config import DecoderConfig, _count, _feature_layers, _shap
 MARKOV = ("vanilla", "gated", "rnn")
 SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
 ARCHITECTURES = {"DFlashDraftModel": "dflash", "Qwen3DSparkModel": "dspark", "Qwen3DFlashModel": "dspark"}
+#: Key that names layers -> our id less theirs: ours is of the layer whose input is read, DFlash's of that whose output.
+LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: deeper drafts, longer passes
 
 
@@ -40,6 +42,7 @@ class BlockConfig:
     markov          kind of the Markov head, one of ``MARKOV``, or "" without one
     confidence      whether a confidence head says how likely a row's best token is accepted
     confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
+    layer_key       key of config.json that names the layers
     target_layers   layers of the target as the checkpoint states them; 0: it does not
     """
 
@@ -70,6 +73,7 @@ class BlockConfig:
     fc_norm: bool = False
     norm_before_residual: bool = False
     norm_output: bool = False
+    layer_key: str = "target_layer_ids"
     target_layers: int = 0
     rope_scaling: dict[str, Any] = field(default_factory=dict)
 
@@ -132,11 +136,10 @@ def fitted(config: BlockConfig, target: DecoderConfig, where: str) -> BlockConfi
             raise UserError(f"{where}: {key} is {own}, but the target's is {theirs}; use a drafter for this target.")
     layers = config.feature_layers or (target.feature_layers if config.anchored else _spread(config, target))
     if not 0 <= min(layers) <= max(layers) < target.num_layers:
-        # An id of these families is that of the layer whose output is read; ours is of the layer whose input it is.
-        ids = list(layers) if config.anchored else [layer - 1 for layer in layers]
+        ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
         raise UserError(
-            f"{where}: target_layer_ids names layers {ids}, but of this target's {target.num_layers} layers features "
-            f"are read below the last one; use a drafter for this target."
+            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers, whose inputs can "
+            "be read; use a drafter for this target."
         )
     return replace(config, feature_layers=layers)
 
@@ -189,7 +192,7 @@ def _mask_token(raw: dict[str, Any], vocab_size: int, where: str) -> int:
 def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
     """Read what DFlash, DSpark and JetSpec have beyond a network's shape."""
     markov, rank = _markov(raw, where)
-    seen = bool(raw.get("confidence_head_with_markov"))
+    anchor, seen = raw.get("sample_from_anchor"), bool(raw.get("confidence_head_with_markov"))
     if raw.get("enable_confidence_head") and seen and not markov:
         raise UserError(
             f"{where}: confidence_head_with_markov is true, but markov_rank is 0; take the config.json that belongs to "
@@ -197,9 +200,9 @@ def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
         )
     return {
         "block_size": _count(raw, "block_size", where),
-        "feature_layers": _layers(raw, where),
+        **_layers(raw, where),
         "causal": family == "jetspec",
-        "predicts_next": bool(raw.get("sample_from_anchor", family == "dspark")),
+        "predicts_next": family == "dspark" if anchor is None else bool(anchor),
         "qk_norm": raw.get("model_type") != "llama",
         "markov": markov,
         "markov_rank": rank,
@@ -208,17 +211,17 @@ def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
     }
 
 
-def _layers(raw: dict[str, Any], where: str) -> tuple[int, ...]:
-    """Return our ids: ``target_layer_ids`` name outputs of layers, ``aux_hidden_state_layer_ids`` inputs."""
-    for key, behind in (("target_layer_ids", 1), ("aux_hidden_state_layer_ids", 0)):
+def _layers(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return our ids, and the key that names layers."""
+    for key, behind in LAYER_KEYS.items():
         ids = raw.get(key)
         if ids is not None:
             if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
                 raise UserError(
                     f"{where}: {key} is {ids!r}, not a list of layers; take the checkpoint's own config.json."
                 )
-            return tuple(layer + behind for layer in ids)
-    return ()
+            return {"feature_layers": tuple(layer + behind for layer in ids), "layer_key": key}
+    return {}
 
 
 def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
@@ -240,6 +243,7 @@ def _p_eagle(raw: dict[str, Any], nested: bool, where: str) -> dict[str, Any]:
         "causal": True,
         "predicts_next": True,
         "anchored": True,
+        "layer_key": "eagle_aux_hidden_state_layer_ids",
         "qk_norm": False,
         "fc_norm": bool(raw.get("fc_norm")),
         "norm_before_residual": bool(raw.get("norm_before_residual", nested)),

@@ -231,7 +231,16 @@ def stated(**changes: Any):
 BAD = {
     "layers": ("dflash", stated(target_layer_ids=[1, 7]), ("target_layer_ids", "[1, 7]", "8 layers", "use")),
     "no layers": ("deepspec", stated(target_layer_ids="1,2"), ("target_layer_ids", "'1,2'", "list")),
-    "aux layers": ("speculators dflash", stated(aux_hidden_state_layer_ids=[1, 8]), ("8 layers", "use")),
+    "aux layers": (
+        "speculators dflash",
+        stated(aux_hidden_state_layer_ids=[1, 8]),
+        ("aux_hidden_state_layer_ids names [1, 8]", "8 layers", "use"),
+    ),
+    "eagle's layers": (
+        "speculators peagle",
+        stated(eagle_aux_hidden_state_layer_ids=[1, 5, 8]),
+        ("eagle_aux_hidden_state_layer_ids names [1, 5, 8]", "8 layers"),
+    ),
     "block": ("dflash", stated(block_size=0), ("block_size", "0", "positive")),
     "one row": ("dflash", stated(block_size=1), ("block_size", "1", "2 or more")),
     "mask": ("dflash", stated(mask_token_id=97), ("mask_token_id", "97", "vocabulary")),
