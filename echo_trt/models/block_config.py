@@ -138,7 +138,7 @@ def fitted(config: BlockConfig, target: DecoderConfig, where: str) -> BlockConfi
     if not 0 <= min(layers) <= max(layers) < target.num_layers:
         ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
         raise UserError(
-            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers, whose inputs can "
+            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers whose inputs can "
             "be read; use a drafter for this target."
         )
     return replace(config, feature_layers=layers)
