@@ -75,6 +75,11 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "close": ("plain_target", "eagle3", "close_head"),
     "dflash": ("target", "block", "dflash"),
     "dspark": ("plain_target", "block", "dspark"),
+    # Random block drafters of the other families, for tests that name them.
+    "jetspec": ("target", "block", "jetspec"),
+    "gated": ("target", "block", "gated"),
+    "rnn": ("target", "block", "rnn"),
+    "peagle": ("target", "block", "peagle"),
 }
 
 
@@ -92,6 +97,13 @@ def write_networks(folder: Path) -> None:
     write_head(folder / "head", config, tensors)
     _write_close_pair(folder)
     write_block(folder / "dflash", block_raw("dflash", **BLOCK, **layers([0, 1])))
+    causal = {"dflash_config": layers([0, 1])["dflash_config"] | {"causal_head": True}}
+    write_block(folder / "jetspec", block_raw("jetspec", **BLOCK, **causal))
+    for kind in ("gated", "rnn"):
+        raw = block_raw(f"dspark {kind}", **BLOCK, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
+        write_block(folder / kind, raw)
+    parallel = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "mask_token_id": VOCAB - 1, "draft_vocab_size": 150}
+    write_block(folder / "peagle", block_raw("speculators peagle", **BLOCK, **parallel))
     _write_close_block(folder)
 
 

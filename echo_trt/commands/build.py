@@ -247,7 +247,10 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
     if draft.kind == "block":
         drafter = load_block(checkpoint, positions, target, target.embed.weight.dtype, draft.block)
         if sum(drafter.config.hint_sizes) or drafter.config.markov:
-            np.savez(work / MARKOV, **markov_arrays(drafter, checkpoint))
+            tables = markov_arrays(drafter, checkpoint)
+            if (draft.precision or recipe.precision) != "fp32":
+                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
+            np.savez(work / MARKOV, **tables)
         return BlockRole(drafter, draft.top_k), drafter.config.feature_layers, own_digest
     head = load_eagle3(checkpoint, positions, target, target.embed.weight.dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:

@@ -17,7 +17,7 @@ from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.markov import Markov
 from echo_trt.runtime.slots import Slots
 
-LEVEL_PAIRS, BLOCK_PAIRS = ("model", "self", "eagle3", "close"), ("dflash", "dspark")
+LEVEL_PAIRS, BLOCK_PAIRS = ("model", "self", "eagle3", "close"), ("dflash", "dspark", "jetspec", "rnn", "peagle")
 ENGINE_PAIRS = (*LEVEL_PAIRS, *BLOCK_PAIRS)
 
 
@@ -56,19 +56,19 @@ class FromScratch:
         network = self.engines["draft"]._role.network
         count, config = np.array([len(text) - 1]), network.config
         call, states = pack_blocks(
-            block_shape(config), np.zeros(count), 0 * count, count, np.array(text[-1:]), self.table
+            block_shape(config), np.array(text[1:]), 0 * count, count, np.array(text[-1:]), self.table
         )
         outputs = self.engines["draft"].run(call, features=features, state_rows=states)
-        row = len(path) + (not config.predicts_next)
-        log_q, tokens = (outputs[name][row : row + 1].copy() for name in ("scores", "candidates"))
+        first = int(not config.predicts_next)
+        rows = [first + place for place in range(len(path) + 1)]
+        proposals = [[outputs[name][row : row + 1].copy() for name in ("scores", "candidates")] for row in rows]
         if config.markov:
-            tables = markov_arrays(network, open_checkpoint(self.folder))
-            markov = Markov(tables, block_facts(config))
-            previous = np.array([[text[-1], *path][-1]])
-            log_q, tokens, _ = markov.correct(
-                log_q, tokens, outputs["hints"][row : row + 1], previous, np.zeros((1, 0), np.float32)
-            )
-        return log_q[0], tokens[0]
+            markov = Markov(markov_arrays(network, open_checkpoint(self.folder)), block_facts(config))
+            state = np.zeros((1, markov.state_size), np.float32)
+            for place, previous in enumerate([text[-1], *path]):
+                hints = outputs["hints"][rows[place] : rows[place] + 1]
+                *proposals[place], state = markov.correct(*proposals[place], hints, np.array([previous]), state)
+        return proposals[-1][0][0], proposals[-1][1][0]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def assert_in_step(loop, scratch: FromScratch) -> None:
     for level in range(3):
         for node, log_q, tokens in zip(nodes, *expanded, strict=True):
             wanted_q, wanted_tokens = scratch.candidates(texts[tree.request[node]], path_of(tree, node))
-            np.testing.assert_allclose(log_q, wanted_q, atol=1e-4)
+            np.testing.assert_allclose(log_q, wanted_q, atol=1e-4, rtol=1e-4)
             assert tokens.tolist() == wanted_tokens.tolist()
         if level == 2:
             return
