@@ -43,7 +43,7 @@ class BlockDrafter(Eagle3Drafter):
         """Rows that a request's pass computes beside the entries that it catches up with."""
         return self.shape.rows - self.shape.anchored
 
-    def begin(self, slots: np.ndarray) -> BlockDraft:  # type: ignore[override]
+    def begin(self, slots: np.ndarray) -> BlockDraft:
         return BlockDraft(self, slots)
 
     def blank(self, entries: int) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ class EngineDrafter:
         self.engine, self.state, self.chunk = engine, state, chunk
         self.cached = np.full(state.count, UNKNOWN)  # entries in the draft's KV cache
 
-    def begin(self, slots: np.ndarray) -> EngineDraft:
+    def begin(self, slots: np.ndarray) -> IterationDraft:
         return EngineDraft(self, slots)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
