@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from machines import Recorded, Server, linear, load_of
 from seeded_draft import NoDraft, PathDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ladder import Foresee, Ladder
 from echo_trt.decoding.goodput.planner import GoodputPlanner
@@ -48,7 +48,9 @@ class Fixed(Ladder):
 def planner_of(target: Curve, draft: Curve, count: int, change: float = 0.0, **changes) -> GoodputPlanner:
     settings = GoodputSettings(**vars(SHAPE) | changes)
     costs = Costs(target, draft, change=change)
-    return GoodputPlanner("goodput", settings, costs, Acceptance.uncalibrated(ROWS), count, block=ROWS)
+    return GoodputPlanner(
+        "goodput", settings, costs, Acceptance.uncalibrated(ROWS, CALIBRATED_START), count, block=ROWS
+    )
 
 
 def best_first(q: np.ndarray, nodes: int) -> set[tuple[int, tuple[int, ...]]]:
