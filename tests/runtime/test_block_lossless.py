@@ -8,7 +8,7 @@ from driving import assert_all_free, goodput_planner
 from pairs import FOLDERS
 from test_goodput_loop import machine, requests
 
-FAMILIES = ("dspark", "jetspec", "rnn", "peagle")
+FAMILIES = ("jetspec", "rnn", "peagle")
 
 
 @pytest.fixture(scope="module")
