@@ -7,6 +7,8 @@
 | self   | the target itself                                  | nearly every drafted token is accepted     |
 | eagle3 | a random head, reduced vocabulary, shared embedding| nearly every drafted token is refused      |
 | close  | a head that was made to agree with its target      | trees that are accepted in part, branches  |
+| dflash | a random DFlash block drafter                      | nearly every drafted token is refused      |
+| dspark | a block drafter whose Markov head knows the target | blocks that are accepted in part, branches |
 """
 
 from __future__ import annotations
@@ -14,20 +16,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from models.block_checkpoints import block_raw, block_tensors, write_block
 from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.policies import reserve_for
+from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.weights import load_decoder, load_eagle3
 
-PAIRS = ("lookup", "model", "self", "eagle3", "close")
+PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
 VOCAB = 300
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT = (
@@ -45,6 +51,8 @@ SIZES = {
     "max_position_embeddings": 2048,
 }
 LIMITS = {"batch": 8, "context": 160, "prefill_chunk": 16}
+#: Of block drafters: the target's width and vocabulary.
+BLOCK = {"hidden_size": 64, "vocab_size": VOCAB, "max_position_embeddings": 2048}
 #: Of a cache in native graphs: LIMITS' blocks, and 32 more. Files that agree on it share the graphs (traced.py).
 NATIVE_ROWS = 6 * 32 + 32
 DECODING = {
@@ -65,6 +73,13 @@ FOLDERS: dict[str, tuple[str, str, str | None]] = {
     "self": ("target", "model", "target"),
     "eagle3": ("target", "eagle3", "head"),
     "close": ("plain_target", "eagle3", "close_head"),
+    "dflash": ("target", "block", "dflash"),
+    "dspark": ("plain_target", "block", "dspark"),
+    # Random block drafters of the other families, for tests that name them.
+    "jetspec": ("target", "block", "jetspec"),
+    "gated": ("target", "block", "gated"),
+    "rnn": ("target", "block", "rnn"),
+    "peagle": ("target", "block", "peagle"),
 }
 
 
@@ -81,6 +96,46 @@ def write_networks(folder: Path) -> None:
     del tensors["embed_tokens.weight"]
     write_head(folder / "head", config, tensors)
     _write_close_pair(folder)
+    write_block(folder / "dflash", block_raw("dflash", **BLOCK, **layers([0, 1])))
+    causal = {"dflash_config": layers([0, 1])["dflash_config"] | {"causal_head": True}}
+    write_block(folder / "jetspec", block_raw("jetspec", **BLOCK, **causal))
+    for kind in ("gated", "rnn"):
+        raw = block_raw(f"dspark {kind}", **BLOCK, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
+        write_block(folder / kind, raw)
+    parallel = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "mask_token_id": VOCAB - 1, "draft_vocab_size": 150}
+    write_block(folder / "peagle", block_raw("speculators peagle", **BLOCK, **parallel))
+    _write_close_block(folder)
+
+
+def layers(ids: list[int]) -> dict[str, Any]:
+    """Return the key of a DFlash drafter that names the target's layers."""
+    return {"dflash_config": {"mask_token_id": VOCAB - 1, "target_layer_ids": ids}}
+
+
+@torch.no_grad()
+def _write_close_block(folder: Path) -> None:
+    """A drafter whose rows say little and whose Markov head knows what the plain target writes behind a token.
+
+    It drafts the tokens that the target comes back to.
+    """
+    target = Qwen3ForCausalLM.from_pretrained(folder / "plain_target")
+    said = target.model.norm(target.model.embed_tokens.weight)
+    following = (said @ target.lm_head.weight.T).argmax(dim=1)
+    often = (
+        following[following[following[following]]].bincount(minlength=VOCAB)
+        + following.bincount(minlength=VOCAB) / VOCAB
+    )
+    chosen = often.topk(64).indices.sort().values
+    raw = block_raw("speculators dspark", **BLOCK, markov_rank=SIZES["hidden_size"], draft_vocab_size=len(chosen))
+    raw |= {"aux_hidden_state_layer_ids": [1, 2], "mask_token_id": VOCAB - 1}
+    tensors = block_tensors(raw, 2)
+    tensors["d2t"] = chosen - torch.arange(len(chosen))
+    tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, chosen, True)
+    tensors["lm_head.weight"] *= 0.02
+    tensors["confidence_head.proj.weight"] *= 0.1
+    tensors["markov_head.markov_w1.weight"] = said.clone()
+    tensors["markov_head.markov_w2.weight"] = target.lm_head.weight[chosen].clone()
+    write_block(folder / "dspark", raw, tensors)
 
 
 def write_tokenizer(
@@ -140,7 +195,7 @@ def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
         "decoding": DECODING,
     }
     if draft is not None:
-        raw["draft"] |= {"source": {"path": str(networks / draft)}, "top_k": 5}
+        raw["draft"] |= {"source": {"path": str(networks / draft)}, "top_k": 64 if pair == "dspark" else 5}
     return raw | changes
 
 
@@ -159,9 +214,21 @@ def roles_of(pair: str, networks: Path) -> dict[str, Role]:
     draft = open_checkpoint(networks / draft_folder)
     if kind == "model":
         return {"target": TargetRole(target), "draft": DraftRole(load_decoder(draft, positions), recipe.draft.top_k)}
+    if kind == "block":
+        drafter = load_block(draft, positions, target)
+        role = BlockRole(drafter, recipe.draft.top_k)
+        return {"target": TargetRole(target, drafter.config.feature_layers), "draft": role}
     head = HeadRole(load_eagle3(draft, positions, target), recipe.draft.top_k)
     return {"target": TargetRole(target, target.config.feature_layers), "draft": head}
 
 
 def reference_engines(pair: str, networks: Path, blocks: int) -> dict[str, TorchEngine]:
     return {name: TorchEngine(role, blocks) for name, role in roles_of(pair, networks).items()}
+
+
+def block_inputs(call: Packed, feature_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make a block drafter's inputs for any call: its logit rows are the block's, all other rows have features."""
+    count, asked = len(call.token_ids), len(call.logit_rows)
+    states, others = np.empty(count, np.int64), np.setdiff1d(np.arange(count), call.logit_rows)
+    states[call.logit_rows], states[others] = np.arange(asked), asked + np.arange(len(others))
+    return {"features": rng.standard_normal((len(others), feature_size), np.float32), "state_rows": states}

@@ -28,6 +28,7 @@ class Engine(Protocol):
 
         features  float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3)
         hidden    float32 [P, H], of a head
+        state_rows  int64 [N], of a block drafter (echo_trt.models.block): a packed row's state
         """
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

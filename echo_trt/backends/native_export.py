@@ -9,6 +9,8 @@ is the graph's float type (float32, float16 or bfloat16), and N = B * T:
 | features (head only)        | F [M, 3 * H_target]      | as in the packed graph                                      |
 | hidden (head only)          | F [P, H]                 | as in the packed graph; M or P may be 0                     |
 | state_rows (head only)      | int64 [B, T]             | a token's row of features and hidden, end to end            |
+| features (block drafter)    | F [M, L * H_target]      | as in the packed graph                                      |
+| state_rows (block drafter)  | int64 [B, T]             | a token's state: one of logit_rows', or R + a features' row |
 | past_lens                   | int32 [B]                | committed tokens; past_lens + T <= C                        |
 | tree_mask                   | uint8 [B, T, T]          | 1: the token sees that new token; padding sees none         |
 | logit_rows                  | int64 [R]                | rows whose next token is wanted, as b * T + t               |
@@ -40,7 +42,7 @@ from torch.onnx import ops
 
 from echo_trt.backends.onnx_export import cache_names, trace
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import HeadRole, Role
+from echo_trt.models.roles import BlockRole, HeadRole, Role
 
 OPSET = 24
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,6 +143,9 @@ def _example(role: Role, context: int) -> tuple[dict[str, Tensor], dict[str, Ten
     if isinstance(role, HeadRole):
         inputs["features"] = torch.zeros(7, 3 * config.target_hidden_size, dtype=dtype)
         inputs["hidden"] = torch.zeros(8, config.hidden_size, dtype=dtype)
+    if isinstance(role, BlockRole):
+        inputs["features"] = torch.zeros(7, config.feature_size, dtype=dtype)
+    if "features" in inputs:
         inputs["state_rows"] = torch.zeros(batch, tokens, dtype=torch.long)
     metadata = {
         "past_lens": torch.zeros(batch, dtype=torch.int32),
@@ -158,5 +163,7 @@ def _dynamic_shapes(role: Role) -> tuple[dict, dict, list]:
     inputs = {"token_ids": padded, "positions": padded}
     if isinstance(role, HeadRole):
         inputs |= {"features": {0: Dim("feature_rows")}, "hidden": {0: Dim("hidden_rows")}, "state_rows": padded}
+    if isinstance(role, BlockRole):
+        inputs |= {"features": {0: Dim("feature_rows")}, "state_rows": padded}
     metadata = {"past_lens": {0: batch}, "tree_mask": {**padded, 2: tokens}, "logit_rows": {0: Dim("rows")}}
     return inputs, metadata, [{0: batch}] * (2 * role.num_layers)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from echo_trt.backends.base import METADATA
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import HeadRole, Role
+from echo_trt.models.roles import BlockRole, HeadRole, Role
 
 OPSET = 23
 DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
@@ -124,6 +124,9 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     if isinstance(role, HeadRole):
         inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
+    if isinstance(role, BlockRole):
+        inputs["features"] = torch.zeros(3, config.feature_size, dtype=dtype)
+        inputs["state_rows"] = torch.zeros(5, dtype=torch.long)
     lengths = (2, 3, 4, 3, 13, 3)
     metadata = [
         torch.zeros(n, dtype=torch.uint8 if m == "tree_mask" else torch.int32)

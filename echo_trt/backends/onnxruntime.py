@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from echo_trt.backends.padded import Layout, Padded, pad, split, unpad
+from echo_trt.backends.padded import Layout, Padded, pad, piece_states, split, unpad
 from echo_trt.decoding.pack import BLOCK, Packed
 
 _ARRAY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # numpy has no bfloat16
@@ -37,8 +37,18 @@ class OnnxRuntimeEngine:
         if starting.any():
             self._pool[:, self._layout.slots_of(call)[starting]] = 0
         parts = [pad(call, part, self._layout) for part in split(call, self._layout)]
+        states = inputs.pop("state_rows", None)
         typed = {name: np.ascontiguousarray(array, self._type) for name, array in inputs.items()}
-        return unpad(call, parts, [self._run(part, typed) for part in parts])
+        outputs = []
+        for part in parts:
+            own = typed
+            if states is not None:
+                total, asked = len(call.logit_rows), len(part.asked)
+                features, renumbered = piece_states(states[part.rows], part.asked, total, typed["features"], asked)
+                part.state_rows.flat[part.places] = renumbered
+                own = {"features": np.ascontiguousarray(features)}
+            outputs.append(self._run(part, own))
+        return unpad(call, parts, outputs)
 
     def _run(self, part: Padded, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         binding = self._session.io_binding()

@@ -158,6 +158,25 @@ def _tree_mask(call: Packed, part: Part, row: np.ndarray, batch: int, tokens: in
     return mask
 
 
+def piece_states(
+    states: np.ndarray, asked: np.ndarray, total: int, features: np.ndarray, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Select a block drafter's features for a part of a call, and say which states its packed rows are.
+
+    states    int [n], of the part's rows, in the whole call
+    asked     int [r], the part's share of the call's ``total`` logit rows
+    features  float [M, F], of the whole call
+    rows      logit rows that the part is padded to
+    """
+    in_block = states < total
+    place = np.zeros(total, np.int64)
+    place[asked] = np.arange(len(asked))
+    renumbered = np.empty(len(states), np.int64)
+    renumbered[in_block] = place[states[in_block]]
+    renumbered[~in_block] = rows + np.arange(np.count_nonzero(~in_block))
+    return features[states[~in_block] - total], renumbered
+
+
 def unpad(call: Packed, parts: list[Padded], outputs: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Put the outputs of a packed call's parts together."""
     joined = {}

@@ -9,15 +9,17 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
-from echo_trt.decoding.pack import Packed, pack
+from echo_trt.decoding.pack import BlockShape, Packed, pack, pack_blocks
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
-from echo_trt.models.roles import HeadRole, Role
+from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.roles import BlockRole, HeadRole, Role
 
 #: Error allowed, as a share of the largest logit; larger: worse engines pass. bf16 in PyTorch is 0.07 off for the
 #: default pair.
 BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.2, "int4": 0.5}
 PROMPT, BLOCKS = 45, 4
+CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 #: The request's KV blocks: scattered over the pool, or those of the first slot in a linear engine.
 SCATTERED_TABLE, LINEAR_TABLE = (2, 0, 3), (0, 1, 2)
 
@@ -30,15 +32,13 @@ def check_engine(
     compiled  opens the engine with a number of KV blocks. The reference has run by then: ``compiled`` may take the
               role's weights out of memory, so that both need not fit side by side.
     """
-    calls = _calls(role, blocks)
+    calls = _calls(role, np.array([blocks], np.int32))
     reference = TorchEngine(role, BLOCKS)
     expected = [reference.run(call, **inputs) for call, inputs in calls]
     del reference
     engine = compiled(BLOCKS)
-    pairs = zip(expected, calls, strict=True)
-    (prompt_error, same), (tree_error, _) = (
-        _compare(want, engine.run(call, **inputs)) for want, (call, inputs) in pairs
-    )
+    got = [engine.run(call, **inputs) for call, inputs in calls]
+    (prompt_error, same), (tree_error, _) = (_compare(expected[i], got[i]) for i in (0, -1))
     check = SelfCheck(prompt_error=prompt_error, tree_error=tree_error, bound=BOUNDS[precision], same_argmax=same)
     if not max(prompt_error, tree_error) <= check.bound:
         raise UserError(
@@ -48,10 +48,14 @@ def check_engine(
     return check
 
 
-def _calls(role: Role, blocks: tuple[int, ...]) -> list[tuple[Packed, dict[str, np.ndarray]]]:
-    """Make a prompt and a tree over it, with a head's inputs, of random tokens."""
+Call = tuple[Packed, dict[str, np.ndarray]]
+
+
+def _calls(role: Role, table: np.ndarray) -> list[Call]:
+    """Make a prompt and a tree over it, with a head's inputs, of random tokens: the first and the last are compared."""
+    if isinstance(role, BlockRole):
+        return _block_calls(role, table)
     rng = np.random.default_rng(0)
-    table = np.array([blocks], np.int32)
     vocab = role.network.config.vocab_size
     rows, empty = np.arange(PROMPT), np.zeros(1, np.int64)
     prompt = pack(rng.integers(0, vocab, PROMPT), rows, empty, np.array([PROMPT]), table, rows)
@@ -61,6 +65,22 @@ def _calls(role: Role, blocks: tuple[int, ...]) -> list[tuple[Packed, dict[str, 
     past, size = np.array([PROMPT]), np.array([len(tree)])
     branch = pack(tree.token, PROMPT + tree.depth, past, size, table, np.arange(len(tree)), ancestor_mask(tree))
     return [(call, _head_inputs(role, call)) for call in (prompt, branch)]
+
+
+def _block_calls(role: BlockRole, table: np.ndarray) -> list[Call]:
+    """Make a block behind one context row, then cached context rows, then a block behind them and a new one."""
+    rng, config = np.random.default_rng(1), role.network.config
+    tokens = rng.integers(0, config.vocab_size, CONTEXT + 1)
+    features = rng.standard_normal((CONTEXT + 1, config.feature_size)).astype(np.float32)
+
+    def block(past: int) -> Call:
+        one, newest = np.ones(1, np.int64), slice(past, past + 1)
+        call, states = pack_blocks(block_shape(config), tokens[newest], past * one, one, tokens[newest], table)
+        return call, {"features": features[newest], "state_rows": states}
+
+    rows = np.arange(CONTEXT)
+    cached = pack(tokens[:CONTEXT], rows, np.zeros(1, np.int64), np.array([CONTEXT]), table, np.zeros(0))
+    return [block(0), (cached, {"features": features[:CONTEXT], "state_rows": rows}), block(CONTEXT)]
 
 
 def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None:
@@ -74,6 +94,11 @@ def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None
         same_argmax=min(first.same_argmax, second.same_argmax),
         of=first.of,
     )
+
+
+def block_shape(config: BlockConfig) -> BlockShape:
+    """Return the rows of a drafter's pass."""
+    return BlockShape(config.block_size, config.mask_token, not config.causal, config.anchored)
 
 
 def _head_inputs(role: Role, call: Packed) -> dict[str, np.ndarray]:

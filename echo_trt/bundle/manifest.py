@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from echo_trt.bundle.recipe import EngineName, Precision, Recipe
+from echo_trt.bundle.recipe import NETWORKS, EngineName, Precision, Recipe
 from echo_trt.errors import UserError, first_mistake, shown
 from echo_trt.files.inputs import read_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 NGRAMS = "ngrams.npz"
+MARKOV = "markov.npz"  # tables of a block drafter's Markov and confidence heads
 
 
 def _within(name: str) -> str:
@@ -31,12 +32,40 @@ FileName = Annotated[str, AfterValidator(_within)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
+class BlockFacts(BaseModel):
+    """States how a block drafter's pass looks (echo_trt.models.block_config).
+
+    rows           rows of a pass
+    both_ways      whether a block's rows all see each other
+    anchored       whether the newest context row is the block's first one (P-EAGLE)
+    predicts_next  whether a row predicts the token behind its position, else the one at it
+    markov         kind of the Markov head; "": there is none
+    confidence     whether there is a confidence head
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: Annotated[int, Field(ge=2, le=36)]
+    mask_token: Annotated[int, Field(ge=0)]
+    both_ways: bool
+    anchored: bool
+    predicts_next: bool
+    markov: Literal["", "vanilla", "gated", "rnn"] = ""
+    confidence: bool = False
+
+    @property
+    def heads(self) -> bool:
+        """Whether the runtime corrects proposals by the drafter's Markov or confidence head."""
+        return bool(self.markov) or self.confidence
+
+
 class NetworkFacts(BaseModel):
     """States a network's file and sizes, so that the runtime need not load its framework.
 
     rank_files    one file a rank where the network is divided; the first is ``file``
     num_kv_heads  of one rank, where the network is divided
-    feature_size  numbers of an EAGLE-3 head's features for one token
+    feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
+    block         of a block drafter
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +79,7 @@ class NetworkFacts(BaseModel):
     head_dim: Size
     parameters: Annotated[int, Field(ge=0, le=10**15)]
     feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0
+    block: BlockFacts | None = None
 
 
 class SelfCheck(BaseModel):
@@ -124,7 +154,7 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:
         kind = self.recipe.draft.kind
-        if (self.draft is not None) != (kind in ("eagle3", "model")):
+        if (self.draft is not None) != (kind in NETWORKS):
             raise ValueError(f"draft is {'not used' if self.draft else 'missing'} for recipe.draft.kind {kind}")
         if (self.tensorrt is not None) != self.engine.startswith("tensorrt"):
             raise ValueError(f"tensorrt is {'not used' if self.tensorrt else 'missing'} for engine {self.engine}")
@@ -132,6 +162,10 @@ class Manifest(BaseModel):
             for file in (network.file, *network.rank_files):
                 if file not in self.files:
                     raise ValueError(f"files has no hash of {file}")
+        if self.draft is not None and (self.draft.block is not None) != (kind == "block"):
+            raise ValueError(f"draft.block is {'not used' if self.draft.block else 'missing'} for draft.kind {kind}")
+        if self.draft and self.draft.block and self.draft.block.heads and MARKOV not in self.files:
+            raise ValueError(f"files has no hash of {MARKOV}")
         if self.recipe.draft.ngrams is not None and NGRAMS not in self.files:
             raise ValueError(f"files has no hash of {NGRAMS}")
         return self
@@ -147,6 +181,14 @@ class Manifest(BaseModel):
             size, wanted = self.draft.feature_size, 3 * self.target.hidden_size
             if size != wanted:
                 raise ValueError(f"draft.feature_size is {size}, and three times target.hidden_size is {wanted}")
+        if self.draft and self.draft.block:
+            size, token = self.draft.feature_size, self.draft.block.mask_token
+            if size < 1 or size % self.target.hidden_size:
+                raise ValueError(f"draft.feature_size is {size}, no multiple of target.hidden_size")
+            if token >= self.draft.vocab_size:
+                raise ValueError(
+                    f"draft.block.mask_token is {token}, and the last token is {self.draft.vocab_size - 1}"
+                )
         return self
 
 

@@ -17,6 +17,7 @@ from echo_trt.files.inputs import read_text
 
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+NETWORKS = ("eagle3", "block", "model")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -62,8 +63,10 @@ class Target(Source):
 
 
 class Draft(_Section):
-    """Names the draft: eagle3, a head for this target; model, a smaller model with its tokenizer; lookup, the text.
+    """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark, JetSpec,
+    P-EAGLE); model, a smaller model with its tokenizer; lookup, the text.
 
+    block       rows of a block drafter's pass, where not the checkpoint's
     precision   of the draft, where it is not the target's
     copy_text   whether goodput adds continuations that are copied from the text
     ngrams      file of the target's n-grams, relative to the recipe, with which goodput goes on where drafts end
@@ -71,8 +74,9 @@ class Draft(_Section):
     acceptance  P(a copied token is accepted) after a match of 1, 2, ... tokens
     """
 
-    kind: Literal["eagle3", "model", "lookup", "none"] = "none"
+    kind: Literal["eagle3", "block", "model", "lookup", "none"] = "none"
     source: Source | None = None
+    block: Annotated[int, Field(ge=2, le=36)] | None = None
     precision: Precision | None = None
     copy_text: bool = True
     ngrams: str | None = None
@@ -82,9 +86,11 @@ class Draft(_Section):
 
     @model_validator(mode="after")
     def _source_where_needed(self) -> Draft:
-        if (self.source is not None) != (self.kind in ("eagle3", "model")):
-            done = "is not used, leave it out or set kind to eagle3 or model" if self.source else "is missing, add it"
-            raise ValueError(f"kind is {self.kind}, for which source {done}")
+        if (self.source is not None) != (self.kind in NETWORKS):
+            unused = f"is not used, leave it out or set kind to one of {', '.join(NETWORKS)}"
+            raise ValueError(f"kind is {self.kind}, for which source {unused if self.source else 'is missing, add it'}")
+        if self.block is not None and self.kind != "block":
+            raise ValueError(f"block is {self.block}, but kind is {self.kind}, which has none; leave it out")
         if self.ngrams is not None and self.kind == "none":
             raise ValueError("ngrams go on where drafts end, and kind is none; leave them out, or use kind lookup")
         if self.kind == "lookup" and self.min_match > len(self.acceptance):
@@ -176,7 +182,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:
         width, top_k = self.decoding.width, self.decoding.static.top_k
-        if self.draft.kind in ("eagle3", "model") and self.draft.top_k < max(width, top_k):
+        if self.draft.kind in NETWORKS and self.draft.top_k < max(width, top_k):
             raise ValueError(
                 f"draft.top_k is {self.draft.top_k}, less than decoding.width {width} or "
                 f"decoding.static.top_k {top_k}; raise it, or lower those"

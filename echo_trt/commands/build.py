@@ -9,18 +9,21 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from echo_trt import __version__
 from echo_trt.backends.openvino.export import export_parted
-from echo_trt.backends.self_check import check_engine, worst
+from echo_trt.backends.self_check import block_shape, check_engine, worst
 from echo_trt.backends.torch.files import TYPES
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import (
     MANIFEST,
+    MARKOV,
     NGRAMS,
+    BlockFacts,
     Manifest,
     NetworkFacts,
     Sampling,
@@ -34,13 +37,15 @@ from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
-from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
 from echo_trt.runtime.params import MAX_STOP_TOKENS
@@ -129,6 +134,8 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
+    if recipe.draft.kind == "block":
+        _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
     dtype = _loaded_type(recipe)
@@ -143,7 +150,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
     tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
     if recipe.target.chat_template is not None:
         tokenizer.chat_template = read_template(recipe_folder / recipe.target.chat_template)
-    draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, target, digest, tokenizer, progress)
+    draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, work, target, digest, tokenizer, progress)
     calibration = _calibration(recipe, recipe_folder, digest, draft_digest)
     if recipe.draft.ngrams is not None:
         ngrams = recipe_folder / recipe.draft.ngrams
@@ -208,6 +215,18 @@ def _loaded_type(recipe: Recipe) -> torch.dtype | None:
     return torch.float32 if recipe.tensor_parallel == 1 else TYPES[recipe.precision]
 
 
+def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> None:
+    """Refuse a block drafter of another target, or one whose rows have no room, before any weights are read."""
+    checkpoint = open_checkpoint(locate(recipe.draft.source, recipe_folder))
+    config = check_block(checkpoint, target, recipe.draft.block)
+    appended, reserve = block_shape(config).appended, reserve_for(recipe.decoding.model_dump())
+    if appended >= reserve:
+        raise UserError(
+            f"{checkpoint.path}: a block of {config.block_size} rows takes {appended} KV rows of a request, and "
+            f"{reserve} are kept ready; set decoding.per_request to {appended + 1} or more, or lower draft.block."
+        )
+
+
 def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
     if recipe.calibration is None:
         return None
@@ -217,7 +236,7 @@ def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest:
         raise UserError(f"the recipe's calibration: {error}") from error
 
 
-def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, progress: Progress):
+def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
     """The draft's role, if it has a network, the target layers whose inputs it wants as features, its weights' hash."""
     draft = recipe.draft
     if draft.source is None:
@@ -236,6 +255,14 @@ def _draft_role(recipe, recipe_folder, target: Decoder, digest: str, tokenizer, 
                 "use a draft with at most as many."
             )
         return DraftRole(decoder, draft.top_k), (), own_digest
+    if draft.kind == "block":
+        drafter = load_block(checkpoint, positions, target, dtype or torch.float32, draft.block)
+        if sum(drafter.config.hint_sizes) or drafter.config.markov:
+            tables = markov_arrays(drafter, checkpoint)
+            if (draft.precision or recipe.precision) != "fp32":
+                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
+            np.savez(work / MARKOV, **tables)
+        return BlockRole(drafter, draft.top_k), drafter.config.feature_layers, own_digest
     head = load_eagle3(checkpoint, positions, target, dtype)
     if head.config.target_sha256 and head.config.target_sha256 != digest:
         raise UserError(
@@ -291,7 +318,29 @@ def _facts(role: Role, files: list[str]) -> NetworkFacts:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         parameters=sum(p.numel() for p in _own_parameters(role)),
-        feature_size=3 * config.target_hidden_size if isinstance(role, HeadRole) else 0,
+        feature_size=_feature_size(role),
+        block=block_facts(config) if isinstance(role, BlockRole) else None,
+    )
+
+
+def _feature_size(role: Role) -> int:
+    config = role.network.config
+    if isinstance(role, BlockRole):
+        return config.feature_size
+    return 3 * config.target_hidden_size if isinstance(role, HeadRole) else 0
+
+
+def block_facts(config: BlockConfig) -> BlockFacts:
+    """State how a drafter's pass looks, for a runtime without PyTorch."""
+    shape = block_shape(config)
+    return BlockFacts(
+        rows=shape.rows,
+        mask_token=shape.mask_token,
+        both_ways=shape.both_ways,
+        anchored=shape.anchored,
+        predicts_next=config.predicts_next,
+        markov=config.markov,
+        confidence=config.confidence,
     )
 
 

@@ -121,8 +121,8 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.linear))
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     table.add_row("in all", gigabytes(need.fixed + need.pool))
-    if recipe.draft.kind == "eagle3":
-        features = 3 * 4 * target.sizes.hidden_size
+    if draft and draft.feature_size:
+        features = 4 * draft.feature_size
         table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,67 @@ class Packed(NamedTuple):
     tree_mask_begins: np.ndarray
     logit_rows: np.ndarray
     padded_to: int = 0
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """The rows that a block drafter's pass has for a request behind its context.
+
+    rows        rows of the block, of which each proposes a token
+    mask_token  token id of all rows but the first
+    both_ways   whether all rows of the block see each other, else a row sees those before it
+    anchored    whether the newest context row is the block's first one
+    """
+
+    rows: int
+    mask_token: int
+    both_ways: bool
+    anchored: bool
+
+    @property
+    def appended(self) -> int:
+        """Packed rows behind a request's context."""
+        return (self.rows - self.anchored) * (2 if self.both_ways else 1)
+
+
+def pack_blocks(
+    shape: BlockShape,
+    tokens: np.ndarray,
+    past: np.ndarray,
+    counts: np.ndarray,
+    roots: np.ndarray,
+    block_table: np.ndarray,
+) -> tuple[Packed, np.ndarray]:
+    """Pack a block drafter's pass: ``counts`` int64 [A] context rows a request, and its block.
+
+    tokens  int [sum counts], of the context rows. roots  int [A], the first tokens of the blocks.
+
+    Attention looks back only, so where rows see each other both ways they stand twice: all rows to look at, then all
+    rows that look, which do not see each other. Returns the call, whose logit rows are those that look, and a packed
+    row's state, int64 [N]: A * rows of the blocks, then those of the context rows.
+    """
+    requests, total = len(counts), counts + shape.appended
+    owner, place = np.repeat(np.arange(requests), total), ragged_arange(total)
+    new = shape.rows - shape.anchored
+    behind = place - counts[owner]
+    context, row = behind < 0, behind % new
+    token_ids = np.full(len(owner), shape.mask_token)
+    token_ids[context] = tokens
+    if not shape.anchored:
+        first = ~context & (row == 0)
+        token_ids[first] = roots[owner[first]]
+    positions = past[owner] + np.where(context, place, counts[owner] + row)
+    looking = begins(total)[1:] - shape.rows
+    logit_rows = (looking[:, None] + np.arange(shape.rows)).reshape(-1)
+    in_block = owner * shape.rows + shape.anchored + row
+    state_rows = np.where(context, requests * shape.rows + np.cumsum(context) - 1, in_block)
+    mask = None
+    if shape.both_ways:
+        matrices = [np.tri(size, dtype=np.uint8) for size in total]
+        for matrix in matrices:
+            matrix[-new:, -new:] = 0
+        mask = np.concatenate([matrix.reshape(-1) for matrix in matrices]), begins(total**2)
+    return pack(token_ids, positions, past, total, block_table, logit_rows, mask), state_rows
 
 
 def pack(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import Eagle3Config
 from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rotary, widened
 
@@ -16,7 +17,7 @@ from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rota
 class Eagle3Head(nn.Module):
     """The head as a network. ``embed`` may be the target's table, which a head without embeddings shares."""
 
-    def __init__(self, config: Eagle3Config, positions: int, embed: nn.Embedding):
+    def __init__(self, config: Eagle3Config | BlockConfig, positions: int, embed: nn.Embedding):
         super().__init__()
         hidden, features = config.hidden_size, 3 * config.target_hidden_size
         self.config = config
@@ -51,18 +52,25 @@ class Eagle3Head(nn.Module):
         positions   int [N]
         state_rows  int [N], an entry's row of features and hidden end to end, where entries come in another order
         """
+        state = torch.cat((self.combine(features), hidden), dim=0)
+        if state_rows is not None:
+            state = state[state_rows]
+        state = self.advance(token_ids, state, *self.rotary(positions), attend)
+        return self.norm(state) if self.config.norm_output else state
+
+    def combine(self, features: Tensor) -> Tensor:
+        """Compute entries' hidden states [M, H] from the target's ``features`` [M, 3*H_target]."""
         if self.config.fc_norm:
             parts = zip(self.fc_norms, features.chunk(3, dim=-1), strict=True)
             features = torch.cat([norm(part) for norm, part in parts], dim=-1)
-        state = torch.cat((self.fc(features), hidden), dim=0)
-        if state_rows is not None:
-            state = state[state_rows]
+        return self.fc(features)
+
+    def advance(self, token_ids: Tensor, state: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Run the head's layer over entries of ``token_ids`` int [N] and hidden ``state`` [N, H]."""
         normed = self.hidden_norm(state)
-        cos, sin = self.rotary(positions)
         x = torch.cat((self.embed_norm(widened(self.embed(token_ids), self.norm.weight)), normed), dim=-1)
         state = (normed if self.config.norm_before_residual else state) + self.attention(x, cos, sin, attend)
-        state = state + self.mlp(self.mlp_norm(state))
-        return self.norm(state) if self.config.norm_output else state
+        return state + self.mlp(self.mlp_norm(state))
 
     def logits(self, state: Tensor) -> Tensor:
         """Compute scores over the draft vocabulary [R, draft_vocab_size] from outputs [R, H]."""

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.ranks import all_reduce
 
 #: (layer, query [N, Hq*D], key [N, Hk*D], value [N, Hk*D]) -> output [N, Hq*D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Config = DecoderConfig | Eagle3Config
+Config = DecoderConfig | Eagle3Config | BlockConfig
 
 
 def sum_ranks(part: Tensor, ranks: int) -> Tensor:
@@ -126,15 +127,24 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Attend with x [N, input_size].
+
+        ``rows``, of a block drafter: for each packed row its row of x, int [N], and the packed rows of the output,
+        int [R].
+        """
         heads = self.heads, self.kv_heads
-        both, value = self.qkv(x).split((sum(heads) * self.head_dim, self.kv_heads * self.head_dim), dim=-1)
+        projected = self.qkv(x) if rows is None else self.qkv(x)[rows[0]]
+        both, value = projected.split((sum(heads) * self.head_dim, self.kv_heads * self.head_dim), dim=-1)
         both = both.unflatten(-1, (sum(heads), 1, self.head_dim))
         if self.query_norm is not None:
             query, key = both.split(heads, dim=1)
             both = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
         query, key = rotate(both, cos, sin).flatten(1).split([h * self.head_dim for h in heads], dim=-1)
-        return sum_ranks(self.out(attend(self.layer, query, key, value)), self.ranks)
+        output = attend(self.layer, query, key, value)
+        return sum_ranks(self.out(output if rows is None else output[rows[1]]), self.ranks)
 
 
 class MLP(nn.Module):

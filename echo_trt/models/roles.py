@@ -1,4 +1,4 @@
-"""The roles of a network in an engine: target, standalone draft, EAGLE-3 head.
+"""The roles of a network in an engine: target, standalone draft, EAGLE-3 head, block drafter.
 
 A role takes its named ``inputs``, the rows of logits that are wanted, and the attention. An exporter turns it into a
 graph and the reference engine calls it directly, so both have the same inputs and outputs by name.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from echo_trt.models.block import BlockNetwork
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.layers import Attend
@@ -64,4 +65,23 @@ class HeadRole(nn.Module):
         return scores, self.network.target_ids[index], state
 
 
-Role = TargetRole | DraftRole | HeadRole
+class BlockRole(nn.Module):
+    """A block drafter: a draft's outputs for each of the block's rows, and ``hints`` [R, G] where a head takes them."""
+
+    inputs = ("token_ids", "positions", "features", "state_rows")
+
+    def __init__(self, drafter: BlockNetwork, top_k: int):
+        super().__init__()
+        self.network, self.top_k = drafter, top_k
+        self.num_layers = drafter.config.num_layers
+        self.outputs = ("scores", "candidates", *(("hints",) if drafter.hint is not None else ()))
+
+    def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
+        tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
+        rows = self.network(tokens, inputs["features"], positions, states, logit_rows, attend)
+        scores, index = top_candidates(self.network.logits(rows), self.top_k)
+        hints = () if self.network.hint is None else (self.network.hint(rows),)
+        return scores, self.network.target_ids[index], *hints
+
+
+Role = TargetRole | DraftRole | HeadRole | BlockRole

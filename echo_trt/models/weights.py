@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.errors import UserError
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
@@ -101,7 +103,7 @@ def check_head_fits(head: Eagle3Config, target: DecoderConfig, where: str) -> No
         )
 
 
-def _target_ids(config: Eagle3Config, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
+def _target_ids(config: Eagle3Config | BlockConfig, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
     draft_ids = torch.arange(config.draft_vocab_size)
     if "d2t" in names:
         offsets = checkpoint.get(names["d2t"])
@@ -153,7 +155,7 @@ def _decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]
     return sources
 
 
-def _eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
+def _eagle3_sources(config: Eagle3Config | BlockConfig, names: dict[str, str]) -> dict[str, Any]:
     layer = "midlayer."
     sources = {
         "embed.weight": ["embed_tokens.weight"],
@@ -191,10 +193,14 @@ def _assign(
     sources: dict[str, Any],
     dtype: torch.dtype | None,
     divided: Divided | None = None,
+    read_apart: Collection[str] = (),
 ) -> None:
-    """Fill the model's meta parameters, which are allocated once and filled part by part."""
+    """Fill the model's meta parameters, which are allocated once and filled part by part.
+
+    ``read_apart``: tensors of the checkpoint that others read.
+    """
     filling = _Filling(checkpoint, set(checkpoint.names()), model, divided or Divided(model, WHOLE))
-    read = set()
+    read = set(read_apart)
     for ours, parts in sources.items():
         module_path, _, leaf = ours.rpartition(".")
         module = model.get_submodule(module_path)

@@ -12,9 +12,11 @@ from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
+from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.markov import Markov, read_markov
 from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.runtime.slots import Slots, blocks_for
 
@@ -26,6 +28,7 @@ class Networks:
     drafter      None: the bundle has no draft
     copier       finds continuations in a request's own text; None: the recipe leaves them out
     calibration  None: the bundle has none
+    markov       corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
     """
 
     manifest: Manifest
@@ -35,6 +38,7 @@ class Networks:
     drafter: Drafter | None
     copier: LookupDrafter | None
     calibration: Calibration | None
+    markov: Markov | None = None
 
     def loop(self, planner: Planner) -> Loop:
         """A loop over these networks; one at a time may have running requests."""
@@ -53,7 +57,9 @@ class Networks:
             Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, part * blocks)
             for part in range(parts)
         ]
-        return [_networks(self.manifest, part, self.target, self.draft, self.calibration) for part in slots]
+        return [
+            _networks(self.manifest, part, self.target, self.draft, self.calibration, self.markov) for part in slots
+        ]
 
 
 def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> Networks:
@@ -77,16 +83,23 @@ def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | N
     draft = _engine(folder, manifest, manifest.draft, state, blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
-    return _networks(manifest, state, target, draft, known)
+    heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
+    return _networks(manifest, state, target, draft, known, read_markov(folder, manifest) if heads else None)
 
 
 def _networks(
-    manifest: Manifest, state: Slots, target: Engine, draft: Engine | None, calibration: Calibration | None
+    manifest: Manifest,
+    state: Slots,
+    target: Engine,
+    draft: Engine | None,
+    calibration: Calibration | None,
+    markov: Markov | None,
 ) -> Networks:
     settings = manifest.recipe.draft
     copier = LookupDrafter(state, settings.min_match, calibration.lookup if calibration else settings.acceptance)
-    drafter = copier if settings.kind == "lookup" else _drafter(manifest, state, draft)
-    return Networks(manifest, state, target, draft, drafter, copier if settings.copy_text else None, calibration)
+    drafter = copier if settings.kind == "lookup" else _drafter(manifest, state, draft, markov)
+    copying = copier if settings.copy_text else None
+    return Networks(manifest, state, target, draft, drafter, copying, calibration, markov)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots, blocks: int) -> Engine:
@@ -113,12 +126,14 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
 
 def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
     """Refuse a manifest that names another network's file, or sizes that are not this one's."""
-    facts, head = getattr(manifest, network), manifest.recipe.draft.kind == "eagle3"
+    facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
+    head, reads = kind == "eagle3", kind in ("eagle3", "block")
     if network == "target":
-        right, sizes = "logits" in widths and (not head or "features" in widths), {"vocab_size": "logits"}
+        right, sizes = "logits" in widths and (not reads or "features" in widths), {"vocab_size": "logits"}
     else:
-        right = "candidates" in widths and head == ("hidden" in widths)
-        sizes = {"feature_size": "features", "hidden_size": "hidden"} if head else {}
+        right = "candidates" in widths and head == ("hidden" in widths) and reads == ("features" in widths)
+        sizes = {"feature_size": "features"} if reads else {}
+        sizes |= {"hidden_size": "hidden"} if head else {}
     if not right:
         raise UserError(
             f"{path}: {network}.file is {facts.file!r}, which holds another network; build the bundle again."
@@ -148,11 +163,13 @@ def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engi
     return RankedEngine(opened, len(files))
 
 
-def _drafter(manifest: Manifest, state: Slots, engine: Engine | None) -> Drafter | None:
+def _drafter(manifest: Manifest, state: Slots, engine: Engine | None, markov: Markov | None) -> Drafter | None:
     draft, facts = manifest.recipe.draft, manifest.draft
     if engine is None or facts is None:
         return None
     chunk = manifest.recipe.limits.prefill_chunk
     if draft.kind == "model":
         return EngineDrafter(engine, state, chunk)
+    if facts.block is not None:
+        return BlockDrafter(engine, state, chunk, facts.feature_size, facts.block, markov)
     return Eagle3Drafter(engine, state, chunk, facts.feature_size, facts.hidden_size)

@@ -1,4 +1,4 @@
-"""Drafts that keep in step with their requests: an EAGLE-3 head, a smaller model, or prompt lookup.
+"""Drafts that keep in step with their requests: an EAGLE-3 head or a smaller model; others are beside this file.
 
 A drafter remembers how many of a request's tokens its own KV cache holds. Whatever is missing, after a prompt, an
 accepted path or a pause of any length, is caught up in the pass that next needs it; not drafting costs nothing.
@@ -93,7 +93,7 @@ class EngineDrafter:
         self.engine, self.state, self.chunk = engine, state, chunk
         self.cached = np.full(state.count, UNKNOWN)  # entries in the draft's KV cache
 
-    def begin(self, slots: np.ndarray) -> EngineDraft:
+    def begin(self, slots: np.ndarray) -> IterationDraft:
         return EngineDraft(self, slots)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
@@ -140,12 +140,16 @@ class EngineDrafter:
             start[long] += self.chunk
         newest, first = np.cumsum(goal - start) - 1, self.cached[slots] // BLOCK
         full = goal // BLOCK - first
-        outputs = self._run_entries(slots, start, goal - start, newest)
+        outputs = self._run_newest(slots, start, goal - start)
         if full.any():
             index = np.repeat(first, full) + ragged_arange(full)
             state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
         self.cached[slots] = goal
         return outputs, newest
+
+    def _run_newest(self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the last entries, ``counts`` [B] from ``start`` [B] on; the outputs are of the newest ones."""
+        return self._run_entries(slots, start, counts, np.cumsum(counts) - 1)
 
     def _run_entries(
         self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray

@@ -21,6 +21,7 @@ from echo_trt.decoding.policies import make_planner
 from echo_trt.decoding.policy_names import BUDGETED
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
+from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.guided import Grammars
 from echo_trt.runtime.measure import disturbance, machine, measure, times_as_long, without_speculation
 
@@ -119,4 +120,5 @@ class Tuning:
             Grammars(networks.state, networks.copier),
             head=networks.drafter is not networks.copier,
             budget=self.costs.hinge.k_max,
+            block=networks.drafter.block if isinstance(networks.drafter, BlockDrafter) else 0,
         )

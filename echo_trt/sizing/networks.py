@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.simulation.machines import Network
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5625}
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 2, "int4": 2}
+Config = DecoderConfig | Eagle3Config | BlockConfig
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,39 @@ def head_sizes(config: Eagle3Config) -> Sizes:
     )
 
 
-def _kv_matrices(config: DecoderConfig | Eagle3Config, inputs: int) -> int:
+def block_sizes(config: BlockConfig) -> Sizes:
+    """Count a block drafter, with the embedding and the output matrix that its engine holds, its own or the target's.
+
+    The tables of a Markov head stay on the host.
+    """
+    hidden, layers, first = config.hidden_size, config.num_layers, config.hidden_size * (2 if config.anchored else 1)
+    features, inputs = config.feature_size, config.feature_size * hidden
+    hints = hidden * (1 if config.anchored else sum(config.hint_sizes))  # P-EAGLE: the mask's hidden state
+    norms = 4 * hidden + (features if config.fc_norm else 0) if config.anchored else 2 * hidden
+    norms += (layers - config.anchored) * 2 * hidden + (layers * 2 * config.head_dim if config.qk_norm else 0)
+    return Sizes(
+        embedding=config.vocab_size * hidden,
+        output=config.draft_vocab_size * hidden,
+        attention=inputs + _attention(config, first) + (layers - 1) * _attention(config, hidden),
+        kv_matrices=_kv_matrices(config, first) + (layers - 1) * _kv_matrices(config, hidden),
+        mlp=layers * 3 * hidden * config.intermediate_size,
+        router=0,
+        norms=norms + hints,
+        num_layers=layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.draft_vocab_size,
+        hidden_size=hidden,
+        intermediate_size=config.intermediate_size,
+    )
+
+
+def _kv_matrices(config: Config, inputs: int) -> int:
     return 2 * inputs * config.num_kv_heads * config.head_dim
 
 
-def _attention(config: DecoderConfig | Eagle3Config, inputs: int) -> int:
+def _attention(config: Config, inputs: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return inputs * heads + config.num_heads * config.head_dim * config.hidden_size
 

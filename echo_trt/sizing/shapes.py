@@ -12,16 +12,18 @@ import yaml
 
 from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.errors import UserError
+from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.config import check_division, decoder_config, eagle3_config
-from echo_trt.sizing.networks import Sizes, decoder_sizes, head_sizes
+from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes and their origin."""
+    """A network's sizes and their origin, and the numbers of a token's features that it reads."""
 
     sizes: Sizes
     origin: str
+    feature_size: int = 0
 
 
 @cache
@@ -41,7 +43,11 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
         return target, None
     raw, origin = _config(source, recipe_folder, "draft.source")
     if recipe.draft.kind == "eagle3":
-        return target, Shape(head_sizes(eagle3_config(raw, origin)), origin)
+        head = eagle3_config(raw, origin)
+        return target, Shape(head_sizes(head), origin, 3 * head.target_hidden_size)
+    if recipe.draft.kind == "block":
+        drafter = fitted(block_config(raw, origin, recipe.draft.block), config, origin)
+        return target, Shape(block_sizes(drafter), origin, drafter.feature_size)
     return target, Shape(decoder_sizes(decoder_config(raw, origin)), origin)
 
 

@@ -14,7 +14,10 @@ from echo_trt.bundle.manifest import read_manifest
 from echo_trt.commands import build as building
 from echo_trt.commands.build import build
 
-GRAPHS = [("lookup", "target"), ("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("close", "draft")]
+GRAPHS = [
+    ("lookup", "target"), ("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("close", "draft"),
+    ("dflash", "draft"), ("dspark", "draft"),
+]  # fmt: skip
 
 
 @pytest.fixture(params=GRAPHS, ids="/".join)

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from models.checkpoints import qwen3_moe
-from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, roles_of
+from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, block_inputs, roles_of
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.commands.build import block_facts
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import make_planner, reserve_for
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.models.roles import BlockRole, HeadRole, TargetRole
 from echo_trt.models.weights import load_decoder
+from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Eagle3Drafter, EngineDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -79,16 +81,18 @@ class Conversation:
             np.flatnonzero(rng.random(counts.sum()) < 0.5),
             ancestor_mask(tree) if planted else None,
         )
-        outputs = [engine.run(call, **self._entries(len(call.token_ids), seed=len(tree))) for engine in self.engines]
+        outputs = [engine.run(call, **self._entries(call, seed=len(tree))) for engine in self.engines]
         self._commit(tree, slots, planted)
         self.past[slots[planted:]] += chunks
         return outputs
 
-    def _entries(self, count, seed) -> dict[str, np.ndarray]:
-        """A head's features of the first entries and hidden states of the others."""
+    def _entries(self, call, seed) -> dict[str, np.ndarray]:
+        """A head's features of the first entries and hidden states of the others; a block drafter's states."""
+        rng, config, count = np.random.default_rng(seed), self.role.network.config, len(call.token_ids)
+        if isinstance(self.role, BlockRole):
+            return block_inputs(call, config.feature_size, rng)
         if not isinstance(self.role, HeadRole):
             return {}
-        rng, config = np.random.default_rng(seed), self.role.network.config
         split = int(rng.integers(0, count + 1))
         features = rng.standard_normal((split, 3 * config.target_hidden_size), np.float32)
         return {"features": features, "hidden": rng.standard_normal((count - split, config.hidden_size), np.float32)}
@@ -126,7 +130,8 @@ def errors(role, path, calls, seed=0) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("pair", "name"), [("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("experts", "target")]
+    ("pair", "name"),
+    [("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("experts", "target"), ("dflash", "draft")],
 )
 def test_outputs_are_the_references(pair, name, native):
     for output, shares in errors(*native(pair, name), calls=40).items():
@@ -177,6 +182,9 @@ def open_loop(native):
 
         drafter = EngineDrafter(engine("draft"), state, CHUNK)
         head = native(pair, "draft")[0]
+        if isinstance(head, BlockRole):
+            config = head.network.config
+            drafter = BlockDrafter(drafter.engine, state, CHUNK, config.feature_size, block_facts(config))
         if isinstance(head, HeadRole):
             config = head.network.config
             sizes = 3 * config.target_hidden_size, config.hidden_size
@@ -215,7 +223,7 @@ def plain(open_loop):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("policy", ["static", "echo"])
-@pytest.mark.parametrize("pair", ["eagle3", "close"])
+@pytest.mark.parametrize("pair", ["eagle3", "close", "dflash"])
 def test_policies_write_the_same_tokens(pair, policy, batch, open_loop, plain):
     loop = open_loop(pair, policy, batch)
     assert answers(loop, apart=2 * (batch > 1)) == plain(pair)

@@ -9,8 +9,9 @@ import threading
 
 import pytest
 import torch
+from models.block_checkpoints import block_raw, write_block
 from models.checkpoints import head_config, head_tensors, qwen3_moe, write_head
-from pairs import VOCAB, recipe_of, roles_of
+from pairs import BLOCK, VOCAB, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.native_export import export_native
@@ -29,8 +30,9 @@ from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.cli import main
 from echo_trt.commands.build import build
+from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.models.roles import BlockRole, HeadRole, TargetRole
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.runtime.llm import LLM
 from super_tree_attention.tensorrt_plugin import prepare_graph
@@ -49,7 +51,14 @@ def with_head(networks, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def graph_of(networks, with_head, tmp_path_factory):
+def with_block(networks, tmp_path_factory):
+    """A block drafter with such heads, too."""
+    raw = block_raw("dspark gated", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
+    return write_block(tmp_path_factory.mktemp("block") / "drafter", raw)
+
+
+@pytest.fixture(scope="session")
+def graph_of(networks, with_head, with_block, tmp_path_factory):
     """network, precision -> its native graph."""
     folder = tmp_path_factory.mktemp("native")
 
@@ -64,6 +73,9 @@ def graph_of(networks, with_head, tmp_path_factory):
         if network == "head":
             target = load_decoder(open_checkpoint(networks / "target"), 192)
             return HeadRole(load_eagle3(open_checkpoint(with_head), 192, target), 5)
+        if network.startswith("block"):
+            target = load_decoder(open_checkpoint(networks / "target"), 192)
+            return BlockRole(load_block(open_checkpoint(with_block), 192, target), 5)
         return roles_of("model" if network == "draft" else "eagle3", networks)[network]
 
     def get(network, precision="fp16"):
@@ -84,12 +96,17 @@ def job(graph, folder, capabilities=("8.9",)) -> CompileJob:
 
 
 @rtx
-@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
 @pytest.mark.parametrize(
-    ("network", "precision"),
-    [("target", "fp16"), ("target", "bf16"), ("draft", "fp16"), ("head", "fp16")],
+    ("network", "precision", "capability"),
+    [
+        *(("target", "fp16", capability) for capability in ("8.0", "8.9", "12.0")),
+        ("target", "bf16", "8.9"),
+        ("draft", "fp16", "12.0"),
+        ("head", "fp16", "8.9"),
+        ("block", "fp16", "8.0"),
+    ],
 )
-def test_every_role_compiles_for_every_card(network, precision, capability, graph_of, tmp_path):
+def test_every_role_compiles_and_for_every_card(network, precision, capability, graph_of, tmp_path):
     graph = graph_of(network, precision)
     shares = []
     compile_engine(
@@ -111,8 +128,9 @@ def test_experts_compile_for_several_cards(capabilities, graph_of, tmp_path):
 
 
 @rtx
-def test_a_bundle(networks, with_head, tmp_path):
-    draft = {"kind": "eagle3", "source": {"path": str(with_head)}, "top_k": 5}
+@pytest.mark.parametrize("kind", ["eagle3", "block"])
+def test_a_bundle(kind, networks, with_head, with_block, tmp_path):
+    draft = {"kind": kind, "source": {"path": str(with_head if kind == "eagle3" else with_block)}, "top_k": 5}
     recipe = recipe_of("model", networks, draft=draft, compute_capability=["8.0", "12.0"], **RTX)
     stages, details = [], []
     build(recipe, networks, tmp_path / "bundle", stages.append, lambda share, phase: details.append(share))

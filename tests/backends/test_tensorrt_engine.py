@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from pairs import LIMITS, SIZES, recipe_of, roles_of
+from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda import calls as torch_calls
@@ -24,13 +24,18 @@ from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.models.roles import HeadRole
+from echo_trt.models.roles import BlockRole, HeadRole
 from super_tree_attention import super_tree_attention
 from super_tree_attention.tensorrt_names import WRITTEN
 from super_tree_attention.tensorrt_plugin import prepare_graph
 
 SLOTS = 4
-NETWORKS = {"target": ("eagle3", "target"), "draft": ("model", "draft"), "head": ("eagle3", "draft")}
+NETWORKS = {
+    "target": ("eagle3", "target"),
+    "draft": ("model", "draft"),
+    "head": ("eagle3", "draft"),
+    "block": ("dflash", "draft"),
+}
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
 
 
@@ -85,7 +90,7 @@ class RoleSession(OnnxSession):
         caches = [name for name in self.inputs if "_cache." in name]
         self.outputs = [*role.outputs, *(name + WRITTEN for name in caches)]
         floats = {*caches, "features", "hidden"}
-        longs = {"token_ids", "positions", "logit_rows"}
+        longs = {"token_ids", "positions", "state_rows", "logit_rows"}
         self.types = {
             name: torch.float32 if name in floats else torch.int64 if name in longs else torch.int32
             for name in self.inputs
@@ -161,6 +166,8 @@ class Script:
 
 
 def inputs_of(role, call, rng):
+    if isinstance(role, BlockRole):
+        return block_inputs(call, role.network.config.feature_size, rng)
     if not isinstance(role, HeadRole):
         return {}
     config, count = role.network.config, len(call.token_ids)
@@ -196,10 +203,10 @@ def test_every_call_equals_the_reference(network, opened):
     assert any(batch == 1 and tokens > 16 for batch, tokens in session.launched)
 
 
-def packed(name, networks, folder):
+def packed(name, networks, folder, pair="eagle3"):
     """The role, its engine over a paged pool, and its session."""
-    sizes = CallSizes.of(recipe_of("eagle3", networks))
-    role = roles_of("eagle3", networks)[name]
+    sizes = CallSizes.of(recipe_of(pair, networks))
+    role = roles_of(pair, networks)[name]
     graph = folder / f"{name}.onnx"
     export(role, graph)
     prepare_graph(graph, graph)
@@ -207,8 +214,9 @@ def packed(name, networks, folder):
     return role, TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks), session
 
 
-def test_every_packed_call_equals_the_reference(networks, tmp_path):
-    role, engine, session = packed("draft", networks, tmp_path)
+@pytest.mark.parametrize("pair", ["eagle3", "dflash"])
+def test_every_packed_call_equals_the_reference(pair, networks, tmp_path):
+    role, engine, session = packed("draft", networks, tmp_path, pair)
     assert_like_the_reference(role, engine, 12)
     assert any(tokens > 32 for (tokens,) in session.launched)
 

@@ -9,14 +9,15 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 
-def test_it_answers_like_the_openvino_bundle(networks, bundle_of, tmp_path):
-    manifest = build(recipe_of("eagle3", networks, engine="torch"), networks, tmp_path / "torch")
+@pytest.mark.parametrize("pair", ["eagle3", "dspark"])
+def test_it_answers_like_the_openvino_bundle(pair, networks, bundle_of, tmp_path):
+    manifest = build(recipe_of(pair, networks, engine="torch"), networks, tmp_path / "torch")
     assert manifest.checks["target"].tree_error < 1e-5
     assert manifest.checks["draft"].tree_error < 1e-5
     prompts, params = [[7, 8, 9], [*range(40, 90)]], SamplingParams(12, ignore_eos=True)
     texts = [
         [c.token_ids for c in LLM(bundle, "static", batch=2).generate(prompts, params)]
-        for bundle in (tmp_path / "torch", bundle_of("eagle3"))
+        for bundle in (tmp_path / "torch", bundle_of(pair))
     ]
     assert texts[0] == texts[1]
     assert len(set(texts[0][1])) > 1

@@ -8,7 +8,7 @@ import torch
 from driving import prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import SIZES, VOCAB, roles_of
+from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
@@ -24,8 +24,14 @@ from super_tree_attention.triton_attention import super_tree_attention_triton
 
 BLOCKS = 16
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+FEATURES = 2 * SIZES["hidden_size"]  # a number of the block drafter's alone
 #: pair, network, size of an entry's features
-NETWORKS = {"target": ("eagle3", "target", 0), "draft": ("model", "draft", 0), "head": ("eagle3", "draft", 192)}
+NETWORKS = {
+    "target": ("eagle3", "target", 0),
+    "draft": ("model", "draft", 0),
+    "head": ("eagle3", "draft", 192),
+    "block": ("dflash", "draft", FEATURES),
+}
 
 
 def calls(seed: int, requests: int = 3) -> list[Packed]:
@@ -56,6 +62,8 @@ def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:
     """All of a call's entries have features, or all have the head's own state."""
     if not features:
         return {}
+    if features == FEATURES:
+        return block_inputs(call, features, np.random.default_rng(seed))
     rng, known = np.random.default_rng(seed), len(call.token_ids) * (seed % 2)
     shapes = {"features": (known, features), "hidden": (len(call.token_ids) - known, SIZES["hidden_size"])}
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from refusal import refused
 
-from echo_trt.bundle.recipe import Recipe, load_recipe
+from echo_trt.bundle.recipe import NETWORKS, Recipe, load_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 VALID: dict[str, Any] = {
@@ -47,7 +47,7 @@ def written(tmp_path):
 def test_shipped_recipes_are_valid(file):
     recipe = load_recipe(file)
     assert recipe.name == file.stem
-    assert recipe.draft.kind in ("eagle3", "model", "lookup")
+    assert recipe.draft.kind in (*NETWORKS, "lookup")
 
 
 def test_there_are_shipped_recipes():

@@ -30,7 +30,8 @@ for size in (1, 5, 90, 300):
     below, brought, known = acceptance.forecast(9).below[0], acceptance.forecast(9).brought[0], rng.uniform(0, 1, 7)
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)
-    print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds))
+    for one_pass in (False, True):
+        print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds, one_pass))
 text = rng.integers(0, 4, (5, 40)).astype(np.int32)
 print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])
 logits, top_k, top_p = rng.normal(0, 3, (4, 700)).astype(np.float32), np.array([0, 0, 9, 700]), np.full(4, 0.99)
@@ -59,7 +60,7 @@ def answers(program: str, **environment: str) -> tuple[str, str]:
 def test_without_numba_answers_are_the_same_and_one_warning_names_the_remedy():
     compiled, err = answers(ANSWERS.format(missing=False))
     assert err == ""
-    assert len(compiled.splitlines()) == 8
+    assert len(compiled.splitlines()) == 12
     out, err = answers(ANSWERS.format(missing=True))
     assert out == compiled
     assert "install numba" in err

@@ -75,7 +75,8 @@ def goodput_planner(
     acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
     kind, slots = _OnMachine if clock else GoodputPlanner, networks.state.count
     grammars = Grammars(networks.state, networks.copier)
-    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head)
+    block = getattr(networks.drafter, "block", 0)
+    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head, block=block)
 
 
 def assert_all_free(loop: Loop) -> None:

@@ -3,22 +3,29 @@
 import numpy as np
 import pytest
 from driving import Counted, add, assert_all_free, echo_planner, prompt_ids, run
-from pairs import LIMITS, VOCAB, reference_engines
+from pairs import FOLDERS, LIMITS, VOCAB, reference_engines
 
-from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.backends.self_check import block_shape
+from echo_trt.commands.build import block_facts
+from echo_trt.decoding.pack import BLOCK, pack, pack_blocks
 from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.models.block_weights import markov_arrays
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.roles import BlockRole
 from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.markov import Markov
 from echo_trt.runtime.slots import Slots
 
-ENGINE_PAIRS = ("model", "self", "eagle3", "close")
+LEVEL_PAIRS, BLOCK_PAIRS = ("model", "self", "eagle3", "close"), ("dflash", "dspark", "jetspec", "rnn", "peagle")
+ENGINE_PAIRS = (*LEVEL_PAIRS, *BLOCK_PAIRS)
 
 
 class FromScratch:
     """A pair's draft, computed over a whole text by the reference engines, with nothing kept from anywhere."""
 
     def __init__(self, pair: str, networks):
-        self.engines = reference_engines(pair, networks, 8)
+        self.engines, self.folder = reference_engines(pair, networks, 8), networks / FOLDERS[pair][2]
         self.table = np.array([[5, 2, 7, 0, 3, 1, 4, 6]])
 
     def call(self, network: str, tokens, past: int = 0, **inputs) -> dict[str, np.ndarray]:
@@ -36,11 +43,32 @@ class FromScratch:
             outputs = self.call("draft", [*text, *path])
             return outputs["scores"][0], outputs["candidates"][0]
         features = self.call("target", text[:-1])["features"]
+        if isinstance(self.engines["draft"]._role, BlockRole):
+            return self.of_block(text, path, features)
         none = {"features": features[:0], "hidden": np.zeros((0, 64), np.float32)}
         outputs = self.call("draft", text[1:], **none | {"features": features})
         for i, token in enumerate(path):
             outputs = self.call("draft", [token], len(text) - 1 + i, **none | {"hidden": outputs["state"][-1:].copy()})
         return outputs["scores"][0], outputs["candidates"][0]
+
+    def of_block(self, text, path, features) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a block drafter, whose whole context comes with the block."""
+        network = self.engines["draft"]._role.network
+        count, config = np.array([len(text) - 1]), network.config
+        call, states = pack_blocks(
+            block_shape(config), np.array(text[1:]), 0 * count, count, np.array(text[-1:]), self.table
+        )
+        outputs = self.engines["draft"].run(call, features=features, state_rows=states)
+        first = int(not config.predicts_next)
+        rows = [first + place for place in range(len(path) + 1)]
+        proposals = [[outputs[name][row : row + 1].copy() for name in ("scores", "candidates")] for row in rows]
+        if config.markov:
+            markov = Markov(markov_arrays(network, open_checkpoint(self.folder)), block_facts(config))
+            state = np.zeros((1, markov.state_size), np.float32)
+            for place, previous in enumerate([text[-1], *path]):
+                hints = outputs["hints"][rows[place] : rows[place] + 1]
+                *proposals[place], state = markov.correct(*proposals[place], hints, np.array([previous]), state)
+        return proposals[-1][0][0], proposals[-1][1][0]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +93,7 @@ def assert_in_step(loop, scratch: FromScratch) -> None:
     for level in range(3):
         for node, log_q, tokens in zip(nodes, *expanded, strict=True):
             wanted_q, wanted_tokens = scratch.candidates(texts[tree.request[node]], path_of(tree, node))
-            np.testing.assert_allclose(log_q, wanted_q, atol=1e-4)
+            np.testing.assert_allclose(log_q, wanted_q, atol=1e-4, rtol=1e-4)
             assert tokens.tolist() == wanted_tokens.tolist()
         if level == 2:
             return
@@ -251,7 +279,25 @@ def test_not_drafting_never_calls_the_draft(pair, open_llm):
     assert draft.calls
 
 
-@pytest.mark.parametrize("pair", ENGINE_PAIRS)
+@pytest.mark.parametrize("pair", BLOCK_PAIRS)
+def test_a_block_costs_one_pass_an_iteration(pair, open_llm):
+    llm = open_llm(pair, "static")
+    add(llm.loop, prompt_ids(10, 0), max_tokens=100)
+    run(llm.loop, 2)
+    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+    ((_, emitted),) = run(llm.loop, 1)
+    for _ in range(6):
+        draft.calls.clear()
+        passes, drafted = llm.counters.draft_passes, llm.counters.drafted_tokens
+        ((_, next_emitted),) = run(llm.loop, 1)
+        assert llm.counters.draft_passes == passes + 1
+        assert llm.counters.drafted_tokens > drafted + 3
+        (call,) = draft.calls
+        assert len(call.token_ids) == len(emitted) + llm.loop.drafter.shape.appended
+        emitted = next_emitted
+
+
+@pytest.mark.parametrize("pair", LEVEL_PAIRS)
 def test_a_request_in_step_costs_one_pass_a_level_and_reads_no_token_twice(pair, open_llm):
     llm = open_llm(pair, "static")
     add(llm.loop, prompt_ids(10, 0), max_tokens=100)

@@ -111,7 +111,7 @@ def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
     assert 0 < filled.count(0) < len(filled) / 2
 
 
-@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3)])
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.0), ("close", 1.3), ("dspark", 1.3)])
 def test_much_is_accepted_where_the_draft_is_good(pair, least, open_llm):
     llm = open_llm(pair, "autoregressive", 2)
     for policy in POLICIES:

@@ -91,7 +91,7 @@ def test_any_two_choices_meet_in_the_matrix():
         assert met == set(itertools.product(set(left), set(right)))
 
 
-@pytest.mark.parametrize(("pair", "least"), [("self", 2.5), ("close", 1.5)])
+@pytest.mark.parametrize(("pair", "least"), [("self", 2.5), ("close", 1.5), ("dspark", 1.4)])
 def test_much_is_accepted_where_the_draft_is_good(pair, least, llm_of):
     """So that the tests above are about accepting as well as about refusing."""
     for policy in SPECULATIVE:
@@ -113,7 +113,7 @@ def test_branches_beside_the_first_are_accepted(policy, engine, open_llm, plain_
     assert llm.counters.accepted_length > 1.3
 
 
-@pytest.mark.parametrize("pair", ["self", "close"])
+@pytest.mark.parametrize("pair", ["self", "close", "dspark"])
 def test_policies_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, batch=3)
     prompts, params = mixed()

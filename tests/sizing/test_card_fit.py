@@ -32,6 +32,12 @@ MEANT = {
     "qwen3-30b-a3b": ("A100-80GB", "H100-80GB"),
     "qwen3-32b": ("H200", "B200"),
     "qwen3-235b-a22b": ("A100-80GB", "H100-80GB"),
+    "qwen3-4b-dflash": ("L4", "RTX-4090"),
+    "qwen3-4b-dspark": ("L4", "RTX-4090"),
+    "qwen3-8b-dflash": ("A100-80GB", "H100-80GB"),
+    "qwen3-8b-dspark": ("A100-80GB", "H100-80GB"),
+    "qwen3-8b-jetspec": ("A100-80GB", "H100-80GB"),
+    "qwen3-14b-dspark": ("A100-80GB", "H100-80GB"),
 }
 
 

@@ -47,6 +47,16 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert told["L4"].split(" | ")[:2] == ["1", "no"]
 
 
+def test_a_block_drafters_needs(inspect):
+    code, out, _ = inspect(BUILD / "qwen3-8b-dspark.yaml")
+    told = rows(out)
+    assert code == 0
+    assert told["draft"].startswith("block deepseek-ai/dspark_qwen3_8b_block7 (2.29 B parameters, 5 layers, vocabulary")
+    assert told["weights"] == "target 16.4 GB, draft 4.6 GB"
+    assert told["KV of a token"] == "target 147,456 bytes, draft 20,480 bytes"
+    assert told["host memory"].endswith("21.5 GB")  # 262,144 x 5 x 4,096 x 4 bytes
+
+
 @pytest.mark.parametrize(
     ("engine", "calls"),
     [

@@ -1,5 +1,6 @@
 """Parameter counts: the published totals, and the very networks that would be built."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from refusal import refused
 from torch import nn
 
-from echo_trt.bundle.recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import NETWORKS, load_recipe, parse_recipe
+from echo_trt.models.block import block_network
+from echo_trt.models.block_config import block_config
 from echo_trt.models.config import decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.sizing.networks import decoder_sizes, head_sizes
+from echo_trt.sizing.networks import block_sizes, decoder_sizes, head_sizes
 from echo_trt.sizing.shapes import published, shapes
 
 #: Parameters of the safetensors files, tied embeddings once, and what the model cards call active, in billions.
@@ -27,7 +30,8 @@ TOTALS = {
 }
 SHIPPED = sorted((Path(__file__).parents[2] / "build").glob("*.yaml"))
 HEADS = [name for name, raw in published().items() if "Eagle3" in raw["architectures"][0]]
-DECODERS = [name for name in published() if name not in HEADS]
+BLOCKS = [name for name, raw in published().items() if "block_size" in raw]
+DECODERS = [name for name in published() if name not in HEADS + BLOCKS]
 
 
 def counted(module: nn.Module) -> int:
@@ -65,6 +69,27 @@ def test_a_heads_sizes_are_those_of_the_network_that_is_built(name, changes):
     with torch.device("meta"):
         head = Eagle3Head(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
     assert head_sizes(config).total == counted(head)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 2, "markov_rank": 8, "markov_head_type": "rnn"}])
+def test_a_block_drafters_sizes_are_those_of_the_network_that_is_built(name, changes):
+    config = block_config(published()[name] | changes, name)
+    with torch.device("meta"):
+        drafter = block_network(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
+    sizes = block_sizes(config)
+    assert sizes.total == counted(drafter)
+    assert sizes.kv_values == 2 * config.num_layers * 8 * 128
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_parallel_heads_sizes_are_those_of_the_network_that_is_built(layers):
+    raw = published()["AngelSlim/Qwen3-8B_eagle3"] | {"speculators_model_type": "peagle", "mask_token_id": 5}
+    config = block_config(raw | {"num_hidden_layers": layers, "fc_norm": True}, "peagle")
+    config = replace(config, feature_layers=(2, 18, 33))
+    with torch.device("meta"):
+        drafter = block_network(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
+    assert block_sizes(config).total == counted(drafter)
 
 
 def test_mixed_layers_dense_and_of_experts():
@@ -110,9 +135,9 @@ def test_what_a_pass_reads_and_multiplies():
 def test_shapes_of_shipped_recipes_are_known_and_fit_together(file):
     recipe = load_recipe(file)
     target, draft = shapes(recipe, file.parent)
-    assert (draft is not None) == (recipe.draft.kind in ("eagle3", "model"))
+    assert (draft is not None) == (recipe.draft.kind in NETWORKS)
     assert target.sizes.gpus == recipe.tensor_parallel
-    if recipe.draft.kind == "eagle3":
+    if recipe.draft.kind in ("eagle3", "block"):
         assert draft.sizes.hidden_size == target.sizes.hidden_size
         assert draft.sizes.embedding == target.sizes.embedding
         assert draft.sizes.gpus == 1

@@ -36,13 +36,16 @@ def pad(arrays: Arrays) -> Arrays | None:
         return None
     size, requests = bucket(tokens), bucket(len(arrays["past_lens"]))
     sizes = {
-        **dict.fromkeys(("token_ids", "positions", "logit_rows"), size),
+        **dict.fromkeys(("token_ids", "positions", "state_rows", "logit_rows"), size),
         **{name: size if len(arrays[name]) else 0 for name in ("features", "hidden") if name in arrays},
         "past_lens": requests,
         **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), requests + 1),
         "block_indices": bucket(len(arrays["block_indices"])),
         "tree_mask": size * size,
     }
+    if "state_rows" in arrays:  # states of features stand behind those of the logit rows, which become more
+        states, asked = arrays["state_rows"], len(arrays["logit_rows"])
+        arrays = arrays | {"state_rows": np.where(states < asked, states, states + size - asked)}
     return {name: _padded(array, sizes[name], name.endswith("_begins")) for name, array in arrays.items()}
 
 

@@ -79,7 +79,7 @@ class OpenVINOEngine:
             for used in widths or [""]:  # a head reads features, or its state where it goes on from a drafted token
                 shapes = {name: (count if name == used else 0, width) for name, width in widths.items()}
                 rows = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-                self.run(_blank(count, self.num_blocks), **rows)
+                self.run(_blank(count, self.num_blocks), **rows, state_rows=np.arange(count))
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         height = dict.fromkeys((FEATURES, "state"), len(call.token_ids))
@@ -117,9 +117,14 @@ class OpenVINOEngine:
 
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:
-    """Pad a head's inputs by ``more`` rows: ``hidden``, which belongs to later tokens, or else ``features``."""
+    """Pad a draft's inputs by ``more`` rows: ``hidden``, which belongs to later tokens, or else ``features``.
+
+    A block drafter's padding takes the first state.
+    """
     if more == 0:
         return inputs
+    if "hidden" not in inputs and "state_rows" in inputs:
+        return inputs | {"state_rows": np.pad(inputs["state_rows"], (0, more))}
     last = next((name for name in ("hidden", "features") if len(inputs.get(name, ()))), None)
     return {name: np.pad(rows, ((0, more if name == last else 0), (0, 0))) for name, rows in inputs.items()}
 

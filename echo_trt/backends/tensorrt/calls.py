@@ -11,7 +11,7 @@ import numpy as np
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Arrays, bucket
 from echo_trt.backends.cuda.calls import pad as pad_packed
-from echo_trt.backends.padded import Layout, Part, pad, split
+from echo_trt.backends.padded import Layout, Part, pad, piece_states, split
 from echo_trt.decoding.pack import Packed
 from super_tree_attention.tensorrt_plugin import words
 
@@ -101,7 +101,16 @@ def _linear_piece(call: Packed, part: Part, inputs: Arrays, layout: Layout, limi
     asked = np.zeros(min(bucket(max(len(padded.asked), 1)), limits.rows if short else limits.chunk), np.int64)
     asked[: len(padded.asked)] = padded.logit_rows
     arrays["logit_rows"] = asked
-    if "features" in inputs:
+    if "hidden" not in inputs and "state_rows" in inputs:
+        chosen, place = piece_states(
+            inputs["state_rows"][padded.rows], padded.asked, len(call.logit_rows), inputs["features"], len(asked)
+        )
+        features = np.zeros((bucket(len(chosen)) if len(chosen) else 0, chosen.shape[1]), chosen.dtype)
+        features[: len(chosen)] = chosen
+        padded.state_rows.flat[:] = 0
+        padded.state_rows.flat[padded.places] = place
+        arrays |= {"features": features, "state_rows": padded.state_rows}
+    elif "features" in inputs:
         features, hidden, place = _states(padded.rows, inputs["features"], inputs["hidden"])
         state_rows = np.zeros(batch * tokens, np.int64)
         state_rows[padded.places] = place
@@ -146,7 +155,13 @@ def _packed_piece(call: Packed, begin: int, end: int, inputs: Arrays) -> Piece:
         tree_mask_begins=masks - masks[0],
         logit_rows=call.logit_rows[asked] - first,
     )
-    if "features" in inputs:
+    if "hidden" not in inputs and "state_rows" in inputs:
+        rows = max(len(asked), 1)
+        features, place = piece_states(
+            inputs["state_rows"][first:last], asked, len(call.logit_rows), inputs["features"], rows
+        )
+        inputs = {"features": features, "state_rows": place}
+    elif "features" in inputs:
         split_at = len(inputs["features"])
         features = inputs["features"][min(first, split_at) : min(last, split_at)]
         hidden = inputs["hidden"][max(first - split_at, 0) : max(last - split_at, 0)]

@@ -60,7 +60,7 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
 
 #: Input of the packed graph -> its first axis; for a cache that is the pool.
 PACKED_AXES = {
-    **dict.fromkeys(("token_ids", "positions"), "tokens"),
+    **dict.fromkeys(("token_ids", "positions", "state_rows"), "tokens"),
     "logit_rows": "rows",
     **dict.fromkeys(("features", "hidden"), "part"),
     "past_lens": "batch",

@@ -12,13 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from echo_trt.errors import UserError
+from echo_trt.models.block import block_network
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
 
-ROLES = {"target": TargetRole, "draft": DraftRole, "head": HeadRole}
+ROLES = {"target": TargetRole, "draft": DraftRole, "head": HeadRole, "block": BlockRole}
+CONFIGS = {"head": Eagle3Config, "block": BlockConfig}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,10 +51,12 @@ def load_role(path: Path, device: str = "cpu") -> Role:
         raise UserError(f"{path} holds no network of echo-trt ({error}); build the bundle again.") from error
     kind, setting, positions = header["role"], header["setting"], header["positions"]
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in header["config"].items()}
-    config = Eagle3Config(**values) if kind == "head" else DecoderConfig(**values)
+    config = CONFIGS.get(kind, DecoderConfig)(**values)
     with torch.device("meta"):
         if kind == "head":
             network = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
+        elif kind == "block":
+            network = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
         else:
             network = Decoder(config, positions)
     network.load_state_dict(weights, assign=True)

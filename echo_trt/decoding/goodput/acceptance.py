@@ -37,9 +37,9 @@ class Forecast:
     first       mean P(accept) of a root's best child
     """
 
-    def __init__(self, children: np.ndarray):
+    def __init__(self, children: np.ndarray, horizon: int = HORIZON):
         self.first = float(children[0, 0].mean())
-        self.below = [_as_shares(children[depth : depth + HORIZON]) for depth in range(len(children))]
+        self.below = [_as_shares(children[depth : depth + horizon]) for depth in range(len(children))]
         self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
         self._trees = _trees(children[:BRANCHING])
 
@@ -75,18 +75,21 @@ class Acceptance:
     def __init__(self, table: np.ndarray, children: np.ndarray, start: tuple[float, float] = CALIBRATED_START):
         """``start``: slope and bias of the calibrated sources at first."""
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
+        own = np.broadcast_to(knots() * _SUREST, (len(SOURCES) - len(table), *self.table.shape[1:]))
+        self._tables = np.concatenate((self.table, own))
         self._fits = [Fit(*start) if i < len(table) else Fit(1.0, 0.0, fixed=True) for i in range(len(SOURCES))]
-        self._forecasts: dict[int, Forecast] = {}
+        self._forecasts: dict[tuple[int, int], Forecast] = {}
         self.tried, self.expected, self.accepted = np.zeros((3, len(SOURCES)))
         self.silent = np.zeros(len(SOURCES), np.int64)
         self._begin_minute()
         self._adopt()
 
-    def forecast(self, width: int) -> Forecast:
-        """Return the forecast for nodes of ``width`` children."""
-        if width not in self._forecasts:
-            self._forecasts[width] = Forecast(self.children[:, :width])
-        return self._forecasts[width]
+    def forecast(self, width: int, horizon: int = HORIZON) -> Forecast:
+        """Return the forecast for nodes of ``width`` children, ``horizon`` levels ahead."""
+        key = width, horizon
+        if key not in self._forecasts:
+            self._forecasts[key] = Forecast(self.children[:, :width], horizon)
+        return self._forecasts[key]
 
     @classmethod
     def uncalibrated(cls, depths: int, start: tuple[float, float] = UNCALIBRATED_START) -> Acceptance:
@@ -95,10 +98,7 @@ class Acceptance:
         return cls(table, np.tile(_UNCALIBRATED_CHILDREN, (depths, 1, 1)), start)
 
     def probability(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """Return P(accept) of calibrated sources' nodes at ``depth`` >= 1 with log path probability ``score``.
-
-        All [n]. Returns float64 [n].
-        """
+        """Return P(accept) of nodes at ``depth`` >= 1 with log path probability ``score``, all [n]: float64 [n]."""
         prior = self._prior(source, depth, score)
         return _sigmoid(self.slope[source] * prior + self.bias[source, np.minimum(depth, DEPTHS) - 1])
 
@@ -143,9 +143,9 @@ class Acceptance:
         self.bias = np.array([fit.bias for fit in self._fits])
 
     def _prior(self, source: np.ndarray, depth: np.ndarray, score: np.ndarray) -> np.ndarray:
-        """Return the log-odds that the table has: float64 [n]."""
+        """Return the log-odds that the tables have: float64 [n]."""
         source, score = np.ascontiguousarray(source, np.int8), np.ascontiguousarray(score, np.float64)
-        return _log_odds(_read(self.table, source, np.ascontiguousarray(depth, np.int64), score))
+        return _log_odds(_read(self._tables, source, np.ascontiguousarray(depth, np.int64), score))
 
 
 def _as_shares(children: np.ndarray) -> np.ndarray:

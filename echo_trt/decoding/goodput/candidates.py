@@ -121,6 +121,17 @@ class Candidates:
         nodes = _of_depth(tree.depth, tree.request, worth, room, depth)
         return tree.best_first(nodes, self.value[nodes], np.full(tree.num_requests, beams))
 
+    def promising(self, depth: int, most: int) -> np.ndarray:
+        """Return the nodes of ``depth`` among the ``most`` best candidates, ascending: int64 [F].
+
+        A child is worth its parent at most, so that expanding these alone, depth by depth, finds the ``most`` best
+        nodes of all trees: best-first search (DDTree, arXiv 2604.12989).
+        """
+        value, roots = self.value, self.tree.num_requests
+        least = np.partition(value[roots:], -most)[-most] if len(value) - roots > most > 0 else 0.0
+        worth = self._expandable & (self.probability > 0) & (value >= least)
+        return _of_depth(self.tree.depth, self.tree.request, worth, self._room, depth)
+
     def best_child(self, requests: np.ndarray) -> np.ndarray:
         """Return P(accept) of the best child of the roots of ``requests`` int64 [A], 0 for none: float64 [A]."""
         nodes, best = np.flatnonzero(self.tree.depth == 1), np.zeros(self.tree.num_requests)

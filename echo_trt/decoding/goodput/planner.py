@@ -5,7 +5,8 @@ its expected tokens less the price of its passes; plain decoding is the plan wit
 
 1. how many tokens are verified at most, or that it decodes plainly: the rung that the load holds (``ladder``).
 2. before a draft level: which nodes of the frontier are expanded, if any. The values of their children are not known
-   yet; the calibration knows how they are distributed (``Acceptance.children``, ``search``).
+   yet; the calibration knows how they are distributed (``Acceptance.children``, ``search``). A block drafter's pass is
+   weighed once, with all its levels; its trees are then grown best first, at no cost (``Candidates.promising``).
 3. after the last level: how many of all candidates are verified, best first over the batch (``select``). Where a pass
    of another size than the last one costs extra (OpenVINO) the rung is filled, elsewhere as many as pay are taken.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.acceptance import HORIZON, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates, Grammars
 from echo_trt.decoding.goodput.costs import Costs
 from echo_trt.decoding.goodput.ladder import DOUBT, UNDRAFTED, Ladder
@@ -52,17 +53,20 @@ class GoodputPlanner:
         grammars: Grammars | None = None,
         head: bool = True,
         budget: int = 0,
+        block: int = 0,
     ):
         """Take candidates from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
 
         grammars  of requests whose texts must fit one; it takes the copier's place while any runs
 
         budget  knee of the measured costs, which is only reported
+        block   rows that a block drafter's only pass computes for a request; 0: the draft takes a pass a level
         """
         self.name, self.settings, self.budget = name, settings, budget
         self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
         self.grammars = grammars if settings.free_candidates else None
-        self._head = head
+        self._head, self._block = head, block
+        self._horizon = settings.max_depth if block else HORIZON
         self.costs, self.acceptance, self.history, self.ladder = costs, acceptance, History(slots), Ladder()
         self._serial = np.full(slots, -1)
 
@@ -112,9 +116,10 @@ class GoodputPlanner:
             return rungs[-1:], np.full(1, ABOVE_PLAIN)
         nodes = (rungs - count) / count  # of a request
         levels = np.minimum(np.minimum(LEVELS_A_DOUBLING * np.log2(1 + nodes), nodes), self.settings.max_depth)
-        level = costs.draft(2 * count, load.context) + history.level_seconds
+        passes = np.minimum(levels, 1) if self._block else levels
+        level = costs.draft((2 + self._block) * count, load.context) + history.level_seconds
         target = costs.target.base(int(rungs[-1]))[rungs] + costs.target.per_context * load.context
-        seconds = target + costs.target.per_node * nodes * load.context + costs.cold + levels * level
+        seconds = target + costs.target.per_node * nodes * load.context + costs.cold + passes * level
         forecast = self.acceptance.forecast(self.settings.width)
         tokens = 1 + forecast.expected_tokens(rungs - count, count) / count
         host, plain = history.host_seconds, costs.plain(count, load.context)
@@ -166,12 +171,13 @@ class GoodputPlanner:
         behind = load.behind[open_]
         # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
         once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
-        entries = np.cumsum((behind - once + once / serves)[best])
+        entries = np.cumsum((behind - once + once / serves + self._block)[best])
         count = self._worth_expanding(search, promise[best], 0, entries)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
-            requests = history.probe(open_, load.slots, self.costs.draft.base(int(behind.max()))[behind] + alone)
+            entries = behind + self._block
+            requests = history.probe(open_, load.slots, self.costs.draft.base(int(entries.max()))[entries] + alone)
             if len(requests) == 0:
                 return
         requests = np.sort(requests)
@@ -179,6 +185,9 @@ class GoodputPlanner:
         candidates.add(requests, log_q, tokens, settings.width)
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.forecast(settings.width).first)
+        if self._block:
+            self._read_block(draft, search)
+            return
         expanded = 0
         for depth in range(1, settings.max_depth):
             frontier = candidates.frontier(depth, settings.beams)
@@ -193,6 +202,16 @@ class GoodputPlanner:
             candidates.add(nodes, log_q, tokens, settings.width)
             expanded += count
 
+    def _read_block(self, draft: Draft, search: Search) -> None:
+        """Grow trees from the block's rows, as far as a node can be among those that are verified."""
+        candidates, settings = search.candidates, self.settings
+        for depth in range(1, settings.max_depth):
+            nodes = candidates.promising(depth, len(search.seconds) - 1)
+            if len(nodes) == 0:
+                return
+            log_q, tokens = draft.expand(candidates.tree, nodes)
+            candidates.add(nodes, log_q, tokens, settings.width)
+
     def _worth_expanding(self, search: Search, frontier: np.ndarray, depth: int, entries: np.ndarray) -> int:
         """Return the number of frontier nodes to expand; 0 stops drafting.
 
@@ -200,7 +219,7 @@ class GoodputPlanner:
         the first 1, 2, ... nodes.
         """
         candidates, load, price, costs = search.candidates, search.load, search.price, self.costs
-        forecast = self.acceptance.forecast(self.settings.width)
+        forecast = self.acceptance.forecast(self.settings.width, self._horizon)
         if depth >= len(forecast.below):
             return 0
         ends, chains = portions(len(frontier)), candidates.continuations()
@@ -217,13 +236,14 @@ class GoodputPlanner:
             chains.probability * candidates.weights[chains.request],
             candidates.tree.depth[chains.leaf] == depth,
             price * search.seconds,
+            self._block > 0,
         )
 
     def observe(self, iteration: Iteration) -> None:
         plan, load, history = iteration.plan, iteration.load, self.history
         for number, done in enumerate(iteration.drafts):
             self.costs.observe_draft(done.tokens, done.context, done.seconds, first=number == 0)
-        history.decided(iteration.levels, iteration.planning)
+        history.decided(min(iteration.levels, 1) if self._block else iteration.levels, iteration.planning)
         target, prompts = iteration.target, load.prompt_tokens
         self.costs.observe_target(target.tokens, target.context, target.seconds, target.node_context, prompts)
         tree, count = plan.tree, len(load.slots)

@@ -73,7 +73,7 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
         begin = end
 
 
-@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], b1[::1], f8[::1])")
+@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], b1[::1], f8[::1], b1)")
 def best_portion(
     frontier: np.ndarray,
     ends: np.ndarray,
@@ -85,6 +85,7 @@ def best_portion(
     continued: np.ndarray,
     below_level: np.ndarray,
     verification: np.ndarray,
+    one_pass: bool,
 ) -> int:
     """Return the number of the frontier's best nodes to expand, one of ``ends``; 0 if none pays.
 
@@ -100,6 +101,7 @@ def best_portion(
     continued     [m], values of n-gram continuations
     below_level   bool [m], whether the leaf of a continuation is in the frontier
     verification  [nodes + 1], price of verifying 0, 1, ... nodes, as far as they can pay
+    one_pass      bool, whether the first level's price buys all levels
     """
     plan, more = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
     for value in known:
@@ -118,7 +120,7 @@ def best_portion(
         begin, grown = end, plan.copy()
         for depth in range(len(children)):
             grown += more[depth]
-            cost = level_price[portion] * (depth + 1) + first_price
+            cost = level_price[portion] * (1 if one_pass else depth + 1) + first_price
             if total * brought[depth] > cost:  # else it does not pay even if verification were free
                 net = _best_value(grown, verification) - before - cost
                 if net > best:

@@ -1,0 +1,109 @@
+"""Block drafters: a whole block of draft tokens in one pass over masked rows.
+
+DFlash: the context of a layer is ``hidden_norm(fc(features))`` of the committed tokens, whose keys and values are
+cached; the block's rows are the embeddings of the root and of masks. P-EAGLE: an EAGLE-3 head, whose masked rows have a
+learnt hidden state in the features' place.
+
+Packed rows say by ``state_rows`` which *state* they are: R states of the block's rows, then M of features. In a block
+whose rows all see each other, each row stands twice: kernels only look back, so that rows that look stand behind rows
+that are looked at (``decoding.pack.pack_blocks``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.decoder import DecoderLayer
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.layers import Attend, Linear, RMSNorm, Rotary, widened
+
+
+class DFlash(nn.Module):
+    """DFlash, DSpark and JetSpec. ``embed`` may be the target's table."""
+
+    def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
+        super().__init__()
+        self.config = config
+        self.embed = embed
+        self.fc = Linear(config.feature_size, config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary = Rotary(config, positions)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
+        self.register_buffer("target_ids", torch.arange(config.draft_vocab_size))
+        #: What the Markov and confidence heads take from a hidden state; the runtime computes the rest of both.
+        hints = sum(config.hint_sizes)
+        self.hint = nn.Linear(config.hidden_size, hints, bias=False) if hints else None
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        state_rows: Tensor,
+        logit_rows: Tensor,
+        attend: Attend,
+    ) -> Tensor:
+        """Compute the block's rows: [R, H], normed.
+
+        token_ids   int [N], packed tokens; only those of ``logit_rows`` count
+        features    float [M, L * H_target], the target's, of committed tokens
+        positions   int [N]
+        state_rows  int [N], a packed row's state: R of the block's rows, then M of features
+        logit_rows  int [R], packed rows that look at the others, one for each of the block's rows
+        """
+        context = self.hidden_norm(self.fc(features))
+        x = widened(self.embed(token_ids[logit_rows]), self.norm.weight)
+        cos, sin = self.rotary(positions)
+        for layer in self.layers:
+            states = torch.cat((layer.attention_norm(x), context), dim=0)
+            x = x + layer.attention(states, cos, sin, attend, (state_rows, logit_rows))
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.norm(x)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Compute scores over the draft vocabulary [R, draft_vocab_size] from ``rows`` [R, H]."""
+        return self.lm_head(rows)
+
+
+class ParallelEagle(Eagle3Head):
+    """P-EAGLE: an EAGLE-3 head of one or more layers, with ``mask_state`` [H] as the hidden state of masked rows."""
+
+    hint = None
+
+    def __init__(self, config: BlockConfig, positions: int, embed: nn.Embedding):
+        super().__init__(config, positions, embed)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(1, config.num_layers))
+        self.mask_state = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        state_rows: Tensor,
+        logit_rows: Tensor,
+        attend: Attend,
+    ) -> Tensor:
+        """Compute the block's rows, as ``DFlash.forward``; the tokens of all rows count."""
+        masks = self.mask_state.expand(logit_rows.shape[0], -1)
+        state = torch.cat((masks, self.combine(features)), dim=0)[state_rows]
+        cos, sin = self.rotary(positions)
+        state = self.advance(token_ids, state, cos, sin, attend)
+        for layer in self.layers:
+            state = layer(state, cos, sin, attend)
+        return self.norm(state[logit_rows])
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Compute scores over the draft vocabulary [R, draft_vocab_size] from ``rows`` [R, H], which are normed."""
+        return self.lm_head(rows)
+
+
+BlockNetwork = DFlash | ParallelEagle
+
+
+def block_network(config: BlockConfig, positions: int, embed: nn.Embedding) -> BlockNetwork:
+    return (ParallelEagle if config.anchored else DFlash)(config, positions, embed)

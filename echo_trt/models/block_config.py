@@ -1,0 +1,250 @@
+"""The configuration of a block drafter, which drafts a whole block in one pass, in any of the published spellings.
+
+| family  | told by                                                     | rows of a pass           | a row predicts    |
+|---------|-------------------------------------------------------------|--------------------------|-------------------|
+| dflash  | DFlashDraftModel, or speculators_model_type dflash          | root, masks, all see all | its own position  |
+| jetspec | DFlashDraftModel with dflash_config.causal_head, or jetspec | root, masks, causal      | its own position  |
+| dspark  | Qwen3DSparkModel, or speculators_model_type dspark          | root, masks, all see all | the next position |
+| p-eagle | an EAGLE-3 head with a mask token, or peagle                | EAGLE-3's entry, masks   | the next position |
+
+dspark stands for DeepSpec's DFlash, too, which is one without a Markov head. Speculators states ``sample_from_anchor``
+where rows predict the next position.
+
+Sources: DFlash arXiv 2602.06036, and the repositories z-lab/dflash, DeepSpec, JetSpec, vllm-project/speculators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from echo_trt.errors import UserError
+from echo_trt.models.config import DecoderConfig, _count, _feature_layers, _shape
+
+MARKOV = ("vanilla", "gated", "rnn")
+SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
+ARCHITECTURES = {"DFlashDraftModel": "dflash", "Qwen3DSparkModel": "dspark", "Qwen3DFlashModel": "dspark"}
+#: Key that names layers -> our id less theirs: ours is of the layer whose input is read, DFlash's of that whose output.
+LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
+P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: deeper drafts, longer passes
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block drafter: layers over masked rows, which see the target's features of the committed tokens.
+
+    block_size      rows of one pass for each request, the root's included
+    mask_token      token id of the other rows
+    feature_layers  layers of the target whose *inputs* are the features, low to high; empty: the family's default
+    causal          whether a row of the block sees only the rows before it
+    predicts_next   whether a row predicts the token behind its position, else the one at it
+    anchored        P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
+    markov          kind of the Markov head, one of ``MARKOV``, or "" without one
+    confidence      whether a confidence head says how likely a row's best token is accepted
+    confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
+    layer_key       key of config.json that names the layers
+    target_layers   layers of the target as the checkpoint states them; 0: it does not
+    """
+
+    family: str
+    vocab_size: int
+    draft_vocab_size: int
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    max_position: int
+    block_size: int
+    mask_token: int
+    feature_layers: tuple[int, ...] = ()
+    causal: bool = False
+    predicts_next: bool = False
+    anchored: bool = False
+    qk_norm: bool = True
+    markov: str = ""
+    markov_rank: int = 0
+    confidence: bool = False
+    confidence_sees_token: bool = False
+    fc_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    layer_key: str = "target_layer_ids"
+    target_layers: int = 0
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Always 1: a drafter is not divided."""
+        return 1
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers of a token's features."""
+        return len(self.feature_layers) * self.target_hidden_size
+
+    @property
+    def hint_sizes(self) -> tuple[int, int]:
+        """Numbers that the Markov head and the confidence head take from a row's hidden state."""
+        mixed = {"gated": self.markov_rank, "rnn": 3 * self.markov_rank}.get(self.markov, 0)
+        return mixed, int(self.confidence)
+
+    def has_experts(self, layer: int) -> bool:
+        return False
+
+
+def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> BlockConfig:
+    """Read a block drafter's ``config.json``. ``rows`` replaces the rows of its pass; ``where`` names the file."""
+    nested = raw.get("transformer_layer_config") or {}
+    family = _family(raw, where)
+    inner = raw.get("dflash_config") or {}
+    raw = {**nested, **raw, **{key: value for key, value in inner.items() if value is not None}}
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        raise UserError(f"{where}: layer_types names sliding attention, which is not supported; use another drafter.")
+    shape = _shape({"num_hidden_layers": 1, **raw}, where)
+    common = {
+        **shape,
+        "draft_vocab_size": _count(raw, "draft_vocab_size", where)
+        if raw.get("draft_vocab_size")
+        else shape["vocab_size"],
+        "target_hidden_size": raw.get("target_hidden_size") or shape["hidden_size"],
+        "mask_token": _mask_token(raw, shape["vocab_size"], where),
+        "target_layers": raw.get("num_target_layers") or 0,
+    }
+    own = _p_eagle(raw, bool(nested), where) if family == "p-eagle" else _dflash(raw, family, where)
+    config = BlockConfig(family=family, **common | own)
+    if rows is not None:
+        config = replace(config, block_size=rows)
+    if config.block_size < 2:
+        raise UserError(f"{where}: block_size is {config.block_size}, which drafts nothing; it must be 2 or more.")
+    return config
+
+
+def fitted(config: BlockConfig, target: DecoderConfig, where: str) -> BlockConfig:
+    """Refuse a drafter of another target; return its configuration with the layers whose features it reads."""
+    pairs = [
+        ("vocab_size", config.vocab_size, target.vocab_size),
+        ("target_hidden_size", config.target_hidden_size, target.hidden_size),
+        ("num_target_layers", config.target_layers or target.num_layers, target.num_layers),
+    ]
+    for key, own, theirs in pairs:
+        if own != theirs:
+            raise UserError(f"{where}: {key} is {own}, but the target's is {theirs}; use a drafter for this target.")
+    layers = config.feature_layers or (target.feature_layers if config.anchored else _spread(config, target))
+    if not 0 <= min(layers) <= max(layers) < target.num_layers:
+        ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
+        raise UserError(
+            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers whose inputs can "
+            "be read; use a drafter for this target."
+        )
+    return replace(config, feature_layers=layers)
+
+
+def _spread(config: BlockConfig, target: DecoderConfig) -> tuple[int, ...]:
+    """Return DFlash's default layers: outputs of layers 1 to L - 3, evenly."""
+    count, last = config.num_layers, target.num_layers - 3
+    if count == 1:
+        return (target.num_layers // 2 + 1,)
+    return tuple(round(1 + i * (last - 1) / (count - 1)) + 1 for i in range(count))
+
+
+def _family(raw: dict[str, Any], where: str) -> str:
+    kind = raw.get("speculators_model_type")
+    if kind is not None:
+        if kind not in SPECULATORS:
+            raise UserError(
+                f"{where}: speculators_model_type is {kind!r}, which is no block drafter that echo-trt knows; use one "
+                f"of {', '.join(SPECULATORS)}."
+            )
+        return SPECULATORS[kind]
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture in ARCHITECTURES:
+        causal = (raw.get("dflash_config") or {}).get("causal_head")
+        return "jetspec" if causal else ARCHITECTURES[architecture]
+    if "eagle3" in architecture.lower() and _stated_mask(raw) is not None:
+        return "p-eagle"
+    raise UserError(
+        f"{where}: architectures is {architecture!r}, which is no block drafter that echo-trt knows; use one of "
+        f"{', '.join(ARCHITECTURES)}, or an EAGLE-3 head with a mask_token_id (P-EAGLE)."
+    )
+
+
+def _stated_mask(raw: dict[str, Any]) -> Any:
+    return raw.get("mask_token_id", raw.get("ptd_token_id"))
+
+
+def _mask_token(raw: dict[str, Any], vocab_size: int, where: str) -> int:
+    token = _stated_mask(raw)
+    if token is None:
+        raise UserError(f"{where}: mask_token_id is missing; take the config.json that belongs to the checkpoint.")
+    if not isinstance(token, int) or not 0 <= token < vocab_size:
+        raise UserError(
+            f"{where}: mask_token_id is {token!r}, outside the vocabulary of {vocab_size}; take the checkpoint's own "
+            "config.json."
+        )
+    return token
+
+
+def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
+    """Read what DFlash, DSpark and JetSpec have beyond a network's shape."""
+    markov, rank = _markov(raw, where)
+    anchor, seen = raw.get("sample_from_anchor"), bool(raw.get("confidence_head_with_markov"))
+    if raw.get("enable_confidence_head") and seen and not markov:
+        raise UserError(
+            f"{where}: confidence_head_with_markov is true, but markov_rank is 0; take the config.json that belongs to "
+            "the checkpoint."
+        )
+    return {
+        "block_size": _count(raw, "block_size", where),
+        **_layers(raw, where),
+        "causal": family == "jetspec",
+        "predicts_next": family == "dspark" if anchor is None else bool(anchor),
+        "qk_norm": raw.get("model_type") != "llama",
+        "markov": markov,
+        "markov_rank": rank,
+        "confidence": bool(raw.get("enable_confidence_head")),
+        "confidence_sees_token": seen,
+    }
+
+
+def _layers(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return our ids, and the key that names layers."""
+    for key, behind in LAYER_KEYS.items():
+        ids = raw.get(key)
+        if ids is not None:
+            if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+                raise UserError(
+                    f"{where}: {key} is {ids!r}, not a list of layers; take the checkpoint's own config.json."
+                )
+            return {"feature_layers": tuple(layer + behind for layer in ids), "layer_key": key}
+    return {}
+
+
+def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
+    if not raw.get("markov_rank"):
+        return "", 0
+    kind = str(raw.get("markov_head_type") or "vanilla").lower()
+    if kind not in MARKOV:
+        raise UserError(f"{where}: markov_head_type is {kind!r}; use a drafter with one of {', '.join(MARKOV)}.")
+    return kind, _count(raw, "markov_rank", where)
+
+
+def _p_eagle(raw: dict[str, Any], nested: bool, where: str) -> dict[str, Any]:
+    """Read what P-EAGLE has beyond an EAGLE-3 head's shape."""
+    methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    rows = raw.get("block_size") or raw.get("para_depths") or methods[0].get("speculative_tokens") or P_EAGLE_ROWS
+    return {
+        "block_size": _count({"block_size": rows}, "block_size", where),
+        "feature_layers": _feature_layers(raw, raw.get("eagle_config") or {}, where),
+        "causal": True,
+        "predicts_next": True,
+        "anchored": True,
+        "layer_key": "eagle_aux_hidden_state_layer_ids",
+        "qk_norm": False,
+        "fc_norm": bool(raw.get("fc_norm")),
+        "norm_before_residual": bool(raw.get("norm_before_residual", nested)),
+    }

@@ -1,0 +1,293 @@
+"""Block drafters: every family's spelling, and its pass against the published equations, written out in numpy."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models.block_checkpoints import FAMILIES, MASK, OUTPUTS, ROWS, block_raw, block_tensors, write_block
+from models.checkpoints import qwen3
+from refusal import refused
+
+from echo_trt.backends.self_check import block_shape
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.commands.build import block_facts
+from echo_trt.decoding.pack import pack, pack_blocks
+from echo_trt.models.block_config import block_config, fitted
+from echo_trt.models.block_weights import check_block, load_block, markov_arrays
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.roles import BlockRole
+from echo_trt.models.weights import load_decoder
+from echo_trt.runtime.markov import Markov
+
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Decoder:
+    folder = tmp_path_factory.mktemp("target")
+    qwen3(num_hidden_layers=LAYERS).save_pretrained(folder)
+    return load_decoder(open_checkpoint(folder), positions=64)
+
+
+class Retold:
+    """The published equations over one request, with nothing merged, packed, cached or doubled."""
+
+    def __init__(self, raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Decoder):
+        self.c = {**raw.get("transformer_layer_config", {}), **raw}
+        self.raw = raw
+        self.t = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+        own = "embed_tokens.weight" in self.t
+        self.embed = self.t["embed_tokens.weight"] if own else target.embed.weight.double().numpy()
+        self.head = self.t["lm_head.weight"] if own else target.lm_head.weight.double().numpy()
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.c["rms_norm_eps"]) * self.t[name + ".weight"]
+
+    def heads(self, x: np.ndarray, layer: str, name: str, positions: np.ndarray | None) -> np.ndarray:
+        """Project x [T, W] to heads [H, T, D]; with positions they are normed, where there is a norm, and turned."""
+        size = self.c["head_dim"]
+        y = (x @ self.t[f"{layer}self_attn.{name}_proj.weight"].T).reshape(len(x), -1, size)
+        if positions is None:
+            return y.transpose(1, 0, 2)
+        if f"{layer}self_attn.{name}_norm.weight" in self.t:
+            y = self.norm(y, f"{layer}self_attn.{name}_norm")
+        half = size // 2
+        angle = positions[:, None] * self.c["rope_theta"] ** (-np.arange(half) / half)
+        turned = (y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate((turned.real, turned.imag), axis=-1).transpose(1, 0, 2)
+
+    def attention(self, x, seen, layer, positions, seen_positions, mask) -> np.ndarray:
+        """Attend from x [T, W] to seen [S, W], where mask [T, S] allows."""
+        q = self.heads(x, layer, "q", positions)
+        k, v = self.heads(seen, layer, "k", seen_positions), self.heads(seen, layer, "v", None)
+        outputs = []
+        for head in range(len(q)):
+            group = head * len(k) // len(q)
+            score = np.where(mask, q[head] @ k[group].T / np.sqrt(self.c["head_dim"]), -np.inf)
+            weight = np.exp(score - score.max(axis=1, keepdims=True))
+            outputs.append(weight / weight.sum(axis=1, keepdims=True) @ v[group])
+        return np.concatenate(outputs, axis=-1) @ self.t[layer + "self_attn.o_proj.weight"].T
+
+    def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
+        y = self.norm(x, layer + "post_attention_layernorm")
+        gate, up = (y @ self.t[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        return (gate / (1 + np.exp(-gate)) * up) @ self.t[layer + "mlp.down_proj.weight"].T
+
+    def dflash(self, features: np.ndarray, root: int, causal: bool) -> np.ndarray:
+        """Return the block's hidden states [ROWS, H], of a root behind ``features`` [C, L * H]."""
+        count = len(features)
+        context = self.norm(features @ self.t["fc.weight"].T, "hidden_norm")
+        x = self.embed[[root] + [MASK] * (ROWS - 1)]
+        at, behind = np.arange(count), count + np.arange(ROWS)
+        own = np.tri(ROWS) if causal else np.ones((ROWS, ROWS))
+        mask = np.concatenate((np.ones((ROWS, count)), own), axis=1) > 0
+        for i in range(self.c["num_hidden_layers"]):
+            layer = f"layers.{i}."
+            y = self.norm(x, layer + "input_layernorm")
+            seen = np.concatenate((context, y))
+            x = x + self.attention(y, seen, layer, behind, np.concatenate((at, behind)), mask)
+            x = x + self.mlp(x, layer)
+        return self.norm(x, "norm")
+
+    def p_eagle(self, features: np.ndarray, tokens: list[int]) -> np.ndarray:
+        """Return the block's hidden states [ROWS, H]: entry j has features j and token j + 1, of ``tokens`` [C]."""
+        first = "midlayer." if "midlayer.hidden_norm.weight" in self.t else "layers.0."
+        mask_state = self.t["mask_hidden"].reshape(1, -1)
+        state = features @ self.t["fc.weight"].T
+        masked = mask_state @ self.t["fc.weight"].T if mask_state.shape[1] > self.c["hidden_size"] else mask_state
+        state = np.concatenate((state, *[masked] * (ROWS - 1)))
+        embedded = self.embed[tokens + [MASK] * (ROWS - 1)]
+        at, mask = np.arange(len(state)), np.tri(len(state)) > 0
+        normed = self.norm(state, first + "hidden_norm")
+        y = np.concatenate((self.norm(embedded, first + "input_layernorm"), normed), axis=1)
+        x = (normed if self.raw.get("norm_before_residual") else state) + self.attention(y, y, first, at, at, mask)
+        x = x + self.mlp(x, first)
+        for i in range(1, self.c["num_hidden_layers"]):
+            layer = f"layers.{i}."
+            y = self.norm(x, layer + "input_layernorm")
+            x = x + self.attention(y, y, layer, at, at, mask)
+            x = x + self.mlp(x, layer)
+        return self.norm(x[-ROWS:], "norm")
+
+    def corrected(self, hidden: np.ndarray, logits: np.ndarray, path: list[int]) -> list[tuple[np.ndarray, float]]:
+        """Return logits and confidence of each row, left to right along ``path``: the root, then drafted tokens."""
+        t, rank = self.t, self.raw["markov_rank"]
+        state, found = np.zeros(rank), []
+        for row, previous in enumerate(path):
+            embedded, h = t["markov_head.markov_w1.weight"][previous], hidden[row]
+            kind = self.raw["markov_head_type"]
+            z = embedded
+            if kind == "gated":
+                gate = np.concatenate((h, embedded)) @ t["markov_head.gate_proj.weight"].T
+                z = embedded / (1 + np.exp(-gate - t["markov_head.gate_proj.bias"]))
+            if kind == "rnn":
+                joint = np.concatenate((state, embedded, h)) @ t["markov_head.joint_proj.weight"].T
+                gate, candidate, output = np.split(joint + t["markov_head.joint_proj.bias"], 3)
+                gate = 1 / (1 + np.exp(-gate))
+                state, z = gate * state + (1 - gate) * np.tanh(candidate), np.tanh(output)
+            confidence = np.concatenate((h, embedded)) @ t["confidence_head.proj.weight"][0]
+            confidence = 1 / (1 + np.exp(-confidence - t["confidence_head.proj.bias"][0]))
+            found.append((logits[row] + t["markov_head.markov_w2.weight"] @ z, confidence))
+        return found
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def drafted(role: BlockRole, features: list[np.ndarray], tokens: list[list[int]]) -> dict[str, np.ndarray]:
+    """Run a pass for requests whose contexts came in two calls, of which the second has the block."""
+    engine, shape = TorchEngine(role, 16), block_shape(role.network.config)
+    table = np.arange(16).reshape(2, 8)[:, ::-1].copy()
+    past = np.array([len(f) - 2 - i for i, f in enumerate(features)])
+    rows, owner = np.concatenate([np.arange(n) for n in past]), np.arange(past.sum())
+    first = pack(
+        np.concatenate([t[:n] for t, n in zip(tokens, past, strict=True)]),
+        rows, np.zeros(2, np.int64), past, table, np.zeros(0),
+    )  # fmt: skip
+    engine.run(first, features=np.concatenate([f[:n] for f, n in zip(features, past, strict=True)]), state_rows=owner)
+    counts = np.array([len(f) for f in features]) - past
+    new = np.concatenate([t[n:] for t, n in zip(tokens, past, strict=True)])
+    roots = np.array([t[-1] for t in tokens])
+    call, states = pack_blocks(shape, new, past, counts, roots, table)
+    return engine.run(
+        call, features=np.concatenate([f[n:] for f, n in zip(features, past, strict=True)]), state_rows=states
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_follows_the_equations(family, target, tmp_path):
+    raw = block_raw(family)
+    tensors = block_tensors(raw)
+    checkpoint = open_checkpoint(write_block(tmp_path / "drafter", raw, tensors))
+    network = load_block(checkpoint, 64, target)
+    config, vocab = network.config, raw.get("draft_vocab_size") or 97
+    assert config.feature_layers == tuple(layer + 1 for layer in OUTPUTS)
+    role, rng = BlockRole(network, vocab), np.random.default_rng(5)
+    features = [rng.standard_normal((n, config.feature_size)).astype(np.float32) for n in (9, 37)]
+    tokens = [rng.integers(0, 97, n).tolist() for n in (9, 37)]  # of entries; the last one is the root
+    outputs = drafted(role, features, tokens)
+    plain, ids = Retold(raw, tensors, target), network.target_ids.numpy()
+    for i in range(2):
+        root = tokens[i][-1]
+        hidden = (
+            plain.p_eagle(features[i], tokens[i]) if config.anchored else plain.dflash(features[i], root, config.causal)
+        )
+        logits = hidden @ plain.head.T
+        assert 4 < np.abs(logits).max() < 100
+        rows = slice(i * ROWS, (i + 1) * ROWS)
+        by_id = np.full((ROWS, 97), np.nan)
+        np.put_along_axis(by_id, outputs["candidates"][rows], outputs["scores"][rows], axis=1)
+        np.testing.assert_allclose(by_id[:, ids], log_softmax(logits), atol=1e-4)
+        if config.markov:
+            markov = Markov(markov_arrays(network, checkpoint), block_facts(config))
+            path, state = [root, *rng.choice(ids, ROWS - 1).tolist()], np.zeros((1, markov.state_size))
+            for row, (wanted, confidence) in enumerate(plain.corrected(hidden, logits, path)):
+                given = (outputs[name][i * ROWS + row][None].copy() for name in ("scores", "candidates", "hints"))
+                log_q, candidates, state = markov.correct(*given, np.array([path[row]]), state)
+                wanted = log_softmax(wanted)
+                order = np.argsort(-wanted)
+                assert candidates[0].tolist() == ids[order].tolist()
+                assert np.exp(log_q[0, 0]) == pytest.approx(confidence, abs=1e-4)
+                rest = np.exp(log_q[0, 1:]) / (1 - confidence) * (1 - np.exp(wanted[order[0]]))
+                np.testing.assert_allclose(rest, np.exp(wanted[order[1:]]), atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_shares_the_targets_tables_where_it_has_none(prefix, target, tmp_path):
+    raw = block_raw("dflash")
+    tensors = {prefix + name: tensor for name, tensor in block_tensors(raw).items()}
+    network = load_block(open_checkpoint(write_block(tmp_path / "drafter", raw, tensors)), 64, target)
+    assert network.embed is target.embed
+    assert network.lm_head.weight is target.lm_head.weight
+
+
+def test_default_layers_are_spread_over_the_target(target):
+    raw = block_raw("dflash", num_hidden_layers=5)
+    del raw["dflash_config"]["target_layer_ids"]
+    layers = fitted(block_config(raw, "config.json"), target.config, "config.json").feature_layers
+    assert layers == (2, 3, 4, 5, 6)  # outputs of layers 1 to 5, of 8
+
+
+# -- bad input: a sentence, before any weight is read ---------------------------------------------------------
+
+
+def without(*names: str):
+    return lambda raw, tensors: [tensors.pop(name) for name in names]
+
+
+def stated(**changes: Any):
+    def spoil(raw: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        inner = raw.get("dflash_config", {})
+        for key, value in changes.items():
+            (inner if key in inner else raw)[key] = value
+
+    return spoil
+
+
+BAD = {
+    "layers": ("dflash", stated(target_layer_ids=[1, 7]), ("target_layer_ids", "[1, 7]", "8 layers", "use")),
+    "no layers": ("deepspec", stated(target_layer_ids="1,2"), ("target_layer_ids", "'1,2'", "list")),
+    "aux layers": (
+        "speculators dflash",
+        stated(aux_hidden_state_layer_ids=[1, 8]),
+        ("aux_hidden_state_layer_ids names [1, 8]", "8 layers", "use"),
+    ),
+    "eagle's layers": (
+        "speculators peagle",
+        stated(eagle_aux_hidden_state_layer_ids=[1, 5, 8]),
+        ("eagle_aux_hidden_state_layer_ids names [1, 5, 8]", "8 layers"),
+    ),
+    "block": ("dflash", stated(block_size=0), ("block_size", "0", "positive")),
+    "one row": ("dflash", stated(block_size=1), ("block_size", "1", "2 or more")),
+    "mask": ("dflash", stated(mask_token_id=97), ("mask_token_id", "97", "vocabulary")),
+    "no mask": ("dspark", lambda raw, tensors: raw.pop("mask_token_id"), ("mask_token_id", "missing")),
+    "vocabulary": ("deepspec", stated(vocab_size=101), ("vocab_size", "101", "97", "this target")),
+    "width": ("dflash", stated(target_hidden_size=24), ("target_hidden_size", "24", "20", "this target")),
+    "other target": ("dflash", stated(num_target_layers=36), ("num_target_layers", "36", "8", "this target")),
+    "markov": ("dspark", without("markov_head.markov_w2.weight"), ("markov_w2.weight", "missing", "markov_rank 5")),
+    "gate": ("dspark gated", without("markov_head.gate_proj.weight"), ("gate_proj.weight", "missing", "markov_rank")),
+    "confidence": ("dspark", without("confidence_head.proj.weight"), ("confidence_head", "enable_confidence_head")),
+    "kind of markov": ("dspark", stated(markov_head_type="lstm"), ("markov_head_type", "lstm", "vanilla")),
+    "confidence alone": ("dspark", stated(markov_rank=0), ("confidence_head_with_markov", "markov_rank")),
+    "family": ("dflash", stated(architectures=["MedusaModel"]), ("architectures", "MedusaModel", "DFlashDraftModel")),
+    "speculators' family": (
+        "speculators dflash",
+        stated(speculators_model_type="mtp"),
+        ("speculators_model_type", "mtp", "dspark"),
+    ),
+    "plain head": ("p-eagle", lambda raw, tensors: raw.pop("mask_token_id"), ("architectures", "mask_token_id")),
+    "sliding": ("dflash", stated(layer_types=["full_attention", "sliding_attention"]), ("layer_types", "sliding")),
+}
+
+
+@pytest.mark.parametrize(("family", "spoil", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_drafter(family, spoil, words, target, tmp_path):
+    raw = block_raw(family)
+    tensors = block_tensors(raw)
+    spoil(raw, tensors)
+    checkpoint = open_checkpoint(write_block(tmp_path / "drafter", raw, tensors))
+    checkpoint.get = None  # nothing may be read
+    with refused(*words):
+        check_block(checkpoint, target.config)
+
+
+@pytest.mark.parametrize(
+    ("family", "spoil", "words"),
+    [
+        ("dflash", lambda t: t.update({"layers.0.self_attn.sinks": torch.ones(3)}), ("sinks", "no part")),
+        ("dflash", lambda t: t.update({"fc.weight": torch.zeros(20, 40)}), ("fc.weight", "[20, 40]", "[20, 60]")),
+        ("speculators dspark", lambda t: t.pop("d2t"), ("d2t", "missing", "31", "97")),
+        ("p-eagle", lambda t: t.pop("mask_hidden"), ("mask_hidden", "missing")),
+        ("p-eagle", lambda t: t.update(mask_hidden=torch.zeros(1, 7)), ("mask_hidden", "7", "20", "60")),
+    ],
+)
+def test_bad_weights(family, spoil, words, target, tmp_path):
+    raw = block_raw(family)
+    tensors = block_tensors(raw)
+    spoil(tensors)
+    with refused(*words):
+        load_block(open_checkpoint(write_block(tmp_path / "drafter", raw, tensors)), 64, target)
