@@ -80,10 +80,11 @@ class Peer(Protocol):
 def measured(
     answers: Sequence[list[int]] | Sequence[str], arrivals: list[Arrivals], concurrency: int, begin: float, end: float
 ) -> PeerRun:
-    """Measure a run from ``begin`` to ``end``; the first ``arrivals`` are those of ``answers``, others repeat prompts.
+    """Measure a run from ``begin`` to ``end``.
 
-    Every place is taken all the time. So the rate of decoding is that of the gaps in which no prompt waited, times the
-    number of places.
+    The first ``arrivals`` belong to ``answers``; later arrivals are repeated prompts, which keep all ``concurrency``
+    places busy. So the decode rate is the token rate of one request in gaps without a waiting prompt, times
+    ``concurrency``.
     """
     first = arrivals[: len(answers)]
     waits = _merged(sorted((a.sent, a.times[0]) for a in arrivals if a.times and a.times[0] <= end))

@@ -208,7 +208,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
 
 
 def _loaded_type(recipe: Recipe) -> torch.dtype | None:
-    """Return the type of the networks while they are built; None: that of the checkpoint."""
+    """Return the dtype in which weights are loaded for a build; None: the checkpoint's own dtype."""
     if recipe.engine == "openvino":
         return None
     # A divided network is too large to be read in more than it is built in.

@@ -37,7 +37,7 @@ class Packed(NamedTuple):
 class BlockShape:
     """The rows that a block drafter's pass has for a request behind its context.
 
-    rows        rows of the block, of which each proposes a token
+    rows        number of rows of the block; each row proposes a token
     mask_token  token id of all rows but the first
     both_ways   whether all rows of the block see each other, else a row sees those before it
     anchored    whether the newest context row is the block's first one

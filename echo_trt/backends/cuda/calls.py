@@ -43,7 +43,7 @@ def pad(arrays: Arrays) -> Arrays | None:
         "block_indices": bucket(len(arrays["block_indices"])),
         "tree_mask": size * size,
     }
-    if "state_rows" in arrays:  # states of features stand behind those of the logit rows, which become more
+    if "state_rows" in arrays:  # the states of features follow the states of logit rows, and padding adds logit rows
         states, asked = arrays["state_rows"], len(arrays["logit_rows"])
         arrays = arrays | {"state_rows": np.where(states < asked, states, states + size - asked)}
     return {name: _padded(array, sizes[name], name.endswith("_begins")) for name, array in arrays.items()}

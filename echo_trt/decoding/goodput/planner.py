@@ -203,7 +203,7 @@ class GoodputPlanner:
             expanded += count
 
     def _read_block(self, draft: Draft, search: Search) -> None:
-        """Grow trees from the block's rows, as far as a node can be among those that are verified."""
+        """Grow trees from the block's rows; a node too unlikely to be verified is not expanded."""
         candidates, settings = search.candidates, self.settings
         for depth in range(1, settings.max_depth):
             nodes = candidates.promising(depth, len(search.seconds) - 1)
