@@ -5,30 +5,14 @@ DFlash and DSpark are pairs of the other tests of losslessness, too.
 
 import pytest
 from driving import assert_all_free, goodput_planner
-from pairs import FOLDERS
-from test_goodput_loop import machine, requests
+from test_goodput_loop import machine, plain_ids, requests  # noqa: F401  # plain_ids is a fixture
 
 FAMILIES = ("jetspec", "rnn", "peagle")
 
 
-@pytest.fixture(scope="module")
-def plain_ids(open_llm):
-    """target -> what plain decoding writes, one request at a time."""
-    known = {}
-
-    def get(pair: str) -> list[list[int]]:
-        target = FOLDERS[pair][0]
-        if target not in known:
-            completions = open_llm(pair, "autoregressive", 1).generate(*requests())
-            known[target] = [completion.token_ids for completion in completions]
-        return known[target]
-
-    return get
-
-
 @pytest.mark.parametrize("batch", [1, 4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_policies_write_the_same_tokens(family, batch, open_llm, plain_ids):
+def test_policies_write_the_same_tokens(family, batch, open_llm, plain_ids):  # noqa: F811
     llm = open_llm(family, "autoregressive", batch)
     for policy in ("autoregressive", "echo", "static", "goodput", "goodput-exact"):
         if policy.startswith("goodput"):
