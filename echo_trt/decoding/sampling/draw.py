@@ -26,10 +26,10 @@ _FIRST_HALF, _SECOND_HALF = np.uint64(0), np.uint64(1)
 _SHORT, _LONG = np.uint64(12), np.uint64(20)  # 64 bits of noise less 12 are 32 bits and 20 more
 
 #: Calls of Philox that are made at once: more fill the vector unit better, fewer are wasted less often.
-_CALLS = 128
-_BLOCK = 4 * _CALLS  # tokens that they make noise for
+CALLS = 128
+BLOCK = 4 * CALLS  # tokens that they make noise for
 _MOST_NOISE = 37.0  # above -log E of any E: that of the smallest, 2^-53, is 36.74
-_GREEDY = 1e-6  # temperatures up to it are greedy: they would blow rounding up to the noise; larger: more are greedy
+GREEDY = 1e-6  # temperatures up to it are greedy: they would blow rounding up to the noise; larger: more are greedy
 _BINS = 2048  # of a weight's first 13 bits, as far as they occur: those of 1.0 are 2032
 
 
@@ -57,7 +57,7 @@ def philox4x32(counter: np.ndarray, key: np.uint64) -> np.ndarray:
 def _noise(seed: np.uint64, place: np.uint64, first: int, calls: int, half: np.uint64) -> np.ndarray:
     """Make noise by ``calls`` calls of Philox from number ``first`` on: uint64 [4, calls], 32 bits each.
 
-    In a block of tokens, token w * _CALLS + i reads word w of call i. ``half`` says which part of a number it is.
+    In a block of tokens, token w * CALLS + i reads word w of call i. ``half`` says which part of a number it is.
     """
     counter = np.empty((4, calls), np.uint64)
     for i in range(calls):
@@ -71,7 +71,7 @@ def _noise(seed: np.uint64, place: np.uint64, first: int, calls: int, half: np.u
 @compiled("f8(u8, u8, i8)")
 def uniform(seed: np.uint64, place: np.uint64, token: int) -> float:
     """Draw the number of (seed, place, token) in (0, 1): a multiple of 2^-52, plus 2^-53."""
-    call, word = token // _BLOCK * _CALLS + token % _CALLS, token // _CALLS % 4
+    call, word = token // BLOCK * CALLS + token % CALLS, token // CALLS % 4
     high = _noise(seed, place, call, 1, _FIRST_HALF)[word, 0]
     low = _noise(seed, place, call, 1, _SECOND_HALF)[word, 0]
     return float((np.float64((high << _LONG) | (low >> _SHORT)) + 0.5) * 2.0**-52)
@@ -98,7 +98,7 @@ def sample(
     returns      int64 [n]
     """
     tokens: np.ndarray = logits.argmax(axis=1)
-    drawn = np.flatnonzero((temperature > _GREEDY) & (top_k != 1))
+    drawn = np.flatnonzero((temperature > GREEDY) & (top_k != 1))
     if len(drawn) == 0:
         return tokens
     rows = np.require(logits if len(drawn) == len(logits) else logits[drawn], np.float32, ["C", "W"])
@@ -196,15 +196,15 @@ def _race(logits: np.ndarray, temperature: float, best: int, seed: np.uint64, pl
     """
     top, inverse = np.float64(logits[best]), 1 / temperature
     best_arrival = np.float64(-math.log(-math.log1p(-uniform(seed, place, best))))
-    for begin in range(0, len(logits), _BLOCK):
-        block = logits[begin : begin + _BLOCK]
+    for begin in range(0, len(logits), BLOCK):
+        block = logits[begin : begin + BLOCK]
         possible = 0
         for i in range(len(block)):
             if (np.float64(block[i]) - top) * inverse > best_arrival - _MOST_NOISE:
                 possible += 1
         if possible == 0:
             continue
-        high = _noise(seed, place, begin // 4, _CALLS, _FIRST_HALF).reshape(_BLOCK)
+        high = _noise(seed, place, begin // 4, CALLS, _FIRST_HALF).reshape(BLOCK)
         possible = 0
         for i in range(len(block)):
             if _may_win(best_arrival - (np.float64(block[i]) - top) * inverse, high[i]):

@@ -1,0 +1,149 @@
+"""The target's choice where its logits are: ``decoding.sampling`` in PyTorch, on a GPU or a CPU.
+
+Noise, limits and their order are those of ``decoding.sampling.draw``, so a seed gives the same text on either side.
+Nothing here waits for the device: sizes depend on shapes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from echo_trt.decoding.sampling.draw import BLOCK, CALLS, GREEDY
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
+_DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
+
+
+def draw(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    place: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """Choose a token a row, as ``decoding.sampling.draw.sample`` does: int64 [n].
+
+    logits                     float32 [n, V]
+    temperature, top_p, min_p  float64 [n]
+    top_k, seed, place         int64 [n]; a seed's 64 bits
+    """
+    best = logits.argmax(dim=1)
+    drawn = _race(limited(logits, temperature, top_k, top_p, min_p), logits.amax(dim=1), temperature, seed, place)
+    return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
+
+
+def limited(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V]."""
+    size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
+    least = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
+    kept = torch.where(logits < least, -torch.inf, logits)
+    shortened = (top_k > 0) & (top_k < size)
+    most = torch.where(shortened, top_k, size).double()
+    kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), most), kept, -torch.inf)
+    # What is shut out weighs nothing; a temperature of 0 is greedy, and its row is not used.
+    weights = ((kept - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp()
+    mass = weights.double()
+    nucleus = _fewest(weights.view(torch.int32).long(), mass, top_p * mass.sum(dim=1))
+    return torch.where(nucleus | (top_p >= 1)[:, None], kept, -torch.inf)
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Map float32 to int64 keys of 32 bits in the same order."""
+    bits = (values + 0.0).view(torch.int32).long()  # + 0.0: of -0.0 and 0.0 none is larger
+    return torch.where(bits < 0, -1 - bits, bits + (1 << 31)) & _LOW
+
+
+def _fewest(keys: Tensor, amounts: Tensor, enough: Tensor) -> Tensor:
+    """Mark the fewest items of the largest keys whose amounts reach ``enough``, at least one: bool [n, V].
+
+    keys     int64 [n, V] of 32 bits
+    amounts  float64 [n, V]
+    enough   float64 [n]
+
+    Of equal keys the first items are taken. A histogram a digit finds the last key, so nothing is sorted.
+    """
+    enough = enough.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    above = torch.zeros_like(enough)
+    inside = torch.ones_like(keys, dtype=torch.bool)  # keys that begin with the digits of the last one
+    threshold = torch.zeros_like(keys[:, :1])
+    for shift, bits in _DIGITS:
+        digit = (keys >> shift) & ((1 << bits) - 1)
+        mass = amounts.new_zeros(len(keys), 1 << bits).scatter_add_(1, digit, torch.where(inside, amounts, 0.0))
+        upward = mass.flip(1).cumsum(1).flip(1)  # of a digit and those above it
+        edge = ((above + upward >= enough).sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        above = above + (upward - mass).gather(1, edge)
+        inside &= digit == edge
+        threshold = threshold | (edge << shift)
+    equal = torch.where(inside, amounts, 0.0)
+    return (keys > threshold) | (inside & (above + equal.cumsum(dim=1) - equal < enough))
+
+
+def _race(running: Tensor, top: Tensor, temperature: Tensor, seed: Tensor, place: Tensor) -> Tensor:
+    """Find who arrives first, as ``decoding.sampling.draw``: int64 [n].
+
+    running  float32 [n, V], -inf for tokens that are out
+    top      float32 [n], the largest logit
+    """
+    lead = (running.double() - top.double()[:, None]) / temperature.clamp(min=GREEDY)[:, None]
+    noise = _uniform(seed, place, running.shape[1])
+    return (lead - (-torch.log1p(-noise)).log()).argmax(dim=1)
+
+
+def _uniform(seed: Tensor, place: Tensor, size: int) -> Tensor:
+    """Draw the numbers of (seed, place, token) for tokens below ``size``: float64 [n, size]."""
+    blocks = -(-size // BLOCK)
+    calls = torch.arange(blocks * CALLS, device=seed.device)
+    high, low = (_philox(seed, place, calls, half) for half in (0, 1))
+    number = ((high << 20) | (low >> 12)).double() + 0.5
+    # In a block of tokens, token w * CALLS + i reads word w of call i.
+    words = number.unflatten(-1, (blocks, CALLS)).permute(1, 2, 0, 3)
+    return words.flatten(1)[:, :size] * 2.0**-52
+
+
+def _philox(seed: Tensor, place: Tensor, calls: Tensor, half: int) -> Tensor:
+    """Ten rounds of Philox4x32 for n keys and counters, and m ``calls``: int64 [4, n, m] of 32 bits each.
+
+    A product wraps around in int64, but its bits are those of an unsigned one.
+    """
+    shape = len(seed), len(calls)
+    halves = torch.full_like(calls, half)
+    places = (place & _LOW)[:, None], ((place >> 32) & _LOW)[:, None]
+    c0, c1, c2, c3 = (word.expand(shape) for word in (*places, calls[None], halves[None]))
+    key0, key1 = (seed & _LOW)[:, None], ((seed >> 32) & _LOW)[:, None]
+    for _ in range(10):
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c2 = ((product1 >> 32) & _LOW) ^ c1 ^ key0, ((product0 >> 32) & _LOW) ^ c3 ^ key1
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        key0, key1 = (key0 + _WEYL[0]) & _LOW, (key1 + _WEYL[1]) & _LOW
+    return torch.stack((c0, c1, c2, c3))
+
+
+def penalise(
+    logits: Tensor,
+    row: Tensor,
+    token: Tensor,
+    generated: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Apply penalties in place, as ``decoding.sampling.penalties.penalise``.
+
+    logits      float32 [n, V], and what is returned
+    row, token  int64 [k]: a token said before that row; generated bool [k]: else it is the prompt's
+    others      float64 [n]
+    """
+    repeats = repetition[row]
+    value, factor = logits[row, token].double(), repeats.clamp(min=1e-6)
+    logits[row, token] = torch.where(value > 0, value / factor, value * factor).float()  # x / 1 is x
+    times = torch.zeros_like(logits, dtype=torch.int32)
+    times.index_put_((row, token), generated.to(torch.int32), accumulate=True)
+    times = times[row, token].double()
+    less = torch.where(times > 0, presence[row] + frequency[row] * times, 0.0)
+    logits[row, token] = (logits[row, token].double() - less).float()
+    return logits

@@ -1,0 +1,61 @@
+"""The choice on the device is the host's: the same tokens for the same logits, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from echo_trt.backends.cuda.choose import draw, limited, penalise
+from echo_trt.decoding.sampling import draw as host
+from echo_trt.decoding.sampling.penalties import penalise as host_penalise
+
+
+def rows(seed: int, count: int, size: int) -> np.ndarray:
+    """Logits of several shapes: peaked, flat, with ties and with tokens that are out."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((count, size)).astype(np.float32) * rng.choice([0.0, 0.3, 3.0, 9.0], (count, 1))
+    logits[1::3] = np.round(logits[1::3], 0)
+    logits[2::5, rng.random(size) < 0.5] = -np.inf
+    return logits.astype(np.float32)
+
+
+def choices(seed: int, count: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        "temperature": rng.choice([0.0, 1e-7, 0.2, 0.8, 1.0, 1.7], count),
+        "top_k": rng.choice([0, 1, 2, 7, 50, 10_000], count),
+        "top_p": rng.choice([0.0, 0.1, 0.5, 0.95, 1.0], count),
+        "seed": rng.integers(-(2**63), 2**63 - 1, count),
+        "place": rng.integers(0, 1 << 40, count),
+        "min_p": rng.choice([0.0, 0.01, 0.3, 1.0], count),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 5, 511, 512, 2000])
+def test_draws_are_the_hosts(size):
+    for seed in range(6):
+        logits, wanted = rows(seed, 60, size), choices(seed, 60)
+        found = draw(torch.from_numpy(logits), **{name: torch.from_numpy(value) for name, value in wanted.items()})
+        assert found.tolist() == host.sample(logits, **wanted).tolist()
+
+
+def test_what_is_left_of_a_row_is_the_hosts():
+    for seed in range(10):
+        logits, wanted = rows(seed, 40, 700), choices(seed, 40)
+        wanted["temperature"] = np.maximum(wanted["temperature"], 0.2)
+        del wanted["seed"], wanted["place"]
+        found = limited(torch.from_numpy(logits), **{name: torch.from_numpy(value) for name, value in wanted.items()})
+        for i, row in enumerate(logits):
+            kept = host.limited(row, *(wanted[name][i] for name in ("temperature", "top_k", "top_p", "min_p")))
+            np.testing.assert_array_equal(found[i].numpy(), kept)
+
+
+def test_penalties_are_the_hosts():
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((20, 90)).astype(np.float32)
+    said = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
+    sizes = rng.choice([0.0, 0.3, 1.0, 1.2], 20), rng.choice([0.0, -0.5, 1.1], 20), rng.choice([0.0, 0.2], 20)
+    wanted = host_penalise(logits, *said, *sizes)
+    found = penalise(torch.from_numpy(logits.copy()), *(torch.from_numpy(a) for a in (*said, *sizes)))
+    np.testing.assert_array_equal(found.numpy(), wanted)
