@@ -6,6 +6,8 @@ Nothing here waits for the device: sizes depend on shapes alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from echo_trt.decoding.sampling.draw import BLOCK, CALLS, GREEDY
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
+_PARTS = 32  # of a row, which a program each goes over; larger: few rows use more of a card
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
 
@@ -89,9 +92,26 @@ def _race(running: Tensor, top: Tensor, temperature: Tensor, seed: Tensor, place
     running  float32 [n, V], -inf for tokens that are out
     top      float32 [n], the largest logit
     """
-    lead = (running.double() - top.double()[:, None]) / temperature.clamp(min=GREEDY)[:, None]
+    inverse = 1 / temperature.clamp(min=GREEDY)
+    if running.device.type == "cuda":
+        from echo_trt.backends.cuda import race_kernel
+
+        return race_by(race_kernel.race, running, top, inverse, seed, place)
+    lead = (running.double() - top.double()[:, None]) * inverse[:, None]
     noise = _uniform(seed, place, running.shape[1])
     return (lead - (-torch.log1p(-noise)).log()).argmax(dim=1)
+
+
+def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Tensor, place: Tensor) -> Tensor:
+    """Run the race by its Triton ``kernel`` (race_kernel): int64 [n]."""
+    count, size = running.shape
+    parts = min(-(-size // BLOCK), _PARTS)
+    span = -(-size // (parts * BLOCK)) * BLOCK
+    arrivals = top.new_empty((count, parts * CALLS), dtype=torch.float64)
+    tokens = seed.new_empty((count, parts * CALLS))
+    facts = running.contiguous(), top.double(), inverse, seed, place
+    kernel[count, parts](*facts, arrivals, tokens, size, span, CALLS=CALLS)
+    return tokens.gather(1, arrivals.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def _uniform(seed: Tensor, place: Tensor, size: int) -> Tensor:
