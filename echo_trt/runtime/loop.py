@@ -318,10 +318,11 @@ class Loop:
             context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
         outputs = self.target.run(call)
-        seconds = time.perf_counter() - begin
-        self.counters.add_seconds("verify", seconds)
         last = state.tokens[finishing, state.length[finishing] - 1]
         verified = Verified(tree.with_roots(last), emitting_slots, len(slots), outputs, call, state)
+        verified.wait()
+        seconds = time.perf_counter() - begin
+        self.counters.add_seconds("verify", seconds)
         return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
 
     def _asks(self, chunks: Chunks) -> np.ndarray:
@@ -335,8 +336,8 @@ class Loop:
         asks = self._asks(chunks)
         if asks.any():
             state, owner, place = self.state, chunks.owner[asks], chunks.position[asks] + 1
-            logits = verified.outputs["logits"][np.arange(len(verified.tree), len(verified.tree) + len(owner))]
-            entries = token_logprobs(logits, state.tokens[owner, place].astype(np.int64), state.prompt_logprobs[owner])
+            rows, tokens = len(verified.tree) + np.arange(len(owner)), state.tokens[owner, place].astype(np.int64)
+            entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.prompt_logprobs[owner])
             for slot, entry in zip(owner.tolist(), entries, strict=True):
                 self._request_in[slot].prompt_logprobs.append(entry)
 

@@ -160,8 +160,12 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether anything comes between the target's logits and the choice of a token."""
-        penalised = any(getattr(self, name) != off for name, off in PENALTIES.items())
-        return penalised or bool(self.logit_bias) or self.min_tokens > 0
+        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a penalty looks at what was said."""
+        return any(getattr(self, name) != off for name, off in PENALTIES.items())
 
     @property
     def limits_tokens(self) -> bool:

@@ -62,6 +62,7 @@ class Slots:
         self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.limited = np.zeros(count, bool)  # whether a draw is among some tokens only
+        self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
         self.adjusted = np.zeros(count, bool)  # whether anything comes between the target's logits and the choice
         self.stop_tokens = np.full((count, MAX_STOP_TOKENS), -1, np.int64)
         blocks, self.linear = blocks_for(context + reserve), num_blocks is None
@@ -193,6 +194,7 @@ class Slots:
         self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.biased[slot] = biased = len(params.logit_bias)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
+        self.penalised[slot] = params.penalises
         self.adjusted[slot] = params.adjusts_logits
         self.limited[slot] = params.limits_tokens
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import Packed
-from echo_trt.decoding.sampling.draw import sample
+from echo_trt.decoding.sampling.choice import Choice, choose
 from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
-from echo_trt.decoding.sampling.penalties import penalise, tokens_above
+from echo_trt.decoding.sampling.penalties import tokens_above
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.params import TokenLogprobs
 from echo_trt.runtime.slots import Slots
+
+NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Verified:
     tree: SuperTree
     slots: np.ndarray
     decoding: int
-    outputs: dict[str, np.ndarray]
+    outputs: dict[str, Any]
     call: Packed
     state: Slots
     failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
@@ -45,37 +50,68 @@ class Verified:
         """Whether the next token is the best one everywhere, as the logits are."""
         return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
 
+    @cached_property
+    def _all_tokens(self) -> np.ndarray:
+        """The next tokens at all nodes, where logits are on a device: int64 [n], in one copy."""
+        logits = self.outputs["logits"]
+        nodes = np.arange(len(self.tree))
+        tokens: np.ndarray = logits.argmax(axis=1) if self._greedy else logits.choose(nodes, self._choice(nodes))
+        return tokens[: len(nodes)]
+
+    def wait(self) -> None:
+        """Wait for a device's results, without which the pass has not ended."""
+        if not isinstance(self.outputs["logits"], np.ndarray):
+            _ = self._all_tokens
+
     def next_token(self, nodes: np.ndarray) -> np.ndarray:
         """Return the target's next tokens at ``nodes`` int64 [m]: the best, or the draw for (seed, place)."""
-        tokens = self._next_token(nodes)
-        if not self._constrained:
-            return tokens
-        grammars = self.state.grammar[self._slots_of(nodes)]
-        for i in np.flatnonzero(grammars):  # not None
-            tokens[i] = self._allowed(nodes[i], tokens[i], grammars[i])
-        return tokens
+        if not isinstance(self.outputs["logits"], np.ndarray):
+            tokens = self._all_tokens[nodes]
+        else:
+            tokens = self._best(nodes) if self._greedy else self._chosen(nodes)
+        return self._allowed(nodes, tokens) if self._constrained else tokens
 
-    def _allowed(self, node: int, token: int, grammar: State) -> int:
-        """The next token at one node under the grammar of its request, whose text's ``grammar`` is the root's.
+    def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The next tokens where grammars have a say. A request's ``grammar`` is its root's.
 
-        ``token`` is what would follow without it. Where that is allowed it is the choice among allowed tokens, too,
+        ``tokens`` are what would follow without them. Where one is allowed it is the choice among allowed tokens, too,
         unless top-k, top-p or min-p look at them all.
         """
-        slot, above = self.slots[self.tree.request[node]], self.tree.parent[node]
-        try:
-            place = self._places[above].after(int(self.tree.token[node])) if above >= 0 else grammar
+        tokens, again = tokens.copy(), []
+        for i in np.flatnonzero(self.state.grammar[self._slots_of(nodes)]):  # not None
+            with self._failing(nodes[i], tokens, i):
+                place = self._place(int(nodes[i]))
+                limited = self.state.limited[self.slots[self.tree.request[nodes[i]]]] and place.mask is not None
+                if limited or place.after(int(tokens[i])) is None:
+                    again.append((i, place.mask))
+        if again:
+            chosen, masks = map(np.array, zip(*again, strict=True))
+            tokens[chosen] = self._chosen(nodes[chosen], masks)
+        for i, _ in again:
+            with self._failing(nodes[i], tokens, i):
+                if self._place(int(nodes[i])).after(int(tokens[i])) is None:
+                    raise GrammarFailed("it allows no token here")
+        return tokens
+
+    def _place(self, node: int) -> State:
+        """Return what may follow the path to a visited node."""
+        if node not in self._places:
+            above = int(self.tree.parent[node])
+            root = self.state.grammar[self.slots[self.tree.request[node]]]
+            place = self._places[above].after(int(self.tree.token[node])) if above >= 0 else root
             assert place  # or the node would not have been visited
             self._places[node] = place
-            if (self.state.limited[slot] and place.mask is not None) or place.after(int(token)) is None:
-                only = np.array([node])
-                logits = (self._adjusted_logits if self.state.adjusted[slot] else self._logits)(only)
-                token = self._chosen(only, place.shut_out(logits[0])[None])[0]
-            if place.after(int(token)) is None:
-                raise GrammarFailed("it allows no token here")
+        return self._places[node]
+
+    @contextmanager
+    def _failing(self, node: int, tokens: np.ndarray, i: int) -> Iterator[None]:
+        """Note a grammar that cannot go on at ``node``; its request stops there, by ``tokens[i]``."""
+        try:
+            yield
         except GrammarFailed as failure:
-            self.failures[int(self.tree.request[node])] = f"its grammar cannot go on ({failure})."
-            return int(self.state.stop_tokens[slot, 0])
-        return int(token)
+            request = int(self.tree.request[node])
+            self.failures[request] = f"its grammar cannot go on ({failure})."
+            tokens[i] = self.state.stop_tokens[self.slots[request], 0]
 
     def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
         """Move grammars behind what was emitted: tokens end to end, ``counts`` [B] of each request."""
@@ -87,17 +123,6 @@ class Verified:
                 place = self.state.grammar[self.slots[i]].after(token)
                 self.state.grammar[self.slots[i]] = place
 
-    def _next_token(self, nodes: np.ndarray) -> np.ndarray:
-        if self._greedy:
-            return self._best(nodes)
-        adjusted = self.state.adjusted[self._slots_of(nodes)]
-        if not adjusted.any():
-            return self._chosen(nodes, self._logits(nodes))
-        tokens = np.empty(len(nodes), np.int64)
-        for part, logits_of in ((~adjusted, self._logits), (adjusted, self._adjusted_logits)):
-            tokens[part] = self._chosen(nodes[part], logits_of(nodes[part]))
-        return tokens
-
     def logprobs(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenLogprobs]]]:
         """Return (request, an entry an emitted token), in order, of the requests that ask for log-probabilities.
 
@@ -107,7 +132,7 @@ class Verified:
             return []
         top = self.state.logprobs[self._slots_of(path)]
         asked = np.flatnonzero(top >= 0)
-        entries = token_logprobs(self._logits(path[asked]), emitted[asked], top[asked])
+        entries = token_logprobs(self.outputs["logits"], path[asked], emitted[asked], top[asked])
         by_request: dict[int, list[TokenLogprobs]] = {}
         for request, entry in zip(self.tree.request[path[asked]].tolist(), entries, strict=True):
             by_request.setdefault(request, []).append(entry)
@@ -120,70 +145,102 @@ class Verified:
     def _logits(self, nodes: np.ndarray) -> np.ndarray:
         logits = self.outputs["logits"]
         whole = len(nodes) == len(logits) and (np.diff(nodes) > 0).all()  # most calls: nothing to copy
-        return logits if whole else logits[nodes]
+        found: np.ndarray = logits if whole else logits[nodes]
+        return found
 
     def _best(self, nodes: np.ndarray) -> np.ndarray:
         logits = self.outputs["logits"]
-        if len(nodes) == len(logits) or not isinstance(logits, np.ndarray):
+        if len(nodes) == len(logits):
             best: np.ndarray = self._logits(nodes).argmax(axis=1)
             return best
         return np.array([logits[node].argmax() for node in nodes.tolist()])  # row by row: to copy them takes longer
 
-    def _adjusted_logits(self, nodes: np.ndarray) -> np.ndarray:
-        """Return logits after penalties and bias, without stop tokens where it is too early for them."""
-        logits = self._penalised(nodes)
+    def _chosen(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
+        """Choose at ``nodes`` int64 [m] among all tokens, or those of ``masks`` uint8 [m, ceil(V / 8)]."""
+        choice, logits = self._choice(nodes, masks), self.outputs["logits"]
+        if isinstance(logits, np.ndarray):
+            return choose(self._logits(nodes), choice)
+        tokens: np.ndarray = logits.choose(nodes, choice)
+        return tokens
+
+    def _choice(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> Choice:
+        state, slots = self.state, self._slots_of(nodes)
+        said, moved = self._said(nodes), self._moved(nodes)
+        return Choice(
+            temperature=state.temperature[slots],
+            top_k=state.top_k[slots],
+            top_p=state.top_p[slots],
+            min_p=state.min_p[slots],
+            seed=state.seed[slots],
+            # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
+            place=state.length[slots] + self.tree.depth[nodes],
+            repetition=state.repetition_penalty[slots],
+            presence=state.presence_penalty[slots],
+            frequency=state.frequency_penalty[slots],
+            said_row=said[0],
+            said_token=said[1],
+            said_generated=said[2],
+            moved_row=moved[0],
+            moved_token=moved[1],
+            moved=moved[2],
+            masks=masks,
+        )
+
+    def _said(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List what penalties look at: an index into ``nodes``, a token, and whether it was generated, [k] each.
+
+        They look at the prompt only where one for repetition asks for it.
+        """
+        state, slots = self.state, self._slots_of(nodes)
+        penalised = np.flatnonzero(state.penalised[slots])
+        if len(penalised) == 0:
+            return NO_ROWS, NO_ROWS, NO_ROWS.astype(bool)
+        first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)[penalised]
+        said = state.length[slots[penalised]] - first
+        row, place = np.repeat(penalised, said), np.repeat(first, said) + ragged_arange(said)
+        below_row, below = tokens_above(self.tree, nodes[penalised])
+        return (
+            np.concatenate((row, penalised[below_row])),
+            np.concatenate((state.tokens[slots[row], place], below)).astype(np.int64),
+            np.concatenate((place >= state.prompt_length[slots[row]], np.ones(len(below), bool))),
+        )
+
+    def _moved(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List logits that are moved: by a bias, and of stop tokens where it is too early for them. [j] each."""
         state, slots = self.state, self._slots_of(nodes)
         row, place = np.repeat(np.arange(len(nodes)), state.biased[slots]), ragged_arange(state.biased[slots])
-        logits[row, state.bias_tokens[slots[row], place]] += state.bias[slots[row], place]
         generated = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
         early = generated < state.min_tokens[slots]
         stops = state.stop_tokens[slots]
-        row, place = np.nonzero(early[:, None] & (stops >= 0) & (stops < logits.shape[1]))
-        logits[row, stops[row, place]] = -np.inf
-        return logits
-
-    def _penalised(self, nodes: np.ndarray) -> np.ndarray:
-        """Return logits after penalties, which look at the prompt only where one for repetition asks for it."""
-        state, slots = self.state, self._slots_of(nodes)
-        first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)
-        said = state.length[slots] - first
-        row = np.repeat(np.arange(len(nodes)), said)
-        place = first[row] + ragged_arange(said)
-        below_row, below = tokens_above(self.tree, nodes)
-        return penalise(
-            self._logits(nodes),
-            np.concatenate((row, below_row)),
-            np.concatenate((state.tokens[slots[row], place], below)),
-            np.concatenate((place >= state.prompt_length[slots[row]], np.ones(len(below), bool))),
-            state.repetition_penalty[slots],
-            state.presence_penalty[slots],
-            state.frequency_penalty[slots],
-        )
-
-    def _chosen(self, nodes: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        state, slots = self.state, self._slots_of(nodes)
-        # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
-        place = state.length[slots] + self.tree.depth[nodes]
-        return sample(
-            logits,
-            state.temperature[slots],
-            state.top_k[slots],
-            state.top_p[slots],
-            state.seed[slots],
-            place,
-            state.min_p[slots],
+        vocabulary = self.outputs["logits"].shape[1]
+        shut_row, shut = np.nonzero(early[:, None] & (stops >= 0) & (stops < vocabulary))
+        return (
+            np.concatenate((row, shut_row)),
+            np.concatenate((state.bias_tokens[slots[row], place], stops[shut_row, shut])).astype(np.int64),
+            np.concatenate((state.bias[slots[row], place], np.full(len(shut), -np.inf, np.float32))),
         )
 
 
-def token_logprobs(logits: np.ndarray, tokens: np.ndarray, top: np.ndarray) -> list[TokenLogprobs]:
-    """Return the log-probabilities of ``tokens`` int64 [m] by ``logits`` float [m, V], and of a row's ``top`` best."""
-    logits = np.asarray(logits, np.float32)
-    normaliser = log_normalisers(logits)
-    own = (logits[np.arange(len(tokens)), tokens] - normaliser).tolist()
-    row, best = best_tokens(logits, top)
-    pairs = list(zip(best.tolist(), (logits[row, best] - normaliser[row]).tolist(), strict=True))
+def token_logprobs(logits: Any, rows: np.ndarray, tokens: np.ndarray, top: np.ndarray) -> list[TokenLogprobs]:
+    """Return log-probabilities at rows int64 [m] of ``logits`` float [n, V], here or on a device.
+
+    They are those of ``tokens`` int64 [m], and of the ``top`` int64 [m] best of a row.
+    """
+    if isinstance(logits, np.ndarray):
+        logits = np.asarray(logits[rows], np.float32)
+        normaliser = log_normalisers(logits)
+        own = logits[np.arange(len(tokens)), tokens] - normaliser
+        row, best = best_tokens(logits, top)
+        values = logits[row, best] - normaliser[row]
+    else:
+        most = min(int(top.max()), logits.shape[1])
+        own, found, tokens_of = logits.log_probabilities(rows, tokens, most)
+        row = np.repeat(np.arange(len(rows)), np.minimum(top, most))
+        order = np.lexsort((tokens_of, -found), axis=1)[row, ragged_arange(np.minimum(top, most))]
+        values, best = found[row, order], tokens_of[row, order]
+    pairs = list(zip(best.tolist(), values.tolist(), strict=True))
     begin = np.searchsorted(row, np.arange(len(tokens) + 1)).tolist()
     return [
         TokenLogprobs(token, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
-        for i, (token, logprob) in enumerate(zip(tokens.tolist(), own, strict=True))
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), own.tolist(), strict=True))
     ]

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from echo_trt.backends.cuda.choose import draw, limited, penalise
+from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.decoding.sampling import draw as host
+from echo_trt.decoding.sampling.choice import Choice, choose
 from echo_trt.decoding.sampling.penalties import penalise as host_penalise
 
 
@@ -59,3 +61,27 @@ def test_penalties_are_the_hosts():
     wanted = host_penalise(logits, *said, *sizes)
     found = penalise(torch.from_numpy(logits.copy()), *(torch.from_numpy(a) for a in (*said, *sizes)))
     np.testing.assert_array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_choice_is_the_hosts(masked):
+    """Everything at once, at some rows of many and in their order; what logits hold is not touched."""
+    rng, size = np.random.default_rng(5), 203
+    logits, asked = rows(3, 50, size), rng.permutation(50)[:30]
+    many, one = (rng.integers(0, 30, 300), rng.integers(0, size, 300)), rng.choice([-np.inf, 2.5, -1], 300)
+    choice = Choice(
+        **choices(9, 30),
+        repetition=rng.choice([1.0, 1.3], 30),
+        presence=rng.choice([0.0, 1.1], 30),
+        frequency=rng.choice([0.0, 0.2], 30),
+        said_row=many[0],
+        said_token=rng.integers(0, size, 300),
+        said_generated=rng.random(300) < 0.7,
+        moved_row=many[0],
+        moved_token=many[1],
+        moved=one.astype(np.float32),
+        masks=rng.integers(1, 256, (30, -(-size // 8))).astype(np.uint8) if masked else None,
+    )
+    before = torch.from_numpy(logits.copy())
+    assert DeviceLogits(before).choose(asked, choice).tolist() == choose(logits[asked], choice).tolist()
+    np.testing.assert_array_equal(before.numpy(), logits)

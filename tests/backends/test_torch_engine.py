@@ -12,7 +12,7 @@ from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
-from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for
 from echo_trt.backends.torch.files import load_role, save_role
 from echo_trt.decoding.pack import BLOCK, Packed, pack
@@ -141,12 +141,12 @@ def test_rows_read_late_are_the_rows():
     rng = np.random.default_rng(1)
     values = rng.standard_normal((9, 50)).astype(np.float32)
     values[4, 7] = values[4, 31] = 9.0  # the first of two equals
-    rows = DeviceRows(torch.from_numpy(values), values.argmax(1))
+    rows = DeviceLogits(torch.from_numpy(values), torch.from_numpy(values.argmax(1)))
     picked = rng.permutation(9)[:5]
     assert len(rows) == 9
     assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()
     assert (rows[picked].argmax(axis=1) == values[picked].argmax(axis=1)).all()
-    assert (DeviceRows(torch.from_numpy(values)).argmax(axis=1) == values.argmax(axis=1)).all()
+    assert (DeviceLogits(torch.from_numpy(values)).argmax(axis=1) == values.argmax(axis=1)).all()
     assert (rows[3] == values[3]).all()
     assert (np.asarray(rows[values[:, 0] > 0]) == values[values[:, 0] > 0]).all()
     assert (np.concatenate((values[:2], rows[picked])) == values[np.concatenate(([0, 1], picked))]).all()

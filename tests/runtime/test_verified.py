@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree
@@ -97,10 +97,14 @@ def test_rows_that_stay_on_the_device_say_the_same(case):
     logits = verified.outputs["logits"]
     path, emitted = accept(verified.tree, verified.next_token)
     told = verified.logprobs(path, emitted)
-    verified.outputs["logits"] = DeviceRows(torch.from_numpy(logits.copy()), logits.argmax(axis=1))
+    verified.outputs["logits"] = DeviceLogits(torch.from_numpy(logits.copy()))
     again = accept(verified.tree, verified.next_token)
     assert [each.tolist() for each in again] == [path.tolist(), emitted.tolist()]
-    assert verified.logprobs(path, emitted) == told
+    for (request, entries), (_, wanted) in zip(verified.logprobs(path, emitted), told, strict=True):
+        for entry, other in zip(entries, wanted, strict=True):
+            assert [entry.token, *(t for t, _ in entry.top)] == [other.token, *(t for t, _ in other.top)], request
+            numbers = [entry.logprob, *(p for _, p in entry.top)]
+            assert numbers == pytest.approx([other.logprob, *(p for _, p in other.top)], abs=1e-5)
     np.testing.assert_array_equal(np.asarray(verified.outputs["logits"]), logits)
 
 

@@ -1,7 +1,7 @@
 """The target's choice where its logits are: ``decoding.sampling`` in PyTorch, on a GPU or a CPU.
 
-Noise, limits and their order are those of ``decoding.sampling.draw``, so a seed gives the same text on either side.
-Nothing here waits for the device: sizes depend on shapes alone.
+Penalties, noise, limits and their order are those of ``decoding.sampling``, so a seed gives the same text on either
+side. Nothing here waits for the device: sizes depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,34 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _PARTS = 32  # of a row, which a program each goes over; larger: few rows use more of a card
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
+
+
+def choose(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
+    """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing."""
+    c = choice
+    logits = logits.to(torch.float32, copy=True)
+    said = c["said_row"], c["said_token"], c["said_generated"]
+    logits = penalise(logits, *said, c["repetition"], c["presence"], c["frequency"])
+    logits.index_put_((c["moved_row"], c["moved_token"]), c["moved"], accumulate=True)
+    if "masks" in c:
+        bits = (c["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
+        logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
+    return draw(logits, *(c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p")))
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute log-probabilities of ``tokens`` int64 [n] at rows of ``logits`` float [n, V], and of the best ones.
+
+    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens, in no order. Of tokens that tie the
+    lowest ids are taken.
+    """
+    logits = logits.float()
+    normaliser = logits.logsumexp(dim=1, keepdim=True)
+    own = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0]
+    enough = logits.new_full((len(logits),), most, dtype=torch.float64)
+    kept = _fewest(_ordered(logits), torch.ones_like(logits, dtype=torch.float64), enough)
+    best = torch.where(kept, logits, -torch.inf).topk(most, dim=1).indices
+    return own, logits.gather(1, best) - normaliser, best
 
 
 def draw(

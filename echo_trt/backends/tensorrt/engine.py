@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import LARGEST, SIZES, Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
-from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, Piece, linear_pieces, packed_pieces
@@ -172,11 +172,9 @@ class TensorRTEngine:
 
     def _read(self, whole: dict[str, Tensor]) -> dict[str, np.ndarray | DeviceRows]:
         """Copy small outputs at once; logits, features and states are copied as they are read."""
-        best = whole.pop("best").cpu().numpy() if "best" in whole else None
-        return {
-            name: tensor.cpu().numpy() if name in ON_HOST else DeviceRows(tensor, best if name == "logits" else None)
-            for name, tensor in whole.items()
-        }
+        best, logits = whole.pop("best", None), whole.pop("logits", None)
+        read = {name: t.cpu().numpy() if name in ON_HOST else DeviceRows(t) for name, t in whole.items()}
+        return read if logits is None else read | {"logits": DeviceLogits(logits, best)}
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import SIZES, Arrays, Graphs, Staging, pad
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
-from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.errors import UserError
@@ -93,7 +93,7 @@ class TorchEngine:
         read: dict[str, np.ndarray | DeviceRows] = {}
         for name, output in zip(self._role.outputs, outputs, strict=False):
             if name == "logits":
-                read[name] = DeviceRows(output[:asked], outputs[-1][:asked].cpu().numpy())
+                read[name] = DeviceLogits(output[:asked], outputs[-1][:asked])
             elif name in ("scores", "candidates"):
                 read[name] = _as_array(output[:asked].cpu())
             else:

@@ -1,0 +1,52 @@
+"""How tokens are chosen at rows of logits: by penalties, bias, masks of grammars, limits and draws, in this order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.sampling.draw import sample
+from echo_trt.decoding.sampling.penalties import penalise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides at n rows of logits. Engines that keep logits on a device choose there (backends.cuda.choose).
+
+    temperature, top_p, min_p        float64 [n]; top_k, seed, place int64 [n], as of ``draw.sample``
+    repetition, presence, frequency  float64 [n], as of ``penalties.penalise``
+    said_row, said_token             int64 [k]: tokens that penalties of a row look at; said_generated bool [k]
+    moved_row, moved_token           int64 [j], and moved float32 [j]: added to logits; -inf shuts a token out
+    masks                            uint8 [n, ceil(V / 8)], of allowed tokens, the first in the lowest bit; None: all
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seed: np.ndarray
+    place: np.ndarray
+    repetition: np.ndarray
+    presence: np.ndarray
+    frequency: np.ndarray
+    said_row: np.ndarray
+    said_token: np.ndarray
+    said_generated: np.ndarray
+    moved_row: np.ndarray
+    moved_token: np.ndarray
+    moved: np.ndarray
+    masks: np.ndarray | None = None
+
+
+def choose(logits: np.ndarray, choice: Choice) -> np.ndarray:
+    """Choose a token a row of ``logits`` float [n, V], which stay as they are: int64 [n]."""
+    c = choice
+    if len(c.said_row) or len(c.moved_row):
+        said = c.said_row, c.said_token, c.said_generated
+        logits = penalise(logits, *said, c.repetition, c.presence, c.frequency)
+        np.add.at(logits, (c.moved_row, c.moved_token), c.moved)  # a stop token may be biased, too
+    if c.masks is not None:
+        bits = np.unpackbits(c.masks, axis=1, bitorder="little", count=logits.shape[1])
+        logits = np.where(bits == 0, np.float32(-np.inf), np.asarray(logits, np.float32))
+    return sample(logits, c.temperature, c.top_k, c.top_p, c.seed, c.place, c.min_p)
