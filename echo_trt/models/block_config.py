@@ -155,6 +155,14 @@ def _spread(config: BlockConfig, target: DecoderConfig) -> tuple[int, ...]:
     return tuple(round(1 + i * (last - 1) / (count - 1)) + 1 for i in range(count))
 
 
+def is_block(raw: dict[str, Any]) -> bool:
+    """Tell whether a ``config.json`` is a block drafter's."""
+    architecture = str((raw.get("architectures") or [""])[0])
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] in SPECULATORS
+    return architecture in ARCHITECTURES or ("eagle3" in architecture.lower() and _stated_mask(raw) is not None)
+
+
 def _family(raw: dict[str, Any], where: str) -> str:
     kind = raw.get("speculators_model_type")
     if kind is not None:
