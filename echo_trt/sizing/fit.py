@@ -13,7 +13,7 @@ from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
-from super_tree_attention.kernel_plan import plan
+from super_tree_attention.kernel_plan import split_rows
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Needs:
         return (card.usable - self.fixed) // (BLOCK * self.kv_token)
 
 
-def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 132) -> Needs:
-    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus), ``processors`` are the card's."""
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
+    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
     tokens = max(calls.batch * calls.tree, calls.chunk) if linear else max(calls.rows, calls.chunk) + calls.chunk
     rows = max(calls.rows, calls.chunk) if linear else tokens
-    scratch = 0 if linear else split_scratch(target, calls, tokens, processors)
+    scratch = 0 if linear else split_scratch(target, tokens)
     return Needs(
         target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
@@ -87,16 +87,10 @@ def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
 
 
-def split_scratch(target: Sizes, calls: CallSizes, tokens: int, processors: int) -> int:
-    """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of the largest call."""
-    heads, kv_heads = target.num_heads // target.gpus, max(target.num_kv_heads // target.gpus, 1)
-    most = 0
-    for requests in {2**i for i in range(calls.batch.bit_length())} | {calls.batch}:
-        for count in {tokens >> i for i in range(tokens.bit_length())}:
-            entries = requests * calls.blocks  # also more than the pool's, since requests share common beginnings
-            splits = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors).num_splits
-            most = max(most, count * heads * splits if splits > 1 else 0)
-    return most * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
+def split_scratch(target: Sizes, tokens: int) -> int:
+    """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of ``tokens`` tokens."""
+    rows = split_rows(tokens, target.num_heads // target.gpus)
+    return rows * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class Fit:
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
@@ -178,7 +172,7 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         target, draft = shapes(recipe, folder)
     except UserError:
         return False
-    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     return need.most_blocks(card) >= need.request_blocks
 
 

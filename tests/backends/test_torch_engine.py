@@ -1,6 +1,7 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from refusal import refused
 
 from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
 from echo_trt.backends.cuda.device_rows import DeviceRows
-from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for
+from echo_trt.backends.torch import engine as torch_engine
+from echo_trt.backends.torch import files
+from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
 from echo_trt.backends.torch.files import load_role, save_role
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.sampling.draw import sample
@@ -241,3 +244,14 @@ def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
     with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
         _operator_for(torch.device("cuda"))
+
+
+def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
+    """safetensors takes "cuda" for the first card, whichever is current."""
+    loaded = []
+    monkeypatch.setattr(torch_engine, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch_engine, "cuda_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(files, "load_role", lambda file, device: loaded.append((file.name, device)))
+    monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
+    TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(SimpleNamespace(rank=1, collectives=None))
+    assert loaded == [("1", "cuda:1")]

@@ -5,7 +5,7 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,21 @@ from echo_trt.errors import UserError
 from super_tree_attention.tensorrt_names import WRITTEN
 
 ON_HOST = ("scores", "candidates")  # small, and read whole
+
+
+def mover_for(pool: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Return the function that moves rows of ``pool``: compiled kernels where there are any."""
+    if pool.device.type == "cuda":
+        try:
+            from super_tree_attention import compiled_moves
+        except ImportError:  # cuda-python is missing
+            pass
+        else:
+            if compiled_moves.can_move(pool):
+                return compiled_moves.move_rows
+    from super_tree_attention.triton_attention import move_rows
+
+    return move_rows
 
 
 def check_version(engine: str, facts: TensorRTFacts) -> None:
@@ -72,6 +87,8 @@ class TensorRTEngine:
             )
         self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
 
     @classmethod
@@ -180,10 +197,8 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        from super_tree_attention.triton_attention import move_rows
-
         with torch.cuda.stream(self._stream):
-            move_rows(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
+            mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

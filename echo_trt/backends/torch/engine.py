@@ -136,7 +136,9 @@ def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = No
     from echo_trt.backends.torch.files import load_role
 
     device = "cuda" if has_cuda() else "cpu"
-    return TorchEngine(load_role(file, device), num_blocks, device, graphs=collectives is None, collectives=collectives)
+    # Weights go to this rank's own card: safetensors takes "cuda" for the first one, whichever is current.
+    role = load_role(file, str(cuda_device()) if device == "cuda" else device)
+    return TorchEngine(role, num_blocks, device, graphs=collectives is None, collectives=collectives)
 
 
 @dataclass(frozen=True)
