@@ -118,14 +118,21 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     possible = [n for n in SIZES if n <= state.count * longest]
     calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
     sizes = [n for n in possible if n <= min(max(4 * state.count, SMALL_BATCH_SIZES), SIZES_LIMIT)]
-    one = _seconds(run, calls[1])
-    while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
+    one, ran = _seconds(run, calls[1]), {1}
+    while len(sizes) < len(possible):
+        ran.add(sizes[-1])
+        if _seconds(run, calls[sizes[-1]]) >= STEEP * one:
+            break
         sizes.append(possible[len(sizes)])
     long_blocks = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
     wide = max(n for n in sizes if n <= state.count and (n * long_blocks <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
+    # Nothing is timed that did not run before: a GPU's first pass of a size compiles kernels and captures a graph,
+    # which takes many times as long as the pass.
+    for call in (*(calls[n] for n in sizes if n not in ran), *far_calls):
+        run(call)
     taken = _rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
     *usual, far, tree = _typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
@@ -143,7 +150,7 @@ def _rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
     """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
 
     So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
-    nothing, once.
+    nothing, once. All calls have run before.
     """
     first = np.array([_timed(run, call) for call in calls])
     long = first > LONG_PASS * first.min()
@@ -171,6 +178,8 @@ def _typical(taken: np.ndarray) -> np.ndarray:
 def _change(networks: Networks) -> float:
     """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
     run, calls = networks.target.run, [_call(networks, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
+    for call in calls:
+        run(call)
     # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
     pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(PAIRS) for call in calls])
     first, again = pairs.T
@@ -181,6 +190,7 @@ def _change(networks: Networks) -> float:
 def _cold(networks: Networks, draft: Callable) -> float:
     """Seconds that a draft's pass takes more right after a target's, which has driven its weights out of the cache."""
     call, warm, after = _call(networks, np.array([1]), SHORT), [], []
+    draft(call)
     for _ in range(ROUNDS):
         networks.target.run(call)
         after.append(_timed(draft, call))

@@ -109,6 +109,36 @@ def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, m
     assert table.target.sizes[-1] == 768
 
 
+class Capturing(Clocked):
+    """A GPU's engine: the first pass of a size takes ``capture`` seconds more, and every pass is asked for a size."""
+
+    def __init__(self, curve, clock, num_blocks, capture):
+        super().__init__(curve, clock, num_blocks)
+        self.capture, self.captured = capture, set()
+
+    def run(self, call):
+        size = len(call.token_ids), len(call.past_lens), len(call.block_indices)
+        if size not in self.captured:
+            self.captured.add(size)
+            self.clock.now += self.capture
+        super().run(call)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+@pytest.mark.parametrize("capture", [0.05, 0.15, 0.3, 1.0, 5.0])
+def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkeypatch):
+    truth = h100_qwen3_8b()
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Capturing(truth.costs().target, clock, 8192, capture)
+    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    curve = table.costs().target
+    for tokens in (1, 2, 8, 30, 100, 200, 300, 500):
+        assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
+    assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
+    assert table.change == 0
+
+
 def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
     monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
