@@ -118,21 +118,14 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     possible = [n for n in SIZES if n <= state.count * longest]
     calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
     sizes = [n for n in possible if n <= min(max(4 * state.count, SMALL_BATCH_SIZES), SIZES_LIMIT)]
-    one, ran = _seconds(run, calls[1]), {1}
-    while len(sizes) < len(possible):
-        ran.add(sizes[-1])
-        if _seconds(run, calls[sizes[-1]]) >= STEEP * one:
-            break
+    one = _seconds(run, calls[1])
+    while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
         sizes.append(possible[len(sizes)])
     long_blocks = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
     wide = max(n for n in sizes if n <= state.count and (n * long_blocks <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
-    # Nothing is timed that did not run before: a GPU's first pass of a size compiles kernels and captures a graph,
-    # which takes many times as long as the pass.
-    for call in (*(calls[n] for n in sizes if n not in ran), *far_calls):
-        run(call)
     taken = _rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
     *usual, far, tree = _typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
@@ -150,9 +143,12 @@ def _rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
     """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
 
     So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
-    nothing, once. All calls have run before.
+    nothing, once. A GPU's first pass of a size compiles kernels and captures a graph, which takes many times as long
+    as the pass, so that what comes first is never what counts.
     """
     first = np.array([_timed(run, call) for call in calls])
+    for i in np.flatnonzero(first > LONG_PASS * first.min()):
+        first[i] = _timed(run, calls[i])
     long = first > LONG_PASS * first.min()
     share, spent = seconds / len(calls), np.where(long, first, 0.0)
     rng, taken = np.random.default_rng(0), [np.where(long, first, np.nan)]
