@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from echo_trt.backends.cuda.sizes import capacity_of, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
@@ -15,6 +16,11 @@ from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
 from super_tree_attention.kernel_plan import split_rows
 
+#: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
+LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
+SLOT_GRAPHS = 64  # graphs of an engine with a cache a slot, which are captured as calls come
+NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -23,6 +29,7 @@ class Needs:
     calls           sizes of the calls for which engines are made
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
+    graphs          bytes of captured CUDA graphs, of target and draft
     request_blocks  the most blocks of one request
     linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
@@ -34,6 +41,7 @@ class Needs:
     calls: CallSizes
     tokens: int
     working: int
+    graphs: int
     blocks: int
     request_blocks: int
     linear: bool
@@ -49,7 +57,7 @@ class Needs:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the pool."""
-        return self.target_weights + self.draft_weights + self.working
+        return self.target_weights + self.draft_weights + self.working + self.graphs
 
     def most_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
@@ -73,6 +81,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch,
+        graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
@@ -91,6 +100,18 @@ def split_scratch(target: Sizes, tokens: int) -> int:
     """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of ``tokens`` tokens."""
     rows = split_rows(tokens, target.num_heads // target.gpus)
     return rows * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
+
+
+def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
+    """Estimate the bytes of a network's captured graphs: the driver's nodes, and the buffers of their inputs."""
+    if engine not in LAYER_NODES:
+        return 0
+    nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
+    if engine == "tensorrt-rtx":
+        return SLOT_GRAPHS * nodes * NODE_BYTES
+    sizes = graph_sizes(calls.batch, calls.tree)
+    buffers = sum(sum(capacity_of(size, calls.blocks).values()) for size in sizes)
+    return len(sizes) * nodes * NODE_BYTES + buffers
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
 
-from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
+from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.sizes import LARGEST, bucket, capacity_of, graph_sizes, pad, size_for
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
@@ -95,7 +96,7 @@ def test_buckets_are_few_and_near(count):
     size = bucket(count)
     assert count <= size <= max(1.5 * count, 2 * count - 1 if count < 12 else 0)
     assert bucket(size) == size
-    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 16
+    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 18
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -111,9 +112,10 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
         for call in calls(seed, requests=3 + seed % 2):
             arrays = arrays_of(call, **inputs_for(call, features, seed))
             wanted = plain._forward({n: torch.from_numpy(a) for n, a in arrays.items()})
-            larger = pad(arrays)
+            size = size_for(arrays, graph_sizes(8))
+            larger = pad(arrays, size)
             assert len(larger["token_ids"]) == bucket(len(call.token_ids))
-            got = padded._forward(Staging(larger, torch.device("cpu")).upload(larger))
+            got = padded._forward(Staging(larger, torch.device("cpu"), capacity_of(size, 9)).upload(larger))
             for one, other in zip(wanted, got, strict=True):
                 torch.testing.assert_close(other[: len(one)], one, **near)
             torch.testing.assert_close(padded._pool, plain._pool, **near)
@@ -121,11 +123,11 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
 
 def test_calls_that_no_graph_is_for_are_not_padded():
     call = calls(0)[1]
-    count = len(call.token_ids)
+    count, sizes = len(call.token_ids), graph_sizes(8)
     entries = {"features": np.zeros((1, 4), np.float32), "hidden": np.zeros((count - 1, 4), np.float32)}
-    assert pad(arrays_of(call)) is not None
-    assert pad(arrays_of(call, **entries)) is None
-    assert pad(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}) is None
+    assert size_for(arrays_of(call), sizes) is not None
+    assert size_for(arrays_of(call, **entries), sizes) is None
+    assert size_for(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}, sizes) is None
 
 
 def test_staging_keeps_arrays_apart_and_aligned():
@@ -253,5 +255,8 @@ def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
     monkeypatch.setattr(torch_engine, "cuda_device", lambda: torch.device("cuda", 1))
     monkeypatch.setattr(files, "load_role", lambda file, device: loaded.append((file.name, device)))
     monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
-    TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(SimpleNamespace(rank=1, collectives=None))
+    collectives = object()
+    opened = TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(SimpleNamespace(rank=1, collectives=collectives))
     assert loaded == [("1", "cuda:1")]
+    assert opened["collectives"] is collectives
+    assert opened.get("graphs", True)  # a rank's calls are captured, too

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from echo_trt.backends.cuda.calls import LARGEST, bucket
+from echo_trt.backends.cuda.sizes import LARGEST, bucket
 from echo_trt.backends.tensorrt.compiler import Profile
 from echo_trt.bundle.call_sizes import CallSizes
 
