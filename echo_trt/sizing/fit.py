@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.cuda.sizes import capacity_of, graph_sizes
+from echo_trt.backends.cuda.sizes import CallBounds, capacity_of, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
@@ -109,8 +109,8 @@ def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
     nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
     if engine == "tensorrt-rtx":
         return SLOT_GRAPHS * nodes * NODE_BYTES
-    sizes = graph_sizes(calls.batch, calls.tree)
-    buffers = sum(sum(capacity_of(size, calls.blocks).values()) for size in sizes)
+    sizes, bounds = graph_sizes(calls.batch, calls.tree), CallBounds(calls.batch, calls.blocks)
+    buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     return len(sizes) * nodes * NODE_BYTES + buffers
 
 

@@ -12,7 +12,7 @@ from refusal import refused
 
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
-from echo_trt.backends.cuda.sizes import graph_sizes
+from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import METADATA, export
 from echo_trt.backends.padded import Layout
@@ -356,7 +356,7 @@ def test_a_packed_call_in_pieces_is_the_whole_call():
     total = len(call.token_ids)
     features = np.arange(20.0)[:, None]
     inputs = {"features": features, "hidden": np.arange(20.0, total)[:, None]}
-    pieces = list(packed_pieces(call, inputs, limits, graph_sizes(8), 8))
+    pieces = list(packed_pieces(call, inputs, limits, graph_sizes(8), CallBounds(8, 8)))
     assert len(pieces) > 1
     assert np.concatenate([p.rows for p in pieces]).tolist() == list(range(total))
     assert np.concatenate([p.asked for p in pieces]).tolist() == list(range(len(call.logit_rows)))
@@ -378,7 +378,7 @@ def test_a_packed_call_in_pieces_is_the_whole_call():
 def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
     call = packed_call([3])
     call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
-    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), 8)
+    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), CallBounds(8, 8))
     assert len(piece.arrays["logit_rows"]) >= 1
     assert len(piece.asked) == 0
     (piece,) = linear_pieces(call, {}, Layout(2, 8, 16), CallLimits(2, 16, 16, 16))

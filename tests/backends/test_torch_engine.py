@@ -14,7 +14,7 @@ from refusal import refused
 
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device_rows import DeviceRows
-from echo_trt.backends.cuda.sizes import LARGEST, bucket, capacity_of, graph_sizes, pad, size_for
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes, pad, size_for
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
@@ -115,7 +115,9 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
             size = size_for(arrays, graph_sizes(8))
             larger = pad(arrays, size)
             assert len(larger["token_ids"]) == bucket(len(call.token_ids))
-            got = padded._forward(Staging(larger, torch.device("cpu"), capacity_of(size, 9)).upload(larger))
+            got = padded._forward(
+                Staging(larger, torch.device("cpu"), capacity_of(size, CallBounds(8, 9))).upload(larger)
+            )
             for one, other in zip(wanted, got, strict=True):
                 torch.testing.assert_close(other[: len(one)], one, **near)
             torch.testing.assert_close(padded._pool, plain._pool, **near)

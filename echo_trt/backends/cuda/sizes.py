@@ -38,11 +38,13 @@ class CallBounds:
     requests  in one call
     blocks    KV blocks of one request
     tree      tokens of one request of which all logits are asked for
+    table     KV blocks of all requests together; 0: as many as the requests may have
     """
 
     requests: int
     blocks: int
     tree: int = LARGEST
+    table: int = 0
 
 
 class Size(NamedTuple):
@@ -80,9 +82,11 @@ def size_for(arrays: Arrays, sizes: Iterable[Size]) -> Size | None:
     return next((size for size in sizes if all(n <= most for n, most in zip(wanted, size, strict=True))), None)
 
 
-def capacity_of(size: Size, blocks: int) -> Capacity:
-    """Return rows of memory for the ragged arrays of a call of ``size`` whose requests have up to ``blocks`` blocks."""
-    return {"block_indices": size.requests * blocks, "tree_mask": size.tokens * min(size.tokens, _MASK_ROWS)}
+def capacity_of(size: Size, bounds: CallBounds) -> Capacity:
+    """Return rows of memory for the ragged arrays of a call of ``size``."""
+    table = size.requests * bounds.blocks
+    table = min(table, bounds.table) if bounds.table else table
+    return {"block_indices": table, "tree_mask": size.tokens * min(size.tokens, _MASK_ROWS)}
 
 
 def pad(arrays: Arrays, size: Size) -> Arrays:
@@ -116,7 +120,7 @@ def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
 
 
 def empty_calls(
-    size: Size, blocks: int, inputs: Collection[str], widths: Mapping[str, int]
+    size: Size, bounds: CallBounds, inputs: Collection[str], widths: Mapping[str, int]
 ) -> Iterator[tuple[Arrays, Capacity]]:
     """Yield a call without requests that is padded to ``size``, and its capacity, for each kind of entries.
 
@@ -131,4 +135,4 @@ def empty_calls(
     kinds = [name for name in ("features", "hidden") if name in inputs]
     for kind in kinds or [""]:
         rows = {name: np.zeros((int(name == kind), widths[name]), np.float32) for name in kinds}
-        yield pad(arrays | rows, size), capacity_of(size, blocks)
+        yield pad(arrays | rows, size), capacity_of(size, bounds)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echo_trt.backends.base import METADATA
-from echo_trt.backends.cuda.sizes import Arrays, Capacity, Size, bucket, capacity_of, size_for
+from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity, Size, bucket, capacity_of, size_for
 from echo_trt.backends.cuda.sizes import pad as pad_packed
 from echo_trt.backends.padded import Layout, Part, pad, piece_states, split
 from echo_trt.decoding.pack import Packed
@@ -131,22 +131,24 @@ def _states(rows: np.ndarray, features: np.ndarray, hidden: np.ndarray) -> tuple
 
 
 def packed_pieces(
-    call: Packed, inputs: Arrays, limits: CallLimits, sizes: Sequence[Size], blocks: int
+    call: Packed, inputs: Arrays, limits: CallLimits, sizes: Sequence[Size], bounds: CallBounds
 ) -> Iterator[Piece]:
     """Divide a call for the graph with the plugin: a launch takes as many of the next requests as fit.
 
-    A launch is padded to the first of ``sizes`` that holds it; ``blocks``: the most KV blocks of a request.
+    A launch is padded to the first of ``sizes`` that holds it, where its block table is within ``bounds``.
     """
     counts = np.diff(call.seq_begins)
     begin = 0
     while begin < len(counts):
         tokens = np.cumsum(counts[begin:])
         taken = max(int(np.searchsorted(tokens, limits.tokens, side="right")), 1)
-        yield _packed_piece(call, begin, begin + taken, inputs, sizes, blocks)
+        yield _packed_piece(call, begin, begin + taken, inputs, sizes, bounds)
         begin += taken
 
 
-def _packed_piece(call: Packed, begin: int, end: int, inputs: Arrays, sizes: Sequence[Size], most_blocks: int) -> Piece:
+def _packed_piece(
+    call: Packed, begin: int, end: int, inputs: Arrays, sizes: Sequence[Size], bounds: CallBounds
+) -> Piece:
     """Make a launch of the requests ``begin`` to ``end``."""
     first, last = int(call.seq_begins[begin]), int(call.seq_begins[end])
     asked = np.flatnonzero((call.logit_rows >= first) & (call.logit_rows < last))
@@ -176,7 +178,7 @@ def _packed_piece(call: Packed, begin: int, end: int, inputs: Arrays, sizes: Seq
     arrays = {name: getattr(part, name) for name in ("token_ids", "positions", *METADATA)} | inputs
     arrays["logit_rows"] = part.logit_rows if len(part.logit_rows) else np.zeros(1, np.int64)
     size = size_for(arrays, sizes)
-    capacity = capacity_of(size, most_blocks) if size else {}
+    capacity = capacity_of(size, bounds) if size else {}
     if size and all(len(arrays[name]) <= most for name, most in capacity.items()):
         arrays = pad_packed(arrays, size)
     else:

@@ -18,7 +18,7 @@ from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
-from echo_trt.backends.cuda.sizes import LARGEST, SIZES, empty_calls, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
@@ -89,7 +89,7 @@ class TensorRTEngine:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._blocks = blocks
+        self._bounds = CallBounds(self._limits.batch, blocks)
         self._sizes = tuple(
             size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not linear
         )
@@ -124,7 +124,7 @@ class TensorRTEngine:
         none = np.zeros(0, np.int64)
         with torch.cuda.stream(self._stream):
             for size in reversed(self._sizes):
-                for arrays, capacity in empty_calls(size, self._blocks, self._session.inputs, widths):
+                for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs, widths):
                     self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
         self._wait()
         self._graphs.sealed = True
@@ -146,7 +146,7 @@ class TensorRTEngine:
                 self._clear(call)
                 pieces = linear_pieces(call, inputs, self._layout, self._limits)
             else:
-                pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._blocks)
+                pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
             outputs = self._read(self._join(call, pieces))
         self._wait()
         return outputs

@@ -61,7 +61,7 @@ class TorchEngine:
             check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._lazy = self.device.type != "cpu"  # outputs stay on the device until they are read
-        self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks)
+        self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks, table=num_blocks)
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
         self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
         if self._graphs and bounds:
@@ -75,7 +75,7 @@ class TorchEngine:
             features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
             widths = {"features": features, "hidden": config.hidden_size}
         for size in reversed(self._graph_sizes):  # the largest first: the smaller ones find its memory
-            for arrays, capacity in empty_calls(size, self._bounds.blocks, self._role.inputs, widths):
+            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs, widths):
                 self._graphs.run(arrays, capacity)
         self._graphs.sealed = True
 
@@ -114,7 +114,7 @@ class TorchEngine:
         size = size_for(arrays, self._graph_sizes) if self._graphs else None
         outputs = None
         if self._graphs and size:
-            outputs = self._graphs.run(pad(arrays, size), capacity_of(size, self._bounds.blocks))
+            outputs = self._graphs.run(pad(arrays, size), capacity_of(size, self._bounds))
         if outputs is None:
             outputs = self._forward(Staging(arrays, self.device).upload(arrays))
         asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
