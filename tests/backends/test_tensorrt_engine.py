@@ -1,6 +1,7 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -9,8 +10,9 @@ import torch
 from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
-from echo_trt.backends.cuda import calls as torch_calls
+from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
+from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import METADATA, export
 from echo_trt.backends.padded import Layout
@@ -234,7 +236,7 @@ def test_sizes_are_few(opened):
 
 
 def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_calls, "LARGEST", 16)
+    monkeypatch.setattr(cuda_sizes, "SIZES", (1, 2, 4, 8, 12, 16))
     _, engine, session = packed("target", networks, tmp_path)
     for seed in range(12):
         script = Script(seed, engine.num_blocks // SLOTS)
@@ -244,6 +246,38 @@ def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, t
     assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
         (n,) for n in (1, 2, 4, 8, 12, 16)
     }
+
+
+@pytest.mark.parametrize("network", ["target", "draft"])
+def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, networks, tmp_path):
+    _, engine, session = packed(network, networks, tmp_path)
+    engine._graphs = SimpleNamespace(sealed=False)
+    engine.capture_all()
+    assert engine._graphs.sealed
+    assert len(session.launched) == len(engine._sizes) * (2 if network == "draft" else 1)
+    assert {tokens for (tokens,) in session.launched} == {size.tokens for size in engine._sizes}
+    script = Script(0, engine.num_blocks // SLOTS)
+    engine._graphs = None
+    known = set(session.recurring)
+    for step in range(6):
+        call = script.call(first=step == 0)
+        if network == "target":
+            engine.run(call)
+    assert session.recurring == known
+
+
+def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "check_version", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "check_card", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "cuda_device", lambda: torch.device("cpu"))
+    for name in ("compute_capability", "Session"):
+        monkeypatch.setattr(tensorrt, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "L4")
+    monkeypatch.setattr(TensorRTEngine, "__init__", lambda self, *_, graphs=True: setattr(self, "graphs", graphs))
+    monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: None, raising=False)
+    for communicator in (None, object()):
+        opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, communicator)
+        assert opened.graphs
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -322,7 +356,7 @@ def test_a_packed_call_in_pieces_is_the_whole_call():
     total = len(call.token_ids)
     features = np.arange(20.0)[:, None]
     inputs = {"features": features, "hidden": np.arange(20.0, total)[:, None]}
-    pieces = list(packed_pieces(call, inputs, limits))
+    pieces = list(packed_pieces(call, inputs, limits, graph_sizes(8), CallBounds(8, 8)))
     assert len(pieces) > 1
     assert np.concatenate([p.rows for p in pieces]).tolist() == list(range(total))
     assert np.concatenate([p.asked for p in pieces]).tolist() == list(range(len(call.logit_rows)))
@@ -344,7 +378,7 @@ def test_a_packed_call_in_pieces_is_the_whole_call():
 def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
     call = packed_call([3])
     call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
-    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32))
+    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), CallBounds(8, 8))
     assert len(piece.arrays["logit_rows"]) >= 1
     assert len(piece.asked) == 0
     (piece,) = linear_pieces(call, {}, Layout(2, 8, 16), CallLimits(2, 16, 16, 16))

@@ -1,4 +1,4 @@
-"""Rows of an output that stay on the device: they are read there, or copied when they are read here."""
+"""Rows of an output that stay on the device: they are used there, or copied when they are read."""
 
 from __future__ import annotations
 
@@ -14,25 +14,37 @@ from echo_trt.decoding.sampling.choice import Choice
 
 
 class DeviceRows:
-    """Rows that read like a float32 array [n, size]; only rows that are read are copied."""
+    """Rows that read like a float32 array [n, size]; only rows that are read are copied.
 
-    def __init__(self, rows: Tensor):
-        self._rows = rows
-        self.shape = tuple(rows.shape)
+    rows   float [m, size], on the device
+    best   int64 [n], on the host: the rows' argmax, for which logits then need no copy
+    index  int64 [n], on the host: the rows among ``rows``; by default all of them
+
+    With ``best`` picked rows wait until they are read, mostly never: they are valid until the engine's next run. Other
+    rows are copied on the device when they are picked, and stay valid.
+    """
+
+    def __init__(self, rows: Tensor, best: np.ndarray | None = None, index: np.ndarray | None = None):
+        self._rows, self._best, self._index = rows, best, index
+        self.shape = (len(rows) if index is None else len(index), *rows.shape[1:])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self.shape[0]
 
     def __getitem__(self, index: int | slice | np.ndarray) -> DeviceRows | np.ndarray:
         if isinstance(index, (int, np.integer)):
-            return _on_host(self._rows[int(index)])
-        place = index
-        if isinstance(index, np.ndarray):
-            place = torch.from_numpy(np.flatnonzero(index) if index.dtype == bool else index).to(self._rows.device)
-        return type(self)(self._rows[place])
+            return _on_host(self._rows[int(index if self._index is None else self._index[index])])
+        places = (np.arange(len(self)) if self._index is None else self._index)[index]
+        picked = type(self)(self._rows, None if self._best is None else self._best[index], places)
+        return picked if self._best is not None else DeviceRows(picked._gathered())
+
+    def _gathered(self) -> Tensor:
+        if self._index is None:
+            return self._rows
+        return self._rows[torch.from_numpy(self._index).to(self._rows.device)]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return _on_host(self._rows).astype(dtype or np.float32, copy=False)
+        return _on_host(self._gathered()).astype(dtype or np.float32, copy=False)
 
     def astype(self, dtype: np.dtype) -> np.ndarray:
         return np.asarray(self, dtype)
@@ -40,22 +52,15 @@ class DeviceRows:
     def copy(self) -> np.ndarray:
         return np.array(self)
 
-
-class DeviceLogits(DeviceRows):
-    """The target's logits float [n, V]: what is chosen from them is computed where they are.
-
-    best  int64 [n], on the device: the rows' argmax, where it is known
-    """
-
-    def __init__(self, rows: Tensor, best: Tensor | None = None):
-        super().__init__(rows)
-        self._best = best
-
     def argmax(self, axis: int) -> np.ndarray:
         """Return a row's first largest column, int64 [n]; ``axis`` is 1."""
         if axis != 1:
             raise ValueError(f"axis is {axis}; rows have an argmax along axis 1")
-        return (self._rows.argmax(dim=1) if self._best is None else self._best).cpu().numpy()
+        return (_on_host(self._gathered()).argmax(1) if self._best is None else self._best).copy()
+
+
+class DeviceLogits(DeviceRows):
+    """The target's logits float [n, V]: what is chosen from them is computed where they are."""
 
     def choose(self, rows: np.ndarray, choice: Choice) -> np.ndarray:
         """Choose a token at each of ``rows`` int64 [m], as ``decoding.sampling.choice.choose``: int64 [m]."""

@@ -77,6 +77,8 @@ class TensorRTBuild:
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
+        if COMPILERS[recipe.engine].plugins:
+            _register_plugins()
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
         if native:

@@ -34,9 +34,12 @@ def launched_error(rng: np.random.Generator, dtype: torch.dtype, name: str) -> f
     attention = compile_kernel("attention", capability, name, head_dim, group, chosen.rows)
     combine = compile_kernel("combine", capability, name, head_dim)
     for kernel, grid, pointers, integers, results in (
-        (attention, chosen.grid, [*call.values()], [sizes[1], chosen.split_keys], [output, partial, partial_lse]),
-        (combine, (*chosen.combine_grid, 1), [call["past_lens"], call["seq_begins"], partial, partial_lse],
-         [sizes[1], chosen.split_keys, splits], [output]),
+        (attention, chosen.grid, [*call.values()],
+         [sizes[1], chosen.wanted_splits, sizes[0], len(call["key_cache"]), sizes[2], len(call["tree_mask"])],
+         [output, partial, partial_lse]),
+        (combine, (*chosen.combine_grid, 1),
+         [*(call[n] for n in ("past_lens", "seq_begins", "block_begins")), partial, partial_lse],
+         [sizes[1], chosen.wanted_splits, sizes[2], splits], [output]),
     ):  # fmt: skip
         function = load(kernel.cubin, kernel.name, kernel.shared)
         given, left = ([t.data_ptr() for t in tensors] for tensors in (pointers, results))
