@@ -129,18 +129,24 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def open_llm(bundle_of, networks) -> Callable[..., LLM]:
-    """An LLM of its own for each test; with engine "torch" the reference runs behind the same loop."""
+    """An LLM of its own for each test; with engine "torch" the reference runs behind the same loop.
+
+    With "resident" it does what it would do on a GPU: features, states and choices stay where the networks are.
+    """
     from pairs import reference_engines
 
+    from echo_trt.runtime.assemble import drafter_with
     from echo_trt.runtime.llm import LLM
 
     def get(pair: str, policy: str = "echo", batch: int = 3, engine: str = "openvino") -> LLM:
         llm = LLM(bundle_of(pair), policy, batch)
-        if engine == "torch":
-            engines = reference_engines(pair, networks, llm.loop.target.num_blocks)
+        if engine in ("torch", "resident"):
+            blocks, batch = llm.loop.target.num_blocks, llm.loop.state.count
+            engines = reference_engines(pair, networks, blocks, batch, engine == "resident")
             llm.loop.target = engines["target"]
             if "draft" in engines:
-                llm.loop.drafter.engine = engines["draft"]
+                markov = getattr(llm.loop.drafter, "markov", None)
+                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.state, engines["draft"], markov)
         return llm
 
     return get

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Recipe, parse_recipe
 from echo_trt.decoding.pack import Packed
@@ -222,8 +223,12 @@ def roles_of(pair: str, networks: Path) -> dict[str, Role]:
     return {"target": TargetRole(target, target.config.feature_layers), "draft": head}
 
 
-def reference_engines(pair: str, networks: Path, blocks: int) -> dict[str, TorchEngine]:
-    return {name: TorchEngine(role, blocks) for name, role in roles_of(pair, networks).items()}
+def reference_engines(
+    pair: str, networks: Path, blocks: int, batch: int = 8, resident: bool = False
+) -> dict[str, TorchEngine]:
+    bounds = CallBounds(batch, blocks, 64)
+    roles = roles_of(pair, networks)
+    return {name: TorchEngine(role, blocks, bounds=bounds, resident=resident) for name, role in roles.items()}
 
 
 def block_inputs(call: Packed, feature_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

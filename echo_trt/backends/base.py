@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,6 +10,36 @@ from echo_trt.decoding.pack import Packed
 
 #: Inputs of the attention operator that describe a packed call, in its order.
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
+
+
+class Bank(Protocol):
+    """Rows [count, width] that outlive a call, as later calls' inputs."""
+
+    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        """Keep ``outputs[rows]``, of an engine's run, rows int64 [m], at ``places`` int64 [m]."""
+
+    def read(self, places: np.ndarray) -> Any:
+        """Return rows ``places`` int64 [m], as an input of ``Engine.run``."""
+
+
+class HostBank:
+    """A bank in the host's memory, which is taken as rows are written."""
+
+    def __init__(self, count: int, width: int):
+        self._rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
+
+    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        self._rows[places] = outputs[rows]
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._rows[places]
+        return found
+
+
+def bank_of(engine: Engine, name: str, count: int, width: int) -> Bank:
+    """Return the bank for the input ``name``: the engine's own, on its device, or one on the host."""
+    own = getattr(engine, "bank", lambda name: None)(name)
+    return own or HostBank(count, width)
 
 
 class Engine(Protocol):
@@ -26,8 +56,8 @@ class Engine(Protocol):
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one forward pass; returns the role's outputs by name, float32 or int64, valid until the next run.
 
-        features  float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3)
-        hidden    float32 [P, H], of a head
+        features  float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its bank reads
+        hidden    float32 [P, H], of a head, or what its bank reads
         state_rows  int64 [N], of a block drafter (echo_trt.models.block): a packed row's state
         """
 

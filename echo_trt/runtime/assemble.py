@@ -98,7 +98,7 @@ def _networks(
 ) -> Networks:
     settings = manifest.recipe.draft
     copier = LookupDrafter(state, settings.min_match, calibration.lookup if calibration else settings.acceptance)
-    drafter = copier if settings.kind == "lookup" else _drafter(manifest, state, draft, markov)
+    drafter = copier if settings.kind == "lookup" else drafter_with(manifest, state, draft, markov)
     copying = copier if settings.copy_text else None
     return Networks(manifest, state, target, draft, drafter, copying, calibration, markov)
 
@@ -169,7 +169,10 @@ def _bounds(state: Slots) -> CallBounds:
     return CallBounds(slots, slot_blocks, state.reserve)
 
 
-def _drafter(manifest: Manifest, state: Slots, engine: Engine | None, markov: Markov | None) -> Drafter | None:
+def drafter_with(
+    manifest: Manifest, state: Slots, engine: Engine | None, markov: Markov | None = None
+) -> Drafter | None:
+    """Return the drafter of a bundle whose draft network ``engine`` runs."""
     draft, facts = manifest.recipe.draft, manifest.draft
     if engine is None or facts is None:
         return None

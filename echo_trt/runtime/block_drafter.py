@@ -13,7 +13,7 @@ from echo_trt.bundle.manifest import BlockFacts
 from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.pack import BlockShape, pack_blocks
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.runtime.drafters import Eagle3Drafter
+from echo_trt.runtime.drafters import NONE, Eagle3Drafter
 from echo_trt.runtime.markov import Markov
 from echo_trt.runtime.slots import Slots
 
@@ -47,7 +47,7 @@ class BlockDrafter(Eagle3Drafter):
         return BlockDraft(self, slots)
 
     def blank(self, entries: int) -> dict[str, np.ndarray]:
-        return {"features": self._no_features, "state_rows": np.arange(entries)}
+        return {"features": self._features.read(NONE), "state_rows": np.arange(entries)}
 
     def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         tokens, inputs = super().entries(slots, index)

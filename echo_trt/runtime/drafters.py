@@ -7,11 +7,11 @@ accepted path or a pause of any length, is caught up in the pass that next needs
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, bank_of
 from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.planner import Pass
@@ -19,6 +19,7 @@ from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.guided import prune, state_at
 from echo_trt.runtime.slots import Slots
 
+NONE = np.zeros(0, np.int64)
 UNKNOWN = -1  # entries of a request that has not drafted
 
 
@@ -106,8 +107,11 @@ class EngineDrafter:
         """Tokens and further inputs of committed entries ``index`` [m] of ``slots`` [m]."""
         return self.state.tokens[slots, index], {}
 
-    def node_inputs(self, hidden: np.ndarray) -> dict[str, np.ndarray]:
-        """Further inputs of drafted nodes, whose parents' states are ``hidden`` [m, H]."""
+    def keep_states(self, places: np.ndarray, outputs: dict[str, Any], rows: np.ndarray) -> None:
+        """Keep at ``places`` [m] what expanded nodes, at ``rows`` [m] of a pass, hand to their children."""
+
+    def node_inputs(self, places: np.ndarray) -> dict[str, Any]:
+        """Further inputs of drafted nodes, whose parents' states were kept at ``places`` [m]."""
         return {}
 
     def blank(self, entries: int) -> dict[str, np.ndarray]:
@@ -167,23 +171,24 @@ class Eagle3Drafter(EngineDrafter):
 
     def __init__(self, engine: Engine, state: Slots, chunk: int, feature_size: int, hidden_size: int):
         super().__init__(engine, state, chunk)
-        # calloc: only the blocks that are used take memory.
-        self._features = np.zeros((engine.num_blocks * BLOCK, feature_size), np.float32)
-        self._no_features = np.zeros((0, feature_size), np.float32)
-        self._no_hidden = np.zeros((0, hidden_size), np.float32)
+        self._features = bank_of(engine, "features", engine.num_blocks * BLOCK, feature_size)
+        self._states = bank_of(engine, "hidden", state.count * state.reserve, hidden_size)
 
-    def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
-        self._features[rows] = outputs["features"][output_rows]
+    def observe(self, rows: np.ndarray, outputs: dict[str, Any], output_rows: np.ndarray) -> None:
+        self._features.write(rows, outputs["features"], output_rows)
 
-    def blank(self, entries: int) -> dict[str, np.ndarray]:
-        return {"features": np.zeros((entries, self._features.shape[1]), np.float32), "hidden": self._no_hidden}
+    def blank(self, entries: int) -> dict[str, Any]:
+        return {"features": self._features.read(np.zeros(entries, np.int64)), "hidden": self._states.read(NONE)}
 
-    def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        features = self._features[self.state.rows(slots, index)]
-        return self.state.tokens[slots, index + 1], {"features": features, "hidden": self._no_hidden}
+    def entries(self, slots: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        features = self._features.read(self.state.rows(slots, index))
+        return self.state.tokens[slots, index + 1], {"features": features, "hidden": self._states.read(NONE)}
 
-    def node_inputs(self, hidden: np.ndarray) -> dict[str, np.ndarray]:
-        return {"features": self._no_features, "hidden": hidden}
+    def keep_states(self, places: np.ndarray, outputs: dict[str, Any], rows: np.ndarray) -> None:
+        self._states.write(places, outputs["state"], rows)
+
+    def node_inputs(self, places: np.ndarray) -> dict[str, Any]:
+        return {"features": self._features.read(NONE), "hidden": self._states.read(places)}
 
 
 class EngineDraft:
@@ -197,9 +202,8 @@ class EngineDraft:
         self._drafter, self._slots = drafter, slots
         self.entries = self.context = 0  # tokens of the last pass, and cached tokens of its requests
         self._past = drafter.state.committed[slots] + drafter.ahead
-        # What was expanded, roots and then nodes [m], and what each hands to its children [m, H].
+        # What was expanded, roots and then nodes [m]; the drafter keeps what each hands to its children in this order.
         self._expanded, self._roots = np.zeros(0, np.int64), 0
-        self._states: np.ndarray | None = None
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.entries = int(self._drafter.behind(self._slots[requests]).sum())
@@ -229,18 +233,14 @@ class EngineDraft:
             row_of[nodes],
             (mask, np.append(mask_begins[requests], mask_begins[-1])),
         )
-        inputs: dict[str, np.ndarray] = {}
-        if self._states is not None:
-            sorter = np.argsort(self._expanded)
-            place = np.searchsorted(self._expanded, tree.parent[order], sorter=sorter)
-            inputs = drafter.node_inputs(self._states[sorter[place]])
-        outputs = drafter.engine.run(call, **inputs)
+        sorter = np.argsort(self._expanded)
+        place = sorter[np.searchsorted(self._expanded, tree.parent[order], sorter=sorter)]
+        outputs = drafter.engine.run(call, **drafter.node_inputs(place))
         self._keep(nodes, outputs, row_of[nodes])
         return outputs["scores"].copy(), outputs["candidates"].copy()
 
     def _keep(self, nodes: np.ndarray, outputs: dict[str, np.ndarray], rows: np.ndarray) -> None:
         """``nodes`` [m] were expanded; their states are at ``rows`` [m]."""
+        begin = len(self._expanded)
         self._expanded = np.concatenate((self._expanded, nodes))
-        if "state" in outputs:
-            states = outputs["state"][rows]
-            self._states = states if self._states is None else np.concatenate((self._states, states))
+        self._drafter.keep_states(np.arange(begin, len(self._expanded)), outputs, rows)

@@ -63,7 +63,7 @@ def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: t
         "synchronize": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    engine._lazy = True
+    engine._resident = True
     engine._graphs = StandInGraphs(engine._forward, refused)
     monkeypatch.setattr(torch.cuda, "graph", engine._graphs.capturing)
     return engine._graphs

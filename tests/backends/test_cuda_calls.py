@@ -244,7 +244,7 @@ class Gathers(TorchDispatchMode):
 def test_a_pass_brings_one_packed_result_to_the_host(network, networks, monkeypatch):
     pair, name, features = NETWORKS[network]
     engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
-    engine._lazy = True
+    engine._resident = True
     copies, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tuple(tensor.shape)) or cpu(tensor))
     call = calls(0)[1]
@@ -260,7 +260,7 @@ def test_greedy_acceptance_reads_no_logits(networks):
     """The walk asks for the best tokens of some nodes at each depth; logits are picked where they are read."""
     engine = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
     plain = engine.run(calls(0)[1])["logits"]
-    engine._lazy = True
+    engine._resident = True
     rows = engine.run(calls(0)[1])["logits"]
     picked = np.array([3, 1, 2])
     with Gathers() as gathers:
@@ -274,7 +274,7 @@ def test_greedy_acceptance_reads_no_logits(networks):
 def test_states_that_were_picked_outlive_the_next_pass(networks):
     """A drafter keeps the states of all levels, and the engine's next pass writes over its outputs."""
     engine = TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS)
-    engine._lazy = True
+    engine._resident = True
     call = calls(0)[1]
     states = engine.run(call, **inputs_for(call, 192, 1))["state"]
     kept = states[np.array([2, 0])]

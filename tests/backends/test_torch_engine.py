@@ -80,7 +80,7 @@ def arrays_of(call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
 
 def lazy(engine: TorchEngine) -> TorchEngine:
     """The engine as on a GPU, but for the graphs."""
-    engine._lazy = True
+    engine._resident = True
     return engine
 
 
@@ -176,15 +176,13 @@ def test_outputs_read_late_are_the_references(network, networks):
                 assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("pair", ["eagle3", "close", "model"])
-def test_decoding_with_late_rows_writes_the_same_text(pair, open_llm):
+@pytest.mark.parametrize("pair", ["eagle3", "close", "model", "peagle", "dspark"])
+def test_decoding_on_the_device_writes_the_same_text(pair, open_llm):
     prompts = [prompt_ids(n, i) for i, n in enumerate((5, 37, 1, 16))]
     params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
     texts = []
-    for late in (False, True):
-        llm = open_llm(pair, "echo", 3, "torch")
-        for engine in (llm.loop.target, llm.loop.drafter.engine):
-            engine._lazy = late
+    for engine in ("torch", "resident"):
+        llm = open_llm(pair, "echo", 3, engine)
         texts.append([c.token_ids for c in llm.generate(prompts, params)])
     assert texts[0] == texts[1]
 

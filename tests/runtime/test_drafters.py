@@ -336,7 +336,7 @@ def test_features_stay_with_their_tokens_when_a_branch_is_accepted(open_llm, fro
         text = text_of(llm.loop, request.slot)[:-1]
         rows = state.block_table[request.slot, np.arange(len(text)) // BLOCK] * BLOCK + np.arange(len(text)) % BLOCK
         np.testing.assert_allclose(
-            drafter._features[rows], from_scratch("close").call("target", text)["features"], atol=1e-4
+            drafter._features.read(rows), from_scratch("close").call("target", text)["features"], atol=1e-4
         )
 
 

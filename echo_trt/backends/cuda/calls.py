@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.sizes import LARGEST, RAGGED, Arrays, Capacity
+from echo_trt.backends.cuda.transfers import TRANSFERS
 
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
@@ -81,6 +82,7 @@ class Staging:
             elif begin < end:
                 spans.append([begin, end])
         for begin, end in spans:
+            TRANSFERS.up += end - begin
             self._device[begin:end].copy_(host[begin:end], non_blocking=True)
         if copied is not None:
             copied.record()

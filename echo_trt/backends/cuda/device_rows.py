@@ -10,6 +10,7 @@ from torch import Tensor
 
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
+from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.decoding.sampling.choice import Choice
 
 
@@ -38,10 +39,15 @@ class DeviceRows:
         picked = type(self)(self._rows, None if self._best is None else self._best[index], places)
         return picked if self._best is not None else DeviceRows(picked._gathered())
 
+    @property
+    def tensor(self) -> Tensor:
+        """The rows, on the device."""
+        return self._gathered()
+
     def _gathered(self) -> Tensor:
         if self._index is None:
             return self._rows
-        return self._rows[torch.from_numpy(self._index).to(self._rows.device)]
+        return self._rows[send(self._index, self._rows.device)]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return _on_host(self._gathered()).astype(dtype or np.float32, copy=False)
@@ -67,15 +73,15 @@ class DeviceLogits(DeviceRows):
         arrays = {field.name: getattr(choice, field.name) for field in fields(choice)}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         sent = self._send(arrays | {"rows": rows})
-        return choose.choose(self._rows[sent.pop("rows")], sent).cpu().numpy()
+        return fetch(choose.choose(self.tensor[sent.pop("rows")], sent))
 
     def log_probabilities(
         self, rows: np.ndarray, tokens: np.ndarray, most: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See ``choose.log_probabilities``, at ``rows`` int64 [m]."""
         sent = self._send({"rows": rows, "tokens": tokens})
-        found = choose.log_probabilities(self._rows[sent["rows"]], sent["tokens"], most)
-        packed = torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1).cpu().numpy()
+        found = choose.log_probabilities(self.tensor[sent["rows"]], sent["tokens"], most)
+        packed = fetch(torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1))
         return packed[:, 0].astype(np.float32), packed[:, 1 : 1 + most], packed[:, 1 + most :].astype(np.int64)
 
     def _send(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -83,4 +89,4 @@ class DeviceLogits(DeviceRows):
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
-    return tensor.float().cpu().numpy()
+    return fetch(tensor.float())

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.cuda.transfers import fetch
+
 PACKED = "packed"
 _NARROW = ("scores", "candidates", "hints")  # outputs with few columns, which are read whole
 
@@ -28,7 +30,7 @@ def read_results(packed: Tensor, outputs: Mapping[str, Tensor]) -> tuple[dict[st
 
     ``outputs`` tell which are packed and how wide they are.
     """
-    table = packed.cpu().numpy() if len(packed) else np.zeros(tuple(packed.shape), np.int32)
+    table = fetch(packed) if len(packed) else np.zeros(tuple(packed.shape), np.int32)
     if "logits" in outputs:
         return {}, table[:, 0].astype(np.int64)
     read, begin = {}, 0

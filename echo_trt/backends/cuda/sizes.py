@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,13 +119,11 @@ def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
     return out
 
 
-def empty_calls(
-    size: Size, bounds: CallBounds, inputs: Collection[str], widths: Mapping[str, int]
-) -> Iterator[tuple[Arrays, Capacity]]:
+def empty_calls(size: Size, bounds: CallBounds, inputs: Collection[str]) -> Iterator[tuple[Arrays, Capacity]]:
     """Yield a call without requests that is padded to ``size``, and its capacity, for each kind of entries.
 
-    inputs  the network's; a head takes entries with ``features`` and ones with ``hidden`` states, in calls of their own
-    widths  columns of both
+    inputs  the network's; a head takes entries with ``features`` and ones with ``hidden`` states, in calls of their
+            own, by their numbers in banks
     """
     none = np.zeros(0, np.int64)
     call = pack(none, none, none, none, np.zeros((0, 1), np.int64), none)
@@ -134,5 +132,5 @@ def empty_calls(
         arrays["state_rows"] = none
     kinds = [name for name in ("features", "hidden") if name in inputs]
     for kind in kinds or [""]:
-        rows = {name: np.zeros((int(name == kind), widths[name]), np.float32) for name in kinds}
+        rows = {name: np.zeros(int(name == kind), np.int64) for name in kinds}
         yield pad(arrays | rows, size), capacity_of(size, bounds)

@@ -107,7 +107,7 @@ def _linear_piece(call: Packed, part: Part, inputs: Arrays, layout: Layout, limi
         chosen, place = piece_states(
             inputs["state_rows"][padded.rows], padded.asked, len(call.logit_rows), inputs["features"], len(asked)
         )
-        features = np.zeros((bucket(len(chosen)) if len(chosen) else 0, chosen.shape[1]), chosen.dtype)
+        features = np.zeros((bucket(len(chosen)) if len(chosen) else 0, *chosen.shape[1:]), chosen.dtype)
         features[: len(chosen)] = chosen
         padded.state_rows.flat[:] = 0
         padded.state_rows.flat[padded.places] = place
@@ -124,7 +124,7 @@ def _states(rows: np.ndarray, features: np.ndarray, hidden: np.ndarray) -> tuple
     """Select a head's inputs for the packed ``rows``, int [n], padded, and the rows' places in both end to end [n]."""
     of_target = rows < len(features)
     chosen = features[rows[of_target]], hidden[rows[~of_target] - len(features)]
-    first, second = (np.zeros((bucket(len(a)) if len(a) else 0, a.shape[1]), a.dtype) for a in chosen)
+    first, second = (np.zeros((bucket(len(a)) if len(a) else 0, *a.shape[1:]), a.dtype) for a in chosen)
     first[: len(chosen[0])], second[: len(chosen[1])] = chosen
     place = np.where(of_target, np.cumsum(of_target) - 1, len(first) + np.cumsum(~of_target) - 1)
     return first, second, place

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
+from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
@@ -93,6 +95,12 @@ class TensorRTEngine:
         self._sizes = tuple(
             size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not linear
         )
+        sizes = {"features": self.num_blocks * BLOCK, "hidden": self._limits.batch * self._limits.tokens}
+        self._widths = {name: session.most(name, 1) for name in sizes if name in session.inputs}
+        self._banks = {
+            name: DeviceBank(sizes[name], width, session.types[name], self._device)
+            for name, width in self._widths.items()
+        }
         self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
 
     @classmethod
@@ -120,11 +128,10 @@ class TensorRTEngine:
         """
         if self._graphs is None or self._layout:
             return
-        widths = {n: self._session.most(n, 1) for n in ("features", "hidden") if n in self._session.inputs}
         none = np.zeros(0, np.int64)
         with torch.cuda.stream(self._stream):
             for size in reversed(self._sizes):
-                for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs, widths):
+                for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
         self._wait()
         self._graphs.sealed = True
@@ -138,9 +145,9 @@ class TensorRTEngine:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: Packed, **inputs: Any) -> dict[str, np.ndarray]:
         """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
-        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        inputs = numbered(inputs)
         with torch.cuda.stream(self._stream):
             if self._layout:
                 self._clear(call)
@@ -150,6 +157,10 @@ class TensorRTEngine:
             outputs = self._read(self._join(call, pieces))
         self._wait()
         return outputs
+
+    def bank(self, name: str) -> DeviceBank | None:
+        """Return the bank of the input ``name``."""
+        return self._banks.get(name)
 
     def _wait(self) -> None:
         if self._stream is not None:
@@ -162,7 +173,7 @@ class TensorRTEngine:
             self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return send(array, self._device)
 
     def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device."""
@@ -193,7 +204,8 @@ class TensorRTEngine:
 
     def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
         """Launch over the slots from ``first`` on; the packed results follow the outputs."""
-        typed = {name: tensor.to(self._session.types[name]) for name, tensor in tensors.items()}
+        named = {name: gathered(name, tensor, self._banks) for name, tensor in tensors.items()}
+        typed = {name: tensor.to(self._session.types[name]) for name, tensor in named.items()}
         bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
         outputs = self._session.launch(bound, self._aliases, recurs)
         return *outputs.values(), pack_results(outputs)
@@ -205,6 +217,7 @@ class TensorRTEngine:
     def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
         caches = self._bound_caches(piece.first, len(piece.arrays["past_lens"]))
         shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
+        shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}
         return {name: tuple(caches[name].shape) if name in caches else shapes[name] for name in self._session.inputs}
 
     def _output_names(self) -> Iterator[str]:

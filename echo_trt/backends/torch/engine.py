@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.base import METADATA
+from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
+from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.errors import UserError
@@ -36,6 +38,7 @@ class TorchEngine:
     graphs       whether calls of up to 1,024 tokens are captured as CUDA graphs
     collectives  exchange with the other ranks of a divided network; by default the rank is alone
     bounds       the largest calls: with them all graphs are captured at once, else each at the first call of its size
+    resident     whether outputs stay on the device until they are read, and heads' inputs too; by default on a GPU
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class TorchEngine:
         graphs: bool = True,
         collectives: Collectives | None = None,
         bounds: CallBounds | None = None,
+        resident: bool | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
         self.device = cuda_device() if device == "cuda" else torch.device(device)
@@ -60,41 +64,52 @@ class TorchEngine:
             needed = int(np.prod(shape)) * self._dtype.itemsize
             check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
-        self._lazy = self.device.type != "cpu"  # outputs stay on the device until they are read
+        self._resident = self.device.type != "cpu" if resident is None else resident
         self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks, table=num_blocks)
+        self._banks = self._make_banks() if self._resident else {}
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
         self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
         if self._graphs and bounds:
             self._capture_all()
 
+    def _make_banks(self) -> dict[str, DeviceBank]:
+        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration."""
+        config, inputs = self._role.network.config, self._role.inputs
+        if isinstance(config, DecoderConfig):
+            return {}
+        features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
+        sizes = {"features": (self.num_blocks * BLOCK, features)}
+        sizes["hidden"] = self._bounds.requests * self._bounds.tree, config.hidden_size
+        return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
+
+    def bank(self, name: str) -> DeviceBank | None:
+        """Return the bank of the input ``name``, where inputs stay on the device."""
+        return self._banks.get(name)
+
     @torch.inference_mode()
     def _capture_all(self) -> None:
         """Capture every size, of entries of each kind, so that no graph is captured while requests wait."""
-        config, widths = self._role.network.config, {}
-        if not isinstance(config, DecoderConfig):
-            features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
-            widths = {"features": features, "hidden": config.hidden_size}
         for size in reversed(self._graph_sizes):  # the largest first: the smaller ones find its memory
-            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs, widths):
+            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs):
                 self._graphs.run(arrays, capacity)
         self._graphs.sealed = True
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         arrays = self._arrays_of(call, inputs)
-        if self._lazy:
+        if self._resident:
             return self._on_device(arrays)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
     def _arrays_of(self, call: Packed, inputs: dict[str, np.ndarray]) -> Arrays:
-        arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
-        arrays = {name: np.ascontiguousarray(arrays[name]) for name in self._role.inputs}
+        arrays = numbered({"token_ids": call.token_ids, "positions": call.positions, **inputs})
+        arrays = {name: arrays[name] for name in self._role.inputs}
         return arrays | {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
 
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute the role's outputs; if they stay on the device, the packed results follow."""
-        named = {name: tensors[name] for name in self._role.inputs}
+        named = {name: gathered(name, tensors[name], self._banks) for name in self._role.inputs}
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
 
@@ -105,7 +120,7 @@ class TorchEngine:
 
         with among(self._collectives):
             outputs = self._role(named, tensors["logit_rows"], attend)
-        if self._lazy:
+        if self._resident:
             return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         return outputs
 
@@ -127,7 +142,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        old, new = (torch.from_numpy(rows).to(self.device) for rows in (source, target))
+        old, new = send(np.stack((source, target)).astype(np.int64), self.device)
         if self.device.type == "cpu":
             self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
         else:
