@@ -157,6 +157,25 @@ def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, 
     assert graphs.captures == 2  # no second try of the size that failed
 
 
+@pytest.mark.parametrize("pair", ["eagle3", "model", "dflash"])
+def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, small_sizes):
+    """Trees, catch-ups and chunks, all of them padded into graphs that were captured before."""
+    prompts = [np.arange(i, i + n) % 90 for i, n in enumerate((5, 37, 1, 16))]
+    params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
+    texts = []
+    for graphed in (False, True):
+        llm = open_llm(pair, "echo", 3, "torch")
+        engines = [llm.loop.target, llm.loop.drafter.engine]
+        for engine in engines if graphed else []:
+            graphs = with_graphs(engine, monkeypatch)
+            engine._capture_all()
+            before = graphs.captures
+        texts.append([c.token_ids for c in llm.generate([p.tolist() for p in prompts], params)])
+    assert texts[0] == texts[1]
+    assert before > 20
+    assert engines[1]._graphs.captures == before
+
+
 # -- buffers -------------------------------------------------------------------------------------------------------
 
 
