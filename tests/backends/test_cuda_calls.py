@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo_trt.backends.cuda import calls as cuda_calls
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
+from echo_trt.backends.cuda.device import send
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.pack import pack
@@ -242,6 +243,22 @@ def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
         assert len(sent) <= 2
         assert sum(sent) <= 256 + mask + 4 * blocks
         sent.clear()
+
+
+def test_what_is_sent_to_a_card_is_pinned_and_not_waited_for(monkeypatch):
+    asked = []
+
+    class Tensor:
+        def pin_memory(self):
+            asked.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            asked.append((str(device), non_blocking))
+
+    monkeypatch.setattr(torch, "from_numpy", lambda array: Tensor())
+    send(np.zeros(3), torch.device("cuda", 1))
+    assert asked == ["pinned", ("cuda:1", True)]
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from echo_trt.backends.cuda.device import send
 
 
 class DeviceRows:
@@ -35,7 +36,7 @@ class DeviceRows:
     def _gathered(self) -> Tensor:
         if self._index is None:
             return self._rows
-        return self._rows[torch.from_numpy(self._index).to(self._rows.device)]
+        return self._rows[send(self._index, self._rows.device)]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return _on_host(self._gathered()).astype(dtype or np.float32, copy=False)

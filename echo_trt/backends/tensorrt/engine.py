@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
+from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, send
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
@@ -162,7 +162,7 @@ class TensorRTEngine:
             self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return send(array, self._device)
 
     def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
+from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda, send
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
@@ -127,7 +127,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        old, new = (torch.from_numpy(rows).to(self.device) for rows in (source, target))
+        old, new = send(np.stack((source, target)), self.device)
         if self.device.type == "cpu":
             self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
         else:
