@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
-from stand_in_graphs import with_graphs
+from stand_in_graphs import StandInGraph, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,9 +137,10 @@ def test_all_graphs_are_captured_before_calls_come_and_compute_what_launches_do(
     assert (engine._pool == 0).all()  # a capture writes no KV row
     for seed in range(4):
         for call in calls(seed, requests=3):
-            inputs = inputs_for(call, features, seed)
+            inputs, replays = inputs_for(call, features, seed), StandInGraph.replays
             assert_same(plain.run(call, **inputs), engine.run(call, **inputs), 1e-5)
             torch.testing.assert_close(engine._pool, plain._pool, atol=1e-5, rtol=1e-5)
+            assert StandInGraph.replays == replays + 1
     assert graphs.captures == captured
 
 
@@ -171,8 +172,10 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
             graphs = with_graphs(engine, monkeypatch)
             engine._capture_all()
             before = graphs.captures
+        replays = StandInGraph.replays
         texts.append([c.token_ids for c in llm.generate([p.tolist() for p in prompts], params)])
     assert texts[0] == texts[1]
+    assert StandInGraph.replays > replays + 2 * 12
     assert before > 20
     assert engines[1]._graphs.captures == before
 

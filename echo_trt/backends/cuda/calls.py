@@ -116,7 +116,7 @@ class Graphs:
         capacity = capacity or {}
         if any(len(arrays[name]) > most for name, most in capacity.items()):
             return None
-        key = (*arguments, *shapes_of(arrays, capacity))
+        key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
             if self.sealed or len(self._captured) >= MOST_GRAPHS:
                 return None
