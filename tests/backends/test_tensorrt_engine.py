@@ -263,6 +263,19 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
     assert session.recurring == known
 
 
+def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
+    """The pool is zeroed on the current stream, and calls run on the own one of the engine, which does not wait."""
+    _, _, session = packed("target", networks, tmp_path)
+    waits = []
+    session.device = torch.device("cuda")
+    monkeypatch.setattr(TensorRTEngine, "_allocate", lambda self, shape: torch.zeros(1))
+    monkeypatch.setattr(tensorrt, "Graphs", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    TensorRTEngine(session, SLOTS, 4, 16)
+    assert waits == ["PyTorch's"]
+
+
 def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "check_version", lambda *_: None)
     monkeypatch.setattr(tensorrt, "check_card", lambda *_: None)
