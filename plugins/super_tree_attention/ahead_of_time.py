@@ -162,8 +162,8 @@ def ptx_version(compute_capability: int) -> int:
     if known < least:
         raise ValueError(
             f"compute capability {compute_capability} needs PTX {least / 10}, and this Triton's ptxas knows "
-            f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH and TRITON_PTXAS_BLACKWELL_PATH to the ptxas "
-            "of a newer CUDA"
+            f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH and "
+            "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a newer CUDA"
         )
     return max(min(_PTX_VERSION, known), least)
 
