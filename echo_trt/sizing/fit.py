@@ -109,7 +109,9 @@ def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
     nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
     if engine == "tensorrt-rtx":
         return SLOT_GRAPHS * nodes * NODE_BYTES
-    sizes, bounds = graph_sizes(calls.batch, calls.tree), CallBounds(calls.batch, calls.blocks)
+    # A TensorRT engine is not told how large trees are, and captures some sizes more.
+    sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
+    bounds = CallBounds(calls.batch, calls.blocks)
     buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
     return len(sizes) * nodes * NODE_BYTES + buffers
 

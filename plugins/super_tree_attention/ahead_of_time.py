@@ -142,6 +142,16 @@ def compile_kernel(
     )
 
 
+def card_architecture(capability: str) -> int:
+    """Return the architecture of a card's kernels, such as 90 for "9.0". Raises ValueError where there is none."""
+    number = int(capability.replace(".", ""))
+    number = 80 if number in (86, 87) else number  # they run kernels for 8.0
+    if number not in ARCHITECTURES:
+        known = ", ".join(f"{architecture / 10}" for architecture in ARCHITECTURES)
+        raise ValueError(f"no attention kernel is compiled for it, only for {known}")
+    return number
+
+
 @cache
 def ptx_version(compute_capability: int) -> int:
     """Return the version of PTX for a card, such as 88: no newer than Triton's assembler knows.
@@ -152,7 +162,8 @@ def ptx_version(compute_capability: int) -> int:
     if known < least:
         raise ValueError(
             f"compute capability {compute_capability} needs PTX {least / 10}, and this Triton's ptxas knows "
-            f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH to a newer CUDA's ptxas"
+            f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH and "
+            "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a newer CUDA"
         )
     return max(min(_PTX_VERSION, known), least)
 

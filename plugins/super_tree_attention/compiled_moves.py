@@ -20,11 +20,12 @@ def move_rows(pools: Tensor, source: Tensor, target: Tensor) -> None:
     """Copy rows source[j] to target[j] in every pool, as ``triton_attention.move_rows``, on the current stream.
 
     pools           fp16 or bf16 [L2, num_blocks, Hk, block, D], contiguous, D as in HEAD_DIMS
-    source, target  int64 [m]
+    source, target  int32 or int64 [m]
     """
     layers, num_blocks, kv_heads, block, head_dim = pools.shape
     if not len(source):
         return
+    source, target = source.long(), target.long()
     rows = pools.new_empty((layers, len(source), kv_heads, head_dim))
     stream = torch.cuda.current_stream(pools.device).cuda_stream
     capability, _ = device_facts()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
-from stand_in_graphs import with_graphs
+from stand_in_graphs import StandInGraph, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +18,7 @@ from echo_trt.backends.cuda import calls as cuda_calls
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
+from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.policies import make_planner
@@ -136,9 +137,10 @@ def test_all_graphs_are_captured_before_calls_come_and_compute_what_launches_do(
     assert (engine._pool == 0).all()  # a capture writes no KV row
     for seed in range(4):
         for call in calls(seed, requests=3):
-            inputs = inputs_for(call, features, seed)
+            inputs, replays = inputs_for(call, features, seed), StandInGraph.replays
             assert_same(plain.run(call, **inputs), engine.run(call, **inputs), 1e-5)
             torch.testing.assert_close(engine._pool, plain._pool, atol=1e-5, rtol=1e-5)
+            assert StandInGraph.replays == replays + 1
     assert graphs.captures == captured
 
 
@@ -155,6 +157,27 @@ def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, 
         assert len(said) == (past == 0)  # once
         assert all(s.endswith("without a CUDA graph: operation not permitted when stream is capturing") for s in said)
     assert graphs.captures == 2  # no second try of the size that failed
+
+
+@pytest.mark.parametrize("pair", ["eagle3", "model", "dflash"])
+def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, small_sizes):
+    """Trees, catch-ups and chunks, all of them padded into graphs that were captured before."""
+    prompts = [np.arange(i, i + n) % 90 for i, n in enumerate((5, 37, 1, 16))]
+    params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
+    texts = []
+    for graphed in (False, True):
+        llm = open_llm(pair, "echo", 3, "torch")
+        engines = [llm.loop.target, llm.loop.drafter.engine]
+        for engine in engines if graphed else []:
+            graphs = with_graphs(engine, monkeypatch)
+            engine._capture_all()
+            before = graphs.captures
+        replays = StandInGraph.replays
+        texts.append([c.token_ids for c in llm.generate([p.tolist() for p in prompts], params)])
+    assert texts[0] == texts[1]
+    assert StandInGraph.replays > replays + 2 * 12
+    assert before > 20
+    assert engines[1]._graphs.captures == before
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------
@@ -223,6 +246,22 @@ def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
         assert len(sent) <= 2
         assert sum(sent) <= 256 + mask + 4 * blocks
         sent.clear()
+
+
+def test_what_is_sent_to_a_card_is_pinned_and_not_waited_for(monkeypatch):
+    asked = []
+
+    class Tensor:
+        def pin_memory(self):
+            asked.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            asked.append((str(device), non_blocking))
+
+    monkeypatch.setattr(torch, "from_numpy", lambda array: Tensor())
+    send(np.zeros(3), torch.device("cuda", 1))
+    assert asked == ["pinned", ("cuda:1", True)]
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -387,3 +387,14 @@ def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monk
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
     with pytest.raises(Registered):
         build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"])
+def test_cards_that_have_kernels(capability):
+    tensorrt_build.check_kernels(capability)
+
+
+@pytest.mark.parametrize("capability", ["7.5", "13.0"])
+def test_a_card_that_no_kernel_is_for(capability):
+    with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
+        tensorrt_build.check_kernels(capability)

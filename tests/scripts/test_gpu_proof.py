@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -185,6 +186,39 @@ def test_an_interpreter_that_cannot_run_is_refused_before_anything_runs(triton, 
     assert bool(problem) == refused
     if refused:
         assert "the interpreter of Triton 3.6.0 does not run with numpy 2.5.2; install triton 3.7 or later" in problem
+
+
+@pytest.fixture
+def keeps_paths(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+
+
+def write_wheel(folder: Path, name: str, machine: str = "any") -> None:
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-{machine}.whl", "w") as wheel:
+        wheel.writestr(f"{name}/__init__.py", "here = 1\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-{machine}\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_of_a_folder_are_there_for_one_run(tmp_path, keeps_paths):
+    install = runpy.run_path(str(ROOT / "scripts" / "gpu_proof"))["install"]
+    write_wheel(tmp_path / "wheels", "brought_along")
+    assert install(tmp_path / "wheels", str(tmp_path / "target")) == ""
+    assert importlib.import_module("brought_along").here == 1
+
+
+def test_wheels_that_cannot_be_installed_are_refused(tmp_path, keeps_paths):
+    install = runpy.run_path(str(ROOT / "scripts" / "gpu_proof"))["install"]
+    (tmp_path / "none").mkdir()
+    assert "which holds no .whl file" in install(tmp_path / "none", str(tmp_path / "target"))
+    write_wheel(tmp_path / "wheels", "elsewhere", "win_arm64")
+    problem = install(tmp_path / "wheels", str(tmp_path / "target"))
+    assert "pip cannot install the wheels" in problem
+    assert "not a supported wheel on this platform" in problem
 
 
 def test_all_sections_end_within_eight_minutes(parts):

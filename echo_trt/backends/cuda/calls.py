@@ -118,11 +118,11 @@ class Graphs:
         capacity = capacity or {}
         if any(len(arrays[name]) > most for name, most in capacity.items()):
             return None
-        key = (*arguments, *shapes_of(arrays, capacity))
+        key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
             if self.sealed or len(self._captured) >= MOST_GRAPHS:
                 return None
-            self._captured[key] = self._captured_or_none(arrays, capacity, arguments)
+            self._captured[key] = self._capture(arrays, capacity, arguments)
         captured = self._captured[key]
         if captured is None:
             return None
@@ -130,16 +130,8 @@ class Graphs:
         captured.graph.replay()
         return captured.outputs
 
-    def _captured_or_none(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
-        try:
-            return self._capture(arrays, capacity, arguments)
-        except RuntimeError as error:
-            torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
-            tokens, reason = arrays["token_ids"].size, " ".join(str(error).split())[:200]
-            warnings.warn(f"calls of {tokens} tokens run without a CUDA graph: {reason}", stacklevel=2)
-            return None
-
-    def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured:
+    def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
+        """Capture a size; None, with a warning, where that fails."""
         staging = Staging(arrays, self._device, capacity)
         inputs = staging.upload(blank(arrays))
         # A run before the capture compiles kernels and starts libraries.
@@ -152,10 +144,16 @@ class Graphs:
         places = self._output_places(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
-                place.copy_(output)
+        try:
+            # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
+                    place.copy_(output)
+        except RuntimeError as error:
+            torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
+            tokens, reason = arrays["token_ids"].size, " ".join(str(error).split())[:200]
+            warnings.warn(f"calls of {tokens} tokens run without a CUDA graph: {reason}", stacklevel=2)
+            return None
         return Captured(staging, graph, places)
 
     def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

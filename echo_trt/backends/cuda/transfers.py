@@ -37,4 +37,5 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to the device in the order of its stream, without waiting."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     TRANSFERS.up += array.nbytes
+    # PyTorch keeps the pinned memory until the copy has ended, whatever becomes of this tensor.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()

@@ -43,7 +43,17 @@ def check_settings(recipe: Recipe) -> None:
     check_capabilities(engine, recipe.compute_capability)
     if not COMPILERS[engine].builds_anywhere:
         _register_plugins()
-        cuda_device()
+        check_kernels(compute_capability(cuda_device()))
+
+
+def check_kernels(capability: str) -> None:
+    """Refuse a card that no attention kernel is compiled for, or that this Triton's assembler is too old for."""
+    from super_tree_attention.ahead_of_time import card_architecture, ptx_version
+
+    try:
+        ptx_version(card_architecture(capability))
+    except ValueError as error:
+        raise UserError(f"compute capability {capability}: {error}; or use --engine torch or tensorrt-rtx.") from error
 
 
 def _register_plugins() -> None:

@@ -59,14 +59,32 @@ def prove_graphs(proof: Proof, config: DecoderConfig) -> None:
         told += [str(w.message) for w in said if "CUDA graph" in str(w.message)]
     captured, seconds = len(graphed._graph_sizes), time.monotonic() - start
     rng, worst = np.random.default_rng(1), 0.0
+    replayed = count_replays(graphed)
     for batch, count in ((1, 1), (1, 4), (3, 2)) if proof.interpret else ((1, 1), (1, 16), (3, 5), (8, 4), (5, 1)):
         call = call_of(batch, count, 33, config, rng)
         got, wanted = (np.asarray(engine.run(call)["logits"]) for engine in (graphed, plain))
         worst = max(worst, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
     proof.check("graphs compute what launches do", worst <= BOUND, f"{worst:.1e} of the largest logit apart")
+    held = None if graphed._graphs is None else all(replayed)
+    proof.check("every call is replayed", held, f"{sum(replayed)} of {len(replayed)} calls")
     detail = f"{captured} sizes in {seconds:.1f} s, {(free - _free(proof)) / 2**20:.0f} MiB with the network"
     proof.check("all sizes are captured", None if graphed._graphs is None else not told, "; ".join([detail, *told[:1]]))
     proof.record(graphs=captured, capture_seconds=seconds, graph_error=worst)
+
+
+def count_replays(engine: TorchEngine) -> list[bool]:
+    """Return a list that gets, for each later call, whether a graph was there for it."""
+    replayed: list[bool] = []
+    if engine._graphs is not None:
+        run = engine._graphs.run
+
+        def noted(*arguments):
+            outputs = run(*arguments)
+            replayed.append(outputs is not None)
+            return outputs
+
+        engine._graphs.run = noted
+    return replayed
 
 
 def prove_catch_up(proof: Proof, config: DecoderConfig, prompt: int, chunk: int) -> None:

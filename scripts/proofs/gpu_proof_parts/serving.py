@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import dataclass
 
@@ -102,6 +103,8 @@ def prove(proof: Proof) -> None:
         f"{time.monotonic() - start:.1f} s. Rates are of decoding alone. The host's share is of an iteration's time in "
         "which no pass of target or draft runs."
     )
+    if importlib.util.find_spec("numba") is None:
+        proof.lacks("numba is not installed, so that the host's planning is interpreted and its share larger")
     runs = Runs(proof, scale, engines, config.vocab_size, reserve, context)
     costs = runs.costs(proof)
     rows, figures = [], []
