@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +55,24 @@ class StandInGraphs(Graphs):
         return self._places
 
 
+def as_on_a_gpu(engine: TorchEngine) -> TorchEngine:
+    """Make a CPU's engine keep outputs, features and states where it computes, as on a GPU but for the graphs."""
+    engine._resident = True
+    engine._banks = engine._banks or engine._make_banks()
+    return engine
+
+
+def in_banks(engine: TorchEngine, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Write a head's inputs into the engine's banks and read them from there, as a drafter does."""
+    read = dict(inputs)
+    for name, values in inputs.items():
+        if bank := engine.bank(name):
+            rows = np.arange(len(values))
+            bank.write(rows, values, rows)
+            read[name] = bank.read(rows)
+    return read
+
+
 def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: tuple[int, ...] = ()) -> StandInGraphs:
     """Make a CPU's engine work as a GPU's, with graphs that stand in for CUDA's."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -65,7 +85,7 @@ def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: t
         "synchronize": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    engine._resident = True
+    as_on_a_gpu(engine)
     engine._graphs = StandInGraphs(engine._forward, refused)
     monkeypatch.setattr(torch.cuda, "graph", engine._graphs.capturing)
     return engine._graphs

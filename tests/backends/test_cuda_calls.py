@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
-from stand_in_graphs import StandInGraph, with_graphs
+from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -138,7 +138,7 @@ def test_all_graphs_are_captured_before_calls_come_and_compute_what_launches_do(
     for seed in range(4):
         for call in calls(seed, requests=3):
             inputs, replays = inputs_for(call, features, seed), StandInGraph.replays
-            assert_same(plain.run(call, **inputs), engine.run(call, **inputs), 1e-5)
+            assert_same(plain.run(call, **inputs), engine.run(call, **in_banks(engine, inputs)), 1e-5)
             torch.testing.assert_close(engine._pool, plain._pool, atol=1e-5, rtol=1e-5)
             assert StandInGraph.replays == replays + 1
     assert graphs.captures == captured
@@ -166,7 +166,7 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
     params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
     texts = []
     for graphed in (False, True):
-        llm = open_llm(pair, "echo", 3, "torch")
+        llm = open_llm(pair, "echo", 3, "resident" if graphed else "torch")
         engines = [llm.loop.target, llm.loop.drafter.engine]
         for engine in engines if graphed else []:
             graphs = with_graphs(engine, monkeypatch)
@@ -282,8 +282,7 @@ class Gathers(TorchDispatchMode):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_pass_brings_one_packed_result_to_the_host(network, networks, monkeypatch):
     pair, name, features = NETWORKS[network]
-    engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
-    engine._resident = True
+    engine = as_on_a_gpu(TorchEngine(roles_of(pair, networks)[name], BLOCKS))
     copies, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tuple(tensor.shape)) or cpu(tensor))
     call = calls(0)[1]
@@ -299,7 +298,7 @@ def test_greedy_acceptance_reads_no_logits(networks):
     """The walk asks for the best tokens of some nodes at each depth; logits are picked where they are read."""
     engine = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
     plain = engine.run(calls(0)[1])["logits"]
-    engine._resident = True
+    as_on_a_gpu(engine)
     rows = engine.run(calls(0)[1])["logits"]
     picked = np.array([3, 1, 2])
     with Gathers() as gathers:
@@ -312,8 +311,7 @@ def test_greedy_acceptance_reads_no_logits(networks):
 
 def test_states_that_were_picked_outlive_the_next_pass(networks):
     """A drafter keeps the states of all levels, and the engine's next pass writes over its outputs."""
-    engine = TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS)
-    engine._resident = True
+    engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS))
     call = calls(0)[1]
     states = engine.run(call, **inputs_for(call, 192, 1))["state"]
     kept = states[np.array([2, 0])]

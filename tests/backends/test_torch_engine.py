@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
+from stand_in_graphs import as_on_a_gpu
 
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
@@ -76,12 +77,6 @@ def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:
 def arrays_of(call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     names = ("token_ids", "positions", *METADATA, "logit_rows")
     return {name: getattr(call, name) for name in names} | inputs
-
-
-def lazy(engine: TorchEngine) -> TorchEngine:
-    """The engine as on a GPU, but for the graphs."""
-    engine._resident = True
-    return engine
 
 
 def assert_same(want: dict[str, np.ndarray], got: dict, tolerance: float = 0.0) -> None:
@@ -166,7 +161,7 @@ def test_rows_read_late_are_the_rows():
 def test_outputs_read_late_are_the_references(network, networks):
     pair, name, features = NETWORKS[network]
     role = roles_of(pair, networks)[name]
-    plain, late = TorchEngine(role, BLOCKS), lazy(TorchEngine(role, BLOCKS))
+    plain, late = TorchEngine(role, BLOCKS), as_on_a_gpu(TorchEngine(role, BLOCKS))
     for seed in range(2):
         for call in calls(seed):
             inputs = inputs_for(call, features, seed)

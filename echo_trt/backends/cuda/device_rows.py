@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda import choose

@@ -79,7 +79,8 @@ class TorchEngine:
             return {}
         features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
         sizes = {"features": (self.num_blocks * BLOCK, features)}
-        sizes["hidden"] = self._bounds.requests * self._bounds.tree, config.hidden_size
+        nodes = min(self._bounds.requests * self._bounds.tree, self.num_blocks * BLOCK)  # each has a KV row
+        sizes["hidden"] = nodes, config.hidden_size
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
     def bank(self, name: str) -> DeviceBank | None:
