@@ -36,7 +36,7 @@ def event_on(device: torch.device) -> Any:
 class Staging:
     """Buffers for arrays of the shapes and types of ``like``: two pinned ones on the host, in turn, one on the device.
 
-    ``capacity``: rows of arrays that have room for more than ``like``, and of which an upload may send fewer.
+    ``capacity``: rows of memory by array, where the array may grow beyond ``like``. An upload sends the filled rows.
     """
 
     def __init__(self, like: Arrays, device: torch.device, capacity: Capacity | None = None):

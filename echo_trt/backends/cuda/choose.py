@@ -1,7 +1,7 @@
 """The target's choice where its logits are: ``decoding.sampling`` in PyTorch, on a GPU or a CPU.
 
-Penalties, noise, limits and their order are those of ``decoding.sampling``, so a seed gives the same text on either
-side. Nothing here waits for the device: sizes depend on shapes alone.
+Penalties, noise and limits are computed as in ``decoding.sampling`` and in the same order, so a seed gives the same
+text on host and device. Nothing here waits for the device: sizes depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _uniform(seed: Tensor, place: Tensor, size: int) -> Tensor:
 def _philox(seed: Tensor, place: Tensor, calls: Tensor, half: int) -> Tensor:
     """Ten rounds of Philox4x32 for n keys and counters, and m ``calls``: int64 [4, n, m] of 32 bits each.
 
-    A product wraps around in int64, but its bits are those of an unsigned one.
+    A product wraps around in int64, but its bits equal an unsigned product's bits.
     """
     shape = len(seed), len(calls)
     halves = torch.full_like(calls, half)
