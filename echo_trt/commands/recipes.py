@@ -32,8 +32,6 @@ def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
         return _derived(target, draft), Path()
     recipe = load_recipe(shipped)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
-    if draft is None and "path" in target:  # a local target's draft may come from the hub, all the same
-        return recipe, Path()
     return (_with_draft(recipe, draft) if draft else recipe), Path()
 
 
