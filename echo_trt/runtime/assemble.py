@@ -15,6 +15,7 @@ from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.runtime.levels import LevelsDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.markov import Markov, read_markov
@@ -181,4 +182,6 @@ def drafter_with(
         return EngineDrafter(engine, state, chunk)
     if facts.block is not None:
         return BlockDrafter(engine, state, chunk, facts.feature_size, facts.block, markov)
-    return Eagle3Drafter(engine, state, chunk, facts.feature_size, facts.hidden_size)
+    on_device = hasattr(engine, "run_levels") and engine.bank("hidden") is not None
+    kind = LevelsDrafter if on_device else Eagle3Drafter
+    return kind(engine, state, chunk, facts.feature_size, facts.hidden_size)
