@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, HostBank, bank_of
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
@@ -182,6 +182,6 @@ def drafter_with(
         return EngineDrafter(engine, state, chunk)
     if facts.block is not None:
         return BlockDrafter(engine, state, chunk, facts.feature_size, facts.block, markov)
-    on_device = hasattr(engine, "run_levels") and engine.bank("hidden") is not None
+    on_device = hasattr(engine, "run_levels") and not isinstance(bank_of(engine, "hidden", 0, 0), HostBank)
     kind = LevelsDrafter if on_device else Eagle3Drafter
     return kind(engine, state, chunk, facts.feature_size, facts.hidden_size)

@@ -40,8 +40,8 @@ class IterationDraft(Protocol):
 
 
 @runtime_checkable
-class LooksAhead(IterationDraft, Protocol):
-    """A draft that runs several levels at once, in ``passes`` of ``entries`` tokens each."""
+class LooksAhead(Protocol):
+    """A draft that can run several levels at once, in ``passes`` of ``entries`` tokens each."""
 
     passes: int
 
@@ -68,23 +68,28 @@ class TimedDraft:
 
     def __init__(self, drafter: Drafter, slots: np.ndarray, grammars: np.ndarray):
         """``grammars`` [B]: what may follow each request's text, None where anything may."""
-        self._draft, self._slots = drafter.begin(slots), slots
+        self._drafter, self._slots = drafter, slots
         self._grammars = grammars if grammars.any() else None
+        self._draft: IterationDraft  # begins with the roots
+        self._ahead: tuple[int, ...] = ()
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
 
     @property
     def looks_ahead(self) -> bool:
         """Whether it can run several levels at once; what a grammar forbids is known to the host alone."""
-        return self._grammars is None and isinstance(self._draft, LooksAhead)
+        return self._grammars is None and getattr(self._drafter, "looks_ahead", False)
 
     def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
         """See ``decoding.planner.Draft``."""
-        assert isinstance(self._draft, LooksAhead)
-        self._draft.look_ahead(levels, beams, width, most)
+        self._ahead = levels, beams, width, most
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        proposed = self._timed(time.perf_counter(), self._draft.expand_roots(requests))
+        begin = time.perf_counter()
+        self._draft = self._drafter.begin(self._slots)
+        if self._ahead and isinstance(self._draft, LooksAhead):
+            self._draft.look_ahead(*self._ahead)
+        proposed = self._timed(begin, self._draft.expand_roots(requests))
         return proposed if self._grammars is None else prune(self._grammars[requests], *proposed)
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

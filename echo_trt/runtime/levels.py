@@ -27,6 +27,7 @@ class LevelsDrafter(Eagle3Drafter):
     """An EAGLE-3 head whose engine drafts several levels without a return to the host."""
 
     engine: LevelsEngine
+    looks_ahead = True  # read by TimedDraft
 
     def begin(self, slots: np.ndarray) -> LevelsDraft:
         return LevelsDraft(self, slots)

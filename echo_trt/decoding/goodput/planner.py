@@ -226,11 +226,9 @@ class GoodputPlanner:
         forecast = self.acceptance.forecast(self.settings.width, self._horizon)
         if depth >= len(forecast.below):
             return 0
-        ends = portions(len(frontier))
+        passes = self._passes(search, entries, portions(len(frontier)))
         levels = forecast.below[depth], forecast.brought[depth]
-        return self._best_portion(
-            search, frontier, depth, self._passes(search, entries, ends), levels, self._block > 0
-        )[0]
+        return self._best_portion(search, frontier, depth, passes, levels, self._block > 0)[0]
 
     def _worth_looking_ahead(self, search: Search, frontier: np.ndarray, entries: np.ndarray) -> tuple[int, int]:
         """Return the number of requests to draft for, and levels below the roots' children to draft with them.
@@ -239,10 +237,10 @@ class GoodputPlanner:
         """
         forecast = self.acceptance.forecast(self.settings.width, self.settings.max_depth)
         ends = portions(len(frontier))
-        passes, best = self._passes(search, entries, ends), (0, 0.0, 0)
-        for level in range(1, len(forecast.below[0])):
+        passes, best = np.zeros(len(ends)), (0, 0.0, 0)
+        for level in range(len(forecast.below[0])):
             rows = np.arange(1, len(frontier) + 1) * float(self.settings.beams * level)
-            passes = passes + self._passes(search, rows, ends)
+            passes = passes + self._passes(search, rows if level else entries, ends)
             levels = forecast.below[0][: level + 1], forecast.brought[0][: level + 1]
             count, net = self._best_portion(search, frontier, 0, passes, levels, True)
             if net > best[1]:
@@ -252,8 +250,9 @@ class GoodputPlanner:
     def _passes(self, search: Search, entries: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the seconds of a draft pass of ``entries`` float64 [F] for each of the portions ``ends``."""
         costs, load = self.costs, search.load
-        seconds: np.ndarray = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
-        return seconds + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        base = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        seconds: np.ndarray = base + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        return seconds
 
     def _best_portion(
         self,
