@@ -10,6 +10,7 @@ import numpy as np
 from echo_trt.decoding.arrays import begins, ragged_arange
 
 BLOCK = 32  # tokens in a KV block
+ROOT = -1  # number of the root among nodes that are drafted on a device
 _CAUSAL = np.zeros(0, np.uint8), np.zeros(1, np.int64)  # no mask, of no request
 
 
@@ -124,3 +125,24 @@ def pack(
         logit_rows=np.ascontiguousarray(logit_rows, np.int64),
         padded_to=padded_to,
     )
+
+
+def level_calls(past: np.ndarray, block_table: np.ndarray, levels: int, beams: int) -> list[Packed]:
+    """Pack the calls of the levels below the roots' children, but for tokens and masks, which the device fills in.
+
+    past         int64 [A], cached entries of a request's draft
+    block_table  int [A, M]
+
+    A call has ``beams`` rows a request for each level so far, and asks for those of the last one.
+    """
+    calls, requests = [], len(past)
+    for level in range(1, levels + 1):
+        rows = beams * level
+        counts = np.full(requests, rows)
+        depth = np.tile(np.arange(rows) // beams, requests)
+        last = begins(counts)[:-1, None] + np.arange(rows - beams, rows)
+        none = np.zeros(requests * rows, np.int64)
+        call = pack(none, np.repeat(past, rows) + depth, past, counts, block_table, last.reshape(-1))
+        masks = (np.arange(requests + 1) * rows * rows).astype(np.int32)
+        calls.append(call._replace(tree_mask_begins=masks))
+    return calls

@@ -22,6 +22,13 @@ class Draft(Protocol):
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Propose children of ``nodes`` [F], all of one depth: log q float [F, k], best first; tokens int [F, k]."""
 
+    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
+        """Let ``expand_roots`` also draft ``levels`` below the roots' children, where ``Load.looks_ahead`` says it can.
+
+        Each level expands a request's ``beams`` best nodes by the draft's path probability; a node has ``width``
+        children. ``expand`` then takes no pass: it proposes what is among the ``most`` best nodes of a request.
+        """
+
 
 @dataclass(frozen=True)
 class Continuations:
@@ -57,6 +64,7 @@ class Load:
     recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
     serial         int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
+    looks_ahead    whether the draft can run several levels at once (``Draft.look_ahead``)
     """
 
     slots: np.ndarray
@@ -66,6 +74,7 @@ class Load:
     recent: np.ndarray
     serial: np.ndarray
     prompt_tokens: int = 0
+    looks_ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, HostBank, bank_of
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
@@ -15,6 +15,7 @@ from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.runtime.levels import LevelsDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.markov import Markov, read_markov
@@ -181,4 +182,6 @@ def drafter_with(
         return EngineDrafter(engine, state, chunk)
     if facts.block is not None:
         return BlockDrafter(engine, state, chunk, facts.feature_size, facts.block, markov)
-    return Eagle3Drafter(engine, state, chunk, facts.feature_size, facts.hidden_size)
+    on_device = hasattr(engine, "run_levels") and not isinstance(bank_of(engine, "hidden", 0, 0), HostBank)
+    kind = LevelsDrafter if on_device else Eagle3Drafter
+    return kind(engine, state, chunk, facts.feature_size, facts.hidden_size)

@@ -7,18 +7,20 @@ accepted path or a pause of any length, is caught up in the pass that next needs
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from echo_trt.backends.base import Engine, bank_of
 from echo_trt.decoding.arrays import ragged_arange
-from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.runtime.guided import prune, state_at
 from echo_trt.runtime.slots import Slots
 
+RunNewest = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]
 NONE = np.zeros(0, np.int64)
 UNKNOWN = -1  # entries of a request that has not drafted
 
@@ -35,6 +37,15 @@ class IterationDraft(Protocol):
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A draft that can run several levels at once, in ``passes`` of ``entries`` tokens each."""
+
+    passes: int
+
+    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None: ...
 
 
 class Drafter(Protocol):
@@ -60,12 +71,24 @@ class TimedDraft:
         self._drafter, self._slots = drafter, slots
         self._grammars = grammars if grammars.any() else None
         self._draft: IterationDraft  # begins with the roots
+        self._ahead: tuple[int, ...] = ()
         self.passes: list[Pass] = []
         self.levels, self.seconds = 0, 0.0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it can run several levels at once; what a grammar forbids is known to the host alone."""
+        return self._grammars is None and getattr(self._drafter, "looks_ahead", False)
+
+    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
+        """See ``decoding.planner.Draft``."""
+        self._ahead = levels, beams, width, most
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         begin = time.perf_counter()
         self._draft = self._drafter.begin(self._slots)
+        if self._ahead and isinstance(self._draft, LooksAhead):
+            self._draft.look_ahead(*self._ahead)
         proposed = self._timed(begin, self._draft.expand_roots(requests))
         return proposed if self._grammars is None else prune(self._grammars[requests], *proposed)
 
@@ -80,7 +103,8 @@ class TimedDraft:
         self.seconds += seconds
         self.levels += 1
         if self._draft.entries:  # copied text takes no pass
-            self.passes.append(Pass(self._draft.entries, self._draft.context, seconds))
+            passes = self._draft.passes if isinstance(self._draft, LooksAhead) else 1
+            self.passes += [Pass(self._draft.entries, self._draft.context, seconds / passes)] * passes
         return proposed
 
 
@@ -97,7 +121,7 @@ class EngineDrafter:
     def begin(self, slots: np.ndarray) -> IterationDraft:
         return EngineDraft(self, slots)
 
-    def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
+    def observe(self, rows: np.ndarray, outputs: dict[str, Any], output_rows: np.ndarray) -> None:
         pass  # a standalone model draws on tokens alone
 
     def forget(self, slot: int) -> None:
@@ -133,8 +157,11 @@ class EngineDrafter:
             drafted = committed & state.block_drafted[state.block_table[slots]]
             self.cached[slots] = BLOCK * np.logical_and.accumulate(drafted, axis=1).sum(axis=1)
 
-    def catch_up(self, slots: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Bring the draft's cache in step. Returns the last pass's outputs and the newest entries' rows in it [B]."""
+    def catch_up(self, slots: np.ndarray, run: RunNewest | None = None) -> tuple[dict[str, Any], np.ndarray]:
+        """Bring the draft's cache in step. Returns the last pass's outputs and the newest entries' rows in it [B].
+
+        ``run`` makes the last pass, by default ``_run_newest``.
+        """
         state = self.state
         goal = state.committed[slots] + self.ahead
         start = goal - self.behind(slots)
@@ -144,7 +171,7 @@ class EngineDrafter:
             start[long] += self.chunk
         newest, first = np.cumsum(goal - start) - 1, self.cached[slots] // BLOCK
         full = goal // BLOCK - first
-        outputs = self._run_newest(slots, start, goal - start)
+        outputs = (run or self._run_newest)(slots, start, goal - start)
         if full.any():
             index = np.repeat(first, full) + ragged_arange(full)
             state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
@@ -158,10 +185,16 @@ class EngineDrafter:
     def _run_entries(
         self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray
     ) -> dict[str, np.ndarray]:
+        call, inputs = self._packed(slots, start, counts, asked)
+        return self.engine.run(call, **inputs)
+
+    def _packed(
+        self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray, asked: np.ndarray
+    ) -> tuple[Packed, dict[str, Any]]:
         owner = np.repeat(slots, counts)
         index = np.repeat(start, counts) + ragged_arange(counts)
         tokens, inputs = self.entries(owner, index)
-        return self.engine.run(pack(tokens, index, start, counts, self.state.block_table[slots], asked), **inputs)
+        return pack(tokens, index, start, counts, self.state.block_table[slots], asked), inputs
 
 
 class Eagle3Drafter(EngineDrafter):

@@ -224,8 +224,8 @@ class Loop:
         if len(slots) + len(chunks.slots) == 0:
             return NOTHING
         begin = time.perf_counter()
-        load = self._load(slots, len(chunks.owner))
         draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter else None
+        load = self._load(slots, len(chunks.owner), draft is not None and draft.looks_ahead)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
@@ -264,13 +264,13 @@ class Loop:
         owner = np.repeat(slots, counts)
         return Chunks(slots, counts, owner, state.committed[owner] + ragged_arange(counts))
 
-    def _load(self, slots: np.ndarray, prompt_tokens: int) -> Load:
+    def _load(self, slots: np.ndarray, prompt_tokens: int, looks_ahead: bool) -> Load:
         state = self.state
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
         context, recent = int(state.committed[slots].sum()), state.recent(slots, RECENT)
-        return Load(slots, room, behind, context, recent, state.admitted[slots], prompt_tokens)
+        return Load(slots, room, behind, context, recent, state.admitted[slots], prompt_tokens, looks_ahead)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: Load) -> tuple[Plan, float]:
         """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""

@@ -31,7 +31,8 @@ for size in (1, 5, 90, 300):
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)
     for one_pass in (False, True):
-        print(best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds, one_pass))
+        count, net = best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds, one_pass)
+        print(int(count), round(float(net), 9))
 text = rng.integers(0, 4, (5, 40)).astype(np.int32)
 print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])
 logits, top_k, top_p = rng.normal(0, 3, (4, 700)).astype(np.float32), np.array([0, 0, 9, 700]), np.full(4, 0.99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
+from echo_trt.backends.cuda.levels import draft_levels
 from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
-from echo_trt.backends.cuda.transfers import send
+from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.errors import UserError
@@ -27,6 +29,7 @@ from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
+NONE = np.zeros(0, np.int64)
 MOST_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -79,7 +82,7 @@ class TorchEngine:
             return {}
         features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
         sizes = {"features": (self.num_blocks * BLOCK, features)}
-        nodes = min(self._bounds.requests * self._bounds.tree, self.num_blocks * BLOCK)  # each has a KV row
+        nodes = min(self._bounds.requests * (self._bounds.tree + 1), self.num_blocks * BLOCK)  # each has a KV row
         sizes["hidden"] = nodes, config.hidden_size
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
@@ -125,14 +128,24 @@ class TorchEngine:
             return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         return outputs
 
+    @torch.inference_mode()
+    def run_levels(
+        self, call: Packed, calls: list[Packed], beams: int, width: int, most: int, **inputs: Any
+    ) -> np.ndarray:
+        """Run a head over the roots of ``call`` and the levels of ``calls``; see ``draft_levels``."""
+        arrays = self._arrays_of(call, inputs)
+        scores, candidates, state, *_ = self._launch(arrays)
+        asked, states = len(arrays["logit_rows"]), self._banks["hidden"].rows
+        states[:asked] = state[send(arrays["logit_rows"], self.device)]
+        none = {"token_ids": call.token_ids, "features": NONE, "hidden": NONE}
+        levels = [{**none, **{n: getattr(c, n) for n in ("positions", *METADATA, "logit_rows")}} for c in calls]
+        on_device = [dict(Staging(level, self.device).upload(level)) for level in levels]
+        roots = scores[:asked], candidates[:asked]
+        return fetch(draft_levels(lambda t: self._forward(t)[:3], on_device, states, *roots, beams, width, most))
+
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""
-        size = size_for(arrays, self._graph_sizes) if self._graphs else None
-        outputs = None
-        if self._graphs and size:
-            outputs = self._graphs.run(pad(arrays, size), capacity_of(size, self._bounds))
-        if outputs is None:
-            outputs = self._forward(Staging(arrays, self.device).upload(arrays))
+        outputs = self._launch(arrays)
         asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
         named = dict(zip(self._role.outputs, outputs, strict=False))
         read, best = read_results(outputs[-1][:asked], named)
@@ -140,6 +153,16 @@ class TorchEngine:
             if name not in read:
                 read[name] = DeviceLogits(output[:asked], best) if name == "logits" else DeviceRows(output[:tokens])
         return {name: read[name] for name in self._role.outputs}
+
+    def _launch(self, arrays: Arrays) -> tuple[Tensor, ...]:
+        """Replay a graph, or launch; rows of padding follow those of the call."""
+        size = size_for(arrays, self._graph_sizes) if self._graphs else None
+        outputs = None
+        if self._graphs and size:
+            outputs = self._graphs.run(pad(arrays, size), capacity_of(size, self._bounds))
+        if outputs is None:
+            outputs = self._forward(Staging(arrays, self.device).upload(arrays))
+        return outputs
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

@@ -20,6 +20,10 @@ class EchoPlanner(Planner):
         self.name, self.settings, self.budget = name, settings, settings.budget or 0
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
-        candidates, claimed_node = grow(roots, draft, self.settings, load.room)
-        tree, _ = candidates.sorted_by_request(allocate(candidates, claimed_node, self.settings))
+        settings = self.settings
+        if load.looks_ahead and settings.max_depth > 1:  # levels are cheaper there than a look at a gate between them
+            most = 4 * settings.per_request  # a gate looks at the best children, the budget at the best nodes
+            draft.look_ahead(settings.max_depth - 1, settings.beams, settings.width, most)
+        candidates, claimed_node = grow(roots, draft, settings, load.room)
+        tree, _ = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
         return Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)

@@ -173,7 +173,9 @@ class GoodputPlanner:
         # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
         once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
         entries = np.cumsum((behind - once + once / serves + self._block)[best])
-        count = self._worth_expanding(search, promise[best], 0, entries)
+        count, levels = self._worth_expanding(search, promise[best], 0, entries), 0
+        if load.looks_ahead:
+            count, levels = self._worth_looking_ahead(search, promise[best], entries)
         requests = open_[best[:count]]
         if count == 0:
             alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
@@ -182,12 +184,14 @@ class GoodputPlanner:
             if len(requests) == 0:
                 return
         requests = np.sort(requests)
+        if levels:
+            draft.look_ahead(levels, settings.beams, settings.width, settings.per_request)
         log_q, tokens = draft.expand_roots(requests)
         candidates.add(requests, log_q, tokens, settings.width)
         best_child = candidates.best_child(requests)
         history.drafted(load.slots[requests], best_child, self.acceptance.forecast(settings.width).first)
-        if self._block:
-            self._read_block(draft, search)
+        if self._block or levels:
+            self._read_levels(draft, search)
             return
         expanded = 0
         for depth in range(1, settings.max_depth):
@@ -203,8 +207,8 @@ class GoodputPlanner:
             candidates.add(nodes, log_q, tokens, settings.width)
             expanded += count
 
-    def _read_block(self, draft: Draft, search: Search) -> None:
-        """Grow trees from the block's rows; a node too unlikely to be verified is not expanded."""
+    def _read_levels(self, draft: Draft, search: Search) -> None:
+        """Grow trees from levels that were drafted at once; a node too unlikely to be verified is not expanded."""
         candidates, settings = search.candidates, self.settings
         for depth in range(1, settings.max_depth):
             nodes = candidates.promising(depth, len(search.seconds) - 1)
@@ -219,26 +223,62 @@ class GoodputPlanner:
         frontier float64 [F]: values in tokens, best first. entries float64 [F]: tokens of the draft pass that expands
         the first 1, 2, ... nodes.
         """
-        candidates, load, price, costs = search.candidates, search.load, search.price, self.costs
         forecast = self.acceptance.forecast(self.settings.width, self._horizon)
         if depth >= len(forecast.below):
             return 0
-        ends, chains = portions(len(frontier)), candidates.continuations()
-        passes = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
-        passes = passes + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
-        return best_portion(
+        passes = self._passes(search, entries, portions(len(frontier)))
+        levels = forecast.below[depth], forecast.brought[depth]
+        return self._best_portion(search, frontier, depth, passes, levels, self._block > 0)[0]
+
+    def _worth_looking_ahead(self, search: Search, frontier: np.ndarray, entries: np.ndarray) -> tuple[int, int]:
+        """Return the number of requests to draft for, and levels below the roots' children to draft with them.
+
+        frontier, entries  as of ``_worth_expanding``, of the roots
+        """
+        forecast = self.acceptance.forecast(self.settings.width, self.settings.max_depth)
+        ends = portions(len(frontier))
+        passes, best = np.zeros(len(ends)), (0, 0.0, 0)
+        for level in range(len(forecast.below[0])):
+            rows = np.arange(1, len(frontier) + 1) * float(self.settings.beams * level)
+            passes = passes + self._passes(search, rows if level else entries, ends)
+            levels = forecast.below[0][: level + 1], forecast.brought[0][: level + 1]
+            count, net = self._best_portion(search, frontier, 0, passes, levels, True)
+            if net > best[1]:
+                best = count, net, level
+        return best[0], best[2]
+
+    def _passes(self, search: Search, entries: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return the seconds of a draft pass of ``entries`` float64 [F] for each of the portions ``ends``."""
+        costs, load = self.costs, search.load
+        base = costs.draft.base(int(entries[-1]) + 1)[entries[ends - 1].astype(np.int64)]
+        seconds: np.ndarray = base + costs.draft.per_context * load.context * np.minimum(ends / len(load.slots), 1.0)
+        return seconds
+
+    def _best_portion(
+        self,
+        search: Search,
+        frontier: np.ndarray,
+        depth: int,
+        passes: np.ndarray,
+        levels: tuple[np.ndarray, np.ndarray],
+        one_pass: bool,
+    ) -> tuple[int, float]:
+        """See ``search.best_portion``; ``passes``: seconds of a level, or of all."""
+        candidates, price = search.candidates, search.price
+        chains = candidates.continuations()
+        count, net = best_portion(
             frontier,
-            ends,
+            portions(len(frontier)),
             price * (passes + self.history.level_seconds),
-            price * costs.cold if depth == 0 else 0.0,
-            forecast.below[depth],
-            forecast.brought[depth],
+            price * self.costs.cold if depth == 0 else 0.0,
+            *levels,
             candidates.value[candidates.tree.num_requests :],
             chains.probability * candidates.weights[chains.request],
             candidates.tree.depth[chains.leaf] == depth,
             price * search.seconds,
-            self._block > 0,
+            one_pass,
         )
+        return int(count), float(net)
 
     def observe(self, iteration: Iteration) -> None:
         plan, load, history = iteration.plan, iteration.load, self.history

@@ -73,7 +73,9 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
         begin = end
 
 
-@compiled("i8(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], b1[::1], f8[::1], b1)")
+@compiled(
+    "Tuple((i8, f8))(f8[::1], i8[::1], f8[::1], f8, f8[:, :, ::1], f8[::1], f8[::1], f8[::1], b1[::1], f8[::1], b1)"
+)
 def best_portion(
     frontier: np.ndarray,
     ends: np.ndarray,
@@ -86,8 +88,8 @@ def best_portion(
     below_level: np.ndarray,
     verification: np.ndarray,
     one_pass: bool,
-) -> int:
-    """Return the number of the frontier's best nodes to expand, one of ``ends``; 0 if none pays.
+) -> tuple[int, float]:
+    """Return the number of the frontier's best nodes to expand, one of ``ends`` or 0 if none pays, and its net value.
 
     All but ``ends`` and ``below_level`` are float64; values and prices are in tokens.
 
@@ -125,4 +127,4 @@ def best_portion(
                 net = _best_value(grown, verification) - before - cost
                 if net > best:
                     best, choice = net, end
-    return choice
+    return choice, best
