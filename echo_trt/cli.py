@@ -239,14 +239,32 @@ def serve(
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
     special_tokens_in_content: SpecialTokens = False,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
+    ] = 0,
 ) -> None:
-    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it.
+    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
 
     Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
     answers finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
+    if replicas:
+        from echo_trt.dynamo import replicas as dynamo
+
+        for option, given in (
+            ("--api-keys-file", api_keys_file),
+            ("--allowed-origins", allowed_origins),
+            ("--special-tokens-in-content", special_tokens_in_content),
+            ("a second --served-model-name", (served_model_name or [])[1:]),
+            ("--openai-port 0", openai_port == 0),
+        ):
+            if given:
+                raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")
+        chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
+        numbers = batch, queue, start_timeout, drain_timeout
+        raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
     from echo_trt.launch.launcher import Job, run
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
@@ -266,7 +284,7 @@ def worker(
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more go to other workers.")] = 256,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
     system_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.")
+        int, typer.Option(min=0, max=32767, help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.")
     ] = 0,
     tool_call_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of tool calls, such as hermes.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of thoughts, such as qwen3.")] = None,

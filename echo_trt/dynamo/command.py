@@ -8,9 +8,10 @@ import signal
 from dataclasses import replace
 from typing import Any
 
-from echo_trt.bundle.card import FILES, check_card, has_template
+from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.dynamo.discovery import BACKEND, FOLDER, Lease, check_folder, check_name, folder_of
+from echo_trt.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
+from echo_trt.dynamo.environment import backend_of, grace_of, of_worker
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.dynamo.job import Job
 from echo_trt.errors import UserError
@@ -20,12 +21,7 @@ from echo_trt.runtime.params import MOST_AT_ONCE
 log = logging.getLogger(__name__)
 
 COMPONENT = "echo"
-GRACE_PERIOD = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 CLEANUP = 1.0  # seconds until the engine hears that it is told to stop, besides; larger: a lost entry is missing longer
-GRACE = 0.5  # seconds between the end of a worker's entry and its drain; larger: fewer requests that move at once
-#: Where processes find each other by a folder, they are on one machine: nobody else need reach them.
-LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
-BACKENDS = ("file", "etcd", "kubernetes", "mem")
 
 
 def run(job: Job) -> int:
@@ -34,11 +30,12 @@ def run(job: Job) -> int:
     Raises UserError for wrong options, bundles and environments, and for an engine that cannot start.
     """
     job = _check(job)
-    set_environment(job.batch or read_manifest(job.bundle).recipe.limits.batch, job.queue, job.system_port)
+    batch = job.batch or read_manifest(job.bundle).recipe.limits.batch
+    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     lease = Lease(
         folder_of(os.environ),
-        float(os.environ[GRACE_PERIOD]) + CLEANUP,
+        grace_of(os.environ) + CLEANUP,
         lambda number: log.warning("%d lost entries were written anew", number),
     )
     from dynamo.common.backend.run import run as run_worker
@@ -63,7 +60,6 @@ def run(job: Job) -> int:
 
 def _check(job: Job) -> Job:
     """Return the job with the bundle's whole path, by which all workers must name it."""
-    check_installed()
     manifest = read_manifest(job.bundle)
     check_card(job.bundle)
     if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
@@ -71,13 +67,11 @@ def _check(job: Job) -> Job:
     if job.system_port and (trouble := port_trouble("--system-port", "127.0.0.1", job.system_port)):
         raise UserError(f"{trouble}.")
     job = replace(job, bundle=job.bundle.resolve(), name=job.name or manifest.name)
-    backend = os.environ.get(BACKEND, BACKENDS[0])
-    if backend not in BACKENDS:
-        raise UserError(f"{BACKEND} is {backend!r}; use one of {', '.join(BACKENDS)}.")
-    if backend == "file":
+    if backend_of(os.environ) == "file":
         folder = folder_of(os.environ)
         check_folder(folder)
-        check_name(folder, job.name, job.bundle, {name: job.bundle / name for name in FILES})
+        check_name(folder, job.name, job.bundle)
+    check_installed()
     _check_parsers(job)
     return job
 
@@ -91,29 +85,6 @@ def _check_parsers(job: Job) -> None:
     ):
         if name and name not in known:
             raise UserError(f"{option} is {name!r}; Dynamo has {', '.join(sorted(known))}.")
-
-
-def set_environment(batch: int, queue: int, system_port: int = 0) -> None:
-    """Set what Dynamo reads from the environment, where the user has not."""
-    defaults = {
-        BACKEND: BACKENDS[0],
-        "DYN_REQUEST_PLANE": "tcp",
-        "DYN_EVENT_PLANE": "zmq",
-        # More requests than this go to other workers at once, and if all are full the client is told 529.
-        "DYN_ENGINE_REQUEST_LIMIT": str(batch + queue),
-        "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "1",
-        "DYN_HEALTH_CHECK_ENABLED": "true",
-        GRACE_PERIOD: str(GRACE),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-    }
-    if os.environ.get(BACKEND, BACKENDS[0]) == "file":
-        defaults |= dict.fromkeys(LOOPBACK, "127.0.0.1")
-        defaults |= {"DYN_SELF_HOST_METADATA": "0", FOLDER: str(folder_of(os.environ))}
-    if system_port:
-        os.environ["DYN_SYSTEM_PORT"] = str(system_port)
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def _worker_config(job: Job) -> Any:

@@ -26,8 +26,6 @@ CARDS = "v1/mdc"
 KEPT = (CARDS, "v1/instances", "v1/event_channels", "v1/event_sources")
 PORT = re.compile(r":(\d{2,5})\b")  # of an address
 LOOK = 1.0  # seconds between two looks; larger: a lost entry is missing longer
-#: Keys of a card whose difference makes Dynamo's frontend refuse a worker.
-CARD = ("source_path", "model_info", "tokenizer", "prompt_formatter", "chat_template_file", "context_length")
 
 
 def folder_of(environment: Mapping[str, str]) -> Path:
@@ -59,11 +57,8 @@ def entries(folder: Path, place: str) -> Iterator[tuple[Path, dict[str, Any]]]:
                     yield file, value
 
 
-def check_name(folder: Path, name: str, bundle: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a name under which workers serve another model: the frontend would send this worker nothing.
-
-    files  card's key -> file whose checksum stands in the card
-    """
+def check_name(folder: Path, name: str, bundle: Path) -> None:
+    """Refuse a name under which workers serve another bundle: the frontend would send this worker nothing."""
     for _, entry in entries(folder, CARDS):
         card = entry.get("card_json") or {}
         if card.get("display_name") == name and card.get("source_path") != str(bundle):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -45,7 +46,6 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         self._job, self._lease = job, lease
         self._service: Service | None = None
         self._open: dict[DynamoAnswer, Any] = {}  # with their contexts
-        self._publishers: list[Any] = []
         self._snapshots: Any = None
         self._passes: Any = None
         self._stop = threading.Event()
@@ -57,7 +57,8 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:
-        raise NotImplementedError("echo-trt worker makes the engine")
+        """Refuse Dynamo's own way to make an engine, which wants one: ``command.run`` has read the options."""
+        raise TypeError(f"{cls.__name__} is made by echo-trt worker.")
 
     # -- Dynamo's lifecycle ----------------------------------------------------------------------------------------
 
@@ -139,14 +140,25 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     # -- requests --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-        ask, answer = await self._submit(request, context)
+        service, begun, told = self._service, time.monotonic(), 0.0
+        if service is None:
+            raise EngineShutdown("the worker is shutting down; send the request to another one.")
+        ask = self._read(request, context, service)
+        answer = DynamoAnswer(service, ask, self._texts)
         self._open[answer] = context
+        client = ask.priority != FIRST  # not a probe
         try:
+            await self._submit(answer, ask)
             async for chunk, end in answer.chunks():
-                if end and ask.priority != FIRST:
+                now, tokens = time.monotonic(), len(chunk["token_ids"])
+                if client and told and tokens:
+                    self.metrics.observe("inter_token", (now - told) / tokens)
+                told = now if tokens else told
+                if client and end:
                     self.metrics.ended(end)
+                    self.metrics.observe("request", now - begun)
                 if end and end.reason == "failed":
-                    raise Unknown(end.message)
+                    raise Unknown(end.message) if service.alive else EngineShutdown(end.message)
                 if end and end.reason == "cancelled" and self._closing:
                     chunk.pop("finish_reason")
                     chunk.pop("completion_usage", None)
@@ -158,15 +170,17 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             del self._open[answer]
             answer.cancel()  # nothing happens where it has ended
 
-    async def _submit(self, request: dict[str, Any], context: Any) -> tuple[Ask, DynamoAnswer]:
-        """Raises as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
-        service = self._service
-        if service is None:
-            raise EngineShutdown("the worker is shutting down; send the request to another one.")
+    def _read(self, request: dict[str, Any], context: Any, service: Service) -> Ask:
+        """Raises as Dynamo has it: InvalidArgument is the client's mistake."""
         try:
-            metadata = dict(context.metadata.items())
-            ask = read(request, metadata, self._recommended, service.loop.eos)
-            answer = DynamoAnswer(service, ask, self._texts)
+            return read(request, dict(context.metadata.items()), self._recommended, service.loop.eos)
+        except UserError as mistake:
+            self.metrics.refuse("invalid")
+            raise InvalidArgument(str(mistake)) from None
+
+    async def _submit(self, answer: DynamoAnswer, ask: Ask) -> None:
+        """Raises as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
+        try:
             if ask.params.structured is None:
                 answer.submit()
             else:  # to compile a grammar takes a while
@@ -177,7 +191,6 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         except Overloaded as full:
             self.metrics.refuse("refused")
             raise EngineShutdown(str(full)) from None
-        return ask, answer
 
     async def abort(self, context: Any) -> None:
         for answer, theirs in list(self._open.items()):

@@ -118,7 +118,7 @@ class Service:
         self._probes: dict[Request, Job] = {}  # those of the open ones that are
         self._pending: list[Job] = []  # a heap
         self._cancelled: list[Job] = []
-        self._draining = self._closed = False
+        self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
         self._suspects: list[Job] = []  # were running when the engine failed; each is tried alone
@@ -173,7 +173,7 @@ class Service:
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._dead
 
     def cancel(self, job: Job) -> None:
         """End a job before the next iteration; nothing happens if it has ended."""
@@ -230,6 +230,7 @@ class Service:
                 self._iterate()
         except Exception:
             log.exception("the engine's thread has died; its requests fail")
+            self._dead = True
             self._fail_all("the engine's thread has died; the server must be restarted.")
 
     def _wait(self) -> bool:
