@@ -111,7 +111,12 @@ def _options(
 
 @app.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file, as in build/.")],
+    model: Annotated[
+        str, typer.Argument(help="A recipe (YAML), a model of the hub such as Qwen/Qwen3-8B, or a checkpoint's folder.")
+    ],
+    draft: Annotated[
+        str | None, typer.Option(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder. Default: bundles/NAME.")] = None,
     engine: Annotated[Engines | None, typer.Option(help="Compile for this runtime instead of the recipe's.")] = None,
     precision: Annotated[
@@ -121,25 +126,35 @@ def build(
         list[str] | None,
         typer.Option(help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all."),
     ] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=16, help="limits.context: tokens of a request.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="limits.batch: running requests.")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Fill this share of the GPU's memory: limits.kv_blocks.")
+    ] = None,
 ) -> None:
-    """Compile a recipe's target and draft into a bundle.
+    """Compile a target and its draft into a bundle.
+
+    A recipe says what to compile and how. A model's name finds the shipped recipe for it, or one is derived from the
+    checkpoints' configurations; weights are fetched once into the hub's cache (HF_HOME).
 
     The bundle is checked against the reference before it is put in its place: it appears whole or not at all. One that
     is there is replaced, with the calibration and the costs that were written into it.
 
     Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
-    `echo-trt build build/smollm2-135m.yaml --engine tensorrt-rtx --compute-capability 8.9`
+    `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
     """
-    from echo_trt.bundle.recipe import load_recipe
     from echo_trt.commands.progress import BuildProgress
+    from echo_trt.commands.recipes import recipe_for, sized
 
     chosen = [option and option.value for option in (engine, precision)]
-    settings = load_recipe(recipe).built_as(*chosen, compute_capability or [])
+    found, place = recipe_for(model, draft)
+    settings = found.built_as(*chosen, compute_capability or [])
+    settings = sized(settings, place, max_model_len, max_num_seqs, gpu_memory_utilization)
     folder = out or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:
         from echo_trt.commands.build import build as run
 
-        manifest = run(settings, recipe.parent, folder, progress.stage, progress.detail)
+        manifest = run(settings, place, folder, progress.stage, progress.detail)
     from echo_trt.commands.tables import manifest_table
 
     Screen().print(manifest_table(manifest, folder))

@@ -14,7 +14,7 @@ from refusal import refused
 from echo_trt.bundle.manifest import Sampling
 from echo_trt.cli import generate
 from echo_trt.runtime.params import PARAMETERS, SamplingParams
-from echo_trt.serving.triton.tensors import INPUTS, Tensor
+from echo_trt.serving.triton.tensors import ALIASES, INPUTS, Tensor
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +50,7 @@ def triton_table() -> str:
                 tensor.doc,
             )
             for tensor in INPUTS
+            if tensor.name not in ALIASES
         ),
     )
 
@@ -101,6 +102,18 @@ def test_triton_s_configuration_has_these_inputs():
 @pytest.mark.parametrize(("page", "expected"), [("triton-api", triton_table), ("openai-api", openai_table)])
 def test_the_docs_have_this_table(page, expected):
     assert expected() in (ROOT / f"docs/{page}.md").read_text()
+
+
+def test_the_docs_name_every_alias_of_an_input():
+    page = (ROOT / "docs/triton-api.md").read_text()
+    [sentence] = re.findall(r"^TensorRT-LLM's llmapi model has.*?\.\n\n", page, re.MULTILINE | re.DOTALL)
+    sentence = " ".join(sentence.split())
+    prefixed = sentence.partition("`sampling_param_` before ")[2]
+    for alias, name in ALIASES.items():
+        if alias == f"sampling_param_{name}":
+            assert f"`{name}`" in prefixed
+        else:
+            assert f"`{alias}` for `{name}`" in sentence
 
 
 def test_the_command_line_has_the_same_defaults():

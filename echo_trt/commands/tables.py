@@ -120,6 +120,8 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     held = f"{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.linear))
     table.add_row("working memory", f"about {gigabytes(need.working)}")
+    if need.graphs:
+        table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
     table.add_row("in all", gigabytes(need.fixed + need.pool))
     if draft and draft.feature_size:
         features = 4 * draft.feature_size

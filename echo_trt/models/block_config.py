@@ -44,6 +44,7 @@ class BlockConfig:
     confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
     layer_key       key of config.json that names the layers
     target_layers   layers of the target as the checkpoint states them; 0: it does not
+    target_sha256   of the weights that it was trained for, as the checkpoint states it; "": it does not
     """
 
     family: str
@@ -76,6 +77,7 @@ class BlockConfig:
     layer_key: str = "target_layer_ids"
     target_layers: int = 0
     rope_scaling: dict[str, Any] = field(default_factory=dict)
+    target_sha256: str = ""
 
     @property
     def ranks(self) -> int:
@@ -114,6 +116,7 @@ def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> Bl
         "target_hidden_size": raw.get("target_hidden_size") or shape["hidden_size"],
         "mask_token": _mask_token(raw, shape["vocab_size"], where),
         "target_layers": raw.get("num_target_layers") or 0,
+        "target_sha256": raw.get("target_sha256", ""),
     }
     own = _p_eagle(raw, bool(nested), where) if family == "p-eagle" else _dflash(raw, family, where)
     config = BlockConfig(family=family, **common | own)
@@ -150,6 +153,14 @@ def _spread(config: BlockConfig, target: DecoderConfig) -> tuple[int, ...]:
     if count == 1:
         return (target.num_layers // 2 + 1,)
     return tuple(round(1 + i * (last - 1) / (count - 1)) + 1 for i in range(count))
+
+
+def is_block(raw: dict[str, Any]) -> bool:
+    """Tell whether a ``config.json`` is a block drafter's."""
+    architecture = str((raw.get("architectures") or [""])[0])
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] in SPECULATORS
+    return architecture in ARCHITECTURES or ("eagle3" in architecture.lower() and _stated_mask(raw) is not None)
 
 
 def _family(raw: dict[str, Any], where: str) -> str:

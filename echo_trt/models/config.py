@@ -169,6 +169,12 @@ class Eagle3Config:
         return 1
 
 
+def is_eagle3(raw: dict[str, Any]) -> bool:
+    """Tell whether a ``config.json`` is an EAGLE-3 head's, in any of the published spellings."""
+    kind, architecture = raw.get("speculators_model_type"), str((raw.get("architectures") or [""])[0])
+    return kind == "eagle3" if kind else "eagle3" in architecture.lower()
+
+
 def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:
     """Read an EAGLE-3 head's ``config.json``, in any of the published spellings."""
     # The speculators library nests the layer's configuration, and norms before the residual by default.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echo_trt.backends.base import Engine
+from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
@@ -115,7 +116,7 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
     if manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
-        return open_torch(file, blocks)
+        return open_torch(file, blocks, bounds=_bounds(state))
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
     draft_precision = manifest.recipe.draft.precision if network == "draft" else None
@@ -159,8 +160,13 @@ def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engi
     else:
         from echo_trt.backends.torch.engine import TorchRank
 
-        opened = TorchRank(files, blocks)
+        opened = TorchRank(files, blocks, _bounds(state))
     return RankedEngine(opened, len(files))
+
+
+def _bounds(state: Slots) -> CallBounds:
+    slots, slot_blocks = state.block_table.shape
+    return CallBounds(slots, slot_blocks, state.reserve)
 
 
 def _drafter(manifest: Manifest, state: Slots, engine: Engine | None, markov: Markov | None) -> Drafter | None:

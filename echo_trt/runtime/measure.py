@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
@@ -21,6 +20,7 @@ from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.rounds import ROUNDS, seconds_again, seconds_of, timed_rounds, typical
 from echo_trt.runtime.slots import blocks_for
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -29,9 +29,7 @@ LONG_TOTAL = 16 * LONG  # cached tokens of few requests in all; larger: their at
 NODES = 3  # tokens of a small tree
 SMALL_BATCH_SIZES, SIZES_LIMIT = 64, 128  # tokens measured of few requests, and of any; larger: slower to measure
 STEEP = 3.0  # times one token's pass, up to which larger sizes are measured, too; larger: more sizes, as on a GPU
-ROUNDS = 9
 PAIRS = 10  # passes of each size, two in a row, for what a change of size takes
-LONG_PASS = 10.0  # times what the shortest takes: beside that, what a first pass takes more is little
 KNEE_RANGE = 10.0  # times one token's pass; larger: longer passes, measured once, count for the knee
 ACCURACY = 0.02  # of what is measured, relative
 NOTICED = 0.05  # of a pass: what another size must take more to count
@@ -78,7 +76,9 @@ def times_as_long(table: CostTable, networks: Networks) -> float:
         if tokens in CHECKED:
             call = _call(networks, _spread(tokens, networks.state.count), SHORT)
             tries = min(max(int(CHECKING / seconds), 1), TRIES)
-            now = min(_seconds(networks.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
+            now = (
+                min(seconds_again(networks.target.run, call) for _ in range(tries)) - curve.per_context * tokens * SHORT
+            )
             if seconds - now > NOISE:
                 most = max(most, seconds / max(now, NOISE))
     return most
@@ -118,16 +118,16 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     possible = [n for n in SIZES if n <= state.count * longest]
     calls = {n: _call(networks, _spread(n, state.count), short) for n in possible}
     sizes = [n for n in possible if n <= min(max(4 * state.count, SMALL_BATCH_SIZES), SIZES_LIMIT)]
-    one = _seconds(run, calls[1])
-    while len(sizes) < len(possible) and _seconds(run, calls[sizes[-1]]) < STEEP * one:
+    one = seconds_again(run, calls[1])
+    while len(sizes) < len(possible) and seconds_again(run, calls[sizes[-1]]) < STEEP * one:
         sizes.append(possible[len(sizes)])
     long_blocks = blocks_for(long + NODES)
     # Requests with long contexts, one token each; the same with NODES tokens each.
     wide = max(n for n in sizes if n <= state.count and (n * long_blocks <= blocks or n == 1))
     bushy = max(n for n in sizes if n * NODES <= sizes[-1] and n <= wide)
     far_calls = [_call(networks, np.full(wide, 1), long), _call(networks, np.full(bushy, NODES), long)]
-    taken = _rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
-    *usual, far, tree = _typical(taken).tolist()
+    taken = timed_rounds(run, [*(calls[n] for n in sizes), *far_calls], seconds)
+    *usual, far, tree = typical(taken).tolist()
     per_context = max(far - usual[sizes.index(wide)], 0.0) / max(wide * (long - short), 1)
     base = [t - per_context * n * short for n, t in zip(sizes, usual, strict=True)]
     straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
@@ -139,40 +139,13 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     )
 
 
-def _rounds(run: Callable, calls: list, seconds: float) -> np.ndarray:
-    """Seconds of each call: [rounds, calls], nan where a call's share of the time was used up.
-
-    So short passes, whose sizes speculation lives on, run in many rounds, and long ones, beside which a warm-up is
-    nothing, once.
-    """
-    first = np.array([_timed(run, call) for call in calls])
-    long = first > LONG_PASS * first.min()
-    share, spent = seconds / len(calls), np.where(long, first, 0.0)
-    rng, taken = np.random.default_rng(0), [np.where(long, first, np.nan)]
-    while len(taken) < ROUNDS and (spent < share).any():
-        if np.isfinite(taken[0]).all():
-            taken.append(np.full(len(calls), np.nan))
-        for i in rng.permutation(np.flatnonzero(spent < share)):  # what ran before leaves its weights in the cache
-            begin = time.perf_counter()
-            taken[-1][i] = _seconds(run, calls[i])
-            spent[i] += time.perf_counter() - begin
-    return np.array(taken)
-
-
-def _typical(taken: np.ndarray) -> np.ndarray:
-    """Seconds of each call, of ``_rounds``: what calls are to each other is apart from what the machine was worth in
-    each round. Of the rounds the lower quartile: whatever else ran only ever adds.
-    """
-    rounds = taken[:, np.isfinite(taken).all(axis=0)].mean(axis=1)
-    seconds: np.ndarray = np.quantile(rounds, 0.25) * np.nanmedian(taken / rounds[:, None], axis=0)
-    return seconds
-
-
 def _change(networks: Networks) -> float:
     """Seconds that a pass of another size than the last one takes more; 0 where that is noise beside the pass."""
     run, calls = networks.target.run, [_call(networks, np.array([tokens]), SHORT) for tokens in (1, 2 * NODES)]
+    for call in calls:
+        run(call)
     # Each size twice in a row: two passes side by side, whatever the machine is worth just then.
-    pairs = np.array([[_timed(run, call), _timed(run, call)] for _ in range(PAIRS) for call in calls])
+    pairs = np.array([[seconds_of(run, call), seconds_of(run, call)] for _ in range(PAIRS) for call in calls])
     first, again = pairs.T
     more = float(np.median(first - again))
     return more if more > NOTICED * np.median(again) else 0.0
@@ -181,10 +154,11 @@ def _change(networks: Networks) -> float:
 def _cold(networks: Networks, draft: Callable) -> float:
     """Seconds that a draft's pass takes more right after a target's, which has driven its weights out of the cache."""
     call, warm, after = _call(networks, np.array([1]), SHORT), [], []
+    draft(call)
     for _ in range(ROUNDS):
         networks.target.run(call)
-        after.append(_timed(draft, call))
-        warm.append(_timed(draft, call))
+        after.append(seconds_of(draft, call))
+        warm.append(seconds_of(draft, call))
     return max(float(np.median(after) - np.median(warm)), 0.0)
 
 
@@ -205,17 +179,6 @@ def _call(networks: Networks, counts: np.ndarray, context: int) -> Packed:
     triangles = np.concatenate([np.tri(n, dtype=np.uint8).reshape(-1) for n in counts])
     mask = (triangles, begins(counts**2)) if total > requests else None
     return pack(np.ones(total), context + place, np.full(requests, context), counts, table, np.arange(total), mask)
-
-
-def _seconds(run: Callable, call: Packed) -> float:
-    run(call)  # a pass of another size than the last one takes longer
-    return _timed(run, call)
-
-
-def _timed(run: Callable, call: Packed) -> float:
-    begin = time.perf_counter()
-    run(call)
-    return time.perf_counter() - begin
 
 
 def machine(manifest: Manifest) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from echo_trt.backends.cuda.sizes import CallBounds, capacity_of, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
@@ -13,7 +14,12 @@ from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
-from super_tree_attention.kernel_plan import plan
+from super_tree_attention.kernel_plan import split_rows
+
+#: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
+LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
+SLOT_GRAPHS = 64  # graphs of an engine with a cache a slot, which are captured as calls come
+NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Needs:
     calls           sizes of the calls for which engines are made
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
+    graphs          bytes of captured CUDA graphs, of target and draft
     request_blocks  the most blocks of one request
     linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
@@ -34,6 +41,7 @@ class Needs:
     calls: CallSizes
     tokens: int
     working: int
+    graphs: int
     blocks: int
     request_blocks: int
     linear: bool
@@ -49,22 +57,22 @@ class Needs:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the pool."""
-        return self.target_weights + self.draft_weights + self.working
+        return self.target_weights + self.draft_weights + self.working + self.graphs
 
     def most_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
         return (card.usable - self.fixed) // (BLOCK * self.kv_token)
 
 
-def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 132) -> Needs:
-    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus), ``processors`` are the card's."""
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
+    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
     tokens = max(calls.batch * calls.tree, calls.chunk) if linear else max(calls.rows, calls.chunk) + calls.chunk
     rows = max(calls.rows, calls.chunk) if linear else tokens
-    scratch = 0 if linear else split_scratch(target, calls, tokens, processors)
+    scratch = 0 if linear else split_scratch(target, tokens)
     return Needs(
         target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
@@ -73,6 +81,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, processors: int = 
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch,
+        graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
@@ -87,16 +96,24 @@ def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
 
 
-def split_scratch(target: Sizes, calls: CallSizes, tokens: int, processors: int) -> int:
-    """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of the largest call."""
-    heads, kv_heads = target.num_heads // target.gpus, max(target.num_kv_heads // target.gpus, 1)
-    most = 0
-    for requests in {2**i for i in range(calls.batch.bit_length())} | {calls.batch}:
-        for count in {tokens >> i for i in range(tokens.bit_length())}:
-            entries = requests * calls.blocks  # also more than the pool's, since requests share common beginnings
-            splits = plan(count, requests, entries, kv_heads, heads // kv_heads, processors=processors).num_splits
-            most = max(most, count * heads * splits if splits > 1 else 0)
-    return most * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
+def split_scratch(target: Sizes, tokens: int) -> int:
+    """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of ``tokens`` tokens."""
+    rows = split_rows(tokens, target.num_heads // target.gpus)
+    return rows * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
+
+
+def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
+    """Estimate the bytes of a network's captured graphs: the driver's nodes, and the buffers of their inputs."""
+    if engine not in LAYER_NODES:
+        return 0
+    nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
+    if engine == "tensorrt-rtx":
+        return SLOT_GRAPHS * nodes * NODE_BYTES
+    # A TensorRT engine is not told how large trees are, and captures some sizes more.
+    sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
+    bounds = CallBounds(calls.batch, calls.blocks)
+    buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
+    return len(sizes) * nodes * NODE_BYTES + buffers
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class Fit:
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
@@ -178,7 +195,7 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         target, draft = shapes(recipe, folder)
     except UserError:
         return False
-    need = needs(recipe, target.sizes, draft and draft.sizes, card.processors)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     return need.most_blocks(card) >= need.request_blocks
 
 

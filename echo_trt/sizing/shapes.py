@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from echo_trt.bundle.hub import CONFIG, from_hub
 from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import block_config, fitted
@@ -52,11 +53,12 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
 
 
 def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, Any], str]:
+    from echo_trt.models.checkpoint import read_json
+
     if source.path is not None:
         path = recipe_folder / Path(source.path).expanduser()
         file = path if path.is_file() else path / "config.json"
         if file.exists():
-            from echo_trt.models.checkpoint import read_json
             from echo_trt.models.open_checkpoint import open_checkpoint
 
             raw = open_checkpoint(file).config if file == path else read_json(file)
@@ -64,6 +66,8 @@ def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, An
     name = source.hub or source.wheel
     if name in published():
         return published()[name], f"{name} as published"
+    if source.path is None and source.hub:
+        return read_json(from_hub(source.hub, CONFIG) / "config.json"), f"{name} on the hub"
     place = source.path or source.file
     named = f", and {key}.hub {name} is not one of the published shapes" if source.hub else ""
     raise UserError(f"{key}: {place} has no config.json yet{named}; put it there, the weights are not needed for this.")

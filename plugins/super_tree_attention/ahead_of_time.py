@@ -11,7 +11,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,17 +21,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from super_tree_attention import kernel
-from super_tree_attention.kernel_plan import KEYS, MAX_SPLITS, NEW_KEYS, registers_of, rows_for, warps_of
+from super_tree_attention.kernel_plan import MAX_SPLITS, STEPS, modest_steps, registers_of, rows_for, warps_of
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
+ARCHITECTURES = (80, 89, 90, 100, 103, 110, 120, 121)
 DTYPES = ("bf16", "fp16")
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16
 TABLE_GROUPS = (1, 4, 5, 16)  # group sizes of the table: the least, Qwen3-8B's, Qwen3-14B's and the largest
 
-_PTX_VERSION = 88  # the newest that drivers of CUDA 13.0 take; larger: newer drivers are needed
+_PTX_VERSION = 88  # newer drivers are needed for a larger one, from CUDA 12.9's on
+_LEAST_PTX = {103: 88, 110: 90, 121: 88}  # a card's own, where it is not as old as the others; older ones abort
 _FIXED_TYPES = {"partial": "*fp32", "partial_lse": "*fp32", "tree_mask": "*u8"} | dict.fromkeys(
-    ("num_requests", "split_keys", "num_splits", "kv_heads", "num_blocks"), "i32"
+    (
+        "num_requests",
+        "wanted_splits",
+        "num_tokens",
+        "num_blocks",
+        "num_entries",
+        "mask_bytes",
+        "num_splits",
+        "kv_heads",
+    ),
+    "i32",
 )
 _INT_POINTERS = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask_begins")
 
@@ -80,29 +91,42 @@ def compile_kernels(
 
 @cache
 def compile_kernel(
-    kind: str, compute_capability: int, dtype: str, head_dim: int, group: int = 1, rows: int = 16, block: int = 32
+    kind: str,
+    compute_capability: int,
+    dtype: str,
+    head_dim: int,
+    group: int = 1,
+    rows: int = 16,
+    block: int = 32,
+    modest: bool = False,
 ) -> CompiledKernel:
-    """Compile attention, combine, gather_rows or scatter_rows; ``group`` and ``rows`` matter to attention alone."""
+    """Compile attention, combine, gather_rows or scatter_rows; ``group``, ``rows``, ``modest`` are attention's alone.
+
+    ``modest``: with no more shared memory than a kernel gets without asking (kernel_plan.PLAIN_SHARED).
+    """
     _check(compute_capability, dtype, head_dim, group)
+    steps = modest_steps(rows, compute_capability) if modest else STEPS
     function = getattr(kernel, kind if hasattr(kernel, kind) else "copy_rows")
     constants = {
         "HEAD_DIM": head_dim,
         "GROUP": group,
         "BLOCK": block,
         "ROWS": rows,
-        "KEYS": KEYS,
-        "NEW_KEYS": NEW_KEYS,
+        "KEYS": steps.keys,
+        "NEW_KEYS": steps.new_keys,
         "MAX_SPLITS": MAX_SPLITS,
         "GATHER": kind == "gather_rows",
     }
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = _types(function.arg_names, dtype, constants)
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", "*fp32")}
-    tile = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows)} if kind == "attention" else {"num_warps": 4}
+    tile = {"num_warps": 4}
+    if kind == "attention":
+        tile = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
     made = triton.compile(
         ASTSource(function, types, constants, aligned),
         target=GPUTarget("cuda", compute_capability, 32),
-        options={"ptx_version": _PTX_VERSION, "enable_fp_fusion": True, **tile},
+        options={"ptx_version": ptx_version(compute_capability), "enable_fp_fusion": True, **tile},
     )
     registers, spills = _resources(made.asm["cubin"])
     return CompiledKernel(
@@ -116,6 +140,49 @@ def compile_kernel(
         spills=spills,
         arguments=tuple((name, t) for name, t in types.items() if t != "constexpr"),
     )
+
+
+def card_architecture(capability: str) -> int:
+    """Return the architecture of a card's kernels, such as 90 for "9.0". Raises ValueError where there is none."""
+    number = int(capability.replace(".", ""))
+    number = 80 if number in (86, 87) else number  # they run kernels for 8.0
+    if number not in ARCHITECTURES:
+        known = ", ".join(f"{architecture / 10}" for architecture in ARCHITECTURES)
+        raise ValueError(f"no attention kernel is compiled for it, only for {known}")
+    return number
+
+
+@cache
+def ptx_version(compute_capability: int) -> int:
+    """Return the version of PTX for a card, such as 88: no newer than Triton's assembler knows.
+
+    Raises ValueError where the assembler is too old for the card.
+    """
+    known, least = assembler_version(compute_capability), _LEAST_PTX.get(compute_capability, 0)
+    if known < least:
+        raise ValueError(
+            f"compute capability {compute_capability} needs PTX {least / 10}, and this Triton's ptxas knows "
+            f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH and "
+            "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a newer CUDA"
+        )
+    return max(min(_PTX_VERSION, known), least)
+
+
+def assembler_version(compute_capability: int) -> int:
+    """Return the newest version of PTX that Triton's assembler for a card knows, such as 87 for CUDA 12.8's."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    text = subprocess.run([_assembler(get_ptxas, compute_capability), "--version"], capture_output=True, text=True)
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", text.stdout).groups())
+    # PTX 8.0 came with CUDA 12.0 and 9.0 with CUDA 13.0; CUDA 12.7 was not released, and 12.6 and 12.5 share 8.5.
+    return 10 * (major - 4) + (minor if major > 12 or minor < 6 else minor - 1)
+
+
+def _assembler(get_ptxas: Callable, compute_capability: int) -> str:
+    try:
+        return get_ptxas(compute_capability).path
+    except TypeError:  # earlier releases have one assembler
+        return get_ptxas().path
 
 
 def _check(compute_capability: int, dtype: str, head_dim: int, group: int) -> None:

@@ -9,8 +9,11 @@ import triton.language as tl
 
 _METADATA = (
     "past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins",
-    "num_requests", "split_keys",
+    "num_requests", "wanted_splits", "num_tokens", "num_blocks", "num_entries", "mask_bytes",
 )  # fmt: skip
+
+_SPAN = tl.constexpr(64)  # keys of which a split has a multiple; larger: splits of short pasts differ more in length
+_MIN_SPLIT_KEYS = tl.constexpr(128)  # least keys of a split; smaller: more programs, whose merge does not pay
 
 
 @triton.jit
@@ -41,10 +44,25 @@ def _request_of(slot, seq_begins, num_requests, TOKENS: tl.constexpr, SPARE: tl.
 
 
 @triton.jit
-def _split_span(past, split_keys, num_splits, KEYS: tl.constexpr):
-    """Past keys of a split: at least ``split_keys``, a multiple of KEYS, and ``num_splits`` of them hold the past."""
-    tiles = (past + KEYS - 1) // KEYS
-    return tl.maximum(split_keys, (tiles + num_splits - 1) // num_splits * KEYS)
+def _within(value, least, most):
+    """``value`` within bounds, which it always is but for the made-up inputs that a builder may time kernels with."""
+    return tl.minimum(tl.maximum(value, least), most)
+
+
+@triton.jit
+def _split_span(past, block_begins, num_requests, num_entries, wanted, num_splits, BLOCK: tl.constexpr):
+    """Past keys of a split, of which ``num_splits`` hold the past.
+
+    A request of the mean length gets ``wanted`` splits; with 1 wanted, only a past of over twice the mean is split, and
+    with 0 wanted all are. The mean is of the table's true length, which a padded table does not show.
+    """
+    entries = _within(tl.load(block_begins + num_requests), 0, num_entries)
+    mean = (entries * BLOCK + num_requests - 1) // tl.maximum(num_requests, 1)
+    share = tl.where(wanted == 1, 2 * mean, (mean + wanted - 1) // tl.maximum(wanted, 1))
+    least = tl.maximum((share + _SPAN - 1) // _SPAN * _SPAN, _MIN_SPLIT_KEYS)
+    least = tl.where(wanted == 0, _SPAN, least)
+    steps = (past + _SPAN - 1) // _SPAN
+    return tl.maximum(least, (steps + num_splits - 1) // num_splits * _SPAN)
 
 
 @triton.jit
@@ -64,7 +82,8 @@ def _attend(q, k, v, visible, peak, total, acc, SCALE: tl.constexpr):
 @triton.jit(do_not_specialize=_METADATA, do_not_specialize_on_alignment=_METADATA)
 def attention(
     query, key, value, key_cache, value_cache,
-    past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins, num_requests, split_keys,
+    past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins,
+    num_requests, wanted_splits, num_tokens, num_blocks, num_entries, mask_bytes,
     output, partial, partial_lse,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, NEW_KEYS: tl.constexpr,
@@ -72,8 +91,10 @@ def attention(
     """Attend with a tile of one request's query tokens and the heads of one KV head, over one split of the past.
 
     Grid: (tiles, Hk, splits). Split 0 also attends the new tokens and writes the tile's KV rows into the caches. A
-    request of one split writes ``output``; a request of several splits leaves their results to ``combine``.
+    request of one split writes ``output``; a request of several splits leaves their results to ``combine``. Whatever
+    the metadata holds, nothing outside of the arguments' memory is read or written.
 
+    num_tokens, num_blocks, num_entries, mask_bytes  sizes of query, of the pools, of the block table and of the mask
     partial      float32 [N, Hq, splits, D], a split's mean of values
     partial_lse  float32 [N, Hq, splits], log2 of the sum of a split's softmax
     """
@@ -82,14 +103,16 @@ def attention(
     slot, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
 
-    request = _request_of(slot, seq_begins, num_requests, TOKENS, 1)
-    begin = tl.load(seq_begins + request)
-    count = tl.load(seq_begins + request + 1) - begin
-    past = tl.load(past_lens + request)
+    request = tl.maximum(_request_of(slot, seq_begins, num_requests, TOKENS, 1), 0)
+    begin = _within(tl.load(seq_begins + request), 0, num_tokens)
+    count = _within(tl.load(seq_begins + request + 1), begin, num_tokens) - begin
+    entry = _within(tl.load(block_begins + request), 0, num_entries)
+    count = tl.minimum(count, (num_entries - entry) * BLOCK)
+    past = _within(tl.load(past_lens + request), 0, (num_entries - entry) * BLOCK - count)
     first = (slot - begin // TOKENS - request) * TOKENS
-    span = _split_span(past, split_keys, num_splits, KEYS)
+    span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
     low = split * span
-    if (first >= count) | ((split > 0) & (low >= past)):
+    if (first < 0) | (first >= count) | ((split > 0) & (low >= past)):
         return
 
     rows, keys, dims = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
@@ -103,13 +126,13 @@ def attention(
 
     # The loop begins at a constant: from another lower bound Triton infers no alignment, so loads come two bytes at a
     # time, unpipelined. The blocks of a step are fetched a step ahead, so that no load of keys waits for one of them.
-    table = block_indices + tl.load(block_begins + request)
+    table = block_indices + entry
     high = tl.minimum(low + span, past)
     next_block = tl.load(table + (low + keys) // BLOCK, mask=low + keys < high, other=0)
     for done in tl.range(0, high - low, KEYS):
         position = low + done + keys
         seen = position < high
-        block = next_block.to(tl.int64)
+        block = _within(next_block, 0, num_blocks - 1).to(tl.int64)
         next_block = tl.load(table + (position + KEYS) // BLOCK, mask=position + KEYS < high, other=0)
         at = ((block * kv_heads + kv_head) * BLOCK + position % BLOCK) * HEAD_DIM
         at = at[:, None] + dims[None, :]
@@ -118,8 +141,9 @@ def attention(
         peak, total, acc = _attend(q, k, v, seen[None, :], peak, total, acc, SCALE)
 
     if split == 0:
-        mask_begin = tl.load(tree_mask_begins + request)
+        mask_begin = tl.maximum(tl.load(tree_mask_begins + request), 0)
         has_tree = tl.load(tree_mask_begins + request + 1) > mask_begin
+        has_tree &= (mask_begin <= mask_bytes) & (count * count <= mask_bytes - mask_begin)
         mask_row = mask_begin + token * count
         drawn_end = tl.where(has_tree, count, 0)
         causal = tl.where(has_tree, -1, token)[:, None]
@@ -139,7 +163,8 @@ def attention(
         own = first + tl.arange(0, triton.next_power_of_2(TOKENS))
         mine = ((own < first + TOKENS) & (own < count))[:, None]
         source = (((begin + own).to(tl.int64) * kv_heads + kv_head) * HEAD_DIM)[:, None] + dims[None, :]
-        block = tl.load(table + (past + own) // BLOCK, mask=own < count, other=0).to(tl.int64)
+        block = tl.load(table + (past + own) // BLOCK, mask=own < count, other=0)
+        block = _within(block, 0, num_blocks - 1).to(tl.int64)
         at = (((block * kv_heads + kv_head) * BLOCK + (past + own) % BLOCK) * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(key_cache + at, tl.load(key + source, mask=mine), mask=mine)
         tl.store(value_cache + at, tl.load(value + source, mask=mine), mask=mine)
@@ -155,16 +180,17 @@ def attention(
 
 @triton.jit(do_not_specialize=(*_METADATA, "num_splits"), do_not_specialize_on_alignment=(*_METADATA, "num_splits"))
 def combine(
-    past_lens, seq_begins, partial, partial_lse, num_requests, split_keys, num_splits, output,
-    HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    past_lens, seq_begins, block_begins, partial, partial_lse,
+    num_requests, wanted_splits, num_entries, num_splits, output,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one query token and head. Grid: (N, Hq). A request of one split is left as it is."""
     token, head = tl.program_id(0), tl.program_id(1)
     if token >= tl.load(seq_begins + num_requests):
         return
-    request = _request_of(token, seq_begins, num_requests, 1, 0)
+    request = tl.maximum(_request_of(token, seq_begins, num_requests, 1, 0), 0)
     past = tl.load(past_lens + request)
-    span = _split_span(past, split_keys, num_splits, KEYS)
+    span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
     if past <= span:
         return
     row = token.to(tl.int64) * tl.num_programs(1) + head

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
-from super_tree_attention.kernel_plan import KEYS, Plan, plan
+from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, STEPS, Plan, plan
 
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # an H100's, bytes/s of its memory and bf16 FLOP/s
 KV_HEADS, GROUP, HEAD_DIM, ELEMENT = 8, 4, 128, 2  # Qwen3-8B in bf16
@@ -83,12 +83,11 @@ def _line(shape: Shape) -> str:
     made = shape.plan
     kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, made.rows, BLOCK)
     tiles = -(-(shape.tokens // shape.requests) // (made.rows // GROUP))
-    past_steps = -(-shape.context // KEYS)
-    span = max(made.split_keys, -(-past_steps // made.num_splits) * KEYS)
-    splits = -(-shape.context // span)
+    past_steps = -(-shape.context // STEPS.keys)
+    splits = made.wanted_splits if shape.context > MIN_SPLIT_KEYS else 1
     steps = shape.requests * tiles * KV_HEADS * past_steps
     copied = steps * bytes_of_a_step(kernel)
-    products = steps * KEYS * 4 * made.rows * HEAD_DIM
+    products = steps * STEPS.keys * 4 * made.rows * HEAD_DIM
     partial = 8 * shape.tokens * KV_HEADS * GROUP * splits * (HEAD_DIM + 1) if splits > 1 else 0
     memory, compute = (shape.kv_bytes + shape.other_bytes) / BANDWIDTH, shape.flops / FLOPS
     cells = (

@@ -8,10 +8,11 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = 64  # keys of one step of the inner loop; larger: fewer steps, more shared memory
-NEW_KEYS = 32  # the same over the new tokens; larger: spills, since the tree mask takes registers too
 MAX_SPLITS = 32  # splits of one past; larger: a fuller card at batch 1, a longer merge
 MIN_SPLIT_KEYS = 128  # least keys of a split; smaller: more programs, whose merge does not pay
+#: Rows of splits' results (query tokens x heads x splits), of which more than _TAIL_SPLITS a row are kept only up to
+#: this many. Larger: more splits of a few hundred tokens' past, more scratch memory (at head_dim 128 half a KB a row).
+SPLIT_ROWS = 1 << 17
 _TAIL_SPLITS = 4  # splits of a long past on a full card; larger: a shorter tail, more merging
 ROWS = (16, 64, 128)  # tile sizes: query tokens x heads of one program. Larger: keys are read less often, more padding
 
@@ -20,12 +21,13 @@ ROWS = (16, 64, 128)  # tile sizes: query tokens x heads of one program. Larger:
 class Plan:
     """A launch with tiles of ``rows``.
 
-    grid          (tiles, Hk, splits) of ``attention``
-    combine_grid  (N, Hq) of ``combine``, which is launched if there are several splits
+    wanted_splits  splits of a past of the mean length, from which the kernel computes a split's keys
+    grid           (tiles, Hk, splits) of ``attention``
+    combine_grid   (N, Hq) of ``combine``, which is launched if there are several splits
     """
 
     rows: int
-    split_keys: int
+    wanted_splits: int
     grid: tuple[int, int, int]
     combine_grid: tuple[int, int]
 
@@ -41,6 +43,32 @@ class Whole:
     """
 
     cdiv, min, max = staticmethod(lambda a, b: -(-a // b)), staticmethod(min), staticmethod(max)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The sizes of the kernel's loops.
+
+    keys      keys of a step over the past; larger: fewer steps, more shared memory
+    new_keys  the same over the new tokens; larger: spills, since the tree mask takes registers too
+    stages    steps whose loads are in flight; larger: more shared memory
+    """
+
+    keys: int
+    new_keys: int
+    stages: int
+
+
+STEPS = Steps(64, 32, 3)
+#: Bytes of dynamic shared memory that a kernel may have unless its launcher raises the limit.
+PLAIN_SHARED = 48 * 1024
+
+
+def modest_steps(rows: int, compute_capability: int) -> Steps:
+    """Return the steps of a tile of 16 or 64 rows that needs no more than PLAIN_SHARED."""
+    if rows == 16:
+        return Steps(64, 32, 2)
+    return Steps(32, 16, 1 if compute_capability >= 100 else 2)
 
 
 def warps_of(rows: int) -> int:
@@ -69,6 +97,7 @@ def plan(
     compute_capability: int = 90,
     num_splits: int | None = None,
     rows: int | None = None,
+    most_rows: int = ROWS[-1],
     ops: Any = Whole,
 ) -> Plan:
     """Plan the launch for N tokens of B requests whose block tables have ``table_entries`` entries together.
@@ -77,15 +106,19 @@ def plan(
     compute_capability  of the card, such as 90
     num_splits          overrides the most splits of a past, which then have 64 keys or more
     rows                overrides the tile
+    most_rows           the largest tile
     ops                 arithmetic; symbols, with their ``ops``, make a plan of symbols
     """
-    rows = rows or _tile_rows(num_tokens, num_requests, group, rows_for(compute_capability), ops)
+    tiles_of_card = tuple(size for size in rows_for(compute_capability) if size <= most_rows)
+    rows = rows or _tile_rows(num_tokens, num_requests, group, tiles_of_card, ops)
     tiles = tile_count(num_tokens, num_requests, rows, group, ops)
+    wanted: Any = 0
     if num_splits is None:
-        num_splits, split_keys = _splits(tiles * kv_heads, rows, num_requests, table_entries * block, processors, ops)
-    else:
-        split_keys = KEYS
-    return Plan(rows, split_keys, (tiles, kv_heads, num_splits), (num_tokens, group * kv_heads))
+        at_a_time = (_exceeds(rows, ROWS[0], ops) * -2 + 3) * processors  # by their registers, three small tiles
+        wanted = _filling(tiles * kv_heads, at_a_time, ops)
+        most = _most_splits(wanted, num_requests, group * kv_heads * num_tokens, ops)
+        num_splits = ops.max(ops.min(ops.cdiv(table_entries * block, MIN_SPLIT_KEYS), most), 1)
+    return Plan(rows, wanted, (tiles, kv_heads, num_splits), (num_tokens, group * kv_heads))
 
 
 def _tile_rows(num_tokens: Any, num_requests: Any, group: Any, choice: tuple[int, ...], ops: Any) -> Any:
@@ -103,20 +136,22 @@ def tile_count(num_tokens: Any, num_requests: Any, rows: Any, group: Any, ops: A
     return ops.max(ops.cdiv(num_tokens, rows // group) + num_requests - 1, 1)
 
 
-def _splits(programs: Any, rows: Any, num_requests: Any, keys: Any, processors: int, ops: Any) -> tuple[Any, Any]:
-    """Return the most splits of a past and the least keys of a split: equal requests would fill waves of the card.
+def _most_splits(wanted: Any, num_requests: Any, rows: Any, ops: Any) -> Any:
+    """Return the most splits of a past: a request that is much longer than the mean gets more than ``wanted``.
 
-    ``programs``: tiles times KV heads; ``keys``: room in all block tables. Where requests fill the card without splits,
-    only a past of more than twice the mean is split, to shorten the tail.
+    ``rows``: query tokens times heads. Where requests fill the card without splits, only a past of more than twice the
+    mean is split, to shorten the tail.
     """
-    at_a_time = (_exceeds(rows, ROWS[0], ops) * -2 + 3) * processors  # by their registers, three small tiles
-    mean_keys = ops.cdiv(keys, ops.max(num_requests, 1))
-    wanted = _filling(programs, at_a_time, ops)
     many = _exceeds(wanted, 1, ops)
-    share = ops.cdiv(mean_keys, wanted) + mean_keys * (many * -1 + 1)  # twice the mean unless many
-    split_keys = ops.max(ops.cdiv(share, KEYS) * KEYS, MIN_SPLIT_KEYS)
+    longest = ops.cdiv((wanted * 2 - 1) * many * num_requests + num_requests, 2)
     most = many * (MAX_SPLITS - _TAIL_SPLITS) + _TAIL_SPLITS
-    return ops.max(ops.min(ops.cdiv(keys, split_keys), most), 1), split_keys
+    return ops.min(ops.min(longest, most), ops.max((rows * 0 + SPLIT_ROWS) // ops.max(rows, 1), _TAIL_SPLITS))
+
+
+def split_rows(num_tokens: Any, heads: Any, ops: Any = Whole) -> Any:
+    """Return how many rows of splits' results any plan for up to ``num_tokens`` leaves; it grows with the tokens."""
+    rows = num_tokens * heads
+    return ops.min(rows * MAX_SPLITS, ops.max(rows * _TAIL_SPLITS, SPLIT_ROWS))
 
 
 def _filling(programs: Any, at_a_time: Any, ops: Any) -> Any:

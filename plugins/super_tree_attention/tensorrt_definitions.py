@@ -9,18 +9,21 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
-from super_tree_attention.kernel_plan import ROWS, Plan, Whole, plan, tile_count
+from super_tree_attention.kernel_plan import ROWS, Plan, Whole, plan, split_rows, tile_count
 from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, relist_parameters
 
 Desc, Tensor = trtp.TensorDesc, trtp.Tensor
 Launch = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 _ATTENTION, _COMBINE = f"{NAMESPACE}::{ATTENTION}", f"{NAMESPACE}::{COMBINE}"
 _BLOCK = 32
+#: The largest tile of kernels that TensorRT launches itself. Whether it raises a kernel's limit of shared memory is not
+#: documented, so these kernels need no more than any kernel gets (kernel_plan.modest_steps).
+_MODEST_ROWS = ROWS[1]
 #: The kernels' parameters in TensorRT's order: inputs, integers, outputs (relist_parameters). Attention's last two
-#: outputs are the caches, which it writes through its inputs. Combine reads no block table; its sixth input is its
+#: outputs are the caches, which it writes through its inputs. Combine reads no block numbers; its seventh input is its
 #: output.
-ATTENTION_ORDER = [*range(16), None, None]
-COMBINE_ORDER = [0, 1, None, 2, 3, None, 4, 5, 6, 7]
+ATTENTION_ORDER = [*range(20), None, None]
+COMBINE_ORDER = [0, 1, None, 2, 3, 4, None, 5, 6, 7, 8, 9]
 _TYPES = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
 
@@ -30,18 +33,18 @@ def _describe_attention(
     block_indices: Desc, block_begins: Desc, tree_mask: Desc, tree_mask_begins: Desc,
     num_kv_heads: int, head_dim: int, alias_caches: int,
 ) -> tuple[Desc, Desc, Desc, Desc, Desc]:  # fmt: skip
-    rows = query.shape_expr[0] * (query.shape_expr[1] // head_dim)
-    splits = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).num_splits
-    partial = trtp.from_shape_expr((rows, splits, head_dim), trt.float32)
-    partial_lse = trtp.from_shape_expr((rows, splits), trt.float32)
+    # Sizes that grow with the tokens, since TensorRT may reserve memory by the largest call alone; a call uses a part.
+    rows = split_rows(query.shape_expr[0], query.shape_expr[1] // head_dim, trtp)
+    partial = trtp.from_shape_expr((rows, head_dim), trt.float32)
+    partial_lse = trtp.from_shape_expr((rows,), trt.float32)
     written = [cache.aliased() if alias_caches else cache.like() for cache in (key_cache, value_cache)]
     return query.like(), partial, partial_lse, *written
 
 
 @trtp.register(_COMBINE)
 def _describe_combine(
-    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
-    num_kv_heads: int, head_dim: int,
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, block_begins: Desc, partial: Desc, partial_lse: Desc,
+    attended: Desc, num_kv_heads: int, head_dim: int,
 ) -> Desc:  # fmt: skip
     return attended.aliased()  # requests of one split are done already
 
@@ -58,17 +61,18 @@ def _types_of_attention(
     half = _type_name(query)
     types = ", ".join([half] * 5 + ["INT32"] * 6 + [half, "FP32", "FP32", half, half])
     tokens, requests, entries = _usual(query), _usual(past_lens), _usual(block_indices)
-    rows = _plan(tokens, requests, entries, num_kv_heads, query.shape[1] // (num_kv_heads * head_dim)).rows
+    group = query.shape[1] // (num_kv_heads * head_dim)
+    rows = _plan(tokens, requests, entries, num_kv_heads, group, most_rows=_MODEST_ROWS).rows
     return [trtp.AutoTuneCombination(types, tactics=[rows])]
 
 
 @trtp.autotune(_COMBINE)
 def _types_of_combine(
-    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
-    outputs: tuple[Desc],
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, block_begins: Desc, partial: Desc, partial_lse: Desc,
+    attended: Desc, outputs: tuple[Desc],
 ) -> list[trtp.AutoTuneCombination]:  # fmt: skip
     half = _type_name(attended)
-    return [trtp.AutoTuneCombination(", ".join(["INT32"] * 3 + ["FP32", "FP32", half, half]))]
+    return [trtp.AutoTuneCombination(", ".join(["INT32"] * 4 + ["FP32", "FP32", half, half]))]
 
 
 @trtp.aot_impl(_ATTENTION)
@@ -78,28 +82,29 @@ def _compile_attention(
     num_kv_heads: int, head_dim: int, alias_caches: int, outputs: tuple[Desc], tactic: int,
 ) -> Launch:  # fmt: skip
     group, rows = query.shape[1] // (num_kv_heads * head_dim), tactic
-    kernel = _kernel("attention", query.dtype, head_dim, group, rows)
-    tokens, requests = query.shape_expr[0], past_lens.shape_expr[0]
+    kernel = _kernel("attention", query.dtype, head_dim, group, rows, modest=True)
+    tokens, requests, entries = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]
     tiles = tile_count(tokens, requests, rows, group, trtp)  # by the profile's tile, on which splits do not depend
-    launch = _launch_params(kernel, tiles, num_kv_heads, outputs[1].shape_expr[1])
-    split_keys = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim).split_keys
-    integers = trtp.SymIntExprs.from_tuple((trtp.SymInt32(requests), trtp.SymInt32(split_keys)))
+    made = _symbolic_plan(query, past_lens, block_indices, num_kv_heads, head_dim)
+    launch = _launch_params(kernel, tiles, num_kv_heads, made.num_splits)
+    sizes = requests, made.wanted_splits, tokens, key_cache.shape_expr[0], entries, tree_mask.shape_expr[0] * 4
+    integers = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(size) for size in sizes))
     name, ptx = relist_parameters(kernel.ptx, ATTENTION_ORDER, f"attention_{rows}")
     return name.encode(), ptx.encode(), launch, integers
 
 
 @trtp.aot_impl(_COMBINE)
 def _compile_combine(
-    past_lens: Desc, seq_begins: Desc, block_indices: Desc, partial: Desc, partial_lse: Desc, attended: Desc,
-    num_kv_heads: int, head_dim: int, outputs: tuple[Desc], tactic: int,
+    past_lens: Desc, seq_begins: Desc, block_indices: Desc, block_begins: Desc, partial: Desc, partial_lse: Desc,
+    attended: Desc, num_kv_heads: int, head_dim: int, outputs: tuple[Desc], tactic: int,
 ) -> Launch:  # fmt: skip
     kernel = _kernel("combine", attended.dtype, head_dim)
-    tokens, splits = attended.shape_expr[0], partial.shape_expr[1]
+    made = _symbolic_plan(attended, past_lens, block_indices, num_kv_heads, head_dim)
+    tokens, splits = attended.shape_expr[0], made.num_splits
     # Without splits, the programs of one token, which do nothing: a grid must not be empty.
     merged = (tokens - 1) * trtp.min(splits - 1, 1) + 1
     launch = _launch_params(kernel, merged, attended.shape_expr[1] // head_dim, 1)
-    split_keys = _symbolic_plan(attended, past_lens, block_indices, num_kv_heads, head_dim).split_keys
-    integers = past_lens.shape_expr[0], split_keys, splits
+    integers = past_lens.shape_expr[0], made.wanted_splits, block_indices.shape_expr[0], splits
     extra = trtp.SymIntExprs.from_tuple(tuple(trtp.SymInt32(i) for i in integers))
     name, ptx = relist_parameters(kernel.ptx, COMBINE_ORDER, "combine")
     return name.encode(), ptx.encode(), launch, extra
@@ -122,14 +127,16 @@ def _launch_attention(
     made = _plan(query.shape[0], requests, block_indices.shape[0], num_kv_heads, group)
     kernel = _kernel("attention", query.dtype, head_dim, group, made.rows)
     results = [*(o.data_ptr for o in outputs[:3]), 0, 0]  # two null pointers: Triton's scratch memory, of no size
+    entries, mask_bytes = block_indices.shape[0], 4 * tree_mask.shape[0]
+    sizes = [requests, made.wanted_splits, query.shape[0], key_cache.shape[0], entries, mask_bytes]
     launch(_loaded(kernel), made.grid, kernel.threads, kernel.shared, stream,
-           [t.data_ptr for t in inputs], [requests, made.split_keys], results)  # fmt: skip
+           [t.data_ptr for t in inputs], sizes, results)  # fmt: skip
 
 
 @trtp.impl(_COMBINE)
 def _launch_combine(
-    past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, partial: Tensor, partial_lse: Tensor,
-    attended: Tensor, num_kv_heads: int, head_dim: int, outputs: tuple[Tensor], stream: int,
+    past_lens: Tensor, seq_begins: Tensor, block_indices: Tensor, block_begins: Tensor, partial: Tensor,
+    partial_lse: Tensor, attended: Tensor, num_kv_heads: int, head_dim: int, outputs: tuple[Tensor], stream: int,
 ) -> None:  # fmt: skip
     from super_tree_attention.launch import launch
 
@@ -138,8 +145,8 @@ def _launch_combine(
     if made.num_splits == 1:
         return
     kernel = _kernel("combine", attended.dtype, head_dim)
-    integers = [requests, made.split_keys, made.num_splits]
-    pointers = [t.data_ptr for t in (past_lens, seq_begins, partial, partial_lse)]
+    integers = [requests, made.wanted_splits, block_indices.shape[0], made.num_splits]
+    pointers = [t.data_ptr for t in (past_lens, seq_begins, block_begins, partial, partial_lse)]
     results = [outputs[0].data_ptr, 0, 0]
     launch(_loaded(kernel), (*made.combine_grid, 1), kernel.threads, kernel.shared, stream, pointers, integers, results)
 
@@ -165,23 +172,27 @@ def _card() -> tuple[int, int]:
     return device_facts()
 
 
-def _plan(tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole) -> Plan:
+def _plan(
+    tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole, most_rows: int = ROWS[-1]
+) -> Plan:
     capability, processors = _card()
     return plan(
-        tokens, requests, entries, num_kv_heads, group,
-        block=_BLOCK, processors=processors, compute_capability=capability, ops=ops,
+        tokens, requests, entries, num_kv_heads, group, block=_BLOCK, processors=processors,
+        compute_capability=capability, most_rows=most_rows, ops=ops,
     )  # fmt: skip
 
 
 def _symbolic_plan(query: Desc, past_lens: Desc, block_indices: Desc, num_kv_heads: int, head_dim: int) -> Plan:
-    """Plan symbolically, for the shapes of any call. An engine's scratch memory is for these splits."""
+    """Plan symbolically, for the shapes of any call of a kernel that TensorRT launches itself."""
     group = query.shape_expr[1] // (num_kv_heads * head_dim)
     tokens, requests, entries = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]
-    return _plan(tokens, requests, entries, num_kv_heads, group, trtp)
+    return _plan(tokens, requests, entries, num_kv_heads, group, trtp, _MODEST_ROWS)
 
 
-def _kernel(kind: str, dtype: trt.DataType, head_dim: int, group: int = 1, rows: int = ROWS[0]) -> CompiledKernel:
-    return compile_kernel(kind, _card()[0], _TYPES[dtype], head_dim, group, rows)
+def _kernel(
+    kind: str, dtype: trt.DataType, head_dim: int, group: int = 1, rows: int = ROWS[0], modest: bool = False
+) -> CompiledKernel:
+    return compile_kernel(kind, _card()[0], _TYPES[dtype], head_dim, group, rows, modest=modest)
 
 
 def _loaded(kernel: CompiledKernel) -> Any:

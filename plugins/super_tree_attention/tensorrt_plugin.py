@@ -51,7 +51,7 @@ def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_
         scratch = [f"{result}.{part}" for part in ("attended", "partial", "partial_lse")]
         node.output[:] = [*scratch, *(cache + WRITTEN for cache in caches)]
         _add_attributes(node, ahead_of_time, alias_caches=int(alias_caches))
-        merged = [*node.input[5:8], *scratch[1:], scratch[0]]
+        merged = [*node.input[5:9], *scratch[1:], scratch[0]]
         nodes.append(helper.make_node(COMBINE, merged, [result], domain=NAMESPACE))
         nodes[-1].attribute.extend(a for a in node.attribute if a.name in ("num_kv_heads", "head_dim"))
         _add_attributes(nodes[-1], ahead_of_time)

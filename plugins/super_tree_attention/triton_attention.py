@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from super_tree_attention import kernel
-from super_tree_attention.kernel_plan import KEYS, MAX_SPLITS, NEW_KEYS, plan, registers_of, warps_of
+from super_tree_attention.kernel_plan import MAX_SPLITS, STEPS, plan, registers_of, warps_of
 
 
 def super_tree_attention_triton(
@@ -44,14 +44,16 @@ def super_tree_attention_triton(
     kernels.attention[launch.grid](
         query.contiguous(), key.contiguous(), value.contiguous(), key_cache, value_cache,
         past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins,
-        len(past_lens), launch.split_keys, output, partial, partial_lse,
-        HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=KEYS, NEW_KEYS=NEW_KEYS,
-        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows),
+        len(past_lens), launch.wanted_splits, num_tokens, len(key_cache), len(block_indices), len(tree_mask),
+        output, partial, partial_lse,
+        HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=STEPS.keys, NEW_KEYS=STEPS.new_keys,
+        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=STEPS.stages,
     )  # fmt: skip
     if splits > 1:
         kernels.combine[launch.combine_grid](
-            past_lens, seq_begins, partial, partial_lse, len(past_lens), launch.split_keys, splits, output,
-            HEAD_DIM=head_dim, KEYS=KEYS, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
+            past_lens, seq_begins, block_begins, partial, partial_lse,
+            len(past_lens), launch.wanted_splits, len(block_indices), splits, output,
+            HEAD_DIM=head_dim, BLOCK=block, MAX_SPLITS=triton.next_power_of_2(max(splits, MAX_SPLITS)),
         )  # fmt: skip
     return output
 

@@ -44,12 +44,6 @@ COLOURS = {"static": "#8b6fd6", "echo": "#c2760c", EXACT: "#1a9a6c", DEFAULT: "#
 GREY = "#768390"
 BEGIN, END = "<!-- benchmarks: written by scripts/benchmarks/publish.py -->", "<!-- benchmarks: end -->"
 
-BESIDE = (
-    "The command `bench` also measures [running servers](quickstart-gpu.md#beside-other-engines) of TensorRT-LLM, "
-    "vLLM, SGLang or llama.cpp:"
-)
-BESIDE_COMMAND = "echo-trt bench BUNDLE --prompts FILE --batch 1,8,32 --peers vllm=http://127.0.0.1:8000"
-
 Run = dict[str, Any]
 
 
@@ -168,12 +162,11 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         "## Tokens a verification",
         by_batch(lambda row: _ratio(row["accepted_length"])),
         "## Texts equal to plain decoding's",
-        by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
-        "## Beside other engines",
-        BESIDE,
-        f"```\n{BESIDE_COMMAND}\n```",
+        _all_equal(run, drafting) or by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
         "## Other machines, earlier versions",
-        "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16.",
+        "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16. "
+        "CPUs are named by family and model, two cores each. `bench` measures [other "
+        "engines](quickstart-gpu.md#beside-other-engines), too.",
         _table(["what", "machine", "version", "figures"], old),
     ]
     return "\n\n".join(part if part.startswith(("|", "`")) else _prose(part) for part in sections) + "\n"
@@ -224,6 +217,13 @@ def _equal(run: Run, policy: str, precision: str) -> str:
         return "not in this run"
     pairs = [row["same_texts"].split(" of ") for row in run["results"] if row["policy"] == policy]
     return " of ".join(str(sum(map(int, column))) for column in zip(*pairs, strict=True))
+
+
+def _all_equal(run: Run, policies: Iterable[str]) -> str:
+    """A sentence where every text of ``policies`` is plain decoding's, else nothing."""
+    pairs = [row["same_texts"].split(" of ") for row in run["results"] if row["policy"] in policies]
+    equal, texts = (sum(map(int, column)) for column in zip(*pairs, strict=True))
+    return f"All {texts:,} texts, of every policy at every load, were equal." if equal == texts else ""
 
 
 def _trial(run: Run) -> str:

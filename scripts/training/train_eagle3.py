@@ -3,10 +3,12 @@
     python scripts/training/train_eagle3.py init --target CHECKPOINT --out UNTRAINED
     python scripts/training/train_eagle3.py generate BUNDLE --prompts FILE --data SHARDS
     python scripts/training/train_eagle3.py train --target CHECKPOINT --data SHARDS --out HEAD --minutes 45
+    python scripts/training/train_eagle3.py train --block 6 --start HEAD --target CHECKPOINT --data SHARDS --out DRAFTER
     python scripts/training/train_eagle3.py ngrams --target CHECKPOINT --data SHARDS --out HEAD/ngrams.npz
 
 ``init`` is for a target that has no head yet: BUNDLE is built with what it writes, for the target's features. Progress
-is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last.
+is saved every few minutes: HEAD can be used from the first save on, and --resume goes on from the last. With --block,
+``train`` makes a block drafter (P-EAGLE), which drafts all depths in one pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import typer
 from eagle3_training.answers import record, write_answers
 from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
 from eagle3_training.features import missing_features, write_features
-from eagle3_training.head import feature_scale, head_config, save_head, start_from, warm_start
+from eagle3_training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
 from eagle3_training.loop import Recipe, Trainer, load_state
 from eagle3_training.ngrams import count, held_out, read_texts, right
 from rich.console import Console
@@ -31,6 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from echo_trt.bundle.ngrams import write_ngrams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
+from echo_trt.models.block_weights import load_block
 from echo_trt.models.checkpoint import Checkpoint, weights_sha256
 from echo_trt.models.config import decoder_config
 from echo_trt.models.decoder import Decoder
@@ -90,6 +93,9 @@ def train(
     intermediate_size: Annotated[
         int | None, typer.Option(min=1, help="of the head's MLP; the target's, or that of --start, which it may exceed")
     ] = None,
+    block: Annotated[
+        int | None, typer.Option(min=2, help="train a block drafter (P-EAGLE) of so many rows a pass, not a head")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
     loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
     unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
@@ -106,20 +112,21 @@ def train(
         minutes=minutes,
         learning_rate=learning_rate,
         loss_rows=loss_rows,
-        unroll_steps=unroll_steps,
-        unroll_from=unroll_from,
+        unroll_steps=block or unroll_steps,
+        unroll_from=0 if block else unroll_from,
         save_every=save_every,
         bf16=not fp32,
     )
     checkpoint = open_checkpoint(target)
-    decoder = load_decoder(checkpoint, max_length + unroll_steps).to(device)
+    positions = max_length + recipe.unroll_steps
+    decoder = load_decoder(checkpoint, positions).to(device)
     _prepare_features(decoder, data)
     corpus = Corpus(data, max_length)
     size = f"{len(corpus.training):,} samples of {corpus.response_tokens:,} response tokens"
     console.print(f"{size}, and {len(corpus.held_out)} samples held out", highlight=False, soft_wrap=True)
     begins_with = start if start and not resume else None
-    earlier = load_eagle3(open_checkpoint(begins_with), max_length + unroll_steps, decoder) if begins_with else None
-    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, intermediate_size, earlier, resume)
+    earlier = _read_head(begins_with, positions, decoder) if begins_with else None
+    trainer = _trainer(checkpoint, decoder, corpus, recipe, out, draft_vocab, intermediate_size, earlier, resume, block)
     if earlier:
         start_from(trainer.head, earlier, trainer.scale)
     with _progress("training") as report:
@@ -156,6 +163,7 @@ def _trainer(
     intermediate: int | None,
     earlier: Eagle3Head | None,
     resume: bool,
+    block: int | None,
 ) -> Trainer:
     state = load_state(out) if resume else None
     if state:
@@ -173,11 +181,18 @@ def _trainer(
     if earlier and intermediate < usual:
         raise UserError(f"--intermediate-size is {intermediate}, but --start has {usual}; give as many or more.")
     config = head_config(target.config, target_ids.numel(), weights_sha256(checkpoint.path), intermediate)
+    config = block_config_of(config, block) if block else config
     positions = target.rotary.cos.shape[0]
     trainer = Trainer(warm_start(config, target, target_ids, scale, positions), target, scale, corpus, recipe, out)
     if state:
         trainer.resume(state)
     return trainer
+
+
+def _read_head(folder: Path, positions: int, target: Decoder) -> Eagle3Head:
+    checkpoint = open_checkpoint(folder)
+    block = checkpoint.config.get("mask_token_id") is not None
+    return (load_block if block else load_eagle3)(checkpoint, positions, target)
 
 
 def _make_folder(folder: Path) -> None:

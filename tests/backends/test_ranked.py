@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.checkpoints import qwen3, qwen3_moe
 from pairs import LIMITS, SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
+from echo_trt.backends.parallel import ranked
 from echo_trt.backends.parallel.rank_group import check_gpus
 from echo_trt.backends.parallel.ranked import RankedEngine
 from echo_trt.backends.torch.engine import TorchRank
@@ -129,6 +131,28 @@ def test_the_processes_end_with_the_engine(divided):
     assert other.child.poll() is None
     del engine
     assert other.child.wait(60) is not None
+
+
+def test_an_engine_is_gone_before_its_communicator(monkeypatch):
+    """TensorRT's contexts hold NCCL's communicator, which has to outlive them."""
+    order = []
+
+    class Rank:
+        num_blocks, sizes = BLOCKS, ()
+
+        def __del__(self):
+            order.append("engine")
+
+    others = SimpleNamespace(
+        port=0, abort=None, close=lambda: order.append("processes"), hear=lambda *_: None, tell=lambda *_: None,
+        in_flight=nullcontext,
+    )  # fmt: skip
+    group = SimpleNamespace(abort=lambda: order.append("abort"), leave=lambda: order.append("leave"))
+    monkeypatch.setattr(ranked, "RankProcesses", lambda *_: others)
+    monkeypatch.setattr(ranked, "join", lambda *_: group)
+    engine = RankedEngine(lambda group: Rank(), 2)
+    del engine
+    assert order == ["processes", "engine", "abort", "leave"]
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from models.block_checkpoints import block_raw, write_block
 from models.checkpoints import head_config, head_tensors, qwen3_moe, write_head
 from pairs import BLOCK, VOCAB, recipe_of, roles_of
 from refusal import refused
+from stand_ins import built, with_stand_ins
 
-from echo_trt.backends.native_export import export_native
+from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
+from echo_trt.backends.tensorrt import build as tensorrt_build
 from echo_trt.backends.tensorrt import compiler as tensorrt
 from echo_trt.backends.tensorrt.compiler import (
     CompileJob,
@@ -58,11 +60,11 @@ def with_block(networks, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def graph_of(networks, with_head, with_block, tmp_path_factory):
-    """network, precision -> its native graph."""
-    folder = tmp_path_factory.mktemp("native")
+def role_of(networks, with_head, with_block, tmp_path_factory):
+    """network -> its role."""
+    folder = tmp_path_factory.mktemp("roles")
 
-    def role_of(network):
+    def get(network):
         if network == "experts":
             qwen3_moe(vocab_size=VOCAB, num_hidden_layers=2, mlp_only_layers=[0], **HEADS).save_pretrained(
                 folder / "moe"
@@ -77,6 +79,14 @@ def graph_of(networks, with_head, with_block, tmp_path_factory):
             target = load_decoder(open_checkpoint(networks / "target"), 192)
             return BlockRole(load_block(open_checkpoint(with_block), 192, target), 5)
         return roles_of("model" if network == "draft" else "eagle3", networks)[network]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def graph_of(role_of, tmp_path_factory):
+    """network, precision -> its native graph."""
+    folder = tmp_path_factory.mktemp("native")
 
     def get(network, precision="fp16"):
         path = folder / f"{network}-{precision}.onnx"
@@ -342,5 +352,49 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
         assert profile["seq_begins"][2][0] == profile["past_lens"][2][0] + 1
         assert profile["key_cache.0"] == ((1, 3, 32, 8), (1024, 3, 32, 8), (1024, 3, 32, 8))
         assert profile["features"][0][0] == profile["tree_mask"][0][0] == 0
+        usual = {name: shapes[1][0] for name, shapes in profile.items()}
+        assert usual["features"] + usual["hidden"] == usual["token_ids"]  # or TensorRT refuses the profile
         # All requests may have the same long beginning, whose blocks each of them names.
         assert profile["block_indices"][2][0] >= profile["past_lens"][2][0] * 66
+
+
+@rtx
+@pytest.mark.parametrize("network", ["target", "head", "block", "experts"])
+def test_every_packed_profile_is_taken_by_the_compiler(network, role_of, tmp_path):
+    """TensorRT refuses a profile whose usual sizes break a graph's own constraints, such as M + P = N of a head."""
+    api = tensorrt.load_compiler("tensorrt-rtx")
+    graph, stand_ins = tmp_path / "graph.onnx", tmp_path / "stand_ins.onnx"
+    export(in_precision(role_of(network), "fp16"), graph)
+    prepare_graph(graph, graph)
+    with_stand_ins(graph, stand_ins)
+    logger = tensorrt.logger_of(api)
+    for profile in packed_profiles(graph, SIZES):
+        logger.forget()
+        assert built(stand_ins, profile, api, logger), logger.errors()
+
+
+def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monkeypatch):
+    """The parser finds a plugin only where it was registered before."""
+
+    class Registered(Exception):
+        pass
+
+    def register():
+        raise Registered
+
+    monkeypatch.setattr(tensorrt_build, "register", register)
+    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
+    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
+    with pytest.raises(Registered):
+        build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"])
+def test_cards_that_have_kernels(capability):
+    tensorrt_build.check_kernels(capability)
+
+
+@pytest.mark.parametrize("capability", ["7.5", "13.0"])
+def test_a_card_that_no_kernel_is_for(capability):
+    with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
+        tensorrt_build.check_kernels(capability)

@@ -1,6 +1,7 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -9,13 +10,11 @@ import torch
 from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
-from echo_trt.backends.cuda import calls as torch_calls
+from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import METADATA, export
-from echo_trt.backends.padded import Layout
 from echo_trt.backends.tensorrt import engine as tensorrt
-from echo_trt.backends.tensorrt.calls import CallLimits, linear_pieces, packed_pieces
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.tensorrt.session import profile_for
@@ -234,7 +233,7 @@ def test_sizes_are_few(opened):
 
 
 def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_calls, "LARGEST", 16)
+    monkeypatch.setattr(cuda_sizes, "SIZES", (1, 2, 4, 8, 12, 16))
     _, engine, session = packed("target", networks, tmp_path)
     for seed in range(12):
         script = Script(seed, engine.num_blocks // SLOTS)
@@ -244,6 +243,51 @@ def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, t
     assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
         (n,) for n in (1, 2, 4, 8, 12, 16)
     }
+
+
+@pytest.mark.parametrize("network", ["target", "draft"])
+def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, networks, tmp_path):
+    _, engine, session = packed(network, networks, tmp_path)
+    engine._graphs = SimpleNamespace(sealed=False)
+    engine.capture_all()
+    assert engine._graphs.sealed
+    assert len(session.launched) == len(engine._sizes) * (2 if network == "draft" else 1)
+    assert {tokens for (tokens,) in session.launched} == {size.tokens for size in engine._sizes}
+    script = Script(0, engine.num_blocks // SLOTS)
+    engine._graphs = None
+    known = set(session.recurring)
+    for step in range(6):
+        call = script.call(first=step == 0)
+        if network == "target":
+            engine.run(call)
+    assert session.recurring == known
+
+
+def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
+    """The pool is zeroed on the current stream, and calls run on the own one of the engine, which does not wait."""
+    _, _, session = packed("target", networks, tmp_path)
+    waits = []
+    session.device = torch.device("cuda")
+    monkeypatch.setattr(TensorRTEngine, "_allocate", lambda self, shape: torch.zeros(1))
+    monkeypatch.setattr(tensorrt, "Graphs", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=waits.append))
+    TensorRTEngine(session, SLOTS, 4, 16)
+    assert waits == ["PyTorch's"]
+
+
+def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "check_version", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "check_card", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "cuda_device", lambda: torch.device("cpu"))
+    for name in ("compute_capability", "Session"):
+        monkeypatch.setattr(tensorrt, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "L4")
+    monkeypatch.setattr(TensorRTEngine, "__init__", lambda self, *_, graphs=True: setattr(self, "graphs", graphs))
+    monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: None, raising=False)
+    for communicator in (None, object()):
+        opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, communicator)
+        assert opened.graphs
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -304,52 +348,6 @@ def test_a_starting_request_finds_its_slot_cleared(opened):
     engine._pool[:] = np.nan
     call = Script(1, engine.num_blocks // SLOTS).call(first=True)
     assert np.isfinite(np.asarray(engine.run(call)["scores"])).all()
-
-
-# -- packed calls, for the graph with the plugin -------------------------------------------------------------------
-
-
-def packed_call(counts, past=0):
-    counts = np.asarray(counts)
-    table = np.arange(len(counts) * 8).reshape(len(counts), 8)
-    total = counts.sum()
-    return pack(np.arange(total), np.zeros(total), np.full(len(counts), past), counts, table, np.arange(0, total, 2))
-
-
-def test_a_packed_call_in_pieces_is_the_whole_call():
-    call = packed_call([3, 30, 1, 8, 8, 2], past=40)
-    limits = CallLimits(batch=8, tokens=32, chunk=32, rows=32)
-    total = len(call.token_ids)
-    features = np.arange(20.0)[:, None]
-    inputs = {"features": features, "hidden": np.arange(20.0, total)[:, None]}
-    pieces = list(packed_pieces(call, inputs, limits))
-    assert len(pieces) > 1
-    assert np.concatenate([p.rows for p in pieces]).tolist() == list(range(total))
-    assert np.concatenate([p.asked for p in pieces]).tolist() == list(range(len(call.logit_rows)))
-    for piece in pieces:
-        arrays, count = piece.arrays, len(piece.rows)
-        assert (arrays["token_ids"][:count] == call.token_ids[piece.rows]).all()
-        states = np.concatenate((arrays["features"], arrays["hidden"]))
-        if not piece.padded:
-            assert (states[:, 0] == piece.rows).all()
-        asked = call.logit_rows[piece.asked]
-        assert (piece.rows[arrays["logit_rows"][: len(asked)]] == asked).all()
-        requests = np.flatnonzero(np.isin(call.seq_begins[:-1], piece.rows))
-        blocks = [call.block_indices[call.block_begins[r] : call.block_begins[r + 1]] for r in requests]
-        assert (arrays["block_indices"][: sum(map(len, blocks))] == np.concatenate(blocks)).all()
-        assert arrays["block_begins"][0] == arrays["seq_begins"][0] == 0
-        assert arrays["tree_mask"].dtype == np.int32
-
-
-def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
-    call = packed_call([3])
-    call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
-    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32))
-    assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.asked) == 0
-    (piece,) = linear_pieces(call, {}, Layout(2, 8, 16), CallLimits(2, 16, 16, 16))
-    assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.asked) == 0
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
 
-from echo_trt.backends.cuda.calls import LARGEST, Staging, bucket, pad
+from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device_rows import DeviceRows
-from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes, pad, size_for
+from echo_trt.backends.torch import engine as torch_engine
+from echo_trt.backends.torch import files
+from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
 from echo_trt.backends.torch.files import load_role, save_role
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.sampling.draw import sample
@@ -92,7 +96,7 @@ def test_buckets_are_few_and_near(count):
     size = bucket(count)
     assert count <= size <= max(1.5 * count, 2 * count - 1 if count < 12 else 0)
     assert bucket(size) == size
-    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 16
+    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 18
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -108,9 +112,12 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
         for call in calls(seed, requests=3 + seed % 2):
             arrays = arrays_of(call, **inputs_for(call, features, seed))
             wanted = plain._forward({n: torch.from_numpy(a) for n, a in arrays.items()})
-            larger = pad(arrays)
+            size = size_for(arrays, graph_sizes(8))
+            larger = pad(arrays, size)
             assert len(larger["token_ids"]) == bucket(len(call.token_ids))
-            got = padded._forward(Staging(larger, torch.device("cpu")).upload(larger))
+            got = padded._forward(
+                Staging(larger, torch.device("cpu"), capacity_of(size, CallBounds(8, 9))).upload(larger)
+            )
             for one, other in zip(wanted, got, strict=True):
                 torch.testing.assert_close(other[: len(one)], one, **near)
             torch.testing.assert_close(padded._pool, plain._pool, **near)
@@ -118,11 +125,11 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
 
 def test_calls_that_no_graph_is_for_are_not_padded():
     call = calls(0)[1]
-    count = len(call.token_ids)
+    count, sizes = len(call.token_ids), graph_sizes(8)
     entries = {"features": np.zeros((1, 4), np.float32), "hidden": np.zeros((count - 1, 4), np.float32)}
-    assert pad(arrays_of(call)) is not None
-    assert pad(arrays_of(call, **entries)) is None
-    assert pad(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}) is None
+    assert size_for(arrays_of(call), sizes) is not None
+    assert size_for(arrays_of(call, **entries), sizes) is None
+    assert size_for(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}, sizes) is None
 
 
 def test_staging_keeps_arrays_apart_and_aligned():
@@ -241,3 +248,17 @@ def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
     with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
         _operator_for(torch.device("cuda"))
+
+
+def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
+    """safetensors takes "cuda" for the first card, whichever is current."""
+    loaded = []
+    monkeypatch.setattr(torch_engine, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch_engine, "cuda_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(files, "load_role", lambda file, device: loaded.append((file.name, device)))
+    monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
+    collectives = object()
+    opened = TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(SimpleNamespace(rank=1, collectives=collectives))
+    assert loaded == [("1", "cuda:1")]
+    assert opened["collectives"] is collectives
+    assert opened.get("graphs", True)  # a rank's calls are captured, too

@@ -152,7 +152,7 @@ def test_values_of_the_wrong_kind_or_size(key, value, words, written):
     ("key", "value", "words"),
     [
         ("target", {}, ("target", "path", "wheel and file")),
-        ("target", {"path": "x", "wheel": "y"}, ("target", "either path, or wheel and file")),
+        ("target", {"path": "x", "wheel": "y"}, ("target", "either path, hub, or wheel and file")),
         ("target", {"wheel": "y==1"}, ("target", "wheel and file belong together")),
         ("target", {"path": "a\0b"}, ("target", "path has a null character")),
         ("draft", {"kind": "eagle3"}, ("draft", "source", "missing", "eagle3")),

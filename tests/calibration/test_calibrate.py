@@ -44,7 +44,7 @@ def ticks(monkeypatch) -> SimpleNamespace:
         clock.now += 1e-3
         return clock.now
 
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=perf_counter))
     return clock
 
 

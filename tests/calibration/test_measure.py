@@ -99,7 +99,7 @@ def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, m
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
     truth = h100_qwen3_8b()
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(truth.costs().target, clock, 8192)
     table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
     curve = table.costs().target
@@ -109,9 +109,39 @@ def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, m
     assert table.target.sizes[-1] == 768
 
 
+class Capturing(Clocked):
+    """A GPU's engine: the first pass of a size takes ``capture`` seconds more, and every pass is asked for a size."""
+
+    def __init__(self, curve, clock, num_blocks, capture):
+        super().__init__(curve, clock, num_blocks)
+        self.capture, self.captured = capture, set()
+
+    def run(self, call):
+        size = len(call.token_ids), len(call.past_lens), len(call.block_indices)
+        if size not in self.captured:
+            self.captured.add(size)
+            self.clock.now += self.capture
+        super().run(call)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+@pytest.mark.parametrize("capture", [0.05, 0.15, 0.3, 1.0, 5.0])
+def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkeypatch):
+    truth = h100_qwen3_8b()
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Capturing(truth.costs().target, clock, 8192, capture)
+    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    curve = table.costs().target
+    for tokens in (1, 2, 8, 30, 100, 200, 300, 500):
+        assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
+    assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
+    assert table.change == 0
+
+
 def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
     assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
 
@@ -119,7 +149,7 @@ def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
 def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
     """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     knees = set()
     for longest in (0.33, 0.7):
         curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
@@ -150,7 +180,7 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
     manifest = open_llm("lookup", "autoregressive", 1).manifest
     truth, small, wrong = Curve([1, 4, 6, 16, 128], [0.018, 0.021, 0.033, 0.052, 0.27]), (1, 2, 3, 4, 6, 8), []
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     for seed in range(20):
         begin = clock.now
         target = Restless(truth, clock, 8192, seed)
@@ -164,7 +194,7 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
 def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(open_llm, monkeypatch):
     """A pass over one token is timed between the bursts of other work, and all others in them."""
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
     table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
@@ -185,7 +215,7 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
 def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm, monkeypatch):
     """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.measure.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
     table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from super_tree_attention import super_tree_attention
-from super_tree_attention.triton_attention import move_rows, super_tree_attention_triton
+from super_tree_attention.triton_attention import _interpreted, move_rows, super_tree_attention_triton
 
 BLOCK = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,3 +149,82 @@ def test_moved_rows_may_overlap(dtype):
     torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
     move_rows(moved, source[:0].to(DEVICE), target[:0].to(DEVICE))
     torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are interpreted")
+@pytest.mark.parametrize("block", [BLOCK, 7 * BLOCK])
+def test_compiled_moves_pass_what_the_kernels_take(block, monkeypatch):
+    """What is launched through the driver, by Triton's interpreter on the same memory."""
+    moves = pytest.importorskip("super_tree_attention.compiled_moves", reason="cuda-python is not installed")
+    pools = torch.randn(4, 6, 3, block, 64, generator=torch.Generator().manual_seed(3)).to(torch.float16)
+    source, target = torch.tensor([40, 41, 7, 150, 33]), torch.tensor([41, 7, 40, 32, 33])
+    expected = pools.clone()
+    expected[:, target // block, :, target % block] = pools[:, source // block, :, source % block]
+    new_empty, memory, compiled = torch.Tensor.new_empty, {}, []
+
+    def launch(kernel, grid, threads, shared, stream, pointers, integers, results):
+        copy = _interpreted().copy_rows
+        tensors = [memory.get(pointer, pools) for pointer in pointers]
+        copy[grid](*tensors, *integers, HEAD_DIM=64, BLOCK=kernel["block"], GATHER=kernel["kind"] == "gather_rows")
+
+    def compile_kernel(kind, capability, dtype, head_dim, block):
+        made = SimpleNamespace(threads=128, shared=0, kind=kind, block=block)
+        compiled.append((kind, capability, dtype, head_dim))
+        return made
+
+    def remembered(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        memory[made.data_ptr()] = made
+        return made
+
+    memory.update({t.data_ptr(): t for t in (source, target)})
+    monkeypatch.setattr(torch.Tensor, "new_empty", remembered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(moves, "device_facts", lambda: (90, 132))
+    monkeypatch.setattr(moves, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(moves, "_loaded", vars)
+    monkeypatch.setattr(moves, "launch", launch)
+    assert moves.can_move(pools)
+    moves.move_rows(pools, source, target)
+    torch.testing.assert_close(pools, expected, atol=0, rtol=0)
+    assert compiled == [(kind, 90, "fp16", 64) for kind in ("gather_rows", "scatter_rows")]
+
+
+def surrounded(tensor: Tensor, margin: int, fill: float) -> tuple[Tensor, Tensor]:
+    """A copy of ``tensor`` between ``margin`` elements of ``fill`` on both sides, and the whole memory."""
+    whole = torch.full((tensor.numel() + 2 * margin,), fill, dtype=tensor.dtype)
+    inside = whole[margin:-margin].view(tensor.shape)
+    inside.copy_(tensor)
+    return inside, whole
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="memory around tensors is looked at on a CPU")
+@pytest.mark.parametrize("largest", [9, 2**31 - 1])
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_metadata_holds_nothing_outside_is_written(seed, largest):
+    """A builder may time the kernels with made-up inputs. Small wrong numbers reach no further than the margins."""
+    batch = Batch([(40, 5, True), (70, 3, False), (0, 4, True)], 2, 2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    low = -9 if largest == 9 else -(2**31)
+    metadata = [
+        t if t.dtype == torch.uint8 else torch.randint(low, largest, t.shape, generator=generator, dtype=torch.int64)
+        for t in batch.metadata
+    ]
+    begins = [surrounded(t.int() if t.dtype == torch.int64 else t, 64, 0)[0] for t in metadata]
+    caches = [torch.zeros_like(cache) for cache in batch.caches]
+    margin = 12 * caches[0][0].numel()
+    views, wholes = zip(*(surrounded(cache, margin, 7.0) for cache in caches), strict=True)
+    super_tree_attention_triton(*batch.packed, *views, *begins)
+    for whole in wholes:
+        assert (whole[:margin] == 7.0).all()
+        assert (whole[-margin:] == 7.0).all()
+
+
+def test_a_table_that_is_padded_is_the_table():
+    """Graphs are captured for the longest tables; the splits of a past follow the table's true length."""
+    batch = Batch([(900, 5, True), (300, 3, False)], 2, 2)
+    expected = super_tree_attention(*batch.packed, *[c.clone() for c in batch.caches], *batch.metadata)
+    padded = list(batch.metadata)
+    padded[2] = torch.cat((padded[2], torch.zeros(400, dtype=torch.int32)))
+    arguments = [tensor.to(DEVICE) for tensor in (*batch.packed, *batch.caches, *padded)]
+    torch.testing.assert_close(super_tree_attention_triton(*arguments).cpu(), expected, atol=2e-6, rtol=2e-6)

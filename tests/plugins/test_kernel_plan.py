@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from super_tree_attention.kernel_plan import MAX_SPLITS, MIN_SPLIT_KEYS, Whole, plan
+from super_tree_attention.kernel_plan import MAX_SPLITS, Whole, plan, split_rows
 
 QWEN3_8B = {"kv_heads": 8, "group": 4}
 
@@ -22,21 +22,20 @@ def test_tiles_hold_every_ragged_batch(counts, group, entries, processors):
     tokens = made.rows // group
     assert made.grid[0] >= sum(-(-count // tokens) for count in counts)
     assert 1 <= made.num_splits <= MAX_SPLITS
-    assert made.split_keys >= MIN_SPLIT_KEYS
 
 
 def test_one_long_context_fills_the_card():
     made = plan(64, 1, 1024, **QWEN3_8B)
     tiles, kv_heads, splits = made.grid
     assert 0.9 * 132 <= tiles * kv_heads * splits <= 132  # one wave
-    assert splits * made.split_keys >= 32 * 1024
+    assert splits == made.wanted_splits
     assert made.rows == 128
 
 
 def test_many_requests_are_not_split_but_one_that_is_much_longer_than_the_others():
     made = plan(512, 256, 256 * 33, **QWEN3_8B)
     assert made.rows == 16
-    assert made.split_keys > 33 * 32
+    assert made.wanted_splits == 1
     assert made.num_splits > 1
 
 
@@ -66,6 +65,9 @@ class Symbol:
 
     def __floordiv__(self, other):
         return Symbol(self.value // _value(other))
+
+    def __rmul__(self, other):
+        raise AssertionError("a symbol stands on the left")
 
     def __bool__(self):
         raise AssertionError("a symbol is neither true nor false")
@@ -101,7 +103,8 @@ def test_a_plan_of_symbols_is_the_plan_of_their_numbers(sizes, kv_heads, process
     made = plan(tokens, requests, entries, kv_heads, group, **card)
     symbols = plan(*map(Symbol, sizes[:3]), kv_heads, Symbol(group), **card, ops=Symbols)
     assert made.grid == tuple(map(_value, symbols.grid))
-    assert (made.rows, made.split_keys) == (symbols.rows.value, symbols.split_keys.value)
+    assert (made.rows, made.wanted_splits) == (symbols.rows.value, symbols.wanted_splits.value)
+    assert split_rows(tokens, group) == split_rows(Symbol(tokens), Symbol(group), Symbols).value
 
 
 @given(programs=st.integers(1, 3000), processors=st.integers(1, 600))
@@ -113,4 +116,30 @@ def test_no_fewer_splits_would_fill_the_waves(programs, processors):
         s for s in range(1, MAX_SPLITS) if 10 * programs * s >= 9 * Whole.cdiv(programs * s, processors) * processors
     )
     wanted = next(filled, MAX_SPLITS)
-    assert made.num_splits == wanted
+    assert made.wanted_splits == wanted
+
+
+@given(
+    tokens=st.integers(1, 3000),
+    more=st.integers(0, 3000),
+    requests=st.integers(1, 300),
+    entries=st.integers(0, 90_000),
+    heads=st.tuples(st.integers(1, 8), st.integers(1, 16)),
+    processors=st.integers(1, 200),
+    most_rows=st.sampled_from([64, 128]),
+)
+def test_room_for_splits_of_the_largest_call_is_room_for_all(
+    tokens, more, requests, entries, heads, processors, most_rows
+):
+    """TensorRT may reserve memory for the largest call alone, where fewer splits are planned than for smaller ones."""
+    made = plan(tokens, requests, entries, *heads, processors=processors, most_rows=most_rows)
+    assert made.rows <= most_rows
+    rows = tokens * heads[0] * heads[1]
+    assert rows * made.num_splits <= split_rows(tokens, heads[0] * heads[1])
+    assert split_rows(tokens, heads[0] * heads[1]) <= split_rows(tokens + more, heads[0] * heads[1])
+
+
+def test_a_longer_table_changes_no_plan_so_that_it_may_be_padded():
+    for tokens, requests in ((1, 1), (64, 1), (64, 8), (250, 64), (512, 256)):
+        plans = {plan(tokens, requests, requests * blocks, **QWEN3_8B) for blocks in (128, 300, 1280)}
+        assert len(plans) == 1

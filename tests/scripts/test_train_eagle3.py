@@ -13,10 +13,17 @@ from pairs import recipe_of
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from echo_trt.backends.self_check import block_shape
+from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.commands.build import build
+from echo_trt.decoding.pack import pack_blocks
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.models.block_weights import load_block
 from echo_trt.models.checkpoint import weights_sha256
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.roles import BlockRole
+from echo_trt.models.weights import load_decoder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "training" / "train_eagle3.py"
 
@@ -102,6 +109,35 @@ def test_a_head_does_not_shrink(networks, shards, head, tmp_path):
     done = subprocess.run(list(map(str, (sys.executable, SCRIPT, *words))), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "--intermediate-size is 64, but --start has 96; give as many or more" in done.stdout
+
+
+def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, head, tmp_path, monkeypatch):
+    """It begins with a head's layer, is built, and unrolled training steps are the rows of a runtime pass."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from eagle3_training.corpus import Corpus
+    from eagle3_training.unroll import unroll
+
+    out, rows = tmp_path / "drafter", 4
+    words = ["train", "--target", networks / "target", "--data", shards, "--loss-rows", 40, "--block", rows]
+    assert "held out: top-1" in run(*words, "--start", head, "--minutes", 0.05, "--out", out)
+    assert "held out: top-1" in run(*words, "--resume", "--minutes", 0.08, "--out", out)
+    draft = {"kind": "block", "source": {"path": str(out)}}
+    build(recipe_of("peagle", networks, draft=draft), networks, tmp_path / "bundle")
+
+    network = load_block(open_checkpoint(out), 64, load_decoder(open_checkpoint(networks / "target"), 64))
+    (batch,) = Corpus(shards, 64).pack(Corpus(shards, 64).training[:1], 1)
+    features = batch.features.float()
+    with torch.no_grad():
+        steps = torch.stack([logits.log_softmax(dim=-1) for logits in unroll(network, batch, features, rows)])
+    table, none = np.arange(8)[None], np.zeros(1, np.int64)
+    for chain, entry in enumerate(batch.rows.tolist()[: 1 - rows]):
+        engine = TorchEngine(BlockRole(network, network.config.draft_vocab_size), 8)
+        tokens, count = batch.token_ids[: entry + 1].numpy(), np.array([entry + 1])
+        call, states = pack_blocks(block_shape(network.config), tokens, none, count, tokens[-1:], table)
+        outputs = engine.run(call, features=features[: entry + 1].numpy(), state_rows=states)
+        by_id = np.zeros((rows, network.config.vocab_size), np.float32)
+        np.put_along_axis(by_id, outputs["candidates"], outputs["scores"], axis=1)
+        np.testing.assert_allclose(by_id[:, network.target_ids], steps[:, chain].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [["--intermediate-size", "0"], ["--minutes", "soon"], []])

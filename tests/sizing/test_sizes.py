@@ -172,16 +172,18 @@ def test_shapes_that_nobody_knows(tmp_path):
 
 def test_gpus_that_cannot_share():
     odd = published()["Qwen/Qwen3-14B"] | {"num_attention_heads": 12, "num_key_value_heads": 4}
-    published()["odd"] = odd
+    published()["odd/odd"] = odd
     try:
         with refused("tensor_parallel is 8", "12 attention heads"):
-            shapes(recipe_of(target={"path": "here", "hub": "odd"}, tensor_parallel=8), Path("/nowhere"))
+            shapes(recipe_of(target={"path": "here", "hub": "odd/odd"}, tensor_parallel=8), Path("/nowhere"))
     finally:
-        del published()["odd"]
+        del published()["odd/odd"]
 
 
 def test_recipe_keys():
     with refused("mine.yaml: tensor_parallel is 3", "1, 2, 4 or 8"):
         recipe_of(tensor_parallel=3)
-    with refused("mine.yaml: target", "hub names what path is to hold"):
-        recipe_of(target={"wheel": "a==1", "file": "b", "hub": "c"})
+    with refused("mine.yaml: target", "give either path, hub, or wheel and file"):
+        recipe_of(target={"wheel": "a==1", "file": "b", "hub": "c/d"})
+    with refused("mine.yaml: target", "hub is 'c', give OWNER/NAME"):
+        recipe_of(target={"hub": "c"})

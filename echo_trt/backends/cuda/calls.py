@@ -1,110 +1,138 @@
-"""A call's arrays on a GPU: padded to few sizes, sent in one copy, replayed as one CUDA graph."""
+"""A call's arrays on a GPU: sent without waiting, replayed as one CUDA graph."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Arrays = dict[str, np.ndarray]
+from echo_trt.backends.cuda.sizes import LARGEST, RAGGED, Arrays, Capacity
+
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
-LARGEST = 512  # tokens of a call that is padded and captured; larger: more graphs, whose launches arithmetic hides
+MOST_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds to start
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
-def bucket(count: int) -> int:
-    """Return the padded size: the next one of 1, 2, 4, 8, 12, 16, 24, 32, 48, ..., at most a half more."""
-    power = 1 << max(count - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 16 and count <= 3 * power // 4 else power
+def blank(like: Arrays) -> Arrays:
+    """Return a call of the shapes of ``like`` in which no request has tokens: it reads and writes no KV rows."""
+    return {name: np.zeros_like(array) for name, array in like.items()}
 
 
-SIZES = tuple(sorted({bucket(count) for count in range(1, LARGEST + 1)}))  # of calls, in tokens
+def shapes_of(arrays: Arrays, capacity: Capacity) -> tuple[tuple[int, ...], ...]:
+    return tuple((capacity.get(name, len(array)), *array.shape[1:]) for name, array in arrays.items())
 
 
-def pad(arrays: Arrays) -> Arrays | None:
-    """Pad a call to the next captured size; return None for a call that runs faster unpadded.
-
-    Padding is tokens without a request, and requests without tokens, which the call does not see. Output rows of
-    padding are undefined.
-    """
-    tokens = len(arrays["token_ids"])
-    parts = [len(arrays[name]) for name in ("features", "hidden") if name in arrays]
-    if not 0 < tokens <= LARGEST or np.count_nonzero(parts) > 1 or len(arrays["logit_rows"]) > tokens:
-        return None
-    size, requests = bucket(tokens), bucket(len(arrays["past_lens"]))
-    sizes = {
-        **dict.fromkeys(("token_ids", "positions", "state_rows", "logit_rows"), size),
-        **{name: size if len(arrays[name]) else 0 for name in ("features", "hidden") if name in arrays},
-        "past_lens": requests,
-        **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), requests + 1),
-        "block_indices": bucket(len(arrays["block_indices"])),
-        "tree_mask": size * size,
-    }
-    if "state_rows" in arrays:  # the states of features follow the states of logit rows, and padding adds logit rows
-        states, asked = arrays["state_rows"], len(arrays["logit_rows"])
-        arrays = arrays | {"state_rows": np.where(states < asked, states, states + size - asked)}
-    return {name: _padded(array, sizes[name], name.endswith("_begins")) for name, array in arrays.items()}
-
-
-def _padded(array: np.ndarray, size: int, repeat_last: bool) -> np.ndarray:
-    out = np.zeros((size, *array.shape[1:]), array.dtype)
-    out[: len(array)] = array
-    if repeat_last:
-        out[len(array) :] = array[-1]
-    return out
+def event_on(device: torch.device) -> Any:
+    """Return an event of the device's stream; None on a CPU, which copies at once."""
+    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 class Staging:
-    """Buffers for arrays of the shapes and types of ``like``: one pinned on the host, one on the device."""
+    """Buffers for arrays of the shapes and types of ``like``: two pinned ones on the host, in turn, one on the device.
 
-    def __init__(self, like: Arrays, device: torch.device):
-        ends = np.cumsum([-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in like.values()])
-        self._host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = torch.empty_like(self._host, device=device)
-        self._arrays, self.tensors = {}, {}
-        for (name, array), begin in zip(like.items(), (0, *ends[:-1]), strict=True):
-            part = slice(int(begin), int(begin) + array.nbytes)
-            dtype = torch.from_numpy(array[:0]).dtype
-            self._arrays[name] = self._host[part].numpy().view(array.dtype).reshape(array.shape)
-            self.tensors[name] = self._device[part].view(dtype).view(array.shape)
+    ``capacity``: rows of arrays that have room for more than ``like``, and of which an upload may send fewer.
+    """
+
+    def __init__(self, like: Arrays, device: torch.device, capacity: Capacity | None = None):
+        capacity = capacity or {}
+        # Arrays of varying length come last, so that the others and the first of these are sent in one copy.
+        names = sorted(like, key=lambda name: RAGGED.index(name) if name in capacity else -1)
+        shapes = dict(zip(like, shapes_of(like, capacity), strict=True))
+        sizes = [int(np.prod(shapes[name])) * like[name].itemsize for name in names]
+        ends = np.cumsum([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]).tolist()
+        pinned = device.type == "cuda"
+        hosts = [torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._device = torch.empty_like(hosts[0], device=device)
+        self._begins = dict(zip(names, (0, *ends[:-1]), strict=True))
+        self._sent = tuple(name for name in names if name in capacity)
+        self._fixed = self._begins[self._sent[0]] if self._sent else ends[-1]
+        self._turns = [(host, self._views(host, shapes, like), event_on(device)) for host in hosts]
+        self._turn, self.tensors = 0, {}
+        for name, size in zip(names, sizes, strict=True):
+            part = slice(self._begins[name], self._begins[name] + size)
+            dtype = torch.from_numpy(like[name][:0]).dtype
+            self.tensors[name] = self._device[part].view(dtype).view(shapes[name])
+
+    def _views(self, host: Tensor, shapes: dict[str, tuple[int, ...]], like: Arrays) -> Arrays:
+        views = {}
+        for name, begin in self._begins.items():
+            size = int(np.prod(shapes[name])) * like[name].itemsize
+            views[name] = host[begin : begin + size].numpy().view(like[name].dtype).reshape(shapes[name])
+        return views
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
-        """Copy arrays to the device, until the next upload; work on the previous arrays must have ended."""
+        """Copy arrays to the device in the order of its stream; the tensors are valid until the next upload's."""
+        host, views, copied = self._turns[self._turn]
+        self._turn = 1 - self._turn
+        if copied is not None:
+            copied.synchronize()  # the copy before the last may still wait behind a pass
         for name, array in arrays.items():
-            self._arrays[name][...] = array
-        self._device.copy_(self._host, non_blocking=True)
+            views[name][: len(array)] = array
+        spans = [[0, self._fixed]]
+        for name in self._sent:
+            begin, end = self._begins[name], self._begins[name] + views[name][: len(arrays[name])].nbytes
+            if begin == spans[-1][1]:
+                spans[-1][1] = end
+            elif begin < end:
+                spans.append([begin, end])
+        for begin, end in spans:
+            self._device[begin:end].copy_(host[begin:end], non_blocking=True)
+        if copied is not None:
+            copied.record()
         return self.tensors
 
 
-Captured = tuple[Staging, torch.cuda.CUDAGraph, tuple[Tensor, ...]]  # a graph, where it reads and where it writes
+class Captured(NamedTuple):
+    """A graph, where it reads and where it writes."""
+
+    staging: Staging
+    graph: torch.cuda.CUDAGraph
+    outputs: tuple[Tensor, ...]
 
 
 class Graphs:
-    """``forward`` as CUDA graphs: one for every size of a call, captured at the first call."""
+    """``forward`` as CUDA graphs: one for every size of a call, captured before calls come or at the first call.
+
+    A size that cannot be captured is run by plain launches from then on.
+    """
 
     def __init__(self, forward: Forward, device: torch.device):
         self._forward, self._device = forward, device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
-        self._captured: dict[tuple, Captured] = {}
+        self._captured: dict[tuple, Captured | None] = {}
+        self.sealed = False  # whether all sizes are captured, so that a call of another size is run by plain launches
 
-    def run(self, arrays: Arrays, *arguments: int) -> tuple[Tensor, ...]:
-        """Run a call; outputs are valid until the next run. A graph is also captured for every set of ``arguments``."""
-        key = (*arguments, *(array.shape for array in arrays.values()))
+    def run(self, arrays: Arrays, capacity: Capacity | None = None, *arguments: int) -> tuple[Tensor, ...] | None:
+        """Replay a call; outputs are valid until the next run. A graph is kept for every set of ``arguments``.
+
+        Returns None where there is no graph: the size cannot be captured, or there are too many.
+        """
+        capacity = capacity or {}
+        if any(len(arrays[name]) > most for name, most in capacity.items()):
+            return None
+        key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
-            self._captured[key] = self._capture(arrays, arguments)
-        staging, graph, outputs = self._captured[key]
-        staging.upload(arrays)
-        graph.replay()
-        return outputs
+            if self.sealed or len(self._captured) >= MOST_GRAPHS:
+                return None
+            self._captured[key] = self._capture(arrays, capacity, arguments)
+        captured = self._captured[key]
+        if captured is None:
+            return None
+        captured.staging.upload(arrays)
+        captured.graph.replay()
+        return captured.outputs
 
-    def _capture(self, arrays: Arrays, arguments: tuple[int, ...]) -> Captured:
-        staging = Staging(arrays, self._device)
-        inputs = staging.upload(arrays)
-        # A run before the capture compiles kernels and starts libraries. The replay writes its KV rows once more.
+    def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
+        """Capture a size; None, with a warning, where that fails."""
+        staging = Staging(arrays, self._device, capacity)
+        inputs = staging.upload(blank(arrays))
+        # A run before the capture compiles kernels and starts libraries.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -114,10 +142,17 @@ class Graphs:
         places = self._output_places(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
-                place.copy_(output)
-        return staging, graph, places
+        try:
+            # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
+                    place.copy_(output)
+        except RuntimeError as error:
+            torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
+            tokens, reason = arrays["token_ids"].size, " ".join(str(error).split())[:200]
+            warnings.warn(f"calls of {tokens} tokens run without a CUDA graph: {reason}", stacklevel=2)
+            return None
+        return Captured(staging, graph, places)
 
     def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the shared memory of outputs of the shapes of ``like``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from echo_trt.errors import UserError
@@ -20,6 +21,15 @@ def cuda_device() -> torch.device:
             "driver and a CUDA build of PyTorch, or build with --engine openvino."
         ) from error
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a device, after what its stream has to do already, and wait for nothing."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # PyTorch keeps the pinned memory until the copy has ended, whatever becomes of this tensor.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def has_cuda() -> bool:

@@ -43,26 +43,30 @@ class RankedEngine:
                 group = join(store, 0, ranks, patience)
             self._others.abort = group.abort
             self._end.detach()
-            self._end = weakref.finalize(self, _leave, self._others, group)
-            self._engine = open_rank(group)
+            engines: list[Engine] = []  # the finalizer's, which drops the engine before its communicator
+            self._end = weakref.finalize(self, _leave, self._others, group, engines)
+            engines.append(open_rank(group))
+            self._engines = engines
             self._others.hear(READY, OPEN_SECONDS)
         except BaseException:
             self._end()
             raise
-        self.num_blocks, self.sizes = self._engine.num_blocks, self._engine.sizes
+        self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))
         with self._others.in_flight():
-            return self._engine.run(call, **inputs)
+            return self._engines[0].run(call, **inputs)
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._others.tell(("move", (source, target), {}))
         with self._others.in_flight():
-            self._engine.move(source, target)
+            self._engines[0].move(source, target)
 
 
-def _leave(others: RankProcesses, group: RankGroup) -> None:
+def _leave(others: RankProcesses, group: RankGroup, engines: list[Engine]) -> None:
+    """End the ranks. TensorRT's contexts hold the communicator, which must outlive them."""
     others.close()
+    engines.clear()
     group.abort()
     group.leave()

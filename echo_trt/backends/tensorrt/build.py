@@ -43,7 +43,17 @@ def check_settings(recipe: Recipe) -> None:
     check_capabilities(engine, recipe.compute_capability)
     if not COMPILERS[engine].builds_anywhere:
         _register_plugins()
-        cuda_device()
+        check_kernels(compute_capability(cuda_device()))
+
+
+def check_kernels(capability: str) -> None:
+    """Refuse a card that no attention kernel is compiled for, or that this Triton's assembler is too old for."""
+    from super_tree_attention.ahead_of_time import card_architecture, ptx_version
+
+    try:
+        ptx_version(card_architecture(capability))
+    except ValueError as error:
+        raise UserError(f"compute capability {capability}: {error}; or use --engine torch or tensorrt-rtx.") from error
 
 
 def _register_plugins() -> None:
@@ -77,6 +87,8 @@ class TensorRTBuild:
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
+        if COMPILERS[recipe.engine].plugins:
+            _register_plugins()
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
         if native:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from echo_trt.backends.base import METADATA
-from echo_trt.backends.cuda.calls import Arrays, bucket
-from echo_trt.backends.cuda.calls import pad as pad_packed
+from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity, Size, bucket, capacity_of, size_for
+from echo_trt.backends.cuda.sizes import pad as pad_packed
 from echo_trt.backends.padded import Layout, Part, pad, piece_states, split
 from echo_trt.decoding.pack import Packed
 from super_tree_attention.tensorrt_plugin import words
@@ -50,14 +50,16 @@ class CallLimits:
 class Piece:
     """One launch over the slots from ``first`` on.
 
-    arrays  inputs by name
-    rows    int [n], the packed call's rows that it computes
-    places  int [n], their places among the launch's tokens
-    asked   int [R], indices into the packed call's logit_rows, to which the first rows of logits belong
-    padded  whether the inputs have a size that recurs
+    arrays    inputs by name
+    capacity  rows of memory for inputs that are shorter in this launch
+    rows      int [n], the packed call's rows that it computes
+    places    int [n], their places among the launch's tokens
+    asked     int [R], indices into the packed call's logit_rows, to which the first rows of logits belong
+    padded    whether the inputs have a size that recurs
     """
 
     arrays: Arrays
+    capacity: Capacity
     rows: np.ndarray
     places: np.ndarray
     asked: np.ndarray
@@ -115,7 +117,7 @@ def _linear_piece(call: Packed, part: Part, inputs: Arrays, layout: Layout, limi
         state_rows = np.zeros(batch * tokens, np.int64)
         state_rows[padded.places] = place
         arrays |= {"features": features, "hidden": hidden, "state_rows": state_rows.reshape(batch, tokens)}
-    return Piece(arrays, padded.rows, padded.places, padded.asked, True, padded.first)
+    return Piece(arrays, {}, padded.rows, padded.places, padded.asked, True, padded.first)
 
 
 def _states(rows: np.ndarray, features: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -128,18 +130,25 @@ def _states(rows: np.ndarray, features: np.ndarray, hidden: np.ndarray) -> tuple
     return first, second, place
 
 
-def packed_pieces(call: Packed, inputs: Arrays, limits: CallLimits) -> Iterator[Piece]:
-    """Divide a call for the graph with the plugin: a launch takes as many of the next requests as fit."""
+def packed_pieces(
+    call: Packed, inputs: Arrays, limits: CallLimits, sizes: Sequence[Size], bounds: CallBounds
+) -> Iterator[Piece]:
+    """Divide a call for the graph with the plugin: a launch takes as many of the next requests as fit.
+
+    A launch is padded to the first of ``sizes`` that holds it, where its block table is within ``bounds``.
+    """
     counts = np.diff(call.seq_begins)
     begin = 0
     while begin < len(counts):
         tokens = np.cumsum(counts[begin:])
         taken = max(int(np.searchsorted(tokens, limits.tokens, side="right")), 1)
-        yield _packed_piece(call, begin, begin + taken, inputs)
+        yield _packed_piece(call, begin, begin + taken, inputs, sizes, bounds)
         begin += taken
 
 
-def _packed_piece(call: Packed, begin: int, end: int, inputs: Arrays) -> Piece:
+def _packed_piece(
+    call: Packed, begin: int, end: int, inputs: Arrays, sizes: Sequence[Size], bounds: CallBounds
+) -> Piece:
     """Make a launch of the requests ``begin`` to ``end``."""
     first, last = int(call.seq_begins[begin]), int(call.seq_begins[end])
     asked = np.flatnonzero((call.logit_rows >= first) & (call.logit_rows < last))
@@ -168,7 +177,17 @@ def _packed_piece(call: Packed, begin: int, end: int, inputs: Arrays) -> Piece:
         inputs = {"features": features, "hidden": hidden}
     arrays = {name: getattr(part, name) for name in ("token_ids", "positions", *METADATA)} | inputs
     arrays["logit_rows"] = part.logit_rows if len(part.logit_rows) else np.zeros(1, np.int64)
-    padded = pad_packed(arrays)
-    arrays = padded or arrays
-    arrays["tree_mask"] = words(arrays["tree_mask"])
-    return Piece(arrays, np.arange(first, last), np.arange(last - first), asked, padded is not None)
+    size = size_for(arrays, sizes)
+    capacity = capacity_of(size, bounds) if size else {}
+    if size and all(len(arrays[name]) <= most for name, most in capacity.items()):
+        arrays = pad_packed(arrays, size)
+    else:
+        size, capacity = None, {}
+    arrays, capacity = in_words(arrays, capacity)
+    return Piece(arrays, capacity, np.arange(first, last), np.arange(last - first), asked, size is not None)
+
+
+def in_words(arrays: Arrays, capacity: Capacity) -> tuple[Arrays, Capacity]:
+    """Convert the tree mask of a packed launch to the numbers that plugins take, of four bytes each."""
+    capacity = {name: -(-most // 4) if name == "tree_mask" else most for name, most in capacity.items()}
+    return arrays | {"tree_mask": words(arrays["tree_mask"])}, capacity

@@ -5,7 +5,7 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import LARGEST, SIZES, Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
+from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
+from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, send
 from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
+from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
-from echo_trt.backends.tensorrt.calls import CallLimits, Piece, linear_pieces, packed_pieces
+from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
 from echo_trt.backends.tensorrt.compiler import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
@@ -27,7 +29,20 @@ from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.errors import UserError
 from super_tree_attention.tensorrt_names import WRITTEN
 
-ON_HOST = ("scores", "candidates")  # small, and read whole
+
+def mover_for(pool: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Return the function that moves rows of ``pool``: compiled kernels where there are any."""
+    if pool.device.type == "cuda":
+        try:
+            from super_tree_attention import compiled_moves
+        except ImportError:  # cuda-python is missing
+            pass
+        else:
+            if compiled_moves.can_move(pool):
+                return compiled_moves.move_rows
+    from super_tree_attention.triton_attention import move_rows
+
+    return move_rows
 
 
 def check_version(engine: str, facts: TensorRTFacts) -> None:
@@ -72,6 +87,12 @@ class TensorRTEngine:
             )
         self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._bounds = CallBounds(self._limits.batch, blocks)
+        self._sizes = tuple(
+            size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not linear
+        )
         self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
 
     @classmethod
@@ -81,13 +102,32 @@ class TensorRTEngine:
     ) -> TensorRTEngine:  # fmt: skip
         """Open ``file``, which ``engine``, tensorrt or tensorrt-rtx, built as ``facts`` state.
 
-        With a ``communicator`` it is a rank of a divided network, whose calls are not captured as CUDA graphs.
+        With a ``communicator`` it is a rank of a divided network.
         """
         check_version(engine, facts)
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
         session = Session(engine, file, device, communicator)
-        return cls(session, slots, blocks, num_blocks, graphs=communicator is None)
+        opened = cls(session, slots, blocks, num_blocks)
+        opened.capture_all()
+        return opened
+
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Make the contexts and graphs of all padded sizes, so that none is made while requests wait.
+
+        The native graph's calls have other sizes for each slot, whose graphs are captured as calls come.
+        """
+        if self._graphs is None or self._layout:
+            return
+        widths = {n: self._session.most(n, 1) for n in ("features", "hidden") if n in self._session.inputs}
+        none = np.zeros(0, np.int64)
+        with torch.cuda.stream(self._stream):
+            for size in reversed(self._sizes):
+                for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs, widths):
+                    self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
+        self._wait()
+        self._graphs.sealed = True
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         dtype = self._session.types[self._caches[0]]
@@ -106,7 +146,7 @@ class TensorRTEngine:
                 self._clear(call)
                 pieces = linear_pieces(call, inputs, self._layout, self._limits)
             else:
-                pieces = packed_pieces(call, inputs, self._limits)
+                pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
             outputs = self._read(self._join(call, pieces))
         self._wait()
         return outputs
@@ -122,7 +162,7 @@ class TensorRTEngine:
             self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return send(array, self._device)
 
     def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device."""
@@ -132,7 +172,7 @@ class TensorRTEngine:
                 self._wait()  # the previous piece may use the same staging memory
             rows, places, asked = map(self._on_device, (piece.rows, piece.places, piece.asked))
             for name, output in self._launch(piece).items():
-                total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)
+                total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)  # packed results have R, too
                 if name not in whole:
                     whole[name] = output.new_empty((total, *output.shape[1:]))
                 if name in ROW_OUTPUTS:
@@ -143,20 +183,20 @@ class TensorRTEngine:
 
     def _launch(self, piece: Piece) -> dict[str, Tensor]:
         small = piece.padded and piece.tokens <= LARGEST
+        outputs = None
         if self._graphs and small and self._session.capturable(self._shapes(piece)):
-            outputs = self._graphs.run(piece.arrays, piece.first)
-        else:
-            inputs = Staging(piece.arrays, self._device).upload(piece.arrays)
+            outputs = self._graphs.run(piece.arrays, piece.capacity, piece.first)
+        if outputs is None:
+            inputs = Staging(piece.arrays, self._device, piece.capacity).upload(piece.arrays)
             outputs = self._forward(inputs, piece.first, recurs=piece.padded)
         return dict(zip(self._output_names(), outputs, strict=True))
 
     def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
-        """Launch over the slots from ``first`` on; after outputs with logits come the rows' best tokens."""
+        """Launch over the slots from ``first`` on; the packed results follow the outputs."""
         typed = {name: tensor.to(self._session.types[name]) for name, tensor in tensors.items()}
         bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
         outputs = self._session.launch(bound, self._aliases, recurs)
-        best = [outputs["logits"].argmax(dim=-1)] if "logits" in outputs else []
-        return *outputs.values(), *best
+        return *outputs.values(), pack_results(outputs)
 
     def _bound_caches(self, first: int, batch: int) -> dict[str, Tensor]:
         part = slice(first, first + batch) if self._layout else slice(None)
@@ -164,26 +204,23 @@ class TensorRTEngine:
 
     def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
         caches = self._bound_caches(piece.first, len(piece.arrays["past_lens"]))
-        return {name: tuple((caches if name in caches else piece.arrays)[name].shape) for name in self._session.inputs}
+        shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
+        return {name: tuple(caches[name].shape) if name in caches else shapes[name] for name in self._session.inputs}
 
     def _output_names(self) -> Iterator[str]:
-        names = [name for name in self._session.outputs if name not in self._aliases]
-        return iter([*names, "best"] if "logits" in names else names)
+        return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
 
     def _read(self, whole: dict[str, Tensor]) -> dict[str, np.ndarray | DeviceRows]:
         """Copy small outputs at once; logits, features and states are copied as they are read."""
-        best = whole.pop("best").cpu().numpy() if "best" in whole else None
-        return {
-            name: tensor.cpu().numpy() if name in ON_HOST else DeviceRows(tensor, best if name == "logits" else None)
-            for name, tensor in whole.items()
-        }
+        packed = whole.pop(PACKED)
+        read, best = read_results(packed, whole)
+        late = {n: DeviceRows(t, best if n == "logits" else None) for n, t in whole.items() if n not in read}
+        return {name: (read | late)[name] for name in whole}
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        from super_tree_attention.triton_attention import move_rows
-
         with torch.cuda.stream(self._stream):
-            move_rows(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
+            mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from echo_trt.backends.cuda.calls import LARGEST, bucket
+from echo_trt.backends.cuda.sizes import LARGEST, bucket
 from echo_trt.backends.tensorrt.compiler import Profile
 from echo_trt.bundle.call_sizes import CallSizes
 
@@ -46,7 +46,9 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
         axes: dict[str, Range] = {
             "tokens": (least, largest, largest),
             "rows": (1, min(largest, sizes.rows), largest),
-            "part": (0, largest, largest),
+            # A head computes M features and P hidden states, M + P tokens: usual sizes that break this are refused.
+            "feature_rows": (0, largest, largest),
+            "hidden_rows": (0, 0, largest),
             "batch": (1, requests, requests),
             "batch + 1": (2, requests + 1, requests + 1),
             # Also more than the pool's, since requests share the blocks of common beginnings.
@@ -62,7 +64,8 @@ def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
 PACKED_AXES = {
     **dict.fromkeys(("token_ids", "positions", "state_rows"), "tokens"),
     "logit_rows": "rows",
-    **dict.fromkeys(("features", "hidden"), "part"),
+    "features": "feature_rows",
+    "hidden": "hidden_rows",
     "past_lens": "batch",
     **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), "batch + 1"),
     "block_indices": "blocks",

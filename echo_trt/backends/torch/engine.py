@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.base import METADATA
-from echo_trt.backends.cuda.calls import SIZES, Arrays, Graphs, Staging, pad
-from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
+from echo_trt.backends.cuda.calls import Graphs, Staging
+from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda, send
 from echo_trt.backends.cuda.device_rows import DeviceRows
+from echo_trt.backends.cuda.results import pack_results, read_results
+from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.errors import UserError
+from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.config import DecoderConfig
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
+
+MOST_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
 class TorchEngine:
@@ -27,8 +33,9 @@ class TorchEngine:
 
     role         its network is moved to ``device``
     operator     attention; by default the reference on a CPU and the Triton kernel elsewhere
-    graphs       whether calls of up to 512 tokens are captured as CUDA graphs
+    graphs       whether calls of up to 1,024 tokens are captured as CUDA graphs
     collectives  exchange with the other ranks of a divided network; by default the rank is alone
+    bounds       the largest calls: with them all graphs are captured at once, else each at the first call of its size
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class TorchEngine:
         operator: Callable[..., Tensor] | None = None,
         graphs: bool = True,
         collectives: Collectives | None = None,
+        bounds: CallBounds | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
         self.device = cuda_device() if device == "cuda" else torch.device(device)
@@ -53,20 +61,39 @@ class TorchEngine:
             check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._lazy = self.device.type != "cpu"  # outputs stay on the device until they are read
+        self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks, table=num_blocks)
+        self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
         self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
+        if self._graphs and bounds:
+            self._capture_all()
+
+    @torch.inference_mode()
+    def _capture_all(self) -> None:
+        """Capture every size, of entries of each kind, so that no graph is captured while requests wait."""
+        config, widths = self._role.network.config, {}
+        if not isinstance(config, DecoderConfig):
+            features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
+            widths = {"features": features, "hidden": config.hidden_size}
+        for size in reversed(self._graph_sizes):  # the largest first: the smaller ones find its memory
+            for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs, widths):
+                self._graphs.run(arrays, capacity)
+        self._graphs.sealed = True
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
-        arrays = {name: np.ascontiguousarray(arrays[name]) for name in self._role.inputs}
-        arrays |= {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
+        arrays = self._arrays_of(call, inputs)
         if self._lazy:
             return self._on_device(arrays)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
+    def _arrays_of(self, call: Packed, inputs: dict[str, np.ndarray]) -> Arrays:
+        arrays = {"token_ids": call.token_ids, "positions": call.positions, **inputs}
+        arrays = {name: np.ascontiguousarray(arrays[name]) for name in self._role.inputs}
+        return arrays | {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
+
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Compute the role's outputs; if they stay on the device, the rows' best tokens follow logits and features."""
+        """Compute the role's outputs; if they stay on the device, the packed results follow."""
         named = {name: tensors[name] for name in self._role.inputs}
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
@@ -78,31 +105,29 @@ class TorchEngine:
 
         with among(self._collectives):
             outputs = self._role(named, tensors["logit_rows"], attend)
-        if self._lazy and self._role.outputs[0] == "logits":
-            return *outputs, outputs[0].argmax(dim=-1)
+        if self._lazy:
+            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         return outputs
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
-        """Run on the device: candidates, scores and best tokens are copied at once, other outputs as they are read."""
-        padded = pad(arrays) if self._graphs else None
-        if padded is None:
+        """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""
+        size = size_for(arrays, self._graph_sizes) if self._graphs else None
+        outputs = None
+        if self._graphs and size:
+            outputs = self._graphs.run(pad(arrays, size), capacity_of(size, self._bounds))
+        if outputs is None:
             outputs = self._forward(Staging(arrays, self.device).upload(arrays))
-        else:
-            outputs = self._graphs.run(padded)
         asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
-        read: dict[str, np.ndarray | DeviceRows] = {}
-        for name, output in zip(self._role.outputs, outputs, strict=False):
-            if name == "logits":
-                read[name] = DeviceRows(output[:asked], outputs[-1][:asked].cpu().numpy())
-            elif name in ("scores", "candidates"):
-                read[name] = _as_array(output[:asked].cpu())
-            else:
-                read[name] = DeviceRows(output[:tokens])
-        return read
+        named = dict(zip(self._role.outputs, outputs, strict=False))
+        read, best = read_results(outputs[-1][:asked], named)
+        for name, output in named.items():
+            if name not in read:
+                read[name] = DeviceRows(output[:asked], best) if name == "logits" else DeviceRows(output[:tokens])
+        return {name: read[name] for name in self._role.outputs}
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        old, new = (torch.from_numpy(rows).to(self.device) for rows in (source, target))
+        old, new = send(np.stack((source, target)), self.device)
         if self.device.type == "cpu":
             self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]
         else:
@@ -128,15 +153,16 @@ def _operator_for(device: torch.device) -> Callable[..., Tensor]:
     return super_tree_attention_triton
 
 
-def open_torch(file: Path, num_blocks: int, collectives: Collectives | None = None) -> TorchEngine:
-    """Open a bundle's network in PyTorch, on the GPU where there is one.
-
-    With ``collectives`` it is a rank of a divided network, whose calls are not captured as CUDA graphs.
-    """
+def open_torch(
+    file: Path, num_blocks: int, collectives: Collectives | None = None, bounds: CallBounds | None = None
+) -> TorchEngine:
+    """Open a bundle's network in PyTorch, on the GPU where there is one; with ``collectives`` as a rank of it."""
     from echo_trt.backends.torch.files import load_role
 
     device = "cuda" if has_cuda() else "cpu"
-    return TorchEngine(load_role(file, device), num_blocks, device, graphs=collectives is None, collectives=collectives)
+    # Weights go to this rank's own card: safetensors takes "cuda" for the first one, whichever is current.
+    role = load_role(file, str(cuda_device()) if device == "cuda" else device)
+    return TorchEngine(role, num_blocks, device, collectives=collectives, bounds=bounds)
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,7 @@ class TorchRank:
 
     files: tuple[Path, ...]
     num_blocks: int
+    bounds: CallBounds | None = None
 
     def __call__(self, group: RankGroup) -> TorchEngine:
-        return open_torch(self.files[group.rank], self.num_blocks, group.collectives)
+        return open_torch(self.files[group.rank], self.num_blocks, group.collectives, self.bounds)

@@ -62,6 +62,7 @@ class Acceptance:
 
     The prior is the calibration's table where there is one, else the draft's own path probability.
 
+    calibrated          whether the prior is a calibration's
     table               float64 [calibrated sources, depths, KNOTS]: P(the path to a node is accepted) at exp(score),
                         row d for depth d + 1
     children            float64 [depths, width, quantiles]: P(accept) of the best, second best, ... child of an expanded
@@ -74,6 +75,7 @@ class Acceptance:
 
     def __init__(self, table: np.ndarray, children: np.ndarray, start: tuple[float, float] = CALIBRATED_START):
         """``start``: slope and bias of the calibrated sources at first."""
+        self.calibrated = start == CALIBRATED_START
         self.table, self.children = np.ascontiguousarray(table, np.float64), np.ascontiguousarray(children, np.float64)
         own = np.broadcast_to(knots() * _SUREST, (len(SOURCES) - len(table), *self.table.shape[1:]))
         self._tables = np.concatenate((self.table, own))

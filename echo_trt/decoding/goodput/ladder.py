@@ -30,7 +30,9 @@ Foresee = Callable[[], tuple[np.ndarray, np.ndarray]]
 class Ladder:
     """Holds a rung at each load. ``rung`` begins an iteration, and ``observe`` ends one that had no prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, trusts: bool = False) -> None:
+        """``trusts``: whether foreseen gains come of a calibration, so that a first trial can wait for its turn."""
+        self._trusts = trusts
         self._loads: dict[int, _Load] = {}
         self._now: _Load | None = None
 
@@ -43,7 +45,7 @@ class Ladder:
         load, before = load_of(requests), self._now
         if load not in self._loads:
             rungs, gains = foresee()
-            self._loads[load] = _Load(requests, rungs, gains, before.surprise if before else 0.0)
+            self._loads[load] = _Load(requests, rungs, gains, before.surprise if before else 0.0, self._trusts)
         self._now = self._loads[load]
         return self._now.begin(resumed=self._now is not before)
 
@@ -79,7 +81,8 @@ class _Window:
 class _Load:
     """The rungs of one load, by index, with the gains that are known of them."""
 
-    def __init__(self, requests: int, rungs: np.ndarray, foreseen: np.ndarray, surprise: float):
+    def __init__(self, requests: int, rungs: np.ndarray, foreseen: np.ndarray, surprise: float, trusts: bool):
+        self._trusts = trusts
         self._rungs, self._foreseen = np.append(UNDRAFTED, rungs), np.append(0.0, foreseen)
         self._gains = np.append(0.0, foreseen + surprise)
         self._first_weight = requests / (requests + FORESEEN_REQUESTS)  # of a rung's first comparison
@@ -119,8 +122,10 @@ class _Load:
 
     def _take_turns(self) -> Iterator[_Window]:
         """Yield windows: trials, and between them the present rung, ever longer while it stays."""
-        span, turn = TRIAL, 0
-        yield (before := _Window(self._present, span))
+        span, turn = TRIAL * 2 ** (self._foreseen_gap() / DOUBT), 0  # the first trial waits as later ones do
+        if span - WINDOW >= 1:
+            yield _Window(self._present, span - WINDOW)
+        yield (before := _Window(self._present, min(span, WINDOW)))
         while True:
             yield (trial := _Window(self._rival(turn), TRIAL))
             yield (after := _Window(self._present, min(span, WINDOW)))
@@ -141,6 +146,10 @@ class _Load:
             if rest >= 1:
                 yield _Window(self._present, rest)
             yield (before := _Window(self._present, min(span, WINDOW)))
+
+    def _foreseen_gap(self) -> float:
+        """Return how far the first rival is foreseen to be behind; 0 where that is a guess."""
+        return float(self._gains[self._present] - self._gains[self._rival(0)]) if self._trusts else 0.0
 
     def _rival(self, turn: int) -> int:
         """Return the index of the rung to try: plain decoding, and every other time the most promising other one.

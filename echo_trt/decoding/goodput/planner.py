@@ -67,7 +67,8 @@ class GoodputPlanner:
         self.grammars = grammars if settings.free_candidates else None
         self._head, self._block = head, block
         self._horizon = settings.max_depth if block else HORIZON
-        self.costs, self.acceptance, self.history, self.ladder = costs, acceptance, History(slots), Ladder()
+        self.costs, self.acceptance = costs, acceptance
+        self.history, self.ladder = History(slots), Ladder(acceptance.calibrated)
         self._serial = np.full(slots, -1)
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:

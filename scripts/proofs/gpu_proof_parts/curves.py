@@ -45,7 +45,7 @@ def prove(proof: Proof) -> None:
     )
     engine = TorchEngine(TargetRole(model), blocks, str(proof.device), operator=operator(proof))
     eager = TorchEngine(TargetRole(model), 64, str(proof.device), operator=operator(proof), graphs=False)
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, figures = np.random.default_rng(0), [], {}
     for batch in batches:
         sizes, seconds = [], []
         for count in TREES:
@@ -56,12 +56,14 @@ def prove(proof: Proof) -> None:
         if not sizes:
             proof.lacks(f"B = {batch} for lack of time")
             continue
+        figures[batch] = dict(zip(sizes, (1e3 * s for s in seconds), strict=True))
         known = "; ".join(f"{n}: {1e3 * s:.2f}" for n, s in zip(sizes, seconds, strict=True))
         knee = str(fit_hinge(np.array(sizes), np.array(seconds)).k_max) if len(sizes) > 2 else "-"
         rows.append((batch, known, f"{1e3 * seconds[0] / batch:.3f}", f"{1e3 * seconds[-1] / sizes[-1]:.3f}", knee))
     if not rows:
         raise Skipped
     proof.table(("B", "N: ms", "ms a token, plain", "ms a token, most", "knee of the hinge fit"), rows)
+    proof.record(layers=config.num_layers, ms=figures)
     plain = time_of(eager, call_of(1, 1, context, config, rng), proof)
     proof.say(f"Without CUDA graphs, B = 1 and N = 1 take {1e3 * plain:.2f} ms.")
 

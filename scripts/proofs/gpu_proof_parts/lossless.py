@@ -62,6 +62,9 @@ def prove(proof: Proof) -> None:
             gaps = [runs.gap(i, plain[i], answers[i]) for i in apart]
             name = str(dtype).removeprefix("torch.")
             same = f"{len(plain) - len(apart)} of {len(plain)}"
+            proof.record(
+                **{f"{name} {policy}": {"same": len(plain) - len(apart), "of": len(plain), "accepted": accepted}}
+            )
             rows.append((name, policy, same, f"{accepted:.2f}", f"{rate / speed:.2f}x", f"{max(gaps, default=0):.1g}"))
             if dtype == torch.float32:
                 bad = sum(gap > TIE for gap in gaps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
+import json
 import math
 import platform
 import time
@@ -12,11 +14,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-#: section -> seconds after which it starts nothing new on a card; together under 8 minutes
-SECTIONS = {"kernel": 110.0, "speed": 60.0, "curves": 150.0, "lossless": 60.0, "tensorrt": 80.0, "ranks": 20.0}
+#: section -> seconds after which it starts nothing new on a card. The most telling sections come first.
+SECTIONS = {
+    "kernel": 80.0,
+    "engine": 40.0,
+    "serving": 110.0,
+    "curves": 50.0,
+    "speed": 40.0,
+    "lossless": 45.0,
+    "tensorrt": 60.0,
+    "ranks": 20.0,
+}
+LAST = 455.0  # seconds after which no section starts anything new: what was started then ends within 8 minutes
 PROVED, FAILED, REFUSED, NOTHING_PROVED = 0, 1, 2, 3  # exit codes
 
 
@@ -38,6 +51,8 @@ class Proof:
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)
+    checks: list[tuple[str, str, str]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         self.lines.append(text + "\n")
@@ -52,6 +67,16 @@ class Proof:
         if not holds:
             self.failures.append(sentence)
 
+    def check(self, name: str, holds: bool | None, detail: str = "") -> None:
+        """Note a named check: it passed, failed (and the section with it), or could not be made: ``holds`` is None."""
+        right = "walked" if self.interpret else "passed"
+        self.checks.append((name, {True: right, False: "failed", None: "skipped"}[holds], detail))
+        self.expect(holds is not False, f"{name}: {detail}")
+
+    def record(self, **figures: Any) -> None:
+        """Keep figures for the JSON, by name."""
+        self.data.update(figures)
+
     def lacks(self, reason: str) -> None:
         """Note that a part of the section cannot be proved here, and go on."""
         self.gaps.append(reason)
@@ -64,10 +89,11 @@ class Proof:
 def run(out: Path, chosen: Sequence[str], interpret: bool) -> int:
     """Write the report and print the verdicts; the exit code that they come to."""
     proof = Proof(torch.device("cpu" if interpret else "cuda"), interpret)
-    began, summary = time.monotonic(), []
+    began, summary, sections = time.monotonic(), [], {}
     for name in (name for name in SECTIONS if name in chosen):
         start = time.monotonic()
-        proof.ends, proof.failures, proof.gaps = math.inf if interpret else start + SECTIONS[name], [], []
+        proof.ends = math.inf if interpret else min(start + SECTIONS[name], began + LAST)
+        proof.failures, proof.gaps, proof.checks, proof.data = [], [], [], {}
         proof.lines.append(f"## {name}\n")
         nothing = False
         try:
@@ -78,6 +104,8 @@ def run(out: Path, chosen: Sequence[str], interpret: bool) -> int:
         except Exception as error:
             proof.failures.append(f"{type(error).__name__}: {error}")
             proof.lines.append("```\n" + traceback.format_exc().strip() + "\n```\n")
+        if proof.checks:
+            proof.table(("check", "verdict", ""), proof.checks)
         for sentence in proof.failures:
             proof.say(f"**FAILED**: {sentence}")
         reasons = "; ".join(proof.gaps)
@@ -87,10 +115,20 @@ def run(out: Path, chosen: Sequence[str], interpret: bool) -> int:
         seconds = time.monotonic() - start
         summary.append((name, verdict, reasons, f"{seconds:.0f} s"))
         print(f"{name}: {verdict} in {seconds:.1f} s" + f" (skipped: {reasons})" * bool(reasons), flush=True)
+        sections[name] = {
+            "verdict": verdict,
+            "seconds": round(seconds, 1),
+            "skipped": proof.gaps,
+            "failures": proof.failures,
+            "checks": [dict(zip(("name", "verdict", "detail"), check, strict=True)) for check in proof.checks],
+            "figures": proof.data,
+        }
+        _write_json(out.with_suffix(".json"), proof, sections)
         _write(out, proof, summary, began)  # after every section: a crash of the driver takes the process along
+        gc.collect()  # an engine and its graphs hold each other
         if proof.device.type == "cuda":
             torch.cuda.empty_cache()
-    print(f"report: {out}")
+    print(f"report: {out}, {out.with_suffix('.json')}")
     code, conclusion = outcome([verdict for _, verdict, *_ in summary])
     print(conclusion)
     return code
@@ -116,6 +154,11 @@ def outcome(verdicts: Sequence[str]) -> tuple[int, str]:
     if "walked" in begins:
         return NOTHING_PROVED, f"nothing was proved: {told}, on a CPU; run it on a machine with an NVIDIA GPU."
     return NOTHING_PROVED, f"nothing was proved: {told}; install or add what the reasons name, and run it again."
+
+
+def _write_json(out: Path, proof: Proof, sections: dict[str, Any]) -> None:
+    content = {"card": card(proof.device), "machine": dict(facts(proof.device)), "interpreted": proof.interpret}
+    out.write_text(json.dumps(content | {"sections": sections}, indent=1, default=float) + "\n", encoding="utf-8")
 
 
 def _write(out: Path, proof: Proof, summary: list[tuple[str, str, str, str]], began: float) -> None:

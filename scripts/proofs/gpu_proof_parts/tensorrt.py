@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +80,68 @@ def prove_engine(proof: Proof, engine: str) -> None:
             f"Against the reference, of the largest logit: {check.prompt_error:.2g} off on a prompt, "
             f"{check.tree_error:.2g} on a tree ({check.bound} allowed); the same best token at {check.same_argmax:.1%}."
         )
-        opened = TensorRTEngine.open(engine, Path(folder) / file, build.facts(), BATCH, sizes.blocks, sizes.pool)
-        proof.table(("B", "N: ms"), list(curves(proof, opened, sizes.blocks)))
+        free = torch.cuda.mem_get_info()[0]
+        start = time.monotonic()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            opened = TensorRTEngine.open(engine, Path(folder) / file, build.facts(), BATCH, sizes.blocks, sizes.pool)
+        refused = [str(w.message) for w in said if "CUDA graph" in str(w.message)]
+        taken = f"{time.monotonic() - start:.1f} s and {(free - torch.cuda.mem_get_info()[0]) / 2**20:.0f} MiB"
+        # TensorRT does not say beforehand whether a launch can be captured; each size keeps a context (its issue 4849).
+        proof.check(f"{engine}: all sizes are captured", not refused, "; ".join([f"opened in {taken}", *refused[:1]]))
+        check_layers(proof, engine, opened)
+        rows = list(curves(proof, opened, sizes.blocks))
+        proof.table(("B", "N: ms"), rows)
+        proof.record(**{engine: {"ms": dict(rows)}})
+        if proof.in_time:
+            prove_head(proof, engine, build, sizes)
+        else:
+            proof.lacks(f"{engine}: a head, for lack of time")
+
+
+def check_layers(proof: Proof, engine: str, opened) -> None:
+    """Check that no copy stands behind a cache's output: the plugin writes through its input, which a copy undoes."""
+    name = f"{engine}: caches are not copied"
+    session = opened._session
+    try:
+        inspector = session._engine.create_engine_inspector()
+        text = inspector.get_engine_information(session._api.LayerInformationFormat.JSON)
+    except Exception as error:
+        proof.check(name, None, " ".join(str(error).split()))
+        return
+    layers = [str(layer) for layer in json.loads(text).get("Layers", [])]
+    copies = [layer[:80] for layer in layers if "_cache." in layer and ("Reformat" in layer or "copy" in layer.lower())]
+    proof.check(name, not copies if layers else None, f"{len(layers)} layers, of which {copies[:2] or 'none'} copy one")
+    if engine == "tensorrt":
+        scratch = session._scratch.nbytes
+        most = max(
+            (context.update_device_memory_size_for_shapes() for context in session._contexts.values()), default=0
+        )
+        proof.check(f"{engine}: scratch holds every size", most <= scratch, f"{most:,} of {scratch:,} bytes")
+
+
+def prove_head(proof: Proof, engine: str, build, sizes) -> None:
+    """Build an EAGLE-3 head: its profiles must not break the graph's own constraint, features + states = tokens."""
+    import torch
+
+    from echo_trt.models.config import Eagle3Config
+    from echo_trt.models.eagle3 import Eagle3Head
+    from echo_trt.models.roles import HeadRole
+
+    fields = {field.name for field in dataclasses.fields(Eagle3Config)}
+    shared = {name: value for name, value in dataclasses.asdict(SMALL).items() if name in fields}
+    config = Eagle3Config(**shared, target_hidden_size=SMALL.hidden_size, draft_vocab_size=SMALL.vocab_size // 2)
+    torch.manual_seed(0)
+    head = Eagle3Head(config, sizes.blocks * BLOCK, torch.nn.Embedding(SMALL.vocab_size, SMALL.hidden_size)).eval()
+    start = time.monotonic()
+    try:
+        _, check = build.compile(HeadRole(head.requires_grad_(False), 4), "head", "fp16")
+        detail = (
+            f"built in {time.monotonic() - start:.0f} s, {check.tree_error:.2g} off on a tree" if check else "built"
+        )
+        proof.check(f"{engine}: an EAGLE-3 head builds", True, detail)
+    except UserError as error:
+        proof.check(f"{engine}: an EAGLE-3 head builds", False, str(error))
 
 
 def curves(proof: Proof, engine, blocks: int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from eagle3_training.corpus import Corpus
+from echo_trt.models.block import ParallelEagle
+from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -18,6 +21,7 @@ from echo_trt.models.layers import MLP
 
 MASSIVE = 20.0  # a position whose features are so many times the median is an attention sink, not a word
 SMALL = 0.02  # of the stream's size: what the features other than the highest bring before training
+MASK_TOKEN = 0  # any one: a masked row is told by its learnt state
 
 
 def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str, intermediate: int) -> Eagle3Config:
@@ -39,6 +43,13 @@ def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str
     )
 
 
+def block_config_of(head: Eagle3Config, rows: int) -> BlockConfig:
+    """Return the configuration of a one-layer P-EAGLE drafter of ``rows`` rows a pass, in the shape of ``head``."""
+    shape = {f.name: getattr(head, f.name) for f in fields(head) if f.name in {g.name for g in fields(BlockConfig)}}
+    kind = {"causal": True, "predicts_next": True, "anchored": True, "qk_norm": False}
+    return BlockConfig("p-eagle", num_layers=1, block_size=rows, mask_token=MASK_TOKEN, **kind, **shape)
+
+
 def feature_scale(corpus: Corpus, samples: int = 200) -> Tensor:
     """The RMS [3H] of each feature dimension over ordinary positions.
 
@@ -52,9 +63,12 @@ def feature_scale(corpus: Corpus, samples: int = 200) -> Tensor:
 
 
 @torch.no_grad()
-def warm_start(config: Eagle3Config, target: Decoder, target_ids: Tensor, scale: Tensor, positions: int) -> Eagle3Head:
+def warm_start(
+    config: Eagle3Config | BlockConfig, target: Decoder, target_ids: Tensor, scale: Tensor, positions: int
+) -> Eagle3Head:
     """A head that begins as the target's last layer on its highest feature, for features divided by ``scale``."""
-    head, last = Eagle3Head(config, positions, target.embed), target.layers[-1]
+    network = ParallelEagle if isinstance(config, BlockConfig) else Eagle3Head
+    head, last = network(config, positions, target.embed), target.layers[-1]
     hidden = config.hidden_size
     for norm in (head.hidden_norm, head.mlp_norm, head.norm, head.embed_norm):
         nn.init.ones_(norm.weight)
@@ -71,6 +85,8 @@ def warm_start(config: Eagle3Config, target: Decoder, target_ids: Tensor, scale:
     if isinstance(last.mlp, MLP) and last.mlp.down.weight.shape == head.mlp.down.weight.shape:
         head.mlp.load_state_dict(last.mlp.state_dict())
     head.target_ids = target_ids.clone()
+    if isinstance(head, ParallelEagle):
+        head.mask_state.copy_(torch.randn(hidden) * stream)
     return head
 
 
@@ -130,6 +146,8 @@ def _eagle_tensors(head: Eagle3Head, scale: Tensor) -> dict[str, Tensor]:
         weights[f"{layer}self_attn.{letter}_proj.weight"] = part
     for word, part in zip(("gate", "up"), head.mlp.gate_up.weight.chunk(2), strict=True):
         weights[f"{layer}mlp.{word}_proj.weight"] = part
+    if isinstance(head, ParallelEagle):
+        weights["mask_hidden"] = head.mask_state
     tensors = {name: w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in weights.items()}
     ids = head.target_ids.cpu()
     tensors["d2t"] = ids - torch.arange(ids.numel())
@@ -137,7 +155,9 @@ def _eagle_tensors(head: Eagle3Head, scale: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def _raw_config(config: Eagle3Config) -> dict:
+def _raw_config(config: Eagle3Config | BlockConfig) -> dict:
+    block = isinstance(config, BlockConfig)
+    kind = {"mask_token_id": config.mask_token, "block_size": config.block_size} if block else {}
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -158,4 +178,5 @@ def _raw_config(config: Eagle3Config) -> dict:
         "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
         "target_sha256": config.target_sha256,
+        **kind,
     }

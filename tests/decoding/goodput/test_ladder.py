@@ -95,6 +95,22 @@ def test_a_rung_that_loses_is_given_up_after_a_window_or_two(requests):
         assert sum(rung == 8 for rung in rungs) <= 5 * (TRIAL + SETTLING)
 
 
+@pytest.mark.parametrize(("gain", "foreseen"), [(0.8, 0.8), (1.35, 1.35), (0.9, 0.8), (1.5, 1.35)])
+@pytest.mark.parametrize("iterations", [40, 120])
+def test_a_short_run_loses_little_where_forecasts_can_be_trusted(gain, foreseen, iterations):
+    """A rung that was foreseen to lose is tried later than one that is nearly as good."""
+    machine = Machine(Ladder(trusts=True))
+    rates = foresee(foreseen, foreseen - 0.02, foreseen - 0.05, foreseen - 0.1)
+    machine.run(rates_of(gain, gain - 0.02, gain - 0.05, gain - 0.1), iterations, foreseen=rates)
+    assert machine.rate > 0.96 * max(gain, 1.0)
+
+
+def test_a_forecast_that_was_trusted_in_vain_is_given_up():
+    machine = Machine(Ladder(trusts=True))
+    rungs = machine.run(rates_of(0.7, 0.7, 0.7, 0.7), 40 * TRIAL, 8, foresee(1.2, 1.4, 1.3, 1.1))
+    assert sum(rung != UNDRAFTED for rung in rungs[30 * TRIAL :]) < 0.35 * 10 * TRIAL
+
+
 @pytest.mark.parametrize("requests", [1, 4, 32])
 @pytest.mark.parametrize("gain", [0.3, 0.7, 0.95])
 def test_where_nothing_pays_it_decodes_plainly_and_loses_a_hundredth(gain, requests):

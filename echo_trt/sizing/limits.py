@@ -1,0 +1,48 @@
+"""A recipe's limits by the flags that other engines have: context, running requests, share of a GPU's memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.decoding.pack import BLOCK
+from echo_trt.errors import UserError
+from echo_trt.sizing.fit import gigabytes, needs
+from echo_trt.sizing.shapes import shapes
+
+
+def limited(recipe: Recipe, max_model_len: int | None, max_num_seqs: int | None) -> Recipe:
+    """Return the recipe with limits.context and limits.batch as given; its KV blocks are then computed anew."""
+    changes = {"context": max_model_len, "batch": max_num_seqs}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return recipe
+    blocks = None if recipe.engine == "openvino" else recipe.limits.kv_blocks
+    raw = recipe.model_dump(exclude_unset=True)
+    raw["limits"] = {**raw.get("limits", {}), **changes, "kv_blocks": blocks}
+    return parse_recipe(raw, f"{recipe.name} with the limits that were given")
+
+
+def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: str) -> Recipe:
+    """Return the recipe with as many KV blocks as fit into a share of a card's memory.
+
+    folder       that the recipe's paths are relative to
+    total        bytes of the card ``name``
+    utilization  share of them, 0 to 1
+
+    Raises UserError where one request of limits.context does not fit.
+    """
+    target, draft = shapes(recipe, folder)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
+    room = int(total * utilization) - need.fixed
+    blocks = room // (BLOCK * need.kv_token)
+    if blocks < need.request_blocks:
+        context = blocks * BLOCK - (need.request_blocks * BLOCK - recipe.limits.context)
+        shorter = f", or lower --max-model-len to {context}" if context >= recipe.limits.prefill_chunk else ""
+        raise UserError(
+            f"--gpu-memory-utilization is {utilization:g} of {gigabytes(total)} ({name}), but weights and working "
+            f"memory take {gigabytes(need.fixed)} and a request of {recipe.limits.context:,} tokens "
+            f"{gigabytes(need.request_blocks * BLOCK * need.kv_token)}; raise it{shorter}."
+        )
+    limits = recipe.limits.model_copy(update={"kv_blocks": blocks})
+    return recipe.model_copy(update={"limits": limits})

@@ -1,0 +1,49 @@
+"""Standard operators in the places of the two plugin nodes, so that TensorRT-RTX's builder reads TensorRT's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, WRITTEN
+
+
+def with_stand_ins(source: Path, target: Path) -> None:
+    """Write the prepared graph ``source`` to ``target``: query, key and value meet row by row; caches are copied."""
+    model = onnx.load(source, load_external_data=False)
+    nodes = []
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (NAMESPACE, ATTENTION):
+            query, key, value, *caches = node.input[:5]
+            total, mean = f"{node.output[0]}.total", f"{node.output[0]}.mean"
+            nodes += [
+                helper.make_node("Add", [key, value], [total]),
+                helper.make_node("ReduceMean", [total, "stand_in_axis"], [mean], keepdims=1),
+                helper.make_node("Add", [query, mean], [node.output[0]]),
+                *(helper.make_node("Identity", [cache], [cache + WRITTEN]) for cache in caches),
+            ]
+        elif (node.domain, node.op_type) == (NAMESPACE, COMBINE):
+            nodes.append(helper.make_node("Identity", [node.input[-1]], [node.output[0]]))
+        else:
+            nodes.append(node)
+    model.graph.initializer.append(helper.make_tensor("stand_in_axis", onnx.TensorProto.INT64, [1], [1]))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, target)
+
+
+def built(graph: Path, profile: Mapping[str, tuple], api, logger) -> bool:
+    """Return whether TensorRT-RTX builds ``graph`` for one profile; the logger has what it says."""
+    builder = api.Builder(logger)
+    network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert api.OnnxParser(network, logger).parse_from_file(str(graph)), logger.errors()
+    config, made = builder.create_builder_config(), builder.create_optimization_profile()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(api.ComputeCapability.SM89, 0)
+    for name, (least, usual, most) in profile.items():
+        made.set_shape(name, least, usual, most)
+    config.add_optimization_profile(made)
+    return builder.build_serialized_network(network, config) is not None

@@ -1,0 +1,323 @@
+"""Calls on a GPU, walked on a CPU: their captured sizes, the buffers they are sent in, and what comes back."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import roles_of
+from stand_in_graphs import StandInGraph, with_graphs
+from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from echo_trt.backends.cuda import calls as cuda_calls
+from echo_trt.backends.cuda import sizes as cuda_sizes
+from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
+from echo_trt.backends.cuda.device import send
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.decoding.pack import pack
+from echo_trt.decoding.policies import make_planner
+from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.slots import Slots
+
+BOUNDS = CallBounds(4, 4, 16)
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Fewer sizes, which capture in less time."""
+    sizes = cuda_sizes.SIZES
+    monkeypatch.setattr(cuda_sizes, "SIZES", tuple(size for size in sizes if size <= 96))
+
+
+def prompt(tokens: int, past: int, asked: int = 0):
+    """A chunk of one request's prompt, whose last ``asked`` tokens' logits are asked for."""
+    table = np.arange(BLOCKS)[None]
+    positions, count = past + np.arange(tokens), np.array([tokens])
+    rows = tokens - asked + np.arange(asked)
+    return pack(positions % 90, positions, np.array([past]), count, table, rows)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    requests=st.integers(1, 300),
+    most=st.integers(1, 300),
+    tokens=st.integers(1, LARGEST),
+    asked=st.floats(0, 1),
+    tree=st.sampled_from([8, 16, 64, 128]),
+)
+def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, most, tokens, asked, tree):
+    requests = min(requests, most, tokens)
+    # One request's logits are all asked for of a tree, and of a prompt's end alone.
+    rows = int(asked * tokens) if requests > 1 or tokens <= tree else 1
+    arrays = {"token_ids": np.zeros(tokens), "logit_rows": np.zeros(rows), "past_lens": np.zeros(requests)}
+    sizes = cuda_sizes.graph_sizes(most, tree)
+    assert cuda_sizes.size_for(arrays, sizes).tokens == bucket(tokens)
+    assert 2 * len(sizes) <= MOST_GRAPHS  # a head has entries of two kinds
+
+
+def test_a_chunk_beside_trees_fits_into_a_graph_and_a_chunk_alone_asks_for_few_logits():
+    sizes = cuda_sizes.graph_sizes(64, 64)
+    mixed = {"token_ids": np.zeros(512 + 63 * 4), "logit_rows": np.zeros(63 * 4 + 1), "past_lens": np.zeros(64)}
+    assert cuda_sizes.size_for(mixed, sizes).tokens <= LARGEST
+    for asked in (0, 1):
+        chunk = {"token_ids": np.zeros(512), "logit_rows": np.zeros(asked), "past_lens": np.zeros(1)}
+        assert cuda_sizes.size_for(chunk, sizes).rows <= 128
+
+
+def test_a_longer_context_takes_no_further_graph(networks, monkeypatch, small_sizes):
+    engine = TorchEngine(roles_of("lookup", networks)["target"], BLOCKS)
+    graphs = with_graphs(engine, monkeypatch)
+    for past in (0, 40, 70, 110, 160):
+        engine.run(prompt(8, past, 1))
+    assert graphs.captures == 1
+
+
+class Sized:
+    """An engine that notes the captured sizes of its calls, and computes nothing."""
+
+    sizes = cuda_sizes.SIZES
+
+    def __init__(self, num_blocks, outputs, listed):
+        self.num_blocks, self._outputs, self._listed, self.used = num_blocks, outputs, listed, []
+
+    def run(self, call, **inputs):
+        self.used.append(cuda_sizes.size_for(arrays_of(call), self._listed))
+        return {name: make(len(call.logit_rows)) for name, make in self._outputs.items()}
+
+    def move(self, source, target):
+        pass
+
+
+def test_a_server_under_load_has_a_graph_for_every_pass():
+    """64 slots, prompts of 50 to 2,500 tokens, chunks of 512 beside trees: as the recipes for GPUs."""
+    rng, blocks = np.random.default_rng(0), 64 * 90
+    state = Slots(64, 2700, 64, blocks)
+    listed = cuda_sizes.graph_sizes(64, 64)
+    target = Sized(blocks, {"logits": lambda rows: rng.random((rows, 50), np.float32)}, listed)
+    scores = {"scores": lambda rows: np.log(rng.random((rows, 4), np.float32) * 0.3 + 0.01)}
+    draft = Sized(blocks, scores | {"candidates": lambda rows: rng.integers(0, 50, (rows, 4))}, listed)
+    settings = {"max_depth": 4, "beams": 3, "width": 4, "per_request": 16, "gates": {}, "fixed_threshold": 0.02,
+                "static": {"depth": 3, "top_k": 3, "tokens": 6}, "budget": 384}  # fmt: skip
+    loop = Loop(target, EngineDrafter(draft, state, 512), state, make_planner("static", settings, None), (), 512)
+    for i in range(90):
+        prompt_ids = rng.integers(0, 50, int(rng.integers(50, 2500)))
+        loop.add(Request(i, prompt_ids, SamplingParams(int(rng.integers(4, 40)), seed=i, ignore_eos=True)))
+    while loop.busy:
+        loop.step()
+    for engine in (target, draft):
+        assert len(engine.used) > 50
+        assert None not in engine.used
+        assert len(set(engine.used)) <= len(listed) < 64
+
+
+# -- graphs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_graphs_are_captured_before_calls_come_and_compute_what_launches_do(
+    network, networks, monkeypatch, small_sizes
+):
+    pair, name, features = NETWORKS[network]
+    plain = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
+    engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS, bounds=BOUNDS)
+    graphs = with_graphs(engine, monkeypatch)
+    engine._capture_all()
+    captured = graphs.captures
+    assert captured == len(engine._graph_sizes) * (2 if network == "head" else 1)
+    assert (engine._pool == 0).all()  # a capture writes no KV row
+    for seed in range(4):
+        for call in calls(seed, requests=3):
+            inputs, replays = inputs_for(call, features, seed), StandInGraph.replays
+            assert_same(plain.run(call, **inputs), engine.run(call, **inputs), 1e-5)
+            torch.testing.assert_close(engine._pool, plain._pool, atol=1e-5, rtol=1e-5)
+            assert StandInGraph.replays == replays + 1
+    assert graphs.captures == captured
+
+
+def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, small_sizes):
+    plain = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
+    engine = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
+    graphs = with_graphs(engine, monkeypatch, refused=(8,))
+    for past, tokens in ((0, 8), (8, 8), (16, 4)):
+        call = prompt(tokens, past, 2)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert_same(plain.run(call), engine.run(call), 1e-5)
+        said = [str(w.message) for w in told if "CUDA graph" in str(w.message)]
+        assert len(said) == (past == 0)  # once
+        assert all(s.endswith("without a CUDA graph: operation not permitted when stream is capturing") for s in said)
+    assert graphs.captures == 2  # no second try of the size that failed
+
+
+@pytest.mark.parametrize("pair", ["eagle3", "model", "dflash"])
+def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, small_sizes):
+    """Trees, catch-ups and chunks, all of them padded into graphs that were captured before."""
+    prompts = [np.arange(i, i + n) % 90 for i, n in enumerate((5, 37, 1, 16))]
+    params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
+    texts = []
+    for graphed in (False, True):
+        llm = open_llm(pair, "echo", 3, "torch")
+        engines = [llm.loop.target, llm.loop.drafter.engine]
+        for engine in engines if graphed else []:
+            graphs = with_graphs(engine, monkeypatch)
+            engine._capture_all()
+            before = graphs.captures
+        replays = StandInGraph.replays
+        texts.append([c.token_ids for c in llm.generate([p.tolist() for p in prompts], params)])
+    assert texts[0] == texts[1]
+    assert StandInGraph.replays > replays + 2 * 12
+    assert before > 20
+    assert engines[1]._graphs.captures == before
+
+
+# -- buffers -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A device's stream behind which copies wait, and events of it."""
+
+    def __init__(self, monkeypatch):
+        self.queue, copy = [], torch.Tensor.copy_
+
+        def enqueue(target, source, non_blocking=False):
+            if non_blocking:
+                self.queue.append(lambda: copy(target, source))
+                return target
+            return copy(target, source)
+
+        monkeypatch.setattr(torch.Tensor, "copy_", enqueue)
+        monkeypatch.setattr(cuda_calls, "event_on", lambda device: Event(self), raising=False)
+
+    def run(self, until: int | None = None) -> None:
+        waiting = self.queue[:until]
+        self.queue[:until] = [lambda: None] * len(waiting)  # places in the queue keep their numbers
+        for work in waiting:
+            work()
+
+
+class Event:
+    def __init__(self, stream):
+        self._stream, self._place = stream, 0
+
+    def record(self):
+        self._place = len(self._stream.queue)
+
+    def synchronize(self):
+        self._stream.run(self._place)
+
+
+def test_chunks_of_one_shape_are_computed_on_their_own_inputs_however_long_passes_take(monkeypatch):
+    """A draft that catches up with a long prompt reads nothing back between chunks, so nothing waits for them."""
+    stream = Stream(monkeypatch)
+    arrays = [{"token_ids": np.full(64, i), "block_indices": np.full(3 + i, i, np.int32)} for i in range(6)]
+    staging, seen = Staging(arrays[0], torch.device("cpu"), {"block_indices": 16}), []
+    for chunk in arrays:
+        tensors = staging.upload(chunk)
+        stream.queue.append(lambda tensors=tensors: seen.append({n: t.clone() for n, t in tensors.items()}))
+    stream.run()
+    assert [int(chunk["token_ids"][0]) for chunk in seen] == list(range(6))
+    for chunk, values in zip(arrays, seen, strict=True):
+        assert (values["block_indices"][: len(chunk["block_indices"])].numpy() == chunk["block_indices"]).all()
+
+
+def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
+    sent, copy = [], torch.Tensor.copy_
+    like = {"token_ids": np.zeros(8, np.int64), "tree_mask": np.zeros(0, np.uint8)}
+    like["block_indices"] = np.zeros(0, np.int32)
+    staging = Staging(like, torch.device("cpu"), {"block_indices": 10_000, "tree_mask": 4096})
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda to, source, **options: sent.append(source.numel()) or copy(to, source)
+    )
+    for mask, blocks in ((0, 0), (64, 0), (0, 7), (64, 7)):
+        arrays = {"token_ids": np.arange(8), "tree_mask": np.ones(mask, np.uint8), "block_indices": np.full(blocks, 3)}
+        tensors = staging.upload(arrays)
+        assert (tensors["tree_mask"][:mask] == 1).all()
+        assert (tensors["block_indices"][:blocks] == 3).all()
+        assert len(sent) <= 2
+        assert sum(sent) <= 256 + mask + 4 * blocks
+        sent.clear()
+
+
+def test_what_is_sent_to_a_card_is_pinned_and_not_waited_for(monkeypatch):
+    asked = []
+
+    class Tensor:
+        def pin_memory(self):
+            asked.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            asked.append((str(device), non_blocking))
+
+    monkeypatch.setattr(torch, "from_numpy", lambda array: Tensor())
+    send(np.zeros(3), torch.device("cuda", 1))
+    assert asked == ["pinned", ("cuda:1", True)]
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+class Gathers(TorchDispatchMode):
+    """Counts rows that are picked on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.index.Tensor
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_pass_brings_one_packed_result_to_the_host(network, networks, monkeypatch):
+    pair, name, features = NETWORKS[network]
+    engine = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
+    engine._lazy = True
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tuple(tensor.shape)) or cpu(tensor))
+    call = calls(0)[1]
+    outputs = engine.run(call, **inputs_for(call, features, 0))
+    for small in ("scores", "candidates"):
+        if small in outputs:
+            assert isinstance(outputs[small], np.ndarray)
+    assert len(copies) == 1
+    assert len(copies[0]) == 2
+
+
+def test_greedy_acceptance_reads_no_logits(networks):
+    """The walk asks for the best tokens of some nodes at each depth; logits are picked where they are read."""
+    engine = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
+    plain = engine.run(calls(0)[1])["logits"]
+    engine._lazy = True
+    rows = engine.run(calls(0)[1])["logits"]
+    picked = np.array([3, 1, 2])
+    with Gathers() as gathers:
+        assert (rows[picked].argmax(axis=1) == plain[picked].argmax(axis=1)).all()
+        assert (rows[picked][picked - 1].argmax(axis=1) == plain[picked][picked - 1].argmax(axis=1)).all()
+    assert gathers.count == 0
+    np.testing.assert_allclose(np.asarray(rows[picked][picked - 1]), plain[picked][picked - 1], atol=1e-6)
+    np.testing.assert_allclose(rows[picked][0], plain[3], atol=1e-6)
+
+
+def test_states_that_were_picked_outlive_the_next_pass(networks):
+    """A drafter keeps the states of all levels, and the engine's next pass writes over its outputs."""
+    engine = TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS)
+    engine._lazy = True
+    call = calls(0)[1]
+    states = engine.run(call, **inputs_for(call, 192, 1))["state"]
+    kept = states[np.array([2, 0])]
+    wanted = np.array(kept)
+    with torch.inference_mode():
+        states._rows.zero_()
+    assert (np.asarray(kept) == wanted).all()
