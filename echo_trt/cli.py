@@ -1,4 +1,4 @@
-"""The command line: build | calibrate | generate | serve | bench | simulate | inspect."""
+"""The command line: build | calibrate | generate | serve | worker | bench | simulate | inspect."""
 
 from __future__ import annotations
 
@@ -254,14 +254,32 @@ def serve(
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
     special_tokens_in_content: SpecialTokens = False,
+    replicas: Annotated[
+        int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
+    ] = 0,
 ) -> None:
-    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it.
+    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
 
     Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
     answers finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """
+    if replicas:
+        from echo_trt.dynamo import replicas as dynamo
+
+        for option, given in (
+            ("--api-keys-file", api_keys_file),
+            ("--allowed-origins", allowed_origins),
+            ("--special-tokens-in-content", special_tokens_in_content),
+            ("a second --served-model-name", (served_model_name or [])[1:]),
+            ("--openai-port 0", openai_port == 0),
+        ):
+            if given:
+                raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")
+        chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
+        numbers = batch, queue, start_timeout, drain_timeout
+        raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
     from echo_trt.launch.launcher import Job, run
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
@@ -270,6 +288,35 @@ def serve(
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
     job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins)
     raise typer.Exit(run(job))
+
+
+@app.command()
+def worker(
+    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
+    name: Annotated[str, typer.Option(help="What clients call the model. Default: the bundle's name.")] = "",
+    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more go to other workers.")] = 256,
+    drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
+    system_port: Annotated[
+        int, typer.Option(min=0, max=32767, help="Metrics and health; 0: DYN_SYSTEM_PORT, else none.")
+    ] = 0,
+    tool_call_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of tool calls, such as hermes.")] = None,
+    reasoning_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of thoughts, such as qwen3.")] = None,
+) -> None:
+    """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
+
+    Dynamo's own settings are environment variables: DYN_DISCOVERY_BACKEND (here file by default), DYN_FILE_KV,
+    DYN_NAMESPACE and others. SIGTERM lets open answers finish; what is left goes on at other workers.
+
+    Example: `echo-trt worker bundles/smollm2-135m --system-port 9191`
+    """
+    from echo_trt.dynamo.command import run
+    from echo_trt.dynamo.job import Job
+
+    chosen = policy.value if policy else None
+    parsers = tool_call_parser, reasoning_parser
+    raise typer.Exit(run(Job(bundle, name, chosen, batch, queue, drain_timeout, system_port, *parsers)))
 
 
 @app.command()

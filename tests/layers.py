@@ -13,6 +13,7 @@ LAYERS = {
     "test_docs.py": "pure",
     "test_layers.py": "pure",
     "plugins": "kernel",
+    "dynamo": "server",
     "examples": "server",
     "gateway": "server",
     "launch": "server",

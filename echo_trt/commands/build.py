@@ -19,6 +19,7 @@ from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.self_check import block_shape, check_engine, worst
 from echo_trt.backends.torch.files import TYPES
 from echo_trt.bundle.calibration import Calibration, read_calibration
+from echo_trt.bundle.card import write_config
 from echo_trt.bundle.manifest import (
     MANIFEST,
     MARKOV,
@@ -182,6 +183,8 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         facts["draft"] = _facts(draft, [file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
+    eos = _eos(checkpoint, config, tokenizer)
+    write_config(work, eos, recipe.limits.context, config.vocab_size)
     if calibration is not None:
         write(work, CALIBRATION, calibration)
     files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file() and p.name != CALIBRATION)
@@ -192,7 +195,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         recipe=recipe,
         target=facts["target"],
         draft=facts.get("draft"),
-        eos_token_ids=_eos(checkpoint, config, tokenizer),
+        eos_token_ids=eos,
         sampling=_sampling(checkpoint),
         target_sha256=digest,
         draft_sha256=draft_digest,

@@ -157,11 +157,21 @@ class Planner(Protocol):
         """Return sums by source: draft tokens "expected" and "accepted", and "silent" minutes; by default none."""
         return {}
 
+    def gain(self) -> float | None:
+        """Return tokens a second over plain decoding's at the latest load, as far as it is known; by default it is not.
+
+        Any thread may ask.
+        """
+        return None
+
 
 class PlainPlanner(Planner):
     """Plain autoregressive decoding: one token a request and iteration."""
 
     name = PLAIN
+
+    def gain(self) -> float | None:
+        return 1.0
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         return Plan.undrafted(roots)

@@ -88,18 +88,7 @@ class Process:
 
     def listens_on(self, ports: Iterable[int]) -> bool:
         """Return whether this process listens on all these TCP ports: another process might answer on one."""
-        sockets, listening = set(), set()
-        with contextlib.suppress(OSError):
-            for descriptor in Path(f"/proc/{self.pid}/fd").iterdir():
-                with contextlib.suppress(OSError):  # a descriptor that was closed
-                    sockets.add(os.readlink(descriptor))
-        for table in ("tcp", "tcp6"):
-            with contextlib.suppress(OSError):  # no IPv6
-                for line in Path(f"/proc/{self.pid}/net/{table}").read_text().splitlines()[1:]:
-                    _, address, _, state, *_, inode = line.split()[:10]
-                    if state == LISTENING and f"socket:[{inode}]" in sockets:
-                        listening.add(int(address.rpartition(":")[2], 16))
-        return listening.issuperset(ports)
+        return listening_ports(self.pid).issuperset(ports)
 
     def reason(self) -> str:
         """Return the likely reason of its end, in a clause."""
@@ -135,6 +124,23 @@ class Process:
             self.lines.append(line)
             if line and not _is_harmless(line):
                 self._log.say(f"{self.name}: {line}")
+
+
+def listening_ports(pid: int) -> set[int]:
+    """Return the TCP ports on which a process listens."""
+    sockets: set[str] = set()
+    listening: set[int] = set()
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # a descriptor that was closed
+                sockets.add(os.readlink(descriptor))
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):  # no IPv6
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                _, address, _, state, *_, inode = line.split()[:10]
+                if state == LISTENING and f"socket:[{inode}]" in sockets:
+                    listening.add(int(address.rpartition(":")[2], 16))
+    return listening
 
 
 def lives(pid: int) -> bool:

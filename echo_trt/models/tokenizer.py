@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
+from echo_trt.files.model_type import MODEL_TYPE
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.gguf_checkpoint import GgufCheckpoint
 
@@ -31,10 +33,19 @@ def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTra
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a checkpoint's or a bundle's tokenizer; a bundle's config.json says nothing of it."""
+    config = PreTrainedConfig() if _is_bundles(folder / "config.json") else None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=config)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+
+
+def _is_bundles(config: Path) -> bool:
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:

@@ -29,8 +29,11 @@ class Answer:
     """``told`` counts the tokens that ``take`` has returned."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.told = request, 0
+        """Begin behind what ``request`` has generated already: another engine has told it."""
+        self.request, self.told = request, len(request.generated)
         self._text = TextStream(tokenizer, request.params.stop, request.params.min_tokens)
+        self._text.push(request.generated)
+        self._text.settle()
 
     def take(self, loop: Loop, tokens: Sequence[int]) -> Said:
         """The text that became certain, all of it once the request has ended, and those tokens that count.

@@ -21,7 +21,7 @@ from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams
+from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams, TokenLogprobs
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
@@ -206,15 +206,22 @@ class LLM:
         logits = self.loop.target.run(call)["logits"][0]
         return float(abs(logits[first[shared]] - logits[second[shared]]))
 
-    def request(self, id: int, ids: Sequence[int], params: SamplingParams) -> Request:
-        """A request for the loop; token ids that the target does not have are refused."""
+    def request(self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> Request:
+        """A request for the loop; token ids that the target does not have are refused.
+
+        ``said``: tokens of its answer that it goes on behind. Their log-probabilities are not known here.
+        """
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
                 f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
             )
-        prompt = self.checked(ids)
-        return Request(id, prompt, params, grammar=self._grammar(prompt, params))
+        prompt, generated = self.checked(ids), self.checked(said).tolist()
+        logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
+        grammar = self._grammar(prompt, params)
+        for token in generated if grammar else ():
+            grammar = grammar.after(token) if grammar else None
+        return Request(id, prompt, params, generated, logprobs, grammar=grammar)
 
     def _grammar(self, prompt: np.ndarray, params: SamplingParams) -> State | None:
         """What may follow the prompt; None: anything."""

@@ -120,7 +120,7 @@ class Loop:
 
     def check(self, request: Request) -> None:
         """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
-        room = self.state.context - len(request.prompt)
+        room = self.state.context - len(request.prompt) - len(request.generated)
         if len(request.prompt) == 0:
             raise UserError("the prompt is empty; give at least one token.")
         if room < 1:

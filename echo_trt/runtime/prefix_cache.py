@@ -11,12 +11,28 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Protocol
 
 import numpy as np
 
 from echo_trt.decoding.pack import BLOCK
 
 DIGEST = 16  # bytes: of so many bits of BLAKE2, nobody finds two texts with one key
+
+
+class Listener(Protocol):
+    """Is told, on the engine's thread, what the cache gains and loses; it must not block."""
+
+    def stored(self, keys: Sequence[bytes], tokens: np.ndarray, places: Sequence[int]) -> None:
+        """Blocks can be found from now on.
+
+        keys    of a text's blocks, from its beginning
+        tokens  int32 [>= 32 len(keys) + 1], that text
+        places  indices into ``keys`` of the blocks that are new, in order
+        """
+
+    def removed(self, keys: Sequence[bytes]) -> None:
+        """Blocks of these keys can be found no longer."""
 
 
 class PrefixCache:
@@ -29,6 +45,7 @@ class PrefixCache:
     def __init__(self, enabled: bool = True):
         """Without ``enabled`` no text has keys, so that nothing is kept or found."""
         self.enabled = enabled
+        self.listener: Listener | None = None
         self.added = self.evicted = 0  # blocks so far
         self._block: dict[bytes, int] = {}
         self._key: dict[int, bytes] = {}
@@ -59,12 +76,19 @@ class PrefixCache:
             self._holders[block] += 1
             self._idle.pop(block, None)
 
-    def add(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
-        """A request holds ``blocks``, full of the text of ``keys``. Of text that is known, the known block stays."""
-        for key, block in zip(keys, blocks, strict=True):
+    def add(self, keys: Sequence[bytes], blocks: Sequence[int], tokens: np.ndarray) -> None:
+        """A request holds ``blocks``, full of the text of ``keys``. Of text that is known, the known block stays.
+
+        tokens  int32 [>= 32 len(keys) + 1], the text
+        """
+        new = []
+        for place, (key, block) in enumerate(zip(keys, blocks, strict=True)):
             if key not in self._block:
                 self._block[key], self._key[block], self._holders[block] = block, key, 1
-                self.added += 1
+                new.append(place)
+        self.added += len(new)
+        if new and self.listener:
+            self.listener.stored(keys, tokens, new)
 
     def leave(self, keys: Sequence[bytes], blocks: Sequence[int]) -> list[int]:
         """A request lets go of ``blocks``, the first of them full of the text of ``keys``, which were added.
@@ -84,13 +108,17 @@ class PrefixCache:
     def evict(self, count: int) -> list[int]:
         """Forget so many idle blocks; returns them."""
         self.evicted += count
-        return [self._forget() for _ in range(count)]
+        return self._forget(count)
 
     def clear(self) -> list[int]:
         """Forget all idle blocks, which something else is about to overwrite; returns them."""
-        return [self._forget() for _ in range(len(self._idle))]
+        return self._forget(len(self._idle))
 
-    def _forget(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        del self._block[self._key.pop(block)], self._holders[block]
-        return block
+    def _forget(self, count: int) -> list[int]:
+        blocks = [self._idle.popitem(last=False)[0] for _ in range(count)]
+        keys = [self._key.pop(block) for block in blocks]
+        for block, key in zip(blocks, keys, strict=True):
+            del self._block[key], self._holders[block]
+        if keys and self.listener:
+            self.listener.removed(keys)
+        return blocks

@@ -165,7 +165,7 @@ class Slots:
         full = max(min(int(self.committed[slot]), int(self.length[slot]) - 1) // BLOCK, 0)
         self.cache.extend(self.keys[slot], self.tokens[slot], full)
         keys = self.keys[slot][:full]
-        self.cache.add(keys, self.block_table[slot, : len(keys)].tolist())
+        self.cache.add(keys, self.block_table[slot, : len(keys)].tolist(), self.tokens[slot])
         return keys
 
     def hold(self, slots: np.ndarray, lengths: np.ndarray) -> bool:

@@ -99,6 +99,8 @@ class Statistics:
     drafts: dict[str, dict[str, float]]  # "expected" and "accepted" of goodput's draft tokens, by source
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
+    queued_tokens: int = 0  # of the prompts that wait
+    gain: float | None = None  # tokens a second over plain decoding's at the latest load; None: not known
 
     @property
     def kv_usage(self) -> float:
@@ -116,7 +118,7 @@ class Service:
         self._probes: dict[Request, Job] = {}  # those of the open ones that are
         self._pending: list[Job] = []  # a heap
         self._cancelled: list[Job] = []
-        self._draining = self._closed = False
+        self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
         self._suspects: list[Job] = []  # were running when the engine failed; each is tried alone
@@ -137,15 +139,19 @@ class Service:
         on_event: Callable[[Event], None],
         priority: int = 0,
         seconds: float | None = None,
+        said: Sequence[int] = (),
     ) -> Job:
         """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
+
+        ``said``: tokens of its answer that another engine has told. The answer goes on behind them as if this one had:
+        they count in ``max_tokens`` and ``min_tokens``, for penalties and in ``End``, and are not told again.
 
         A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
         iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
         request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
-        request = self.llm.request(serial, prompt, params)
+        request = self.llm.request(serial, prompt, params, said)
         self.loop.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
         deadline = None if seconds is None else now + seconds
@@ -163,6 +169,11 @@ class Service:
                 self._probes[request] = job
             self._changed.notify_all()
         return job
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive() and not self._dead
 
     def cancel(self, job: Job) -> None:
         """End a job before the next iteration; nothing happens if it has ended."""
@@ -189,6 +200,8 @@ class Service:
             planner.totals(),
             ended,
             self._engine_failures,
+            sum(len(job.request.prompt) for job in list(self._pending)),
+            planner.gain(),
         )
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -217,6 +230,7 @@ class Service:
                 self._iterate()
         except Exception:
             log.exception("the engine's thread has died; its requests fail")
+            self._dead = True
             self._fail_all("the engine's thread has died; the server must be restarted.")
 
     def _wait(self) -> bool:

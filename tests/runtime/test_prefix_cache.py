@@ -161,7 +161,7 @@ def test_the_text_let_go_longest_ago_goes_first_and_its_end_before_its_beginning
     cache = PrefixCache()
     old, new = (keys_of(cache, np.arange(2 * BLOCK + 1) + offset) for offset in (0, 1000))
     for keys, blocks in ((old, [0, 1]), (new, [2, 3])):
-        cache.add(keys, blocks)
+        cache.add(keys, blocks, np.arange(2 * BLOCK + 1))
         assert cache.leave(keys, [*blocks, 9]) == [9]
     found = cache.find(old[:1])
     cache.hold(found)
@@ -173,7 +173,7 @@ def test_the_text_let_go_longest_ago_goes_first_and_its_end_before_its_beginning
 def test_a_held_block_is_not_idle_until_its_last_request_leaves():
     cache = PrefixCache()
     keys = keys_of(cache, np.arange(BLOCK + 1))
-    cache.add(keys, [5])
+    cache.add(keys, [5], np.arange(BLOCK + 1))
     cache.hold(cache.find(keys))
     for idle in (0, 1):
         assert cache.leave(keys, [5]) == []

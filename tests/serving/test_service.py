@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,33 @@ def test_text_is_that_of_the_offline_interface(start, offline):
         assert listener.end.completion_tokens == len(expected.token_ids)
         assert 0 < listener.end.queue_seconds < listener.end.first_token_seconds
     assert sum(service.statistics().ended.values()) == len(CASES)
+
+
+@pytest.mark.parametrize("told", [1, 7, 15])
+def test_an_answer_that_another_engine_began_goes_on_as_if_this_one_had(start, offline, told):
+    """Draws, penalties, limits, stop strings that the seam cuts in two, text and counts."""
+    service, _ = start()
+    cases = [(prompt, replace(params, min_tokens=12 * (i % 3 == 1))) for i, (prompt, params) in enumerate(CASES)]
+    for prompt, params in cases:
+        expected = offline.generate([prompt], params)[0]
+        said = expected.token_ids[:told]
+        if len(said) == len(expected.token_ids):
+            continue
+        _, listener = submit(service, prompt, params, said=said)
+        assert listener.token_ids == expected.token_ids[told:]
+        assert expected.text.endswith(listener.text)
+        assert (listener.end.reason, listener.end.prompt_tokens) == (expected.finish_reason, len(prompt))
+        assert listener.end.completion_tokens == len(expected.token_ids)
+        rest = [entry.logprob for entry in expected.logprobs or []][told:]
+        assert listener.logprobs == pytest.approx(rest, abs=1e-4)
+
+
+def test_what_another_engine_told_must_fit_the_context(start):
+    service, _ = start()
+    with refused("maximum context length"):
+        submit(service, prompt_ids(100, 1), said=prompt_ids(60, 2))
+    with refused("token id 100000"):
+        submit(service, prompt_ids(10, 1), said=[100_000])
 
 
 def test_drafted_tokens_are_counted_by_request(start):

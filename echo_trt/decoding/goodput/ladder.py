@@ -54,6 +54,12 @@ class Ladder:
         if self._now:
             self._now.observe(tokens, seconds)
 
+    @property
+    def gain(self) -> float | None:
+        """Tokens a second of the present rung over plain decoding's, at the latest load; None before the first."""
+        load = self._now
+        return load.gain if load else None
+
 
 class _Window:
     """Iterations of one rung in a row: tokens and seconds of all, and of those that count."""
@@ -90,6 +96,10 @@ class _Load:
         """Gain of the best rung above the foreseen one: a draft that is bad at one load is bad at others."""
         best = 1 + int(self._gains[1:].argmax())
         return float(self._gains[best] - self._foreseen[best])
+
+    @property
+    def gain(self) -> float:
+        return float(np.exp(self._gains[self._present]))
 
     def begin(self, resumed: bool) -> int:
         if self._window.over:

@@ -147,6 +147,9 @@ class GoodputPlanner:
     def totals(self) -> dict[str, dict[str, float]]:
         return self.acceptance.totals()
 
+    def gain(self) -> float | None:
+        return self.ladder.gain
+
     def _forget_departed(self, load: Load) -> None:
         """Start afresh where another request has taken a slot."""
         for slot in load.slots[self._serial[load.slots] != load.serial].tolist():

@@ -55,6 +55,8 @@ class Metrics:
         self._gauges = {name: make(name, text, gauge) for name, text in GAUGES.items()}
         about = "Tokens emitted a verification, since the last update in which there was a verification"
         self._accepted = make("accepted_length", about, gauge)
+        gain = "Tokens a second over plain decoding's at the latest load, as the policy expects; 0: not known"
+        self._gain = make("speculation_gain", gain, gauge)
         self._engine_failures = make("engine_failures_total", "Iterations in which the engine failed", counter)
         self._requests = family(name="echo_requests_total", description="Requests by outcome", kind=counter)
         self._gates = family(
@@ -112,6 +114,7 @@ class Metrics:
         self._count("engine_failures", self._engine_failures, now.engine_failures)
         for name, metric in self._gauges.items():
             self._set(name, metric, getattr(now, name))
+        self._set("speculation gain", self._gain, now.gain or 0.0)
         for outcome, number in (Counter(now.ended) + Counter(refused)).items():
             if outcome not in self._by_outcome:
                 self._by_outcome[outcome] = self._requests.Metric(labels=self._model | {"outcome": outcome})

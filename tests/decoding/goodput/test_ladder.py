@@ -56,6 +56,16 @@ def usual(rungs: list[int]) -> int:
     return Counter(rungs).most_common(1)[0][0]
 
 
+def test_the_gain_is_that_of_the_present_rung_over_plain_decoding():
+    ladder = Ladder()
+    assert ladder.gain is None
+    Machine(ladder).run(rates_of(1.1, 1.3, 1.2, 1.15), 2000)
+    assert ladder.gain == pytest.approx(1.3, abs=0.05)
+    slow = Ladder()
+    Machine(slow).run(rates_of(0.7, 0.7, 0.7, 0.7), 2000)
+    assert slow.gain == 1.0
+
+
 @pytest.mark.parametrize("foreseen", [FLAT, foresee(0.5, 0.5, 0.5, 0.5), foresee(1.1, 1.15, 1.2, 1.25)])
 @pytest.mark.parametrize("best", RUNGS)
 def test_the_best_rung_is_found_whatever_was_foreseen(best, foreseen):

@@ -1,0 +1,115 @@
+"""``echo-trt worker``: one engine behind Dynamo's frontend, until SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import replace
+from typing import Any
+
+from echo_trt.bundle.card import check_card, has_template
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
+from echo_trt.dynamo.environment import backend_of, grace_of, of_worker
+from echo_trt.dynamo.installed import check_installed
+from echo_trt.dynamo.job import Job
+from echo_trt.errors import UserError
+from echo_trt.launch.supervised import port_trouble
+from echo_trt.runtime.params import MOST_AT_ONCE
+
+log = logging.getLogger(__name__)
+
+COMPONENT = "echo"
+CLEANUP = 1.0  # seconds until the engine hears that it is told to stop, besides; larger: a lost entry is missing longer
+
+
+def run(job: Job) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code: 1 where the engine died.
+
+    Raises UserError for wrong options, bundles and environments, and for an engine that cannot start.
+    """
+    job = _check(job)
+    batch = job.batch or read_manifest(job.bundle).recipe.limits.batch
+    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port))
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    lease = Lease(
+        folder_of(os.environ),
+        grace_of(os.environ) + CLEANUP,
+        lambda number: log.warning("%d lost entries were written anew", number),
+    )
+    from dynamo.common.backend.run import run as run_worker
+
+    from echo_trt.dynamo.engine import EchoEngine
+
+    engine = EchoEngine(job, lease if os.environ[BACKEND] == "file" else None)
+
+    async def make(argv: list[str] | None) -> tuple[EchoEngine, Any]:
+        return engine, _worker_config(job)
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # Dynamo's own from now on
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        run_worker(EchoEngine, engine_factory=make)
+    except Exception as error:
+        if engine.failure:
+            raise engine.failure from None
+        raise UserError(f"Dynamo's worker could not serve ({_clause(error)}); see its lines above.") from error
+    return 1 if engine.died else 0
+
+
+def _check(job: Job) -> Job:
+    """Return the job with the bundle's whole path, by which all workers must name it."""
+    manifest = read_manifest(job.bundle)
+    check_card(job.bundle)
+    if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
+        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
+    if job.system_port and (trouble := port_trouble("--system-port", "127.0.0.1", job.system_port)):
+        raise UserError(f"{trouble}.")
+    job = replace(job, bundle=job.bundle.resolve(), name=job.name or manifest.name)
+    if backend_of(os.environ) == "file":
+        folder = folder_of(os.environ)
+        check_folder(folder)
+        check_name(folder, job.name, job.bundle)
+    check_installed()
+    _check_parsers(job)
+    return job
+
+
+def _check_parsers(job: Job) -> None:
+    from dynamo._core import get_reasoning_parser_names, get_tool_parser_names
+
+    for option, name, known in (
+        ("--tool-call-parser", job.tool_call_parser, get_tool_parser_names()),
+        ("--reasoning-parser", job.reasoning_parser, get_reasoning_parser_names()),
+    ):
+        if name and name not in known:
+            raise UserError(f"{option} is {name!r}; Dynamo has {', '.join(sorted(known))}.")
+
+
+def _worker_config(job: Job) -> Any:
+    """What Dynamo's own variables say, and the model."""
+    import argparse
+
+    from dynamo.common.backend import WorkerConfig
+    from dynamo.common.configuration.groups.runtime_args import DynamoRuntimeArgGroup, DynamoRuntimeConfig
+
+    parser = argparse.ArgumentParser()
+    DynamoRuntimeArgGroup().add_arguments(parser)
+    settings = DynamoRuntimeConfig.from_cli_args(parser.parse_args([]))
+    settings.validate()
+    return WorkerConfig.from_runtime_config(
+        settings,
+        str(job.bundle),
+        job.name,
+        component=COMPONENT,
+        endpoint="generate",
+        endpoint_types="chat,completions" if has_template(job.bundle) else "completions",
+        tool_call_parser=job.tool_call_parser or settings.dyn_tool_call_parser,
+        reasoning_parser=job.reasoning_parser or settings.dyn_reasoning_parser,
+    )
+
+
+def _clause(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")[:300]
+    return text or type(error).__name__

@@ -1,0 +1,66 @@
+"""Dynamo's settings, which it reads from the environment, where the user has not set them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from echo_trt.dynamo.discovery import BACKEND, FOLDER, folder_of
+from echo_trt.errors import UserError
+
+BACKENDS = ("file", "etcd", "kubernetes", "mem")
+#: Where processes find each other by a folder, they are on one machine: nobody else need reach them.
+LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
+GRACE_PERIOD = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
+GRACE = 0.5  # seconds between the end of a worker's entry and its drain; larger: fewer requests that move at once
+
+
+def backend_of(environment: Mapping[str, str]) -> str:
+    """Return by what processes find each other. Raises UserError."""
+    backend = environment.get(BACKEND) or BACKENDS[0]
+    if backend not in BACKENDS:
+        raise UserError(f"{BACKEND} is {backend!r}; use one of {', '.join(BACKENDS)}.")
+    return backend
+
+
+def grace_of(environment: Mapping[str, str]) -> float:
+    """Return seconds between the end of a worker's entry and its drain. Raises UserError."""
+    text = environment.get(GRACE_PERIOD) or str(GRACE)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 3600:
+        raise UserError(f"{GRACE_PERIOD} is {text!r}; give seconds from 0 to 3600.")
+    return seconds
+
+
+def completed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a frontend or a worker."""
+    backend = backend_of(environment)
+    defaults = {
+        BACKEND: backend,
+        "DYN_REQUEST_PLANE": "tcp",
+        "DYN_EVENT_PLANE": "zmq",
+        GRACE_PERIOD: str(GRACE),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+    if backend == "file":
+        defaults |= dict.fromkeys(LOOPBACK, "127.0.0.1")
+        defaults |= {"DYN_SELF_HOST_METADATA": "0", FOLDER: str(folder_of(environment))}
+    return defaults | dict(environment)
+
+
+def of_worker(environment: Mapping[str, str], places: int, system_port: int) -> dict[str, str]:
+    """Return the environment of a worker.
+
+    places       requests that it takes; more go to other workers at once, and where all are full to nobody (HTTP 529)
+    system_port  of metrics and health; 0: the environment's, else none
+    """
+    defaults = {
+        "DYN_ENGINE_REQUEST_LIMIT": str(places),
+        "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "1",
+        "DYN_HEALTH_CHECK_ENABLED": "true",
+    }
+    port = {"DYN_SYSTEM_PORT": str(system_port)} if system_port else {}
+    return defaults | completed(environment) | port

@@ -1,0 +1,205 @@
+"""``echo-trt serve --replicas N``: Dynamo's frontend and N workers on this machine, supervised and drained as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+
+from echo_trt.bundle.card import check_card
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.dynamo.discovery import FOLDER
+from echo_trt.dynamo.environment import completed
+from echo_trt.dynamo.installed import check_installed
+from echo_trt.errors import UserError
+from echo_trt.launch.probe import responds
+from echo_trt.launch.process import Log, Process, raise_open_files
+from echo_trt.launch.stopping import stop_signals
+from echo_trt.launch.supervised import Supervised, port_trouble
+
+MIGRATIONS = 3  # times at most that an answer goes on at another worker; larger: survives more deaths in a row
+CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
+ANSWER_SECONDS = 30.0  # for word of a busy process; larger: a hang is noticed later
+STOP_SECONDS = 10.0  # for a process to stop that has nothing open; larger: a slower end
+QUIET = "warn,tower_http=off"  # a worker that starts answers probes with 503
+PEEK = "50"  # milliseconds that a stream waits for a refusal, so that it has a status of its own; larger: late headers
+PORTS = range(20_000, 32_000)  # of workers' metrics and health
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command was asked to do. None stands for the recipe's own."""
+
+    bundle: Path
+    replicas: int
+    host: str = LOOPBACK
+    port: int = 9000
+    name: str = "echo"
+    policy: str | None = None
+    batch: int | None = None
+    queue: int = 256
+    start_seconds: int = 300
+    drain_seconds: int = 60
+
+    @property
+    def url(self) -> str:
+        """Of the frontend, for this machine."""
+        return f"http://{LOOPBACK if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+
+def run(job: Job) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
+
+    Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
+    """
+    read_manifest(job.bundle)
+    check_card(job.bundle)
+    if trouble := port_trouble("--openai-port", job.host, job.port):
+        raise UserError(f"{trouble}.")
+    check_installed()
+    job = replace(job, bundle=job.bundle.resolve())
+    stop = threading.Event()
+    for number in (signal.SIGINT, *stop_signals()):
+        signal.signal(number, lambda *_: stop.set())
+    raise_open_files()
+    log = Log(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
+    try:
+        with tempfile.TemporaryDirectory(prefix="echo-trt-dynamo-") as folder:
+            return Replicas(job, completed({FOLDER: folder, "DYN_LOG": QUIET} | os.environ), stop, log).run()
+    finally:
+        log.close()
+
+
+class Frontend(Supervised):
+    """Dynamo's OpenAI frontend and router."""
+
+    name = "Dynamo's frontend"
+
+    def __init__(self, job: Job, environment: dict[str, str], log: Log):
+        super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
+        self._job = job
+        defaults = {"DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": PEEK}
+        self._environment = defaults | environment
+        self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
+
+    def _spawn(self) -> Process:
+        words = ["--http-host", self._job.host, "--http-port", str(self._job.port), "--router-mode", "kv"]
+        words += ["--migration-limit", str(MIGRATIONS)]
+        command = [sys.executable, "-m", "dynamo.frontend", *words]
+        return Process("frontend", command, self._environment, self._log)
+
+    def _ready(self) -> bool:
+        return responds(f"{self._job.url}/live", 1)
+
+    def _lives(self) -> bool:
+        return responds(f"{self._job.url}/live", ANSWER_SECONDS)
+
+    def lists(self, model: str) -> bool:
+        """Return whether it would send requests for a model to a worker."""
+        try:
+            with urllib.request.urlopen(f"{self._job.url}/v1/models", timeout=1) as reply:
+                return any(each["id"] == model for each in json.load(reply)["data"])
+        except (OSError, ValueError, HTTPException):
+            return False
+
+
+class Replica(Supervised):
+    """A worker, which serves once a real pass was answered."""
+
+    def __init__(self, number: int, job: Job, environment: dict[str, str], log: Log):
+        self.name, self._job, self._environment = f"worker {number}", job, environment
+        self._port = _free_port()
+        super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
+        self._url = f"http://{LOOPBACK}:{self._port}/health"
+
+    def _spawn(self) -> Process:
+        job = self._job
+        words = [str(job.bundle), "--name", job.name, "--queue", str(job.queue)]
+        words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
+        words += ["--policy", job.policy] if job.policy else []
+        words += ["--batch", str(job.batch)] if job.batch else []
+        command = [sys.executable, "-m", "echo_trt", "worker", *words]
+        return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
+
+    def _ready(self) -> bool:
+        return responds(self._url, 1)
+
+    def _lives(self) -> bool:
+        return responds(self._url, ANSWER_SECONDS)
+
+
+class Replicas:
+    """The frontend and its workers, which are started, supervised and drained."""
+
+    def __init__(self, job: Job, environment: dict[str, str], stop: threading.Event, log: Log):
+        self._job, self._stop, self._log = job, stop, log
+        self._frontend = Frontend(job, environment, log)
+        self._workers = [Replica(number, job, environment, log) for number in range(1, job.replicas + 1)]
+        self._announced = False
+
+    def run(self) -> int:
+        """Run until ``stop`` is set; returns the exit code, 1 where open answers were lost.
+
+        Raises UserError when it gives up.
+        """
+        try:
+            while not self._stop.wait(CHECK_SECONDS):
+                for process in (self._frontend, *self._workers):
+                    process.step()
+                self._announce()
+            return self._drain()
+        finally:
+            for process in (self._frontend, *self._workers):
+                process.stop()
+
+    def _announce(self) -> None:
+        if self._announced or not all(process.serving for process in (self._frontend, *self._workers)):
+            return
+        if self._frontend.lists(self._job.name):
+            self._announced = True
+            url = f"http://{self._job.host}:{self._job.port}/v1"
+            self._log.say(f"serving\nOpenAI   {url}, model {self._job.name}\nworkers  {len(self._workers)}")
+
+    def _drain(self) -> int:
+        """Let the frontend finish what is open, then the workers."""
+        if not self._frontend.serving:
+            return 0
+        self._log.say("stopping; open answers are finished")
+        end = time.monotonic() + self._job.drain_seconds
+        for process in (self._frontend, *self._workers):
+            if process is self._workers[0]:
+                end = max(end, time.monotonic() + STOP_SECONDS)
+            if process.process:
+                process.process.terminate()
+            if process is self._frontend and not self._finished(end):
+                self._log.say(f"open answers were not finished in {self._job.drain_seconds} s")
+                return 1
+        for worker in self._workers:
+            if worker.process:
+                worker.process.wait(end - time.monotonic())
+        return 0
+
+    def _finished(self, end: float) -> bool:
+        process = self._frontend.process
+        return process is None or process.wait(end - time.monotonic())
+
+
+def _free_port() -> int:
+    """Choose a port that nobody has, from below those that the system hands to clients; Dynamo takes none above."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port

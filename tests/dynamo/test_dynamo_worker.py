@@ -1,0 +1,240 @@
+"""Workers behind the real Dynamo: the texts of the offline interface, whichever worker answers and whichever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from cluster import NAME, Cluster, Reply
+from driving import prompt_ids
+
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import Completion, SamplingParams
+
+pytestmark = pytest.mark.needs_dynamo
+LENGTH = 120
+PART = "\ufffd"  # of a character: Dynamo's frontend writes fewer of them for bytes that are none
+GREEDY = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True}
+#: Requests as a client writes them; SamplingParams spells them alike.
+ASKED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 0.8, "seed": 7},
+    "nucleus": {"temperature": 1.1, "seed": 8, "top_p": 0.7, "top_k": 40},
+    "min_p": {"temperature": 1.3, "seed": 9, "min_p": 0.05},
+    "penalties": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
+    "repetition": {"repetition_penalty": 1.3, "temperature": 0.6, "seed": 3},
+    "stop": {"temperature": 1.0, "seed": 5, "stop": ["na"], "ignore_eos": False},  # Dynamo drops it with ignore_eos
+    "stop tokens": {"temperature": 1.0, "seed": 5, "stop_token_ids": [76, 281], "min_tokens": 30, "ignore_eos": False},
+    "logprobs": {"temperature": 0.7, "seed": 11, "logprobs": 2},
+}
+
+
+def prompt_of(name: str) -> list[int]:
+    return prompt_ids(40, sorted(ASKED).index(name))
+
+
+def whole(offline: LLM, name: str) -> Completion:
+    given = GREEDY | ASKED[name]
+    return offline.generate([prompt_of(name)], SamplingParams(**given))[0]
+
+
+def ask_all(cluster: Cluster) -> dict[str, Reply]:
+    """All at once."""
+    with ThreadPoolExecutor(len(ASKED)) as pool:
+        replies = pool.map(lambda name: cluster.ask(prompt_of(name), **GREEDY | ASKED[name]), ASKED)
+        return dict(zip(ASKED, replies, strict=True))
+
+
+def assert_same(reply: Reply, text: Completion) -> None:
+    assert not reply.error
+    assert (reply.token_ids, reply.reason) == (text.token_ids, text.finish_reason)
+    assert reply.text.replace(PART, "") == text.text.replace(PART, "")
+    assert reply.usage["prompt_tokens"] == text.prompt_tokens
+    assert reply.usage["completion_tokens"] == len(text.token_ids)
+    if text.logprobs:
+        told = [logprob for _, logprob in reply.logprobs]
+        assert told == pytest.approx([entry.logprob for entry in text.logprobs], abs=1e-3)
+
+
+def test_texts_are_those_of_the_offline_interface_whichever_worker_answers(cluster, offline):
+    replies = ask_all(cluster)
+    for name, reply in replies.items():
+        assert_same(reply, whole(offline, name))
+    assert len({reply.worker for reply in replies.values()}) == 2
+    assert replies["stop"].reason == replies["stop tokens"].reason == "stop"
+
+
+def test_the_official_client_streams_a_chat(cluster, offline):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=cluster.url(""), api_key="none")
+    messages = [{"role": "user", "content": "the theme"}]
+    stream = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=20, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    [completion] = offline.chat(messages, SamplingParams(20, ignore_eos=True))
+    assert text == completion.text
+
+
+@pytest.mark.parametrize(
+    ("grammar", "structured"),
+    [
+        ({"guided_choice": ["the theme", "a thing"]}, {"choice": ["the theme", "a thing"]}),
+        ({"guided_regex": "[a-e]{8}"}, {"regex": "[a-e]{8}"}),
+        ({"guided_grammar": 'start: "a" "b"~3'}, {"grammar": 'start: "a" "b"~3'}),
+        ({"guided_json": {"enum": [1, 2, True]}}, {"json": {"enum": [1, 2, True]}}),
+    ],
+)
+def test_answers_fit_grammars(cluster, offline, grammar, structured):
+    reply = cluster.ask(prompt_ids(20, 1), temperature=0, max_tokens=LENGTH, **grammar)
+    assert_same(reply, offline.generate([prompt_ids(20, 1)], SamplingParams(LENGTH, structured=structured))[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"n": 2, "nvext": {"extra_fields": []}}, "n is 2, but Dynamo reads one choice"),
+        ({"nvext": {"cache_salt": "mine"}}, "cache_salt is not supported"),
+        ({"guided_regex": "["}, "structured.regex"),
+        ({"max_tokens": 20, "min_tokens": 30}, "min_tokens is 30"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_by_a_sentence(cluster, asked, words):
+    reply = cluster.ask(prompt_ids(20, 1), **asked)
+    assert reply.status == 400
+    assert words in reply.error
+
+
+def test_a_deadline_ends_an_answer_as_it_is(cluster):
+    header = {"x-dynamo-meta-deadline-ms": "1"}
+    reply = cluster.ask(prompt_ids(20, 1), header, **GREEDY | {"max_tokens": 400})
+    assert (reply.status, reply.reason, reply.error) == (200, "length", "")
+    assert reply.usage["completion_tokens"] < 400
+    assert cluster.ask(prompt_ids(20, 1), {"x-dynamo-meta-deadline-ms": "soon"}).status == 400
+
+
+def test_a_client_that_leaves_frees_its_blocks(cluster):
+    for reply in cluster.stream(prompt_ids(60, 5), **GREEDY | {"max_tokens": 400}):
+        if reply.text:
+            break
+    worker = cluster.worker_of(reply.worker)
+    cluster.wait(lambda: worker.metrics()["echo_blocks_used"] == 0, 20)
+    assert worker.metrics()["echo_emitted_tokens_total"] > 0
+
+
+def test_a_prompt_goes_to_the_worker_that_has_its_beginning(cluster):
+    documents = [prompt_ids(200, 100 + number) for number in range(8)]
+    with ThreadPoolExecutor(2) as pool:
+        first = list(pool.map(lambda d: cluster.ask(d, temperature=0, max_tokens=4), documents))
+    homes = [reply.worker for reply in first]
+    assert len(set(homes)) == 2
+    time.sleep(1)  # events are on their way
+    for number in (5, 0, 7, 2, 4, 1, 6, 3):
+        reply = cluster.ask([*documents[number], *prompt_ids(20, 200 + number)], temperature=0, max_tokens=4)
+        assert reply.worker == homes[number]
+        assert reply.usage["prompt_tokens_details"]["cached_tokens"] >= 192
+
+
+def test_metrics_and_health(cluster):
+    for worker in cluster.workers:
+        assert worker.healthy()
+        cluster.wait(lambda worker=worker: worker.metrics()["dynamo_component_kv_cache_hit_rate"] > 0, 10)
+        metrics = worker.metrics()
+        assert metrics["echo_emitted_tokens_total"] > 0
+        assert metrics["echo_blocks"] == metrics["dynamo_component_total_blocks"] > 0
+        assert metrics["dynamo_component_gpu_cache_usage_percent"] == 0
+        assert metrics["echo_queued"] == metrics["echo_running"] == 0
+        assert "echo_speculation_gain" in metrics
+
+
+def test_full_queues_are_told_and_nobody_who_was_taken_is_lost(cluster, offline):
+    """Two workers, each with four places, a queue of four and one more in Dynamo's own: 18 of 60 at least."""
+    with ThreadPoolExecutor(60) as pool:
+        replies = list(pool.map(lambda i: cluster.ask(prompt_ids(30, i), **GREEDY | {"max_tokens": 300}), range(60)))
+    taken = [i for i, reply in enumerate(replies) if reply.status == 200]
+    assert {reply.status for reply in replies} == {200, 529}
+    assert len(taken) >= 16
+    for i in taken[:4]:
+        assert_same(replies[i], offline.generate([prompt_ids(30, i)], SamplingParams(300, ignore_eos=True))[0])
+    assert_same(cluster.ask(prompt_of("greedy"), **GREEDY), whole(offline, "greedy"))
+
+
+def test_entries_that_are_lost_are_written_anew(cluster):
+    before = {entry.name for kind in ("mdc", "instances", "event_channels") for entry in cluster.entries(kind)}
+    assert len(before) > 6
+    ours = {entry.name for entry in cluster.entries("mdc")}
+    for entry in cluster.entries("mdc"):
+        entry.unlink()
+    cluster.wait(lambda: {entry.name for entry in cluster.entries("mdc")} == ours, 30)
+    cluster.wait_for_workers(2)
+    time.sleep(12)  # longer than a lease: Dynamo touches them again
+    assert {entry.name for entry in cluster.entries("mdc")} == ours
+    assert not cluster.ask(prompt_of("greedy"), **GREEDY).error
+
+
+def test_a_restarted_frontend_knows_where_beginnings_are(cluster):
+    document = prompt_ids(200, 300)
+    home = cluster.ask(document, temperature=0, max_tokens=4).worker
+    cluster.frontend.kill()
+    cluster.frontend.wait()
+    cluster.start_frontend()
+    cluster.wait_for_workers(2)
+    reply = cluster.ask([*document, *prompt_ids(9, 301)], temperature=0, max_tokens=4)
+    assert reply.worker == home
+    assert reply.usage["prompt_tokens_details"]["cached_tokens"] >= 192
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])
+def test_answers_go_on_at_another_worker_as_if_nothing_had_happened(cluster, offline, number):
+    """A worker is killed, or told to stop with less time than its answers take."""
+    cluster.wait_for_workers(2)
+    moving, replies = [name for name in ASKED if name not in ("stop", "stop tokens")], {}
+    begun = threading.Barrier(len(moving) + 1, timeout=60)
+
+    def ask(name: str) -> None:
+        waited = False
+        for reply in cluster.stream(prompt_of(name), **GREEDY | ASKED[name] | {"max_tokens": 400}):
+            if reply.text and not waited:
+                waited = True
+                begun.wait()
+        replies[name] = reply
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in moving]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    victim = cluster.workers.pop(0)
+    victim.process.send_signal(number)
+    for thread in threads:
+        thread.join()
+    victim.process.wait(60)
+    for name in moving:
+        given = GREEDY | ASKED[name] | {"max_tokens": 400}
+        assert_same(replies[name], offline.generate([prompt_of(name)], SamplingParams(**given))[0])
+    log = (cluster.folder / "frontend.log").read_text()
+    assert "migration retry scheduled" in log
+    cluster.start_worker()
+    cluster.wait_for_workers(2)
+    os.truncate(cluster.folder / "frontend.log", 0)
+
+
+def test_a_worker_that_is_told_to_stop_finishes_what_it_has_time_for(cluster, offline):
+    cluster.wait_for_workers(2)
+    leaving = cluster.start_worker("--queue", 4, "--drain-timeout", 60)
+    cluster.wait_for_workers(3)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(cluster.ask, prompt_ids(30, i), **GREEDY | {"max_tokens": 300}) for i in range(6)]
+        time.sleep(0.5)
+        leaving.process.send_signal(signal.SIGTERM)
+        replies = [future.result() for future in asked]
+    assert leaving.process.wait(60) == 0
+    cluster.workers.remove(leaving)
+    for i, reply in enumerate(replies):
+        assert_same(reply, offline.generate([prompt_ids(30, i)], SamplingParams(300, ignore_eos=True))[0])
+    assert httpx.get(cluster.url("models"), timeout=10).status_code == 200
