@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,21 +60,53 @@ class Listener:
         return [entry.logprob for event in self.events for entry in event.logprobs]
 
 
+class Gate:
+    """Passes of an engine go through it: all of them, none, or as many as are let."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.left, self.waiting = math.inf, False
+
+    def _let(self, passes: float) -> None:
+        with self.changed:
+            self.left = passes
+            self.changed.notify_all()
+
+    def set(self) -> None:
+        self._let(math.inf)
+
+    def clear(self) -> None:
+        self._let(0)
+
+    def let(self, passes: int) -> None:
+        """Let ``passes`` through, and return when one more waits."""
+        self._let(passes)
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.waiting and not self.left, SECONDS)
+
+    def wait(self) -> None:
+        with self.changed:
+            self.waiting = True
+            self.changed.notify_all()
+            assert self.changed.wait_for(lambda: self.left, SECONDS)
+            self.waiting = False
+            self.left -= 1
+
+
 class Steered(Engine):
-    """The target; ``hold`` makes its passes wait, ``fail`` says of each pass whether it fails."""
+    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails."""
 
     def __init__(self, engine: Engine):
         self.engine, self.num_blocks = engine, engine.num_blocks
-        self.open = threading.Event()
+        self.open = Gate()
         self.entered = threading.Event()
-        self.open.set()
         self.fail: Callable[[Packed], bool] = lambda call: False
         self.passes = 0
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self.passes += 1
         self.entered.set()
-        assert self.open.wait(SECONDS)
+        self.open.wait()
         if self.fail(call):
             raise RuntimeError("the engine is unwell")
         return self.engine.run(call, **inputs)
@@ -107,15 +140,6 @@ def offline(bundle_of) -> LLM:
 def submit(service: Service, prompt: list[int], params: SamplingParams = LONG, **more) -> tuple[Job, Listener]:
     listener = Listener()
     return service.submit(prompt, params, listener, **more), listener
-
-
-def wait_passes(engine: Steered, number: int) -> None:
-    """Let the engine finish what it is at and begin ``number`` more passes, the last of which is held."""
-    for _ in range(number):
-        engine.entered.clear()
-        engine.open.set()
-        assert engine.entered.wait(SECONDS)
-        engine.open.clear()
 
 
 CASES = [
@@ -195,12 +219,12 @@ def test_cancelling_frees_blocks_before_the_next_pass(start):
     first, gone = submit(service, prompt_ids(100, 1), SamplingParams(50, ignore_eos=True))
     _, stays = submit(service, prompt_ids(6, 2))
     waiting, never = submit(service, prompt_ids(6, 3))
-    wait_passes(engine, 10)
+    engine.open.let(10)
     held = service.statistics().blocks_used
     service.cancel(first)
     service.cancel(first)
     service.cancel(waiting)
-    wait_passes(engine, 1)
+    engine.open.let(1)
     assert service.statistics().blocks_used < held
     assert service.statistics().running == 1
     engine.open.set()
@@ -236,12 +260,12 @@ def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
     service, engine = start(batch=2, queue=1)
     engine.open.clear()
     told = [submit(service, prompt_ids(6, i))[1] for i in range(3)]
-    wait_passes(engine, 2)
+    engine.open.let(2)
     with pytest.raises(Overloaded):
         submit(service, prompt_ids(6, 3))
     _, probe = submit(service, [0], PROBE, priority=FIRST)
     assert not probe.done.wait(0.3), "the engine stands still"
-    wait_passes(engine, 2)
+    engine.open.let(2)
     assert probe.end.reason == "busy"
     assert not any(listener.done.is_set() for listener in told)
     engine.open.set()
@@ -299,7 +323,7 @@ def test_deadlines_end_what_runs_and_what_waits(start):
     service, engine = start(batch=1)
     engine.open.clear()
     _, running = submit(service, prompt_ids(6, 0), seconds=0.4)
-    wait_passes(engine, 4)
+    engine.open.let(4)
     _, waiting = submit(service, prompt_ids(6, 1), seconds=0.05)
     _, patient = submit(service, prompt_ids(6, 2), seconds=600.0)
     threading.Event().wait(0.5)
