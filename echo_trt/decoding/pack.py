@@ -34,6 +34,19 @@ class Packed(NamedTuple):
     padded_to: int = 0
 
 
+class LevelShape(NamedTuple):
+    """How far a draft looks ahead where it computes.
+
+    levels  below the roots' children
+    beams   nodes of a request that a level expands
+    width   children of an expanded node, the best ones
+    """
+
+    levels: int
+    beams: int
+    width: int
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """The rows that a block drafter's pass has for a request behind its context.
@@ -127,22 +140,12 @@ def pack(
     )
 
 
-def level_calls(past: np.ndarray, block_table: np.ndarray, levels: int, beams: int) -> list[Packed]:
-    """Pack the calls of the levels below the roots' children, but for tokens and masks, which the device fills in.
+def pack_levels(past: np.ndarray, block_table: np.ndarray, shape: LevelShape) -> Packed:
+    """Pack the last level of ``shape`` behind ``past`` int64 [A] cached entries of a request's draft.
 
-    past         int64 [A], cached entries of a request's draft
-    block_table  int [A, M]
-
-    A call has ``beams`` rows a request for each level so far, and asks for those of the last one.
+    Tokens and masks are the device's to fill in. A level has ``beams`` rows a request for itself and as many for each
+    level before it, and asks for the rows of its own.
     """
-    calls, requests = [], len(past)
-    for level in range(1, levels + 1):
-        rows = beams * level
-        counts = np.full(requests, rows)
-        depth = np.tile(np.arange(rows) // beams, requests)
-        last = begins(counts)[:-1, None] + np.arange(rows - beams, rows)
-        none = np.zeros(requests * rows, np.int64)
-        call = pack(none, np.repeat(past, rows) + depth, past, counts, block_table, last.reshape(-1))
-        masks = (np.arange(requests + 1) * rows * rows).astype(np.int32)
-        calls.append(call._replace(tree_mask_begins=masks))
-    return calls
+    rows = shape.beams * shape.levels
+    none = np.zeros(0, np.int64)
+    return pack(none, none, past, np.full(len(past), rows), block_table, none)

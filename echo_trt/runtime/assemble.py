@@ -10,6 +10,7 @@ from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
 from echo_trt.bundle.stored import CALIBRATION
+from echo_trt.decoding.pack import LevelShape
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
@@ -117,7 +118,11 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
     if manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
-        return open_torch(file, blocks, bounds=_bounds(state))
+        opened = open_torch(file, blocks, bounds=_bounds(state))
+        decoding = manifest.recipe.decoding
+        beams = min(decoding.beams, decoding.width)
+        opened.capture_levels(LevelShape(levels, beams, decoding.width) for levels in range(1, decoding.max_depth))
+        return opened
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
     draft_precision = manifest.recipe.draft.precision if network == "draft" else None

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from echo_trt.backends.base import Engine
-from echo_trt.decoding.pack import ROOT, Packed, level_calls
+from echo_trt.decoding.pack import ROOT, LevelShape, Packed, pack_levels
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.drafters import Eagle3Drafter, EngineDraft
 
@@ -17,10 +17,8 @@ UNKNOWN = -2  # number of a node that was not drafted on the device
 class LevelsEngine(Engine, Protocol):
     """An engine of a head that also drafts levels where it computes."""
 
-    def run_levels(
-        self, call: Packed, calls: list[Packed], beams: int, width: int, most: int, **inputs: Any
-    ) -> np.ndarray:
-        """Run ``call``, whose logit rows are the roots', and the levels of ``calls``; see ``draft_levels``."""
+    def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
+        """Run ``call``, whose logit rows are the roots', and the levels of ``below``; see ``Levels.run``."""
 
 
 class LevelsDrafter(Eagle3Drafter):
@@ -32,15 +30,12 @@ class LevelsDrafter(Eagle3Drafter):
     def begin(self, slots: np.ndarray) -> LevelsDraft:
         return LevelsDraft(self, slots)
 
-    def draft_ahead(self, slots: np.ndarray, calls: list[Packed], shape: tuple[int, int, int]) -> np.ndarray:
-        """Catch up and draft the levels of ``calls``: int32 [4, A, most], as ``draft_levels`` returns them.
-
-        shape: beams, width and most
-        """
+    def draft_ahead(self, slots: np.ndarray, below: Packed, shape: LevelShape, most: int) -> np.ndarray:
+        """Catch up and draft the levels of ``below``: int32 [A, 4, most], as ``Levels.run`` returns them."""
 
         def run(slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
             call, inputs = self._packed(slots, start, counts, np.cumsum(counts) - 1)
-            return {"drafted": self.engine.run_levels(call, calls, *shape, **inputs)}
+            return {"drafted": self.engine.run_levels(call, below, shape, most, **inputs)}
 
         drafted: np.ndarray = self.catch_up(slots, run)[0]["drafted"]
         return drafted
@@ -51,20 +46,22 @@ class LevelsDraft(EngineDraft):
 
     _drafter: LevelsDrafter
     _trees: DraftedTrees | None = None
-    _levels, passes = 0, 1
+    _shape: LevelShape | None = None
+    _most, passes = 0, 1
 
     def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
-        self._levels, self._beams, self._width, self._most = levels, min(beams, width), width, most
+        self._shape, self._most = LevelShape(levels, min(beams, width), width), most
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not self._levels:
+        if not self._shape:
             return super().expand_roots(requests)
-        drafter, slots, past = self._drafter, self._slots[requests], self._past[requests]
-        behind = int(drafter.behind(slots).sum())
-        calls = level_calls(past, drafter.state.block_table[slots], self._levels, self._beams)
-        self.entries = (behind + sum(len(call.token_ids) for call in calls)) // (1 + self._levels)  # of a pass
-        self.context, self.passes = int(past.sum()), 1 + self._levels
-        self._trees = DraftedTrees(drafter.draft_ahead(slots, calls, (self._beams, self._width, self._most)), requests)
+        drafter, shape, slots, past = self._drafter, self._shape, self._slots[requests], self._past[requests]
+        below = pack_levels(past, drafter.state.block_table[slots], shape)
+        rows = len(requests) * shape.beams * shape.levels * (shape.levels + 1) // 2
+        self.passes = 1 + shape.levels
+        self.entries = (int(drafter.behind(slots).sum()) + rows) // self.passes  # of a pass
+        self.context = int(past.sum())
+        self._trees = DraftedTrees(drafter.draft_ahead(slots, below, shape, self._most), requests)
         return self._trees.of_roots()
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +72,12 @@ class LevelsDraft(EngineDraft):
 
 
 class DraftedTrees:
-    """The trees of A requests as ``backends.cuda.levels.draft_levels`` returns them, read level by level."""
+    """The trees of A requests as ``backends.cuda.levels.Levels`` returns them, read level by level."""
 
     def __init__(self, drafted: np.ndarray, requests: np.ndarray):
-        """``drafted`` int32 [4, A, M]; ``requests`` int64 [A], of the batch, ascending."""
-        number, parent, token = drafted[:3].astype(np.int64)
-        score = drafted[3].view(np.float32)
+        """``drafted`` int32 [A, 4, M]; ``requests`` int64 [A], of the batch, ascending."""
+        number, parent, token = drafted[:, :3].astype(np.int64).swapaxes(0, 1)
+        score = np.ascontiguousarray(drafted[:, 3]).view(np.float32)
         owner = np.repeat(np.arange(len(requests)), number.shape[1])
         order = np.lexsort((-score.reshape(-1), parent.reshape(-1), owner))
         self._owner, self._number = owner[order], number.reshape(-1)[order]

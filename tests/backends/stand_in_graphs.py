@@ -26,11 +26,13 @@ class StandInGraph:
 class StandInGraphs(Graphs):
     """Graphs of ``forward``, whose captures are counted; ``refused``: tokens of calls that cannot be captured."""
 
+    newest: StandInGraphs  # that were asked to compute
+
     def __init__(self, forward, refused: tuple[int, ...] = ()):
-        self._refused, self.captures, self._last = refused, 0, None
+        self._refused, self.captures, self.replays, self._last = refused, 0, 0, None
 
         def remembered(inputs, *arguments):
-            self._last = inputs, arguments
+            self._last, StandInGraphs.newest = (inputs, arguments), self
             return forward(inputs, *arguments)
 
         self.compute = forward
@@ -40,11 +42,12 @@ class StandInGraphs(Graphs):
     def capturing(self, graph, **options):
         self.captures += 1
         yield
-        if len(self._last[0]["token_ids"]) in self._refused:
+        if len(self._last[0].get("token_ids", ())) in self._refused:
             raise RuntimeError("operation not permitted when stream is capturing")
         (inputs, arguments), places = self._last, self._places
 
         def again():
+            self.replays += 1
             for place, output in zip(places, self.compute(inputs, *arguments), strict=True):
                 place.copy_(output)
 
@@ -87,5 +90,7 @@ def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: t
         monkeypatch.setattr(torch.cuda, name, value)
     as_on_a_gpu(engine)
     engine._graphs = StandInGraphs(engine._forward, refused)
-    monkeypatch.setattr(torch.cuda, "graph", engine._graphs.capturing)
+    if "hidden" in engine._banks:
+        engine._levels._graphs = StandInGraphs(engine._levels._draft)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: StandInGraphs.newest.capturing(graph, **options))
     return engine._graphs

@@ -20,7 +20,7 @@ from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.pack import pack
+from echo_trt.decoding.pack import LevelShape, pack
 from echo_trt.decoding.policies import make_planner
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.loop import Loop, Request
@@ -172,12 +172,19 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
             graphs = with_graphs(engine, monkeypatch)
             engine._capture_all()
             before = graphs.captures
+        levels = getattr(engines[1]._levels, "_graphs", None) if graphed and pair == "eagle3" else None
+        if levels:
+            engines[1].capture_levels(LevelShape(count, 3, 4) for count in (1, 2, 3))
+            assert levels.captures == 3 * len({1, 2, 3})  # for so many requests each
+            assert (engines[1]._pool == 0).all()
         replays = StandInGraph.replays
         texts.append([c.token_ids for c in llm.generate([p.tolist() for p in prompts], params)])
     assert texts[0] == texts[1]
     assert StandInGraph.replays > replays + 2 * 12
     assert before > 20
     assert engines[1]._graphs.captures == before
+    assert not levels or levels.captures == 9
+    assert not levels or levels.replays > 6
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------

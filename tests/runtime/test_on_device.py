@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from batches import assert_same, mixed, penalised, structured
 from driving import add, prompt_ids, run
 
+from echo_trt.backends.cuda.levels import level_call
 from echo_trt.backends.cuda.transfers import TRANSFERS
-from echo_trt.decoding.pack import ROOT, level_calls
+from echo_trt.decoding.pack import ROOT, LevelShape, pack_levels
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.levels import DraftedTrees, LevelsDrafter
 from echo_trt.runtime.llm import LLM
@@ -96,11 +98,11 @@ def test_levels_on_the_device_are_those_that_the_host_would_expand(open_llm):
 
 
 def test_children_of_what_was_not_drafted_are_none():
-    drafted = np.zeros((4, 2, 3), np.int32)
-    drafted[0] = [[0, 1, 4], [0, 2, 1]]  # numbers
-    drafted[1] = [[ROOT, ROOT, 0], [ROOT, ROOT, ROOT]]  # parents
-    drafted[2] = [[7, 8, 9], [5, 6, 4]]  # tokens
-    drafted[3] = np.array([[-0.5, -1.0, -0.75], [-0.1, -0.3, -0.2]], np.float32).view(np.int32)
+    drafted = np.zeros((2, 4, 3), np.int32)
+    drafted[:, 0] = [[0, 1, 4], [0, 2, 1]]  # numbers
+    drafted[:, 1] = [[ROOT, ROOT, 0], [ROOT, ROOT, ROOT]]  # parents
+    drafted[:, 2] = [[7, 8, 9], [5, 6, 4]]  # tokens
+    drafted[:, 3] = np.array([[-0.5, -1.0, -0.75], [-0.1, -0.3, -0.2]], np.float32).view(np.int32)
     trees = DraftedTrees(drafted, np.array([1, 2]))
     log_q, tokens = trees.of_roots()
     assert tokens.tolist() == [[7, 8, 0], [5, 4, 6]]
@@ -116,13 +118,18 @@ def test_children_of_what_was_not_drafted_are_none():
 
 def test_calls_of_levels_say_where_rows_are():
     table = np.array([[4, 5, 0], [9, 2, 7]], np.int32)
-    first, second = level_calls(np.array([31, 3]), table, 2, 3)
-    assert first.positions.tolist() == [31, 31, 31, 3, 3, 3]
-    assert first.logit_rows.tolist() == [0, 1, 2, 3, 4, 5]
-    assert second.positions.tolist() == [31, 31, 31, 32, 32, 32, 3, 3, 3, 4, 4, 4]
-    assert second.logit_rows.tolist() == [3, 4, 5, 9, 10, 11]
-    assert second.tree_mask_begins.tolist() == [0, 36, 72]
-    assert second.block_indices.tolist() == [4, 5, 9]
+    below = pack_levels(np.array([31, 3]), table, LevelShape(2, 3, 4))
+    assert below.block_indices.tolist() == [4, 5, 9]
+    call = {name: torch.from_numpy(getattr(below, name)) for name in ("past_lens", "block_begins", "block_indices")}
+    call["live"] = torch.tensor([2], dtype=torch.int32)
+    first, second = (level_call(level, 3, call) for level in (1, 2))
+    assert first["positions"].tolist() == [31, 31, 31, 3, 3, 3]
+    assert first["logit_rows"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert second["positions"].tolist() == [31, 31, 31, 32, 32, 32, 3, 3, 3, 4, 4, 4]
+    assert second["logit_rows"].tolist() == [3, 4, 5, 9, 10, 11]
+    assert second["tree_mask_begins"].tolist() == [0, 36, 72]
+    call["live"] = torch.tensor([1], dtype=torch.int32)
+    assert level_call(2, 3, call)["seq_begins"].tolist() == [0, 6, 6]
 
 
 @pytest.mark.parametrize("policy", ["static", "echo", "goodput"])

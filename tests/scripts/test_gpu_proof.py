@@ -64,6 +64,7 @@ def test_on_a_cpu_every_section_is_walked_or_skipped_and_nothing_is_proved(copy)
     assert {
         "graphs compute what launches do",
         "a draft's catch-up computes each chunk on its own inputs",
+        "draft levels in one graph are those of launches",
         "costs have no part of a graph's capture",
     } <= checks
     runs = told["sections"]["serving"]["figures"]["runs"]

@@ -151,13 +151,15 @@ class Graphs:
                     place.copy_(output)
         except RuntimeError as error:
             torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
-            tokens, reason = arrays["token_ids"].size, " ".join(str(error).split())[:200]
-            warnings.warn(f"calls of {tokens} tokens run without a CUDA graph: {reason}", stacklevel=2)
+            count, reason = len(next(iter(arrays.values()))), " ".join(str(error).split())[:200]
+            rows = "tokens" if "token_ids" in arrays else "requests"
+            warnings.warn(f"calls of {count} {rows} run without a CUDA graph: {reason}", stacklevel=2)
             return None
         return Captured(staging, graph, places)
 
     def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the shared memory of outputs of the shapes of ``like``."""
-        if not self._outputs:
-            self._outputs = [o.new_empty((LARGEST, *o.shape[1:])) for o in like]
+        if not all(o.shape[1:] == whole.shape[1:] for o, whole in zip(like, self._outputs, strict=False)):
+            return tuple(torch.empty_like(o) for o in like)
+        self._outputs = self._outputs or [o.new_empty((LARGEST, *o.shape[1:])) for o in like]
         return tuple(whole[: len(o)] for whole, o in zip(self._outputs, like, strict=True))

@@ -1,77 +1,169 @@
 """Draft levels of an EAGLE-3 head in a row, without a return to the host: beams are chosen where their scores are.
 
-After the pass over the roots each level expands the ``beams`` best new nodes of every request by the draft's own path
-probability, and the best children of all levels come back at once.
+After the pass over the roots each level expands the best new nodes of every request by the draft's own path
+probability, and the best children of all levels come back at once. On a GPU the levels of a draft are one CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.decoding.pack import ROOT
+from echo_trt.backends.cuda.calls import Graphs, Staging
+from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
+from echo_trt.backends.cuda.transfers import fetch
+from echo_trt.decoding.pack import ROOT, LevelShape, Packed
 
-Forward = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, Tensor]]  # to scores, candidates, states
+Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
 _LATER = 1e-5  # taken off a path's score for each level, so that a sure child comes after its parent
 
 
-def draft_levels(
-    forward: Forward,
-    calls: Sequence[dict[str, Tensor]],
-    states: Tensor,
-    scores: Tensor,
-    candidates: Tensor,
-    beams: int,
-    width: int,
-    most: int,
-) -> Tensor:
-    """Draft ``len(calls)`` levels below the roots' children.
+class Levels:
+    """The levels of one head's drafts.
 
-    forward     the head, by the inputs of a call; ``hidden`` are rows of ``states``
-    calls       the arrays of ``level_calls``, on the device
-    states      float [n, H], of which row a is the root's of request a; rows behind are written
-    scores      float32 [A, k], log-probabilities of the roots' children, and their ``candidates`` int64 [A, k]
-    width       children of an expanded node, the best ones
-    most        children of a request that are returned, the best ones
-
-    Returns int32 [4, A, most]: a child's number, its parent's (ROOT: the root), its token, and the bits of its path's
-    log-probability, float32. Numbers count a request's children in the order in which they are drafted.
+    forward  the head, by the inputs of a call; ``hidden`` are rows of ``states``
+    states   float [n, H], of which row a is the root's of request a; rows behind are written
+    top_k    children of a root
+    bounds   the largest calls
+    graphs   whether a draft of a shape is captured as a CUDA graph, once for each number of requests
     """
+
+    def __init__(self, forward: Forward, states: Tensor, top_k: int, bounds: CallBounds, graphs: bool):
+        self._forward, self._states, self._bounds, device = forward, states, bounds, states.device
+        self._scores = torch.zeros(bounds.requests, top_k, device=device)  # of the roots' children
+        self._candidates = torch.zeros(bounds.requests, top_k, dtype=torch.int64, device=device)
+        self._sizes = sorted({min(bucket(n), bounds.requests) for n in range(1, bounds.requests + 1)})
+        self._graphs = Graphs(self._draft, device) if graphs else None
+
+    def capture(self, shapes: Iterable[LevelShape]) -> None:
+        """Capture all drafts of ``shapes``; drafts of other shapes are run by plain launches from then on."""
+        if not self._graphs:
+            return
+        shapes = tuple(shapes)
+        for size in reversed(self._sizes):
+            for shape in shapes:
+                none = np.zeros(0, np.int32)
+                arrays = {"past_lens": none, "block_begins": np.zeros(1, np.int32), "block_indices": none}
+                self._graphs.run(self._padded(arrays, size), self._capacity(size), *shape)
+        self._graphs.sealed = True
+
+    def run(
+        self, below: Packed, shape: LevelShape, most: int, roots: tuple[Tensor, Tensor], states: Tensor
+    ) -> np.ndarray:
+        """Draft ``shape.levels`` levels below the roots' children.
+
+        below   what ``pack_levels`` returns for A requests
+        most    children of a request that are returned, the best ones
+        roots   float32 [A, k], log-probabilities of the roots' children, and the children int64 [A, k]
+        states  float [A, H], of the roots
+
+        Returns int32 [A, 4, most]: a child's number, its parent's (ROOT: the root), its token, and the bits of its
+        path's log-probability, float32. Numbers count a request's children in the order in which they are drafted.
+        """
+        asked = len(states)
+        self._states[:asked].copy_(states)
+        self._scores[:asked].copy_(roots[0])
+        self._candidates[:asked].copy_(roots[1])
+        arrays = {name: getattr(below, name) for name in ("past_lens", "block_begins", "block_indices")}
+        size = next(size for size in self._sizes if size >= asked) if self._graphs else asked
+        padded = self._padded(arrays, size)
+        pool = self._graphs.run(padded, self._capacity(size), *shape) if self._graphs else None
+        if pool is None:
+            pool = self._draft(Staging(padded, self._states.device).upload(padded), *shape)
+        return fetch(best_children(*(part[:asked] for part in pool), most))
+
+    def _capacity(self, size: int) -> dict[str, int]:
+        blocks = size * self._bounds.blocks
+        return {"block_indices": min(blocks, self._bounds.table) if self._bounds.table else blocks}
+
+    @staticmethod
+    def _padded(arrays: Arrays, size: int) -> Arrays:
+        """Add requests without tokens behind the ``live`` ones."""
+        past, ends = arrays["past_lens"], arrays["block_begins"]
+        more = size - len(past)
+        return {
+            "past_lens": np.concatenate((past, np.zeros(more, past.dtype))),
+            "block_begins": np.concatenate((ends, np.full(more, ends[-1]))),
+            "block_indices": arrays["block_indices"],
+            "live": np.array([len(past)], np.int32),
+        }
+
+    def _draft(self, call: dict[str, Tensor], *shape: int) -> tuple[Tensor, ...]:
+        requests = len(call["past_lens"])
+        roots = self._scores[:requests], self._candidates[:requests]
+        return draft_levels(self._forward, call, self._states, *roots, LevelShape(*shape))
+
+
+def level_call(level: int, beams: int, call: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make the arrays of the ``level``-th call, from 1 on, but for tokens, states and mask; see ``Packed``.
+
+    call  past_lens int32 [A], block_begins and block_indices of all requests, and ``live`` int32 [1]: requests behind
+          the first ones have no tokens, though rows
+    """
+    past, rows, device = call["past_lens"], beams * level, call["past_lens"].device
+    row = torch.arange(rows, device=device)
+    order = torch.arange(len(past) + 1, dtype=torch.int32, device=device)
+    return {
+        "features": torch.zeros(0, dtype=torch.int64, device=device),
+        "positions": (past[:, None] + row // beams).flatten(),
+        "past_lens": past,
+        "seq_begins": torch.minimum(order, call["live"]) * rows,
+        "block_indices": call["block_indices"],
+        "block_begins": call["block_begins"],
+        "tree_mask_begins": torch.minimum(order, call["live"]) * (rows * rows),
+        "logit_rows": (order[:-1, None] * rows + row[rows - beams :]).flatten(),
+    }
+
+
+def draft_levels(
+    forward: Forward, call: dict[str, Tensor], states: Tensor, scores: Tensor, candidates: Tensor, shape: LevelShape
+) -> tuple[Tensor, ...]:
+    """Draft levels below the roots' children, whose log-probabilities and tokens are given, both [A, k].
+
+    Returns all C children of each request in the order in which they are drafted, [A, C] each: the scores that tell the
+    best ones, log-probabilities of their paths, tokens, and the places of their parents (ROOT: the root).
+    """
+    _, beams, width = shape
     requests = len(scores)
     path, tokens = scores[:, :width], candidates[:, :width]  # of the newest level's children
-    pool = [(path, tokens, torch.full_like(tokens, ROOT))]
+    pool = [(path, path, tokens, torch.full_like(tokens, ROOT))]
     chosen_tokens: list[Tensor] = []
     places: list[Tensor] = []  # of the parents' states
     above = torch.ones(requests, 0, 0, dtype=torch.uint8, device=scores.device)
     own = torch.eye(beams, dtype=torch.uint8, device=scores.device).expand(requests, -1, -1)
     root = torch.arange(requests, device=scores.device)[:, None]
     begin = 0  # number of the newest level's first child
-    for level, call in enumerate(calls, start=1):
+    for level in range(1, shape.levels + 1):
         value, chosen = path.topk(beams, dim=1)
         parent = chosen // width  # beam of the level before
         chosen_tokens.append(tokens.gather(1, chosen))
         first = requests + (level - 2) * requests * beams
         places.append(root.expand(-1, beams) if level == 1 else first + root * beams + parent)
         above = _ancestors(above, own, parent, beams)
-        inputs = call | {
+        inputs = level_call(level, beams, call) | {
             "token_ids": torch.cat(chosen_tokens, dim=1).reshape(-1),
             "hidden": torch.cat(places, dim=1).reshape(-1),
             "tree_mask": above.reshape(-1),
         }
-        found, offered, state = forward(inputs)
-        states[first + requests * beams :][: requests * beams] = state[call["logit_rows"]].to(states.dtype)
+        found, offered, state, *_ = forward(inputs)
+        states[first + requests * beams :][: requests * beams] = state[inputs["logit_rows"]].to(states.dtype)
         number, begin = begin + chosen, begin + path.shape[1]
         path = (value[:, :, None] + found[:, :width].float().view(requests, beams, -1)).flatten(1)
         tokens = offered[:, :width].reshape(requests, -1)
-        pool.append((path, tokens, number[:, :, None].expand(-1, -1, width).flatten(1)))
-    late = torch.cat([p - _LATER * level for level, (p, _, _) in enumerate(pool)], dim=1)
+        pool.append((path - _LATER * level, path, tokens, number[:, :, None].expand(-1, -1, width).flatten(1)))
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*pool, strict=True))
+
+
+def best_children(late: Tensor, path: Tensor, tokens: Tensor, parent: Tensor, most: int) -> Tensor:
+    """Pick ``most`` of the children that ``draft_levels`` returns, as ``Levels.run`` does."""
     number = late.topk(min(most, late.shape[1]), dim=1).indices
-    path, tokens, parent = (torch.cat(parts, dim=1).gather(1, number) for parts in zip(*pool, strict=True))
+    path, tokens, parent = (part.gather(1, number) for part in (path, tokens, parent))
     bits = path.float().contiguous().view(torch.int32)
-    return torch.stack([number.int(), parent.int(), tokens.int(), bits])
+    return torch.stack([number.int(), parent.int(), tokens.int(), bits], dim=1)
 
 
 def _ancestors(above: Tensor, own: Tensor, parent: Tensor, beams: int) -> Tensor:

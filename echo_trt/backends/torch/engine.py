@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
-from echo_trt.backends.cuda.levels import draft_levels
+from echo_trt.backends.cuda.levels import Levels
 from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
-from echo_trt.backends.cuda.transfers import fetch, send
+from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.parallel.rank_group import RankGroup
-from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
@@ -29,7 +30,6 @@ from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
-NONE = np.zeros(0, np.int64)
 MOST_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -128,20 +128,24 @@ class TorchEngine:
             return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         return outputs
 
+    @cached_property
+    def _levels(self) -> Levels:
+        states, graphs = self._banks["hidden"].rows, self._graphs is not None
+        return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
+
     @torch.inference_mode()
-    def run_levels(
-        self, call: Packed, calls: list[Packed], beams: int, width: int, most: int, **inputs: Any
-    ) -> np.ndarray:
-        """Run a head over the roots of ``call`` and the levels of ``calls``; see ``draft_levels``."""
+    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
+        """Capture drafts of several levels as CUDA graphs before requests wait, where this is a head on a GPU."""
+        if "hidden" in self._banks:
+            self._levels.capture(shapes)
+
+    @torch.inference_mode()
+    def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
+        """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
         arrays = self._arrays_of(call, inputs)
         scores, candidates, state, *_ = self._launch(arrays)
-        asked, states = len(arrays["logit_rows"]), self._banks["hidden"].rows
-        states[:asked] = state[send(arrays["logit_rows"], self.device)]
-        none = {"token_ids": call.token_ids, "features": NONE, "hidden": NONE}
-        levels = [{**none, **{n: getattr(c, n) for n in ("positions", *METADATA, "logit_rows")}} for c in calls]
-        on_device = [dict(Staging(level, self.device).upload(level)) for level in levels]
-        roots = scores[:asked], candidates[:asked]
-        return fetch(draft_levels(lambda t: self._forward(t)[:3], on_device, states, *roots, beams, width, most))
+        rows = send(arrays["logit_rows"], self.device)
+        return self._levels.run(below, shape, most, (scores[: len(rows)], candidates[: len(rows)]), state[rows])
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""

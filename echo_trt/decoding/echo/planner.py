@@ -22,7 +22,9 @@ class EchoPlanner(Planner):
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         settings = self.settings
         if load.looks_ahead and settings.max_depth > 1:  # levels are cheaper there than a look at a gate between them
-            most = 4 * settings.per_request  # a gate looks at the best children, the budget at the best nodes
+            # A gate looks at the best children, the budget at the best nodes. Larger: more to copy from a device.
+            share = max(32, 4 * self.budget // max(len(load.slots), 1)) if self.budget else 4 * settings.per_request
+            most = min(4 * settings.per_request, share)
             draft.look_ahead(settings.max_depth - 1, settings.beams, settings.width, most)
         candidates, claimed_node = grow(roots, draft, settings, load.room)
         tree, _ = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))

@@ -188,7 +188,8 @@ class GoodputPlanner:
                 return
         requests = np.sort(requests)
         if levels:
-            draft.look_ahead(levels, settings.beams, settings.width, settings.per_request)
+            most = min(settings.per_request, max(16, 4 * len(search.seconds) // len(requests)))
+            draft.look_ahead(levels, settings.beams, settings.width, most)
         log_q, tokens = draft.expand_roots(requests)
         candidates.add(requests, log_q, tokens, settings.width)
         best_child = candidates.best_child(requests)

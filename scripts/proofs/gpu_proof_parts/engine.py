@@ -11,12 +11,12 @@ import torch
 
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack, pack_levels
 from echo_trt.models.config import DecoderConfig
-from echo_trt.models.roles import DraftRole, TargetRole
+from echo_trt.models.roles import DraftRole, HeadRole, TargetRole
 from echo_trt.runtime.rounds import timed_rounds, typical
 from gpu_proof_parts.curves import call_of, operator
-from gpu_proof_parts.networks import SMALL, TINY, random_decoder
+from gpu_proof_parts.networks import SMALL, TINY, random_decoder, random_head
 from gpu_proof_parts.report import Proof
 
 BOUND = 1e-3  # of the largest value, in float32
@@ -29,6 +29,8 @@ def prove(proof: Proof) -> None:
     prove_graphs(proof, config)
     if proof.in_time:
         prove_catch_up(proof, config, *((40, 8) if small else (3000, 256)))
+    if proof.in_time:
+        prove_levels(proof, config)
     if proof.in_time:
         prove_costs(proof, config)
     proof.say("Checks of the PyTorch engine on a small random network, in float32 where results are compared.")
@@ -109,6 +111,38 @@ def prove_catch_up(proof: Proof, config: DecoderConfig, prompt: int, chunk: int)
 def _chunk(tokens: np.ndarray, begin: int, blocks: int) -> Packed:
     positions, table = begin + np.arange(len(tokens)), np.arange(blocks)[None]
     return pack(tokens, positions, np.array([begin]), np.array([len(tokens)]), table, np.zeros(0, np.int64))
+
+
+def prove_levels(proof: Proof, config: DecoderConfig) -> None:
+    """A head's levels in one graph are those of launches, for fewer requests than the graph was captured for, too."""
+    shape, counts, blocks = LevelShape(3, 3, 4), np.array([4, 1, 6]), 16
+    head = random_head(random_decoder(config, blocks * BLOCK, torch.float32, proof.device), torch.float32)
+    rng, drafted = np.random.default_rng(4), []
+    features = rng.standard_normal((int(counts.sum()), 3 * config.hidden_size)).astype(np.float32)
+    table, rows = np.arange(4 * 4).reshape(4, 4), np.arange(len(features))
+    positions = np.concatenate([np.arange(n) for n in counts])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for graphs in (True, False):
+            engine = TorchEngine(
+                HeadRole(head, 4), blocks, str(proof.device), operator(proof), graphs,
+                bounds=CallBounds(4, 4, 16) if graphs else None, resident=True,
+            )  # fmt: skip
+            engine.capture_levels([shape])
+            bank = engine.bank("features")
+            bank.write(rows, features, rows)
+            call = pack(rows % config.vocab_size, positions, 0 * counts, counts, table[:3], np.cumsum(counts) - 1)
+            inputs = {"features": bank.read(rows), "hidden": engine.bank("hidden").read(rows[:0])}
+            below = pack_levels(counts, table[:3], shape)
+            drafted.append(engine.run_levels(call, below, shape, 20, **inputs))
+    scores = [np.sort(np.ascontiguousarray(part[:, 3]).view(np.float32)) for part in drafted]
+    error = float(np.abs(scores[0] - scores[1]).max() / np.abs(scores[1]).max())
+    told = [str(w.message) for w in said if "CUDA graph" in str(w.message)]
+    proof.check(
+        "draft levels in one graph are those of launches", error <= BOUND and not told,
+        "; ".join([f"log-probabilities {error:.1e} of the largest apart", *told[:1]]),
+    )  # fmt: skip
+    proof.record(levels_error=error)
 
 
 def prove_costs(proof: Proof, config: DecoderConfig) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
 
 #: Qwen3-8B's config.json
@@ -43,6 +44,19 @@ def random_decoder(config: DecoderConfig, positions: int, dtype: torch.dtype, de
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     model.rotary = Rotary(config, positions).to(device)
     return model.eval()
+
+
+def random_head(target: Decoder, dtype: torch.dtype) -> Eagle3Head:
+    """An EAGLE-3 head of random weights that shares the target's embedding and its whole vocabulary."""
+    config, device = target.config, target.embed.weight.device
+    head_config = Eagle3Config(
+        config.vocab_size, config.vocab_size, config.hidden_size, config.hidden_size, config.intermediate_size,
+        config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, config.rope_theta, config.max_position,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    head = Eagle3Head(head_config, config.max_position, target.embed).to(device, dtype)
+    head.rotary = Rotary(head_config, config.max_position).to(device)
+    return head.eval()
 
 
 @torch.no_grad()
