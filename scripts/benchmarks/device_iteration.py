@@ -1,0 +1,219 @@
+"""Time the host's part of an iteration around a free device, and count what crosses between the two.
+
+python scripts/benchmarks/device_iteration.py --batch 1,64,256
+
+The loop, planners, drafter and PyTorch engine are the real ones. The networks compute nothing: target and head answer
+at once with the same tokens every time, most of which are accepted. Levels of the draft, which a GPU computes, are
+subtracted. "through the host" is the same loop where features, states and levels come and go instead of staying.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from echo_trt.backends.cuda import levels as cuda_levels
+from echo_trt.backends.cuda.calls import Staging, shapes_of
+from echo_trt.backends.cuda.results import pack_results
+from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity
+from echo_trt.backends.cuda.transfers import TRANSFERS
+from echo_trt.backends.torch.engine import TorchEngine
+from echo_trt.bundle.recipe import Decoding
+from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.pack import Packed
+from echo_trt.decoding.planner import Planner
+from echo_trt.decoding.policies import make_planner, reserve_for
+from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.runtime.drafters import Eagle3Drafter
+from echo_trt.runtime.levels import LevelsDrafter
+from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.slots import Slots, blocks_for
+
+VOCABULARY = 151_936  # Qwen3's
+#: Features and states are narrow: their rows would be copied on the device, which this machine would have to do.
+CONFIG = DecoderConfig("qwen3", VOCABULARY, 16, 16, 3, 2, 1, 8, 1e-6, 1e6, 512, qk_norm=True)
+WIDE = 4096  # of Qwen3-8B, for the bytes of rows that go through the host
+POLICIES = ("autoregressive", "static", "echo", "goodput")
+PROMPT = 16
+TOKEN = 5  # what everybody answers
+CHILDREN = np.log(np.array([0.8, 0.08, 0.04, 0.02, 0.01, 0.008, 0.006, 0.004], np.float32))
+
+
+class FreeGraphs:
+    """A graph a size, as on a GPU: what is kept for it are the buffers that its calls are sent in."""
+
+    def __init__(self, forward: Callable[..., tuple[torch.Tensor, ...]]):
+        self._forward, self._staging = forward, {}
+
+    def run(self, arrays: Arrays, capacity: Capacity, *arguments: int) -> tuple[torch.Tensor, ...]:
+        key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
+        if key not in self._staging:
+            self._staging[key] = Staging(arrays, torch.device("cpu"), capacity)
+        return self._forward(self._staging[key].upload(arrays), *arguments)
+
+
+class FreeEngine(TorchEngine):
+    """An engine of a network that answers at once."""
+
+    def __init__(self, role: TargetRole | HeadRole, blocks: int, bounds: CallBounds, resident: bool):
+        super().__init__(role, blocks, bounds=bounds, resident=resident)
+        self.seconds, self.up, self.down, self.runs = 0.0, 0, 0, 0
+        if resident and isinstance(role, HeadRole):
+            self._levels._graphs = FreeGraphs(self._levels._draft)
+        if resident:
+            self._graphs = FreeGraphs(self._forward)
+
+    def _forward(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        start = time.perf_counter()
+        tokens, asked = len(tensors["token_ids"]), len(tensors["logit_rows"])
+        if isinstance(self._role, HeadRole):
+            scores = torch.from_numpy(CHILDREN).expand(asked, -1)
+            candidates = TOKEN + torch.arange(len(CHILDREN)).expand(asked, -1)
+            outputs = scores, candidates, torch.zeros(1, 16).expand(tokens, -1)
+        else:
+            outputs = torch.zeros(1, VOCABULARY).expand(asked, -1), torch.zeros(1, 48).expand(tokens, -1)
+        packed = torch.full((asked, 1), TOKEN, dtype=torch.int32)
+        if isinstance(self._role, HeadRole):
+            packed = pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+        self.seconds += time.perf_counter() - start
+        return (*outputs, packed) if self._resident else outputs
+
+    def run(self, call: Packed, **inputs: Any) -> dict[str, Any]:
+        outputs = super().run(call, **inputs)
+        if not self._resident:
+            self.runs += 1
+            self.up += sum(a.nbytes for a in call[:-1]) + sum(_wide(len(i)) for i in inputs.values())
+            self.down += sum(8 * len(o) if n == "logits" else _bytes(o) for n, o in outputs.items())
+            if "logits" in outputs:
+                outputs["logits"] = FixedLogits(len(call.logit_rows))
+        return outputs
+
+
+class FixedLogits:
+    """Logits whose argmax a device has told."""
+
+    def __init__(self, rows: int):
+        self.shape = rows, VOCABULARY
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> FixedLogits:
+        return FixedLogits(len(np.arange(len(self))[index]))
+
+    def argmax(self, axis: int) -> np.ndarray:
+        return np.full(len(self), TOKEN)
+
+
+def _wide(rows: int) -> int:
+    return 2 * 3 * WIDE * rows  # bfloat16
+
+
+def _bytes(output: np.ndarray) -> int:
+    return _wide(len(output)) if output.shape[1] == 48 else 2 * WIDE * len(output) if output.shape[1] == 16 else (
+        output.nbytes
+    )  # fmt: skip
+
+
+def planner_for(policy: str, batch: int, decoding: dict[str, Any]) -> Planner:
+    def goodput(name: str, settings: GoodputSettings) -> GoodputPlanner:
+        costs = Costs(Curve([1, 128, 512], [0.010, 0.011, 0.030]), Curve([1, 512], [0.0004, 0.0006]))  # a GPU's shape
+        return GoodputPlanner(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), batch)
+
+    return make_planner(policy, decoding | {"budget": max(60, 4 * batch)}, goodput)
+
+
+def measure(policy: str, batch: int, resident: bool, iterations: int) -> dict[str, float]:
+    """Milliseconds of the host, copies that wait, and kilobytes, an iteration."""
+    decoding = Decoding().model_dump()
+    reserve, context = reserve_for(decoding | {"budget": None}), PROMPT + 8 * (iterations + 8)
+    blocks = blocks_for(context + reserve) * batch
+    bounds = CallBounds(batch, blocks_for(context + reserve), reserve)
+    head = Eagle3Config(VOCABULARY, 64, 16, 16, 16, 2, 1, 8, 1e-6, 1e6, 512)
+    target = Decoder(CONFIG, 64)
+    roles = TargetRole(target, (0, 1, 2)), HeadRole(Eagle3Head(head, 64, target.embed), len(CHILDREN))
+    engines = [FreeEngine(role, blocks, bounds, resident) for role in roles]
+    state = Slots(batch, context, reserve, blocks)
+    kind = LevelsDrafter if resident else Eagle3Drafter
+    loop = Loop(engines[0], kind(engines[1], state, 512, 48, 16), state, planner_for(policy, batch, decoding), (), 512)
+    for i in range(batch):
+        loop.add(Request(i, np.arange(PROMPT) + i, SamplingParams(context - PROMPT, ignore_eos=True)))
+    while len(state.prefilling()) or not state.active.any():
+        loop.step()
+    for _ in range(3):
+        loop.step()
+    device = Device(engines)
+    before = device.told()
+    start = time.perf_counter()
+    for _ in range(iterations):
+        loop.step()
+    seconds = time.perf_counter() - start
+    free, waits, up, down = (now - then for now, then in zip(device.told(), before, strict=True))
+    per = 1 / iterations
+    return {
+        "host": 1e3 * (seconds - free) * per,
+        "waits": waits * per,
+        "up": up * per / 1024,
+        "down": down * per / 1024,
+    }
+
+
+class Device:
+    """What the engines' device does and gets, all of it since the start."""
+
+    def __init__(self, engines: list[FreeEngine]):
+        self._engines, self._levels = engines, 0.0
+        for name in ("draft_levels", "best_children"):
+            setattr(cuda_levels, name, self._timed(ORIGINAL[name]))
+
+    def _timed(self, function: Callable) -> Callable:
+        def timed(*arguments: Any) -> Any:
+            start, known = time.perf_counter(), self._engines[1].seconds
+            result = function(*arguments)
+            self._levels += time.perf_counter() - start - (self._engines[1].seconds - known)
+            return result
+
+        return timed
+
+    def told(self) -> tuple[float, float, float, float]:
+        """Seconds of the device, copies that wait for it, and bytes up and down."""
+        free = self._levels + sum(engine.seconds for engine in self._engines)
+        runs, up, down = (sum(getattr(e, name) for e in self._engines) for name in ("runs", "up", "down"))
+        return free, TRANSFERS.waits + runs, TRANSFERS.up + up, TRANSFERS.down + down
+
+
+ORIGINAL = {name: getattr(cuda_levels, name) for name in ("draft_levels", "best_children")}
+
+
+def main(
+    batch: Annotated[str, typer.Option(help="Requests, several by comma.")] = "1,64,256",
+    iterations: Annotated[int, typer.Option(min=1, help="Measured iterations.")] = 60,
+) -> None:
+    torch.set_num_threads(1)
+    table = Table("B", "policy", "", "host, ms", "waits", "KiB up", "KiB down")
+    for count in (int(part) for part in batch.split(",")):
+        for policy in POLICIES:
+            for resident in (False, True):
+                told = measure(policy, count, resident, iterations)
+                where = "on the device" if resident else "through the host"
+                row = f"{told['host']:.2f}", f"{told['waits']:.1f}", f"{told['up']:,.0f}", f"{told['down']:,.0f}"
+                table.add_row(str(count), policy, where, *row)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
