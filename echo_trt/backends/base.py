@@ -8,6 +8,8 @@ import numpy as np
 
 from echo_trt.decoding.pack import Packed
 
+#: The domain of our operators in ONNX, the attention's name and the collectives'.
+DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
 #: Inputs of the attention operator that describe a packed call, in its order.
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 

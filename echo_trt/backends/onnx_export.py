@@ -19,13 +19,12 @@ from onnx import defs
 from onnxscript import values
 from torch import Tensor, nn
 
-from echo_trt.backends.base import METADATA
+from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.models.layers import Attend
 from echo_trt.models.roles import BlockRole, HeadRole, Role
 
 OPSET = 23
-DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
 
 

@@ -1,16 +1,14 @@
-"""Reading of a checkpoint's tokenizer for a bundle, and the check that target and draft have the same tokens."""
+"""Loading of a tokenizer, and the marks of a thought."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.files.model_type import MODEL_TYPE
-from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.gguf_checkpoint import GgufCheckpoint
 
 #: Around a reasoning model's thought, as Qwen3 and DeepSeek write it.
 THOUGHT = ("<think>", "</think>")
@@ -22,21 +20,18 @@ def thought_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
     return (known[THOUGHT[0]], known[THOUGHT[1]]) if all(mark in known for mark in THOUGHT) else None
 
 
-def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of ``folder`` where one is named, else the checkpoint's."""
-    if folder is None and isinstance(checkpoint, GgufCheckpoint):
-        return checkpoint.tokenizer()
-    place = folder or checkpoint.path
-    if not (place / "tokenizer.json").exists():
-        raise UserError(f"{place / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
-    return load_tokenizer(place)
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a checkpoint's or a bundle's tokenizer; a bundle's config.json says nothing of it."""
-    config = PreTrainedConfig() if _is_bundles(folder / "config.json") else None
+    """Load a checkpoint's or a bundle's tokenizer.
+
+    A bundle's tokenizer.json is complete. Which class a checkpoint's takes is known to AutoTokenizer, which imports
+    PyTorch: two seconds that a server of another engine need not wait.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, config=config)
+        if _is_bundles(folder / "config.json"):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}).") from error
 
@@ -46,16 +41,3 @@ def _is_bundles(config: Path) -> bool:
         return bool(json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:
-    """Refuse a draft whose token ids, which it proposes, mean other tokens than the target's."""
-    wanted, actual = target.get_vocab(), draft.get_vocab()
-    if wanted == actual:
-        return
-    example = next((t for t, i in sorted(wanted.items(), key=lambda item: item[1]) if actual.get(t) != i), None)
-    detail = f"token {example!r} is {wanted[example]} there and {actual.get(example)} here" if example else ""
-    raise UserError(
-        f"{where}: tokenizer differs from the target's ({detail or 'it has more tokens'}); use a draft with the "
-        "target's tokenizer."
-    )

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
-from echo_trt.backends.onnx_export import DOMAIN
+from echo_trt.backends.base import DOMAIN
 
 #: Computes a node of ours from its inputs.
 Operator = Callable[..., np.ndarray]

@@ -9,7 +9,8 @@ from pairs import PAIRS, VOCAB, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends import self_check
-from echo_trt.backends.onnx_export import METADATA, cache_names
+from echo_trt.backends.base import METADATA
+from echo_trt.backends.onnx_export import cache_names
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.commands import build as building
 from echo_trt.commands.build import build

@@ -10,10 +10,11 @@ import torch
 from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
+from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
 from echo_trt.backends.native_export import export_native
-from echo_trt.backends.onnx_export import METADATA, export
+from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import engine as tensorrt
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles

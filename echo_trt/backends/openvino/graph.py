@@ -15,9 +15,9 @@ from openvino.op import Constant
 from openvino.passes import ConstantFolding, Manager
 from openvino.preprocess import PrePostProcessor
 
-from echo_trt.backends.onnx_export import BLOCK, DOMAIN, OPERATOR
+from echo_trt.backends.base import DOMAIN, OPERATOR
 from echo_trt.backends.openvino import cpu
-from echo_trt.backends.openvino.quantise import GROUP
+from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 
 FEATURES = "features"  # the output that only a head reads
@@ -27,6 +27,7 @@ MAX_CONTEXT = 12  # index of that input of PagedAttention
 BF16_WEIGHTS = 64 << 20
 NARROW = (ov.Type.bf16, ov.Type.f16)
 DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
+GROUP = 64  # weights of a row that share a 4-bit scale; larger: a smaller file, and larger errors
 MAX_GROUP = 192  # activations that share a scale; larger: faster and less exact
 
 

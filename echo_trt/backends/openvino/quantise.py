@@ -16,7 +16,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-GROUP = 64  # weights of a row that share a 4-bit scale; larger: a smaller file, and larger errors
+from echo_trt.backends.openvino.graph import GROUP
+
 CHUNK = 1 << 24  # weights that are quantised at once; larger: more memory
 ALIGNMENT = 64  # bytes between which tensors begin in the file
 EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")

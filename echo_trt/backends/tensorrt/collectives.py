@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from echo_trt.backends.onnx_export import COLLECTIVES, DOMAIN
+from echo_trt.backends.base import COLLECTIVES, DOMAIN
 
 #: Our operator -> collective_operation, reduce_op.
 OPERATIONS = dict(zip(COLLECTIVES, (("all_reduce", "sum"), ("all_gather", "none")), strict=True))
