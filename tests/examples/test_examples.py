@@ -57,7 +57,7 @@ def test_own_head(networks, tmp_path):
     ):
         assert usual in lines
         lines = lines.replace(usual, short)
-    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(40)))
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(12)))
     head = {"kind": "eagle3", "source": {"path": "heads/untrained"}}
     recipe = raw_recipe("eagle3", networks, target={"path": str(networks / "small")}, draft=head)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
