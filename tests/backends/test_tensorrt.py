@@ -109,14 +109,13 @@ def job(graph, folder, capabilities=("8.9",)) -> CompileJob:
 @pytest.mark.parametrize(
     ("network", "precision", "capability"),
     [
-        *(("target", "fp16", capability) for capability in ("8.0", "8.9", "12.0")),
+        ("target", "fp16", "12.0"),
         ("target", "bf16", "8.9"),
-        ("draft", "fp16", "12.0"),
         ("head", "fp16", "8.9"),
         ("block", "fp16", "8.0"),
     ],
 )
-def test_every_role_compiles_and_for_every_card(network, precision, capability, graph_of, tmp_path):
+def test_every_role_compiles(network, precision, capability, graph_of, tmp_path):
     graph = graph_of(network, precision)
     shares = []
     compile_engine(
@@ -131,7 +130,7 @@ def test_every_role_compiles_and_for_every_card(network, precision, capability, 
 
 
 @rtx
-@pytest.mark.parametrize("capabilities", [[], ["8.0", "8.9", "12.0"], ["7.5"]])
+@pytest.mark.parametrize("capabilities", [["8.0", "8.9", "12.0"], ["7.5"]])
 def test_experts_compile_for_several_cards(capabilities, graph_of, tmp_path):
     compile_engine(job(graph_of("experts"), tmp_path, capabilities), tmp_path / "engine")
     assert (tmp_path / "engine").stat().st_size > 10_000
