@@ -329,8 +329,8 @@ def calibrate(
 ) -> None:
     """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
 
-    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and a
-    picture of both. Use prompts like those that will be served, but none that a benchmark is run on.
+    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and
+    calibration.html, a report of both. Use prompts like those that will be served, but none that a benchmark is run on.
 
     Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
     """
@@ -398,6 +398,7 @@ def simulate(
     tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
     ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
 ) -> None:
     """Replay recorded draft trees under the same policies and another machine's costs.
 
@@ -409,7 +410,7 @@ def simulate(
     sizes = tuple(_numbers("--batch", batch))
     shape = tuple(_numbers("--static", static)) if static else None
     numbers = sizes, words, budget, shape, prompt, tokens
-    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file)
+    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file)
     run(job, Screen(), messages)
 
 

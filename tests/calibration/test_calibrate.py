@@ -54,7 +54,9 @@ def calibrate(bundle: Path, prompts: Path) -> None:
 
 def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
     calibrate(bundle, prompts)
-    assert (bundle / "calibration.svg").read_text("utf-8").count("<svg") == 1
+    html = (bundle / "calibration.html").read_text("utf-8")
+    assert html.count("<svg") == html.count("<figcaption>") == 3
+    assert html.count("<table>") == 2
     notes: list[str] = []
     llm = LLM(bundle, "goodput", note=notes.append)
     assert notes == []
@@ -175,7 +177,7 @@ def test_a_handful_of_prompts_is_refused(bundle, tmp_path):
         calibrate(bundle, file)
 
 
-@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.svg"])
+@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.html"])
 def test_prompts_are_not_overwritten(name, bundle, prompts):
     prompts.rename(bundle / name)
     before = (bundle / name).read_bytes()
