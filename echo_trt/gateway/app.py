@@ -175,6 +175,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         wants_usage=asked.wants_usage,
         wants_running_usage=asked.wants_running_usage,
         wants_logprobs=asked.alternatives is not None,
+        wants_sources=asked.token_sources,
     )
     if not asked.stream:
         return JSONResponse(await answer.whole(pieces))
@@ -212,6 +213,8 @@ def _params(asked: ChatRequest | CompletionRequest, facts: Facts, seed: int) -> 
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
         "prompt_logprobs": asked.alternatives if echoes else None,
+        "token_sources": asked.token_sources or None,
+        "speculate": None if asked.speculate else False,
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }

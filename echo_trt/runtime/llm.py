@@ -21,7 +21,16 @@ from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams, TokenLogprobs
+from echo_trt.runtime.params import (
+    MOST_AT_ONCE,
+    TOKEN_SOURCES,
+    Completion,
+    Counters,
+    Delta,
+    SamplingParams,
+    TokenLogprobs,
+    TokenSource,
+)
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
@@ -180,11 +189,12 @@ class LLM:
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
                 for request, tokens in self.loop.step():
-                    piece = answers[request].take(self.loop, tokens).text
+                    said = answers[request].take(self.loop, tokens)
+                    told = (said.sources, said.offsets) if request.params.token_sources else ((), ())
                     if request.finish_reason:
-                        yield Delta(request.id, piece, answers.pop(request).completion())
-                    elif piece:
-                        yield Delta(request.id, piece)
+                        yield Delta(request.id, said.text, answers.pop(request).completion(), *told)
+                    elif said.text or said.sources:
+                        yield Delta(request.id, said.text, None, *told)
         finally:  # an abandoned stream leaves nothing behind
             for request in answers:
                 self.loop.cancel(request)
@@ -209,7 +219,7 @@ class LLM:
     def request(self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> Request:
         """A request for the loop; token ids that the target does not have are refused.
 
-        ``said``: tokens of its answer that it goes on behind. Their log-probabilities are not known here.
+        ``said``: tokens of its answer that it goes on behind. Their log-probabilities and sources are not known here.
         """
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
@@ -218,10 +228,11 @@ class LLM:
             )
         prompt, generated = self.checked(ids), self.checked(said).tolist()
         logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
+        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
         grammar = self._grammar(prompt, params)
         for token in generated if grammar else ():
             grammar = grammar.after(token) if grammar else None
-        return Request(id, prompt, params, generated, logprobs, grammar=grammar)
+        return Request(id, prompt, params, generated, logprobs, sources, grammar=grammar)
 
     def _grammar(self, prompt: np.ndarray, params: SamplingParams) -> State | None:
         """What may follow the prompt; None: anything."""

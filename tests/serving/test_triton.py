@@ -145,6 +145,22 @@ def test_logprobs_where_asked(way, server, offline):
     assert "output_log_probs" not in server.generate(text_input=PROMPT, **WAYS[way])
 
 
+@pytest.mark.parametrize("way", ["greedy", "stopped"])
+def test_sources_where_asked(way, server, offline):
+    request = {"text_input": PROMPT, **WAYS[way], "token_sources": True}
+    answer = offline.generate([offline.tokenizer(PROMPT)["input_ids"]], params(WAYS[way]))[0]
+    for pieces in ([server.generate(**request)], server.generate_stream(**request), list(server.stream(**request))):
+        entries = [entry for piece in pieces for entry in json.loads(piece["token_sources"])]
+        said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
+        assert said == answer.text or (answer.finish_reason == "stop" and said.startswith(answer.text))
+        assert {entry["source"] for entry in entries} > {"target"}
+        assert {entry["probability"] is None for entry in entries if entry["source"] == "target"} == {True}
+    plain = server.generate(**request, speculate=False)
+    assert plain["text_output"] == answer.text
+    assert {entry["source"] for entry in json.loads(plain["token_sources"])} == {"target"}
+    assert "token_sources" not in server.generate(text_input=PROMPT, **WAYS[way])
+
+
 def assert_entries(entries: list[dict], answer: Completion, special: Container[int]) -> None:
     """They are those of the text's tokens: nothing that a stop string cut off, no special token."""
     said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")

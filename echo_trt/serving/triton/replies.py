@@ -23,6 +23,7 @@ from echo_trt.serving.service import End, Event, Job, Service
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.metrics import Metrics
 from echo_trt.serving.triton.request import Ask
+from echo_trt.serving.triton.sources import OutgoingSources
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Reply:
     id: str = ""  # the client's own
     coded: bool = False  # an error's message begins with its code
     logprobs: Outgoing | None = None  # where asked for
+    sources: OutgoingSources | None = None  # where asked for
     job: Job | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -143,6 +145,8 @@ class Replies:
             reply.logprobs.begin(reply.ask.prompt, reply.job.request.prompt_logprobs)
         if reply.logprobs:
             reply.logprobs.take(event.logprobs, event.offsets)
+        if reply.sources:
+            reply.sources.take(event.sources, event.offsets)
         client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server
         if client and reply.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
@@ -230,6 +234,8 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
             _numbers("cum_log_probs", reply.logprobs.total, np.float32),
             _strings("logprobs", reply.logprobs.clear()),
         ]
+    if reply.sources:
+        tensors.append(_strings("token_sources", reply.sources.clear()))
     if end:
         tensors += [
             _strings("finish_reason", end.reason),

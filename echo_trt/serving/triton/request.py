@@ -91,6 +91,8 @@ class Reader:
             min_tokens=least,
             structured=_json(tensors, "structured"),
             thinking_token_budget=_number(tensors, "thinking_token_budget"),
+            token_sources=_number(tensors, "token_sources"),
+            speculate=_number(tensors, "speculate"),
         )
         return Ask(
             prompt,

@@ -70,6 +70,8 @@ INPUTS: tuple[Tensor, ...] = (
     _sampling("ignore_eos"),
     _sampling("structured", doc=f"JSON: {PARAMETERS['structured'].doc}"),
     _sampling("thinking_token_budget"),
+    _sampling("token_sources"),
+    _sampling("speculate"),
     Tensor(
         "stream",
         "BOOL",
