@@ -44,6 +44,7 @@ messages = Screen(stderr=True)
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
+Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
 Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
 SpecialTokens = Annotated[
     bool,
@@ -191,17 +192,24 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Answer twice, plain and speculating, and compare.")
+        bool, typer.Option("--compare", help="Answer twice, plain and speculating side by side, and compare.")
     ] = False,
+    color: Annotated[
+        Colours, typer.Option(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR.")
+    ] = Colours.auto,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw the draft tree beside the text, on a terminal.")] = False,
     special_tokens_in_content: SpecialTokens = False,
 ) -> None:
     """Answer prompts with a bundle; text streams as it comes.
+
+    On a terminal a token's colour tells who proposed it, and the last line what the colours mean.
 
     Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
     from echo_trt.bundle.manifest import read_manifest
     from echo_trt.commands.generate import Job, run
+    from echo_trt.commands.sources import wants_colour
     from echo_trt.files.prompts import Prompt, encodable, read_prompts
     from echo_trt.runtime.params import SamplingParams
 
@@ -225,9 +233,19 @@ def generate(
         **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
-    name = policy.value if policy else None
-    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content)
-    run(job, Screen(), messages)
+    name, out = policy.value if policy else None, _screen(color)
+    look = wants_colour(out, color), watch
+    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
+    run(job, out, messages)
+
+
+def _screen(color: str) -> Console:
+    """Return the console of standard output, with colours even in a file where they are wanted always."""
+    if color == "never":
+        return Screen(no_color=True)
+    if color == "always":
+        return Screen(force_terminal=True, no_color=False, color_system=Screen().color_system or "256")
+    return Screen()
 
 
 @app.command()

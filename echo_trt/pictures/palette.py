@@ -25,8 +25,13 @@ POLICIES = {
 }
 #: Phase of an iteration -> colour. The two passes of networks stand out, the host's work is beside them.
 PHASES = {"draft": AMBER, "verify": BLUE, "plan": PURPLE, "pack": TEAL, "accept": GREEN, "commit": OLIVE}
-#: Where a token came from -> colour. The target's own have none: they are in ``ink``.
-SOURCES = {"head": BLUE, "lookup": GREEN, "both": TEAL, "ngram": AMBER, "grammar": PURPLE}
+#: Who proposed a token -> colour. The target's own have none: they are in ``ink``.
+SOURCES = {"head": BLUE, "lookup": GREEN, "both": PURPLE, "ngram": AMBER, "grammar": PINK}
+#: Theme -> the same hues, for text on a page: a contrast of 4.5 to 1 or more.
+SOURCE_TEXTS = {
+    "light": {"head": "#0b66c3", "lookup": "#0a7d4f", "both": "#7a4cc2", "ngram": "#a85400", "grammar": "#b3245f"},
+    "dark": {"head": "#6cb6ff", "lookup": "#57c98d", "both": "#b99cff", "ngram": "#f0a04b", "grammar": "#ff8ab5"},
+}
 
 #: Theme -> use -> colour of a page.
 THEMES = {
@@ -49,12 +54,11 @@ def stylesheet() -> str:
     Sources are ``--source-head`` and so on.
     """
 
-    def variables(values: dict[str, str]) -> str:
-        return " ".join(f"--{name}: {colour};" for name, colour in values.items())
+    def variables(theme: str) -> str:
+        sources = {f"source-{name}": colour for name, colour in SOURCE_TEXTS[theme].items()}
+        return " ".join(f"--{name}: {colour};" for name, colour in (THEMES[theme] | sources).items())
 
-    light, dark = variables(THEMES["light"]), variables(THEMES["dark"])
-    sources = variables({f"source-{name}": colour for name, colour in SOURCES.items()})
     return (
-        f":root {{ color-scheme: light dark; {light} {sources} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f":root {{ color-scheme: light dark; {variables('light')} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables('dark')} }} }}\n"
     )

@@ -119,11 +119,11 @@ def contrast(one: str, other: str) -> float:
 
 def test_colours_can_be_read_on_light_and_dark_pages():
     """WCAG's contrast: 3 to 1 for graphics, 4.5 to 1 for text."""
-    for theme in THEMES.values():
+    for name, theme in THEMES.items():
         for page in (theme["paper"], theme["card"]):
             for colour in (*SERIES, palette.GREY, *PHASES.values(), *SOURCES.values(), *palette.POLICIES.values()):
                 assert contrast(colour, page) >= 3, (colour, page)
-            for text in (theme["ink"], theme["soft"]):
+            for text in (theme["ink"], theme["soft"], *palette.SOURCE_TEXTS[name].values()):
                 assert contrast(text, page) >= 4.5, (text, page)
 
 
