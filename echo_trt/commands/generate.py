@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -119,7 +118,7 @@ def _answer(job: Job, llm: LLM, policy: str, out: Console, messages: Console) ->
         if job.watch:  # the picture is gone
             _print_answer(prompt.id if len(texts) > 1 else "", text, out)
     if job.coloured:
-        out.print(legend(sum((text.counts for text in texts), Counter())), highlight=False, soft_wrap=True)
+        out.print(legend(side.counts), highlight=False, soft_wrap=True)
     facts = side.summary()
     messages.print(
         f"{policy}: {facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_s']:.1f} tokens/s, "

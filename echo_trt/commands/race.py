@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,12 +47,14 @@ class Side:
     texts: list[SourcedText] = field(default_factory=list)
     begun: float = 0.0
     busy: bool = False
+    _rounds: list[list[SourcedText]] = field(default_factory=list)
 
     def begin(self, llm: LLM, ids: Sequence[str], prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         """Begin a round: answers to ``prompts``, all at once."""
         loop = self.loop or llm.loop
         self._ids, self._loop, self._deltas = ids, loop, self._counted(loop, llm.stream(prompts, params, loop))
         self.texts, self.begun, self.busy = [SourcedText() for _ in ids], self.seconds, True
+        self._rounds.append(self.texts)
 
     def run(self, seconds: float, show: Callable[[Delta], None]) -> None:
         """Run for some ``seconds``, or to the round's end; ``show`` gets what is said, and is not on the clock."""
@@ -82,6 +85,11 @@ class Side:
     def tokens(self) -> int:
         """Tokens of the round so far."""
         return sum(text.counts.total() for text in self.texts)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Tokens of all rounds by their source, where requests ask for them."""
+        return sum((text.counts for texts in self._rounds for text in texts), Counter())
 
     def summary(self) -> dict[str, Any]:
         tokens = sum(len(c.token_ids) for c in self.completions.values())

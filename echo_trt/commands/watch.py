@@ -63,7 +63,7 @@ class Watch:
             return
         self._drawn, number = now, min(open_, key=lambda number: seen.requests[number])
         lines = tree_lines(seen, number, self._text_of, self._copies)
-        self._tree = cut(lines, self._height - 4, self._height - 4)
+        self._tree = cut(lines, self._height - 6)
         self._live.update(self._picture(seen, seen.requests[number]), refresh=True)
 
     def _picture(self, seen: Seen, request: int) -> RenderableType:
@@ -81,16 +81,18 @@ class Watch:
 
 
 def figures(seen: Seen) -> Text:
-    """Return two lines: what the iteration verified, drafted and brought."""
+    """Return three lines: what the iteration verified, what came of it, and where its time went."""
     iteration, plan = seen.iteration, seen.iteration.plan
     requests, tree = plan.tree.num_requests, len(plan.tree)
-    rung = f" of a rung of {plan.rung}" if plan.rung else ""
-    accepted = int((iteration.plan.tree.depth[iteration.path] > 0).sum())
-    verify = 1e3 * iteration.target.seconds
+    rung = f", rung {plan.rung}" if plan.rung else ""
+    accepted, drafts = int((plan.tree.depth[iteration.path] > 0).sum()), tree - requests
+    passes = f"draft {1e3 * seen.drafting:.1f} ms, verify {1e3 * iteration.target.seconds:.1f} ms"
     return Text(
-        f"{requests} request{'s' * (requests != 1)}, {tree} tokens verified{rung}: {accepted} drafts accepted\n"
-        f"draft {1e3 * seen.drafting:.1f} ms, verify {verify:.1f} ms, {seen.emitted} new tokens",
+        f"{requests} request{'s' * (requests != 1)}, {tree} tokens verified{rung}\n"
+        f"{accepted} of {drafts} drafts accepted, {seen.emitted} new tokens\n{passes}",
         REFUSED,
+        no_wrap=True,
+        overflow="ellipsis",
     )
 
 
@@ -133,10 +135,10 @@ def tree_lines(seen: Seen, number: int, text_of: Callable[[int], str], copies: b
     return lines
 
 
-def cut(lines: list[Text], most: int, height: int) -> Text:
-    """Join at most ``most`` lines, with a word on those left out, filled up to ``height`` lines."""
-    shown = lines if len(lines) <= most else [*lines[: most - 1], Text(f"{len(lines) - most + 1} more", REFUSED)]
-    joined = Text("\n", no_wrap=True, overflow="ellipsis").join([*shown, *[Text()] * (height - len(shown))])
+def cut(lines: list[Text], height: int) -> Text:
+    """Join ``height`` lines: the first ones with a word on those left out, or all of them and empty ones."""
+    shown = lines if len(lines) <= height else [*lines[: height - 1], Text(f"{len(lines) - height + 1} more", REFUSED)]
+    joined = Text("\n").join([*shown, *[Text()] * (height - len(shown))])
     joined.no_wrap, joined.overflow = True, "ellipsis"
     return joined
 
