@@ -18,7 +18,7 @@ import typer
 
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.calibration.plots import gates
-from echo_trt.pictures.by_load import accepted_length, drafted, iteration
+from echo_trt.pictures.by_load import drafted, iteration
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
@@ -36,7 +36,7 @@ def plots(folder: Annotated[Path, typer.Option(help="Where they are written.")] 
     rows = [row for row in run["results"] if row["set"] == "all"]
     (folder / "speedup.svg").write_text(publish["plot"](run))
     calibration = Calibration.model_validate_json(HEAD.read_text())
-    for picture in (accepted_length(rows), drafted(rows), iteration(rows), gates(calibration)):
+    for picture in (drafted(rows), iteration(rows), gates(calibration)):
         (folder / f"{picture.name}.svg").write_text(picture.file())
 
 

@@ -30,7 +30,7 @@ def speedup(rows: Rows, key: str = "ratio", names: dict[str, str] | None = None)
             if not points:
                 continue
             batches = [row["batch"] for row in points]
-            axes.plot(batches, [row[key] for row in points], color=colour, label=shown[name], **_line(at))
+            axes.plot(batches, [row[key] for row in points], color=colour, label=shown[name], **_line(at, name))
             if key == "ratio" and all(row.get("ratio_spread") for row in points):
                 bounds = zip(*(row["ratio_spread"] for row in points), strict=True)
                 axes.fill_between(batches, *bounds, color=colour, alpha=0.15, linewidth=0)
@@ -78,7 +78,7 @@ def _lines(rows: Rows, value: Callable[[dict[str, Any]], float | None], label: s
         for at, (name, colour) in enumerate(colours_of(names).items()):
             points = [(row["batch"], value(row)) for row in rows if row["policy"] == name and value(row) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, label=name, **_line(at))
+                axes.plot(*zip(*points, strict=True), color=colour, label=name, **_line(at, name))
         load_axis(axes, [row["batch"] for row in rows])
         axes.set(ylabel=label, ylim=(0, None))
 
@@ -117,9 +117,9 @@ def iteration(rows: Rows) -> Picture | None:
     )
 
 
-def _line(at: int) -> dict[str, Any]:
-    """Return the marker of the line ``at``, and its place: earlier lines lie on later ones."""
-    return {"marker": MARKERS[at % len(MARKERS)], "zorder": 4 - at / 100}
+def _line(at: int, name: str) -> dict[str, Any]:
+    """Return the marker of the line ``at``, and its place: the default policy's on top, then earlier on later ones."""
+    return {"marker": MARKERS[at % len(MARKERS)], "zorder": 5 if name == "goodput" else 4 - at / 100}
 
 
 def _policies(rows: Rows) -> list[str]:

@@ -158,6 +158,8 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
         "## Tokens a verification",
         by_batch(lambda row: _ratio(row["accepted_length"])),
+        "## Where an iteration's time goes",
+        "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
         _all_equal(run, drafting) or by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
         "## Other machines, earlier versions",

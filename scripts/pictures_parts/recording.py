@@ -97,8 +97,8 @@ def svg(film: list[tuple[float, Lines]], last: Lines) -> str:
     width, height = COLUMNS * CELL + 2 * EDGE, rows * LINE + 2 * EDGE
     defs = "".join(f'<g id="{name}">{drawn}</g>' for drawn, name in texts.items())
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        'aria-label="A recording of scripts/demo: plain decoding and speculation answer the same prompts">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width:.0f} {height:.0f}" '
+        'role="img" aria-label="A recording of scripts/demo: plain decoding and speculation answer the same prompts">\n'
         f"<style>text {{ font: {SIZE}px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; "
         f"fill: {THEME['ink']}; white-space: pre }}\n"
         "@media (prefers-reduced-motion: reduce) { .frame { display: none !important } "
