@@ -353,8 +353,9 @@ def calibrate(
     Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
     """
     from echo_trt.calibration.command import Job, run
+    from echo_trt.simulation.foresee import foresee
 
-    run(Job(bundle, prompts, limit, max_tokens, batch), Screen(), messages)
+    run(Job(bundle, prompts, limit, max_tokens, batch, foresee), Screen(), messages)
 
 
 @app.command()

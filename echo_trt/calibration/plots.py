@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.costs import CostTable
 from echo_trt.calibration.reliability import Reliability
+from echo_trt.pictures.by_load import speedup
 from echo_trt.pictures.page import Figures, Report
 from echo_trt.pictures.palette import AMBER, BLUE, GREEN, GREY, PURPLE
 from echo_trt.pictures.style import Picture, doubling_axis
@@ -16,9 +19,24 @@ from echo_trt.pictures.style import Picture, doubling_axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FORESEEN = (
+    "Tokens a second, as a multiple of plain decoding's, simulated from these costs and from the draft trees that the "
+    "calibration was fitted to, without n-grams. echo-trt bench measures it."
+)
 
-def report(name: str, calibration: Calibration, costs: CostTable, before: Reliability, after: Reliability) -> bytes:
-    """Write the calibration of the bundle ``name`` as one HTML file."""
+
+def report(
+    name: str,
+    calibration: Calibration,
+    costs: CostTable,
+    before: Reliability,
+    after: Reliability,
+    foreseen: Sequence[dict[str, Any]] = (),
+) -> bytes:
+    """Write the calibration of the bundle ``name`` as one HTML file.
+
+    foreseen  rows of ``policy``, ``batch`` and ``ratio``, as simulated; none: no plot of them
+    """
     facts = {
         "machine": costs.machine,
         "draft trees": f"{calibration.positions:,}",
@@ -26,7 +44,8 @@ def report(name: str, calibration: Calibration, costs: CostTable, before: Reliab
         + " after matches of 1, 2, ... tokens",
     }
     lead = ["How far this draft can be trusted, and what passes cost on this machine: policies decide by these two."]
-    pictures = [gates(calibration), reliability(before, after), passes(costs)]
+    top = [replace(speedup(foreseen), title="Speedup to expect, by load", sentence=FORESEEN)] if foreseen else []
+    pictures = [*top, gates(calibration), reliability(before, after), passes(costs)]
     return Report(f"{name}: calibration", lead, pictures, [_gate_figures(calibration), _costs(costs)], facts).html()
 
 

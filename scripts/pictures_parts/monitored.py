@@ -34,11 +34,13 @@ def measure(bundle: Path, dashboard: dict[str, Any], seconds: float) -> dict[str
         for option, value in (("http", http), ("grpc", grpc), ("metrics", metrics), ("openai", openai)):
             words += [f"--{option}-port", str(value)]
         stack.enter_context(running(words, Path(folder) / "server.log"))
+        print("starting the server", file=sys.stderr)
         wait_for(f"http://127.0.0.1:{openai}/health")
         stack.enter_context(prometheus(Path(folder), port, {"server": metrics, "gateway": openai}))
         wait_for(f"http://127.0.0.1:{port}/-/ready")
         begin = time.time()
         for load in LOADS:
+            print(f"{load} requests at once", file=sys.stderr)
             ask(f"http://127.0.0.1:{openai}", load, seconds / len(LOADS))
         time.sleep(2 * SCRAPE)
         return answers(f"http://127.0.0.1:{port}", dashboard, begin + 4 * SCRAPE, time.time())
