@@ -26,7 +26,7 @@ SLICE = 0.2  # seconds of a turn; larger: a machine that changes its speed meanw
 FRAMES = 10  # pictures a second at most; they are on nobody's clock
 LINES = 9  # of a pane
 BAR = 24  # characters of the slower side's bar
-NAME = 12  # characters of a prompt's name
+NAME = 14  # characters of a prompt's name, which longer ones are cut to
 
 
 @dataclass
@@ -57,9 +57,12 @@ class Side:
         self._rounds.append(self.texts)
 
     def run(self, seconds: float, show: Callable[[Delta], None]) -> None:
-        """Run for some ``seconds``, or to the round's end; ``show`` gets what is said, and is not on the clock."""
+        """Run for some ``seconds``, a piece of text at least, or to the round's end.
+
+        ``show`` gets what is said, and is not on the clock.
+        """
         end = self.seconds + seconds
-        while self.busy and self.seconds < end:
+        while self.busy:
             before = time.perf_counter()
             delta = next(self._deltas, None)
             self.seconds += time.perf_counter() - before
@@ -67,6 +70,8 @@ class Side:
             if delta is not None:
                 self._take(delta)
                 show(delta)
+            if self.seconds >= end:
+                break
 
     def _take(self, delta: Delta) -> None:
         self.texts[delta.index].add(delta)
@@ -221,11 +226,11 @@ def result_lines(name: str, sides: Sequence[Side], console: Console) -> list[Tex
 def meaning(plain: dict[str, Any], other: dict[str, Any]) -> str:
     """Say in one sentence what a comparison's two rows mean."""
     ratio, same = other["tokens_per_s"] / max(plain["tokens_per_s"], 1e-9), other["identical"]
-    texts = f"{same} of {other['requests']} texts were the same" if same < other["requests"] else "The same texts came"
     speed = f"{ratio:.2f} times as fast" if ratio >= 1 else f"at {ratio:.2f} times the speed"
+    came = f"The same texts came {speed}"
     if same < other["requests"]:
-        speed = f"and they came {speed}"
+        came = f"{same} of {other['requests']} texts were the same, and all came {speed}"
     return (
-        f"{texts} {speed}: a pass of the target brought {other['accepted_length']:.1f} tokens of a request instead of "
+        f"{came}: a pass of the target brought {other['accepted_length']:.1f} tokens of a request instead of "
         f"{plain['accepted_length']:.0f}, since it also checks drafts, and keeps those that it would have written."
     )

@@ -59,7 +59,7 @@ Lines = list[tuple[str, list[tuple[float, float]]]]
 
 def _timeseries(figure: Figure, place: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
     unit = panel["fieldConfig"]["defaults"]["unit"]
-    card.set_title(panel["title"], loc="left", color=THEME["ink"], fontsize=10, pad=-14, x=0.02)
+    _title(card, panel)
     axes = figure.add_axes(place(panel, 0.62, 0.62, 0.16, 0.36), facecolor="none")
     first = min((points[0][0] for _, points in lines if points), default=0.0)
     for at, (name, points) in enumerate(lines):
@@ -67,7 +67,7 @@ def _timeseries(figure: Figure, place: Callable, panel: dict[str, Any], card: An
         ys = [value for _, value in points]
         axes.plot(xs, ys, color=CYCLE[at % len(CYCLE)], linewidth=1.3, label=name)
         axes.fill_between(xs, ys, color=CYCLE[at % len(CYCLE)], alpha=0.08, linewidth=0)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, None if any(value > 0 for _, points in lines for _, value in points) else 1)
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, unit))
     axes.tick_params(labelsize=8, length=0)
     axes.locator_params(nbins=4)
@@ -82,7 +82,17 @@ def _timeseries(figure: Figure, place: Callable, panel: dict[str, Any], card: An
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=GREY)
 
 
+def _title(card: Any, panel: dict[str, Any]) -> None:
+    card.annotate(panel["title"], (0, 1), (8, -8), xycoords="axes fraction", textcoords="offset points", va="top",
+                  color=THEME["ink"], fontsize=10)  # fmt: skip
+
+
 def _stat(figure: Figure, place: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
+    if panel["options"]["textMode"] == "name":
+        _title(card, panel)
+        names = ", ".join(name for name, _ in lines)
+        card.text(0.5, 0.45, names, transform=card.transAxes, ha="center", va="center", color=BLUE, fontsize=18)
+        return
     defaults, value = panel["fieldConfig"]["defaults"], None
     for _, points in lines:
         value = points[-1][1]
@@ -106,6 +116,8 @@ def shown(value: float, unit: str, decimals: int | None = None) -> str:
     if unit == "s":
         return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
     suffix = {"reqps": " req/s", "ops": " ops/s"}.get(unit, "")
+    if abs(value) >= 1000:
+        return f"{value / 1000:.3g}k{suffix}"
     return (f"{value:.{decimals}f}" if decimals is not None else f"{value:.3g}") + suffix
 
 

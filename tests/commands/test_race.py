@@ -74,8 +74,8 @@ def raced(open_llm) -> list[Side]:
 
 def test_a_prompt_has_two_lines(raced):
     first, second = (line.plain for line in result_lines("b", raced, Console(file=io.StringIO())))
-    assert re.fullmatch(r"b {12}plain +[\d.]+ s +\d+ tokens/s [━=]+", first)
-    assert re.fullmatch(r" {13}static +[\d.]+ s +\d+ tokens/s [━=]* *[\d.]+x, same text", second)
+    assert re.fullmatch(r"b {14}plain +[\d.]+ s +\d+ tokens/s [━=]+", first)
+    assert re.fullmatch(r" {15}static +[\d.]+ s +\d+ tokens/s [━=]* *[\d.]+x, same text", second)
     raced[1].completions["b"].token_ids[-1] += 1
     assert result_lines("b", raced, Console(file=io.StringIO()))[1].plain.endswith("another text")
 
@@ -103,7 +103,7 @@ def test_a_sentence_says_what_the_figures_mean():
     faster = plain | {"tokens_per_s": 80.0, "accepted_length": 2.14}
     assert meaning(plain, faster).startswith("The same texts came 1.60 times as fast: a pass of the target brought 2.1")
     other = meaning(plain, faster | {"identical": 5, "tokens_per_s": 45.0})
-    assert other.startswith("5 of 6 texts were the same, and they came at 0.90 times the speed: ")
+    assert other.startswith("5 of 6 texts were the same, and all came at 0.90 times the speed: ")
 
 
 @pytest.fixture
