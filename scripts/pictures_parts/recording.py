@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_race import demo
-from rich.console import Console, RenderableType
+from rich.console import Console, NewLine, RenderableType
 from rich.control import Control
 from rich.segment import Segment
 from rich.style import Style
@@ -35,10 +35,12 @@ class Screen(Console):
 
     def print(self, *objects: Any, **more: Any) -> None:
         super().print(*objects, **more)
-        if not any(isinstance(one, Control) for one in objects):  # which moves the cursor of a picture
-            for one in objects or ("",):
-                style = self.get_style(more["style"]) if "style" in more else Style()
-                self.kept += self.lines_of(self.render_str(one) if isinstance(one, str) else one, style)
+        if any(isinstance(one, Control | NewLine) for one in objects):  # which move the cursor of a picture
+            return
+        style = self.get_style(more["style"]) if "style" in more else Style()
+        for one in objects or ("",):
+            text = self.render_str(one, highlight=more.get("highlight", True)) if isinstance(one, str) else one
+            self.kept += self.lines_of(text, style)
 
     def lines_of(self, picture: RenderableType, style: Style | None = None) -> Lines:
         return self.render_lines(picture, style=style, pad=False)
