@@ -190,7 +190,8 @@ class Panes:
     def _pane(self, side: Side, width: int) -> Panel:
         text = Text()
         if side.texts:
-            text = side.texts[0].styled() if self._coloured else Text(side.texts[0].text)
+            text = side.texts[0].styled(harmless=True)
+            text = text if self._coloured else Text(text.plain)
         tail = Text("\n").join(text.wrap(self._console, width)[-LINES:])
         seconds = side.seconds - side.begun
         more = f", {len(side.texts)} requests" if len(side.texts) > 1 else ""

@@ -31,6 +31,10 @@ MARKS = {
 }
 STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name, colour in SOURCES.items()}
 
+#: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
+HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+HARMLESS |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298), 65534, 65535), 65533)
+
 
 def wants_colour(console: Console, choice: str) -> bool:
     """Whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR speaks for auto."""
@@ -60,14 +64,15 @@ class SourcedText:
         self._sources += [entry.source for entry in delta.sources]
         return self.styled(begin)
 
-    def styled(self, begin: int = 0) -> Text:
-        """Return the text from the character ``begin``."""
+    def styled(self, begin: int = 0, harmless: bool = False) -> Text:
+        """Return the text from the character ``begin``; ``harmless``: with pictures of control characters."""
         styled, index = Text(), max(bisect_right(self._begins, begin) - 1, 0)
         while begin < len(self.text):
             index += 1
             end = self._begins[index] if index < len(self._begins) else len(self.text)
             source = self._sources[index - 1] if index <= len(self._sources) else "target"
-            styled.append(self.text[begin:end], STYLES[source])
+            piece = self.text[begin:end]
+            styled.append(piece.translate(HARMLESS) if harmless else piece, STYLES[source])
             begin = max(begin, end)
         return styled
 

@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from echo_trt.commands.sources import STYLES, SourcedText
+from echo_trt.commands.sources import HARMLESS, STYLES, SourcedText
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
@@ -23,8 +23,6 @@ from echo_trt.runtime.watch import Seen
 FRAMES = 10  # pictures a second at most; larger: a livelier picture, more time taken from decoding
 HEIGHT = 22  # lines of the picture at most
 REFUSED, PRUNED = Style(dim=True), Style(dim=True, strike=True)
-#: Written over characters that would move a terminal's cursor or hide.
-VISIBLE = {code: 0x2400 + code for code in range(32)} | {10: "⏎", 9: "⇥", 127: 0x2421}
 
 
 class Watch:
@@ -67,7 +65,7 @@ class Watch:
         self._live.update(self._picture(seen, seen.requests[number]), refresh=True)
 
     def _picture(self, seen: Seen, request: int) -> RenderableType:
-        text = self._texts.get(request, SourcedText()).styled()
+        text = self._texts.get(request, SourcedText()).styled(harmless=True)
         width = max((self._console.width - 8) // 2, 10)
         tail = Text("\n").join(text.wrap(self._console, width)[-(self._height - 2) :])
         halves = Table.grid(expand=True, padding=0)
@@ -150,4 +148,4 @@ def _source(tree: SuperTree, node: int, copies: bool) -> str:
 
 def _shown(text: str) -> str:
     """Return a token's text with its white space to be seen."""
-    return (text.replace(" ", "·") or "∅").translate(VISIBLE)
+    return (text or "∅").translate(HARMLESS | {32: "·", 10: "⏎", 9: "⇥"})

@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.terminal_theme import DIMMED_MONOKAI
 
+from echo_trt.commands.sources import HARMLESS
 from echo_trt.pictures.palette import THEMES
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,7 @@ def _line(segments: list[Segment]) -> str:
         cells = Segment(text, style).cell_length
         if text.strip() and not control:
             skipped = len(text) - len(text.lstrip())
-            shown = text.strip()
+            shown = text.strip().translate(HARMLESS)
             length = Segment(shown).cell_length * CELL
             pieces.append(
                 f'<text x="{x + skipped * CELL:.1f}" textLength="{length:.1f}"{_look(style)}>{escape(shown)}</text>'

@@ -73,6 +73,13 @@ def test_text_without_sources_is_the_target_s():
     assert spans(text.add(Delta(0, "all of it"))) == [("all of it", "target")]
 
 
+def test_control_characters_do_nothing_to_a_picture():
+    text = SourcedText()
+    text.add(Delta(0, "a\x1b[2J\x00b\u202e\n\tc", None, told("head"), [0]))
+    assert text.styled().plain == "a\x1b[2J\x00b\u202e\n\tc"  # a pipe gets what was said
+    assert text.styled(harmless=True).plain == "a␛[2J␀b\ufffd\n\tc"
+
+
 @pytest.mark.parametrize(
     ("choice", "terminal", "environment", "coloured"),
     [
