@@ -77,7 +77,7 @@ def test_a_film_plays_by_itself_and_ends_with_what_was_printed(bundle_of, tmp_pa
     shown = [" ".join(lines[use.get("href")[1:]] for use in group.iter(f"{SVG}use")) for group in groups]
     assert all("tokens/s" in text for text in shown)
     assert "╭" in shown[0]
-    assert shown[-1].count("same text") == 6
+    assert shown[-1].count(", same text") == 6
     assert "The same texts came" in shown[-1]
     assert not list(root.iter(f"{SVG}script"))
 
