@@ -103,7 +103,7 @@ def create_app(
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
-            *([Route(path, shown.show) for path in shown.files] if shown else []),
+            *([Route(path, shown.show, include_in_schema=False) for path in shown.files] if shown else []),
             *([Route("/live", show_live), Route("/live/about", show_about)] if shown else []),
         ],
         middleware=layers,
