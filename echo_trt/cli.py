@@ -277,6 +277,7 @@ def serve(
             ("--special-tokens-in-content", special_tokens_in_content),
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
+            ("--no-page", not page),
         ):
             if given:
                 raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")

@@ -24,16 +24,17 @@ PICTURES = {
 def take(page: Page, prompt: str, beside: bool, load: int) -> None:
     """Bring a page to the state that is pictured."""
     page.wait_for_selector('#state[data-state="live"]', timeout=60_000)
-    page.fill("#limit", "160", force=True) if page.is_visible("#limit") else page.evaluate("limit.value = 160")
+    page.evaluate("limit.value = 160")
     if beside:
         page.check("#beside")
     page.fill("#prompt", prompt)
     page.press("#prompt", "Enter")
-    page.wait_for_function("document.querySelector('#stop').disabled", timeout=300_000)
+    page.wait_for_selector("#stop:disabled", timeout=300_000)
     page.fill("#load", str(load))
     page.click("#load-switch")
     page.wait_for_timeout(15_000)
-    page.wait_for_function("Number(tree.dataset.nodes) > 2 * Number(tree.dataset.requests)", timeout=60_000)
+    while not page.evaluate("Number(tree.dataset.nodes) > 2 * Number(tree.dataset.requests)"):
+        page.wait_for_timeout(20)
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(500)
 

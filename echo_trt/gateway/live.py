@@ -21,7 +21,9 @@ from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 MOST_VIEWERS = 256  # at once; larger: more connections that one address may hold
 STUCK_S = 20.0  # without taking a snapshot: a viewer that does not read; larger: it is counted among the others longer
 VIEW_S = 600.0  # after which a viewer has to come back; larger: one that never leaves is looked after longer
-AWAY_S = 1.0  # between two attempts to find an engine that is away
+#: Between two attempts to find an engine that is away, or that takes no more onlookers; larger: fewer lines in the log.
+AWAY_S, LONGEST_AWAY_S = 1.0, 4.0
+SILENT_S = 15.0  # without an event, after which a viewer gets a comment; larger: one that has left is noticed later
 LARGEST = 2**17  # characters of a snapshot; one that is larger is left out
 
 
@@ -83,7 +85,12 @@ class Live:
             yield hello
             while not viewer.dropped and time.monotonic() < end:
                 self._look()
-                yield await viewer.take()
+                try:
+                    async with asyncio.timeout(SILENT_S):
+                        event = await viewer.take()
+                except TimeoutError:
+                    event = ":\n\n"
+                yield event
         finally:
             self._viewers.discard(viewer)
 
@@ -107,7 +114,9 @@ class Live:
 
     async def _tell(self) -> None:
         """Hand snapshots to the viewers, until none of them reads."""
+        pause = AWAY_S
         while self._looked_at:
+            begin = time.monotonic()
             try:
                 async with aclosing(self._upstream.snapshots()) as snapshots:
                     async for snapshot in snapshots:
@@ -117,7 +126,11 @@ class Live:
                             return
             except ApiError as error:
                 self._put(_event("away", json.dumps(error.body["error"])))
-                await asyncio.sleep(AWAY_S)
+            if time.monotonic() - begin > AWAY_S:
+                pause = AWAY_S
+                continue
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_AWAY_S)
 
     @property
     def _looked_at(self) -> bool:

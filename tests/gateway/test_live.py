@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ from serving.served import Served, needs_triton
 from echo_trt.commands.build import build
 from echo_trt.gateway import live
 from echo_trt.gateway.app import create_app
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.page_files import PageFiles
+from echo_trt.gateway.upstream import Upstream
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
@@ -153,15 +157,43 @@ def client_of(server: Served) -> httpx.Client:
 # -- in this process, with smaller bounds ------------------------------------------------------------------------------
 
 
-def test_too_many_viewers_are_refused_until_one_is_stuck(server, monkeypatch):
+def test_too_many_viewers_are_refused(server, monkeypatch):
     monkeypatch.setattr(live, "MOST_VIEWERS", 2)
-    monkeypatch.setattr(live, "STUCK_S", 0.0)
     with running(create_app(f"127.0.0.1:{server.grpc}")) as client, ExitStack() as stack:
         for _ in range(2):
             next(told(stack.enter_context(client.stream("GET", "/live"))))
         response = client.get("/live")
         assert "2 viewers" in refused(response, 503)
         assert response.headers["retry-after"] == "30"
+
+
+def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
+    monkeypatch.setattr(live, "MOST_VIEWERS", 2)
+    monkeypatch.setattr(live, "STUCK_S", 0.2)
+
+    async def run() -> None:
+        upstream = Upstream(NOBODY, "echo", Metrics())
+        looked_at = live.Live(upstream)
+        reader, stuck = looked_at.events("hello"), looked_at.events("hello")
+        assert [await anext(reader), await anext(stuck)] == ["hello", "hello"]
+        with pytest.raises(ApiError, match="2 viewers"):
+            await anext(looked_at.events("hello"))
+        for _ in range(3):
+            assert (await anext(reader)).startswith("event: away")
+        another = looked_at.events("hello")
+        assert await anext(another) == "hello"
+        assert (await anext(another)).startswith("event: away")
+        with pytest.raises(StopAsyncIteration):
+            await anext(stuck)
+        looked_at.leave()
+        for events in (reader, another):
+            assert len([event async for event in events]) <= 1
+        with pytest.raises(ApiError):
+            await anext(looked_at.events("hello"))
+        await looked_at.close()
+        await upstream.close()
+
+    asyncio.run(run())
 
 
 def test_a_viewer_that_stays_is_sent_away_and_may_come_back(server, monkeypatch):

@@ -19,7 +19,7 @@ export class Answer {
     this.error = make("p", "error");
     this.error.hidden = true;
     this.element = make("article", "answer");
-    if (title) this.element.append(make("h4", "", title));
+    if (title) this.element.append(make("h3", "who", title));
     this.element.append(this.text, this.calls, this.shares, this.figures, this.error);
     this.content = ""; // what the next turn gets to see
     this.sources = new Map();

@@ -31,14 +31,12 @@ function askForKey(wrong) {
   if (!dialog.open) dialog.showModal();
   $("key").focus();
   return new Promise((resolve) => {
-    $("key-form").addEventListener(
-      "submit",
-      () => {
-        state("wait", "connecting");
-        resolve($("key").value.trim());
-      },
-      { once: true },
-    );
+    $("key-form").onsubmit = () => {
+      dialog.onclose = null;
+      state("wait", "connecting");
+      resolve($("key").value.trim());
+    };
+    dialog.onclose = () => dialog.showModal(); // Escape; without a key there is nothing to see
   });
 }
 
@@ -120,7 +118,6 @@ function legends() {
 }
 
 onKeyNeeded(askForKey);
-$("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
 $("reload").addEventListener("click", () => location.reload());
 legends();
 chat.setUp();

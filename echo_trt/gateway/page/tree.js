@@ -5,6 +5,7 @@ import { SOURCES, cleared, colour, showTip } from "./dom.js";
 export const [ROOT, ACCEPTED, REJECTED, PRUNED] = [0, 1, 2, 3];
 const FATES = ["pending token", "accepted", "verified, rejected", "considered, not verified"];
 const OTHERS = 3; // children of a node that are drawn though they were not verified
+const CLOSE = 4.5; // pixels between two lines of a tree, at least
 const COLUMN = 230, TALLEST = 360; // pixels: the least width of a column of trees, and the height of all
 
 let drawn = [], deepest = 5, tallest = 3; // the latter fall slowly, so that the picture does not jump
@@ -23,6 +24,8 @@ export function drawTree(canvas, last) {
   deepest = Math.max(deepest * 0.97, 5, ...trees.map((tree) => tree.deepest));
   const across = width / columns, step = (across - 46) / deepest;
   const look = theme();
+  trees.forEach((tree) => fit(tree, row));
+  const size = Math.min(Math.max(0.42 * Math.min(...trees.map((tree) => tree.space)), 1.8), 5);
   trees.forEach((tree, i) => {
     const left = Math.floor(i / rows) * across, top = (i % rows) * row;
     const label = row >= 20 ? 34 : 10;
@@ -31,7 +34,7 @@ export function drawTree(canvas, last) {
       pen.font = "11px ui-monospace, monospace";
       pen.fillText(`#${requests[i].id}`, left, top + 15, 30);
     }
-    drawOne(pen, tree, requests[i], { left: left + label, top: top + 4, row, step, look, gates: last.gates });
+    drawOne(pen, tree, requests[i], { left: left + label, top: top + 4, row, step, size, look, gates: last.gates });
   });
   return words(requests, last);
 }
@@ -57,7 +60,16 @@ function arranged(request) {
     const order = sorted.filter((each) => fate[each] !== PRUNED || others++ < OTHERS);
     for (let i = order.length - 1; i >= 0; i--) pending.push([order[i], i > 0]);
   }
-  return { depth, line, lines, told, deepest: Math.max(...depth.filter((_, node) => told[node])) };
+  return { depth, line, lines, told, fate, deepest: Math.max(...depth.filter((_, node) => told[node])) };
+}
+
+/** What of a tree has room in a row, and how far its lines stand from each other. */
+function fit(tree, row) {
+  const { fate, line, told } = tree;
+  const whole = row >= 26 && tree.lines * CLOSE <= row - 10; // else without what was not verified
+  tree.kept = fate.map((each, node) => told[node] && (whole || each !== PRUNED));
+  const lines = Math.max(...line.filter((_, node) => tree.kept[node])) + 1;
+  tree.space = Math.min(15, (row - 10) / lines);
 }
 
 function theme() {
@@ -68,12 +80,7 @@ function theme() {
 }
 
 function drawOne(pen, tree, request, place) {
-  const { left, top, row, step, look } = place, { parent, fate, source } = request;
-  const whole = row >= 26; // else there is no room for what was not verified
-  const kept = fate.map((each, node) => tree.told[node] && (whole || each !== PRUNED));
-  const lines = whole ? tree.lines : Math.max(1, ...tree.line.filter((_, node) => kept[node]).map((each) => each + 1));
-  const space = Math.min(15, (row - 10) / lines);
-  const size = Math.min(Math.max(space * 0.42, 1.8), 5);
+  const { left, top, step, look, size } = place, { parent, fate, source } = request, { kept, space } = tree;
   const at = (node) => [left + 6 + tree.depth[node] * step, top + 6 + tree.line[node] * space];
   for (const late of [false, true]) {
     parent.forEach((above, node) => {
