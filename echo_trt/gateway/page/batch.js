@@ -59,6 +59,7 @@ export function show(now) {
   past.push({ time, totals: now.totals });
   while (past.length > 2 && past[1].time < time - WINDOW) past.shift();
   note(now, time);
+  now.last = now.last || latest?.last; // a server at which nobody looked has forgotten it
   if (paused) return;
   latest = now;
   if (document.hidden || time - shownAt < 0.09) return;

@@ -141,7 +141,9 @@ class Replies:
                 if event.end or (reply.ask.stream and reply.text):
                     self._send(reply, event.end)
             now = time.monotonic()
-            if self._watches and now - told >= (SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT):
+            if (self._watches or self._onlooker.on) and now - told >= (
+                SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT
+            ):
                 told = now
                 self._tell_onlookers(now)
             if now - looked >= LOOK:
@@ -199,9 +201,14 @@ class Replies:
             self._open.pop(reply, None)
 
     def _tell_onlookers(self, now: float) -> None:
-        """Send a snapshot to all onlookers, and let those go whose time is over; with the last one nobody looks."""
-        if not self._onlooker.on:
-            self._onlooker.switch(True)
+        """Send a snapshot to all onlookers, and let those go whose time is over.
+
+        The engine is looked at until the next time after the last one has left: who asks again misses nothing.
+        """
+        if self._onlooker.on != bool(self._watches):
+            self._onlooker.switch(not self._onlooker.on)
+        if not self._watches:
+            return
         snapshot = self._onlooker.snapshot()
         for number, watch in enumerate(list(self._watches)):
             if watch.sender.is_cancelled():
@@ -210,8 +217,6 @@ class Replies:
                 self._let_go(watch, snapshot)
             else:
                 self._send_snapshot(watch, snapshot)
-        if not self._watches:
-            self._onlooker.switch(False)
 
     def _let_go(self, watch: Watch, snapshot: str = "") -> None:
         self._send_snapshot(watch, snapshot, FINAL)
