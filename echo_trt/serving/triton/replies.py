@@ -141,11 +141,8 @@ class Replies:
                 if event.end or (reply.ask.stream and reply.text):
                     self._send(reply, event.end)
             now = time.monotonic()
-            if (self._watches or self._onlooker.on) and now - told >= (
-                SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT
-            ):
-                told = now
-                self._tell_onlookers(now)
+            if self._watches or self._onlooker.on:
+                told = self._tell_onlookers(told, now)
             if now - looked >= LOOK:
                 looked = now
                 self._cancel_abandoned()
@@ -200,7 +197,20 @@ class Replies:
             reply.ended = True
             self._open.pop(reply, None)
 
-    def _tell_onlookers(self, now: float) -> None:
+    def _tell_onlookers(self, told: float, now: float) -> float:
+        """Send a snapshot to all onlookers where one is due; returns the time of the latest. Never raises."""
+        if now - told < (SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT):
+            return told
+        try:
+            self._send_snapshots(now)
+        except Exception:  # whoever looks on is nobody's trouble
+            log.exception("a snapshot could not be made; its onlookers are sent away")
+            self._onlooker.switch(False)
+            for watch in list(self._watches):
+                self._let_go(watch)
+        return now
+
+    def _send_snapshots(self, now: float) -> None:
         """Send a snapshot to all onlookers, and let those go whose time is over.
 
         The engine is looked at until the next time after the last one has left: who asks again misses nothing.
