@@ -160,8 +160,8 @@ def client_of(server: Served) -> httpx.Client:
 def test_too_many_viewers_are_refused(server, monkeypatch):
     monkeypatch.setattr(live, "MOST_VIEWERS", 2)
     with running(create_app(f"127.0.0.1:{server.grpc}")) as client, ExitStack() as stack:
-        for _ in range(2):
-            next(told(stack.enter_context(client.stream("GET", "/live"))))
+        readers = [told(stack.enter_context(client.stream("GET", "/live"))) for _ in range(2)]
+        assert [next(reader)[0] for reader in readers] == ["hello", "hello"]
         response = client.get("/live")
         assert "2 viewers" in refused(response, 503)
         assert response.headers["retry-after"] == "30"

@@ -20,6 +20,14 @@ export function onKeyNeeded(ask) {
 
 let asking = null;
 
+/** Ask until there is a key that a header can hold. */
+async function anotherKey(wrong) {
+  do key = await askForKey(wrong);
+  while (!/^[\x21-\x7e]+$/.test(key) && (wrong = true));
+  sessionStorage.setItem(KEY, key);
+  asking = null;
+}
+
 /** Fetch, asking for a key as often as it takes. Throws Refused with the server's sentence. */
 export async function call(path, body, signal) {
   for (;;) {
@@ -32,10 +40,8 @@ export async function call(path, body, signal) {
     if (reply.ok) return reply;
     if (reply.status === 401) {
       if (key === used) {
-        asking = asking || askForKey(Boolean(used));
-        key = await asking;
-        asking = null;
-        sessionStorage.setItem(KEY, key);
+        asking = asking || anotherKey(Boolean(used));
+        await asking;
       }
       signal?.throwIfAborted();
       continue;

@@ -36,7 +36,7 @@ function askForKey(wrong) {
       state("wait", "connecting");
       resolve($("key").value.trim());
     };
-    dialog.onclose = () => dialog.showModal(); // Escape; without a key there is nothing to see
+    dialog.onclose = () => dialog.open || dialog.showModal(); // Escape; without a key there is nothing to see
   });
 }
 
