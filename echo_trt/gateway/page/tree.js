@@ -22,7 +22,7 @@ export function drawTree(canvas, last) {
   const { pen, width } = cleared(canvas, Math.max(rows * row, 96));
   drawn = [];
   deepest = Math.max(deepest * 0.97, 5, ...trees.map((tree) => tree.deepest));
-  const across = width / columns, step = (across - 46) / deepest;
+  const across = width / columns, step = (across - 58) / deepest;
   const look = theme();
   trees.forEach((tree) => fit(tree, row));
   const size = Math.min(Math.max(0.42 * Math.min(...trees.map((tree) => tree.space)), 1.8), 5);
