@@ -51,9 +51,8 @@ def main(url: str) -> None:
             path = OUT / f"{name}.png"
             page.screenshot(path=path)
             page.close()
-            Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                path, optimize=True
-            )
+            picture = Image.open(path).convert("RGB")
+            picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
             assert path.stat().st_size < LARGEST, f"{path} is larger than {LARGEST} bytes; make it smaller."
         browser.close()
 
