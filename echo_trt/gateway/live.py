@@ -143,6 +143,8 @@ class Live:
 
 async def show_live(request: Request) -> Response:
     """GET /live: snapshots as server-sent events."""
+    if request.method == "HEAD":
+        return Response(media_type="text/event-stream")
     state = request.app.state
     hello = {"format": SNAPSHOT_FORMAT, "build": state.page_build, "version": __version__}
     events = state.live.events(_event("hello", json.dumps(hello)))

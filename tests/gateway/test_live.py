@@ -95,6 +95,7 @@ def test_files_need_no_key_and_what_tells_anything_does(client, server):
     for path in ("/page/", "/page/nothing.js", "/page/../app.py", "/page/%2e%2e/app.py", "/live/"):
         refused(client.get(path), 404)
     assert refused(bare.post("/"), 405)
+    assert client.head("/live").status_code == 200
 
 
 def test_it_can_be_turned_off():

@@ -424,6 +424,32 @@ def test_a_long_answer_leaves_the_page_at_work(open_page):
     assert page.locator("#log .text b").count() == 0
 
 
+def test_calls_of_tools_are_shown_where_the_model_knows_tools(open_page, server):
+    page, sent = open_page(), []
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    calls = (
+        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"place": "<b>here</b>"}'}},
+    )
+    body = "".join(chunk(delta={"tool_calls": [call]}) for call in calls) + "data: [DONE]\n\n"
+
+    def answer(route: Any) -> None:
+        sent.append(route.request.post_data_json)
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    about = httpx.get(f"{origin(server)}live/about", headers={"authorization": f"Bearer {KEY}"}).json()
+    page.route("**/live/about", lambda route: route.fulfill(json={**about, "takes_tools": True}))
+    page.route("**/v1/chat/completions", answer)
+    page.reload()
+    page.wait_for_selector(LIVE)
+    page.evaluate("settings.open = true")
+    assert page.is_visible("#tools-field")
+    ask(page, tools=json.dumps(tools))
+    ended(page)
+    assert sent[0]["tools"] == tools
+    assert page.text_content(".answer .calls") == 'weather {"place": "<b>here</b>"}'
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
