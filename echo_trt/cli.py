@@ -272,6 +272,9 @@ def serve(
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
     special_tokens_in_content: SpecialTokens = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Whether / of the OpenAI API's port shows the live page.")
+    ] = True,
     replicas: Annotated[
         int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
     ] = 0,
@@ -292,6 +295,7 @@ def serve(
             ("--special-tokens-in-content", special_tokens_in_content),
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
+            ("--no-page", not page),
         ):
             if given:
                 raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")
@@ -304,7 +308,7 @@ def serve(
     name = policy.value if policy else None
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins)
+    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins, page)
     raise typer.Exit(run(job))
 
 

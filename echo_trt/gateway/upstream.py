@@ -92,6 +92,13 @@ class Upstream:
         text: bytes = _value(result, "text_output", b"")
         return text.decode("utf-8", "replace")
 
+    async def snapshots(self) -> AsyncGenerator[str]:
+        """Snapshots as the engine makes them, for some seconds; close it and it makes none. Raises ApiError."""
+        async with aclosing(self._results({"watch": True})) as results:
+            async for result in results:
+                if text := _value(result, "snapshot", b"").decode():
+                    yield text
+
     async def _single(self, inputs: Mapping[str, Any], names: Names | None = None) -> InferResult:
         """The one response to a question that the engine's loop does not see. Raises ApiError."""
         try:

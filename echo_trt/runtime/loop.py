@@ -162,6 +162,11 @@ class Loop:
         return requests
 
     @property
+    def proposer(self) -> int:
+        """The source of nodes that name the draft alone (``acceptance``): HEAD, or LOOKUP where the draft copies."""
+        return LOOKUP if isinstance(self.drafter, LookupDrafter) else HEAD
+
+    @property
     def running(self) -> int:
         return int(self.state.active.sum())
 
@@ -331,7 +336,7 @@ class Loop:
         begin = time.perf_counter()
         outputs = self.target.run(call)
         last = state.tokens[finishing, state.length[finishing] - 1]
-        whole, proposer = tree.with_roots(last), LOOKUP if isinstance(self.drafter, LookupDrafter) else HEAD
+        whole, proposer = tree.with_roots(last), self.proposer
         verified = Verified(whole, emitting_slots, len(slots), outputs, call, state, plan.probability, proposer)
         verified.wait()
         seconds = time.perf_counter() - begin

@@ -233,6 +233,26 @@ def test_a_deadline_ends_an_answer(server):
     assert cut["completion_tokens"] < LONG - 30
 
 
+def test_an_onlooker_gets_snapshots_for_a_while_or_until_it_asks_for_their_end(server):
+    begin, pieces = time.monotonic(), list(server.stream(watch=True))
+    seconds = time.monotonic() - begin
+    assert 8 < seconds < 60
+    assert [piece.get("finish_reason") for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    assert 5 < len(pieces) <= 10 * seconds
+    assert {json.loads(piece["snapshot"])["format"] for piece in pieces} == {1}
+    stopped, other = server.stream(id="eye", watch=True), server.stream(id="other", watch=True)
+    assert json.loads(stopped.next()["snapshot"])["slots"] == 4
+    assert list(server.stream(id="eye", stop=True)) == []
+    assert list(stopped)[-1]["finish_reason"] == "stop"
+    assert json.loads(other.next()["snapshot"])
+    other.cancel()
+    crowd = [server.stream(watch=True) for _ in range(20)]
+    for stream in crowd:
+        assert "snapshot" in stream.next()
+        stream.cancel()
+    assert server.generate(text_input=PROMPT, max_tokens=3)["text_output"]
+
+
 # -- departures and crowds -----------------------------------------------------------------------------------------
 
 

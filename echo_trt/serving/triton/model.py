@@ -24,7 +24,7 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.serving.service import Overloaded, Service
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
-from echo_trt.serving.triton.request import Reader, wants_description, wants_stop, wants_tokens
+from echo_trt.serving.triton.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
 from echo_trt.serving.triton.sources import OutgoingSources
 
 QUEUE = 256
@@ -105,6 +105,9 @@ class TritonPythonModel:
             return
         if wants_description(tensors):
             sender.send(described(self._reader.description()), flags=FINAL)
+            return
+        if wants_snapshots(tensors):
+            self._replies.watch(sender, id)
             return
         if wants_tokens(tensors):
             sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)

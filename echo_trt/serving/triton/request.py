@@ -188,6 +188,11 @@ def wants_tokens(tensors: Mapping[str, np.ndarray]) -> bool:
     return bool(_number(tensors, "tokenize"))
 
 
+def wants_snapshots(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is no request but looks on. Raises UserError."""
+    return bool(_number(tensors, "watch"))
+
+
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
     return bool(_number(tensors, "stop"))

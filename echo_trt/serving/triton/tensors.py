@@ -106,6 +106,12 @@ INPUTS: tuple[Tensor, ...] = (
     ),
     Tensor("describe", "BOOL", False, "true: no prompt, but a response with `description` alone"),
     Tensor(
+        "watch",
+        "BOOL",
+        False,
+        "true: no prompt, but about 5 `snapshot` a second for 10 seconds; for streams alone",
+    ),
+    Tensor(
         "tokenize",
         "BOOL",
         False,
