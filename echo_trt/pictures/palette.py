@@ -33,10 +33,10 @@ SOURCE_TEXTS = {
     "dark": {"head": "#6cb6ff", "lookup": "#57c98d", "both": "#b99cff", "ngram": "#f0a04b", "grammar": "#ff8ab5"},
 }
 
-#: Theme -> use -> colour of a page.
+#: Theme -> use -> colour of a page; the live page (``gateway/page/style.css``) has the same.
 THEMES = {
-    "light": {"paper": "#ffffff", "card": "#f6f8fa", "line": "#d1d9e0", "ink": "#1f2328", "soft": "#59636e"},
-    "dark": {"paper": "#0d1117", "card": "#161b22", "line": "#3d444d", "ink": "#e6edf3", "soft": "#9198a1"},
+    "light": {"paper": "#f5f6f8", "card": "#ffffff", "line": "#dde1e8", "ink": "#15181e", "soft": "#59616f"},
+    "dark": {"paper": "#0e1014", "card": "#171a21", "line": "#2a2f3a", "ink": "#e7eaf0", "soft": "#9da6b5"},
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
+import echo_trt
 from echo_trt.pictures import palette
 from echo_trt.pictures.by_load import accepted_length, drafted, iteration, speedup
 from echo_trt.pictures.page import Figures, Report
@@ -125,6 +127,16 @@ def test_colours_can_be_read_on_light_and_dark_pages():
                 assert contrast(colour, page) >= 3, (colour, page)
             for text in (theme["ink"], theme["soft"], *palette.SOURCE_TEXTS[name].values()):
                 assert contrast(text, page) >= 4.5, (text, page)
+
+
+def test_reports_have_the_live_page_s_colours():
+    css = (Path(echo_trt.__file__).parent / "gateway" / "page" / "style.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    named = {"paper": "page", "card": "card", "line": "line", "ink": "text", "soft": "muted"}
+    for block, theme in ((light, "light"), (dark, "dark")):
+        page = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+        assert {name: page[theirs] for name, theirs in named.items()} == THEMES[theme]
+        assert {source: page[source] for source in SOURCES} == palette.SOURCE_TEXTS[theme]
 
 
 def test_names_without_a_colour_get_one_that_nobody_has():
