@@ -44,6 +44,7 @@ messages = Screen(stderr=True)
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
+Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
 Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
 SpecialTokens = Annotated[
     bool,
@@ -191,17 +192,24 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be given again.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results and summary to this file.")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Answer twice, plain and speculating, and compare.")
+        bool, typer.Option("--compare", help="Answer twice, plain and speculating side by side, and compare.")
     ] = False,
+    color: Annotated[
+        Colours, typer.Option(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR.")
+    ] = Colours.auto,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw the draft tree beside the text, on a terminal.")] = False,
     special_tokens_in_content: SpecialTokens = False,
 ) -> None:
     """Answer prompts with a bundle; text streams as it comes.
+
+    On a terminal a token's colour tells who proposed it, and the last line what the colours mean.
 
     Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
     `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
     """
     from echo_trt.bundle.manifest import read_manifest
     from echo_trt.commands.generate import Job, run
+    from echo_trt.commands.sources import wants_colour
     from echo_trt.files.prompts import Prompt, encodable, read_prompts
     from echo_trt.runtime.params import SamplingParams
 
@@ -225,9 +233,19 @@ def generate(
         **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
-    name = policy.value if policy else None
-    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content)
-    run(job, Screen(), messages)
+    name, out = policy.value if policy else None, _screen(color)
+    look = wants_colour(out, color), watch
+    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
+    run(job, out, messages)
+
+
+def _screen(color: str) -> Console:
+    """Return the console of standard output, with colours even in a file where they are wanted always."""
+    if color == "never":
+        return Screen(no_color=True)
+    if color == "always":
+        return Screen(force_terminal=True, no_color=False, color_system=Screen().color_system or "256")
+    return Screen()
 
 
 @app.command()
@@ -254,6 +272,9 @@ def serve(
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
     special_tokens_in_content: SpecialTokens = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Whether / of the OpenAI API's port shows the live page.")
+    ] = True,
     replicas: Annotated[
         int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
     ] = 0,
@@ -274,6 +295,7 @@ def serve(
             ("--special-tokens-in-content", special_tokens_in_content),
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
+            ("--no-page", not page),
         ):
             if given:
                 raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")
@@ -286,7 +308,7 @@ def serve(
     name = policy.value if policy else None
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins)
+    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins, page)
     raise typer.Exit(run(job))
 
 
@@ -329,14 +351,15 @@ def calibrate(
 ) -> None:
     """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
 
-    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and a
-    picture of both. Use prompts like those that will be served, but none that a benchmark is run on.
+    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and
+    calibration.html, a report of both. Use prompts like those that will be served, but none that a benchmark is run on.
 
     Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
     """
     from echo_trt.calibration.command import Job, run
+    from echo_trt.simulation.foresee import foresee
 
-    run(Job(bundle, prompts, limit, max_tokens, batch), Screen(), messages)
+    run(Job(bundle, prompts, limit, max_tokens, batch, foresee), Screen(), messages)
 
 
 @app.command()
@@ -398,6 +421,7 @@ def simulate(
     tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
     ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
 ) -> None:
     """Replay recorded draft trees under the same policies and another machine's costs.
 
@@ -409,7 +433,7 @@ def simulate(
     sizes = tuple(_numbers("--batch", batch))
     shape = tuple(_numbers("--static", static)) if static else None
     numbers = sizes, words, budget, shape, prompt, tokens
-    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file)
+    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file)
     run(job, Screen(), messages)
 
 

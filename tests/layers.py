@@ -9,6 +9,7 @@ LAYERS = {
     "decoding": "pure",
     "files": "pure",
     "grammar": "pure",
+    "pictures": "pure",
     "simulation": "pure",
     "test_docs.py": "pure",
     "test_layers.py": "pure",

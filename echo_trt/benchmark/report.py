@@ -1,15 +1,14 @@
-"""The results as a terminal table, and as one self-contained HTML file with plots."""
+"""The results as terminal tables, and as one self-contained HTML file with plots."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Collection
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from rich.table import Table
 
-from echo_trt.benchmark.closed_loop import PHASES
-from echo_trt.decoding.policy_names import PLAIN
+from echo_trt.pictures.by_load import accepted_length, drafted, iteration, speedup
+from echo_trt.pictures.page import Figures, Report
 
 COLUMNS = {
     "set": "prompts",
@@ -20,7 +19,7 @@ COLUMNS = {
     "ratio_spread": "spread",
     "pooled_ratio": "all rounds as one",
     "end_to_end_tokens_per_s": "with prompts, tokens/s",
-    "end_to_end_ratio": "to plain",
+    "end_to_end_ratio": "to plain, with prompts",
     "prefill_tokens_per_s": "prefill tokens/s",
     "accepted_length": "accepted length",
     "draft_utilisation": "draft used",
@@ -30,6 +29,28 @@ COLUMNS = {
     "ttft_ms": "first token p50 / p99 ms",
     "same_texts": "same texts",
 }
+KEY_HEADS = tuple(COLUMNS[name] for name in ("set", "batch", "policy"))
+LATENCY_HEADS = tuple(
+    COLUMNS[name]
+    for name in (
+        "inter_token_ms",
+        "time_per_token_ms",
+        "ttft_ms",
+        "prefill_tokens_per_s",
+        "end_to_end_tokens_per_s",
+        "end_to_end_ratio",
+    )
+)
+SPEED_HEADS = tuple(head for head in COLUMNS.values() if head not in LATENCY_HEADS)
+SPEED_WORDS = (
+    "Decoding",
+    "Iterations without prompts. Spread: the slowest and the fastest round. Draft used: the share of verified draft "
+    "tokens that was accepted. Verified: tokens an iteration over all requests.",
+)
+LATENCY_WORDS = (
+    "Latency and whole requests",
+    "Milliseconds, median / 99th percentile. With prompts: all iterations, those that computed prompts included.",
+)
 KEYS = {"set": "prompts", "batch": "batch", "policy": "policy"}
 SPEED = {
     "decode_tokens_per_s": "tokens/s",
@@ -76,13 +97,54 @@ def _table(result: dict[str, Any], figures: dict[str, str], title: str) -> Table
 
 
 def html_report(result: dict[str, Any]) -> bytes:
-    """Render table and plots into one file without scripts or links."""
-    environment = Environment(loader=PackageLoader("echo_trt.benchmark", "."), autoescape=True)
-    template = environment.get_template("report.html.j2")
-    policies = [", ".join(filter(None, (row["policy"], row.get("drafts")))) for row in result["results"]]
-    named = [row | {"policy": policy} for row, policy in zip(result["results"], policies, strict=True)]
-    rows = [[_shown(name, row.get(name)) for name in COLUMNS] for row in named]
-    return template.render(result=result, columns=list(COLUMNS.values()), rows=rows, plots=_plots(result)).encode()
+    """Render plots and tables into one file without scripts or links."""
+    rows = result["results"]
+    pooled = [row for row in rows if row["set"] == "all"]
+    pictures = [speedup(pooled), accepted_length(pooled), drafted(pooled), iteration(pooled)]
+    cells = [[_shown(name, row.get(name)) for name in COLUMNS] for row in _named(rows)]
+    words, keys = frozenset(COLUMNS[name] for name in ("set", "policy")), frozenset((COLUMNS["batch"],))
+    groups = [(row["set"], row["batch"]) for row in rows]
+    whole, alike = Figures("", "", list(COLUMNS.values()), cells, groups, words).without_constants(keys)
+    return Report(
+        f"{result['bundle']} in {result['precision']}: speculation against plain decoding",
+        _lead(result),
+        [picture for picture in pictures if picture],
+        [_part(whole, SPEED_HEADS, *SPEED_WORDS), _part(whole, LATENCY_HEADS, *LATENCY_WORDS)],
+        _facts(result) | {f"{name}, in every row": value for name, value in alike.items() if value != "all"},
+    ).html()
+
+
+def _named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the kind of a peer's drafts to its name."""
+    return [row | {"policy": ", ".join(filter(None, (row["policy"], row.get("drafts"))))} for row in rows]
+
+
+def _lead(result: dict[str, Any]) -> list[str]:
+    apart = sorted({row["batch"] for row in result["results"] if row.get("side_by_side") is False})
+    turns = "Policies ran side by side, a second each in turn"
+    if apart:
+        turns += f"; at batch {', '.join(map(str, apart))} one after another, for want of KV blocks"
+    return [
+        f"Greedy, up to {result['max_tokens']} new tokens a request, every slot kept busy (closed loop). {turns}. "
+        "Ratios are medians over rounds of the same round's plain decoding.",
+    ]
+
+
+def _facts(result: dict[str, Any]) -> dict[str, str]:
+    hinge = result["hinge"]
+    return {
+        "machine": result["machine"],
+        "prompts": ", ".join(f"{count} of {name}" for name, count in result["prompts"].items()),
+        "a pass of the target": f"{1e3 * hinge['t_ar']:.1f} ms up to {hinge['k_max']:.0f} tokens (K_max), then "
+        f"{hinge['gamma']:.1%} more for each token",
+    }
+
+
+def _part(whole: Figures, heads: Collection[str], title: str, sentence: str) -> Figures:
+    """Take the columns of ``heads`` that are left, with those that name the row."""
+    chosen = [at for at, name in enumerate(whole.columns) if name in heads or name in KEY_HEADS]
+    rows = [[row[at] for at in chosen] for row in whole.rows]
+    return Figures(title, sentence, [whole.columns[at] for at in chosen], rows, whole.groups, whole.words)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -95,37 +157,3 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
     return str(value)
-
-
-def _plots(result: dict[str, Any]) -> list[str]:
-    from matplotlib.figure import Figure
-
-    rows = [row for row in result["results"] if row["set"] == "all"]
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    ratio, length, phases = figure.subplots(1, 3)
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        points = [row for row in rows if row["policy"] == policy and row.get("ratio")]
-        batches = [row["batch"] for row in points]
-        ratio.plot(batches, [row["ratio"] for row in points], "o-", label=policy)
-        length.plot(batches, [row.get("accepted_length") or 1 for row in points], "o-", label=policy)
-    ratio.set(title="decode tokens/s, to plain decoding", xlabel="batch", xscale="log")
-    length.set(title="accepted length", xlabel="batch", xscale="log")
-    ratio.legend()
-    _stack(phases, rows)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    return [stream.getvalue()[stream.getvalue().index("<svg") :]]
-
-
-def _stack(axes, rows: list[dict[str, Any]]) -> None:
-    """Plot the milliseconds of an iteration's phases by batch, for plain decoding and goodput."""
-    shown = [row for row in rows if row["policy"] in (PLAIN, "goodput") and "phases_ms" in row]
-    names = [f"{'plain' if row['policy'] == PLAIN else 'goodput'} {row['batch']}" for row in shown]
-    base = [0.0] * len(shown)
-    for phase in PHASES:
-        height = [row["phases_ms"][phase] for row in shown]
-        axes.bar(names, height, bottom=base, label=phase)
-        base = [b + h for b, h in zip(base, height, strict=True)]
-    axes.set(title="an iteration, ms")
-    axes.tick_params(axis="x", rotation=60)
-    axes.legend()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -15,29 +17,37 @@ from echo_trt.bundle.costs import COSTS, CostTable
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.calibration.fit import fit
-from echo_trt.calibration.plots import draw
+from echo_trt.calibration.plots import report
 from echo_trt.calibration.record import record
 from echo_trt.calibration.reliability import reliability
+from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first
+from echo_trt.files.outputs import files_first, write_whole
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.measure import disturbance, measure
 
-PLOT = "calibration.svg"
+REPORT = "calibration.html"
 FEWEST = 8  # prompts; larger: better estimates, and a longer file is asked for
+
+
+Foresee = Callable[[Trees, Calibration, Path], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The command's options: ``prompts`` are files, of which ``limit`` prompts are answered in ``max_tokens``."""
+    """The command's options: ``prompts`` are files, of which ``limit`` prompts are answered in ``max_tokens``.
+
+    foresee  trees, calibration and the file of costs -> rows of policies by load, which the report draws
+    """
 
     bundle: Path
     prompts: list[Path]
     limit: int
     max_tokens: int
     batch: int
+    foresee: Foresee | None = None
 
 
 def run(job: Job, out: Console, messages: Console) -> None:
@@ -77,7 +87,9 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
     )
     write(job.bundle, CALIBRATION, calibration)
     before, after = reliability(trees, shape)
-    draw(job.bundle / PLOT, calibration, costs, before, after)
+    with messages.status("foreseeing what speculation brings by load"):
+        foreseen = job.foresee(trees, calibration, job.bundle / COSTS) if job.foresee else []
+    write_whole(job.bundle / REPORT, report(llm.manifest.name, calibration, costs, before, after, foreseen))
     out.print(gates_table(calibration))
     out.print(
         f"calibration error of P(accept) on the half that was not fitted on: {before.error:.3f} before, "
@@ -85,7 +97,7 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         f"{', '.join(f'{p:.0%}' for p in calibration.lookup)} after matches of 1, 2, ... tokens",
         highlight=False,
     )
-    out.print(f"written to {job.bundle}: {CALIBRATION}, {COSTS}, {PLOT}", highlight=False)
+    out.print(f"written to {job.bundle}: {CALIBRATION}, {COSTS}, {REPORT}", highlight=False)
 
 
 def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
@@ -133,7 +145,7 @@ def gates_table(calibration: Calibration) -> Table:
 
 
 def _check_apart(job: Job) -> None:
-    written = {os.path.realpath(job.bundle / name) for name in (CALIBRATION, COSTS, PLOT)}
+    written = {os.path.realpath(job.bundle / name) for name in (CALIBRATION, COSTS, REPORT)}
     for file in job.prompts:
         if os.path.realpath(file) in written:
             raise UserError(f"--prompts {file} is a file that calibrate writes; keep the prompts in another one.")

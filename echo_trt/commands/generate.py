@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.commands.race import Panes, Side, meaning, race, result_lines, sides_of
+from echo_trt.commands.sources import SourcedText, legend
 from echo_trt.commands.tables import comparison_table, rounding_note
+from echo_trt.commands.watch import Watch
 from echo_trt.decoding.policy_names import BUDGETED, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM, check_lengths
-from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.runtime.params import Delta, SamplingParams
+
+Frame = Callable[[RenderableType], None]
 
 
 @dataclass(frozen=True)
@@ -37,37 +43,15 @@ class Job:
     compare: bool = False
     prompts_file: Path | None = None  # where the prompts were read
     special_tokens_in_content: bool = False
+    coloured: bool = False  # by who proposed a token
+    watch: bool = False
 
 
-@dataclass
-class Run:
-    """What one policy has done with the prompts so far."""
-
-    policy: str
-    seconds: float = 0.0
-    completions: dict[str, Completion] = field(default_factory=dict)
-    verifications: int = 0
-    emitted: int = 0
-
-    def summary(self) -> dict[str, Any]:
-        tokens = sum(len(c.token_ids) for c in self.completions.values())
-        return {
-            "policy": self.policy,
-            "requests": len(self.completions),
-            "tokens": tokens,
-            "seconds": round(self.seconds, 4),
-            "tokens_per_s": round(tokens / self.seconds, 2) if self.seconds else 0.0,
-            "accepted_length": round(self.emitted / self.verifications, 4) if self.verifications else 0.0,
-        }
-
-
-def run(job: Job, out: Console, messages: Console) -> None:
+def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
+    """Run the command. Returns what ``--json`` writes."""
     decoding = read_manifest(job.bundle).recipe.decoding
     name = job.policy or decoding.policy
-    if job.budget is not None and job.budget < 1:
-        raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and name not in BUDGETED:
-        raise UserError(f"--budget is {job.budget}, but {name} shares no budget; give --policy echo, dense or fixed.")
+    _check(job, name, out)
     inputs = [job.prompts_file, *own_files(job.bundle)]
     with output_file("--json", job.json_file, inputs) as write, files_first(out) if job.json_file else nullcontext():
         batch = 1 if job.batch is None and job.compare else job.batch
@@ -88,76 +72,118 @@ def run(job: Job, out: Console, messages: Console) -> None:
         first = llm.chat_ids(job.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
-        write(json_bytes((_compare if job.compare else _answer)(job, llm, policy, out, messages)))
+        result = (_compare if job.compare else _answer)(job, llm, policy, out, messages)
+        write(json_bytes(result))
+    return result
+
+
+def _check(job: Job, policy: str, out: Console) -> None:
+    if job.budget is not None and job.budget < 1:
+        raise UserError(f"--budget is {job.budget}; give 1 or more.")
+    if job.budget and policy not in BUDGETED:
+        raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed.")
+    if job.watch and job.compare:
+        raise UserError("--watch draws one policy's trees, but --compare runs two; leave one of them out.")
+    if job.watch and not out.is_terminal:
+        raise UserError("--watch draws on a terminal, but standard output is none; leave it out, or run it in one.")
 
 
 def _answer(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
-    done = Run(policy)
-    _run_round(llm, job, job.prompts, done, out, messages, header=len(job.prompts) > 1)
-    facts = done.summary()
+    side, params = Side(policy), replace(job.params, token_sources=job.coloured or job.watch)
+    texts = [SourcedText() for _ in job.prompts]
+    single, watch = len(job.prompts) == 1 and not job.watch, None
+    if job.watch:
+        watch = Watch(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
+    progress = Progress(console=messages, transient=True, disable=not messages.is_terminal or single or job.watch)
+    task = progress.add_task(policy, total=len(job.prompts))
+
+    def show(delta: Delta) -> None:
+        text = texts[delta.index].add(delta)
+        if watch:
+            watch.add(delta)
+        if single:
+            out.print(text, end="", highlight=False, soft_wrap=True)
+        if delta.completion:
+            progress.advance(task)
+            if len(job.prompts) > 1 and not job.watch:
+                _print_answer(job.prompts[delta.index].id, texts[delta.index], out)
+
+    ids = [prompt.id for prompt in job.prompts]
+    with watch or progress:
+        side.begin(llm, ids, [llm.chat_ids(p.text) for p in job.prompts], params)
+        side.run(math.inf, show)
+    if single:
+        out.print()
+    for prompt, text in zip(job.prompts, texts, strict=True):
+        if job.watch:  # the picture is gone
+            _print_answer(prompt.id if len(texts) > 1 else "", text, out)
+    if job.coloured:
+        out.print(legend(side.counts), highlight=False, soft_wrap=True)
+    facts = side.summary()
     messages.print(
         f"{policy}: {facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_s']:.1f} tokens/s, "
         f"accepted length {facts['accepted_length']:.2f}",
         highlight=False,
     )
-    return {"results": _results(job, done), "summary": facts}
+    return {"results": _results(job, side), "summary": facts}
+
+
+def _print_answer(name: str, text: SourcedText, out: Console) -> None:
+    if name:
+        out.print(name, style="bold", highlight=False)
+    out.print(text.styled(), highlight=False, soft_wrap=True)
 
 
 def _compare(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
-    """Rounds of as many prompts as run at once, each policy in turn, so that both see the machine in the same state."""
-    runs = [Run(PLAIN), Run(policy if policy != PLAIN else "goodput")]
-    size = llm.loop.state.count
-    for begin in range(0, len(job.prompts), size):
-        part = job.prompts[begin : begin + size]
-        for each in runs:
-            llm.set_policy(each.policy, job.budget)
-            if len(part) == 1:
-                out.print(f"\n{each.policy} answers {part[0].id}", style="bold", highlight=False)
-            _run_round(llm, job, part, each, out, messages, header=len(part) > 1)
-    plain = runs[0]
-    rows = []
-    for each in runs:
-        pairs = [(p, plain.completions[p.id].token_ids, each.completions[p.id].token_ids) for p in job.prompts]
-        apart = [(p, first, second) for p, first, second in pairs if first != second]
-        gaps = {p.id: round(llm.gap(llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
-        rows.append({**each.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps})
+    """Answer everything twice, side by side, in rounds of as many prompts as run at once."""
+    rows, sides = compare(job, llm, policy, out)
+    plain, other = rows
+    if len(job.prompts) == 1:
+        for side in sides[: 2 - other["identical"]]:  # once, where both wrote the same
+            out.print(side.completions[job.prompts[0].id].text, highlight=False, soft_wrap=True)
     out.print()
-    out.print(comparison_table(rows, rows[0]))
-    if rows[1]["logit_gaps"]:
-        out.print(rounding_note(rows[1]["logit_gaps"], computes_in(llm.manifest)), highlight=False)
-    ratio = rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"]
-    return {"results": _results(job, runs[1]), "summary": {**rows[1], "ratio": round(ratio, 4)}, "plain": rows[0]}
+    out.print(comparison_table(rows, plain))
+    out.print(meaning(plain, other), highlight=False)
+    if other["logit_gaps"]:
+        out.print(rounding_note(other["logit_gaps"], computes_in(llm.manifest)), highlight=False)
+    ratio = other["tokens_per_s"] / plain["tokens_per_s"]
+    return {"results": _results(job, sides[1]), "summary": {**other, "ratio": round(ratio, 4)}, "plain": plain}
 
 
-def _run_round(
-    llm: LLM, job: Job, prompts: list[Prompt], done: Run, out: Console, messages: Console, header: bool
-) -> None:
-    """Answer ``prompts`` once. A single text streams; of several, each is printed when it is whole."""
-    before = llm.counters.verifications, llm.counters.emitted_tokens
-    start = time.perf_counter()
-    with Progress(console=messages, transient=True, disable=not messages.is_terminal or len(prompts) == 1) as progress:
-        task = progress.add_task(done.policy, total=len(prompts))
-        for delta in llm.stream([llm.chat_ids(p.text) for p in prompts], job.params):
-            if len(prompts) == 1:
-                out.print(delta.text, end="", highlight=False, soft_wrap=True)
-            if delta.completion:
-                prompt = prompts[delta.index]
-                done.completions[prompt.id] = delta.completion
-                progress.advance(task)
-                if header and not job.compare:
-                    out.print(prompt.id, style="bold", highlight=False)
-                    out.print(delta.completion.text, highlight=False, soft_wrap=True)
-    done.seconds += time.perf_counter() - start
-    done.verifications += llm.counters.verifications - before[0]
-    done.emitted += llm.counters.emitted_tokens - before[1]
-    if len(prompts) == 1:
-        out.print()
+def compare(
+    job: Job, llm: LLM, policy: str, out: Console, lines: bool = True, frame: Frame = lambda picture: None
+) -> tuple[list[dict[str, Any]], list[Side]]:
+    """Race plain decoding against ``policy``, of plain decoding goodput. Returns a row a side, and the sides.
+
+    lines  whether two lines a prompt are printed
+    frame  gets every picture that is drawn
+    """
+    policies = PLAIN, policy if policy != PLAIN else "goodput"
+    prompts = [llm.chat_ids(prompt.text) for prompt in job.prompts]
+    sides = sides_of(llm, policies, prompts, job.params.max_tokens, job.budget)
+    params, size = replace(job.params, token_sources=True), llm.loop.state.count
+    for begin in range(0, len(prompts), size):
+        ids = [prompt.id for prompt in job.prompts[begin : begin + size]]
+        with Panes(out, sides, job.coloured, frame) as panes:
+            race(llm, sides, ids, prompts[begin : begin + size], params, panes.show, job.budget)
+        for name in ids if lines else ():
+            for line in result_lines(name, sides, out):
+                out.print(line, highlight=False, soft_wrap=True)
+    return [_row(llm, job, sides[0], side) for side in sides], sides
 
 
-def _results(job: Job, done: Run) -> list[dict[str, Any]]:
+def _row(llm: LLM, job: Job, plain: Side, side: Side) -> dict[str, Any]:
+    """Make a side's row: its summary, texts equal to plain decoding's, and where others part, by how much."""
+    pairs = [(p, plain.completions[p.id].token_ids, side.completions[p.id].token_ids) for p in job.prompts]
+    apart = [(p, first, second) for p, first, second in pairs if first != second]
+    gaps = {p.id: round(llm.gap(llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
+    return {**side.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps}
+
+
+def _results(job: Job, side: Side) -> list[dict[str, Any]]:
     rows = []
     for prompt in job.prompts:
-        c = done.completions[prompt.id]
+        c = side.completions[prompt.id]
         rows.append(
             {
                 "id": prompt.id,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -85,18 +86,28 @@ class Plan:
     probability  float64 [n], estimated chance that a node is accepted (1.0 for roots)
     candidates   all nodes that were considered, of which ``tree`` is a subset; kept for metrics
     padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
+    nodes        int64 [n], the nodes of ``tree`` in ``candidates``
+    chances      float64 [len(candidates)], the same estimate of every candidate
+    rung         tokens that verifications may have, as this iteration's load decides; 0: the planner's budget
+    gates        depth -> threshold that a path's probability must pass to be drafted deeper
+
+    The last four are for those who look on (``runtime.watch``); no text and no speed depends on them.
     """
 
     tree: SuperTree
     probability: np.ndarray
     candidates: SuperTree
     padded_to: int = 0
+    nodes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    chances: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    rung: int = 0
+    gates: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def undrafted(cls, roots: np.ndarray) -> Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
-        tree = SuperTree.from_roots(roots)
-        return cls(tree, np.ones(len(roots)), tree)
+        tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
+        return cls(tree, sure, tree, 0, np.arange(len(roots)), sure)
 
 
 @dataclass(frozen=True)

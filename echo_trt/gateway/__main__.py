@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
+from starlette.applications import Starlette
 
 from echo_trt.errors import UserError
 from echo_trt.gateway.app import LARGEST_BODY, create_app
@@ -32,15 +34,16 @@ def run(
     metrics_url: Annotated[
         str | None, typer.Option(help="URL of Triton's metrics, to give the engine's at /metrics too.")
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Whether / shows the live page.")] = True,
     largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
     drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
 ) -> None:
     """Serve OpenAI's API from a Triton server that holds an echo model."""
     names, origins = served_model_name or [], allowed_origins or []
-    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url)
+    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url, page)
     most = most_connections()
     protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=host,
         port=port,
@@ -52,6 +55,18 @@ def run(
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,
     )
+    Server(config).run()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which sends those who look on away before it waits for open answers."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.loaded_app
+        while not isinstance(app, Starlette):  # uvicorn's own layers
+            app = app.app
+        app.state.live.leave()
+        await super().shutdown(sockets)
 
 
 def main() -> None:

@@ -48,6 +48,22 @@ class Usage:
 
 
 @dataclass
+class Details:
+    """What is told of tokens: log-probabilities, and who proposed them. True where there is any."""
+
+    logprobs: list[Entry] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.logprobs or self.sources)
+
+    def add(self, piece: Piece) -> None:
+        """Take over what a piece brings."""
+        self.logprobs += piece.logprobs
+        self.sources += piece.sources
+
+
+@dataclass
 class Answer:
     """One HTTP request's answer, of ``choices`` texts, n of them a prompt.
 
@@ -62,6 +78,7 @@ class Answer:
     wants_usage: bool = False
     wants_running_usage: bool = False  # in every chunk, of its choice so far
     wants_logprobs: bool = False
+    wants_sources: bool = False  # who proposed the tokens
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
 
@@ -73,23 +90,23 @@ class Answer:
         """The body of an answer that is not streamed, once all choices have ended."""
         messages = [Message() for _ in range(self.choices)]
         reasons, usage = [""] * self.choices, Usage(self.n)
-        logprobs: list[list[Entry]] = [[] for _ in range(self.choices)]
+        details = [Details() for _ in range(self.choices)]
         async for choice, piece in pieces:
             for delta in self._deltas(choice, piece):
                 messages[choice].add(delta)
-            logprobs[choice] += piece.logprobs
+            details[choice].add(piece)
             if piece.finish_reason:
                 reasons[choice] = self._end(choice, piece, usage)
         self._count(usage)
         kind = "chat.completion" if self.chat else "text_completion"
-        said = zip(messages, reasons, logprobs, strict=True)
+        said = zip(messages, reasons, details, strict=True)
         choices = [self._choice(index, *each) for index, each in enumerate(said)]
         return self._head(kind) | {"choices": choices, "usage": usage.body()}
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[str]:
         """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
         usage = Usage(self.n)
-        waiting: list[list[Entry]] = [[] for _ in range(self.choices)]  # logprobs whose text is not certain yet
+        waiting = [Details() for _ in range(self.choices)]  # of tokens whose text is not certain yet
         try:
             if self.chat:
                 prompt = first[1].prompt_tokens  # all choices of a chat have one prompt
@@ -97,17 +114,18 @@ class Answer:
                     yield self._chunk([_delta(index, {"role": "assistant", "content": ""})], prompt, 0)
             async for choice, piece in chained(first, pieces):
                 counts = piece.prompt_tokens, piece.completion_tokens
-                deltas, waiting[choice] = self._deltas(choice, piece), waiting[choice] + piece.logprobs
+                deltas = self._deltas(choice, piece)
+                waiting[choice].add(piece)
                 reason = self._end(choice, piece, usage) if piece.finish_reason else None
                 if not self.chat:
                     yield self._chunk([self._new_text(choice, piece)], *counts)
                     continue
                 for delta in deltas:
-                    logprobs, waiting[choice] = self._logprobs(waiting[choice]), []
-                    yield self._chunk([_delta(choice, delta) | {"logprobs": logprobs}], *counts)
+                    told, waiting[choice] = self._detailed(waiting[choice]), Details()
+                    yield self._chunk([_delta(choice, delta) | told], *counts)
                 if reason:
-                    left = self._logprobs(waiting[choice]) if waiting[choice] else None
-                    yield self._chunk([_delta(choice, {}, reason) | {"logprobs": left}], *counts)
+                    told = self._detailed(waiting[choice]) if waiting[choice] else {}
+                    yield self._chunk([_delta(choice, {}, reason) | told], *counts)
             if self.wants_usage:
                 yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": usage.body()})
             yield "data: [DONE]\n\n"
@@ -143,17 +161,20 @@ class Answer:
         return _event(chunk)
 
     def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
-        logprobs = self._logprobs(piece.logprobs)
-        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+        told = self._detailed(Details(piece.logprobs, piece.sources))
+        return {"index": index, "text": piece.text, **told, "finish_reason": piece.finish_reason}
 
-    def _choice(self, index: int, message: Message, reason: str, logprobs: list[Entry]) -> dict[str, Any]:
+    def _choice(self, index: int, message: Message, reason: str, details: Details) -> dict[str, Any]:
         said = {"message": message.body()} if self.chat else {"text": message.content}
-        return {"index": index, **said, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
+        return {"index": index, **said, **self._detailed(details), "finish_reason": reason}
 
-    def _logprobs(self, entries: list[Entry]) -> dict[str, Any] | None:
-        if not self.wants_logprobs:
-            return None
-        return for_chat(entries) if self.chat else for_completion(entries)
+    def _detailed(self, details: Details) -> dict[str, Any]:
+        """Return the fields of a choice that tell of its tokens: ``logprobs``, and where asked ``token_sources``."""
+        logprobs: dict[str, Any] | None = None
+        if self.wants_logprobs:
+            logprobs = for_chat(details.logprobs) if self.chat else for_completion(details.logprobs)
+        sources = {"token_sources": details.sources} if self.wants_sources else {}
+        return {"logprobs": logprobs, **sources}
 
     def _count(self, usage: Usage) -> None:
         self.metrics.prompt_tokens.inc(usage.prompt)

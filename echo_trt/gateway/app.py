@@ -22,15 +22,17 @@ from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.chats import chat_for
 from echo_trt.gateway.choices import ClientGone, merged
 from echo_trt.gateway.cors import Cors
-from echo_trt.gateway.edge import Edge
+from echo_trt.gateway.edge import OPEN, Edge
 from echo_trt.gateway.engine_metrics import EngineMetrics
 from echo_trt.gateway.errors import ApiError, log
 from echo_trt.gateway.facts import Facts
 from echo_trt.gateway.keys import Keys
+from echo_trt.gateway.live import Live, show_about, show_live
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.names import Names
 from echo_trt.gateway.openapi import show_openapi
 from echo_trt.gateway.options import checked_names, checked_origins
+from echo_trt.gateway.page_files import PageFiles
 from echo_trt.gateway.responses.answer import Response as ResponsesAnswer
 from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
@@ -55,18 +57,21 @@ def create_app(
     names: Sequence[str] = (),
     origins: Sequence[str] = (),
     metrics_url: str | None = None,
+    page: bool = True,
 ) -> Starlette:
     """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
 
     ``names`` are those that clients may call the model by; none: ``model`` alone. ``origins`` are those of web pages
-    that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. Raises UserError for a keys file that
-    holds no usable key, an odd name, origin or URL.
+    that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. ``page``: whether / is the live page.
+    Raises UserError for a keys file that holds no usable key, an odd name, origin or URL.
     """
     keys = Keys(api_keys_file) if api_keys_file else None
     metrics = Metrics(engine=metrics_url is not None)
     engine_metrics = EngineMetrics(metrics_url) if metrics_url is not None else None
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
-    layers.append(Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics))
+    shown = PageFiles() if page else None
+    without_key = OPEN + tuple(shown.files if shown else ())
+    layers.append(Middleware(Edge, keys=keys, largest_body=largest_body, metrics=metrics, without_key=without_key))
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
         ApiError: _ours,
@@ -79,7 +84,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.upstream, app.state.bodies = Upstream(grpc_url, model, metrics), Bodies(largest_body)
+        app.state.live = Live(app.state.upstream)
         yield
+        await app.state.live.close()
         await app.state.upstream.close()
 
     app = Starlette(
@@ -96,6 +103,8 @@ def create_app(
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/openapi.json", show_openapi),
             Route("/metrics", show_metrics),
+            *([Route(path, shown.show, include_in_schema=False) for path in shown.files] if shown else []),
+            *([Route("/live", show_live), Route("/live/about", show_about)] if shown else []),
         ],
         middleware=layers,
         exception_handlers=handlers,
@@ -104,6 +113,7 @@ def create_app(
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
     app.state.metrics, app.state.engine_metrics, app.state.created = metrics, engine_metrics, int(time.time())
     app.state.names = checked_names(names or [model])
+    app.state.page_build = shown.build if shown else ""
     return app
 
 
@@ -175,6 +185,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         wants_usage=asked.wants_usage,
         wants_running_usage=asked.wants_running_usage,
         wants_logprobs=asked.alternatives is not None,
+        wants_sources=asked.token_sources,
     )
     if not asked.stream:
         return JSONResponse(await answer.whole(pieces))
@@ -212,6 +223,8 @@ def _params(asked: ChatRequest | CompletionRequest, facts: Facts, seed: int) -> 
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
         "prompt_logprobs": asked.alternatives if echoes else None,
+        "token_sources": asked.token_sources or None,
+        "speculate": None if asked.speculate else False,
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echo_trt.gateway.errors import ApiError
@@ -10,14 +12,23 @@ from echo_trt.gateway.metrics import Metrics
 
 #: Paths for machines that watch over us, without a key.
 OPEN = ("/health", "/ping", "/metrics", "/version")
-ASKED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+ASKED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/live")
 COUNTED = (*OPEN, *ASKED)  # others are "other": no endless labels
 
 
 class Edge:
     """Around the application: keys and body sizes are looked at before anything is read; every answer is counted."""
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, largest_body: int, metrics: Metrics):
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys | None,
+        largest_body: int,
+        metrics: Metrics,
+        without_key: Container[str] = OPEN,
+    ):
+        """``without_key``: paths that everyone may ask for."""
+        self._without_key = without_key
         self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +65,7 @@ class Edge:
         if b"content-length" in headers and b"transfer-encoding" in headers:
             message = "The request has both Content-Length and Transfer-Encoding; send one."
             raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
-        if self.keys and path not in OPEN and not self.keys.allow(headers.get(b"authorization", b"")):
+        if self.keys and path not in self._without_key and not self.keys.allow(headers.get(b"authorization", b"")):
             message = "A valid API key is needed, as in Authorization: Bearer KEY."
             raise ApiError(401, message, "authentication_error", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")

@@ -22,8 +22,18 @@ BODIES = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-READ = ("/v1/models", "/v1/models/{name}", "/health", "/ping", "/version", "/metrics", "/openapi.json")
-STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+READ = (
+    "/v1/models",
+    "/v1/models/{name}",
+    "/health",
+    "/ping",
+    "/version",
+    "/metrics",
+    "/openapi.json",
+    "/live",
+    "/live/about",
+)
+STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/live")
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
 #: Fields that are taken in more shapes than they are kept in.
 WIDER: dict[tuple[str, str], dict[str, Any]] = {

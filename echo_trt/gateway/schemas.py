@@ -96,6 +96,8 @@ class Params(Strict):
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     ignore_eos: bool = off("ignore_eos")
+    token_sources: bool = off("token_sources")
+    speculate: bool = off("speculate")
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 

@@ -51,6 +51,7 @@ class Piece:
     completion_tokens: int = 0  # up to the end of this piece
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # of the tokens of the text
     token_ids: list[int] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)  # who proposed the tokens of the text, where asked for
     in_thought: bool = False  # of the first one: whether the prompt has opened a thought
 
 
@@ -90,6 +91,13 @@ class Upstream:
         result = await self._single({"input_ids": token_ids, "tokenize": True}, names)
         text: bytes = _value(result, "text_output", b"")
         return text.decode("utf-8", "replace")
+
+    async def snapshots(self) -> AsyncGenerator[str]:
+        """Snapshots as the engine makes them, for some seconds; close it and it makes none. Raises ApiError."""
+        async with aclosing(self._results({"watch": True})) as results:
+            async for result in results:
+                if text := _value(result, "snapshot", b"").decode():
+                    yield text
 
     async def _single(self, inputs: Mapping[str, Any], names: Names | None = None) -> InferResult:
         """The one response to a question that the engine's loop does not see. Raises ApiError."""
@@ -226,7 +234,7 @@ def _piece(result: InferResult, before: int) -> Piece:
         if not tokens:
             raise from_grpc("DEADLINE_EXCEEDED", "")
         reason = "length"  # OpenAI's word for a text that was cut short
-    logprobs = json.loads(_value(result, "logprobs", b"[]"))
+    logprobs, sources = (json.loads(_value(result, name, b"[]")) for name in ("logprobs", "token_sources"))
     prompt, cached = (int(_value(result, name, 0)) for name in ("prompt_tokens", "cached_tokens"))
     in_thought = bool(_value(result, "in_thought", False))
-    return Piece(text, reason, prompt, cached, tokens, logprobs, ids, in_thought)
+    return Piece(text, reason, prompt, cached, tokens, logprobs, ids, sources, in_thought)

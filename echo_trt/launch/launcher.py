@@ -52,6 +52,7 @@ class Job:
     special_tokens_in_content: bool = False
     served_model_names: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    page: bool = True
 
     @property
     def reached_at(self) -> str:
@@ -186,6 +187,7 @@ class Gateway(Supervised):
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]
         words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
+        words += [] if job.page else ["--no-page"]
         return Process("gateway", [sys.executable, "-m", "echo_trt.gateway", *words], dict(os.environ), self._log)
 
     def _ready(self) -> bool:
@@ -237,6 +239,7 @@ class Launcher:
             f"metrics  http://{job.host}:{job.metrics_port}/metrics",
         ]
         lines += [f"OpenAI   http://{job.host}:{job.openai_port}/v1"] if job.openai_port else []
+        lines += [f"page     http://{job.host}:{job.openai_port}/"] if job.openai_port and job.page else []
         self._log.say("\n".join(["serving", *lines]))
 
     def _drain(self) -> int:

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import Completion, TokenLogprobs
+from echo_trt.runtime.params import Completion, TokenLogprobs, TokenSource
 from echo_trt.runtime.text import TextStream
 
 
 @dataclass(frozen=True)
 class Said:
-    """What became certain: text, tokens, and where asked for their logprobs, an entry each.
+    """What became certain: text, tokens, and where asked for their logprobs and sources, an entry each.
 
-    ``offsets``, where logprobs are asked for: where the text of each next token begins, for those whose text has come.
+    ``offsets``, where either is asked for: where the text of each next token begins, for those whose text has come.
     """
 
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs] = ()
     offsets: Sequence[int] = ()
+    sources: Sequence[TokenSource] = ()
 
 
 class Answer:
@@ -45,16 +46,16 @@ class Answer:
         end = self.told + used
         if stream.stopped:
             loop.cancel(request)
-            del request.generated[end:], request.logprobs[end:]
+            del request.generated[end:], request.logprobs[end:], request.sources[end:]
             request.finish_reason = "stop"
         if request.finish_reason:
             piece += stream.finish()
             if stream.stopped:  # a character that only the end made certain completed a stop string
                 request.finish_reason = "stop"
         begin, self.told = self.told, end
-        if request.params.logprobs is None:
+        if request.params.logprobs is None and not request.params.token_sources:
             return Said(piece, tokens[:used])
-        return Said(piece, tokens[:used], request.logprobs[begin:end], stream.settle())
+        return Said(piece, tokens[:used], request.logprobs[begin:end], stream.settle(), request.sources[begin:end])
 
     def completion(self) -> Completion:
         request = self.request
@@ -69,4 +70,5 @@ class Answer:
             len(request.prompt),
             logprobs,
             prompt_logprobs,
+            request.sources if request.params.token_sources else None,
         )

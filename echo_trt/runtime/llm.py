@@ -21,7 +21,16 @@ from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
 from echo_trt.runtime.loop import Loop, Request
-from echo_trt.runtime.params import MOST_AT_ONCE, Completion, Counters, Delta, SamplingParams, TokenLogprobs
+from echo_trt.runtime.params import (
+    MOST_AT_ONCE,
+    TOKEN_SOURCES,
+    Completion,
+    Counters,
+    Delta,
+    SamplingParams,
+    TokenLogprobs,
+    TokenSource,
+)
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
@@ -133,15 +142,18 @@ class LLM:
         """
         return _completions(self.stream_chat(conversations, params, tools, chat_template_kwargs))
 
-    def stream(self, prompts: Sequence[TextOrIds], params: Params = None) -> Iterator[Delta]:
-        """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion."""
+    def stream(self, prompts: Sequence[TextOrIds], params: Params = None, loop: Loop | None = None) -> Iterator[Delta]:
+        """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
+
+        ``loop``: one of ``side_by_side``, to run in instead of the LLM's own.
+        """
         if isinstance(prompts, str):
             raise UserError("prompts is a string; give a list of prompts, if only of one.")
         ids = [
             self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
             for index, prompt in enumerate(prompts)
         ]
-        return self._deltas("prompts", ids, params)
+        return self._deltas("prompts", ids, params, loop)
 
     def stream_chat(
         self,
@@ -159,35 +171,39 @@ class LLM:
         ]
         return self._deltas("conversations", ids, params)
 
-    def _deltas(self, name: str, prompts: Sequence[Sequence[int]], params: Params) -> Iterator[Delta]:
+    def _deltas(
+        self, name: str, prompts: Sequence[Sequence[int]], params: Params, loop: Loop | None = None
+    ) -> Iterator[Delta]:
         """Run prompts of token ids; a refusal names the argument that they came in."""
+        loop = loop or self.loop
         all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
         if len(all_params) != len(prompts):
             one = name.removesuffix("s")
             raise UserError(
                 f"params has {len(all_params)} entries for {len(prompts)} {name}; give one, or one a {one}."
             )
-        if self.loop.busy:
+        if loop.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
         answers: dict[Request, Answer] = {}
         try:
             for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
                     request = self.request(index, ids, prompt_params)
-                    self.loop.add(request)
+                    loop.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
             while answers:
-                for request, tokens in self.loop.step():
-                    piece = answers[request].take(self.loop, tokens).text
+                for request, tokens in loop.step():
+                    said = answers[request].take(loop, tokens)
+                    told = (said.sources, said.offsets) if request.params.token_sources else ((), ())
                     if request.finish_reason:
-                        yield Delta(request.id, piece, answers.pop(request).completion())
-                    elif piece:
-                        yield Delta(request.id, piece)
+                        yield Delta(request.id, said.text, answers.pop(request).completion(), *told)
+                    elif said.text or said.sources:
+                        yield Delta(request.id, said.text, None, *told)
         finally:  # an abandoned stream leaves nothing behind
             for request in answers:
-                self.loop.cancel(request)
+                loop.cancel(request)
 
     def gap(self, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
         """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
@@ -209,7 +225,7 @@ class LLM:
     def request(self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> Request:
         """A request for the loop; token ids that the target does not have are refused.
 
-        ``said``: tokens of its answer that it goes on behind. Their log-probabilities are not known here.
+        ``said``: tokens of its answer that it goes on behind. Their log-probabilities and sources are not known here.
         """
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
@@ -218,10 +234,11 @@ class LLM:
             )
         prompt, generated = self.checked(ids), self.checked(said).tolist()
         logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
+        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
         grammar = self._grammar(prompt, params)
         for token in generated if grammar else ():
             grammar = grammar.after(token) if grammar else None
-        return Request(id, prompt, params, generated, logprobs, grammar=grammar)
+        return Request(id, prompt, params, generated, logprobs, sources, grammar=grammar)
 
     def _grammar(self, prompt: np.ndarray, params: SamplingParams) -> State | None:
         """What may follow the prompt; None: anything."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,15 +17,18 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.goodput.acceptance import HEAD, LOOKUP
 from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.grammar.state import State
 from echo_trt.runtime.drafters import Drafter, TimedDraft
-from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs
+from echo_trt.runtime.lookup import LookupDrafter
+from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs, TokenSource
 from echo_trt.runtime.slots import Slots, blocks_for
 from echo_trt.runtime.verified import Verified, token_logprobs
+from echo_trt.runtime.watch import Seen
 
 
 @dataclass(eq=False)
@@ -33,8 +36,8 @@ class Request:
     """A request from its arrival to its end.
 
     ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
-    ``logprobs`` has an entry for each token that was emitted, where the request asks for them. ``cached_tokens`` of the
-    prompt were in the prefix cache when it first came to a place.
+    ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
+    ``cached_tokens`` of the prompt were in the prefix cache when it first came to a place.
     """
 
     id: int
@@ -42,6 +45,7 @@ class Request:
     params: SamplingParams
     generated: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    sources: list[TokenSource] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
     verifications: int = 0
     drafted: int = 0
@@ -110,6 +114,7 @@ class Loop:
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
         self.admissions = 0
+        self.watch: Callable[[Seen], None] | None = None  # told of every iteration, on this thread; None: nobody looks
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -155,6 +160,11 @@ class Loop:
         requests = [*running, *self.waiting]
         self.waiting.clear()
         return requests
+
+    @property
+    def proposer(self) -> int:
+        """The source of nodes that name the draft alone (``acceptance``): HEAD, or LOOKUP where the draft copies."""
+        return LOOKUP if isinstance(self.drafter, LookupDrafter) else HEAD
 
     @property
     def running(self) -> int:
@@ -224,7 +234,9 @@ class Loop:
         if len(slots) + len(chunks.slots) == 0:
             return NOTHING
         begin = time.perf_counter()
-        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter else None
+        ids = [self._request_in[slot].id for slot in slots] if self.watch is not None else []
+        plain = len(slots) > 0 and not self.state.speculate[slots].any()  # nobody wants drafts: no planner learns of it
+        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and not plain else None
         load = self._load(slots, len(chunks.owner), draft is not None and draft.looks_ahead)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
@@ -235,7 +247,11 @@ class Loop:
         seconds, path = time.perf_counter() - begin, path[path < len(plan.tree)]
         passes, levels, drafting = (tuple(draft.passes), draft.levels, draft.seconds) if draft else ((), 0, 0.0)
         host = seconds - planning - drafting - target.seconds
-        self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
+        iteration = Iteration(plan, load, path, target, passes, levels, planning, seconds, host)
+        if not plain:
+            self.planner.observe(iteration)
+        if self.watch is not None:
+            self.watch(Seen(iteration, ids, drafting, int(emission.counts.sum()), time.time()))
         return emission
 
     def _hold_for_decoding(self) -> np.ndarray:
@@ -267,6 +283,7 @@ class Loop:
     def _load(self, slots: np.ndarray, prompt_tokens: int, looks_ahead: bool) -> Load:
         state = self.state
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
+        room[~state.speculate[slots]] = 0
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
         context, recent = int(state.committed[slots].sum()), state.recent(slots, RECENT)
@@ -319,7 +336,8 @@ class Loop:
         begin = time.perf_counter()
         outputs = self.target.run(call)
         last = state.tokens[finishing, state.length[finishing] - 1]
-        verified = Verified(tree.with_roots(last), emitting_slots, len(slots), outputs, call, state)
+        whole, proposer = tree.with_roots(last), self.proposer
+        verified = Verified(whole, emitting_slots, len(slots), outputs, call, state, plan.probability, proposer)
         verified.wait()
         seconds = time.perf_counter() - begin
         self.counters.add_seconds("verify", seconds)
@@ -371,7 +389,7 @@ class Loop:
         state, slots = self.state, verified.slots
         if len(slots) == 0:
             return NOTHING
-        logprobs = verified.logprobs(path, emitted)
+        logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
         kept, stopped, full = state.append(slots, counts, emitted)
         state.verifications[slots] += 1
         self.counters.verifications += len(slots)
@@ -383,6 +401,8 @@ class Loop:
         emission = Emission(self._request_in[slots], emitted, kept)
         for i, entries in logprobs:
             emission.requests[i].logprobs += entries[: kept[i]]
+        for i, proposed in sources:
+            emission.requests[i].sources += proposed[: kept[i]]
         verified.follow(emission.counts, emission.tokens)
         for i in (stopped | full).nonzero()[0]:
             request = emission.requests[i]

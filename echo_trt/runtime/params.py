@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -49,6 +49,9 @@ class SamplingParams:
 
     ``logprobs`` asks for the log-probability of every emitted token and of this number of best tokens at its place;
     None is off. They are the log-softmax of the target's own logits, before all of these and temperature.
+
+    ``token_sources`` asks who proposed each emitted token (``TokenSource``). Without ``speculate`` nothing is drafted
+    for the request, whatever the policy; its text is the same, as far as a policy cannot change it.
     """
 
     max_tokens: int = parameter(256, "new tokens at most", "a whole number from 1 to 2^31 - 1", low=1)
@@ -144,6 +147,10 @@ class SamplingParams:
     thinking_token_budget: int | None = parameter(
         None, "tokens of a reasoning model's thought before it is ended", "a whole number from 0 to 2^31 - 1", kind=int
     )
+    token_sources: bool = parameter(
+        False, "tells for each token of the answer who proposed it, and how likely it seemed", "True or False"
+    )
+    speculate: bool = parameter(True, "false: the request decodes plainly, one token a pass", "True or False")
 
     def __post_init__(self) -> None:
         for name, known in PARAMETERS.items():
@@ -174,6 +181,9 @@ class SamplingParams:
 
 
 PARAMETERS: dict[str, Parameter] = {entry.name: entry.metadata["parameter"] for entry in fields(SamplingParams)}
+#: Who can propose a token: nobody before the target; the draft network (a head, a block drafter or a small model); text
+#: copied from the request itself; both of these; the table of n-grams; a grammar, which allows nothing else.
+TOKEN_SOURCES = ("target", "head", "lookup", "both", "ngram", "grammar")
 #: Penalties by name, and the value at which one is off.
 PENALTIES: dict[str, float] = {
     name: PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -192,12 +202,27 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """Who proposed an emitted token.
+
+    source       one of ``TOKEN_SOURCES``
+    probability  the planner's estimate, before the verification, that the token is accepted behind its parent;
+                 None for the target's own
+    """
+
+    token: int
+    source: str
+    probability: float | None = None
+
+
 @dataclass
 class Completion:
     """A finished request. ``accepted_length`` is tokens emitted per verification, 1.0 without speculation.
 
     finish_reason: "stop" (end of text, a stop token or string) or "length". ``logprobs`` has an entry for each of the
     ``token_ids``, None unless asked for; ``prompt_logprobs`` has one for each token of the prompt but the first.
+    ``token_sources`` has an entry for each of the ``token_ids``, None unless asked for.
     """
 
     text: str
@@ -207,15 +232,22 @@ class Completion:
     prompt_tokens: int
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    token_sources: list[TokenSource] | None = None
 
 
 @dataclass
 class Delta:
-    """New text of the prompt at ``index``; ``completion`` comes with its last one."""
+    """New text of the prompt at ``index``; ``completion`` comes with its last one.
+
+    Where ``token_sources`` are asked for: ``sources`` of the new tokens, and ``begins``, the places in the whole text
+    where the text of each next token begins, for tokens whose text has come.
+    """
 
     index: int
     text: str
     completion: Completion | None = None
+    sources: Sequence[TokenSource] = ()
+    begins: Sequence[int] = ()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache
 
+SWITCHES = ("token_sources", "speculate")  # parameters that are True or False
 NEVER = 2**62  # blocks that the cache must have gained before a slot looks for its text again
 
 Tokens = TypeVar("Tokens", int, np.ndarray)
@@ -60,6 +61,8 @@ class Slots:
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
         self.prompt_logprobs = ints(count) - 1  # the same of the prompt's tokens
         self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
+        self.token_sources = np.zeros(count, bool)  # whether the request asks who proposed its tokens
+        self.speculate = np.ones(count, bool)  # false: nothing is drafted for it
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.limited = np.zeros(count, bool)  # whether a draw is among some tokens only
         self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
@@ -188,7 +191,7 @@ class Slots:
 
     def set_params(self, slot: int, params: SamplingParams) -> None:
         """Set how a slot's tokens are chosen."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", *PENALTIES):
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", *SWITCHES, *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs

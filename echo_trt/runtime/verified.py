@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.goodput.acceptance import HEAD
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.sampling.choice import Choice, choose
 from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.decoding.sampling.penalties import tokens_above
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
-from echo_trt.runtime.params import TokenLogprobs
+from echo_trt.runtime.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
 from echo_trt.runtime.slots import Slots
 
 NO_ROWS = np.zeros(0, np.int64)
@@ -27,8 +28,10 @@ NO_ROWS = np.zeros(0, np.int64)
 class Verified:
     """A verified tree with the target's outputs.
 
-    decoding  number of decoding requests; they come first. Finished prompts follow, with a root alone
-    slots     int64 [B]
+    decoding     number of decoding requests; they come first. Finished prompts follow, with a root alone
+    slots        int64 [B]
+    probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
+    proposer     who proposed nodes that name no other source than the draft (``acceptance``: HEAD or LOOKUP)
     """
 
     tree: SuperTree
@@ -37,6 +40,8 @@ class Verified:
     outputs: dict[str, Any]
     call: Packed
     state: Slots
+    probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    proposer: int = HEAD
     failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
     _places: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
@@ -136,6 +141,24 @@ class Verified:
         by_request: dict[int, list[TokenLogprobs]] = {}
         for request, entry in zip(self.tree.request[path[asked]].tolist(), entries, strict=True):
             by_request.setdefault(request, []).append(entry)
+        return list(by_request.items())
+
+    def sources(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenSource]]]:
+        """Return (request, an entry an emitted token), in order, of the requests that ask who proposed their tokens.
+
+        ``path`` and ``emitted`` are as ``accept`` returns them.
+        """
+        if not self.state.token_sources[self.slots].any():
+            return []
+        by_request: dict[int, list[TokenSource]] = {}
+        tree, requests = self.tree, self.tree.request[path].tolist()
+        for i in np.flatnonzero(self.state.token_sources[self._slots_of(path)]).tolist():
+            source, chance = TOKEN_SOURCES[0], None
+            if i + 1 < len(path) and requests[i + 1] == requests[i]:  # the next visited node carries the token
+                child, above = int(path[i + 1]), int(path[i])
+                source = TOKEN_SOURCES[1 + max(int(tree.source[child]), self.proposer)]
+                chance = min(float(self.probability[child] / self.probability[above]), 1.0)
+            by_request.setdefault(requests[i], []).append(TokenSource(int(emitted[i]), source, chance))
         return list(by_request.items())
 
     def _slots_of(self, nodes: np.ndarray) -> np.ndarray:

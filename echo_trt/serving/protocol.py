@@ -1,4 +1,4 @@
-"""What the launcher and the Triton model agree on."""
+"""What the Triton model, the launcher and the gateway agree on."""
 
 from __future__ import annotations
 
@@ -7,3 +7,6 @@ MODEL = "echo"
 
 #: A probe's priority, by which it is known: before everyone else in the queue.
 FIRST = -(2**31)
+
+#: Of a snapshot's fields: it changes with a name, a unit or a meaning, not with a field that is added.
+SNAPSHOT_FORMAT = 1

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.ngrams import read_ngrams
@@ -30,6 +29,7 @@ from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.simulation.machines import THIS, Machine, machine_named
 from echo_trt.simulation.oracle import Oracle
 from echo_trt.simulation.replay import RecordedCopier, Replay, Tally
+from echo_trt.simulation.report import html_report, table
 from echo_trt.simulation.walk import Recording, Walk
 
 ORACLE = "oracle"
@@ -65,6 +65,7 @@ class SimulationJob:
     tokens: int | None = None
     ngrams: Path | None = None
     json_file: Path | None = None
+    html_file: Path | None = None
 
 
 def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
@@ -86,7 +87,11 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
         "results": [],
     }
     inputs = job.recording, job.calibration, job.costs, job.ngrams
-    with output_file("--json", job.json_file, inputs) as write_json, files_first(out):
+    with (
+        output_file("--json", job.json_file, inputs) as write_json,
+        output_file("--html", job.html_file, inputs) as write_html,
+        files_first(out),
+    ):
         with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
             task = progress.add_task("simulating", total=len(job.batches) * len(names))
             for batch in job.batches:
@@ -99,6 +104,7 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
                     progress.advance(task)
         out.print(table(result))
         write_json(json_bytes(result))
+        write_html(html_report(result))
     return result
 
 
@@ -171,32 +177,6 @@ def _read_ngrams(path: Path, calibration: Calibration) -> NGrams:
     remedy = "name the ngrams.npz of the bundle that was recorded, or leave --ngrams out"
     vocabulary = np.iinfo(np.int64).max  # a recording does not say
     return read_ngrams(path, calibration.target_sha256, vocabulary, remedy)
-
-
-def table(result: dict[str, Any]) -> Table:
-    shown = Table(title=f"simulated on {result['machine']}, K_max {result['budget']}", title_justify="left")
-    shown.add_column("batch", justify="right", style="bold")
-    shown.add_column("policy")
-    for column in ("tokens/s", "ratio", "accepted length", "of drafts used", "verified", "levels", "spread"):
-        shown.add_column(column, justify="right")
-    batch = None
-    for row in result["results"]:
-        if batch not in (None, row["batch"]):
-            shown.add_section()
-        used = row["draft_utilisation"]
-        shown.add_row(
-            str(row["batch"]) if row["batch"] != batch else "",
-            row["policy"],
-            f"{row['tokens_per_s']:,.1f}",
-            f"{row['ratio']:.3f}x",
-            f"{row['accepted_length']:.2f}",
-            "-" if used is None else f"{used:.0%}",
-            f"{row['verified_per_iteration']:,.1f}",
-            f"{row['draft_levels_per_iteration']:.2f}",
-            f"{row['progress_spread']:.2f}",
-        )
-        batch = row["batch"]
-    return shown
 
 
 def _budget(job: SimulationJob, machine: Machine) -> int:

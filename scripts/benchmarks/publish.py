@@ -1,4 +1,4 @@
-"""Measure the published figures, and write docs/benchmarks.* and README's table from that one run.
+"""Measure the published figures, and write docs/benchmarks.*, its plot and README's table from that one run.
 
     python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl
     python scripts/benchmarks/publish.py --from docs/benchmarks.json       # render again, measure nothing
@@ -9,7 +9,6 @@ The demo's prompts are always among those that are asked. Nothing else should ru
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import shlex
 import subprocess
@@ -22,11 +21,12 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+
+from echo_trt.pictures.by_load import speedup
 
 ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier.yaml")
+PLOT = Path("docs", "img", "speedup.svg")
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
 BATCHES = "1,2,4,8,16"
 REQUESTS, ROUNDS, MAX_TOKENS = 32, 3, 64  # of a run that is published; a shorter one is called a trial
@@ -39,9 +39,6 @@ NAMES = {
     EXACT: "bit-exact (`goodput-exact`)",
     DEFAULT: "default (`goodput`)",
 }
-#: Mid-tones, which can be read on white and on GitHub's dark page.
-COLOURS = {"static": "#8b6fd6", "echo": "#c2760c", EXACT: "#1a9a6c", DEFAULT: "#2f7de1"}
-GREY = "#768390"
 BEGIN, END = "<!-- benchmarks: written by scripts/benchmarks/publish.py -->", "<!-- benchmarks: end -->"
 
 Run = dict[str, Any]
@@ -89,7 +86,7 @@ def write(run: Run, root: Path) -> None:
     readme = root / "README.md"
     readme.write_text(with_block(readme.read_text(), block(run)))
     (root / "docs" / "benchmarks.md").write_text(page(run, yaml.safe_load(EARLIER.read_text())))
-    (root / "docs" / "benchmarks.svg").write_text(plot(run))
+    (root / PLOT).write_text(plot(run))
     (root / "docs" / "benchmarks.json").write_text(json.dumps(run, indent=1) + "\n")
 
 
@@ -150,7 +147,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         f"Prompts: {prompts}. Greedy, {run['max_tokens']} new tokens a request, policies in turns of a second."
         + (f" For want of KV blocks one after another at {apart} requests." if apart else ""),
         f"```\n{command}\n```",
-        "![Speedup over plain decoding by concurrent requests](benchmarks.svg)",
+        "![Speedup over plain decoding by concurrent requests](img/speedup.svg)",
         "## Speedup",
         "Decode tokens/s divided by plain decoding's, all rounds pooled.",
         by_batch(lambda row: _ratio(row["pooled_ratio"])),
@@ -161,6 +158,8 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
         "## Tokens a verification",
         by_batch(lambda row: _ratio(row["accepted_length"])),
+        "## Where an iteration's time goes",
+        "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
         _all_equal(run, drafting) or by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
         "## Other machines, earlier versions",
@@ -174,24 +173,8 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
 
 def plot(run: Run) -> str:
     """The speedup against concurrent requests, one line a policy, as an SVG with nothing behind it."""
-    quiet = {"svg.hashsalt": "echo-trt", "font.size": 12, "text.color": GREY, "axes.labelcolor": GREY}
-    quiet |= {"xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY, "axes.facecolor": "none"}
-    with rc_context(quiet):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        batches = sorted({row["batch"] for row in run["results"]})
-        axes.axhline(1, color=GREY, linestyle="--", linewidth=1.5, label="plain decoding")
-        for policy, colour in COLOURS.items():
-            ratios = [_row(run, policy, batch)["pooled_ratio"] for batch in batches]
-            axes.plot(batches, ratios, "o-", color=colour, linewidth=2.5, label=policy)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, map(str, batches))
-        axes.set(xlabel="concurrent requests", ylabel="times plain decoding", ylim=(0, None))
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(frameon=False, loc="outside right upper")
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+    rows = [row for row in run["results"] if row["set"] == "all"]
+    return speedup(rows, "pooled_ratio", {name: name for name in NAMES if name != PLAIN}).file()
 
 
 def _row(run: Run, policy: str, batch: int) -> dict[str, Any]:

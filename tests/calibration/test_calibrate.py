@@ -17,6 +17,7 @@ from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.calibration.command import Job, run
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.simulation.foresee import foresee
 
 
 @pytest.fixture
@@ -49,12 +50,15 @@ def ticks(monkeypatch) -> SimpleNamespace:
 
 
 def calibrate(bundle: Path, prompts: Path) -> None:
-    run(Job(bundle, [prompts], 8, 24, 4), Console(quiet=True), Console(quiet=True))
+    run(Job(bundle, [prompts], 8, 24, 4, foresee), Console(quiet=True), Console(quiet=True))
 
 
 def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
     calibrate(bundle, prompts)
-    assert (bundle / "calibration.svg").read_text("utf-8").count("<svg") == 1
+    html = (bundle / "calibration.html").read_text("utf-8")
+    assert html.count("<svg") == html.count("<figcaption>") == 4
+    assert html.index("Speedup to expect") < html.index("Gates by depth")
+    assert html.count("<table>") == 2
     notes: list[str] = []
     llm = LLM(bundle, "goodput", note=notes.append)
     assert notes == []
@@ -175,7 +179,7 @@ def test_a_handful_of_prompts_is_refused(bundle, tmp_path):
         calibrate(bundle, file)
 
 
-@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.svg"])
+@pytest.mark.parametrize("name", [CALIBRATION, COSTS, "calibration.html"])
 def test_prompts_are_not_overwritten(name, bundle, prompts):
     prompts.rename(bundle / name)
     before = (bundle / name).read_bytes()

@@ -180,6 +180,26 @@ def assert_content(content: list, truth: Completion, offline: LLM) -> None:
         assert all(top.bytes == list(top.token.encode()) for top in entry.top_logprobs if "\\x" not in top.token)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_sources_of_tokens_where_asked(chat, client, offline):
+    own = {"messages": CHAT} if chat else {"prompt": TURN}
+    ask = client.chat.completions.create if chat else client.completions.create
+    asked = {"model": "echo", "max_tokens": 40, "temperature": 0, **own}
+    told = {"extra_body": {"token_sources": True}}
+    answer = offline.chat(CHAT, SamplingParams(40))[0] if chat else offline.generate([TURN], SamplingParams(40))[0]
+    whole = ask(**asked, **told).choices[0].token_sources
+    chunks = [chunk.choices[0] for chunk in ask(**asked, **told, stream=True)]
+    streamed = [entry for chunk in chunks for entry in getattr(chunk, "token_sources", [])]
+    for entries in (whole, streamed):
+        assert b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace") == answer.text
+        assert {entry["source"] for entry in entries} > {"target"}
+    bare = ask(**asked).choices[0]
+    assert not hasattr(bare, "token_sources")
+    plain = ask(**asked, extra_body={"token_sources": True, "speculate": False}).choices[0]
+    assert {entry["source"] for entry in plain.token_sources} == {"target"}
+    assert len(plain.token_sources) == len(whole)
+
+
 def test_logprobs_of_completions(client, offline):
     prompts = ["the theme", "naïve"]
     ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]

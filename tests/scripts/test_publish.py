@@ -67,12 +67,9 @@ def test_a_readme_without_markers_is_left_alone():
         publish.with_block("# echo-trt\n", "a table")
 
 
-def test_the_plot_can_be_read_on_light_and_dark_pages():
-    """WCAG's contrast of 3 to 1 for graphics, on white and on GitHub's dark page."""
-    for colour in (*publish.COLOURS.values(), publish.GREY):
-        for page in ("#ffffff", "#0d1117"):
-            light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, page)
+def test_the_plot_is_the_stored_run_s(run):
+    written = re.compile(r"<!-- (.*) -->")  # matplotlib's own notes of what its letters spell
+    assert written.findall((ROOT / publish.PLOT).read_text()) == written.findall(publish.plot(run))
 
 
 def test_the_page_is_short():
@@ -83,23 +80,16 @@ def test_a_bundle_is_measured_and_published(bundle_of, tmp_path):
     run = publish.measure(bundle_of("close"), [publish.DEMO], 2, 1, 4)
     assert {row["policy"] for row in run["results"]} == set(publish.NAMES)
     assert {row["batch"] for row in run["results"]} == {1, 2, 4, 8, 16}
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "img").mkdir(parents=True)
     (tmp_path / "README.md").write_text(README)
     publish.write(run, tmp_path)
     stored = json.loads((tmp_path / "docs" / "benchmarks.json").read_text())
     assert stored == run
     assert publish.block(stored) in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "docs" / "benchmarks.svg").read_text().startswith("<?xml")
+    assert (tmp_path / publish.PLOT).read_text().startswith("<?xml")
 
 
 def test_nothing_to_measure_is_a_sentence():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "give a bundle to measure, or --from with a stored run" in " ".join(done.stderr.replace("│", " ").split())
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of an sRGB colour, as WCAG defines it."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

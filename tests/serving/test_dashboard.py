@@ -21,7 +21,17 @@ ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())[
 DASHBOARD = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
 #: What such a load has none of, and what is over when it is asked for.
-NOTHING = ("preemptions", "engine_failures", "evicted", "queued", "running", "blocks_used")
+NOTHING = (
+    "preemptions",
+    "engine_failures",
+    "evicted",
+    "queued",
+    "running",
+    "blocks_used",
+    "kv_usage",
+    "ALERTS",
+    "speculation_gain",
+)
 needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
 
 
@@ -111,6 +121,17 @@ def test_alerts_ask_for_series_that_exist_and_none_fires(ask, load):
         for name in set(re.findall(r"\b(?:echo_\w+|up)\b", rule["expr"])):
             assert ask(f"count({name})"), name
         assert ask(rule["expr"]) == [], rule["alert"]
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")
+def test_every_alert_fires_when_it_should(tmp_path):
+    """Prometheus' own rule tests, on histories of each fault and of what is none."""
+    stories = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text())
+    asked = {rule["alertname"] for story in stories["tests"] for rule in story["alert_rule_test"] if rule["exp_alerts"]}
+    assert asked == {rule["alert"] for rule in ALERTS}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump({"rule_files": [str(DOCKER / "alerts.yml")]} | stories))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "tests.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_triton

@@ -145,6 +145,22 @@ def test_logprobs_where_asked(way, server, offline):
     assert "output_log_probs" not in server.generate(text_input=PROMPT, **WAYS[way])
 
 
+@pytest.mark.parametrize("way", ["greedy", "stopped"])
+def test_sources_where_asked(way, server, offline):
+    request = {"text_input": PROMPT, **WAYS[way], "token_sources": True}
+    answer = offline.generate([offline.tokenizer(PROMPT)["input_ids"]], params(WAYS[way]))[0]
+    for pieces in ([server.generate(**request)], server.generate_stream(**request), list(server.stream(**request))):
+        entries = [entry for piece in pieces for entry in json.loads(piece["token_sources"])]
+        said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
+        assert said == answer.text or (answer.finish_reason == "stop" and said.startswith(answer.text))
+        assert {entry["source"] for entry in entries} > {"target"}
+        assert {entry["probability"] is None for entry in entries if entry["source"] == "target"} == {True}
+    plain = server.generate(**request, speculate=False)
+    assert plain["text_output"] == answer.text
+    assert {entry["source"] for entry in json.loads(plain["token_sources"])} == {"target"}
+    assert "token_sources" not in server.generate(text_input=PROMPT, **WAYS[way])
+
+
 def assert_entries(entries: list[dict], answer: Completion, special: Container[int]) -> None:
     """They are those of the text's tokens: nothing that a stop string cut off, no special token."""
     said = b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
@@ -215,6 +231,26 @@ def test_a_deadline_ends_an_answer(server):
     cut = server.generate(text_input=PROMPT, max_tokens=LONG, ignore_eos=True, deadline_ms=60)
     assert cut["finish_reason"] == "deadline"
     assert cut["completion_tokens"] < LONG - 30
+
+
+def test_an_onlooker_gets_snapshots_for_a_while_or_until_it_asks_for_their_end(server):
+    begin, pieces = time.monotonic(), list(server.stream(watch=True))
+    seconds = time.monotonic() - begin
+    assert 8 < seconds < 60
+    assert [piece.get("finish_reason") for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+    assert 5 < len(pieces) <= 10 * seconds
+    assert {json.loads(piece["snapshot"])["format"] for piece in pieces} == {1}
+    stopped, other = server.stream(id="eye", watch=True), server.stream(id="other", watch=True)
+    assert json.loads(stopped.next()["snapshot"])["slots"] == 4
+    assert list(server.stream(id="eye", stop=True)) == []
+    assert list(stopped)[-1]["finish_reason"] == "stop"
+    assert json.loads(other.next()["snapshot"])
+    other.cancel()
+    crowd = [server.stream(watch=True) for _ in range(20)]
+    for stream in crowd:
+        assert "snapshot" in stream.next()
+        stream.cancel()
+    assert server.generate(text_input=PROMPT, max_tokens=3)["text_output"]
 
 
 # -- departures and crowds -----------------------------------------------------------------------------------------

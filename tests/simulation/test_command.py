@@ -44,6 +44,17 @@ def test_a_row_for_each_policy_and_batch_and_plain_decoding_first(job, tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "out.json"]
 
 
+def test_a_report_has_the_plots_and_all_rows(job, tmp_path):
+    file = tmp_path / "r.html"
+    result, _ = simulate(job, html_file=file)
+    html = file.read_text("utf-8")
+    assert html.count("<svg") == 3
+    assert html.count("<tr") == 1 + len(result["results"])
+    assert "3.35 TB/s" in html
+    with refused("--html", "folder that exists"):
+        simulate(job, html_file=tmp_path / "no" / "r.html")
+
+
 def test_every_policy_runs(job):
     result, shown = simulate(job, policies=POLICIES, batches=(2,))
     assert [r["policy"] for r in result["results"]] == list(POLICIES)
@@ -121,4 +132,6 @@ def test_a_file_that_it_reads_is_not_overwritten(job):
         before = file.read_bytes()
         with refused(f"--json {file}", "reads", "another file"):
             simulate(job, json_file=file)
+        with refused(f"--html {file}", "reads", "another file"):
+            simulate(job, html_file=file)
         assert file.read_bytes() == before

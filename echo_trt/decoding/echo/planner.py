@@ -27,5 +27,6 @@ class EchoPlanner(Planner):
             most = min(4 * settings.per_request, share)
             draft.look_ahead(settings.max_depth - 1, settings.beams, settings.width, most)
         candidates, claimed_node = grow(roots, draft, settings, load.room)
-        tree, _ = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
-        return Plan(tree, np.exp(tree.score.astype(np.float64)), candidates)
+        tree, nodes = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
+        chances = np.exp(candidates.score.astype(np.float64))
+        return Plan(tree, chances[nodes], candidates, nodes=nodes, chances=chances, gates=settings.gates)

@@ -102,7 +102,8 @@ class GoodputPlanner:
         chosen = select(candidates.value, candidates.tree, settings.per_request, search.seconds, search.price)
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         padded_to = costs.padding_target(len(tree), size) if fills else 0
-        return Plan(tree, candidates.probability[nodes], candidates.tree, padded_to)
+        chances = candidates.probability
+        return Plan(tree, chances[nodes], candidates.tree, padded_to, nodes, chances, size)
 
     @property
     def _fills_rung(self) -> bool:

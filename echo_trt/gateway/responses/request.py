@@ -44,6 +44,7 @@ SHARED = (
     "stop",
     "stop_token_ids",
     "ignore_eos",
+    "speculate",
     "priority",
     "deadline_ms",
     "thinking_token_budget",

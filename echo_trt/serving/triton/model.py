@@ -24,7 +24,8 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.serving.service import Overloaded, Service
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
-from echo_trt.serving.triton.request import Reader, wants_description, wants_stop, wants_tokens
+from echo_trt.serving.triton.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
+from echo_trt.serving.triton.sources import OutgoingSources
 
 QUEUE = 256
 
@@ -105,13 +106,17 @@ class TritonPythonModel:
         if wants_description(tensors):
             sender.send(described(self._reader.description()), flags=FINAL)
             return
+        if wants_snapshots(tensors):
+            self._replies.watch(sender, id)
+            return
         if wants_tokens(tensors):
             sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
             return
         ask = self._reader.read(tensors)
         silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
         logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
-        reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs)
+        sources = OutgoingSources(self._reader.texts) if ask.params.token_sources else None
+        reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs, sources)
         reply.job = self._service.submit(
             ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
         )

@@ -20,15 +20,20 @@ import triton_python_backend_utils as pb_utils
 
 from echo_trt.serving.protocol import FIRST
 from echo_trt.serving.service import End, Event, Job, Service
+from echo_trt.serving.snapshots import Onlooker
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.metrics import Metrics
 from echo_trt.serving.triton.request import Ask
+from echo_trt.serving.triton.sources import OutgoingSources
 
 log = logging.getLogger(__name__)
 
 TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
+#: Seconds between two snapshots for onlookers, and where nothing happens; how long one may look before it asks again.
+SNAPSHOT, IDLE_SNAPSHOT, WATCH = 0.2, 1.0, 10.0
+MOST_ONLOOKERS = 8  # a gateway is one, whatever number of people look at its page
 LOOKED_AT = 16  # clients in a look, in turn: each is a question to Triton's process, and the engine wants the machine
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -43,6 +48,7 @@ class Reply:
     id: str = ""  # the client's own
     coded: bool = False  # an error's message begins with its code
     logprobs: Outgoing | None = None  # where asked for
+    sources: OutgoingSources | None = None  # where asked for
     job: Job | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -52,6 +58,19 @@ class Reply:
 
     def __post_init__(self) -> None:
         self.text = self.ask.echoed
+
+
+@dataclass(eq=False)
+class Watch:
+    """A client that looks on, and the time.monotonic() at which it has to ask again."""
+
+    sender: Any
+    id: str
+    end: float
+
+
+#: An event of a reply, None with it where the reply begins; an onlooker; the id of requests to stop; None: close.
+Item = tuple[Reply, Event | None] | Watch | str | None
 
 
 class Replies:
@@ -64,9 +83,11 @@ class Replies:
     def __init__(self, service: Service, model: str, signals: Path | None = None):
         """``model``: its name in metrics. ``signals``: see above."""
         self._service, self._model, self._signals = service, model, signals
-        self._events: queue.SimpleQueue[tuple[Reply, Event | None] | str | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._open: dict[Reply, Job] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
+        self._watches: dict[Watch, None] = {}
+        self._onlooker = Onlooker(service)
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
         self._thread.start()
 
@@ -81,6 +102,10 @@ class Replies:
         """Cancel the open requests that their clients have given this id."""
         self._events.put(id)
 
+    def watch(self, sender: Any, id: str) -> None:
+        """Send snapshots to an onlooker for a while."""
+        self._events.put(Watch(sender, id, time.monotonic() + WATCH))
+
     def refused(self, outcome: str) -> None:
         """Count a request that the service never took."""
         self._refused[outcome] += 1
@@ -93,7 +118,7 @@ class Replies:
 
     def _run(self) -> None:
         metrics = Metrics(pb_utils.MetricFamily, self._model)
-        looked = flushed = time.monotonic()
+        looked = flushed = told = time.monotonic()
         running, server = True, triton_process()
         while running:
             if os.getppid() != server:  # Triton was killed, and would leave this process behind
@@ -104,6 +129,8 @@ class Replies:
                     running = False
                 elif isinstance(item, str):
                     self._stop(item)
+                elif isinstance(item, Watch):
+                    self._watches[item] = None
                 else:
                     reply, event = item
                     if event is not None:
@@ -114,6 +141,8 @@ class Replies:
                 if event.end or (reply.ask.stream and reply.text):
                     self._send(reply, event.end)
             now = time.monotonic()
+            if self._watches or self._onlooker.on:
+                told = self._tell_onlookers(told, now)
             if now - looked >= LOOK:
                 looked = now
                 self._cancel_abandoned()
@@ -124,9 +153,9 @@ class Replies:
                 faulthandler.dump_traceback_later(STUCK, exit=True)
                 metrics.flush(self._service.statistics(), dict(self._refused))
 
-    def _take(self) -> list[tuple[Reply, Event | None] | str | None]:
+    def _take(self) -> list[Item]:
         """All events there are; waits a moment for the first."""
-        items: list[tuple[Reply, Event | None] | str | None] = []
+        items: list[Item] = []
         with contextlib.suppress(queue.Empty):
             items.append(self._events.get(timeout=LOOK))
             while True:
@@ -143,6 +172,8 @@ class Replies:
             reply.logprobs.begin(reply.ask.prompt, reply.job.request.prompt_logprobs)
         if reply.logprobs:
             reply.logprobs.take(event.logprobs, event.offsets)
+        if reply.sources:
+            reply.sources.take(event.sources, event.offsets)
         client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server
         if client and reply.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
@@ -166,13 +197,62 @@ class Replies:
             reply.ended = True
             self._open.pop(reply, None)
 
+    def _tell_onlookers(self, told: float, now: float) -> float:
+        """Send a snapshot to all onlookers where one is due; returns the time of the latest. Never raises."""
+        if now - told < (SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT):
+            return told
+        try:
+            self._send_snapshots(now)
+        except Exception:  # whoever looks on is nobody's trouble
+            log.exception("a snapshot could not be made; its onlookers are sent away")
+            self._onlooker.switch(False)
+            for watch in list(self._watches):
+                self._let_go(watch)
+        return now
+
+    def _send_snapshots(self, now: float) -> None:
+        """Send a snapshot to all onlookers, and let those go whose time is over.
+
+        The engine is looked at until the next time after the last one has left: who asks again misses nothing.
+        """
+        if self._onlooker.on != bool(self._watches):
+            self._onlooker.switch(not self._onlooker.on)
+        if not self._watches:
+            return
+        snapshot = self._onlooker.snapshot()
+        for number, watch in enumerate(list(self._watches)):
+            if watch.sender.is_cancelled():
+                self._let_go(watch)
+            elif now >= watch.end or number >= MOST_ONLOOKERS:
+                self._let_go(watch, snapshot)
+            else:
+                self._send_snapshot(watch, snapshot)
+
+    def _let_go(self, watch: Watch, snapshot: str = "") -> None:
+        self._send_snapshot(watch, snapshot, FINAL)
+        self._watches.pop(watch, None)
+
+    def _send_snapshot(self, watch: Watch, snapshot: str, flags: int = 0) -> None:
+        tensors = [_strings("snapshot", snapshot)]
+        if flags:
+            tensors.append(_strings("finish_reason", "stop"))
+        try:
+            watch.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+        except Exception:
+            log.exception("a snapshot could not be sent")
+            self._watches.pop(watch, None)
+
     def _drain_if_asked(self) -> None:
         if not self._signals or not (self._signals / "drain").exists():
             return
+        for watch in list(self._watches):
+            self._let_go(watch)
         if self._service.drain(0) and not self._open and self._events.empty():
             (self._signals / "drained").touch()
 
     def _stop(self, id: str) -> None:
+        for watch in [each for each in self._watches if each.id == id]:
+            self._let_go(watch)
         for reply, job in self._open.items():
             if reply.id == id:
                 self._service.cancel(job)
@@ -230,6 +310,8 @@ def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
             _numbers("cum_log_probs", reply.logprobs.total, np.float32),
             _strings("logprobs", reply.logprobs.clear()),
         ]
+    if reply.sources:
+        tensors.append(_strings("token_sources", reply.sources.clear()))
     if end:
         tensors += [
             _strings("finish_reason", end.reason),

@@ -91,6 +91,8 @@ class Reader:
             min_tokens=least,
             structured=_json(tensors, "structured"),
             thinking_token_budget=_number(tensors, "thinking_token_budget"),
+            token_sources=_number(tensors, "token_sources"),
+            speculate=_number(tensors, "speculate"),
         )
         return Ask(
             prompt,
@@ -184,6 +186,11 @@ def wants_description(tensors: Mapping[str, np.ndarray]) -> bool:
 def wants_tokens(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no request but asks for a prompt's tokens, or tokens' text. Raises UserError."""
     return bool(_number(tensors, "tokenize"))
+
+
+def wants_snapshots(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether this is no request but looks on. Raises UserError."""
+    return bool(_number(tensors, "watch"))
 
 
 def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:

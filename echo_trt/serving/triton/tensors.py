@@ -70,6 +70,8 @@ INPUTS: tuple[Tensor, ...] = (
     _sampling("ignore_eos"),
     _sampling("structured", doc=f"JSON: {PARAMETERS['structured'].doc}"),
     _sampling("thinking_token_budget"),
+    _sampling("token_sources"),
+    _sampling("speculate"),
     Tensor(
         "stream",
         "BOOL",
@@ -103,6 +105,12 @@ INPUTS: tuple[Tensor, ...] = (
         "true: no prompt, but the end of those open requests that have this request's id, which must not be empty",
     ),
     Tensor("describe", "BOOL", False, "true: no prompt, but a response with `description` alone"),
+    Tensor(
+        "watch",
+        "BOOL",
+        False,
+        "true: no prompt, but about 5 `snapshot` a second for 10 seconds; for streams alone",
+    ),
     Tensor(
         "tokenize",
         "BOOL",

@@ -1,0 +1,1 @@
+"""What plots, reports and terminals look like: one palette, one style of plots, one page."""

@@ -1,0 +1,165 @@
+"""Snapshots of the engine's last iterations, for those who draw them. Fields and units: docs/live-page.md.
+
+They hold shapes and figures, neither text nor tokens: whoever looks on need not be whoever asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from echo_trt.decoding.arrays import begins
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.watch import Seen
+from echo_trt.serving.protocol import SNAPSHOT_FORMAT
+from echo_trt.serving.service import Service, Statistics
+
+ITERATIONS = 64  # that are kept between two snapshots; larger: longer lists at small loads
+MOST_REQUESTS = 64  # whose trees are told; larger: longer snapshots at large loads
+MOST_NODES, LEAST_NODES = 1536, 8  # of all trees together, and of one; larger: more of what was not verified is told
+ROOT, ACCEPTED, REJECTED, PRUNED = range(4)  # what became of a node
+COUNTERS = (
+    "iterations",
+    "speculative_iterations",
+    "emitted_tokens",
+    "verifications",
+    "verified_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "prompt_tokens",
+    "asked_tokens",
+    "cached_tokens",
+    "preemptions",
+)
+
+
+class Onlooker:
+    """Looks at the loop of a service while it is ``on``; a loop at which nobody looks does nothing for it.
+
+    One thread may call this.
+    """
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._seen: deque[Seen] = deque(maxlen=ITERATIONS)
+        self._last: Seen | None = None  # the latest that verified anything
+        self.on = False
+
+    def switch(self, on: bool) -> None:
+        """Begin to look, or stop and forget what was seen."""
+        self.on = on
+        self._service.loop.watch = self._seen.append if on else None
+        if not on:
+            self._seen.clear()
+            self._last = None
+
+    @property
+    def news(self) -> bool:
+        """Whether there were iterations since the last snapshot."""
+        return bool(self._seen)
+
+    def snapshot(self) -> str:
+        """Return JSON of the iterations since the last snapshot, and of the service now."""
+        seen = [self._seen.popleft() for _ in range(len(self._seen))]
+        self._last = next((each for each in reversed(seen) if each.requests), self._last)
+        now = figures(self._service.statistics(), self._service.loop.state.count)
+        now["recent"] = recent(seen)
+        now["last"] = tree_of(self._last, self._service.loop.proposer) if self._last else None
+        return json.dumps(now, separators=(",", ":"))
+
+
+def figures(now: Statistics, slots: int) -> dict[str, Any]:
+    """Return the service's figures at this moment."""
+    counters = now.counters
+    return {
+        "format": SNAPSHOT_FORMAT,
+        "policy": now.policy,
+        "budget": now.budget,
+        "slots": slots,
+        "running": now.running,
+        "queued": now.queued,
+        "blocks": {"all": now.blocks, "held": now.blocks_used, "cached": now.blocks_cached},
+        "gain": None if now.gain is None else round(now.gain, 3),
+        "totals": {name: getattr(counters, name) for name in COUNTERS},
+        "seconds": {phase: round(seconds, 4) for phase, seconds in counters.seconds.items()},
+    }
+
+
+def recent(seen: list[Seen]) -> dict[str, list[float]]:
+    """Return columns, an entry an iteration, oldest first."""
+    return {
+        "time": [round(each.time, 3) for each in seen],
+        "milliseconds": [round(1000 * each.iteration.seconds, 2) for each in seen],
+        "requests": [len(each.requests) for each in seen],
+        "verified": [len(each.iteration.plan.tree) for each in seen],
+        "accepted": [len(each.iteration.path) - len(each.requests) for each in seen],
+        "emitted": [each.emitted for each in seen],
+        "rung": [each.iteration.plan.rung for each in seen],
+        "prompt_tokens": [each.iteration.load.prompt_tokens for each in seen],
+    }
+
+
+def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
+    """Return one iteration: where its time went, and its super-tree, a tree a request.
+
+    proposer  the source of nodes that name the draft alone (``Loop.proposer``)
+    """
+    iteration, plan = seen.iteration, seen.iteration.plan
+    parts = {"plan": iteration.planning, "draft": seen.drafting, "verify": iteration.target.seconds}
+    parts["other"] = max(iteration.seconds - sum(parts.values()), 0.0)
+    tree, fate = plan.candidates, fates(seen)
+    kept = kept_nodes(tree, fate, plan.chances)
+    part, nodes = tree.sorted_by_request(kept)
+    first = begins(part.sizes)
+    parent = np.where(part.parent >= 0, part.parent - first[part.request], -1)
+    source = np.maximum(part.source, proposer)
+    chances = np.round(plan.chances[nodes], 3)
+    return {
+        "time": round(seen.time, 3),
+        "milliseconds": {name: round(1000 * seconds, 2) for name, seconds in parts.items()},
+        "rung": plan.rung,
+        "padded_to": plan.padded_to,
+        "computed": iteration.target.tokens,
+        "gates": {str(depth): threshold for depth, threshold in plan.gates.items()},
+        "requests": [
+            {
+                "id": seen.requests[request],
+                "parent": parent[begin:end].tolist(),
+                "source": source[begin:end].tolist(),
+                "chance": chances[begin:end].tolist(),
+                "fate": fate[nodes[begin:end]].tolist(),
+            }
+            for request, (begin, end) in enumerate(pairwise(first.tolist()))
+            if end > begin
+        ],
+        "omitted": max(tree.num_requests - MOST_REQUESTS, 0),
+    }
+
+
+def fates(seen: Seen) -> np.ndarray:
+    """Say of each candidate what became of it: int64 [n], ROOT, ACCEPTED, REJECTED or PRUNED."""
+    plan = seen.iteration.plan
+    fate = np.full(len(plan.candidates), PRUNED)
+    fate[plan.nodes] = REJECTED
+    fate[plan.nodes[seen.iteration.path]] = ACCEPTED
+    fate[plan.candidates.parent < 0] = ROOT
+    return fate
+
+
+def kept_nodes(tree: SuperTree, fate: np.ndarray, chances: np.ndarray) -> np.ndarray:
+    """Choose the candidates that are told: int64, ascending; parents are among them.
+
+    Of each of the first MOST_REQUESTS requests those that were verified, and the likeliest of the others.
+    """
+    told = max(MOST_NODES // max(min(tree.num_requests, MOST_REQUESTS), 1), LEAST_NODES)
+    worth = np.where(fate == PRUNED, chances, 2.0 + chances)  # a child's chance is its parent's at most
+    nodes = np.flatnonzero((tree.request < MOST_REQUESTS) & (worth > 0))
+    kept = np.zeros(len(tree), bool)
+    kept[tree.best_first(nodes, worth[nodes], np.full(tree.num_requests, told))] = True
+    for node in np.flatnonzero(kept & (tree.parent >= 0)).tolist():  # parents come before their children
+        kept[node] = kept[tree.parent[node]]
+    return np.flatnonzero(kept)

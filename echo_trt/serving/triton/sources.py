@@ -1,0 +1,36 @@
+"""Who proposed an answer's tokens, on the way out in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from echo_trt.models.token_texts import TokenTexts
+from echo_trt.runtime.params import TokenSource
+
+
+class OutgoingSources:
+    """Entries of tokens whose text has come, so that their bytes joined are the text; special tokens have none."""
+
+    def __init__(self, texts: TokenTexts):
+        self._texts = texts
+        self._waiting: deque[TokenSource] = deque()  # their text has not come
+        self._entries: list[dict[str, Any]] = []
+
+    def take(self, sources: Sequence[TokenSource], offsets: Sequence[int]) -> None:
+        """As an event brings them (``runtime.answer.Said``)."""
+        self._waiting.extend(sources)
+        for _ in offsets:
+            each = self._waiting.popleft()
+            if not self._texts.is_special(each.token):
+                raw = self._texts.raw(each.token)
+                chance = None if each.probability is None else round(each.probability, 4)
+                text = raw.decode("utf-8", "backslashreplace")
+                self._entries.append({"token": text, "bytes": list(raw), "source": each.source, "probability": chance})
+
+    def clear(self) -> str:
+        """Return the entries since the last call as JSON."""
+        entries, self._entries = self._entries, []
+        return json.dumps(entries, ensure_ascii=False, separators=(",", ":"))

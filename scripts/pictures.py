@@ -1,0 +1,76 @@
+"""Make docs/img/.
+
+python scripts/pictures.py plots                             # from stored figures, in seconds
+python scripts/pictures.py demo                              # runs scripts/demo's race and records it
+python scripts/pictures.py dashboard bundles/smollm2-135m    # a server and a Prometheus, for four minutes
+python scripts/pictures.py dashboard --from docs/img/dashboard.json
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from echo_trt.bundle.calibration import Calibration
+from echo_trt.calibration.plots import gates
+from echo_trt.pictures.by_load import drafted, iteration
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "img"
+HEAD = ROOT / "build" / "heads" / "smollm2-135m-eagle3" / "calibration.json"
+DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "echo.json"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def plots(folder: Annotated[Path, typer.Option(help="Where they are written.")] = IMAGES) -> None:
+    """Draw what docs/benchmarks.json and the default head's calibration hold."""
+    run = json.loads((ROOT / "docs" / "benchmarks.json").read_text())
+    publish = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "publish.py"))
+    rows = [row for row in run["results"] if row["set"] == "all"]
+    (folder / "speedup.svg").write_text(publish["plot"](run))
+    calibration = Calibration.model_validate_json(HEAD.read_text())
+    for picture in (drafted(rows), iteration(rows), gates(calibration)):
+        (folder / f"{picture.name}.svg").write_text(picture.file())
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Option(help="Where it is written.")] = IMAGES) -> None:
+    """Run the demo's race on the real bundles, and record it."""
+    from pictures_parts.recording import record
+
+    (folder / "demo.svg").write_text(record())
+
+
+@app.command()
+def dashboard(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle to serve.")] = None,
+    stored: Annotated[Path | None, typer.Option("--from", help="Draw these answers, and measure nothing.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of load.")] = 240.0,
+    folder: Annotated[Path, typer.Option(help="Where it is written.")] = IMAGES,
+) -> None:
+    """Draw the Grafana dashboard from its own queries to a real Prometheus."""
+    from pictures_parts.monitored import measure
+    from pictures_parts.panels import draw, empty
+
+    panels = json.loads(DASHBOARD.read_text())
+    if (bundle is None) == (stored is None):
+        raise typer.BadParameter("give a bundle to serve, or --from with stored answers.")
+    if bundle and not shutil.which("prometheus"):
+        raise typer.BadParameter("prometheus is not on PATH; install it (apt-get install prometheus).")
+    answers = json.loads(stored.read_text()) if stored else measure(bundle, panels, seconds)
+    if not stored:
+        (folder / "dashboard.json").write_text(json.dumps(answers, separators=(",", ":")) + "\n")
+    for query in empty(panels, answers):
+        typer.echo(f"no data: {query}", err=True)
+    (folder / "dashboard.png").write_bytes(draw(panels, answers))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,249 @@
+"""The live page's files and its stream of snapshots, before the real Triton: keys, crowds, slow readers, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateway.running import refused, running
+from pairs import LIMITS, recipe_of
+from serving.served import Served, needs_triton
+
+from echo_trt.commands.build import build
+from echo_trt.gateway import live
+from echo_trt.gateway.app import create_app
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.metrics import Metrics
+from echo_trt.gateway.page_files import PageFiles
+from echo_trt.gateway.upstream import Upstream
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.serving.protocol import SNAPSHOT_FORMAT
+
+pytestmark = needs_triton
+KEY = "sk-0123456789abcdef"
+NOBODY = "127.0.0.1:1"
+CHAT = [{"role": "user", "content": "the theme of a thing"}]
+LONG = {"model": "echo", "messages": CHAT, "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def bundle(networks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("live") / "close"
+    build(recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600}), networks, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(bundle, tmp_path_factory) -> Callable[[], Served]:
+    def get(*options: object) -> Served:
+        folder = tmp_path_factory.mktemp("served")
+        (folder / "keys").write_text(KEY)
+        return Served(bundle, folder / "log", "--api-keys-file", folder / "keys", *options, gateway=True)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def server(start) -> Iterator[Served]:
+    served = start()
+    try:
+        yield served.wait_for("serving")
+    finally:
+        served.kill()
+
+
+@pytest.fixture
+def client(server) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", headers=headers, timeout=60) as client:
+        yield client
+
+
+def told(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Events of a stream as they come."""
+    kind = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        if line.startswith("data: "):
+            yield kind, json.loads(line.removeprefix("data: "))
+
+
+def test_files_need_no_key_and_what_tells_anything_does(client, server):
+    bare = httpx.Client(base_url=client.base_url)
+    for path in PageFiles().files:
+        response = bare.get(path)
+        assert response.status_code == 200
+        assert "'unsafe" not in response.headers["content-security-policy"]
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert KEY not in response.text
+        again = bare.get(path, headers={"if-none-match": response.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert bare.head(path).status_code == 200
+    for path in ("/live", "/live/about"):
+        assert "key" in refused(bare.get(path), 401)
+        assert "key" in refused(bare.get(path, headers={"authorization": "Bearer sk-another-key-0000"}), 401)
+    for path in ("/page/", "/page/nothing.js", "/page/../app.py", "/page/%2e%2e/app.py", "/live/"):
+        refused(client.get(path), 404)
+    assert refused(bare.post("/"), 405)
+    assert client.head("/live").status_code == 200
+
+
+def test_it_can_be_turned_off():
+    with running(create_app(NOBODY, page=False)) as client:
+        for path in ("/", "/page/app.js", "/live", "/live/about"):
+            refused(client.get(path), 404)
+
+
+def test_the_page_is_told_what_it_must_know(client):
+    about = client.get("/live/about").json()
+    assert about["models"] == ["echo", "close"]
+    assert about["context"] == 1600
+    assert (about["format"], about["build"]) == (SNAPSHOT_FORMAT, PageFiles().build)
+    assert (about["takes_tools"], about["thinks"]) == (False, False)
+
+
+def test_snapshots_come_while_an_answer_is_made(client):
+    with ThreadPoolExecutor() as pool, client.stream("GET", "/live") as stream:
+        events = told(stream)
+        kind, hello = next(events)
+        assert (kind, hello["format"], hello["build"]) == ("hello", SNAPSHOT_FORMAT, PageFiles().build)
+        answer = pool.submit(client.post, "/v1/chat/completions", json=LONG)
+        seen, begin = [], time.monotonic()
+        for kind, now in events:
+            assert kind == "snapshot"
+            seen.append(now)
+            if answer.done() and not now["running"]:
+                break
+        seconds = time.monotonic() - begin
+    assert answer.result().status_code == 200
+    assert len(seen) <= 10 * seconds + 1
+    emitted = [now["totals"]["emitted_tokens"] for now in seen]
+    assert emitted == sorted(emitted)
+    assert emitted[-1] - emitted[0] >= LONG["max_tokens"] - 40  # the first may come late
+    trees = [now["last"] for now in seen if now["last"]]
+    assert len({tree["time"] for tree in trees}) > 1
+    assert max(len(each["parent"]) for tree in trees for each in tree["requests"]) > 3
+
+
+def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, bundle):
+    offline = LLM(bundle, "autoregressive", 1)
+    expected = offline.chat(CHAT, SamplingParams(1200, ignore_eos=True))[0].text
+    with ExitStack() as stack:
+        viewers = [stack.enter_context(client_of(server).stream("GET", "/live")) for _ in range(200)]
+        readers = [told(viewer) for viewer in viewers[:20]]  # the others do not read
+        assert {next(reader)[0] for reader in readers} == {"hello"}
+        answer = client.post("/v1/chat/completions", json=LONG).json()
+        assert answer["choices"][0]["message"]["content"] == expected
+        for reader in readers:
+            assert next(reader)[0] == "snapshot"
+        assert client.get("/health").status_code == 200
+
+
+def client_of(server: Served) -> httpx.Client:
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{server.openai}", headers={"authorization": f"Bearer {KEY}"}, timeout=60
+    )
+
+
+# -- in this process, with smaller bounds ------------------------------------------------------------------------------
+
+
+def test_too_many_viewers_are_refused(server, monkeypatch):
+    monkeypatch.setattr(live, "MOST_VIEWERS", 2)
+    with running(create_app(f"127.0.0.1:{server.grpc}")) as client, ExitStack() as stack:
+        readers = [told(stack.enter_context(client.stream("GET", "/live"))) for _ in range(2)]
+        assert [next(reader)[0] for reader in readers] == ["hello", "hello"]
+        response = client.get("/live")
+        assert "2 viewers" in refused(response, 503)
+        assert response.headers["retry-after"] == "30"
+
+
+def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
+    monkeypatch.setattr(live, "MOST_VIEWERS", 2)
+    monkeypatch.setattr(live, "STUCK_S", 0.2)
+
+    async def run() -> None:
+        upstream = Upstream(NOBODY, "echo", Metrics())
+        looked_at = live.Live(upstream)
+        reader, stuck = looked_at.events("hello"), looked_at.events("hello")
+        assert [await anext(reader), await anext(stuck)] == ["hello", "hello"]
+        with pytest.raises(ApiError, match="2 viewers"):
+            await anext(looked_at.events("hello"))
+        for _ in range(3):
+            assert (await anext(reader)).startswith("event: away")
+        another = looked_at.events("hello")
+        assert await anext(another) == "hello"
+        assert (await anext(another)).startswith("event: away")
+        with pytest.raises(StopAsyncIteration):
+            await anext(stuck)
+        looked_at.leave()
+        for events in (reader, another):
+            assert len([event async for event in events]) <= 1
+        with pytest.raises(ApiError):
+            await anext(looked_at.events("hello"))
+        await looked_at.close()
+        await upstream.close()
+
+    asyncio.run(run())
+
+
+def test_a_viewer_that_stays_is_sent_away_and_may_come_back(server, monkeypatch):
+    monkeypatch.setattr(live, "VIEW_S", 0.5)
+    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
+        for _ in range(2):
+            with client.stream("GET", "/live") as stream:
+                kinds = [kind for kind, _ in told(stream)]  # the stream ends
+                assert kinds[:1] == ["hello"]
+
+
+def test_a_snapshot_over_the_limit_is_left_out(server, monkeypatch):
+    monkeypatch.setattr(live, "LARGEST", 100)
+    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
+        with client.stream("GET", "/live", timeout=3) as stream:
+            events = told(stream)
+            assert next(events)[0] == "hello"
+            with pytest.raises(httpx.ReadTimeout):
+                next(events)
+        assert client.get("/health").status_code == 200
+
+
+def test_without_an_engine_viewers_are_told():
+    with running(create_app(NOBODY)) as client, client.stream("GET", "/live") as stream:
+        events = told(stream)
+        assert [next(events)[0] for _ in range(3)] == ["hello", "away", "away"]
+
+
+def test_the_engine_stops_looking_when_the_last_viewer_leaves(server):
+    """Ask Triton itself: it takes a limited number of onlookers, and closed ones free their places."""
+    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
+        for _ in range(12):
+            with client.stream("GET", "/live") as stream:
+                events = told(stream)
+                assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
+
+
+def test_sigterm_sends_viewers_away_and_ends_in_good_order(start):
+    served = start()
+    try:
+        served.wait_for("serving")
+        with client_of(served) as client, client.stream("GET", "/live") as stream:
+            events = told(stream)
+            assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
+            begin = time.monotonic()
+            served.process.terminate()
+            for _ in events:
+                pass
+            assert served.process.wait(60) == 0
+            assert time.monotonic() - begin < 40
+    finally:
+        served.kill()
