@@ -224,6 +224,9 @@ def result_lines(name: str, sides: Sequence[Side], console: Console) -> list[Tex
     return lines
 
 
+NEARLY_NONE = 1.05  # tokens a pass; larger: more races are called undrafted
+
+
 def meaning(plain: dict[str, Any], other: dict[str, Any]) -> str:
     """Say in one sentence what a comparison's two rows mean."""
     ratio, same = other["tokens_per_s"] / max(plain["tokens_per_s"], 1e-9), other["identical"]
@@ -231,6 +234,11 @@ def meaning(plain: dict[str, Any], other: dict[str, Any]) -> str:
     came = f"The same texts came {speed}"
     if same < other["requests"]:
         came = f"{same} of {other['requests']} texts were the same, and all came {speed}"
+    if other["accepted_length"] < NEARLY_NONE:
+        return (
+            f"{came}: next to nothing was drafted, since passes took too long beside other work; run it again while "
+            "nothing else runs."
+        )
     return (
         f"{came}: a pass of the target brought {other['accepted_length']:.1f} tokens of a request instead of "
         f"{plain['accepted_length']:.0f}, since it also checks drafts, and keeps those that it would have written."
