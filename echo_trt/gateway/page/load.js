@@ -71,7 +71,7 @@ function stop(sentence) {
 async function drive(signal) {
   const count = Math.min(Number($("load").value), MOST);
   try {
-    prompts = prompts || (await Promise.all(SUBJECTS.slice(0, 4).map(tokens))).concat(await Promise.all(SUBJECTS.slice(4).map(tokens)));
+    prompts = prompts || (await Promise.all(SUBJECTS.map(tokens)));
     const lanes = Math.min(count, CONNECTIONS);
     await Promise.all(Array.from({ length: lanes }, (_, lane) => keep(lane, Math.floor((count + lane) / lanes), signal)));
   } catch (error) {
