@@ -28,12 +28,17 @@ from echo_trt.launch.process import Log, Process, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
 
-MIGRATIONS = 3  # times at most that an answer goes on at another worker; larger: survives more deaths in a row
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 ANSWER_SECONDS = 30.0  # for word of a busy process; larger: a hang is noticed later
 STOP_SECONDS = 10.0  # for a process to stop that has nothing open; larger: a slower end
 QUIET = "warn,tower_http=off"  # a worker that starts answers probes with 503
-PEEK = "50"  # milliseconds that a stream waits for a refusal, so that it has a status of its own; larger: late headers
+#: Of the frontend, where the user has not set them.
+SETTINGS = {
+    "DYN_ROUTER_MODE": "kv",
+    "DYN_MIGRATION_LIMIT": "3",  # times that an answer goes on elsewhere; larger: survives more deaths in a row
+    # Milliseconds that a stream waits for a refusal, so that it has a status of its own; larger: later headers.
+    "DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": "50",
+}
 PORTS = range(20_000, 32_000)  # of workers' metrics and health
 LOOPBACK = "127.0.0.1"
 
@@ -90,13 +95,11 @@ class Frontend(Supervised):
     def __init__(self, job: Job, environment: dict[str, str], log: Log):
         super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
         self._job = job
-        defaults = {"DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": PEEK}
-        self._environment = defaults | environment
+        self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
 
     def _spawn(self) -> Process:
-        words = ["--http-host", self._job.host, "--http-port", str(self._job.port), "--router-mode", "kv"]
-        words += ["--migration-limit", str(MIGRATIONS)]
+        words = ["--http-host", self._job.host, "--http-port", str(self._job.port)]
         command = [sys.executable, "-m", "dynamo.frontend", *words]
         return Process("frontend", command, self._environment, self._log)
 
