@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import NAME, Cluster, Reply
+from cluster import Cluster, Reply
 from driving import prompt_ids
 
 from echo_trt.runtime.llm import LLM
