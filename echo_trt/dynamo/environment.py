@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from echo_trt.dynamo.discovery import BACKEND, FOLDER, folder_of
 from echo_trt.errors import UserError
 
+PROBE_SECONDS = 20  # for the answer to a probe; larger: a worker that hangs is noticed later
 BACKENDS = ("file", "etcd", "kubernetes", "mem")
 #: Where processes find each other by a folder, they are on one machine: nobody else need reach them.
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
@@ -61,6 +62,7 @@ def of_worker(environment: Mapping[str, str], places: int, system_port: int) -> 
         "DYN_ENGINE_REQUEST_LIMIT": str(places),
         "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "1",
         "DYN_HEALTH_CHECK_ENABLED": "true",
+        "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": str(PROBE_SECONDS),
     }
     port = {"DYN_SYSTEM_PORT": str(system_port)} if system_port else {}
     return defaults | completed(environment) | port

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -23,7 +24,7 @@ from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.errors import UserError
-from echo_trt.launch.probe import responds
+from echo_trt.launch.probe import Probe, responds
 from echo_trt.launch.process import Log, Process, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
@@ -92,9 +93,9 @@ class Frontend(Supervised):
 
     name = "Dynamo's frontend"
 
-    def __init__(self, job: Job, environment: dict[str, str], log: Log):
+    def __init__(self, job: Job, environment: dict[str, str], log: Log, workers: Sequence[Replica]):
         super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
-        self._job = job
+        self._job, self._workers = job, workers
         self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
 
@@ -107,7 +108,15 @@ class Frontend(Supervised):
         return responds(f"{self._job.url}/live", 1)
 
     def _lives(self) -> bool:
-        return responds(f"{self._job.url}/live", ANSWER_SECONDS)
+        """Return whether it answers and knows the workers: it loses them when a folder of entries is removed."""
+        end = time.monotonic() + ANSWER_SECONDS
+        while responds(f"{self._job.url}/live", ANSWER_SECONDS):
+            if self.lists(self._job.name) or not any(worker.serving for worker in self._workers):
+                return True
+            if time.monotonic() > end:
+                break
+            time.sleep(1)
+        return False
 
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
@@ -126,6 +135,7 @@ class Replica(Supervised):
         self._port = _free_port()
         super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
         self._url = f"http://{LOOPBACK}:{self._port}/health"
+        self._probe = Probe(LOOPBACK, 0, self._port)  # reads its metrics alone
 
     def _spawn(self) -> Process:
         job = self._job
@@ -140,7 +150,14 @@ class Replica(Supervised):
         return responds(self._url, 1)
 
     def _lives(self) -> bool:
-        return responds(self._url, ANSWER_SECONDS)
+        """Return whether a pass was answered, or the engine still iterates: a slow one is not ready, but no failure."""
+        end = time.monotonic() + ANSWER_SECONDS
+        self._probe.progresses()
+        while not (responds(self._url, 2) or self._probe.progresses()):
+            if time.monotonic() > end:
+                return False
+            time.sleep(1)
+        return True
 
 
 class Replicas:
@@ -148,8 +165,8 @@ class Replicas:
 
     def __init__(self, job: Job, environment: dict[str, str], stop: threading.Event, log: Log):
         self._job, self._stop, self._log = job, stop, log
-        self._frontend = Frontend(job, environment, log)
         self._workers = [Replica(number, job, environment, log) for number in range(1, job.replicas + 1)]
+        self._frontend = Frontend(job, environment, log, self._workers)
         self._announced = False
 
     def run(self) -> int:

@@ -36,7 +36,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os
 from cluster import NAME, Cluster, Reply  # noqa: E402
 from serve_faults_parts.stage import Failed, expect, together  # noqa: E402
 
-BATCH, QUEUE, TOKENS = 16, 16, 192
+BATCH, QUEUE, TOKENS = 16, 16, 128
 SUBJECTS = ("the sea", "a clock", "bread", "the moon", "a small dog", "rain", "an old map", "tea")
 PLACES = BATCH + QUEUE + 1  # of a worker; Dynamo itself holds one more
 
@@ -308,7 +308,7 @@ def gone(stage: Stage) -> tuple[str, str]:
     stage.cluster.wait(lambda: not any(worker.metrics()["echo_blocks_used"] for worker in workers), 30)
     freed = time.monotonic() - left
     tokens = sum(worker.metrics()["echo_emitted_tokens_total"] for worker in workers) - before
-    expect(tokens < 200 * 512, "their answers were written to the end")
+    expect(tokens < 200 * 256, "their answers were written to the end")
     stage.whole()
     return (
         f"all gone within {left - begin:.0f} s; no KV block in use {freed:.1f} s later, {tokens / 200:.0f} tokens each",
