@@ -36,7 +36,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os
 from cluster import NAME, Cluster, Reply  # noqa: E402
 from serve_faults_parts.stage import Failed, expect, together  # noqa: E402
 
-BATCH, QUEUE, TOKENS = 16, 16, 128
+BATCH, QUEUE = 16, 16
 SUBJECTS = ("the sea", "a clock", "bread", "the moon", "a small dog", "rain", "an old map", "tea")
 PLACES = BATCH + QUEUE + 1  # of a worker; Dynamo itself holds one more
 
@@ -46,6 +46,7 @@ class Stage:
     """A cluster, and what its answers must be."""
 
     cluster: Cluster
+    tokens: int  # of an answer
     expected: dict[int, Reply] = field(default_factory=dict)
 
     def ask(self, i: int, **more: Any) -> Reply:
@@ -55,13 +56,13 @@ class Stage:
     def request(self, i: int) -> dict[str, Any]:
         drawn = {"temperature": 0.8, "seed": i} if i % 2 else {"temperature": 0}
         prompt = f"Number {i}. Write a story about {SUBJECTS[i % len(SUBJECTS)]}:"
-        return {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True, **drawn}
+        return {"prompt": prompt, "max_tokens": self.tokens, "ignore_eos": True, **drawn}
 
     def learn(self, number: int) -> None:
         """Remember the answers at rest."""
         missing = [i for i in range(number) if i not in self.expected]
         for i, reply in zip(missing, together(len(missing), 8, lambda n: self.ask(missing[n])), strict=True):
-            expect(not reply.error and len(reply.token_ids) == TOKENS, f"an answer at rest is {reply}")
+            expect(not reply.error and len(reply.token_ids) == self.tokens, f"an answer at rest is {reply}")
             self.expected[i] = reply
 
     def open(self, number: int) -> Streams:
@@ -270,7 +271,7 @@ def slow(stage: Stage) -> tuple[str, str]:
             thread.start()
         replies = dict(enumerate(together(16, 8, stage.ask)))
         told = stage.same(replies)
-        gaps[slowly] = float(np.median([np.ptp(r.times) / (TOKENS - 1) for r in replies.values()]))
+        gaps[slowly] = float(np.median([np.ptp(r.times) / (stage.tokens - 1) for r in replies.values()]))
         done.set()
         for thread in threads:
             thread.join()
@@ -297,7 +298,7 @@ def gone(stage: Stage) -> tuple[str, str]:
     before = sum(worker.metrics()["echo_emitted_tokens_total"] for worker in workers)
 
     def leave(i: int) -> None:
-        for reply in stage.cluster.stream(**stage.request(i) | {"max_tokens": 1024}):
+        for reply in stage.cluster.stream(**stage.request(i)):
             if reply.token_ids:
                 return
         raise Failed("a stream ended before its client left")
@@ -308,7 +309,7 @@ def gone(stage: Stage) -> tuple[str, str]:
     stage.cluster.wait(lambda: not any(worker.metrics()["echo_blocks_used"] for worker in workers), 30)
     freed = time.monotonic() - left
     tokens = sum(worker.metrics()["echo_emitted_tokens_total"] for worker in workers) - before
-    expect(tokens < 200 * 256, "their answers were written to the end")
+    expect(tokens < 200 * stage.tokens / 2, "their answers were written to the end")
     stage.whole()
     return (
         f"all gone within {left - begin:.0f} s; no KV block in use {freed:.1f} s later, {tokens / 200:.0f} tokens each",
@@ -333,6 +334,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("bundle", type=Path)
     options.add_argument("--only", default=",".join(FAULTS), help="faults, by commas, in the order given")
+    options.add_argument("--tokens", type=int, default=128, help="of an answer")
     asked = options.parse_args()
     names = asked.only.split(",")
     unknown = [name for name in names if name not in FAULTS]
@@ -342,7 +344,7 @@ def main() -> int:
     settings = "--batch", BATCH, "--queue", QUEUE
     with tempfile.TemporaryDirectory() as place, Cluster(asked.bundle, Path(place), *settings) as cluster:
         cluster.wait_for_workers(2)
-        stage = Stage(cluster)
+        stage = Stage(cluster, asked.tokens)
         stage.learn(4)
         print("| fault | seen | lost | s |\n|---|---|---|---|", flush=True)
         for name in names:
