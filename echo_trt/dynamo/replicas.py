@@ -96,6 +96,7 @@ class Frontend(Supervised):
     def __init__(self, job: Job, environment: dict[str, str], log: Log, workers: Sequence[Replica]):
         super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
         self._job, self._workers = job, workers
+        self._told: Process | None = None  # which one was told to end
         self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
 
@@ -108,15 +109,19 @@ class Frontend(Supervised):
         return responds(f"{self._job.url}/live", 1)
 
     def _lives(self) -> bool:
-        """Return whether it answers and knows the workers: it loses them when a folder of entries is removed."""
+        """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
         end = time.monotonic() + ANSWER_SECONDS
-        while responds(f"{self._job.url}/live", ANSWER_SECONDS):
-            if self.lists(self._job.name) or not any(worker.serving for worker in self._workers):
-                return True
-            if time.monotonic() > end:
+        while alive := responds(f"{self._job.url}/live", ANSWER_SECONDS):
+            served = any(worker.serving for worker in self._workers)
+            if self.lists(self._job.name) or not served or self._told is self.process:
+                break
+            if time.monotonic() > end and self.process:
+                self._log.say(f"{self.name} has lost its workers; it ends once open answers have")
+                self._told = self.process
+                self.process.terminate()
                 break
             time.sleep(1)
-        return False
+        return alive
 
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
