@@ -37,7 +37,7 @@ def run(job: Job) -> int:
     """
     job = _check(job)
     batch = job.batch or read_manifest(job.bundle).recipe.limits.batch
-    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port))
+    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port, job.drain_seconds))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     lease = Lease(
         folder_of(os.environ),
