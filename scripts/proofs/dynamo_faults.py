@@ -171,9 +171,8 @@ def frontend(stage: Stage) -> tuple[str, str]:
     stage.whole()
     reply = stage.ask(0)
     cached = reply.usage["prompt_tokens_details"]["cached_tokens"]
-    return f"started again, serving after {seconds:.1f} s; workers dropped what was open; {cached} tokens cached", (
-        "the open answers"
-    )
+    seen = f"started again, serving after {seconds:.1f} s; workers dropped what was open; {cached} tokens still cached"
+    return seen, f"the {cut} open answers"
 
 
 def folder(stage: Stage) -> tuple[str, str]:
