@@ -221,11 +221,18 @@ class RoundRobin:
 
 
 class KvRouter:
-    """Dynamo's rule: the replica with the fewest blocks to compute and to hold, the prompt's cached ones left out."""
+    """Dynamo's rule: the replica with the fewest blocks to compute and to hold, the prompt's cached ones left out.
+
+    prefill_scale  weight of blocks to compute (--router-prefill-load-scale); larger: more turns go home
+    """
+
+    def __init__(self, prefill_scale: float = 1.0):
+        self._scale = prefill_scale
 
     def choose(self, turn: Turn, replicas: Sequence[Replica]) -> int:
-        def cost(replica: Replica) -> int:
-            return (turn.prompt - replica.cached(turn) + replica.waiting_tokens + replica.active_tokens) // BLOCK
+        def cost(replica: Replica) -> float:
+            computed = turn.prompt - replica.cached(turn) + replica.waiting_tokens
+            return (self._scale * computed + replica.active_tokens) // BLOCK
 
         return min(range(len(replicas)), key=lambda i: cost(replicas[i]))
 

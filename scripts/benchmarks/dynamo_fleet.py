@@ -35,6 +35,7 @@ REPLICAS = (2, 4, 8, 16, 32, 64)
 WAIT = 2.0  # seconds to the first token that 99 of 100 requests may take
 LOADS = (0.2, 0.4, 0.8, 1.6, 3.2)  # conversations a second
 MOST = 128  # replicas
+SCALES, SCALED = (1, 2, 4, 8, 16), 16  # of the router's prefill load, at so many replicas
 
 
 def main() -> None:
@@ -61,6 +62,12 @@ def main() -> None:
         trace = make_trace(TraceSettings(load, asked.seconds))
         needed = [enough(trace, speeds[policy], ROUTERS[router]) for router in ROUTERS for policy in POLICIES]
         print(f"| {load} | " + " | ".join(needed) + " |", flush=True)
+    print(f"\nThe KV router's prefill load scale, for {SCALED} replicas with speculation\n")
+    print(f"| scale | {' | '.join(columns[3:])} | first token p50, p99 | p99 a token |\n|{'---|' * 7}")
+    trace = make_trace(TraceSettings(asked.load * SCALED, asked.seconds))
+    for scale in SCALES:
+        run = simulate_fleet(trace, SCALED, speeds["speculation"], KvRouter(scale))
+        print(f"| {scale} | {figures(run)} |", flush=True)
 
 
 def speed(rates: Path, policy: str, costs: Path) -> Speed:
