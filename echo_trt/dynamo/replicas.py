@@ -31,6 +31,7 @@ from echo_trt.launch.supervised import Supervised, port_trouble
 
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 ANSWER_SECONDS = 30.0  # for word of a busy process; larger: a hang is noticed later
+LOST_SECONDS = 15.0  # that a frontend may know no worker while one serves; larger: requests are refused for longer
 STOP_SECONDS = 10.0  # for a process to stop that has nothing open; larger: a slower end
 QUIET = "warn,tower_http=off"  # a worker that starts answers probes with 503
 #: Of the frontend, where the user has not set them.
@@ -110,7 +111,7 @@ class Frontend(Supervised):
 
     def _lives(self) -> bool:
         """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
-        end = time.monotonic() + ANSWER_SECONDS
+        end = time.monotonic() + LOST_SECONDS
         while alive := responds(f"{self._job.url}/live", ANSWER_SECONDS):
             served = any(worker.serving for worker in self._workers)
             if self.lists(self._job.name) or not served or self._told is self.process:
