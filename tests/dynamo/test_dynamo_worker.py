@@ -183,12 +183,12 @@ def test_metrics_and_health(cluster):
 def test_full_queues_are_told_and_nobody_who_was_taken_is_lost(cluster, offline):
     """Two workers, each with four places, a queue of four and one more in Dynamo's own: 18 of 40 at least."""
     with ThreadPoolExecutor(40) as pool:
-        replies = list(pool.map(lambda i: cluster.ask(prompt_ids(30, i), **GREEDY | {"max_tokens": 300}), range(40)))
+        replies = list(pool.map(lambda i: cluster.ask(prompt_ids(30, i), **GREEDY | {"max_tokens": 150}), range(40)))
     taken = [i for i, reply in enumerate(replies) if reply.status == 200]
     assert {reply.status for reply in replies} == {200, 529}
     assert len(taken) >= 16
     for i in taken[:4]:
-        assert_same(replies[i], offline.generate([prompt_ids(30, i)], SamplingParams(300, ignore_eos=True))[0])
+        assert_same(replies[i], offline.generate([prompt_ids(30, i)], SamplingParams(150, ignore_eos=True))[0])
     assert_same(cluster.ask(prompt_of("greedy"), **GREEDY), whole(offline, "greedy"))
 
 
