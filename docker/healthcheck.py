@@ -1,4 +1,7 @@
-"""Healthy is whose engine works: a probe, of one token, must come back. ``healthcheck.py triton|gateway PORT``"""
+"""Healthy is whose engine works: a probe, of one token, must come back.
+
+``healthcheck.py triton|gateway|worker|frontend PORT``; a frontend is NVIDIA Dynamo's, and must know a worker.
+"""
 
 import json
 import sys
@@ -23,9 +26,16 @@ def triton(port: str) -> bool:
         return "output_ids" in json.load(reply)
 
 
+def frontend(port: str) -> bool:
+    """Its own health endpoint is content without a worker."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=SECONDS) as reply:
+        return bool(json.load(reply)["data"])
+
+
 if __name__ == "__main__":
+    checks = {"triton": triton, "gateway": gateway, "worker": gateway, "frontend": frontend}
     try:
-        healthy = {"triton": triton, "gateway": gateway}[sys.argv[1]](sys.argv[2])
+        healthy = checks[sys.argv[1]](sys.argv[2])
     except (OSError, ValueError) as error:
         sys.exit(f"no answer: {error}")
     sys.exit(0 if healthy else "the engine did not answer the probe")

@@ -21,6 +21,12 @@ from echo_trt.runtime.params import MOST_AT_ONCE
 log = logging.getLogger(__name__)
 
 COMPONENT = "echo"
+#: Ports that a user may fix -> where they are bound. Event sockets get theirs from the system, always.
+PORTS = {
+    "DYN_SYSTEM_PORT": "DYN_SYSTEM_HOST",
+    "DYN_TCP_RPC_PORT": "DYN_TCP_RPC_HOST",
+    "DYN_TCP_RESPONSE_STREAM_PORT": "DYN_TCP_RESPONSE_STREAM_HOST",
+}
 CLEANUP = 1.0  # seconds until the engine hears that it is told to stop, besides; larger: a lost entry is missing longer
 
 
@@ -31,7 +37,7 @@ def run(job: Job) -> int:
     """
     job = _check(job)
     batch = job.batch or read_manifest(job.bundle).recipe.limits.batch
-    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port))
+    os.environ.update(of_worker(os.environ, batch + job.queue, job.system_port, job.drain_seconds))
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     lease = Lease(
         folder_of(os.environ),
@@ -64,8 +70,7 @@ def _check(job: Job) -> Job:
     check_card(job.bundle)
     if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
         raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
-    if job.system_port and (trouble := port_trouble("--system-port", "127.0.0.1", job.system_port)):
-        raise UserError(f"{trouble}.")
+    _check_ports(job)
     job = replace(job, bundle=job.bundle.resolve(), name=job.name or manifest.name)
     if backend_of(os.environ) == "file":
         folder = folder_of(os.environ)
@@ -74,6 +79,20 @@ def _check(job: Job) -> Job:
     check_installed()
     _check_parsers(job)
     return job
+
+
+def _check_ports(job: Job) -> None:
+    """Refuse ports that are taken, or none."""
+    asked = [("--system-port", "127.0.0.1", job.system_port)] if job.system_port else []
+    for name, host in PORTS.items():
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+            raise UserError(f"{name} is {text!r}; give a port from 0 to 65535.")
+        if not (job.system_port and name == "DYN_SYSTEM_PORT"):
+            asked.append((name, os.environ.get(host, "127.0.0.1"), int(text)))
+    for name, host, port in asked:
+        if port and (trouble := port_trouble(name, host, port)):
+            raise UserError(f"{trouble}.")
 
 
 def _check_parsers(job: Job) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 
 from echo_trt.dynamo.discovery import BACKEND, FOLDER, folder_of
 from echo_trt.errors import UserError
 
+END_SECONDS = 15  # for the rest of a worker's end; larger: one that hangs then is ended later
+PROBE_SECONDS = 20  # for the answer to a probe; larger: a worker that hangs is noticed later
 BACKENDS = ("file", "etcd", "kubernetes", "mem")
 #: Where processes find each other by a folder, they are on one machine: nobody else need reach them.
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
@@ -51,16 +54,19 @@ def completed(environment: Mapping[str, str]) -> dict[str, str]:
     return defaults | dict(environment)
 
 
-def of_worker(environment: Mapping[str, str], places: int, system_port: int) -> dict[str, str]:
+def of_worker(environment: Mapping[str, str], places: int, system_port: int, drain_seconds: float) -> dict[str, str]:
     """Return the environment of a worker.
 
-    places       requests that it takes; more go to other workers at once, and where all are full to nobody (HTTP 529)
-    system_port  of metrics and health; 0: the environment's, else none
+    places         requests that it takes; more go to other workers at once, where all are full to nobody (HTTP 529)
+    system_port    of metrics and health; 0: the environment's, else none
+    drain_seconds  that open answers have; Dynamo would end the process after 30
     """
     defaults = {
         "DYN_ENGINE_REQUEST_LIMIT": str(places),
         "DYN_DYNAMO_REQUEST_QUEUE_LIMIT": "1",
         "DYN_HEALTH_CHECK_ENABLED": "true",
+        "DYN_HEALTH_CHECK_REQUEST_TIMEOUT": str(PROBE_SECONDS),
+        "DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT": str(ceil(grace_of(environment) + drain_seconds + END_SECONDS)),
     }
     port = {"DYN_SYSTEM_PORT": str(system_port)} if system_port else {}
     return defaults | completed(environment) | port

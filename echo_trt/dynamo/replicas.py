@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -23,17 +24,23 @@ from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.errors import UserError
-from echo_trt.launch.probe import responds
+from echo_trt.launch.probe import Probe, responds
 from echo_trt.launch.process import Log, Process, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
 
-MIGRATIONS = 3  # times at most that an answer goes on at another worker; larger: survives more deaths in a row
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 ANSWER_SECONDS = 30.0  # for word of a busy process; larger: a hang is noticed later
+LOST_SECONDS = 15.0  # that a frontend may know no worker while one serves; larger: requests are refused for longer
 STOP_SECONDS = 10.0  # for a process to stop that has nothing open; larger: a slower end
 QUIET = "warn,tower_http=off"  # a worker that starts answers probes with 503
-PEEK = "50"  # milliseconds that a stream waits for a refusal, so that it has a status of its own; larger: late headers
+#: Of the frontend, where the user has not set them.
+SETTINGS = {
+    "DYN_ROUTER_MODE": "kv",
+    "DYN_MIGRATION_LIMIT": "3",  # times that an answer goes on elsewhere; larger: survives more deaths in a row
+    # Milliseconds that a stream waits for a refusal, so that it has a status of its own; larger: later headers.
+    "DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": "50",
+}
 PORTS = range(20_000, 32_000)  # of workers' metrics and health
 LOOPBACK = "127.0.0.1"
 
@@ -87,16 +94,15 @@ class Frontend(Supervised):
 
     name = "Dynamo's frontend"
 
-    def __init__(self, job: Job, environment: dict[str, str], log: Log):
+    def __init__(self, job: Job, environment: dict[str, str], log: Log, workers: Sequence[Replica]):
         super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
-        self._job = job
-        defaults = {"DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": PEEK}
-        self._environment = defaults | environment
+        self._job, self._workers = job, workers
+        self._told: Process | None = None  # which one was told to end
+        self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
 
     def _spawn(self) -> Process:
-        words = ["--http-host", self._job.host, "--http-port", str(self._job.port), "--router-mode", "kv"]
-        words += ["--migration-limit", str(MIGRATIONS)]
+        words = ["--http-host", self._job.host, "--http-port", str(self._job.port)]
         command = [sys.executable, "-m", "dynamo.frontend", *words]
         return Process("frontend", command, self._environment, self._log)
 
@@ -104,7 +110,19 @@ class Frontend(Supervised):
         return responds(f"{self._job.url}/live", 1)
 
     def _lives(self) -> bool:
-        return responds(f"{self._job.url}/live", ANSWER_SECONDS)
+        """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
+        end = time.monotonic() + LOST_SECONDS
+        while alive := responds(f"{self._job.url}/live", ANSWER_SECONDS):
+            served = any(worker.serving for worker in self._workers)
+            if self.lists(self._job.name) or not served or self._told is self.process:
+                break
+            if time.monotonic() > end and self.process:
+                self._log.say(f"{self.name} has lost its workers; it ends once open answers have")
+                self._told = self.process
+                self.process.terminate()
+                break
+            time.sleep(1)
+        return alive
 
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
@@ -123,6 +141,7 @@ class Replica(Supervised):
         self._port = _free_port()
         super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
         self._url = f"http://{LOOPBACK}:{self._port}/health"
+        self._probe = Probe(LOOPBACK, 0, self._port)  # reads its metrics alone
 
     def _spawn(self) -> Process:
         job = self._job
@@ -137,7 +156,14 @@ class Replica(Supervised):
         return responds(self._url, 1)
 
     def _lives(self) -> bool:
-        return responds(self._url, ANSWER_SECONDS)
+        """Return whether a pass was answered, or the engine still iterates: a slow one is not ready, but no failure."""
+        end = time.monotonic() + ANSWER_SECONDS
+        self._probe.progresses()
+        while not (responds(self._url, 2) or self._probe.progresses()):
+            if time.monotonic() > end:
+                return False
+            time.sleep(1)
+        return True
 
 
 class Replicas:
@@ -145,8 +171,8 @@ class Replicas:
 
     def __init__(self, job: Job, environment: dict[str, str], stop: threading.Event, log: Log):
         self._job, self._stop, self._log = job, stop, log
-        self._frontend = Frontend(job, environment, log)
         self._workers = [Replica(number, job, environment, log) for number in range(1, job.replicas + 1)]
+        self._frontend = Frontend(job, environment, log, self._workers)
         self._announced = False
 
     def run(self) -> int:

@@ -1,4 +1,4 @@
-"""Dynamo's frontend and workers of ours as processes that tests can kill, and a client that reads their streams."""
+"""``echo-trt serve --replicas`` as a process whose workers tests can kill, and a client that reads its streams."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ from typing import Any
 import httpx
 from served import free_ports
 
-SECONDS = 180
-NAME = "close"
+from echo_trt.launch.process import listening_ports
+
+SECONDS = 240
+NAME = "echo"
+SETTINGS = {
+    "DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": "1000",
+    "DYN_LOG": "info,tower_http=off",
+    "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
+    "COLUMNS": "400",
+}
 
 
 @dataclass
@@ -32,20 +40,15 @@ class Reply:
     worker: int | None = None
     logprobs: list[tuple[str, float]] = field(default_factory=list)
     error: str = ""
+    times: list[float] = field(default_factory=list)  # time.monotonic() of the chunks with tokens
 
 
+@dataclass(frozen=True)
 class Worker:
-    def __init__(self, bundle: Path, folder: Path, environment: dict[str, str], *options: object):
-        [self.port] = free_ports(1)
-        words = [sys.executable, "-m", "echo_trt", "worker", bundle, "--system-port", self.port, *options]
-        self.log = folder / f"worker-{self.port}.log"
-        with self.log.open("wb") as out:
-            command = list(map(str, words))
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    """A worker's process, and the port of its metrics."""
 
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
+    pid: int
+    port: int
 
     def healthy(self) -> bool:
         try:
@@ -63,63 +66,81 @@ class Worker:
 
 
 class Cluster:
-    """A frontend and two workers; as a context, which ends with them."""
+    """A frontend and its workers under one launcher; as a context, which ends with them."""
 
-    def __init__(self, bundle: Path, folder: Path, *options: object, number: int = 2):
+    def __init__(self, bundle: Path, folder: Path, *options: object, replicas: int = 2, **settings: str):
+        """``settings``: environment variables of all processes."""
         self.bundle, self.folder = bundle, folder
-        self.options = options or ("--queue", 4, "--drain-timeout", 1)
-        self.discovery = folder / "discovery"
+        self.discovery, self._log = folder / "discovery", folder / "log"
         [self.port] = free_ports(1)
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("DYN_")},
-            "DYN_DISCOVERY_BACKEND": "file",
-            "DYN_FILE_KV": str(self.discovery),
-            "DYN_SELF_HOST_METADATA": "0",
-            "DYN_TCP_RPC_HOST": "127.0.0.1",
-            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
-            "DYN_HTTP_PRE_COMMIT_ERROR_PEEK_MS": "1000",
-            "DYN_LOG": "info,tower_http=off",
-            "DYN_SDK_DISABLE_ANSI_LOGGING": "1",
-            "HF_HUB_OFFLINE": "1",
-            "COLUMNS": "400",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.workers: list[Worker] = []
-        self.frontend: subprocess.Popen | None = None
-        self.start_frontend()
-        for _ in range(number):
-            self.start_worker()
+        own = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
+        self.environment = {**own, **SETTINGS, "DYN_FILE_KV": str(self.discovery), **settings}
+        words = ["serve", bundle, "--replicas", replicas, "--openai-port", self.port, *options]
+        self.process = self._start(self._log, *words)
+        self._joined: list[subprocess.Popen] = []
 
-    def start_frontend(self) -> None:
-        words = ["--router-mode", "kv", "--http-host", "127.0.0.1", "--http-port", self.port, "--migration-limit", 3]
-        with (self.folder / "frontend.log").open("ab") as out:
-            command = list(map(str, [sys.executable, "-m", "dynamo.frontend", *words]))
-            self.frontend = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment)
+    def _start(self, log: Path, *words: object) -> subprocess.Popen:
+        command = [sys.executable, "-m", "echo_trt", *map(str, words)]
+        with log.open("wb") as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, env=self.environment)
 
-    def start_worker(self, *options: object) -> Worker:
-        given = options or self.options
-        self.workers.append(Worker(self.bundle, self.folder, self.environment, "--name", NAME, *given))
-        return self.workers[-1]
+    def join(self, *options: object) -> subprocess.Popen:
+        """Start a worker more, which the launcher does not know."""
+        [port] = free_ports(1)
+        words = ["worker", self.bundle, "--name", NAME, "--system-port", port, *options]
+        settings = {"DYN_DISCOVERY_BACKEND": "file"}
+        self.environment = self.environment | settings
+        self._joined.append(self._start(self.folder / f"worker-{port}.log", *words))
+        return self._joined[-1]
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in (self.frontend, *(worker.process for worker in self.workers)):
+        for process in (self.process, *self._joined):
             process.kill()
             process.wait()
 
-    def wait_for_workers(self, number: int) -> None:
-        """Until so many are healthy and the frontend knows them."""
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def children(self, mark: str) -> list[tuple[int, list[str]]]:
+        """Process ids and words of the launcher's processes that have ``mark`` among their words."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        found = []
+        for pid in [int(pid) for task in tasks for pid in task.read_text().split()]:
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if mark in words:
+                found.append((pid, words))
+        return sorted(found)
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The launcher's and those that joined."""
+        processes = self.children("worker")
+        processes += [(process.pid, list(process.args)) for process in self._joined if process.poll() is None]
+        return [Worker(pid, int(words[words.index("--system-port") + 1])) for pid, words in processes]
+
+    @property
+    def frontend(self) -> int:
+        [(pid, _)] = self.children("dynamo.frontend")
+        return pid
+
+    def wait_for_workers(self, number: int = 2) -> None:
+        """Until so many are healthy and the frontend knows them, and no others."""
         self.wait(lambda: sum(worker.healthy() for worker in self.workers) == number)
-        self.wait(lambda: len(self.entries("mdc")) == number and self.models() == [NAME], 30)
+        self.wait(lambda: len(self.entries("mdc")) == number and self.models() == [NAME], 60)
         time.sleep(0.5)  # for the frontend to read what has changed
 
     def wait(self, fits: Callable[[], bool], seconds: float = SECONDS) -> None:
         end = time.monotonic() + seconds
         while not fits():
-            assert time.monotonic() < end, "".join(worker.said[-2000:] for worker in self.workers)
+            assert self.process.poll() is None, self.said[-4000:]
+            assert time.monotonic() < end, self.said[-4000:]
             time.sleep(0.1)
 
     def entries(self, kind: str) -> list[Path]:
@@ -132,20 +153,33 @@ class Cluster:
         except (httpx.HTTPError, KeyError, ValueError):
             return []
 
-    def url(self, path: str) -> str:
+    def url(self, path: str = "") -> str:
         return f"http://127.0.0.1:{self.port}/v1/{path}"
 
     def worker_of(self, instance: int) -> Worker:
-        """The worker that Dynamo knows by this id."""
-        [worker] = [each for each in self.workers if f"{instance}" in each.said or f"{instance:x}" in each.said]
+        """The worker that Dynamo knows by this id: it listens where its entry says."""
+        said = "".join(entry.read_text() for entry in self.entries("instances") if str(instance) in entry.read_text())
+        ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", said)}
+        [worker] = [worker for worker in self.workers if listening_ports(worker.pid) & ports]
         return worker
 
     def stream(self, prompt: list[int] | str, headers: dict[str, str] | None = None, **more: Any) -> Iterator[Reply]:
         """Ask for a completion; yields the reply as it grows, and at the end."""
         body = {"model": NAME, "prompt": prompt, "stream": True, "stream_options": {"include_usage": True}, **more}
         body["nvext"] = {"extra_fields": ["worker_id", "completion_token_ids"], **more.get("nvext", {})}
+        yield from self._streamed("completions", body, headers)
+
+    def chat(self, messages: list[dict[str, str]], **more: Any) -> Reply:
+        """The whole answer to a chat."""
+        body = {"model": NAME, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **more}
+        body["nvext"] = {"extra_fields": ["worker_id", "completion_token_ids"]}
+        for _reply in self._streamed("chat/completions", body, None):
+            pass
+        return _reply
+
+    def _streamed(self, path: str, body: dict[str, Any], headers: dict[str, str] | None) -> Iterator[Reply]:
         reply = Reply()
-        with httpx.stream("POST", self.url("completions"), json=body, headers=headers, timeout=SECONDS) as answer:
+        with httpx.stream("POST", self.url(path), json=body, headers=headers, timeout=SECONDS) as answer:
             if answer.status_code != 200:
                 yield Reply(answer.status_code, error=answer.read().decode())
                 return
@@ -167,11 +201,13 @@ class Cluster:
             reply.error += json.dumps(chunk)
             return
         for choice in chunk["choices"]:
-            reply.text += choice.get("text") or ""
+            reply.text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
             reply.reason = choice.get("finish_reason") or reply.reason
-            if logprobs := choice.get("logprobs"):
+            if (logprobs := choice.get("logprobs")) and "tokens" in logprobs:
                 reply.logprobs += zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
         reply.usage = chunk.get("usage") or reply.usage
         more = chunk.get("nvext") or {}
-        reply.token_ids += more.get("completion_token_ids") or []
+        if tokens := more.get("completion_token_ids"):
+            reply.token_ids += tokens
+            reply.times.append(time.monotonic())
         reply.worker = (more.get("worker_id") or {}).get("decode_worker_id") or reply.worker

@@ -34,7 +34,9 @@ def worker_bundle(made_once, networks) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(worker_bundle, tmp_path_factory) -> Iterator[Cluster]:
-    with Cluster(worker_bundle, tmp_path_factory.mktemp("dynamo")) as running:
+    """Whole again after each test."""
+    options = "--queue", 4, "--drain-timeout", 60
+    with Cluster(worker_bundle, tmp_path_factory.mktemp("dynamo"), *options) as running:
         running.wait_for_workers(2)
         yield running
 

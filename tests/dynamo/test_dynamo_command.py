@@ -58,13 +58,20 @@ def test_a_bundle_of_another_version_is_refused(bundle, tmp_path):
         run(Job(other, ""))
 
 
-def test_ports_in_use_are_refused(bundle):
+def test_ports_in_use_are_refused(bundle, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with refused("--system-port", port, "free it"):
             run(Job(bundle, "", system_port=port))
         with refused("--openai-port", port, "free it"):
             replicas.run(replicas.Job(bundle, 2, port=port))
+        for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT", "DYN_TCP_RESPONSE_STREAM_PORT"):
+            with monkeypatch.context() as patch, refused(name, port, "free it"):
+                patch.setenv(name, str(port))
+                run(Job(bundle, ""))
+    monkeypatch.setenv("DYN_TCP_RPC_PORT", "many")
+    with refused("DYN_TCP_RPC_PORT", "'many'", "65535"):
+        run(Job(bundle, ""))
 
 
 def test_a_folder_and_a_name_that_cannot_be_used_are_refused(bundle, discovery):

@@ -81,12 +81,13 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
 
 
 def test_a_user_s_settings_come_before_ours(tmp_path):
-    plain = of_worker({}, 40, 9191)
+    plain = of_worker({}, 40, 9191, 60)
     assert plain["DYN_FILE_KV"] == str(folder_of({}))
     assert (plain["DYN_ENGINE_REQUEST_LIMIT"], plain["DYN_SYSTEM_PORT"]) == ("40", "9191")
     assert plain["DYN_TCP_RPC_HOST"] == "127.0.0.1"
+    assert float(plain["DYN_WORKER_GRACEFUL_SHUTDOWN_TIMEOUT"]) > 60  # else Dynamo ends it in the middle of its drain
     given = {"DYN_DISCOVERY_BACKEND": "etcd", "DYN_ENGINE_REQUEST_LIMIT": "3", "DYN_SYSTEM_PORT": "9090"}
-    many = of_worker(given, 40, 0)
+    many = of_worker(given, 40, 0, 60)
     assert many.items() >= given.items()
     assert "DYN_TCP_RPC_HOST" not in many  # other machines must reach it
     assert grace_of({}) == grace_of(plain) == 0.5
