@@ -287,9 +287,11 @@ def test_a_body_of_two_lengths_is_refused_and_ends_the_connection(client, names)
 def test_a_target_may_be_a_whole_url(client, target):
     answer = exchange(client, b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % target)
     assert answer.startswith(b"HTTP/1.1 200")
-    assert exchange(client, b"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(
-        b"HTTP/1.1 404"
-    )
+    page = exchange(client, b"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert page.startswith(b"HTTP/1.1 200")
+    assert b"<!doctype html>" in page
+    gone = exchange(client, b"GET http://x/v1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert gone.startswith(b"HTTP/1.1 404")
 
 
 def test_no_request_names_a_file_that_is_opened(client):
