@@ -62,7 +62,7 @@ def demo(
     """Run all races and print what came of them. Returns the exit code; ``frame`` gets every picture of the first."""
     coloured, prompts = wants_colour(out, "auto"), read_prompts(PROMPTS)
     table = Table(title="tokens a second, beside plain decoding", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("policy", "in", "at once", "plain", "drafted", "ratio", "a pass", "same text"):  # in 80 columns
+    for column in ("policy", "in", "at once", "plain", "drafted", "ratio", "a pass", "same"):  # in 80 columns
         table.add_column(column, justify="left" if column in ("policy", "in") else "right")
     rows: list[tuple[Race, dict[str, Any], dict[str, Any]]] = []
     notes, broken = [], []
