@@ -27,9 +27,3 @@ def test_pure_folders_are_collected_without_a_heavy_import():
     done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
-
-
-def test_an_openvino_bundle_is_served_without_pytorch():
-    """Its import takes two seconds and 200 MB."""
-    program = "import sys, echo_trt.runtime.llm, echo_trt.backends.openvino.engine; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=TESTS.parent, check=True, timeout=300)

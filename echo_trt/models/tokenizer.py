@@ -23,8 +23,7 @@ def thought_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load a checkpoint's or a bundle's tokenizer.
 
-    A bundle's tokenizer.json is complete. Which class a checkpoint's takes is known to AutoTokenizer, which imports
-    PyTorch: two seconds that a server of another engine need not wait.
+    A bundle's tokenizer.json is complete. Which class a checkpoint's takes is known to AutoTokenizer.
     """
     try:
         if _is_bundles(folder / "config.json"):

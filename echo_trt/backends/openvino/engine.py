@@ -8,7 +8,9 @@ from pathlib import Path
 from weakref import WeakSet
 
 import numpy as np
-import openvino as ov
+import torch  # noqa: F401 (before OpenVINO: without it one process in forty crashed as it ended)
+
+import openvino as ov  # isort: skip
 
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
