@@ -26,7 +26,7 @@ class Levels:
     """The levels of one head's drafts.
 
     forward  the head, by the inputs of a call; ``hidden`` are rows of ``states``
-    states   float [n, H], of which row a is the root's of request a; rows behind are written
+    states   float [n, H], hidden states: row a is that of request a's root, and levels write the rows behind the roots
     top_k    children of a root
     bounds   the largest calls
     graphs   whether a draft of a shape is captured as a CUDA graph, once for each number of requests

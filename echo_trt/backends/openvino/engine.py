@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from pathlib import Path
-from weakref import WeakSet
 
 import numpy as np
 import torch  # noqa: F401 (before OpenVINO: without it one process in forty crashed as it ended)
@@ -30,16 +28,6 @@ DRAFT_SIZES = (*range(1, PREPARED), *range(PREPARED, 513, 16))
 _ARRAY_TYPES = {ov.Type.f32: np.float32, ov.Type.bf16: np.uint16}  # numpy has no bfloat16; rows are only moved
 
 
-_OPEN: WeakSet[OpenVINOEngine] = WeakSet()
-
-
-@atexit.register
-def _release() -> None:
-    """Free compiled networks while OpenVINO's threads are whole: later, a process may crash as it ends."""
-    for engine in tuple(_OPEN):
-        vars(engine).clear()
-
-
 class OpenVINOEngine:
     """A graph compiled for this CPU and a KV pool of ``num_blocks`` blocks, whose memory is allocated as it fills.
 
@@ -48,7 +36,6 @@ class OpenVINOEngine:
 
     def __init__(self, graph: Path, precision: str, num_blocks: int, threads: int = 0):
         self.num_blocks = num_blocks
-        _OPEN.add(self)
         compiled = compile_graph(read_graph(graph), precision, threads)
         self._request = compiled.create_infer_request()
         inputs = [i.get_any_name() for i in compiled.inputs if "_cache." not in i.get_any_name()]
