@@ -162,10 +162,11 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts (Qwen3-MoE) in standard operators.
+    """A mixture of experts (Qwen3-MoE).
 
-    Every expert computes every token, and the router's weights, zero for experts that were not chosen, pick the result.
-    That is exact and exports to any compiler, at E/k times the arithmetic of a routed kernel.
+    In PyTorch an expert computes only the tokens that were routed to it (``_routed``). An exported graph has standard
+    operators alone, so that any compiler takes it: there every expert computes every token, and weights of zero drop
+    the rest (``_dense``), at E/k times the arithmetic.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -178,12 +179,47 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(count, hidden, size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix the outputs of the chosen experts for x [N, H]; returns [N, H]."""
         probs = self.router(x).float().softmax(dim=-1)
         top, chosen = probs.topk(self.top_k, dim=-1)
         if self.normalise:
             top = top / top.sum(dim=-1, keepdim=True)
+        if has_grouped_products(x, self.down):
+            return sum_ranks(self._routed(x, top.to(x.dtype), chosen), self.ranks)
         weights = torch.zeros_like(probs).scatter(-1, chosen, top).to(x.dtype)
+        return sum_ranks(self._dense(x, weights), self.ranks)
+
+    def _dense(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Compute all experts for x [N, H] and add them by ``weights`` [N, E]."""
         gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
         gate, up = torch.matmul(x.unsqueeze(0), gate_up).chunk(2, dim=-1)  # [E, N, size]
         outputs = torch.matmul(F.silu(gate) * up, down)  # [E, N, H]
-        return sum_ranks((outputs * weights.t().unsqueeze(-1)).sum(dim=0), self.ranks)
+        return (outputs * weights.t().unsqueeze(-1)).sum(dim=0)
+
+    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Compute the ``chosen`` experts, int [N, k], for x [N, H] and add them by ``weights`` [N, k].
+
+        Rows are sorted by expert, and one grouped product takes all experts. No size depends on the routing, so a CUDA
+        graph can hold it.
+        """
+        expert, order = chosen.flatten().sort(stable=True)
+        experts = torch.arange(len(self.gate_up), device=x.device)
+        ends = torch.searchsorted(expert, experts, right=True, out_int32=True)  # int32 [E], each expert's last row + 1
+        gate_up, down = (widened(weight, x).transpose(1, 2) for weight in (self.gate_up, self.down))
+        gate, up = F.grouped_mm(x[order // self.top_k], gate_up, offs=ends).chunk(2, dim=-1)  # [N k, size]
+        outputs = F.grouped_mm(F.silu(gate) * up, down, offs=ends)[order.argsort()]  # [N k, H], by token again
+        return (outputs.unflatten(0, chosen.shape) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+def has_grouped_products(x: Tensor, down: Tensor) -> bool:
+    """Tell whether PyTorch can multiply groups of rows like ``x`` [N, H] by ``down`` [E, H, size] on the device alone.
+
+    Its kernel takes bfloat16 on compute capabilities 9.x and 10.x; for the rest it loops over groups on the host, which
+    no CUDA graph can hold (ATen/native/cuda/GroupedBlas.cpp, PyTorch 2.10). Rows have to be multiples of 16 bytes. An
+    exported graph cannot have grouped products.
+    """
+    if torch.compiler.is_exporting() or any(size * x.element_size() % 16 for size in down.shape[1:]):
+        return False
+    if x.device.type == "cpu":
+        return True
+    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)

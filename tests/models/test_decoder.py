@@ -56,8 +56,9 @@ def test_rope_scaling_equals_transformers(build, scaling, tmp_path):
 @pytest.mark.parametrize(
     "layout", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=["all", "every second", "some dense"]
 )
-def test_experts_equal_transformers(layout, normalised, tmp_path):
-    theirs = qwen3_moe(norm_topk_prob=normalised, **layout)
+@pytest.mark.parametrize("size", [11, 12], ids=["all experts a token", "routed"])
+def test_experts_equal_transformers(layout, normalised, size, tmp_path):
+    theirs = qwen3_moe(norm_topk_prob=normalised, moe_intermediate_size=size, **layout)
     theirs.save_pretrained(tmp_path)
     assert_same_network(load(tmp_path), theirs)
 

@@ -16,6 +16,7 @@ from echo_trt.models.config import DecoderConfig
 from echo_trt.models.roles import DraftRole, HeadRole, TargetRole
 from echo_trt.runtime.rounds import timed_rounds, typical
 from gpu_proof_parts.curves import call_of, operator
+from gpu_proof_parts.experts import prove_experts
 from gpu_proof_parts.networks import SMALL, TINY, random_decoder, random_head
 from gpu_proof_parts.report import Proof
 
@@ -31,6 +32,8 @@ def prove(proof: Proof) -> None:
         prove_catch_up(proof, config, *((40, 8) if small else (3000, 256)))
     if proof.in_time:
         prove_levels(proof, config)
+    if proof.in_time:
+        prove_experts(proof)
     if proof.in_time:
         prove_costs(proof, config)
     proof.say("Checks of the PyTorch engine on a small random network, in float32 where results are compared.")
