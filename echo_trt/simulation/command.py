@@ -36,7 +36,7 @@ ORACLE = "oracle"
 POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
-LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000}
+LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000, "block": 64}
 # Tokens that a cell measures: SLOT_TOKENS for every slot, within FEWEST and MOST. Larger: less noise, a longer run.
 SLOT_TOKENS, FEWEST, MOST = 400, 4000, 24_000
 
@@ -51,6 +51,7 @@ class SimulationJob:
     prompt  cached tokens before every answer
     tokens  measured for a policy and batch; None: by the batch
     ngrams  file of the target's n-grams, with which goodput and the oracle go on where drafts end
+    block   rows of a block drafter: one pass computes all levels of the recorded trees; None: a pass a level
     """
 
     recording: Path
@@ -66,6 +67,7 @@ class SimulationJob:
     ngrams: Path | None = None
     json_file: Path | None = None
     html_file: Path | None = None
+    block: int | None = None
 
 
 def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
@@ -122,9 +124,10 @@ def simulate(
     tokens = job.tokens or min(max(SLOT_TOKENS * batch, FEWEST), max(MOST, 4 * batch))
     if name == ORACLE:  # which has goodput's candidates
         shape = goodput_settings("goodput", settings)
-        return Oracle(recording, machine, shape, batch, job.prompt, ngrams).run(tokens)
+        return Oracle(recording, machine, shape, batch, job.prompt, ngrams, job.block or 0).run(tokens)
     walk = Walk(recording, batch, job.prompt)
-    return Replay(walk, machine, planner_for(name, settings, calibration, machine, walk, ngrams)).run(tokens)
+    planner = planner_for(name, settings, calibration, machine, walk, ngrams, job.block or 0)
+    return Replay(walk, machine, planner, job.block or 0).run(tokens)
 
 
 def planner_for(
@@ -134,12 +137,13 @@ def planner_for(
     machine: Machine,
     walk: Walk,
     ngrams: NGrams | None = None,
+    block: int = 0,
 ) -> Planner:
     """Make the planner that the runtime would have on this machine (runtime/tuning.py)."""
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
         copier = RecordedCopier(walk, calibration.lookup)
-        return GoodputPlanner(name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier)
+        return GoodputPlanner(name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier, block=block)
 
     return make_planner(name, settings, goodput)
 
@@ -194,6 +198,10 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
         if ngrams is None
         else f"{len(ngrams):,} n-grams go on where drafts of goodput and the oracle end; they see nothing of prompts",
     ]
+    if job.block:
+        facts.append(
+            f"the draft writes its tree in one pass of {job.block} rows a request, at the draft's cost of as many tokens"
+        )
     answers = len(recording.answers)
     if max(job.batches) > answers:
         facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")

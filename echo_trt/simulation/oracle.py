@@ -94,7 +94,13 @@ class Choice:
 
 
 def choose(
-    ahead: np.ndarray, behind: np.ndarray, rate: float, costs: Costs, context: int, level_seconds: float = 0.0
+    ahead: np.ndarray,
+    behind: np.ndarray,
+    rate: float,
+    costs: Costs,
+    context: int,
+    level_seconds: float = 0.0,
+    block: int = 0,
 ) -> Choice:
     """Choose drafts and verification of one iteration.
 
@@ -103,21 +109,25 @@ def choose(
     rate           tokens a second
     context        cached tokens of all requests
     level_seconds  of a level, beside its pass
+    block          rows of a request's only pass, by a block drafter; 0: a pass a level
     """
     batch, free, upto = len(ahead), int(ahead[:, 0].sum()), int(ahead[:, -1].sum())
     worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
     best_upto = np.maximum.accumulate(worth)  # of verifying up to that number
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
-    for levels in range(1, ahead.shape[1]):
+    for levels in range(ahead.shape[1] - 1 if block else 1, ahead.shape[1]):
         needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
         entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)  # with those of levels above
         entries[:, 0] = behind[able]
+        if block:
+            entries = behind[able, None] + block
         gain = (ahead[:, levels] - ahead[:, 0])[able]
         order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
         total = entries[order].cumsum(axis=0)
         seconds = costs.draft.base(int(total.max(initial=0)))[total].sum(axis=1)
-        seconds += costs.draft.per_context * context * (total > 0).sum(axis=1) + costs.cold + level_seconds * levels
+        seconds += costs.draft.per_context * context * (total > 0).sum(axis=1) + costs.cold
+        seconds += level_seconds * (1 if block else levels)
         net = best_upto[free + gain[order].cumsum()] - rate * seconds
         if len(net) and net.max() > top[0]:
             count = int(net.argmax())
@@ -126,6 +136,7 @@ def choose(
     reach = ahead[:, 0].copy()
     reach[chosen] = ahead[chosen, levels]
     passes = int(_needed(ahead, levels)[chosen].max(initial=0))
+    passes = min(passes, 1) if block else passes
     number = int(worth[: reach.sum() + 1].argmax())
     return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
 
@@ -164,7 +175,9 @@ class Oracle:
         batch: int,
         prompt: int,
         ngrams: NGrams | None = None,
+        block: int = 0,
     ):
+        self._block = block
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
         self._costs.change = 0.0  # a change of size is free
@@ -192,7 +205,7 @@ class Oracle:
     def _step(self, walk: Walk, rate: float) -> Step:
         context = int(walk.context.sum())
         ahead = self._ahead[walk.positions]
-        choice = choose(ahead, walk.behind.clip(1), rate, self._costs, context, self._level)
+        choice = choose(ahead, walk.behind.clip(1), rate, self._costs, context, self._level, self._block)
         walk.behind[choice.drafted] = 0
         verified = int(choice.verified.sum())
         seconds = self._host + choice.draft_seconds + self._costs.target.per_context * context

@@ -77,12 +77,13 @@ class ClockedDraft:
     """A timed draft over recorded trees.
 
     A first pass has a root's missing entries, and a later one also the nodes of its requests that were expanded before,
-    as in the runtime.
+    as in the runtime. A block drafter's first pass also has ``block`` rows a request, and there is no later one.
     """
 
     draft: RecordedDraft
     walk: Walk
     costs: Costs
+    block: int = 0
     seconds: float = 0.0
     passes: list[Pass] = field(default_factory=list)
     _expanded: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -92,11 +93,13 @@ class ClockedDraft:
         return len(self.passes)
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._pass(int(self.walk.behind[requests].clip(1).sum()))
+        self._pass(int(self.walk.behind[requests].clip(1).sum()) + self.block * len(requests))
         self.walk.behind[requests] = 0
         return self.draft.expand_roots(requests)
 
     def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.block:
+            return self.draft.expand(tree, nodes)
         running = np.zeros(tree.num_requests, bool)
         running[tree.request[nodes]] = True
         self._pass(int(running[tree.request[self._expanded]].sum()) + len(nodes))
@@ -123,10 +126,13 @@ class RecordedCopier:
 
 
 class Replay:
-    """One planner over one walk; ``step`` is the iteration of runtime/loop.py without engines."""
+    """One planner over one walk; ``step`` is the iteration of runtime/loop.py without engines.
 
-    def __init__(self, walk: Walk, machine: Machine, planner: Planner):
-        self.walk, self.planner = walk, planner
+    block  rows of a block drafter's only pass for a request; 0: the draft takes a pass a level
+    """
+
+    def __init__(self, walk: Walk, machine: Machine, planner: Planner, block: int = 0):
+        self.walk, self.planner, self._block = walk, planner, block
         self._machine, self._clock, self._size = machine, machine.costs(), 0
         self._candidate_seconds = machine.candidate_seconds if isinstance(planner, GoodputPlanner) else 0.0
 
@@ -145,7 +151,7 @@ class Replay:
         positions, context = walk.positions, int(walk.context.sum())
         room, behind, recent = walk.room.clip(0), walk.behind.clip(1), walk.recent(RECENT)
         load = Load(np.arange(batch), room, behind, context, recent=recent, serial=walk.serial.copy())
-        draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock)
+        draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock, self._block)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
         planning = draft.levels * self._machine.level_seconds + len(plan.candidates) * self._candidate_seconds

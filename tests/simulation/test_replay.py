@@ -55,9 +55,9 @@ def ngrams(recording):
     return table({(a,): (b if sure else b + 1, 0.8) for a, b, sure in pairs}, 1)
 
 
-def replay(recording, calibration, policy, batch, on=KNEE, ngrams=None, **settings) -> Replay:
+def replay(recording, calibration, policy, batch, on=KNEE, ngrams=None, block=0, **settings) -> Replay:
     walk = Walk(recording, batch, 10)
-    return Replay(walk, on, planner_for(policy, SETTINGS | settings, calibration, on, walk, ngrams))
+    return Replay(walk, on, planner_for(policy, SETTINGS | settings, calibration, on, walk, ngrams, block), block)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
@@ -178,3 +178,22 @@ def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
 def test_runs_repeat(recording, calibration):
     first, second = (replay(recording, calibration, "goodput", 7).run(500).figures() for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("policy", ["echo", "static"])
+def test_a_block_drafter_takes_one_pass_of_its_rows(recording, calibration, policy):
+    run = replay(recording, calibration, policy, 3, block=5)
+    behind = run.walk.behind.copy()
+    step = run.step()
+    host = KNEE.host_seconds
+    draft = step.seconds - host - run._clock.target(step.verified + 3)
+    assert step.levels == 1
+    assert draft == pytest.approx(KNEE.costs().draft(int(behind.sum()) + 5 * 3), rel=1e-6)
+
+
+def test_one_pass_for_all_levels_is_worth_more_than_a_pass_a_level(recording, calibration):
+    by_level, at_once = (replay(recording, calibration, "goodput", 8, block=block).run(2000) for block in (0, 5))
+    assert at_once.rate > 1.02 * by_level.rate
+    ideal = [Oracle(recording, KNEE, CANDIDATES, 8, 10, block=block).run(2000).rate for block in (0, 5)]
+    assert ideal[1] > ideal[0]
+    assert at_once.rate <= ideal[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_graph(path: Path) -> ov.Model:
 
 
 def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.CompiledModel:
-    """Compile for this CPU. ``threads`` 0 leaves the choice to OpenVINO."""
+    """Compile for this CPU. ``threads`` 0 takes OMP_NUM_THREADS, or OpenVINO's choice where that is not set."""
     for parameter in model.get_parameters():
         if "_cache." in parameter.get_friendly_name():
             parameter.set_partial_shape(ov.PartialShape([-1, BLOCK, -1]))
@@ -66,9 +67,16 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
         model = _with_short_features(model)
         if cpu.has_amx():
             join_mlps(model)
+    threads = threads or _asked_threads()
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     return ov.Core().compile_model(model, "CPU", options)
+
+
+def _asked_threads() -> int:
+    """Read OMP_NUM_THREADS, which PyTorch heeds and OpenVINO does not: a share of a machine's cores is set by it."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def _keep_narrow(model: ov.Model) -> None:
