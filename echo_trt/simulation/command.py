@@ -143,7 +143,9 @@ def planner_for(
 
     def goodput(name: str, numbers: GoodputSettings) -> GoodputPlanner:
         copier = RecordedCopier(walk, calibration.lookup)
-        return GoodputPlanner(name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier, block=block)
+        return GoodputPlanner(
+            name, numbers, machine.costs(), calibration.model(), walk.batch, ngrams, copier, block=block
+        )
 
     return make_planner(name, settings, goodput)
 
@@ -199,9 +201,7 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
         else f"{len(ngrams):,} n-grams go on where drafts of goodput and the oracle end; they see nothing of prompts",
     ]
     if job.block:
-        facts.append(
-            f"the draft writes its tree in one pass of {job.block} rows a request, at the draft's cost of as many tokens"
-        )
+        facts.append(f"the draft writes its tree in one pass of {job.block} rows a request, which cost as many tokens do")
     answers = len(recording.answers)
     if max(job.batches) > answers:
         facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")

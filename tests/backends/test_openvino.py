@@ -206,6 +206,13 @@ def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
         assert 0 < np.abs(exact - rounded).max() < 1e-2 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("2", 2)])
+def test_threads_are_as_many_as_omp_num_threads_says(asked, threads, bundle_of, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    compiled = compiler.compile_graph(compiler.read_graph(bundle_of("lookup") / "target.onnx"), "fp32")
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+
+
 def test_a_bundle_says_what_it_computes_in_here(networks, tmp_path, monkeypatch):
     manifest = build(recipe_of("lookup", networks, precision="bf16"), networks, tmp_path / "bf16")
     for has, precision in ((True, "bf16"), (False, "fp32")):
