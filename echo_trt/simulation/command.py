@@ -201,7 +201,7 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
         else f"{len(ngrams):,} n-grams go on where drafts of goodput and the oracle end; they see nothing of prompts",
     ]
     if job.block:
-        facts.append(f"the draft writes its tree in one pass of {job.block} rows a request, which cost as many tokens do")
+        facts.append(f"the draft writes its tree in one pass of {job.block} rows a request, each at a token's cost")
     answers = len(recording.answers)
     if max(job.batches) > answers:
         facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")
