@@ -59,7 +59,7 @@ def run(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which sends those who look on away before it waits for open answers."""
+    """uvicorn's server, which ends the streams of viewers before it waits for open answers."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Any = self.config.loaded_app
