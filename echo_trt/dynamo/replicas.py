@@ -128,7 +128,7 @@ class Frontend(Supervised):
         try:
             with open_directly(f"{self._job.url}/v1/models", timeout=1) as reply:
                 return any(each["id"] == model for each in json.load(reply)["data"])
-        except (OSError, ValueError, HTTPException):
+        except (OSError, ValueError, LookupError, TypeError, HTTPException):  # or it says something else
             return False
 
 

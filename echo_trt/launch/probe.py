@@ -39,7 +39,7 @@ class Probe:
         try:
             with open_directly(f"{self._metrics}/metrics", timeout=2) as reply:
                 text = reply.read().decode()
-        except (OSError, HTTPException):
+        except (OSError, ValueError, HTTPException):
             return False
         match = re.search(r"^echo_iterations_total(?:{[^}]*})? ([0-9.e+]+)$", text, re.MULTILINE)
         before, self._seen = self._seen, float(match[1]) if match else -1.0
