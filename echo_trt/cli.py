@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
-from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from echo_trt import __version__
-from echo_trt.decoding.policy_names import NAMES
-from echo_trt.errors import UserError, shown
-
-NARROWEST = 20  # columns that are believed
+from echo_trt.commands.options import Colours, Engines, Policies, Precisions, SpecialTokens, numbers_in, words_in
+from echo_trt.commands.terminal import Screen, messages, run_app, screen_of
+from echo_trt.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,69 +24,9 @@ app = typer.Typer(
 )
 
 
-def _drop_odd_columns() -> None:
-    """Rich takes COLUMNS as it is: with 0 or 1 of them it would print nothing, not even an error."""
-    columns = os.environ.get("COLUMNS", "")
-    if not re.fullmatch("[0-9]{2,4}", columns) or int(columns) < NARROWEST:
-        os.environ.pop("COLUMNS", None)
-
-
-_drop_odd_columns()  # before the first console, which remembers them
-# Names of files, ids and texts are printed as they are: no markup, no :emoji:.
-Screen = partial(Console, markup=False, emoji=False)
-messages = Screen(stderr=True)
-
-Policies = StrEnum("Policies", {name: name for name in NAMES})
-Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
-Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
-Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
-SpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--special-tokens-in-content",
-        help="Take <|im_end|> and the like in a message for the control token. Default: for text.",
-    ),
-]
-
-
 def main() -> None:
     """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
-        sys.stdout.reconfigure(errors="replace")  # its encoding may not have every character of an answer
-    try:
-        _run()
-    except UserError as error:
-        _tell(error)
-        sys.exit(2)
-    except MemoryError as error:
-        amount = f" ({error})" if str(error) else ""
-        _tell(f"there is not enough memory{amount}; lower limits.kv_blocks, limits.context or --batch.")
-        sys.exit(2)
-    except OSError as error:
-        # Nothing that is still to be printed is to fail again when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            sys.exit(141)
-        place = error.filename or "standard output, or a file,"
-        _tell(f"{place} cannot be read or written ({error.strerror or error}); make room, or name another place.")
-        sys.exit(2)
-
-
-def _run() -> None:
-    if sys.stdout is None:
-        raise UserError("standard output is closed; redirect it to a file or to /dev/null.")
-    try:
-        app()
-    except SystemExit:
-        sys.stdout.flush()
-        raise
-
-
-def _tell(error: object) -> None:
-    messages.print("error:", style="bold red", end=" ", soft_wrap=True)
-    messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
+    run_app(app)
 
 
 def _version(asked: bool) -> None:
@@ -233,19 +167,10 @@ def generate(
         **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
-    name, out = policy.value if policy else None, _screen(color)
+    name, out = policy.value if policy else None, screen_of(color)
     look = wants_colour(out, color), watch
     job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
     run(job, out, messages)
-
-
-def _screen(color: str) -> Console:
-    """Return the console of standard output, with colours even in a file where they are wanted always."""
-    if color == "never":
-        return Screen(no_color=True)
-    if color == "always":
-        return Screen(force_terminal=True, no_color=False, color_system=Screen().color_system or "256")
-    return Screen()
 
 
 @app.command()
@@ -397,9 +322,7 @@ def bench(
     """
     from echo_trt.benchmark.command import Job, run
 
-    words = [part.strip() for part in policies.split(",") if part.strip()]
-    others = [part.strip() for part in peers.split(",") if part.strip()]
-    sizes = _numbers("--batch", batch)
+    words, others, sizes = words_in(policies), words_in(peers), numbers_in("--batch", batch)
     files = (json_file, html_file, record_file)
     job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes, budget)
     run(job, Screen(), messages)
@@ -429,19 +352,11 @@ def simulate(
     """
     from echo_trt.simulation.command import SimulationJob, run
 
-    words = tuple(part.strip() for part in policies.split(",") if part.strip())
-    sizes = tuple(_numbers("--batch", batch))
-    shape = tuple(_numbers("--static", static)) if static else None
+    words, sizes = tuple(words_in(policies)), tuple(numbers_in("--batch", batch))
+    shape = tuple(numbers_in("--static", static)) if static else None
     numbers = sizes, words, budget, shape, prompt, tokens
     job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file)
     run(job, Screen(), messages)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
 
 
 @app.command()

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from echo_trt.benchmark.peer import Work
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import Counters, SamplingParams
+from echo_trt.runtime.request import Request
 
 SLICE = 1.0  # seconds of a turn; larger: a machine that slows down meanwhile favours a policy more
 PHASES = ("draft", "plan", "pack", "verify", "accept", "commit")

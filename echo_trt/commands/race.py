@@ -23,10 +23,10 @@ from echo_trt.runtime.params import Completion, Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 
 SLICE = 0.2  # seconds of a turn; larger: a machine that changes its speed meanwhile favours one side more
-FRAMES = 10  # pictures a second at most; they are on nobody's clock
-LINES = 9  # of a pane
+FRAMES = 10  # pictures a second at most, whose time is on no side's clock; larger: a slower command
+LINES = 9  # text lines of a pane
 BAR = 24  # characters of the slower side's bar
-NAME = 14  # characters of a prompt's name, which longer ones are cut to
+NAME = 14  # characters of a prompt's name; a longer name is cut
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Side:
         self._rounds.append(self.texts)
 
     def run(self, seconds: float, show: Callable[[Delta], None]) -> None:
-        """Run for some ``seconds``, a piece of text at least, or to the round's end.
+        """Run for ``seconds``, at least until the next piece of text, or to the round's end.
 
-        ``show`` gets what is said, and is not on the clock.
+        ``show`` gets every piece of text; its time is not on the clock.
         """
         end = self.seconds + seconds
         while self.busy:
@@ -111,10 +111,12 @@ class Side:
 def sides_of(
     llm: LLM, policies: Sequence[str], prompts: Sequence[Sequence[int]], limit: int, budget: int | None = None
 ) -> list[Side]:
-    """Make a side a policy: over parts of the KV pool, so that they can take turns, where the parts are large enough.
+    """Make a side for each policy.
 
-    prompts  token ids of all that will be asked
-    limit    new tokens of an answer
+    Where the prompts fit into a part of the KV pool, a side gets its own loop over a part, and sides can take turns.
+
+    prompts  token ids of all prompts of the race
+    limit    new tokens of an answer, at most
     """
     state = llm.loop.state
     longest = sorted(map(len, prompts))[-state.count :]

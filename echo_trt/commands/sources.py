@@ -37,7 +37,7 @@ HARMLESS |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 82
 
 
 def wants_colour(console: Console, choice: str) -> bool:
-    """Whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR speaks for auto."""
+    """Return whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR matters to auto."""
     if choice == "auto":
         return console.is_terminal and console.color_system is not None and not console.no_color
     return choice == "always"

@@ -91,7 +91,7 @@ class Plan:
     rung         tokens that verifications may have, as this iteration's load decides; 0: the planner's budget
     gates        depth -> threshold that a path's probability must pass to be drafted deeper
 
-    The last four are for those who look on (``runtime.watch``); no text and no speed depends on them.
+    The last four are drawn by whoever watches the loop (``runtime.watch``); neither text nor speed depends on them.
     """
 
     tree: SuperTree

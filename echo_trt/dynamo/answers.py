@@ -9,7 +9,8 @@ from typing import Any
 from echo_trt.dynamo.request import Ask
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.runtime.params import TokenLogprobs
-from echo_trt.serving.service import End, Event, Job, Service
+from echo_trt.serving.job import End, Event, Job
+from echo_trt.serving.service import Service
 
 #: How Dynamo calls the reasons of an end; others are failures.
 REASONS = {"stop": "stop", "length": "length", "deadline": "length", "busy": "stop", "cancelled": "cancelled"}

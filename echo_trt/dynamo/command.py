@@ -60,6 +60,7 @@ def run(job: Job) -> int:
     except Exception as error:
         if engine.failure:
             raise engine.failure from None
+        log.exception("Dynamo's worker ended")
         raise UserError(f"Dynamo's worker could not serve ({_clause(error)}); see its lines above.") from error
     return 1 if engine.died else 0
 

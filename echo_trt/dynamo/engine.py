@@ -39,10 +39,14 @@ BEAT = 0.25  # seconds between two updates of metrics; larger: the router knows 
 
 
 class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
-    """A bundle's engine. ``failure``: why it could not start, where that is the user's to mend."""
+    """A bundle's engine.
+
+    failure  the user's mistake for which it could not start; None: there is none
+    died     whether the engine's thread has ended while the worker served
+    """
 
     def __init__(self, job: Job, lease: Lease | None = None):
-        """``lease``: of the worker's entries, where this process must keep them itself."""
+        """``lease`` keeps the worker's discovery entries; None: Dynamo's backend keeps them."""
         self._job, self._lease = job, lease
         self._service: Service | None = None
         self._open: dict[DynamoAnswer, Any] = {}  # with their contexts
@@ -122,7 +126,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         return payload
 
     async def cleanup(self) -> None:
-        """Let open answers finish for as long as ``drain_seconds``; the rest go on at other workers."""
+        """Let open answers finish for ``drain_seconds``; other workers go on with the rest."""
         self._closing = True
         if self._lease:
             self._lease.close()
@@ -208,17 +212,16 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             now = service.statistics()
             self.metrics.flush(now)
             with suppress(RuntimeError):  # a runtime that is shutting down takes nothing
-                self._publish(now, before or now)
+                self._publish(service, now, before or now)
             before = now
             if not service.alive:
                 self.died = True
                 self._job.stop()
                 return
 
-    def _publish(self, now: Statistics, before: Statistics) -> None:
+    def _publish(self, service: Service, now: Statistics, before: Statistics) -> None:
         """Tell the router the worker's load, and the planner its forward passes since ``before``."""
-        assert self._service
-        counters, old, state = now.counters, before.counters, self._service.loop.state
+        counters, old, state = now.counters, before.counters, service.loop.state
         if self._snapshots:
             asked = counters.asked_tokens
             self._snapshots.publish(

@@ -8,8 +8,8 @@ from math import ceil
 from echo_trt.dynamo.discovery import BACKEND, FOLDER, folder_of
 from echo_trt.errors import UserError
 
-END_SECONDS = 15  # for the rest of a worker's end; larger: one that hangs then is ended later
-PROBE_SECONDS = 20  # for the answer to a probe; larger: a worker that hangs is noticed later
+END_SECONDS = 15  # seconds for a worker's end after its answers; larger: a worker that hangs then is ended later
+PROBE_SECONDS = 20  # seconds for the answer to a probe; larger: a worker that hangs is noticed later
 BACKENDS = ("file", "etcd", "kubernetes", "mem")
 #: Where processes find each other by a folder, they are on one machine: nobody else need reach them.
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
@@ -57,9 +57,10 @@ def completed(environment: Mapping[str, str]) -> dict[str, str]:
 def of_worker(environment: Mapping[str, str], places: int, system_port: int, drain_seconds: float) -> dict[str, str]:
     """Return the environment of a worker.
 
-    places         requests that it takes; more go to other workers at once, where all are full to nobody (HTTP 529)
-    system_port    of metrics and health; 0: the environment's, else none
-    drain_seconds  that open answers have; Dynamo would end the process after 30
+    places         requests that the worker takes; the frontend sends others to another worker at once, and refuses them
+                   where all are full (HTTP 529)
+    system_port    port of metrics and health; 0: the environment's, else none
+    drain_seconds  seconds that open answers have; Dynamo would end the process after 30
     """
     defaults = {
         "DYN_ENGINE_REQUEST_LIMIT": str(places),

@@ -6,24 +6,33 @@ heads: it hashes windows of 33 tokens, which overlap by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from echo_trt.decoding.pack import BLOCK
 
+log = logging.getLogger(__name__)
+
 
 class BlockEvents:
-    """Hands events on to ``publisher``, Dynamo's KvEventPublisher, which queues them."""
+    """Hands events on to ``publisher``, Dynamo's KvEventPublisher, which queues them.
+
+    It is called in the middle of an iteration. A publisher that fails is logged, the first time in a row, and costs no
+    answer: the router places prompts worse.
+    """
 
     def __init__(self, publisher: Any):
         self._publisher = publisher
+        self._failing = False
 
     def stored(self, keys: Sequence[bytes], tokens: np.ndarray, places: Sequence[int]) -> None:
         """Do as ``prefix_cache.Listener``: an event for each row of blocks, with the hash of the block before it."""
         for first, last in rows(places):
-            self._publisher.publish_stored(
+            self._publish(
+                self._publisher.publish_stored,
                 tokens[first * BLOCK : last * BLOCK + 1].tolist(),
                 [BLOCK] * (last - first),
                 [block_hash(key) for key in keys[first:last]],
@@ -33,7 +42,17 @@ class BlockEvents:
 
     def removed(self, keys: Sequence[bytes]) -> None:
         """Do as ``prefix_cache.Listener``."""
-        self._publisher.publish_removed([block_hash(key) for key in keys])
+        self._publish(self._publisher.publish_removed, [block_hash(key) for key in keys])
+
+    def _publish(self, publish: Callable[..., Any], *values: Any, **more: Any) -> None:
+        try:
+            publish(*values, **more)
+        except Exception:  # the engine's thread is no place for the router's trouble
+            if not self._failing:
+                log.exception("the router is not told of KV blocks; it cannot send prompts to where they are cached")
+            self._failing = True
+        else:
+            self._failing = False
 
 
 def block_hash(key: bytes) -> int:

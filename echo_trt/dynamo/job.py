@@ -1,4 +1,4 @@
-"""What ``echo-trt worker`` was asked to do."""
+"""The options of ``echo-trt worker``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Job:
-    """None stands for the recipe's own; ``name`` is what clients call the model.
+    """The options of a worker. None stands for the recipe's value.
 
-    system_port    of metrics and health; 0: none
-    drain_seconds  that open answers have to finish once the worker is told to stop
+    name           the model's name for clients
+    queue          requests that may wait for a place
+    drain_seconds  seconds for open answers once the worker is told to stop
+    system_port    port of metrics and health; 0: none
     """
 
     bundle: Path

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,16 +23,16 @@ from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.errors import UserError
-from echo_trt.launch.probe import Probe, responds
+from echo_trt.launch.probe import Probe, open_directly, responds
 from echo_trt.launch.process import Log, Process, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
 
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
-ANSWER_SECONDS = 30.0  # for word of a busy process; larger: a hang is noticed later
-LOST_SECONDS = 15.0  # that a frontend may know no worker while one serves; larger: requests are refused for longer
-STOP_SECONDS = 10.0  # for a process to stop that has nothing open; larger: a slower end
-QUIET = "warn,tower_http=off"  # a worker that starts answers probes with 503
+ANSWER_SECONDS = 30.0  # seconds for a busy process to answer; larger: a hang is noticed later
+LOST_SECONDS = 15.0  # seconds that a frontend may list no worker while one serves; larger: requests are refused longer
+STOP_SECONDS = 10.0  # seconds for a process without open requests to stop; larger: a slower end
+QUIET = "warn,tower_http=off"  # DYN_LOG: without the probes that a starting worker answers with 503
 #: Of the frontend, where the user has not set them.
 SETTINGS = {
     "DYN_ROUTER_MODE": "kv",
@@ -47,7 +46,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Job:
-    """What the command was asked to do. None stands for the recipe's own."""
+    """The command's options. None stands for the recipe's value."""
 
     bundle: Path
     replicas: int
@@ -62,7 +61,7 @@ class Job:
 
     @property
     def url(self) -> str:
-        """Of the frontend, for this machine."""
+        """The frontend's URL for clients on this machine."""
         return f"http://{LOOPBACK if self.host == '0.0.0.0' else self.host}:{self.port}"
 
 
@@ -127,18 +126,19 @@ class Frontend(Supervised):
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
         try:
-            with urllib.request.urlopen(f"{self._job.url}/v1/models", timeout=1) as reply:
+            with open_directly(f"{self._job.url}/v1/models", timeout=1) as reply:
                 return any(each["id"] == model for each in json.load(reply)["data"])
-        except (OSError, ValueError, HTTPException):
+        except (OSError, ValueError, LookupError, TypeError, HTTPException):  # or it says something else
             return False
 
 
 class Replica(Supervised):
     """A worker, which serves once a real pass was answered."""
 
-    def __init__(self, number: int, job: Job, environment: dict[str, str], log: Log):
+    def __init__(self, number: int, port: int, job: Job, environment: dict[str, str], log: Log):
+        """``port``: of its metrics and health."""
         self.name, self._job, self._environment = f"worker {number}", job, environment
-        self._port = _free_port()
+        self._port = port
         super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
         self._url = f"http://{LOOPBACK}:{self._port}/health"
         self._probe = Probe(LOOPBACK, 0, self._port)  # reads its metrics alone
@@ -171,7 +171,8 @@ class Replicas:
 
     def __init__(self, job: Job, environment: dict[str, str], stop: threading.Event, log: Log):
         self._job, self._stop, self._log = job, stop, log
-        self._workers = [Replica(number, job, environment, log) for number in range(1, job.replicas + 1)]
+        ports = enumerate(free_ports(job.replicas, job.port), 1)
+        self._workers = [Replica(number, port, job, environment, log) for number, port in ports]
         self._frontend = Frontend(job, environment, log, self._workers)
         self._announced = False
 
@@ -222,10 +223,15 @@ class Replicas:
         return process is None or process.wait(end - time.monotonic())
 
 
-def _free_port() -> int:
-    """Choose a port that nobody has, from below those that the system hands to clients; Dynamo takes none above."""
-    while True:
+def free_ports(number: int, reserved: int) -> list[int]:
+    """Choose ``number`` ports that nobody has, and not ``reserved``, which the frontend has yet to take.
+
+    They are from below those that the system hands to clients; Dynamo takes none above.
+    """
+    ports: set[int] = set()
+    while len(ports) < number:
         port = secrets.choice(PORTS)
         with socket.socket() as probe, suppress(OSError):
             probe.bind((LOOPBACK, port))
-            return port
+            ports |= {port} - {reserved}
+    return sorted(ports)

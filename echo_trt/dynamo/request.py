@@ -83,11 +83,11 @@ def read(
             "presence_penalty or frequency_penalty is given, and where the answer begins was lost with its worker "
             "because Dynamo traces requests; send the request again."
         )
-    seed = boundary.seed if boundary else asked.get("seed")
+    seed, limit = boundary.seed if boundary else asked.get("seed"), stops.get("max_tokens")
     first = secrets.randbits(63) if seed is None else seed % INT63
     params = SamplingParams(
         # The frontend has taken off what was said; what the engine counts from the beginning includes it.
-        max_tokens=min(len(said) + (stops.get("max_tokens") or INT32), INT32),
+        max_tokens=INT32 if limit is None else min(len(said) + limit, INT32),
         min_tokens=len(said) + (stops.get("min_tokens") or 0) if stops.get("min_tokens") else 0,
         stop=tuple(stops.get("stop") or ()),
         stop_token_ids=_stop_tokens(stops, eos),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,11 +56,15 @@ def run(
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,
     )
-    Server(config).run()
+    server = Server(config)
+    with suppress(KeyboardInterrupt):  # raised once open answers have ended
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which sends those who look on away before it waits for open answers."""
+    """uvicorn's server, which ends the streams of viewers before it waits for open answers."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Any = self.config.loaded_app

@@ -49,7 +49,7 @@ class Usage:
 
 @dataclass
 class Details:
-    """What is told of tokens: log-probabilities, and who proposed them. True where there is any."""
+    """Details of tokens that an answer brings: log-probabilities, and sources. False where there are none."""
 
     logprobs: list[Entry] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Details:
         return bool(self.logprobs or self.sources)
 
     def add(self, piece: Piece) -> None:
-        """Take over what a piece brings."""
+        """Append the details of a piece."""
         self.logprobs += piece.logprobs
         self.sources += piece.sources
 
@@ -169,7 +169,7 @@ class Answer:
         return {"index": index, **said, **self._detailed(details), "finish_reason": reason}
 
     def _detailed(self, details: Details) -> dict[str, Any]:
-        """Return the fields of a choice that tell of its tokens: ``logprobs``, and where asked ``token_sources``."""
+        """Return a choice's fields of details: ``logprobs``, and ``token_sources`` where the request asks for them."""
         logprobs: dict[str, Any] | None = None
         if self.wants_logprobs:
             logprobs = for_chat(details.logprobs) if self.chat else for_completion(details.logprobs)

@@ -30,7 +30,7 @@ async def merged(
                 async for piece in stream:
                     await queue.put((choice, piece))
             await queue.put(None)
-        except Exception as error:
+        except Exception as error:  # raised again by whoever reads
             await queue.put(error)
 
     async def watch() -> None:

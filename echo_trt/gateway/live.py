@@ -1,4 +1,4 @@
-"""What the engine does, for pages that draw it: one stream of snapshots from the engine, however many look on."""
+"""GET /live: the engine's snapshots as server-sent events. All viewers share one stream from the engine."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from echo_trt.gateway.errors import ApiError, unavailable
 from echo_trt.gateway.upstream import Upstream
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 
-MOST_VIEWERS = 256  # at once; larger: more connections that one address may hold
-STUCK_S = 20.0  # without taking a snapshot: a viewer that does not read; larger: it is counted among the others longer
-VIEW_S = 600.0  # after which a viewer has to come back; larger: one that never leaves is looked after longer
-#: Between two attempts to find an engine that is away, or that takes no more onlookers; larger: fewer lines in the log.
+MOST_VIEWERS = 256  # viewers at once; larger: more open connections
+STUCK_S = 20.0  # seconds that an event may wait for a viewer; larger: one that does not read keeps its place longer
+VIEW_S = 600.0  # seconds after which a viewer has to ask again; larger: a connection that nobody closes lasts longer
+#: Seconds between attempts to reach an engine that is away or takes no more onlookers; larger: fewer lines in the log.
 AWAY_S, LONGEST_AWAY_S = 1.0, 4.0
-SILENT_S = 15.0  # without an event, after which a viewer gets a comment; larger: one that has left is noticed later
-LARGEST = 2**17  # characters of a snapshot; one that is larger is left out
+SILENT_S = 15.0  # seconds without an event until a viewer gets a comment; larger: a viewer's end is noticed later
+LARGEST = 2**17  # characters of a snapshot that is passed on; larger: more memory for a viewer that reads slowly
 
 
 @dataclass(eq=False)
 class Viewer:
-    """Whoever looks on. Only the newest event waits for it: one that reads slowly misses some."""
+    """A client of GET /live. The newest event alone waits for it, so a viewer that reads slowly misses events.
+
+    waiting  the event that it gets next
+    came     set while an event waits
+    taken    time.monotonic() at which it last asked for an event
+    dropped  whether its stream has to end
+    """
 
     waiting: str | None = None
     came: asyncio.Event = field(default_factory=asyncio.Event)
-    taken: float = field(default_factory=time.monotonic)  # when it last took an event
+    taken: float = field(default_factory=time.monotonic)
     dropped: bool = False
 
     def put(self, event: str) -> None:
@@ -51,12 +57,15 @@ class Viewer:
 
     @property
     def stuck(self) -> bool:
-        """Whether it has left an event waiting for too long."""
+        """Whether an event has waited for it longer than STUCK_S."""
         return self.waiting is not None and time.monotonic() - self.taken > STUCK_S
 
 
 class Live:
-    """Viewers, and the engine's snapshots while there is one that reads. Used within one event loop."""
+    """Hands the engine's snapshots to viewers, and asks the engine for them while a viewer reads.
+
+    It is used within one event loop.
+    """
 
     def __init__(self, upstream: Upstream):
         self._upstream = upstream
@@ -65,14 +74,14 @@ class Live:
         self._leaving = False
 
     async def close(self) -> None:
-        """Stop looking."""
+        """Stop asking the engine."""
         if self._looking:
             self._looking.cancel()
             with suppress(asyncio.CancelledError):
                 await self._looking
 
     def leave(self) -> None:
-        """Let every viewer's stream end, and take no more: the server stops."""
+        """End the streams of all viewers and refuse new ones, since the server stops."""
         self._leaving = True
         for viewer in self._viewers:
             viewer.dropped = True
@@ -113,7 +122,7 @@ class Live:
             self._looking = asyncio.create_task(self._tell())
 
     async def _tell(self) -> None:
-        """Hand snapshots to the viewers, until none of them reads."""
+        """Hand the engine's snapshots to the viewers, until no viewer reads."""
         pause = AWAY_S
         while self._looked_at:
             begin = time.monotonic()
@@ -161,7 +170,7 @@ async def show_live(request: Request) -> Response:
 
 
 async def show_about(request: Request) -> Response:
-    """GET /live/about: what a page must know of the model and the server. Raises ApiError."""
+    """GET /live/about: the facts of model and server that the page shows or needs. Raises ApiError."""
     state = request.app.state
     facts = await state.upstream.facts()
     about: dict[str, Any] = {

@@ -39,7 +39,7 @@ INDEX, FOLDER = "/", "/page/"
 
 
 class PageFiles:
-    """The files by path, and ``build``, a name for their present state."""
+    """The page's files by path, and ``build``, a digest by which an open page finds out that the server has others."""
 
     def __init__(self) -> None:
         found = [each for each in files("echo_trt.gateway").joinpath("page").iterdir() if each.is_file()]

@@ -93,7 +93,7 @@ class Upstream:
         return text.decode("utf-8", "replace")
 
     async def snapshots(self) -> AsyncGenerator[str]:
-        """Snapshots as the engine makes them, for some seconds; close it and it makes none. Raises ApiError."""
+        """Yield snapshots for some seconds, as JSON; the engine makes none once this is closed. Raises ApiError."""
         async with aclosing(self._results({"watch": True})) as results:
             async for result in results:
                 if text := _value(result, "snapshot", b"").decode():

@@ -13,7 +13,7 @@ from echo_trt.serving.protocol import FIRST, MODEL
 
 # Seconds between two probes, and for an answer. Larger: less work for the server, a hang is noticed later.
 PROBE_EVERY, PROBE_SECONDS = 10.0, 20.0
-_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
+open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
 
 
 class Probe:
@@ -28,7 +28,7 @@ class Probe:
         request = {"input_ids": [0], "max_tokens": 1, "priority": FIRST, "ignore_eos": True}
         url, body = f"{self._server}/v2/models/{MODEL}/generate", json.dumps(request).encode()
         try:
-            with _open(urllib.request.Request(url, body), timeout=seconds) as reply:
+            with open_directly(urllib.request.Request(url, body), timeout=seconds) as reply:
                 answer = json.load(reply)
         except (OSError, ValueError, HTTPException):
             return False
@@ -37,9 +37,9 @@ class Probe:
     def progresses(self) -> bool:
         """Return whether the engine has iterated since the previous call: long iterations answer a probe late."""
         try:
-            with _open(f"{self._metrics}/metrics", timeout=2) as reply:
+            with open_directly(f"{self._metrics}/metrics", timeout=2) as reply:
                 text = reply.read().decode()
-        except (OSError, HTTPException):
+        except (OSError, ValueError, HTTPException):
             return False
         match = re.search(r"^echo_iterations_total(?:{[^}]*})? ([0-9.e+]+)$", text, re.MULTILINE)
         before, self._seen = self._seen, float(match[1]) if match else -1.0
@@ -54,7 +54,7 @@ class Probe:
 def responds(url: str, seconds: float) -> bool:
     """Return whether a GET succeeds in time."""
     try:
-        with _open(url, timeout=seconds):
+        with open_directly(url, timeout=seconds):
             return True
     except (OSError, HTTPException):
         return False

@@ -160,10 +160,10 @@ class ChatEncoder:
         return False
 
     def _tried(self, messages: Messages, answer: bool = True, tools: Tools | None = None) -> str | None:
-        """The rendered text, None where the template takes no such chat."""
+        """Return the rendered text, None where the template takes no such chat."""
         try:
             return self._rendered(messages, answer, tools)
-        except Exception:
+        except Exception:  # a template may raise what it likes; of a real prompt, ``ids`` tells the client
             return None
 
     def _rendered(

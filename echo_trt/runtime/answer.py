@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import Completion, TokenLogprobs, TokenSource
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.text import TextStream
 
 

@@ -20,7 +20,7 @@ from echo_trt.models.messages import Messages, Tools, checked_messages, checked_
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.assemble import load_networks
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import (
     MOST_AT_ONCE,
     TOKEN_SOURCES,
@@ -31,6 +31,7 @@ from echo_trt.runtime.params import (
     TokenLogprobs,
     TokenSource,
 )
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,56 +22,13 @@ from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import ancestor_mask
 from echo_trt.errors import UserError
-from echo_trt.grammar.state import State
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
-from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams, TokenLogprobs, TokenSource
+from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
+from echo_trt.runtime.request import NOTHING, Emission, Request
 from echo_trt.runtime.slots import Slots, blocks_for
 from echo_trt.runtime.verified import Verified, token_logprobs
 from echo_trt.runtime.watch import Seen
-
-
-@dataclass(eq=False)
-class Request:
-    """A request from its arrival to its end.
-
-    ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
-    ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
-    ``cached_tokens`` of the prompt were in the prefix cache when it first came to a place.
-    """
-
-    id: int
-    prompt: np.ndarray
-    params: SamplingParams
-    generated: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    sources: list[TokenSource] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
-    verifications: int = 0
-    drafted: int = 0
-    cached_tokens: int | None = None
-    finish_reason: str = ""
-    slot: int = -1
-    grammar: State | None = None  # what may follow its text so far; None: anything
-    failure: str = ""  # why, where the finish_reason is "failed"
-    keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
-
-
-@dataclass(frozen=True)
-class Emission:
-    """The tokens of one iteration.
-
-    requests object [B]; tokens int64 [sum counts], end to end; counts int64 [B]
-    """
-
-    requests: np.ndarray
-    tokens: np.ndarray
-    counts: np.ndarray
-
-    def __iter__(self) -> Iterator[tuple[Request, list[int]]]:
-        tokens, begin = self.tokens.tolist(), begins(self.counts).tolist()
-        for i, request in enumerate(self.requests):
-            yield request, tokens[begin[i] : begin[i + 1]]
 
 
 @dataclass(frozen=True)
@@ -87,9 +44,6 @@ class Chunks:
     counts: np.ndarray
     owner: np.ndarray
     position: np.ndarray
-
-
-NOTHING = Emission(np.empty(0, object), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 class Loop:
@@ -114,7 +68,7 @@ class Loop:
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
         self.admissions = 0
-        self.watch: Callable[[Seen], None] | None = None  # told of every iteration, on this thread; None: nobody looks
+        self.watch: Callable[[Seen], None] | None = None  # gets every iteration, on the thread that steps; None: none
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -233,8 +187,8 @@ class Loop:
         chunks = self._plan_chunks()
         if len(slots) + len(chunks.slots) == 0:
             return NOTHING
-        begin = time.perf_counter()
-        ids = [self._request_in[slot].id for slot in slots] if self.watch is not None else []
+        begin, watch = time.perf_counter(), self.watch  # another thread may set it at any time
+        ids = [self._request_in[slot].id for slot in slots] if watch else []
         plain = len(slots) > 0 and not self.state.speculate[slots].any()  # nobody wants drafts: no planner learns of it
         draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and not plain else None
         load = self._load(slots, len(chunks.owner), draft is not None and draft.looks_ahead)
@@ -250,8 +204,8 @@ class Loop:
         iteration = Iteration(plan, load, path, target, passes, levels, planning, seconds, host)
         if not plain:
             self.planner.observe(iteration)
-        if self.watch is not None:
-            self.watch(Seen(iteration, ids, drafting, int(emission.counts.sum()), time.time()))
+        if watch:
+            watch(Seen(iteration, ids, drafting, int(emission.counts.sum()), time.time()))
         return emission
 
     def _hold_for_decoding(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What one iteration looks like to those who look on."""
+"""The record of one iteration that the loop hands to its watch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from echo_trt.decoding.planner import Iteration
 
 @dataclass(frozen=True)
 class Seen:
-    """One iteration, for those who look on.
+    """One iteration, as the loop's watch gets it.
 
     requests  ids of the B decoding requests, in the order of the plan's trees
     drafting  seconds of the draft's passes
-    emitted   tokens that texts gained
-    time      of its end, time.time()
+    emitted   tokens that were appended to texts
+    time      time.time() at the iteration's end
     """
 
     iteration: Iteration

@@ -6,7 +6,6 @@ order, so a listener must not block.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import logging
 import threading
@@ -18,9 +17,9 @@ from itertools import count
 
 from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import Counters, SamplingParams
-from echo_trt.serving.protocol import FIRST
+from echo_trt.runtime.request import Request
+from echo_trt.serving.job import End, Event, Job
 
 log = logging.getLogger(__name__)
 
@@ -31,57 +30,6 @@ NOTHING = Said("", [])
 
 class Overloaded(Exception):
     """No request is taken now; another time or another server may. The message is one sentence."""
-
-
-@dataclass(frozen=True)
-class End:
-    """How a request ended. reason: stop, length, cancelled, deadline or failed, where ``message`` says why.
-
-    A probe's may be busy: an iteration for others came before it found a place, which says as much as a token.
-    Seconds run from submission: until the engine took it, and until its first token; None where that never came.
-    """
-
-    reason: str
-    message: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    verifications: int
-    drafted: int
-    queue_seconds: float | None
-    first_token_seconds: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event(Said):
-    """What became certain of an answer at ``time`` (time.monotonic). Tokens may precede the text they belong to."""
-
-    time: float
-    end: End | None = None
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way. Jobs are ordered as they are served: by priority, lowest first, then by arrival."""
-
-    request: Request
-    answer: Answer
-    on_event: Callable[[Event], None]
-    priority: int
-    serial: int
-    deadline: float | None
-    submitted: float
-    taken: float | None = None
-    first_token: float | None = None
-    failures: int = 0
-
-    @property
-    def probe(self) -> bool:
-        """Whether it only asks if the engine works."""
-        return self.priority == FIRST and self.request.params.max_tokens == 1
-
-    def __lt__(self, other: Job) -> bool:
-        return (self.priority, self.serial) < (other.priority, other.serial)
 
 
 @dataclass(frozen=True)
@@ -143,8 +91,9 @@ class Service:
     ) -> Job:
         """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
 
-        ``said``: tokens of its answer that another engine has told. The answer goes on behind them as if this one had:
-        they count in ``max_tokens`` and ``min_tokens``, for penalties and in ``End``, and are not told again.
+        ``said``: the answer's first tokens, which another engine has emitted. The answer goes on behind them as if this
+        engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and ``End``. No event brings
+        them again.
 
         A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
         iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
@@ -228,7 +177,7 @@ class Service:
                 self._end_late()
                 self._feed()
                 self._iterate()
-        except Exception:
+        except Exception:  # whatever it was: nobody must wait for an answer that never comes
             log.exception("the engine's thread has died; its requests fail")
             self._dead = True
             self._fail_all("the engine's thread has died; the server must be restarted.")
@@ -275,7 +224,7 @@ class Service:
             probes = list(self._probes.values())
         try:
             emission = self.loop.step()
-        except Exception as error:
+        except Exception as error:  # logged there
             self._recover(error)
             return
         for request, tokens in emission:
@@ -345,7 +294,7 @@ class Service:
     def _send(self, job: Job, event: Event) -> None:
         try:
             job.on_event(event)
-        except Exception:
+        except Exception:  # a listener's trouble is its own request's alone
             log.exception("the listener of request %s failed; the request is cancelled", job.request.id)
             if event.end is None:
                 self.cancel(job)
@@ -396,8 +345,10 @@ class Service:
             self._draining = True
             left = list(self._open.values())
         for job in left:
-            with contextlib.suppress(Exception):
+            try:
                 self._close_job(job, NOTHING, "failed", message)
+            except Exception:  # the others must end, too
+                log.exception("request %s could not be ended", job.request.id)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,6 +1,7 @@
-"""Snapshots of the engine's last iterations, for those who draw them. Fields and units: docs/live-page.md.
+"""Snapshots of the engine's last iterations, for pages that draw them. Fields and units: docs/live-page.md.
 
-They hold shapes and figures, neither text nor tokens: whoever looks on need not be whoever asked.
+A snapshot holds shapes and figures, neither text nor tokens: a viewer of the page may be another person than the client
+whose answer is made.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from echo_trt.runtime.watch import Seen
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 from echo_trt.serving.service import Service, Statistics
 
-ITERATIONS = 64  # that are kept between two snapshots; larger: longer lists at small loads
-MOST_REQUESTS = 64  # whose trees are told; larger: longer snapshots at large loads
-MOST_NODES, LEAST_NODES = 1536, 8  # of all trees together, and of one; larger: more of what was not verified is told
+ITERATIONS = 64  # iterations kept between two snapshots; larger: longer lists at small loads
+MOST_REQUESTS = 64  # requests whose trees a snapshot holds; larger: longer snapshots at large loads
+MOST_NODES, LEAST_NODES = 1536, 8  # nodes of all trees together, and of one; larger: more nodes that were not verified
 ROOT, ACCEPTED, REJECTED, PRUNED = range(4)  # what became of a node
 COUNTERS = (
     "iterations",
@@ -38,7 +39,7 @@ COUNTERS = (
 
 
 class Onlooker:
-    """Looks at the loop of a service while it is ``on``; a loop at which nobody looks does nothing for it.
+    """Collects the iterations of a service's loop while it is ``on``; else the loop spends no time on it.
 
     One thread may call this.
     """
@@ -50,7 +51,7 @@ class Onlooker:
         self.on = False
 
     def switch(self, on: bool) -> None:
-        """Begin to look, or stop and forget what was seen."""
+        """Begin to collect, or stop and forget the iterations so far."""
         self.on = on
         self._service.loop.watch = self._seen.append if on else None
         if not on:
@@ -90,7 +91,7 @@ def figures(now: Statistics, slots: int) -> dict[str, Any]:
 
 
 def recent(seen: list[Seen]) -> dict[str, list[float]]:
-    """Return columns, an entry an iteration, oldest first."""
+    """Return columns of figures, each with one entry for an iteration, oldest first."""
     return {
         "time": [round(each.time, 3) for each in seen],
         "milliseconds": [round(1000 * each.iteration.seconds, 2) for each in seen],
@@ -104,7 +105,7 @@ def recent(seen: list[Seen]) -> dict[str, list[float]]:
 
 
 def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
-    """Return one iteration: where its time went, and its super-tree, a tree a request.
+    """Return one iteration as JSON has it: the seconds of its parts, and its super-tree, cut into a tree a request.
 
     proposer  the source of nodes that name the draft alone (``Loop.proposer``)
     """
@@ -141,7 +142,7 @@ def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
 
 
 def fates(seen: Seen) -> np.ndarray:
-    """Say of each candidate what became of it: int64 [n], ROOT, ACCEPTED, REJECTED or PRUNED."""
+    """Return the fate of every candidate: int64 [n], ROOT, ACCEPTED, REJECTED or PRUNED."""
     plan = seen.iteration.plan
     fate = np.full(len(plan.candidates), PRUNED)
     fate[plan.nodes] = REJECTED
@@ -151,15 +152,18 @@ def fates(seen: Seen) -> np.ndarray:
 
 
 def kept_nodes(tree: SuperTree, fate: np.ndarray, chances: np.ndarray) -> np.ndarray:
-    """Choose the candidates that are told: int64, ascending; parents are among them.
+    """Choose the candidates that a snapshot holds: int64, ascending, each with its parent.
 
-    Of each of the first MOST_REQUESTS requests those that were verified, and the likeliest of the others.
+    They are of the first MOST_REQUESTS requests: verified nodes first, then the likeliest of the others.
+
+    fate     int64 [n], of ``fates``
+    chances  float64 [n], estimated chance that a node is accepted
     """
-    told = max(MOST_NODES // max(min(tree.num_requests, MOST_REQUESTS), 1), LEAST_NODES)
+    most = max(MOST_NODES // max(min(tree.num_requests, MOST_REQUESTS), 1), LEAST_NODES)
     worth = np.where(fate == PRUNED, chances, 2.0 + chances)  # a child's chance is its parent's at most
     nodes = np.flatnonzero((tree.request < MOST_REQUESTS) & (worth > 0))
     kept = np.zeros(len(tree), bool)
-    kept[tree.best_first(nodes, worth[nodes], np.full(tree.num_requests, told))] = True
+    kept[tree.best_first(nodes, worth[nodes], np.full(tree.num_requests, most))] = True
     for node in np.flatnonzero(kept & (tree.parent >= 0)).tolist():  # parents come before their children
         kept[node] = kept[tree.parent[node]]
     return np.flatnonzero(kept)

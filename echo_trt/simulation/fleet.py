@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BLOCK = 32  # tokens of a KV block
-EPSILON = 1e-9  # tokens that are none
+EPSILON = 1e-9  # seconds or tokens below which rounding is taken for the cause
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def make_trace(settings: TraceSettings) -> list[list[Turn]]:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a replica can do.
+    """The speed of a replica.
 
-    batches         int [m], requests running at once, ascending; the last is the most that run
-    rates           float [m], their tokens a second together
-    prompt_seconds  of a prompt token that is not cached
-    cached_tokens   that its prefix cache holds
+    batches         int [m], requests running at once, ascending; the last number is the limit
+    rates           float [m], tokens a second of all running requests together
+    prompt_seconds  seconds to compute a prompt token that is not cached
+    cached_tokens   tokens that the prefix cache holds
     """
 
     batches: Sequence[int]
@@ -284,7 +284,7 @@ def simulate_fleet(trace: Sequence[Sequence[Turn]], replicas: int, speed: Speed,
         if kind == 0:
             turn = trace[number][detail]
             place = router.choose(turn, fleet)
-            fleet[place].advance(now)
+            ended = fleet[place].advance(now)  # at the very moment of an arrival another answer may end
             fleet[place].add(turn, now)
             same, later = same + (last.get(number) == place), later + (detail > 0)
             last[number] = place
@@ -292,11 +292,12 @@ def simulate_fleet(trace: Sequence[Sequence[Turn]], replicas: int, speed: Speed,
             continue
         else:
             place = number
-            for outcome in fleet[place].advance(now):
-                conversation, following = outcome.turn.conversation, outcome.turn.number + 1
-                if following < len(trace[conversation]):
-                    arrival = now + trace[conversation][following].arrival
-                    heapq.heappush(events, (arrival, 0, conversation, following))
+            ended = fleet[place].advance(now)
+        for outcome in ended:
+            conversation, following = outcome.turn.conversation, outcome.turn.number + 1
+            if following < len(trace[conversation]):
+                arrival = now + trace[conversation][following].arrival
+                heapq.heappush(events, (arrival, 0, conversation, following))
         versions[place] += 1
         change = fleet[place].next_change()
         if change < float("inf"):

@@ -39,8 +39,9 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.roles import HeadRole, TargetRole
 from echo_trt.runtime.drafters import Eagle3Drafter
 from echo_trt.runtime.levels import LevelsDrafter
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots, blocks_for
 
 VOCABULARY = 151_936  # Qwen3's

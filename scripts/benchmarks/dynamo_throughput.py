@@ -77,7 +77,8 @@ def main() -> None:
 def alone(bundle: Path, load: Load) -> None:
     from echo_trt.runtime.llm import LLM
     from echo_trt.runtime.params import SamplingParams
-    from echo_trt.serving.service import Event, Service
+    from echo_trt.serving.job import Event
+    from echo_trt.serving.service import Service
 
     llm = LLM(bundle)
     prompts = [llm.tokenizer(load.prompt(i))["input_ids"] for i in range(load.requests)]

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 
 Figures = tuple[int, int, float]  # prompt tokens, those that were computed, seconds to the first token
 

@@ -23,8 +23,9 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.pack import LevelShape, pack
 from echo_trt.decoding.policies import make_planner
 from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots
 
 BOUNDS = CallBounds(4, 4, 16)

@@ -1,34 +1,20 @@
-"""Bundles: whole or not there at all, bound to what was built, and refused with one sentence where they are not."""
+"""Bundles: whole or not there at all, bound to what was built, and with what their checkpoints bring."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from models.checkpoints import head_config, head_tensors, qwen3, write_head
-from pairs import FOLDERS, LIMITS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
+from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
 from echo_trt.commands.build import build
-from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.serving.triton.request import Reader
-
-
-@pytest.fixture
-def bundle(bundle_of, tmp_path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(bundle_of("model"), tmp_path / "bundle"))
-
-
-def edit_manifest(bundle: Path, **changes) -> None:
-    path = bundle / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def files_below(folder: Path) -> set[str]:
@@ -214,108 +200,7 @@ def test_a_calibration_that_is_not_there_is_named_before_it_compiles(networks, t
     assert list(tmp_path.iterdir()) == []
 
 
-# -- bundles that are not what was built ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["target.onnx", "target.onnx.data", "draft.onnx.data", "tokenizer.json"])
-def test_a_changed_file(name, bundle):
-    content = bytearray((bundle / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (bundle / name).write_bytes(content)
-    with refused(bundle / name, "changed after the build", "hash", "build it again"):
-        LLM(bundle)
-
-
-@pytest.mark.parametrize("name", ["target.onnx", "draft.onnx.data", "tokenizer.json"])
-def test_a_missing_file(name, bundle):
-    (bundle / name).unlink()
-    with refused(bundle, f"lacks its file {name}", "build it again"):
-        LLM(bundle)
-
-
-def test_a_long_value_is_shortened(bundle):
-    edit_manifest(bundle, format="1" * 5000)
-    with refused("manifest.json", f"format is '{'1' * 199}…, but"):
-        LLM(bundle)
-    edit_manifest(bundle, format=2, engine="o" * 5000)
-    with refused("manifest.json", f"not '{'o' * 199}…)"):
-        LLM(bundle)
-
-
-@pytest.mark.parametrize("found", [0, 1, "1", None])
-def test_another_format(found, bundle):
-    edit_manifest(bundle, format=found)
-    with refused("manifest.json", f"format is {found!r}", "reads 2", "build the bundle again"):
-        LLM(bundle)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"files": None}, ("files is not valid",)),
-        ({"target": {"file": "target.onnx"}}, ("key target.vocab_size is missing",)),
-        ({"surprise": 1}, ("surprise is not valid",)),
-        ({"recipe": {"name": "x"}}, ("key recipe.target is missing",)),
-        ({"engine": "foo"}, ("engine is not valid", "'openvino'", "not 'foo'")),
-        ({"precision": "foo"}, ("precision is not valid", "not 'foo'")),
-        ({"draft": None}, ("draft is missing for recipe.draft.kind model",)),
-        ({"engine": "tensorrt"}, ("tensorrt is missing for engine tensorrt",)),
-        ({"files": {"/etc/passwd": "0"}}, ("files./etc/passwd is not valid", "within the bundle")),
-        ({"files": {}}, ("files has no hash of target.onnx",)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_a_manifest_that_says_nonsense(changes, words, bundle):
-    edit_manifest(bundle, **changes)
-    with refused("manifest.json", *words, "build the bundle again"):
-        LLM(bundle)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "words"),
-    [
-        ("target.parameters", 10**400, ["target.parameters is not valid", "less than"]),
-        ("target.parameters", -1, ["target.parameters is not valid", "not -1"]),
-        ("target.vocab_size", 0, ["target.vocab_size is not valid", "not 0"]),
-        ("target.vocab_size", VOCAB + 1, ["target.vocab_size is 301", "is 300"]),
-        ("target.num_layers", 2**70, ["target.num_layers is not valid"]),
-        ("draft.head_dim", 0, ["draft.head_dim is not valid"]),
-        ("draft.hidden_size", 65, ["draft.hidden_size is 65", "is 64"]),
-        ("draft.feature_size", 191, ["draft.feature_size is 191", "is 192"]),
-        ("draft.feature_size", 10**30, ["draft.feature_size is not valid"]),
-        ("draft.file", "target.onnx", ["draft.file is target.onnx", "target.file"]),
-        ("eos_token_ids", [VOCAB], ["eos_token_ids has 300", "299"]),
-        ("eos_token_ids", [-1], ["eos_token_ids.0 is not valid", "not -1"]),
-        ("eos_token_ids", [*range(9)], ["eos_token_ids has 9 ids", "8 at most"]),
-    ],
-)
-def test_numbers_that_cannot_be(place, value, words, bundle_of, tmp_path):
-    bundle = Path(shutil.copytree(bundle_of("close"), tmp_path / "bundle"))
-    *above, last = place.split(".")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (manifest[above[0]] if above else manifest)[last] = value
-    edit_manifest(bundle, **manifest)
-    with refused("manifest.json", *words, "build the bundle again"):
-        LLM(bundle)
-
-
-@pytest.mark.parametrize("pair", ["close", "model"])
-def test_networks_in_each_others_place(pair, bundle_of, tmp_path):
-    bundle = Path(shutil.copytree(bundle_of(pair), tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    target, draft = manifest["target"], manifest["draft"]
-    edit_manifest(bundle, target=target | {"file": "draft.onnx"}, draft=draft | {"file": "target.onnx"})
-    with refused("target.file is 'draft.onnx'", "another network", "build the bundle again"):
-        LLM(bundle)
-
-
-def test_a_head_in_the_place_of_a_model(bundle, bundle_of):
-    for name in ("draft.onnx", "draft.onnx.data"):
-        shutil.copy(bundle_of("eagle3") / name, bundle / name)
-    files = json.loads((bundle / "manifest.json").read_text())["files"]
-    edit_manifest(bundle, files=files | {name: sha256(bundle / name) for name in ("draft.onnx", "draft.onnx.data")})
-    with refused("draft.file is 'draft.onnx'", "another network", "build the bundle again"):
-        LLM(bundle)
+# -- what of a checkpoint a bundle takes over --------------------------------------------------------------------
 
 
 def test_end_tokens_that_are_no_tokens_are_left_out(networks, tmp_path):
@@ -323,70 +208,6 @@ def test_end_tokens_that_are_no_tokens_are_left_out(networks, tmp_path):
     shutil.copytree(networks, folder)
     (folder / "target" / "generation_config.json").write_text(f'{{"eos_token_id": [-1, 7, {VOCAB}]}}')
     assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b"[" * 100_000])
-def test_a_manifest_that_is_none(content, bundle):
-    (bundle / "manifest.json").write_bytes(content)
-    with refused("manifest.json", "build the bundle again"):
-        LLM(bundle)
-
-
-def test_a_manifest_without_an_end(tmp_path):
-    (tmp_path / "manifest.json").symlink_to("/dev/zero")
-    with refused("manifest.json", "File too large", "build the bundle again"):
-        read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["/etc/passwd", "../target.onnx", "a/../../b", "..", ""])
-def test_a_network_that_is_not_in_the_bundle(name, bundle):
-    target = json.loads((bundle / "manifest.json").read_text())["target"]
-    edit_manifest(bundle, target=target | {"file": name})
-    with pytest.raises(UserError, match=re.escape(f"within the bundle, not {name!r}); build the bundle again.")):
-        LLM(bundle)
-
-
-def test_a_folder_in_place_of_a_file(bundle):
-    (bundle / "draft.onnx").unlink()
-    (bundle / "draft.onnx").mkdir()
-    with refused(bundle / "draft.onnx", "cannot be read (Is a directory)", "build it again"):
-        LLM(bundle)
-
-
-def test_links(bundle, tmp_path):
-    """As mounts and caches make them: within the bundle and to graphs they are followed, and never to weights."""
-    (bundle / "..data").mkdir()
-    for name in ("target.onnx", "target.onnx.data", "tokenizer.json"):
-        (bundle / name).rename(bundle / "..data" / name)
-        (bundle / name).symlink_to(Path("..data") / name)
-    (bundle / "draft.onnx").rename(tmp_path / "graph")
-    (bundle / "draft.onnx").symlink_to(tmp_path / "graph")
-    (tmp_path / "link").symlink_to(bundle)
-    LLM(tmp_path / "link")
-    (bundle / "draft.onnx.data").rename(tmp_path / "weights")
-    (bundle / "draft.onnx.data").symlink_to(tmp_path / "weights")
-    with refused(bundle / "draft.onnx.data", "is a link to", tmp_path / "weights", "cp -rL"):
-        verify_files(bundle, read_manifest(bundle))
-
-
-def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):
-    (bundle / "target.onnx").write_text("nothing of the kind")
-    files = json.loads((bundle / "manifest.json").read_text())["files"]
-    edit_manifest(bundle, files=files | {"target.onnx": sha256(bundle / "target.onnx")})
-    with refused(bundle / "target.onnx", "not a network that OpenVINO reads", "echo-trt inspect", "build it again"):
-        LLM(bundle)
-
-
-def test_a_folder_that_is_no_bundle(tmp_path):
-    for place, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
-        with refused(place, what, "echo-trt build"):
-            LLM(place)
-
-
-def test_a_prompt_longer_than_the_context(bundle):
-    context = LIMITS["context"]
-    with refused(f"{context} tokens", f"context length is {context}", "shorten it", "limits.context"):
-        LLM(bundle).generate([[5] * context])
 
 
 def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tmp_path):

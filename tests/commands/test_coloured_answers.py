@@ -18,9 +18,9 @@ from refusal import refused
 from rich.console import Console
 from rich.text import Text
 
-from echo_trt.cli import Screen
 from echo_trt.commands.generate import Job, run
 from echo_trt.commands.sources import NAMES, STYLES, SourcedText, legend, wants_colour
+from echo_trt.commands.terminal import Screen
 from echo_trt.commands.watch import cut, tree_lines
 from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import TOKEN_SOURCES, Delta, SamplingParams, TokenSource

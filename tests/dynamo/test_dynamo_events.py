@@ -59,6 +59,26 @@ def test_the_router_knows_what_the_cache_holds_through_evictions_and_conversatio
     assert not router.blocks
 
 
+class Deaf:
+    """Fails as a publisher does whose runtime has gone."""
+
+    def publish_stored(self, *values: Any, **more: Any) -> None:
+        raise RuntimeError("the channel is closed")
+
+    publish_removed = publish_stored
+
+
+def test_a_router_that_cannot_be_told_costs_no_answer_and_is_logged_once(caplog):
+    slots = Slots(1, 9 * BLOCK, 24, 30, prefix_cache=True)
+    loop = chained_loop(slots, echo_planner(max_depth=3, beams=2, width=3, budget=14, per_request=9), 64)
+    slots.cache.listener = BlockEvents(Deaf())
+    request = add(loop, prompt_ids(5 * BLOCK, 1), max_tokens=2 * BLOCK)
+    run(loop)
+    assert len(request.generated) == 2 * BLOCK
+    slots.forget_cached()
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
+
+
 def test_blocks_that_follow_each_other_are_one_event():
     assert list(rows([])) == []
     assert list(rows([3])) == [(3, 4)]

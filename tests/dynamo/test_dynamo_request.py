@@ -75,6 +75,8 @@ def test_an_answer_that_moved_counts_from_its_own_beginning():
     assert (second.prompt, second.said) == ([5, 6, 7], [11, 12])
     assert second.params == first.params  # the seed that was drawn, too
     assert second.boundary == first.boundary == Boundary(3, first.params.seed)
+    nothing_left = read(moved | {"stop_conditions": {"max_tokens": 0}}, {}, {}, EOS)
+    assert nothing_left.params.max_tokens == len(nothing_left.said)
 
 
 def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
@@ -105,6 +107,7 @@ def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
         ({"sampling_options": {"guided_decoding": {"json": "{"}}}, ("guided_json is not JSON",)),
         ({"sampling_options": {"temperature": 101.0}}, ("temperature is 101.0",)),
         ({"stop_conditions": {"max_tokens": 3, "min_tokens": 5}}, ("min_tokens is 5",)),
+        ({"stop_conditions": {"max_tokens": 0}}, ("max_tokens is 0",)),
     ],
 )
 def test_mistakes_and_what_only_the_frontend_knows_are_refused_by_name(request_, words):

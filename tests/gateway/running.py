@@ -1,7 +1,9 @@
-"""The gateway as users meet it: uvicorn on a port of its own."""
+"""The gateway as users meet it: uvicorn on a port of its own, or beside the real server; and what they send it."""
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,10 @@ from typing import Any
 
 import httpx
 import uvicorn
+from serving.served import Served
 from starlette.applications import Starlette
+
+KEY = "sk-0123456789abcdef"  # of the servers of conftest.py
 
 
 @contextmanager
@@ -44,3 +49,37 @@ def refused(response, status: int, param: str | None = None) -> str:
     assert error["param"] == param
     assert error["message"].endswith(".")
     return error["message"]
+
+
+def client_of(server: Served) -> httpx.Client:
+    """A client of a server's OpenAI API, with its key."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    return httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", headers=headers, timeout=120)
+
+
+def raw(server: Served, request: bytes) -> bytes:
+    """What comes back until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.openai), timeout=30) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def post(server: Served, path: str, body: dict[str, Any]) -> socket.socket:
+    """An open connection on which the request was sent."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.openai), timeout=30)
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+def wait_for_data(connection: socket.socket) -> None:
+    """Return once the first event of a stream has come."""
+    received = b""
+    while b"data:" not in received:
+        part = connection.recv(4096)
+        assert part, received
+        received += part

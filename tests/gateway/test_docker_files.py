@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from gateway.docker_files import (
+    DOCKER,
+    KUBERNETES,
+    ROOT,
+    check_pod,
+    check_services,
+    documents,
+    options_in,
+    options_of,
+    pinned,
+    requirements,
+)
 
 from echo_trt.launch.launcher import Job
 
-ROOT = Path(__file__).parents[2]
-DOCKER = ROOT / "docker"
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
 PORTS = {Job.http_port, Job.grpc_port, Job.metrics_port, Job.openai_port}
 
@@ -30,22 +39,6 @@ def instructions(name: str) -> list[tuple[str, str]]:
     return [
         (word.upper(), " ".join(rest.split())) for word, _, rest in (x.partition(" ") for x in text.splitlines() if x)
     ]
-
-
-class Compose(yaml.SafeLoader):
-    """YAML with Compose's own tag for what replaces a list where it would be added to it."""
-
-
-Compose.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
-
-
-def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.load_all((DOCKER / name).read_text(), Compose))
-
-
-def pinned(image: str) -> bool:
-    tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
-    return bool(re.search(r"\d+\.\d+", tag))
 
 
 def tool(container: dict[str, Any]) -> list[str]:
@@ -83,10 +76,7 @@ class TestDockerfiles:
                 assert any(Path(source).match(pattern) for pattern in sent), source
 
     def test_requirements_are_pinned_to_the_last_version(self, name):
-        lines = (DOCKER / f"requirements-{name[-3:]}.txt").read_text().splitlines()
-        packages = [line for line in lines if line and not line.startswith(("#", "--"))]
-        assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in packages)
-        assert {"openvino", "starlette", "uvicorn", "tritonclient", "torch"} <= {p.partition("=")[0] for p in packages}
+        assert {"openvino", "starlette", "uvicorn", "tritonclient", "torch"} <= requirements(name[-3:]).keys()
 
     def test_the_linter_finds_nothing(self, name):
         linter = shutil.which("hadolint", path=Path(sys.executable).parent)
@@ -99,13 +89,8 @@ class TestDockerfiles:
 def test_compose_is_hardened_and_its_files_exist():
     compose = documents("compose.yaml")[0]
     assert set(compose["services"]) == {"server", "gateway", "prometheus", "grafana"}
-    for name, service in compose["services"].items():
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["image"].startswith("echo-trt:") or pinned(service["image"]), name
-        for volume in service.get("volumes", []):
-            source = volume.partition(":")[0]
-            assert not source.startswith("./") or (DOCKER / source).exists(), source
+    check_services(compose["services"])
+    for service in compose["services"].values():
         if "build" in service:
             assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
     over = documents("compose.gpu.yaml")[0]
@@ -115,12 +100,9 @@ def test_compose_is_hardened_and_its_files_exist():
 
 def test_containers_are_started_with_options_that_exist():
     """Every --option of compose and Kubernetes is one of the command that gets it."""
-    from typer.main import get_command
     from typer.testing import CliRunner
 
-    from echo_trt.cli import app
-
-    serve = {option for parameter in get_command(app).commands["serve"].params for option in parameter.opts}
+    serve = options_of("serve")
     gateway = set(re.findall(r"(--[a-z-]+)", _gateway_help(CliRunner)))
     containers = [
         *documents("compose.yaml")[0]["services"].values(),
@@ -132,7 +114,7 @@ def test_containers_are_started_with_options_that_exist():
     for words in map(tool, containers):
         known = serve if words[:2] == ["echo-trt", "serve"] else gateway if "echo_trt.gateway" in words else None
         if known is not None:
-            assert {word for word in words if word.startswith("--")} <= known
+            assert options_in(words) <= known
             seen += 1
     assert seen == 5
 
@@ -157,11 +139,8 @@ def _pod(deployment: dict[str, Any]) -> dict[str, Any]:
 def test_pods_are_hardened_and_their_names_agree(name):
     documents_ = documents(f"kubernetes/{name}.yaml")
     pod = _pod(documents_[0]) if name == "deployment" else documents_[0]["spec"]["predictor"]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    volumes = {volume["name"] for volume in pod["volumes"]}
+    check_pod(pod)
     for container in pod["containers"]:
-        assert container["securityContext"]["readOnlyRootFilesystem"] is True
-        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert set(ports.values()) <= PORTS
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -178,7 +157,6 @@ def test_pods_are_hardened_and_their_names_agree(name):
         assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai", "metrics"}
 
 
-KUBERNETES = "1.34"
 #: What KServe's predictor says beside the fields of a pod, which it takes as they are.
 KSERVE_FIELDS = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"}
 

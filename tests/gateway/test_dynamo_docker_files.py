@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import threading
@@ -15,22 +14,23 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
+from gateway.docker_files import (
+    DOCKER,
+    KUBERNETES,
+    check_pod,
+    check_services,
+    documents,
+    options_in,
+    options_of,
+    requirements,
+)
 from served import free_ports
-from test_docker_files import KUBERNETES, pinned
-from typer.main import get_command
 
-from echo_trt.cli import app
 from echo_trt.dynamo.installed import VERSION
 
-DOCKER = Path(__file__).parents[2] / "docker"
 SCHEMA = json.loads((Path(__file__).parent / "dynamo_graph_deployment.schema.json").read_text())
 GRAPHS = ("dynamo", "dynamo-gpu")
 KEYS = DOCKER / "keys.conf.template"
-
-
-def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((DOCKER / name).read_text()))
 
 
 def components(graph: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -61,18 +61,14 @@ class TestGraphs:
 
     def test_pods_are_hardened_and_told_what_they_know(self, name):
         graph = documents(f"kubernetes/{name}.yaml")[0]
-        worker = get_command(app).commands["worker"]
-        options = {option for parameter in worker.params for option in parameter.opts}
         for component in graph["spec"]["components"]:
             assert component["runtimeVersionOverride"] == VERSION
             container, pod = main_of(component), component["podTemplate"]["spec"]
-            assert pod["securityContext"]["runAsNonRoot"] is True
-            assert container["securityContext"]["readOnlyRootFilesystem"] is True
-            assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+            check_pod(pod)
             words = container["command"] + container["args"]
             if component["type"] == "worker":
                 assert words[:2] == ["echo-trt", "worker"]
-                assert {word for word in words if word.startswith("--")} <= options
+                assert options_in(words) <= options_of("worker")
                 assert int(words[words.index("--drain-timeout") + 1]) < pod["terminationGracePeriodSeconds"]
         assert len(main_of(components(graph)["Worker"])["resources"]["limits"]) == (2 if "gpu" in name else 1)
 
@@ -100,23 +96,17 @@ def test_compose_is_hardened_and_publishes_nothing_without_a_key():
     compose = documents("compose.dynamo.yaml")[0]
     services = compose["services"]
     assert set(services) == {"discovery", "frontend", "worker-1", "worker-2", "keys", "prometheus", "grafana"}
+    check_services(services)
     for name, service in services.items():
-        assert service["read_only"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["image"].startswith("echo-trt:") or pinned(service["image"]), name
-        for volume in service.get("volumes", []):
-            source = volume.partition(":")[0]
-            assert not source.startswith("./") or (DOCKER / source).exists(), source
         published = [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]
         assert bool(published) == (name == "keys")
     assert compose["networks"]["inside"]["internal"] is True
     assert services["frontend"]["networks"] == ["inside"]
     folder = compose["x-dynamo"]["DYN_FILE_KV"]
-    options = {o for p in get_command(app).commands["worker"].params for o in p.opts}
     addresses = set()
     for worker in (services["worker-1"], services["worker-2"]):
         assert f"discovery:{folder}" in worker["volumes"]
-        assert {word for word in worker["command"] if word.startswith("--")} <= options
+        assert options_in(worker["command"]) <= options_of("worker")
         [address] = {worker["environment"][f"DYN_{n}_HOST"] for n in ("TCP_RPC", "TCP_RESPONSE_STREAM", "EVENT_PLANE")}
         assert address == worker["networks"]["inside"]["ipv4_address"]
         addresses.add(address)
@@ -129,12 +119,10 @@ def test_compose_is_hardened_and_publishes_nothing_without_a_key():
 
 
 def test_the_image_s_dynamo_is_the_one_that_was_tried():
-    lines = [line for line in (DOCKER / "requirements-dynamo.txt").read_text().splitlines() if line[0] != "#"]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in lines)
-    assert {f"ai-dynamo=={VERSION}", f"ai-dynamo-runtime=={VERSION}"} <= set(lines)
+    packages = requirements("dynamo")
+    assert packages["ai-dynamo"] == packages["ai-dynamo-runtime"] == VERSION
     for other in ("cpu", "gpu"):
-        usual = (DOCKER / f"requirements-{other}.txt").read_text().splitlines()
-        assert not {line.partition("=")[0] for line in lines} & {line.partition("=")[0] for line in usual}
+        assert not packages.keys() & requirements(other).keys()
 
 
 class Frontend(BaseHTTPRequestHandler):

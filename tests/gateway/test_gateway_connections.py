@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -139,9 +140,13 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_nothing
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "echo_trt.gateway", "--grpc-url", NOBODY, "--port", str(port)]
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))  # noqa: E731
+
+    def begin() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
+
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, preexec_fn=few)
+        process = subprocess.Popen(words, stdout=log, stderr=log, preexec_fn=begin)
     try:
         end = time.monotonic() + 180
         while not is_up(port):
@@ -160,6 +165,8 @@ def test_the_process_survives_more_connections_than_descriptors_and_says_nothing
         time.sleep(0.5)
         assert is_up(port)
         assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (128, 128)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
         lines = (tmp_path / "log").read_text().splitlines()
         assert [line for line in lines if "event_engine" not in line] == []  # gRPC's own, of its connection to nobody
     finally:

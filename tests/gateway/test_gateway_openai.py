@@ -3,60 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from pairs import ASSISTANT, END, LIMITS, USER, recipe_of
+from gateway.running import KEY, post, raw, wait_for_data
+from pairs import ASSISTANT, END, USER
 from serving.served import Served, needs_triton
 
-from echo_trt.commands.build import build
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
 pytestmark = needs_triton
 BATCH, QUEUE, CONTEXT = 4, 4, 1600
-KEY = "sk-0123456789abcdef"
+SERVE = ("--queue", QUEUE)
 TURN = "the theme of a thing"
 CHAT = [{"role": "user", "content": TURN}]
 PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.6}
 LONG = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
-DASHBOARD = Path(__file__).parents[2] / "docker/grafana/dashboards/echo.json"
-
-
-@pytest.fixture(scope="module")
-def bundle(networks, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("gateway") / "close"
-    build(recipe_of("close", networks, limits={**LIMITS, "batch": BATCH, "context": CONTEXT}), networks, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(bundle, tmp_path_factory) -> Callable[[], Served]:
-    def get() -> Served:
-        folder = tmp_path_factory.mktemp("served")
-        (folder / "keys").write_text(KEY)
-        options = ("--queue", QUEUE, "--api-keys-file", folder / "keys")
-        return Served(bundle, folder / "log", *options, gateway=True)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def server(start) -> Iterator[Served]:
-    served = start()
-    try:
-        yield served.wait_for("serving")
-        assert KEY not in served.err
-    finally:
-        served.kill()
 
 
 @pytest.fixture(scope="module")
@@ -66,20 +34,24 @@ def client(server) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def offline(bundle) -> LLM:
+def offline(long_bundle) -> LLM:
     """Plain decoding, one request at a time."""
-    return LLM(bundle, "autoregressive", 1)
+    return LLM(long_bundle, "autoregressive", 1)
 
 
 def idle(metrics: dict[str, float]) -> bool:
     return metrics["echo_running"] == metrics["echo_queued"] == metrics["echo_blocks_used"] == 0
 
 
+def get(server: Served, path: str) -> str:
+    return raw(server, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()).decode()
+
+
 def test_models_and_health(client, server):
     assert [model.id for model in client.models.list()] == ["echo", "close"]
     assert client.models.retrieve("close").id == "close"
     assert client.models.retrieve("echo").owned_by == "echo-trt"
-    assert raw(server, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert get(server, "/health").startswith("HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +198,24 @@ def test_logprobs_of_completions(client, offline):
         assert got.text_offset[0] == 0
 
 
+def test_echo_brings_the_prompt_and_its_logprobs(client, offline):
+    """What lm-eval's log-likelihood tasks ask for: strings or token ids, the first token without a log-probability."""
+    prompts = ["the theme of this is the theme", "naïve"]
+    ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    truths = offline.generate(ids, SamplingParams(1, logprobs=1, prompt_logprobs=1))
+    asked = {"model": "echo", "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    for given in (prompts, ids):
+        for choice, tokens, prompt, truth in zip(
+            client.completions.create(**asked, prompt=given).choices, ids, prompts, truths, strict=True
+        ):
+            assert choice.text == prompt + truth.text
+            first, *rest = choice.logprobs.token_logprobs[: len(tokens)]
+            assert first is None
+            assert rest == pytest.approx([entry.logprob for entry in truth.prompt_logprobs], abs=1e-4)
+            assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
+    assert client.completions.create(**asked | {"logprobs": None}, prompt="naïve").choices[0].text.startswith("naïve")
+
+
 def test_text_comes_while_it_is_made(client):
     """Its first part well before its last. On a busy machine that may not show at once."""
 
@@ -318,9 +308,8 @@ def test_the_engines_refusals_name_the_field_and_come_before_a_stream(client):
                 ask(model="echo", stream=stream, **{field: prompt})
             assert (error.value.code, error.value.param) == ("context_length_exceeded", field)
             assert error.value.type == "invalid_request_error"
-            assert f"this model's maximum context length is {CONTEXT} tokens" in str(
-                error.value
-            )  # litellm looks for it
+            limit = f"this model's maximum context length is {CONTEXT} tokens"
+            assert limit in str(error.value)  # litellm looks for it
             assert size in str(error.value)
     with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
         client.completions.create(model="echo", prompt="")
@@ -368,7 +357,7 @@ def test_a_client_that_hangs_up_takes_its_requests_along(client, server, stream)
         server.wait_metrics(lambda metrics: metrics["echo_running"] > 0)
     connection.close()
     server.wait_metrics(lambda metrics: metrics.get(cancelled, 0) > before and idle(metrics), seconds=30)
-    assert re.search(r"echo_gateway_running 1.0$", text_of(server, "/metrics"), re.MULTILINE)
+    assert re.search(r"echo_gateway_running 1.0$", get(server, "/metrics"), re.MULTILINE)
 
 
 def test_a_full_queue_is_429_with_a_hint_and_the_rest_is_answered(client, server):
@@ -395,17 +384,8 @@ def test_usage_tells_what_of_the_prompt_was_known(client):
     assert cached == [0, 64]
 
 
-def test_every_metric_of_the_dashboard_is_served(client, server):
-    client.chat.completions.create(model="echo", messages=CHAT, max_tokens=4)
-    wanted = set(re.findall(r"\becho_\w+", DASHBOARD.read_text()))
-    served = {name.partition("{")[0] for name in server.metrics()}
-    served |= set(re.findall(r"^(echo_gateway_\w+)", text_of(server, "/metrics"), re.MULTILINE))
-    assert wanted <= served
-    assert len(wanted) > 20
-
-
 def test_sigterm_lets_an_answer_finish(start):
-    served = start()
+    served = start(*SERVE)
     try:
         served.wait_for("serving")
         base = f"http://127.0.0.1:{served.openai}/v1"
@@ -418,51 +398,3 @@ def test_sigterm_lets_an_answer_finish(start):
             assert served.process.wait(180) == 0
     finally:
         served.kill()
-
-
-def raw(server: Served, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", server.openai), timeout=30) as connection:
-        connection.sendall(request)
-        parts = []
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts)
-
-
-def text_of(server: Served, path: str) -> str:
-    return raw(server, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()).decode()
-
-
-def post(server: Served, path: str, body: dict) -> socket.socket:
-    """An open connection on which the request was sent."""
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.openai), timeout=30)
-    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-    return connection
-
-
-def wait_for_data(connection: socket.socket) -> None:
-    received = b""
-    while b"data:" not in received:
-        part = connection.recv(4096)
-        assert part, received
-        received += part
-
-
-def test_echo_brings_the_prompt_and_its_logprobs(client, offline):
-    """What lm-eval's log-likelihood tasks ask for: strings or token ids, the first token without a log-probability."""
-    prompts = ["the theme of this is the theme", "naïve"]
-    ids = [offline.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    truths = offline.generate(ids, SamplingParams(1, logprobs=1, prompt_logprobs=1))
-    asked = {"model": "echo", "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
-    for given in (prompts, ids):
-        for choice, tokens, prompt, truth in zip(
-            client.completions.create(**asked, prompt=given).choices, ids, prompts, truths, strict=True
-        ):
-            assert choice.text == prompt + truth.text
-            first, *rest = choice.logprobs.token_logprobs[: len(tokens)]
-            assert first is None
-            assert rest == pytest.approx([entry.logprob for entry in truth.prompt_logprobs], abs=1e-4)
-            assert choice.logprobs.text_offset == sorted(choice.logprobs.text_offset)
-    assert client.completions.create(**asked | {"logprobs": None}, prompt="naïve").choices[0].text.startswith("naïve")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from gateway.running import refused, running
-from pairs import LIMITS, recipe_of
-from serving.served import Served, needs_triton
+from gateway.running import KEY, client_of, refused, running
+from serving.served import needs_triton
 
-from echo_trt.commands.build import build
 from echo_trt.gateway import live
 from echo_trt.gateway.app import create_app
 from echo_trt.gateway.errors import ApiError
@@ -29,42 +26,14 @@ from echo_trt.runtime.params import SamplingParams
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 
 pytestmark = needs_triton
-KEY = "sk-0123456789abcdef"
 NOBODY = "127.0.0.1:1"
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
 LONG = {"model": "echo", "messages": CHAT, "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def bundle(networks, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("live") / "close"
-    build(recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600}), networks, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def start(bundle, tmp_path_factory) -> Callable[[], Served]:
-    def get(*options: object) -> Served:
-        folder = tmp_path_factory.mktemp("served")
-        (folder / "keys").write_text(KEY)
-        return Served(bundle, folder / "log", "--api-keys-file", folder / "keys", *options, gateway=True)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def server(start) -> Iterator[Served]:
-    served = start()
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
-
-
 @pytest.fixture
 def client(server) -> Iterator[httpx.Client]:
-    headers = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", headers=headers, timeout=60) as client:
+    with client_of(server) as client:
         yield client
 
 
@@ -135,8 +104,8 @@ def test_snapshots_come_while_an_answer_is_made(client):
     assert max(len(each["parent"]) for tree in trees for each in tree["requests"]) > 3
 
 
-def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, bundle):
-    offline = LLM(bundle, "autoregressive", 1)
+def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_bundle):
+    offline = LLM(long_bundle, "autoregressive", 1)
     expected = offline.chat(CHAT, SamplingParams(1200, ignore_eos=True))[0].text
     with ExitStack() as stack:
         viewers = [stack.enter_context(client_of(server).stream("GET", "/live")) for _ in range(200)]
@@ -147,12 +116,6 @@ def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, bundl
         for reader in readers:
             assert next(reader)[0] == "snapshot"
         assert client.get("/health").status_code == 200
-
-
-def client_of(server: Served) -> httpx.Client:
-    return httpx.Client(
-        base_url=f"http://127.0.0.1:{server.openai}", headers={"authorization": f"Bearer {KEY}"}, timeout=60
-    )
 
 
 # -- in this process, with smaller bounds ------------------------------------------------------------------------------

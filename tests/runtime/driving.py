@@ -21,8 +21,9 @@ from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.guided import Grammars
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots
 
 

@@ -8,8 +8,9 @@ from refusal import refused
 
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import MAX_STOP_TOKENS, SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import blocks_for
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.answer import Answer
-from echo_trt.runtime.loop import Request
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.text import TextStream
 
 #: Bytes, merges that end inside a character, and special tokens, all in the same text.

@@ -149,6 +149,18 @@ class Served:
             time.sleep(0.05)
         return found
 
+    def rest(self) -> dict[str, float]:
+        """The metrics once nothing runs and nothing waits, and all of them from one flush."""
+        time.sleep(0.6)  # they are a moment old
+        read: list[dict[str, float]] = [{}]
+
+        def at_rest(metrics: dict[str, float]) -> bool:
+            read.append(metrics)
+            busy = any(metrics[f"echo_{name}"] for name in ("running", "queued", "blocks_used"))
+            return read[-2] == metrics and not busy
+
+        return self.wait_metrics(at_rest)
+
     # -- gRPC ----------------------------------------------------------------------------------------------------
 
     def stream(self, id: str = "", error_codes: bool = False, **request: Any) -> GrpcStream:

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from served import Served, free_ports, needs_triton
+from served import free_ports, needs_triton
 
 DOCKER = Path(__file__).parents[2] / "docker"
 ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
@@ -32,16 +32,8 @@ NOTHING = (
     "ALERTS",
     "speculation_gain",
 )
+GATEWAY = True
 needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
-
-
-@pytest.fixture(scope="module")
-def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("dashboard") / "log", gateway=True)
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +113,17 @@ def test_alerts_ask_for_series_that_exist_and_none_fires(ask, load):
         for name in set(re.findall(r"\b(?:echo_\w+|up)\b", rule["expr"])):
             assert ask(f"count({name})"), name
         assert ask(rule["expr"]) == [], rule["alert"]
+
+
+@needs_triton
+def test_every_metric_of_the_dashboard_is_served(server):
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", timeout=60) as client:
+        client.post("/v1/completions", json={"model": "echo", "prompt": [5], "max_tokens": 4}).raise_for_status()
+        served = set(re.findall(r"^(echo_gateway_\w+)", client.get("/metrics").text, re.MULTILINE))
+    served |= {name.partition("{")[0] for name in server.metrics()}
+    wanted = set(re.findall(r"\becho_\w+", json.dumps(DASHBOARD)))
+    assert wanted <= served
+    assert len(wanted) > 20
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not on PATH")

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton
+GATEWAY = True
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -41,15 +41,6 @@ def commands() -> list[tuple[str, str]]:
 
 
 CURLS, SNIPPETS = commands(), blocks("python")
-
-
-@pytest.fixture(scope="module")
-def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("log") / "log", gateway=True)
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
 
 
 def run(server: Served, words: list[str], text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 from gateway.running import running
 from refusal import refused
 from rich.console import Console
-from serving.served import Served, free_ports, needs_triton
+from serving.served import free_ports, needs_triton
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,16 +23,8 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 pytestmark = needs_triton
+GATEWAY = True
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
-
-
-@pytest.fixture(scope="module")
-def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", gateway=True)
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
 
 
 @pytest.fixture(scope="module")

@@ -2,117 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from driving import assert_all_free, prompt_ids
 from refusal import refused
+from steered import SECONDS, Listener, Steered
 
-from echo_trt.backends.base import Engine
 from echo_trt.decoding.pack import Packed
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.serving.job import Event, Job
 from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.service import Event, Job, Overloaded, Service
+from echo_trt.serving.service import Overloaded, Service
 
 LONG = SamplingParams(100, ignore_eos=True)
 PROBE = SamplingParams(1, ignore_eos=True)
-SECONDS = 60
-
-
-class Listener:
-    """What a request was told."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.first, self.done = threading.Event(), threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        assert not self.done.is_set(), "told after its end"
-        self.events.append(event)
-        self.first.set()
-        if event.end:
-            self.done.set()
-
-    @property
-    def end(self):
-        assert self.done.wait(SECONDS)
-        return self.events[-1].end
-
-    @property
-    def text(self) -> str:
-        assert self.end
-        return "".join(event.text for event in self.events)
-
-    @property
-    def token_ids(self) -> list[int]:
-        assert self.end
-        return [token for event in self.events for token in event.token_ids]
-
-    @property
-    def logprobs(self) -> list[float]:
-        assert self.end
-        return [entry.logprob for event in self.events for entry in event.logprobs]
-
-
-class Gate:
-    """Passes of an engine go through it: all of them, none, or as many as are let."""
-
-    def __init__(self):
-        self.changed = threading.Condition()
-        self.left, self.waiting = math.inf, False
-
-    def _let(self, passes: float) -> None:
-        with self.changed:
-            self.left = passes
-            self.changed.notify_all()
-
-    def set(self) -> None:
-        self._let(math.inf)
-
-    def clear(self) -> None:
-        self._let(0)
-
-    def let(self, passes: int) -> None:
-        """Let ``passes`` through, and return when one more waits."""
-        self._let(passes)
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.waiting and not self.left, SECONDS)
-
-    def wait(self) -> None:
-        with self.changed:
-            self.waiting = True
-            self.changed.notify_all()
-            assert self.changed.wait_for(lambda: self.left, SECONDS)
-            self.waiting = False
-            self.left -= 1
-
-
-class Steered(Engine):
-    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails."""
-
-    def __init__(self, engine: Engine):
-        self.engine, self.num_blocks = engine, engine.num_blocks
-        self.open = Gate()
-        self.entered = threading.Event()
-        self.fail: Callable[[Packed], bool] = lambda call: False
-        self.passes = 0
-
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        self.passes += 1
-        self.entered.set()
-        self.open.wait()
-        if self.fail(call):
-            raise RuntimeError("the engine is unwell")
-        return self.engine.run(call, **inputs)
-
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        self.engine.move(source, target)
 
 
 @pytest.fixture
@@ -193,6 +101,13 @@ def test_an_answer_that_another_engine_began_goes_on_as_if_this_one_had(start, o
         assert listener.end.completion_tokens == len(expected.token_ids)
         rest = [entry.logprob for entry in expected.logprobs or []][told:]
         assert listener.logprobs == pytest.approx(rest, abs=1e-4)
+
+
+def test_an_answer_of_which_nothing_is_left_to_say_ends_at_once(start):
+    service, _ = start()
+    _, listener = submit(service, prompt_ids(10, 1), SamplingParams(5, ignore_eos=True), said=prompt_ids(5, 2))
+    assert (listener.end.reason, listener.token_ids) == ("length", [])
+    assert listener.end.completion_tokens == 5
 
 
 def test_what_another_engine_told_must_fit_the_context(start):

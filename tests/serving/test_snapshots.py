@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from driving import prompt_ids
+from driving import add, prompt_ids, run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +99,23 @@ def test_a_snapshot_tells_what_the_loop_did_and_no_text(service):
                 assert request["fate"][request["parent"][node]] in (ROOT, ACCEPTED)
     assert "token_ids" not in text
     assert "prompt_ids" not in text
+
+
+def test_who_begins_to_look_during_an_iteration_sees_the_next_one_whole(open_llm):
+    """Another thread switches the watch: an iteration is seen with all its requests, or not at all."""
+    loop, seen = open_llm("close", "echo", 3).loop, []
+    plan = loop.planner.plan
+
+    def switched(*args):
+        loop.watch = None if loop.watch else seen.append
+        return plan(*args)
+
+    loop.planner.plan = switched
+    for seed in range(3):
+        add(loop, prompt_ids(9, seed), max_tokens=30)
+    run(loop)
+    assert len(seen) > 3
+    assert all(len(each.requests) == each.iteration.plan.tree.num_requests for each in seen)
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,14 @@ def test_requests_share_a_replica_s_rate_and_stand_while_a_prompt_is_computed():
     assert second.whole + 0.5 == pytest.approx(first.whole)
 
 
+def test_an_answer_that_ends_as_another_request_comes_is_followed_by_its_next_turn():
+    speed = Speed((1, 2), (8.0, 16.0), 1 / 64, 100_000)
+    talk = [turn(0, 0.0, prompt=64, shared=32), turn(0, 1.0, 1, prompt=96, shared=32)]
+    other = [turn(1, 1 + 10 / 8, family=1)]  # when the first answer ends
+    run = simulate_fleet([talk, other], 1, speed, RoundRobin())
+    assert sorted((o.turn.conversation, o.turn.number) for o in run.outcomes) == [(0, 0), (0, 1), (1, 0)]
+
+
 def test_a_later_turn_finds_what_was_said_and_a_family_its_beginning():
     talk = [turn(0, 0.0), turn(0, 1.0, 1, prompt=150)]
     other = [turn(1, 50.0)]

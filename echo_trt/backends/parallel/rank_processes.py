@@ -89,7 +89,7 @@ class RankProcesses:
         self._since = time.monotonic()
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # it is the cause of what is raised, whose traceback the service logs
             # A lost rank is the reason if there is one, which the listener may not have noticed yet.
             self._wait_for_loss()
             self._lose(f"rank 0 of {self.ranks} failed ({_one_line(error)})")

@@ -22,8 +22,10 @@ let asking = null;
 
 /** Ask until there is a key that a header can hold. */
 async function anotherKey(wrong) {
-  do key = await askForKey(wrong);
-  while (!/^[\x21-\x7e]+$/.test(key) && (wrong = true));
+  let given = "";
+  do given = await askForKey(wrong);
+  while (!/^[\x21-\x7e]+$/.test(given) && (wrong = true));
+  key = given; // until now other requests go on with the key before
   sessionStorage.setItem(KEY, key);
   asking = null;
 }

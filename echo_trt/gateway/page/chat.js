@@ -108,6 +108,7 @@ async function send(text) {
     log.append(make("p", "error", error.message));
     return;
   }
+  const begun = turns; // a conversation that is cleared meanwhile has other turns
   running = new AbortController();
   $("stop").disabled = false;
   $("send").disabled = true;
@@ -133,7 +134,7 @@ async function send(text) {
     if (answers.length === 2) pair.after(verdict(...answers));
   } finally {
     const last = answers.at(-1);
-    if (last.content) turns.push({ role: "user", content: text }, { role: "assistant", content: last.content });
+    if (last.content) begun.push({ role: "user", content: text }, { role: "assistant", content: last.content });
     running = null;
     $("stop").disabled = true;
     $("send").disabled = false;

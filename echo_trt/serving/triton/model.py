@@ -132,7 +132,7 @@ class TritonPythonModel:
             outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)
         except Overloaded as full:
             outcome, code, answer = "refused", "UNAVAILABLE", str(full)
-        except Exception as failure:
+        except Exception as failure:  # logged; Triton would fail all requests of the call
             logging.exception("a request could not be read")
             outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
         self._replies.refused(outcome)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from echo_trt.serving.job import End, Event, Job
 from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.service import End, Event, Job, Service
+from echo_trt.serving.service import Service
 from echo_trt.serving.snapshots import Onlooker
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.metrics import Metrics
@@ -33,8 +34,10 @@ TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where th
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 #: Seconds between two snapshots for onlookers, and where nothing happens; how long one may look before it asks again.
 SNAPSHOT, IDLE_SNAPSHOT, WATCH = 0.2, 1.0, 10.0
-MOST_ONLOOKERS = 8  # a gateway is one, whatever number of people look at its page
-LOOKED_AT = 16  # clients in a look, in turn: each is a question to Triton's process, and the engine wants the machine
+MOST_ONLOOKERS = 8  # clients that get snapshots; a gateway is one of them, with all its viewers
+LOOKED_AT = (
+    16  # clients checked at once, in turn. Larger: a client's leaving is noticed sooner, and costs the engine time
+)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -62,7 +65,11 @@ class Reply:
 
 @dataclass(eq=False)
 class Watch:
-    """A client that looks on, and the time.monotonic() at which it has to ask again."""
+    """A client that gets snapshots.
+
+    id   of its request, by which it can end it
+    end  time.monotonic() at which it has to ask again
+    """
 
     sender: Any
     id: str
@@ -103,7 +110,7 @@ class Replies:
         self._events.put(id)
 
     def watch(self, sender: Any, id: str) -> None:
-        """Send snapshots to an onlooker for a while."""
+        """Send snapshots to a client for WATCH seconds."""
         self._events.put(Watch(sender, id, time.monotonic() + WATCH))
 
     def refused(self, outcome: str) -> None:
@@ -187,7 +194,7 @@ class Replies:
     def _send(self, reply: Reply, end: End | None) -> None:
         try:
             reply.sender.send(_response(reply, end), flags=FINAL if end else 0)
-        except Exception:
+        except Exception:  # this thread answers all the others, too
             log.exception("a reply could not be sent; its request is cancelled")
             if reply.job and not end:
                 self._service.cancel(reply.job)
@@ -198,12 +205,15 @@ class Replies:
             self._open.pop(reply, None)
 
     def _tell_onlookers(self, told: float, now: float) -> float:
-        """Send a snapshot to all onlookers where one is due; returns the time of the latest. Never raises."""
+        """Send a snapshot to all onlookers if one is due; returns the time of the latest snapshot. Never raises.
+
+        told, now  time.monotonic() of the latest snapshot, and of this call
+        """
         if now - told < (SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT):
             return told
         try:
             self._send_snapshots(now)
-        except Exception:  # whoever looks on is nobody's trouble
+        except Exception:  # a page that cannot be drawn must not end answers
             log.exception("a snapshot could not be made; its onlookers are sent away")
             self._onlooker.switch(False)
             for watch in list(self._watches):
@@ -211,9 +221,10 @@ class Replies:
         return now
 
     def _send_snapshots(self, now: float) -> None:
-        """Send a snapshot to all onlookers, and let those go whose time is over.
+        """Send a snapshot to all onlookers, the last one to an onlooker whose time is over.
 
-        The engine is looked at until the next time after the last one has left: who asks again misses nothing.
+        The loop is watched until the next call after the last onlooker has left, so that an onlooker that asks again at
+        once misses no iteration.
         """
         if self._onlooker.on != bool(self._watches):
             self._onlooker.switch(not self._onlooker.on)
@@ -238,7 +249,7 @@ class Replies:
             tensors.append(_strings("finish_reason", "stop"))
         try:
             watch.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
-        except Exception:
+        except Exception:  # as in _send
             log.exception("a snapshot could not be sent")
             self._watches.pop(watch, None)
 

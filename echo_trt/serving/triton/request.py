@@ -189,7 +189,7 @@ def wants_tokens(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def wants_snapshots(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether this is no request but looks on. Raises UserError."""
+    """Whether this asks for snapshots instead of an answer. Raises UserError."""
     return bool(_number(tensors, "watch"))
 
 

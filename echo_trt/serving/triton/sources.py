@@ -1,4 +1,4 @@
-"""Who proposed an answer's tokens, on the way out in JSON."""
+"""The sources of an answer's tokens as JSON for clients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from echo_trt.runtime.params import TokenSource
 
 
 class OutgoingSources:
-    """Entries of tokens whose text has come, so that their bytes joined are the text; special tokens have none."""
+    """Collects entries of tokens whose text has come: the bytes of all entries joined are the text.
+
+    Special tokens have no entry.
+    """
 
     def __init__(self, texts: TokenTexts):
         self._texts = texts
-        self._waiting: deque[TokenSource] = deque()  # their text has not come
+        self._waiting: deque[TokenSource] = deque()  # of tokens whose text has not come
         self._entries: list[dict[str, Any]] = []
 
     def take(self, sources: Sequence[TokenSource], offsets: Sequence[int]) -> None:
-        """As an event brings them (``runtime.answer.Said``)."""
+        """Take the sources of new tokens, and the offsets of tokens whose text has come (``runtime.answer.Said``)."""
         self._waiting.extend(sources)
         for _ in offsets:
             each = self._waiting.popleft()

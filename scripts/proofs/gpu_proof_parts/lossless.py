@@ -19,8 +19,9 @@ from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import make_planner, reserve_for
 from echo_trt.models.roles import DraftRole, TargetRole
 from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.loop import Loop, Request
+from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots, blocks_for
 from gpu_proof_parts.curves import operator
 from gpu_proof_parts.networks import SMALL, TINY, first_layers, quiet_layers, random_decoder

@@ -1,0 +1,58 @@
+"""A request of the loop, and what an iteration emits for requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from echo_trt.decoding.arrays import begins
+from echo_trt.grammar.state import State
+from echo_trt.runtime.params import SamplingParams, TokenLogprobs, TokenSource
+
+
+@dataclass(eq=False)
+class Request:
+    """A request from its arrival to its end.
+
+    ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
+    ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
+    ``cached_tokens`` of the prompt were in the prefix cache when it first came to a place.
+    """
+
+    id: int
+    prompt: np.ndarray
+    params: SamplingParams
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    sources: list[TokenSource] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt but its first token
+    verifications: int = 0
+    drafted: int = 0
+    cached_tokens: int | None = None
+    finish_reason: str = ""
+    slot: int = -1
+    grammar: State | None = None  # what may follow its text so far; None: anything
+    failure: str = ""  # why, where the finish_reason is "failed"
+    keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
+
+
+@dataclass(frozen=True)
+class Emission:
+    """The tokens of one iteration.
+
+    requests object [B]; tokens int64 [sum counts], end to end; counts int64 [B]
+    """
+
+    requests: np.ndarray
+    tokens: np.ndarray
+    counts: np.ndarray
+
+    def __iter__(self) -> Iterator[tuple[Request, list[int]]]:
+        tokens, begin = self.tokens.tolist(), begins(self.counts).tolist()
+        for i, request in enumerate(self.requests):
+            yield request, tokens[begin[i] : begin[i + 1]]
+
+
+NOTHING = Emission(np.empty(0, object), np.zeros(0, np.int64), np.zeros(0, np.int64))

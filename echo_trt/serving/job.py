@@ -1,0 +1,73 @@
+"""A request on its way through the service, the events that its listener is told, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from echo_trt.runtime.answer import Answer, Said
+from echo_trt.runtime.request import Request
+from echo_trt.serving.protocol import FIRST
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a request.
+
+    reason               stop, length, cancelled, deadline or failed; of a probe also busy: it found no place, and an
+                         iteration for other requests says as much as a token
+    message              why the request failed
+    cached_tokens        prompt tokens that the prefix cache had
+    drafted              draft tokens that were verified
+    queue_seconds        from submission until the engine took the request; None: it never did
+    first_token_seconds  from submission until the first token; None: it never came
+    """
+
+    reason: str
+    message: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    verifications: int
+    drafted: int
+    queue_seconds: float | None
+    first_token_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Said):
+    """News of an answer, and with the last ones its end. Tokens may precede the text that they belong to.
+
+    time  time.monotonic() at which the engine had them
+    """
+
+    time: float
+    end: End | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. Jobs are ordered as they are served: by priority, lowest first, then by arrival.
+
+    deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
+    failures                                 of the engine while this request was running, in a row
+    """
+
+    request: Request
+    answer: Answer
+    on_event: Callable[[Event], None]
+    priority: int
+    serial: int
+    deadline: float | None
+    submitted: float
+    taken: float | None = None
+    first_token: float | None = None
+    failures: int = 0
+
+    @property
+    def probe(self) -> bool:
+        """Whether it only asks if the engine works."""
+        return self.priority == FIRST and self.request.params.max_tokens == 1
+
+    def __lt__(self, other: Job) -> bool:
+        return (self.priority, self.serial) < (other.priority, other.serial)

@@ -1,0 +1,86 @@
+"""The real server with its gateway and a key, and pages of it in a browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway.pages import CHROMIUM, LIVE, SECONDS, origin
+from gateway.running import KEY
+from pairs import LIMITS, recipe_of
+from serving.served import Served
+
+from echo_trt.commands.build import build
+
+
+@pytest.fixture(scope="session")
+def long_bundle(made_once, networks, tmp_path_factory) -> Path:
+    """The pair close, with room for long answers: 4 requests of 1600 tokens."""
+    recipe = recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600})
+    bundle = made_once("long", lambda out: build(recipe, networks, out))
+    return shutil.copytree(bundle, tmp_path_factory.mktemp("long") / "close")
+
+
+@pytest.fixture(scope="module")
+def start(long_bundle, tmp_path_factory) -> Callable[..., Served]:
+    """Options of ``serve`` -> a server that asks for KEY."""
+
+    def get(*options: object) -> Served:
+        folder = tmp_path_factory.mktemp("served")
+        (folder / "keys").write_text(KEY)
+        return Served(long_bundle, folder / "log", "--api-keys-file", folder / "keys", *options, gateway=True)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def server(start, request) -> Iterator[Served]:
+    """The server of a file, with the options that the file's SERVE holds."""
+    served = start(*getattr(request.module, "SERVE", ()))
+    try:
+        yield served.wait_for("serving")
+        assert KEY not in served.err
+    finally:
+        served.kill()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, server) -> Iterator[Callable[..., Any]]:
+    """A page in a context of its own. What it asks stays at its origin, and it breaks no rule of its own."""
+    contexts, asked, complaints = [], [], []
+
+    def get(key: str = KEY, wait: str = LIVE, **options: Any) -> Any:
+        options = {"viewport": {"width": 1280, "height": 800}, **options}
+        context = browser.new_context(**options)
+        context.set_default_timeout(SECONDS)
+        contexts.append(context)
+        if key:
+            context.add_init_script(
+                f"sessionStorage.getItem('echo-trt.key') ?? sessionStorage.setItem('echo-trt.key', '{key}')"
+            )
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if "Policy" in message.text else None)
+        page.goto(origin(server))
+        page.wait_for_selector(wait)
+        return page
+
+    yield get
+    for context in contexts:
+        context.close()
+    assert {url for url in asked if not url.startswith(origin(server))} == set()
+    assert complaints == []
