@@ -343,6 +343,7 @@ def simulate(
     static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
     ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Price of the trees: one pass of so many rows.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
 ) -> None:
@@ -355,7 +356,7 @@ def simulate(
     words, sizes = tuple(words_in(policies)), tuple(numbers_in("--batch", batch))
     shape = tuple(numbers_in("--static", static)) if static else None
     numbers = sizes, words, budget, shape, prompt, tokens
-    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file)
+    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file, block)
     run(job, Screen(), messages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,12 @@ class HostBank:
     def read(self, places: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._rows[places]
         return found
+
+
+def overlap(engine: Engine, work: Callable[[], None]) -> bool:
+    """Let ``engine`` call ``work`` in every run, while the device computes; False where it computes on the host."""
+    offered: Callable[[Callable[[], None]], bool] = getattr(engine, "overlap", lambda work: False)
+    return offered(work)
 
 
 def bank_of(engine: Engine, name: str, count: int, width: int) -> Bank:

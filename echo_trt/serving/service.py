@@ -1,7 +1,7 @@
 """The engine service: one thread owns the loop and answers all requests; any thread may submit and cancel.
 
 Each request that was taken ends with exactly one event that has an ``end``. Events are told on the engine's thread, in
-order, so a listener must not block.
+order, so a listener must not block. Where a device computes, they are told while it computes the next iteration.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import heapq
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from echo_trt.backends.base import overlap
 from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Counters, SamplingParams
-from echo_trt.runtime.request import Request
+from echo_trt.runtime.request import Emission, Request
 from echo_trt.serving.job import End, Event, Job
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class Service:
         self._on_trial: Job | None = None
         self._ended: Counter[str] = Counter()
         self._engine_failures = 0
+        self._due: deque[tuple[Job, Sequence[int], float]] = deque()  # tokens to tell, and when the engine had them
+        self._broken: list[tuple[Job, str]] = []  # to be ended, and why
+        self._overlaps = overlap(self.loop.target, self._tell_due)
 
         self._serial = count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -223,34 +227,59 @@ class Service:
         with self._changed:
             probes = list(self._probes.values())
         try:
-            emission = self.loop.step()
+            emission = self.loop.step()  # an engine that overlaps has the due tokens told meanwhile
         except Exception as error:  # logged there
             self._recover(error)
             return
-        for request, tokens in emission:
-            self._tell(self._open[request], tokens)
+        self._tell_due()
+        self._end_broken()
+        self._hand_over(emission)
         if self.loop.counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # nothing happens to one that had its token
         if self._on_trial and len(emission.requests):
             self._pass_trial(self._on_trial)
 
-    def _tell(self, job: Job, tokens: Sequence[int]) -> None:
-        """New tokens of a request, and its end where they bring it."""
-        job.first_token = job.first_token or time.monotonic()
+    def _hand_over(self, emission: Emission) -> None:
+        """Tell an iteration's tokens, or let them wait for the next pass, which takes as long with or without.
+
+        A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
+        """
+        now, waits = time.monotonic(), self._overlaps and self.loop.busy and self._on_trial is None
+        for request, tokens in emission:
+            if (job := self._open.get(request)) is None:
+                continue
+            self._due.append((job, tokens, now))
+            if not waits or request.params.stop:
+                self._tell(*self._due.pop())
+        self._end_broken()
+
+    def _tell_due(self) -> None:
+        while self._due:
+            self._tell(*self._due.popleft())
+
+    def _tell(self, job: Job, tokens: Sequence[int], when: float) -> None:
+        """Tell a request's new tokens, and its end where they bring it."""
+        job.first_token = job.first_token or when
         try:
             said = job.answer.take(self.loop, tokens)
         except Exception as error:  # one request's text is no other's trouble
             log.exception("request %s cannot be put into text", job.request.id)
-            self._end(job, "failed", f"its tokens could not be put into text ({_sentence(error)}).")
+            self._broken.append((job, f"its tokens could not be put into text ({_sentence(error)})."))
             return
         if job.request.finish_reason:
             self._close_job(job, said, job.request.finish_reason, job.request.failure)
         elif said.token_ids:
-            self._send(job, Event(**vars(said), time=time.monotonic()))
+            self._send(job, Event(**vars(said), time=when))
+
+    def _end_broken(self) -> None:
+        broken, self._broken = self._broken, []
+        for job, message in broken:
+            self._end(job, "failed", message)
 
     def _end(self, job: Job, reason: str, message: str = "") -> None:
-        """End a job, wherever it is; its KV blocks are free at once."""
+        """End a job between two iterations, wherever it is; its KV blocks are free at once."""
+        self._tell_due()
         if job.request not in self._open:
             return
         self.loop.cancel(job.request)
@@ -306,6 +335,7 @@ class Service:
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         self._on_trial = None
+        self._due.clear()  # those tokens are among the untold ones below
         with self._changed:  # others submit meanwhile
             running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects}
@@ -315,7 +345,8 @@ class Service:
         for job in inside:
             untold = job.request.generated[job.answer.told :]  # the iteration may have failed after it had its tokens
             if untold or job.request.finish_reason:
-                self._tell(job, untold)
+                self._tell(job, untold, time.monotonic())
+        self._end_broken()
         for job in running:
             job.failures += 1
             if job.request not in self._open:

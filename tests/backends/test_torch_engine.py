@@ -254,3 +254,18 @@ def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
     assert loaded == [("1", "cuda:1")]
     assert opened["collectives"] is collectives
     assert opened.get("graphs", True)  # a rank's calls are captured, too
+
+
+def test_host_work_is_called_between_a_launch_and_its_results(networks, monkeypatch):
+    order = []
+    launch, read = TorchEngine._launch, torch_engine.read_results
+    monkeypatch.setattr(TorchEngine, "_launch", lambda *a: (order.append("launch"), launch(*a))[1])
+    monkeypatch.setattr(torch_engine, "read_results", lambda *a: (order.append("read"), read(*a))[1])
+    target = roles_of("lookup", networks)["target"]
+    on_host, on_device = (TorchEngine(target, BLOCKS, resident=resident) for resident in (False, True))
+    assert not on_host.overlap(lambda: order.append("work"))
+    assert on_device.overlap(lambda: order.append("work"))
+    for engine in (on_host, on_device):
+        for call in calls(1):
+            engine.run(call)
+    assert order == ["launch", "work", "read"] * len(calls(1))

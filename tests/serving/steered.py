@@ -45,6 +45,10 @@ class Listener:
         return [token for event in self.events for token in event.token_ids]
 
     @property
+    def token_ids_so_far(self) -> list[int]:
+        return [token for event in list(self.events) for token in event.token_ids]
+
+    @property
     def logprobs(self) -> list[float]:
         assert self.end
         return [entry.logprob for event in self.events for entry in event.logprobs]
@@ -84,7 +88,10 @@ class Gate:
 
 
 class Steered(Engine):
-    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails."""
+    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails.
+
+    It overlaps like a device: work of the host is called while a pass waits.
+    """
 
     def __init__(self, engine: Engine):
         self.engine, self.num_blocks = engine, engine.num_blocks
@@ -92,10 +99,16 @@ class Steered(Engine):
         self.entered = threading.Event()
         self.fail: Callable[[Packed], bool] = lambda call: False
         self.passes = 0
+        self._meanwhile: Callable[[], None] = lambda: None
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        self._meanwhile = work
+        return True
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self.passes += 1
         self.entered.set()
+        self._meanwhile()
         self.open.wait()
         if self.fail(call):
             raise RuntimeError("the engine is unwell")

@@ -128,6 +128,41 @@ def test_drafted_tokens_are_counted_by_request(start):
         assert end.completion_tokens - end.verifications <= end.drafted
 
 
+def test_tokens_are_told_while_the_next_pass_runs(start):
+    """But those of a request with stop strings at once: they may end it, which no running pass allows."""
+    service, engine = start(batch=2)
+    engine.open.clear()
+    _, plain = submit(service, prompt_ids(6, 0))
+    _, stopping = submit(service, prompt_ids(6, 1), replace(LONG, stop=("no text has this",)))
+    told, tell = [], service._tell_due
+    engine.overlap(lambda: (told.append((len(service._due), len(plain.events))), tell()))
+    engine.open.let(6)
+    assert told[-1][0] == 1, "one of two requests waits for a pass"
+    assert len(plain.events) == told[-1][1] + 1
+    before, open_too = len(plain.token_ids_so_far), len(stopping.token_ids_so_far)
+    engine.open.let(1)
+    assert len(plain.token_ids_so_far) > before
+    assert len(stopping.token_ids_so_far) > open_too
+    engine.open.set()
+    assert [len(listener.token_ids) for listener in (plain, stopping)] == [100, 100]
+    assert not service._due
+
+
+def test_a_text_that_cannot_be_made_ends_its_request_between_passes(start, offline, monkeypatch):
+    service, engine = start(batch=2)
+    engine.open.clear()
+    bad, listener = submit(service, prompt_ids(6, 0))
+    _, other = submit(service, prompt_ids(6, 1))
+    engine.open.let(3)
+    monkeypatch.setattr(bad.answer, "take", lambda loop, tokens: 1 / 0)
+    engine.open.let(1)
+    assert not listener.done.is_set()  # its pass runs
+    engine.open.set()
+    assert listener.end.reason == "failed"
+    assert "could not be put into text (ZeroDivisionError" in listener.end.message
+    assert other.text == offline.generate([prompt_ids(6, 1)], LONG)[0].text
+
+
 def test_cancelling_frees_blocks_before_the_next_pass(start):
     service, engine = start(batch=2)
     engine.open.clear()
@@ -237,11 +272,12 @@ def test_priority_comes_before_arrival(start):
 def test_deadlines_end_what_runs_and_what_waits(start):
     service, engine = start(batch=1)
     engine.open.clear()
-    _, running = submit(service, prompt_ids(6, 0), seconds=0.4)
+    job, running = submit(service, prompt_ids(6, 0), seconds=600.0)
     engine.open.let(4)
     _, waiting = submit(service, prompt_ids(6, 1), seconds=0.05)
     _, patient = submit(service, prompt_ids(6, 2), seconds=600.0)
-    threading.Event().wait(0.5)
+    threading.Event().wait(0.1)
+    job.deadline = job.submitted  # it passes during the iteration that waits
     engine.open.set()
     assert running.end.reason == waiting.end.reason == "deadline"
     assert running.end.completion_tokens == len(running.token_ids) > 0

@@ -102,6 +102,7 @@ class TensorRTEngine:
             for name, width in self._widths.items()
         }
         self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
+        self._meanwhile: Callable[[], None] = lambda: None
 
     @classmethod
     def open(
@@ -154,9 +155,16 @@ class TensorRTEngine:
                 pieces = linear_pieces(call, inputs, self._layout, self._limits)
             else:
                 pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
-            outputs = self._read(self._join(call, pieces))
+            whole = self._join(call, pieces)
+            self._meanwhile()
+            outputs = self._read(whole)
         self._wait()
         return outputs
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """See ``backends.base.overlap``."""
+        self._meanwhile = work
+        return True
 
     def bank(self, name: str) -> DeviceBank | None:
         """Return the bank of the input ``name``."""

@@ -68,6 +68,7 @@ class TorchEngine:
             check_room(self.device, needed, f"the KV cache of {num_blocks} blocks", "lower limits.kv_blocks")
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._resident = self.device.type != "cpu" if resident is None else resident
+        self._meanwhile: Callable[[], None] = lambda: None
         self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks, table=num_blocks)
         self._banks = self._make_banks() if self._resident else {}
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
@@ -85,6 +86,12 @@ class TorchEngine:
         nodes = min(self._bounds.requests * (self._bounds.tree + 1), self.num_blocks * BLOCK)  # each has a KV row
         sizes["hidden"] = nodes, config.hidden_size
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """See ``backends.base.overlap``."""
+        if self._resident:
+            self._meanwhile = work
+        return self._resident
 
     def bank(self, name: str) -> DeviceBank | None:
         """Return the bank of the input ``name``, where inputs stay on the device."""
@@ -150,6 +157,7 @@ class TorchEngine:
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""
         outputs = self._launch(arrays)
+        self._meanwhile()
         asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
         named = dict(zip(self._role.outputs, outputs, strict=False))
         read, best = read_results(outputs[-1][:asked], named)
