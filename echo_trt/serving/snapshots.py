@@ -105,7 +105,7 @@ def recent(seen: list[Seen]) -> dict[str, list[float]]:
 
 
 def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
-    """Return one iteration as JSON has it: the seconds of its parts, and its super-tree, cut into a tree a request.
+    """Return one iteration as JSON has it: the milliseconds of its parts, and the tree of each request.
 
     proposer  the source of nodes that name the draft alone (``Loop.proposer``)
     """
