@@ -5,12 +5,14 @@ python scripts/benchmarks/device_iteration.py --batch 1,64,256
 The loop, planners, drafter and PyTorch engine are the real ones. The networks compute nothing: target and head answer
 at once with the same tokens every time, most of which are accepted. Levels of the draft, which a GPU computes, are
 subtracted. "through the host" is the same loop where features, states and levels come and go instead of staying.
+"clients" is the time of telling clients what an iteration wrote, which a server does while the next pass runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda.calls import Staging, shapes_of
@@ -37,12 +40,14 @@ from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.drafters import Eagle3Drafter
 from echo_trt.runtime.levels import LevelsDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Request
+from echo_trt.runtime.request import Emission, Request
 from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.serving.job import Event
 
 VOCABULARY = 151_936  # Qwen3's
 #: Features and states are narrow: their rows would be copied on the device, which this machine would have to do.
@@ -50,6 +55,7 @@ CONFIG = DecoderConfig("qwen3", VOCABULARY, 16, 16, 3, 2, 1, 8, 1e-6, 1e6, 512, 
 WIDE = 4096  # of Qwen3-8B, for the bytes of rows that go through the host
 POLICIES = ("autoregressive", "static", "echo", "goodput")
 PROMPT = 16
+TOKENIZER = Path("bundles/smollm2-135m/tokenizer.json")
 TOKEN = 5  # what everybody answers
 CHILDREN = np.log(np.array([0.8, 0.08, 0.04, 0.02, 0.01, 0.008, 0.006, 0.004], np.float32))
 
@@ -138,8 +144,8 @@ def planner_for(policy: str, batch: int, decoding: dict[str, Any]) -> Planner:
     return make_planner(policy, decoding | {"budget": max(60, 4 * batch)}, goodput)
 
 
-def measure(policy: str, batch: int, resident: bool, iterations: int) -> dict[str, float]:
-    """Milliseconds of the host, copies that wait, and kilobytes, an iteration."""
+def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return milliseconds of the host and of telling clients, copies that wait, and kilobytes, an iteration."""
     decoding = Decoding().model_dump()
     reserve, context = reserve_for(decoding | {"budget": None}), PROMPT + 8 * (iterations + 8)
     blocks = blocks_for(context + reserve) * batch
@@ -160,17 +166,27 @@ def measure(policy: str, batch: int, resident: bool, iterations: int) -> dict[st
     device = Device(engines)
     before = device.told()
     start = time.perf_counter()
-    for _ in range(iterations):
-        loop.step()
+    emissions = [loop.step() for _ in range(iterations)]
     seconds = time.perf_counter() - start
     free, waits, up, down = (now - then for now, then in zip(device.told(), before, strict=True))
     per = 1 / iterations
     return {
         "host": 1e3 * (seconds - free) * per,
+        "clients": 1e3 * telling(emissions, loop, tokenizer) * per,
         "waits": waits * per,
         "up": up * per / 1024,
         "down": down * per / 1024,
     }
+
+
+def telling(emissions: Sequence[Emission], loop: Loop, tokenizer: Tokenizer) -> float:
+    """Return the seconds in which the tokens of ``emissions`` become events of a server."""
+    answers = {request: Answer(request, tokenizer) for request in emissions[0].requests}
+    start = time.perf_counter()
+    for emission in emissions:
+        for request, tokens in emission:
+            Event(**vars(answers[request].take(loop, tokens)), time=start)
+    return time.perf_counter() - start
 
 
 class Device:
@@ -203,15 +219,18 @@ ORIGINAL = {name: getattr(cuda_levels, name) for name in ("draft_levels", "best_
 def main(
     batch: Annotated[str, typer.Option(help="Requests, several by comma.")] = "1,64,256",
     iterations: Annotated[int, typer.Option(min=1, help="Measured iterations.")] = 60,
+    tokenizer: Annotated[Path, typer.Option(help="The clients' tokenizer.")] = TOKENIZER,
 ) -> None:
     torch.set_num_threads(1)
-    table = Table("B", "policy", "", "host, ms", "waits", "KiB up", "KiB down")
+    words = Tokenizer.from_file(str(tokenizer))
+    table = Table("B", "policy", "", "host, ms", "clients, ms", "waits", "KiB up", "KiB down")
     for count in (int(part) for part in batch.split(",")):
         for policy in POLICIES:
             for resident in (False, True):
-                told = measure(policy, count, resident, iterations)
+                told = measure(policy, count, resident, iterations, words)
                 where = "on the device" if resident else "through the host"
-                row = f"{told['host']:.2f}", f"{told['waits']:.1f}", f"{told['up']:,.0f}", f"{told['down']:,.0f}"
+                row = [f"{told[name]:.2f}" for name in ("host", "clients")]
+                row += [f"{told['waits']:.1f}", f"{told['up']:,.0f}", f"{told['down']:,.0f}"]
                 table.add_row(str(count), policy, where, *row)
     Console(width=100).print(table)
 
