@@ -37,7 +37,14 @@ class Tuning:
     """
 
     def __init__(self, folder: Path, networks: Networks, note: Callable[[str], None]):
-        self._folder, self._manifest, self._networks, self._note = folder, networks.manifest, networks, note
+        self._folder, self._manifest, self._networks = folder, networks.manifest, networks
+        self._tell, self._told = note, set[str]()
+
+    def _note(self, sentence: str) -> None:
+        """Tell the user once: ``bench`` makes many planners."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self._tell(sentence)
 
     @cached_property
     def ngrams(self) -> NGrams | None:
@@ -107,7 +114,10 @@ class Tuning:
     def _goodput(self, name: str, settings: GoodputSettings, networks: Networks) -> GoodputPlanner:
         calibration = networks.calibration
         if calibration is None and self._manifest.draft is not None:
-            self._note(f"{self._folder} has no {CALIBRATION}: its draft is taken at its word; run echo-trt calibrate.")
+            self._note(
+                f"{self._folder} has no {CALIBRATION}: goodput learns its draft's acceptance while it answers; "
+                "echo-trt calibrate measures it beforehand."
+            )
         depths = self._manifest.recipe.decoding.max_depth
         return GoodputPlanner(
             name,

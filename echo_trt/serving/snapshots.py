@@ -7,6 +7,7 @@ whose answer is made.
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from itertools import pairwise
 from typing import Any
@@ -48,6 +49,7 @@ class Onlooker:
         self._service = service
         self._seen: deque[Seen] = deque(maxlen=ITERATIONS)
         self._last: Seen | None = None  # the latest that verified anything
+        self._seconds = 0.0  # of CPU time, that all snapshots took
         self.on = False
 
     def switch(self, on: bool) -> None:
@@ -65,12 +67,16 @@ class Onlooker:
 
     def snapshot(self) -> str:
         """Return JSON of the iterations since the last snapshot, and of the service now."""
+        begin = time.thread_time()
         seen = [self._seen.popleft() for _ in range(len(self._seen))]
         self._last = next((each for each in reversed(seen) if each.requests), self._last)
         now = figures(self._service.statistics(), self._service.loop.state.count)
         now["recent"] = recent(seen)
         now["last"] = tree_of(self._last, self._service.loop.proposer) if self._last else None
-        return json.dumps(now, separators=(",", ":"))
+        now["seconds"]["snapshots"] = round(self._seconds, 4)
+        text = json.dumps(now, separators=(",", ":"))
+        self._seconds += time.thread_time() - begin
+        return text
 
 
 def figures(now: Statistics, slots: int) -> dict[str, Any]:
