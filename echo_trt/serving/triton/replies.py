@@ -35,9 +35,7 @@ LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
 #: Seconds between two snapshots for onlookers, and where nothing happens; how long one may look before it asks again.
 SNAPSHOT, IDLE_SNAPSHOT, WATCH = 0.2, 1.0, 10.0
 MOST_ONLOOKERS = 8  # clients that get snapshots; a gateway is one of them, with all its viewers
-LOOKED_AT = (
-    16  # clients checked at once, in turn. Larger: a client's leaving is noticed sooner, and costs the engine time
-)
+LOOKED_AT = 16  # clients checked at once, in turn; larger: one that leaves is noticed sooner, at the engine's cost
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
