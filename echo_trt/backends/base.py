@@ -1,4 +1,4 @@
-"""The engine protocol, by which the runtime calls OpenVINO, TensorRT or PyTorch."""
+"""The engine protocol, by which the runtime calls OpenVINO, TensorRT, PyTorch or ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -54,6 +54,9 @@ def bank_of(engine: Engine, name: str, count: int, width: int) -> Bank:
 class Engine(Protocol):
     """A compiled network with its paged KV pool.
 
+    An engine on a device may also have ``bank`` (``bank_of``), ``overlap`` and, of an EAGLE-3 head, ``run_levels``
+    (``runtime.levels.LevelsEngine``).
+
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger
                 passes, and all passes of an engine without sizes, are not padded.
@@ -63,11 +66,20 @@ class Engine(Protocol):
     sizes: tuple[int, ...]
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one forward pass; returns the role's outputs by name, float32 or int64, valid until the next run.
+        """Run one forward pass over N packed rows, R of which are logit rows.
 
-        features  float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its bank reads
-        hidden    float32 [P, H], of a head, or what its bank reads
+        Inputs beside ``call``, by the kind of network:
+        features    float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its bank reads
+        hidden      float32 [P, H], of a head, or what its bank reads
         state_rows  int64 [N], of a block drafter (echo_trt.models.block): a packed row's state
+
+        Returns outputs by name, valid until the next run; a device's large ones are read like arrays, row by row:
+        logits      float32 [R, V], of a target or a draft model
+        features    float32 [N, 3 * H], of a target whose draft is a head
+        scores      float32 [R, k], of a draft: log-probabilities of the best next tokens, best first
+        candidates  int64 [R, k], of a draft: those tokens
+        state       float32 [N, H], of a head: input ``hidden`` of later passes
+        hints       float32 [R, G], of a block drafter with a Markov or confidence head
         """
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:

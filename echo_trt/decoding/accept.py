@@ -1,4 +1,4 @@
-"""Accept: walk down each tree as far as the target agrees. Exact for any deterministic tree, greedy or sampled."""
+"""Accept: walk down each tree as far as the target agrees. The same for greedy and for seeded sampled texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Flatten and pack: a ragged batch of prompt chunks, single tokens and trees as one engine call, without padding."""
+"""Pack trees, single tokens and prompt chunks into one engine call.
+
+Requests are put end to end instead of being padded to one length. An engine may still pad the whole call.
+"""
 
 from __future__ import annotations
 
@@ -80,9 +83,12 @@ def pack_blocks(
 
     tokens  int [sum counts], of the context rows. roots  int [A], the first tokens of the blocks.
 
-    Attention looks back only, so where rows see each other both ways they stand twice: all rows to look at, then all
-    rows that look, which do not see each other. Returns the call, whose logit rows are those that look, and a packed
-    row's state, int64 [N]: A * rows of the blocks, then those of the context rows.
+    Attention is causal. A block whose rows see each other both ways is therefore packed twice, first as keys, then as
+    queries: a query sees the context, all keys and itself.
+
+        context rows | rows as keys | rows as queries (the logit rows)
+
+    Returns the call, and the state of each packed row, int64 [N]: A * rows of the blocks, then those of context rows.
     """
     requests, total = len(counts), counts + shape.appended
     owner, place = np.repeat(np.arange(requests), total), ragged_arange(total)
@@ -141,10 +147,10 @@ def pack(
 
 
 def pack_levels(past: np.ndarray, block_table: np.ndarray, shape: LevelShape) -> Packed:
-    """Pack the last level of ``shape`` behind ``past`` int64 [A] cached entries of a request's draft.
+    """Pack the last level's call of ``shape``, behind ``past`` int64 [A] cached entries of a request's draft.
 
-    Tokens and masks are the device's to fill in. A level has ``beams`` rows a request for itself and as many for each
-    level before it, and asks for the rows of its own.
+    A request has beams * levels rows: those of the level and of all levels above it. The device fills in tokens and
+    masks.
     """
     rows = shape.beams * shape.levels
     none = np.zeros(0, np.int64)

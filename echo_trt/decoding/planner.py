@@ -33,7 +33,9 @@ class Draft(Protocol):
 
 @dataclass(frozen=True)
 class Continuations:
-    """Copied text: what followed the last time a request's latest tokens stood in its text. Or what a grammar forces.
+    """Free proposals for each request: copied text, or the tokens that a grammar forces.
+
+    Copied text is the tokens that followed the newest earlier match of the request's last tokens (prompt lookup).
 
     tokens   int64 [B, L], -1 from where there are none
     log_q    float64 [B], log P(one copied token is accepted), a function of ``matched``
@@ -88,7 +90,7 @@ class Plan:
     padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
     nodes        int64 [n], the nodes of ``tree`` in ``candidates``
     chances      float64 [len(candidates)], the same estimate of every candidate
-    rung         tokens that verifications may have, as this iteration's load decides; 0: the planner's budget
+    rung         most tokens of this iteration's target pass, goodput's choice for its load; 0: the planner's budget
     gates        depth -> threshold that a path's probability must pass to be drafted deeper
 
     The last four are drawn by whoever watches the loop (``runtime.watch``); neither text nor speed depends on them.
@@ -151,11 +153,17 @@ class Iteration:
 
 
 class Planner(Protocol):
-    """Decides what each iteration verifies. Texts never depend on it, only speed does."""
+    """Decides what each iteration verifies.
+
+    In exact arithmetic a text does not depend on the planner; in bf16 its rounding may (docs/exactness.md).
+    """
 
     name: str
     budget: int = 0
-    """K_max, tokens verified an iteration over the whole batch, roots included; 0 where none is shared."""
+    """K_max, tokens of a target pass at the knee of the measured costs; 0: none.
+
+    The paper's policies verify as many at most, or the roots alone where these are more; goodput only reports it.
+    """
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""

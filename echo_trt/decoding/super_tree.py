@@ -13,9 +13,12 @@ from echo_trt.decoding.arrays import begins, compiled
 class SuperTree:
     """Nodes of B trees. A parent always stands before its children.
 
-    token int64 [n], parent int64 [n] (-1 at a root), request int64 [n] (0..B-1), depth int64 [n] (0 at a root),
-    score float32 [n]: the log path probability, S(node) = S(parent) + log q(token | path), 0 at a root. source int8
-    [n]: who proposed the node (``acceptance``: HEAD, LOOKUP, BOTH or NGRAM).
+    token    int64 [n]
+    parent   int64 [n], -1 at a root
+    request  int64 [n], 0 to B - 1
+    depth    int64 [n], 0 at a root
+    score    float32 [n], log path probability: S(node) = S(parent) + log q(token | path), 0 at a root
+    source   int8 [n], the node's proposer, one of ``decoding.sources``; 0 at a root
     """
 
     token: np.ndarray
@@ -39,7 +42,7 @@ class SuperTree:
 
     @property
     def sizes(self) -> np.ndarray:
-        """K_i, the nodes of a request, root included: int64 [B]."""
+        """Number of nodes of each request, root included: int64 [B]."""
         return np.bincount(self.request, minlength=self.num_requests)
 
     @property

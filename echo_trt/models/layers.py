@@ -164,9 +164,9 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """A mixture of experts (Qwen3-MoE).
 
-    In PyTorch an expert computes only the tokens that were routed to it (``_routed``). An exported graph has standard
-    operators alone, so that any compiler takes it: there every expert computes every token, and weights of zero drop
-    the rest (``_dense``), at E/k times the arithmetic.
+    Where PyTorch has grouped products (``has_grouped_products``), an expert computes the tokens that were routed to it
+    (``_routed``). Elsewhere, and in exported graphs, which have standard operators alone, every expert computes every
+    token, and weights of zero drop the rest (``_dense``), at E/k times the arithmetic.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -215,11 +215,8 @@ def has_grouped_products(x: Tensor, down: Tensor) -> bool:
     """Tell whether PyTorch can multiply groups of rows like ``x`` [N, H] by ``down`` [E, H, size] on the device alone.
 
     Its kernel takes bfloat16 on compute capabilities 9.x and 10.x; for the rest it loops over groups on the host, which
-    no CUDA graph can hold (ATen/native/cuda/GroupedBlas.cpp, PyTorch 2.10). Rows have to be multiples of 16 bytes. An
-    exported graph cannot have grouped products.
+    no CUDA graph can hold (ATen/native/cuda/GroupedBlas.cpp, PyTorch 2.10). Rows have to be multiples of 16 bytes. On a
+    CPU a group of one row rounds otherwise than a larger one, so a text would depend on its neighbours.
     """
-    if torch.compiler.is_exporting() or any(size * x.element_size() % 16 for size in down.shape[1:]):
-        return False
-    if x.device.type == "cpu":
-        return True
-    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    fits = x.dtype == torch.bfloat16 and not any(size * x.element_size() % 16 for size in down.shape[1:])
+    return x.device.type == "cuda" and fits and torch.cuda.get_device_capability(x.device)[0] in (9, 10)

@@ -17,10 +17,10 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.arrays import begins, ragged_arange
-from echo_trt.decoding.goodput.acceptance import HEAD, LOOKUP
-from echo_trt.decoding.pack import pack
+from echo_trt.decoding.pack import Packed, pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
-from echo_trt.decoding.super_tree import ancestor_mask
+from echo_trt.decoding.sources import HEAD, LOOKUP
+from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
@@ -117,7 +117,7 @@ class Loop:
 
     @property
     def proposer(self) -> int:
-        """The source of nodes that name the draft alone (``acceptance``): HEAD, or LOOKUP where the draft copies."""
+        """The source of nodes that name the draft alone: HEAD, or LOOKUP where the draft copies text."""
         return LOOKUP if isinstance(self.drafter, LookupDrafter) else HEAD
 
     @property
@@ -149,7 +149,10 @@ class Loop:
             state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
             state.set_params(slot, params)
             state.grammar[slot] = request.grammar
-            request.prompt_logprobs.clear()  # they are computed again, with the prompt
+            if len(request.prompt_logprobs) == len(request.prompt) - 1:
+                state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
+            else:
+                request.prompt_logprobs.clear()  # they are computed again, with the prompt
             state.stop_tokens[slot] = -1
             state.stop_tokens[slot, : len(stops)] = stops
             state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
@@ -187,10 +190,12 @@ class Loop:
         chunks = self._plan_chunks()
         if len(slots) + len(chunks.slots) == 0:
             return NOTHING
-        begin, watch = time.perf_counter(), self.watch  # another thread may set it at any time
+        begin = time.perf_counter()
+        watch = self.watch  # another thread may set it at any time
         ids = [self._request_in[slot].id for slot in slots] if watch else []
-        plain = len(slots) > 0 and not self.state.speculate[slots].any()  # nobody wants drafts: no planner learns of it
-        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and not plain else None
+        # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
+        speculates = len(slots) == 0 or bool(self.state.speculate[slots].any())
+        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and speculates else None
         load = self._load(slots, len(chunks.owner), draft is not None and draft.looks_ahead)
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
@@ -198,11 +203,20 @@ class Loop:
             path, emitted = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
             emission = self._commit(verified, path, emitted, chunks)
-        seconds, path = time.perf_counter() - begin, path[path < len(plan.tree)]
-        passes, levels, drafting = (tuple(draft.passes), draft.levels, draft.seconds) if draft else ((), 0, 0.0)
-        host = seconds - planning - drafting - target.seconds
-        iteration = Iteration(plan, load, path, target, passes, levels, planning, seconds, host)
-        if not plain:
+        drafting = draft.seconds if draft else 0.0
+        seconds = time.perf_counter() - begin
+        iteration = Iteration(
+            plan=plan,
+            load=load,
+            path=path[path < len(plan.tree)],
+            target=target,
+            drafts=tuple(draft.passes) if draft else (),
+            levels=draft.levels if draft else 0,
+            planning=planning,
+            seconds=seconds,
+            host=seconds - planning - drafting - target.seconds,
+        )
+        if speculates:
             self.planner.observe(iteration)
         if watch:
             watch(Seen(iteration, ids, drafting, int(emission.counts.sum()), time.time()))
@@ -267,35 +281,52 @@ class Loop:
 
     def _verify(self, plan: Plan, slots: np.ndarray, chunks: Chunks) -> tuple[Verified, Pass]:
         """Run the target once over all trees and prompt chunks."""
-        state, tree = self.state, plan.tree
+        state = self.state
         with self._timed("pack"):
             ends = state.committed[chunks.slots] + chunks.counts == state.length[chunks.slots]
-            finishing = chunks.slots[ends]  # prompts that emit their next token
-            emitting_slots, call_slots = np.concatenate((slots, finishing)), np.concatenate((slots, chunks.slots))
-            asked = len(tree) + np.flatnonzero(self._asks(chunks))  # prompts' logits, behind those of all nodes
-            past, mask = state.committed[call_slots], ancestor_mask(tree) if len(tree) > len(slots) else None
-            call = pack(
-                np.concatenate((tree.token, state.tokens[chunks.owner, chunks.position])),
-                np.concatenate((past[tree.request] + tree.depth, chunks.position)),
-                past,
-                np.concatenate((tree.sizes, chunks.counts)),
-                state.block_table[call_slots],
-                np.concatenate((np.arange(len(tree)), len(tree) + np.cumsum(chunks.counts)[ends] - 1, asked)),
-                mask,
-                0 if len(chunks.slots) else plan.padded_to,
-            )
-            # Summed up before the pass: right behind one, whose weights fill the cache, every first line takes longer.
+            call = self._build_call(plan, slots, chunks, ends)
+            # Summed up before the pass: after it the network's weights have evicted these arrays from the CPU's cache.
             nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
             context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
         begin = time.perf_counter()
         outputs = self.target.run(call)
-        last = state.tokens[finishing, state.length[finishing] - 1]
-        whole, proposer = tree.with_roots(last), self.proposer
-        verified = Verified(whole, emitting_slots, len(slots), outputs, call, state, plan.probability, proposer)
+        finishing = chunks.slots[ends]  # prompts that emit their next token
+        verified = Verified(
+            tree=plan.tree.with_roots(state.tokens[finishing, state.length[finishing] - 1]),
+            slots=np.concatenate((slots, finishing)),
+            decoding=len(slots),
+            outputs=outputs,
+            call=call,
+            state=state,
+            probability=plan.probability,
+            proposer=self.proposer,
+        )
         verified.wait()
         seconds = time.perf_counter() - begin
         self.counters.add_seconds("verify", seconds)
         return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
+
+    def _build_call(self, plan: Plan, slots: np.ndarray, chunks: Chunks, ends: np.ndarray) -> Packed:
+        """Pack the trees of ``slots`` int64 [B], then ``chunks``; ``ends`` bool [C]: whether a chunk ends its prompt.
+
+        Logit rows are those of all nodes, of the last tokens of prompts, and of tokens whose log-probabilities are
+        asked for.
+        """
+        state, tree = self.state, plan.tree
+        call_slots = np.concatenate((slots, chunks.slots))
+        past = state.committed[call_slots]
+        last = len(tree) + np.cumsum(chunks.counts)[ends] - 1
+        asked = len(tree) + np.flatnonzero(self._asks(chunks))
+        return pack(
+            token_ids=np.concatenate((tree.token, state.tokens[chunks.owner, chunks.position])),
+            positions=np.concatenate((past[tree.request] + tree.depth, chunks.position)),
+            past=past,
+            counts=np.concatenate((tree.sizes, chunks.counts)),
+            block_table=state.block_table[call_slots],
+            logit_rows=np.concatenate((np.arange(len(tree)), last, asked)),
+            mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
+            padded_to=0 if len(chunks.slots) else plan.padded_to,
+        )
 
     def _asks(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
@@ -314,19 +345,16 @@ class Loop:
                 self._request_in[slot].prompt_logprobs.append(entry)
 
     def _commit(self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> Emission:
-        """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens."""
+        """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens.
+
+        path, emitted  int64 [m], visited nodes of ``verified.tree``, and their tokens
+        """
         state, slots, tree, decoding = self.state, verified.slots, verified.tree, verified.decoding
         counts = np.bincount(tree.request[path], minlength=len(slots))
-        in_tree = tree.request[path] < decoding
-        nodes = path[in_tree]
-        request = tree.request[nodes]
-        owner = slots[request]
+        nodes = path[tree.request[path] < decoding]
+        owner = slots[tree.request[nodes]]
         position = state.committed[owner] + ragged_arange(counts[:decoding])
-        from_position = state.committed[owner] + nodes - begins(tree.sizes)[request]
-        moved = from_position != position
-        if moved.any():
-            from_rows = state.rows(owner[moved], from_position[moved])
-            self.target.move(from_rows, state.rows(owner[moved], position[moved]))
+        self._move_accepted(tree, nodes, owner, position)
         if self.drafter:
             first, total = len(verified.call.token_ids) - len(chunks.owner), len(verified.call.token_ids)
             rows = state.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
@@ -338,6 +366,19 @@ class Loop:
             state.publish(slot)
         self.counters.prompt_tokens += len(chunks.owner)
         return self._emit(verified, path, counts, emitted)
+
+    def _move_accepted(self, tree: SuperTree, nodes: np.ndarray, owner: np.ndarray, position: np.ndarray) -> None:
+        """Move the KV rows of accepted ``nodes`` int64 [m] to their places in the text.
+
+        The pass has written a node's row behind its request's cached tokens, at its place within the request's tree.
+
+        owner, position  int64 [m], a node's slot, and its token's place in the text
+        """
+        written = self.state.committed[owner] + nodes - begins(tree.sizes)[tree.request[nodes]]
+        moved = written != position
+        if moved.any():
+            from_rows = self.state.rows(owner[moved], written[moved])
+            self.target.move(from_rows, self.state.rows(owner[moved], position[moved]))
 
     def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
         state, slots = self.state, verified.slots

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from echo_trt.decoding.arrays import begins, ragged_arange
-from echo_trt.decoding.goodput.acceptance import HEAD
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.sampling.choice import Choice, choose
 from echo_trt.decoding.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.decoding.sampling.penalties import tokens_above
+from echo_trt.decoding.sources import HEAD
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
@@ -31,7 +31,7 @@ class Verified:
     decoding     number of decoding requests; they come first. Finished prompts follow, with a root alone
     slots        int64 [B]
     probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
-    proposer     who proposed nodes that name no other source than the draft (``acceptance``: HEAD or LOOKUP)
+    proposer     source of nodes that name the draft alone (``decoding.sources``: HEAD or LOOKUP)
     """
 
     tree: SuperTree

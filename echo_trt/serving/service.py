@@ -24,8 +24,9 @@ from echo_trt.serving.job import End, Event, Job
 
 log = logging.getLogger(__name__)
 
-#: Failures of the engine beside a request, the last of them with no other running: the request is taken for the cause.
+#: A request fails after so many failures of the engine in a row, if it ran alone at the last one.
 MOST_FAILURES = 2
+MANY = 8  # requests from which on tokens wait to be told; larger: sooner for clients, and longer iterations
 NOTHING = Said("", [])
 
 
@@ -45,7 +46,7 @@ class Statistics:
     policy: str
     budget: int
     counters: Counters
-    drafts: dict[str, dict[str, float]]  # "expected" and "accepted" of goodput's draft tokens, by source
+    drafts: dict[str, dict[str, float]]  # ``Planner.totals``
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
     queued_tokens: int = 0  # of the prompts that wait
@@ -62,9 +63,11 @@ class Service:
 
     def __init__(self, llm: LLM, queue: int = 256):
         self.llm, self.loop, self.queue = llm, llm.loop, queue
-        self._changed = threading.Condition()  # guards what follows, up to the blank line
+        # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
+        # removes from it.
+        self._changed = threading.Condition()
         self._open: dict[Request, Job] = {}
-        self._probes: dict[Request, Job] = {}  # those of the open ones that are
+        self._probes: dict[Request, Job] = {}  # open jobs that only ask if the engine works
         self._pending: list[Job] = []  # a heap
         self._cancelled: list[Job] = []
         self._draining = self._closed = self._dead = False
@@ -75,7 +78,7 @@ class Service:
         self._ended: Counter[str] = Counter()
         self._engine_failures = 0
         self._due: deque[tuple[Job, Sequence[int], float]] = deque()  # tokens to tell, and when the engine had them
-        self._broken: list[tuple[Job, str]] = []  # to be ended, and why
+        self._broken: dict[Job, str] = {}  # jobs whose text cannot be made, and why; to be ended
         self._overlaps = overlap(self.loop.target, self._tell_due)
 
         self._serial = count()
@@ -142,19 +145,19 @@ class Service:
         ended = dict(self._ended)
         running = loop.running
         return Statistics(
-            queued,
-            running,
-            state.num_blocks,
-            state.used_blocks,
-            state.cached_blocks,
-            planner.name,
-            planner.budget,
-            counters,
-            planner.totals(),
-            ended,
-            self._engine_failures,
-            sum(len(job.request.prompt) for job in list(self._pending)),
-            planner.gain(),
+            queued=queued,
+            running=running,
+            blocks=state.num_blocks,
+            blocks_used=state.used_blocks,
+            blocks_cached=state.cached_blocks,
+            policy=planner.name,
+            budget=planner.budget,
+            counters=counters,
+            drafts=planner.totals(),
+            ended=ended,
+            engine_failures=self._engine_failures,
+            queued_tokens=sum(len(job.request.prompt) for job in list(self._pending)),
+            gain=planner.gain(),
         )
 
     def drain(self, seconds: float | None = None) -> bool:
@@ -228,7 +231,7 @@ class Service:
             probes = list(self._probes.values())
         try:
             emission = self.loop.step()  # an engine that overlaps has the due tokens told meanwhile
-        except Exception as error:  # logged there
+        except Exception as error:  # _recover logs it
             self._recover(error)
             return
         self._tell_due()
@@ -236,7 +239,7 @@ class Service:
         self._hand_over(emission)
         if self.loop.counters.iterations > before:
             for job in probes:
-                self._end(job, "busy")  # nothing happens to one that had its token
+                self._end(job, "busy")  # no effect on a probe that has had its token
         if self._on_trial and len(emission.requests):
             self._pass_trial(self._on_trial)
 
@@ -245,7 +248,8 @@ class Service:
 
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
-        now, waits = time.monotonic(), self._overlaps and self.loop.busy and self._on_trial is None
+        now = time.monotonic()
+        waits = self._overlaps and self.loop.busy and self._on_trial is None and len(emission.requests) >= MANY
         for request, tokens in emission:
             if (job := self._open.get(request)) is None:
                 continue
@@ -265,21 +269,22 @@ class Service:
             said = job.answer.take(self.loop, tokens)
         except Exception as error:  # one request's text is no other's trouble
             log.exception("request %s cannot be put into text", job.request.id)
-            self._broken.append((job, f"its tokens could not be put into text ({_sentence(error)})."))
+            self._broken[job] = f"its tokens could not be put into text ({_sentence(error)})."
             return
         if job.request.finish_reason:
-            self._close_job(job, said, job.request.finish_reason, job.request.failure)
+            self._close_job(job, said, job.request.finish_reason, job.request.failure, when)
         elif said.token_ids:
             self._send(job, Event(**vars(said), time=when))
 
     def _end_broken(self) -> None:
-        broken, self._broken = self._broken, []
-        for job, message in broken:
-            self._end(job, "failed", message)
+        while self._broken:
+            self._end(next(iter(self._broken)), "failed")
 
     def _end(self, job: Job, reason: str, message: str = "") -> None:
         """End a job between two iterations, wherever it is; its KV blocks are free at once."""
         self._tell_due()
+        if job in self._broken:
+            reason, message = "failed", self._broken.pop(job)
         if job.request not in self._open:
             return
         self.loop.cancel(job.request)
@@ -300,21 +305,21 @@ class Service:
                 log.exception("what request %s held back cannot be put into text", job.request.id)
         self._close_job(job, said, reason, message)
 
-    def _close_job(self, job: Job, said: Said, reason: str, message: str = "") -> None:
+    def _close_job(self, job: Job, said: Said, reason: str, message: str = "", when: float | None = None) -> None:
         request, since = job.request, job.submitted
         end = End(
-            reason,
-            message,
-            len(request.prompt),
-            request.cached_tokens or 0,
-            job.answer.told,
-            request.verifications,
-            request.drafted,
-            job.taken and job.taken - since,
-            job.first_token and job.first_token - since,
+            reason=reason,
+            message=message,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached_tokens or 0,
+            completion_tokens=job.answer.told,
+            verifications=request.verifications,
+            drafted=request.drafted,
+            queue_seconds=job.taken and job.taken - since,
+            first_token_seconds=job.first_token and job.first_token - since,
         )
         self._ended[reason] += 1
-        self._send(job, Event(**vars(said), time=time.monotonic(), end=end))
+        self._send(job, Event(**vars(said), time=when or time.monotonic(), end=end))
         with self._changed:
             del self._open[request]
             self._probes.pop(request, None)
@@ -335,14 +340,14 @@ class Service:
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         self._on_trial = None
-        self._due.clear()  # those tokens are among the untold ones below
         with self._changed:  # others submit meanwhile
             running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects}
             inside = [job for job in self._open.values() if job not in known]
         self.loop.preempt_all()
         self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
-        for job in inside:
+        self._due.clear()  # those tokens are among the untold ones
+        for job in (job for job in inside if job not in self._broken):
             untold = job.request.generated[job.answer.told :]  # the iteration may have failed after it had its tokens
             if untold or job.request.finish_reason:
                 self._tell(job, untold, time.monotonic())
@@ -374,8 +379,11 @@ class Service:
     def _fail_all(self, message: str) -> None:
         with self._changed:
             self._draining = True
-            left = list(self._open.values())
-        for job in left:
+        try:
+            self._tell_due()  # answers that are complete are no failures
+        except Exception:
+            log.exception("what the engine had written could not be told")
+        for job in list(self._open.values()):
             try:
                 self._close_job(job, NOTHING, "failed", message)
             except Exception:  # the others must end, too

@@ -115,7 +115,7 @@ def choose(
     worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
     best_upto = np.maximum.accumulate(worth)  # of verifying up to that number
     top = best_upto[free], 0, 0.0, np.zeros(0, np.int64)
-    for levels in range(ahead.shape[1] - 1 if block else 1, ahead.shape[1]):
+    for levels in range(max(ahead.shape[1] - 1, 1) if block else 1, ahead.shape[1]):
         needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
         entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)  # with those of levels above

@@ -9,6 +9,7 @@ from checkpoints import llama, qwen3, qwen3_moe
 from paged import assert_same_network
 from transformers import Qwen3ForCausalLM
 
+from echo_trt.models import layers
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder
@@ -56,9 +57,10 @@ def test_rope_scaling_equals_transformers(build, scaling, tmp_path):
 @pytest.mark.parametrize(
     "layout", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=["all", "every second", "some dense"]
 )
-@pytest.mark.parametrize("size", [11, 12], ids=["all experts a token", "routed"])
-def test_experts_equal_transformers(layout, normalised, size, tmp_path):
-    theirs = qwen3_moe(norm_topk_prob=normalised, moe_intermediate_size=size, **layout)
+@pytest.mark.parametrize("routed", [False, True], ids=["all experts a token", "routed"])
+def test_experts_equal_transformers(layout, normalised, routed, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "has_grouped_products", lambda x, down: routed)
+    theirs = qwen3_moe(norm_topk_prob=normalised, moe_intermediate_size=12, **layout)
     theirs.save_pretrained(tmp_path)
     assert_same_network(load(tmp_path), theirs)
 

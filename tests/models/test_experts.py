@@ -1,5 +1,7 @@
 """A mixture of experts: tokens routed to their experts beside every expert for every token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import qwen3_moe
@@ -25,7 +27,6 @@ def test_both_ways_compute_the_same(experts, tokens, dtype):
     dense = experts._dense(x, torch.zeros(tokens, len(experts.down)).scatter(-1, chosen, top).to(dtype))
     routed = experts._routed(x, top.to(dtype), chosen)
     torch.testing.assert_close(routed, dense, rtol=0, atol=2e-6 if dtype == torch.float32 else 0.03)
-    assert has_grouped_products(x, experts.down)
 
 
 @torch.no_grad()
@@ -36,5 +37,19 @@ def test_an_exported_graph_has_standard_operators_alone(experts):
     torch.testing.assert_close(exported.module()(x), experts(x), rtol=0, atol=2e-6)
 
 
-def test_rows_that_are_no_multiples_of_16_bytes_are_not_grouped():
-    assert not has_grouped_products(torch.zeros(3, 24), torch.zeros(7, 24, 11))
+@pytest.mark.parametrize(
+    ("dtype", "capability", "size", "grouped"),
+    [
+        (torch.bfloat16, (9, 0), 24, True),
+        (torch.bfloat16, (10, 3), 24, True),
+        (torch.bfloat16, (8, 9), 24, False),
+        (torch.bfloat16, (12, 0), 24, False),
+        (torch.float32, (9, 0), 24, False),
+        (torch.bfloat16, (9, 0), 11, False),
+    ],
+)
+def test_products_are_grouped_where_pytorch_has_a_kernel(dtype, capability, size, grouped, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, element_size=lambda: dtype.itemsize)
+    assert has_grouped_products(x, torch.zeros(7, 24, size)) == grouped
+    assert not has_grouped_products(torch.zeros(3, 24, dtype=dtype), torch.zeros(7, 24, size))

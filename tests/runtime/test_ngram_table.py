@@ -14,9 +14,9 @@ from refusal import refused
 from echo_trt.bundle.manifest import NGRAMS, read_manifest
 from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
 from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.acceptance import NGRAM
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ngrams import SUREST, NGrams, context_keys
+from echo_trt.decoding.sources import NGRAM
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM

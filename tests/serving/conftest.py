@@ -1,16 +1,20 @@
-"""Bundles for servers, and a server for a file."""
+"""Bundles for servers, a server for a file, and services in this process."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from driving import assert_all_free
 from pairs import LIMITS, recipe_of
 from served import Served
+from steered import Steered
 
 from echo_trt.commands.build import build
+from echo_trt.serving import service as service_module
+from echo_trt.serving.service import Service
 
 ROOMY = {**LIMITS, "batch": 4, "context": 480}
 
@@ -40,3 +44,22 @@ def server(roomy_bundle, tmp_path_factory, request) -> Iterator[Served]:
         yield served.wait_for("serving")
     finally:
         served.kill()
+
+
+@pytest.fixture
+def start(open_llm, monkeypatch) -> Iterator[Callable[..., tuple[Service, Steered]]]:
+    """(batch, policy, queue) -> a service of the pair close, and its target."""
+    monkeypatch.setattr(service_module, "MANY", 1)  # tokens of a few requests wait for the next pass, too
+    services = []
+
+    def make(batch: int = 3, policy: str = "echo", queue: int = 256) -> tuple[Service, Steered]:
+        llm = open_llm("close", policy, batch)
+        llm.loop.target = steered = Steered(llm.loop.target)
+        services.append(Service(llm, queue))
+        return services[-1], steered
+
+    yield make
+    for service in services:
+        service.loop.target.open.set()
+        service.close(0)
+        assert_all_free(service.loop)

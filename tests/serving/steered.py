@@ -10,8 +10,11 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.decoding.pack import Packed
-from echo_trt.serving.job import Event
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.serving.job import Event, Job
+from echo_trt.serving.service import Service
 
+LONG = SamplingParams(100, ignore_eos=True)
 SECONDS = 60  # for what takes a moment on a quiet machine
 
 
@@ -116,3 +119,8 @@ class Steered(Engine):
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self.engine.move(source, target)
+
+
+def submit(service: Service, prompt: list[int], params: SamplingParams = LONG, **more) -> tuple[Job, Listener]:
+    listener = Listener()
+    return service.submit(prompt, params, listener, **more), listener

@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from driving import assert_all_free, prompt_ids
+from driving import prompt_ids
 from refusal import refused
-from steered import SECONDS, Listener, Steered
+from steered import LONG, SECONDS, Listener, submit
 
 from echo_trt.decoding.pack import Packed
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
-from echo_trt.serving.job import Event, Job
+from echo_trt.serving.job import Event
 from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.service import Overloaded, Service
+from echo_trt.serving.service import Overloaded
 
-LONG = SamplingParams(100, ignore_eos=True)
 PROBE = SamplingParams(1, ignore_eos=True)
-
-
-@pytest.fixture
-def start(open_llm) -> Iterator[Callable[..., tuple[Service, Steered]]]:
-    services = []
-
-    def make(batch: int = 3, policy: str = "echo", queue: int = 256) -> tuple[Service, Steered]:
-        llm = open_llm("close", policy, batch)
-        llm.loop.target = steered = Steered(llm.loop.target)
-        services.append(Service(llm, queue))
-        return services[-1], steered
-
-    yield make
-    for service in services:
-        service.loop.target.open.set()
-        service.close(0)
-        assert_all_free(service.loop)
 
 
 @pytest.fixture(scope="module")
 def offline(bundle_of) -> LLM:
     return LLM(bundle_of("close"), "autoregressive", 1)
-
-
-def submit(service: Service, prompt: list[int], params: SamplingParams = LONG, **more) -> tuple[Job, Listener]:
-    listener = Listener()
-    return service.submit(prompt, params, listener, **more), listener
 
 
 CASES = [
@@ -126,41 +102,6 @@ def test_drafted_tokens_are_counted_by_request(start):
     assert sum(end.verifications for end in ends) == service.loop.counters.verifications
     for end in ends:
         assert end.completion_tokens - end.verifications <= end.drafted
-
-
-def test_tokens_are_told_while_the_next_pass_runs(start):
-    """But those of a request with stop strings at once: they may end it, which no running pass allows."""
-    service, engine = start(batch=2)
-    engine.open.clear()
-    _, plain = submit(service, prompt_ids(6, 0))
-    _, stopping = submit(service, prompt_ids(6, 1), replace(LONG, stop=("no text has this",)))
-    told, tell = [], service._tell_due
-    engine.overlap(lambda: (told.append((len(service._due), len(plain.events))), tell()))
-    engine.open.let(6)
-    assert told[-1][0] == 1, "one of two requests waits for a pass"
-    assert len(plain.events) == told[-1][1] + 1
-    before, open_too = len(plain.token_ids_so_far), len(stopping.token_ids_so_far)
-    engine.open.let(1)
-    assert len(plain.token_ids_so_far) > before
-    assert len(stopping.token_ids_so_far) > open_too
-    engine.open.set()
-    assert [len(listener.token_ids) for listener in (plain, stopping)] == [100, 100]
-    assert not service._due
-
-
-def test_a_text_that_cannot_be_made_ends_its_request_between_passes(start, offline, monkeypatch):
-    service, engine = start(batch=2)
-    engine.open.clear()
-    bad, listener = submit(service, prompt_ids(6, 0))
-    _, other = submit(service, prompt_ids(6, 1))
-    engine.open.let(3)
-    monkeypatch.setattr(bad.answer, "take", lambda loop, tokens: 1 / 0)
-    engine.open.let(1)
-    assert not listener.done.is_set()  # its pass runs
-    engine.open.set()
-    assert listener.end.reason == "failed"
-    assert "could not be put into text (ZeroDivisionError" in listener.end.message
-    assert other.text == offline.generate([prompt_ids(6, 1)], LONG)[0].text
 
 
 def test_cancelling_frees_blocks_before_the_next_pass(start):

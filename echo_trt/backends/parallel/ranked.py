@@ -9,7 +9,7 @@ from datetime import timedelta
 import numpy as np
 import torch.distributed as dist
 
-from echo_trt.backends.base import Engine
+from echo_trt.backends.base import Engine, overlap
 from echo_trt.backends.parallel.rank_group import HOST, RankGroup, check_gpus, join
 from echo_trt.backends.parallel.rank_processes import (
     CALL_SECONDS,
@@ -52,6 +52,10 @@ class RankedEngine:
             self._end()
             raise
         self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """See ``backends.base.overlap``."""
+        return overlap(self._engines[0], work)
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))

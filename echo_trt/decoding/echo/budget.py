@@ -20,9 +20,9 @@ class Hinge:
 def fit_hinge(sizes: np.ndarray, seconds: np.ndarray, accuracy: float = 0.0) -> Hinge:
     """Fit by least squares of relative errors, trying every knee: the curve may be jagged.
 
-    ``accuracy``: relative, of ``seconds`` float64 [m]. Knees whose mean errors differ by less cannot be told apart, and
-    the latest is taken: where a curve bends slowly the best knee is anywhere, and an early one leaves no budget.
-    A single size has no bend: K_max is that size, beyond which nothing is known.
+    ``accuracy``: relative, of ``seconds`` float64 [m]. Timing noise makes near knees equally good. Of all knees whose
+    mean error is within ``accuracy`` of the least, the largest is taken, since a small K_max leaves no room to draft.
+    A single size has no bend, so K_max is that size.
     """
     if len(sizes) == 1:
         return Hinge(t_ar=float(seconds[0]), gamma=0.0, k_max=int(sizes[0]), error=0.0)

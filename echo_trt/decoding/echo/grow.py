@@ -11,7 +11,10 @@ from echo_trt.decoding.super_tree import SuperTree
 
 
 def grow(roots: np.ndarray, draft: Draft, settings: EchoSettings, room: np.ndarray) -> tuple[SuperTree, np.ndarray]:
-    """Draft level by level. At a gated depth unsure requests end, and the budget's depth goes to the others.
+    """Draft level by level. A request whose confidence is below a gate stops there.
+
+    Each request that goes on claims its best node of the level. Where the budget has fewer nodes left than there are
+    claims, the most confident requests get them, and the others stop.
 
     roots int64 [B]: pending tokens. room int64 [B]: draft tokens in a row that a request can still use.
     Returns the tree of all candidates and claimed_node int64 [B] (see ``allocate``).

@@ -13,10 +13,11 @@ def allocate(tree: SuperTree, claimed_node: np.ndarray, settings: EchoSettings) 
 
     claimed_node int64 [B]: the deepest node that a request has a claim to, its root at least.
 
-    Depth comes first: the paths down to the claimed nodes. The rest of the budget buys width, the best-scored
-    candidates of the whole batch: at low load siblings of the unsure and of the confident alike, at high load nothing.
-    That is the paper's pivot between depth and width; there is no mode switch. Scores only fall along a path, and of
-    equals the earlier comes first, so that no node comes before its parent.
+    Depth comes first: the paths down to the claimed nodes. While budget is left, it buys width: the best-scored other
+    candidates of the whole batch, also of requests that a gate stopped. At high load nothing is left. That is the
+    paper's pivot between depth and width; there is no mode switch.
+
+    A node never ranks before its parent: scores only fall along a path, and the earlier of two equal nodes comes first.
     """
     if settings.budget is None:
         limit = np.full(tree.num_requests, settings.per_request)

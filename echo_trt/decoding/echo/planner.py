@@ -1,4 +1,8 @@
-"""The paper's planner: draft and gate, then allocate one budget over the batch."""
+"""The paper's planner: draft and gate, then allocate one budget over the batch.
+
+Where a head drafts on the device, all levels run in one launch, before the host reads a gate. Gates then limit what is
+verified, and not what is drafted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from echo_trt.decoding.planner import Draft, Load, Plan, Planner
 
 
 class EchoPlanner(Planner):
-    """ECHO and its ablations: ``static`` (no gates, no shared budget), ``dense``, ``fixed`` and ``echo``.
+    """ECHO (``echo``), its ablations ``dense`` and ``fixed``, and the baseline ``static``: no gates, no shared budget.
 
     Thresholds and budget are calibrated beforehand, so that it learns nothing while it runs.
     """
@@ -21,8 +25,9 @@ class EchoPlanner(Planner):
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         settings = self.settings
-        if load.looks_ahead and settings.max_depth > 1:  # levels are cheaper there than a look at a gate between them
-            # A gate looks at the best children, the budget at the best nodes. Larger: more to copy from a device.
+        if load.looks_ahead and settings.max_depth > 1:  # a level is cheaper than a wait for the device between levels
+            # The ``most`` best nodes of a request are copied to the host, enough for gates and budget. Larger: the copy
+            # takes longer.
             share = max(32, 4 * self.budget // max(len(load.slots), 1)) if self.budget else 4 * settings.per_request
             most = min(4 * settings.per_request, share)
             draft.look_ahead(settings.max_depth - 1, settings.beams, settings.width, most)

@@ -8,11 +8,10 @@ import numpy as np
 
 from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.goodput.fit import DEPTHS, Fit
+from echo_trt.decoding.sources import NGRAM, SOURCES
 
-HEAD, LOOKUP, BOTH, NGRAM, GRAMMAR = range(5)  # who proposed a node
 HORIZON = 2  # levels forecast before a draft; larger: levels that pay only with the next ones are drafted, too
 BRANCHING = 5  # levels of the trees that a rung is forecast from; larger: deeper trees, and slower
-SOURCES = ("head", "lookup", "both", "ngram", "grammar")
 CALIBRATED = SOURCES[:NGRAM]  # the others bring their own probability
 KNOTS = 65  # of a table; x = exp(score) at (i / 64)^2, finer where probabilities are small
 CALIBRATED_START = 1.0, 0.0  # slope and bias

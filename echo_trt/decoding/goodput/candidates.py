@@ -8,9 +8,10 @@ from typing import Protocol
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
-from echo_trt.decoding.goodput.acceptance import BOTH, GRAMMAR, HEAD, LOOKUP, NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains, NGrams
 from echo_trt.decoding.planner import Continuations, Copier
+from echo_trt.decoding.sources import BOTH, GRAMMAR, HEAD, LOOKUP, NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAST_LEFT = 0.02  # of a head's probability outside its proposals; larger: copied text falls less where a head is sure

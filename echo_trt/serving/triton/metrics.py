@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from echo_trt.decoding.goodput.acceptance import SOURCES
+from echo_trt.decoding.sources import SOURCES
 from echo_trt.serving.job import End
 from echo_trt.serving.service import Statistics
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import random_acceptance
 
-from echo_trt.decoding.goodput.acceptance import BOTH, CALIBRATED, HEAD, HORIZON, KNOTS, LOOKUP, Acceptance, knots
+from echo_trt.decoding.goodput.acceptance import CALIBRATED, HORIZON, KNOTS, Acceptance, knots
+from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP
 
 CHILDREN = np.array([[[0.2, 0.8], [0.1, 0.1]], [[0.5, 0.9], [0.0, 0.1]], [[0.4, 1.0], [0.2, 0.0]]])
 

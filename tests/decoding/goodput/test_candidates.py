@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import BOTH, CALIBRATED_START, HEAD, LOOKUP, NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.candidates import LEAST_LEFT, Candidates
 from echo_trt.decoding.planner import Continuations
+from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP, NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
 LENGTH = 5  # of copied continuations

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from machines import SHAPE, Server, linear
 
-from echo_trt.decoding.goodput.acceptance import HEAD, Acceptance
+from echo_trt.decoding.goodput.acceptance import Acceptance
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.sources import HEAD
 
 
 def server_of(target: Curve, draft: Curve, q: list[float], count: int) -> Server:

@@ -11,13 +11,14 @@ from machines import SHAPE, Recorded, linear, load_of
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, NGRAM, Acceptance
+from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ngrams import FLOOR, LEAVES, NGrams, context_keys
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.policies import goodput_settings
+from echo_trt.decoding.sources import NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
 LONGEST = 3

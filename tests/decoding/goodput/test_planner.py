@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from machines import SHAPE, SIZES, Copied, Recorded, linear, load_of, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import HEAD, HORIZON, LOOKUP, Acceptance
+from echo_trt.decoding.goodput.acceptance import HORIZON, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ladder import Foresee, Ladder
@@ -20,6 +20,7 @@ from echo_trt.decoding.goodput.search import BINS
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
 from echo_trt.decoding.policies import goodput_settings
+from echo_trt.decoding.sources import HEAD, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
 
 FREE = Curve([1], [0.0])
