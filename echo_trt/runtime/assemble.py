@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.base import Engine, HostBank, bank_of
+from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.bundle.calibration import Calibration, read_calibration
 from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
@@ -114,15 +114,15 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
         slots, slot_blocks = state.block_table.shape
-        return TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks)
+        compiled = TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks)
+        compiled.capture_levels(_level_shapes(manifest))
+        return compiled
     if manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
-        opened = open_torch(file, blocks, bounds=_bounds(state))
-        decoding = manifest.recipe.decoding
-        beams = min(decoding.beams, decoding.width)
-        opened.capture_levels(LevelShape(levels, beams, decoding.width) for levels in range(1, decoding.max_depth))
-        return opened
+        eager = open_torch(file, blocks, bounds=_bounds(state))
+        eager.capture_levels(_level_shapes(manifest))
+        return eager
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
     draft_precision = manifest.recipe.draft.precision if network == "draft" else None
@@ -175,6 +175,13 @@ def _bounds(state: Slots) -> CallBounds:
     return CallBounds(slots, slot_blocks, state.reserve)
 
 
+def _level_shapes(manifest: Manifest) -> list[LevelShape]:
+    """List the shapes of drafts that a planner may ask a head on a device for."""
+    decoding = manifest.recipe.decoding
+    beams = min(decoding.beams, decoding.width)
+    return [LevelShape(levels, beams, decoding.width) for levels in range(1, decoding.max_depth)]
+
+
 def drafter_with(
     manifest: Manifest, state: Slots, engine: Engine | None, markov: Markov | None = None
 ) -> Drafter | None:
@@ -187,6 +194,5 @@ def drafter_with(
         return EngineDrafter(engine, state, chunk)
     if facts.block is not None:
         return BlockDrafter(engine, state, chunk, facts.feature_size, facts.block, markov)
-    on_device = hasattr(engine, "run_levels") and not isinstance(bank_of(engine, "hidden", 0, 0), HostBank)
-    kind = LevelsDrafter if on_device else Eagle3Drafter
+    kind = LevelsDrafter if getattr(engine, "drafts_levels", False) else Eagle3Drafter
     return kind(engine, state, chunk, facts.feature_size, facts.hidden_size)

@@ -7,12 +7,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
+from pairs import LIMITS, SIZES, VOCAB, block_inputs, recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
+from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import engine as tensorrt
@@ -22,7 +23,7 @@ from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
-from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.models.roles import BlockRole, HeadRole
 from super_tree_attention import super_tree_attention
@@ -66,6 +67,9 @@ class OnnxSession:
     def most(self, name, axis, profile=0):
         return self._profiles[profile][name][1][axis]
 
+    def width(self, output):
+        return next(o.shape[-1] for o in self._session.get_outputs() if o.name == output)
+
     def capturable(self, shapes):
         assert list(shapes) == self.inputs
         return False
@@ -97,6 +101,9 @@ class RoleSession(OnnxSession):
         }
         self.num_profiles = len(profiles)
         self.launched, self.recurring = [], set()
+
+    def width(self, output):
+        return self._role.top_k
 
     def launch(self, tensors, aliases, recurs=True):
         self._check(tensors, recurs)
@@ -219,6 +226,33 @@ def test_every_packed_call_equals_the_reference(pair, networks, tmp_path):
     role, engine, session = packed("draft", networks, tmp_path, pair)
     assert_like_the_reference(role, engine, 12)
     assert any(tokens > 32 for (tokens,) in session.launched)
+
+
+@pytest.mark.parametrize(("levels", "beams", "width"), [(1, 2, 3), (3, 3, 4)])
+def test_levels_on_the_device_are_those_of_the_pytorch_engine(levels, beams, width, networks, tmp_path):
+    role, engine, session = packed("draft", networks, tmp_path)
+    reference = TorchEngine(role, engine.num_blocks, bounds=CallBounds(SLOTS, 4, 16), resident=True)
+    shape, counts = LevelShape(levels, beams, width), np.array([4, 1, 6])
+    rows, table = np.arange(counts.sum()), np.arange(SLOTS * 4).reshape(SLOTS, 4)[:3]
+    positions, past = np.concatenate([np.arange(n) for n in counts]), 0 * counts
+    call = pack(rows % VOCAB, positions, past, counts, table, np.cumsum(counts) - 1)
+    values = np.random.default_rng(4).standard_normal((len(rows), 3 * SIZES["hidden_size"]))
+    drafted = []
+    for each in (reference, engine):
+        assert each.drafts_levels
+        each.bank("features").write(rows, values.astype(np.float32), rows)
+        inputs = {"features": each.bank("features").read(rows), "hidden": each.bank("hidden").read(rows[:0])}
+        drafted.append(each.run_levels(call, pack_levels(counts, table, shape), shape, 9, **inputs))
+    assert drafted[1].shape == drafted[0].shape
+    np.testing.assert_array_equal(drafted[1][:, :3], drafted[0][:, :3])
+    scores = [np.ascontiguousarray(part[:, 3]).view(np.float32) for part in drafted]
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-5)
+    assert len(session.launched) == 1 + levels
+
+
+def test_a_head_with_a_cache_a_slot_drafts_level_by_level(opened):
+    assert not opened("head")[1].drafts_levels
+    assert not opened("target")[1].drafts_levels
 
 
 def test_sizes_are_few(opened):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
+from echo_trt.backends.cuda.levels import Levels
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.cuda.transfers import send
@@ -27,7 +29,7 @@ from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear
 from echo_trt.backends.tensorrt.compiler import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
-from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
 from super_tree_attention.tensorrt_names import WRITTEN
 
@@ -169,6 +171,42 @@ class TensorRTEngine:
     def bank(self, name: str) -> DeviceBank | None:
         """Return the bank of the input ``name``."""
         return self._banks.get(name)
+
+    @property
+    def drafts_levels(self) -> bool:
+        """Whether this is a head over a paged pool, which can draft several levels on the device."""
+        return self._layout is None and "hidden" in self._banks
+
+    @cached_property
+    def _levels(self) -> Levels:
+        states, top_k = self._banks["hidden"].rows, self._session.width("scores")
+        return Levels(self._level, states, top_k, self._bounds, self._graphs is not None)
+
+    def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Launch one level; returns scores, candidates and states."""
+        mask = tensors["tree_mask"]
+        padded = torch.nn.functional.pad(mask, (0, -len(mask) % 4))
+        outputs = self._forward(tensors | {"tree_mask": padded.view(torch.int32)}, 0)
+        named = dict(zip(self._output_names(), outputs, strict=True))
+        return named["scores"], named["candidates"], named["state"]
+
+    @torch.inference_mode()
+    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
+        """Capture drafts of several levels as CUDA graphs before requests wait, where this engine drafts them."""
+        if self.drafts_levels:
+            with torch.cuda.stream(self._stream):
+                self._levels.capture(shapes)
+            self._wait()
+
+    @torch.inference_mode()
+    def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
+        """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
+        with torch.cuda.stream(self._stream):
+            whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
+            states = whole["state"][self._on_device(call.logit_rows)]
+            drafted = self._levels.run(below, shape, most, (whole["scores"], whole["candidates"]), states)
+        self._wait()
+        return drafted
 
     def _wait(self) -> None:
         if self._stream is not None:

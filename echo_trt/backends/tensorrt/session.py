@@ -90,6 +90,10 @@ class Session:
         """The largest size of an input's axis in a profile."""
         return self._profiles[profile][name][1][axis]
 
+    def width(self, output: str) -> int:
+        """Return the columns of an output, a number that all profiles share."""
+        return self._engine.get_tensor_shape(output)[-1]
+
     def _runtime_settings(self) -> Any:
         settings = self._engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(self._api.ExecutionContextAllocationStrategy.USER_MANAGED)

@@ -135,6 +135,11 @@ class TorchEngine:
             return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         return outputs
 
+    @property
+    def drafts_levels(self) -> bool:
+        """Whether this is a head whose states stay on the device, which can draft several levels there."""
+        return "hidden" in self._banks
+
     @cached_property
     def _levels(self) -> Levels:
         states, graphs = self._banks["hidden"].rows, self._graphs is not None
@@ -143,7 +148,7 @@ class TorchEngine:
     @torch.inference_mode()
     def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait, where this is a head on a GPU."""
-        if "hidden" in self._banks:
+        if self.drafts_levels:
             self._levels.capture(shapes)
 
     @torch.inference_mode()
