@@ -34,6 +34,7 @@ ROOM_A_DRAFT = 8  # tokens that a request writes for an iteration that drafts fo
 LEVELS_A_DOUBLING = 1.6  # draft levels foreseen for a doubling of a request's tokens; larger: dearer large rungs
 TOKENS_A_REQUEST = 8  # the largest rung has at least as many tokens a request, and
 TOKENS_A_BATCH = 64  # as many more; larger: more rungs to try
+SLACK = 1.25  # nodes that are expanded for a node that pays. Larger: jagged costs are seen through, planning is slower
 TIE = 1e-12  # value added per depth, so that a parent sorts before an equal child
 ABOVE_PLAIN = 1e-12  # gain of a rung that always begins above plain decoding, since the search may choose no draft
 
@@ -216,7 +217,8 @@ class GoodputPlanner:
         """Grow trees from levels that were drafted at once; a node too unlikely to be verified is not expanded."""
         candidates, settings = search.candidates, self.settings
         for depth in range(1, settings.max_depth):
-            nodes = candidates.promising(depth, len(search.seconds) - 1)
+            paying = paying_nodes(candidates.value[candidates.tree.num_requests :], search.seconds, search.price)
+            nodes = candidates.promising(depth, min(int(SLACK * paying) + 1, len(search.seconds) - 1))
             if len(nodes) == 0:
                 return
             log_q, tokens = draft.expand(candidates.tree, nodes)
@@ -325,6 +327,18 @@ class Search:
     load: Load
     seconds: np.ndarray
     price: float
+
+
+def paying_nodes(value: np.ndarray, seconds: np.ndarray, price: float) -> int:
+    """Return how many of the best nodes pay for their verification.
+
+    A node beyond them will not pay later either, where the cost of a node grows with their number: further candidates
+    only come before it.
+
+    value float64 [n], in tokens. seconds, price: as of ``select``
+    """
+    best = np.sort(value)[::-1][: len(seconds) - 1]
+    return int((np.append(0.0, np.cumsum(best)) - price * seconds[: len(best) + 1]).argmax())
 
 
 def select(value: np.ndarray, tree: SuperTree, per_request: int, seconds: np.ndarray, price: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from echo_trt.decoding.goodput.acceptance import HORIZON, Acceptance
 from echo_trt.decoding.goodput.candidates import Candidates
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ladder import Foresee, Ladder
-from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, select
+from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, paying_nodes, select
 from echo_trt.decoding.goodput.search import BINS
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
@@ -368,3 +368,18 @@ def test_who_fell_behind_is_preferred():
     plan = planner.plan(np.zeros(2), steady(2, 0.8, 0.1, 0.05), load_of(2))
     slow, fast = plan.tree.sizes
     assert slow > fast
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40), st.floats(0.1, 20.0), st.floats(1.0, 3.0), st.data())
+def test_a_node_that_does_not_pay_never_will(values, price, power, data):
+    """Where a node costs more the more there are, whatever further candidates come."""
+    seconds = 0.004 * np.arange(81) ** power
+    known = np.sort(np.array(values))[::-1]
+    paying = paying_nodes(known, seconds, price)
+    if paying == len(known):
+        return
+    least = known[paying]
+    more = np.array(data.draw(st.lists(st.floats(0.0, 1.0), max_size=40)))
+    together = np.concatenate((known, more))
+    count = paying_nodes(together, seconds, price)
+    assert count <= int((together > least).sum())
