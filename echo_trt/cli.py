@@ -343,7 +343,7 @@ def simulate(
     static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
     ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
-    block: Annotated[int | None, typer.Option(min=1, help="Price of the trees: one pass of so many rows.")] = None,
+    block: Annotated[int | None, typer.Option(min=1, help="Charge the trees as one pass of N rows.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
 ) -> None:

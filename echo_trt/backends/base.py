@@ -66,7 +66,7 @@ class Engine(Protocol):
     sizes: tuple[int, ...]
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Run one forward pass over N packed rows, R of which are logit rows.
+        """Run one forward pass over N packed rows and compute the logits of R logit rows.
 
         Inputs beside ``call``, by the kind of network:
         features    float32 [M, 3 * H_target], of a head (echo_trt.models.eagle3), or what its bank reads

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from echo_trt.errors import UserError
 
-NARROWEST = 20  # columns that are believed
+NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
 
 
 def _drop_odd_columns() -> None:
-    """Rich takes COLUMNS as it is: with 0 or 1 of them it would print nothing, not even an error."""
+    """Remove a COLUMNS below NARROWEST from the environment: Rich would print nothing, not even an error."""
     columns = os.environ.get("COLUMNS", "")
     if not re.fullmatch("[0-9]{2,4}", columns) or int(columns) < NARROWEST:
         os.environ.pop("COLUMNS", None)

@@ -88,7 +88,8 @@ def pack_blocks(
 
         context rows | rows as keys | rows as queries (the logit rows)
 
-    Returns the call, and the state of each packed row, int64 [N]: A * rows of the blocks, then those of context rows.
+    Returns the call, and the state index of each packed row, int64 [N]. States of the A * rows block rows come first,
+    states of the context rows follow.
     """
     requests, total = len(counts), counts + shape.appended
     owner, place = np.repeat(np.arange(requests), total), ragged_arange(total)
@@ -149,8 +150,8 @@ def pack(
 def pack_levels(past: np.ndarray, block_table: np.ndarray, shape: LevelShape) -> Packed:
     """Pack the last level's call of ``shape``, behind ``past`` int64 [A] cached entries of a request's draft.
 
-    A request has beams * levels rows: those of the level and of all levels above it. The device fills in tokens and
-    masks.
+    A request has beams * levels rows: the level's rows, and the rows of all levels above. The device fills in tokens
+    and masks.
     """
     rows = shape.beams * shape.levels
     none = np.zeros(0, np.int64)

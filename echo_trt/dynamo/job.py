@@ -14,7 +14,7 @@ class Job:
 
     name           the model's name for clients
     queue          requests that may wait for a place
-    drain_seconds  seconds for open answers once the worker is told to stop
+    drain_seconds  seconds that open answers have to finish after a stop signal
     system_port    port of metrics and health; 0: none
     """
 

@@ -224,9 +224,9 @@ class Replicas:
 
 
 def free_ports(number: int, reserved: int) -> list[int]:
-    """Choose ``number`` ports that nobody has, and not ``reserved``, which the frontend has yet to take.
+    """Choose ``number`` free ports other than ``reserved``, which the frontend will take.
 
-    They are from below those that the system hands to clients; Dynamo takes none above.
+    All ports are below the range that the system hands to clients, since Dynamo accepts no port of that range.
     """
     ports: set[int] = set()
     while len(ports) < number:

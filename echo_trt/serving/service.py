@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 #: A request fails after so many failures of the engine in a row, if it ran alone at the last one.
 MOST_FAILURES = 2
-MANY = 8  # requests from which on tokens wait to be told; larger: sooner for clients, and longer iterations
+MANY = 8  # running requests from which on tokens wait for the next pass; larger: sooner told, iterations take longer
 NOTHING = Said("", [])
 
 
@@ -381,8 +381,8 @@ class Service:
             self._draining = True
         try:
             self._tell_due()  # answers that are complete are no failures
-        except Exception:
-            log.exception("what the engine had written could not be told")
+        except Exception:  # the jobs below must end, too
+            log.exception("the tokens of the last iteration could not be told")
         for job in list(self._open.values()):
             try:
                 self._close_job(job, NOTHING, "failed", message)
