@@ -30,7 +30,7 @@ from eagle3_training.ngrams import count, held_out, read_texts, right
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from echo_trt.bundle.ngrams import write_ngrams
+from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
 from echo_trt.models.block_weights import load_block
@@ -139,15 +139,18 @@ def ngrams(
     target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
     data: Annotated[list[Path], typer.Option(help="folder of shard-*.npz; give it again for more")],
     out: Annotated[Path, typer.Option(help="the .npz, which a recipe names as draft.ngrams")],
+    start: Annotated[Path | None, typer.Option(help="an earlier .npz, for contexts of no answer")] = None,
 ) -> None:
     """Write down what the target usually says after a few tokens, for drafts to go on with."""
     checkpoint = open_checkpoint(target)
-    texts = read_texts(data, decoder_config(checkpoint.config, str(target)).vocab_size)
+    vocab_size, sha256 = decoder_config(checkpoint.config, str(target)).vocab_size, weights_sha256(checkpoint.path)
+    earlier = read_ngrams(start, sha256, vocab_size, "leave --start out") if start else None
+    texts = read_texts(data, vocab_size)
     _make_folder(out.parent)
     counted, others = held_out(texts)
-    told, thought = right(count(counted), others)
-    table = count(texts)
-    write_ngrams(table, out, weights_sha256(checkpoint.path))
+    told, thought = right(count(counted).over(earlier), others)
+    table = count(texts).over(earlier)
+    write_ngrams(table, out, sha256)
     size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
     share = f"of held-out answers' tokens it names {told:.1%}, and thinks {thought:.1%}"
     console.print(f"{out}: {size}, {out.stat().st_size / 1e6:.1f} MB; {share}", highlight=False, soft_wrap=True)

@@ -200,6 +200,23 @@ def test_ngrams_say_what_most_answers_say(networks, tmp_path):
     assert not chains_of(ngrams, [7, 7])
 
 
+def test_ngrams_of_new_answers_go_over_earlier_ones(networks, tmp_path):
+    write_answers(tmp_path / "early", [[1, 2, 3, 4]] * 100 + [[5, 6, 7, 8]] * 100)
+    write_answers(tmp_path / "late", [[1, 2, 9, 10]] * 100)
+    command = ("ngrams", "--target", networks / "target")
+    run(*command, "--data", tmp_path / "early", "--out", tmp_path / "early.npz")
+    start = ("--start", tmp_path / "early.npz")
+    run(*command, "--data", tmp_path / "late", *start, "--out", tmp_path / "both.npz")
+    ngrams = read_ngrams(tmp_path / "both.npz", weights_sha256(networks / "target"), 300)
+    assert [token for token, _ in chains_of(ngrams, [1, 2])] == [9, 10]
+    assert [token for token, _ in chains_of(ngrams, [5, 6])] == [7, 8]
+
+    (tmp_path / "early.npz").write_bytes(b"not a table")
+    refused = invoked(*command, "--data", tmp_path / "late", *start, "--out", tmp_path / "no.npz")
+    assert refused.exit_code != 0
+    assert not (tmp_path / "no.npz").exists()
+
+
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_ngrams_are_as_sure_as_they_may_be(share, monkeypatch):
     """A token's usual successor follows with a probability of ``share``: so often the table must be right, and think

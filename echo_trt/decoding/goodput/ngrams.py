@@ -72,6 +72,15 @@ class NGrams:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def over(self, earlier: NGrams | None) -> NGrams:
+        """Return a table of both: of a context that both know, this one's entry."""
+        if earlier is None:
+            return self
+        keys, first = np.unique(np.concatenate((self.keys, earlier.keys)), return_index=True)
+        tokens = np.concatenate((self.tokens, earlier.tokens))[first]
+        chances = np.concatenate((self.chances, earlier.chances))[first]
+        return NGrams(keys, tokens, chances, max(self.longest, earlier.longest))
+
     def look_up(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the next tokens int64 [n] of contexts, -1 where none is known, and their chances float64 [n].
 
