@@ -175,6 +175,7 @@ def generate(
 
 @app.command()
 def serve(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint.")] = 8000,
@@ -221,9 +222,10 @@ def serve(
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
             ("--no-page", not page),
+            *((f"--{port}-port", _is_given(context, f"{port}_port")) for port in ("http", "grpc", "metrics")),
         ):
             if given:
-                raise UserError(f"{option} is given with --replicas, but Dynamo's frontend has none; leave it out.")
+                raise UserError(f"{option} has no meaning with --replicas; leave it out.")
         chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
         numbers = batch, queue, start_timeout, drain_timeout
         raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
@@ -235,6 +237,12 @@ def serve(
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
     job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins, page)
     raise typer.Exit(run(job))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether a parameter is on the command line, be it with its default value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()

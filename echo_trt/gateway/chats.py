@@ -98,7 +98,7 @@ def _calls(asked: ChatRequest, facts: Facts) -> Calls | None:
         for index, tool in enumerate(asked.tools)
         if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
     }
-    must = choice == "required" or isinstance(choice, NamedTool)
+    must = asked.must_call
     content = None if must else _content(asked.structured)
     strict = any(tool.function.strict for tool in asked.tools)
     must_fit = must or strict or content is not None or asked.parallel_tool_calls is False
@@ -122,7 +122,7 @@ def _content(structured: Structured | None) -> str | None:
         return json_rule(value)
     if kind == "choice" and isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return " | ".join(map(_json, value))
-    message = f"{structured.field} cannot stand beside tools; give a JSON schema, or tool_choice none or required."
+    message = f"{structured.field} cannot stand beside tools; give a JSON schema, or tool_choice none."
     raise ApiError(400, message, param=structured.field)
 
 

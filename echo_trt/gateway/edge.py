@@ -12,8 +12,9 @@ from echo_trt.gateway.metrics import Metrics
 
 #: Paths for machines that watch over us, without a key.
 OPEN = ("/health", "/ping", "/metrics", "/version")
-ASKED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize", "/live")
-COUNTED = (*OPEN, *ASKED)  # others are "other": no endless labels
+ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by the engine
+#: Others are "other": no endless labels.
+COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/tokenize", "/detokenize", "/live")
 
 
 class Edge:
@@ -46,7 +47,8 @@ class Edge:
                 self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        self.metrics.running.inc()
+        if path in ANSWERED:
+            self.metrics.running.inc()
         try:
             self._admit(scope["path"], headers)
             await self.app(scope, self._measured(receive), counted_send)
@@ -58,7 +60,8 @@ class Edge:
                 self.metrics.requests.labels(path, 500).inc()
             raise
         finally:
-            self.metrics.running.dec()
+            if path in ANSWERED:
+                self.metrics.running.dec()
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Before a byte of the body is read. Raises ApiError."""

@@ -18,7 +18,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"namespace": "echo", "subsystem": "gateway", "registry": self._registry}
         self.requests = Counter("requests", "Requests answered, by path and HTTP status.", ("path", "status"), **own)
-        self.running = Gauge("running", "Requests being answered.", **own)
+        self.running = Gauge("running", "Chats, completions and responses being answered.", **own)
         self.disconnects = Counter("disconnects", "Clients that hung up before their answer was complete.", **own)
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of finished requests.", **own)
         self.completion_tokens = Counter("completion_tokens", "Tokens generated for finished requests.", **own)

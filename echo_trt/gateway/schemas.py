@@ -186,7 +186,16 @@ class ChatRequest(Params):
     @model_validator(mode="after")
     def _tools_agree(self) -> ChatRequest:
         check(self.tools, self.tool_choice)
+        if self.must_call and self.structured and not self.structured.field.startswith("response_format"):
+            field = self.structured.field
+            message = f"{field} cannot stand beside a tool_choice that asks for a call; leave one of them out."
+            raise ApiError(400, message, param=field)
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in (None, "auto", "none")
 
     @model_validator(mode="after")
     def _top_of_something(self) -> ChatRequest:

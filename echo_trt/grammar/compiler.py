@@ -75,8 +75,8 @@ class Compiler:
                     self._cache[key] = self._compile(kind, value)
                 except UserError as error:
                     self._cache[key] = str(error)
-                except Exception as error:  # of what llguidance's Python side cannot read; the client is told it
-                    self._cache[key] = f"structured.{kind} cannot be compiled ({clause(str(error))}); {REMEDY}"
+                except Exception as error:  # told, but not kept: its cause may pass
+                    return f"structured.{kind} cannot be compiled ({clause(str(error))}); {REMEDY}"
                 if (seconds := time.thread_time() - begin) > SLOWEST_S:
                     self._cache[key] = f"structured.{kind} took {seconds:.1f} s to compile; make it smaller."
             self._cache.move_to_end(key)

@@ -109,7 +109,7 @@ def _stub(server: Path) -> Path:
     version = ".".join(map(str, sys.version_info[:2]))
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise UserError(f"nvidia-pytriton has no backend for Python {version}; use Python 3.11.")
+        raise UserError(f"nvidia-pytriton has no backend for Python {version}; use Python 3.11 or 3.12.")
     return stub
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from refusal import refused
 
+from echo_trt.cli import app
 from echo_trt.dynamo import installed, replicas
 from echo_trt.dynamo.command import run
 from echo_trt.dynamo.job import Job
@@ -109,10 +110,27 @@ def test_a_parser_that_dynamo_lacks_is_refused(bundle):
 @pytest.mark.parametrize(
     "words",
     [
+        ["--http-port", "8000"],
+        ["--grpc-port", "8101"],
+        ["--metrics-port", "8102"],
+        ["--no-page"],
+        ["--openai-port", "0"],
+        ["--api-keys-file", "keys"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_options_that_have_no_meaning_with_replicas_are_refused(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["echo-trt", "serve", "nowhere", "--replicas", "2", *words])
+    with refused(words[0], "--replicas", "leave it out"):
+        app(standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ["worker", "nowhere"],
         ["worker", "nowhere", "--system-port", "40000"],
         ["serve", "nowhere", "--replicas", "2"],
-        ["serve", "nowhere", "--replicas", "2", "--api-keys-file", "keys"],
     ],
 )
 def test_mistakes_end_with_exit_code_2(words):

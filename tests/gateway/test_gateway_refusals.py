@@ -378,4 +378,4 @@ def test_requests_are_counted_by_path_and_status(client):
     assert 'echo_gateway_requests_total{path="other",status="404"}' in text
     assert 'echo_gateway_requests_total{path="/v1/completions",status="400"}' in text
     assert "secret" not in text
-    assert "echo_gateway_running 1.0" in text  # this one
+    assert "echo_gateway_running 0.0" in text  # this one asks for no text

@@ -11,6 +11,7 @@ from gateway.running import refused, running
 from echo_trt.gateway.app import create_app
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+NAMED = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -43,6 +44,8 @@ def client() -> Iterator[httpx.Client]:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"tools": TOOLS, "tool_choice": NAMED, "guided_json": {}}, "guided_json"),
         ({"tools": TOOLS * 2}, "tools.1.function.name"),
         ({"tools": TOOLS * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
@@ -86,6 +89,9 @@ def test_what_is_wrong_with_a_call_is_said(client, message, sentence):
     "change",
     [
         {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"}},
+        {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"tools": TOOLS, "tool_choice": NAMED, "response_format": {"type": "json_object"}},
+        {"tools": TOOLS, "tool_choice": "none", "guided_regex": "a"},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL | {"index": 0}], "parsed": None}]},
         {"response_format": {"type": "json_object", "schema": {}}, "reasoning_effort": "none"},
         {"structured_outputs": {"json": "{}", "regex": None}, "guided_json": None},

@@ -104,6 +104,15 @@ def test_snapshots_come_while_an_answer_is_made(client):
     assert max(len(each["parent"]) for tree in trees for each in tree["requests"]) > 3
 
 
+def test_a_viewer_is_no_running_request(client):
+    with client.stream("GET", "/live") as viewer:
+        assert next(told(viewer))[0] == "hello"
+        assert "echo_gateway_running 0.0" in client.get("/metrics").text.splitlines()
+        with client.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as answer:
+            next(answer.iter_lines())
+            assert "echo_gateway_running 1.0" in client.get("/metrics").text.splitlines()
+
+
 def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_bundle):
     offline = LLM(long_bundle, "autoregressive", 1)
     expected = offline.chat(CHAT, SamplingParams(1200, ignore_eos=True))[0].text

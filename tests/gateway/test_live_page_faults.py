@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from gateway.pages import LIVE, SECONDS, ask, chunk, ended, hide_and_show, needs_page, until
+from gateway.pages import CHROMIUM, LIVE, SECONDS, ask, chunk, ended, hide_and_show, needs_page, origin, until
 from gateway.running import KEY, client_of
 
 pytestmark = needs_page
@@ -38,6 +38,33 @@ def test_a_key_is_asked_for_and_a_wrong_one_told(open_page):
     ended(page)
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     assert KEY not in page.url
+
+
+def test_a_browser_that_denies_storage_asks_for_the_key_again(browser, server, tmp_path):
+    """Chromium denies a page its storage where it may keep no cookies."""
+    denied = {"profile": {"default_content_setting_values": {"cookies": 2}}}
+    (tmp_path / "Default").mkdir()
+    (tmp_path / "Default" / "Preferences").write_text(json.dumps(denied))
+    context = browser.browser_type.launch_persistent_context(
+        tmp_path, executable_path=CHROMIUM, args=["--no-sandbox"], timeout=SECONDS
+    )
+    try:
+        page, complaints = context.new_page(), []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(origin(server))
+        for _ in range(2):
+            page.wait_for_selector("#key-dialog[open]")
+            page.keyboard.type(KEY)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(LIVE)
+            ask(page, limit="5")
+            ended(page)
+            page.reload()
+        attempt = "() => { try { return sessionStorage.length } catch (error) { return error.name } }"
+        assert page.evaluate(attempt) == "SecurityError"
+        assert complaints == []
+    finally:
+        context.close()
 
 
 def test_an_old_page_is_told_that_the_server_has_another(open_page):

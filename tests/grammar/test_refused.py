@@ -123,6 +123,21 @@ def test_what_was_refused_is_refused_again(counting):
     assert counting.compiled == len(sentences) == 1
 
 
+def test_an_unexpected_failure_is_not_kept():
+    class Short(Counting):
+        def _compile(self, kind, value):
+            if not self.compiled:
+                self.compiled += 1
+                raise MemoryError("no memory")
+            return super()._compile(kind, value)
+
+    grammars = Short(tokenizer().to_str(), Tokens(tokenizer().get_vocab_size(), ends()))
+    with refused("structured.json", "no memory"):
+        grammars.begin({"json": RECORD})
+    grammars.begin({"json": RECORD})
+    assert grammars.compiled == 2
+
+
 def test_grammars_are_told_apart_by_their_kind(counting):
     counting.begin({"regex": "a"})
     counting.begin({"choice": ["a"]})

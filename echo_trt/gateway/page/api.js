@@ -3,7 +3,16 @@
 const KEY = "echo-trt.key";
 export const LONGEST_EVENT = 4 << 20; // characters; an event that is longer ends its stream
 
-let key = sessionStorage.getItem(KEY) || "";
+/** Read or keep something in the tab. Where the browser denies that, the page asks for the key again. */
+function inTab(use) {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null;
+  }
+}
+
+let key = inTab((storage) => storage.getItem(KEY)) || "";
 let askForKey = async () => "";
 
 export class Refused extends Error {
@@ -26,7 +35,7 @@ async function anotherKey(wrong) {
   do given = await askForKey(wrong);
   while (!/^[\x21-\x7e]+$/.test(given) && (wrong = true));
   key = given; // until now other requests go on with the key before
-  sessionStorage.setItem(KEY, key);
+  inTab((storage) => storage.setItem(KEY, key));
   asking = null;
 }
 

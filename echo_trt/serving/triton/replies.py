@@ -56,9 +56,25 @@ class Reply:
     index: int = 0
     last: float | None = None  # time of the last event
     ended: bool = False
+    broken: bool = False  # a part of it was lost, so it ends with an error
 
     def __post_init__(self) -> None:
         self.text = self.ask.echoed
+
+    def take(self, event: Event) -> None:
+        """Add an event to what has not been sent."""
+        if self.broken:
+            return
+        self.text += event.text
+        self.ids += event.token_ids
+        if self.logprobs and self.last is None and self.ask.params.prompt_logprobs is not None:
+            while self.job is None:  # its first event may come before ``submit`` has returned
+                time.sleep(0.001)
+            self.logprobs.begin(self.ask.prompt, self.job.request.prompt_logprobs)
+        if self.logprobs:
+            self.logprobs.take(event.logprobs, event.offsets)
+        if self.sources:
+            self.sources.take(event.sources, event.offsets)
 
 
 @dataclass(eq=False)
@@ -139,11 +155,12 @@ class Replies:
                 else:
                     reply, event = item
                     if event is not None:
-                        self._merge(reply, event, changed, metrics)
+                        self._merge(reply, event, metrics)
+                        changed[reply] = event
                     elif reply.job and not reply.ended:
                         self._open[reply] = reply.job
             for reply, event in changed.items():
-                if event.end or (reply.ask.stream and reply.text):
+                if event.end or (reply.ask.stream and reply.text and not reply.broken):
                     self._send(reply, event.end)
             now = time.monotonic()
             if self._watches or self._onlooker.on:
@@ -167,18 +184,12 @@ class Replies:
                 items.append(self._events.get_nowait())
         return items
 
-    def _merge(self, reply: Reply, event: Event, changed: dict[Reply, Event], metrics: Metrics) -> None:
+    def _merge(self, reply: Reply, event: Event, metrics: Metrics) -> None:
         """Several events of one reply become one message."""
-        reply.text += event.text
-        reply.ids += event.token_ids
-        if reply.logprobs and reply.last is None and reply.ask.params.prompt_logprobs is not None:
-            while reply.job is None:  # its first event may come before ``submit`` has returned
-                time.sleep(0.001)
-            reply.logprobs.begin(reply.ask.prompt, reply.job.request.prompt_logprobs)
-        if reply.logprobs:
-            reply.logprobs.take(event.logprobs, event.offsets)
-        if reply.sources:
-            reply.sources.take(event.sources, event.offsets)
+        try:
+            reply.take(event)
+        except Exception:  # this thread answers all the others, too
+            self._break(reply)
         client = reply.ask.priority != FIRST  # not a probe, whose times would hide the clients' on a quiet server
         if client and reply.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
@@ -187,20 +198,27 @@ class Replies:
         if client and event.end:
             metrics.ended(event.end)
             metrics.observe("request", event.time - reply.arrived)
-        changed[reply] = event
 
     def _send(self, reply: Reply, end: End | None) -> None:
         try:
             reply.sender.send(_response(reply, end), flags=FINAL if end else 0)
-        except Exception:  # this thread answers all the others, too
-            log.exception("a reply could not be sent; its request is cancelled")
-            if reply.job and not end:
-                self._service.cancel(reply.job)
+        except Exception:  # as in _merge
+            first = not reply.broken
+            self._break(reply)
+            if end and first:
+                return self._send(reply, end)  # an error
         reply.text, reply.ids = "", []
         reply.index += 1
         if end:
             reply.ended = True
             self._open.pop(reply, None)
+
+    def _break(self, reply: Reply) -> None:
+        """Let a reply end with an error, since a part of it is lost."""
+        log.exception("a reply could not be sent; its request is cancelled")
+        reply.broken = True
+        if reply.job:
+            self._service.cancel(reply.job)
 
     def _tell_onlookers(self, told: float, now: float) -> float:
         """Send a snapshot to all onlookers if one is due; returns the time of the latest snapshot. Never raises.
@@ -247,7 +265,7 @@ class Replies:
             tensors.append(_strings("finish_reason", "stop"))
         try:
             watch.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
-        except Exception:  # as in _send
+        except Exception:  # as in _merge
             log.exception("a snapshot could not be sent")
             self._watches.pop(watch, None)
 
@@ -301,6 +319,8 @@ def tokenized(ids: list[int], text: str | None) -> pb_utils.InferenceResponse:
 
 
 def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
+    if reply.broken:
+        return failed("INTERNAL", "the answer could not be sent; the server's log says why.", reply.coded)
     if end and end.reason in ("failed", "cancelled"):
         code = "INTERNAL" if end.reason == "failed" else "CANCELLED"
         return failed(code, end.message or "the request was cancelled.", reply.coded)
