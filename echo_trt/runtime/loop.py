@@ -275,7 +275,7 @@ class Loop:
         counters.iterations += 1
         if len(plan.tree) > len(slots):
             counters.speculative_iterations += 1
-        for depth, requests in enumerate(plan.candidates.reached.tolist()):
+        for depth, requests in enumerate(plan.explanation.candidates.reached.tolist()):
             counters.reached[depth] += requests
         return plan, seconds
 

@@ -154,7 +154,8 @@ class Replay:
         draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock, self._block)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
-        planning = draft.levels * self._machine.level_seconds + len(plan.candidates) * self._candidate_seconds
+        candidates = len(plan.explanation.candidates)
+        planning = draft.levels * self._machine.level_seconds + candidates * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
         target = self._verification(max(len(tree), plan.padded_to), context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))

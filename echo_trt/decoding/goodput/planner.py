@@ -25,7 +25,7 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.requests import History
 from echo_trt.decoding.goodput.search import best_portion, portions
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
+from echo_trt.decoding.planner import Copier, Draft, Explanation, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with; larger: longer catch-ups count as one draft's cost
@@ -36,7 +36,7 @@ TOKENS_A_REQUEST = 8  # the largest rung has at least as many tokens a request, 
 TOKENS_A_BATCH = 64  # as many more; larger: more rungs to try
 SLACK = 1.25  # nodes that are expanded for a node that pays. Larger: jagged costs are seen through, planning is slower
 TIE = 1e-12  # value added per depth, so that a parent sorts before an equal child
-ABOVE_PLAIN = 1e-12  # gain of a rung that always begins above plain decoding, since the search may choose no draft
+ABOVE_PLAIN = 1e-12  # log gain of a rung that always begins above plain decoding, since the search may choose no draft
 
 
 class GoodputPlanner:
@@ -104,7 +104,7 @@ class GoodputPlanner:
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         padded_to = costs.padding_target(len(tree), size) if fills else 0
         chances = candidates.probability
-        return Plan(tree, chances[nodes], candidates.tree, padded_to, nodes, chances, size)
+        return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
 
     @property
     def _fills_rung(self) -> bool:
@@ -112,7 +112,7 @@ class GoodputPlanner:
         return self._head and self.costs.change > 0
 
     def _foresee(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
-        """Foresee the ladder's rungs int64 [R] and their gains float64 [R]."""
+        """Foresee the ladder's rungs int64 [R] and their log gains float64 [R]."""
         costs, history, count = self.costs, self.history, len(load.slots)
         rungs = costs.rungs(count, TOKENS_A_REQUEST * count + TOKENS_A_BATCH)
         if not self._head:
@@ -126,10 +126,11 @@ class GoodputPlanner:
         forecast = self.acceptance.forecast(self.settings.width)
         tokens = 1 + forecast.expected_tokens(rungs - count, count) / count
         host, plain = history.host_seconds, costs.plain(count, load.context)
-        gains = np.log(tokens * (plain + host) / (seconds + host))
+        log_gains = np.log(tokens * (plain + host) / (seconds + host))
         if self._fills_rung:
-            return rungs, gains - DOUBT
-        return rungs[-1:], np.maximum(gains.max(keepdims=True), ABOVE_PLAIN)  # the search may choose any size, or none
+            return rungs, log_gains - DOUBT
+        # The search may choose any size up to the last rung, or none.
+        return rungs[-1:], np.maximum(log_gains.max(keepdims=True), ABOVE_PLAIN)
 
     def _verifying(self, load: Load, nodes: int, fills: bool) -> np.ndarray:
         """Return the additional seconds of verifying 0, 1, ... ``nodes`` nodes: float64 [nodes + 1].
