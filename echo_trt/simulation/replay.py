@@ -169,7 +169,7 @@ class Replay:
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """Time the target's pass; ``again``: cached tokens that draft nodes attend."""
         clock = self._clock
-        padded = clock.padded(tokens) if again else clock.smallest(tokens)
+        padded = clock.padded(tokens) if again else clock.padded_undrafted(tokens)
         seconds = clock.target(padded, context) + clock.target.per_node * again
         seconds += clock.change if padded != self._size else 0.0
         self._size = padded

@@ -63,7 +63,13 @@ class Ladder:
 
 
 class _Window:
-    """Iterations of one rung in a row: tokens and seconds of all, and of those that count."""
+    """Iterations of one rung in a row: tokens and seconds of all, and of those that count.
+
+    index       of the rung
+    due         iterations that count, after which it is over
+    patience    iterations of any kind that it may still have
+    iterations  that counted so far
+    """
 
     def __init__(self, index: int, due: float):
         self.index, self.due, self.patience = index, int(due), PATIENCE * int(due + SETTLING)
@@ -122,31 +128,35 @@ class _Load:
             window.iterations += 1
 
     def _take_turns(self) -> Iterator[_Window]:
-        """Yield windows: trials, and between them the present rung, ever longer while it stays."""
-        span, turn = TRIAL * 2 ** (self._foreseen_gap() / DOUBT), 0  # the first trial waits as later ones do
-        if span - WINDOW >= 1:
-            yield _Window(self._present, span - WINDOW)
-        yield (before := _Window(self._present, min(span, WINDOW)))
+        """Yield windows: trials, and between them the present rung, ever longer while it stays.
+
+        A trial stands between two windows of the present rung, ``before`` and ``after``. ``interval`` is the
+        iterations from one trial to the next, which a ``pause`` of the present rung fills up.
+        """
+        interval, turn = TRIAL * 2 ** (self._foreseen_gap() / DOUBT), 0  # the first trial waits as later ones do
+        if interval - WINDOW >= 1:
+            yield _Window(self._present, interval - WINDOW)
+        yield (before := _Window(self._present, min(interval, WINDOW)))
         while True:
             yield (trial := _Window(self._rival(turn), TRIAL))
-            yield (after := _Window(self._present, min(span, WINDOW)))
-            usual, present, rest = (before.log_rate + after.log_rate) / 2, self._present, 0.0
-            ahead = trial.log_rate - usual
+            yield (after := _Window(self._present, min(interval, WINDOW)))
+            present, present_log_rate, pause = self._present, (before.log_rate + after.log_rate) / 2, 0.0
+            ahead = trial.log_rate - present_log_rate  # nan: a window had prompts alone
             if not math.isnan(ahead):
                 self._learn(trial.index, ahead)
             if self._present != present:
-                span, turn = TRIAL, 0
+                interval, turn = TRIAL, 0
             elif ahead > MARGIN:  # by luck, or because the present rung loses: the same again, soon
-                span = TRIAL
+                interval = TRIAL
             elif not math.isnan(ahead):
                 gap = abs(self._log_gains[trial.index] - self._log_gains[self._present])
-                lost = trial.all_seconds - trial.all_tokens / math.exp(usual)
-                span *= 2 ** (1 + gap * self._first_weight / DOUBT)
-                rest = min(span, lost / TRIAL_COST * after.iterations / after.seconds) - WINDOW
+                lost = trial.all_seconds - trial.all_tokens / math.exp(present_log_rate)
+                interval *= 2 ** (1 + gap * self._first_weight / DOUBT)
+                pause = min(interval, lost / TRIAL_COST * after.iterations / after.seconds) - WINDOW
                 turn += 1
-            if rest >= 1:
-                yield _Window(self._present, rest)
-            yield (before := _Window(self._present, min(span, WINDOW)))
+            if pause >= 1:
+                yield _Window(self._present, pause)
+            yield (before := _Window(self._present, min(interval, WINDOW)))
 
     def _foreseen_gap(self) -> float:
         """Return how far the first rival is foreseen to be behind; 0 where that is a guess."""

@@ -127,7 +127,7 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    added = acceptance.forecast(9).below[0].mean(axis=2).sum(axis=1)  # tokens of a request, level by level
+    added = acceptance.forecast(9).child_shares[0].mean(axis=2).sum(axis=1)  # tokens of a request, level by level
     worth = count * max(added.cumsum() / np.arange(1, len(added) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
