@@ -82,7 +82,7 @@ def figures(seen: Seen) -> Text:
     """Return three lines: what the iteration verified, what came of it, and where its time went."""
     iteration, plan = seen.iteration, seen.iteration.plan
     requests, tree = plan.tree.num_requests, len(plan.tree)
-    rung = f", rung {plan.rung}" if plan.rung else ""
+    rung = f", rung {plan.explanation.rung}" if plan.explanation.rung else ""
     accepted, drafts = int((plan.tree.depth[iteration.path] > 0).sum()), tree - requests
     passes = f"draft {1e3 * seen.drafting:.1f} ms, verify {1e3 * iteration.target.seconds:.1f} ms"
     return Text(
@@ -100,11 +100,8 @@ def tree_lines(seen: Seen, number: int, text_of: Callable[[int], str], copies: b
     An accepted node has its source's colour, a refused one is dim, and one that was drafted and not verified is struck
     out. ``copies``: the draft is copied text alone.
     """
-    plan = seen.iteration.plan
-    whole = len(plan.nodes) == len(plan.tree)
-    tree = plan.candidates if whole else plan.tree
-    nodes = plan.nodes if whole else np.arange(len(plan.tree))
-    chances = plan.chances if whole else plan.probability
+    explanation = seen.iteration.plan.explanation
+    tree, nodes, chances = explanation.candidates, explanation.nodes, explanation.chances
     verified, accepted = np.zeros(len(tree), bool), np.zeros(len(tree), bool)
     verified[nodes], accepted[nodes[seen.iteration.path]] = True, True
     mine = np.flatnonzero(tree.request == number)

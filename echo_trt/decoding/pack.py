@@ -79,40 +79,53 @@ def pack_blocks(
     roots: np.ndarray,
     block_table: np.ndarray,
 ) -> tuple[Packed, np.ndarray]:
-    """Pack a block drafter's pass: ``counts`` int64 [A] context rows a request, and its block.
+    """Pack a block drafter's pass: context rows of A requests, and a block behind them.
 
-    tokens  int [sum counts], of the context rows. roots  int [A], the first tokens of the blocks.
+    tokens       int [sum counts], of the context rows
+    past         int64 [A], a request's cached entries
+    counts       int64 [A], its context rows
+    roots        int [A], tokens of the blocks' first rows; unused if anchored, since ``tokens`` have them
+    block_table  int32 [A, M], KV blocks of a request, in order
 
-    Attention is causal. A block whose rows see each other both ways is therefore packed twice, first as keys, then as
-    queries: a query sees the context, all keys and itself.
+    A request's packed rows, for a block of R ``rows``; the first row of an anchored block is the newest context row:
 
-        context rows | rows as keys | rows as queries (the logit rows)
+        row        context            block as keys      block as queries (only if ``both_ways``)
+        number     c = counts         K = R - anchored   K
+        token      tokens             root, mask, ...    root, mask, ...
+        position   past, ...          past + c, ...      past + c, ...
+        attends    rows up to it      rows up to it      context and all keys
 
-    Returns the call, and the state index of each packed row, int64 [N]. States of the A * rows block rows come first,
+    Attention is causal, so that a block whose rows see each other is packed twice. A query does not see queries, not
+    even itself, since its copy is among the keys. The last R rows are the logit rows.
+
+    Returns the call, and the state index of each packed row, int64 [N]. States of the A * R block rows come first,
     states of the context rows follow.
     """
-    requests, total = len(counts), counts + shape.appended
-    owner, place = np.repeat(np.arange(requests), total), ragged_arange(total)
-    new = shape.rows - shape.anchored
-    behind = place - counts[owner]
-    context, row = behind < 0, behind % new
-    token_ids = np.full(len(owner), shape.mask_token)
-    token_ids[context] = tokens
+    requests, block_rows, lengths = len(counts), shape.rows - shape.anchored, counts + shape.appended
+    request, offset = np.repeat(np.arange(requests), lengths), ragged_arange(lengths)
+    is_context = offset < counts[request]
+    block_row = (offset - counts[request]) % block_rows
+    token_ids = np.full(len(request), shape.mask_token)
+    token_ids[is_context] = tokens
     if not shape.anchored:
-        first = ~context & (row == 0)
-        token_ids[first] = roots[owner[first]]
-    positions = past[owner] + np.where(context, place, counts[owner] + row)
-    looking = begins(total)[1:] - shape.rows
-    logit_rows = (looking[:, None] + np.arange(shape.rows)).reshape(-1)
-    in_block = owner * shape.rows + shape.anchored + row
-    state_rows = np.where(context, requests * shape.rows + np.cumsum(context) - 1, in_block)
-    mask = None
-    if shape.both_ways:
-        matrices = [np.tri(size, dtype=np.uint8) for size in total]
-        for matrix in matrices:
-            matrix[-new:, -new:] = 0
-        mask = np.concatenate([matrix.reshape(-1) for matrix in matrices]), begins(total**2)
-    return pack(token_ids, positions, past, total, block_table, logit_rows, mask), state_rows
+        is_root = ~is_context & (block_row == 0)
+        token_ids[is_root] = roots[request[is_root]]
+    positions = past[request] + np.where(is_context, offset, counts[request] + block_row)
+    first_logit_row = begins(lengths)[1:] - shape.rows
+    logit_rows = (first_logit_row[:, None] + np.arange(shape.rows)).reshape(-1)
+    context_state = requests * shape.rows + np.cumsum(is_context) - 1
+    block_state = request * shape.rows + shape.anchored + block_row
+    state_rows = np.where(is_context, context_state, block_state)
+    mask = _keys_and_queries_mask(lengths, block_rows) if shape.both_ways else None
+    return pack(token_ids, positions, past, lengths, block_table, logit_rows, mask), state_rows
+
+
+def _keys_and_queries_mask(lengths: np.ndarray, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what ``ancestor_mask`` does, for ``lengths`` int64 [A] causal rows whose last ``queries`` see no query."""
+    matrices = [np.tri(length, dtype=np.uint8) for length in lengths]
+    for matrix in matrices:
+        matrix[-queries:, -queries:] = 0
+    return np.concatenate([matrix.reshape(-1) for matrix in matrices]), begins(lengths**2)
 
 
 def pack(

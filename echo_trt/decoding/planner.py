@@ -81,35 +81,43 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """What a plan was chosen from, for metrics and whoever watches the loop. Neither text nor speed depends on it.
+
+    candidates  all nodes that were considered, of which the plan's tree is a subset
+    chances     float64 [len(candidates)], estimated chance that a candidate is accepted (1.0 for roots)
+    nodes       int64 [n], the nodes of the plan's tree in ``candidates``
+    rung        most tokens of this iteration's target pass, goodput's choice for its load; 0: the planner's budget
+    gates       depth -> threshold that a path's probability must pass to be drafted deeper
+    """
+
+    candidates: SuperTree
+    chances: np.ndarray
+    nodes: np.ndarray
+    rung: int = 0
+    gates: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The nodes that one iteration verifies.
 
     tree         nodes to verify, grouped by request; every root is included
     probability  float64 [n], estimated chance that a node is accepted (1.0 for roots)
-    candidates   all nodes that were considered, of which ``tree`` is a subset; kept for metrics
+    explanation  what ``tree`` was chosen from, to be shown
     padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
-    nodes        int64 [n], the nodes of ``tree`` in ``candidates``
-    chances      float64 [len(candidates)], the same estimate of every candidate
-    rung         most tokens of this iteration's target pass, goodput's choice for its load; 0: the planner's budget
-    gates        depth -> threshold that a path's probability must pass to be drafted deeper
-
-    The last four are drawn by whoever watches the loop (``runtime.watch``); neither text nor speed depends on them.
     """
 
     tree: SuperTree
     probability: np.ndarray
-    candidates: SuperTree
+    explanation: Explanation
     padded_to: int = 0
-    nodes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    chances: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    rung: int = 0
-    gates: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
     def undrafted(cls, roots: np.ndarray) -> Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
         tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
-        return cls(tree, sure, tree, 0, np.arange(len(roots)), sure)
+        return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Planner(Protocol):
         return {}
 
     def gain(self) -> float | None:
-        """Return tokens a second over plain decoding's at the latest load, as far as it is known; by default it is not.
+        """Return the ratio of tokens a second to plain decoding's at the latest load; None, the default: not known.
 
         Any thread may ask.
         """

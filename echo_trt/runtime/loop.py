@@ -133,7 +133,7 @@ class Loop:
         return [*(() if endless else self.eos), *params.stop_token_ids]
 
     def _admit(self) -> None:
-        """Oldest first, while there is a slot, and room for the whole text so far."""
+        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far."""
         state = self.state
         while self.waiting and not state.active.all():
             request = self.waiting[0]
@@ -142,26 +142,30 @@ class Loop:
             if not state.open(slot, text, request.keys, request.params.prompt_logprobs is None):
                 return
             self.waiting.popleft()
-            params, stops = request.params, self._stop_tokens(request.params)
-            state.prompt_length[slot] = len(request.prompt)
             self.counters.asked_tokens += len(text)
             self.counters.cached_tokens += int(state.committed[slot])
-            state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
-            state.set_params(slot, params)
-            state.grammar[slot] = request.grammar
-            if len(request.prompt_logprobs) == len(request.prompt) - 1:
-                state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
-            else:
-                request.prompt_logprobs.clear()  # they are computed again, with the prompt
-            state.stop_tokens[slot] = -1
-            state.stop_tokens[slot, : len(stops)] = stops
-            state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
-            state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
-            state.active[slot] = True
-            self._request_in[slot], request.slot = request, slot
+            self._enter(request, slot)
+
+    def _enter(self, request: Request, slot: int) -> None:
+        """Put a request into a slot that holds its text so far (``Slots.open``)."""
+        state, params, stops = self.state, request.params, self._stop_tokens(request.params)
+        state.prompt_length[slot] = len(request.prompt)
+        state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
+        state.set_params(slot, params)
+        state.grammar[slot] = request.grammar
+        if len(request.prompt_logprobs) == len(request.prompt) - 1:
+            state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
+        else:
+            request.prompt_logprobs.clear()  # they are computed again, with the prompt
+        state.stop_tokens[slot] = -1
+        state.stop_tokens[slot, : len(stops)] = stops
+        state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
+        state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
+        state.active[slot] = True
+        self._request_in[slot], request.slot = request, slot
 
     def _leave(self, request: Request) -> None:
-        """Out of its slot; the request itself keeps its text."""
+        """Take a request out of its slot; it keeps its text."""
         state, slot = self.state, request.slot
         request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
         if request.cached_tokens is None:  # text that it finds after a preemption is its own
@@ -275,7 +279,7 @@ class Loop:
         counters.iterations += 1
         if len(plan.tree) > len(slots):
             counters.speculative_iterations += 1
-        for depth, requests in enumerate(plan.candidates.reached.tolist()):
+        for depth, requests in enumerate(plan.explanation.candidates.reached.tolist()):
             counters.reached[depth] += requests
         return plan, seconds
 
@@ -316,7 +320,7 @@ class Loop:
         call_slots = np.concatenate((slots, chunks.slots))
         past = state.committed[call_slots]
         last = len(tree) + np.cumsum(chunks.counts)[ends] - 1
-        asked = len(tree) + np.flatnonzero(self._asks(chunks))
+        asked = len(tree) + np.flatnonzero(self._prompt_logprobs_asked(chunks))
         return pack(
             token_ids=np.concatenate((tree.token, state.tokens[chunks.owner, chunks.position])),
             positions=np.concatenate((past[tree.request] + tree.depth, chunks.position)),
@@ -328,17 +332,17 @@ class Loop:
             padded_to=0 if len(chunks.slots) else plan.padded_to,
         )
 
-    def _asks(self, chunks: Chunks) -> np.ndarray:
+    def _prompt_logprobs_asked(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
         state, owner = self.state, chunks.owner
-        asks: np.ndarray = (state.prompt_logprobs[owner] >= 0) & (chunks.position + 1 < state.prompt_length[owner])
-        return asks
+        asked: np.ndarray = (state.prompt_logprobs[owner] >= 0) & (chunks.position + 1 < state.prompt_length[owner])
+        return asked
 
     def _note_prompts(self, verified: Verified, chunks: Chunks) -> None:
         """Keep the log-probabilities of prompts, which their requests ask for."""
-        asks = self._asks(chunks)
-        if asks.any():
-            state, owner, place = self.state, chunks.owner[asks], chunks.position[asks] + 1
+        asked = self._prompt_logprobs_asked(chunks)
+        if asked.any():
+            state, owner, place = self.state, chunks.owner[asked], chunks.position[asked] + 1
             rows, tokens = len(verified.tree) + np.arange(len(owner)), state.tokens[owner, place].astype(np.int64)
             entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.prompt_logprobs[owner])
             for slot, entry in zip(owner.tolist(), entries, strict=True):
@@ -356,9 +360,10 @@ class Loop:
         position = state.committed[owner] + ragged_arange(counts[:decoding])
         self._move_accepted(tree, nodes, owner, position)
         if self.drafter:
-            first, total = len(verified.call.token_ids) - len(chunks.owner), len(verified.call.token_ids)
+            # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
+            chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
             rows = state.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
-            self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, np.arange(first, total))))
+            self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
         state.committed[slots[:decoding]] += counts[:decoding]
         state.committed[chunks.slots] += chunks.counts
         self._note_prompts(verified, chunks)
@@ -381,6 +386,11 @@ class Loop:
             self.target.move(from_rows, self.state.rows(owner[moved], position[moved]))
 
     def _emit(self, verified: Verified, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emission:
+        """Append the emitted tokens to their texts, up to stop tokens and limits, and let finished requests go.
+
+        path, emitted  int64 [m], as of ``_commit``
+        counts         int64 [B], emitted tokens of a request
+        """
         state, slots = self.state, verified.slots
         if len(slots) == 0:
             return NOTHING

@@ -21,11 +21,10 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Counters, SamplingParams
 from echo_trt.runtime.request import Emission, Request
 from echo_trt.serving.job import End, Event, Job
+from echo_trt.serving.suspects import Suspects
 
 log = logging.getLogger(__name__)
 
-#: A request fails after so many failures of the engine in a row, if it ran alone at the last one.
-MOST_FAILURES = 2
 MANY = 8  # running requests from which on tokens wait for the next pass; larger: sooner told, iterations take longer
 NOTHING = Said("", [])
 
@@ -73,8 +72,7 @@ class Service:
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
-        self._suspects: list[Job] = []  # were running when the engine failed; each is tried alone
-        self._on_trial: Job | None = None
+        self._suspects = Suspects()  # requests that were running when the engine failed
         self._ended: Counter[str] = Counter()
         self._engine_failures = 0
         self._due: deque[tuple[Job, Sequence[int], float]] = deque()  # tokens to tell, and when the engine had them
@@ -211,11 +209,10 @@ class Service:
     def _feed(self) -> None:
         """Hand the loop what it has a place for, or a suspect by itself."""
         loop = self.loop
-        if self._on_trial:
+        if self._suspects.on_trial:
             return
-        if self._suspects:
-            self._on_trial = self._suspects.pop(0)
-            loop.add(self._on_trial.request)
+        if suspect := self._suspects.next_trial():
+            loop.add(suspect.request)
             return
         while len(loop.waiting) + loop.running < loop.state.count:
             with self._changed:
@@ -240,8 +237,9 @@ class Service:
         if self.loop.counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
-        if self._on_trial and len(emission.requests):
-            self._pass_trial(self._on_trial)
+        if len(emission.requests) and (cleared := self._suspects.cleared()):
+            self.loop.preempt_all()
+            self._requeue([cleared])
 
     def _hand_over(self, emission: Emission) -> None:
         """Tell an iteration's tokens, or let them wait for the next pass, which takes as long with or without.
@@ -249,7 +247,7 @@ class Service:
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
         now = time.monotonic()
-        waits = self._overlaps and self.loop.busy and self._on_trial is None and len(emission.requests) >= MANY
+        waits = self._overlaps and self.loop.busy and self._suspects.on_trial is None and len(emission.requests) >= MANY
         for request, tokens in emission:
             if (job := self._open.get(request)) is None:
                 continue
@@ -292,10 +290,7 @@ class Service:
             if job in self._pending:
                 self._pending.remove(job)
                 heapq.heapify(self._pending)
-        if job in self._suspects:
-            self._suspects.remove(job)
-        if job is self._on_trial:
-            self._on_trial = None
+        self._suspects.dismiss(job)
         job.request.finish_reason = reason
         said = NOTHING
         if reason != "failed":
@@ -336,13 +331,12 @@ class Service:
     # -- when the engine fails -------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Empty the loop. What was running is tried again, one by one: only what fails alone, fails."""
+        """Empty the loop. What was running is tried again, one by one (``Suspects``); what waited there waits here."""
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
-        self._on_trial = None
         with self._changed:  # others submit meanwhile
             running = [job for job in self._open.values() if job.request.slot >= 0]
-            known = {*self._pending, *self._suspects}
+            known = {*self._pending, *self._suspects.waiting}
             inside = [job for job in self._open.values() if job not in known]
         self.loop.preempt_all()
         self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
@@ -352,23 +346,10 @@ class Service:
             if untold or job.request.finish_reason:
                 self._tell(job, untold, time.monotonic())
         self._end_broken()
-        for job in running:
-            job.failures += 1
-            if job.request not in self._open:
-                continue
-            if len(running) == 1 and job.failures >= MOST_FAILURES:
-                self._end(job, "failed", f"the engine fails on this request ({_sentence(error)}).")
-            else:
-                self._suspects.append(job)
+        unended = [job for job in running if job.request in self._open]
+        if guilty := self._suspects.accuse(unended, alone=len(running) == 1):
+            self._end(guilty, "failed", f"the engine fails on this request ({_sentence(error)}).")
         self._requeue([job for job in inside if job not in running])
-
-    def _pass_trial(self, job: Job) -> None:
-        """The engine has done again what it failed at, with this request alone. It waits for the other suspects."""
-        self._on_trial = None
-        job.failures = 0
-        if self._suspects:
-            self.loop.preempt_all()
-            self._requeue([job])
 
     def _requeue(self, jobs: Sequence[Job]) -> None:
         with self._changed:

@@ -105,7 +105,7 @@ def recent(seen: list[Seen]) -> dict[str, list[float]]:
         "verified": [len(each.iteration.plan.tree) for each in seen],
         "accepted": [len(each.iteration.path) - len(each.requests) for each in seen],
         "emitted": [each.emitted for each in seen],
-        "rung": [each.iteration.plan.rung for each in seen],
+        "rung": [each.iteration.plan.explanation.rung for each in seen],
         "prompt_tokens": [each.iteration.load.prompt_tokens for each in seen],
     }
 
@@ -115,23 +115,23 @@ def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
 
     proposer  the source of nodes that name the draft alone (``Loop.proposer``)
     """
-    iteration, plan = seen.iteration, seen.iteration.plan
+    iteration, explanation = seen.iteration, seen.iteration.plan.explanation
     parts = {"plan": iteration.planning, "draft": seen.drafting, "verify": iteration.target.seconds}
     parts["other"] = max(iteration.seconds - sum(parts.values()), 0.0)
-    tree, fate = plan.candidates, fates(seen)
-    kept = kept_nodes(tree, fate, plan.chances)
+    tree, fate = explanation.candidates, fates(seen)
+    kept = kept_nodes(tree, fate, explanation.chances)
     part, nodes = tree.sorted_by_request(kept)
     first = begins(part.sizes)
     parent = np.where(part.parent >= 0, part.parent - first[part.request], -1)
     source = np.maximum(part.source, proposer)
-    chances = np.round(plan.chances[nodes], 3)
+    chances = np.round(explanation.chances[nodes], 3)
     return {
         "time": round(seen.time, 3),
         "milliseconds": {name: round(1000 * seconds, 2) for name, seconds in parts.items()},
-        "rung": plan.rung,
-        "padded_to": plan.padded_to,
+        "rung": explanation.rung,
+        "padded_to": iteration.plan.padded_to,
         "computed": iteration.target.tokens,
-        "gates": {str(depth): threshold for depth, threshold in plan.gates.items()},
+        "gates": {str(depth): threshold for depth, threshold in explanation.gates.items()},
         "requests": [
             {
                 "id": seen.requests[request],
@@ -149,11 +149,11 @@ def tree_of(seen: Seen, proposer: int) -> dict[str, Any]:
 
 def fates(seen: Seen) -> np.ndarray:
     """Return the fate of every candidate: int64 [n], ROOT, ACCEPTED, REJECTED or PRUNED."""
-    plan = seen.iteration.plan
-    fate = np.full(len(plan.candidates), PRUNED)
-    fate[plan.nodes] = REJECTED
-    fate[plan.nodes[seen.iteration.path]] = ACCEPTED
-    fate[plan.candidates.parent < 0] = ROOT
+    explanation = seen.iteration.plan.explanation
+    fate = np.full(len(explanation.candidates), PRUNED)
+    fate[explanation.nodes] = REJECTED
+    fate[explanation.nodes[seen.iteration.path]] = ACCEPTED
+    fate[explanation.candidates.parent < 0] = ROOT
     return fate
 
 

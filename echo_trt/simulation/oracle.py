@@ -3,8 +3,8 @@
 An iteration maximises tokens - rate * seconds. ``rate`` is raised to the tokens a second of the whole walk until the
 two agree (Dinkelbach's method), which gives the most tokens a second in the long run if an iteration's choice does not
 change the next one's state. The search is exact for a single request, and where the seconds of a draft pass do not
-depend on its entries (bandwidth-bound). Elsewhere it tries every number of levels, with requests in the order of their
-gain an entry: a lower bound, a little below the best.
+depend on its entries (bandwidth-bound). Elsewhere it tries every number of levels, with requests in the order of the
+tokens that an entry adds: a lower bound, a little below the best.
 """
 
 from __future__ import annotations
@@ -118,17 +118,18 @@ def choose(
     for levels in range(max(ahead.shape[1] - 1, 1) if block else 1, ahead.shape[1]):
         needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
-        entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)  # with those of levels above
-        entries[:, 0] = behind[able]
         if block:
             entries = behind[able, None] + block
-        gain = (ahead[:, levels] - ahead[:, 0])[able]
-        order = np.argsort(-gain / entries.sum(axis=1), kind="stable")
+        else:  # a level's pass has the entries of levels above, too
+            entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)
+            entries[:, 0] = behind[able]
+        added = (ahead[:, levels] - ahead[:, 0])[able]
+        order = np.argsort(-added / entries.sum(axis=1), kind="stable")
         total = entries[order].cumsum(axis=0)
         seconds = costs.draft.base(int(total.max(initial=0)))[total].sum(axis=1)
         seconds += costs.draft.per_context * context * (total > 0).sum(axis=1) + costs.cold
         seconds += level_seconds * (1 if block else levels)
-        net = best_upto[free + gain[order].cumsum()] - rate * seconds
+        net = best_upto[free + added[order].cumsum()] - rate * seconds
         if len(net) and net.max() > top[0]:
             count = int(net.argmax())
             top = net[count], levels, float(seconds[count]), able[order[: count + 1]]

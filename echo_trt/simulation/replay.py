@@ -154,7 +154,8 @@ class Replay:
         draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock, self._block)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
-        planning = draft.levels * self._machine.level_seconds + len(plan.candidates) * self._candidate_seconds
+        candidates = len(plan.explanation.candidates)
+        planning = draft.levels * self._machine.level_seconds + candidates * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
         target = self._verification(max(len(tree), plan.padded_to), context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
@@ -168,7 +169,7 @@ class Replay:
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """Time the target's pass; ``again``: cached tokens that draft nodes attend."""
         clock = self._clock
-        padded = clock.padded(tokens) if again else clock.smallest(tokens)
+        padded = clock.padded(tokens) if again else clock.padded_undrafted(tokens)
         seconds = clock.target(padded, context) + clock.target.per_node * again
         seconds += clock.change if padded != self._size else 0.0
         self._size = padded

@@ -161,11 +161,11 @@ def test_a_tree_s_lines_are_its_nodes(open_llm):
         plan, path = one.iteration.plan, one.iteration.path
         for number in range(len(one.requests)):
             lines = [line.plain for line in tree_lines(one, number, str)]
-            mine = plan.candidates.request == number
+            mine = plan.explanation.candidates.request == number
             assert len(lines) == mine.sum()
             assert sum("✓" in line for line in lines) == (plan.tree.request[path] == number).sum() - 1
             assert sorted(re.findall(r"\d+", line.replace("%", ""))[0] for line in lines) == sorted(
-                map(str, plan.candidates.token[mine])
+                map(str, plan.explanation.candidates.token[mine])
             )
             accepted = [i for i, line in enumerate(lines) if "✓" in line]
             assert accepted == list(range(1, len(accepted) + 1))  # the accepted path comes first

@@ -27,11 +27,12 @@ nodes = np.flatnonzero(tree.parent >= 0)
 print(acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes]).round(9).tolist())
 for size in (1, 5, 90, 300):
     frontier, ends = -np.sort(-rng.uniform(0, 1.2, size)), portions(size)
-    below, brought, known = acceptance.forecast(9).below[0], acceptance.forecast(9).brought[0], rng.uniform(0, 1, 7)
+    forecast, known = acceptance.forecast(9), rng.uniform(0, 1, 7)
+    children, added = forecast.child_shares[0], forecast.added_tokens[0]
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)
     for one_pass in (False, True):
-        count, net = best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, below, brought, *values, seconds, one_pass)
+        count, net = best_portion(frontier, ends, 0.3 + 0.1 * ends, 0.1, children, added, *values, seconds, one_pass)
         print(int(count), round(float(net), 9))
 text = rng.integers(0, 4, (5, 40)).astype(np.int32)
 print([found.tolist() for found in _latest_match(text, np.array([40, 1, 2, 30, 17]), 8)])

@@ -52,7 +52,7 @@ def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
 @pytest.mark.parametrize("name", [PLAIN, "dense", "fixed", "echo"])
 def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
     plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
-    assert plan.tree.token.tolist() == plan.candidates.token.tolist() == [5, 6]
+    assert plan.tree.token.tolist() == plan.explanation.candidates.token.tolist() == [5, 6]
     assert plan.tree.parent.tolist() == [-1, -1]
     assert plan.probability.tolist() == [1, 1]
     assert plan.padded_to == 0

@@ -146,11 +146,12 @@ def test_an_onlooker_sees_every_iteration_as_it_was(policy, open_llm):
     assert len(seen) == llm.counters.iterations - before.iterations
     assert sum(each.emitted for each in seen) == sum(len(c.token_ids) for c in answers)
     for each in seen:
-        plan, candidates = each.iteration.plan, each.iteration.plan.candidates
+        plan, explanation = each.iteration.plan, each.iteration.plan.explanation
+        candidates, nodes = explanation.candidates, explanation.nodes
         assert len(each.requests) == candidates.num_requests == len(each.iteration.load.slots)
-        np.testing.assert_array_equal(candidates.token[plan.nodes], plan.tree.token)
-        np.testing.assert_array_equal(candidates.request[plan.nodes], plan.tree.request)
-        np.testing.assert_array_equal(plan.chances[plan.nodes], plan.probability)
-        assert len(plan.chances) == len(candidates)
+        np.testing.assert_array_equal(candidates.token[nodes], plan.tree.token)
+        np.testing.assert_array_equal(candidates.request[nodes], plan.tree.request)
+        np.testing.assert_array_equal(explanation.chances[nodes], plan.probability)
+        assert len(explanation.chances) == len(candidates)
         assert 0 <= each.drafting <= each.iteration.seconds
     assert (max(len(each.iteration.plan.tree) for each in seen) > 3) == (policy != "autoregressive")

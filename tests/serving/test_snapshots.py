@@ -11,7 +11,7 @@ from driving import add, prompt_ids, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.decoding.planner import Iteration, Load, Pass, Plan
+from echo_trt.decoding.planner import Explanation, Iteration, Load, Pass, Plan
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.gateway.live import LARGEST
 from echo_trt.runtime.params import SamplingParams
@@ -133,7 +133,7 @@ def random_seen(requests: int, size: int, seed: int) -> Seen:
     roots = np.arange(requests)
     verified = np.flatnonzero(tree.ancestors_and_self(np.concatenate((roots, rng.integers(0, len(tree), requests)))))
     part, nodes = tree.sorted_by_request(verified)
-    plan = Plan(part, chances[nodes], tree, 0, nodes, chances)
+    plan = Plan(part, chances[nodes], Explanation(tree, chances, nodes))
     none = np.zeros(requests, np.int64)
     load = Load(roots, none, none, 0, np.zeros((requests, 16), np.int64), none)
     path = np.flatnonzero(part.parent < 0)
@@ -157,12 +157,12 @@ def test_trees_are_bounded_and_have_their_parents(requests, size, seed):
 
 def test_what_was_verified_is_told_before_what_was_not():
     seen = random_seen(64, 200, 1)
-    plan = seen.iteration.plan
-    fate = np.full(len(plan.candidates), PRUNED)
-    fate[plan.nodes] = REJECTED
-    kept = kept_nodes(plan.candidates, fate, plan.chances)
-    request = plan.candidates.request
-    verified = np.bincount(request[plan.nodes], minlength=64)
+    explanation = seen.iteration.plan.explanation
+    fate = np.full(len(explanation.candidates), PRUNED)
+    fate[explanation.nodes] = REJECTED
+    kept = kept_nodes(explanation.candidates, fate, explanation.chances)
+    request = explanation.candidates.request
+    verified = np.bincount(request[explanation.nodes], minlength=64)
     told = np.bincount(request[kept[fate[kept] == REJECTED]], minlength=64)
     assert (told == np.minimum(verified, MOST_NODES // 64)).all()
     assert len(kept) == np.minimum(np.bincount(request), MOST_NODES // 64).sum()

@@ -25,7 +25,7 @@ def grow(roots: np.ndarray, draft: Draft, settings: EchoSettings, room: np.ndarr
     requests = np.flatnonzero(room > 0)
     if spare == 0 or len(requests) == 0:
         return tree, claimed_node
-    frontier = requests[:, None]
+    frontier = requests[:, None]  # int64 [A, w], nodes of a request to expand, -1 where there are fewer than w
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
@@ -82,10 +82,10 @@ def _scatter(expanded: np.ndarray, log_q: np.ndarray, tokens: np.ndarray) -> tup
     return full_q, full_tokens
 
 
-def _most_confident(wanting: np.ndarray, confidence: np.ndarray, spare: int) -> np.ndarray:
-    """Keep the ``spare`` most confident requests of ``wanting`` bool [A]."""
-    if wanting.sum() <= spare:
-        return wanting
-    chosen = np.zeros_like(wanting)
-    chosen[np.argsort(-np.where(wanting, confidence, -1.0), kind="stable")[:spare]] = True
-    return chosen
+def _most_confident(claims: np.ndarray, confidence: np.ndarray, spare: int) -> np.ndarray:
+    """Keep the ``spare`` most confident requests of ``claims`` bool [A]; confidence float [A]."""
+    if claims.sum() <= spare:
+        return claims
+    kept = np.zeros_like(claims)
+    kept[np.argsort(-np.where(claims, confidence, -1.0), kind="stable")[:spare]] = True
+    return kept

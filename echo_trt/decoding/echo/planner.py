@@ -11,7 +11,7 @@ import numpy as np
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Draft, Load, Plan, Planner
+from echo_trt.decoding.planner import Draft, Explanation, Load, Plan, Planner
 
 
 class EchoPlanner(Planner):
@@ -34,4 +34,4 @@ class EchoPlanner(Planner):
         candidates, claimed_node = grow(roots, draft, settings, load.room)
         tree, nodes = candidates.sorted_by_request(allocate(candidates, claimed_node, settings))
         chances = np.exp(candidates.score.astype(np.float64))
-        return Plan(tree, chances[nodes], candidates, nodes=nodes, chances=chances, gates=settings.gates)
+        return Plan(tree, chances[nodes], Explanation(candidates, chances, nodes, gates=settings.gates))

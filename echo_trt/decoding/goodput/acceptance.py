@@ -30,16 +30,17 @@ def knots() -> np.ndarray:
 class Forecast:
     """Forecast of what expanding a node adds, from the calibration's child values.
 
-    below[d]    float64 [levels, width, quantiles]: a child's P(accept) divided by that of the expanded node at depth d,
-                under the best child of each level
-    brought[d]  float64 [levels]: accepted tokens added by 1, 2, ... levels
-    first       mean P(accept) of a root's best child
+    child_shares[d]  float64 [levels, width, quantiles]: a child's P(accept) divided by that of the expanded node at
+                     depth d, under the best child of each level
+    added_tokens[d]  float64 [levels]: expected accepted tokens that 1, 2, ... levels below a node at depth d add,
+                     divided by the node's P(accept)
+    first            mean P(accept) of a root's best child
     """
 
     def __init__(self, children: np.ndarray, horizon: int = HORIZON):
         self.first = float(children[0, 0].mean())
-        self.below = [_as_shares(children[depth : depth + horizon]) for depth in range(len(children))]
-        self.brought = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.below]
+        self.child_shares = [_as_shares(children[depth : depth + horizon]) for depth in range(len(children))]
+        self.added_tokens = [levels.mean(axis=2).sum(axis=1).cumsum() for levels in self.child_shares]
         self._trees = _trees(children[:BRANCHING])
 
     def expected_tokens(self, nodes: np.ndarray, requests: int) -> np.ndarray:

@@ -102,7 +102,7 @@ class Costs:
         """Return the tokens of a verification of ``tokens`` with its padding; beyond the last size there is none."""
         return next_size(self.sizes, tokens)
 
-    def smallest(self, tokens: int) -> int:
+    def padded_undrafted(self, tokens: int) -> int:
         """Return the tokens of a pass of ``tokens`` that verifies nothing, with its padding."""
         return max(tokens, self.sizes[0] if self.sizes else 1)
 
@@ -120,13 +120,13 @@ class Costs:
         tokens = roots + nodes
         if self.sizes:
             padded = np.append(self.sizes, 0)[np.searchsorted(self.sizes, tokens)]
-            tokens = np.where(nodes > 0, np.maximum(padded, tokens), self.smallest(roots))
+            tokens = np.where(nodes > 0, np.maximum(padded, tokens), self.padded_undrafted(roots))
         seconds: np.ndarray = self.target.base(int(tokens.max()))[tokens]
         return seconds
 
     def plain(self, requests: int, context: int) -> float:
         """Return seconds of the target's pass of plain decoding."""
-        return self.target(self.smallest(requests), context)
+        return self.target(self.padded_undrafted(requests), context)
 
     def padding_target(self, tokens: int, size: int) -> int:
         """Return `size` if padding to it costs less than two changes of size; else 0, the engine's choice."""
@@ -141,7 +141,7 @@ class Costs:
         ``prompts`` of the tokens are prompts', whose attention is another: such a pass says nothing of others, nor
         does one whose size has changed.
         """
-        tokens = self.padded(tokens) if node_context else self.smallest(tokens)
+        tokens = self.padded(tokens) if node_context else self.padded_undrafted(tokens)
         changed, self._size = tokens != self._size, tokens
         if not prompts and not (changed and self.change > 0):
             self.target.observe(tokens, context, seconds, node_context)

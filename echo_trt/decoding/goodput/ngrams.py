@@ -183,6 +183,35 @@ _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 _CHAINS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
 
+@compiled()
+def _path_text(leaf: int, token: np.ndarray, parent: np.ndarray, recent: np.ndarray, text: np.ndarray) -> None:
+    """Write the last tokens up to ``leaf`` into ``text`` int64 [longest].
+
+    They are the path from its root, behind ``recent`` int64 [L]. Places before the beginning keep what they hold.
+    """
+    end, node = len(text), leaf
+    while node >= 0 and end > 0:
+        end -= 1
+        text[end] = token[node]
+        node = parent[node]
+    for back in range(min(end, len(recent))):
+        text[end - 1 - back] = recent[len(recent) - 1 - back]
+
+
+@compiled()
+def _find_longest(cells: np.ndarray, shift: int, text: np.ndarray) -> np.int64:
+    """Return the place of the longest known context that ends ``text`` int64 [longest], -1 none. -1 in it: no token."""
+    found, state = np.int64(-1), np.uint64(_SEED)
+    for back in range(len(text)):
+        token = text[len(text) - 1 - back]
+        if token < 0:
+            break
+        state = _mix(state, token)
+        place = _find(cells, shift, _key(state))
+        found = place if place >= 0 else found
+    return found
+
+
 @compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
 def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray) -> tuple:
     """Return the columns of ``Chains``."""
@@ -195,24 +224,12 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
     requests, depths = np.empty(size, np.int64), np.empty(size, np.int64)
     chance, number = np.empty(size), 0
     for leaf in leaves:
-        owner, end = request[leaf], longest
-        words = np.full(longest + max(deepest[owner] - depth[leaf], 0), -1)
-        node = leaf
-        while node >= 0 and end > 0:
-            end -= 1
-            words[end] = token[node]
-            node = parent[node]
-        for back in range(min(end, recent.shape[1])):
-            words[end - 1 - back] = recent[owner, recent.shape[1] - 1 - back]
-        last, p, above = longest, probability[leaf], leaf
+        owner = request[leaf]
+        text = np.full(longest + max(deepest[owner] - depth[leaf], 0), -1)
+        _path_text(leaf, token, parent, recent[owner], text[:longest])
+        end, p, above = longest, probability[leaf], leaf
         for level in range(depth[leaf] + 1, deepest[owner] + 1):
-            found, state = np.int64(-1), np.uint64(_SEED)
-            for back in range(longest):
-                if words[last - 1 - back] < 0:
-                    break
-                state = _mix(state, words[last - 1 - back])
-                place = _find(cells, shift, _key(state))
-                found = place if place >= 0 else found  # the longest known context decides
+            found = _find_longest(cells, shift, text[end - longest : end])
             if found < 0:
                 break
             p *= chances[found] * odds / (1 - chances[found] + chances[found] * odds)
@@ -220,7 +237,7 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
                 break
             leaf_of[number], parents[number], tokens[number] = leaf, above, follows[found]
             requests[number], depths[number], chance[number] = owner, level, p
-            above, words[last] = len(token) + number, follows[found]
-            last, number = last + 1, number + 1
+            above, text[end] = len(token) + number, follows[found]
+            end, number = end + 1, number + 1
     few = slice(0, number)
     return leaf_of[few], parents[few], tokens[few], requests[few], depths[few], chance[few]

@@ -25,7 +25,7 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.requests import History
 from echo_trt.decoding.goodput.search import best_portion, portions
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
+from echo_trt.decoding.planner import Copier, Draft, Explanation, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 
 IN_STEP = 8  # tokens that a draft in step may have to catch up with; larger: longer catch-ups count as one draft's cost
@@ -36,7 +36,7 @@ TOKENS_A_REQUEST = 8  # the largest rung has at least as many tokens a request, 
 TOKENS_A_BATCH = 64  # as many more; larger: more rungs to try
 SLACK = 1.25  # nodes that are expanded for a node that pays. Larger: jagged costs are seen through, planning is slower
 TIE = 1e-12  # value added per depth, so that a parent sorts before an equal child
-ABOVE_PLAIN = 1e-12  # gain of a rung that always begins above plain decoding, since the search may choose no draft
+ABOVE_PLAIN = 1e-12  # log gain of a rung that always begins above plain decoding, since the search may choose no draft
 
 
 class GoodputPlanner:
@@ -86,15 +86,15 @@ class GoodputPlanner:
         candidates = Candidates(
             SuperTree.from_roots(roots),
             self.acceptance,
-            self.history.weights(load.slots),
-            load.room,
-            copier.continuations(load.slots, settings.max_depth) if copier else None,
-            settings.one_path,
-            self.ngrams,
-            load.recent,
-            settings.max_depth,
-            self.grammars if constrained else None,
-            load.slots,
+            weights=self.history.weights(load.slots),
+            room=load.room,
+            copied=copier.continuations(load.slots, settings.max_depth) if copier else None,
+            one_path=settings.one_path,
+            ngrams=self.ngrams,
+            recent=load.recent,
+            max_depth=settings.max_depth,
+            grammars=self.grammars if constrained else None,
+            slots=load.slots,
         )
         search = Search(candidates, load, self._verifying(load, size - count, fills), self.price(load))
         if drafts and self._head and load.room.any():
@@ -104,7 +104,7 @@ class GoodputPlanner:
         tree, nodes = candidates.tree.sorted_by_request(chosen)
         padded_to = costs.padding_target(len(tree), size) if fills else 0
         chances = candidates.probability
-        return Plan(tree, chances[nodes], candidates.tree, padded_to, nodes, chances, size)
+        return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
 
     @property
     def _fills_rung(self) -> bool:
@@ -112,7 +112,7 @@ class GoodputPlanner:
         return self._head and self.costs.change > 0
 
     def _foresee(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
-        """Foresee the ladder's rungs int64 [R] and their gains float64 [R]."""
+        """Foresee the ladder's rungs int64 [R] and their log gains float64 [R]."""
         costs, history, count = self.costs, self.history, len(load.slots)
         rungs = costs.rungs(count, TOKENS_A_REQUEST * count + TOKENS_A_BATCH)
         if not self._head:
@@ -126,10 +126,11 @@ class GoodputPlanner:
         forecast = self.acceptance.forecast(self.settings.width)
         tokens = 1 + forecast.expected_tokens(rungs - count, count) / count
         host, plain = history.host_seconds, costs.plain(count, load.context)
-        gains = np.log(tokens * (plain + host) / (seconds + host))
+        log_gains = np.log(tokens * (plain + host) / (seconds + host))
         if self._fills_rung:
-            return rungs, gains - DOUBT
-        return rungs[-1:], np.maximum(gains.max(keepdims=True), ABOVE_PLAIN)  # the search may choose any size, or none
+            return rungs, log_gains - DOUBT
+        # The search may choose any size up to the last rung, or none.
+        return rungs[-1:], np.maximum(log_gains.max(keepdims=True), ABOVE_PLAIN)
 
     def _verifying(self, load: Load, nodes: int, fills: bool) -> np.ndarray:
         """Return the additional seconds of verifying 0, 1, ... ``nodes`` nodes: float64 [nodes + 1].
@@ -171,24 +172,9 @@ class GoodputPlanner:
         """Draft levels, while they pay; their nodes join the candidates."""
         candidates, load, settings, history = search.candidates, search.load, self.settings, self.history
         history.begin(load.slots)
-        open_ = np.flatnonzero(load.room > 0)
-        promise = np.minimum(history.promise[load.slots[open_]] * candidates.weights[open_], 2.0)
-        best = np.argsort(-promise, kind="stable")
-        behind = load.behind[open_]
-        # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
-        once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
-        entries = np.cumsum((behind - once + once / serves + self._block)[best])
-        count, levels = self._worth_expanding(search, promise[best], 0, entries), 0
-        if load.looks_ahead:
-            count, levels = self._worth_looking_ahead(search, promise[best], entries)
-        requests = open_[best[:count]]
-        if count == 0:
-            alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
-            entries = behind + self._block
-            requests = history.probe(open_, load.slots, self.costs.draft.base(int(entries.max()))[entries] + alone)
-            if len(requests) == 0:
-                return
-        requests = np.sort(requests)
+        requests, levels = self._choose_requests(search)
+        if len(requests) == 0:
+            return
         if levels:
             most = min(settings.per_request, max(16, 4 * len(search.seconds) // len(requests)))
             draft.look_ahead(levels, settings.beams, settings.width, most)
@@ -198,12 +184,41 @@ class GoodputPlanner:
         history.drafted(load.slots[requests], best_child, self.acceptance.forecast(settings.width).first)
         if self._block or levels:
             self._read_levels(draft, search)
-            return
-        expanded = 0
+        else:
+            self._draft_levels(draft, search)
+
+    def _choose_requests(self, search: Search) -> tuple[np.ndarray, int]:
+        """Return the requests to draft for, int64 [A], ascending, and the levels to look ahead (``Draft.look_ahead``).
+
+        Where no draft pays, that is a request to probe, if its time has come, or none.
+        """
+        load, history = search.load, self.history
+        open_ = np.flatnonzero(load.room > 0)
+        promise = np.minimum(history.promise[load.slots[open_]] * search.candidates.weights[open_], 2.0)
+        best = np.argsort(-promise, kind="stable")
+        behind = load.behind[open_]
+        # A long catch-up, of a prompt for instance, serves those iterations that will draft, and is paid over them.
+        once, serves = np.maximum(behind - IN_STEP, 0), np.clip(load.room[open_] / ROOM_A_DRAFT, 1, SERVES)
+        entries = np.cumsum((behind - once + once / serves + self._block)[best])
+        if load.looks_ahead:
+            count, levels = self._worth_looking_ahead(search, promise[best], entries)
+        else:
+            count, levels = self._worth_expanding(search, promise[best], 0, entries), 0
+        if count:
+            return np.sort(open_[best[:count]]), levels
+        alone = self.costs.cold + self.costs.draft.per_context * load.context / len(load.slots)
+        entries = behind + self._block
+        seconds = self.costs.draft.base(int(entries.max()))[entries] + alone
+        return history.probe(open_, load.slots, seconds), 0
+
+    def _draft_levels(self, draft: Draft, search: Search) -> None:
+        """Draft further levels, a pass each, while the next one pays."""
+        candidates, settings, expanded = search.candidates, self.settings, 0
         for depth in range(1, settings.max_depth):
             frontier = candidates.frontier(depth, settings.beams)
             if len(frontier) == 0:
                 return
+            # A pass computes the nodes above again: about in proportion to the portion of the frontier.
             entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
             count = self._worth_expanding(search, candidates.value[frontier], depth, entries)
             if count == 0:
@@ -231,10 +246,10 @@ class GoodputPlanner:
         the first 1, 2, ... nodes.
         """
         forecast = self.acceptance.forecast(self.settings.width, self._horizon)
-        if depth >= len(forecast.below):
+        if depth >= len(forecast.child_shares):
             return 0
         passes = self._passes(search, entries, portions(len(frontier)))
-        levels = forecast.below[depth], forecast.brought[depth]
+        levels = forecast.child_shares[depth], forecast.added_tokens[depth]
         return self._best_portion(search, frontier, depth, passes, levels, self._block > 0)[0]
 
     def _worth_looking_ahead(self, search: Search, frontier: np.ndarray, entries: np.ndarray) -> tuple[int, int]:
@@ -245,10 +260,10 @@ class GoodputPlanner:
         forecast = self.acceptance.forecast(self.settings.width, self.settings.max_depth)
         ends = portions(len(frontier))
         passes, best = np.zeros(len(ends)), (0, 0.0, 0)
-        for level in range(len(forecast.below[0])):
+        for level in range(len(forecast.child_shares[0])):
             rows = np.arange(1, len(frontier) + 1) * float(self.settings.beams * level)
             passes = passes + self._passes(search, rows if level else entries, ends)
-            levels = forecast.below[0][: level + 1], forecast.brought[0][: level + 1]
+            levels = forecast.child_shares[0][: level + 1], forecast.added_tokens[0][: level + 1]
             count, net = self._best_portion(search, frontier, 0, passes, levels, True)
             if net > best[1]:
                 best = count, net, level

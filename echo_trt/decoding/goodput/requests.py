@@ -21,13 +21,13 @@ class History:
     """
 
     def __init__(self, slots: int):
-        self.promise, self._mean = np.ones(slots), 1.0
+        self.promise, self._mean = np.ones(slots), 1.0  # and its running mean over drafts
         self._progress = np.ones(slots)  # tokens an iteration, running mean [S]
         self._idle = np.zeros(slots, np.int64)  # iterations since a slot was last drafted for [S]
-        self._credit = 0.0  # seconds
-        self._tokens = self._plain = 1e-9
-        self._expected = self._accepted = 1.0  # drafted tokens
-        self.host_seconds = self.level_seconds = 0.0
+        self._credit = 0.0  # seconds that a probe may take
+        self._tokens = self._plain = 1e-9  # fading sums of expected tokens, and of plain decoding's in the same time
+        self._expected = self._accepted = 1.0  # fading sums of draft tokens
+        self.host_seconds = self.level_seconds = 0.0  # of an iteration beside passes and plan; of planning a level
 
     @property
     def speedup(self) -> float:

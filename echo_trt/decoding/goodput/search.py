@@ -54,10 +54,11 @@ def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
 
 
 @compiled()
-def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> None:
-    """Add to ``more`` float64 [levels, 2, BINS] the expected descendants of ``parents`` float64 [m], best first.
+def _foresee(foreseen: np.ndarray, parents: np.ndarray, children: np.ndarray) -> None:
+    """Add to ``foreseen`` float64 [levels, 2, BINS] the expected descendants of ``parents`` float64 [m], best first.
 
-    Of more than BINS parents those of one bin are taken together: a large batch has few different values.
+    children float64 [levels, width, quantiles], as ``Forecast.child_shares``. Of more than BINS parents those of one
+    bin are taken together: a large batch has few different values.
     """
     merge, begin = len(parents) > BINS, 0
     while begin < len(parents):
@@ -69,7 +70,7 @@ def _foresee(more: np.ndarray, parents: np.ndarray, children: np.ndarray) -> Non
         value, number = parents[begin:end].mean(), (end - begin) / children.shape[2]
         for level in range(len(children)):
             for share in children[level].flat:
-                _add(more[level], min(value * share, 1.0), number)
+                _add(foreseen[level], min(value * share, 1.0), number)
         begin = end
 
 
@@ -82,7 +83,7 @@ def best_portion(
     level_price: np.ndarray,
     first_price: float,
     children: np.ndarray,
-    brought: np.ndarray,
+    added_tokens: np.ndarray,
     known: np.ndarray,
     continued: np.ndarray,
     below_level: np.ndarray,
@@ -97,34 +98,35 @@ def best_portion(
     ends          int64 [P], portions of the frontier, ascending
     level_price   [P], price of a draft level over a portion
     first_price   additional price of the first level
-    children      [levels, width, quantiles], as ``Forecast.below``
-    brought       [levels], as ``Forecast.brought``
+    children      [levels, width, quantiles], as ``Forecast.child_shares``
+    added_tokens  [levels], as ``Forecast.added_tokens``
     known         [n], values of the present candidates
     continued     [m], values of n-gram continuations
     below_level   bool [m], whether the leaf of a continuation is in the frontier
     verification  [nodes + 1], price of verifying 0, 1, ... nodes, as far as they can pay
     one_pass      bool, whether the first level's price buys all levels
     """
-    plan, more = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
+    # Histograms: what is known with this draft and without it, and what each level of the draft adds.
+    drafted, foreseen = np.zeros((2, BINS)), np.zeros((len(children), 2, BINS))
     for value in known:
-        _add(plan, value, 1.0)
-    now = plan.copy()
+        _add(drafted, value, 1.0)
+    undrafted = drafted.copy()
     for node in range(len(continued)):
-        _add(now, continued[node], 1.0)
+        _add(undrafted, continued[node], 1.0)
         # A continuation of an expanded leaf moves under its new children. It then holds only if a child is accepted.
-        _add(plan, continued[node] * brought[0] if below_level[node] else continued[node], 1.0)
-    before = _best_value(now, verification)
-    best, choice, begin, total = 0.0, 0, 0, 0.0
+        _add(drafted, continued[node] * added_tokens[0] if below_level[node] else continued[node], 1.0)
+    net_undrafted = _best_value(undrafted, verification)
+    best_net, best_end, begin, expanded = 0.0, 0, 0, 0.0
     for portion in range(len(ends)):
         end = ends[portion]
-        total += frontier[begin:end].sum()
-        _foresee(more, frontier[begin:end], children)
-        begin, grown = end, plan.copy()
+        expanded += frontier[begin:end].sum()
+        _foresee(foreseen, frontier[begin:end], children)
+        begin, grown = end, drafted.copy()
         for depth in range(len(children)):
-            grown += more[depth]
+            grown += foreseen[depth]
             cost = level_price[portion] * (1 if one_pass else depth + 1) + first_price
-            if total * brought[depth] > cost:  # else it does not pay even if verification were free
-                net = _best_value(grown, verification) - before - cost
-                if net > best:
-                    best, choice = net, end
-    return choice, best
+            if expanded * added_tokens[depth] > cost:  # else it does not pay even if verification were free
+                net = _best_value(grown, verification) - net_undrafted - cost
+                if net > best_net:
+                    best_net, best_end = net, end
+    return best_end, best_net

@@ -67,7 +67,7 @@ def test_uncalibrated_the_draft_is_trusted_less_than_it_trusts_itself():
     for x in (0.01, 0.25, 1.0):
         for source in range(len(CALIBRATED)):
             assert ask(model, source, 3, x) == pytest.approx(in_odds(min(0.999 * x, 0.999), 0.5, -0.2), rel=0.02)
-    assert model.children.shape[0] == len(model.forecast(9).below) == 4
+    assert model.children.shape[0] == len(model.forecast(9).child_shares) == 4
     assert (np.diff(model.children, axis=2) >= 0).all()
     assert (np.diff(model.children, axis=1) <= 0).all()
 
@@ -156,8 +156,8 @@ def test_minutes_in_which_nothing_of_a_source_is_accepted_are_counted():
 
 def test_below_a_node_stand_its_children_and_those_of_its_best_child():
     model = Acceptance(random_acceptance(0).table, CHILDREN)
-    assert [len(levels) for levels in model.forecast(9).below] == [min(HORIZON, 3 - depth) for depth in range(3)]
-    for depth, levels in enumerate(model.forecast(9).below):
+    assert [len(levels) for levels in model.forecast(9).child_shares] == [min(HORIZON, 3 - depth) for depth in range(3)]
+    for depth, levels in enumerate(model.forecast(9).child_shares):
         assert levels.shape == (min(HORIZON, 3 - depth), 2, 2)
         for quantile in range(2):
             above = 1.0
@@ -168,6 +168,6 @@ def test_below_a_node_stand_its_children_and_those_of_its_best_child():
 
 
 def test_no_more_levels_are_foreseen_than_the_horizon():
-    below = Acceptance.uncalibrated(6).forecast(9).below
+    below = Acceptance.uncalibrated(6).forecast(9).child_shares
     assert [len(levels) for levels in below] == [min(HORIZON, 6 - depth) for depth in range(6)]
     assert HORIZON > 1

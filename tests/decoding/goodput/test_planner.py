@@ -127,8 +127,8 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    gains = acceptance.forecast(9).below[0].mean(axis=2).sum(axis=1)  # of a request, level by level
-    worth = count * max(gains.cumsum() / np.arange(1, len(gains) + 1))  # a pass, of as many levels as are best
+    added = acceptance.forecast(9).child_shares[0].mean(axis=2).sum(axis=1)  # tokens of a request, level by level
+    worth = count * max(added.cumsum() / np.arange(1, len(added) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
         planner.costs.draft = flat(dear * worth / planner.price(load_of(count)))
@@ -273,9 +273,9 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
             share = above * children[depth + level]
             later += [(min(f * s, 1.0), 0.25) for f in frontier[:number] for s in share.reshape(-1).tolist()]
             above = share[0]
-            gain = best_worth(later, seconds, price) - best_worth(now, seconds, price)
+            added = best_worth(later, seconds, price) - best_worth(now, seconds, price)
             cost = price * (level + 1) * planner.costs.draft(int(entries[number - 1]))
-            nets[number] = max(nets.get(number, -np.inf), gain - cost)
+            nets[number] = max(nets.get(number, -np.inf), added - cost)
     assert got in nets
     assert nets[got] == pytest.approx(max(nets.values()), abs=1e-6)
 
