@@ -195,18 +195,14 @@ def test_the_engine_stops_looking_when_the_last_viewer_leaves(server):
                 assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
 
 
-def test_sigterm_sends_viewers_away_and_ends_in_good_order(start):
-    served = start()
-    try:
-        served.wait_for("serving")
-        with client_of(served) as client, client.stream("GET", "/live") as stream:
-            events = told(stream)
-            assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
-            begin = time.monotonic()
-            served.process.terminate()
-            for _ in events:
-                pass
-            assert served.process.wait(60) == 0
-            assert time.monotonic() - begin < 40
-    finally:
-        served.kill()
+def test_sigterm_sends_viewers_away_and_ends_in_good_order(client, server):
+    """The last test of this file: it ends the file's server."""
+    with client.stream("GET", "/live") as stream:
+        events = told(stream)
+        assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
+        begin = time.monotonic()
+        server.process.terminate()
+        for _ in events:
+            pass
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - begin < 40
