@@ -28,7 +28,7 @@ from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 pytestmark = needs_triton
 NOBODY = "127.0.0.1:1"
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
-LONG = {"model": "echo", "messages": CHAT, "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
+LONG = {"model": "echo", "messages": CHAT, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_snapshots_come_while_an_answer_is_made(client):
 
 def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_bundle):
     offline = LLM(long_bundle, "autoregressive", 1)
-    expected = offline.chat(CHAT, SamplingParams(1200, ignore_eos=True))[0].text
+    expected = offline.chat(CHAT, SamplingParams(LONG["max_tokens"], ignore_eos=True))[0].text
     with ExitStack() as stack:
         viewers = [stack.enter_context(client_of(server).stream("GET", "/live")) for _ in range(200)]
         readers = [told(viewer) for viewer in viewers[:20]]  # the others do not read
