@@ -6,6 +6,7 @@ imported by fixtures alone, so that the pure layer runs without it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -67,6 +68,7 @@ def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    gc.set_threshold(50_000, 20, 20)  # as it is by default, a tenth of a trace's time is the collector's
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield

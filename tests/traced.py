@@ -1,11 +1,14 @@
 """Graphs that this run has traced before: a network is traced once, by whichever process comes first.
 
 A trace takes seconds, and dozens of bundles and engines here are of the same few networks. Its key is all that it
-depends on: the network with its weights, and the inputs that it is traced on.
+depends on: the network with its weights, and the inputs that it is traced on. PyTorch's table of translations, which
+the exporter makes anew for each trace, is made once a process and copied.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_flatten
 
 from echo_trt.backends import native_export, onnx_export
@@ -60,3 +64,14 @@ def trace_once(patch: pytest.MonkeyPatch, made_once: Callable[[str, Callable[[Pa
 
     for module in (onnx_export, native_export):
         patch.setattr(module, "trace", traced)
+    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_translations))
+
+
+def _translations(opset_version: int) -> ONNXRegistry:
+    """Return a registry of its own for a trace, which adds the custom operators."""
+    registry = copy.copy(_made_translations(opset_version))
+    registry.functions = {target: list(known) for target, known in registry.functions.items()}
+    return registry
+
+
+_made_translations = functools.cache(ONNXRegistry.from_torchlib)

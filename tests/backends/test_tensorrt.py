@@ -106,21 +106,10 @@ def job(graph, folder, capabilities=("8.9",)) -> CompileJob:
 
 
 @rtx
-@pytest.mark.parametrize(
-    ("network", "precision", "capability"),
-    [
-        ("target", "fp16", "12.0"),
-        ("target", "bf16", "8.9"),
-        ("head", "fp16", "8.9"),
-        ("block", "fp16", "8.0"),
-    ],
-)
-def test_every_role_compiles(network, precision, capability, graph_of, tmp_path):
-    graph = graph_of(network, precision)
-    shares = []
-    compile_engine(
-        job(graph, tmp_path, [capability]), tmp_path / "engine", lambda share, phase: shares.append((share, phase))
-    )
+def test_a_target_compiles_in_bf16(graph_of, tmp_path):
+    """Other roles, in fp16, are compiled for bundles."""
+    graph, shares = graph_of("target", "bf16"), []
+    compile_engine(job(graph, tmp_path), tmp_path / "engine", lambda share, phase: shares.append((share, phase)))
     weights = graph.with_name(graph.name + ".data").stat().st_size
     assert (tmp_path / "engine").stat().st_size > weights
     assert "Engine generation completed" in (tmp_path / "log").read_text()
@@ -141,8 +130,8 @@ def test_experts_compile_for_several_cards(capabilities, graph_of, tmp_path):
 def test_a_bundle(kind, networks, with_head, with_block, tmp_path):
     draft = {"kind": kind, "source": {"path": str(with_head if kind == "eagle3" else with_block)}, "top_k": 5}
     recipe = recipe_of("model", networks, draft=draft, compute_capability=["8.0", "12.0"], **RTX)
-    stages, details = [], []
-    build(recipe, networks, tmp_path / "bundle", stages.append, lambda share, phase: details.append(share))
+    stages, shares = [], []
+    build(recipe, networks, tmp_path / "bundle", stages.append, lambda share, phase: shares.append((share, phase)))
     manifest = read_manifest(tmp_path / "bundle")
     verify_files(tmp_path / "bundle", manifest)
     assert manifest.tensorrt.capabilities == ["8.0", "12.0"]
@@ -150,7 +139,11 @@ def test_a_bundle(kind, networks, with_head, with_block, tmp_path):
     assert {"target.engine", "draft.engine", "tensorrt.log"} <= set(manifest.files)
     assert not any(".onnx" in name for name in manifest.files)  # the engines have the weights
     assert stages[2:4] == ["compiling the target", "compiling the draft"]
-    assert details
+    for role in ("target", "draft"):  # two bytes a weight
+        size = (tmp_path / "bundle" / f"{role}.engine").stat().st_size
+        assert size > 2 * getattr(manifest, role).parameters
+    assert all(0 <= share <= 1 for share, _ in shares)
+    assert len({phase for _, phase in shares}) > 3
     log = (tmp_path / "bundle" / "tensorrt.log").read_text()
     assert log.count("Engine generation completed") == 2
     if not torch.cuda.is_available():
@@ -169,8 +162,14 @@ def test_what_could_not_be_checked_has_no_check(networks, tmp_path):
 
 
 @rtx
-def test_an_interrupt_ends_the_build(graph_of, tmp_path):
-    in_a_process(_interrupted, graph_of("target"), tmp_path)
+def test_an_interrupt_ends_the_build_and_a_failing_display_is_an_error(graph_of, tmp_path):
+    """Neither is an abort."""
+    in_a_process(_interrupted_and_failing, graph_of("target"), tmp_path)
+
+
+def _interrupted_and_failing(graph, folder):
+    _interrupted(graph, folder)
+    _failing(graph, folder)
 
 
 def _interrupted(graph, folder):
@@ -188,11 +187,6 @@ def _interrupted(graph, folder):
     interrupted = len(phases)
     compile_engine(job(graph, folder), folder / "engine", lambda share, phase: phases.append(phase))
     assert interrupted < (len(phases) - interrupted)
-
-
-@rtx
-def test_a_failing_display_is_an_error_and_no_abort(graph_of, tmp_path):
-    in_a_process(_failing, graph_of("target"), tmp_path)
 
 
 def _failing(graph, folder):

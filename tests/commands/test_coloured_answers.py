@@ -103,8 +103,13 @@ def answer(bundle, *words: str, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-def test_colours_change_no_text(bundle_of):
-    plain = answer(bundle_of("close"))
+@pytest.fixture(scope="module")
+def plain(bundle_of) -> str:
+    """What a pipe gets."""
+    return answer(bundle_of("close"))
+
+
+def test_colours_change_no_text(bundle_of, plain):
     assert "\x1b" not in plain
     assert "tokens from" not in plain
     coloured = answer(bundle_of("close"), "--color", "always", env={"NO_COLOR": "1"})
@@ -122,9 +127,8 @@ def test_watching_needs_a_terminal_and_one_policy(bundle_of):
         run(both, Screen(file=StringIO(), force_terminal=True), Screen(file=StringIO()))
 
 
-def test_a_tree_is_drawn_beside_the_text(bundle_of):
+def test_a_tree_is_drawn_beside_the_text(bundle_of, plain):
     """In a real terminal: what is left at the end is the text that a pipe gets."""
-    plain = answer(bundle_of("close"))
     own, terminal = pty.openpty()
     call = [sys.executable, "-m", "echo_trt", "generate", bundle_of("close"), "abc abc abc", "--max-tokens", "12"]
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}

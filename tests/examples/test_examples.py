@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from pairs import raw_recipe
+
+from echo_trt.cli import main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -45,15 +49,37 @@ def test_readme_s_python(bundle_of):
     assert run(sys.executable, "-c", program.replace("bundles/smollm2-135m", str(bundle_of("close")))).strip()
 
 
-@pytest.mark.slow
-def test_own_head(networks, tmp_path):
-    """Its lines, shortened: a target of one layer, a few tokens for each prompt, and a second of training."""
+#: What the shell does with a command of own_head.md here: it writes its words down, expanded.
+TOLD = """
+tell() { python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }
+python() { tell python "$@"; }
+echo-trt() { tell echo-trt "$@"; }
+"""
+
+
+def run_here(words: list[str]) -> None:
+    """Run a command of the example to its SystemExit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] == "echo-trt":
+            patch.setattr(sys, "argv", words)
+            main()
+        script = ROOT / words[1]
+        patch.setattr(sys, "argv", words[1:])
+        patch.syspath_prepend(script.parent)
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_own_head(networks, tmp_path, monkeypatch):
+    """Its lines, shortened: a target of one layer, a few tokens for each prompt, and a second of training.
+
+    The shell expands them, and its ``sed`` runs. The commands run in this process, one after another: starting Python
+    and importing PyTorch for each of the seven would take most of the time.
+    """
     lines = re.findall(r"^```\n(.*?)^```", (EXAMPLES / "own_head.md").read_text(), re.MULTILINE | re.DOTALL)[0]
     for usual, short in (
         ("TARGET=checkpoints/my-model ", f"TARGET={networks / 'small'} "),
         ("--minutes 60", "--minutes 0.02 --draft-vocab 150 --loss-rows 40"),
         ("--prompts $PROMPTS", "--max-tokens 12 --prompts $PROMPTS"),
-        ("python scripts", f"{sys.executable} {ROOT / 'scripts'}"),
     ):
         assert usual in lines
         lines = lines.replace(usual, short)
@@ -61,6 +87,17 @@ def test_own_head(networks, tmp_path):
     head = {"kind": "eagle3", "source": {"path": "heads/untrained"}}
     recipe = raw_recipe("eagle3", networks, target={"path": str(networks / "small")}, draft=head)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run("bash", "-euc", lines, cwd=tmp_path)
+    commands = [json.loads(words) for words in run("bash", "-euc", TOLD + lines, cwd=tmp_path).splitlines()]
+    assert [words[0] for words in commands].count("python") == 4
+    assert [words[:2] for words in commands if words[0] == "echo-trt"] == [
+        ["echo-trt", "build"],
+        ["echo-trt", "build"],
+        ["echo-trt", "calibrate"],
+    ]
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        with pytest.raises(SystemExit) as done:
+            run_here(words)
+        assert not done.value.code, words
     assert (tmp_path / "bundles/mine/calibration.json").exists()
     assert (tmp_path / "heads/mine/ngrams.npz").exists()

@@ -24,7 +24,7 @@ SERVE = ("--queue", QUEUE)
 TURN = "the theme of a thing"
 CHAT = [{"role": "user", "content": TURN}]
 PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.6}
-LONG = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 500, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_a_deadline_without_text_is_504_and_with_text_ends_it(client, server):
             answer = client.chat.completions.create(**asked, extra_body=body)
             break
     assert answer.choices[0].finish_reason == "length"
-    assert 0 < answer.usage.completion_tokens < LONG["max_tokens"]
+    assert 0 < answer.usage.completion_tokens < 1500  # the prompt and these would fill the context
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -384,17 +384,11 @@ def test_usage_tells_what_of_the_prompt_was_known(client):
     assert cached == [0, 64]
 
 
-def test_sigterm_lets_an_answer_finish(start):
-    served = start(*SERVE)
-    try:
-        served.wait_for("serving")
-        base = f"http://127.0.0.1:{served.openai}/v1"
-        with openai.OpenAI(base_url=base, api_key=KEY, max_retries=0) as client:
-            options = {"stream": True, "stream_options": {"include_usage": True}}
-            stream = iter(client.chat.completions.create(model="echo", messages=CHAT, temperature=0, **options, **LONG))
-            next(stream)
-            served.process.terminate()
-            assert list(stream)[-1].usage.completion_tokens == LONG["max_tokens"]
-            assert served.process.wait(180) == 0
-    finally:
-        served.kill()
+def test_sigterm_lets_an_answer_finish(client, server):
+    """The last test of this file: it ends the file's server."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = iter(client.chat.completions.create(model="echo", messages=CHAT, temperature=0, **options, **LONG))
+    next(stream)
+    server.process.terminate()
+    assert list(stream)[-1].usage.completion_tokens == LONG["max_tokens"]
+    assert server.process.wait(180) == 0

@@ -28,7 +28,7 @@ from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 pytestmark = needs_triton
 NOBODY = "127.0.0.1:1"
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
-LONG = {"model": "echo", "messages": CHAT, "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
+LONG = {"model": "echo", "messages": CHAT, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_viewer_is_no_running_request(client):
 
 def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_bundle):
     offline = LLM(long_bundle, "autoregressive", 1)
-    expected = offline.chat(CHAT, SamplingParams(1200, ignore_eos=True))[0].text
+    expected = offline.chat(CHAT, SamplingParams(LONG["max_tokens"], ignore_eos=True))[0].text
     with ExitStack() as stack:
         viewers = [stack.enter_context(client_of(server).stream("GET", "/live")) for _ in range(200)]
         readers = [told(viewer) for viewer in viewers[:20]]  # the others do not read
@@ -204,18 +204,14 @@ def test_the_engine_stops_looking_when_the_last_viewer_leaves(server):
                 assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
 
 
-def test_sigterm_sends_viewers_away_and_ends_in_good_order(start):
-    served = start()
-    try:
-        served.wait_for("serving")
-        with client_of(served) as client, client.stream("GET", "/live") as stream:
-            events = told(stream)
-            assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
-            begin = time.monotonic()
-            served.process.terminate()
-            for _ in events:
-                pass
-            assert served.process.wait(60) == 0
-            assert time.monotonic() - begin < 40
-    finally:
-        served.kill()
+def test_sigterm_sends_viewers_away_and_ends_in_good_order(client, server):
+    """The last test of this file: it ends the file's server."""
+    with client.stream("GET", "/live") as stream:
+        events = told(stream)
+        assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
+        begin = time.monotonic()
+        server.process.terminate()
+        for _ in events:
+            pass
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - begin < 40

@@ -111,7 +111,7 @@ def test_groups(group):
 
 
 def test_a_prompt_chunk_a_single_token_and_a_tree_in_one_call():
-    Batch([(96, 140, False), (200, 1, False), (40, 50, True)], 1, 4, dtype=torch.bfloat16).check()
+    Batch([(96, 70, False), (200, 1, False), (40, 50, True)], 1, 4, dtype=torch.bfloat16).check()
 
 
 def test_a_long_context_in_as_many_splits_as_the_plan_chooses():

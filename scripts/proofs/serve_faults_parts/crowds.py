@@ -68,7 +68,8 @@ def full_queue(stage: Stage) -> Row:
 
 def full_pool(stage: Stage) -> Row:
     """With a KV pool that holds one request of full length, and a fraction of those that run."""
-    usual, stage.bundle = stage.bundle, _tight(stage.bundle, stage.folder / "tight")
+    context = min(stage.context, stage.tokens * stage.batch // 2)  # less than the bundle's at a small scale
+    usual, stage.bundle = stage.bundle, _tight(stage.bundle, stage.folder / "tight", context)
     try:
         server = stage.start()
         blocks = int(server.metrics()["echo_blocks"])
@@ -85,12 +86,13 @@ def full_pool(stage: Stage) -> Row:
         stage.start()
 
 
-def _tight(bundle: Path, folder: Path) -> Path:
-    """The same bundle with the smallest pool that it may have."""
+def _tight(bundle: Path, folder: Path, context: int) -> Path:
+    """The same bundle with the smallest pool that requests of ``context`` tokens may have."""
     shutil.copytree(bundle, folder, copy_function=_linked)
     manifest = json.loads((bundle / MANIFEST).read_text())
     limits = manifest["recipe"]["limits"]
-    limits["kv_blocks"] = int(blocks_for(limits["context"] + reserve_for(manifest["recipe"]["decoding"])))
+    limits["context"] = context
+    limits["kv_blocks"] = int(blocks_for(context + reserve_for(manifest["recipe"]["decoding"])))
     (folder / MANIFEST).unlink()
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder

@@ -57,7 +57,8 @@ class Stage:
         self.exact = manifest.precision == "fp32"
         self.batch, self.context = limits.batch, limits.context
         self.queue = self.count(256)
-        self.tokens = max(96, 2 * self.context // self.batch)  # of texts; a batch of them fills the smallest pool
+        # Of texts; a batch of them fills the smallest pool (of a full size's context, or that of full_pool).
+        self.tokens = max(96, 2 * self.context // self.batch) if self.scale >= 1 else 96
 
     def count(self, full: int, least: int = 8) -> int:
         return max(least, round(full * self.scale))
