@@ -114,7 +114,9 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
         slots, slot_blocks = state.block_table.shape
-        compiled = TensorRTEngine.open(manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks)
+        compiled = TensorRTEngine.open(
+            manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks, tree=state.reserve
+        )
         compiled.capture_levels(_level_shapes(manifest))
         return compiled
     if manifest.engine == "torch":

@@ -1,6 +1,7 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from refusal import refused
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
+from echo_trt.backends.cuda.levels import level_call, parts_of_level
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
@@ -250,6 +252,53 @@ def test_levels_on_the_device_are_those_of_the_pytorch_engine(levels, beams, wid
     assert len(session.launched) == 1 + levels
 
 
+def test_levels_of_more_tokens_than_a_launch_takes_are_divided(networks, tmp_path, monkeypatch):
+    """Qwen3-8B's recipe has 128 requests, 10 beams and 7 levels: 8,960 tokens, and an engine's launch takes 1,536."""
+    monkeypatch.setattr("echo_trt.bundle.call_sizes.MAX_LOGIT_ROWS", 16)
+    role, engine, session = packed("draft", networks, tmp_path)
+    reference = TorchEngine(role, engine.num_blocks, bounds=CallBounds(SLOTS, 4, 16), resident=True)
+    shape, counts = LevelShape(3, 3, 4), np.array([4, 1, 6, 2])
+    assert len(counts) * shape.beams * shape.levels > engine._limits.tokens
+    rows, table = np.arange(counts.sum()), np.arange(SLOTS * 4).reshape(SLOTS, 4)
+    positions, past = np.concatenate([np.arange(n) for n in counts]), 0 * counts
+    call = pack(rows % VOCAB, positions, past, counts, table, np.cumsum(counts) - 1)
+    values = np.random.default_rng(4).standard_normal((len(rows), 3 * SIZES["hidden_size"]))
+    drafted = []
+    for each in (reference, engine):
+        each.bank("features").write(rows, values.astype(np.float32), rows)
+        inputs = {"features": each.bank("features").read(rows), "hidden": each.bank("hidden").read(rows[:0])}
+        drafted.append(each.run_levels(call, pack_levels(counts, table, shape), shape, 9, **inputs))
+    np.testing.assert_array_equal(drafted[1][:, :3], drafted[0][:, :3])
+    assert session.launched == [(16,), (12,), (24,), (18,), (18,)]  # 13 rows padded, and 36 tokens in two
+
+
+@pytest.mark.parametrize(("requests", "live"), [(4, 4), (4, 2), (5, 3), (3, 0)])
+def test_parts_of_a_level_are_the_level(requests, live):
+    """Of each request the parts keep tokens, mask, blocks and rows of logits, and padding stays without tokens."""
+    beams, level, blocks = 2, 2, 3
+    rows = beams * level
+    begins = torch.arange(requests + 1, dtype=torch.int32)
+    call = {"past_lens": 7 * begins[1:], "block_begins": begins * blocks, "live": torch.tensor([live])}
+    call["block_indices"] = torch.arange(requests * blocks, dtype=torch.int32)
+    names = ("token_ids", "hidden")
+    whole = level_call(level, beams, call) | {name: torch.arange(requests * rows) for name in names}
+    whole["tree_mask"] = torch.arange(requests * rows * rows).to(torch.uint8)
+    parts = list(parts_of_level(whole, 2 * rows))
+    assert len(parts) == -(-requests // 2)
+    for name in (*names, "positions", "past_lens", "tree_mask"):
+        assert torch.cat([part[name] for part in parts]).equal(whole[name])
+    starts = np.cumsum([0, *(len(part["past_lens"]) for part in parts)])
+    for start, part in zip(starts, parts, strict=False):
+        count = len(part["past_lens"])
+        assert len(part["token_ids"]) <= 2 * rows
+        assert part["block_indices"] is whole["block_indices"]
+        assert part["block_begins"].equal(whole["block_begins"][start : start + count + 1])
+        assert (part["logit_rows"] + start * rows).equal(whole["logit_rows"][start * beams : (start + count) * beams])
+        for name, each in (("seq_begins", rows), ("tree_mask_begins", rows * rows)):
+            there = max(min(live - int(start), count), 0)
+            assert part[name].tolist() == [min(i, there) * each for i in range(count + 1)]
+
+
 def test_a_head_with_a_cache_a_slot_drafts_level_by_level(opened):
     assert not opened("head")[1].drafts_levels
     assert not opened("target")[1].drafts_levels
@@ -311,6 +360,31 @@ def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
     assert waits == ["PyTorch's"]
 
 
+def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monkeypatch):
+    """Banks are written on the current stream, and calls run on the engine's own one, which does not wait by itself."""
+    _, engine, session = packed("draft", networks, tmp_path)
+    order, launch = [], session.launch
+    session.launch = lambda *words, **named: order.append("launch") or launch(*words, **named)
+    engine._stream = SimpleNamespace(wait_stream=order.append, synchronize=lambda: order.append("end"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    one, rows = np.ones(1, np.int64), np.arange(2)
+    call = pack(rows, rows, 0 * one, 2 * one, np.arange(4)[None], rows[1:])
+    inputs = {"features": engine.bank("features").read(rows), "hidden": engine.bank("hidden").read(rows[:0])}
+    engine.run(call, **inputs)
+    shape = LevelShape(1, 2, 3)
+    engine.run_levels(call, pack_levels(2 * one, np.arange(4)[None], shape), shape, 4, **inputs)
+    assert order == ["PyTorch's", "launch", "end", "PyTorch's", "launch", "launch", "end"]
+
+
+def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):
+    _, engine, session = packed("draft", networks, tmp_path)
+    batch, tokens = engine._limits.batch, engine._limits.tokens
+    assert len(engine.bank("hidden").rows) == batch * tokens
+    small = TensorRTEngine(session, SLOTS, 4, 16, tree=10)
+    assert len(small.bank("hidden").rows) == batch * 10
+
+
 def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorrt, "check_version", lambda *_: None)
     monkeypatch.setattr(tensorrt, "check_card", lambda *_: None)
@@ -318,7 +392,8 @@ def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
     for name in ("compute_capability", "Session"):
         monkeypatch.setattr(tensorrt, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "L4")
-    monkeypatch.setattr(TensorRTEngine, "__init__", lambda self, *_, graphs=True: setattr(self, "graphs", graphs))
+    init = lambda self, *_, graphs=True, tree=None: setattr(self, "graphs", graphs)  # noqa: E731
+    monkeypatch.setattr(TensorRTEngine, "__init__", init)
     monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: None, raising=False)
     for communicator in (None, object()):
         opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, communicator)

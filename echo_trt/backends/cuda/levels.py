@@ -6,7 +6,8 @@ probability, and the best children of all levels come back at once. On a GPU the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -117,6 +118,31 @@ def level_call(level: int, beams: int, call: dict[str, Tensor]) -> dict[str, Ten
         "tree_mask_begins": torch.minimum(order, call["live"]) * (rows * rows),
         "logit_rows": (order[:-1, None] * rows + row[rows - beams :]).flatten(),
     }
+
+
+def parts_of_level(inputs: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """Divide a level's call into calls of at most ``most`` tokens; every request has the same number of rows.
+
+    The parts share the block table, and their other tensors are new ones, aligned as TensorRT asks.
+    """
+    requests = len(inputs["past_lens"])
+    rows, asked = (len(inputs[name]) // requests for name in ("token_ids", "logit_rows"))
+    parts = -(-requests // max(most // rows, 1))
+    if parts == 1:
+        yield inputs
+        return
+    begins = [requests * part // parts for part in range(parts + 1)]
+    for first, last in itertools.pairwise(begins):
+        part = dict(inputs)
+        for name, each in (("token_ids", rows), ("positions", rows), ("hidden", rows), ("past_lens", 1)):
+            part[name] = inputs[name][first * each : last * each].clone()
+        part["tree_mask"] = inputs["tree_mask"][first * rows * rows : last * rows * rows].clone()
+        part["logit_rows"] = inputs["logit_rows"][first * asked : last * asked] - first * rows
+        part["block_begins"] = inputs["block_begins"][first : last + 1].clone()
+        for name in ("seq_begins", "tree_mask_begins"):
+            begin = inputs[name][first : last + 1]
+            part[name] = begin - begin[:1]
+        yield part
 
 
 def draft_levels(

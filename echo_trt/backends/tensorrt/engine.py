@@ -6,6 +6,7 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
-from echo_trt.backends.cuda.levels import Levels
+from echo_trt.backends.cuda.levels import Levels, parts_of_level
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.cuda.transfers import send
@@ -73,9 +74,13 @@ class TensorRTEngine:
     """A compiled network on the session's device, and its KV cache.
 
     It has room for ``slots`` requests of ``blocks`` KV blocks, or for ``num_blocks`` of all in a paged pool.
+
+    tree  drafted nodes of a request, root included, whose states a head keeps; by default as many as a call's tokens
     """
 
-    def __init__(self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True):
+    def __init__(
+        self, session: Session, slots: int, blocks: int, num_blocks: int, graphs: bool = True, tree: int | None = None
+    ):
         self._session, self._device = session, session.device
         self._caches = [name for name in session.inputs if "_cache." in name]
         linear = f"new_{self._caches[0]}" in session.outputs
@@ -97,7 +102,8 @@ class TensorRTEngine:
         self._sizes = tuple(
             size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not linear
         )
-        sizes = {"features": self.num_blocks * BLOCK, "hidden": self._limits.batch * self._limits.tokens}
+        nodes = self._limits.batch * min(tree or self._limits.tokens, self._limits.tokens)
+        sizes = {"features": self.num_blocks * BLOCK, "hidden": nodes}
         self._widths = {name: session.most(name, 1) for name in sizes if name in session.inputs}
         self._banks = {
             name: DeviceBank(sizes[name], width, session.types[name], self._device)
@@ -109,7 +115,7 @@ class TensorRTEngine:
     @classmethod
     def open(
         cls, engine: str, file: Path, facts: TensorRTFacts, slots: int, blocks: int, num_blocks: int,
-        communicator: Any = None,
+        communicator: Any = None, tree: int | None = None,
     ) -> TensorRTEngine:  # fmt: skip
         """Open ``file``, which ``engine``, tensorrt or tensorrt-rtx, built as ``facts`` state.
 
@@ -119,7 +125,7 @@ class TensorRTEngine:
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
         session = Session(engine, file, device, communicator)
-        opened = cls(session, slots, blocks, num_blocks)
+        opened = cls(session, slots, blocks, num_blocks, tree=tree)
         opened.capture_all()
         return opened
 
@@ -132,7 +138,7 @@ class TensorRTEngine:
         if self._graphs is None or self._layout:
             return
         none = np.zeros(0, np.int64)
-        with torch.cuda.stream(self._stream):
+        with self._own_stream():
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
@@ -151,7 +157,7 @@ class TensorRTEngine:
     def run(self, call: Packed, **inputs: Any) -> dict[str, np.ndarray]:
         """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
         inputs = numbered(inputs)
-        with torch.cuda.stream(self._stream):
+        with self._own_stream():
             if self._layout:
                 self._clear(call)
                 pieces = linear_pieces(call, inputs, self._layout, self._limits)
@@ -183,7 +189,11 @@ class TensorRTEngine:
         return Levels(self._level, states, top_k, self._bounds, self._graphs is not None)
 
     def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Launch one level; returns scores, candidates and states."""
+        """Launch one level, in parts that the profiles hold; returns scores, candidates and states."""
+        parts = [self._part_of_level(part) for part in parts_of_level(tensors, self._limits.tokens)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+    def _part_of_level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         mask = tensors["tree_mask"]
         padded = torch.nn.functional.pad(mask, (0, -len(mask) % 4))
         outputs = self._forward(tensors | {"tree_mask": padded.view(torch.int32)}, 0)
@@ -194,19 +204,30 @@ class TensorRTEngine:
     def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait, where this engine drafts them."""
         if self.drafts_levels:
-            with torch.cuda.stream(self._stream):
+            with self._own_stream():
                 self._levels.capture(shapes)
             self._wait()
 
     @torch.inference_mode()
     def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
-        with torch.cuda.stream(self._stream):
+        with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
             states = whole["state"][self._on_device(call.logit_rows)]
             drafted = self._levels.run(below, shape, most, (whole["scores"], whole["candidates"]), states)
         self._wait()
         return drafted
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Launch on this engine's stream, behind what was launched on the current one: a bank's rows are written there.
+
+        The engine's stream does not wait for PyTorch's by itself.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _wait(self) -> None:
         if self._stream is not None:
@@ -261,10 +282,11 @@ class TensorRTEngine:
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
     def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
-        caches = self._bound_caches(piece.first, len(piece.arrays["past_lens"]))
+        # Without views of the caches, of which a large network has over a hundred: this is computed at every call.
+        cache = (len(piece.arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
         shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
         shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}
-        return {name: tuple(caches[name].shape) if name in caches else shapes[name] for name in self._session.inputs}
+        return {name: shapes.get(name, cache) for name in self._session.inputs}
 
     def _output_names(self) -> Iterator[str]:
         return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
@@ -278,7 +300,7 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._own_stream():
             mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
