@@ -100,9 +100,9 @@ def recipe_table(recipe: Recipe, folder: Path) -> Table:
 
 
 def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None) -> None:
-    from echo_trt.sizing.fit import gigabytes, needs
+    from echo_trt.sizing.fit import gigabytes, needs_of
 
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = needs_of(recipe, target, draft)
     if recipe.tensor_parallel > 1:
         table.add_row(
             "tensor_parallel",
@@ -122,8 +122,10 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     if need.graphs:
         table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
-    table.add_row("in all", gigabytes(need.fixed + need.pool))
-    if draft and draft.feature_size:
+    if need.features:
+        table.add_row("features", f"of the pool's tokens, {gigabytes(need.features)}")
+    table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
+    if draft and draft.feature_size and not need.features:
         features = 4 * draft.feature_size
         table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
 

@@ -13,7 +13,7 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
-from echo_trt.sizing.shapes import shapes
+from echo_trt.sizing.shapes import Shape, shapes
 from super_tree_attention.kernel_plan import split_rows
 
 #: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
@@ -30,6 +30,7 @@ class Needs:
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
     graphs          bytes of captured CUDA graphs, of target and draft
+    features_token  bytes of a token's features, which a GPU keeps beside its KV for a draft that reads them
     request_blocks  the most blocks of one request
     linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
@@ -45,6 +46,7 @@ class Needs:
     blocks: int
     request_blocks: int
     linear: bool
+    features_token: int = 0
 
     @property
     def kv_token(self) -> int:
@@ -55,17 +57,30 @@ class Needs:
         return self.blocks * BLOCK * self.kv_token
 
     @property
+    def features(self) -> int:
+        """Bytes of the features of the pool's tokens."""
+        return self.blocks * BLOCK * self.features_token
+
+    @property
+    def block(self) -> int:
+        """Bytes that a further block takes."""
+        return BLOCK * (self.kv_token + self.features_token)
+
+    @property
     def fixed(self) -> int:
-        """Bytes of everything but the pool."""
+        """Bytes of everything but the pool and its tokens' features."""
         return self.target_weights + self.draft_weights + self.working + self.graphs
 
     def most_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
-        return (card.usable - self.fixed) // (BLOCK * self.kv_token)
+        return (card.usable - self.fixed) // self.block
 
 
-def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
-    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, feature_size: int = 0) -> Needs:
+    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus).
+
+    feature_size  numbers of a token's features that the draft reads (Shape.feature_size)
+    """
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
@@ -85,7 +100,12 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
+        features_token=0 if recipe.engine == "openvino" else feature_size * KV_BYTES[draft_precision],
     )
+
+
+def needs_of(recipe: Recipe, target: Shape, draft: Shape | None) -> Needs:
+    return needs(recipe, target.sizes, draft.sizes if draft else None, draft.feature_size if draft else 0)
 
 
 def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
@@ -133,9 +153,9 @@ class Fit:
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = needs_of(recipe, target, draft)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
-    spare = card.usable - need.fixed - need.pool
+    spare = card.usable - need.fixed - need.pool - need.features
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
     if not compiled:
         sentence = f"TensorRT-RTX builds nothing for compute capability {card.capability}; use engine tensorrt."
@@ -195,7 +215,7 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         target, draft = shapes(recipe, folder)
     except UserError:
         return False
-    need = needs(recipe, target.sizes, draft and draft.sizes)
+    need = needs_of(recipe, target, draft)
     return need.most_blocks(card) >= need.request_blocks
 
 
