@@ -1,11 +1,13 @@
 """The TensorRT compilers: real TensorRT-RTX engines of tiny networks without a GPU, and every refusal."""
 
+import dataclasses
 import importlib.util
 import itertools
 import multiprocessing
 import signal
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +223,16 @@ def test_a_warning_that_is_not_known_to_be_harmless(graph_of, tmp_path, monkeypa
     monkeypatch.setattr(tensorrt, "HARMLESS", tensorrt.HARMLESS[1:])
     with refused("warned while reading", "Make sure input token_ids has Int64 binding", "no engine was built"):
         compile_engine(job(graph_of("target"), tmp_path), tmp_path / "engine")
+
+
+def test_such_a_warning_stops_no_build_whose_engine_is_checked_on_the_card(tmp_path):
+    parser = SimpleNamespace(parse_from_file=lambda path: True)
+    logger = SimpleNamespace(forget=lambda: None, warnings=lambda: ["This is new."])
+    compiler = tensorrt.COMPILERS["tensorrt"]
+    unchecked = CompileJob("tensorrt", tmp_path / "graph.onnx", [], [], tmp_path / "timings", tmp_path / "log")
+    tensorrt._parse(parser, dataclasses.replace(unchecked, checked=True), logger, compiler)
+    with refused("warned while reading", "This is new", "no engine was built"):
+        tensorrt._parse(parser, unchecked, logger, compiler)
 
 
 @rtx

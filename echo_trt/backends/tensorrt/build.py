@@ -102,12 +102,13 @@ class TensorRTBuild:
         check = _check_graph(role, graph, precision, sizes) if native else None
         profiles = (native_profiles if native else packed_profiles)(graph, sizes)
         targets = recipe.compute_capability if native else ()
-        job = CompileJob(recipe.engine, graph, profiles, targets, self.timings, self.folder / LOG)
+        # The engine of one rank would wait for the other ranks.
+        runs_here = ranks == 1 and has_cuda() and compute_capability(cuda_device()) in self._capabilities()
+        job = CompileJob(recipe.engine, graph, profiles, targets, self.timings, self.folder / LOG, runs_here)
         compile_engine(job, engine, self.detail)
         for file in (graph, graph.with_name(graph.name + ".data")):  # the engine has the weights
             file.unlink(missing_ok=True)
-        # The engine of one rank would wait for the other ranks.
-        if ranks == 1 and has_cuda() and compute_capability(cuda_device()) in self._capabilities():
+        if runs_here:
             check = self._check_engine(role, engine, precision, sizes)
         return engine.name, check
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.pack import BLOCK, pack
+from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
 from echo_trt.errors import UserError
 from echo_trt.models.roles import TargetRole
 from gpu_proof_parts.curves import time_of
@@ -22,6 +22,7 @@ from gpu_proof_parts.report import Proof, Skipped
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 BATCH, CONTEXT, TREE = 32, 512, 16
 BATCHES, COUNTS = (1, 8, 32), (1, 2, 4, 8, 16)
+NONE = np.zeros(0, np.int64)
 
 
 def prove(proof: Proof) -> None:
@@ -110,8 +111,10 @@ def check_layers(proof: Proof, engine: str, opened) -> None:
         proof.check(name, None, " ".join(str(error).split()))
         return
     layers = [str(layer) for layer in json.loads(text).get("Layers", [])]
-    copies = [layer[:80] for layer in layers if "_cache." in layer and ("Reformat" in layer or "copy" in layer.lower())]
-    proof.check(name, not copies if layers else None, f"{len(layers)} layers, of which {copies[:2] or 'none'} copy one")
+    named = [layer for layer in layers if "_cache." in layer]  # none, where the engine tells its layers' names alone
+    copies = [layer[:80] for layer in named if "Reformat" in layer or "copy" in layer.lower()]
+    told = f"{len(layers)} layers, {len(named)} of which name a cache and {copies[:2] or 'none'} copy one"
+    proof.check(name, not copies if named else None, told)
     if engine == "tensorrt":
         scratch = session._scratch.nbytes
         most = max(
@@ -121,9 +124,13 @@ def check_layers(proof: Proof, engine: str, opened) -> None:
 
 
 def prove_head(proof: Proof, engine: str, build, sizes) -> None:
-    """Build an EAGLE-3 head: its profiles must not break the graph's own constraint, features + states = tokens."""
+    """Build an EAGLE-3 head: its profiles must not break the graph's own constraint, features + states = tokens.
+
+    A head over a paged pool then drafts levels, at more requests than one launch of the last level takes.
+    """
     import torch
 
+    from echo_trt.backends.tensorrt.engine import TensorRTEngine
     from echo_trt.models.config import Eagle3Config
     from echo_trt.models.eagle3 import Eagle3Head
     from echo_trt.models.roles import HeadRole
@@ -135,13 +142,38 @@ def prove_head(proof: Proof, engine: str, build, sizes) -> None:
     head = Eagle3Head(config, sizes.blocks * BLOCK, torch.nn.Embedding(SMALL.vocab_size, SMALL.hidden_size)).eval()
     start = time.monotonic()
     try:
-        _, check = build.compile(HeadRole(head.requires_grad_(False), 4), "head", "fp16")
+        file, check = build.compile(HeadRole(head.requires_grad_(False), 4), "head", "fp16")
         detail = (
             f"built in {time.monotonic() - start:.0f} s, {check.tree_error:.2g} off on a tree" if check else "built"
         )
         proof.check(f"{engine}: an EAGLE-3 head builds", True, detail)
     except UserError as error:
         proof.check(f"{engine}: an EAGLE-3 head builds", False, str(error))
+        return
+    opened = TensorRTEngine.open(engine, build.folder / file, build.facts(), BATCH, sizes.blocks, sizes.pool)
+    if opened.drafts_levels:
+        prove_levels(proof, engine, opened, sizes.blocks)
+
+
+def prove_levels(proof: Proof, engine: str, opened, blocks: int) -> None:
+    """Draft levels as a captured graph and by plain launches: the same trees."""
+    shape, ones = LevelShape(9, 3, 4), np.ones(BATCH, np.int64)
+    table = np.arange(BATCH * blocks).reshape(BATCH, blocks)
+    call = pack(np.arange(BATCH), 0 * ones, 0 * ones, ones, table, np.arange(BATCH))
+    features = opened.bank("features").read(table[:, 0] * BLOCK)
+    inputs = {"features": features, "hidden": opened.bank("hidden").read(NONE)}
+    opened.capture_levels([shape])
+    levels = opened._levels
+    captured = [graph for graph in levels._graphs._captured.values() if graph is not None]
+    drafted = []
+    for graphs in (levels._graphs, None):
+        levels._graphs = graphs
+        drafted.append(opened.run_levels(call, pack_levels(ones, table, shape), shape, 16, **inputs))
+    proof.check(
+        f"{engine}: levels of a draft are one graph, and the same as launches",
+        bool(captured) and np.array_equal(*(tree[:, :3] for tree in drafted)),
+        f"{len(captured)} graphs; a level of {BATCH * 27} tokens by launches of {opened._limits.tokens}",
+    )
 
 
 def curves(proof: Proof, engine, blocks: int):
