@@ -122,9 +122,11 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     if need.graphs:
         table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
-    table.add_row("in all", gigabytes(need.fixed + need.pool))
-    if draft and draft.feature_size:
-        features = 4 * draft.feature_size
+    if need.features:
+        table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
+    table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
+    if draft and draft.sizes.feature_size and not need.features:
+        features = 4 * draft.sizes.feature_size
         table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
 
 

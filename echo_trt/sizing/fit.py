@@ -30,6 +30,7 @@ class Needs:
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
     graphs          bytes of captured CUDA graphs, of target and draft
+    features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
     linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
@@ -38,6 +39,7 @@ class Needs:
     draft_weights: int
     target_kv_token: int
     draft_kv_token: int
+    features_token: int
     calls: CallSizes
     tokens: int
     working: int
@@ -55,13 +57,23 @@ class Needs:
         return self.blocks * BLOCK * self.kv_token
 
     @property
+    def features(self) -> int:
+        """Bytes of the features of all the pool's tokens."""
+        return self.blocks * BLOCK * self.features_token
+
+    @property
+    def block(self) -> int:
+        """Bytes of a KV block and of its tokens' features."""
+        return BLOCK * (self.kv_token + self.features_token)
+
+    @property
     def fixed(self) -> int:
-        """Bytes of everything but the pool."""
+        """Bytes of everything but the pool and the features of its tokens."""
         return self.target_weights + self.draft_weights + self.working + self.graphs
 
     def most_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
-        return (card.usable - self.fixed) // (BLOCK * self.kv_token)
+        return (card.usable - self.fixed) // self.block
 
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
@@ -78,6 +90,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
+        features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch,
@@ -135,7 +148,7 @@ def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
-    spare = card.usable - need.fixed - need.pool
+    spare = card.usable - need.fixed - need.pool - need.features
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
     if not compiled:
         sentence = f"TensorRT-RTX builds nothing for compute capability {card.capability}; use engine tensorrt."

@@ -35,14 +35,14 @@ def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: 
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
     room = int(total * utilization) - need.fixed
-    blocks = room // (BLOCK * need.kv_token)
+    blocks = room // need.block
     if blocks < need.request_blocks:
         context = blocks * BLOCK - (need.request_blocks * BLOCK - recipe.limits.context)
         shorter = f", or lower --max-model-len to {context}" if context >= recipe.limits.prefill_chunk else ""
         raise UserError(
             f"--gpu-memory-utilization is {utilization:g} of {gigabytes(total)} ({name}), but weights and working "
             f"memory take {gigabytes(need.fixed)} and a request of {recipe.limits.context:,} tokens "
-            f"{gigabytes(need.request_blocks * BLOCK * need.kv_token)}; raise it{shorter}."
+            f"{gigabytes(need.request_blocks * need.block)}; raise it{shorter}."
         )
     limits = recipe.limits.model_copy(update={"kv_blocks": blocks})
     return recipe.model_copy(update={"limits": limits})

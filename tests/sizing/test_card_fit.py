@@ -103,6 +103,8 @@ def test_what_an_8b_model_needs():
     assert need.target_kv_token == 36 * 8 * 128 * 2 * 2
     assert need.draft_kv_token == 8 * 128 * 2 * 2
     assert need.pool == 8192 * 32 * (147_456 + 4096)
+    assert need.features == 8192 * 32 * 3 * 4096 * 2  # that the head reads, in bf16
+    assert needs(recipe(engine="openvino"), target, draft).features == 0
     assert need.fixed == need.target_weights + need.draft_weights + need.working + need.graphs
     assert 0.1e9 < need.graphs < needs(recipe(engine="torch"), target, draft).graphs < 1e9
     assert needs(recipe(engine="openvino"), target, draft).graphs == 0
@@ -157,7 +159,8 @@ def test_a_batch_to_lower_where_caches_are_linear():
     assert before == 128
     assert on("L40S", engine="tensorrt-rtx", batch=after).fits
     # One slot more does not fit, with the working memory of the batch that was asked for.
-    assert not on("L40S", engine="tensorrt-rtx", batch=after + 1).fits
+    need = needs(recipe(engine="tensorrt-rtx"), *(shape.sizes for shape in shapes(recipe(), BUILD)))
+    assert after == (CARDS["L40S"].usable - need.fixed) // (need.request_blocks * need.block)
 
 
 def test_a_context_to_lower():
@@ -256,7 +259,7 @@ def test_too_few_cards_for_the_recipe():
 def test_missing_and_left_add_up():
     verdict = on("H100-80GB")
     need = needs(recipe(), *(shape.sizes for shape in shapes(recipe(), BUILD)))
-    assert verdict.spare == int(0.9 * 80e9) - need.fixed - need.pool
+    assert verdict.spare == int(0.9 * 80e9) - need.fixed - need.pool - need.features
     assert (
         f"fits: {verdict.spare / 1e9:.1f} GB a GPU are left, room for {verdict.most_blocks:,} KV blocks."
         == verdict.sentence

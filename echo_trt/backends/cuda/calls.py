@@ -180,11 +180,14 @@ class Graphs:
         return Captured(staging, graph, places)
 
     def _record(
-        self, graph: torch.cuda.CUDAGraph, inputs: dict[str, Tensor], places: tuple[Tensor, ...], arguments: tuple
+        self,
+        graph: torch.cuda.CUDAGraph,
+        inputs: dict[str, Tensor],
+        places: tuple[Tensor, ...],
+        arguments: tuple[int, ...],
     ) -> None:
         # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
-        capture = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **capture):
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
                 place.copy_(output)
 
