@@ -1,6 +1,7 @@
 """The TensorRT engine without a GPU: every launch it makes is run by ONNX Runtime, and every refusal is a sentence."""
 
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,6 +310,24 @@ def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=waits.append))
     TensorRTEngine(session, SLOTS, 4, 16)
     assert waits == ["PyTorch's"]
+
+
+def test_calls_and_moves_wait_for_what_the_current_stream_still_has_to_do(networks, tmp_path, monkeypatch):
+    """Between two calls a bank is written on PyTorch's current stream; the next call's reads come behind that."""
+    _, engine, _ = packed("draft", networks, tmp_path)
+    done = []
+    stream = SimpleNamespace(wait_stream=lambda other: done.append(f"waits for {other}"), synchronize=lambda: None)
+    monkeypatch.setattr(engine, "_stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "PyTorch's")
+    monkeypatch.setattr(torch.cuda, "stream", lambda used: done.append(used) or nullcontext())
+    call = pack(
+        np.zeros(3, np.int64), np.arange(3), np.zeros(1, np.int64), np.array([3]), np.arange(4)[None], np.arange(3)
+    )
+    rows = np.arange(3)
+    engine.bank("features").write(rows, np.ones((3, 192), np.float32), rows)
+    engine.run(call, features=engine.bank("features").read(rows), hidden=engine.bank("hidden").read(rows[:0]))
+    engine.move(rows[:1], rows[1:2])
+    assert done == ["waits for PyTorch's", stream] * 2
 
 
 def test_ranks_have_graphs(networks, tmp_path, monkeypatch):

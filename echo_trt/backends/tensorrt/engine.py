@@ -6,6 +6,7 @@ TensorRT with the plugin takes packed calls over a paged pool; the native graph 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +133,7 @@ class TensorRTEngine:
         if self._graphs is None or self._layout:
             return
         none = np.zeros(0, np.int64)
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
@@ -151,7 +152,7 @@ class TensorRTEngine:
     def run(self, call: Packed, **inputs: Any) -> dict[str, np.ndarray]:
         """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
         inputs = numbered(inputs)
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             if self._layout:
                 self._clear(call)
                 pieces = linear_pieces(call, inputs, self._layout, self._limits)
@@ -194,19 +195,27 @@ class TensorRTEngine:
     def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait, where this engine drafts them."""
         if self.drafts_levels:
-            with torch.cuda.stream(self._stream):
+            with self._streaming():
                 self._levels.capture(shapes)
             self._wait()
 
     @torch.inference_mode()
     def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
             states = whole["state"][self._on_device(call.logit_rows)]
             drafted = self._levels.run(below, shape, most, (whole["scores"], whole["candidates"]), states)
         self._wait()
         return drafted
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Work on this engine's stream, behind what the current one still has to do, such as a bank's writes."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _wait(self) -> None:
         if self._stream is not None:
@@ -278,7 +287,7 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._streaming():
             mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
