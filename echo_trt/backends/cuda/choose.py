@@ -33,7 +33,8 @@ def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True) -> Te
     if "masks" in c:
         bits = (c["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
         logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
-    return draw(logits, *(c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p")), limits)
+    settings = (c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p"))
+    return draw(logits, *settings, limits=limits)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
