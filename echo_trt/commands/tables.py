@@ -100,9 +100,9 @@ def recipe_table(recipe: Recipe, folder: Path) -> Table:
 
 
 def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None) -> None:
-    from echo_trt.sizing.fit import gigabytes, needs_of
+    from echo_trt.sizing.fit import gigabytes, needs
 
-    need = needs_of(recipe, target, draft)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     if recipe.tensor_parallel > 1:
         table.add_row(
             "tensor_parallel",
@@ -123,10 +123,10 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     if need.graphs:
         table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
     if need.features:
-        table.add_row("features", f"of the pool's tokens, {gigabytes(need.features)}")
+        table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
     table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
-    if draft and draft.feature_size and not need.features:
-        features = 4 * draft.feature_size
+    if draft and draft.sizes.feature_size and not need.features:
+        features = 4 * draft.sizes.feature_size
         table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
 
 

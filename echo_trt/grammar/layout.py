@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLTokenizer
+if TYPE_CHECKING:  # decoding without grammars needs no llguidance
+    from llguidance import LLMatcher, LLTokenizer
 
 _SPACE = b" \t\r\n"
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLMatcher
 
 from echo_trt.grammar.layout import Writer
+
+if TYPE_CHECKING:  # decoding without grammars needs no llguidance
+    from llguidance import LLMatcher
 
 AT_END = 4  # tokens from a mark of a thought to the end of a prompt, at most: the mark and line breaks
 

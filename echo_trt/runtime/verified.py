@@ -57,11 +57,14 @@ class Verified:
 
     @cached_property
     def _all_tokens(self) -> np.ndarray:
-        """The next tokens at all nodes, where logits are on a device: int64 [n], in one copy."""
+        """The next tokens at all nodes, where logits are on a device: int64 [n]. Greedy requests' are the best ones."""
         logits = self.outputs["logits"]
-        nodes = np.arange(len(self.tree))
-        tokens: np.ndarray = logits.argmax(axis=1) if self._greedy else logits.choose(nodes, self._choice(nodes))
-        return tokens[: len(nodes)]
+        tokens: np.ndarray = logits.argmax(axis=1)[: len(self.tree)]
+        if not self._greedy:
+            slots = self._slots_of(np.arange(len(self.tree)))
+            nodes = np.flatnonzero(self.state.adjusted[slots] | (self.state.temperature[slots] > 0))
+            tokens[nodes] = logits.choose(nodes, self._choice(nodes))
+        return tokens
 
     def wait(self) -> None:
         """Wait for a device's results, without which the pass has not ended."""

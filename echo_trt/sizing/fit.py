@@ -13,7 +13,7 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
-from echo_trt.sizing.shapes import Shape, shapes
+from echo_trt.sizing.shapes import shapes
 from super_tree_attention.kernel_plan import split_rows
 
 #: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
@@ -30,7 +30,7 @@ class Needs:
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
     graphs          bytes of captured CUDA graphs, of target and draft
-    features_token  bytes of a token's features, which a GPU keeps beside its KV for a draft that reads them
+    features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
     linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
@@ -39,6 +39,7 @@ class Needs:
     draft_weights: int
     target_kv_token: int
     draft_kv_token: int
+    features_token: int
     calls: CallSizes
     tokens: int
     working: int
@@ -46,7 +47,6 @@ class Needs:
     blocks: int
     request_blocks: int
     linear: bool
-    features_token: int = 0
 
     @property
     def kv_token(self) -> int:
@@ -58,17 +58,17 @@ class Needs:
 
     @property
     def features(self) -> int:
-        """Bytes of the features of the pool's tokens."""
+        """Bytes of the features of all the pool's tokens."""
         return self.blocks * BLOCK * self.features_token
 
     @property
     def block(self) -> int:
-        """Bytes that a further block takes."""
+        """Bytes of a KV block and of its tokens' features."""
         return BLOCK * (self.kv_token + self.features_token)
 
     @property
     def fixed(self) -> int:
-        """Bytes of everything but the pool and its tokens' features."""
+        """Bytes of everything but the pool and the features of its tokens."""
         return self.target_weights + self.draft_weights + self.working + self.graphs
 
     def most_blocks(self, card: Card) -> int:
@@ -76,11 +76,8 @@ class Needs:
         return (card.usable - self.fixed) // self.block
 
 
-def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, feature_size: int = 0) -> Needs:
-    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus).
-
-    feature_size  numbers of a token's features that the draft reads (Shape.feature_size)
-    """
+def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
+    """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
@@ -93,6 +90,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, feature_size: int 
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
+        features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch,
@@ -100,12 +98,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None, feature_size: int 
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         linear=linear,
-        features_token=0 if recipe.engine == "openvino" else feature_size * KV_BYTES[draft_precision],
     )
-
-
-def needs_of(recipe: Recipe, target: Shape, draft: Shape | None) -> Needs:
-    return needs(recipe, target.sizes, draft.sizes if draft else None, draft.feature_size if draft else 0)
 
 
 def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
@@ -153,7 +146,7 @@ class Fit:
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
-    need = needs_of(recipe, target, draft)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool - need.features
     compiled = recipe.engine != "tensorrt-rtx" or card.capability in RTX_CAPABILITIES
@@ -215,7 +208,7 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         target, draft = shapes(recipe, folder)
     except UserError:
         return False
-    need = needs_of(recipe, target, draft)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     return need.most_blocks(card) >= need.request_blocks
 
 

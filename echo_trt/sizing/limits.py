@@ -7,7 +7,7 @@ from pathlib import Path
 from echo_trt.bundle.recipe import Recipe, parse_recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
-from echo_trt.sizing.fit import gigabytes, needs_of
+from echo_trt.sizing.fit import gigabytes, needs
 from echo_trt.sizing.shapes import shapes
 
 
@@ -33,7 +33,7 @@ def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: 
     Raises UserError where one request of limits.context does not fit.
     """
     target, draft = shapes(recipe, folder)
-    need = needs_of(recipe, target, draft)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     room = int(total * utilization) - need.fixed
     blocks = room // need.block
     if blocks < need.request_blocks:

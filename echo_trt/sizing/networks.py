@@ -40,6 +40,7 @@ class Sizes:
     experts: int = 0
     experts_per_token: int = 0
     gpus: int = 1
+    feature_size: int = 0  # numbers of the target's features that a draft reads of a token
 
     @property
     def total(self) -> int:
@@ -140,6 +141,7 @@ def head_sizes(config: Eagle3Config) -> Sizes:
         vocab_size=config.draft_vocab_size,
         hidden_size=hidden,
         intermediate_size=config.intermediate_size,
+        feature_size=features,
     )
 
 
@@ -168,6 +170,7 @@ def block_sizes(config: BlockConfig) -> Sizes:
         vocab_size=config.draft_vocab_size,
         hidden_size=hidden,
         intermediate_size=config.intermediate_size,
+        feature_size=features,
     )
 
 

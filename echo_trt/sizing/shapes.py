@@ -20,11 +20,10 @@ from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_siz
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's sizes and their origin, and the numbers of a token's features that it reads."""
+    """A network's sizes and their origin."""
 
     sizes: Sizes
     origin: str
-    feature_size: int = 0
 
 
 @cache
@@ -45,10 +44,10 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
     raw, origin = _config(source, recipe_folder, "draft.source")
     if recipe.draft.kind == "eagle3":
         head = eagle3_config(raw, origin)
-        return target, Shape(head_sizes(head), origin, 3 * head.target_hidden_size)
+        return target, Shape(head_sizes(head), origin)
     if recipe.draft.kind == "block":
         drafter = fitted(block_config(raw, origin, recipe.draft.block), config, origin)
-        return target, Shape(block_sizes(drafter), origin, drafter.feature_size)
+        return target, Shape(block_sizes(drafter), origin)
     return target, Shape(decoder_sizes(decoder_config(raw, origin)), origin)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.sizing.fit import gigabytes, needs_of
+from echo_trt.sizing.fit import gigabytes, needs
 from echo_trt.sizing.shapes import shapes
 
 
 def check_space(recipe: Recipe, recipe_folder: Path, folder: Path) -> None:
     """Refuse a build whose files, the engines of all ranks and the graph of one, would fill the disk of ``folder``."""
     target, draft = shapes(recipe, recipe_folder)
-    need = needs_of(recipe, target, draft)
+    need = needs(recipe, target.sizes, draft and draft.sizes)
     needed = need.target_weights * (recipe.tensor_parallel + 1) + need.draft_weights
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -204,7 +204,10 @@ def combine(
     tl.store(output + row * HEAD_DIM + dims, merged.to(output.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=("kv_heads", "num_blocks"))
+_ROWS = ("source_rows", "target_rows", "kv_heads", "num_blocks")
+
+
+@triton.jit(do_not_specialize=_ROWS, do_not_specialize_on_alignment=_ROWS)
 def copy_rows(
     source, target, source_rows, target_rows, kv_heads, num_blocks,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr,

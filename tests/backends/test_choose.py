@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from echo_trt.backends.cuda import choose as on_device
+from echo_trt.backends.cuda import device_rows
 from echo_trt.backends.cuda.choose import draw, limited, penalise
 from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.decoding.sampling import draw as host
@@ -63,9 +65,13 @@ def test_penalties_are_the_hosts():
     np.testing.assert_array_equal(found.numpy(), wanted)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_choice_is_the_hosts(masked):
-    """Everything at once, at some rows of many and in their order; what logits hold is not touched."""
+@pytest.mark.parametrize(("masked", "at_once"), [(False, 1 << 20), (True, 1 << 20), (False, 7 * 4 * 203), (True, 1)])
+def test_a_choice_is_the_hosts(masked, at_once, monkeypatch):
+    """Everything at once, at some rows of many and in their order; what logits hold is not touched.
+
+    With few bytes at once the rows are divided into parts, and what moves their logits with them.
+    """
+    monkeypatch.setattr(device_rows, "_AT_ONCE", at_once)
     rng, size = np.random.default_rng(5), 203
     logits, asked = rows(3, 50, size), rng.permutation(50)[:30]
     many, one = (rng.integers(0, 30, 300), rng.integers(0, size, 300)), rng.choice([-np.inf, 2.5, -1], 300)
@@ -85,3 +91,39 @@ def test_a_choice_is_the_hosts(masked):
     before = torch.from_numpy(logits.copy())
     assert DeviceLogits(before).choose(asked, choice).tolist() == choose(logits[asked], choice).tolist()
     np.testing.assert_array_equal(before.numpy(), logits)
+
+
+def test_few_rows_are_worked_on_at_once(monkeypatch):
+    """A pass of many sampled nodes takes no more memory than one of a few."""
+    monkeypatch.setattr(device_rows, "_AT_ONCE", 10 * 4 * 90)
+    chosen, most = on_device.choose, []
+    monkeypatch.setattr(
+        on_device,
+        "choose",
+        lambda logits, *rest, **options: most.append(len(logits)) or chosen(logits, *rest, **options),
+    )
+    logits, count = rows(2, 35, 90), 35
+    none, no = np.zeros(0, np.int64), np.ones(count)
+    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
+    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
+    choice = Choice(**choices(4, count), **nothing, presence=no - 1, frequency=no - 1)
+    on_card = DeviceLogits(torch.from_numpy(logits))
+    assert on_card.choose(np.arange(count), choice).tolist() == choose(logits, choice).tolist()
+    assert most == [10, 10, 10, 5]
+    whole = DeviceLogits(torch.from_numpy(logits[:10])).log_probabilities(np.arange(10), np.arange(10), 3)
+    parts = on_card.log_probabilities(np.arange(count), np.arange(count), 3)
+    for one, other in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(one[:10], other)
+
+
+def test_draws_without_limits_search_no_row(monkeypatch):
+    """Temperature alone, and top-k 1: what a search for tokens to shut out would find is known."""
+    logits, wanted = rows(8, 40, 600), choices(8, 40)
+    wanted |= {"top_k": wanted["seed"] % 2, "top_p": np.ones(40), "min_p": np.zeros(40)}
+    none, no = np.zeros(0, np.int64), np.ones(40)
+    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
+    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
+    monkeypatch.setattr(on_device, "limited", None)
+    choice = Choice(**wanted, **nothing, presence=no - 1, frequency=no - 1)
+    found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
+    assert found.tolist() == choose(logits, choice).tolist()

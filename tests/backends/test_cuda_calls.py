@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from contextlib import contextmanager
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import roles_of
-from stand_in_graphs import StandInGraph, as_on_a_gpu, in_banks, with_graphs
+from stand_in_graphs import StandInGraph, StandInGraphs, as_on_a_gpu, in_banks, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,6 +162,68 @@ def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, 
         assert len(said) == (past == 0)  # once
         assert all(s.endswith("without a CUDA graph: operation not permitted when stream is capturing") for s in said)
     assert graphs.captures == 2  # no second try of the size that failed
+
+
+class Streams:
+    """PyTorch's current stream, and its captures: one that fails leaves its stream as the current one."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.captures, capture = SimpleNamespace(wait_stream=lambda other: None), [], torch.cuda.graph
+
+        @contextmanager
+        def on(stream):
+            before, self.current = self.current, stream
+            try:
+                yield
+            finally:
+                self.current = before
+
+        @contextmanager
+        def graph(made, pool, stream, capture_error_mode):
+            self.captures.append((pool, id(stream), gc.isenabled()))
+            before, self.current = self.current, stream
+            with capture(made):
+                yield
+            self.current = before
+
+        pools = count()
+        for name, value in {
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda device: self.current,
+            "graph_pool_handle": lambda: next(pools),
+            "stream": on,
+            "graph": graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_engines_capture_on_streams_of_their_own_and_nothing_is_collected_meanwhile(networks, monkeypatch):
+    """PyTorch frees the workspace of a capture's stream when one of its graphs ends, whoever else has captured there.
+
+    A graph that could not be captured is kept for that reason, and the next one gets another pool of memory, since
+    PyTorch may go on in the belief that the old one is being captured into.
+    """
+    engines = [TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS) for _ in range(2)]
+    for engine in engines:
+        with_graphs(engine, monkeypatch)
+    streams = Streams(monkeypatch)
+    for engine in engines:
+        engine._graphs = StandInGraphs(engine._forward, refused=(8,))
+    start = streams.current
+    for engine in engines:
+        for past, tokens in ((0, 4), (4, 8), (12, 2)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                engine.run(prompt(tokens, past, 1))
+            assert streams.current is start
+        assert len(engine._graphs._failed) == 1
+    pools, used, enabled = zip(*streams.captures, strict=True)
+    assert len(set(pools[:2])) == len(set(pools[3:5])) == 1  # up to the capture that fails
+    assert len(set(pools)) == 4
+    assert len(set(used[:3])) == len(set(used[3:])) == 1
+    assert len(set(used)) == 2
+    assert not any(enabled)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("pair", ["eagle3", "model", "dflash"])

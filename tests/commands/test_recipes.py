@@ -19,8 +19,7 @@ from refusal import refused
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.recipe import parse_recipe
 from echo_trt.commands.recipes import recipe_for, sized
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.sizing.fit import needs_of
+from echo_trt.sizing.fit import needs
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.shapes import shapes
 
@@ -138,10 +137,10 @@ def test_memory_is_filled_as_far_as_was_said():
     recipe = limited(recipe, 4096, 16)
     full = filling(recipe, folder, 80 * 10**9, 0.9, "H100")
     target, draft = shapes(full, folder)
-    need = needs_of(full, target, draft)
+    need = needs(full, target.sizes, draft.sizes)
     taken = need.fixed + need.pool + need.features
-    assert need.features == need.blocks * BLOCK * 3 * 4096 * 2  # the head's, which stay on the GPU
     assert taken <= 72 * 10**9 < taken + need.block
+    assert need.features > 5 * 10**9  # of the target's hidden states, which the head reads
     one = need.request_blocks * need.block
     with refused("(H100)", "lower --max-model-len to"):
         filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100")

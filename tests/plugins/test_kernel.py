@@ -13,7 +13,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from super_tree_attention import super_tree_attention
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from super_tree_attention import kernel, super_tree_attention
 from super_tree_attention.triton_attention import _interpreted, move_rows, super_tree_attention_triton
 
 BLOCK = 32
@@ -149,6 +153,19 @@ def test_moved_rows_may_overlap(dtype):
     torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
     move_rows(moved, source[:0].to(DEVICE), target[:0].to(DEVICE))
     torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
+
+
+def test_moves_of_any_number_of_rows_are_one_kernel():
+    """Where the second half of an odd number of row numbers begins must compile no further kernel while serving."""
+    copy, backend = kernel.copy_rows, make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(copy.signature, copy.params, backend)
+    pools, made = torch.zeros(2, 4, 2, BLOCK, 64, dtype=torch.bfloat16), set()
+    for count in (3, 4):
+        source, target = torch.zeros(2, count, dtype=torch.int64)
+        rows = pools.new_zeros(2, count, 2, 64)
+        _, special, _ = bind(pools, rows, source, target, 2, 4, HEAD_DIM=64, BLOCK=BLOCK, GATHER=True)
+        made.add(tuple(special))
+    assert len(made) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="launches are interpreted")

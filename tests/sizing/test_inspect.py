@@ -41,7 +41,8 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert told["weights"] == "target 16.4 GB, draft 2.0 GB"
     assert told["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
     assert told["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
-    assert told["features"] == "of the pool's tokens, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
+    assert told["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
+    assert "host memory" not in told
     assert told["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
     assert told["H100-80GB"].endswith("222")
     assert told["L4"].split(" | ")[:2] == ["1", "no"]
@@ -54,7 +55,15 @@ def test_a_block_drafters_needs(inspect):
     assert told["draft"].startswith("block deepseek-ai/dspark_qwen3_8b_block7 (2.29 B parameters, 5 layers, vocabulary")
     assert told["weights"] == "target 16.4 GB, draft 4.6 GB"
     assert told["KV of a token"] == "target 147,456 bytes, draft 20,480 bytes"
-    assert told["features"] == "of the pool's tokens, 9.4 GB"  # 229,376 x 5 x 4,096 x 2 bytes
+    assert told["features"].endswith("9.4 GB")  # 7,168 x 32 x 5 x 4,096 x 2 bytes
+
+
+def test_a_cpu_keeps_features_in_host_memory(inspect, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", "engine: openvino"))
+    told = rows(inspect(file)[1])
+    assert told["host memory"].endswith("12.9 GB")  # 262,144 x 3 x 4,096 x 4 bytes
+    assert "features" not in told
 
 
 @pytest.mark.parametrize(

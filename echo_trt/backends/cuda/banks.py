@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.cuda.device_rows import DeviceRows
 from echo_trt.backends.cuda.transfers import send
 
@@ -17,6 +18,9 @@ class DeviceBank:
     """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them."""
 
     def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
+        if device.type == "cuda":
+            needed = count * width * dtype.itemsize
+            check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
         self.rows = torch.zeros(count, width, dtype=dtype, device=device)
 
     def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,10 +99,27 @@ class Captured(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Keep Python's collector from running: what it ends in the middle of a capture, such as a graph, spoils that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Graphs:
     """``forward`` as CUDA graphs: one for every size of a call, captured before calls come or at the first call.
 
     A size that cannot be captured is run by plain launches from then on.
+
+    All graphs are captured on a stream of their own. PyTorch keeps a workspace of cuBLAS for each stream, of 32 MiB on
+    an H100, and frees a stream's workspace when any graph ends that was captured there, though others still write into
+    it (PyTorch's issue 193402). On PyTorch's own capture stream, graphs of an engine that is closed would take the
+    memory of another engine's along.
     """
 
     def __init__(self, forward: Forward, device: torch.device):
@@ -108,6 +127,8 @@ class Graphs:
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}
+        self._stream = torch.cuda.Stream(device)
+        self._failed: list[torch.cuda.CUDAGraph] = []  # kept, since the end of one frees the workspace of all
         self.sealed = False  # whether all sizes are captured, so that a call of another size is run by plain launches
 
     def run(self, arrays: Arrays, capacity: Capacity | None = None, *arguments: int) -> tuple[Tensor, ...] | None:
@@ -135,27 +156,40 @@ class Graphs:
         staging = Staging(arrays, self._device, capacity)
         inputs = staging.upload(blank(arrays))
         # A run before the capture compiles kernels and starts libraries.
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             outputs = self._forward(inputs, *arguments)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         places = self._output_places(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
-                    place.copy_(output)
+            # A capture that fails leaves its stream as the current one, which the outer block sets back.
+            with torch.cuda.stream(current), without_collections():
+                self._record(graph, inputs, places, arguments)
         except RuntimeError as error:
             torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
+            self._failed.append(graph)
+            self._memory = torch.cuda.graph_pool_handle()  # PyTorch may take the old one for still being captured into
             count, reason = len(next(iter(arrays.values()))), " ".join(str(error).split())[:200]
             rows = "tokens" if "token_ids" in arrays else "requests"
             warnings.warn(f"calls of {count} {rows} run without a CUDA graph: {reason}", stacklevel=2)
             return None
         return Captured(staging, graph, places)
+
+    def _record(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        inputs: dict[str, Tensor],
+        places: tuple[Tensor, ...],
+        arguments: tuple[int, ...],
+    ) -> None:
+        # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
+                place.copy_(output)
 
     def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the shared memory of outputs of the shapes of ``like``."""

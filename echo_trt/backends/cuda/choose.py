@@ -20,8 +20,11 @@ _PARTS = 32  # of a row, which a program each goes over; larger: few rows use mo
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
 
-def choose(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
-    """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing."""
+def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True) -> Tensor:
+    """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
+
+    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out.
+    """
     c = choice
     logits = logits.to(torch.float32, copy=True)
     said = c["said_row"], c["said_token"], c["said_generated"]
@@ -30,7 +33,8 @@ def choose(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
     if "masks" in c:
         bits = (c["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
         logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
-    return draw(logits, *(c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p")))
+    settings = (c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p"))
+    return draw(logits, *settings, limits=limits)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,15 +60,18 @@ def draw(
     seed: Tensor,
     place: Tensor,
     min_p: Tensor,
+    limits: bool = True,
 ) -> Tensor:
     """Choose a token a row, as ``decoding.sampling.draw.sample`` does: int64 [n].
 
     logits                     float32 [n, V]
     temperature, top_p, min_p  float64 [n]
     top_k, seed, place         int64 [n]; a seed's 64 bits
+    limits                     whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
     """
     best = logits.argmax(dim=1)
-    drawn = _race(limited(logits, temperature, top_k, top_p, min_p), logits.amax(dim=1), temperature, seed, place)
+    running = limited(logits, temperature, top_k, top_p, min_p) if limits else logits
+    drawn = _race(running, logits.amax(dim=1), temperature, seed, place)
     return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
 
 

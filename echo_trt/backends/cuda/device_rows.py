@@ -11,7 +11,11 @@ from torch import Tensor
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.transfers import fetch, send
-from echo_trt.decoding.sampling.choice import Choice
+from echo_trt.decoding.sampling.choice import Choice, part_of
+
+#: Bytes of float32 logits from which tokens are chosen at once; a choice takes about 15 times as much memory. Larger:
+#: fewer launches, and more memory that the KV pool must leave free.
+_AT_ONCE = 32 << 20
 
 
 class DeviceRows:
@@ -70,19 +74,32 @@ class DeviceLogits(DeviceRows):
 
     def choose(self, rows: np.ndarray, choice: Choice) -> np.ndarray:
         """Choose a token at each of ``rows`` int64 [m], as ``decoding.sampling.choice.choose``: int64 [m]."""
+        chosen = [self._choose(rows[part], part_of(choice, part)) for part in self._parts(len(rows))]
+        return fetch(torch.cat(chosen)) if chosen else np.zeros(0, np.int64)
+
+    def _choose(self, rows: np.ndarray, choice: Choice) -> Tensor:
         arrays = {field.name: getattr(choice, field.name) for field in fields(choice)}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         sent = self._send(arrays | {"rows": rows})
-        return fetch(choose.choose(self.tensor[sent.pop("rows")], sent))
+        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=choice.limits)
 
     def log_probabilities(
         self, rows: np.ndarray, tokens: np.ndarray, most: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See ``choose.log_probabilities``, at ``rows`` int64 [m]."""
+        parts = [self._log_probabilities(rows[part], tokens[part], most) for part in self._parts(len(rows))]
+        packed = fetch(torch.cat(parts)) if parts else np.zeros((0, 1 + 2 * most))
+        return packed[:, 0].astype(np.float32), packed[:, 1 : 1 + most], packed[:, 1 + most :].astype(np.int64)
+
+    def _log_probabilities(self, rows: np.ndarray, tokens: np.ndarray, most: int) -> Tensor:
         sent = self._send({"rows": rows, "tokens": tokens})
         found = choose.log_probabilities(self.tensor[sent["rows"]], sent["tokens"], most)
-        packed = fetch(torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1))
-        return packed[:, 0].astype(np.float32), packed[:, 1 : 1 + most], packed[:, 1 + most :].astype(np.int64)
+        return torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1)
+
+    def _parts(self, count: int) -> list[slice]:
+        """Divide ``count`` rows into parts that are worked on at once."""
+        size = max(_AT_ONCE // (4 * self.shape[1]), 1)
+        return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     def _send(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         return Staging(arrays, self._rows.device).upload(arrays)

@@ -23,6 +23,7 @@ from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of,
 from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
+from echo_trt.decoding.sampling.choice import Choice
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
@@ -104,6 +105,20 @@ class TorchEngine:
             for arrays, capacity in empty_calls(size, self._bounds, self._role.inputs):
                 self._graphs.run(arrays, capacity)
         self._graphs.sealed = True
+        self._compile_rest()
+
+    def _compile_rest(self) -> None:
+        """Run what no graph holds, the move and a draw: a kernel's first launch compiles it, for a second or more."""
+        row, one = np.zeros(1, np.int64), np.ones(1)
+        self.move(row, row)
+        if "logits" in self._role.outputs:
+            none, no = np.zeros(0, np.int64), np.zeros(0, bool)
+            limits = {"temperature": one, "top_k": row + 2, "top_p": one / 2, "min_p": one / 2}
+            penalties = {"repetition": one, "presence": one - 1, "frequency": one - 1}
+            said = {"said_row": none, "said_token": none, "said_generated": no}
+            moved = {"moved_row": none, "moved_token": none, "moved": none.astype(np.float32)}
+            logits = torch.zeros(1, self._role.network.config.vocab_size, dtype=self._dtype, device=self.device)
+            DeviceLogits(logits).choose(row, Choice(**limits, **penalties, **said, **moved, seed=row, place=row))
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:

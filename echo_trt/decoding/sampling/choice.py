@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -37,6 +37,23 @@ class Choice:
     moved_token: np.ndarray
     moved: np.ndarray
     masks: np.ndarray | None = None
+
+    @property
+    def limits(self) -> bool:
+        """Whether top-k, top-p or min-p shuts tokens out anywhere."""
+        return bool((self.top_k > 1).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
+
+
+def part_of(choice: Choice, part: slice) -> Choice:
+    """Return the choice at rows ``part``, a slice from one row to another."""
+    values = {field.name: getattr(choice, field.name) for field in fields(choice)}
+    for kind in ("said", "moved"):
+        row = values[f"{kind}_row"]
+        inside = (part.start <= row) & (row < part.stop)
+        values |= {name: value[inside] for name, value in values.items() if name.startswith(kind)}
+        values[f"{kind}_row"] = row[inside] - part.start
+    values |= {n: v[part] for n, v in values.items() if v is not None and not n.startswith(("said", "moved"))}
+    return Choice(**values)
 
 
 def choose(logits: np.ndarray, choice: Choice) -> np.ndarray:

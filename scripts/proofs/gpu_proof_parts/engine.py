@@ -14,14 +14,14 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack, pack_levels
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.roles import DraftRole, HeadRole, TargetRole
-from echo_trt.runtime.rounds import timed_rounds, typical
+from echo_trt.runtime.rounds import seconds_again, timed_rounds, typical
 from gpu_proof_parts.curves import call_of, operator
 from gpu_proof_parts.experts import prove_experts
 from gpu_proof_parts.networks import SMALL, TINY, random_decoder, random_head
 from gpu_proof_parts.report import Proof
 
 BOUND = 1e-3  # of the largest value, in float32
-TIMED = 0.3  # relative; larger: costs that are further from the replays' times pass
+TIMED = 0.5  # relative; larger: costs that are further from the replays' times pass. A capture takes 50 replays or more
 
 
 def prove(proof: Proof) -> None:
@@ -156,7 +156,8 @@ def prove_costs(proof: Proof, config: DecoderConfig) -> None:
     rng = np.random.default_rng(3)
     calls = [call_of(size, 1, 40, config, rng) for size in sizes]
     measured = typical(timed_rounds(engine.run, calls, 1.0))
-    again = np.median([[_seconds(engine, call) for call in calls] for _ in range(2 if proof.interpret else 50)], axis=0)
+    rounds = range(2 if proof.interpret else 50)
+    again = np.median([[seconds_again(engine.run, call) for call in calls] for _ in rounds], axis=0)
     apart = float(np.abs(measured / again - 1).max())
     told = "; ".join(f"{n}: {1e3 * m:.2f}, {1e3 * a:.2f}" for n, m, a in zip(sizes, measured, again, strict=True))
     proof.check(
@@ -164,12 +165,6 @@ def prove_costs(proof: Proof, config: DecoderConfig) -> None:
         f"N: measured, replayed in ms: {told}",
     )  # fmt: skip
     proof.record(costs_apart=apart)
-
-
-def _seconds(engine: TorchEngine, call: Packed) -> float:
-    start = time.perf_counter()
-    engine.run(call)
-    return time.perf_counter() - start
 
 
 def _free(proof: Proof) -> int:
