@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from echo_trt.backends.base import Engine, bank_of
-from echo_trt.decoding.arrays import ragged_arange
+from echo_trt.decoding.arrays import begins, ragged_arange
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
@@ -23,6 +23,7 @@ from echo_trt.runtime.slots import Slots
 RunNewest = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]
 NONE = np.zeros(0, np.int64)
 UNKNOWN = -1  # entries of a request that has not drafted
+NEWEST = 16  # entries a request that one pass may catch up with, on average; larger: passes of many requests are longer
 
 
 class IterationDraft(Protocol):
@@ -165,10 +166,11 @@ class EngineDrafter:
         state = self.state
         goal = state.committed[slots] + self.ahead
         start = goal - self.behind(slots)
-        while (goal - start > self.chunk).any():
-            long = np.flatnonzero(goal - start > self.chunk)[:1]
-            self._run_entries(slots[long], start[long], np.full(1, self.chunk), np.zeros(0, np.int64))
-            start[long] += self.chunk
+        while (goal - start).sum() > max(self.chunk, NEWEST * len(slots)):
+            counts = self._chunk_of(goal - start - 1)
+            part = counts > 0
+            self._run_entries(slots[part], start[part], counts[part], np.zeros(0, np.int64))
+            start = start + counts
         newest, first = np.cumsum(goal - start) - 1, self.cached[slots] // BLOCK
         full = goal // BLOCK - first
         outputs = (run or self._run_newest)(slots, start, goal - start)
@@ -177,6 +179,13 @@ class EngineDrafter:
             state.block_drafted[state.block_table[np.repeat(slots, full), index]] = True
         self.cached[slots] = goal
         return outputs, newest
+
+    def _chunk_of(self, missing: np.ndarray) -> np.ndarray:
+        """Divide a chunk's entries among requests that miss so many, those that miss most first: int64 [B]."""
+        order = np.argsort(-missing, kind="stable")
+        counts = np.zeros(len(missing), np.int64)
+        counts[order] = np.clip(self.chunk - begins(missing[order])[:-1], 0, missing[order])
+        return counts
 
     def _run_newest(self, slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Run the last entries, ``counts`` [B] from ``start`` [B] on; the outputs are of the newest ones."""

@@ -13,7 +13,7 @@ from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.models.block_weights import markov_arrays
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import BlockRole
-from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.drafters import NEWEST, EngineDrafter
 from echo_trt.runtime.markov import Markov
 from echo_trt.runtime.slots import Slots
 
@@ -322,6 +322,28 @@ def test_catching_up_reads_no_more_than_a_chunk_of_one_request_at_once(open_llm)
     run(llm.loop, 1)
     chunk = LIMITS["prefill_chunk"]
     assert [len(call.token_ids) for call in draft.calls[:5]] == [chunk] * 4 + [72 - 4 * chunk]
+
+
+def test_many_requests_that_are_behind_catch_up_in_passes_of_a_chunk(open_llm, from_scratch):
+    """Whoever misses most goes first, and the last pass has a few entries a request."""
+    llm = open_llm("close")
+    llm.set_policy("autoregressive")
+    for seed, length in enumerate((70, 20, 30, 9, 60)):
+        add(llm.loop, prompt_ids(length, seed), max_tokens=60)
+    while len(llm.loop.state.decoding()) < 5:
+        llm.loop.step()
+    llm.set_policy("static")
+    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
+    behind = int(llm.loop.drafter.behind(llm.loop.state.decoding()).sum())
+    run(llm.loop, 1)
+    read = np.cumsum([len(call.token_ids) for call in draft.calls])
+    last = int(np.searchsorted(read, behind))
+    assert read[last] == behind
+    sizes = np.diff(read, prepend=0)[: last + 1]
+    assert last > 3
+    assert (sizes[:-1] <= LIMITS["prefill_chunk"]).all()
+    assert sizes[-1] <= NEWEST * 5
+    assert_in_step(llm.loop, from_scratch("close"))
 
 
 def test_features_stay_with_their_tokens_when_a_branch_is_accepted(open_llm, from_scratch):
