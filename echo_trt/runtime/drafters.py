@@ -166,8 +166,9 @@ class EngineDrafter:
         state = self.state
         goal = state.committed[slots] + self.ahead
         start = goal - self.behind(slots)
-        while (goal - start).sum() > max(self.chunk, NEWEST * len(slots)):
-            counts = self._chunk_of(goal - start - 1)
+        most = max(self.chunk, NEWEST * len(slots))
+        while ((missing := goal - start) > self.chunk).any() or missing.sum() > most:
+            counts = self._chunk_of(missing - 1)
             part = counts > 0
             self._run_entries(slots[part], start[part], counts[part], np.zeros(0, np.int64))
             start = start + counts
