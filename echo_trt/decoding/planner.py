@@ -84,7 +84,7 @@ class Load:
 class Explanation:
     """What a plan was chosen from, for metrics and whoever watches the loop. Neither text nor speed depends on it.
 
-    candidates  all nodes that were considered, of which the plan's tree is a subset
+    candidates  the tree of all nodes that the planner considered; the plan's tree is a part of it
     chances     float64 [len(candidates)], estimated chance that a candidate is accepted (1.0 for roots)
     nodes       int64 [n], the nodes of the plan's tree in ``candidates``
     rung        most tokens of this iteration's target pass, goodput's choice for its load; 0: the planner's budget

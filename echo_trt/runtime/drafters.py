@@ -182,7 +182,7 @@ class EngineDrafter:
         return outputs, newest
 
     def _chunk_of(self, missing: np.ndarray) -> np.ndarray:
-        """Divide a chunk's entries among requests that miss so many, those that miss most first: int64 [B]."""
+        """Divide one chunk among requests that miss ``missing`` int64 [B] entries, the largest first: entries [B]."""
         order = np.argsort(-missing, kind="stable")
         counts = np.zeros(len(missing), np.int64)
         counts[order] = np.clip(self.chunk - begins(missing[order])[:-1], 0, missing[order])

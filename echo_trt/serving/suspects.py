@@ -12,9 +12,9 @@ MOST_FAILURES = 2  # in a row, after which a request that ran alone is guilty; l
 class Suspects:
     """Tries the requests that were running when the engine failed, one by one: only what fails alone, fails.
 
-    Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. It ends with
-    ``cleared``, when the request has emitted a token, or with the engine's next failure, which ``accuse`` is told. The
-    engine's thread alone may call this; it moves the requests into the loop and out of it.
+    Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. A trial ends in
+    one of two ways: the request emits a token (``cleared``), or the engine fails again (``accuse``). Only the engine's
+    thread may call these methods; it moves the requests into the loop and out of it.
 
     on_trial  the suspect that runs by itself now
     waiting   suspects that are still to be tried, in order
@@ -43,7 +43,7 @@ class Suspects:
     def accuse(self, jobs: Sequence[Job], alone: bool) -> Job | None:
         """End the trial, and suspect the requests that the engine failed on. Returns the guilty one, to be ended.
 
-        jobs   requests that were running, without those that have ended
+        jobs   running requests that have not ended
         alone  whether a single one was running, ended or not
         """
         self.on_trial = None

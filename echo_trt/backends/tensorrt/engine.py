@@ -282,7 +282,7 @@ class TensorRTEngine:
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
     def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
-        # Without views of the caches, of which a large network has over a hundred: this is computed at every call.
+        # Every call comes here, and a large network has over a hundred caches: shapes need no views.
         cache = (len(piece.arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
         shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
         shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}

@@ -30,8 +30,8 @@ def knots() -> np.ndarray:
 class Forecast:
     """Forecast of what expanding a node adds, from the calibration's child values.
 
-    child_shares[d]  float64 [levels, width, quantiles]: a child's P(accept) divided by that of the expanded node at
-                     depth d, under the best child of each level
+    child_shares[d]  float64 [levels, width, quantiles]: P(accept) of a child divided by P(accept) of the expanded
+                     node at depth d; each further level hangs below the best child of the level before
     added_tokens[d]  float64 [levels]: expected accepted tokens that 1, 2, ... levels below a node at depth d add,
                      divided by the node's P(accept)
     first            mean P(accept) of a root's best child

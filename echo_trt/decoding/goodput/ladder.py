@@ -63,12 +63,12 @@ class Ladder:
 
 
 class _Window:
-    """Iterations of one rung in a row: tokens and seconds of all, and of those that count.
+    """Consecutive iterations of one rung: the tokens and seconds of all iterations, and of the counted ones.
 
     index       of the rung
-    due         iterations that count, after which it is over
-    patience    iterations of any kind that it may still have
-    iterations  that counted so far
+    due         counted iterations after which the window is over
+    patience    iterations, counted or not, that the window may still have
+    iterations  counted iterations so far
     """
 
     def __init__(self, index: int, due: float):

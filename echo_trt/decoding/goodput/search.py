@@ -57,8 +57,8 @@ def _best_value(histogram: np.ndarray, verification: np.ndarray) -> float:
 def _foresee(foreseen: np.ndarray, parents: np.ndarray, children: np.ndarray) -> None:
     """Add to ``foreseen`` float64 [levels, 2, BINS] the expected descendants of ``parents`` float64 [m], best first.
 
-    children float64 [levels, width, quantiles], as ``Forecast.child_shares``. Of more than BINS parents those of one
-    bin are taken together: a large batch has few different values.
+    children float64 [levels, width, quantiles], as ``Forecast.child_shares``. With more than BINS parents, the
+    parents of one bin share one computation: a large batch has few different values.
     """
     merge, begin = len(parents) > BINS, 0
     while begin < len(parents):
