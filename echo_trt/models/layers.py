@@ -218,6 +218,5 @@ def has_grouped_products(x: Tensor, down: Tensor) -> bool:
     no CUDA graph can hold (ATen/native/cuda/GroupedBlas.cpp, PyTorch 2.10). Rows have to be multiples of 16 bytes. On a
     CPU a group of one row rounds otherwise than a larger one, so a text would depend on its neighbours.
     """
-    fits = hasattr(F, "grouped_mm") and x.dtype == torch.bfloat16
-    fits = fits and not any(size * x.element_size() % 16 for size in down.shape[1:])
+    fits = x.dtype == torch.bfloat16 and not any(size * x.element_size() % 16 for size in down.shape[1:])
     return x.device.type == "cuda" and fits and torch.cuda.get_device_capability(x.device)[0] in (9, 10)

@@ -5,22 +5,17 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
-from pairs import LIMITS, SIZES, VOCAB, block_inputs, recipe_of, roles_of
+from onnx_sessions import SLOTS, OnnxSession, packed
+from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
-from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
-from echo_trt.backends.cuda.levels import level_call, parts_of_level
-from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.native_export import export_native
-from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import engine as tensorrt
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
-from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
@@ -28,11 +23,7 @@ from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.models.roles import BlockRole, HeadRole
-from super_tree_attention import super_tree_attention
-from super_tree_attention.tensorrt_names import WRITTEN
-from super_tree_attention.tensorrt_plugin import prepare_graph
 
-SLOTS = 4
 NETWORKS = {
     "target": ("eagle3", "target"),
     "draft": ("model", "draft"),
@@ -40,86 +31,6 @@ NETWORKS = {
     "block": ("dflash", "draft"),
 }
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
-
-
-class OnnxSession:
-    """A native graph behind the session's interface, with the profiles its engine would be built for, on the CPU."""
-
-    name, device = "test.engine", torch.device("cpu")
-
-    def __init__(self, graph, sizes: CallSizes):
-        self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        profiles = native_profiles(graph, sizes)
-        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
-        self.inputs = [i.name for i in self._session.get_inputs()]
-        self.outputs = [o.name for o in self._session.get_outputs()]
-        known = {"float": torch.float32, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
-        self.types = {i.name: known[i.type[len("tensor(") : -1]] for i in self._session.get_inputs()}
-        self.num_profiles = len(profiles)
-        self.launched: list[tuple[int, int]] = []
-        self.recurring: set[tuple] = set()  # sizes of calls, each of which has a context of its own
-
-    def _check(self, tensors, recurs):
-        shapes = {name: tuple(tensors[name].shape) for name in self.inputs}
-        profile_for(self._profiles, shapes)
-        self.launched.append(shapes["token_ids"])
-        if recurs:
-            self.recurring.add(tuple(shapes.values()))
-
-    def most(self, name, axis, profile=0):
-        return self._profiles[profile][name][1][axis]
-
-    def width(self, output):
-        return next(o.shape[-1] for o in self._session.get_outputs() if o.name == output)
-
-    def capturable(self, shapes):
-        assert list(shapes) == self.inputs
-        return False
-
-    def launch(self, tensors, aliases, recurs=True):
-        self._check(tensors, recurs)
-        outputs = self._session.run(None, {name: tensors[name].numpy() for name in self.inputs})
-        named = {name: torch.from_numpy(np.array(o)) for name, o in zip(self.outputs, outputs, strict=True)}
-        for name, alias in aliases.items():
-            tensors[alias].copy_(named.pop(name))  # in place, as the engine writes
-        return named
-
-
-class RoleSession(OnnxSession):
-    """The packed graph behind the session's interface: its role with the reference operator in the plugins' place."""
-
-    def __init__(self, role, graph, sizes):
-        profiles = packed_profiles(graph, sizes)
-        self._role = role
-        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
-        self.inputs = list(profiles[0])
-        caches = [name for name in self.inputs if "_cache." in name]
-        self.outputs = [*role.outputs, *(name + WRITTEN for name in caches)]
-        floats = {*caches, "features", "hidden"}
-        longs = {"token_ids", "positions", "state_rows", "logit_rows"}
-        self.types = {
-            name: torch.float32 if name in floats else torch.int64 if name in longs else torch.int32
-            for name in self.inputs
-        }
-        self.num_profiles = len(profiles)
-        self.launched, self.recurring = [], set()
-
-    def width(self, output):
-        return self._role.top_k
-
-    def launch(self, tensors, aliases, recurs=True):
-        self._check(tensors, recurs)
-        assert {name: tensors[name].dtype for name in self.inputs} == self.types
-        assert aliases == {name + WRITTEN: name for name in self.inputs if "_cache." in name}
-        metadata = [tensors[name] for name in METADATA]
-        metadata[METADATA.index("tree_mask")] = tensors["tree_mask"].view(torch.uint8)
-
-        def attend(layer, query, key, value):
-            caches = tensors[f"key_cache.{layer}"], tensors[f"value_cache.{layer}"]
-            return super_tree_attention(query, key, value, *caches, *metadata)
-
-        outputs = self._role(tensors, tensors["logit_rows"], attend)
-        return dict(zip(self._role.outputs, outputs, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -212,91 +123,11 @@ def test_every_call_equals_the_reference(network, opened):
     assert any(batch == 1 and tokens > 16 for batch, tokens in session.launched)
 
 
-def packed(name, networks, folder, pair="eagle3"):
-    """The role, its engine over a paged pool, and its session."""
-    sizes = CallSizes.of(recipe_of(pair, networks))
-    role = roles_of(pair, networks)[name]
-    graph = folder / f"{name}.onnx"
-    export(role, graph)
-    prepare_graph(graph, graph)
-    session = RoleSession(role, graph, sizes)
-    return role, TensorRTEngine(session, SLOTS, sizes.blocks, SLOTS * sizes.blocks), session
-
-
 @pytest.mark.parametrize("pair", ["eagle3", "dflash"])
 def test_every_packed_call_equals_the_reference(pair, networks, tmp_path):
     role, engine, session = packed("draft", networks, tmp_path, pair)
     assert_like_the_reference(role, engine, 12)
     assert any(tokens > 32 for (tokens,) in session.launched)
-
-
-@pytest.mark.parametrize(("levels", "beams", "width"), [(1, 2, 3), (3, 3, 4)])
-def test_levels_on_the_device_are_those_of_the_pytorch_engine(levels, beams, width, networks, tmp_path):
-    role, engine, session = packed("draft", networks, tmp_path)
-    reference = TorchEngine(role, engine.num_blocks, bounds=CallBounds(SLOTS, 4, 16), resident=True)
-    shape, counts = LevelShape(levels, beams, width), np.array([4, 1, 6])
-    rows, table = np.arange(counts.sum()), np.arange(SLOTS * 4).reshape(SLOTS, 4)[:3]
-    positions, past = np.concatenate([np.arange(n) for n in counts]), 0 * counts
-    call = pack(rows % VOCAB, positions, past, counts, table, np.cumsum(counts) - 1)
-    values = np.random.default_rng(4).standard_normal((len(rows), 3 * SIZES["hidden_size"]))
-    drafted = []
-    for each in (reference, engine):
-        assert each.drafts_levels
-        each.bank("features").write(rows, values.astype(np.float32), rows)
-        inputs = {"features": each.bank("features").read(rows), "hidden": each.bank("hidden").read(rows[:0])}
-        drafted.append(each.run_levels(call, pack_levels(counts, table, shape), shape, 9, **inputs))
-    assert drafted[1].shape == drafted[0].shape
-    np.testing.assert_array_equal(drafted[1][:, :3], drafted[0][:, :3])
-    scores = [np.ascontiguousarray(part[:, 3]).view(np.float32) for part in drafted]
-    np.testing.assert_allclose(scores[1], scores[0], atol=1e-5)
-    assert len(session.launched) == 1 + levels
-
-
-def test_levels_of_more_tokens_than_a_launch_takes_are_divided(networks, tmp_path, monkeypatch):
-    """Qwen3-8B's recipe has 128 requests, 10 beams and 7 levels: 8,960 tokens, and an engine's launch takes 1,536."""
-    monkeypatch.setattr("echo_trt.bundle.call_sizes.MAX_LOGIT_ROWS", 16)
-    role, engine, session = packed("draft", networks, tmp_path)
-    reference = TorchEngine(role, engine.num_blocks, bounds=CallBounds(SLOTS, 4, 16), resident=True)
-    shape, counts = LevelShape(3, 3, 4), np.array([4, 1, 6, 2])
-    assert len(counts) * shape.beams * shape.levels > engine._limits.tokens
-    rows, table = np.arange(counts.sum()), np.arange(SLOTS * 4).reshape(SLOTS, 4)
-    positions, past = np.concatenate([np.arange(n) for n in counts]), 0 * counts
-    call = pack(rows % VOCAB, positions, past, counts, table, np.cumsum(counts) - 1)
-    values = np.random.default_rng(4).standard_normal((len(rows), 3 * SIZES["hidden_size"]))
-    drafted = []
-    for each in (reference, engine):
-        each.bank("features").write(rows, values.astype(np.float32), rows)
-        inputs = {"features": each.bank("features").read(rows), "hidden": each.bank("hidden").read(rows[:0])}
-        drafted.append(each.run_levels(call, pack_levels(counts, table, shape), shape, 9, **inputs))
-    np.testing.assert_array_equal(drafted[1][:, :3], drafted[0][:, :3])
-    assert session.launched == [(16,), (12,), (24,), (18,), (18,)]  # 13 rows padded, and 36 tokens in two
-
-
-@pytest.mark.parametrize(("requests", "live"), [(4, 4), (4, 2), (5, 3), (3, 0)])
-def test_parts_of_a_level_are_the_level(requests, live):
-    """Of each request the parts keep tokens, mask, blocks and rows of logits, and padding stays without tokens."""
-    beams, level, blocks = 2, 2, 3
-    rows = beams * level
-    begins = torch.arange(requests + 1, dtype=torch.int32)
-    call = {"past_lens": 7 * begins[1:], "block_begins": begins * blocks, "live": torch.tensor([live])}
-    call["block_indices"] = torch.arange(requests * blocks, dtype=torch.int32)
-    names = ("token_ids", "hidden")
-    whole = level_call(level, beams, call) | {name: torch.arange(requests * rows) for name in names}
-    whole["tree_mask"] = torch.arange(requests * rows * rows).to(torch.uint8)
-    parts = list(parts_of_level(whole, 2 * rows))
-    assert len(parts) == -(-requests // 2)
-    for name in (*names, "positions", "past_lens", "tree_mask"):
-        assert torch.cat([part[name] for part in parts]).equal(whole[name])
-    starts = np.cumsum([0, *(len(part["past_lens"]) for part in parts)])
-    for start, part in zip(starts, parts, strict=False):
-        count = len(part["past_lens"])
-        assert len(part["token_ids"]) <= 2 * rows
-        assert part["block_indices"] is whole["block_indices"]
-        assert part["block_begins"].equal(whole["block_begins"][start : start + count + 1])
-        assert (part["logit_rows"] + start * rows).equal(whole["logit_rows"][start * beams : (start + count) * beams])
-        for name, each in (("seq_begins", rows), ("tree_mask_begins", rows * rows)):
-            there = max(min(live - int(start), count), 0)
-            assert part[name].tolist() == [min(i, there) * each for i in range(count + 1)]
 
 
 def test_a_head_with_a_cache_a_slot_drafts_level_by_level(opened):

@@ -18,6 +18,15 @@ SERVE = ("--batch", 8)
 # -- keys, restarts, old pages ---------------------------------------------------------------------------------------
 
 
+def give_key_and_ask(page):
+    """Type the key into the dialog that has the focus, and wait for a short answer."""
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(LIVE)
+    ask(page, limit="5")
+    ended(page)
+
+
 def test_a_key_is_asked_for_and_a_wrong_one_told(open_page):
     page = open_page(key="", wait="#key-dialog[open]")
     assert page.evaluate("document.activeElement.id") == "key"
@@ -31,11 +40,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_told(open_page):
         page.keyboard.press("Escape")
         page.wait_for_selector("#key-dialog[open]")
     page.focus("#key")
-    page.keyboard.type(KEY)
-    page.keyboard.press("Enter")
-    page.wait_for_selector(LIVE)
-    ask(page, limit="5")
-    ended(page)
+    give_key_and_ask(page)
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     assert KEY not in page.url
 
@@ -54,11 +59,7 @@ def test_a_browser_that_denies_storage_asks_for_the_key_again(browser, server, t
         page.goto(origin(server))
         for _ in range(2):
             page.wait_for_selector("#key-dialog[open]")
-            page.keyboard.type(KEY)
-            page.keyboard.press("Enter")
-            page.wait_for_selector(LIVE)
-            ask(page, limit="5")
-            ended(page)
+            give_key_and_ask(page)
             page.reload()
         attempt = "() => { try { return sessionStorage.length } catch (error) { return error.name } }"
         assert page.evaluate(attempt) == "SecurityError"
