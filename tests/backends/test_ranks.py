@@ -8,7 +8,7 @@ import torch
 from backends.cut_graph import CutGraph
 from gloo_threads import on_ranks
 from models.checkpoints import qwen3, qwen3_moe
-from test_tensorrt_engine import RoleSession
+from onnx_sessions import RoleSession
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
