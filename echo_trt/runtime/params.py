@@ -135,7 +135,7 @@ class SamplingParams:
     )
     min_tokens: int = parameter(
         0,
-        "new tokens before a stop token or stop string counts, up to the limit; 0 is off",
+        "new tokens before a stop token or stop string counts; 0 is off",
         "a whole number from 0 (off) to max_tokens, {0.max_tokens}",
     )
     structured: Mapping[str, Any] | None = parameter(
@@ -148,7 +148,7 @@ class SamplingParams:
         None, "tokens of a reasoning model's thought before it is ended", "a whole number from 0 to 2^31 - 1", kind=int
     )
     token_sources: bool = parameter(
-        False, "tells for each token of the answer who proposed it, and how likely it seemed", "True or False"
+        False, "tells who proposed each token of the answer, with which probability", "True or False"
     )
     speculate: bool = parameter(True, "false: the request decodes plainly, one token a pass", "True or False")
 

@@ -52,7 +52,7 @@ INPUTS: tuple[Tensor, ...] = (
     ),
     Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
     Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
-    Tensor("add_special_tokens", "BOOL", True, "false: `text_input` without the tokens that the tokenizer puts around"),
+    Tensor("add_special_tokens", "BOOL", True, "false: no special tokens of the tokenizer around `text_input`"),
     _sampling("max_tokens"),
     _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
     _sampling("stop_token_ids", default=None, many=True),
@@ -88,7 +88,7 @@ INPUTS: tuple[Tensor, ...] = (
     _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
     _sampling(
         "prompt_logprobs",
-        doc="log-probabilities of the prompt, first in `logprobs`; the value is the number of best tokens a place",
+        doc="log-probabilities of the prompt, first in `logprobs`, with this number of best tokens a place",
     ),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
     Tensor(
@@ -102,20 +102,20 @@ INPUTS: tuple[Tensor, ...] = (
         "stop",
         "BOOL",
         False,
-        "true: no prompt, but the end of those open requests that have this request's id, which must not be empty",
+        "true: ends the open requests that have this request's id, and takes no prompt",
     ),
-    Tensor("describe", "BOOL", False, "true: no prompt, but a response with `description` alone"),
+    Tensor("describe", "BOOL", False, "true: answers `description` alone, and takes no prompt"),
     Tensor(
         "watch",
         "BOOL",
         False,
-        "true: no prompt, but about 5 `snapshot` a second for 10 seconds; for streams alone",
+        "true: streams about 5 `snapshot` a second for 10 seconds, and takes no prompt",
     ),
     Tensor(
         "tokenize",
         "BOOL",
         False,
-        "true: no answer, but the prompt's ids in `output_ids`, or the text of `input_ids` in `text_output`",
+        "true: answers the prompt's ids in `output_ids`, or the text of `input_ids` in `text_output`",
     ),
 )
 DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
