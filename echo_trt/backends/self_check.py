@@ -44,7 +44,7 @@ def check_engine(
     if not max(prompt_error, tree_error) <= check.bound:
         raise UserError(
             f"self-check failed: the {precision} engine is {max(prompt_error, tree_error):.2g} of the largest logit "
-            f"off the reference, and {check.bound} is allowed; build with --precision fp32."
+            f"off the reference, and {check.bound} is allowed; build with another --precision or --engine."
         )
     return check
 

@@ -19,11 +19,11 @@ _BLOCK = 32
 #: The largest tile of kernels that TensorRT launches itself. Whether it raises a kernel's limit of shared memory is not
 #: documented, so these kernels need no more than any kernel gets (kernel_plan.modest_steps).
 _MODEST_ROWS = ROWS[1]
-#: The kernels' parameters in TensorRT's order: inputs, integers, outputs (relist_parameters). Attention's last two
-#: outputs are the caches, which it writes through its inputs. Combine reads no block numbers; its seventh input is its
-#: output.
+#: The kernels' parameters in TensorRT's order: inputs, integers, outputs (relist_parameters). Outputs that are inputs
+#: too, attention's caches and all of combine's, are written through the inputs: whether TensorRT passes the pointer of
+#: an aliased output a second time is not documented. Combine reads no block numbers.
 ATTENTION_ORDER = [*range(20), None, None]
-COMBINE_ORDER = [0, 1, None, 2, 3, 4, None, 5, 6, 7, 8, 9]
+COMBINE_ORDER = [0, 1, None, 2, 3, 4, 9, 5, 6, 7, 8, None]
 _TYPES = {trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
 
 

@@ -77,15 +77,16 @@ class RoleSession(OnnxSession):
             name: torch.float32 if name in floats else torch.int64 if name in longs else torch.int32
             for name in self.inputs
         }
+        self.types["logits"] = torch.float32
         self.num_profiles = len(profiles)
         self.launched, self.recurring = [], set()
 
     def width(self, output):
-        return self._role.top_k
+        return self._role.network.config.vocab_size if output == "logits" else self._role.top_k
 
     def launch(self, tensors, aliases, recurs=True):
         self._check(tensors, recurs)
-        assert {name: tensors[name].dtype for name in self.inputs} == self.types
+        assert all(tensors[name].dtype == self.types[name] for name in self.inputs)
         assert aliases == {name + WRITTEN: name for name in self.inputs if "_cache." in name}
         metadata = [tensors[name] for name in METADATA]
         metadata[METADATA.index("tree_mask")] = tensors["tree_mask"].view(torch.uint8)

@@ -95,6 +95,6 @@ def test_a_wrong_engine_fails_the_build(pair, networks, tmp_path, monkeypatch):
             values.tofile(data)
 
     monkeypatch.setattr(building, "export_parted", corrupting)
-    with refused("self-check failed", "fp32", "0.0001", "largest logit"):
+    with refused("self-check failed", "fp32", "0.0001", "largest logit", "--engine"):
         build(recipe_of(pair, networks), networks, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -28,8 +29,10 @@ from echo_trt.backends.tensorrt.compiler import (
     first_sentence,
     known_capabilities,
 )
+from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph_checks import check_graph
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
+from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.cli import main
@@ -392,6 +395,24 @@ def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monk
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
     with pytest.raises(Registered):
         build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+
+
+def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
+    """An engine and its CUDA graphs hold each other; its weights and its pool may be most of the card's memory."""
+    role, gone = roles_of("lookup", networks)["target"], []
+
+    def opened(*_):
+        engine = TorchEngine(role, 4)
+        engine.itself = engine
+        weakref.finalize(engine, gone.append, True)
+        return engine
+
+    monkeypatch.setattr(TensorRTEngine, "open", opened)
+    monkeypatch.setattr(tensorrt_build.TensorRTBuild, "facts", lambda self: None)
+    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
+    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
+    build._check_engine(role, tmp_path / "target.engine", "fp16", CallSizes.of(recipe))
+    assert gone
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"])

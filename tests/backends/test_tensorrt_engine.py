@@ -11,6 +11,7 @@ from onnx_sessions import SLOTS, OnnxSession, packed
 from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
 from refusal import refused
 
+from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
 from echo_trt.backends.native_export import export_native
@@ -176,6 +177,17 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
         if network == "target":
             engine.run(call)
     assert session.recurring == known
+
+
+@pytest.mark.parametrize("network", ["target", "draft"])
+def test_the_move_and_a_draw_are_compiled_before_requests_wait(network, networks, tmp_path, monkeypatch):
+    _, engine, _ = packed(network, networks, tmp_path)
+    compiled = []
+    monkeypatch.setattr(engine, "move", lambda source, target: compiled.append("move"))
+    monkeypatch.setattr(choose, "draw", lambda *_, **limits: compiled.append(limits) or torch.zeros(1).long())
+    engine._graphs, engine._sizes = SimpleNamespace(sealed=False), ()
+    engine.capture_all()
+    assert compiled == ["move", {"limits": True}][: 2 if network == "target" else 1]
 
 
 def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):

@@ -224,11 +224,14 @@ def test_kernels_are_compiled_into_the_engine(trt, registered, definitions, card
     combine = registered["SuperTreeCombine"].aot_impl_func(*given[5:9], *made[1:], made[0], 2, 128, (made[0],), 0)
     # It is not known that TensorRT raises a kernel's limit of shared memory.
     assert [kernel.shared <= kernel_plan.PLAIN_SHARED for kernel in launched] == [True, True]
-    for (name, ptx, _, integers), inputs, outputs in ((attention, 11, 5), (combine, 7, 1)):
+    for (name, ptx, _, integers), inputs, outputs, both in ((attention, 11, 5, 2), (combine, 7, 1, 1)):
         text = ptx.decode()
         listed = re.search(rf"\.entry {name.decode()}\((.*?)\n\)", text, re.DOTALL)[1]
         kinds = re.findall(r"\.param \.(u\d+)", listed)
         assert kinds == ["u64"] * inputs + ["u32"] * len(integers) + ["u64"] * outputs
+        unread = ["unread" in line for line in listed.split(",")]
+        assert unread[-outputs:] == [False] * (outputs - both) + [True] * both  # these are written through inputs
+        assert not any(unread[inputs - 1 : -outputs])
         (tmp_path / "kernel.ptx").write_bytes(ptx)
         command = [ptxas_path(), "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
         assembled = subprocess.run(command, capture_output=True, text=True, check=False)

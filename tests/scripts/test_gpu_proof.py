@@ -1,6 +1,7 @@
 """scripts/gpu_proof on a CPU: the same code at tiny sizes, with no more installed than it says it needs."""
 
 import importlib
+import importlib.util
 import itertools
 import json
 import re
@@ -129,6 +130,17 @@ def test_a_gpu_without_tensorrt_or_a_second_one_skips_their_sections(parts, monk
     assert [gap.split(" cannot be used here (")[0] for gap in proof.gaps] == ["tensorrt", "tensorrt-rtx"]
     with pytest.raises(report.Skipped, match="it takes two GPUs, and this machine has 1"):
         parts("ranks").prove(report.Proof(gpu, interpret=False))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+def test_a_card_that_tensorrt_rtx_does_not_know_is_a_gap(parts, monkeypatch):
+    report = parts("report")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    proof = report.Proof(torch.device("cuda"), interpret=False)
+    with pytest.raises(report.Skipped):
+        parts("tensorrt").prove(proof)
+    assert proof.gaps[-1] == "tensorrt-rtx builds nothing for compute capability 9.0"
 
 
 @pytest.mark.parametrize(

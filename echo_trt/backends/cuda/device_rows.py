@@ -105,5 +105,16 @@ class DeviceLogits(DeviceRows):
         return Staging(arrays, self._rows.device).upload(arrays)
 
 
+def compile_choice(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Choose at a row of zeros: what draws is compiled at its first launch, which takes a second or more."""
+    none, row, one = np.zeros(0, np.int64), np.zeros(1, np.int64), np.ones(1)
+    limits = {"temperature": one, "top_k": row + 2, "top_p": one / 2, "min_p": one / 2}
+    penalties = {"repetition": one, "presence": one - 1, "frequency": one - 1}
+    said = {"said_row": none, "said_token": none, "said_generated": np.zeros(0, bool)}
+    moved = {"moved_row": none, "moved_token": none, "moved": none.astype(np.float32)}
+    logits = DeviceLogits(torch.zeros(1, vocab, dtype=dtype, device=device))
+    logits.choose(row, Choice(**limits, **penalties, **said, **moved, seed=row, place=row))
+
+
 def _on_host(tensor: Tensor) -> np.ndarray:
     return fetch(tensor.float())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from echo_trt.backends.cuda.device import compute_capability, cuda_device, has_cuda
 from echo_trt.backends.native_export import export_native, in_precision
@@ -118,7 +121,11 @@ class TensorRTBuild:
         def opened(blocks: int) -> TensorRTEngine:
             return TensorRTEngine.open(self.recipe.engine, engine, self.facts(), 1, sizes.blocks, sizes.pool)
 
-        return check_engine(role, opened, precision, LINEAR_TABLE)
+        check = check_engine(role, opened, precision, LINEAR_TABLE)
+        # The engine and its CUDA graphs hold each other, and PyTorch keeps their memory, which TensorRT cannot take.
+        gc.collect()
+        torch.cuda.empty_cache()
+        return check
 
 
 def _check_graph(role: Role, graph: Path, precision: str, sizes: CallSizes) -> SelfCheck | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
-from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows, compile_choice
 from echo_trt.backends.cuda.levels import Levels, parts_of_level
 from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
@@ -135,7 +135,10 @@ class TensorRTEngine:
 
         The native graph's calls have other sizes for each slot, whose graphs are captured as calls come.
         """
-        if self._graphs is None or self._layout:
+        if self._graphs is None:
+            return
+        self._compile_rest()
+        if self._layout:
             return
         none = np.zeros(0, np.int64)
         with self._own_stream():
@@ -144,6 +147,13 @@ class TensorRTEngine:
                     self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
         self._wait()
         self._graphs.sealed = True
+
+    def _compile_rest(self) -> None:
+        """Run what no graph holds, the move and a draw, whose kernels are compiled at their first launch."""
+        row = np.zeros(1, np.int64)
+        self.move(row, row)
+        if "logits" in self._session.outputs:
+            compile_choice(self._session.width("logits"), self._session.types["logits"], self._device)
 
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         dtype = self._session.types[self._caches[0]]

@@ -16,14 +16,13 @@ from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
-from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
+from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows, compile_choice
 from echo_trt.backends.cuda.levels import Levels
 from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
 from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
-from echo_trt.decoding.sampling.choice import Choice
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
@@ -109,16 +108,10 @@ class TorchEngine:
 
     def _compile_rest(self) -> None:
         """Run what no graph holds, the move and a draw: a kernel's first launch compiles it, for a second or more."""
-        row, one = np.zeros(1, np.int64), np.ones(1)
+        row = np.zeros(1, np.int64)
         self.move(row, row)
         if "logits" in self._role.outputs:
-            none, no = np.zeros(0, np.int64), np.zeros(0, bool)
-            limits = {"temperature": one, "top_k": row + 2, "top_p": one / 2, "min_p": one / 2}
-            penalties = {"repetition": one, "presence": one - 1, "frequency": one - 1}
-            said = {"said_row": none, "said_token": none, "said_generated": no}
-            moved = {"moved_row": none, "moved_token": none, "moved": none.astype(np.float32)}
-            logits = torch.zeros(1, self._role.network.config.vocab_size, dtype=self._dtype, device=self.device)
-            DeviceLogits(logits).choose(row, Choice(**limits, **penalties, **said, **moved, seed=row, place=row))
+            compile_choice(self._role.network.config.vocab_size, self._dtype, self.device)
 
     @torch.inference_mode()
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -35,6 +35,9 @@ def prove(proof: Proof) -> None:
         except Exception as error:  # a wheel without its libraries fails in ways of its own
             proof.lacks(f"{engine} cannot be used here ({' '.join(str(error).split())})")
             continue
+        if reason := unknown_card(proof, engine):
+            proof.lacks(reason)
+            continue
         here.append(engine)
     if proof.interpret and here:
         proof.lacks(f"{' and '.join(here)} runs on a GPU only")
@@ -46,6 +49,18 @@ def prove(proof: Proof) -> None:
             prove_engine(proof, engine)
         except UserError as error:
             proof.expect(False, f"{engine}: {error}")
+
+
+def unknown_card(proof: Proof, engine: str) -> str:
+    """Say why ``engine`` builds nothing for this card, such as TensorRT-RTX for an H100; empty where it does."""
+    from echo_trt.backends.cuda.device import compute_capability
+    from echo_trt.backends.tensorrt.compiler import COMPILERS, known_capabilities
+
+    if proof.interpret or not COMPILERS[engine].builds_anywhere:
+        return ""
+    capability = compute_capability(proof.device)
+    known = capability in known_capabilities(engine)
+    return "" if known else f"{engine} builds nothing for compute capability {capability}"
 
 
 def prove_engine(proof: Proof, engine: str) -> None:
@@ -156,13 +171,16 @@ def prove_head(proof: Proof, engine: str, build, sizes) -> None:
 
 
 def prove_levels(proof: Proof, engine: str, opened, blocks: int) -> None:
-    """Draft levels as a captured graph and by plain launches: the same trees."""
+    """Draft levels as a captured graph and by plain launches: the same trees.
+
+    A graph of fewer levels is captured later, over the contexts of the first one's levels.
+    """
     shape, ones = LevelShape(9, 3, 4), np.ones(BATCH, np.int64)
     table = np.arange(BATCH * blocks).reshape(BATCH, blocks)
     call = pack(np.arange(BATCH), 0 * ones, 0 * ones, ones, table, np.arange(BATCH))
     features = opened.bank("features").read(table[:, 0] * BLOCK)
     inputs = {"features": features, "hidden": opened.bank("hidden").read(NONE)}
-    opened.capture_levels([shape])
+    opened.capture_levels([shape, shape._replace(levels=2)])
     levels = opened._levels
     captured = [graph for graph in levels._graphs._captured.values() if graph is not None]
     drafted = []
