@@ -102,7 +102,7 @@ class ClosedLoop:
         loop, sample, running = self.loop, self.sample, self._running
         while len(running) < self.batch:
             request = Request(self._begun, self._prompts[self._begun % len(self._prompts)], self._params)
-            loop.add(request)
+            loop.queue.add(request)
             running[request] = _Clock(self.seconds, first_answer=self._begun < len(self._prompts))
             self._begun += 1
         before, begin = loop.counters.copy(), time.perf_counter()
@@ -120,7 +120,7 @@ class ClosedLoop:
                 running.pop(request).ended(request, sample)
         if not self.busy:
             for request in running:
-                loop.cancel(request)
+                loop.queue.cancel(request)
 
 
 def run_side_by_side(runs: list[ClosedLoop]) -> None:

@@ -29,7 +29,7 @@ def record(
     previous, networks = loop.planner, llm.networks
     recorder = TreeRecorder(loop.state, shape, networks.copier, head=networks.drafter is not networks.copier)
     loop.planner = recorder
-    first, preemptions = loop.admissions, loop.counters.preemptions
+    first, preemptions = loop.queue.admissions, loop.counters.preemptions
     try:
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0

@@ -177,7 +177,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     def _read(self, request: dict[str, Any], context: Any, service: Service) -> Ask:
         """Raises as Dynamo has it: InvalidArgument is the client's mistake."""
         try:
-            return read(request, dict(context.metadata.items()), self._recommended, service.loop.eos)
+            return read(request, dict(context.metadata.items()), self._recommended, service.loop.queue.eos)
         except UserError as mistake:
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None

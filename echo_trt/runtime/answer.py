@@ -46,7 +46,7 @@ class Answer:
         piece, used = stream.push(tokens)
         end = self.told + used
         if stream.stopped:
-            loop.cancel(request)
+            loop.queue.cancel(request)
             del request.generated[end:], request.logprobs[end:], request.sources[end:]
             request.finish_reason = "stop"
         if request.finish_reason:

@@ -61,7 +61,7 @@ class Drafter(Protocol):
         """The target has committed tokens to pool ``rows`` [m]; its outputs for them are at ``output_rows`` [m]."""
 
     def forget(self, slot: int) -> None:
-        """The slot's request has left, or its KV blocks have."""
+        """Forget what was computed for ``slot``: another request has it now."""
 
 
 class TimedDraft:

@@ -183,14 +183,14 @@ class LLM:
             raise UserError(
                 f"params has {len(all_params)} entries for {len(prompts)} {name}; give one, or one a {one}."
             )
-        if loop.busy:
+        if loop.queue.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
         answers: dict[Request, Answer] = {}
         try:
             for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
                     request = self.request(index, ids, prompt_params)
-                    loop.add(request)
+                    loop.queue.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error
                 answers[request] = Answer(request, self.tokenizer.backend_tokenizer)
@@ -204,7 +204,7 @@ class LLM:
                         yield Delta(request.id, said.text, None, *told)
         finally:  # an abandoned stream leaves nothing behind
             for request in answers:
-                loop.cancel(request)
+                loop.queue.cancel(request)
 
     def gap(self, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
         """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.

@@ -1,4 +1,4 @@
-"""The loop: iterations of any planner over all running requests, and the queue that feeds it.
+"""The loop: iterations of any planner over all running requests.
 
 ``step`` is one iteration: plan (the planner's draft and choice), pack, verify, accept, commit, observe. Prompts are
 computed in chunks inside the same calls.
@@ -7,7 +7,6 @@ computed in chunks inside the same calls.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from echo_trt.decoding.pack import Packed, pack
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.sources import HEAD, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.errors import UserError
 from echo_trt.runtime.drafters import Drafter, TimedDraft
 from echo_trt.runtime.lookup import LookupDrafter
-from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
-from echo_trt.runtime.request import NOTHING, Emission, Request
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.runtime.params import Counters
+from echo_trt.runtime.queue import Queue
+from echo_trt.runtime.request import NOTHING, Emission
+from echo_trt.runtime.slots import Slots
 from echo_trt.runtime.verified import Verified, token_logprobs
 from echo_trt.runtime.watch import Seen
 
@@ -63,140 +62,28 @@ class Loop:
         eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
         """
         self.target, self.drafter, self.state, self.planner = target, drafter, state, planner
-        self.eos, self.chunk = tuple(eos), chunk
+        self.chunk = chunk
         self.counters = Counters()
-        self.waiting: deque[Request] = deque()
-        self._request_in = np.full(state.count, None, object)
-        self.admissions = 0
+        self.queue = Queue(state, tuple(eos), self.counters)
         self.watch: Callable[[Seen], None] | None = None  # gets every iteration, on the thread that steps; None: none
-
-    # -- requests come and go ------------------------------------------------------------------------------------
-
-    def add(self, request: Request) -> None:
-        """Queue a request that passes ``check``."""
-        self.check(request)
-        self.waiting.append(request)
-
-    def check(self, request: Request) -> None:
-        """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
-        room = self.state.context - len(request.prompt) - len(request.generated)
-        if len(request.prompt) == 0:
-            raise UserError("the prompt is empty; give at least one token.")
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self.state.context} tokens; shorten it, or raise limits.context in the recipe and build again."
-            )
-        state = self.state
-        needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)
-        if needed > state.num_blocks:  # a part of a pool: it would wait for ever
-            raise UserError(
-                f"the request may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
-                "max_tokens, or raise limits.kv_blocks in the recipe and build again."
-            )
-        asked = len(request.params.stop_token_ids)
-        most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + asked
-        if asked > most:
-            raise UserError(f"stop_token_ids has {asked} ids; give at most {most}.")
-
-    def cancel(self, request: Request) -> None:
-        """Forget a request, wherever it is; its KV blocks are free at once."""
-        if request.slot >= 0:
-            self._leave(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-
-    def preempt_all(self) -> list[Request]:
-        """Take all requests out, oldest first. Added again, a request goes on from its text so far."""
-        running = [self._request_in[slot] for slot in self.state.oldest_first(self.state.active)]
-        for request in running:
-            self._leave(request)
-        requests = [*running, *self.waiting]
-        self.waiting.clear()
-        return requests
 
     @property
     def proposer(self) -> int:
         """The source of nodes that name the draft alone: HEAD, or LOOKUP where the draft copies text."""
         return LOOKUP if isinstance(self.drafter, LookupDrafter) else HEAD
 
-    @property
-    def running(self) -> int:
-        return int(self.state.active.sum())
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting) or bool(self.state.active.any())
-
-    def _stop_tokens(self, params: SamplingParams) -> list[int]:
-        endless = params.ignore_eos and params.structured is None  # a grammar's last token is an end
-        return [*(() if endless else self.eos), *params.stop_token_ids]
-
-    def _admit(self) -> None:
-        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far."""
-        state = self.state
-        while self.waiting and not state.active.all():
-            request = self.waiting[0]
-            text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
-            slot = int(np.flatnonzero(~state.active)[0])
-            if not state.open(slot, text, request.keys, request.params.prompt_logprobs is None):
-                return
-            self.waiting.popleft()
-            self.counters.asked_tokens += len(text)
-            self.counters.cached_tokens += int(state.committed[slot])
-            self._enter(request, slot)
-
-    def _enter(self, request: Request, slot: int) -> None:
-        """Put a request into a slot that holds its text so far (``Slots.open``)."""
-        state, params, stops = self.state, request.params, self._stop_tokens(request.params)
-        state.prompt_length[slot] = len(request.prompt)
-        state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
-        state.set_params(slot, params)
-        state.grammar[slot] = request.grammar
-        if len(request.prompt_logprobs) == len(request.prompt) - 1:
-            state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
-        else:
-            request.prompt_logprobs.clear()  # they are computed again, with the prompt
-        state.stop_tokens[slot] = -1
-        state.stop_tokens[slot, : len(stops)] = stops
-        state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
-        state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
-        state.active[slot] = True
-        self._request_in[slot], request.slot = request, slot
-
-    def _leave(self, request: Request) -> None:
-        """Take a request out of its slot; it keeps its text."""
-        state, slot = self.state, request.slot
-        request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
-        if request.cached_tokens is None:  # text that it finds after a preemption is its own
-            request.cached_tokens = int(state.found[slot])
-        request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
-        request.grammar = state.grammar[slot]
-        state.release(slot)
-        if self.drafter:
-            self.drafter.forget(slot)
-        self._request_in[slot], request.slot = None, -1
-
-    def _preempt_youngest(self) -> None:
-        """Preempt the youngest request: its text is kept and computed again later, nothing is emitted twice."""
-        state = self.state
-        request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
-        self._leave(request)
-        self.waiting.appendleft(request)
-        self.counters.preemptions += 1
-
-    # -- one iteration -------------------------------------------------------------------------------------------
-
     def step(self) -> Emission:
         """One iteration. Of the requests that emitted, the finished have a finish_reason."""
-        self._admit()
+        for slot in self.queue.admit():
+            if self.drafter:
+                self.drafter.forget(slot)
         slots = self._hold_for_decoding()
         chunks = self._plan_chunks()
         if len(slots) + len(chunks.slots) == 0:
             return NOTHING
         begin = time.perf_counter()
         watch = self.watch  # another thread may set it at any time
-        ids = [self._request_in[slot].id for slot in slots] if watch else []
+        ids = [request.id for request in self.queue.running_in(slots)] if watch else []
         # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
         speculates = len(slots) == 0 or bool(self.state.speculate[slots].any())
         draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and speculates else None
@@ -233,7 +120,7 @@ class Loop:
             if self.state.hold(slots, self.state.committed[slots] + self.state.reserve):
                 self.counters.evicted_blocks = self.state.cache.evicted
                 return slots
-            self._preempt_youngest()
+            self.queue.preempt_youngest()
 
     def _plan_chunks(self) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots, oldest first."""
@@ -345,8 +232,8 @@ class Loop:
             state, owner, place = self.state, chunks.owner[asked], chunks.position[asked] + 1
             rows, tokens = len(verified.tree) + np.arange(len(owner)), state.tokens[owner, place].astype(np.int64)
             entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.prompt_logprobs[owner])
-            for slot, entry in zip(owner.tolist(), entries, strict=True):
-                self._request_in[slot].prompt_logprobs.append(entry)
+            for request, entry in zip(self.queue.running_in(owner), entries, strict=True):
+                request.prompt_logprobs.append(entry)
 
     def _commit(self, verified: Verified, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> Emission:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens.
@@ -403,7 +290,7 @@ class Loop:
         self.counters.emitted_tokens += total
         if total < len(emitted):
             emitted = emitted[ragged_arange(counts) < np.repeat(kept, counts)]
-        emission = Emission(self._request_in[slots], emitted, kept)
+        emission = Emission(self.queue.running_in(slots), emitted, kept)
         for i, entries in logprobs:
             emission.requests[i].logprobs += entries[: kept[i]]
         for i, proposed in sources:
@@ -413,7 +300,7 @@ class Loop:
             request = emission.requests[i]
             request.failure = verified.failures.get(i, "")
             request.finish_reason = "failed" if request.failure else "stop" if stopped[i] else "length"
-            self._leave(request)
+            self.queue.leave(request)
         return emission
 
     @contextmanager

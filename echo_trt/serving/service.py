@@ -106,7 +106,7 @@ class Service:
         """
         serial, now = next(self._serial), time.monotonic()
         request = self.llm.request(serial, prompt, params, said)
-        self.loop.check(request)
+        self.loop.queue.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
         deadline = None if seconds is None else now + seconds
         job = Job(request, answer, on_event, priority, serial, deadline, now)
@@ -139,9 +139,9 @@ class Service:
     def statistics(self) -> Statistics:
         """What is true now; may be asked for at any time."""
         loop, state, planner = self.loop, self.loop.state, self.loop.planner
-        queued, counters = len(self._pending) + len(loop.waiting), loop.counters.copy()
+        queued, counters = len(self._pending) + len(loop.queue.waiting), loop.counters.copy()
         ended = dict(self._ended)
-        running = loop.running
+        running = loop.queue.running
         return Statistics(
             queued=queued,
             running=running,
@@ -212,15 +212,15 @@ class Service:
         if self._suspects.on_trial:
             return
         if suspect := self._suspects.next_trial():
-            loop.add(suspect.request)
+            loop.queue.add(suspect.request)
             return
-        while len(loop.waiting) + loop.running < loop.state.count:
+        while len(loop.queue.waiting) + loop.queue.running < loop.state.count:
             with self._changed:
                 if not self._pending:
                     return
                 job = heapq.heappop(self._pending)
             job.taken = job.taken or time.monotonic()
-            loop.add(job.request)
+            loop.queue.add(job.request)
 
     def _iterate(self) -> None:
         before = self.loop.counters.iterations
@@ -238,7 +238,7 @@ class Service:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
         if len(emission.requests) and (cleared := self._suspects.cleared()):
-            self.loop.preempt_all()
+            self.loop.queue.preempt_all()
             self._requeue([cleared])
 
     def _hand_over(self, emission: Emission) -> None:
@@ -247,7 +247,12 @@ class Service:
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
         now = time.monotonic()
-        waits = self._overlaps and self.loop.busy and self._suspects.on_trial is None and len(emission.requests) >= MANY
+        waits = (
+            self._overlaps
+            and self.loop.queue.busy
+            and self._suspects.on_trial is None
+            and len(emission.requests) >= MANY
+        )
         for request, tokens in emission:
             if (job := self._open.get(request)) is None:
                 continue
@@ -285,7 +290,7 @@ class Service:
             reason, message = "failed", self._broken.pop(job)
         if job.request not in self._open:
             return
-        self.loop.cancel(job.request)
+        self.loop.queue.cancel(job.request)
         with self._changed:
             if job in self._pending:
                 self._pending.remove(job)
@@ -338,7 +343,7 @@ class Service:
             running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects.waiting}
             inside = [job for job in self._open.values() if job not in known]
-        self.loop.preempt_all()
+        self.loop.queue.preempt_all()
         self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones
         for job in (job for job in inside if job not in self._broken):

@@ -158,7 +158,7 @@ def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer:
     kind = LevelsDrafter if resident else Eagle3Drafter
     loop = Loop(engines[0], kind(engines[1], state, 512, 48, 16), state, planner_for(policy, batch, decoding), (), 512)
     for i in range(batch):
-        loop.add(Request(i, np.arange(PROMPT) + i, SamplingParams(context - PROMPT, ignore_eos=True)))
+        loop.queue.add(Request(i, np.arange(PROMPT) + i, SamplingParams(context - PROMPT, ignore_eos=True)))
     while len(state.prefilling()) or not state.active.any():
         loop.step()
     for _ in range(3):

@@ -63,12 +63,12 @@ def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[
         prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         computed = llm.counters.prompt_tokens
         request = Request(0, np.asarray(prompt), SamplingParams(max_tokens))
-        llm.loop.add(request)
+        llm.loop.queue.add(request)
         begin = time.perf_counter()
         while not len(llm.loop.step().requests):
             pass
         seconds = time.perf_counter() - begin
-        while llm.loop.busy:
+        while llm.loop.queue.busy:
             llm.loop.step()
         figures.append((len(prompt), llm.counters.prompt_tokens - computed, seconds))
         messages.append({"role": "assistant", "content": llm.tokenizer.decode(request.generated, True)})

@@ -77,14 +77,14 @@ class Swing:
             self._step(self.levels[self._at])
         if not self.busy:
             for request in self._running:
-                self.loop.cancel(request)
+                self.loop.queue.cancel(request)
 
     def _step(self, level: Level) -> None:
         running, counters = self._running, self.loop.counters
         while len(running) < level.size:
             ids = np.asarray(self._prompts[self._number % len(self._prompts)])
             running.append(Request(self._number, ids, self._params))
-            self.loop.add(running[-1])
+            self.loop.queue.add(running[-1])
             self._number += 1
         prompt_tokens, emitted = counters.prompt_tokens, counters.emitted_tokens
         begin = time.perf_counter()

@@ -116,8 +116,8 @@ def test_a_server_under_load_has_a_graph_for_every_pass():
     loop = Loop(target, EngineDrafter(draft, state, 512), state, make_planner("static", settings, None), (), 512)
     for i in range(90):
         prompt_ids = rng.integers(0, 50, int(rng.integers(50, 2500)))
-        loop.add(Request(i, prompt_ids, SamplingParams(int(rng.integers(4, 40)), seed=i, ignore_eos=True)))
-    while loop.busy:
+        loop.queue.add(Request(i, prompt_ids, SamplingParams(int(rng.integers(4, 40)), seed=i, ignore_eos=True)))
+    while loop.queue.busy:
         loop.step()
     for engine in (target, draft):
         assert len(engine.used) > 50

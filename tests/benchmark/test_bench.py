@@ -103,7 +103,7 @@ def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
     assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
     assert sample.whole.elapsed == pytest.approx(run.seconds)
-    assert not llm.loop.busy
+    assert not llm.loop.queue.busy
     again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
     again.run()
     assert again.sample.texts == sample.texts

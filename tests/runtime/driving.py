@@ -34,7 +34,7 @@ def prompt_ids(length: int, seed: int) -> list[int]:
 
 def add(loop: Loop, prompt: Sequence[int], **params) -> Request:
     request = Request("r", np.asarray(prompt), SamplingParams(**{"max_tokens": 40, "ignore_eos": True, **params}))
-    loop.add(request)
+    loop.queue.add(request)
     return request
 
 
@@ -42,7 +42,7 @@ def run(loop: Loop, steps: int = 100_000) -> list[tuple[Request, list[int]]]:
     """Up to ``steps`` iterations; returns what was emitted."""
     events = []
     for _ in range(steps):
-        if not loop.busy:
+        if not loop.queue.busy:
             break
         events += loop.step()
     return events
@@ -82,7 +82,7 @@ def goodput_planner(
 
 def assert_all_free(loop: Loop) -> None:
     state = loop.state
-    assert not loop.busy
+    assert not loop.queue.busy
     assert not state.active.any()
     assert state.used_blocks == 0
     assert state.free_blocks + state.cached_blocks == loop.target.num_blocks

@@ -144,7 +144,7 @@ def only_plain_decoding_so_far(llm):
 def a_neighbour_cancelled(llm):
     requests = [add(llm.loop, prompt_ids(12, seed)) for seed in range(3)]
     run(llm.loop, 4)
-    llm.loop.cancel(requests[1])
+    llm.loop.queue.cancel(requests[1])
     run(llm.loop, 2)
 
 
@@ -152,7 +152,7 @@ def a_slot_of_another_before(llm):
     earlier = [add(llm.loop, prompt_ids(30, seed), max_tokens=60) for seed in range(3)]
     run(llm.loop, 8)
     for request in earlier[:2]:
-        llm.loop.cancel(request)
+        llm.loop.queue.cancel(request)
     add(llm.loop, prompt_ids(11, 7))
     add(llm.loop, prompt_ids(5, 8))
     run(llm.loop, 4)
@@ -166,8 +166,8 @@ def a_prompt_that_just_ended(llm):
 def being_set_back(llm):
     requests = [add(llm.loop, prompt_ids(40, seed), max_tokens=100) for seed in range(3)]
     run(llm.loop, 9)
-    llm.loop._preempt_youngest()
-    llm.loop._preempt_youngest()
+    llm.loop.queue.preempt_youngest()
+    llm.loop.queue.preempt_youngest()
     run(llm.loop, 7)
     assert all(request.slot in llm.loop.state.decoding() for request in requests)
 
@@ -255,7 +255,7 @@ def test_acceptance_is_the_same_where_others_come_and_go(pair, policy, open_llm)
         neighbour = add(loop, prompt_ids(10 * seed, seed), max_tokens=30)
         run(loop, 3)
         if seed % 2:
-            loop.cancel(neighbour)
+            loop.queue.cancel(neighbour)
     run(loop)
     assert beside.generated == alone.generated
     assert beside.verifications == alone.verifications

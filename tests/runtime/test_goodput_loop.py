@@ -167,10 +167,10 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
     added = {}
     for i in np.random.default_rng(0).permutation(len(prompts)):
         added[i] = llm.request(i, prompts[i], params[i])
-        loop.add(added[i])
+        loop.queue.add(added[i])
         gone = add(loop, prompts[i][::-1])
         run(loop, steps=2)
-        loop.cancel(gone)
+        loop.queue.cancel(gone)
     run(loop)
     assert [added[i].generated for i in range(len(prompts))] == plain_ids("close")
     assert_all_free(loop)

@@ -97,7 +97,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
 
     monkeypatch.setattr(State, "after", given_up)
     doomed = llm.request(9, prompt_ids(6, 3), SamplingParams(40, structured={"json_object": True}))
-    llm.loop.add(doomed)
+    llm.loop.queue.add(doomed)
     free = [add(llm.loop, prompt_ids(7, seed)) for seed in (1, 2)]
     run(llm.loop)
     assert doomed.finish_reason == "failed"

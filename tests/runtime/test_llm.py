@@ -96,4 +96,4 @@ def test_mistakes_name_the_argument(llm):
             llm.chat(wrong)
     with refused("2 entries", "1 conversations", "one a conversation"):
         llm.chat(TURN, [FEW, FEW])
-    assert not llm.loop.busy
+    assert not llm.loop.queue.busy

@@ -103,7 +103,7 @@ def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
     assert old.slot >= 0
     late = add(loop, prompt_ids(3, 2))
     run(loop, 1)
-    assert list(loop.waiting) == [young, late]
+    assert list(loop.queue.waiting) == [young, late]
     said = young.generated.copy()
     run(loop)
     assert young.generated[: len(said)] == said
@@ -121,7 +121,7 @@ def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
     for request in (waiting, prefilling, decoding, decoding):
         held = int(state.blocks_held[request.slot]) if request.slot >= 0 else 0
         used = state.used_blocks
-        loop.cancel(request)
+        loop.queue.cancel(request)
         assert state.used_blocks == used - held
         assert request.slot == -1
     assert_all_free(loop)
@@ -132,7 +132,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
     llm = open_llm("self", batch=2)
     stream = llm.stream([prompt_ids(9, seed) for seed in range(4)], SamplingParams(ignore_eos=True))
     next(stream)
-    assert llm.loop.busy
+    assert llm.loop.queue.busy
     stream.close()
     assert_all_free(llm.loop)
 
@@ -216,7 +216,7 @@ def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
     prompt = prompt_ids(6, 3)
     whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
     llm.set_policy(policy)
-    llm.loop.eos = (299, whole[5])
+    llm.loop.queue.eos = (299, whole[5])
     assert llm.generate([prompt], SamplingParams(30))[0].token_ids == whole[: whole.index(whole[5]) + 1]
     assert llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids == whole
 
@@ -271,7 +271,7 @@ def test_parameters_are_checked(settings, words):
 
 def test_too_many_stop_tokens(open_llm):
     loop = open_llm("lookup").loop
-    own = len(loop.eos)
+    own = len(loop.queue.eos)
     add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own)), ignore_eos=False)
     with refused("stop_token_ids", f"{MAX_STOP_TOKENS - own + 1} ids", f"at most {MAX_STOP_TOKENS - own}"):
         add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own + 1)), ignore_eos=False)
@@ -300,7 +300,7 @@ def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     llm = open_llm("lookup")
     part = llm.side_by_side(["autoregressive"] * llm.loop.state.num_blocks)[0]
     with refused("the request may need", "there are 1", "lower its max_tokens"):
-        part.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
+        part.queue.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
 
 
 @pytest.mark.parametrize("batch", [0, -1, 4097])

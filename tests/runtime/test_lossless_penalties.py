@@ -111,7 +111,7 @@ def test_setbacks_neither_forget_nor_repeat(policy, open_llm, plain):
         nonlocal steps
         steps += 1
         if steps % 20 == 0:  # reading the prompts again takes half of that
-            llm.loop.waiting.extend(llm.loop.preempt_all())
+            llm.loop.queue.waiting.extend(llm.loop.queue.preempt_all())
         return step()
 
     llm.loop.step = restless

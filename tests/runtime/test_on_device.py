@@ -138,7 +138,7 @@ def test_an_iteration_waits_for_the_device_a_few_times_and_copies_little(policy,
     llm = open_llm("close", policy, 64, "resident")
     for i in range(64):
         add(llm.loop, prompt_ids(3 + i % 7, i), max_tokens=60)
-    while llm.loop.state.prefilling().size or llm.loop.waiting:
+    while llm.loop.state.prefilling().size or llm.loop.queue.waiting:
         llm.loop.step()
     before, iterations = replace(TRANSFERS), 12
     run(llm.loop, iterations)

@@ -66,32 +66,32 @@ class Traffic(RuleBasedStateMachine):
         self.loop.planner = PLANNERS[planner]
         run(self.loop, steps)
 
-    @precondition(lambda self: self.loop.running)
+    @precondition(lambda self: self.loop.queue.running)
     @rule()
     def set_the_youngest_back(self):
-        self.loop._preempt_youngest()
+        self.loop.queue.preempt_youngest()
 
     @rule(which=st.integers(0, 99))
     def cancel(self, which):
         if self.asked:
             request = self.asked.pop(which % len(self.asked))
-            self.loop.cancel(request)
+            self.loop.queue.cancel(request)
 
     @rule(forget=st.booleans())
     def start_again(self, forget):
-        requests = self.loop.preempt_all()
+        requests = self.loop.queue.preempt_all()
         if forget:
             self.loop.state.forget_cached()
             assert self.loop.state.free_blocks == self.loop.state.num_blocks
         for request in requests:
-            self.loop.add(request)
+            self.loop.queue.add(request)
 
     @rule()
     def nobody_waits_who_would_not_without_the_cache(self):
         state, loop = self.loop.state, self.loop
         loop._admit()
-        if loop.waiting and not state.active.all():
-            needed = blocks_for(len(loop.waiting[0].prompt) + len(loop.waiting[0].generated) + RESERVE)
+        if loop.queue.waiting and not state.active.all():
+            needed = blocks_for(len(loop.queue.waiting[0].prompt) + len(loop.queue.waiting[0].generated) + RESERVE)
             assert needed > state.num_blocks - state.blocks_held.sum()
 
     @invariant()
@@ -225,7 +225,7 @@ def test_a_common_system_prompt_is_computed_by_one_of_those_that_come_at_once(lo
 def test_a_request_that_was_set_back_computes_little_again(loop):
     request = add(loop, np.random.default_rng(1).integers(0, VOCAB, 100), max_tokens=50)
     run(loop, 12)
-    loop._preempt_youngest()
+    loop.queue.preempt_youngest()
     length = 100 + len(request.generated)
     run(loop)
     assert loop.counters.prompt_tokens == 100 + length - (length - 2) // BLOCK * BLOCK

@@ -95,7 +95,7 @@ def test_what_a_cancelled_request_had_computed_is_right(pair, open_llm, without)
     for steps in (1, 3, 5, 7, 9, 12, 20):  # in its prompt, and in its answer
         gone = add(loop, prompt, **params)
         run(loop, steps)
-        loop.cancel(gone)
+        loop.queue.cancel(gone)
         assert gone.generated == expected[: len(gone.generated)]
     whole = add(loop, prompt, **params)
     run(loop)

@@ -52,7 +52,7 @@ def test_no_part_of_a_prompt_is_a_single_token(length, open_llm):
     for seed, neighbour in enumerate((5, 16, 14, 33)):
         add(loop, prompt_ids(neighbour, seed), max_tokens=1)
     request, parts = add(loop, prompt_ids(length, 9), max_tokens=1), []
-    while loop.busy:
+    while loop.queue.busy:
         before = int(loop.state.committed[request.slot]) if request.slot >= 0 else 0
         run(loop, 1)
         after = length if request.finish_reason else int(loop.state.committed[request.slot]) if request.slot >= 0 else 0

@@ -106,9 +106,9 @@ class Runs:
             loop = Loop(self.target, drafter, state, self._planner(name), (), 64)
             requests = [Request(i, prompt, self._params(i)) for i, prompt in enumerate(self.prompts)]
             for request in requests:
-                loop.add(request)
+                loop.queue.add(request)
             start = time.perf_counter()
-            while loop.busy:
+            while loop.queue.busy:
                 loop.step()
             seconds = time.perf_counter() - start
         counters = loop.counters

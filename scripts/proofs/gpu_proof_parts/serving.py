@@ -164,17 +164,17 @@ class Runs:
         state = Slots(batch, self._context, self._reserve, slot_blocks * batch)
         loop = Loop(target, EngineDrafter(draft, state, 512), state, self._planner(policy, batch, costs), (), 512)
         for i in range(batch):
-            loop.add(Request(i, self._prompts[i], SamplingParams(self._scale.tokens, ignore_eos=True)))
+            loop.queue.add(Request(i, self._prompts[i], SamplingParams(self._scale.tokens, ignore_eos=True)))
         while len(state.prefilling()) or not state.active.any():
             loop.step()
         for _ in range(2):  # the draft's catch-up with the prompts
-            if loop.busy:
+            if loop.queue.busy:
                 loop.step()
         for engine in self._engines:
             engine.seconds()
         before, start = loop.counters.copy(), time.perf_counter()
         until = start + (3600 if self._proof.interpret else 2.0)
-        while loop.busy and time.perf_counter() < until:
+        while loop.queue.busy and time.perf_counter() < until:
             loop.step()
             if int(state.active.sum()) < batch:
                 break

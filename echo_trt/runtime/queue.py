@@ -1,0 +1,140 @@
+"""The requests of a loop: those that wait for a slot, and those that run in one."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from echo_trt.errors import UserError
+from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
+from echo_trt.runtime.request import Request
+from echo_trt.runtime.slots import Slots, blocks_for
+
+
+class Queue:
+    """Requests join and leave at any iteration; where KV blocks are short, the youngest one waits again."""
+
+    def __init__(self, state: Slots, eos: tuple[int, ...], counters: Counters):
+        """Begin without requests. ``eos``: token ids that end a text."""
+        self._state, self._counters = state, counters
+        self.eos = eos
+        self.waiting: deque[Request] = deque()
+        self._request_in = np.full(state.count, None, object)
+        self.admissions = 0  # of requests so far, a preempted one's again
+
+    @property
+    def running(self) -> int:
+        return int(self._state.active.sum())
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or bool(self._state.active.any())
+
+    def running_in(self, slots: np.ndarray) -> np.ndarray:
+        """Return the requests in ``slots`` int64 [B]: object [B]."""
+        requests: np.ndarray = self._request_in[slots]
+        return requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request that passes ``check``."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
+        room = self._state.context - len(request.prompt) - len(request.generated)
+        if len(request.prompt) == 0:
+            raise UserError("the prompt is empty; give at least one token.")
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
+                f"{self._state.context} tokens; shorten it, or raise limits.context in the recipe and build again."
+            )
+        state = self._state
+        needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)
+        if needed > state.num_blocks:  # a part of a pool: it would wait for ever
+            raise UserError(
+                f"the request may need {needed} KV blocks, but there are {state.num_blocks}; lower its "
+                "max_tokens, or raise limits.kv_blocks in the recipe and build again."
+            )
+        asked = len(request.params.stop_token_ids)
+        most = MAX_STOP_TOKENS - len(self._stop_tokens(request.params)) + asked
+        if asked > most:
+            raise UserError(f"stop_token_ids has {asked} ids; give at most {most}.")
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, wherever it is; its KV blocks are free at once."""
+        if request.slot >= 0:
+            self.leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def preempt_all(self) -> list[Request]:
+        """Take all requests out, oldest first. Added again, a request goes on from its text so far."""
+        running = [self._request_in[slot] for slot in self._state.oldest_first(self._state.active)]
+        for request in running:
+            self.leave(request)
+        requests = [*running, *self.waiting]
+        self.waiting.clear()
+        return requests
+
+    def admit(self) -> list[int]:
+        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far.
+
+        Returns the slots that have a new request.
+        """
+        state, entered = self._state, []
+        while self.waiting and not state.active.all():
+            request = self.waiting[0]
+            text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
+            slot = int(np.flatnonzero(~state.active)[0])
+            if not state.open(slot, text, request.keys, request.params.prompt_logprobs is None):
+                break
+            self.waiting.popleft()
+            self._counters.asked_tokens += len(text)
+            self._counters.cached_tokens += int(state.committed[slot])
+            self._enter(request, slot)
+            entered.append(slot)
+        return entered
+
+    def leave(self, request: Request) -> None:
+        """Take a request out of its slot; it keeps its text."""
+        state, slot = self._state, request.slot
+        request.verifications, request.drafted = int(state.verifications[slot]), int(state.drafted[slot])
+        if request.cached_tokens is None:  # text that it finds after a preemption is its own
+            request.cached_tokens = int(state.found[slot])
+        request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
+        request.grammar = state.grammar[slot]
+        state.release(slot)
+        self._request_in[slot], request.slot = None, -1
+
+    def preempt_youngest(self) -> None:
+        """Preempt the youngest request: its text is kept and computed again later, nothing is emitted twice."""
+        state = self._state
+        request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
+        self.leave(request)
+        self.waiting.appendleft(request)
+        self._counters.preemptions += 1
+
+    def _enter(self, request: Request, slot: int) -> None:
+        """Put a request into a slot that holds its text so far (``Slots.open``)."""
+        state, params, stops = self._state, request.params, self._stop_tokens(request.params)
+        state.prompt_length[slot] = len(request.prompt)
+        state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
+        state.set_params(slot, params)
+        state.grammar[slot] = request.grammar
+        if len(request.prompt_logprobs) == len(request.prompt) - 1:
+            state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
+        else:
+            request.prompt_logprobs.clear()  # they are computed again, with the prompt
+        state.stop_tokens[slot] = -1
+        state.stop_tokens[slot, : len(stops)] = stops
+        state.verifications[slot], state.drafted[slot] = request.verifications, request.drafted
+        state.admitted[slot], self.admissions = self.admissions, self.admissions + 1
+        state.active[slot] = True
+        self._request_in[slot], request.slot = request, slot
+
+    def _stop_tokens(self, params: SamplingParams) -> list[int]:
+        endless = params.ignore_eos and params.structured is None  # a grammar's last token is an end
+        return [*(() if endless else self.eos), *params.stop_token_ids]
