@@ -84,7 +84,9 @@ class TorchEngine:
             return {}
         features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
         sizes = {"features": (self.num_blocks * BLOCK, features)}
-        nodes = min(self._bounds.requests * (self._bounds.tree + 1), self.num_blocks * BLOCK)  # each has a KV row
+        nodes = self._bounds.requests * (self._bounds.tree + 1)
+        if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
+            nodes = min(nodes, self._bounds.table * BLOCK)
         sizes["hidden"] = nodes, config.hidden_size
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
