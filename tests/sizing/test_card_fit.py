@@ -268,6 +268,18 @@ def test_missing_and_left_add_up():
     assert f"{-missing / 1e9:.1f} GB a GPU are missing" in on("L40S").sentence
 
 
+def test_levels_that_a_head_drafts_at_once_take_memory():
+    """Qwen3-8B's head in PyTorch: 128 requests with up to 70 nodes in a level."""
+
+    def working(**changes) -> int:
+        own = recipe(**changes)
+        return needs(own, *(shape.sizes for shape in shapes(own, BUILD))).working
+
+    more = working(engine="torch") - working()
+    assert 1.5e9 < more < 3e9
+    assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 20
+
+
 def test_splits_have_scratch():
     """Qwen3-8B: as much as the kernel's plan asks for in calls of all sizes, on an H100."""
     sizes, calls = shapes(recipe(), BUILD)[0].sizes, CallSizes.of(recipe())
