@@ -89,8 +89,8 @@ def limited(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, m
     if 0 < most < size:
         return _limited_among(kept, peak, temperature, top_k, top_p, most)
     shortened = (top_k > 0) & (top_k < size)
-    most = torch.where(shortened, top_k, size).double()
-    kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), most), kept, -torch.inf)
+    count = torch.where(shortened, top_k, size).double()
+    kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
     # What is shut out weighs nothing; a temperature of 0 is greedy, and its row is not used.
     weights = ((kept - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp()
     mass = weights.double()
