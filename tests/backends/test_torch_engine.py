@@ -284,7 +284,14 @@ def test_a_file_of_something_else_is_refused(networks, tmp_path):
 def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
     with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
-        _operator_for(torch.device("cuda"))
+        _operator_for(torch.device("cuda"), SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 100), (64, 2, 128)])
+def test_heads_that_the_kernel_does_not_have_are_named(heads, kv_heads, head_dim):
+    config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    with refused(f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128", "--engine openvino"):
+        _operator_for(torch.device("cuda"), config)
 
 
 def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
