@@ -41,15 +41,13 @@ def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most:
 def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities of ``tokens`` int64 [n] at rows of ``logits`` float [n, V], and of the best ones.
 
-    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens, in no order. Of tokens that tie the
-    lowest ids are taken.
+    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens. Of tokens that tie the lowest ids are
+    taken.
     """
     logits = logits.float()
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     own = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0]
-    enough = logits.new_full((len(logits),), most, dtype=torch.float64)
-    kept = _fewest(_ordered(logits), torch.ones_like(logits, dtype=torch.float64), enough)
-    best = torch.where(kept, logits, -torch.inf).topk(most, dim=1).indices
+    best = _largest(logits, most)
     return own, logits.gather(1, best) - normaliser, best
 
 
@@ -102,16 +100,21 @@ def _limited_among(
     logits: Tensor, peak: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, most: int
 ) -> Tensor:
     """Shut tokens out by top-k, up to ``most``, and top-p. ``peak`` float32 [n, 1]: a row's largest logit."""
-    size, device = logits.shape[1], logits.device
-    # A token's logit, and below it its place from the end: no two are equal, and of equal logits the first is larger.
-    keys = (_ordered(logits) - (1 << 31) << 32) | torch.arange(size - 1, -1, -1, device=device)
-    tokens = size - 1 - (keys.topk(most, dim=1).values & _LOW)
+    tokens = _largest(logits, most)
     values = logits.gather(1, tokens)
-    values = torch.where(torch.arange(most, device=device) < top_k[:, None], values, -torch.inf)
+    values = torch.where(torch.arange(most, device=logits.device) < top_k[:, None], values, -torch.inf)
     mass = ((values - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp().double()
     enough = (top_p * mass.sum(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     nucleus = (mass.cumsum(dim=1) - mass < enough) | (top_p >= 1)[:, None]
     return torch.full_like(logits, -torch.inf).scatter_(1, tokens, torch.where(nucleus, values, -torch.inf))
+
+
+def _largest(logits: Tensor, most: int) -> Tensor:
+    """Return the tokens of a row's ``most`` largest logits, in order, of equal ones the lowest first: [n, most]."""
+    size = logits.shape[1]
+    # A token's logit, and below it its place from the end: no two are equal, and of equal logits the first is larger.
+    keys = (_ordered(logits) - (1 << 31) << 32) | torch.arange(size - 1, -1, -1, device=logits.device)
+    return size - 1 - (keys.topk(most, dim=1).values & _LOW)
 
 
 def _ordered(values: Tensor) -> Tensor:
