@@ -71,20 +71,25 @@ def test_where_every_row_has_a_top_k_nothing_else_is_searched(size, monkeypatch)
             np.testing.assert_array_equal(found[i].numpy(), host.limited(row, *(s[i] for s in settings.values())))
 
 
-@pytest.mark.parametrize("others", [0, 1, 20])
-def test_greedy_rows_do_not_lengthen_the_search(others, monkeypatch):
-    """Only drawn rows count: rows with top-k 1 or temperature 0 have no other tokens, whatever else they ask for."""
+@pytest.mark.parametrize(("others", "top_k", "searches"), [(0, 20, 0), (1, 20, 0), (20, 20, 0), (5, 0, 1), (0, 0, 1)])
+def test_greedy_rows_do_not_lengthen_the_search(others, top_k, searches, monkeypatch):
+    """Only drawn rows count: rows with top-k 1 or temperature 0 have no other tokens, whatever else they ask for.
+
+    Where no drawn row has a top-k, whole rows are searched for top-p alone.
+    """
     logits, wanted = rows(7, 40, 600), choices(7, 40)
     greedy = np.arange(40) % 3 == 0
-    wanted["top_k"] = np.where(greedy, others, 20)
+    wanted["top_k"] = np.where(greedy, others, top_k)
     wanted["temperature"] = np.where(greedy, 0.0, 0.8)
     none, no = np.zeros(0, np.int64), np.ones(40)
     nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
     nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
-    monkeypatch.setattr(on_device, "_fewest", None)
+    fewest, calls = on_device._fewest, []
+    monkeypatch.setattr(on_device, "_fewest", lambda *arguments: calls.append(1) or fewest(*arguments))
     choice = Choice(**wanted, **nothing, presence=no - 1, frequency=no - 1)
     found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
     assert found.tolist() == choose(logits, choice).tolist()
+    assert len(calls) == searches
 
 
 def test_penalties_are_the_hosts():

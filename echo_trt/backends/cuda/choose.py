@@ -20,11 +20,11 @@ _PARTS = 32  # of a row, which a program each goes over; larger: few rows use mo
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
 
-def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int = 0) -> Tensor:
+def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int | None = None) -> Tensor:
     """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
 
-    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``most`` is the
-    largest top-k where every drawn row has one (``Choice.largest_top_k``), else 0.
+    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``most`` is
+    ``Choice.largest_top_k``: without one, rows are searched as if some had a top-k and others had none.
     """
     c = choice
     logits = logits.to(torch.float32, copy=True)
@@ -60,7 +60,7 @@ def draw(
     place: Tensor,
     min_p: Tensor,
     limits: bool = True,
-    most: int = 0,
+    most: int | None = None,
 ) -> Tensor:
     """Choose a token a row, as ``decoding.sampling.draw.sample`` does: int64 [n].
 
@@ -76,19 +76,23 @@ def draw(
     return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
 
 
-def limited(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, most: int = 0) -> Tensor:
+def limited(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, most: int | None = None
+) -> Tensor:
     """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V].
 
-    With ``most``, every row's top-k is from 1 to ``most``, and only so many tokens of a row are searched for top-p.
+    most  every row's top-k is from 1 to so many, and only so many tokens of a row are searched for top-p; 0: no row
+          has a top-k; None: some may have one
     """
     size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
     least = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
     kept = torch.where(logits < least, -torch.inf, logits)
-    if 0 < most < size:
+    if most and most < size:
         return _limited_among(kept, peak, temperature, top_k, top_p, most)
-    shortened = (top_k > 0) & (top_k < size)
-    count = torch.where(shortened, top_k, size).double()
-    kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
+    if most != 0:
+        shortened = (top_k > 0) & (top_k < size)
+        count = torch.where(shortened, top_k, size).double()
+        kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
     # What is shut out weighs nothing; a temperature of 0 is greedy, and its row is not used.
     weights = ((kept - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp()
     mass = weights.double()

@@ -44,10 +44,11 @@ class Choice:
         return bool((self.top_k > 1).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
 
     @property
-    def largest_top_k(self) -> int:
-        """The largest top-k of drawn rows, where all of them have one; else 0."""
+    def largest_top_k(self) -> int | None:
+        """The largest top-k of drawn rows; 0 where none has one, None where some have one and others have not."""
         top_k = self.top_k[(self.temperature > GREEDY) & (self.top_k != 1)]
-        return int(top_k.max()) if len(top_k) and top_k.min() > 0 else 0
+        most = int(top_k.max(initial=0))
+        return most if most == 0 or top_k.min() > 0 else None
 
 
 def part_of(choice: Choice, part: slice) -> Choice:
