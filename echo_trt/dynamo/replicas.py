@@ -19,6 +19,7 @@ from pathlib import Path
 
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.dynamo.devices import divided, visible_devices
 from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
@@ -171,8 +172,13 @@ class Replicas:
 
     def __init__(self, job: Job, environment: dict[str, str], stop: threading.Event, log: Log):
         self._job, self._stop, self._log = job, stop, log
-        ports = enumerate(free_ports(job.replicas, job.port), 1)
-        self._workers = [Replica(number, port, job, environment, log) for number, port in ports]
+        manifest = read_manifest(job.bundle)
+        visible = visible_devices(manifest.engine, environment)
+        own = divided(visible, job.replicas, manifest.recipe.tensor_parallel)
+        ports = zip(free_ports(job.replicas, job.port), own, strict=True)
+        self._workers = [
+            Replica(number, port, job, environment | devices, log) for number, (port, devices) in enumerate(ports, 1)
+        ]
         self._frontend = Frontend(job, environment, log, self._workers)
         self._announced = False
 

@@ -12,7 +12,7 @@ from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_mani
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.decoding.pack import LevelShape
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import reserve_for
+from echo_trt.decoding.policies import echo_settings, reserve_for
 from echo_trt.errors import UserError
 from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
@@ -117,13 +117,13 @@ def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots,
         compiled = TensorRTEngine.open(
             manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks, tree=state.reserve
         )
-        compiled.capture_levels(_level_shapes(manifest))
+        compiled.capture_levels(level_shapes(manifest))
         return compiled
     if manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
         eager = open_torch(file, blocks, bounds=_bounds(state))
-        eager.capture_levels(_level_shapes(manifest))
+        eager.capture_levels(level_shapes(manifest))
         return eager
     from echo_trt.backends.openvino.engine import OpenVINOEngine
 
@@ -177,11 +177,17 @@ def _bounds(state: Slots) -> CallBounds:
     return CallBounds(slots, slot_blocks, state.reserve)
 
 
-def _level_shapes(manifest: Manifest) -> list[LevelShape]:
-    """List the shapes of drafts that a planner may ask a head on a device for."""
-    decoding = manifest.recipe.decoding
-    beams = min(decoding.beams, decoding.width)
-    return [LevelShape(levels, beams, decoding.width) for levels in range(1, decoding.max_depth)]
+def level_shapes(manifest: Manifest) -> list[LevelShape]:
+    """List the shapes of drafts that a planner may ask a head on a device for; goodput-exact's chains are left out.
+
+    The fixed tree, with which others are compared, is always drafted as deep as it is.
+    """
+    decoding = manifest.recipe.decoding.model_dump()
+    elastic, fixed = (echo_settings(name, decoding) for name in ("echo", "static"))
+    beams = min(elastic.beams, elastic.width)
+    shapes = [LevelShape(levels, beams, elastic.width) for levels in range(1, elastic.max_depth)]
+    whole = LevelShape(fixed.max_depth - 1, fixed.beams, fixed.width)
+    return [*shapes, whole] if whole.levels and whole not in shapes else shapes
 
 
 def drafter_with(

@@ -184,8 +184,12 @@ def _call(networks: Networks, counts: np.ndarray, context: int) -> Packed:
 def machine(manifest: Manifest) -> str:
     """What must be the same for measured times to hold."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = manifest.tools.get(manifest.engine, "")
-    return f"{_processor()}, {cores} cores, {manifest.engine} {versions} {computes_in(manifest)}".replace("  ", " ")
+    versions, parts = manifest.tools.get(manifest.engine, ""), [_processor(), f"{cores} cores"]
+    if manifest.engine != "openvino":
+        from echo_trt.backends.cuda.device import device_name
+
+        parts += filter(None, [device_name()])
+    return ", ".join([*parts, f"{manifest.engine} {versions} {computes_in(manifest)}"]).replace("  ", " ")
 
 
 def _processor() -> str:

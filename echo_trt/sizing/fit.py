@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.cuda.sizes import CallBounds, capacity_of, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
+from echo_trt.decoding.policies import echo_settings
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
@@ -93,7 +94,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
         calls=calls,
         tokens=tokens,
-        working=_working(recipe, target, tokens, rows) + scratch,
+        working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),
         graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
         blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
         request_blocks=math.ceil(slot_blocks),
@@ -107,6 +108,24 @@ def _working(recipe: Recipe, target: Sizes, tokens: int, rows: int) -> int:
     if target.experts:  # the exported graph keeps the outputs of all experts before it sums them
         layer += target.experts * target.hidden_size
     return rows * target.vocab_size * 4 + tokens * layer * KV_BYTES[recipe.precision]
+
+
+def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
+    """Estimate bytes of a draft's largest pass in PyTorch, which keeps logits in fp32, too, and their exponentials.
+
+    A head drafts its last level for all requests at once. TensorRT's launches are no larger than the target's.
+    """
+    if draft is None or recipe.engine != "torch":
+        return 0
+    batch, value = recipe.limits.batch, KV_BYTES[recipe.draft.precision or recipe.precision]
+    logits = draft.vocab_size * (value + 2 * 4)
+    if recipe.draft.kind != "eagle3":
+        return LARGEST * logits
+    trees = [echo_settings(name, recipe.decoding.model_dump()) for name in ("echo", "static")]
+    nodes = max(min(tree.beams, tree.width) * (tree.max_depth - 1) for tree in trees)
+    rows = batch * max(min(tree.beams, tree.width) for tree in trees)
+    layer = (6 * draft.hidden_size + 3 * draft.intermediate_size) * value
+    return rows * logits + batch * nodes * layer + split_scratch(draft, batch * nodes)
 
 
 def split_scratch(target: Sizes, tokens: int) -> int:

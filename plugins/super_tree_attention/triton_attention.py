@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from super_tree_attention import kernel
-from super_tree_attention.kernel_plan import MAX_SPLITS, STEPS, plan, registers_of, warps_of
+from super_tree_attention.kernel_plan import MAX_SPLITS, plan, registers_of, steps_for, warps_of
 
 
 def super_tree_attention_triton(
@@ -35,7 +35,7 @@ def super_tree_attention_triton(
         num_tokens, len(past_lens), len(block_indices), kv_heads, group, block=block, processors=processors,
         compute_capability=compute_capability, num_splits=num_splits, rows=rows,
     )  # fmt: skip
-    splits = launch.num_splits
+    splits, steps = launch.num_splits, steps_for(launch.rows, compute_capability, query.element_size())
     output = torch.empty_like(query)
     scratch = (num_tokens * kv_heads * group, splits) if splits > 1 else (0, 0)
     partial = query.new_empty((*scratch, head_dim), dtype=torch.float32)
@@ -46,8 +46,8 @@ def super_tree_attention_triton(
         past_lens, seq_begins, block_indices, block_begins, tree_mask, tree_mask_begins,
         len(past_lens), launch.wanted_splits, num_tokens, len(key_cache), len(block_indices), len(tree_mask),
         output, partial, partial_lse,
-        HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=STEPS.keys, NEW_KEYS=STEPS.new_keys,
-        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=STEPS.stages,
+        HEAD_DIM=head_dim, GROUP=group, BLOCK=block, ROWS=launch.rows, KEYS=steps.keys, NEW_KEYS=steps.new_keys,
+        num_warps=warps_of(launch.rows), maxnreg=registers_of(launch.rows), num_stages=steps.stages,
     )  # fmt: skip
     if splits > 1:
         kernels.combine[launch.combine_grid](

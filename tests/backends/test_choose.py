@@ -55,6 +55,43 @@ def test_what_is_left_of_a_row_is_the_hosts():
             np.testing.assert_array_equal(found[i].numpy(), kept)
 
 
+@pytest.mark.parametrize("size", [1, 5, 50, 51, 700])
+def test_where_every_row_has_a_top_k_nothing_else_is_searched(size, monkeypatch):
+    """Qwen3's own setting: top-k 20 and top-p 0.95. A search of whole rows would take as long as a pass."""
+    for seed in range(10):
+        logits, wanted = rows(seed, 40, size), choices(seed, 40)
+        wanted["top_k"] = np.random.default_rng(seed).choice([1, 2, 7, 50], 40)
+        wanted["temperature"] = np.maximum(wanted["temperature"], 0.2)
+        settings = {name: wanted[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+        with monkeypatch.context() as patch:
+            patch.setattr(on_device, "_fewest", None if size > 50 else on_device._fewest)
+            tensors = {name: torch.from_numpy(value) for name, value in settings.items()}
+            found = limited(torch.from_numpy(logits), **tensors, most=50)
+        for i, row in enumerate(logits):
+            np.testing.assert_array_equal(found[i].numpy(), host.limited(row, *(s[i] for s in settings.values())))
+
+
+@pytest.mark.parametrize(("others", "top_k", "searches"), [(0, 20, 0), (1, 20, 0), (20, 20, 0), (5, 0, 1), (0, 0, 1)])
+def test_greedy_rows_do_not_lengthen_the_search(others, top_k, searches, monkeypatch):
+    """Only drawn rows count: rows with top-k 1 or temperature 0 have no other tokens, whatever else they ask for.
+
+    Where no drawn row has a top-k, whole rows are searched for top-p alone.
+    """
+    logits, wanted = rows(7, 40, 600), choices(7, 40)
+    greedy = np.arange(40) % 3 == 0
+    wanted["top_k"] = np.where(greedy, others, top_k)
+    wanted["temperature"] = np.where(greedy, 0.0, 0.8)
+    none, no = np.zeros(0, np.int64), np.ones(40)
+    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
+    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
+    fewest, calls = on_device._fewest, []
+    monkeypatch.setattr(on_device, "_fewest", lambda *arguments: calls.append(1) or fewest(*arguments))
+    choice = Choice(**wanted, **nothing, presence=no - 1, frequency=no - 1)
+    found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
+    assert found.tolist() == choose(logits, choice).tolist()
+    assert len(calls) == searches
+
+
 def test_penalties_are_the_hosts():
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((20, 90)).astype(np.float32)

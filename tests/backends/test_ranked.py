@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import threading
 import time
 from contextlib import nullcontext
+from multiprocessing import Pipe
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ from models.checkpoints import qwen3, qwen3_moe
 from pairs import LIMITS, SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.backends.parallel import ranked
+from echo_trt.backends.parallel import rank_processes, ranked
 from echo_trt.backends.parallel.rank_group import check_gpus
 from echo_trt.backends.parallel.ranked import RankedEngine
 from echo_trt.backends.torch.engine import TorchRank
@@ -123,6 +126,23 @@ def test_a_rank_that_cannot_start_says_why(divided, tmp_path):
     with refused("broken holds no network of echo-trt", "build the bundle again"):
         RankedEngine(TorchRank((files_of(divided[0])[0], tmp_path / "broken"), BLOCKS), 2)
     assert time.monotonic() - began < 60
+
+
+def test_a_loss_is_told_while_the_communicator_waits_for_graphs(monkeypatch):
+    """NCCL aborts a communicator when its graphs are gone, which may be as late as the end of this process."""
+    ours, theirs = Pipe()
+    child, released = subprocess.Popen(["false"]), threading.Event()
+    monkeypatch.setattr(rank_processes, "_start", lambda rank, *_: rank_processes._Process(rank, child, ours))
+    others = rank_processes.RankProcesses(2, 0)
+    others.abort = lambda: released.wait(60)
+    child.wait()
+    began = time.monotonic()
+    theirs.close()
+    with refused("rank 1 of 2 has ended (exit code 1)"):
+        others.hear(rank_processes.READY, 30)
+    assert time.monotonic() - began < 20
+    released.set()
+    others.close()
 
 
 def test_the_processes_end_with_the_engine(divided):

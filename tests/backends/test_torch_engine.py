@@ -1,6 +1,8 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
+import gc
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,23 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
-from stand_in_graphs import as_on_a_gpu
+from stand_in_graphs import StandInGraph, as_on_a_gpu, with_graphs
 
-from echo_trt.backends.cuda.calls import Staging
+from echo_trt.backends.cuda import sizes as cuda_sizes
+from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes, pad, size_for
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
 from echo_trt.backends.torch.files import load_role, save_role
-from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack
 from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.runtime.params import SamplingParams
 from super_tree_attention.triton_attention import super_tree_attention_triton
 
-BLOCKS = 16
+BLOCKS, BOUNDS = 16, CallBounds(2, 4, 16)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FEATURES = 2 * SIZES["hidden_size"]  # a number of the block drafter's alone
 #: pair, network, size of an entry's features
@@ -117,6 +120,29 @@ def test_padding_is_seen_by_nothing(network, kernel, networks):
             torch.testing.assert_close(padded._pool, plain._pool, **near)
 
 
+def test_a_block_without_context_has_a_graph(networks, monkeypatch):
+    """Costs are measured by such passes, and launched one by one their kernels take several times as long."""
+    monkeypatch.setattr(cuda_sizes, "SIZES", (4, 8))
+    plain, engine = (TorchEngine(roles_of("dflash", networks)["draft"], BLOCKS, bounds=BOUNDS) for _ in range(2))
+    with_graphs(engine, monkeypatch)
+    engine._capture_all()
+    replays, rows = StandInGraph.replays, np.arange(6)
+    call = pack(rows, rows, np.zeros(1, int), np.array([6]), np.zeros((1, 1), int), rows)
+    none = engine.bank("features").read(rows[:0])
+    outputs = engine.run(call, features=none, state_rows=rows)
+    assert StandInGraph.replays == replays + 1
+    assert_same(plain.run(call, features=np.zeros((0, FEATURES), np.float32), state_rows=rows), outputs, 1e-5)
+
+
+def test_states_of_drafted_nodes_have_room_where_the_pool_is_small(networks):
+    """A graph's padded requests have nodes, and no KV rows. Engines of a few blocks, of self-checks, have less."""
+    bounds, shape = CallBounds(32, 1, 16), LevelShape(3, 4, 4)
+    engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], 8, bounds=bounds))
+    assert len(engine._banks["hidden"].rows) >= 32 * (1 + shape.beams * shape.levels) > 8 * BLOCK
+    unbounded = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], 8))
+    assert len(unbounded._banks["hidden"].rows) == 8 * BLOCK
+
+
 def test_calls_that_no_graph_is_for_are_not_padded():
     call = calls(0)[1]
     count, sizes = len(call.token_ids), graph_sizes(8)
@@ -196,6 +222,25 @@ def test_a_gpu_that_is_not_there_is_named(networks):
         TorchEngine(roles_of("lookup", networks)["target"], BLOCKS, "cuda")
 
 
+def test_an_engine_is_gone_with_its_last_reference(networks, monkeypatch):
+    """Its graphs and its memory go with it: the next rank's self-check, or NCCL's communicator, waits for them."""
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], BLOCKS))
+    levels = engine._levels
+    engine._graphs, levels._graphs = (Graphs(f, torch.device("cpu")) for f in (engine._forward, levels._draft))
+    call = pack(np.zeros(2), np.arange(2), np.zeros(1, int), np.array([2]), np.arange(BLOCKS)[None], np.arange(2))
+    inputs = {name: torch.from_numpy(array) for name, array in arrays_of(call, **inputs_for(call, 192, 1)).items()}
+    assert_same(*({"state": graphs(inputs)[2].numpy()} for graphs in (engine._forward, engine._graphs._forward)))
+    gone = [weakref.ref(owner) for owner in (engine, levels)]
+    gc.disable()
+    try:
+        del engine, levels
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 @CUDA
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("network", NETWORKS)
@@ -239,7 +284,14 @@ def test_a_file_of_something_else_is_refused(networks, tmp_path):
 def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "super_tree_attention.triton_attention", None)
     with refused("pip install -e '.[cuda]'", "echo-trt build the bundle with --engine openvino"):
-        _operator_for(torch.device("cuda"))
+        _operator_for(torch.device("cuda"), SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 100), (64, 2, 128)])
+def test_heads_that_the_kernel_does_not_have_are_named(heads, kv_heads, head_dim):
+    config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    with refused(f"heads of {head_dim} and {heads // kv_heads} query heads", "16, 32, 64, 128", "--engine openvino"):
+        _operator_for(torch.device("cuda"), config)
 
 
 def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):

@@ -105,6 +105,18 @@ def test_costs_of_another_machine_are_not_used(tmp_path, manifest):
     assert computes_in(manifest) in machine(manifest)
 
 
+def test_costs_of_another_card_are_not_used(tmp_path, manifest, monkeypatch):
+    """A table of a faster card would not be doubted: a pass that takes longer now may be due to other work."""
+    on_gpus = manifest.model_copy(update={"engine": "torch"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    write(tmp_path, COSTS, costs(machine(on_gpus)))
+    assert read_costs(tmp_path, on_gpus, machine(on_gpus), pytest.fail)
+    assert "H100" not in machine(manifest)  # OpenVINO's computes on the CPU
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L40S")
+    assert read_costs(tmp_path, on_gpus, machine(on_gpus), pytest.fail) is None
+
+
 BROKEN = [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"format": 1}', b"null"]
 
 

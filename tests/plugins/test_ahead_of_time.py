@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the compiler is Triton's")
 from super_tree_attention import ahead_of_time
 from super_tree_attention.ahead_of_time import ARCHITECTURES, compile_kernel, compile_kernels, main, ptx_version
 from super_tree_attention.kernel_floor import GROUP, HEAD_DIM, bytes_of_a_step, table
-from super_tree_attention.kernel_plan import PLAIN_SHARED, STEPS
+from super_tree_attention.kernel_plan import PLAIN_SHARED, STEPS, modest_steps, steps_for
 
 #: Shared memory that one block may ask for, in bytes.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 110: 227 << 10}
@@ -51,6 +51,17 @@ def test_modest_kernels_need_no_more_shared_memory_than_any_kernel_gets(architec
             kernel = compile_kernel("attention", architecture, "bf16", head_dim, group, rows, modest=True)
             assert kernel.shared <= PLAIN_SHARED == 49_152
             assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("architecture", [80, 89])
+def test_kernels_in_float32_fit_cards_of_less_shared_memory(architecture, monkeypatch):
+    """A failing self-check proposes float32, which PyTorch runs on every card."""
+    monkeypatch.setattr(ahead_of_time, "DTYPES", ("fp32",))
+    for rows in (16, 64):
+        assert steps_for(rows, architecture, 4) == modest_steps(rows, architecture)
+        assert steps_for(rows, architecture, 2) == steps_for(rows, 90, 4) == STEPS
+        kernel = compile_kernel("attention", architecture, "fp32", 128, 4, rows, modest=True)
+        assert kernel.shared <= SHARED_LIMIT[architecture]
 
 
 @pytest.mark.parametrize(

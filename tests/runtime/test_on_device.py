@@ -14,8 +14,10 @@ from echo_trt.backends.cuda.levels import level_call
 from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.decoding.pack import ROOT, LevelShape, pack_levels
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.assemble import level_shapes
 from echo_trt.runtime.levels import DraftedTrees, LevelsDrafter
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
 
 REQUESTS = {"mixed": mixed, "penalised": penalised, "structured": structured}
 
@@ -40,6 +42,23 @@ def test_every_policy_writes_plain_decodings_text(policy, batch, requests, open_
     llm = open_llm("eagle3", policy, batch, "resident")
     prompts, params = REQUESTS[requests]()
     assert_same(llm.generate(prompts, params), plain(requests))
+
+
+@pytest.mark.parametrize("policy", ["static", "echo"])
+def test_levels_have_a_graph_under_policies_of_the_paper(policy, open_llm, monkeypatch):
+    """The shapes are captured at the start; a fixed tree without a graph would lose every comparison."""
+    llm = open_llm("eagle3", policy, 2, "resident")
+    engine, asked = llm.loop.drafter.engine, set()
+    run_levels = engine.run_levels
+
+    def noted(call, below, shape, *arguments, **inputs):
+        asked.add(shape)
+        return run_levels(call, below, shape, *arguments, **inputs)
+
+    monkeypatch.setattr(engine, "run_levels", noted)
+    llm.generate([[*range(20)]] * 2, SamplingParams(24, ignore_eos=True))
+    assert asked
+    assert asked <= {*level_shapes(llm.manifest)}
 
 
 def test_levels_on_the_device_are_those_that_the_host_would_expand(open_llm):
@@ -132,7 +151,7 @@ def test_calls_of_levels_say_where_rows_are():
     assert level_call(2, 3, call)["seq_begins"].tolist() == [0, 6, 6]
 
 
-@pytest.mark.parametrize("policy", ["static", "echo", "goodput"])
+@pytest.mark.parametrize("policy", ["static", "echo"])
 def test_an_iteration_waits_for_the_device_a_few_times_and_copies_little(policy, open_llm):
     """Greedy, 64 requests: once for the draft, once for the verification; without prompts."""
     llm = open_llm("close", policy, 64, "resident")

@@ -268,6 +268,20 @@ def test_missing_and_left_add_up():
     assert f"{-missing / 1e9:.1f} GB a GPU are missing" in on("L40S").sentence
 
 
+def test_drafts_take_memory_where_pytorch_runs_them():
+    """Qwen3-8B's head: 128 requests with up to 70 nodes in a level. Drafts of a whole vocabulary: their logits."""
+
+    def working(name: str = "qwen3-8b", **changes) -> int:
+        own = recipe(name, **changes)
+        return needs(own, *(shape.sizes for shape in shapes(own, BUILD))).working
+
+    more = working(engine="torch") - working()
+    assert 1.5e9 < more < 3e9
+    assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 20
+    for name in ("qwen3-0.6b-for-8b", "qwen3-8b-dflash"):
+        assert working(name, engine="torch") - working(name) == 1024 * 151_936 * (2 + 4 + 4)
+
+
 def test_splits_have_scratch():
     """Qwen3-8B: as much as the kernel's plan asks for in calls of all sizes, on an H100."""
     sizes, calls = shapes(recipe(), BUILD)[0].sizes, CallSizes.of(recipe())

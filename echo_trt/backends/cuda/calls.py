@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -91,6 +93,25 @@ class Staging:
         return self.tensors
 
 
+def unowned(forward: Forward) -> Forward:
+    """Return ``forward`` as a function that keeps the object of a bound method alive no longer than others do.
+
+    An engine owns the graphs of its own method. In a circle of both, its memory would stay until Python's collector
+    looks for circles, long after the next engine has asked for it; and NCCL waits for graphs with its collectives, for
+    ever, before it ends a communicator.
+    """
+    if not inspect.ismethod(forward):
+        return forward
+    method = weakref.WeakMethod(forward)
+
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
+        bound = method()
+        assert bound is not None  # whoever calls has the object
+        return bound(*arguments)
+
+    return call
+
+
 class Captured(NamedTuple):
     """A graph, where it reads and where it writes."""
 
@@ -123,7 +144,7 @@ class Graphs:
     """
 
     def __init__(self, forward: Forward, device: torch.device):
-        self._forward, self._device = forward, device
+        self._forward, self._device = unowned(forward), device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}

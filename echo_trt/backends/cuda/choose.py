@@ -20,10 +20,11 @@ _PARTS = 32  # of a row, which a program each goes over; larger: few rows use mo
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
 
-def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True) -> Tensor:
+def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int | None = None) -> Tensor:
     """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
 
-    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out.
+    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``most`` is
+    ``Choice.largest_top_k``: without one, rows are searched as if some had a top-k and others had none.
     """
     c = choice
     logits = logits.to(torch.float32, copy=True)
@@ -34,21 +35,19 @@ def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True) -> Te
         bits = (c["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
         logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
     settings = (c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p"))
-    return draw(logits, *settings, limits=limits)
+    return draw(logits, *settings, limits=limits, most=most)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities of ``tokens`` int64 [n] at rows of ``logits`` float [n, V], and of the best ones.
 
-    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens, in no order. Of tokens that tie the
-    lowest ids are taken.
+    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens. Of tokens that tie the lowest ids are
+    taken.
     """
     logits = logits.float()
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     own = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0]
-    enough = logits.new_full((len(logits),), most, dtype=torch.float64)
-    kept = _fewest(_ordered(logits), torch.ones_like(logits, dtype=torch.float64), enough)
-    best = torch.where(kept, logits, -torch.inf).topk(most, dim=1).indices
+    best = _largest(logits, most)
     return own, logits.gather(1, best) - normaliser, best
 
 
@@ -61,6 +60,7 @@ def draw(
     place: Tensor,
     min_p: Tensor,
     limits: bool = True,
+    most: int | None = None,
 ) -> Tensor:
     """Choose a token a row, as ``decoding.sampling.draw.sample`` does: int64 [n].
 
@@ -68,26 +68,57 @@ def draw(
     temperature, top_p, min_p  float64 [n]
     top_k, seed, place         int64 [n]; a seed's 64 bits
     limits                     whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
+    most                       as of ``choose``
     """
     best = logits.argmax(dim=1)
-    running = limited(logits, temperature, top_k, top_p, min_p) if limits else logits
+    running = limited(logits, temperature, top_k, top_p, min_p, most) if limits else logits
     drawn = _race(running, logits.amax(dim=1), temperature, seed, place)
     return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
 
 
-def limited(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V]."""
+def limited(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, most: int | None = None
+) -> Tensor:
+    """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V].
+
+    most  every row's top-k is from 1 to so many, and only so many tokens of a row are searched for top-p; 0: no row
+          has a top-k; None: some may have one
+    """
     size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
     least = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
     kept = torch.where(logits < least, -torch.inf, logits)
-    shortened = (top_k > 0) & (top_k < size)
-    most = torch.where(shortened, top_k, size).double()
-    kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), most), kept, -torch.inf)
+    if most and most < size:
+        return _limited_among(kept, peak, temperature, top_k, top_p, most)
+    if most != 0:
+        shortened = (top_k > 0) & (top_k < size)
+        count = torch.where(shortened, top_k, size).double()
+        kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
     # What is shut out weighs nothing; a temperature of 0 is greedy, and its row is not used.
     weights = ((kept - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp()
     mass = weights.double()
     nucleus = _fewest(weights.view(torch.int32).long(), mass, top_p * mass.sum(dim=1))
     return torch.where(nucleus | (top_p >= 1)[:, None], kept, -torch.inf)
+
+
+def _limited_among(
+    logits: Tensor, peak: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, most: int
+) -> Tensor:
+    """Shut tokens out by top-k, up to ``most``, and top-p. ``peak`` float32 [n, 1]: a row's largest logit."""
+    tokens = _largest(logits, most)
+    values = logits.gather(1, tokens)
+    values = torch.where(torch.arange(most, device=logits.device) < top_k[:, None], values, -torch.inf)
+    mass = ((values - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp().double()
+    enough = (top_p * mass.sum(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    nucleus = (mass.cumsum(dim=1) - mass < enough) | (top_p >= 1)[:, None]
+    return torch.full_like(logits, -torch.inf).scatter_(1, tokens, torch.where(nucleus, values, -torch.inf))
+
+
+def _largest(logits: Tensor, most: int) -> Tensor:
+    """Return the tokens of a row's ``most`` largest logits, in order, of equal ones the lowest first: [n, most]."""
+    size = logits.shape[1]
+    # A token's logit, and below it its place from the end: no two are equal, and of equal logits the first is larger.
+    keys = (_ordered(logits) - (1 << 31) << 32) | torch.arange(size - 1, -1, -1, device=logits.device)
+    return size - 1 - (keys.topk(most, dim=1).values & _LOW)
 
 
 def _ordered(values: Tensor) -> Tensor:

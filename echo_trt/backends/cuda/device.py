@@ -26,6 +26,15 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def device_count() -> int:
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
+def device_name() -> str:
+    """Return the name of the current CUDA device; empty without one."""
+    return torch.cuda.get_device_name() if has_cuda() else ""
+
+
 def compute_capability(device: torch.device) -> str:
     """Return a device's compute capability, such as 8.9."""
     major, minor = torch.cuda.get_device_capability(device)

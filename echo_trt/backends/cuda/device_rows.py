@@ -81,7 +81,8 @@ class DeviceLogits(DeviceRows):
         arrays = {field.name: getattr(choice, field.name) for field in fields(choice)}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         sent = self._send(arrays | {"rows": rows})
-        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=choice.limits)
+        limits, most = choice.limits, choice.largest_top_k
+        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=limits, most=most)
 
     def log_probabilities(
         self, rows: np.ndarray, tokens: np.ndarray, most: int

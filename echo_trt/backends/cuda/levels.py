@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import Graphs, Staging
+from echo_trt.backends.cuda.calls import Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch
 from echo_trt.decoding.pack import ROOT, LevelShape, Packed
@@ -34,7 +34,7 @@ class Levels:
     """
 
     def __init__(self, forward: Forward, states: Tensor, top_k: int, bounds: CallBounds, graphs: bool):
-        self._forward, self._states, self._bounds, device = forward, states, bounds, states.device
+        self._forward, self._states, self._bounds, device = unowned(forward), states, bounds, states.device
         self._scores = torch.zeros(bounds.requests, top_k, device=device)  # of the roots' children
         self._candidates = torch.zeros(bounds.requests, top_k, dtype=torch.int64, device=device)
         self._sizes = sorted({min(bucket(n), bounds.requests) for n in range(1, bounds.requests + 1)})

@@ -95,9 +95,12 @@ def pad(arrays: Arrays, size: Size) -> Arrays:
     Padding is tokens without a request, and requests without tokens, which the call does not see. Output rows of
     padding are undefined.
     """
+    kinds = [name for name in ("features", "hidden") if name in arrays]
+    # A head's call has entries of one kind. A block drafter's has but one kind, and perhaps none of it.
+    there = {name: "state_rows" in arrays or len(arrays[name]) > 0 for name in kinds}
     sizes = {
         **dict.fromkeys(("token_ids", "positions", "state_rows"), size.tokens),
-        **{name: size.tokens if len(arrays[name]) else 0 for name in ("features", "hidden") if name in arrays},
+        **{name: size.tokens if there[name] else 0 for name in kinds},
         "logit_rows": size.rows,
         "past_lens": size.requests,
         **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), size.requests + 1),

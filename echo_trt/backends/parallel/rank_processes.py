@@ -140,7 +140,9 @@ class RankProcesses:
         self._lost_at = time.monotonic()
         for process in self._processes:
             process.child.kill()
-        self.abort()
+        # In a thread: NCCL aborts a communicator when all graphs with its collectives are gone, and this engine has its
+        # own until it is closed. The collective that waits for the lost rank ends at once.
+        threading.Thread(target=self.abort, name="abort", daemon=True).start()
 
     def _wait_for_loss(self, seconds: float = 3.0) -> None:
         until = time.monotonic() + seconds

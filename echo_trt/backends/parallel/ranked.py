@@ -70,7 +70,7 @@ class RankedEngine:
 
 
 def _leave(others: RankProcesses, group: RankGroup, engines: list[Engine]) -> None:
-    """End the ranks. TensorRT's contexts hold the communicator, which must outlive them."""
+    """End the ranks. TensorRT's contexts and CUDA graphs hold the communicator, which must outlive them."""
     others.close()
     engines.clear()
     gc.collect()  # an engine and its CUDA graphs hold each other

@@ -26,10 +26,12 @@ from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
+from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from super_tree_attention import super_tree_attention
 
+HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16  # of the kernel: its tiles are powers of two, of 16 rows at least
 MOST_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
@@ -61,7 +63,7 @@ class TorchEngine:
         self._role = role.to(self.device)
         self._dtype = role.network.norm.weight.dtype  # matrices may be stored in a narrower one
         self._collectives = collectives or Alone()
-        self._operator = operator or _operator_for(self.device)
+        self._operator = operator or _operator_for(self.device, config)
         shape = 2 * role.num_layers, num_blocks, config.num_kv_heads, BLOCK, config.head_dim
         if self.device.type == "cuda":
             needed = int(np.prod(shape)) * self._dtype.itemsize
@@ -83,7 +85,9 @@ class TorchEngine:
             return {}
         features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
         sizes = {"features": (self.num_blocks * BLOCK, features)}
-        nodes = min(self._bounds.requests * (self._bounds.tree + 1), self.num_blocks * BLOCK)  # each has a KV row
+        nodes = self._bounds.requests * (self._bounds.tree + 1)
+        if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
+            nodes = min(nodes, self._bounds.table * BLOCK)
         sizes["hidden"] = nodes, config.hidden_size
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
@@ -204,9 +208,15 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _operator_for(device: torch.device) -> Callable[..., Tensor]:
+def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]:
     if device.type == "cpu":
         return super_tree_attention
+    group = config.num_heads // config.num_kv_heads
+    if config.head_dim not in HEAD_DIMS or group > MAX_GROUP:
+        raise UserError(
+            f"the network has heads of {config.head_dim} and {group} query heads a KV head, but the kernel for GPUs is "
+            f"for heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; use --engine openvino."
+        )
     try:
         from super_tree_attention.triton_attention import super_tree_attention_triton
     except ImportError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from echo_trt.decoding.sampling.draw import sample
+from echo_trt.decoding.sampling.draw import GREEDY, sample
 from echo_trt.decoding.sampling.penalties import penalise
 
 
@@ -42,6 +42,13 @@ class Choice:
     def limits(self) -> bool:
         """Whether top-k, top-p or min-p shuts tokens out anywhere."""
         return bool((self.top_k > 1).any() or (self.top_p < 1).any() or (self.min_p > 0).any())
+
+    @property
+    def largest_top_k(self) -> int | None:
+        """The largest top-k of drawn rows; 0 where none has one, None where some have one and others have not."""
+        top_k = self.top_k[(self.temperature > GREEDY) & (self.top_k != 1)]
+        most = int(top_k.max(initial=0))
+        return most if most == 0 or top_k.min() > 0 else None
 
 
 def part_of(choice: Choice, part: slice) -> Choice:
