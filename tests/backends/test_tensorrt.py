@@ -398,12 +398,11 @@ def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monk
 
 
 def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
-    """An engine and its CUDA graphs hold each other; its weights and its pool may be most of the card's memory."""
+    """Its weights and its pool may be most of the card's memory."""
     role, gone = roles_of("lookup", networks)["target"], []
 
     def opened(*_):
         engine = TorchEngine(role, 4)
-        engine.itself = engine
         weakref.finalize(engine, gone.append, True)
         return engine
 

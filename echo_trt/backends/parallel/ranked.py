@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -73,6 +72,5 @@ def _leave(others: RankProcesses, group: RankGroup, engines: list[Engine]) -> No
     """End the ranks. TensorRT's contexts and CUDA graphs hold the communicator, which must outlive them."""
     others.close()
     engines.clear()
-    gc.collect()  # an engine and its CUDA graphs hold each other
     group.abort()
     group.leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +121,7 @@ class TensorRTBuild:
             return TensorRTEngine.open(self.recipe.engine, engine, self.facts(), 1, sizes.blocks, sizes.pool)
 
         check = check_engine(role, opened, precision, LINEAR_TABLE)
-        # The engine and its CUDA graphs hold each other, and PyTorch keeps their memory, which TensorRT cannot take.
-        gc.collect()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # PyTorch keeps what the engine had, and TensorRT cannot take it
         return check
 
 
