@@ -18,7 +18,6 @@ import typer
 
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.calibration.plots import gates
-from echo_trt.pictures.by_load import drafted, iteration
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
@@ -33,11 +32,9 @@ def plots(folder: Annotated[Path, typer.Option(help="Where they are written.")] 
     """Draw what docs/benchmarks.json and the default head's calibration hold."""
     run = json.loads((ROOT / "docs" / "benchmarks.json").read_text())
     publish = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "publish.py"))
-    rows = [row for row in run["results"] if row["set"] == "all"]
-    (folder / "speedup.svg").write_text(publish["plot"](run))
     calibration = Calibration.model_validate_json(HEAD.read_text())
-    for picture in (drafted(rows), iteration(rows), gates(calibration)):
-        (folder / f"{picture.name}.svg").write_text(picture.file())
+    for name, plot in (publish["plots"](run) | {"gates.svg": gates(calibration).file()}).items():
+        (folder / name).write_text(plot)
 
 
 @app.command()

