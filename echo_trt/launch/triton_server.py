@@ -56,7 +56,9 @@ class TritonServer:
         }
         if self.pip:
             options["backend-directory"] = self._backends(work)
-        return [str(self.executable), *(f"--{name}={value}" for name, value in options.items())]
+        # config.pbtxt is complete. To complete it, Triton would start a process that imports the model for seconds.
+        whole = "--disable-auto-complete-config"
+        return [str(self.executable), whole, *(f"--{name}={value}" for name, value in options.items())]
 
     def environment(self, settings: dict[str, str]) -> dict[str, str]:
         """Return Triton's environment, with ``settings`` (ECHO_TRT_*); its backend runs in this Python."""
