@@ -61,7 +61,7 @@ class Drafter(Protocol):
         """The target has committed tokens to pool ``rows`` [m]; its outputs for them are at ``output_rows`` [m]."""
 
     def forget(self, slot: int) -> None:
-        """Forget what was computed for ``slot``: another request has it now."""
+        """The slot's request has left, and its KV blocks with it."""
 
 
 class TimedDraft:

@@ -61,11 +61,22 @@ class Loop:
 
         eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
         """
-        self.target, self.drafter, self.state, self.planner = target, drafter, state, planner
-        self.chunk = chunk
+        self.target, self.state, self.planner, self.chunk = target, state, planner, chunk
         self.counters = Counters()
         self.queue = Queue(state, tuple(eos), self.counters)
+        self.drafter = drafter
         self.watch: Callable[[Seen], None] | None = None  # gets every iteration, on the thread that steps; None: none
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The draft, which is told of each request that leaves."""
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        self._drafter = drafter
+        if drafter:
+            self.queue.forget = drafter.forget
 
     @property
     def proposer(self) -> int:
@@ -74,9 +85,7 @@ class Loop:
 
     def step(self) -> Emission:
         """One iteration. Of the requests that emitted, the finished have a finish_reason."""
-        for slot in self.queue.admit():
-            if self.drafter:
-                self.drafter.forget(slot)
+        self.queue.admit()
         slots = self._hold_for_decoding()
         chunks = self._plan_chunks()
         if len(slots) + len(chunks.slots) == 0:

@@ -135,7 +135,7 @@ class SamplingParams:
     )
     min_tokens: int = parameter(
         0,
-        "new tokens before a stop token or stop string counts; 0 is off",
+        "new tokens before a stop token or stop string counts, at most the limit; 0 is off",
         "a whole number from 0 (off) to max_tokens, {0.max_tokens}",
     )
     structured: Mapping[str, Any] | None = parameter(

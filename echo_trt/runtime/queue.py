@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Queue:
         """Begin without requests. ``eos``: token ids that end a text."""
         self._state, self._counters = state, counters
         self.eos = eos
+        self.forget: Callable[[int], None] = lambda slot: None  # is called with a slot that its request has left
         self.waiting: deque[Request] = deque()
         self._request_in = np.full(state.count, None, object)
         self.admissions = 0  # of requests so far, a preempted one's again
@@ -79,24 +81,19 @@ class Queue:
         self.waiting.clear()
         return requests
 
-    def admit(self) -> list[int]:
-        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far.
-
-        Returns the slots that have a new request.
-        """
-        state, entered = self._state, []
+    def admit(self) -> None:
+        """Admit waiting requests, oldest first, while there is a slot, and room for the whole text so far."""
+        state = self._state
         while self.waiting and not state.active.all():
             request = self.waiting[0]
             text = np.concatenate((request.prompt, np.asarray(request.generated, np.int64)))
             slot = int(np.flatnonzero(~state.active)[0])
             if not state.open(slot, text, request.keys, request.params.prompt_logprobs is None):
-                break
+                return
             self.waiting.popleft()
             self._counters.asked_tokens += len(text)
             self._counters.cached_tokens += int(state.committed[slot])
             self._enter(request, slot)
-            entered.append(slot)
-        return entered
 
     def leave(self, request: Request) -> None:
         """Take a request out of its slot; it keeps its text."""
@@ -107,6 +104,7 @@ class Queue:
         request.generated = state.tokens[slot, state.prompt_length[slot] : state.length[slot]].tolist()
         request.grammar = state.grammar[slot]
         state.release(slot)
+        self.forget(slot)
         self._request_in[slot], request.slot = None, -1
 
     def preempt_youngest(self) -> None:

@@ -61,7 +61,7 @@ class Service:
     """Answers requests with ``llm``, which is its own from now on. ``queue``: how many may wait for a place."""
 
     def __init__(self, llm: LLM, queue: int = 256):
-        self.llm, self.loop, self.queue = llm, llm.loop, queue
+        self.llm, self.loop, self._most_waiting = llm, llm.loop, queue
         # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
         # removes from it.
         self._changed = threading.Condition()
@@ -114,9 +114,9 @@ class Service:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
             # A crowd may come while all places are free. Probes take nobody's.
-            full = len(self._open) - len(self._probes) >= self.loop.state.count + self.queue
+            full = len(self._open) - len(self._probes) >= self.loop.state.count + self._most_waiting
             if full and not job.probe:
-                raise Overloaded(f"the queue is full, {self.queue} requests wait; try again in a second.")
+                raise Overloaded(f"the queue is full, {self._most_waiting} requests wait; try again in a second.")
             heapq.heappush(self._pending, job)
             self._open[request] = job
             if job.probe:
@@ -172,6 +172,7 @@ class Service:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        overlap(self.loop.target, lambda: None)  # else engine and service hold each other, and the engine its memory
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
 

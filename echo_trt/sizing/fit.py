@@ -123,9 +123,10 @@ def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
         return LARGEST * logits
     trees = [echo_settings(name, recipe.decoding.model_dump()) for name in ("echo", "static")]
     nodes = max(min(tree.beams, tree.width) * (tree.max_depth - 1) for tree in trees)
-    rows = batch * max(min(tree.beams, tree.width) for tree in trees)
+    rows = max(batch * max(min(tree.beams, tree.width) for tree in trees), LARGEST)
+    tokens = max(batch * nodes, LARGEST)  # the largest graph's, however few requests there are
     layer = (6 * draft.hidden_size + 3 * draft.intermediate_size) * value
-    return rows * logits + batch * nodes * layer + split_scratch(draft, batch * nodes)
+    return rows * logits + tokens * layer + split_scratch(draft, tokens)
 
 
 def split_scratch(target: Sizes, tokens: int) -> int:

@@ -151,7 +151,7 @@ def test_calls_of_levels_say_where_rows_are():
     assert level_call(2, 3, call)["seq_begins"].tolist() == [0, 6, 6]
 
 
-@pytest.mark.parametrize("policy", ["static", "echo"])
+@pytest.mark.parametrize("policy", ["static", "echo", "goodput"])
 def test_an_iteration_waits_for_the_device_a_few_times_and_copies_little(policy, open_llm):
     """Greedy, 64 requests: once for the draft, once for the verification; without prompts."""
     llm = open_llm("close", policy, 64, "resident")

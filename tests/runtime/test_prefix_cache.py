@@ -89,7 +89,7 @@ class Traffic(RuleBasedStateMachine):
     @rule()
     def nobody_waits_who_would_not_without_the_cache(self):
         state, loop = self.loop.state, self.loop
-        loop._admit()
+        loop.queue.admit()
         if loop.queue.waiting and not state.active.all():
             needed = blocks_for(len(loop.queue.waiting[0].prompt) + len(loop.queue.waiting[0].generated) + RESERVE)
             assert needed > state.num_blocks - state.blocks_held.sum()

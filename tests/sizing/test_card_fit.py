@@ -277,7 +277,7 @@ def test_drafts_take_memory_where_pytorch_runs_them():
 
     more = working(engine="torch") - working()
     assert 1.5e9 < more < 3e9
-    assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 20
+    assert 0 < working(engine="torch", batch=1) - working(batch=1) < more / 4
     for name in ("qwen3-0.6b-for-8b", "qwen3-8b-dflash"):
         assert working(name, engine="torch") - working(name) == 1024 * 151_936 * (2 + 4 + 4)
 

@@ -81,8 +81,8 @@ def limited(
 ) -> Tensor:
     """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V].
 
-    most  every row's top-k is from 1 to so many, and only so many tokens of a row are searched for top-p; 0: no row
-          has a top-k; None: some may have one
+    most  every drawn row's top-k is from 1 to ``most``, and only the ``most`` best tokens of a row are searched for
+          top-p; 0: no row has a top-k; None: some may have one
     """
     size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
     least = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all

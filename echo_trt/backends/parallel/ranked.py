@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,7 +49,8 @@ class RankedEngine:
             engines.append(open_rank(group))
             self._engines = engines
             self._others.hear(READY, OPEN_SECONDS)
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold an engine that did not open, and its graphs
             self._end()
             raise
         self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes

@@ -215,7 +215,7 @@ def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]
     if config.head_dim not in HEAD_DIMS or group > MAX_GROUP:
         raise UserError(
             f"the network has heads of {config.head_dim} and {group} query heads a KV head, but the kernel for GPUs is "
-            f"for heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; use --engine openvino."
+            f"for heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine openvino."
         )
     try:
         from super_tree_attention.triton_attention import super_tree_attention_triton

@@ -102,7 +102,7 @@ INPUTS: tuple[Tensor, ...] = (
         "stop",
         "BOOL",
         False,
-        "true: ends the open requests that have this request's id, and takes no prompt",
+        "true: ends the open requests that have this request's id, not empty; takes no prompt",
     ),
     Tensor("describe", "BOOL", False, "true: answers `description` alone, and takes no prompt"),
     Tensor(
