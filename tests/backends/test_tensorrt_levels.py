@@ -1,11 +1,15 @@
 """Levels that TensorRT's engine drafts on the device, against the PyTorch engine's."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from onnx_sessions import SLOTS, packed
 from pairs import SIZES, VOCAB
 
+from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.levels import level_call, parts_of_level
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
@@ -75,3 +79,20 @@ def test_parts_of_a_level_are_the_level(requests, live):
         for name, each in (("seq_begins", rows), ("tree_mask_begins", rows * rows)):
             there = max(min(live - int(start), count), 0)
             assert part[name].tolist() == [min(i, there) * each for i in range(count + 1)]
+
+
+def test_an_engine_is_gone_with_its_last_reference(networks, tmp_path, monkeypatch):
+    """Its contexts and graphs go with it: a build's next network, or NCCL's communicator, waits for them."""
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    engine = packed("draft", networks, tmp_path)[1]
+    engine._graphs = Graphs(engine._forward, torch.device("cpu"))
+    levels = engine._levels
+    assert levels._graphs is not None
+    gone = [weakref.ref(owner) for owner in (engine, levels)]
+    gc.disable()
+    try:
+        del engine, levels
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
