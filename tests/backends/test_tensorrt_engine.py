@@ -187,7 +187,7 @@ def test_the_move_and_a_draw_are_compiled_before_requests_wait(network, networks
     monkeypatch.setattr(choose, "draw", lambda *_, **limits: compiled.append(limits) or torch.zeros(1).long())
     engine._graphs, engine._sizes = SimpleNamespace(sealed=False), ()
     engine.capture_all()
-    assert compiled == ["move", {"limits": True}][: 2 if network == "target" else 1]
+    assert compiled == ["move", {"limits": True, "most": 2}][: 2 if network == "target" else 1]
 
 
 def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
