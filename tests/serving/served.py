@@ -52,10 +52,15 @@ NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BYTES": ob
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, from below those that the system hands to clients, who could take one meanwhile."""
+    """Ports that nobody listens on, from below those that the system hands to clients, who could take one meanwhile.
+
+    Each process of a test run has a range of its own: a server that is started again finds its port free.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    own = range(10_000 + 2_750 * worker, 10_000 + 2_750 * (worker + 1))
     ports: list[int] = []
     while len(ports) < number:
-        port = secrets.choice(range(10_000, 32_000))
+        port = secrets.choice(own)
         with socket.socket() as probe:
             if port not in ports and probe.connect_ex(("127.0.0.1", port)) != 0:
                 ports.append(port)
