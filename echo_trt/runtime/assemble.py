@@ -180,7 +180,7 @@ def _bounds(state: Slots) -> CallBounds:
 def level_shapes(manifest: Manifest) -> list[LevelShape]:
     """List the shapes of drafts that a planner may ask a head on a device for; goodput-exact's chains are left out.
 
-    The fixed tree, with which others are compared, is always drafted as deep as it is.
+    ``static`` always drafts the full depth of its tree, so its one shape is added.
     """
     decoding = manifest.recipe.decoding.model_dump()
     elastic, fixed = (echo_settings(name, decoding) for name in ("echo", "static"))

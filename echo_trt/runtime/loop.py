@@ -69,7 +69,7 @@ class Loop:
 
     @property
     def drafter(self) -> Drafter | None:
-        """The draft, which is told of each request that leaves."""
+        """The draft. Setting it lets the queue call its ``forget`` when a request leaves a slot."""
         return self._drafter
 
     @drafter.setter

@@ -1,4 +1,4 @@
-"""The requests of a loop: those that wait for a slot, and those that run in one."""
+"""The requests of a loop: waiting requests, and requests that run in a slot."""
 
 from __future__ import annotations
 

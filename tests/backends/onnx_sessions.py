@@ -33,7 +33,7 @@ class OnnxSession:
         self.types = {i.name: known[i.type[len("tensor(") : -1]] for i in self._session.get_inputs()}
         self.num_profiles = len(profiles)
         self.launched: list[tuple[int, int]] = []
-        self.recurring: set[tuple] = set()  # sizes of calls, each of which has a context of its own
+        self.recurring: set[tuple] = set()  # shapes of calls for which the engine keeps a context
 
     def _check(self, tensors, recurs):
         shapes = {name: tuple(tensors[name].shape) for name in self.inputs}

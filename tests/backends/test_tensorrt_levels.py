@@ -1,6 +1,5 @@
 """Levels that TensorRT's engine drafts on the device, against the PyTorch engine's."""
 
-import gc
 import weakref
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from onnx_sessions import SLOTS, packed
 from pairs import SIZES, VOCAB
+from stand_in_graphs import uncollected
 
 from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.levels import level_call, parts_of_level
@@ -90,9 +90,6 @@ def test_an_engine_is_gone_with_its_last_reference(networks, tmp_path, monkeypat
     levels = engine._levels
     assert levels._graphs is not None
     gone = [weakref.ref(owner) for owner in (engine, levels)]
-    gc.disable()
-    try:
+    with uncollected():
         del engine, levels
         assert [ref() for ref in gone] == [None, None]
-    finally:
-        gc.enable()

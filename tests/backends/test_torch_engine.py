@@ -1,6 +1,5 @@
 """The PyTorch engine's way to a GPU, walked on a CPU as far as it goes: padding, staging, rows that are read late."""
 
-import gc
 import sys
 import weakref
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, VOCAB, block_inputs, roles_of
 from refusal import refused
-from stand_in_graphs import StandInGraph, as_on_a_gpu, with_graphs
+from stand_in_graphs import StandInGraph, as_on_a_gpu, uncollected, with_graphs
 
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import Graphs, Staging
@@ -233,12 +232,9 @@ def test_an_engine_is_gone_with_its_last_reference(networks, monkeypatch):
     inputs = {name: torch.from_numpy(array) for name, array in arrays_of(call, **inputs_for(call, 192, 1)).items()}
     assert_same(*({"state": graphs(inputs)[2].numpy()} for graphs in (engine._forward, engine._graphs._forward)))
     gone = [weakref.ref(owner) for owner in (engine, levels)]
-    gc.disable()
-    try:
+    with uncollected():
         del engine, levels
         assert [ref() for ref in gone] == [None, None]
-    finally:
-        gc.enable()
 
 
 @CUDA

@@ -52,7 +52,7 @@ NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BYTES": ob
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, from below those that the system hands to clients, who could take one meanwhile.
+    """Choose ports without a listener, below the range of ports that the system gives to clients.
 
     Each process of a test run has a range of its own: a server that is started again finds its port free.
     """
