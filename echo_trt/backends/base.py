@@ -55,7 +55,8 @@ class Engine(Protocol):
     """A compiled network with its paged KV pool.
 
     An engine on a device may also have ``bank`` (``bank_of``), ``overlap`` and, of an EAGLE-3 head, ``run_levels``
-    (``runtime.levels.LevelsEngine``).
+    (``runtime.levels.LevelsEngine``). An engine whose verified chains have the bits of plain decoding, and whose trees
+    do not, sets ``rounds_trees``.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger

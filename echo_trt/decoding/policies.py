@@ -7,7 +7,8 @@
 | dense          | at every depth                     | one for the batch                             |
 | fixed          | at ECHO's depths, one threshold    | one for the batch                             |
 | echo           | at a few depths, with thresholds   | one for the batch                             |
-| goodput        | a level is drafted if it pays      | a token is verified if it pays                |
+| goodput        | a level is drafted if it pays      | a token is verified if it pays; a chain for a |
+|                |                                    | lone request where trees round differently    |
 | goodput-exact  | as goodput, with one path a request: engines that round trees otherwise than     |
 |                | chains verify those bit for bit as they decode plainly                            |
 | goodput-head   | as goodput, without copied text and n-grams                                       |
@@ -63,7 +64,7 @@ def goodput_settings(name: str, settings: Mapping) -> GoodputSettings:
     """Return the numbers of a goodput policy."""
     shared = {key: settings[key] for key in ("max_depth", "beams", "width", "per_request")}
     if name == "goodput-exact":
-        return GoodputSettings(**shared | {"beams": 1, "width": 1}, one_path=True)
+        return GoodputSettings(**shared).as_chain()
     return GoodputSettings(**shared, free_candidates=name != "goodput-head")
 
 

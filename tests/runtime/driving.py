@@ -12,7 +12,7 @@ from echo_trt.backends.base import Engine
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.pack import Packed
@@ -25,6 +25,8 @@ from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots
+
+SPECULATION_PAYS = Costs(Curve([1, 256], [1e-3, 1.001e-3]), Curve([1, 256], [1e-9] * 2))
 
 
 def prompt_ids(length: int, seed: int) -> list[int]:
@@ -76,8 +78,11 @@ def goodput_planner(
     acceptance, head = Acceptance.uncalibrated(settings.max_depth), networks.drafter is not networks.copier
     kind, slots = _OnMachine if clock else GoodputPlanner, networks.state.count
     grammars = Grammars(networks.state, networks.copier)
-    block = getattr(networks.drafter, "block", 0)
-    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head, block=block)
+    extra = {
+        "block": getattr(networks.drafter, "block", 0),
+        "chain_alone": getattr(networks.target, "rounds_trees", False),
+    }
+    return kind(policy, settings, costs, acceptance, slots, ngrams, networks.copier, grammars, head, **extra)
 
 
 def assert_all_free(loop: Loop) -> None:

@@ -1,12 +1,11 @@
-"""In bf16, too, one path a request has plain decoding's own bits, whatever else is computed beside it."""
+"""In bf16, int8 and int4, too, a chain has plain decoding's own bits, whatever else is computed beside it."""
 
 import pytest
-from driving import add, goodput_planner, prompt_ids, run
+from driving import SPECULATION_PAYS, add, goodput_planner, prompt_ids, run
 from pairs import LIMITS, recipe_of
 
 from echo_trt.backends.openvino.cpu import has_bf16
 from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -16,10 +15,10 @@ PROMPTS = (5, 41, 37, 2, 40, 33, 50, 18, 1, 70, 39, 81, 3, 20, 31, 34)
 ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
 
-@pytest.fixture(scope="module")
-def bf16_bundle(networks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bf16") / "close"
-    build(recipe_of("close", networks, precision="bf16", limits=LIMITS | {"prefill_chunk": CHUNK}), networks, folder)
+@pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
+def coarse_bundle(request, networks, tmp_path_factory):
+    folder, limits = tmp_path_factory.mktemp(request.param) / "close", LIMITS | {"prefill_chunk": CHUNK}
+    build(recipe_of("close", networks, precision=request.param, limits=limits), networks, folder)
     return folder
 
 
@@ -27,8 +26,7 @@ def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float
     """Token ids, and log P(token) to the last bit, of each answer."""
     llm = LLM(bundle, "autoregressive", batch)
     if policy != "autoregressive":
-        costs = Costs(Curve([1, 256], [1e-3, 1.001e-3]), Curve([1, 256], [1e-9] * 2))  # speculation pays
-        llm.loop.planner = goodput_planner(llm, costs, policy)
+        llm.loop.planner = goodput_planner(llm, SPECULATION_PAYS, policy)
     prompts = [prompt_ids(length, i) for i, length in enumerate(PROMPTS)]
     params = [
         SamplingParams(max_tokens=ANSWERS[i % len(ANSWERS)], ignore_eos=True, logprobs=0) for i in range(len(PROMPTS))
@@ -39,10 +37,10 @@ def written(bundle, policy: str, batch: int) -> list[tuple[list[int], list[float
 
 
 @pytest.mark.skipif(not has_bf16(), reason="needs a CPU with AVX-512, for bf16")
-def test_logprobs_are_plain_decodings_bit_by_bit(bf16_bundle):
-    alone = written(bf16_bundle, "autoregressive", 1)
-    for policy, batch in (("autoregressive", 8), ("goodput-exact", 1), ("goodput-exact", 3), ("goodput-exact", 8)):
-        assert written(bf16_bundle, policy, batch) == alone
+def test_logprobs_are_plain_decodings_bit_by_bit(coarse_bundle):
+    alone = written(coarse_bundle, "autoregressive", 1)
+    for policy, batch in (("autoregressive", 8), *(("goodput-exact", batch) for batch in (1, 3, 8)), ("goodput", 1)):
+        assert written(coarse_bundle, policy, batch) == alone, (policy, batch)
 
 
 @pytest.mark.parametrize("length", range(2, 80))

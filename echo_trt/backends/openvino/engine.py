@@ -45,9 +45,11 @@ class OpenVINOEngine:
         #: Columns of inputs and outputs with a row a token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
+        self.rounds_trees = self._target and rounds_coarsely(precision)
         # Products of a single row are rounded differently from those of several rows.
-        bf16 = self._target and precision == "bf16" and cpu.compute_type(precision) == ov.Type.bf16
-        least = (2 if cpu.has_amx() else BF16_LEAST) if bf16 else 1
+        least = 2 if self.rounds_trees else 1
+        if self.rounds_trees and precision == "bf16" and not cpu.has_amx():
+            least = BF16_LEAST
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
         self.sizes = (least, *(size for size in usual if size > least))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
@@ -116,6 +118,11 @@ class OpenVINOEngine:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]
         self._pool[:, target // BLOCK, :, target % BLOCK] = rows
+
+
+def rounds_coarsely(precision: str) -> bool:
+    """Return whether logits can change visibly with the shape of a call, by bf16 or by activations in 8 bits."""
+    return precision in ("int8", "int4") or cpu.compute_type(precision) == ov.Type.bf16
 
 
 def _longer(inputs: dict[str, np.ndarray], more: int) -> dict[str, np.ndarray]:

@@ -55,15 +55,18 @@ class GoodputPlanner:
         head: bool = True,
         budget: int = 0,
         block: int = 0,
+        chain_alone: bool = False,
     ):
         """Take candidates from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
 
         grammars  of requests whose texts must fit one; it takes the copier's place while any runs
 
-        budget  knee of the measured costs, which is only reported
-        block   rows that a block drafter's only pass computes for a request; 0: the draft takes a pass a level
+        budget       knee of the measured costs, which is only reported
+        block        rows that a block drafter's only pass computes for a request; 0: the draft takes a pass a level
+        chain_alone  draft a chain for a request that runs alone, since the target rounds trees differently from chains
         """
         self.name, self.settings, self.budget = name, settings, budget
+        self._alone = settings.as_chain() if chain_alone else settings
         self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
         self.grammars = grammars if settings.free_candidates else None
         self._head, self._block = head, block
@@ -74,7 +77,7 @@ class GoodputPlanner:
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         self._forget_departed(load)
-        settings, costs, count = self.settings, self.costs, len(roots)
+        settings, costs, count = self._settings(load), self.costs, len(roots)
         rung = self.ladder.rung(count, lambda: self._foresee(load))
         constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
         drafts = rung != UNDRAFTED
@@ -106,6 +109,10 @@ class GoodputPlanner:
         chances = candidates.probability
         return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
 
+    def _settings(self, load: Load) -> GoodputSettings:
+        """Return how far the search may go under a load."""
+        return self._alone if len(load.slots) == 1 else self.settings
+
     @property
     def _fills_rung(self) -> bool:
         """Whether verifications are filled to the rung: a change of size costs time here, and a draft fills it."""
@@ -113,17 +120,17 @@ class GoodputPlanner:
 
     def _foresee(self, load: Load) -> tuple[np.ndarray, np.ndarray]:
         """Foresee the ladder's rungs int64 [R] and their log gains float64 [R]."""
-        costs, history, count = self.costs, self.history, len(load.slots)
+        costs, history, count, settings = self.costs, self.history, len(load.slots), self._settings(load)
         rungs = costs.rungs(count, TOKENS_A_REQUEST * count + TOKENS_A_BATCH)
         if not self._head:
             return rungs[-1:], np.full(1, ABOVE_PLAIN)
         nodes = (rungs - count) / count  # of a request
-        levels = np.minimum(np.minimum(LEVELS_A_DOUBLING * np.log2(1 + nodes), nodes), self.settings.max_depth)
+        levels = np.minimum(np.minimum(LEVELS_A_DOUBLING * np.log2(1 + nodes), nodes), settings.max_depth)
         passes = np.minimum(levels, 1) if self._block else levels
         level = costs.draft((2 + self._block) * count, load.context) + history.level_seconds
         target = costs.target.base(int(rungs[-1]))[rungs] + costs.target.per_context * load.context
         seconds = target + costs.target.per_node * nodes * load.context + costs.cold + passes * level
-        forecast = self.acceptance.forecast(self.settings.width)
+        forecast = self.acceptance.forecast(settings.width)
         tokens = 1 + forecast.expected_tokens(rungs - count, count) / count
         host, plain = history.host_seconds, costs.plain(count, load.context)
         log_gains = np.log(tokens * (plain + host) / (seconds + host))
@@ -170,7 +177,7 @@ class GoodputPlanner:
 
     def _draft(self, draft: Draft, search: Search) -> None:
         """Draft levels, while they pay; their nodes join the candidates."""
-        candidates, load, settings, history = search.candidates, search.load, self.settings, self.history
+        candidates, load, history, settings = search.candidates, search.load, self.history, self._settings(search.load)
         history.begin(load.slots)
         requests, levels = self._choose_requests(search)
         if len(requests) == 0:
@@ -213,7 +220,7 @@ class GoodputPlanner:
 
     def _draft_levels(self, draft: Draft, search: Search) -> None:
         """Draft further levels, a pass each, while the next one pays."""
-        candidates, settings, expanded = search.candidates, self.settings, 0
+        candidates, settings, expanded = search.candidates, self._settings(search.load), 0
         for depth in range(1, settings.max_depth):
             frontier = candidates.frontier(depth, settings.beams)
             if len(frontier) == 0:
@@ -230,7 +237,7 @@ class GoodputPlanner:
 
     def _read_levels(self, draft: Draft, search: Search) -> None:
         """Grow trees from levels that were drafted at once; a node too unlikely to be verified is not expanded."""
-        candidates, settings = search.candidates, self.settings
+        candidates, settings = search.candidates, self._settings(search.load)
         for depth in range(1, settings.max_depth):
             paying = paying_nodes(candidates.value[candidates.tree.num_requests :], search.seconds, search.price)
             nodes = candidates.promising(depth, min(int(SLACK * paying) + 1, len(search.seconds) - 1))
@@ -245,7 +252,7 @@ class GoodputPlanner:
         frontier float64 [F]: values in tokens, best first. entries float64 [F]: tokens of the draft pass that expands
         the first 1, 2, ... nodes.
         """
-        forecast = self.acceptance.forecast(self.settings.width, self._horizon)
+        forecast = self.acceptance.forecast(self._settings(search.load).width, self._horizon)
         if depth >= len(forecast.child_shares):
             return 0
         passes = self._passes(search, entries, portions(len(frontier)))
@@ -257,11 +264,12 @@ class GoodputPlanner:
 
         frontier, entries  as of ``_worth_expanding``, of the roots
         """
-        forecast = self.acceptance.forecast(self.settings.width, self.settings.max_depth)
+        settings = self._settings(search.load)
+        forecast = self.acceptance.forecast(settings.width, settings.max_depth)
         ends = portions(len(frontier))
         passes, best = np.zeros(len(ends)), (0, 0.0, 0)
         for level in range(len(forecast.child_shares[0])):
-            rows = np.arange(1, len(frontier) + 1) * float(self.settings.beams * level)
+            rows = np.arange(1, len(frontier) + 1) * float(settings.beams * level)
             passes = passes + self._passes(search, rows if level else entries, ends)
             levels = forecast.child_shares[0][: level + 1], forecast.added_tokens[0][: level + 1]
             count, net = self._best_portion(search, frontier, 0, passes, levels, True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +23,7 @@ class GoodputSettings:
     per_request: int
     one_path: bool = False
     free_candidates: bool = True
+
+    def as_chain(self) -> GoodputSettings:
+        """Return the same numbers for drafts that are chains."""
+        return replace(self, beams=1, width=1, one_path=True)
