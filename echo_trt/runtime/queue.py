@@ -121,7 +121,7 @@ class Queue:
         state.prompt_length[slot] = len(request.prompt)
         state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
         state.set_params(slot, params)
-        state.grammar[slot] = request.grammar
+        state.grammar[slot], request.grammar = request.grammar, None  # the only reference: older states are let go
         if len(request.prompt_logprobs) == len(request.prompt) - 1:
             state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
         else:

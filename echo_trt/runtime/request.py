@@ -33,7 +33,7 @@ class Request:
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1
-    grammar: State | None = None  # what may follow its text so far; None: anything
+    grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
     failure: str = ""  # why, where the finish_reason is "failed"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
 
