@@ -305,6 +305,7 @@ class Loop:
         for i, proposed in sources:
             emission.requests[i].sources += proposed[: kept[i]]
         verified.follow(emission.counts, emission.tokens)
+        stopped[[*verified.failures]] = True
         for i in (stopped | full).nonzero()[0]:
             request = emission.requests[i]
             request.failure = verified.failures.get(i, "")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tool_models
 from batches import structured
-from driving import add, assert_all_free, goodput_planner, prompt_ids, run
+from driving import Counted, Foresight, add, assert_all_free, goodput_planner, prompt_ids, run
+from refusal import refused
 
+from echo_trt.commands.build import build
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
@@ -20,6 +23,13 @@ SENTENCE = {"structured": {"regex": "[a-z]: the answer is (yes|no)[.]"}}
 @pytest.fixture(scope="module")
 def llm(open_llm) -> LLM:
     return open_llm("close", batch=3)
+
+
+@pytest.fixture(scope="module")
+def thinker(made_once, tmp_path_factory) -> LLM:
+    """A model whose prompts open a thought."""
+    recipe = tool_models.write(tmp_path_factory.mktemp("checkpoints"), "thinking")
+    return LLM(made_once("thinking", lambda out: build(recipe, out.parent, out)), "echo", 3)
 
 
 def begin(llm: LLM, **params) -> State:
@@ -104,6 +114,72 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
     assert doomed.failure == "its grammar cannot go on (too complex)."
     assert [request.generated for request in free] == wanted
     assert_all_free(llm.loop)
+
+
+class DraftsEnds(Foresight):
+    """A drafter that takes every text for complete."""
+
+    def _text_of(self, slot: int) -> np.ndarray:
+        return np.zeros(9, np.int64)
+
+
+def test_a_draft_behind_the_token_that_a_grammar_gave_up_on_is_not_looked_at(open_llm, monkeypatch):
+    """Giving up ends the text, and the draft has an end there."""
+    llm = open_llm("close", "echo", 3)
+    llm.loop.drafter = DraftsEnds(llm.loop.state, [])
+    after, allowed = State.after, State.allowed
+
+    def given_up(state: State, token: int) -> State | None:
+        if len(state._unseen) <= 4:
+            return after(state, token)
+        if token == 0:
+            return None
+        raise GrammarFailed("too complex")
+
+    def unknown(state: State, tokens: np.ndarray) -> np.ndarray:
+        if len(state._unseen) > 4:
+            raise GrammarFailed("too complex")
+        return allowed(state, tokens)
+
+    monkeypatch.setattr(State, "after", given_up)
+    monkeypatch.setattr(State, "allowed", unknown)
+    doomed = llm.request(9, prompt_ids(6, 3), SamplingParams(40, structured={"json_object": True}))
+    llm.loop.queue.add(doomed)
+    other = add(llm.loop, prompt_ids(7, 1))
+    run(llm.loop)
+    assert (doomed.finish_reason, doomed.failure) == ("failed", "its grammar cannot go on (too complex).")
+    assert (other.finish_reason, len(other.generated)) == ("length", 40)
+
+
+class Mute(Counted):
+    """A target that finds every token impossible."""
+
+    def run(self, call, **inputs):
+        outputs = super().run(call, **inputs)
+        return outputs | {"logits": np.full_like(outputs["logits"], -np.inf)}
+
+
+def test_a_request_without_stop_tokens_ends_where_its_thought_cannot_close(thinker, monkeypatch):
+    monkeypatch.setattr(thinker.loop, "target", Mute(thinker.loop.target))
+    prompt, params = thinker.chat_ids("hello"), SamplingParams(20, thinking_token_budget=3, ignore_eos=True)
+    request = thinker.request(0, prompt, params)
+    thinker.loop.queue.add(request)
+    run(thinker.loop, 50)
+    assert request.finish_reason == "failed"
+    assert "allows no token" in request.failure
+    assert min(request.generated) >= 0
+    assert_all_free(thinker.loop)
+
+
+def test_a_thought_whose_end_may_not_come_yet_is_refused(thinker):
+    """The budget asks for the token that ends the text, ``min_tokens`` forbids it."""
+    closes = thinker.tokenizer.convert_tokens_to_ids("</think>")
+    asked = {"thinking_token_budget": 5, "stop_token_ids": (closes,), "ignore_eos": True}
+    prompt = thinker.chat_ids("hello")
+    with refused("min_tokens is 6", "thinking_token_budget", "</think>", "stop_token_ids", "up to 5"):
+        thinker.generate([prompt], SamplingParams(20, min_tokens=6, **asked))
+    [answer] = thinker.generate([prompt], SamplingParams(20, min_tokens=5, **asked))
+    assert (answer.finish_reason, len(answer.token_ids), answer.token_ids[-1]) == ("stop", 6, closes)
 
 
 def test_preempted_requests_go_on_under_their_grammars(with_limits, open_llm):
