@@ -14,7 +14,7 @@ from echo_trt.runtime.slots import Slots, blocks_for
 
 
 class Queue:
-    """Requests join and leave at any iteration; where KV blocks are short, the youngest one waits again."""
+    """Requests join and leave at any iteration; where KV blocks are short, the least urgent one waits again."""
 
     def __init__(self, state: Slots, eos: tuple[int, ...], counters: Counters):
         """Begin without requests. ``eos``: token ids that end a text."""
@@ -107,10 +107,13 @@ class Queue:
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
 
-    def preempt_youngest(self) -> None:
-        """Preempt the youngest request: its text is kept and computed again later, nothing is emitted twice."""
-        state = self._state
-        request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
+    def preempt_least_urgent(self) -> None:
+        """Preempt a request: its text is kept and computed again later, nothing is emitted twice.
+
+        It is the youngest one of those with the highest priority number.
+        """
+        running = self._request_in[self._state.oldest_first(self._state.active)]
+        request = max(reversed(running), key=lambda request: request.priority)
         self.leave(request)
         self.waiting.appendleft(request)
         self._counters.preemptions += 1
