@@ -201,3 +201,18 @@ def test_log_probabilities_of_prompts_are_those_of_their_texts(llm):
             assert dict(answer.prompt_logprobs[place - 1].top) == pytest.approx(top, abs=1e-4)
     again = llm.generate(prompts, SamplingParams(3, prompt_logprobs=2))
     assert [len(answer.prompt_logprobs) for answer in again] == [39, 6, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_log_probabilities_of_a_prompt_that_is_computed_twice_are_told_once(steps, llm):
+    """The request is set back within its prompt, whose parts have 16 tokens, or behind it."""
+    prompt, params = prompt_ids(40, 40), {"max_tokens": 9, "prompt_logprobs": 2}
+    [answer] = llm.generate([prompt], SamplingParams(**params, ignore_eos=True))
+    request = add(llm.loop, prompt, **params)
+    run(llm.loop, steps)
+    for preempted in llm.loop.queue.preempt_all():
+        llm.loop.queue.add(preempted)
+    run(llm.loop)
+    assert [entry.token for entry in request.prompt_logprobs] == prompt[1:]
+    told = [entry.logprob for entry in request.prompt_logprobs]
+    assert told == pytest.approx([entry.logprob for entry in answer.prompt_logprobs], abs=1e-4)
