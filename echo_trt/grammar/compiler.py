@@ -103,7 +103,8 @@ class Compiler:
             free = self._matcher(kind, _json_grammar(schema, {"whitespace_pattern": WHITE_SPACE}))
             return Compiled(free, Writer(self._layouts, self._matcher(kind, _json_grammar(schema, BARE))))
         if kind == "choice":
-            text = "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value)
+            texts = (json.dumps(each, ensure_ascii=False).replace("\x7f", "\\u007f") for each in value)
+            text = "start: " + " | ".join(texts)  # Lark takes no bare U+007F, unlike JSON
             return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(text)), None)
         if kind == "regex":
             return Compiled(self._matcher(kind, LLMatcher.grammar_from_regex(value)), None)

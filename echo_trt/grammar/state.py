@@ -1,7 +1,8 @@
 """A place in a text under a grammar: what may follow there, and what must.
 
 States do not change: ``after`` makes the next one, and remembers it. So drafting and verifying share what was computed,
-a tree has a state for each node along its own path, and nothing is rolled back.
+a tree has a state for each node along its own path, and nothing is rolled back. A state keeps all states behind it
+alive, and each has a parser whose size grows with the text. So keep no state but the newest of a text.
 """
 
 from __future__ import annotations
@@ -101,14 +102,14 @@ class State:
 
     def after(self, token: int) -> State | None:
         """The state behind ``token``; None where it is forbidden. Raises GrammarFailed."""
+        if self.ended:
+            return self
         if token not in self._after:
             self._after[token] = self._next(token)
         return self._after[token]
 
     def _next(self, token: int) -> State | None:
         thought, tokens, ends = self._thought, self._tokens, token in self._tokens.ends
-        if self.ended:
-            return self
         if thought and (thought.inside or token == thought.opens):
             if (thought.spent and token != thought.closes) or (ends and self._free):
                 return None

@@ -252,6 +252,11 @@ class LLM:
                 f"{THOUGHT[1]}); leave it out."
             )
         thought = self._marks and Thought.behind(prompt.tolist(), *self._marks, budget)
+        if thought and budget is not None and budget < params.min_tokens and thought.closes in params.stop_token_ids:
+            raise UserError(
+                f"min_tokens is {params.min_tokens}, but thinking_token_budget ends the thought after {budget} tokens "
+                f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}."
+            )
         return self._grammars.begin(params.structured, thought)
 
     def checked(self, ids: Sequence[int]) -> np.ndarray:

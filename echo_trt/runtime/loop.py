@@ -123,13 +123,13 @@ class Loop:
         return emission
 
     def _hold_for_decoding(self) -> np.ndarray:
-        """Return decoding slots that hold KV blocks for their drafts and verifications; the youngest may give way."""
+        """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
         while True:
             slots = self.state.decoding()
             if self.state.hold(slots, self.state.committed[slots] + self.state.reserve):
                 self.counters.evicted_blocks = self.state.cache.evicted
                 return slots
-            self.queue.preempt_youngest()
+            self.queue.preempt_least_urgent()
 
     def _plan_chunks(self) -> Chunks:
         """Divide this iteration's prompt budget among prefilling slots, oldest first."""
@@ -305,6 +305,7 @@ class Loop:
         for i, proposed in sources:
             emission.requests[i].sources += proposed[: kept[i]]
         verified.follow(emission.counts, emission.tokens)
+        stopped[[*verified.failures]] = True
         for i in (stopped | full).nonzero()[0]:
             request = emission.requests[i]
             request.failure = verified.failures.get(i, "")

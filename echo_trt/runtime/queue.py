@@ -14,7 +14,7 @@ from echo_trt.runtime.slots import Slots, blocks_for
 
 
 class Queue:
-    """Requests join and leave at any iteration; where KV blocks are short, the youngest one waits again."""
+    """Requests join and leave at any iteration; where KV blocks are short, the least urgent one waits again."""
 
     def __init__(self, state: Slots, eos: tuple[int, ...], counters: Counters):
         """Begin without requests. ``eos``: token ids that end a text."""
@@ -107,10 +107,13 @@ class Queue:
         self.forget(slot)
         self._request_in[slot], request.slot = None, -1
 
-    def preempt_youngest(self) -> None:
-        """Preempt the youngest request: its text is kept and computed again later, nothing is emitted twice."""
-        state = self._state
-        request = self._request_in[np.where(state.active, state.admitted, -1).argmax()]
+    def preempt_least_urgent(self) -> None:
+        """Preempt a request: its text is kept and computed again later, nothing is emitted twice.
+
+        It is the youngest one of those with the highest priority number.
+        """
+        running = self._request_in[self._state.oldest_first(self._state.active)]
+        request = max(reversed(running), key=lambda request: request.priority)
         self.leave(request)
         self.waiting.appendleft(request)
         self._counters.preemptions += 1
@@ -121,7 +124,7 @@ class Queue:
         state.prompt_length[slot] = len(request.prompt)
         state.limit[slot] = min(len(request.prompt) + params.max_tokens, state.context)
         state.set_params(slot, params)
-        state.grammar[slot] = request.grammar
+        state.grammar[slot], request.grammar = request.grammar, None  # the only reference: older states are let go
         if len(request.prompt_logprobs) == len(request.prompt) - 1:
             state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
         else:

@@ -18,7 +18,8 @@ class Request:
 
     ``generated`` is its text so far whenever it is not running (slot -1); a finish_reason says that it has ended.
     ``logprobs`` and ``sources`` have an entry for each token that was emitted, where the request asks for them.
-    ``cached_tokens`` of the prompt were in the prefix cache when it first came to a place.
+    ``cached_tokens`` of the prompt were in the prefix cache when it first came to a place. Of running requests the one
+    with the highest ``priority`` number gives way first.
     """
 
     id: int
@@ -33,7 +34,8 @@ class Request:
     cached_tokens: int | None = None
     finish_reason: str = ""
     slot: int = -1
-    grammar: State | None = None  # what may follow its text so far; None: anything
+    priority: int = 0
+    grammar: State | None = None  # what may follow its text so far, None: anything; while it runs its slot has it
     failure: str = ""  # why, where the finish_reason is "failed"
     keys: list[bytes] = field(default_factory=list)  # of its text's blocks in the prefix cache
 

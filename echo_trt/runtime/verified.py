@@ -87,6 +87,8 @@ class Verified:
         """
         tokens, again = tokens.copy(), []
         for i in np.flatnonzero(self.state.grammar[self._slots_of(nodes)]):  # not None
+            if int(self.tree.request[nodes[i]]) in self.failures:  # a draft goes on behind the end of the text
+                continue
             with self._failing(nodes[i], tokens, i):
                 place = self._place(int(nodes[i]))
                 limited = self.state.limited[self.slots[self.tree.request[nodes[i]]]] and place.mask is not None
@@ -113,13 +115,14 @@ class Verified:
 
     @contextmanager
     def _failing(self, node: int, tokens: np.ndarray, i: int) -> Iterator[None]:
-        """Note a grammar that cannot go on at ``node``; its request stops there, by ``tokens[i]``."""
+        """Note a grammar that cannot go on at ``node``; its request ends there, by a stop token where it has one."""
         try:
             yield
         except GrammarFailed as failure:
             request = int(self.tree.request[node])
             self.failures[request] = f"its grammar cannot go on ({failure})."
-            tokens[i] = self.state.stop_tokens[self.slots[request], 0]
+            stop = int(self.state.stop_tokens[self.slots[request], 0])
+            tokens[i] = stop if stop >= 0 else tokens[i]
 
     def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
         """Move grammars behind what was emitted: tokens end to end, ``counts`` [B] of each request."""

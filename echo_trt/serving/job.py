@@ -56,13 +56,17 @@ class Job:
     request: Request
     answer: Answer
     on_event: Callable[[Event], None]
-    priority: int
     serial: int
     deadline: float | None
     submitted: float
     taken: float | None = None
     first_token: float | None = None
     failures: int = 0
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; lower numbers are served first."""
+        return self.request.priority
 
     @property
     def probe(self) -> bool:

@@ -106,10 +106,11 @@ class Service:
         """
         serial, now = next(self._serial), time.monotonic()
         request = self.llm.request(serial, prompt, params, said)
+        request.priority = priority
         self.loop.queue.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
         deadline = None if seconds is None else now + seconds
-        job = Job(request, answer, on_event, priority, serial, deadline, now)
+        job = Job(request, answer, on_event, serial, deadline, now)
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")

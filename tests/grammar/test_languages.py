@@ -36,6 +36,7 @@ CHOICES = (
     ['say "hi"', "back\\slash", "line\nbreak", "tab\there"],
     ["日本", "日本語", "café", "Ω", "🍣"],
     ["/re/", "start: x", "| y", "{z}", " "],
+    ["rub\x7fout", "\x7f", "\x00", "\x1b[0m", "\x80\x9f", "\u2028"],
     ["only"],
 )
 ARITHMETIC = """

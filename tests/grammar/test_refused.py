@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from refusal import refused
 from walks import compiler, ends, rows, tokenizer
@@ -80,6 +82,36 @@ def test_large_schemas_are_refused(grammars):
 def test_other_mistakes_are_refused_by_one_sentence(grammars, structured, words):
     with refused(*words):
         grammars.begin(structured)
+
+
+AGAIN = {"$ref": "#/$defs/a"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "ends"),
+    [
+        ({"type": "array", "items": AGAIN}, True),
+        ({"type": "array", "minItems": 1, "items": AGAIN}, False),
+        ({"type": "array", "minItems": 1, "prefixItems": [{"type": "null"}], "items": AGAIN}, True),
+        ({"type": "array", "minItems": 2, "prefixItems": [{"type": "null"}], "items": AGAIN}, False),
+        ({"type": "array", "minItems": 1, "prefixItems": [{"type": "null"}, AGAIN]}, True),
+        ({"type": "object", "properties": {"x": AGAIN}, "required": []}, True),
+        ({"type": "object", "properties": {"x": AGAIN}, "required": ["x"]}, False),
+        ({"type": "object", "properties": {"x": {"anyOf": [AGAIN, {"type": "null"}]}}, "required": ["x"]}, True),
+        ({"type": "object", "properties": {"x": {"anyOf": [AGAIN, AGAIN]}}, "required": ["x"]}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["a", "a~1b", "a~0b"])
+def test_schemas_that_hold_themselves_are_taken_where_a_text_ends(grammars, schema, ends, name):
+    """Under any name: a reference writes / and ~ as ~1 and ~0."""
+    text = json.dumps({"$defs": {"a": schema}, **AGAIN}).replace("#/$defs/a", f"#/$defs/{name}")
+    asked = json.loads(text.replace('"a":', f'"{name.replace("~1", "/").replace("~0", "~")}":'))
+    if ends:
+        assert grammars.begin({"json": asked})
+        return
+    with refused("structured.json", "never ends"):
+        grammars.begin({"json": asked})
 
 
 @pytest.mark.parametrize(

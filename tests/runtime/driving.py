@@ -116,15 +116,15 @@ class Foresight:
 
     scores = np.log([0.4, 0.25, 0.2, 0.15])
 
-    def __init__(self, state: Slots, texts: Sequence[Sequence[int]]):
-        """``texts`` are whole: prompts and what follows them."""
-        self.state, self.texts = state, [np.asarray(text) for text in texts]
+    def __init__(self, state: Slots, texts: Sequence[Sequence[int]], vocabulary: int = VOCAB):
+        """``texts`` are whole: prompts and what follows them. Decoys are tokens of the ``vocabulary``."""
+        self.state, self.texts, self.vocabulary = state, [np.asarray(text) for text in texts], vocabulary
 
     def behind(self, slots: np.ndarray) -> np.ndarray:
         return np.ones(len(slots), np.int64)
 
     def begin(self, slots: np.ndarray) -> ForesightDraft:
-        return ForesightDraft(self.state, [self._text_of(slot) for slot in slots])
+        return ForesightDraft([self._text_of(slot) for slot in slots], self.vocabulary)
 
     def _text_of(self, slot: int) -> np.ndarray:
         length = self.state.length[slot]
@@ -139,8 +139,8 @@ class Foresight:
 
 
 class ForesightDraft:
-    def __init__(self, state: Slots, rest: list[np.ndarray]):
-        self._rest = rest
+    def __init__(self, rest: list[np.ndarray], vocabulary: int):
+        self._rest, self._vocabulary = rest, vocabulary
         self.entries = self.context = 0
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,5 +155,5 @@ class ForesightDraft:
         for row, request, place in zip(tokens, requests, depth, strict=True):
             rest = self._rest[request]
             truth = int(rest[place]) if place < len(rest) else 0
-            row[:] = (truth + np.arange(len(row)) - truth % len(row)) % VOCAB
+            row[:] = (truth + np.arange(len(row)) - truth % len(row)) % self._vocabulary
         return np.tile(scores, (len(requests), 1)), tokens

@@ -166,8 +166,8 @@ def a_prompt_that_just_ended(llm):
 def being_set_back(llm):
     requests = [add(llm.loop, prompt_ids(40, seed), max_tokens=100) for seed in range(3)]
     run(llm.loop, 9)
-    llm.loop.queue.preempt_youngest()
-    llm.loop.queue.preempt_youngest()
+    llm.loop.queue.preempt_least_urgent()
+    llm.loop.queue.preempt_least_urgent()
     run(llm.loop, 7)
     assert all(request.slot in llm.loop.state.decoding() for request in requests)
 

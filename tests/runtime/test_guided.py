@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tool_models
 from batches import structured
-from driving import add, assert_all_free, goodput_planner, prompt_ids, run
+from driving import Counted, Foresight, add, assert_all_free, goodput_planner, prompt_ids, run
+from refusal import refused
 
+from echo_trt.commands.build import build
 from echo_trt.decoding.goodput.costs import Costs, Curve
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
@@ -20,6 +23,13 @@ SENTENCE = {"structured": {"regex": "[a-z]: the answer is (yes|no)[.]"}}
 @pytest.fixture(scope="module")
 def llm(open_llm) -> LLM:
     return open_llm("close", batch=3)
+
+
+@pytest.fixture(scope="module")
+def thinker(made_once, tmp_path_factory) -> LLM:
+    """A model whose prompts open a thought."""
+    recipe = tool_models.write(tmp_path_factory.mktemp("checkpoints"), "thinking")
+    return LLM(made_once("thinking", lambda out: build(recipe, out.parent, out)), "echo", 3)
 
 
 def begin(llm: LLM, **params) -> State:
@@ -106,6 +116,72 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
     assert_all_free(llm.loop)
 
 
+class DraftsEnds(Foresight):
+    """A drafter that takes every text for complete."""
+
+    def _text_of(self, slot: int) -> np.ndarray:
+        return np.zeros(9, np.int64)
+
+
+def test_a_draft_behind_the_token_that_a_grammar_gave_up_on_is_not_looked_at(open_llm, monkeypatch):
+    """Giving up ends the text, and the draft has an end there."""
+    llm = open_llm("close", "echo", 3)
+    llm.loop.drafter = DraftsEnds(llm.loop.state, [])
+    after, allowed = State.after, State.allowed
+
+    def given_up(state: State, token: int) -> State | None:
+        if len(state._unseen) <= 4:
+            return after(state, token)
+        if token == 0:
+            return None
+        raise GrammarFailed("too complex")
+
+    def unknown(state: State, tokens: np.ndarray) -> np.ndarray:
+        if len(state._unseen) > 4:
+            raise GrammarFailed("too complex")
+        return allowed(state, tokens)
+
+    monkeypatch.setattr(State, "after", given_up)
+    monkeypatch.setattr(State, "allowed", unknown)
+    doomed = llm.request(9, prompt_ids(6, 3), SamplingParams(40, structured={"json_object": True}))
+    llm.loop.queue.add(doomed)
+    other = add(llm.loop, prompt_ids(7, 1))
+    run(llm.loop)
+    assert (doomed.finish_reason, doomed.failure) == ("failed", "its grammar cannot go on (too complex).")
+    assert (other.finish_reason, len(other.generated)) == ("length", 40)
+
+
+class Mute(Counted):
+    """A target that finds every token impossible."""
+
+    def run(self, call, **inputs):
+        outputs = super().run(call, **inputs)
+        return outputs | {"logits": np.full_like(outputs["logits"], -np.inf)}
+
+
+def test_a_request_without_stop_tokens_ends_where_its_thought_cannot_close(thinker, monkeypatch):
+    monkeypatch.setattr(thinker.loop, "target", Mute(thinker.loop.target))
+    prompt, params = thinker.chat_ids("hello"), SamplingParams(20, thinking_token_budget=3, ignore_eos=True)
+    request = thinker.request(0, prompt, params)
+    thinker.loop.queue.add(request)
+    run(thinker.loop, 50)
+    assert request.finish_reason == "failed"
+    assert "allows no token" in request.failure
+    assert min(request.generated) >= 0
+    assert_all_free(thinker.loop)
+
+
+def test_a_thought_whose_end_may_not_come_yet_is_refused(thinker):
+    """The budget asks for the token that ends the text, ``min_tokens`` forbids it."""
+    closes = thinker.tokenizer.convert_tokens_to_ids("</think>")
+    asked = {"thinking_token_budget": 5, "stop_token_ids": (closes,), "ignore_eos": True}
+    prompt = thinker.chat_ids("hello")
+    with refused("min_tokens is 6", "thinking_token_budget", "</think>", "stop_token_ids", "up to 5"):
+        thinker.generate([prompt], SamplingParams(20, min_tokens=6, **asked))
+    [answer] = thinker.generate([prompt], SamplingParams(20, min_tokens=5, **asked))
+    assert (answer.finish_reason, len(answer.token_ids), answer.token_ids[-1]) == ("stop", 6, closes)
+
+
 def test_preempted_requests_go_on_under_their_grammars(with_limits, open_llm):
     prompts, params = structured()
     wanted = [c.token_ids for c in open_llm("close", "autoregressive", 1).generate(prompts, params)]
@@ -125,3 +201,18 @@ def test_log_probabilities_of_prompts_are_those_of_their_texts(llm):
             assert dict(answer.prompt_logprobs[place - 1].top) == pytest.approx(top, abs=1e-4)
     again = llm.generate(prompts, SamplingParams(3, prompt_logprobs=2))
     assert [len(answer.prompt_logprobs) for answer in again] == [39, 6, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_log_probabilities_of_a_prompt_that_is_computed_twice_are_told_once(steps, llm):
+    """The request is set back within its prompt, whose parts have 16 tokens, or behind it."""
+    prompt, params = prompt_ids(40, 40), {"max_tokens": 9, "prompt_logprobs": 2}
+    [answer] = llm.generate([prompt], SamplingParams(**params, ignore_eos=True))
+    request = add(llm.loop, prompt, **params)
+    run(llm.loop, steps)
+    for preempted in llm.loop.queue.preempt_all():
+        llm.loop.queue.add(preempted)
+    run(llm.loop)
+    assert [entry.token for entry in request.prompt_logprobs] == prompt[1:]
+    told = [entry.logprob for entry in request.prompt_logprobs]
+    assert told == pytest.approx([entry.logprob for entry in answer.prompt_logprobs], abs=1e-4)

@@ -111,6 +111,21 @@ def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
     assert_all_free(loop)
 
 
+def test_the_least_urgent_gives_way_before_the_youngest(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
+    patient, urgent = (add(loop, prompt_ids(length, 0), max_tokens=60) for length in (80, 90))
+    patient.priority = 1
+    run(loop, 13)
+    assert {patient.slot, urgent.slot} == {0, 1}
+    while loop.queue.running == 2:
+        loop.step()
+    assert list(loop.queue.waiting) == [patient]
+    run(loop)
+    assert loop.counters.preemptions == 1
+    assert [len(request.generated) for request in (patient, urgent)] == [60, 60]
+    assert_all_free(loop)
+
+
 def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
     loop = open_llm("close", batch=2).loop
     decoding, prefilling, waiting = (add(loop, prompt_ids(n, n)) for n in (5, 100, 30))

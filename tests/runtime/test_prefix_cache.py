@@ -68,8 +68,8 @@ class Traffic(RuleBasedStateMachine):
 
     @precondition(lambda self: self.loop.queue.running)
     @rule()
-    def set_the_youngest_back(self):
-        self.loop.queue.preempt_youngest()
+    def set_one_back(self):
+        self.loop.queue.preempt_least_urgent()
 
     @rule(which=st.integers(0, 99))
     def cancel(self, which):
@@ -225,9 +225,10 @@ def test_a_common_system_prompt_is_computed_by_one_of_those_that_come_at_once(lo
 def test_a_request_that_was_set_back_computes_little_again(loop):
     request = add(loop, np.random.default_rng(1).integers(0, VOCAB, 100), max_tokens=50)
     run(loop, 12)
-    loop.queue.preempt_youngest()
+    loop.queue.preempt_least_urgent()
     length = 100 + len(request.generated)
     run(loop)
+    assert request.cached_tokens == 0, "what it finds of its own text is no part of what the cache had of its prompt"
     assert loop.counters.prompt_tokens == 100 + length - (length - 2) // BLOCK * BLOCK
 
 

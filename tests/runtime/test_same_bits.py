@@ -43,17 +43,24 @@ def test_logprobs_are_plain_decodings_bit_by_bit(coarse_bundle):
         assert written(coarse_bundle, policy, batch) == alone, (policy, batch)
 
 
+@pytest.fixture(scope="module")
+def loop(bundle_of):
+    return LLM(bundle_of("lookup"), "autoregressive", 8, prefix_cache=False).loop
+
+
+@pytest.mark.parametrize("neighbours", [(5, 16, 14, 33), (15, 30), (14, 16, 31), (13, 17)], ids=str)
 @pytest.mark.parametrize("length", range(2, 80))
-def test_no_part_of_a_prompt_is_a_single_token(length, open_llm):
-    """Parts of 16 tokens here; attention rounds a single one otherwise."""
-    loop = open_llm("lookup", "autoregressive").loop
-    for seed, neighbour in enumerate((5, 16, 14, 33)):
-        add(loop, prompt_ids(neighbour, seed), max_tokens=1)
-    request, parts = add(loop, prompt_ids(length, 9), max_tokens=1), []
+def test_no_part_of_a_prompt_is_a_single_token(length, neighbours, loop):
+    """Parts of 16 tokens in all here, so that neighbours leave any number to a prompt; attention rounds a single one
+    otherwise.
+    """
+    requests = [add(loop, prompt_ids(n, i), max_tokens=1) for i, n in enumerate((*neighbours, length))]
+    computed = dict.fromkeys(requests, 0)
     while loop.queue.busy:
-        before = int(loop.state.committed[request.slot]) if request.slot >= 0 else 0
         run(loop, 1)
-        after = length if request.finish_reason else int(loop.state.committed[request.slot]) if request.slot >= 0 else 0
-        parts += [after - before] * (after > before)
-    assert sum(parts) == length
-    assert 1 not in parts
+        for request in requests:
+            length = len(request.prompt)
+            after = length if request.finish_reason else int(loop.state.committed[request.slot]) * (request.slot >= 0)
+            assert after - computed[request] != 1
+            computed[request] = after
+    assert [*computed.values()] == [len(request.prompt) for request in requests]

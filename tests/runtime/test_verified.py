@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from forests import path_to, super_trees
+from grammar.walks import compiler, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
@@ -89,6 +90,28 @@ def test_every_node_by_itself(case, data):
         want.append(choice(logits[node].tolist(), prompt, said_at(tree, node, said), own))
     assert verified.next_token(nodes).tolist() == want
     np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [{"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 3, "top_p": 0.7}],
+    ids=lambda limit: " ".join(limit),
+)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_limits_count_the_tokens_that_a_grammar_allows(limit, on_device):
+    """A draw is as if the logits had no tokens but those that the grammar allows, whatever would be drawn among all."""
+    seeds, grammar = 100, compiler().begin({"regex": "[a-p]{3}|[0-9]"})
+    logits = np.random.default_rng(1).normal(0, 2, (seeds, tokenizer().get_vocab_size())).astype(np.float32)
+    state = Slots(seeds, CONTEXT, 4)
+    state.length[:], state.prompt_length[:], state.grammar[:] = 1, 1, grammar
+    for slot in range(seeds):
+        state.set_params(slot, SamplingParams(temperature=1.0, seed=slot, **limit))
+    tree = SuperTree.from_roots(np.ones(seeds, np.int64))
+    own = DeviceLogits(torch.from_numpy(logits.copy())) if on_device else logits
+    verified = Verified(tree, np.arange(seeds), seeds, {"logits": own}, None, state)
+    ways = (state.temperature, state.top_k, state.top_p, state.seed, state.length, state.min_p)
+    wanted = sample(np.stack([grammar.shut_out(row) for row in logits]), *ways)
+    assert verified.next_token(np.arange(seeds)).tolist() == wanted.tolist()
 
 
 @given(calls())

@@ -91,7 +91,7 @@ class Gate:
 
 
 class Steered(Engine):
-    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails.
+    """The target; ``open`` makes its passes wait, ``fail`` says of each pass whether it fails, with ``early`` at once.
 
     It overlaps like a device: work of the host is called while a pass waits.
     """
@@ -101,7 +101,7 @@ class Steered(Engine):
         self.open = Gate()
         self.entered = threading.Event()
         self.fail: Callable[[Packed], bool] = lambda call: False
-        self.passes = 0
+        self.passes, self.early = 0, False
         self._meanwhile: Callable[[], None] = lambda: None
 
     def overlap(self, work: Callable[[], None]) -> bool:
@@ -111,9 +111,11 @@ class Steered(Engine):
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self.passes += 1
         self.entered.set()
-        self._meanwhile()
-        self.open.wait()
-        if self.fail(call):
+        fails = self.fail(call)
+        if not (fails and self.early):
+            self._meanwhile()
+            self.open.wait()
+        if fails:
             raise RuntimeError("the engine is unwell")
         return self.engine.run(call, **inputs)
 

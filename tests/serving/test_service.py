@@ -260,6 +260,16 @@ def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, offli
     assert service.statistics().engine_failures == 1
 
 
+def test_a_request_that_has_gone_on_since_is_not_guilty(start, offline):
+    """Failures count in a row: one that was followed by a token is forgotten."""
+    service, engine = start(batch=1)
+    engine.fail = lambda call: engine.passes in (4, 9, 14, 19)
+    prompt = prompt_ids(6, 0)
+    _, listener = submit(service, prompt)
+    assert listener.token_ids == offline.generate([prompt], LONG)[0].token_ids
+    assert service.statistics().engine_failures == 4
+
+
 def test_nothing_is_found_in_the_pool_of_an_engine_that_failed(start, offline):
     service, engine = start()
     prompt, params = prompt_ids(100, 5), SamplingParams(30, ignore_eos=True)

@@ -9,6 +9,7 @@ import pytest
 from driving import prompt_ids
 from steered import LONG, submit
 
+from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 
@@ -65,6 +66,20 @@ def test_a_broken_text_fails_however_its_request_ends(end, start, monkeypatch):
     assert listener.end.reason == "failed"
     assert len(taken) == 1
     assert len(other.token_ids) == 100
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_tokens_are_told_once_where_the_next_pass_fails(early, start, bundle_of):
+    """Also where it fails before it has called back, while tokens wait to be told."""
+    service, engine = start(batch=2)
+    engine.early = early
+    engine.fail = lambda call: engine.passes in (6, 20)
+    prompts = [prompt_ids(6, seed) for seed in (0, 1)]
+    told = [submit(service, prompt)[1] for prompt in prompts]
+    expected = LLM(bundle_of("close"), "autoregressive", 1).generate(prompts, LONG)
+    for listener, wanted in zip(told, expected, strict=True):
+        assert (listener.token_ids, listener.text) == (wanted.token_ids, wanted.text)
+    assert service.statistics().engine_failures == 2
 
 
 def test_an_end_has_the_time_of_its_tokens(start):

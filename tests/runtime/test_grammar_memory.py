@@ -1,0 +1,112 @@
+"""What a long answer under a grammar holds in memory: a parser for its end and its drafts, none for earlier tokens."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from driving import Foresight, add, echo_planner, prompt_ids, run
+from tokenizers import Tokenizer
+
+from echo_trt.decoding.pack import Packed
+from echo_trt.grammar.compiler import Compiler
+from echo_trt.grammar.state import State, Tokens
+from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.slots import Slots
+
+DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
+TOKENS, MOST_MB = 2000, 20
+STATES = 4  # of a request at most, between two iterations: its newest one, and some that a draft looked at behind it
+RECORD = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "kind": {"enum": ["alpha", "beta"]}, "n": {"type": "integer"}},
+    "required": ["name", "kind", "n"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": RECORD}
+
+
+class Dictated:
+    """A target that writes one text, whose tokens' places begin at 0."""
+
+    def __init__(self, text: np.ndarray, vocabulary: int, num_blocks: int):
+        self.text, self.vocabulary, self.num_blocks = text, vocabulary, num_blocks
+
+    def run(self, call: Packed) -> dict[str, np.ndarray]:
+        following = self.text[np.minimum(call.positions[call.logit_rows] + 1, len(self.text) - 1)]
+        logits = np.zeros((len(following), self.vocabulary), np.float32)
+        logits[np.arange(len(following)), following] = 1
+        return {"logits": logits}
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        pass
+
+
+def states() -> int:
+    """Count the states that are alive in this process."""
+    gc.collect()
+    return sum(type(each) is State for each in gc.get_objects())
+
+
+def records(number: int) -> str:
+    """Write JSON that fits ``SCHEMA``."""
+    draw = random.Random(0)
+    kinds = ("alpha", "beta")
+    made = [
+        {"name": "".join(draw.choices("abc defg hij", k=20)), "kind": draw.choice(kinds), "n": draw.randrange(10**6)}
+        for _ in range(number)
+    ]
+    return json.dumps(made, indent=2)
+
+
+@pytest.mark.parametrize("tokenizer", ["small", "default"])
+def test_a_long_answer_takes_little_memory(tokenizer, networks):
+    if tokenizer == "default" and not DEFAULT.exists():
+        pytest.skip("bundles/smollm2-135m is not built")
+    folder = DEFAULT if tokenizer == "default" else networks / "target"
+    reads = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary = reads.get_vocab_size()
+    text = np.array([1, 2, *reads.encode(records(200), add_special_tokens=False).ids[:TOKENS]])
+    assert len(text) == TOKENS + 2
+    state = Slots(1, TOKENS + 40, 80)
+    planner = echo_planner(max_depth=4, beams=2, width=3, budget=14)
+    loop = Loop(Dictated(text, vocabulary, state.num_blocks), None, state, planner, ())
+    loop.drafter = Foresight(state, [text], vocabulary)
+    grammars = Compiler(reads.to_str(), Tokens(vocabulary, (0,)))
+    before = states()
+    request = add(loop, text[:2], max_tokens=TOKENS)
+    request.grammar = grammars.begin({"json": SCHEMA})
+    run(loop, 10)
+    process, most = psutil.Process(), 0
+    begun = process.memory_info().rss
+    while loop.queue.busy:
+        run(loop, 100)
+        assert states() - before <= STATES
+        most = max(most, process.memory_info().rss)
+    assert request.generated == text[2:].tolist()
+    assert loop.counters.accepted_length > 1.5
+    assert most - begun < MOST_MB * 2**20
+
+
+def test_requests_that_run_keep_their_newest_states_alone(open_llm):
+    """Also when they are set back, and go on."""
+    llm = open_llm("close", "echo", 4)
+    before, most = states(), 0
+    loop, schema = llm.loop, {"json": SCHEMA | {"minItems": 20}}
+    asked = [add(loop, prompt_ids(5, i), max_tokens=120, temperature=1.0, seed=i, structured=schema) for i in range(4)]
+    for request in asked:
+        request.grammar = llm.request(0, request.prompt, request.params).grammar
+    for number in range(100):
+        run(loop, 7)
+        if number % 4 == 3:
+            loop.queue.waiting.extend(loop.queue.preempt_all())
+        if not loop.queue.busy:
+            break
+        most = max(most, states() - before)
+    assert {len(request.generated) for request in asked} == {120}
+    assert most <= 4 * STATES
