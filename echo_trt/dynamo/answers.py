@@ -24,7 +24,6 @@ class DynamoAnswer:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
-        self._gone = False  # whether nobody wants it any longer
 
     def submit(self) -> None:
         """Queue the request; any thread may. Raises as ``Service.submit``."""
@@ -34,12 +33,9 @@ class DynamoAnswer:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._job = self._service.submit(ask.prompt, ask.params, tell, ask.priority, ask.seconds, ask.said)
-        if self._gone:  # while its grammar was compiled
-            self.cancel()
 
     def cancel(self) -> None:
         """End it, if it has not ended; its KV blocks are free before the next iteration."""
-        self._gone = True
         if self._job:
             self._service.cancel(self._job)
 

@@ -31,8 +31,10 @@ from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
+from echo_trt.serving.job import Overloaded
 from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.service import Overloaded, Service, Statistics
+from echo_trt.serving.service import Service
+from echo_trt.serving.statistics import Statistics
 
 log = logging.getLogger(__name__)
 BEAT = 0.25  # seconds between two updates of metrics; larger: the router knows a worker's load later
@@ -152,12 +154,14 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         self._open[answer] = context
         client = ask.priority != FIRST  # not a probe
         try:
-            await self._submit(answer, ask)
+            self._submit(answer)
             async for chunk, end in answer.chunks():
                 now, tokens = time.monotonic(), len(chunk["token_ids"])
                 if client and told and tokens:
                     self.metrics.observe("inter_token", (now - told) / tokens)
                 told = now if tokens else told
+                if end and end.reason == "invalid":
+                    raise InvalidArgument(end.message)
                 if client and end:
                     self.metrics.ended(end)
                     self.metrics.observe("request", now - begun)
@@ -182,13 +186,10 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None
 
-    async def _submit(self, answer: DynamoAnswer, ask: Ask) -> None:
+    def _submit(self, answer: DynamoAnswer) -> None:
         """Raises as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
         try:
-            if ask.params.structured is None:
-                answer.submit()
-            else:  # to compile a grammar takes a while
-                await asyncio.to_thread(answer.submit)
+            answer.submit()
         except UserError as mistake:
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from echo_trt.serving.service import Statistics
+from echo_trt.serving.statistics import Statistics
 from echo_trt.serving.triton.metrics import Metrics
 
 

@@ -78,10 +78,12 @@ def read(
     given: dict[str, Any] = dict(recommended)
     given |= {name: _written(value) for name in NUMBERS if (value := asked.get(name)) is not None}
     given.setdefault("temperature", 1.0)  # OpenAI's own default
-    if migrated(request) and not boundary and (given.get("presence_penalty") or given.get("frequency_penalty")):
+    lost = [name for name in ("presence_penalty", "frequency_penalty") if given.get(name)]
+    lost += ["thinking_token_budget"] if stops.get("max_thinking_tokens") is not None else []
+    if lost and migrated(request) and not boundary:  # all of these count from where the answer begins
         raise UserError(
-            "presence_penalty or frequency_penalty is given, and where the answer begins was lost with its worker "
-            "because Dynamo traces requests; send the request again."
+            f"{lost[0]} is given, and where the answer begins was lost with its worker because Dynamo traces requests; "
+            "send the request again."
         )
     seed, limit = boundary.seed if boundary else asked.get("seed"), stops.get("max_tokens")
     first = secrets.randbits(63) if seed is None else seed % INT63

@@ -133,7 +133,7 @@ class _Thought:
                 return
 
     def finish(self) -> Iterator[tuple[bool, str]]:
-        inside = self._state in (self._opening, self._inside)
+        inside = self._state in (self._opening, self._opened, self._inside)
         if self._text and self._state != self._behind:
             yield inside, self._text.rstrip() if inside else self._text
         self._text = ""
@@ -141,15 +141,21 @@ class _Thought:
     def _before(self) -> None:
         rest = self._text.lstrip()
         if rest.startswith(self._opens):
-            self._text, self._state, self.thought = rest[len(self._opens) :], self._opening, True
+            self._text, self._state, self.thought = rest[len(self._opens) :], self._opened, True
         elif rest and overlap(rest, self._opens) < len(rest):
             self._state = self._content
 
     def _opening(self) -> None:
         self._text = self._text.lstrip()
         if self._text.startswith(self._opens):  # the prompt had opened it already
-            self._text = self._text[len(self._opens) :].lstrip()
-        if self._text and not self._opens.startswith(self._text):
+            self._text, self._state = self._text[len(self._opens) :], self._opened
+        elif self._text and not self._opens.startswith(self._text):
+            self._state = self._inside
+
+    def _opened(self) -> None:
+        """Skip white space. A second mark is the thought's text."""
+        self._text = self._text.lstrip()
+        if self._text:
             self._state = self._inside
 
     def _inside(self) -> tuple[bool, str] | None:

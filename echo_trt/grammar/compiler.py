@@ -49,9 +49,11 @@ class Compiler:
     def __init__(self, tokenizer: str, tokens: Tokens):
         """``tokenizer``: content of a tokenizer.json."""
         self._json, self._tokens = tokenizer, tokens
-        self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # held for seconds
+        self._lock = threading.Lock()  # of the cache
         self._tokenizer: LLTokenizer | None = None
         self._cache: OrderedDict[str, Compiled | str] = OrderedDict()  # a refused grammar's sentence is kept, too
+        self._always: dict[str, Compiled] = {}  # what no other grammar displaces
 
     def begin(self, structured: Mapping[str, Any] | None, thought: Thought | None = None) -> State:
         """The state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong where."""
@@ -64,28 +66,59 @@ class Compiler:
             raise UserError(found)
         return State(self._tokens, found.free, found.writer, thought)
 
+    def to_compile(self, structured: Mapping[str, Any]) -> str | None:
+        """Name the grammar that ``begin`` would have to compile, which may take seconds; None: it is kept compiled.
+
+        Raises UserError.
+        """
+        key = _key(*checked(structured))
+        return None if self.keeps(key) else key
+
+    def keeps(self, grammar: str) -> bool:
+        """Whether a grammar is kept compiled, by its name."""
+        with self._lock:
+            return grammar in self._cache or grammar in self._always
+
     def _compiled(self, structured: Mapping[str, Any]) -> Compiled | str:
         kind, value = checked(structured)
-        key = json.dumps([kind, value], ensure_ascii=False)
+        key = _key(kind, value)
+        if (found := self._kept(key)) is not None:
+            return found
+        with self._compiling:
+            return self._kept(key) or self._compile_and_keep(key, kind, value)
+
+    def _compile_and_keep(self, key: str, kind: str, value: Any) -> Compiled | str:
+        self._prepare()
+        begin = time.thread_time()
+        found: Compiled | str
+        try:
+            found = self._compile(kind, value)
+        except UserError as error:
+            found = str(error)
+        except Exception as error:  # told, but not kept: its cause may pass
+            return f"structured.{kind} cannot be compiled ({clause(str(error))}); {REMEDY}"
+        if (seconds := time.thread_time() - begin) > SLOWEST_S:
+            found = f"structured.{kind} took {seconds:.1f} s to compile; make it smaller."
+        self._keep(key, found)
+        return found
+
+    def _kept(self, key: str) -> Compiled | str | None:
         with self._lock:
-            if key not in self._cache:
-                self._prepare()
-                begin = time.thread_time()
-                try:
-                    self._cache[key] = self._compile(kind, value)
-                except UserError as error:
-                    self._cache[key] = str(error)
-                except Exception as error:  # told, but not kept: its cause may pass
-                    return f"structured.{kind} cannot be compiled ({clause(str(error))}); {REMEDY}"
-                if (seconds := time.thread_time() - begin) > SLOWEST_S:
-                    self._cache[key] = f"structured.{kind} took {seconds:.1f} s to compile; make it smaller."
-            self._cache.move_to_end(key)
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            return self._cache.get(key) or self._always.get(key)
+
+    def _keep(self, key: str, found: Compiled | str) -> None:
+        with self._lock:
+            self._cache[key] = found
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
-            return self._cache[key]
 
     def _prepare(self) -> None:
-        """Read the tokenizer for the first grammar: it takes a second, which most servers never need."""
+        """Read the tokenizer for the first grammar: it takes a second, which most servers never need.
+
+        ``json_object``, the commonest, is compiled with it and always kept, so that it never waits for others.
+        """
         if self._tokenizer is None:
             size, ends = self._tokens.vocab_size, list(self._tokens.ends)
             try:
@@ -96,12 +129,11 @@ class Compiler:
                     "leave it out."
                 ) from None
             self._layouts = Layouts(self._tokenizer)
+            self._always[_key("json_object", True)] = self._compile_json("json_object", {"type": "object"})
 
     def _compile(self, kind: str, value: Any) -> Compiled:
         if kind in ("json", "json_object"):
-            schema = value if kind == "json" else {"type": "object"}
-            free = self._matcher(kind, _json_grammar(schema, {"whitespace_pattern": WHITE_SPACE}))
-            return Compiled(free, Writer(self._layouts, self._matcher(kind, _json_grammar(schema, BARE))))
+            return self._compile_json(kind, value if kind == "json" else {"type": "object"})
         if kind == "choice":
             texts = (json.dumps(each, ensure_ascii=False).replace("\x7f", "\\u007f") for each in value)
             text = "start: " + " | ".join(texts)  # Lark takes no bare U+007F, unlike JSON
@@ -110,6 +142,10 @@ class Compiler:
             return Compiled(self._matcher(kind, LLMatcher.grammar_from_regex(value)), None)
         lark = value if LARK_RULE.search(value) else any_to_lark(value)
         return Compiled(self._matcher(kind, LLMatcher.grammar_from_lark(lark)), None)
+
+    def _compile_json(self, kind: str, schema: Mapping[str, Any] | bool) -> Compiled:
+        free = self._matcher(kind, _json_grammar(schema, {"whitespace_pattern": WHITE_SPACE}))
+        return Compiled(free, Writer(self._layouts, self._matcher(kind, _json_grammar(schema, BARE))))
 
     def _matcher(self, kind: str, grammar: str) -> LLMatcher:
         """Compile, and walk a few tokens on, where a grammar without an end or that is too complex shows itself."""
@@ -127,6 +163,10 @@ class Compiler:
             if trial.is_error():
                 raise UserError(f"structured.{kind} cannot be used ({clause(trial.get_error())}); {REMEDY}")
         return matcher
+
+
+def _key(kind: str, value: Any) -> str:
+    return json.dumps([kind, value], ensure_ascii=False)
 
 
 def _json_grammar(schema: Mapping[str, Any] | bool, options: dict[str, Any]) -> str:

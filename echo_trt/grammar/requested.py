@@ -93,7 +93,7 @@ def _check_schema(schema: Any) -> None:
             references.append(value)
     if len(references) > REFERENCES:
         raise UserError(f"structured.json has {len(references)} times $ref; give at most {REFERENCES}.")
-    if references and not _ends(schema, _ending(schema, set(references))):
+    if references and _blocks(schema, _ending(schema, set(references)), set()):
         raise UserError("structured.json cannot be used (no text fits it, for it never ends); mend its $ref.")
 
 
@@ -112,21 +112,40 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
     """Those of ``references`` that some finite text fits: found from those that need no other on."""
     ending: set[str] = set()
-    while more := {name for name in references - ending if _ends(_resolved(name, root), ending)}:
-        ending |= more
+    waiting: dict[str, list[str]] = {}  # reference -> those that are looked at again once it is known to end
+    whole: set[int] = set()
+    due = list(references)
+    while due:
+        name = due.pop()
+        if name in ending:
+            continue
+        blocks = _blocks(_resolved(name, root), ending, whole)
+        for reference in blocks:
+            waiting.setdefault(reference, []).append(name)
+        if not blocks:
+            ending.add(name)
+            due += waiting.pop(name, [])
     return ending
 
 
-def _ends(schema: Any, ending: set[str]) -> bool:
-    """Whether a finite text fits ``schema``, where the references ``ending`` have one. What is not known here has."""
-    if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema:
-        return True
+def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
+    """References of which one must end before a finite text fits ``schema``; none: one does, as far as is known here.
+
+    ending  references that are known to end
+    whole   ids of schemas that are known to have a finite text; those that are found are added
+    """
+    if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema or id(schema) in whole:
+        return set()
     if isinstance(reference := schema.get("$ref"), str) and reference not in ending:
-        return False
+        return {reference}
     for name in ("anyOf", "oneOf"):
-        branches = _list(schema.get(name))
-        if branches and not any(_ends(branch, ending) for branch in branches):
-            return False
+        branches: list[set[str]] = []
+        for branch in _list(schema.get(name)):
+            branches.append(_blocks(branch, ending, whole))
+            if not branches[-1]:
+                break
+        if branches and branches[-1]:
+            return set().union(*branches)
     parts = _list(schema.get("allOf"))
     if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), Mapping):
         parts = parts + [properties.get(name) for name in _list(schema.get("required")) if isinstance(name, str)]
@@ -134,7 +153,11 @@ def _ends(schema: Any, ending: set[str]) -> bool:
     if schema.get("type") == "array" and isinstance(least, int) and least > 0:
         first = _list(schema.get("prefixItems"))[:least]
         parts = parts + (first if len(first) == least else [*first, schema.get("items")])
-    return all(_ends(part, ending) for part in parts)
+    for part in parts:
+        if blocks := _blocks(part, ending, whole):
+            return blocks
+    whole.add(id(schema))
+    return set()
 
 
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +16,7 @@ class TokenTexts:
         self._piece = backend.id_to_token
         self._added = backend.get_added_tokens_decoder()
         self._bytes = _byte_of_letter() if "ByteLevel" in repr(backend.decoder) else None
+        self._json: dict[int, tuple[str, str]] = {}  # some 300 bytes for each token that was asked for
 
     def is_special(self, token: int) -> bool:
         """Return whether a token is left out of a text."""
@@ -31,6 +34,14 @@ class TokenTexts:
         if len(piece) == 6 and piece.startswith("<0x"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+    def in_json(self, token: int) -> tuple[str, str]:
+        """Return a token's text and the list of its bytes as JSON."""
+        if token not in self._json:
+            raw = self.raw(token)
+            name = json.dumps(raw.decode("utf-8", "backslashreplace"), ensure_ascii=False)
+            self._json[token] = name, json.dumps(list(raw), separators=(",", ":"))
+        return self._json[token]
 
 
 def _byte_of_letter() -> dict[str, int]:

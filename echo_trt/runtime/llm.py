@@ -14,7 +14,7 @@ from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError, shown
 from echo_trt.files.prompts import Prompt, encodable
 from echo_trt.grammar.compiler import Compiler
-from echo_trt.grammar.state import State, Thought, Tokens
+from echo_trt.grammar.state import Thought, Tokens
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import Messages, Tools, checked_messages, checked_tools
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
@@ -71,7 +71,7 @@ class LLM:
         self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
         self._marks = thought_marks(self.tokenizer)
         tokens = Tokens(self.manifest.target.vocab_size, tuple(self.manifest.eos_token_ids))
-        self._grammars = Compiler(self.tokenizer.backend_tokenizer.to_str(), tokens)
+        self.grammars = Compiler(self.tokenizer.backend_tokenizer.to_str(), tokens)
 
     @property
     def counters(self) -> Counters:
@@ -223,41 +223,51 @@ class LLM:
         logits = self.loop.target.run(call)["logits"][0]
         return float(abs(logits[first[shared]] - logits[second[shared]]))
 
-    def request(self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = ()) -> Request:
+    def request(
+        self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = (), compiled: bool = True
+    ) -> Request:
         """A request for the loop; token ids that the target does not have are refused.
 
         ``said``: tokens of its answer that it goes on behind. Their log-probabilities and sources are not known here.
+        ``compiled``: false leaves its grammar to ``set_grammar``.
         """
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
                 f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
             )
-        prompt, generated = self.checked(ids), self.checked(said).tolist()
-        logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
-        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
-        grammar = self._grammar(prompt, params)
-        for token in generated if grammar else ():
-            grammar = grammar.after(token) if grammar else None
-        return Request(id, prompt, params, generated, logprobs, sources, grammar=grammar)
-
-    def _grammar(self, prompt: np.ndarray, params: SamplingParams) -> State | None:
-        """What may follow the prompt; None: anything."""
         budget = params.thinking_token_budget
-        if params.structured is None and budget is None:
-            return None
         if self._marks is None and budget is not None:
             raise UserError(
                 f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
                 f"{THOUGHT[1]}); leave it out."
             )
-        thought = self._marks and Thought.behind(prompt.tolist(), *self._marks, budget)
+        prompt, generated = self.checked(ids), self.checked(said).tolist()
+        thought = self._thought(prompt, params)
         if thought and budget is not None and budget < params.min_tokens and thought.closes in params.stop_token_ids:
             raise UserError(
                 f"min_tokens is {params.min_tokens}, but thinking_token_budget ends the thought after {budget} tokens "
                 f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}."
             )
-        return self._grammars.begin(params.structured, thought)
+        logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
+        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
+        request = Request(id, prompt, params, generated, logprobs, sources)
+        if compiled:
+            self.set_grammar(request)
+        return request
+
+    def set_grammar(self, request: Request) -> None:
+        """Give a request the state that its text is in under its grammar. Any thread may. Raises UserError."""
+        params, grammar = request.params, None
+        if params.structured is not None or params.thinking_token_budget is not None:
+            grammar = self.grammars.begin(params.structured, self._thought(request.prompt, params))
+        for token in request.generated if grammar else ():
+            grammar = grammar.after(token) if grammar else None
+        request.grammar = grammar
+
+    def _thought(self, prompt: np.ndarray, params: SamplingParams) -> Thought | None:
+        """Return the thought that a prompt [n] leaves open, or that may begin behind it."""
+        return Thought.behind(prompt.tolist(), *self._marks, params.thinking_token_budget) if self._marks else None
 
     def checked(self, ids: Sequence[int]) -> np.ndarray:
         """Token ids as the loop takes them [n] int64; ids that the target does not have are refused."""

@@ -10,13 +10,17 @@ from echo_trt.runtime.request import Request
 from echo_trt.serving.protocol import FIRST
 
 
+class Overloaded(Exception):
+    """No request is taken now; another time or another server may. The message is one sentence."""
+
+
 @dataclass(frozen=True)
 class End:
     """The end of a request.
 
-    reason               stop, length, cancelled, deadline or failed; of a probe also busy: it found no place, and an
-                         iteration for other requests says as much as a token
-    message              why the request failed
+    reason               stop, length, cancelled, deadline, failed or invalid (its grammar cannot be compiled); of a
+                         probe also busy: it found no place, and an iteration for other requests says as much as a token
+    message              why the request failed or is invalid
     cached_tokens        prompt tokens that the prefix cache had
     drafted              draft tokens that were verified
     queue_seconds        from submission until the engine took the request; None: it never did

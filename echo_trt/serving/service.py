@@ -12,49 +12,22 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 
 from echo_trt.backends.base import overlap
 from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import Counters, SamplingParams
+from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Emission, Request
-from echo_trt.serving.job import End, Event, Job
+from echo_trt.serving.grammars import GrammarQueue
+from echo_trt.serving.job import End, Event, Job, Overloaded
+from echo_trt.serving.statistics import Statistics
 from echo_trt.serving.suspects import Suspects
 
 log = logging.getLogger(__name__)
 
 MANY = 8  # running requests from which on tokens wait for the next pass; larger: sooner told, iterations take longer
 NOTHING = Said("", [])
-
-
-class Overloaded(Exception):
-    """No request is taken now; another time or another server may. The message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """The service at about one moment; ``ended`` counts requests by reason."""
-
-    queued: int
-    running: int
-    blocks: int
-    blocks_used: int
-    blocks_cached: int
-    policy: str
-    budget: int
-    counters: Counters
-    drafts: dict[str, dict[str, float]]  # ``Planner.totals``
-    ended: dict[str, int] = field(default_factory=dict)
-    engine_failures: int = 0
-    queued_tokens: int = 0  # of the prompts that wait
-    gain: float | None = None  # tokens a second over plain decoding's at the latest load; None: not known
-
-    @property
-    def kv_usage(self) -> float:
-        """The share of the KV pool that requests hold."""
-        return self.blocks_used / self.blocks
 
 
 class Service:
@@ -68,7 +41,7 @@ class Service:
         self._open: dict[Request, Job] = {}
         self._probes: dict[Request, Job] = {}  # open jobs that only ask if the engine works
         self._pending: list[Job] = []  # a heap
-        self._cancelled: list[Job] = []
+        self._ending: list[tuple[Job, str, str]] = []  # jobs that end before the next iteration, reasons and messages
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
@@ -80,6 +53,7 @@ class Service:
         self._overlaps = overlap(self.loop.target, self._tell_due)
 
         self._serial = count()
+        self._grammars = GrammarQueue(llm, self._changed, self._have_grammar)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -100,12 +74,15 @@ class Service:
         engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and ``End``. No event brings
         them again.
 
+        A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
+
         A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
         iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
         request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
-        request = self.llm.request(serial, prompt, params, said)
+        grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
+        request = self.llm.request(serial, prompt, params, said, compiled=grammar is None)
         request.priority = priority
         self.loop.queue.check(request)
         answer = Answer(request, self.llm.tokenizer.backend_tokenizer)
@@ -114,11 +91,15 @@ class Service:
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
-            # A crowd may come while all places are free. Probes take nobody's.
-            full = len(self._open) - len(self._probes) >= self.loop.state.count + self._most_waiting
-            if full and not job.probe:
+            # A crowd may come while all places are free. Probes take nobody's, nor does who waits for a grammar.
+            waiting = len(self._grammars)
+            ahead = waiting if grammar else len(self._open) - len(self._probes) - waiting
+            if ahead >= self.loop.state.count + self._most_waiting and not job.probe:
                 raise Overloaded(f"the queue is full, {self._most_waiting} requests wait; try again in a second.")
-            heapq.heappush(self._pending, job)
+            if grammar:
+                self._grammars.add(grammar, job)
+            else:
+                heapq.heappush(self._pending, job)
             self._open[request] = job
             if job.probe:
                 self._probes[request] = job
@@ -134,13 +115,22 @@ class Service:
         """End a job before the next iteration; nothing happens if it has ended."""
         with self._changed:
             if job.request in self._open:
-                self._cancelled.append(job)
+                self._ending.append((job, "cancelled", ""))
                 self._changed.notify_all()
+
+    def _have_grammar(self, job: Job, failure: str) -> None:
+        """Queue a job that has its grammar, or end it with the ``failure``; the lock is held."""
+        if failure:
+            self._ending.append((job, "invalid", failure))
+        else:
+            heapq.heappush(self._pending, job)
+        self._changed.notify_all()
 
     def statistics(self) -> Statistics:
         """What is true now; may be asked for at any time."""
         loop, state, planner = self.loop, self.loop.state, self.loop.planner
-        queued, counters = len(self._pending) + len(loop.queue.waiting), loop.counters.copy()
+        queued = len(self._grammars) + len(self._pending) + len(loop.queue.waiting)
+        counters = loop.counters.copy()
         ended = dict(self._ended)
         running = loop.queue.running
         return Statistics(
@@ -169,10 +159,11 @@ class Service:
         """Drain for so long, cancel what is left, and stop."""
         self.drain(seconds)
         with self._changed:
-            self._cancelled += self._open.values()
+            self._ending += [(job, "cancelled", "") for job in self._open.values()]
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._grammars.close()
         overlap(self.loop.target, lambda: None)  # else engine and service hold each other, and the engine its memory
 
     # -- the engine's thread ---------------------------------------------------------------------------------------
@@ -180,7 +171,7 @@ class Service:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._end_cancelled()
+                self._end_as_told()
                 self._end_late()
                 self._feed()
                 self._iterate()
@@ -190,16 +181,24 @@ class Service:
             self._fail_all("the engine's thread has died; the server must be restarted.")
 
     def _wait(self) -> bool:
-        """Until there is something to do; False once the service is closed."""
+        """Until there is something to do; False once the service is closed.
+
+        There is nothing to do for jobs that wait for their grammars until a deadline of theirs.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._open or self._closed)
+            while len(self._open) == len(self._grammars) and not (self._ending or self._closed):
+                deadlines = [job.deadline for job in self._open.values() if job.deadline is not None]
+                seconds = min(deadlines) - time.monotonic() if deadlines else None
+                if seconds is not None and seconds <= 0:
+                    break
+                self._changed.wait(seconds)
             return bool(self._open) or not self._closed
 
-    def _end_cancelled(self) -> None:
+    def _end_as_told(self) -> None:
         with self._changed:
-            cancelled, self._cancelled = self._cancelled, []
-        for job in cancelled:
-            self._end(job, "cancelled")
+            ending, self._ending = self._ending, []
+        for job, reason, message in ending:
+            self._end(job, reason, message)
 
     def _end_late(self) -> None:
         now = time.monotonic()
@@ -297,6 +296,7 @@ class Service:
             if job in self._pending:
                 self._pending.remove(job)
                 heapq.heapify(self._pending)
+            self._grammars.remove(job)
         self._suspects.dismiss(job)
         job.request.finish_reason = reason
         said = NOTHING
@@ -344,7 +344,7 @@ class Service:
         with self._changed:  # others submit meanwhile
             running = [job for job in self._open.values() if job.request.slot >= 0]
             known = {*self._pending, *self._suspects.waiting}
-            inside = [job for job in self._open.values() if job not in known]
+            inside = [job for job in self._open.values() if job not in known and job not in self._grammars]
         self.loop.queue.preempt_all()
         self.loop.state.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones

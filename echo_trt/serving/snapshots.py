@@ -18,7 +18,8 @@ from echo_trt.decoding.arrays import begins
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.watch import Seen
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
-from echo_trt.serving.service import Service, Statistics
+from echo_trt.serving.service import Service
+from echo_trt.serving.statistics import Statistics
 
 ITERATIONS = 64  # iterations kept between two snapshots; larger: longer lists at small loads
 MOST_REQUESTS = 64  # requests whose trees a snapshot holds; larger: longer snapshots at large loads

@@ -88,6 +88,9 @@ def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
     for penalty in ("presence_penalty", "frequency_penalty"):
         with refused(penalty, "traces requests"):
             ask(**moved, sampling_options={penalty: 0.1})
+    for budget in (0, 9):
+        with refused("thinking_token_budget", "traces requests"):
+            ask(**moved, stop_conditions={"max_thinking_tokens": budget})
     assert ask(**moved, sampling_options={"repetition_penalty": 1.1}).params.repetition_penalty == 1.1  # is the text's
 
 

@@ -43,6 +43,8 @@ CASES = [
     ("Call " + CALL + "?</think> So:\n" + CALL + CALL, True, "Call " + CALL + "?", "So:", 2),
     ("<t", False, "", "<t", 0),
     (" <think>", False, "", "", 0),
+    ("<think><think>Hm.</think>Hello.", True, "<think>Hm.", "Hello.", 0),
+    ("<think> <think>Hm.</think>Hello.", False, "<think>Hm.", "Hello.", 0),
 ]
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from echo_trt.runtime.params import Counters
-from echo_trt.serving.service import Statistics
+from echo_trt.serving.statistics import Statistics
 from echo_trt.serving.triton.metrics import Metrics
 
 told: Counter[tuple[str, ...]] = Counter()

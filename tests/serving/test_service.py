@@ -14,9 +14,8 @@ from steered import LONG, SECONDS, Listener, submit
 from echo_trt.decoding.pack import Packed
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
-from echo_trt.serving.job import Event
+from echo_trt.serving.job import Event, Overloaded
 from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.service import Overloaded
 
 PROBE = SamplingParams(1, ignore_eos=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -165,7 +166,7 @@ class Parser(ABC):
     def _whole(self, text: str) -> bool:
         """Take the object of a call that is complete."""
         try:
-            call = json.loads(text)
+            call = _parsed(text)
         except (ValueError, RecursionError):
             return False
         name = call.get("name") if isinstance(call, dict) else None
@@ -174,13 +175,13 @@ class Parser(ABC):
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):  # JSON in JSON
             try:
-                arguments = json.loads(arguments)
+                arguments = _parsed(arguments)
             except (ValueError, RecursionError):
                 return False
         if not isinstance(arguments, dict):
             return False
         self._call(name)
-        self._argue(json.dumps(arguments, ensure_ascii=False))
+        self._argue(_written(arguments))
         return True
 
     def _arguments(self) -> bool:
@@ -190,6 +191,28 @@ class Parser(ABC):
         ended = end < len(self._text) or self._scan.over
         self._text = self._text[end:]
         return ended
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON as other languages do, which know no NaN and no Infinity. Raises ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    """Read a number that a double can hold: any other could not be written as JSON again. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """Write arguments as JSON that UTF-8 can hold: halves of surrogate pairs stay escaped."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
 
 
 class Scan:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.runtime.params import TokenLogprobs
@@ -23,17 +21,19 @@ class Outgoing:
         self._waiting: deque[TokenLogprobs] = deque()  # their text has not come
         self.numbers: list[float] = []
         self.total = 0.0
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[str] = []
 
     def begin(self, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Put the prompt's tokens before the answer's; the first has no log-probability."""
-        decoder, text = codecs.getincrementaldecoder("utf-8")("ignore"), ""
-        for place, token in enumerate(prompt):
-            known = logprobs[place - 1] if place else None
-            top = [self._entry(best, logprob) for best, logprob in known.top] if known else []
-            entry = self._entry(token, known.logprob if known else None)
-            self._entries.append({**entry, "top_logprobs": top, "text_offset": len(text)})
-            text += decoder.decode(self._texts.raw(token))
+        """Put the prompt's tokens before the answer's.
+
+        The first token has no log-probability, nor have those that were not computed before an early end.
+        """
+        offsets = prompt_offsets(prompt, self._texts, self._echoed)
+        for place, (token, offset) in enumerate(zip(prompt, offsets, strict=True)):
+            if 1 <= place <= len(logprobs):
+                self._add(token, logprobs[place - 1].logprob, logprobs[place - 1].top, offset)
+            else:
+                self._add(token, None, (), offset)
 
     def take(self, logprobs: Sequence[TokenLogprobs], offsets: Sequence[int]) -> None:
         """As an event brings them (``runtime.answer.Said``)."""
@@ -44,17 +44,46 @@ class Outgoing:
         for offset in offsets:
             each = self._waiting.popleft()
             if not self._texts.is_special(each.token):
-                top = [self._entry(token, logprob) for token, logprob in each.top]
-                entry = self._entry(each.token, each.logprob)
-                self._entries.append({**entry, "top_logprobs": top, "text_offset": len(self._echoed) + offset})
+                self._add(each.token, each.logprob, each.top, len(self._echoed) + offset)
 
     def clear(self) -> str:
         """JSON of the entries since the last call: tokens whose text has come, so their bytes joined are the text."""
         content, self._entries, self.numbers = self._entries, [], []
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return f"[{','.join(content)}]"
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        raw = self._texts.raw(token)
-        text = raw.decode("utf-8", "backslashreplace")
-        number = None if logprob is None else round(max(logprob, _LOWEST), 6)
-        return {"token": text, "logprob": number, "bytes": list(raw)}
+    def _add(self, token: int, logprob: float | None, top: Sequence[tuple[int, float]], offset: int) -> None:
+        best = ",".join([self._entry(*each) + "}" for each in top])
+        self._entries.append(f'{self._entry(token, logprob)},"top_logprobs":[{best}],"text_offset":{offset}}}')
+
+    def _entry(self, token: int, logprob: float | None) -> str:
+        """Write an object but for its closing brace: a prompt may have 100,000 of them, which dictionaries delay."""
+        name, raw = self._texts.in_json(token)
+        number = "null" if logprob is None else repr(round(max(_LOWEST, logprob), 6))
+        return f'{{"token":{name},"logprob":{number},"bytes":{raw}'
+
+
+def prompt_offsets(prompt: Sequence[int], texts: TokenTexts, echoed: str) -> list[int]:
+    """Where the text of each token of a prompt begins in ``echoed``, the prompt's text as its client sees it.
+
+    A special token takes room where the client wrote its name. Bytes that are no character are U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    begins, pieces, length = [], [], 0
+    for token in prompt:
+        begins.append(length)
+        if texts.is_special(token):
+            continue
+        raw, waiting = texts.raw(token), bool(decoder.getstate()[0])
+        pieces.append(decoder.decode(raw))
+        own = raw.decode("utf-8", "replace")
+        if waiting and "\ufffd" not in own and pieces[-1].endswith(own):  # what waited has come to nothing
+            begins[-1] += len(pieces[-1]) - len(own)
+        length += len(pieces[-1])
+    text = "".join([*pieces, decoder.decode(b"", True)])
+    moved = -1 if text.startswith(" ") and not echoed.startswith(" ") else 0  # SentencePiece's mark of a beginning
+    names = text[-moved:] != echoed
+    for place, token in enumerate(prompt):
+        begins[place] = min(max(begins[place] + moved, 0), len(echoed))
+        name = texts.raw(token).decode() if names and texts.is_special(token) else ""
+        moved += len(name) if name and echoed.startswith(name, begins[place]) else 0
+    return begins

@@ -7,7 +7,7 @@ from typing import Any
 
 from echo_trt.decoding.sources import SOURCES
 from echo_trt.serving.job import End
-from echo_trt.serving.service import Statistics
+from echo_trt.serving.statistics import Statistics
 
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
 

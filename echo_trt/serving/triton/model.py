@@ -11,17 +11,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
-from echo_trt.serving.service import Overloaded, Service
+from echo_trt.serving.job import Overloaded
+from echo_trt.serving.service import Service
 from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
 from echo_trt.serving.triton.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
@@ -52,9 +51,6 @@ class TritonPythonModel:
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, args["model_name"], Path(signals) if signals else None)
-        self._compiling = ThreadPoolExecutor(1, "grammars")  # others are read meanwhile
-        self._compiled_for: set[str] = set()  # ids of requests on that thread
-        self._stopped: set[str] = set()  # of these, those whose clients asked for their end
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Hand the requests on; their answers come from other threads, in any number of responses."""
@@ -63,7 +59,6 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Triton calls this once no request is open."""
-        self._compiling.shutdown()
         self._service.close(0)
         self._replies.close()
 
@@ -72,20 +67,7 @@ class TritonPythonModel:
         with self._refusals(request, sender):
             id = _id(request)
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-            if "structured" in tensors:
-                self._compiled_for.add(id)
-                self._compiling.submit(self._compile, request, id, tensors, sender, arrived)
-            else:
-                self._answer(request, id, tensors, sender, arrived)
-
-    def _compile(self, request: pb_utils.InferenceRequest, id: str, tensors: Any, sender: Any, arrived: float) -> None:
-        """Answer a request on the thread for grammars; its client may ask for its end before it is submitted."""
-        with self._refusals(request, sender):
             self._answer(request, id, tensors, sender, arrived)
-        self._compiled_for.discard(id)
-        if id in self._stopped:
-            self._stopped.discard(id)
-            self._replies.stop(id)
 
     def _answer(
         self,
@@ -98,8 +80,6 @@ class TritonPythonModel:
         if wants_stop(tensors):
             if not id:
                 raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
-            if id in self._compiled_for:
-                self._stopped.add(id)
             self._replies.stop(id)
             sender.send(flags=FINAL)
             return

@@ -29,6 +29,8 @@ from echo_trt.serving.triton.sources import OutgoingSources
 
 log = logging.getLogger(__name__)
 
+#: Ends that are errors, and their codes.
+ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
 TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
@@ -195,7 +197,7 @@ class Replies:
             metrics.observe("inter_token", (event.time - reply.last) / len(event.token_ids))
         if event.token_ids:
             reply.last = event.time
-        if client and event.end:
+        if client and event.end and event.end.reason != "invalid":
             metrics.ended(event.end)
             metrics.observe("request", event.time - reply.arrived)
 
@@ -321,9 +323,8 @@ def tokenized(ids: list[int], text: str | None) -> pb_utils.InferenceResponse:
 def _response(reply: Reply, end: End | None) -> pb_utils.InferenceResponse:
     if reply.broken:
         return failed("INTERNAL", "the answer could not be sent; the server's log says why.", reply.coded)
-    if end and end.reason in ("failed", "cancelled"):
-        code = "INTERNAL" if end.reason == "failed" else "CANCELLED"
-        return failed(code, end.message or "the request was cancelled.", reply.coded)
+    if end and end.reason in ERRORS:
+        return failed(ERRORS[end.reason], end.message or "the request was cancelled.", reply.coded)
     tensors = [
         _strings("text_output", reply.text),
         pb_utils.Tensor("output_ids", np.array([reply.ids], np.int32).reshape(1, -1)),
