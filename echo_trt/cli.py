@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from echo_trt import __version__
-from echo_trt.commands.options import Colours, Engines, Policies, Precisions, SpecialTokens, numbers_in, words_in
+from echo_trt.commands.options import (
+    Colours,
+    Engines,
+    KVCacheMemory,
+    Policies,
+    Precisions,
+    SpecialTokens,
+    numbers_in,
+    words_in,
+)
 from echo_trt.commands.terminal import Screen, messages, run_app, screen_of
 from echo_trt.errors import UserError
 
@@ -66,6 +75,7 @@ def build(
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(min=0.01, max=1, help="Fill this share of the GPU's memory: limits.kv_blocks.")
     ] = None,
+    kv_cache_memory: KVCacheMemory = None,
 ) -> None:
     """Compile a target and its draft into a bundle.
 
@@ -82,9 +92,9 @@ def build(
     from echo_trt.commands.recipes import recipe_for, sized
 
     chosen = [option and option.value for option in (engine, precision)]
-    found, place = recipe_for(model, draft)
+    found, place = recipe_for(model, draft, chosen[0])
     settings = found.built_as(*chosen, compute_capability or [])
-    settings = sized(settings, place, max_model_len, max_num_seqs, gpu_memory_utilization)
+    settings = sized(settings, place, max_model_len, max_num_seqs, gpu_memory_utilization, kv_cache_memory)
     folder = out or Path("bundles") / settings.name
     with BuildProgress(messages) as progress:
         from echo_trt.commands.build import build as run
@@ -133,6 +143,7 @@ def generate(
     ] = Colours.auto,
     watch: Annotated[bool, typer.Option("--watch", help="Draw the draft tree beside the text, on a terminal.")] = False,
     special_tokens_in_content: SpecialTokens = False,
+    kv_cache_memory: KVCacheMemory = None,
 ) -> None:
     """Answer prompts with a bundle; text streams as it comes.
 
@@ -168,7 +179,7 @@ def generate(
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
     name, out = policy.value if policy else None, screen_of(color)
-    look = wants_colour(out, color), watch
+    look = wants_colour(out, color), watch, kv_cache_memory
     job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
     run(job, out, messages)
 
@@ -204,6 +215,7 @@ def serve(
     replicas: Annotated[
         int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
     ] = 0,
+    kv_cache_memory: KVCacheMemory = None,
 ) -> None:
     """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
 
@@ -227,7 +239,7 @@ def serve(
             if given:
                 raise UserError(f"{option} has no meaning with --replicas; leave it out.")
         chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
-        numbers = batch, queue, start_timeout, drain_timeout
+        numbers = batch, queue, start_timeout, drain_timeout, kv_cache_memory
         raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
     from echo_trt.launch.launcher import Job, run
 
@@ -235,7 +247,8 @@ def serve(
     name = policy.value if policy else None
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins, page)
+    more = special_tokens_in_content, names, origins, page, kv_cache_memory
+    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, *more)
     raise typer.Exit(run(job))
 
 
@@ -258,6 +271,7 @@ def worker(
     ] = 0,
     tool_call_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of tool calls, such as hermes.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="Dynamo's parser of thoughts, such as qwen3.")] = None,
+    kv_cache_memory: KVCacheMemory = None,
 ) -> None:
     """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
 
@@ -271,7 +285,9 @@ def worker(
 
     chosen = policy.value if policy else None
     parsers = tool_call_parser, reasoning_parser
-    raise typer.Exit(run(Job(bundle, name, chosen, batch, queue, drain_timeout, system_port, *parsers)))
+    raise typer.Exit(
+        run(Job(bundle, name, chosen, batch, queue, drain_timeout, system_port, *parsers, kv_cache_memory))
+    )
 
 
 @app.command()

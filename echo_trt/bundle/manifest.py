@@ -81,6 +81,11 @@ class NetworkFacts(BaseModel):
     feature_size: Annotated[int, Field(ge=0, le=2**24)] = 0
     block: BlockFacts | None = None
 
+    @property
+    def kv_values(self) -> int:
+        """Values that one cached token takes, of one rank where the network is divided."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
 
 class SelfCheck(BaseModel):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.

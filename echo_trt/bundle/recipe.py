@@ -106,7 +106,8 @@ class Limits(_Section):
 
     batch          running requests
     context        tokens of one request
-    kv_blocks      blocks of 32 tokens in the KV pool
+    kv_blocks      blocks of 32 tokens in the KV pool; None: a context for each request of the batch, on a CPU as far
+                   as the memory of the machine that opens the bundle has room for it
     prefill_chunk  prompt tokens of one iteration
     prefix_cache   whether texts that begin alike share KV blocks, which are kept while there is room
     """
@@ -174,13 +175,21 @@ class Recipe(_Section):
     def built_as(self, engine: str | None, precision: str | None, compute_capability: list[str]) -> Recipe:
         """Return the recipe with the build settings that are given.
 
-        A draft's precision was chosen for the recipe's engine; with another engine the draft takes the target's.
+        A draft's precision was chosen for the recipe's engine; with another engine the draft takes the target's. A KV
+        pool was chosen for a GPU's memory, so on a CPU it follows the machine's.
         """
         changes: dict[str, Any] = {"engine": engine, "precision": precision, "compute_capability": compute_capability}
         changes = {key: value for key, value in changes.items() if value}
         if engine not in (None, self.engine):
             changes["draft"] = self.draft.model_copy(update={"precision": None})
+        if engine == "openvino" != self.engine:
+            changes["limits"] = self.limits.model_copy(update={"kv_blocks": None})
         return self.model_copy(update=changes)
+
+    @property
+    def request_blocks(self) -> int:
+        """KV blocks of a request of ``limits.context`` tokens."""
+        return -(-(self.limits.context + reserve_for(self.decoding.model_dump())) // BLOCK)
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Recipe:
@@ -195,10 +204,10 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _pool_holds_one_request(self) -> Recipe:
         blocks, context = self.limits.kv_blocks, self.limits.context
-        needed = -(-(context + reserve_for(self.decoding.model_dump())) // BLOCK)
-        if blocks is not None and blocks < needed:
+        if blocks is not None and blocks < self.request_blocks:
             raise ValueError(
-                f"limits.kv_blocks is {blocks}, but one request of limits.context {context} needs {needed}; "
+                f"limits.kv_blocks is {blocks}, but one request of limits.context {context} needs "
+                f"{self.request_blocks}; "
                 "raise kv_blocks or lower context"
             )
         return self

@@ -45,6 +45,7 @@ class Job:
     special_tokens_in_content: bool = False
     coloured: bool = False  # by who proposed a token
     watch: bool = False
+    kv_cache_memory: int | None = None
 
 
 def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
                 messages.print,
                 prefix_cache,
                 special_tokens_in_content=job.special_tokens_in_content,
+                kv_cache_memory=job.kv_cache_memory,
             )
         policy = llm.loop.planner.name
         check_lengths(llm, job.prompts)

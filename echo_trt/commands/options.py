@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from echo_trt.decoding.policy_names import NAMES
 from echo_trt.errors import UserError, shown
+from echo_trt.runtime.host_memory import OPTION, bytes_in
 
 Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
@@ -19,6 +21,16 @@ SpecialTokens = Annotated[
     typer.Option(
         "--special-tokens-in-content",
         help="Take <|im_end|> and the like in a message for the control token. Default: for text.",
+    ),
+]
+KVCacheMemory = Annotated[
+    int | None,
+    typer.Option(
+        OPTION,
+        parser=partial(bytes_in, OPTION),
+        metavar="GIB",
+        help="Memory of the KV pool in GiB, or such as 512M. Default: the recipe's, else enough for the batch, on a "
+        "CPU up to half of the free memory.",
     ),
 ]
 

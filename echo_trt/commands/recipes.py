@@ -9,18 +9,19 @@ from typing import Any
 from echo_trt.bundle.hub import CONFIG, from_hub
 from echo_trt.bundle.recipe import HUB, Recipe, load_recipe, parse_recipe
 from echo_trt.errors import UserError
-from echo_trt.sizing.limits import filling, limited
+from echo_trt.sizing.limits import filling, limited, with_kv_cache
 
 RECIPES = Path(__file__).parents[2] / "build"  # of the repository
 PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
 CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks a request
 
 
-def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
+def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -> tuple[Recipe, Path]:
     """Return the recipe, and the folder that its paths are relative to.
 
-    what   a recipe's file; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
-    draft  an id or a checkpoint of the draft, for another one than the recipe's
+    what    a recipe's file; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
+    draft   an id or a checkpoint of the draft, for another one than the recipe's
+    engine  that was chosen; None: a shipped recipe for a GPU is for OpenVINO on a machine without one
     """
     path = Path(what).expanduser()
     if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".gguf"):
@@ -31,6 +32,8 @@ def recipe_for(what: str, draft: str | None = None) -> tuple[Recipe, Path]:
     if shipped is None:
         return _derived(target, draft), Path()
     recipe = load_recipe(shipped)
+    if engine is None and not _has_gpu():
+        recipe = recipe.built_as("openvino", None, [])
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
     return (_with_draft(recipe, draft) if draft else recipe), Path()
 
@@ -120,10 +123,19 @@ def _has_gpu() -> bool:
 
 
 def sized(
-    recipe: Recipe, folder: Path, max_model_len: int | None, max_num_seqs: int | None, utilization: float | None
+    recipe: Recipe,
+    folder: Path,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    utilization: float | None,
+    kv_cache_memory: int | None = None,
 ) -> Recipe:
     """Return the recipe with limits that were given on the command line, of which ``None`` are not."""
     recipe = limited(recipe, max_model_len, max_num_seqs)
+    if kv_cache_memory is not None:
+        if utilization is not None:
+            raise UserError("--gpu-memory-utilization and --kv-cache-memory both size the KV pool; give one of them.")
+        return with_kv_cache(recipe, folder, kv_cache_memory)
     if utilization is None:
         return recipe
     if recipe.engine == "openvino":

@@ -50,6 +50,7 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
             f"same best token at {check.same_argmax:.0%}",
         )
     _add_recipe_rows(table, manifest.recipe)
+    table.add_row("KV pool here", _pool_here(manifest, folder))
     table.add_row("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()))
     return table
 
@@ -117,7 +118,8 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     table.add_row("weights", f"target {gigabytes(need.target_weights)}{drafts}")
     drafts = f", draft {need.draft_kv_token:,} bytes" if draft else ""
     table.add_row("KV of a token", f"target {need.target_kv_token:,} bytes{drafts}")
-    held = f"{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
+    at_most = recipe.engine == "openvino" and not recipe.limits.kv_blocks  # the rest is the memory's to say
+    held = f"{'at most ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.linear))
     table.add_row("working memory", f"about {gigabytes(need.working)}")
     if need.graphs:
@@ -171,6 +173,17 @@ def rounding_note(gaps: dict[str, float], precision: str) -> str:
     )
 
 
+def _pool_here(manifest: Manifest, folder: Path) -> str:
+    """Tell the KV pool that the bundle has on this machine, or why it does not open."""
+    from echo_trt.runtime.kv_pool import kv_pool
+
+    try:
+        pool = kv_pool(folder, manifest)
+    except UserError as error:
+        return f"none: {error}"
+    return f"{pool.sentence.removeprefix('KV pool: ')}{'; ' * bool(pool.warning)}{pool.warning}"
+
+
 def _facts(title: str) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
@@ -184,7 +197,8 @@ def _network(facts: NetworkFacts) -> str:
 
 def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
     limits, decoding = recipe.limits, recipe.decoding
-    blocks = limits.kv_blocks or "as many as the batch needs"
+    needed = "as many as the batch needs" + " and memory holds" * (recipe.engine == "openvino")
+    blocks = limits.kv_blocks or needed
     table.add_row("limits", f"batch {limits.batch}, context {limits.context:,} tokens, {blocks} KV blocks of 32 tokens")
     gates = ", ".join(f"{depth} at {tau:g}" for depth, tau in sorted((decoding.gates or {}).items()))
     table.add_row(

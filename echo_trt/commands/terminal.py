@@ -41,7 +41,8 @@ def run_app(app: typer.Typer) -> None:
         sys.exit(2)
     except MemoryError as error:
         amount = f" ({error})" if str(error) else ""
-        _tell(f"there is not enough memory{amount}; lower limits.kv_blocks, limits.context or --batch.")
+        limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
+        _tell(f"there is not enough memory{amount}; lower {limits}.")
         sys.exit(2)
     except OSError as error:
         # Nothing that is still to be printed is to fail again when Python ends.

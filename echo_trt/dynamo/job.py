@@ -16,6 +16,7 @@ class Job:
     queue          requests that may wait for a place
     drain_seconds  seconds that open answers have to finish after a stop signal
     system_port    port of metrics and health; 0: none
+    kv_cache_memory  bytes of the KV pool; None: see ``runtime.kv_pool``
     """
 
     bundle: Path
@@ -27,6 +28,7 @@ class Job:
     system_port: int = 0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    kv_cache_memory: int | None = None
 
     def stop(self) -> None:
         """End the worker as SIGTERM does."""

@@ -28,6 +28,7 @@ from echo_trt.launch.probe import Probe, open_directly, responds
 from echo_trt.launch.process import Log, Process, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
+from echo_trt.runtime.kv_pool import kv_pool, on_cpu
 
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 ANSWER_SECONDS = 30.0  # seconds for a busy process to answer; larger: a hang is noticed later
@@ -59,6 +60,7 @@ class Job:
     queue: int = 256
     start_seconds: int = 300
     drain_seconds: int = 60
+    kv_cache_memory: int | None = None
 
     @property
     def url(self) -> str:
@@ -71,12 +73,15 @@ def run(job: Job) -> int:
 
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
-    read_manifest(job.bundle)
+    manifest = read_manifest(job.bundle)
     check_card(job.bundle)
     if trouble := port_trouble("--openai-port", job.host, job.port):
         raise UserError(f"{trouble}.")
     check_installed()
     job = replace(job, bundle=job.bundle.resolve())
+    if on_cpu(manifest.engine) and manifest.recipe.limits.kv_blocks is None:  # each would take what is there for all
+        pool = kv_pool(job.bundle, manifest, job.batch, job.kv_cache_memory, job.replicas)
+        job = replace(job, kv_cache_memory=pool.bytes)
     stop = threading.Event()
     for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, lambda *_: stop.set())
@@ -150,6 +155,7 @@ class Replica(Supervised):
         words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
         words += ["--policy", job.policy] if job.policy else []
         words += ["--batch", str(job.batch)] if job.batch else []
+        words += ["--kv-cache-memory", f"{job.kv_cache_memory}B"] if job.kv_cache_memory else []
         command = [sys.executable, "-m", "echo_trt", "worker", *words]
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
 

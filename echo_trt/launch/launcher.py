@@ -35,6 +35,7 @@ class Job:
     """What the command was asked to do.
 
     ``openai_port`` 0: no gateway. None stands for the recipe's own, no ``served_model_names`` for the default.
+    ``kv_cache_memory``: bytes of the KV pool.
     """
 
     bundle: Path
@@ -53,6 +54,7 @@ class Job:
     served_model_names: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     page: bool = True
+    kv_cache_memory: int | None = None
 
     @property
     def reached_at(self) -> str:
@@ -139,6 +141,7 @@ class Triton(Supervised):
         settings = {"ECHO_TRT_BUNDLE": str(job.bundle.resolve()), "ECHO_TRT_QUEUE": str(job.queue)}
         settings |= {"ECHO_TRT_POLICY": job.policy} if job.policy else {}
         settings |= {"ECHO_TRT_BATCH": str(job.batch)} if job.batch else {}
+        settings |= {"ECHO_TRT_KV_CACHE_MEMORY": f"{job.kv_cache_memory}B"} if job.kv_cache_memory else {}
         settings["ECHO_TRT_SPECIAL_TOKENS_IN_CONTENT"] = str(job.special_tokens_in_content).lower()
         self._starts += 1
         self._sound = time.monotonic()

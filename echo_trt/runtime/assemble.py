@@ -16,12 +16,13 @@ from echo_trt.decoding.policies import echo_settings, reserve_for
 from echo_trt.errors import UserError
 from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.runtime.kv_pool import KVPool, kv_pool
 from echo_trt.runtime.levels import LevelsDrafter
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.markov import Markov, read_markov
 from echo_trt.runtime.params import MAX_STOP_TOKENS
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.runtime.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,11 @@ class Networks:
     copier       finds continuations in a request's own text; None: the recipe leaves them out
     calibration  None: the bundle has none
     markov       corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    pool         the size of the KV pool; of a part, the whole pool's
     """
 
     manifest: Manifest
+    pool: KVPool
     state: Slots
     target: Engine
     draft: Engine | None
@@ -61,12 +64,18 @@ class Networks:
             for part in range(parts)
         ]
         return [
-            _networks(self.manifest, part, self.target, self.draft, self.calibration, self.markov) for part in slots
+            _networks(self.manifest, self.pool, part, self.target, self.draft, self.calibration, self.markov)
+            for part in slots
         ]
 
 
-def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | None = None) -> Networks:
-    """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's."""
+def load_networks(
+    folder: Path, batch: int | None = None, prefix_cache: bool | None = None, kv_cache_memory: int | None = None
+) -> Networks:
+    """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
+
+    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``.
+    """
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
         raise UserError(
@@ -77,9 +86,9 @@ def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | N
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
-    slot_blocks = blocks_for(limits.context + reserve)
     linear = manifest.engine == "tensorrt-rtx"  # its engines have a cache a slot instead of one pool
-    blocks = slot_blocks * count if linear else limits.kv_blocks or slot_blocks * count
+    pool = kv_pool(folder, manifest, count, kv_cache_memory)
+    blocks = pool.request_blocks * count if linear else pool.blocks
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
     target = _engine(folder, manifest, manifest.target, state, blocks)
@@ -87,11 +96,12 @@ def load_networks(folder: Path, batch: int | None = None, prefix_cache: bool | N
     path = folder / CALIBRATION
     known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
     heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
-    return _networks(manifest, state, target, draft, known, read_markov(folder, manifest) if heads else None)
+    return _networks(manifest, pool, state, target, draft, known, read_markov(folder, manifest) if heads else None)
 
 
 def _networks(
     manifest: Manifest,
+    pool: KVPool,
     state: Slots,
     target: Engine,
     draft: Engine | None,
@@ -102,7 +112,7 @@ def _networks(
     copier = LookupDrafter(state, settings.min_match, calibration.lookup if calibration else settings.acceptance)
     drafter = copier if settings.kind == "lookup" else drafter_with(manifest, state, draft, markov)
     copying = copier if settings.copy_text else None
-    return Networks(manifest, state, target, draft, drafter, copying, calibration, markov)
+    return Networks(manifest, pool, state, target, draft, drafter, copying, calibration, markov)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots, blocks: int) -> Engine:

@@ -51,9 +51,12 @@ class LLM:
         note: Callable[[str], None] = lambda sentence: None,
         prefix_cache: bool | None = None,
         special_tokens_in_content: bool = False,
+        kv_cache_memory: int | None = None,
     ):
         """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
 
+        ``kv_cache_memory``: bytes of the KV pool; by default the recipe's blocks, or on a CPU what the memory has room
+        for, up to a whole context for each running request.
         ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
         control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
         """
@@ -62,8 +65,11 @@ class LLM:
         if budget is not None and budget < 1:
             raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
         folder = Path(bundle)
-        self.networks = load_networks(folder, batch, prefix_cache)
+        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
         self.manifest = self.networks.manifest
+        self.pool = self.networks.pool
+        if self.pool.warning:
+            note(self.pool.warning)
         self.tuning = Tuning(folder, self.networks, note)
         self._planners: dict[tuple[str, int | None], Planner] = {}
         self.loop = self.networks.loop(self._planner(policy, budget))

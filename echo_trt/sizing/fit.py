@@ -12,6 +12,7 @@ from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.decoding.policies import echo_settings
 from echo_trt.errors import UserError
+from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
@@ -230,7 +231,3 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
         return False
     need = needs(recipe, target.sizes, draft and draft.sizes)
     return need.most_blocks(card) >= need.request_blocks
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"

@@ -7,20 +7,43 @@ from pathlib import Path
 from echo_trt.bundle.recipe import Recipe, parse_recipe
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
-from echo_trt.sizing.fit import gigabytes, needs
+from echo_trt.runtime.host_memory import OPTION, gigabytes
+from echo_trt.runtime.kv_pool import block_bytes, check_memory
+from echo_trt.sizing.fit import needs
 from echo_trt.sizing.shapes import shapes
 
 
 def limited(recipe: Recipe, max_model_len: int | None, max_num_seqs: int | None) -> Recipe:
-    """Return the recipe with limits.context and limits.batch as given; its KV blocks are then computed anew."""
+    """Return the recipe with limits.context and limits.batch as given.
+
+    Its KV blocks stay, but on a CPU where one request of that context does not fit: the pool then follows the memory.
+    """
     changes = {"context": max_model_len, "batch": max_num_seqs}
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes:
         return recipe
-    blocks = None if recipe.engine == "openvino" else recipe.limits.kv_blocks
-    raw = recipe.model_dump(exclude_unset=True)
+    raw, limits = recipe.model_dump(exclude_unset=True), recipe.limits.model_copy(update=changes)
+    blocks = limits.kv_blocks
+    if recipe.engine == "openvino" and blocks and blocks < recipe.model_copy(update={"limits": limits}).request_blocks:
+        blocks = None
     raw["limits"] = {**raw.get("limits", {}), **changes, "kv_blocks": blocks}
     return parse_recipe(raw, f"{recipe.name} with the limits that were given")
+
+
+def with_kv_cache(recipe: Recipe, folder: Path, memory: int) -> Recipe:
+    """Return the recipe with as many KV blocks as ``memory`` bytes hold. ``folder``: that its paths are relative to."""
+    if recipe.engine == "tensorrt-rtx":
+        raise UserError(
+            f"{OPTION} is given, but tensorrt-rtx keeps a whole context for each running request; give --max-num-seqs."
+        )
+    target, draft = shapes(recipe, folder)
+    networks = [(target.sizes, recipe.precision)]
+    if draft:
+        networks.append((draft.sizes, recipe.draft.precision or recipe.precision))
+    size = block_bytes(recipe.engine, networks)
+    check_memory(memory, recipe.request_blocks * size, recipe.limits.context)
+    limits = recipe.limits.model_copy(update={"kv_blocks": memory // size})
+    return recipe.model_copy(update={"limits": limits})
 
 
 def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: str) -> Recipe:

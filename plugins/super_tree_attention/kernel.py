@@ -50,6 +50,17 @@ def _within(value, least, most):
 
 
 @triton.jit
+def _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK: tl.constexpr):
+    """A request's first token, its tokens, its first table entry and its past keys, within the arguments' memory."""
+    begin = _within(tl.load(seq_begins + request), 0, num_tokens)
+    count = _within(tl.load(seq_begins + request + 1), begin, num_tokens) - begin
+    entry = _within(tl.load(block_begins + request), 0, num_entries)
+    count = tl.minimum(count, (num_entries - entry) * BLOCK)
+    past = _within(tl.load(past_lens + request), 0, (num_entries - entry) * BLOCK - count)
+    return begin, count, entry, past
+
+
+@triton.jit
 def _split_span(past, block_begins, num_requests, num_entries, wanted, num_splits, BLOCK: tl.constexpr):
     """Past keys of a split, of which ``num_splits`` hold the past.
 
@@ -104,11 +115,7 @@ def attention(
     kv_heads, num_splits = tl.num_programs(1), tl.num_programs(2)
 
     request = tl.maximum(_request_of(slot, seq_begins, num_requests, TOKENS, 1), 0)
-    begin = _within(tl.load(seq_begins + request), 0, num_tokens)
-    count = _within(tl.load(seq_begins + request + 1), begin, num_tokens) - begin
-    entry = _within(tl.load(block_begins + request), 0, num_entries)
-    count = tl.minimum(count, (num_entries - entry) * BLOCK)
-    past = _within(tl.load(past_lens + request), 0, (num_entries - entry) * BLOCK - count)
+    begin, count, entry, past = _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK)
     first = (slot - begin // TOKENS - request) * TOKENS
     span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
     low = split * span
@@ -189,7 +196,8 @@ def combine(
     if token >= tl.load(seq_begins + num_requests):
         return
     request = tl.maximum(_request_of(token, seq_begins, num_requests, 1, 0), 0)
-    past = tl.load(past_lens + request)
+    num_tokens = tl.num_programs(0)
+    _, _, _, past = _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK)
     span = _split_span(past, block_begins, num_requests, num_entries, wanted_splits, num_splits, BLOCK)
     if past <= span:
         return

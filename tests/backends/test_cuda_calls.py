@@ -19,6 +19,7 @@ from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, i
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_trt.backends.cuda import calls as cuda_calls
+from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
@@ -252,6 +253,19 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
     assert engines[1]._graphs.captures == before
     assert not levels or levels.captures == 9
     assert not levels or levels.replays > 6
+
+
+def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm, monkeypatch):
+    """Up to eight requests have four sizes of batches; of two depths each, seven graphs are enough for three sizes."""
+    engine = open_llm("eagle3", "echo", 8, "resident").loop.drafter.engine
+    with_graphs(engine, monkeypatch)
+    levels, graphs = engine._levels, engine._levels._graphs
+    monkeypatch.setattr(cuda_levels, "MOST_GRAPHS", 7)
+    with pytest.warns(UserWarning, match=r"drafts of more than 4 requests run without a CUDA graph: .* are 8; lower"):
+        engine.capture_levels([LevelShape(1, 3, 4), LevelShape(2, 3, 4)])
+    assert graphs.captures == 6
+    assert {len(captured.staging.tensors["past_lens"]) for captured in graphs._captured.values()} == {1, 2, 4}
+    assert levels._sizes == [1, 2, 4, 8]
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,10 @@ import subprocess
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import Pipe
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,13 +21,14 @@ from models.checkpoints import qwen3, qwen3_moe
 from pairs import LIMITS, SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
-from echo_trt.backends.parallel import rank_processes, ranked
-from echo_trt.backends.parallel.rank_group import check_gpus
+from echo_trt.backends.parallel import rank_group, rank_processes, ranked
+from echo_trt.backends.parallel.rank_group import RankGroup, check_gpus
 from echo_trt.backends.parallel.ranked import RankedEngine
-from echo_trt.backends.torch.engine import TorchRank
+from echo_trt.backends.torch.engine import TorchEngine, TorchRank
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.commands.build import build
 from echo_trt.decoding.pack import pack
+from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -90,6 +94,42 @@ def test_a_mixture_on_two_ranks_answers_as_on_one(tmp_path):
         llm = LLM(tmp_path / f"on-{ranks}", "static", 2)
         texts.append([c.token_ids for c in llm.generate([[7, 8, 9], [*range(40, 60)]], SamplingParams(12))])
     assert texts[0] == texts[1]
+
+
+# -- ranks that load at their own pace ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LateRank:
+    """Opens the last rank two seconds after the others; ``begun`` is there from then on."""
+
+    rank: TorchRank
+    begun: Path
+
+    def __call__(self, group: RankGroup) -> TorchEngine:
+        last = group.rank == group.ranks - 1
+        if last:
+            time.sleep(2)
+            self.begun.touch()
+        engine = self.rank(group)
+        if not (last or self.begun.exists()):
+            raise UserError("the other ranks were not waited for")
+        return engine
+
+
+def test_no_engine_goes_on_before_all_ranks_have_their_weights(divided, tmp_path):
+    """Its first collective would wait for the slowest rank's weights, against its timeout."""
+    engine = RankedEngine(LateRank(TorchRank(files_of(divided[0]), BLOCKS), tmp_path / "begun"), 2)
+    assert np.isfinite(engine.run(prompt_call())["logits"]).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_collective_outlasts_the_patience_of_a_call(rank, monkeypatch):
+    seconds = []
+    monkeypatch.setattr(rank_group, "has_cuda", lambda: False)
+    monkeypatch.setattr(rank_group, "join_gloo", lambda *words: seconds.append(words[3]) or RankGroup(rank, 2, None))
+    rank_group.join(None, rank, 2, 300.0, lambda: None)
+    assert seconds == [timedelta(seconds=600)]
 
 
 # -- ranks that are lost -------------------------------------------------------------------------------------------
@@ -210,7 +250,7 @@ def test_a_network_that_cannot_be_divided_is_refused(sizes, ranks, words, tmp_pa
 
 def test_a_full_disk_is_named_beforehand(networks, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with refused("the build writes about", "where 0.0 GB are free", "-o"):
+    with refused("the build writes about", "where 0.0 MB are free", "-o"):
         build(recipe_of("lookup", networks, engine="torch", tensor_parallel=2), networks, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

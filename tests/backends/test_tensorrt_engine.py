@@ -237,10 +237,12 @@ def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "L4")
     init = lambda self, *_, graphs=True, tree=None: setattr(self, "graphs", graphs)  # noqa: E731
     monkeypatch.setattr(TensorRTEngine, "__init__", init)
-    monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: None, raising=False)
-    for communicator in (None, object()):
-        opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, communicator)
+    met = []
+    monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: met.append("captured"), raising=False)
+    for group in (None, SimpleNamespace(communicator=object(), loaded=lambda: met.append("loaded"))):
+        opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, group)
         assert opened.graphs
+    assert met == ["captured", "loaded", "captured"]
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.recipe import parse_recipe
-from echo_trt.commands.recipes import recipe_for, sized
+from echo_trt.bundle.recipe import load_recipe, parse_recipe
+from echo_trt.commands.recipes import RECIPES, recipe_for, sized
+from echo_trt.runtime.kv_pool import kv_pool
+from echo_trt.sizing.cards import CARDS
 from echo_trt.sizing.fit import needs
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.shapes import shapes
@@ -46,9 +49,13 @@ def test_a_name_builds_what_the_hub_has(networks, tmp_path):
     publish(tmp_path / "home", "tiny/Target-1", networks / "target")
     publish(tmp_path / "home", "tiny/head", networks / "head")
     words = ["tiny/Target-1", "--draft", "tiny/head", "-o", tmp_path / "bundle", "--precision", "fp32"]
-    done = built(*words, "--max-model-len", 64, "--max-num-seqs", 3, HF_HOME=tmp_path / "home", HF_HUB_OFFLINE=1)
+    words += ["--max-model-len", 64, "--max-num-seqs", 3, "--kv-cache-memory", "1M"]
+    done = built(*words, HF_HOME=tmp_path / "home", HF_HUB_OFFLINE=1, COLUMNS=200)
     assert done.returncode == 0, done.stderr
     recipe = read_manifest(tmp_path / "bundle").recipe
+    pool = kv_pool(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    assert pool.blocks == recipe.limits.kv_blocks == 2**20 // pool.block_bytes
+    assert pool.sentence.removeprefix("KV pool: ") in done.stdout
     assert (recipe.name, recipe.target.hub, recipe.draft.kind) == ("target-1", "tiny/Target-1", "eagle3")
     assert (recipe.limits.context, recipe.limits.batch) == (64, 3)
 
@@ -110,6 +117,41 @@ def test_shipped_recipes_are_found_by_the_target_and_its_draft(tmp_path):
     assert recipe.draft.source.hub == HEAD
 
 
+def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_memory(monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    recipe, _ = recipe_for("Qwen/Qwen3-0.6B")
+    assert (recipe.engine, recipe.limits.kv_blocks) == ("openvino", None)
+    recipe, _ = recipe_for("Qwen/Qwen3-0.6B", engine="tensorrt")
+    assert (recipe.engine, recipe.limits.kv_blocks) == ("tensorrt", 4096)
+    assert recipe.built_as("openvino", "int8", []).limits.kv_blocks is None
+    assert recipe.built_as("torch", None, []).limits.kv_blocks == 4096
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
+    assert recipe_for("Qwen/Qwen3-0.6B")[0].engine == "tensorrt"
+
+
+def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
+    recipe = load_recipe(RECIPES / "smollm2-135m.yaml")
+    limits = recipe.limits
+    assert limited(recipe, 2 * limits.context, 8).limits == limits.model_copy(
+        update={"context": 2 * limits.context, "batch": 8}
+    )
+    assert limited(recipe, 32 * limits.kv_blocks, None).limits.kv_blocks is None
+
+
+def test_a_chosen_pool_becomes_kv_blocks():
+    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="torch")
+    chosen = sized(recipe, folder, None, None, None, 40 * 2**30)
+    target, draft = shapes(chosen, folder)
+    need = needs(chosen, target.sizes, draft.sizes)
+    assert need.blocks * need.block <= 40 * 2**30 < (need.blocks + 1) * need.block
+    with refused("--kv-cache-memory is 1.1 GB", "limits.context 8,192", "raise it"):
+        sized(recipe, folder, None, None, None, 2**30)
+    with refused("--gpu-memory-utilization and --kv-cache-memory", "give one of them"):
+        sized(recipe, folder, None, None, 0.9, 2**30)
+    with refused("--kv-cache-memory is given, but tensorrt-rtx", "--max-num-seqs"):
+        sized(recipe.built_as("tensorrt-rtx", None, []), folder, None, None, None, 2**30)
+
+
 def test_another_draft_keeps_the_recipe_and_tells_its_kind_by_its_configuration(tmp_path):
     for kind, raw in {
         "eagle3": {"architectures": ["LlamaForCausalLMEagle3"]},
@@ -133,7 +175,7 @@ def test_a_name_that_is_nothing():
 
 def test_memory_is_filled_as_far_as_was_said():
     """The blocks that are left fit, one more would not, and too little is a sentence with a context that fits."""
-    recipe, folder = recipe_for("Qwen/Qwen3-8B")
+    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="tensorrt")
     recipe = limited(recipe, 4096, 16)
     full = filling(recipe, folder, 80 * 10**9, 0.9, "H100")
     target, draft = shapes(full, folder)
@@ -152,3 +194,21 @@ def test_memory_of_a_gpu_is_nothing_to_a_cpu():
     recipe = parse_recipe({"name": "a", "target": {"hub": "a/b"}}, "a.yaml")
     with refused("--gpu-memory-utilization is for a GPU, but the engine is openvino"):
         sized(recipe, Path(), None, None, 0.9)
+
+
+@pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+def test_engines_that_share_a_card_share_its_memory(name):
+    """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
+    beside = (
+        (RECIPES.parent / name)
+        .read_text()
+        .split("that takes the rest of the card" if "migrating" in name else "## Beside")[1]
+    )
+    ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
+    assert f"bench {ours[4]} " in beside
+    theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
+    assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
+    recipe, folder = recipe_for(ours[1], engine=ours[2])
+    recipe = recipe.built_as(ours[2], None, [])
+    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100").limits.kv_blocks
+    assert held >= 4 * recipe.request_blocks

@@ -237,6 +237,21 @@ def test_whatever_the_metadata_holds_nothing_outside_is_written(seed, largest):
         assert (whole[-margin:] == 7.0).all()
 
 
+@pytest.mark.parametrize("past", [190, 2**31 - 1])
+def test_a_past_beyond_the_table_ends_with_it_in_both_kernels(past):
+    """The merge of splits takes the past that attention took: else it would merge what no split has written."""
+    batch = Batch([(91, 5, True)], 2, 2)
+    table = len(batch.metadata[2]) * BLOCK
+    clamped, wrong = ([torch.tensor([n]), *batch.metadata[1:]] for n in (table - 5, past))
+    outputs = []
+    for metadata in (clamped, wrong):
+        caches = [cache.to(DEVICE, copy=True) for cache in batch.caches]
+        arguments = [tensor.to(DEVICE) for tensor in (*batch.packed, *caches, *metadata)]
+        outputs.append(super_tree_attention_triton(*arguments, num_splits=4))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=0, rtol=0)
+    assert outputs[0].isfinite().all()
+
+
 def test_a_table_that_is_padded_is_the_table():
     """Graphs are captured for the longest tables; the splits of a past follow the table's true length."""
     batch = Batch([(900, 5, True), (300, 3, False)], 2, 2)

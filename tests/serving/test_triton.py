@@ -14,6 +14,7 @@ import pytest
 from pairs import ASSISTANT, END, USER
 from served import Served, joined, joined_lists, needs_triton
 
+from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 from echo_trt.serving.protocol import FIRST
@@ -365,3 +366,15 @@ def test_an_operator_may_let_messages_hold_control_tokens(server, roomy_bundle, 
             assert one.generate(**asked)["prompt_tokens"] == len(llm.chat_ids(prompt))
     finally:
         trusting.kill()
+
+
+def test_the_kv_pool_is_told_and_may_be_chosen(server, roomy_bundle, tmp_path):
+    own = LLM(roomy_bundle).pool
+    assert own.sentence in server.err
+    chosen = Served(roomy_bundle, tmp_path / "log", "--kv-cache-memory", f"{3 * own.bytes}B")
+    try:
+        chosen.wait_for("serving")
+        assert f"KV pool: {gigabytes(3 * own.bytes)}, " in chosen.err
+        assert chosen.rest()["echo_blocks"] == 3 * own.blocks
+    finally:
+        chosen.kill()

@@ -7,13 +7,14 @@ probability, and the best children of all levels come back at once. On a GPU the
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import Graphs, Staging, unowned
+from echo_trt.backends.cuda.calls import MOST_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch
 from echo_trt.decoding.pack import ROOT, LevelShape, Packed
@@ -41,11 +42,23 @@ class Levels:
         self._graphs = Graphs(self._draft, device) if graphs else None
 
     def capture(self, shapes: Iterable[LevelShape]) -> None:
-        """Capture all drafts of ``shapes``; drafts of other shapes are run by plain launches from then on."""
-        if not self._graphs:
-            return
+        """Capture the drafts of ``shapes``; all others are run by plain launches from then on.
+
+        Where an engine may not have so many graphs, the smallest numbers of requests get theirs: the fewer requests,
+        the more of a draft's time are launches.
+        """
         shapes = tuple(shapes)
-        for size in reversed(self._sizes):
+        if not self._graphs or not shapes:
+            return
+        captured = self._sizes[: MOST_GRAPHS // len(shapes)]
+        if len(captured) < len(self._sizes):
+            warnings.warn(
+                f"drafts of more than {captured[-1]} requests run without a CUDA graph: an engine "
+                f"captures {MOST_GRAPHS}, and {len(shapes)} depths of {len(self._sizes)} batch sizes are "
+                f"{len(shapes) * len(self._sizes)}; lower decoding.max_depth or limits.batch",
+                stacklevel=2,
+            )
+        for size in reversed(captured):
             for shape in shapes:
                 none = np.zeros(0, np.int32)
                 arrays = {"past_lens": none, "block_begins": np.zeros(1, np.int32), "block_indices": none}

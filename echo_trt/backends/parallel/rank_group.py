@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
 from typing import Any
@@ -28,6 +28,8 @@ class RankGroup:
     communicator  NCCL's, in TensorRT's form; None without GPUs
     abort         ends a collective that waits for a lost rank
     leave         leaves the group
+    loaded        waits until all ranks have loaded their weights; to be called before an engine's first collective,
+                  which would count the time that the slowest rank still reads against its timeout
     """
 
     rank: int
@@ -36,6 +38,7 @@ class RankGroup:
     communicator: Any = None
     abort: Callable[[], None] = lambda: None
     leave: Callable[[], None] = lambda: None
+    loaded: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,14 @@ def check_gpus(ranks: int) -> None:
         )
 
 
-def join(store: dist.Store, rank: int, ranks: int, seconds: float) -> RankGroup:
-    """Meet the other ranks at ``store``; a collective that takes longer than ``seconds`` fails."""
-    return (_join_nccl if has_cuda() else join_gloo)(store, rank, ranks, timedelta(seconds=seconds))
+def join(store: dist.Store, rank: int, ranks: int, patience: float, loaded: Callable[[], None]) -> RankGroup:
+    """Meet the other ranks at ``store``; ``loaded``: the group's.
+
+    A collective fails after twice ``patience`` seconds, after which rank 0 gives a call up: NCCL's watchdog ends a
+    process, which must have told the reason by then.
+    """
+    group = (_join_nccl if has_cuda() else join_gloo)(store, rank, ranks, timedelta(seconds=2 * patience))
+    return replace(group, loaded=loaded)
 
 
 def _join_nccl(store: dist.Store, rank: int, ranks: int, longest: timedelta) -> RankGroup:

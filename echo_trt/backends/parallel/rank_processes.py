@@ -30,7 +30,7 @@ from echo_trt.errors import UserError
 IMPORT_SECONDS, OPEN_SECONDS, CALL_SECONDS, LAST_SECONDS = 120.0, 3600.0, 300.0, 30.0
 STDERR = 2
 CHECK_SECONDS = 0.5  # between two checks of a call in flight; larger: a hang is noticed later
-HERE, READY = "here", "ready"
+HERE, LOADED, READY = "here", "loaded", "ready"  # a rank's words to rank 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,12 @@ def main(pipe: Connection, rank: int, ranks: int, port: int) -> None:
 
         pipe.send(HERE)
         open_rank, patience = messages.get()
-        engine = open_rank(join(dist.TCPStore(HOST, port, ranks), rank, ranks, patience))
+
+        def loaded() -> None:
+            pipe.send(LOADED)
+            messages.get()  # once all ranks have sent it
+
+        engine = open_rank(join(dist.TCPStore(HOST, port, ranks), rank, ranks, patience, loaded))
         pipe.send(READY)
         while True:
             method, arguments, inputs = messages.get()

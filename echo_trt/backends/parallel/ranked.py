@@ -6,6 +6,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from echo_trt.backends.parallel.rank_processes import (
     CALL_SECONDS,
     HERE,
     IMPORT_SECONDS,
+    LOADED,
     OPEN_SECONDS,
     READY,
     RankProcesses,
@@ -41,7 +43,7 @@ class RankedEngine:
             self._others.hear(HERE, IMPORT_SECONDS)
             self._others.tell((open_rank, patience))
             with self._others.in_flight():
-                group = join(store, 0, ranks, patience)
+                group = join(store, 0, ranks, patience, partial(_wait_for_weights, self._others))
             self._others.abort = group.abort
             self._end.detach()
             engines: list[Engine] = []  # the finalizer's, which drops the engine before its communicator
@@ -68,6 +70,12 @@ class RankedEngine:
         self._others.tell(("move", (source, target), {}))
         with self._others.in_flight():
             self._engines[0].move(source, target)
+
+
+def _wait_for_weights(others: RankProcesses) -> None:
+    """Wait until all other ranks have loaded theirs, and let them go on."""
+    others.hear(LOADED, OPEN_SECONDS)
+    others.tell(LOADED)
 
 
 def _leave(others: RankProcesses, group: RankGroup, engines: list[Engine]) -> None:

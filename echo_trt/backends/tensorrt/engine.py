@@ -115,17 +115,19 @@ class TensorRTEngine:
     @classmethod
     def open(
         cls, engine: str, file: Path, facts: TensorRTFacts, slots: int, blocks: int, num_blocks: int,
-        communicator: Any = None, tree: int | None = None,
+        group: RankGroup | None = None, tree: int | None = None,
     ) -> TensorRTEngine:  # fmt: skip
         """Open ``file``, which ``engine``, tensorrt or tensorrt-rtx, built as ``facts`` state.
 
-        With a ``communicator`` it is a rank of a divided network.
+        With a ``group`` it is a rank of a divided network.
         """
         check_version(engine, facts)
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
-        session = Session(engine, file, device, communicator)
+        session = Session(engine, file, device, group and group.communicator)
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
+        if group:
+            group.loaded()
         opened.capture_all()
         return opened
 
@@ -333,7 +335,5 @@ class TensorRTRank:
     num_blocks: int
 
     def __call__(self, group: RankGroup) -> TensorRTEngine:
-        file, communicator = self.files[group.rank], group.communicator
-        return TensorRTEngine.open(
-            self.engine, file, self.facts, self.slots, self.blocks, self.num_blocks, communicator
-        )
+        file = self.files[group.rank]
+        return TensorRTEngine.open(self.engine, file, self.facts, self.slots, self.blocks, self.num_blocks, group)

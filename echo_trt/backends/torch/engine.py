@@ -228,15 +228,17 @@ def _operator_for(device: torch.device, config: Config) -> Callable[..., Tensor]
 
 
 def open_torch(
-    file: Path, num_blocks: int, collectives: Collectives | None = None, bounds: CallBounds | None = None
+    file: Path, num_blocks: int, bounds: CallBounds | None = None, group: RankGroup | None = None
 ) -> TorchEngine:
-    """Open a bundle's network in PyTorch, on the GPU where there is one; with ``collectives`` as a rank of it."""
+    """Open a bundle's network in PyTorch, on the GPU where there is one; with a ``group`` as a rank of it."""
     from echo_trt.backends.torch.files import load_role
 
     device = "cuda" if has_cuda() else "cpu"
     # Weights go to this rank's own card: safetensors takes "cuda" for the first one, whichever is current.
     role = load_role(file, str(cuda_device()) if device == "cuda" else device)
-    return TorchEngine(role, num_blocks, device, collectives=collectives, bounds=bounds)
+    if group:
+        group.loaded()
+    return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)
 
 
 @dataclass(frozen=True)
@@ -248,4 +250,4 @@ class TorchRank:
     bounds: CallBounds | None = None
 
     def __call__(self, group: RankGroup) -> TorchEngine:
-        return open_torch(self.files[group.rank], self.num_blocks, group.collectives, self.bounds)
+        return open_torch(self.files[group.rank], self.num_blocks, self.bounds, group)

@@ -18,6 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.errors import UserError
+from echo_trt.runtime.host_memory import bytes_in
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.job import Overloaded
 from echo_trt.serving.service import Service
@@ -25,6 +26,8 @@ from echo_trt.serving.triton.logprobs import Outgoing
 from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
 from echo_trt.serving.triton.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
 from echo_trt.serving.triton.sources import OutgoingSources
+
+log = logging.getLogger("engine")
 
 QUEUE = 256
 
@@ -41,7 +44,15 @@ class TritonPythonModel:
         if not bundle.name:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
-        llm = LLM(bundle, _setting(config, "policy") or None, batch, note=pb_utils.Logger.log_info)
+        memory = _setting(config, "kv_cache_memory")
+        llm = LLM(
+            bundle,
+            _setting(config, "policy") or None,
+            batch,
+            note=pb_utils.Logger.log_info,
+            kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
+        )
+        log.info(llm.pool.warning or llm.pool.sentence)
         self._reader = Reader(
             bundle,
             llm.loop.state.context,

@@ -53,7 +53,7 @@ class RandomRank:
         role = TargetRole(part_of(whole(self.config), Shard(group.rank, group.ranks)))
         with tempfile.TemporaryDirectory() as folder:
             save_role(role, Path(folder) / "rank", "fp32")
-            engine = open_torch(Path(folder) / "rank", BLOCKS, group.collectives)
+            engine = open_torch(Path(folder) / "rank", BLOCKS, group=group)
         if not self.graphs:
             engine._graphs = None
         if group.rank and torch.cuda.memory_allocated(0):
