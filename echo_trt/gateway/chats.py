@@ -134,13 +134,11 @@ def _template_kwargs(asked: ChatRequest, facts: Facts) -> dict[str, Any]:
             remedy = f"give {known}" if known else "leave it out"
             reason = f"chat_template_kwargs has {name[:50]!a}, which this model's chat template does not use"
             raise ApiError(400, f"{reason}; {remedy}.", param="chat_template_kwargs")
-    if effort is None or (effort == "none" and facts.thought is None):  # which asks for nothing
-        return kwargs
-    if "reasoning_effort" in facts.variables:
+    if "reasoning_effort" in facts.variables and effort is not None:
         return {"reasoning_effort": effort} | kwargs
-    if facts.thought is None:
-        message = f"reasoning_effort is {effort!r}, but {NO_THOUGHT}."
-    elif SWITCH not in facts.variables:
+    if effort is None or facts.thought is None:  # a model that does not think has nothing to do with it
+        return kwargs
+    if SWITCH not in facts.variables:
         message = f"reasoning_effort is {effort!r}, but this model always decides itself how it thinks; leave it out."
     elif effort != "none":
         message = f"reasoning_effort is {effort!r}, but this model knows none alone; give thinking_token_budget."

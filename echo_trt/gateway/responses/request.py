@@ -8,26 +8,27 @@ from typing import Annotated, Any, Literal
 from pydantic import FailFast, Field, ValidationError, model_validator
 
 from echo_trt.gateway.errors import ApiError, from_validation
-from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded
+from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded, check_supported
 from echo_trt.gateway.messages import Name
 from echo_trt.gateway.responses.items import Turns
+from echo_trt.gateway.schemas import IGNORED as CHAT_IGNORED
 from echo_trt.gateway.schemas import ChatRequest
 from echo_trt.gateway.tools import choice_of
 from echo_trt.models.messages import MOST_TOOLS
 
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "store": (False,),
+    "store": (False, True),  # nothing is stored either way, as answers say
     "background": (False,),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
     "max_tool_calls": (),
     "context_management": (),
-    "truncation": ("disabled",),
+    "truncation": ("disabled", "auto"),  # nothing is cut off: a prompt that does not fit is refused
 }
 #: Fields that say something about the caller and nothing about the text.
-IGNORED = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 #: Fields that are a chat's too, by the same name; the chat checks them.
 SHARED = (
     "temperature",
@@ -135,11 +136,9 @@ class ResponsesRequest(Strict):
                 continue
             if name in SHARED:
                 shared[name] = value
-            elif name in REFUSED and not any(value == free and type(value) is type(free) for free in REFUSED[name]):
-                raise ApiError(400, f"{name} is not supported by this engine; leave it out.", param=name)
             elif name == "shared":
                 raise ApiError(400, "shared is not known here; leave it out.", param="shared")
-            elif name not in REFUSED:
+            elif not check_supported(name, value, REFUSED):
                 kept[name] = value
         return kept | {"shared": shared}
 
