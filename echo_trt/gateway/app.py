@@ -132,12 +132,15 @@ async def responses(request: Request) -> Response:
         chat = chat_for(asked.chat, facts)
         pieces = _pieces(request, asked.chat, facts, [chat.inputs], chat.names)
         answer = ResponsesAnswer(asked, chat.turn(), state.metrics)
-        if not asked.stream:
-            return JSONResponse(await answer.whole(pieces))
-        first = await anext(pieces)
+        if asked.stream:
+            response: Response = EventStream(answer.events(await anext(pieces), pieces), pieces)
+        else:
+            response = JSONResponse(await answer.whole(pieces))
     except ApiError as error:
         raise asked.ours(error) from None
-    return EventStream(answer.events(first, pieces), pieces)
+    if asked.left_out:
+        response.headers["X-Tools-Left-Out"] = ", ".join(asked.left_out)
+    return response
 
 
 async def health(request: Request) -> Response:

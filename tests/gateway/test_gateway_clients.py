@@ -83,6 +83,20 @@ def test_responses_that_clients_store_or_let_be_cut_are_answered(client):
         assert sentence.endswith("leave it out.")
 
 
+def test_hosted_tools_pass_where_no_call_is_asked_for(client):
+    """Codex sends them unasked. A refusal names its setting."""
+    hosted = [{"type": "web_search", "external_web_access": False}, {"type": "image_generation", "size": "auto"}]
+    tools = [{"type": "function", "name": "f"}, *hosted]
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": {"type": "function", "name": "f"}}):
+        refused(client.post("/v1/responses", json=RESPONSE | {"tools": tools} | choice), 503)
+    refused(client.post("/v1/responses", json=RESPONSE | {"tools": hosted, "tool_choice": "auto"}), 503)
+    for index, setting in enumerate(('web_search = "disabled"', "features.image_generation = false")):
+        asked = {"tools": [tools[0], hosted[index]], "tool_choice": "required"}
+        assert setting in refused(client.post("/v1/responses", json=RESPONSE | asked), 400, "tools.1.type")
+    chosen = {"tools": tools, "tool_choice": {"type": "web_search"}}
+    refused(client.post("/v1/responses", json=RESPONSE | chosen), 400, "tool_choice")
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/embeddings", "/api/chat", "/v1/messages", "/health/", "/nowhere\u2028" + "x" * 500]
 )

@@ -27,6 +27,7 @@ RESPONSE = {"model": "echo", "input": "hello"}
 USER = {"role": "user", "content": "x"}
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "name": "f"}
+SPACE = {"type": "namespace", "name": "space", "tools": [TOOL]}
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
 
 
@@ -73,7 +74,14 @@ def keys_file(tmp_path):
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 5}}}, "text.format.schema"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "tools.0.type"),
+        ({"tools": [TOOL, {"type": "web_search"}], "tool_choice": "required"}, "tools.1.type"),
+        ({"tools": ["f"]}, "tools.0"),
+        ({"tools": [TOOL, SPACE | {"tools": [TOOL | {"x": 1}]}]}, "tools.1.tools.0.x"),
+        ({"tools": [TOOL, SPACE | {"tools": [TOOL, TOOL]}]}, "tools.1.tools.1.name"),
+        ({"tools": [SPACE | {"name": "a" * 128}]}, "tools.0.tools.0.name"),
+        ({"tools": [SPACE | {"tools": [TOOL | {"name": f"f{i}"} for i in range(128)]}, TOOL]}, "tools"),
+        ({"input": [USER, CALL | {"namespace": 5}]}, "input.1.namespace"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
         ({"tool_choice": "auto"}, "tool_choice"),
