@@ -1,4 +1,4 @@
-"""Tiny models that are shaped as Qwen3 and Llama 3 are: tokenizers with their marks, and chat templates with tools."""
+"""Tiny models that are shaped as Qwen3 and Llama 3 are: tokenizers with their marks, and chat templates."""
 
 from __future__ import annotations
 
@@ -67,6 +67,16 @@ LLAMA3 = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """
+#: Knows no tools: they come as text.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: As Qwen3-Coder's: calls in XML, which nobody reads here.
+CODER = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% if tools %}<tool_call><function={{ tools[0].function.name }}>{% endif %}"
+)
+TEMPLATES = {"qwen3": QWEN3, "thinking": QWEN3_THINKING, "chatml": CHATML, "coder": CODER}
 CORPUS = 'the theme of a thing, naïve café; {"name": "get_weather", "arguments": {"city": "Paris"}} \n tool think ' * 3
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_SHOWN = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
@@ -97,8 +107,8 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(folder: Path, kind: str) -> Recipe:
-    """A checkpoint, and the recipe of its bundle. kind: qwen3, thinking or llama3."""
-    made = llama3_tokenizer() if kind == "llama3" else qwen3_tokenizer(QWEN3 if kind == "qwen3" else QWEN3_THINKING)
+    """A checkpoint, and the recipe of its bundle. kind: llama3 or one of TEMPLATES."""
+    made = llama3_tokenizer() if kind == "llama3" else qwen3_tokenizer(TEMPLATES[kind])
     made.save_pretrained(folder / kind)
     network = llama if kind == "llama3" else qwen3
     sizes = {**SIZES, "vocab_size": len(made), "eos_token_id": made.eos_token_id}

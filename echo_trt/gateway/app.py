@@ -24,7 +24,7 @@ from echo_trt.gateway.choices import ClientGone, merged
 from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import OPEN, Edge
 from echo_trt.gateway.engine_metrics import EngineMetrics
-from echo_trt.gateway.errors import ApiError, log
+from echo_trt.gateway.errors import ApiError, log, shown
 from echo_trt.gateway.facts import Facts
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.live import Live, show_about, show_live
@@ -42,11 +42,6 @@ from echo_trt.gateway.upstream import Upstream
 
 LARGEST_BODY = 2**20  # bytes
 HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
-#: What the framework refuses by itself.
-MESSAGES = {
-    404: "There is nothing at this path.",
-    405: "This path does not take that method.",
-}
 
 
 def create_app(
@@ -137,12 +132,15 @@ async def responses(request: Request) -> Response:
         chat = chat_for(asked.chat, facts)
         pieces = _pieces(request, asked.chat, facts, [chat.inputs], chat.names)
         answer = ResponsesAnswer(asked, chat.turn(), state.metrics)
-        if not asked.stream:
-            return JSONResponse(await answer.whole(pieces))
-        first = await anext(pieces)
+        if asked.stream:
+            response: Response = EventStream(answer.events(await anext(pieces), pieces), pieces)
+        else:
+            response = JSONResponse(await answer.whole(pieces))
     except ApiError as error:
         raise asked.ours(error) from None
-    return EventStream(answer.events(first, pieces), pieces)
+    if asked.left_out:
+        response.headers["X-Tools-Left-Out"] = ", ".join(asked.left_out)
+    return response
 
 
 async def health(request: Request) -> Response:
@@ -239,7 +237,13 @@ async def _ours(request: Request, error: ApiError) -> Response:
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:
-    message = MESSAGES.get(error.status_code, str(error.detail))
+    message, path = str(error.detail), shown(request.scope["path"])
+    if error.status_code == 404:
+        routes = [route for route in request.app.routes if isinstance(route, Route) and route.include_in_schema]
+        known = ", ".join(route.path for route in routes if "{" not in route.path)
+        message = f"{path} is no path of this server; use one of {known}."
+    elif error.status_code == 405 and error.headers:
+        message = f"{path} does not take this method; use {error.headers['Allow']}."
     return ApiError(error.status_code, message, headers=error.headers).response()  # 405 has Allow
 
 

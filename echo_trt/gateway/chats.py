@@ -14,6 +14,7 @@ from echo_trt.gateway.structured import Structured
 from echo_trt.gateway.tool_formats.base import Asked, Format, json_rule
 from echo_trt.gateway.tools import NamedTool, Tool
 from echo_trt.gateway.turns import Turn
+from echo_trt.models.tools_as_text import tools_as_text
 
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
 NO_THOUGHT = "this model does not think; leave it out"
@@ -55,12 +56,17 @@ class Calls:
 
 def chat_for(asked: ChatRequest, facts: Facts) -> Chat:
     """Decide. Raises ApiError for what this model cannot do."""
-    inputs: dict[str, Any] = {"chat_messages": _json([turn.for_engine() for turn in asked.messages])}
+    messages, tools = [turn.for_engine() for turn in asked.messages], [tool.for_engine() for tool in asked.tools]
+    if asked.tool_choice == "none":
+        tools = []
+    if tools and facts.takes_tools and not facts.template_format:  # the template teaches calls that cannot be read
+        messages, tools = tools_as_text(messages, tools), []
+    inputs: dict[str, Any] = {"chat_messages": _json(messages)}
     calls, structured = _calls(asked, facts), asked.structured
     fields: dict[str, str] = {}
     lines: dict[int, str] = {}
-    if asked.tools and asked.tool_choice != "none":
-        inputs["tools"] = _json([tool.for_engine() for tool in asked.tools])
+    if tools:
+        inputs["tools"] = _json(tools)
     if calls and calls.must_fit:
         grammar, lines = calls.grammar()
         inputs["structured"], fields["structured.grammar"] = _json({"grammar": grammar}), "tools"
@@ -78,19 +84,7 @@ def chat_for(asked: ChatRequest, facts: Facts) -> Chat:
 def _calls(asked: ChatRequest, facts: Facts) -> Calls | None:
     if not asked.tools or asked.tool_choice == "none":
         return None
-    if not facts.takes_tools:
-        message = (
-            "tools are given, but this model's chat template does not use them; leave them out, or serve a model whose "
-            "template does."
-        )
-        raise ApiError(400, message, param="tools")
     form = facts.tool_format
-    if form is None:
-        message = (
-            "tools are given, but how this model writes calls is not known here; leave them out, or serve a model that "
-            "writes them as Hermes, Qwen3 or Llama 3.1 do."
-        )
-        raise ApiError(400, message, param="tools")
     choice = asked.tool_choice
     several = asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
     chosen = {
@@ -134,13 +128,11 @@ def _template_kwargs(asked: ChatRequest, facts: Facts) -> dict[str, Any]:
             remedy = f"give {known}" if known else "leave it out"
             reason = f"chat_template_kwargs has {name[:50]!a}, which this model's chat template does not use"
             raise ApiError(400, f"{reason}; {remedy}.", param="chat_template_kwargs")
-    if effort is None or (effort == "none" and facts.thought is None):  # which asks for nothing
-        return kwargs
-    if "reasoning_effort" in facts.variables:
+    if "reasoning_effort" in facts.variables and effort is not None:
         return {"reasoning_effort": effort} | kwargs
-    if facts.thought is None:
-        message = f"reasoning_effort is {effort!r}, but {NO_THOUGHT}."
-    elif SWITCH not in facts.variables:
+    if effort is None or facts.thought is None:  # a model that does not think has nothing to do with it
+        return kwargs
+    if SWITCH not in facts.variables:
         message = f"reasoning_effort is {effort!r}, but this model always decides itself how it thinks; leave it out."
     elif effort != "none":
         message = f"reasoning_effort is {effort!r}, but this model knows none alone; give thinking_token_budget."

@@ -83,6 +83,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     reason = reason[0].lower() + reason[1:]
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing.", param=param)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not known here; leave it out.", param=param)
     return ApiError(400, f"{param} is {shown(first['input'])}: {reason}.", param=param)
 
 
@@ -97,7 +99,8 @@ def shown(value: object) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if isinstance(value, str):
         return _cut(ascii(value[: SHOWN + 1]))
-    return "null" if value is None else _cut(ascii(value))
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else _cut(ascii(value))
 
 
 def _cut(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from echo_trt.gateway.tool_formats import format_of
 from echo_trt.gateway.tool_formats.base import Format
+from echo_trt.gateway.tool_formats.hermes import Hermes
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ class Facts:
     sampling: dict[str, float]
 
     @cached_property
-    def tool_format(self) -> Format | None:
-        """How the model writes calls; None where that is not known."""
+    def template_format(self) -> Format | None:
+        """How the template teaches calls; None where it does not, or in a way that is not known here."""
         return format_of(self.template, self.tokens) if self.takes_tools else None
+
+    @property
+    def tool_format(self) -> Format:
+        """How the model writes calls: where the template says nothing of it, in the form of tools as text."""
+        return self.template_format or Hermes(self.tokens)
 
     @classmethod
     def read(cls, text: str) -> Facts:

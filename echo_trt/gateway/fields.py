@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.errors import ApiError, shown
 from echo_trt.runtime.params import PARAMETERS
 
 #: Most messages of a chat, and most content parts of a message: as at OpenAI.
@@ -20,6 +21,16 @@ def bounded(raw: dict[str, Any]) -> dict[str, Any]:
     if len(raw) > FIELDS:
         raise ApiError(400, f"The body has {len(raw)} fields; give at most {FIELDS}.")
     return raw
+
+
+def check_supported(name: str, value: Any, refused: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Return whether ``refused`` has a field, whose value is then one that asks for nothing. Raises ApiError."""
+    if name not in refused:
+        return False
+    if not any(value == free and type(value) is type(free) for free in refused[name]):
+        message = f"{name} is {shown(value)}, which this engine does not support; leave it out."
+        raise ApiError(400, message, param=name)
+    return True
 
 
 class Strict(BaseModel):

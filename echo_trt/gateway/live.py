@@ -179,7 +179,6 @@ async def show_about(request: Request) -> Response:
         "version": __version__,
         "models": list(state.names),
         "context": facts.context,
-        "takes_tools": facts.tool_format is not None,
         "thinks": facts.thought is not None,
         "sampling": facts.sampling,
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
 
 from echo_trt.gateway.errors import ApiError, shown
-from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, off, within
+from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, off, within
 from echo_trt.gateway.messages import Message, few_calls
 from echo_trt.gateway.names import Names
 from echo_trt.gateway.structured import FIELDS as STRUCTURED
@@ -30,11 +30,35 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "store": (False,),
+    "store": (False, True),  # nothing is stored either way, as answers say
     "suffix": ("",),
+    "verbosity": ("medium",),
+    # vLLM's and llama.cpp's, with the values that change nothing
+    "add_generation_prompt": (True,),
+    "cache_prompt": (True,),
+    "continue_final_message": (False,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "prompt_logprobs": (0,),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
 }
 #: Fields that say something about the caller and nothing about the text.
-IGNORED = ("user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
+IGNORED = (
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "request_id",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+)
+#: Other servers' names of fields.
+ALIASES = {"repeat_penalty": "repetition_penalty"}
 
 
 def _by_token(bias: dict[str, float]) -> dict[int, float]:
@@ -113,10 +137,10 @@ class Params(Strict):
             if name == "best_of":
                 _check_best_of(value, raw.get("n"))
                 continue
-            if name not in REFUSED:
-                kept[name] = value
-            elif not any(value == free and type(value) is type(free) for free in REFUSED[name]):
-                raise ApiError(400, f"{name} is not supported by this engine; leave it out.", param=name)
+            if name in ALIASES and raw.get(ALIASES[name]) is not None:
+                raise ApiError(400, f"{name} and {ALIASES[name]} are both given; give the latter.", param=name)
+            if not check_supported(name, value, REFUSED):
+                kept[ALIASES.get(name, name)] = value
         return kept
 
     @field_validator("stop", mode="before")

@@ -20,6 +20,14 @@ LONGEST = 2**17  # characters of a grammar: a larger one compiles longer
 REFERENCES = 500  # of a schema; llguidance follows a chain of them on the stack, which ends at about 1,000
 RULES = 1000  # of a Lark or GBNF grammar; a chain of them ends the stack at about 2,600
 SMALLEST_DIVISOR, LARGEST_DIVISOR = 0.0001, 100_000  # of multipleOf; time grows with it, to half a second here
+#: Keywords of schemas that hold for the same value.
+_JOINED = ("allOf", "anyOf", "oneOf")
+#: Keywords of schemas for other values: those by name, and all.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_BELOW = _NAMED | {"items", "prefixItems", "additionalItems", "additionalProperties"}
+_OF_OBJECTS = frozenset({"properties", "patternProperties", "additionalProperties"})
+#: Beside ``properties`` they say that there may be others.
+_OPEN = frozenset({"additionalProperties", "patternProperties", "$ref", *_JOINED})
 _RULE = re.compile(r"^\s*[?!]?[\w.-]+\s*(?:\[[^\]\n]*\]\s*)?:", re.MULTILINE)
 _DIVISOR = re.compile(r'"multipleOf"\s*:\s*([0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9]+)?)')
 
@@ -50,9 +58,46 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
     try:
         if kind == "json":
             _check_schema(value)
+            value = closed(value) if isinstance(value, Mapping) else value
     except RecursionError:
         raise UserError(f"structured.json is nested too deep; {REMEDY}") from None
     return kind, value
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a schema with its objects closed: who lists ``properties`` and says nothing of others has named them all.
+
+    An object stays open where the schema says so (``additionalProperties``, ``patternProperties``), where it requires a
+    property that it does not list, and where another part of the schema may add properties to it: through ``allOf``,
+    ``anyOf``, ``oneOf`` or ``$ref``.
+    """
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    seen: dict[tuple[int, bool], dict[str, Any]] = {}
+
+    def visit(part: Any, shares: bool) -> None:
+        """``shares``: another part holds for the same value."""
+        if not isinstance(part, dict) or (id(part), shares) in seen:
+            return
+        seen[id(part), shares] = part
+        joined = [each for name in _JOINED for each in _list(part.get(name))]
+        if isinstance(reference := part.get("$ref"), str):
+            joined.append(_resolved(reference, copy))
+        shares |= bool(part.keys() & _OF_OBJECTS) or sum(name in part for name in (*_JOINED, "$ref")) > 1
+        for each in joined:
+            visit(each, shares or len(_list(part.get("allOf"))) > 1)
+        for name in part.keys() & _BELOW:
+            below = part[name].values() if isinstance(part[name], dict) and name in _NAMED else part[name]
+            for each in [below] if isinstance(below, dict) else below if not isinstance(below, bool) else ():
+                visit(each, False)
+
+    visit(copy, False)
+    for (_, shares), part in seen.items():
+        named = part.get("properties")
+        if shares or (id(part), True) in seen or part.keys() & _OPEN or not isinstance(named, dict):
+            continue
+        if {*map(str, _list(part.get("required")))} <= named.keys():
+            part["additionalProperties"] = False
+    return copy
 
 
 def clause(message: str) -> str:

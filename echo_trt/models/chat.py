@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from echo_trt.errors import UserError, shown
 from echo_trt.models.messages import Messages, Tools, strings_in
+from echo_trt.models.tools_as_text import MARKS, tools_as_text
 
 BARE = "{{ messages | map(attribute='content') | join('\n') }}"  # the template of a tokenizer that has none
 PLAIN_CHATS = [
@@ -26,6 +27,7 @@ PLAIN_CHATS = [
 TOOL_CHAT = [{"role": role, "content": "x"} for role in ("user", "assistant", "tool")]
 #: A tool for trying whether a template uses tools.
 A_TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}}}
+SYSTEM = "a system prompt"  # for trying whether a template writes one
 #: What templates are given by whoever renders them, and no request may set.
 GIVEN = frozenset(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters) | {
     "messages",
@@ -79,8 +81,19 @@ class ChatEncoder:
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether tools change what the template writes."""
+        """Whether tools change what the template writes. Where they do not, they are written as text."""
         return any(self._tried(chat, tools=[A_TOOL]) != self._tried(chat) for chat in PLAIN_CHATS)
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """Names of added tokens that the template writes, or that stand around calls in tools as text."""
+        marks = {*MARKS} - {*self._names.values()}
+        return [name for name in self._tokenizer.get_added_vocab() if name in self.source or name in marks]
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        chat = [{"role": "system", "content": SYSTEM}, *PLAIN_CHATS[0]]
+        return SYSTEM in (self._tried(chat) or "")
 
     def ids(self, messages: Messages, tools: Tools | None = None, kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt, up to where the answer begins. Raises UserError.
@@ -88,8 +101,10 @@ class ChatEncoder:
         ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text, as
         contents are.
         """
-        self._check(messages, tools, kwargs or {})
+        self._check(kwargs or {})
         try:
+            if not self.takes_tools:
+                messages, tools = tools_as_text(messages, tools or (), self._takes_system), None
             rendered = self._rendered(messages, tools=tools, kwargs=kwargs)
         except Exception as error:  # a template may raise what it likes, about roles and their order
             reason = " ".join(str(error).split())
@@ -105,7 +120,7 @@ class ChatEncoder:
             "text; leave it out, or have the server started with --special-tokens-in-content."
         )
 
-    def _check(self, messages: Messages, tools: Tools | None, kwargs: Mapping[str, Any]) -> None:
+    def _check(self, kwargs: Mapping[str, Any]) -> None:
         """Refuse what the template would leave out of the prompt."""
         for name in kwargs:
             if name not in self.variables:
@@ -114,18 +129,6 @@ class ChatEncoder:
                 raise UserError(
                     f"chat_template_kwargs.{shown(name)[1:-1]} is no variable of this model's chat template; {remedy}."
                 )
-        if self.takes_tools:
-            return
-        if tools:
-            raise UserError(
-                "tools are given, but this model's chat template does not use them; leave them out, or serve a model "
-                "whose template does."
-            )
-        if any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            raise UserError(
-                "messages hold calls of tools or their results, but this model's chat template does not use tools; "
-                "leave them out, or serve a model whose template does."
-            )
 
     def _control_tokens(self) -> dict[int, str]:
         around: set[int] = set()

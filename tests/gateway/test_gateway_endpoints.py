@@ -27,6 +27,7 @@ RESPONSE = {"model": "echo", "input": "hello"}
 USER = {"role": "user", "content": "x"}
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "name": "f"}
+SPACE = {"type": "namespace", "name": "space", "tools": [TOOL]}
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
 
 
@@ -60,11 +61,11 @@ def keys_file(tmp_path):
         ({"input": [USER, CALL, {"type": "function_call_output", "call_id": "c"}]}, "input.2.output"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
-        ({"store": True}, "store"),
+        ({"store": "x"}, "store"),
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "middle"}, "truncation"),
         ({"n": 2}, "n"),
         ({"shared": {}}, "shared"),
         ({"include": ["file_search_call.results"]}, "include.0"),
@@ -73,7 +74,14 @@ def keys_file(tmp_path):
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 5}}}, "text.format.schema"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "tools.0.type"),
+        ({"tools": [TOOL, {"type": "web_search"}], "tool_choice": "required"}, "tools.1.type"),
+        ({"tools": ["f"]}, "tools.0"),
+        ({"tools": [TOOL, SPACE | {"tools": [TOOL | {"x": 1}]}]}, "tools.1.tools.0.x"),
+        ({"tools": [TOOL, SPACE | {"tools": [TOOL, TOOL]}]}, "tools.1.tools.1.name"),
+        ({"tools": [SPACE | {"name": "a" * 128}]}, "tools.0.tools.0.name"),
+        ({"tools": [SPACE | {"tools": [TOOL | {"name": f"f{i}"} for i in range(128)]}, TOOL]}, "tools"),
+        ({"input": [USER, CALL | {"namespace": 5}]}, "input.1.namespace"),
         ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
         ({"tool_choice": "auto"}, "tool_choice"),

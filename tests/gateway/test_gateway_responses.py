@@ -179,6 +179,28 @@ def test_a_history_is_the_chat_that_it_stands_for(client):
     assert thought.content[0].text == chat.choices[0].message.reasoning_content
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_a_namespace_s_functions_name_the_namespace(client, stream):
+    """As Codex sends them, beside a tool that OpenAI's servers run: that one is left out, and the answer says so."""
+    space = {"type": "namespace", "name": "team.v1", "description": "x", "tools": [ADD | {"name": "sum"}]}
+    tools = [{"type": "web_search", "external_web_access": False}, space]
+    named = {"tool_choice": {"type": "function", "name": "sum", "namespace": "team.v1"}}
+    asked = ASKED | body() | {"tools": tools, **named}
+    whole = client.responses.with_raw_response.create(**asked)
+    assert whole.headers["X-Tools-Left-Out"] == "web_search"
+    assert [tool.type for tool in whole.parse().tools] == ["namespace"]
+    output = whole.parse().to_dict()["output"]
+    if stream:
+        output = put_together(list(client.responses.create(**asked, stream=True)))["output"]
+    [call] = [item for item in output if item["type"] == "function_call"]
+    assert (call["namespace"], call["name"]) == ("team.v1", "sum")
+    assert json.loads(call["arguments"])["n"] in range(10)
+    user, flat = {"role": "user", "content": "x"}, call | {"namespace": None, "name": "team.v1.sum"}
+    asked = {"model": "echo", "max_output_tokens": 1}
+    first, second = (client.responses.create(**asked, input=[user, each]).usage.input_tokens for each in (call, flat))
+    assert first == second
+
+
 def test_an_answer_is_parsed_into_a_model(client):
     class Place(BaseModel):
         city: Literal["Paris", "Rome"]

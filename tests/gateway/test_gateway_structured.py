@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from serving.served import Served, needs_triton
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
@@ -19,7 +19,6 @@ ASK = {"model": "echo", "max_tokens": 200, "temperature": 0}
 
 
 class Weather(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # an open object would go on as long as the model likes
     city: str = Field(max_length=20)
     sky: Literal["blue", "grey"]
     degrees: int = Field(ge=-50, le=50)
@@ -116,18 +115,29 @@ def client_tokens(text: str) -> list[int]:
     return ids if len(ids) == 1 else []
 
 
-def test_tools_are_refused_by_a_model_whose_template_does_not_know_them(client):
-    history = [
-        *CHAT,
-        {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}],
-        },
-    ]
-    for change, param in (({"tools": [TOOL]}, "tools"), ({"messages": history}, "messages")):
-        with pytest.raises(openai.BadRequestError, match="chat template does not use") as error:
-            client.chat.completions.create(**{"messages": CHAT} | change, **ASK)
-        assert error.value.param == param
-    answer = client.chat.completions.create(messages=CHAT, tools=[TOOL], tool_choice="none", **ASK | {"max_tokens": 4})
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_default_model_takes_tools(client, stream):
+    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, **ASK}
+    with client.chat.completions.stream(messages=CHAT, **asked) as events:
+        choice = events.until_done().get_final_completion().choices[0]
+    if not stream:
+        choice = client.chat.completions.create(messages=CHAT, **asked).choices[0]
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    Weather.model_validate_json(call.function.arguments)
+    turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump(include={"id", "type", "function"})]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}
+    answer = client.chat.completions.create(messages=[*CHAT, turn, result], tools=[TOOL], **ASK | {"max_tokens": 4})
     assert answer.choices[0].message.content
+
+
+@pytest.mark.slow
+def test_a_prompt_of_a_coding_agent_s_size_is_answered(client):
+    """Of opencode's first request: 26 tools, 7,645 tokens."""
+    words = "Runs a command in a shell and returns what it prints, with the exit status, once it has ended, or not. "
+    function = TOOL["function"] | {"description": words * 6}
+    tools = [{"type": "function", "function": function | {"name": f"tool_{i}"}} for i in range(26)]
+    messages = [{"role": "system", "content": "Be brief. " * 40}, *CHAT]
+    answer = client.chat.completions.create(messages=messages, tools=tools, **ASK | {"max_tokens": 4})
+    assert 7_645 <= answer.usage.prompt_tokens < 8_192
+    assert answer.usage.completion_tokens

@@ -60,7 +60,7 @@ def started(bundle: Path, log: Path) -> Iterator[openai.OpenAI]:
             base_url=f"http://127.0.0.1:{served.openai}/v1", api_key="any", max_retries=0, timeout=120
         ) as client:
             yield client
-        assert "Traceback" not in served.err
+        assert "Traceback" not in served.err, served.err
     finally:
         served.kill()
 
@@ -265,14 +265,38 @@ def test_llama_s_calls(llama, stream):
 def test_a_model_that_does_not_think_says_so(llama):
     for change, param in (
         ({"extra_body": {"thinking_token_budget": 5}}, "thinking_token_budget"),
-        ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, "chat_template_kwargs"),
     ):
         with pytest.raises(openai.BadRequestError) as error:
             ask(llama, **change)
         assert error.value.param == param
         assert "leave it out" in str(error.value)
-    assert ask(llama, reasoning_effort="none", max_tokens=1).finish_reason == "length"
+    for effort in ("none", "low", "high"):  # says nothing to it
+        assert ask(llama, reasoning_effort=effort, max_tokens=1).finish_reason == "length"
+
+
+@pytest.fixture(scope="module", params=["chatml", "coder"])
+def untaught(request, bundle, tmp_path_factory) -> Iterator[openai.OpenAI]:
+    """A model whose template has no tools, and one whose template teaches calls that cannot be read."""
+    yield from started(bundle(request.param), tmp_path_factory.mktemp("log") / "log")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_any_model_takes_tools(untaught, stream):
+    told = {"tools": TOOLS, "extra_body": {"thinking_token_budget": 3}}
+    choice = ask(untaught, stream, tool_choice="required", parallel_tool_calls=False, **told)
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(call.function.arguments).keys() in ({"city"}, {"n"})
+    turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"index"})]}
+    history = [*CHAT, turn, {"role": "tool", "tool_call_id": call.id, "content": "5"}, *CHAT]
+    again = ask(untaught, messages=history, max_tokens=2, **told)
+    assert again.finish_reason in ("length", "stop")
+    sizes = [
+        untaught.chat.completions.create(model="echo", messages=CHAT, max_tokens=1, **more).usage.prompt_tokens
+        for more in ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"})
+    ]
+    assert sizes[0] == sizes[2] < sizes[1]
 
 
 def test_offline_refusals(bundle):

@@ -78,7 +78,7 @@ def test_the_page_is_told_what_it_must_know(client):
     assert about["models"] == ["echo", "close"]
     assert about["context"] == 1600
     assert (about["format"], about["build"]) == (SNAPSHOT_FORMAT, PageFiles().build)
-    assert (about["takes_tools"], about["thinks"]) == (False, False)
+    assert about["thinks"] is False
 
 
 def test_snapshots_come_while_an_answer_is_made(client):

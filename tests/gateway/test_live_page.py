@@ -76,7 +76,6 @@ def test_settings_reach_the_model_and_mistakes_are_told(open_page, server):
     messages = [{"role": "system", "content": "a thing"}, {"role": "user", "content": PROMPT}]
     expected = answer_of(server, messages=messages, temperature=0.8, seed=7, max_tokens=30)
     assert page.text_content(".answer .text") == expected["message"]["content"]
-    assert page.is_hidden("#tools-field")  # the model's template knows none
     ask(page, schema="{")
     page.wait_for_selector("#log > .error")
     assert "The JSON schema in the settings is no JSON" in page.inner_text("#log > .error")

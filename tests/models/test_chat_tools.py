@@ -100,13 +100,52 @@ def test_tools_that_are_none(tools, said):
         checked_tools(tools)
 
 
-def test_templates_that_use_no_tools_take_none():
-    encoder = ChatEncoder(tool_models.qwen3_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
-    assert not encoder.takes_tools
-    with refused("tools are given, but this model's chat template does not use them"):
-        encoder.ids([USER], [TOOL])
-    with refused("messages hold calls of tools or their results"):
-        encoder.ids(checked_messages(turns("{}", "5"), "messages", RULE))
+#: As Gemma's and Mistral's: no system prompt, and roles that take turns.
+IN_TURNS = (
+    "{% for m in messages %}"
+    "{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}{{ raise_exception('roles take turns') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+LISTED = f"You can call these functions:\n<tools>\n{json.dumps(TOOL)}\n</tools>\nTo call one, write\n"
+LISTED += '<tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call>'
+CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        (tool_models.CHATML, [f"<|im_start|>system\n{LISTED}<|im_end|>\n", "<|im_start|>user\nhello<|im_end|>\n"]),
+        (IN_TURNS, [f"<|im_start|>user\n{LISTED}\n\nhello<|im_end|>\n"]),
+    ],
+)
+def test_templates_without_tools_get_them_as_text(template, before):
+    """In Hermes' form; the results of two calls are one turn."""
+    tokenizer = tool_models.qwen3_tokenizer(template)
+    encoder = ChatEncoder(tokenizer)
+    chat = turns({"a": 1}, "5")
+    chat[1]["tool_calls"] *= 2
+    messages = checked_messages([*chat, chat[2], {"role": "user", "content": "So?"}], "messages", RULE)
+    text = tokenizer.decode(encoder.ids(messages, [TOOL]))
+    result = "<tool_response>\n5\n</tool_response>\n"
+    after = f"<|im_start|>assistant\n{CALLED}\n{CALLED}<|im_end|>\n<|im_start|>user\n{result * 2}So?<|im_end|>\n"
+    assert text.startswith("".join(before) + after)
+    without = tokenizer.decode(encoder.ids(messages))
+    assert without.startswith("<|im_start|>user\nhello<|im_end|>\n" + after)
+    assert tokenizer.decode(encoder.ids([USER])).startswith("<|im_start|>user\nhello<|im_end|>\n")
+
+
+def test_tools_as_text_go_behind_a_system_prompt_and_write_no_control_token():
+    tokenizer = tool_models.qwen3_tokenizer(tool_models.CHATML)
+    system = {"role": "system", "content": "Be brief."}
+    tool = {"type": "function", "function": {"name": "add", "description": "<|im_end|>"}}
+    ids = ChatEncoder(tokenizer).ids([system, USER], [tool])
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.\n\nYou can call these functions:\n")
+    assert ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_a_tokenizer_without_a_template_takes_tools():
+    tokenizer = tool_models.qwen3_tokenizer(None)
+    assert tokenizer.decode(ChatEncoder(tokenizer).ids([USER], [TOOL])) == f"{LISTED}\nhello"
 
 
 def test_variables_of_a_template_may_be_set_and_nothing_else():

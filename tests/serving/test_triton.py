@@ -76,8 +76,11 @@ def test_chat_goes_through_the_template(server, offline):
     described = json.loads(server.generate(describe=True)["description"])
     assert described.keys() == {"chat_template", "variables", "tokens", "takes_tools", "thought", "context", "sampling"}
     assert not described["takes_tools"]
-    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
-    assert "does not use them" in server.generate(chat_messages=messages, tools=tools)["error"]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    ids = offline.chat_ids("hi", tools)  # as text, since the template has no place for them
+    hi = '[{"role": "user", "content": "hi"}]'
+    told = server.generate(chat_messages=hi, tools=json.dumps(tools), **WAYS["greedy"] | {"max_tokens": 1})
+    assert told["prompt_tokens"] == len(ids) > len(offline.chat_ids("hi"))
     assert server.generate(text_input="hi there", chat=True, **WAYS["greedy"])["text_output"] == expected
     assert server.generate(text_input="hi there", **WAYS["greedy"])["text_output"] != expected
 

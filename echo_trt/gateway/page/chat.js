@@ -45,7 +45,6 @@ export function setUp() {
 /** What the server says of its model. */
 export function know(facts) {
   about = facts;
-  $("tools-field").hidden = !about.takes_tools;
 }
 
 function stop() {
@@ -80,7 +79,7 @@ function asked(text, seed) {
   };
   const schema = parsed("schema", "JSON schema");
   if (schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
-  const tools = about?.takes_tools && parsed("tools", "list of tools");
+  const tools = parsed("tools", "list of tools");
   if (tools) body.tools = tools;
   return body;
 }

@@ -15,6 +15,7 @@ from echo_trt.gateway.logprobs import Entry
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.responses.output import Event, Output
 from echo_trt.gateway.responses.request import ResponsesRequest
+from echo_trt.gateway.responses.tools import Hosted
 from echo_trt.gateway.turns import Turn
 from echo_trt.gateway.upstream import Piece
 
@@ -24,7 +25,8 @@ class Response:
 
     def __init__(self, asked: ResponsesRequest, turn: Turn, metrics: Metrics):
         self._asked, self._turn, self._metrics = asked, turn, metrics
-        self._output, self._usage = Output(), Usage(1)
+        spaces = {each.name: (each.namespace, each.tool.name) for each in asked.functions if each.namespace is not None}
+        self._output, self._usage = Output(spaces), Usage(1)
         self._waiting: list[Entry] = []  # logprobs whose text is not certain yet
         self._id, self._created = "resp_" + secrets.token_hex(24), int(time.time())
         self._number = 0  # of the next event
@@ -110,7 +112,7 @@ class Response:
             "temperature": chat.temperature,
             "text": {"format": asked.text.format or {"type": "text"}, "verbosity": "medium"},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in asked.tools],
+            "tools": [tool.model_dump() for tool in asked.tools if not isinstance(tool, Hosted)],
             "top_logprobs": chat.top_logprobs,
             "top_p": chat.top_p,
             "truncation": "disabled",

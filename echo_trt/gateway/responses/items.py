@@ -7,6 +7,7 @@ from typing import Any
 
 from echo_trt.gateway.errors import ApiError, shown
 from echo_trt.gateway.fields import FIELDS, MESSAGES
+from echo_trt.gateway.responses.tools import joined
 
 TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 #: What an item may hold. What is not read says something about the item's first answer, and clients send it back.
@@ -16,7 +17,7 @@ READ = {
     "function_call_output": ("call_id", "output"),
     "reasoning": (),
 }
-NOT_READ = frozenset({"type", "id", "status", "phase", "namespace"})
+NOT_READ = frozenset({"type", "id", "status", "phase", "namespace"})  # the last: read in calls
 ROLES = ("system", "developer", "user", "assistant")
 _PLACE = re.compile(r"^messages\.(\d+)(?:\.tool_calls\.(\d+))?(?:\.function)?")
 
@@ -85,7 +86,10 @@ class Turns:
     def _call(self, place: str, item: dict[str, Any]) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self._add(place, {"role": "assistant", "content": None})
-        function = {"name": item["name"], "arguments": item["arguments"]}
+        for name in ("namespace", "name"):
+            if not isinstance(item.get(name, ""), str | None):
+                raise _wrong(f"{place}.{name}", item[name], "give a string")
+        function = {"name": joined(item.get("namespace"), item["name"]), "arguments": item["arguments"]}
         calls = self.messages[-1].setdefault("tool_calls", [])
         calls.append({"id": item["call_id"], "type": "function", "function": function})
         self._calls[-1].append(place)

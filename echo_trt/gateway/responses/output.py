@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from echo_trt.gateway.logprobs import Entry, for_chat
@@ -18,7 +18,9 @@ PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 class Output:
     """Takes deltas of a chat. ``items`` are complete once ``end`` has been read to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespaces: Mapping[str, tuple[str, str]] | None = None) -> None:
+        """``namespaces``: name of a function in the chat -> its namespace, and its name there."""
+        self._namespaces = namespaces or {}
         self.items: list[dict[str, Any]] = []
         self._texts: list[str] = []  # of the open item
         self._logprobs: list[Entry] = []
@@ -32,8 +34,9 @@ class Output:
             yield from self._text("message", text, for_chat(logprobs)["content"])
         for call in delta.get("tool_calls", ()):
             if "id" in call:
-                function = call["function"]
-                more = {"call_id": call["id"], "name": function["name"], "arguments": ""}
+                namespace, name = self._namespaces.get(call["function"]["name"], (None, call["function"]["name"]))
+                within = {"namespace": namespace} if namespace is not None else {}
+                more = {"call_id": call["id"], **within, "name": name, "arguments": ""}
                 yield from self._begin("function_call", more)
             if arguments := call["function"]["arguments"]:
                 self._texts.append(arguments)

@@ -5,29 +5,28 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from echo_trt.gateway.errors import ApiError, from_validation
-from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded
-from echo_trt.gateway.messages import Name
+from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded, check_supported
 from echo_trt.gateway.responses.items import Turns
+from echo_trt.gateway.responses.tools import Choice, FlatChoice, Function, ToolList, functions_of, joined, left_out
+from echo_trt.gateway.schemas import IGNORED as CHAT_IGNORED
 from echo_trt.gateway.schemas import ChatRequest
-from echo_trt.gateway.tools import choice_of
-from echo_trt.models.messages import MOST_TOOLS
 
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "store": (False,),
+    "store": (False, True),  # nothing is stored either way, as answers say
     "background": (False,),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
     "max_tool_calls": (),
     "context_management": (),
-    "truncation": ("disabled",),
+    "truncation": ("disabled", "auto"),  # nothing is cut off: a prompt that does not fit is refused
 }
 #: Fields that say something about the caller and nothing about the text.
-IGNORED = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 #: Fields that are a chat's too, by the same name; the chat checks them.
 SHARED = (
     "temperature",
@@ -63,27 +62,6 @@ OURS = {
 }
 
 
-class FlatTool(Strict):
-    """A function, in one object where a chat has two."""
-
-    type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def for_chat(self) -> dict[str, Any]:
-        return {"type": "function", "function": self.model_dump(exclude={"type"})}
-
-
-class FlatChoice(Strict):
-    type: Literal["function"]
-    name: str
-
-
-CHOICE = choice_of(FlatChoice, '{"type": "function", "name": ...}')
-
-
 class Reasoning(Strict):
     effort: str | None = None
     summary: Literal["auto"] | None = None  # there is none: the thought itself is given
@@ -115,8 +93,8 @@ class ResponsesRequest(Strict):
     max_output_tokens: int | None = None
     stream: bool = False
     stream_options: EventOptions | None = None
-    tools: Annotated[list[FlatTool], FailFast(), at_most(MOST_TOOLS, "tools")] = Field([])
-    tool_choice: Annotated[Literal["auto", "none", "required"] | FlatChoice, CHOICE] | None = None
+    tools: ToolList = Field([])
+    tool_choice: Choice | None = None
     text: Text = Text()
     reasoning: Reasoning = Reasoning()
     include: Annotated[list[Included], at_most(16, "entries")] = Field([])
@@ -135,11 +113,9 @@ class ResponsesRequest(Strict):
                 continue
             if name in SHARED:
                 shared[name] = value
-            elif name in REFUSED and not any(value == free and type(value) is type(free) for free in REFUSED[name]):
-                raise ApiError(400, f"{name} is not supported by this engine; leave it out.", param=name)
             elif name == "shared":
                 raise ApiError(400, "shared is not known here; leave it out.", param="shared")
-            elif name not in REFUSED:
+            elif not check_supported(name, value, REFUSED):
                 kept[name] = value
         return kept | {"shared": shared}
 
@@ -148,17 +124,29 @@ class ResponsesRequest(Strict):
         return Turns(self.instructions, self.input)
 
     @cached_property
+    def functions(self) -> list[Function]:
+        """What the chat's tools are, in their order."""
+        return functions_of(self.tools)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Types of tools that are not used. Raises ApiError."""
+        return left_out(self.tools, self.tool_choice)
+
+    @cached_property
     def chat(self) -> ChatRequest:
         """The chat that it stands for. Raises ApiError."""
         choice: Any = self.tool_choice
         if isinstance(choice, FlatChoice):
-            choice = {"type": "function", "function": {"name": choice.name}}
+            choice = {"type": "function", "function": {"name": joined(choice.namespace, choice.name)}}
+        elif choice == "auto" and self.left_out and not self.functions:
+            choice = None
         body = {
             "model": self.model,
             "messages": self.turns.messages,
             "max_completion_tokens": self.max_output_tokens,
             "stream": self.stream,
-            "tools": [tool.for_chat() for tool in self.tools],
+            "tools": [function.for_chat() for function in self.functions],
             "tool_choice": choice,
             "response_format": self.text.for_chat(),
             "reasoning_effort": self.reasoning.effort,
@@ -177,7 +165,7 @@ class ResponsesRequest(Strict):
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only allowed where stream is true."
             raise ApiError(400, message, param="stream_options")
-        _ = self.chat
+        _ = self.left_out, self.chat
         return self
 
     def ours(self, error: ApiError) -> ApiError:
@@ -196,6 +184,7 @@ class ResponsesRequest(Strict):
         if theirs.startswith("messages."):
             return self.turns.place(theirs)
         if theirs.startswith("tools."):
-            return theirs.replace(".function", "", 1)
+            _, index, *rest = theirs.split(".")
+            return ".".join([self.functions[int(index)].place, *rest[1:]])
         longest = next((name for name in OURS if theirs == name or theirs.startswith(name + ".")), None)
         return OURS[longest] + theirs.removeprefix(longest) if longest else theirs

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from echo_trt.grammar.requested import closed
+
 #: Names of functions, in requests and in texts: OpenAI's characters, and those of MCP's names.
 NAME = r"[A-Za-z0-9_.:/-]{1,128}"
 #: As models were trained to write JSON: what Python's json.dumps gives. Free white space would never have to end.
@@ -84,8 +86,8 @@ def _call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, An
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The right side of a Lark rule for JSON that fits a schema."""
-    return f"%json {json.dumps({**schema, **LAYOUT}, ensure_ascii=False)}"
+    """The right side of a Lark rule for JSON that fits a schema, whose objects are closed as in structured answers."""
+    return f"%json {json.dumps({**closed(schema), **LAYOUT}, ensure_ascii=False)}"
 
 
 class Parser(ABC):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from echo_trt.gateway.tool_formats.base import Asked, Format, Parser, overlap
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+from echo_trt.models.tools_as_text import CLOSE, OPEN
 
 
 class HermesParser(Parser):

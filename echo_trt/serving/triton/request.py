@@ -129,7 +129,7 @@ class Reader:
             thought = {"opens": opens, "closes": closes, "ids": self._marks}
         facts = {
             "chat_template": self._chat.source,
-            "tokens": [name for name in self._tokenizer.get_added_vocab() if name in self._chat.source],
+            "tokens": self._chat.tokens,
             "variables": sorted(self._chat.variables),
             "takes_tools": self._chat.takes_tools,
             "thought": thought,
