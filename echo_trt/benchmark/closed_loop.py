@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +54,7 @@ class Sample:
     gaps      seconds between the emissions of a request
     pace      seconds a token of a request, without its first token
     progress  tokens per iteration of a request
+    accepted  draft tokens by source, where the policy counts them
     texts     request -> token ids
     """
 
@@ -63,6 +65,7 @@ class Sample:
     gaps: list[float] = field(default_factory=list)
     pace: list[float] = field(default_factory=list)
     progress: list[float] = field(default_factory=list)
+    accepted: Counter[str] = field(default_factory=Counter)
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,7 @@ class ClosedLoop:
         self._prompts, self._params = [np.asarray(ids) for ids in prompts], SamplingParams(max_tokens)
         self._begun = 0
         self._running: dict[Request, _Clock] = {}
+        self._accepted = _accepted(loop)
 
     @property
     def busy(self) -> bool:
@@ -119,8 +123,14 @@ class ClosedLoop:
             if request.finish_reason:
                 running.pop(request).ended(request, sample)
         if not self.busy:
+            sample.accepted = _accepted(loop) - self._accepted
             for request in running:
                 loop.queue.cancel(request)
+
+
+def _accepted(loop: Loop) -> Counter[str]:
+    """Accepted draft tokens of a loop's policy so far, by source."""
+    return Counter({source: int(count) for source, count in loop.planner.totals().get("accepted", {}).items()})
 
 
 def run_side_by_side(runs: list[ClosedLoop]) -> None:

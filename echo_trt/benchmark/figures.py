@@ -1,7 +1,8 @@
-"""Figures from samples: medians over rounds, and ratios to plain decoding of the same round."""
+"""Figures from samples: rates and ratios of all rounds pooled, and the spread of the rounds' ratios."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from echo_trt.benchmark.peer import PeerRun, Work
 def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
     """Make a policy's row of the results; ``plain`` are plain decoding's rounds, run beside ``rounds``.
 
+    accepted_by_source      accepted draft tokens, where the policy counts them (``Planner.totals``)
     draft_utilisation       share of the verified draft tokens that was accepted
     verified_per_iteration  tokens of the trees with their roots, without padding
     """
@@ -22,19 +24,12 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
     accepted = sum(t.tokens - t.verifications for t in decode)
     drafted, verified = sum(t.drafted for t in decode), sum(t.verified for t in decode)
     ratios = [_ratio(_rate(a.decode), _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
-    whole = [_ratio(_rate(a.whole), _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
     return {
         "policy": policy,
         "batch": batch,
         "rounds": len(rounds),
-        "decode_tokens_per_s": _median([_rate(t) for t in decode], 2),
-        "end_to_end_tokens_per_s": _median([_rate(s.whole) for s in rounds], 2),
-        "prefill_tokens_per_s": _median([_rate(s.prefill) for s in rounds], 2),
-        "ratio": _median(ratios),
+        **_speed(rounds, plain),
         "ratio_spread": _spread(ratios),
-        "pooled_ratio": _pooled(decode, [s.decode for s in plain]),
-        "end_to_end_ratio": _median(whole),
-        "pooled_end_to_end_ratio": _pooled([s.whole for s in rounds], [s.whole for s in plain]),
         "accepted_length": round(sum(t.tokens for t in decode) / verifications, 4) if verifications else None,
         "draft_utilisation": round(accepted / drafted, 4) if drafted else None,
         "verified_per_iteration": round(verified / max(iterations, 1), 2),
@@ -47,6 +42,19 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
         "time_per_token_ms": _percentiles([x for s in rounds for x in s.pace]),
         "progress_spread": round(_variation([x for s in rounds for x in s.progress]), 4),
         "same_texts": _same(rounds, plain),
+        "accepted_by_source": dict(sum((s.accepted for s in rounds), Counter())),
+    }
+
+
+def _speed(rounds: Sequence[Sample | PeerRun], plain: Sequence[Sample]) -> dict[str, float | None]:
+    """Rates and ratios to ``plain``, all rounds as one: a round weighs by its time."""
+    decode, whole = _rate_of_all([r.decode for r in rounds]), _rate_of_all([r.whole for r in rounds])
+    return {
+        "decode_tokens_per_s": _rounded(decode, 2),
+        "end_to_end_tokens_per_s": _rounded(whole, 2),
+        "prefill_tokens_per_s": _rounded(_rate_of_all([r.prefill for r in rounds]), 2),
+        "ratio": _rounded(_ratio(decode, _rate_of_all([s.decode for s in plain])), 4),
+        "end_to_end_ratio": _rounded(_ratio(whole, _rate_of_all([s.whole for s in plain])), 4),
     }
 
 
@@ -55,19 +63,12 @@ def peer_figures(
 ) -> dict[str, Any]:
     """Make a peer's row, with ratios to our plain decoding of the same rounds; ``text_of`` decodes our answers."""
     decode = [_ratio(_rate(a.decode), _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
-    whole = [_ratio(_rate(a.whole), _rate(b.whole)) for a, b in zip(rounds, plain, strict=True)]
     return {
         "policy": name,
         "batch": batch,
         "rounds": len(rounds),
-        "decode_tokens_per_s": _median([_rate(r.decode) for r in rounds], 2),
-        "end_to_end_tokens_per_s": _median([_rate(r.whole) for r in rounds], 2),
-        "prefill_tokens_per_s": _median([_rate(r.prefill) for r in rounds], 2),
-        "ratio": _median(decode),
+        **_speed(rounds, plain),
         "ratio_spread": _spread(decode),
-        "pooled_ratio": _pooled([r.decode for r in rounds], [s.decode for s in plain]),
-        "end_to_end_ratio": _median(whole),
-        "pooled_end_to_end_ratio": _pooled([r.whole for r in rounds], [s.whole for s in plain]),
         "accepted_length": _median([r.accepted_length for r in rounds]),
         "ttft_ms": _percentiles([x for r in rounds for x in r.ttft]),
         "time_per_token_ms": _percentiles([x for r in rounds for x in r.pace]),
@@ -95,19 +96,17 @@ def _ratio(rate: float | None, plain: float | None) -> float | None:
     return None if rate is None or plain is None else rate / plain
 
 
-def _pooled(tallies: Sequence[Tally | Work], plain: Sequence[Tally | Work]) -> float | None:
-    """Compute the ratio of all rounds together, in which a round of learning weighs like any other."""
-    ratio = _ratio(_rate_of_all(tallies), _rate_of_all(plain))
-    return None if ratio is None else round(ratio, 4)
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _rate_of_all(tallies: Sequence[Tally | Work]) -> float | None:
     return _rate(Work(sum(t.tokens for t in tallies), sum(t.elapsed for t in tallies)))
 
 
-def _median(values: list[float | None], digits: int = 4) -> float | None:
+def _median(values: list[float | None]) -> float | None:
     measured = [v for v in values if v is not None]
-    return round(float(np.median(measured)), digits) if measured else None
+    return round(float(np.median(measured)), 4) if measured else None
 
 
 def _spread(values: list[float | None]) -> list[float] | None:

@@ -17,7 +17,6 @@ COLUMNS = {
     "decode_tokens_per_s": "decode tokens/s",
     "ratio": "to plain",
     "ratio_spread": "spread",
-    "pooled_ratio": "all rounds as one",
     "end_to_end_tokens_per_s": "with prompts, tokens/s",
     "end_to_end_ratio": "to plain, with prompts",
     "prefill_tokens_per_s": "prefill tokens/s",
@@ -56,7 +55,6 @@ SPEED = {
     "decode_tokens_per_s": "tokens/s",
     "ratio": "ratio",
     "ratio_spread": "spread",
-    "pooled_ratio": "pooled",
     "accepted_length": "accepted",
     "same_texts": "texts",
 }
@@ -125,8 +123,8 @@ def _lead(result: dict[str, Any]) -> list[str]:
     if apart:
         turns += f"; at batch {', '.join(map(str, apart))} one after another, for want of KV blocks"
     return [
-        f"Greedy, up to {result['max_tokens']} new tokens a request, every slot kept busy (closed loop). {turns}. "
-        "Ratios are medians over rounds of the same round's plain decoding.",
+        f"Greedy, up to {result['max_tokens']} new tokens per request, every slot kept busy (closed loop). {turns}. "
+        "Rates and ratios are of all rounds as one.",
     ]
 
 

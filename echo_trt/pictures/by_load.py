@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 Rows = Sequence[dict[str, Any]]
 
 
-def speedup(rows: Rows, key: str = "ratio", names: dict[str, str] | None = None) -> Picture:
+def speedup(rows: Rows, names: dict[str, str] | None = None) -> Picture:
     """Plot tokens/s as a multiple of plain decoding's, with the rounds' spread where rows have one.
 
-    key    of the rows: the ratio to plot
     names  policy -> its name in the legend, of those that are plotted; None: all, by their own names
     """
     shown = names or {name: name for name in _policies(rows) if name != PLAIN}
@@ -26,12 +25,12 @@ def speedup(rows: Rows, key: str = "ratio", names: dict[str, str] | None = None)
     def draw(axes: Axes) -> None:
         axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1.6, label="plain decoding")
         for at, (name, colour) in enumerate(colours_of(list(shown)).items()):
-            points = _points(rows, name, key)
+            points = _points(rows, name, "ratio")
             if not points:
                 continue
             batches = [row["batch"] for row in points]
-            axes.plot(batches, [row[key] for row in points], color=colour, label=shown[name], **_line(at, name))
-            if key == "ratio" and all(row.get("ratio_spread") for row in points):
+            axes.plot(batches, [row["ratio"] for row in points], color=colour, label=shown[name], **_line(at, name))
+            if all(row.get("ratio_spread") for row in points):
                 bounds = zip(*(row["ratio_spread"] for row in points), strict=True)
                 axes.fill_between(batches, *bounds, color=colour, alpha=0.15, linewidth=0)
         load_axis(axes, [row["batch"] for row in rows])

@@ -1,9 +1,12 @@
 """Measure the published figures, and write docs/benchmarks.*, its plots and README's table from that one run.
 
-    python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl
+    python scripts/benchmarks/publish.py bundles/smollm2-135m --prompts mt_bench.jsonl --prompts gsm8k.jsonl \
+        --lossless bundles/smollm2-135m-fp32
     python scripts/benchmarks/publish.py --from docs/benchmarks.json       # render again, measure nothing
 
-The demo's prompts are always among those that are asked. Nothing else should run on the machine meanwhile.
+The demo's prompts are always among those that are asked. Nothing else should run on the machine meanwhile. A bundle in
+bf16 is measured in the precision that this machine computes, and the table names it. The texts of every policy are
+compared with plain decoding's by ``lossless.py``, with the bundle in fp32 of ``--lossless``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from echo_trt.decoding.policy_names import NAMES as POLICIES
 from echo_trt.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
@@ -31,14 +35,39 @@ DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
 BATCHES = "1,2,4,8,16"
 REQUESTS, ROUNDS, MAX_TOKENS = 32, 3, 64  # of a run that is published; a shorter one is called a trial
 PLAIN, DEFAULT, EXACT = "autoregressive", "goodput", "goodput-exact"
+HEAD_ALONE = "goodput-head"
 #: Policy -> its name for readers, in the order of the tables.
 NAMES = {
     PLAIN: "plain decoding",
-    "static": "fixed tree (`static`)",
+    "static": "fixed tree of 8 tokens (`static`)",
     "echo": "ECHO (`echo`)",
-    EXACT: "bit-exact (`goodput-exact`)",
+    HEAD_ALONE: "default, draft head alone (`goodput-head`)",
+    EXACT: "default, chains alone (`goodput-exact`)",
     DEFAULT: "default (`goodput`)",
 }
+SHOWN = (PLAIN, "static", HEAD_ALONE, EXACT, DEFAULT)  # in README
+#: Sources of accepted draft tokens (``decoding.sources``) -> their names for readers.
+SOURCES = {
+    "lookup": "prompt lookup",
+    "ngram": "a table of the target's earlier answers",
+    "head": "the draft head",
+    "both": "head and prompt lookup alike",
+}
+LOSSLESS = {"greedy": [], "sampled": ["--temperature", "0.8", "--top-p", "0.95"]}
+LOSSLESS_BATCHES, LOSSLESS_PROMPTS, LOSSLESS_TOKENS = "1,8", 4, 48  # prompts of each file
+#: Family and model of a processor -> its name, which virtual machines shorten.
+PROCESSORS = {
+    "family 25, model 1": "EPYC 7003, no AVX-512",
+    "family 25, model 17": "EPYC 9004, AVX-512",
+    "family 26, model 2": "EPYC 9005, AVX-512",
+    "family 6, model 207": "5th Xeon, AMX",
+}
+WIDTH = 100  # of README's lines
+DATA = (
+    "The four sets are the evaluation prompts of EAGLE's repository (SafeAILab/EAGLE, eagle/data, Apache-2.0): MT-bench"
+    " and 80 each of GSM8K's tests, HumanEval and Alpaca. A row of a prompts file is a JSON object with `id` and "
+    "`turns`, of which the first is asked."
+)
 BEGIN, END = "<!-- benchmarks: written by scripts/benchmarks/publish.py -->", "<!-- benchmarks: end -->"
 
 Run = dict[str, Any]
@@ -50,6 +79,7 @@ def main(
     requests: Annotated[int, typer.Option(help="Requests a policy, batch and round, at least.")] = REQUESTS,
     rounds: Annotated[int, typer.Option(help="Rounds, which are pooled.")] = ROUNDS,
     max_tokens: Annotated[int, typer.Option(help="New tokens a request.")] = MAX_TOKENS,
+    lossless: Annotated[Path | None, typer.Option(help="The bundle in fp32 whose texts are compared.")] = None,
     stored: Annotated[Path | None, typer.Option("--from", help="Render this run again and measure nothing.")] = None,
 ) -> None:
     if (bundle is None) == (stored is None):
@@ -57,12 +87,18 @@ def main(
     if stored:
         run = json.loads(stored.read_text())
     else:
-        run = measure(bundle, [DEMO, *(prompts or [])], requests, rounds, max_tokens)
+        files = [DEMO, *(prompts or [])]
+        run = measure(bundle, files, requests, rounds, max_tokens, lossless)
     write(run, ROOT)
 
 
-def measure(bundle: Path, prompts: list[Path], requests: int, rounds: int, max_tokens: int) -> Run:
-    """Run ``echo-trt bench``; its figures, with the commit, the date and the command in ``published``."""
+def measure(
+    bundle: Path, prompts: list[Path], requests: int, rounds: int, max_tokens: int, lossless: Path | None = None
+) -> Run:
+    """Run ``echo-trt bench``; its figures, with the commit, the date and the command in ``published``.
+
+    With a bundle ``lossless`` its texts are compared, too: rows of ``lossless.py`` by mode, greedy or sampled.
+    """
     options = ["--requests", str(requests), "--rounds", str(rounds), "--max-tokens", str(max_tokens)]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -73,12 +109,26 @@ def measure(bundle: Path, prompts: list[Path], requests: int, rounds: int, max_t
         words += [word for file in prompts for word in ("--prompts", str(file))]
         subprocess.run([sys.executable, "-m", "echo_trt.cli", *words, *options, "--json", str(out)], check=True)
         run = json.loads(out.read_text())
+        if lossless:
+            run["lossless"] = {mode: _compared(lossless, prompts, more, out) for mode, more in LOSSLESS.items()}
     named = [word for file in prompts if file != DEMO for word in ("--prompts", file.name)]
+    named += ["--lossless", f"bundles/{lossless.name}"] if lossless else []
     command = ["python", "scripts/benchmarks/publish.py", f"bundles/{bundle.name}", *named, *options]
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     made = {"commit": git.stdout.strip(), "date": today, "command": shlex.join(command)}
     made["trial"] = requests < REQUESTS or rounds < ROUNDS or max_tokens < MAX_TOKENS
     return {"published": made, **run}
+
+
+def _compared(bundle: Path, prompts: list[Path], more: list[str], out: Path) -> list[dict[str, Any]]:
+    """Run ``lossless.py`` over all policies; its rows. It ends with an error where a text differs."""
+    words = [str(Path(__file__).with_name("lossless.py")), str(bundle), "--batch", LOSSLESS_BATCHES]
+    words += ["--policies", ",".join(name for name in POLICIES if name != PLAIN), "--max-tokens", str(LOSSLESS_TOKENS)]
+    words += ["--limit", str(LOSSLESS_PROMPTS), "--out", str(out)]
+    words += [word for file in prompts for word in ("--prompts", str(file))]
+    subprocess.run([sys.executable, *words, *more], check=False)
+    rows: list[dict[str, Any]] = json.loads(out.read_text())
+    return rows
 
 
 def write(run: Run, root: Path) -> None:
@@ -101,27 +151,76 @@ def with_block(text: str, inner: str) -> str:
 
 
 def block(run: Run) -> str:
-    """README's part: speed by concurrent requests, and texts compared with plain decoding's."""
+    """README's part: speed by concurrent requests, who proposed the tokens, and texts beside plain decoding's."""
     batches = sorted({row["batch"] for row in run["results"]})
-    rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in (PLAIN, "static", DEFAULT)]
-    equal = [
-        ["fp32, every policy", "token for token, greedy and sampled", _equal(run, DEFAULT, "fp32")],
-        [f"bf16 on CPUs, `{EXACT}`", "bit for bit", _equal(run, EXACT, "bf16")],
-        [f"bf16, `{DEFAULT}`", "can part at near-ties", _equal(run, DEFAULT, "bf16")],
-    ]
+    rows = [[NAMES[p], *(_speed(_row(run, p, batch)) for batch in batches)] for p in SHOWN]
     made = run["published"]
     return "\n".join(
         [
             _prose(
-                f"Decode tokens/s (times plain decoding) by concurrent requests: {run['bundle']}, {run['machine']}; "
-                f"{made['date']}, commit {made['commit']}.{_trial(run)}"
+                f"Decode tokens/s (times plain decoding) by concurrent requests: {run['bundle']}, {_machine(run)}; "
+                f"{made['date']}, commit {made['commit']}. {_distinct(run)} distinct prompts, {run['max_tokens']} "
+                f"tokens each, all rounds as one.{_trial(run)}",
+                WIDTH,
             ),
             "",
             _table(["", *map(str, batches)], rows),
             "",
-            _table(["Text beside plain decoding's", "promise", "equal in this run"], equal),
+            _prose(_proposers(run), WIDTH),
+            "",
+            _table(["Texts beside plain decoding's", "promise", "equal in this run"], _equal_rows(run)),
         ]
     )
+
+
+def _equal_rows(run: Run) -> list[list[str]]:
+    precision = run["precision"]
+    rows = [
+        [f"fp32, {len(POLICIES) - 1} policies, {mode}, 1 and 8 requests", "token for token", _lossless(run, mode)]
+        for mode in LOSSLESS
+    ]
+    if precision == "fp32":
+        return rows
+    more = [
+        [f"{precision}, `{EXACT}`", "bit for bit", _equal(run, EXACT)],
+        [f"{precision}, `{DEFAULT}`, 1 request", "bit for bit", _equal(run, DEFAULT, lambda batch: batch == 1)],
+        [f"{precision}, `{DEFAULT}`, more requests", "may diverge at near-ties", _equal(run, DEFAULT, lambda b: b > 1)],
+    ]
+    return rows + more
+
+
+def _lossless(run: Run, mode: str) -> str:
+    rows = run.get("lossless", {}).get(mode, [])
+    if not rows:
+        return "not in this run"
+    equal, texts = (sum(row[name] for row in rows) for name in ("identical", "requests"))
+    return f"{equal:,} of {texts:,} ({rows[0]['requests']} distinct prompts)"
+
+
+def _proposers(run: Run) -> str:
+    """Name the sources of the default's accepted draft tokens at the least and the most requests that drafted."""
+    said = []
+    for row in (row for row in run["results"] if row["set"] == "all" and row["policy"] == DEFAULT):
+        if total := sum(row["accepted_by_source"].values()):
+            shares = {name: row["accepted_by_source"].get(source, 0) / total for source, name in SOURCES.items()}
+            parts = [f"{share:.0%} from {name}" for name, share in shares.items() if share >= 0.005]
+            said.append(f"at {row['batch']} {', '.join(parts)}")
+    chosen = [said[0], said[-1]] if len(said) > 1 else said
+    return f"Accepted draft tokens of the default came, {'; '.join(chosen)}." if chosen else "Nothing was drafted."
+
+
+def _machine(run: Run) -> str:
+    """The machine, its processor by the name that is sold."""
+    machine: str = run["machine"]
+    for numbers, name in PROCESSORS.items():
+        machine = machine.replace(f"({numbers})", f"({name})")
+    return machine
+
+
+def _distinct(run: Run) -> int:
+    """How many distinct prompts each policy answered at a batch size, in each round."""
+    row = _row(run, PLAIN, 1)
+    return int(row["same_texts"].split(" of ")[1]) // int(row["rounds"])
 
 
 def page(run: Run, earlier: list[dict[str, Any]]) -> str:
@@ -144,25 +243,34 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
     sections = [
         "# Benchmarks",
         "Written by `scripts/benchmarks/publish.py` from [one run](benchmarks.json); not to be edited by hand.",
-        f"{run['bundle']} on {run['machine']}; commit {made['commit']}, {made['date']}.{_trial(run)} "
-        f"Prompts: {prompts}. Greedy, {run['max_tokens']} new tokens a request, policies in turns of a second."
+        f"{run['bundle']} on {_machine(run)}; commit {made['commit']}, {made['date']}.{_trial(run)} "
+        f"Prompts: {_distinct(run)}, drawn evenly from {prompts}. Greedy, {run['max_tokens']} new tokens per request, "
+        "policies interleaved by seconds. Rates and ratios are of all rounds as one."
         + (f" For want of KV blocks one after another at {apart} requests." if apart else ""),
         f"```\n{command}\n```",
+        DATA,
         "![Speedup over plain decoding by concurrent requests](img/speedup.svg)",
         "## Speedup",
-        "Decode tokens/s divided by plain decoding's, all rounds pooled.",
-        by_batch(lambda row: _ratio(row["pooled_ratio"])),
+        "Decode tokens/s divided by plain decoding's.",
+        by_batch(lambda row: _ratio(row["ratio"])),
         "The same with the time for prompts included:",
-        by_batch(lambda row: _ratio(row["pooled_end_to_end_ratio"])),
-        "## Tokens a second",
-        "All requests together, decoding only, median of rounds.",
+        by_batch(lambda row: _ratio(row["end_to_end_ratio"])),
+        "## Who proposed the tokens",
+        "Levels that the draft network computed per iteration. Prompt lookup and the table of earlier answers need no "
+        f"pass. {_proposers(run)}",
+        by_batch(lambda row: _ratio(row["draft_levels_per_iteration"])),
+        "## Tokens per second",
+        "All requests together, decoding only.",
         by_batch(lambda row: _rate(row["decode_tokens_per_s"]), NAMES),
-        "## Tokens a verification",
+        "## Tokens per verification",
         by_batch(lambda row: _ratio(row["accepted_length"])),
         "## Where an iteration's time goes",
         "![Milliseconds of an iteration by phase and load](img/iteration.svg)",
         "## Texts equal to plain decoding's",
-        _all_equal(run, drafting) or by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
+        f"The run above, in {run['precision']}, over all rounds:",
+        by_batch(lambda row: row["same_texts"].replace(" of ", "/")),
+        "`scripts/benchmarks/lossless.py` in fp32:",
+        _table(["policies", "requests", *LOSSLESS], _lossless_rows(run)),
         "## Other machines, earlier versions",
         "Measured before, not repeated with this version; speedups are decode tokens/s of the default pair in bf16. "
         "CPUs are named by family and model, two cores each. `bench` measures [other "
@@ -175,7 +283,7 @@ def page(run: Run, earlier: list[dict[str, Any]]) -> str:
 def plots(run: Run) -> dict[str, str]:
     """SVGs by file name: the speedup by concurrent requests, drafted tokens, and the time of an iteration."""
     rows = [row for row in run["results"] if row["set"] == "all"]
-    gains = speedup(rows, "pooled_ratio", {name: name for name in NAMES if name != PLAIN})
+    gains = speedup(rows, {name: name for name in NAMES if name != PLAIN})
     return {f"{picture.name}.svg": picture.file() for picture in (gains, drafted(rows), iteration(rows))}
 
 
@@ -184,7 +292,7 @@ def _row(run: Run, policy: str, batch: int) -> dict[str, Any]:
 
 
 def _speed(row: dict[str, Any]) -> str:
-    ratio = "" if row["policy"] == PLAIN else f" ({_ratio(row['pooled_ratio'])})"
+    ratio = "" if row["policy"] == PLAIN else f" ({_ratio(row['ratio'])})"
     return _rate(row["decode_tokens_per_s"]) + ratio
 
 
@@ -196,19 +304,20 @@ def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
-def _equal(run: Run, policy: str, precision: str) -> str:
-    """Texts equal to plain decoding's over all batches, where the run was in ``precision``."""
-    if run["precision"] != precision:
-        return "not in this run"
-    pairs = [row["same_texts"].split(" of ") for row in run["results"] if row["policy"] == policy]
+def _equal(run: Run, policy: str, batches: Callable[[int], bool] = lambda batch: True) -> str:
+    """Texts equal to plain decoding's over ``batches``."""
+    rows = [row for row in run["results"] if row["policy"] == policy and batches(row["batch"])]
+    pairs = [row["same_texts"].split(" of ") for row in rows]
     return " of ".join(str(sum(map(int, column))) for column in zip(*pairs, strict=True))
 
 
-def _all_equal(run: Run, policies: Iterable[str]) -> str:
-    """A sentence where every text of ``policies`` is plain decoding's, else nothing."""
-    pairs = [row["same_texts"].split(" of ") for row in run["results"] if row["policy"] in policies]
-    equal, texts = (sum(map(int, column)) for column in zip(*pairs, strict=True))
-    return f"All {texts:,} texts, of every policy at every load, were equal." if equal == texts else ""
+def _lossless_rows(run: Run) -> list[list[str]]:
+    found = run.get("lossless", {})
+    cells = {(row["policy"], row["batch"]): [] for rows in found.values() for row in rows}
+    for rows in found.values():
+        for row in rows:
+            cells[row["policy"], row["batch"]].append(f"{row['identical']}/{row['requests']}")
+    return [[f"`{policy}`", str(batch), *shown] for (policy, batch), shown in cells.items()]
 
 
 def _trial(run: Run) -> str:
@@ -216,8 +325,8 @@ def _trial(run: Run) -> str:
     return " **A short trial: not a result.**" if run["published"]["trial"] else ""
 
 
-def _prose(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+def _prose(text: str, width: int = 120) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

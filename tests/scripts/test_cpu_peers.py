@@ -22,7 +22,7 @@ def markdown(monkeypatch):
 
 def row(policy: str, rate: float | None, ratio: float | None, **more: object) -> dict:
     rates = {"decode_tokens_per_s": rate, "end_to_end_tokens_per_s": 20.0, "prefill_tokens_per_s": 512.4}
-    ratios = {"pooled_ratio": ratio, "pooled_end_to_end_ratio": 1.0}
+    ratios = {"ratio": ratio, "end_to_end_ratio": 1.0}
     latencies = {"ttft_ms": {"p50": 10.2, "p99": 31.0}, "time_per_token_ms": {"p50": 4.0, "p99": 5.0}}
     return {"batch": 8, "policy": policy, "same_texts": "3 of 4", **rates, **ratios, **latencies, **more}
 

@@ -37,7 +37,7 @@ def test_readme_and_page_are_the_stored_run_s(run):
 
 def test_readme_s_figures_stand_in_the_page(run):
     cells = [line for line in written_block().splitlines() if line.startswith(("| plain", "| fixed", "| default"))]
-    assert len(cells) == 3
+    assert len(cells) == len(publish.SHOWN)
     page = set(NUMBER.findall((ROOT / "docs" / "benchmarks.md").read_text()))
     assert set(NUMBER.findall("".join(cells))) <= page
 
@@ -67,12 +67,27 @@ def test_a_readme_without_markers_is_left_alone():
         publish.with_block("# echo-trt\n", "a table")
 
 
-def test_the_page_is_short():
-    assert len((ROOT / "docs" / "benchmarks.md").read_text().split()) <= 900
+def test_readme_says_who_proposed_the_tokens(run):
+    """From the run's counts: prompt lookup and earlier answers come before the head where they brought more."""
+    default = next(row for row in run["results"] if (row["policy"], row["batch"]) == ("goodput", 1))
+    counts = default["accepted_by_source"]
+    said = publish._proposers(run)
+    for source, name in publish.SOURCES.items():
+        share = counts.get(source, 0) / sum(counts.values())
+        assert (f"{share:.0%} from {name}" in said) == (share >= 0.005)
+    assert " ".join(said.split()) in " ".join(README.split())
+
+
+def test_readme_counts_the_texts_of_the_lossless_matrix(run):
+    for mode, rows in run["lossless"].items():
+        assert {row["policy"] for row in rows} == {name for name in publish.POLICIES if name != publish.PLAIN}
+        equal, texts = (sum(row[name] for row in rows) for name in ("identical", "requests"))
+        assert f"{mode}, 1 and 8 requests | token for token | {equal:,} of {texts:,}" in README
 
 
 def test_a_bundle_is_measured_and_published(bundle_of, tmp_path):
-    run = publish.measure(bundle_of("close"), [publish.DEMO], 2, 1, 4)
+    run = publish.measure(bundle_of("close"), [publish.DEMO], 2, 1, 4, bundle_of("close"))
+    assert all(row["identical"] == row["requests"] for rows in run["lossless"].values() for row in rows)
     assert {row["policy"] for row in run["results"]} == set(publish.NAMES)
     assert {row["batch"] for row in run["results"]} == {1, 2, 4, 8, 16}
     (tmp_path / "docs" / "img").mkdir(parents=True)

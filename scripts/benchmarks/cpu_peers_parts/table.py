@@ -36,9 +36,9 @@ def _named(policy: str, rows: list[Row]) -> str:
 def _figures(rows: list[Row]) -> list[str]:
     return [
         _rate(rows, "decode_tokens_per_s"),
-        _ratio(rows, "pooled_ratio"),
+        _ratio(rows, "ratio"),
         _rate(rows, "end_to_end_tokens_per_s"),
-        _ratio(rows, "pooled_end_to_end_ratio"),
+        _ratio(rows, "end_to_end_ratio"),
         _rate(rows, "prefill_tokens_per_s"),
         _percentiles(rows, "ttft_ms"),
         _percentiles(rows, "time_per_token_ms"),
