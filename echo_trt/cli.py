@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from echo_trt import __version__
-from echo_trt.commands.options import Colours, Engines, Policies, Precisions, SpecialTokens, numbers_in, words_in
+from echo_trt.commands.options import (
+    Colours,
+    Engines,
+    PolicyFile,
+    PolicyName,
+    Precisions,
+    SpecialTokens,
+    numbers_in,
+    words_in,
+)
 from echo_trt.commands.terminal import Screen, messages, run_app, screen_of
 from echo_trt.errors import UserError
 
@@ -100,7 +109,8 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     prompt: Annotated[str | None, typer.Argument(help="One user turn, put into the model's chat template.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL: id and prompt, or turns, a line.")] = None,
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[
         int | None, typer.Option(help="Requests running at once. Default: the recipe's; 1 with --compare.")
     ] = None,
@@ -167,9 +177,11 @@ def generate(
         **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
-    name, out = policy.value if policy else None, screen_of(color)
+    out = screen_of(color)
     look = wants_colour(out, color), watch
-    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
+    job = Job(
+        bundle, rows, params, policy, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look
+    )
     run(job, out, messages)
 
 
@@ -192,7 +204,8 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page's origin that may ask the OpenAI API, * for all; again for more."),
     ] = None,
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
@@ -226,17 +239,16 @@ def serve(
         ):
             if given:
                 raise UserError(f"{option} has no meaning with --replicas; leave it out.")
-        chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
-        numbers = batch, queue, start_timeout, drain_timeout
-        raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
+        model, numbers = (served_model_name or ["echo"])[0], (batch, queue, start_timeout, drain_timeout)
+        job = dynamo.Job(bundle, replicas, host, openai_port, model, policy, *numbers, policy_file=policy_file)
+        raise typer.Exit(dynamo.run(job))
     from echo_trt.launch.launcher import Job, run
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
-    name = policy.value if policy else None
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, special_tokens_in_content, names, origins, page)
-    raise typer.Exit(run(job))
+    more = special_tokens_in_content, names, origins, page, policy_file
+    raise typer.Exit(run(Job(bundle, host, *ports, api_keys_file, policy, *numbers, *more)))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -249,7 +261,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def worker(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     name: Annotated[str, typer.Option(help="What clients call the model. Default: the bundle's name.")] = "",
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more go to other workers.")] = 256,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
@@ -269,9 +282,8 @@ def worker(
     from echo_trt.dynamo.command import run
     from echo_trt.dynamo.job import Job
 
-    chosen = policy.value if policy else None
     parsers = tool_call_parser, reasoning_parser
-    raise typer.Exit(run(Job(bundle, name, chosen, batch, queue, drain_timeout, system_port, *parsers)))
+    raise typer.Exit(run(Job(bundle, name, policy, batch, queue, drain_timeout, system_port, *parsers)))
 
 
 @app.command()
@@ -300,6 +312,7 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
     policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
+    policy_file: PolicyFile = None,
     batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
     rounds: Annotated[
@@ -346,6 +359,7 @@ def simulate(
     policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
         "goodput,echo,dense,fixed,static,oracle"
     ),
+    policy_file: PolicyFile = None,
     prompt: Annotated[int, typer.Option(min=1, help="Cached tokens before each answer.")] = 256,
     budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
     static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
+from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
@@ -53,6 +54,7 @@ class Job:
     served_model_names: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     page: bool = True
+    policy_file: Path | None = None
 
     @property
     def reached_at(self) -> str:
@@ -86,6 +88,8 @@ def run(job: Job) -> int:
 def _check(job: Job) -> Manifest:
     """Returns the bundle's. Raises UserError."""
     manifest = read_manifest(job.bundle)
+    if job.policy:
+        policy_named(job.policy, "--policy")
     ports = {
         "--http-port": job.http_port,
         "--grpc-port": job.grpc_port,
@@ -138,6 +142,7 @@ class Triton(Supervised):
         remove_regions()
         settings = {"ECHO_TRT_BUNDLE": str(job.bundle.resolve()), "ECHO_TRT_QUEUE": str(job.queue)}
         settings |= {"ECHO_TRT_POLICY": job.policy} if job.policy else {}
+        settings |= {"ECHO_TRT_POLICY_FILE": str(job.policy_file.resolve())} if job.policy_file else {}
         settings |= {"ECHO_TRT_BATCH": str(job.batch)} if job.batch else {}
         settings["ECHO_TRT_SPECIAL_TOKENS_IN_CONTENT"] = str(job.special_tokens_in_content).lower()
         self._starts += 1

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from echo_trt.decoding.policies import load_policies
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.service import Overloaded, Service
@@ -42,6 +43,8 @@ class TritonPythonModel:
         if not bundle.name:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
+        if file := _setting(config, "policy_file"):
+            load_policies(Path(file))
         llm = LLM(bundle, _setting(config, "policy") or None, batch, note=pb_utils.Logger.log_info)
         self._reader = Reader(
             bundle,
