@@ -13,7 +13,8 @@ from echo_trt.commands.options import (
     Colours,
     Engines,
     KVCacheMemory,
-    Policies,
+    PolicyFile,
+    PolicyName,
     Precisions,
     SpecialTokens,
     numbers_in,
@@ -110,7 +111,8 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     prompt: Annotated[str | None, typer.Argument(help="One user turn, put into the model's chat template.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSONL: id and prompt, or turns, a line.")] = None,
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[
         int | None, typer.Option(help="Requests running at once. Default: the recipe's; 1 with --compare.")
     ] = None,
@@ -178,9 +180,9 @@ def generate(
         **read_manifest(bundle).sampling.given() | {name: value for name, value in asked.items() if value is not None},
     )
     rows = read_prompts(prompts) if prompts else [Prompt("0", encodable(prompt, "PROMPT"))]
-    name, out = policy.value if policy else None, screen_of(color)
-    look = wants_colour(out, color), watch, kv_cache_memory
-    job = Job(bundle, rows, params, name, batch, budget, json_file, compare, prompts, special_tokens_in_content, *look)
+    out = screen_of(color)
+    more = special_tokens_in_content, wants_colour(out, color), watch, kv_cache_memory
+    job = Job(bundle, rows, params, policy, batch, budget, json_file, compare, prompts, *more)
     run(job, out, messages)
 
 
@@ -203,7 +205,8 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page's origin that may ask the OpenAI API, * for all; again for more."),
     ] = None,
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 256,
     start_timeout: Annotated[int, typer.Option(min=1, help="Seconds until the first answer, at most.")] = 300,
@@ -238,18 +241,16 @@ def serve(
         ):
             if given:
                 raise UserError(f"{option} has no meaning with --replicas; leave it out.")
-        chosen, model = policy.value if policy else None, (served_model_name or ["echo"])[0]
-        numbers = batch, queue, start_timeout, drain_timeout, kv_cache_memory
-        raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, chosen, *numbers)))
+        model, numbers = (served_model_name or ["echo"])[0], (batch, queue, start_timeout, drain_timeout)
+        more = kv_cache_memory, policy_file
+        raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, policy, *numbers, *more)))
     from echo_trt.launch.launcher import Job, run
 
     ports = (http_port, grpc_port, metrics_port, openai_port)
-    name = policy.value if policy else None
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    more = special_tokens_in_content, names, origins, page, kv_cache_memory
-    job = Job(bundle, host, *ports, api_keys_file, name, *numbers, *more)
-    raise typer.Exit(run(job))
+    more = special_tokens_in_content, names, origins, page, kv_cache_memory, policy_file
+    raise typer.Exit(run(Job(bundle, host, *ports, api_keys_file, policy, *numbers, *more)))
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -262,7 +263,8 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def worker(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     name: Annotated[str, typer.Option(help="What clients call the model. Default: the bundle's name.")] = "",
-    policy: Annotated[Policies | None, typer.Option(help="How to speculate. Default: the recipe's.")] = None,
+    policy: PolicyName = None,
+    policy_file: PolicyFile = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Requests running at once. Default: the recipe's.")] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more go to other workers.")] = 256,
     drain_timeout: Annotated[int, typer.Option(min=1, help="Seconds that SIGTERM waits for open answers.")] = 60,
@@ -283,11 +285,9 @@ def worker(
     from echo_trt.dynamo.command import run
     from echo_trt.dynamo.job import Job
 
-    chosen = policy.value if policy else None
     parsers = tool_call_parser, reasoning_parser
-    raise typer.Exit(
-        run(Job(bundle, name, chosen, batch, queue, drain_timeout, system_port, *parsers, kv_cache_memory))
-    )
+    more = *parsers, kv_cache_memory
+    raise typer.Exit(run(Job(bundle, name, policy, batch, queue, drain_timeout, system_port, *more)))
 
 
 @app.command()
@@ -316,6 +316,7 @@ def bench(
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
     policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
+    policy_file: PolicyFile = None,
     batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
     rounds: Annotated[
@@ -362,6 +363,7 @@ def simulate(
     policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
         "goodput,echo,dense,fixed,static,oracle"
     ),
+    policy_file: PolicyFile = None,
     prompt: Annotated[int, typer.Option(min=1, help="Cached tokens before each answer.")] = 256,
     budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
     static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,

@@ -21,8 +21,9 @@ from echo_trt.benchmark.report import html_report, latency_table, results_table
 from echo_trt.bundle.calibration import own_files
 from echo_trt.calibration.record import record
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policy_names import BUDGETED, NAMES, PLAIN
-from echo_trt.errors import UserError, shown
+from echo_trt.decoding.policies import POLICIES, policy_named
+from echo_trt.decoding.policy_names import PLAIN
+from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
@@ -207,13 +208,12 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Call
 
 def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
     if not job.policies:
-        raise UserError(f"--policies is empty; name one or more of {', '.join(NAMES)}, separated by commas.")
+        raise UserError(f"--policies is empty; name one or more of {', '.join(POLICIES)}, separated by commas.")
     for policy in job.policies:
-        if policy not in NAMES:
-            raise UserError(f"--policies names {shown(policy)}; choose from {', '.join(NAMES)}.")
+        policy_named(policy, "--policies")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and not any(policy in BUDGETED for policy in job.policies):
+    if job.budget and not any(POLICIES[policy].shares_budget for policy in job.policies):
         raise UserError(
             f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
             "--policies, or leave it out."

@@ -22,7 +22,7 @@ from echo_trt.benchmark.peer import Peer
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import Source
 from echo_trt.bundle.sources import locate
-from echo_trt.decoding.policy_names import NAMES
+from echo_trt.decoding.policies import POLICIES
 from echo_trt.errors import UserError, shown
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ def check_peers(names: Sequence[str]) -> None:
         _check_installed(name, *PEERS[name][:2])
     servers = _servers([name for name in names if "=" in name])
     for name, count in Counter([*inside, *(server.name for server in servers)]).items():
-        if count > 1 or name in NAMES:
+        if count > 1 or name in POLICIES:
             raise UserError(f"--peers gives a peer the name {shown(name)}, which is taken; give it a name of its own.")
     for server in servers:
         server.find_model()

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import reserve_for
-from echo_trt.decoding.policy_names import Policy
+from echo_trt.decoding.policies import POLICIES, reserve_for
+from echo_trt.decoding.policy_names import DEFAULT
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_text
 
@@ -135,7 +135,7 @@ class Decoding(_Section):
     gates        depth -> threshold
     """
 
-    policy: Policy = "goodput"
+    policy: str = DEFAULT
     budget: Positive | None = None
     per_request: Annotated[int, Field(ge=2, le=1024)] = 64
     max_depth: Annotated[int, Field(ge=1, le=32)] = 6
@@ -144,6 +144,13 @@ class Decoding(_Section):
     gates: dict[Positive, Probability] | None = None
     fixed_threshold: Probability | None = None
     static: StaticTree = StaticTree()
+
+    @field_validator("policy")
+    @classmethod
+    def _is_known(cls, policy: str) -> str:
+        if policy not in POLICIES:
+            raise ValueError(f"{policy!r} is no policy; choose one of {', '.join(map(repr, POLICIES))}")
+        return policy
 
     @model_validator(mode="after")
     def _depth_fits(self) -> Decoding:

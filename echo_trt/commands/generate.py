@@ -19,7 +19,8 @@ from echo_trt.commands.race import Panes, Side, meaning, race, result_lines, sid
 from echo_trt.commands.sources import SourcedText, legend
 from echo_trt.commands.tables import comparison_table, rounding_note
 from echo_trt.commands.watch import Watch
-from echo_trt.decoding.policy_names import BUDGETED, PLAIN
+from echo_trt.decoding.policies import policy_named
+from echo_trt.decoding.policy_names import DEFAULT, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt
@@ -80,9 +81,10 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
 
 
 def _check(job: Job, policy: str, out: Console) -> None:
+    known = policy_named(policy, "--policy")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
-    if job.budget and policy not in BUDGETED:
+    if job.budget and not known.shares_budget:
         raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed.")
     if job.watch and job.compare:
         raise UserError("--watch draws one policy's trees, but --compare runs two; leave one of them out.")
@@ -160,7 +162,7 @@ def compare(
     lines  whether two lines a prompt are printed
     frame  gets every picture that is drawn
     """
-    policies = PLAIN, policy if policy != PLAIN else "goodput"
+    policies = PLAIN, policy if policy != PLAIN else DEFAULT
     prompts = [llm.chat_ids(prompt.text) for prompt in job.prompts]
     sides = sides_of(llm, policies, prompts, job.params.max_tokens, job.budget)
     params, size = replace(job.params, token_sources=True), llm.loop.state.count

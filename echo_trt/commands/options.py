@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from echo_trt.decoding.policy_names import NAMES
 from echo_trt.errors import UserError, shown
 from echo_trt.runtime.host_memory import OPTION, bytes_in
 
-Policies = StrEnum("Policies", {name: name for name in NAMES})
 Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
 Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
 Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
+
+
+def _load_policies(file: Path | None) -> Path | None:
+    """Register the policies of a file before any command looks for one. Raises UserError."""
+    if file:
+        from echo_trt.decoding.policies import load_policies
+
+        load_policies(file)
+    return file
+
+
+PolicyName = Annotated[str | None, typer.Option("--policy", help="How to speculate. Default: the recipe's.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option(help="A Python file with policies of your own.", callback=_load_policies)
+]
 SpecialTokens = Annotated[
     bool,
     typer.Option(

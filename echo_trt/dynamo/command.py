@@ -10,6 +10,7 @@ from typing import Any
 
 from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.decoding.policies import policy_named
 from echo_trt.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
 from echo_trt.dynamo.environment import backend_of, grace_of, of_worker
 from echo_trt.dynamo.installed import check_installed
@@ -69,6 +70,8 @@ def _check(job: Job) -> Job:
     """Return the job with the bundle's whole path, by which all workers must name it."""
     manifest = read_manifest(job.bundle)
     check_card(job.bundle)
+    if job.policy:
+        policy_named(job.policy, "--policy")
     if job.batch is not None and not 1 <= job.batch <= MOST_AT_ONCE:
         raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MOST_AT_ONCE}.")
     _check_ports(job)

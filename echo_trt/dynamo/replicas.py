@@ -19,6 +19,7 @@ from pathlib import Path
 
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.decoding.policies import policy_named
 from echo_trt.dynamo.devices import divided, visible_devices
 from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
@@ -61,6 +62,7 @@ class Job:
     start_seconds: int = 300
     drain_seconds: int = 60
     kv_cache_memory: int | None = None
+    policy_file: Path | None = None
 
     @property
     def url(self) -> str:
@@ -74,6 +76,8 @@ def run(job: Job) -> int:
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
     manifest = read_manifest(job.bundle)
+    if job.policy:
+        policy_named(job.policy, "--policy")
     check_card(job.bundle)
     if trouble := port_trouble("--openai-port", job.host, job.port):
         raise UserError(f"{trouble}.")
@@ -153,6 +157,7 @@ class Replica(Supervised):
         job = self._job
         words = [str(job.bundle), "--name", job.name, "--queue", str(job.queue)]
         words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
+        words += ["--policy-file", str(job.policy_file)] if job.policy_file else []
         words += ["--policy", job.policy] if job.policy else []
         words += ["--batch", str(job.batch)] if job.batch else []
         words += ["--kv-cache-memory", f"{job.kv_cache_memory}B"] if job.kv_cache_memory else []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
+from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
@@ -55,6 +56,7 @@ class Job:
     allowed_origins: tuple[str, ...] = ()
     page: bool = True
     kv_cache_memory: int | None = None
+    policy_file: Path | None = None
 
     @property
     def reached_at(self) -> str:
@@ -88,6 +90,8 @@ def run(job: Job) -> int:
 def _check(job: Job) -> Manifest:
     """Returns the bundle's. Raises UserError."""
     manifest = read_manifest(job.bundle)
+    if job.policy:
+        policy_named(job.policy, "--policy")
     ports = {
         "--http-port": job.http_port,
         "--grpc-port": job.grpc_port,
@@ -140,6 +144,7 @@ class Triton(Supervised):
         remove_regions()
         settings = {"ECHO_TRT_BUNDLE": str(job.bundle.resolve()), "ECHO_TRT_QUEUE": str(job.queue)}
         settings |= {"ECHO_TRT_POLICY": job.policy} if job.policy else {}
+        settings |= {"ECHO_TRT_POLICY_FILE": str(job.policy_file.resolve())} if job.policy_file else {}
         settings |= {"ECHO_TRT_BATCH": str(job.batch)} if job.batch else {}
         settings |= {"ECHO_TRT_KV_CACHE_MEMORY": f"{job.kv_cache_memory}B"} if job.kv_cache_memory else {}
         settings["ECHO_TRT_SPECIAL_TOKENS_IN_CONTENT"] = str(job.special_tokens_in_content).lower()

@@ -12,7 +12,7 @@ from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_mani
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.decoding.pack import LevelShape
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import echo_settings, reserve_for
+from echo_trt.decoding.policies import POLICIES, reserve_for
 from echo_trt.errors import UserError
 from echo_trt.runtime.block_drafter import BlockDrafter
 from echo_trt.runtime.drafters import Drafter, Eagle3Drafter, EngineDrafter
@@ -188,16 +188,17 @@ def _bounds(state: Slots) -> CallBounds:
 
 
 def level_shapes(manifest: Manifest) -> list[LevelShape]:
-    """List the shapes of drafts that a planner may ask a head on a device for; goodput-exact's chains are left out.
-
-    ``static`` always drafts the full depth of its tree, so its one shape is added.
-    """
+    """List the shapes of drafts that registered policies may ask a head on a device for."""
     decoding = manifest.recipe.decoding.model_dump()
-    elastic, fixed = (echo_settings(name, decoding) for name in ("echo", "static"))
-    beams = min(elastic.beams, elastic.width)
-    shapes = [LevelShape(levels, beams, elastic.width) for levels in range(1, elastic.max_depth)]
-    whole = LevelShape(fixed.max_depth - 1, fixed.beams, fixed.width)
-    return [*shapes, whole] if whole.levels and whole not in shapes else shapes
+    shapes: dict[LevelShape, None] = {}  # in order
+    for policy in POLICIES.values():
+        if policy.shape is None or not policy.captured:
+            continue
+        largest = policy.shape(decoding)
+        whole = largest.max_depth - 1
+        for levels in (whole,) if policy.drafts_whole else range(1, whole + 1):
+            shapes[LevelShape(levels, min(largest.beams, largest.width), largest.width)] = None
+    return [shape for shape in shapes if shape.levels]
 
 
 def drafter_with(

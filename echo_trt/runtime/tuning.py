@@ -17,8 +17,7 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.policy_names import BUDGETED
+from echo_trt.decoding.policies import make_planner, policy_named
 from echo_trt.errors import UserError
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.block_drafter import BlockDrafter
@@ -102,7 +101,7 @@ class Tuning:
         if settings["fixed_threshold"] is None:
             settings["fixed_threshold"] = calibration.fixed_threshold if calibration else max(USUAL_GATES.values())
         settings["budget"] = budget or settings["budget"]
-        if name in BUDGETED:
+        if policy_named(name).shares_budget:
             if decoding.gates is None and calibration is None:
                 told = ", ".join(f"{threshold:g} at depth {depth}" for depth, threshold in USUAL_GATES.items())
                 self._note(f"{self._folder} has no {CALIBRATION}: gates are the usual {told}; run echo-trt calibrate.")

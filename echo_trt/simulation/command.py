@@ -21,8 +21,8 @@ from echo_trt.decoding.goodput.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import echo_settings, goodput_settings, make_planner
-from echo_trt.decoding.policy_names import NAMES, PAPER, PLAIN
+from echo_trt.decoding.policies import POLICIES, goodput_settings, make_planner, policy_named
+from echo_trt.decoding.policy_names import DEFAULT, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.runtime.params import MOST_AT_ONCE
@@ -33,7 +33,6 @@ from echo_trt.simulation.report import html_report, table
 from echo_trt.simulation.walk import Recording, Walk
 
 ORACLE = "oracle"
-POLICIES = (*NAMES, ORACLE)
 BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
 LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000, "block": 64}
@@ -79,8 +78,9 @@ def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
     names = list(dict.fromkeys((PLAIN, *job.policies)))
     settings = settings_for(job, recording, calibration, machine)
     for name in names:
-        if name in PAPER:
-            _check_shape(name, echo_settings(name, settings), recording)
+        shape = POLICIES[name].shape if name != ORACLE else None
+        if shape:
+            _check_shape(name, shape(settings), recording)
     result: dict[str, Any] = {
         "machine": machine.name,
         "recording": {"answers": len(recording.answers), "positions": len(recording.trees)},
@@ -123,7 +123,7 @@ def simulate(
     """Simulate one policy at one batch."""
     tokens = job.tokens or min(max(SLOT_TOKENS * batch, FEWEST), max(MOST, 4 * batch))
     if name == ORACLE:  # which has goodput's candidates
-        shape = goodput_settings("goodput", settings)
+        shape = goodput_settings(DEFAULT, settings)
         return Oracle(recording, machine, shape, batch, job.prompt, ngrams, job.block or 0).run(tokens)
     walk = Walk(recording, batch, job.prompt)
     planner = planner_for(name, settings, calibration, machine, walk, ngrams, job.block or 0)
@@ -213,10 +213,12 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
 
 def _check(job: SimulationJob) -> None:
     if not job.policies:
-        raise UserError(f"--policies is empty; name one or more of {', '.join(POLICIES)}, separated by commas.")
+        raise UserError(
+            f"--policies is empty; name one or more of {', '.join((*POLICIES, ORACLE))}, separated by commas."
+        )
     for name in job.policies:
-        if name not in POLICIES:
-            raise UserError(f"--policies has {name!r}; choose among {', '.join(POLICIES)}.")
+        if name != ORACLE:
+            policy_named(name, "--policies")
     if not job.batches:
         raise UserError("--batch is empty; give one or more positive whole numbers.")
     for batch in job.batches:

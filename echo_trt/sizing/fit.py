@@ -10,7 +10,7 @@ from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import echo_settings
+from echo_trt.decoding.policies import POLICIES
 from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
@@ -122,7 +122,8 @@ def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
     logits = draft.vocab_size * (value + 2 * 4)
     if recipe.draft.kind != "eagle3":
         return LARGEST * logits
-    trees = [echo_settings(name, recipe.decoding.model_dump()) for name in ("echo", "static")]
+    decoding = recipe.decoding.model_dump()
+    trees = [policy.shape(decoding) for policy in POLICIES.values() if policy.shape]
     nodes = max(min(tree.beams, tree.width) * (tree.max_depth - 1) for tree in trees)
     rows = max(batch * max(min(tree.beams, tree.width) for tree in trees), LARGEST)
     tokens = max(batch * nodes, LARGEST)  # the largest graph's, however few requests there are

@@ -14,7 +14,7 @@ from seeded_draft import PathDraft, drafted
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.planner import Planner
 from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.policy_names import PAPER, PLAIN
+from echo_trt.decoding.policy_names import PLAIN
 from echo_trt.decoding.super_tree import SuperTree
 
 
@@ -71,7 +71,7 @@ SETTINGS = {
     "fixed_threshold": 0.25,
     "static": {"depth": 3, "top_k": 3, "tokens": 7},
 }
-PLANNERS = {name: make_planner(name, SETTINGS, lambda *_: None) for name in (PLAIN, *PAPER)}
+PLANNERS = {name: make_planner(name, SETTINGS, lambda *_: None) for name in (PLAIN, "static", "dense", "fixed", "echo")}
 
 
 def hashed(*what: object) -> int:

@@ -1,16 +1,21 @@
 """Policies by name: which planner each one is, and with which numbers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from machines import load_of
 from seeded_draft import NoDraft
 
+from echo_trt.decoding import policies
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.planner import PlainPlanner
-from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.policy_names import GOODPUT, NAMES, PAPER, PLAIN
+from echo_trt.decoding.policies import BUILT_IN, POLICIES, load_policies, make_planner
+from echo_trt.decoding.policy_names import PLAIN
 from echo_trt.errors import UserError
 
+PAPER = ("static", "dense", "fixed", "echo")
+GOODPUT = ("goodput", "goodput-exact", "goodput-head")
 SETTINGS = {
     "budget": 2,
     "per_request": 9,
@@ -34,7 +39,8 @@ def test_an_unknown_policy_is_named():
 
 
 def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
-    assert (PLAIN, *PAPER, *GOODPUT) == NAMES
+    assert (PLAIN, *PAPER, *GOODPUT) == BUILT_IN
+    assert {name for name in BUILT_IN if POLICIES[name].shares_budget} == {"dense", "fixed", "echo"}
     planners = {name: made(name) for name in (PLAIN, *PAPER)}
     assert {name: planner.name for name, planner in planners.items()} == {name: name for name in planners}
     plain = planners.pop(PLAIN)
@@ -60,9 +66,71 @@ def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
 
 def test_the_goodput_policies_differ_in_their_candidates():
     given = {name: made(name) for name in GOODPUT}
-    assert [name for name, _ in given.values()] == [name for name in NAMES if name.startswith("goodput")]
+    assert [name for name, _ in given.values()] == [name for name in BUILT_IN if name.startswith("goodput")]
     usual, exact, head = (settings for _, settings in given.values())
     assert (usual.max_depth, usual.beams, usual.width, usual.per_request) == (5, 2, 3, 9)
     assert (usual.one_path, usual.free_candidates) == (False, True)
     assert (exact.beams, exact.width, exact.one_path, exact.free_candidates) == (1, 1, True, True)
     assert (head.beams, head.width, head.one_path, head.free_candidates) == (2, 3, False, False)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Let a test register policies that others do not see."""
+    monkeypatch.setattr(policies, "POLICIES", dict(POLICIES))
+    monkeypatch.setattr(policies, "_LOADED", set())
+    return policies
+
+
+CHAIN = """
+from echo_trt.decoding.echo.planner import EchoPlanner
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.policies import policy
+
+SHAPE = EchoSettings(max_depth={depth}, beams=1, width=1, per_request={depth} + 1)
+
+@policy("{name}", "a chain", lambda settings: SHAPE)
+def chain(name, settings, make_goodput):
+    return EchoPlanner(name, SHAPE)
+"""
+
+
+def test_a_file_registers_a_policy_once(registry, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CHAIN.format(name="mine", depth=3))
+    load_policies(file)
+    load_policies(tmp_path / ".." / tmp_path.name / "mine.py")
+    assert registry.make_planner("mine", SETTINGS, None).name == "mine"
+    assert registry.reserve_for(SETTINGS) == policies.reserve_for(SETTINGS)  # bundles were built without it
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "is no Python file"),
+        ("x = 1", "registers no policy"),
+        ("raise ValueError('of mine')", r"fails \(ValueError: of mine\)"),
+        (CHAIN.format(name="echo", depth=3), "'echo', which another policy has"),
+        (CHAIN.format(name="My Chain", depth=3), "give lower-case letters"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_a_sentence(text, sentence, registry, tmp_path):
+    file = tmp_path / "mine.py"
+    if text:
+        file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_policies(file)
+
+
+def test_a_policy_whose_trees_a_bundle_has_no_rows_for_is_refused(registry, tmp_path):
+    file = tmp_path / "deep.py"
+    file.write_text(CHAIN.format(name="deep", depth=40))
+    load_policies(file)
+    with pytest.raises(UserError, match=r"policy deep needs 41 KV rows per request .* bundles keep 9"):
+        registry.make_planner("deep", SETTINGS, None)
+
+
+def test_the_docs_list_the_policies():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    rows = "".join(f"| `{name}` | {POLICIES[name].summary} |\n" for name in BUILT_IN)
+    assert f"| policy | behaviour |\n|---|---|\n{rows}\n" in page

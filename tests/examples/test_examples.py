@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,30 @@ def test_chat(with_limits):
 
 def test_chat_ends_where_its_input_ends(bundle_of):
     assert "it:  " in run(sys.executable, EXAMPLES / "chat.py", bundle_of("close"), text="the theme\n")
+
+
+def test_a_policy_in_one_file_writes_plain_decoding_s_text(bundle_of, tmp_path):
+    """In each command that takes it; ``serve`` is tried in tests/serving."""
+    chain = ["--policy-file", EXAMPLES / "chain_policy.py"]
+    prompts, trees, figures = (tmp_path / name for name in ("p.jsonl", "trees.npz", "figures.json"))
+    prompts.write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(8)))
+    bundle = shutil.copytree(bundle_of("close"), tmp_path / "close")
+    echo = Path(sys.executable).with_name("echo-trt")
+    words = ["--prompts", prompts, "--max-tokens", 24, "--json", figures]
+    run(echo, "generate", bundle, *words, *chain, "--policy", "chain", "--compare")
+    rows = json.loads(figures.read_text())["summary"]
+    assert rows["policy"] == "chain"
+    assert rows["accepted_length"] > 1
+    run(
+        echo, "bench", bundle, *words, *chain, "--policies", "chain", "--batch", "1,2", "--rounds", 1, "--record", trees
+    )
+    rows = [row for row in json.loads(figures.read_text())["results"] if row["policy"] == "chain"]
+    assert [row["same_texts"].split(" of ")[0] for row in rows] == [row["same_texts"].split(" of ")[1] for row in rows]
+    words = ["--prompts", prompts, "--max-tokens", 24]
+    run(echo, "calibrate", bundle, *words)
+    words = ["--calibration", bundle / "calibration.json", "--machine", "h100-qwen3-8b", "--batch", 1, "--tokens", 200]
+    run(echo, "simulate", trees, *words, *chain, "--policies", "chain", "--static", "2,2,4", "--json", figures)
+    assert {row["policy"] for row in json.loads(figures.read_text())["results"]} == {"autoregressive", "chain"}
 
 
 def test_readme_s_python(bundle_of):

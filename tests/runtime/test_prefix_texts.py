@@ -9,7 +9,7 @@ from pairs import PAIRS
 from test_goodput_loop import machine
 
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policy_names import GOODPUT, NAMES
+from echo_trt.decoding.policies import BUILT_IN
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -39,8 +39,8 @@ def conversation(llm: LLM, **sampling) -> list[list[int]]:
 def test_a_conversation_is_the_same_under_every_policy(pair, sampling, open_llm, without):
     expected = conversation(without(pair), **sampling)
     llm = open_llm(pair, "autoregressive")
-    for policy in NAMES:
-        if policy in GOODPUT:
+    for policy in BUILT_IN:
+        if policy.startswith("goodput"):
             llm.loop.planner = goodput_planner(llm, machine(), policy)
         else:
             llm.set_policy(policy)
@@ -49,7 +49,7 @@ def test_a_conversation_is_the_same_under_every_policy(pair, sampling, open_llm,
         assert conversation(llm, **sampling) == expected
         assert llm.counters.cached_tokens - found == 2 * BLOCK + 3 * BLOCK
     counters = llm.counters
-    assert counters.prompt_tokens + counters.cached_tokens == counters.asked_tokens == len(NAMES) * (45 + 78 + 111)
+    assert counters.prompt_tokens + counters.cached_tokens == counters.asked_tokens == len(BUILT_IN) * (45 + 78 + 111)
     assert_all_free(llm.loop)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from echo_trt.decoding.policies import load_policies
 from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import bytes_in
 from echo_trt.runtime.llm import LLM
@@ -45,6 +46,8 @@ class TritonPythonModel:
             raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
         batch, queue = _whole(config, "batch"), _whole(config, "queue")
         memory = _setting(config, "kv_cache_memory")
+        if file := _setting(config, "policy_file"):
+            load_policies(Path(file))
         llm = LLM(
             bundle,
             _setting(config, "policy") or None,

@@ -13,9 +13,9 @@ from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.policies import echo_settings
-from echo_trt.decoding.policy_names import PAPER
 from echo_trt.decoding.super_tree import SuperTree
 
+PAPER = ("static", "dense", "fixed", "echo")
 AMPLE = 10**6
 Paths = dict[tuple[int, ...], np.float32]  # drafted tokens -> score
 
