@@ -56,6 +56,11 @@ def check_peers(names: Sequence[str]) -> None:
     """Refuse peers that are unknown, not installed, not reached, or not told apart."""
     inside = [name for name in names if "=" not in name]
     for name in inside:
+        if name in SERVERS:
+            raise UserError(
+                f"peer {name} is a server in an environment of its own: pip install {name} there, start "
+                f"{SERVERS[name]}, and give {name}=http://127.0.0.1:8000 (docs/quickstart-gpu.md)."
+            )
         if name not in PEERS:
             raise UserError(f"peer {shown(name)} is unknown; use NAME=URL for a server, or one of {', '.join(PEERS)}.")
         _check_installed(name, *PEERS[name][:2])
@@ -118,6 +123,8 @@ def _open_transformers(manifest: Manifest, recipe_folder: Path) -> Peer:
     return Transformers(manifest, target)
 
 
+#: Packages that pin another PyTorch than echo-trt's, or may -> the server that they bring, a peer by its URL.
+SERVERS = {"tensorrt-llm": "trtllm-serve", "vllm": "vllm serve", "sglang": "python -m sglang.launch_server"}
 #: OpenVINO's packages work together in equal versions alone.
 _GENAI = f"openvino-genai=={importlib.metadata.version('openvino')}"
 

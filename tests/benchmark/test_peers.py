@@ -60,8 +60,16 @@ def ours(bundle, prompts: list[list[int]], stop: tuple[int, ...] = ()) -> list[l
 
 def test_an_unknown_peer_is_named_beside_the_known(bundle_of):
     bundle = bundle_of("lookup")
-    with refused("'vllm'", "NAME=URL", *PEERS):
-        open_peer("vllm", bundle, read_manifest(bundle))
+    with refused("'exllama'", "NAME=URL", *PEERS):
+        open_peer("exllama", bundle, read_manifest(bundle))
+
+
+@pytest.mark.parametrize(
+    ("name", "server"), [("tensorrt-llm", "trtllm-serve"), ("vllm", "vllm serve"), ("sglang", "launch_server")]
+)
+def test_an_engine_that_is_a_server_says_how_to_reach_it(name, server, bundle_of):
+    with refused(f"pip install {name}", server, f"{name}=http://127.0.0.1:8000"):
+        open_peer(name, bundle_of("lookup"), read_manifest(bundle_of("lookup")))
 
 
 @pytest.mark.parametrize(
