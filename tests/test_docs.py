@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tomllib
+from importlib.metadata import version as installed
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from typer.main import get_command
 
 from echo_trt import __version__
@@ -57,6 +60,26 @@ def test_commands_have_these_options(page):
             assert name in commands, line
             known = {option for parameter in commands[name].params for option in parameter.opts}
             assert {word for word in words if re.match(r"-{1,2}[a-z]", word)} <= known, line
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+def test_a_first_run_reads_files_that_exist(name):
+    commands = "".join(match[0] for match in FENCE.finditer((ROOT / name).read_text()))
+    files = re.findall(r"(?:--prompts |\b)((?:[\w-]+/)*[\w-]+\.jsonl|build/\S+\.yaml|scripts/[\w/.-]+)", commands)
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert "REPOSITORY" not in commands
+
+
+def test_a_page_installs_the_torch_that_is_declared():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]
+    [bound] = [line for line in declared["dependencies"] if line.startswith("torch>")]
+    page = (ROOT / "docs/quickstart-gpu.md").read_text()
+    assert f"pip install '{bound}' " in page
+    requirement = Requirement(bound)
+    assert requirement.specifier.contains(installed("torch").split("+")[0])
+    assert not requirement.specifier.contains("2.14.0")
+    assert "tensorrt-llm" not in declared["optional-dependencies"]
 
 
 def test_readme_is_two_screens():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.recipe import load_recipe, parse_recipe
 from echo_trt.commands.recipes import RECIPES, recipe_for, sized
 from echo_trt.runtime.kv_pool import kv_pool
+from echo_trt.sizing.cards import CARDS
 from echo_trt.sizing.fit import needs
 from echo_trt.sizing.limits import filling, limited
 from echo_trt.sizing.shapes import shapes
@@ -192,3 +194,21 @@ def test_memory_of_a_gpu_is_nothing_to_a_cpu():
     recipe = parse_recipe({"name": "a", "target": {"hub": "a/b"}}, "a.yaml")
     with refused("--gpu-memory-utilization is for a GPU, but the engine is openvino"):
         sized(recipe, Path(), None, None, 0.9)
+
+
+@pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+def test_engines_that_share_a_card_share_its_memory(name):
+    """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
+    beside = (
+        (RECIPES.parent / name)
+        .read_text()
+        .split("that takes the rest of the card" if "migrating" in name else "## Beside")[1]
+    )
+    ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
+    assert f"bench {ours[4]} " in beside
+    theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
+    assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
+    recipe, folder = recipe_for(ours[1], engine=ours[2])
+    recipe = recipe.built_as(ours[2], None, [])
+    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100").limits.kv_blocks
+    assert held >= 4 * recipe.request_blocks
