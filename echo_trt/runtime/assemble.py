@@ -88,11 +88,10 @@ def load_networks(
     count = batch or limits.batch
     linear = manifest.engine == "tensorrt-rtx"  # its engines have a cache a slot instead of one pool
     pool = kv_pool(folder, manifest, count, kv_cache_memory)
-    blocks = pool.request_blocks * count if linear else pool.blocks
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
-    state = Slots(count, limits.context, reserve, None if linear else blocks, cached)
-    target = _engine(folder, manifest, manifest.target, state, blocks)
-    draft = _engine(folder, manifest, manifest.draft, state, blocks) if manifest.draft else None
+    state = Slots(count, limits.context, reserve, None if linear else pool.blocks, cached)
+    target = _engine(folder, manifest, manifest.target, state, pool.blocks)
+    draft = _engine(folder, manifest, manifest.draft, state, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
     heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)

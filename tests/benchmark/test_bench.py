@@ -204,7 +204,7 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
         ({"policies": ["fastest"]}, ("--policies", "'fastest'", "goodput")),
         ({"batches": [0]}, ("--batch", "0", "1 to 4096")),
         ({"policies": []}, ("--policies is empty", "goodput")),
-        ({"peers": ["vllm"]}, ("vllm", "transformers")),
+        ({"peers": ["exllama"]}, ("exllama", "transformers")),
         ({"json_file": Path("r"), "html_file": Path("r").absolute()}, ("--json", "--html", "/r", "of its own")),
         ({"json_file": Path("/nowhere/r.json")}, ("--json /nowhere/r.json", "cannot be written")),
         ({"html_file": Path("/nowhere/r.html")}, ("--html", "cannot be written")),
