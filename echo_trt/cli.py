@@ -215,6 +215,9 @@ def serve(
     page: Annotated[
         bool, typer.Option("--page/--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True,
+    triton: Annotated[
+        bool, typer.Option("--triton/--no-triton", help="Whether Triton hosts the engine, else a process of its own.")
+    ] = True,
     replicas: Annotated[
         int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
     ] = 0,
@@ -237,6 +240,7 @@ def serve(
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
             ("--no-page", not page),
+            ("--no-triton", not triton),
             *((f"--{port}-port", _is_given(context, f"{port}_port")) for port in ("http", "grpc", "metrics")),
         ):
             if given:
@@ -246,10 +250,13 @@ def serve(
         raise typer.Exit(dynamo.run(dynamo.Job(bundle, replicas, host, openai_port, model, policy, *numbers, *more)))
     from echo_trt.launch.launcher import Job, run
 
+    given = [f"--{port}-port" for port in ("http", "grpc", "metrics") if _is_given(context, f"{port}_port")]
+    if given and not triton:
+        raise UserError(f"{given[0]} is a port of Triton's, but --no-triton is given; leave one of them out.")
     ports = (http_port, grpc_port, metrics_port, openai_port)
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
-    more = special_tokens_in_content, names, origins, page, kv_cache_memory, policy_file
+    more = special_tokens_in_content, names, origins, page, kv_cache_memory, policy_file, triton
     raise typer.Exit(run(Job(bundle, host, *ports, api_keys_file, policy, *numbers, *more)))
 
 

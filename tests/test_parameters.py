@@ -14,7 +14,7 @@ from refusal import refused
 from echo_trt.bundle.manifest import Sampling
 from echo_trt.cli import generate
 from echo_trt.runtime.params import PARAMETERS, SamplingParams
-from echo_trt.serving.triton.tensors import ALIASES, INPUTS, Tensor
+from echo_trt.serving.inputs import ALIASES, INPUTS, Tensor
 
 ROOT = Path(__file__).parents[1]
 

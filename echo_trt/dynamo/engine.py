@@ -25,12 +25,12 @@ from echo_trt.dynamo.answers import DynamoAnswer
 from echo_trt.dynamo.discovery import Lease
 from echo_trt.dynamo.events import BlockEvents
 from echo_trt.dynamo.job import Job
-from echo_trt.dynamo.metrics import WorkerMetrics
 from echo_trt.dynamo.request import Ask, read
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
+from echo_trt.serving.exposition import EngineMetrics
 from echo_trt.serving.job import Overloaded
 from echo_trt.serving.protocol import FIRST
 from echo_trt.serving.service import Service
@@ -59,7 +59,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
         self._closing = False
         self.failure: UserError | None = None
         self.died = False
-        self.metrics = WorkerMetrics(job.name)
+        self.metrics = EngineMetrics(job.name)
 
     @classmethod
     async def from_args(cls, argv: list[str] | None = None) -> Any:

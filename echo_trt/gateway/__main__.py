@@ -36,12 +36,15 @@ def run(
         str | None, typer.Option(help="URL of Triton's metrics, to give the engine's at /metrics too.")
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Whether / shows the live page.")] = True,
+    engine_socket: Annotated[
+        Path | None, typer.Option(help="An engine process's socket, to ask it instead of Triton.")
+    ] = None,
     largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
     drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
 ) -> None:
     """Serve OpenAI's API from a Triton server that holds an echo model."""
     names, origins = served_model_name or [], allowed_origins or []
-    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url, page)
+    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url, page, engine_socket)
     most = most_connections()
     protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
     config = uvicorn.Config(

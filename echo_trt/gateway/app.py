@@ -24,6 +24,7 @@ from echo_trt.gateway.choices import ClientGone, merged
 from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import OPEN, Edge
 from echo_trt.gateway.engine_metrics import EngineMetrics
+from echo_trt.gateway.engine_upstream import EngineUpstream
 from echo_trt.gateway.errors import ApiError, log, shown
 from echo_trt.gateway.facts import Facts
 from echo_trt.gateway.keys import Keys
@@ -53,16 +54,18 @@ def create_app(
     origins: Sequence[str] = (),
     metrics_url: str | None = None,
     page: bool = True,
+    engine_socket: Path | None = None,
 ) -> Starlette:
     """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
 
+    ``engine_socket`` is that of an engine process, which is asked instead of a Triton server where it is given.
     ``names`` are those that clients may call the model by; none: ``model`` alone. ``origins`` are those of web pages
     that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. ``page``: whether / is the live page.
     Raises UserError for a keys file that holds no usable key, an odd name, origin or URL.
     """
     keys = Keys(api_keys_file) if api_keys_file else None
-    metrics = Metrics(engine=metrics_url is not None)
-    engine_metrics = EngineMetrics(metrics_url) if metrics_url is not None else None
+    metrics = Metrics(engine=metrics_url is not None or engine_socket is not None)
+    theirs = EngineMetrics(metrics_url) if metrics_url is not None else None
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
     without_key = OPEN + tuple(shown.files if shown else ())
@@ -76,9 +79,16 @@ def create_app(
         Exception: _unexpected,
     }
 
+    def upstream() -> Upstream:
+        if engine_socket:
+            return EngineUpstream(engine_socket, metrics)
+        from echo_trt.gateway.triton_upstream import TritonUpstream  # an engine process needs no gRPC
+
+        return TritonUpstream(grpc_url, model, metrics, theirs)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.upstream, app.state.bodies = Upstream(grpc_url, model, metrics), Bodies(largest_body)
+        app.state.upstream, app.state.bodies = upstream(), Bodies(largest_body)
         app.state.live = Live(app.state.upstream)
         yield
         await app.state.live.close()
@@ -106,7 +116,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
-    app.state.metrics, app.state.engine_metrics, app.state.created = metrics, engine_metrics, int(time.time())
+    app.state.metrics, app.state.created = metrics, int(time.time())
     app.state.names = checked_names(names or [model])
     app.state.page_build = shown.build if shown else ""
     return app
@@ -156,8 +166,7 @@ async def version(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> PlainTextResponse:
     """GET /metrics, for Prometheus: the gateway's, and the engine's where it is known where they are."""
-    metrics, engine = request.app.state.metrics, request.app.state.engine_metrics
-    theirs = await engine.text() if engine else None
+    metrics, theirs = request.app.state.metrics, await request.app.state.upstream.engine_metrics()
     if metrics.engine_up:
         metrics.engine_up.set(theirs is not None)
     return PlainTextResponse(metrics.text() + (theirs or b""), media_type=CONTENT_TYPE_LATEST)

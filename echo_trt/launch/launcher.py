@@ -17,7 +17,7 @@ from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
-from echo_trt.launch.probe import PROBE_SECONDS, Probe, responds
+from echo_trt.launch.probe import PROBE_SECONDS, EngineProbe, Probe, responds
 from echo_trt.launch.process import Log, Process, lives, raise_open_files
 from echo_trt.launch.stopping import stop_signals
 from echo_trt.launch.supervised import Supervised, port_trouble
@@ -57,11 +57,28 @@ class Job:
     page: bool = True
     kv_cache_memory: int | None = None
     policy_file: Path | None = None
+    triton: bool = True
 
     @property
     def reached_at(self) -> str:
         """The address for clients on this machine."""
-        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
+    def shown_host(self) -> str:
+        """The host as URLs write it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Option -> port, of what is to be served."""
+        triton = {
+            "--http-port": self.http_port,
+            "--grpc-port": self.grpc_port,
+            "--metrics-port": self.metrics_port,
+        }
+        return {**(triton if self.triton else {}), **({"--openai-port": self.openai_port} if self.openai_port else {})}
 
 
 def run(job: Job) -> int:
@@ -69,11 +86,11 @@ def run(job: Job) -> int:
 
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
-    job = replace(job, host=_address(job.host))
+    job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     manifest = _check(job)
     names = job.served_model_names or (MODEL, manifest.recipe.target.hub or manifest.name)
     job = replace(job, served_model_names=checked_names(names))
-    server = find_server()
+    server = find_server() if job.triton else None
     stop = threading.Event()
     for number in (signal.SIGINT, *stop_signals()):
         signal.signal(number, lambda *_: stop.set())
@@ -92,13 +109,11 @@ def _check(job: Job) -> Manifest:
     manifest = read_manifest(job.bundle)
     if job.policy:
         policy_named(job.policy, "--policy")
-    ports = {
-        "--http-port": job.http_port,
-        "--grpc-port": job.grpc_port,
-        "--metrics-port": job.metrics_port,
-        "--openai-port": job.openai_port,
-    }
-    wanted = {option: port for option, port in ports.items() if port}
+    wanted = job.ports
+    if not wanted:
+        raise UserError(
+            "--openai-port is 0 and --no-triton is given, so nothing would be served; leave one of them out."
+        )
     if len(set(wanted.values())) < len(wanted):
         raise UserError(f"{', '.join(map(str, wanted.values()))} are the ports asked for; give each a port of its own.")
     for option, port in wanted.items():
@@ -114,14 +129,15 @@ def _check(job: Job) -> Manifest:
     return manifest
 
 
-def _address(host: str) -> str:
-    """Resolve a host: Triton takes IPv4 addresses alone, and reads names such as localhost as 255.255.255.255."""
+def _address(host: str, family: socket.AddressFamily) -> str:
+    """Resolve a host. Triton takes IPv4 addresses alone, and reads names such as localhost as 255.255.255.255."""
     try:
-        return socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an endless part
+        kind = "IPv4 address" if family == socket.AF_INET else "address"
         reason = getattr(error, "strerror", None) or "it is no name of a host"
         raise UserError(
-            f"--host is {host!r}, which is no IPv4 address and has none ({reason}); give one, such as 0.0.0.0."
+            f"--host is {host!r}, which is no {kind} and has none ({reason}); give one, such as 0.0.0.0."
         ) from None
 
 
@@ -133,7 +149,7 @@ class Triton(Supervised):
     def __init__(self, job: Job, server: TritonServer, work: Path, log: Log):
         ports = {"--http-port": job.http_port, "--grpc-port": job.grpc_port, "--metrics-port": job.metrics_port}
         super().__init__(log, job.host, ports, job.start_seconds)
-        self.signals = work
+        self._signals = work
         self._job, self._server, self._work = job, server, work
         self._probe = Probe(job.reached_at, job.http_port, job.metrics_port)
         self._backends: set[int] = set()
@@ -150,7 +166,7 @@ class Triton(Supervised):
         settings["ECHO_TRT_SPECIAL_TOKENS_IN_CONTENT"] = str(job.special_tokens_in_content).lower()
         self._starts += 1
         self._sound = time.monotonic()
-        self.signals = work = self._work / str(self._starts)
+        self._signals = work = self._work / str(self._starts)
         work.mkdir()
         settings["ECHO_TRT_SIGNALS"] = str(work)
         command = self._server.command(job.host, Ports(job.http_port, job.grpc_port, job.metrics_port), work)
@@ -177,21 +193,83 @@ class Triton(Supervised):
             return "Triton's backend died while it loaded the bundle, as it does for want of memory; free some"
         return None
 
+    def begin_to_drain(self) -> None:
+        """Let the model refuse new requests and finish open ones."""
+        (self._signals / "drain").touch()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all answers have been sent."""
+        return (self._signals / "drained").exists()
+
+    def end(self) -> None:
+        """Stop Triton, which is idle."""
+        time.sleep(FLUSH_SECONDS)
+        self.process.terminate()
+        self.process.wait(STOP_SECONDS)
+
+
+class Engine(Supervised):
+    """The engine's process without Triton, which serves once a real inference was answered."""
+
+    name = "the engine"
+
+    def __init__(self, job: Job, work: Path, log: Log):
+        super().__init__(log, job.host, {}, job.start_seconds)
+        self.socket = work / "engine"
+        self._job, self._probe = job, EngineProbe(self.socket)
+
+    def _spawn(self) -> Process:
+        job = self._job
+        self.socket.unlink(missing_ok=True)
+        words = ["--bundle", str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue)]
+        words += ["--policy", job.policy] if job.policy else []
+        words += ["--policy-file", str(job.policy_file.resolve())] if job.policy_file else []
+        words += ["--batch", str(job.batch)] if job.batch else []
+        words += ["--kv-cache-memory", str(job.kv_cache_memory)] if job.kv_cache_memory else []
+        words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        return Process("engine", [sys.executable, "-m", "echo_trt.serving", *words], environment, self._log)
+
+    def _ready(self) -> bool:
+        return self.socket.exists() and self._probe.answers(PROBE_SECONDS)
+
+    def _lives(self) -> bool:
+        return self._probe.lives()
+
+    def begin_to_drain(self) -> None:
+        """Let the engine refuse new requests; it ends once all answers have been sent."""
+        self.process.terminate()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all answers have been sent."""
+        return not self.process.alive and self.process.exit_code == 0
+
+    def end(self) -> None:
+        """Do nothing: the engine has ended by itself."""
+
 
 class Gateway(Supervised):
     """The gateway's process, which serves once it answers by itself, without Triton."""
 
     name = "the gateway"
 
-    def __init__(self, job: Job, log: Log):
+    def __init__(self, job: Job, log: Log, engine: Path | None = None):
+        """``engine``: the socket of an engine's process; None: Triton has the engine."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
-        self._job, self._url = job, f"http://{job.reached_at}:{job.openai_port}/version"
+        self._job, self._engine = job, engine
+        self._url = f"http://{job.reached_at}:{job.openai_port}/version"
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--grpc-url", f"{job.reached_at}:{job.grpc_port}", "--model", MODEL, "--host", job.host]
+        words = ["--model", MODEL, "--host", job.host]
         words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
-        words += ["--metrics-url", f"http://{job.reached_at}:{job.metrics_port}/metrics"]
+        if self._engine:
+            words += ["--engine-socket", str(self._engine)]
+        else:
+            words += ["--grpc-url", f"{job.reached_at}:{job.grpc_port}"]
+            words += ["--metrics-url", f"http://{job.reached_at}:{job.metrics_port}/metrics"]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]
         words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
@@ -206,12 +284,13 @@ class Gateway(Supervised):
 
 
 class Launcher:
-    """Triton and the gateway as one service, which is started, supervised and drained."""
+    """Engine and gateway as one service, which is started, supervised and drained."""
 
-    def __init__(self, job: Job, server: TritonServer, work: Path, stop: threading.Event, log: Log):
+    def __init__(self, job: Job, server: TritonServer | None, work: Path, stop: threading.Event, log: Log):
         self.job, self._stop, self._log = job, stop, log
-        self._triton = Triton(job, server, work, log)
-        self._gateway = Gateway(job, log) if job.openai_port else None
+        self._engine = Triton(job, server, work, log) if server else Engine(job, work, log)
+        socket = self._engine.socket if isinstance(self._engine, Engine) else None
+        self._gateway = Gateway(job, log, socket) if job.openai_port else None
         self._announced = False
 
     def run(self) -> int:
@@ -224,52 +303,50 @@ class Launcher:
                 self._step()
             return self._drain()
         except UserError:
-            self._drain()  # if the gateway failed, Triton still has open answers
+            self._drain()  # if the gateway failed, the engine still has open answers
             raise
         finally:
-            for process in filter(None, (self._gateway, self._triton)):
+            for process in filter(None, (self._gateway, self._engine)):
                 process.stop()
             remove_regions()
 
     def _step(self) -> None:
-        self._triton.step()
-        if self._gateway and self._triton.served:
+        self._engine.step()
+        if self._gateway and self._engine.served:
             self._gateway.step()
-        if not self._announced and self._triton.serving and (self._gateway is None or self._gateway.serving):
+        if not self._announced and self._engine.serving and (self._gateway is None or self._gateway.serving):
             self._announced = True
             self._print_urls()
 
     def _print_urls(self) -> None:
-        job = self.job
+        job, host = self.job, self.job.shown_host
         lines = [
-            f"HTTP     http://{job.host}:{job.http_port}/v2/models/{MODEL}/generate_stream",
-            f"gRPC     {job.host}:{job.grpc_port}",
-            f"metrics  http://{job.host}:{job.metrics_port}/metrics",
+            f"HTTP     http://{host}:{job.http_port}/v2/models/{MODEL}/generate_stream",
+            f"gRPC     {host}:{job.grpc_port}",
         ]
-        lines += [f"OpenAI   http://{job.host}:{job.openai_port}/v1"] if job.openai_port else []
-        lines += [f"page     http://{job.host}:{job.openai_port}/"] if job.openai_port and job.page else []
+        metrics = job.metrics_port if job.triton else job.openai_port
+        lines = [*(lines if job.triton else ()), f"metrics  http://{host}:{metrics}/metrics"]
+        lines += [f"OpenAI   http://{host}:{job.openai_port}/v1"] if job.openai_port else []
+        lines += [f"page     http://{host}:{job.openai_port}/"] if job.openai_port and job.page else []
         self._log.say("\n".join(["serving", *lines]))
 
     def _drain(self) -> int:
-        """Let model and gateway refuse new requests and finish open ones; then stop Triton, which is idle."""
-        if not self._triton.serving:  # nothing is open
+        """Let engine and gateway refuse new requests and finish open ones; then stop the engine, which is idle."""
+        engine, gateway = self._engine, self._gateway and self._gateway.process
+        if not engine.serving:  # nothing is open
             return 0
         self._log.say("stopping; open answers are finished")
         end = time.monotonic() + self.job.drain_seconds
-        triton, gateway = self._triton.process, self._gateway and self._gateway.process
-        drained = self._triton.signals / "drained"
-        (self._triton.signals / "drain").touch()
+        engine.begin_to_drain()
         if gateway:
             gateway.terminate()
-        while triton.alive and not drained.exists() and time.monotonic() < end:
+        while engine.process.alive and not engine.drained and time.monotonic() < end:
             time.sleep(0.05)
-        finished = drained.exists() and (gateway is None or gateway.wait(end - time.monotonic()))
+        finished = engine.drained and (gateway is None or gateway.wait(end - time.monotonic()))
         if finished:
-            time.sleep(FLUSH_SECONDS)
-            triton.terminate()
-            triton.wait(STOP_SECONDS)
+            engine.end()
         else:
             late = f"not finished in {self.job.drain_seconds} s"
-            fate = late if triton.alive else "lost with Triton, which died"
+            fate = late if engine.process.alive else f"lost with {engine.name}, which died"
             self._log.say(f"open answers were {fate}")
         return 0 if finished else 1

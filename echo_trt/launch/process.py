@@ -77,6 +77,11 @@ class Process:
     def alive(self) -> bool:
         return self._child.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._child.poll()
+
     def children(self) -> set[int]:
         """Return ids of the processes that it started itself, with those that died and were not waited for."""
         pids: set[int] = set()

@@ -104,7 +104,7 @@ class Supervised(ABC):
 
 def port_trouble(option: str, host: str, port: int) -> str | None:
     """Return why a port is not free, in a clause with the remedy, or None."""
-    with socket.socket() as attempt:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as attempt:
         attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             attempt.bind((host, port))

@@ -9,6 +9,9 @@ from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.request import Request
 from echo_trt.serving.protocol import FIRST
 
+#: Ends that are errors -> their codes, gRPC statuses by name.
+ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
+
 
 class Overloaded(Exception):
     """No request is taken now; another time or another server may. The message is one sentence."""

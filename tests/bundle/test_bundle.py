@@ -14,7 +14,7 @@ from echo_trt.commands.build import build
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt.serving.triton.request import Reader
+from echo_trt.serving.request import Reader
 
 
 def files_below(folder: Path) -> set[str]:

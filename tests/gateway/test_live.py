@@ -20,7 +20,7 @@ from echo_trt.gateway.app import create_app
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.page_files import PageFiles
-from echo_trt.gateway.upstream import Upstream
+from echo_trt.gateway.triton_upstream import TritonUpstream
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
@@ -157,7 +157,7 @@ def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
     monkeypatch.setattr(live, "STUCK_S", 0.2)
 
     async def run() -> None:
-        upstream = Upstream(NOBODY, "echo", Metrics())
+        upstream = TritonUpstream(NOBODY, "echo", Metrics())
         looked_at = live.Live(upstream)
         reader, stuck = looked_at.events("hello"), looked_at.events("hello")
         assert [await anext(reader), await anext(stuck)] == ["hello", "hello"]

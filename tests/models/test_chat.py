@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from echo_trt.errors import UserError
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
-from echo_trt.serving.triton.request import Reader
+from echo_trt.serving.request import Reader
 
 DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
 CORPUS = "the theme of a thing, naïve café, 50 € 😀🤖 日本語 and | im_end think user system; <|> </> " * 3

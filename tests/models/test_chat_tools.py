@@ -13,7 +13,7 @@ from refusal import refused
 
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
-from echo_trt.serving.triton.request import Reader
+from echo_trt.serving.request import Reader
 
 USER = {"role": "user", "content": "hello"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}

@@ -70,10 +70,13 @@ def free_ports(number: int) -> list[int]:
 class Served:
     """A running server. ``err`` is what its launcher has said."""
 
-    def __init__(self, bundle: Path, log: Path, *options: object, gateway: bool = False):
+    def __init__(self, bundle: Path, log: Path, *options: object, gateway: bool = False, triton: bool = True):
+        """``triton``: whether Triton hosts the engine, else a process of its own, beside the gateway."""
         self.http, self.grpc, self.metrics_port, self.openai = free_ports(4)
-        ports = ["--http-port", self.http, "--grpc-port", self.grpc, "--metrics-port", self.metrics_port]
-        ports += ["--openai-port", self.openai if gateway else 0]
+        ports: list[object] = ["--no-triton"]
+        if triton:
+            ports = ["--http-port", self.http, "--grpc-port", self.grpc, "--metrics-port", self.metrics_port]
+        ports += ["--openai-port", self.openai if gateway or not triton else 0]
         words = [sys.executable, "-m", "echo_trt.cli", "serve", bundle, *ports, *options]
         self._log = log
         with log.open("wb") as out:

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from echo_trt.runtime.params import Counters
+from echo_trt.serving.metrics import Metrics
 from echo_trt.serving.statistics import Statistics
-from echo_trt.serving.triton.metrics import Metrics
 
 told: Counter[tuple[str, ...]] = Counter()
 

@@ -17,9 +17,9 @@ pytestmark = needs_triton
 ASKED = {"text_input": "the theme of a thing, ", "max_tokens": 40, "ignore_eos": True}
 #: Of Triton's model repository.
 MODEL = """
-from echo_trt.serving.triton.logprobs import Outgoing
+from echo_trt.serving.logprobs import Outgoing
 from echo_trt.serving.triton.model import TritonPythonModel
-from echo_trt.serving.triton.sources import OutgoingSources
+from echo_trt.serving.sources import OutgoingSources
 
 def fail(*arguments):
     raise RuntimeError("a faulty part")

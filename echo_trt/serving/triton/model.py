@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.decoding.policies import load_policies
@@ -22,11 +22,12 @@ from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import bytes_in
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.job import Overloaded
+from echo_trt.serving.logprobs import Outgoing
+from echo_trt.serving.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
 from echo_trt.serving.service import Service
-from echo_trt.serving.triton.logprobs import Outgoing
+from echo_trt.serving.sources import OutgoingSources
 from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
-from echo_trt.serving.triton.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
-from echo_trt.serving.triton.sources import OutgoingSources
+from echo_trt.serving.triton.tensors import plain_values
 
 log = logging.getLogger("engine")
 
@@ -81,32 +82,32 @@ class TritonPythonModel:
         with self._refusals(request, sender):
             id = _id(request)
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-            self._answer(request, id, tensors, sender, arrived)
+            self._answer(request, id, plain_values(tensors), sender, arrived)
 
     def _answer(
         self,
         request: pb_utils.InferenceRequest,
         id: str,
-        tensors: dict[str, np.ndarray],
+        inputs: dict[str, Any],
         sender: pb_utils.InferenceResponseSender,
         arrived: float,
     ) -> None:
-        if wants_stop(tensors):
+        if wants_stop(inputs):
             if not id:
                 raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
             self._replies.stop(id)
             sender.send(flags=FINAL)
             return
-        if wants_description(tensors):
+        if wants_description(inputs):
             sender.send(described(self._reader.description()), flags=FINAL)
             return
-        if wants_snapshots(tensors):
+        if wants_snapshots(inputs):
             self._replies.watch(sender, id)
             return
-        if wants_tokens(tensors):
-            sender.send(tokenized(*self._reader.tokenized(tensors)), flags=FINAL)
+        if wants_tokens(inputs):
+            sender.send(tokenized(*self._reader.tokenized(inputs)), flags=FINAL)
             return
-        ask = self._reader.read(tensors)
+        ask = self._reader.read(inputs)
         silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
         logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
         sources = OutgoingSources(self._reader.texts) if ask.params.token_sources else None

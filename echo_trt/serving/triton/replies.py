@@ -18,19 +18,17 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from echo_trt.serving.job import End, Event, Job
+from echo_trt.serving.job import ERRORS, End, Event, Job
+from echo_trt.serving.logprobs import Outgoing
+from echo_trt.serving.metrics import Metrics
 from echo_trt.serving.protocol import FIRST
+from echo_trt.serving.request import Ask
 from echo_trt.serving.service import Service
 from echo_trt.serving.snapshots import Onlooker
-from echo_trt.serving.triton.logprobs import Outgoing
-from echo_trt.serving.triton.metrics import Metrics
-from echo_trt.serving.triton.request import Ask
-from echo_trt.serving.triton.sources import OutgoingSources
+from echo_trt.serving.sources import OutgoingSources
 
 log = logging.getLogger(__name__)
 
-#: Ends that are errors, and their codes.
-ERRORS = {"failed": "INTERNAL", "cancelled": "CANCELLED", "invalid": "INVALID_ARGUMENT"}
 TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
 #: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
 LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0

@@ -1,146 +1,42 @@
-"""The inputs of the Triton model, defined once: the reader of requests and the gateway's client take them here.
-
-``model_repo/echo/config.pbtxt`` and the table of ``docs/triton-api.md`` say the same; a test compares them.
-"""
+"""Triton's tensors as plain values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from echo_trt.runtime.params import PARAMETERS
+import numpy as np
 
-DATATYPES = {int: "INT32", float: "FP32", bool: "BOOL", str: "BYTES", dict: "BYTES"}
-MAX_STOP_WORDS = 64
+from echo_trt.errors import UserError
+from echo_trt.serving.inputs import INPUTS
+
+_MANY = {tensor.name for tensor in INPUTS if tensor.many}
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One input of the model.
+def plain_values(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return inputs by name: numbers, bools and text, or lists of them. Raises UserError.
 
-    datatype  as Triton's protocols name it
-    default   what an absent tensor stands for; None: nothing
-    doc       a line for the docs
-    values    for the docs, where not every value of the datatype is taken
-    many      whether it holds any number of values, else one
+    tensors  by name, each [1, n]
     """
-
-    name: str
-    datatype: str
-    default: Any
-    doc: str
-    values: str = ""
-    many: bool = False
+    return {name: _plain(name, tensor) for name, tensor in tensors.items()}
 
 
-def _sampling(parameter: str, name: str | None = None, datatype: str | None = None, **other: Any) -> Tensor:
-    """The tensor of a sampling parameter; ``name`` is TensorRT-LLM's where that is another."""
-    known = PARAMETERS[parameter]
-    facts = {"default": known.default, "doc": known.doc, "values": known.values} | other
-    return Tensor(name or parameter, datatype or DATATYPES[known.kind], **facts)
+def _plain(name: str, tensor: np.ndarray) -> Any:
+    values = [_decoded(each, name) if isinstance(each, bytes) else _number(each) for each in tensor.reshape(-1)]
+    if name in _MANY:
+        return values
+    if len(values) != 1:
+        raise UserError(f"{name} has {len(values)} values; give one.")
+    return values[0]
 
 
-INPUTS: tuple[Tensor, ...] = (
-    Tensor("text_input", "BYTES", None, "text to continue, or one user turn where `chat` is true"),
-    Tensor("chat_messages", "BYTES", None, 'JSON list of `{"role", "content"}`, put into the bundle\'s chat template'),
-    Tensor("tools", "BYTES", None, "JSON list of OpenAI's tools, for the chat template"),
-    Tensor(
-        "chat_template_kwargs",
-        "BYTES",
-        None,
-        'JSON object: variables of the chat template, as `{"enable_thinking": false}`',
-    ),
-    Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
-    Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
-    Tensor("add_special_tokens", "BOOL", True, "false: no special tokens of the tokenizer around `text_input`"),
-    _sampling("max_tokens"),
-    _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
-    _sampling("stop_token_ids", default=None, many=True),
-    _sampling("temperature"),
-    _sampling("top_k"),
-    _sampling("top_p"),
-    _sampling("min_p"),
-    _sampling("repetition_penalty"),
-    _sampling("presence_penalty"),
-    _sampling("frequency_penalty"),
-    Tensor("logit_bias_ids", "INT32", None, "tokens whose logits are changed", many=True),
-    _sampling("logit_bias", default=None, many=True),
-    _sampling("min_tokens", "min_length"),
-    _sampling("seed", datatype="UINT64"),
-    _sampling("ignore_eos"),
-    _sampling("structured", doc=f"JSON: {PARAMETERS['structured'].doc}"),
-    _sampling("thinking_token_budget"),
-    _sampling("token_sources"),
-    _sampling("speculate"),
-    Tensor(
-        "stream",
-        "BOOL",
-        False,
-        "several responses; over HTTP use `generate_stream` then ([why](operations.md#what-to-know-of-triton))",
-    ),
-    Tensor(
-        "exclude_input_in_output",
-        "BOOL",
-        True,
-        "false: the prompt precedes the answer, unless it is a chat",
-    ),
-    Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
-    _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
-    _sampling(
-        "prompt_logprobs",
-        doc="log-probabilities of the prompt, first in `logprobs`, with this number of best tokens a place",
-    ),
-    Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
-    Tensor(
-        "priority",
-        "INT32",
-        0,
-        "lowest first, then by arrival; where KV blocks are short, the highest number is preempted first; "
-        "-2147483648 is for [probes](operations.md#probes)",
-    ),
-    Tensor("deadline_ms", "INT32", 0, "after so long the answer ends as it is; 0 is never", "0 or more"),
-    Tensor(
-        "stop",
-        "BOOL",
-        False,
-        "true: ends the open requests that have this request's id, not empty; takes no prompt",
-    ),
-    Tensor("describe", "BOOL", False, "true: answers `description` alone, and takes no prompt"),
-    Tensor(
-        "watch",
-        "BOOL",
-        False,
-        "true: streams about 5 `snapshot` a second for 10 seconds, and takes no prompt",
-    ),
-    Tensor(
-        "tokenize",
-        "BOOL",
-        False,
-        "true: answers the prompt's ids in `output_ids`, or the text of `input_ids` in `text_output`",
-    ),
-)
-DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
-#: What TensorRT-LLM's newer Triton model (llmapi) calls these inputs; its datatypes are ours.
-ALIASES = {
-    "streaming": "stream",
-    "min_tokens": "min_length",
-    "sampling_param_stop": "stop_words",
-    "sampling_param_exclude_input_from_output": "exclude_input_in_output",
-} | {
-    f"sampling_param_{name}": name
-    for name in (
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "seed",
-        "return_perf_metrics",
-    )
-}
-_DATATYPES = {tensor.name: (tensor.datatype, tensor.many) for tensor in INPUTS}
-INPUTS += tuple(
-    Tensor(alias, _DATATYPES[name][0], None, f"as `{name}`", many=_DATATYPES[name][1])
-    for alias, name in ALIASES.items()
-)
+def _number(value: Any) -> Any:
+    """Return a Python number or bool. A float32 becomes the number that was written: 0.7, not 0.699999988."""
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
+
+
+def _decoded(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None

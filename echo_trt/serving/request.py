@@ -1,4 +1,4 @@
-"""What a Triton request says: its tensors become a prompt, sampling parameters and what is wanted back."""
+"""What a request says: its inputs become a prompt, sampling parameters and what is wanted back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from echo_trt.errors import UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -17,10 +15,10 @@ from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
 from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
-from echo_trt.serving.triton.tensors import ALIASES, DEFAULTS, MAX_STOP_WORDS
+from echo_trt.serving.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
-IN_CHATS = ("tools", "chat_template_kwargs")  # tensors that mean nothing without a chat template
+IN_CHATS = ("tools", "chat_template_kwargs")  # inputs that mean nothing without a chat template
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class Reader:
     ):
         """``sampling``: parameters of requests that leave them out (``Manifest.sampling``)."""
         self._sampling = dict(sampling or {})
-        self._defaults = {name: np.array([value]) for name, value in self._sampling.items()}
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
         self.texts = TokenTexts(self._tokenizer)
@@ -62,53 +59,53 @@ class Reader:
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._most_characters = context * longest  # a longer text cannot have as few tokens as fit
 
-    def read(self, tensors: Mapping[str, np.ndarray]) -> Ask:
-        """``tensors`` by name, each [1, n]; what is absent has its default. Raises UserError."""
-        tensors = self._defaults | _renamed(tensors)
-        prompt, echoed = self._prompt(tensors)
-        deadline = _number(tensors, "deadline_ms")
+    def read(self, inputs: Mapping[str, Any]) -> Ask:
+        """``inputs``: plain values by their names in ``INPUTS``; what is absent has its default. Raises UserError."""
+        inputs = self._sampling | _renamed(inputs)
+        prompt, echoed = self._prompt(inputs)
+        deadline = _value(inputs, "deadline_ms")
         if deadline < 0:
             raise UserError(f"deadline_ms is {deadline}; give milliseconds, or 0 for none.")
-        most, least = _number(tensors, "max_tokens"), _number(tensors, "min_length")
+        most, least = _value(inputs, "max_tokens"), _value(inputs, "min_length")
         if least > most >= 1:  # what is wrong with max_tokens itself is said below
             raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
             max_tokens=most,
-            temperature=_number(tensors, "temperature"),
-            top_k=_number(tensors, "top_k"),
-            top_p=_number(tensors, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
-            min_p=_number(tensors, "min_p"),
-            seed=_number(tensors, "seed"),
-            stop=_stop_words(tensors),
-            stop_token_ids=tuple(tensors.get("stop_token_ids", np.empty(0)).reshape(-1).tolist()),
-            ignore_eos=bool(_number(tensors, "ignore_eos")),
-            presence_penalty=_number(tensors, "presence_penalty"),
-            frequency_penalty=_number(tensors, "frequency_penalty"),
-            repetition_penalty=_number(tensors, "repetition_penalty"),
-            logprobs=_logprobs(tensors),
-            prompt_logprobs=_number(tensors, "prompt_logprobs"),
-            logit_bias=_logit_bias(tensors),
+            temperature=_value(inputs, "temperature"),
+            top_k=_value(inputs, "top_k"),
+            top_p=_value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+            min_p=_value(inputs, "min_p"),
+            seed=_value(inputs, "seed"),
+            stop=_stop_words(inputs),
+            stop_token_ids=tuple(inputs.get("stop_token_ids", ())),
+            ignore_eos=bool(_value(inputs, "ignore_eos")),
+            presence_penalty=_value(inputs, "presence_penalty"),
+            frequency_penalty=_value(inputs, "frequency_penalty"),
+            repetition_penalty=_value(inputs, "repetition_penalty"),
+            logprobs=_logprobs(inputs),
+            prompt_logprobs=_value(inputs, "prompt_logprobs"),
+            logit_bias=_logit_bias(inputs),
             min_tokens=least,
-            structured=_json(tensors, "structured"),
-            thinking_token_budget=_number(tensors, "thinking_token_budget"),
-            token_sources=_number(tensors, "token_sources"),
-            speculate=_number(tensors, "speculate"),
+            structured=_json(inputs, "structured"),
+            thinking_token_budget=_value(inputs, "thinking_token_budget"),
+            token_sources=_value(inputs, "token_sources"),
+            speculate=_value(inputs, "speculate"),
         )
         return Ask(
             prompt,
             params,
-            stream=_number(tensors, "stream"),
-            statistics=_number(tensors, "return_perf_metrics"),
-            echoed="" if _number(tensors, "exclude_input_in_output") else echoed,
-            priority=_number(tensors, "priority"),
+            stream=_value(inputs, "stream"),
+            statistics=_value(inputs, "return_perf_metrics"),
+            echoed="" if _value(inputs, "exclude_input_in_output") else echoed,
+            priority=_value(inputs, "priority"),
             seconds=deadline / 1000 if deadline else None,
             in_thought=self._in_thought(prompt),
         )
 
-    def tokenized(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str | None]:
+    def tokenized(self, inputs: Mapping[str, Any]) -> tuple[list[int], str | None]:
         """Token ids of a prompt; for ``input_ids`` their text, too. Raises UserError."""
-        ids, _ = self._prompt(tensors)
-        if "input_ids" not in tensors:
+        ids, _ = self._prompt(inputs)
+        if "input_ids" not in inputs:
             return ids, None
         if len(ids) > self._context:
             raise UserError(
@@ -144,20 +141,20 @@ class Reader:
         last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
         return last == self._marks[0]
 
-    def _prompt(self, tensors: Mapping[str, np.ndarray]) -> tuple[list[int], str]:
+    def _prompt(self, inputs: Mapping[str, Any]) -> tuple[list[int], str]:
         """Token ids, and the text that the caller may want to see before the answer."""
-        given = [name for name in PROMPTS if name in tensors]
+        given = [name for name in PROMPTS if name in inputs]
         if len(given) != 1:
             raise UserError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(PROMPTS)}.")
-        chat = given[0] == "chat_messages" or (given[0] == "text_input" and _number(tensors, "chat"))
+        chat = given[0] == "chat_messages" or (given[0] == "text_input" and _value(inputs, "chat"))
         for name in IN_CHATS:
-            if name in tensors and not chat:
+            if name in inputs and not chat:
                 raise UserError(f"{name} given without a chat; give chat_messages, or leave it out.")
         if given[0] == "input_ids":
-            ids = tensors["input_ids"].reshape(-1).tolist()
-            echoed = not _number(tensors, "exclude_input_in_output") and all(0 <= i < len(self._tokenizer) for i in ids)
+            ids = list(inputs["input_ids"])
+            echoed = not _value(inputs, "exclude_input_in_output") and all(0 <= i < len(self._tokenizer) for i in ids)
             return ids, str(self._tokenizer.decode(ids, skip_special_tokens=True)) if echoed else ""
-        text = _text(tensors, given[0])
+        text = inputs[given[0]]
         if len(text) > self._most_characters:
             raise UserError(
                 f"the prompt has {len(text)} characters, but this model's maximum context length is "
@@ -165,46 +162,46 @@ class Reader:
             )
         if chat:
             turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]
-            return self._chat.ids(turns, _tools(tensors), _kwargs(tensors)), ""
-        special = bool(_number(tensors, "add_special_tokens"))
+            return self._chat.ids(turns, _tools(inputs), _kwargs(inputs)), ""
+        special = bool(_value(inputs, "add_special_tokens"))
         return self._tokenizer(text, add_special_tokens=special)["input_ids"], text
 
 
-def _renamed(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under our own names. Raises UserError where one comes under two."""
-    twice = next((alias for alias, name in ALIASES.items() if alias in tensors and name in tensors), None)
+def _renamed(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs under our own names. Raises UserError where one comes under two."""
+    twice = next((alias for alias, name in ALIASES.items() if alias in inputs and name in inputs), None)
     if twice:
         raise UserError(f"{twice} and {ALIASES[twice]} are both given, and mean the same; give one of them.")
-    return {ALIASES.get(name, name): tensor for name, tensor in tensors.items()}
+    return {ALIASES.get(name, name): tensor for name, tensor in inputs.items()}
 
 
-def wants_description(tensors: Mapping[str, np.ndarray]) -> bool:
+def wants_description(inputs: Mapping[str, Any]) -> bool:
     """Whether this is no request but asks what the model is. Raises UserError."""
-    return bool(_number(tensors, "describe"))
+    return bool(_value(inputs, "describe"))
 
 
-def wants_tokens(tensors: Mapping[str, np.ndarray]) -> bool:
+def wants_tokens(inputs: Mapping[str, Any]) -> bool:
     """Whether this is no request but asks for a prompt's tokens, or tokens' text. Raises UserError."""
-    return bool(_number(tensors, "tokenize"))
+    return bool(_value(inputs, "tokenize"))
 
 
-def wants_snapshots(tensors: Mapping[str, np.ndarray]) -> bool:
+def wants_snapshots(inputs: Mapping[str, Any]) -> bool:
     """Whether this asks for snapshots instead of an answer. Raises UserError."""
-    return bool(_number(tensors, "watch"))
+    return bool(_value(inputs, "watch"))
 
 
-def wants_stop(tensors: Mapping[str, np.ndarray]) -> bool:
+def wants_stop(inputs: Mapping[str, Any]) -> bool:
     """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
-    return bool(_number(tensors, "stop"))
+    return bool(_value(inputs, "stop"))
 
 
-def _tools(tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]] | None:
-    tools = _json(tensors, "tools")
+def _tools(inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    tools = _json(inputs, "tools")
     return checked_tools(tools) if tools is not None and tools != [] else None
 
 
-def _kwargs(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    kwargs = _json(tensors, "chat_template_kwargs")
+def _kwargs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = _json(inputs, "chat_template_kwargs")
     if not isinstance(kwargs, dict | None):
         raise UserError('chat_template_kwargs is no JSON object; give one, such as {"enable_thinking": false}.')
     if not all(isinstance(text, str) and text.isprintable() for text in kwargs or ()):
@@ -221,18 +218,18 @@ def _messages(text: str) -> list[dict[str, Any]]:
     return checked_messages(messages, "chat_messages", rule)
 
 
-def _json(tensors: Mapping[str, np.ndarray], name: str) -> Any:
-    """A value written as JSON, None where the tensor is absent or empty."""
-    text = _text(tensors, name) if name in tensors else ""
+def _json(inputs: Mapping[str, Any], name: str) -> Any:
+    """A value written as JSON, None where the input is absent or empty."""
+    text = inputs.get(name, "")
     try:
         return json.loads(text) if text else None
     except (ValueError, RecursionError):
         raise UserError(f"{name} is not JSON, or too deep; send it written as JSON.") from None
 
 
-def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:
+def _logprobs(inputs: Mapping[str, Any]) -> int | None:
     """How many of the best tokens' are wanted beside the emitted one's, None for none at all."""
-    wanted, top = _number(tensors, "return_log_probs"), _number(tensors, "top_logprobs")
+    wanted, top = _value(inputs, "return_log_probs"), _value(inputs, "top_logprobs")
     if top and not wanted:
         raise UserError(f"top_logprobs is {top} and return_log_probs is not true; set both.")
     if not 0 <= top <= MAX_LOGPROBS:
@@ -240,44 +237,20 @@ def _logprobs(tensors: Mapping[str, np.ndarray]) -> int | None:
     return top if wanted else None
 
 
-def _logit_bias(tensors: Mapping[str, np.ndarray]) -> dict[int, float]:
-    tokens, bias = (tensors.get(name, np.empty(0)).reshape(-1).tolist() for name in ("logit_bias_ids", "logit_bias"))
+def _logit_bias(inputs: Mapping[str, Any]) -> dict[int, float]:
+    tokens, bias = (inputs.get(name, []) for name in ("logit_bias_ids", "logit_bias"))
     if len(tokens) != len(bias):
         raise UserError(f"logit_bias_ids has {len(tokens)} values and logit_bias {len(bias)}; give as many of both.")
     return dict(zip(tokens, bias, strict=True))
 
 
-def _stop_words(tensors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    words = tensors.get("stop_words", np.empty(0, object)).reshape(-1)
+def _stop_words(inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    words = inputs.get("stop_words", [])
     if len(words) > MAX_STOP_WORDS:
         raise UserError(f"stop_words has {len(words)} entries; give at most {MAX_STOP_WORDS}.")
-    return tuple(_decoded(word, "stop_words") for word in words if len(word))
+    return tuple(word for word in words if word)
 
 
-def _text(tensors: Mapping[str, np.ndarray], name: str) -> str:
-    return _decoded(_only(tensors, name), name)
-
-
-def _decoded(raw: bytes, name: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
-
-
-def _number(tensors: Mapping[str, np.ndarray], name: str) -> Any:
-    """A Python number or bool, the default of an absent tensor.
-
-    A float32 becomes the number that it was written as: 0.7, not 0.699999988.
-    """
-    if name not in tensors:
-        return DEFAULTS[name]
-    value = _only(tensors, name)
-    return float(str(value)) if isinstance(value, np.floating) else value.item()
-
-
-def _only(tensors: Mapping[str, np.ndarray], name: str) -> Any:
-    values = tensors[name].reshape(-1)
-    if len(values) != 1:
-        raise UserError(f"{name} has {len(values)} values; give one.")
-    return values[0]
+def _value(inputs: Mapping[str, Any], name: str) -> Any:
+    """A plain value, the default of an absent input."""
+    return inputs.get(name, DEFAULTS[name])

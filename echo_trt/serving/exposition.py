@@ -1,4 +1,4 @@
-"""The worker's metrics as Prometheus, Dynamo's router and its planner read them."""
+"""The engine's metrics in a registry of prometheus_client's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from echo_trt.serving.metrics import Metrics
 from echo_trt.serving.statistics import Statistics
-from echo_trt.serving.triton.metrics import Metrics
 
 
 class _Metric:
@@ -37,7 +37,7 @@ def family_in(registry: CollectorRegistry) -> type:
     return Family
 
 
-class WorkerMetrics:
+class EngineMetrics:
     """``registry`` holds the same series as Triton's endpoint, of a model that clients call ``name``."""
 
     def __init__(self, name: str):

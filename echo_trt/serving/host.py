@@ -1,0 +1,284 @@
+"""An engine's host: it answers the messages of ``wire`` on a Unix socket.
+
+The service tells events on the engine's thread. They wake this loop once per iteration; text that came meanwhile goes
+out as one piece. Prompts are read on a thread of their own, so that a long one delays nobody's text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import generate_latest
+
+from echo_trt.errors import UserError
+from echo_trt.serving import wire
+from echo_trt.serving.exposition import EngineMetrics
+from echo_trt.serving.job import ERRORS, Event, Job, Overloaded
+from echo_trt.serving.logprobs import Outgoing
+from echo_trt.serving.protocol import FIRST
+from echo_trt.serving.request import Ask, Reader
+from echo_trt.serving.service import Service
+from echo_trt.serving.snapshots import Onlooker
+from echo_trt.serving.sources import OutgoingSources
+
+log = logging.getLogger(__name__)
+BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
+FLUSH = 0.25  # seconds between two updates of metrics
+SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
+MOST_WATCHERS = 8  # clients that get snapshots; a door is one of them, with all its viewers
+
+
+@dataclass(eq=False)
+class Connection:
+    """A client. ``answers``: its open questions by their numbers."""
+
+    writer: asyncio.StreamWriter
+    answers: dict[int, Answer] = field(default_factory=dict)
+    watches: set[int] = field(default_factory=set)
+
+    def send(self, message: wire.FromEngine) -> None:
+        """Write a message; a client that reads nothing is cut off before its answers fill the memory."""
+        if self.writer.is_closing():
+            return
+        self.writer.write(wire.framed(message))
+        if self.writer.transport.get_write_buffer_size() > wire.LARGEST:
+            log.error("a client reads nothing; its connection is closed")
+            self.writer.transport.abort()
+
+
+@dataclass(eq=False)
+class Answer:
+    """An open request, and what of its answer has not been sent yet."""
+
+    connection: Connection
+    id: int
+    arrived: float
+    gone: bool = False  # whether nobody wants it any longer
+    ask: Ask | None = None
+    job: Job | None = None
+    logprobs: Outgoing | None = None  # where asked for
+    sources: OutgoingSources | None = None  # where asked for
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    last: float | None = None  # time of the last event with tokens
+    begun: bool = False
+
+    def take(self, event: Event) -> None:
+        """Add an event to what has not been sent."""
+        assert self.ask
+        self.text += event.text if self.begun else self.ask.echoed + event.text
+        self.token_ids += event.token_ids
+        if self.logprobs and not self.begun and self.ask.params.prompt_logprobs is not None:
+            while self.job is None:  # its first event may come before ``submit`` has returned
+                time.sleep(0.001)
+            self.logprobs.begin(self.ask.prompt, self.job.request.prompt_logprobs)
+        self.begun = True
+        if self.logprobs:
+            self.logprobs.take(event.logprobs, event.offsets)
+        if self.sources:
+            self.sources.take(event.sources, event.offsets)
+
+    def piece(self, event: Event) -> wire.Piece:
+        """Take out what has not been sent; ``event`` is the latest."""
+        assert self.ask
+        piece = wire.Piece(
+            self.id,
+            self.text,
+            self.token_ids,
+            self.logprobs.clear() if self.logprobs else "",
+            self.sources.clear() if self.sources else "",
+            bool(self.ask.in_thought),
+            len(self.ask.prompt),
+        )
+        if event.end:
+            piece.finish_reason, piece.cached_tokens = event.end.reason, event.end.cached_tokens
+            piece.completion_tokens = event.end.completion_tokens
+        self.text, self.token_ids = "", []
+        return piece
+
+
+class Host:
+    """Answers questions about ``service``. ``model``: its name in metrics."""
+
+    def __init__(self, service: Service, reader: Reader, model: str):
+        self._service, self._reader = service, reader
+        self._metrics, self._onlooker = EngineMetrics(model), Onlooker(service)
+        self._connections: set[Connection] = set()
+        self._reading = ThreadPoolExecutor(1, "requests")
+        self._events: deque[tuple[Answer, Event]] = deque()
+        self._woken = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, path: Path, stop: asyncio.Event) -> bool:
+        """Answer until ``stop`` is set and all open answers have ended. Returns whether the engine works still."""
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_unix_server(self._connected, path)
+        path.chmod(0o600)  # for its user alone
+        flushed = told = 0.0
+        try:
+            while self._service.alive and not (stop.is_set() and self._drained()):
+                await asyncio.sleep(BEAT)
+                now = time.monotonic()
+                if now - flushed >= FLUSH:
+                    flushed = now
+                    self._metrics.flush(self._service.statistics())
+                if now - told >= (SNAPSHOT if self._onlooker.news else IDLE_SNAPSHOT):
+                    told = now
+                    self._send_snapshots()
+            return self._service.alive
+        finally:
+            server.close()
+            self._reading.shutdown(wait=False, cancel_futures=True)
+            for connection in self._connections:
+                connection.writer.close()
+            while self._connections:
+                await asyncio.sleep(0)
+
+    def _drained(self) -> bool:
+        """Take nothing new; return whether every answer has been sent."""
+        idle = self._service.drain(0) and not self._tasks and not self._events
+        return idle and not any(connection.answers for connection in self._connections)
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(writer)
+        self._connections.add(connection)
+        try:
+            while (message := await wire.read_request(reader)) is not None:
+                self._take(connection, message)
+        finally:
+            self._connections.discard(connection)
+            for answer in list(connection.answers.values()):
+                self._cancel(answer)
+            writer.close()
+
+    def _take(self, connection: Connection, message: wire.ToEngine) -> None:
+        match message:
+            case wire.Submit():
+                self._start(self._submit(connection, message))
+            case wire.Cancel():
+                connection.watches.discard(message.id)
+                if answer := connection.answers.get(message.id):
+                    self._cancel(answer)
+            case wire.Describe():
+                connection.send(wire.Text(message.id, self._reader.description()))
+            case wire.Tokenize():
+                self._start(self._tokenize(connection, message))
+            case wire.Watch():
+                self._watch(connection, message.id)
+            case wire.Scrape():
+                connection.send(wire.Text(message.id, generate_latest(self._metrics.registry).decode()))
+
+    def _start(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _submit(self, connection: Connection, message: wire.Submit) -> None:
+        answer = connection.answers[message.id] = Answer(connection, message.id, time.monotonic())
+        failure = await self._loop.run_in_executor(self._reading, self._refusal, self._queue, answer, message.inputs)
+        if failure:
+            connection.answers.pop(message.id, None)
+            connection.send(wire.Failure(message.id, *failure))
+        elif answer.gone:
+            self._cancel(answer)
+
+    async def _tokenize(self, connection: Connection, message: wire.Tokenize) -> None:
+        def tokenized() -> None:
+            found.append(self._reader.tokenized(message.inputs))
+
+        found: list[tuple[list[int], str | None]] = []
+        failure = await self._loop.run_in_executor(self._reading, self._refusal, tokenized)
+        connection.send(wire.Failure(message.id, *failure) if failure else wire.Tokens(message.id, *found[0]))
+
+    def _refusal(self, work: Any, *inputs: Any) -> tuple[str, str] | None:
+        """Do the work, on the readers' thread; return a code and a sentence where the request cannot be taken."""
+        try:
+            work(*inputs)
+            return None
+        except UserError as mistake:
+            outcome, code, sentence = "invalid", "INVALID_ARGUMENT", str(mistake)
+        except Overloaded as full:
+            outcome, code, sentence = "refused", "UNAVAILABLE", str(full)
+        except Exception as failure:  # logged; others go on
+            log.exception("a request could not be read")
+            outcome, code, sentence = "failed", "INTERNAL", f"the request could not be read ({failure})."
+        self._metrics.refuse(outcome)
+        return code, sentence
+
+    def _queue(self, answer: Answer, inputs: dict[str, Any]) -> None:
+        if answer.gone:
+            raise Overloaded("the request was cancelled.")
+        ask = answer.ask = self._reader.read(inputs)
+        if ask.params.logprobs is not None or ask.params.prompt_logprobs is not None:
+            answer.logprobs = Outgoing(self._reader.texts, ask.echoed)
+        if ask.params.token_sources:
+            answer.sources = OutgoingSources(self._reader.texts)
+
+        def tell(event: Event) -> None:
+            self._events.append((answer, event))
+            if not self._woken:
+                self._woken = True
+                self._loop.call_soon_threadsafe(self._send_events)
+
+        answer.job = self._service.submit(ask.prompt, ask.params, tell, ask.priority, ask.seconds)
+
+    def _cancel(self, answer: Answer) -> None:
+        answer.gone = True
+        if answer.job:
+            self._service.cancel(answer.job)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _send_events(self) -> None:
+        """Send what the engine has told since the last call, a piece per answer."""
+        self._woken = False
+        latest: dict[Answer, Event] = {}
+        while self._events:
+            answer, event = self._events.popleft()
+            answer.take(event)
+            self._observe(answer, event)
+            latest[answer] = event
+        for answer, event in latest.items():
+            if event.end:
+                answer.connection.answers.pop(answer.id, None)
+            if event.end and event.end.reason in ERRORS:
+                sentence = event.end.message or "the request was cancelled."
+                answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence))
+            elif event.end or (answer.ask and answer.ask.stream and answer.text):
+                answer.connection.send(answer.piece(event))
+
+    def _observe(self, answer: Answer, event: Event) -> None:
+        client = answer.ask is not None and answer.ask.priority != FIRST  # a probe's times would hide the clients'
+        if client and answer.last is not None and event.token_ids:
+            self._metrics.observe("inter_token", (event.time - answer.last) / len(event.token_ids))
+        if event.token_ids:
+            answer.last = event.time
+        if client and event.end and event.end.reason != "invalid":
+            self._metrics.ended(event.end)
+            self._metrics.observe("request", event.time - answer.arrived)
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, connection: Connection, id: int) -> None:
+        if sum(len(each.watches) for each in self._connections) >= MOST_WATCHERS:
+            connection.send(wire.Failure(id, "UNAVAILABLE", f"{MOST_WATCHERS} clients get snapshots; close one."))
+        else:
+            connection.watches.add(id)
+
+    def _send_snapshots(self) -> None:
+        watched = [(connection, id) for connection in self._connections for id in connection.watches]
+        if self._onlooker.on != bool(watched):
+            self._onlooker.switch(not self._onlooker.on)
+        if watched:
+            snapshot = self._onlooker.snapshot()
+            for connection, id in watched:
+                connection.send(wire.Text(id, snapshot))

@@ -1,0 +1,146 @@
+"""The protocol between an engine process and its clients: msgpack messages on a Unix socket, each behind its length.
+
+A client numbers its questions; every answer carries that number. ``Submit`` is answered by pieces, of which the last
+has a finish reason, or by a failure. ``Watch`` is answered by snapshots until it is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Any
+
+from msgspec import Struct, msgpack
+
+LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
+_LENGTH = struct.Struct(">I")
+
+
+class Submit(Struct, tag=True):
+    """A request. ``inputs``: plain values by their names in ``serving.inputs.INPUTS``."""
+
+    id: int
+    inputs: dict[str, Any]
+
+
+class Cancel(Struct, tag=True):
+    """The end of an earlier question that has not been answered wholly."""
+
+    id: int
+
+
+class Describe(Struct, tag=True):
+    """A question for what the model is; the answer is JSON (``Reader.description``)."""
+
+    id: int
+
+
+class Tokenize(Struct, tag=True):
+    """A question for the tokens of a prompt, or for the text of ``input_ids``."""
+
+    id: int
+    inputs: dict[str, Any]
+
+
+class Watch(Struct, tag=True):
+    """A question for snapshots (``serving.snapshots``)."""
+
+    id: int
+
+
+class Scrape(Struct, tag=True):
+    """A question for the engine's metrics in Prometheus' text format."""
+
+    id: int
+
+
+class Piece(Struct, tag=True, omit_defaults=True):
+    """New text of an answer.
+
+    logprobs, sources  JSON of entries of tokens whose text is in ``text``; empty where they are not asked for
+    in_thought         of the first piece: whether the prompt has opened a thought
+    finish_reason      of the last piece
+    """
+
+    id: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: str = ""
+    sources: str = ""
+    in_thought: bool = False
+    prompt_tokens: int = 0
+    finish_reason: str | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Failure(Struct, tag=True):
+    """Why a question has no answer. ``code``: a gRPC status by its name."""
+
+    id: int
+    code: str
+    message: str
+
+
+class Tokens(Struct, tag=True):
+    id: int
+    token_ids: list[int]
+    text: str | None = None
+
+
+class Text(Struct, tag=True):
+    """The answer to ``Describe`` and ``Scrape``, or a snapshot."""
+
+    id: int
+    text: str
+
+
+ToEngine = Submit | Cancel | Describe | Tokenize | Watch | Scrape
+FromEngine = Piece | Failure | Tokens | Text
+_decode_request = msgpack.Decoder(ToEngine).decode
+_decode_answer = msgpack.Decoder(FromEngine).decode
+_encode = msgpack.Encoder().encode
+
+
+def framed(message: ToEngine | FromEngine) -> bytes:
+    """Encode a message behind its length."""
+    body = _encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_request(reader: asyncio.StreamReader) -> ToEngine | None:
+    """Read the next message to an engine; None: the client has left."""
+    body = await _body(reader)
+    return None if body is None else _decode_request(body)
+
+
+async def read_answer(reader: asyncio.StreamReader) -> FromEngine | None:
+    """Read the next message from an engine; None: it has left."""
+    body = await _body(reader)
+    return None if body is None else _decode_answer(body)
+
+
+async def _body(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        return await reader.readexactly(length) if length <= LARGEST else None
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+def ask(path: str, question: ToEngine, seconds: float) -> FromEngine | None:
+    """Ask one question and return the last message of its answer; None where it does not come in time."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(path)
+            connection.sendall(framed(question))
+            with connection.makefile("rb") as answers:
+                while head := answers.read(_LENGTH.size):
+                    answer = _decode_answer(answers.read(_LENGTH.unpack(head)[0]))
+                    if not isinstance(answer, Piece) or answer.finish_reason:
+                        return answer
+    except (OSError, struct.error):
+        pass
+    return None
