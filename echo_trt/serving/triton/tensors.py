@@ -95,7 +95,8 @@ INPUTS: tuple[Tensor, ...] = (
         "priority",
         "INT32",
         0,
-        "lowest first, then by arrival; -2147483648 is for [probes](operations.md#probes)",
+        "lowest first, then by arrival; where KV blocks are short, the highest number is preempted first; "
+        "-2147483648 is for [probes](operations.md#probes)",
     ),
     Tensor("deadline_ms", "INT32", 0, "after so long the answer ends as it is; 0 is never", "0 or more"),
     Tensor(
