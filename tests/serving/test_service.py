@@ -352,3 +352,28 @@ def test_text_that_fails_is_one_requests_own_trouble(start):
     engine.open.set()
     assert unlucky.end.reason == "failed"
     assert other.end.reason == "length"
+
+
+def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, monkeypatch):
+    """Recovering from an engine's failure fails here."""
+    service, engine = start(batch=2)
+    engine.open.clear()
+    alive, told = [], [Listener() for _ in range(3)]
+    for seed, listener in enumerate(told):
+
+        def tell(event: Event, listener: Listener = listener) -> None:
+            alive.append(service.alive) if event.end else None
+            listener(event)
+
+        service.submit(prompt_ids(6, seed), LONG, tell)
+    engine.open.let(4)
+    monkeypatch.setattr(service.loop.state, "forget_cached", lambda: 1 / 0)
+    engine.fail = lambda call: True
+    engine.open.set()
+    assert {listener.end.reason for listener in told} == {"failed"}
+    assert all("the engine's thread has died" in listener.end.message for listener in told)
+    assert alive == [False] * 3
+    assert service.drain(SECONDS)
+    assert service.statistics().ended == {"failed": 3}
+    with pytest.raises(Overloaded):
+        submit(service, [5])
