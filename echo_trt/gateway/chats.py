@@ -14,6 +14,7 @@ from echo_trt.gateway.structured import Structured
 from echo_trt.gateway.tool_formats.base import Asked, Format, json_rule
 from echo_trt.gateway.tools import NamedTool, Tool
 from echo_trt.gateway.turns import Turn
+from echo_trt.grammar.requested import LONGEST
 from echo_trt.models.tools_as_text import tools_as_text
 
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
@@ -97,6 +98,7 @@ def _calls(asked: ChatRequest, facts: Facts) -> Calls | None:
     strict = any(tool.function.strict for tool in asked.tools)
     must_fit = must or strict or content is not None or asked.parallel_tool_calls is False
     schemas = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
+    _check_size(schemas, "tools")
     return Calls(form, Asked(schemas, must, several, content), list(chosen), must_fit)
 
 
@@ -113,11 +115,18 @@ def _content(structured: Structured | None) -> str | None:
     if kind == "json_object":
         return json_rule({"type": "object"})
     if kind == "json" and isinstance(value, dict):
+        _check_size(value, structured.field)
         return json_rule(value)
     if kind == "choice" and isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return " | ".join(map(_json, value))
     message = f"{structured.field} cannot stand beside tools; give a JSON schema, or tool_choice none."
     raise ApiError(400, message, param=structured.field)
+
+
+def _check_size(schemas: Any, field: str) -> None:
+    """Refuse what the engine would refuse, before time is spent on it."""
+    if (size := len(_json(schemas))) > LONGEST:
+        raise ApiError(400, f"{field} has schemas of {size} characters; give at most {LONGEST}.", param=field)
 
 
 def _template_kwargs(asked: ChatRequest, facts: Facts) -> dict[str, Any]:

@@ -73,24 +73,20 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     copy: dict[str, Any] = json.loads(json.dumps(schema))
     seen: dict[tuple[int, bool], dict[str, Any]] = {}
-
-    def visit(part: Any, shares: bool) -> None:
-        """``shares``: another part holds for the same value."""
+    waiting: list[tuple[Any, bool]] = [(copy, False)]  # with whether another part holds for the same value
+    while waiting:
+        part, shares = waiting.pop()
         if not isinstance(part, dict) or (id(part), shares) in seen:
-            return
+            continue
         seen[id(part), shares] = part
         joined = [each for name in _JOINED for each in _list(part.get(name))]
         if isinstance(reference := part.get("$ref"), str):
             joined.append(_resolved(reference, copy))
         shares |= bool(part.keys() & _OF_OBJECTS) or sum(name in part for name in (*_JOINED, "$ref")) > 1
-        for each in joined:
-            visit(each, shares or len(_list(part.get("allOf"))) > 1)
+        waiting += [(each, shares or len(_list(part.get("allOf"))) > 1) for each in joined]
         for name in part.keys() & _BELOW:
-            below = part[name].values() if isinstance(part[name], dict) and name in _NAMED else part[name]
-            for each in [below] if isinstance(below, dict) else below if not isinstance(below, bool) else ():
-                visit(each, False)
-
-    visit(copy, False)
+            below = [*part[name].values()] if isinstance(part[name], dict) and name in _NAMED else part[name]
+            waiting += [(each, False) for each in ([below] if isinstance(below, dict) else _list(below))]
     for (_, shares), part in seen.items():
         named = part.get("properties")
         if shares or (id(part), True) in seen or part.keys() & _OPEN or not isinstance(named, dict):

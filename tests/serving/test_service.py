@@ -119,6 +119,7 @@ def test_cancelling_frees_blocks_before_the_next_pass(start):
     assert service.statistics().running == 1
     engine.open.set()
     assert gone.end.reason == never.end.reason == "cancelled"
+    assert gone.end.cached_tokens == never.end.cached_tokens == 0
     assert gone.end.completion_tokens == len(gone.token_ids) > 0 == never.end.completion_tokens
     assert stays.end.reason == "length"
     service.cancel(first)
@@ -282,7 +283,8 @@ def test_nothing_is_found_in_the_pool_of_an_engine_that_failed(start, offline):
 
     found = service.loop.counters.cached_tokens
     engine.fail = fail
-    assert submit(service, prompt, params)[1].text == expected
+    _, again = submit(service, prompt, params)
+    assert (again.text, again.end.cached_tokens) == (expected, 96)
     assert service.loop.counters.cached_tokens == found + 96  # before it failed
     assert submit(service, prompt, params)[1].text == expected
 
@@ -351,3 +353,28 @@ def test_text_that_fails_is_one_requests_own_trouble(start):
     engine.open.set()
     assert unlucky.end.reason == "failed"
     assert other.end.reason == "length"
+
+
+def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, monkeypatch):
+    """Recovering from an engine's failure fails here."""
+    service, engine = start(batch=2)
+    engine.open.clear()
+    alive, told = [], [Listener() for _ in range(3)]
+    for seed, listener in enumerate(told):
+
+        def tell(event: Event, listener: Listener = listener) -> None:
+            alive.append(service.alive) if event.end else None
+            listener(event)
+
+        service.submit(prompt_ids(6, seed), LONG, tell)
+    engine.open.let(4)
+    monkeypatch.setattr(service.loop.state, "forget_cached", lambda: 1 / 0)
+    engine.fail = lambda call: True
+    engine.open.set()
+    assert {listener.end.reason for listener in told} == {"failed"}
+    assert all("the engine's thread has died" in listener.end.message for listener in told)
+    assert alive == [False] * 3
+    assert service.drain(SECONDS)
+    assert service.statistics().ended == {"failed": 3}
+    with pytest.raises(Overloaded):
+        submit(service, [5])

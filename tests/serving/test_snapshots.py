@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_a_snapshot_tells_what_the_loop_did_and_no_text(service):
                 assert request["fate"][request["parent"][node]] in (ROOT, ACCEPTED)
     assert "token_ids" not in text
     assert "prompt_ids" not in text
+
+
+def test_the_time_of_snapshots_is_that_of_those_before(service):
+    onlooker = Onlooker(service)
+    onlooker.switch(True)
+    answer(service, 2, 5)
+    told, begin = [], time.thread_time()
+    while len(told) < 2 or (told[-1] == 0 and len(told) < 1000):
+        told.append(json.loads(onlooker.snapshot())["seconds"]["snapshots"])
+    assert told[0] == 0 < told[-1] < time.thread_time() - begin + 1e-4
+    assert told == sorted(told)
+    onlooker.switch(False)
 
 
 def test_who_begins_to_look_during_an_iteration_sees_the_next_one_whole(open_llm):
