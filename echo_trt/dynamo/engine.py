@@ -207,15 +207,21 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
 
     def _beat(self) -> None:
         before: Statistics | None = None
+        complained = False
         while not self._stop.wait(BEAT):
             service = self._service
             if service is None:
                 return
-            now = service.statistics()
-            self.metrics.flush(now)
-            with suppress(RuntimeError):  # a runtime that is shutting down takes nothing
-                self._publish(service, now, before or now)
-            before = now
+            try:
+                now = service.statistics()
+                self.metrics.flush(now)
+                with suppress(RuntimeError):  # a runtime that is shutting down takes nothing
+                    self._publish(service, now, before or now)
+                before = now
+            except Exception:  # the engine is watched all the same
+                if not complained:
+                    log.exception("the worker's metrics could not be told")
+                complained = True
             if not service.alive:
                 self.died = True
                 self._job.stop()

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from echo_trt import __version__
+from echo_trt.errors import UserError
 from echo_trt.gateway.answers import Answer, EventStream, Pieces
 from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.chats import chat_for
@@ -40,6 +41,7 @@ from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
 from echo_trt.gateway.served import check_model, models, one_model
 from echo_trt.gateway.tokens import detokenize, tokenize
 from echo_trt.gateway.upstream import Upstream
+from echo_trt.runtime.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
 
 LARGEST_BODY = 2**20  # bytes
 HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
@@ -182,6 +184,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         prompts, names = [chat.inputs], chat.names
     else:
         chat, prompts, names = None, asked.inputs(), asked.names
+        await _check_echo(asked, prompts, state.upstream)
     pieces, choices = _pieces(request, asked, facts, prompts, names), len(prompts) * asked.n
     answer = Answer(
         [chat.turn() for _ in range(choices)] if chat else [],
@@ -198,6 +201,24 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
         return JSONResponse(await answer.whole(pieces))
     first = await anext(pieces)
     return EventStream(answer.events(first, pieces), pieces)
+
+
+async def _check_echo(asked: CompletionRequest, prompts: list[dict[str, Any]], upstream: Upstream) -> None:
+    """Refuse a request for too many log-probabilities of prompts. Raises ApiError.
+
+    A token has a byte at least, so most requests are known to be small enough before texts become tokens.
+    """
+    if not asked.echo or asked.alternatives is None:
+        return
+    given = [prompt.get("input_ids") or prompt["text_input"].encode() for prompt in prompts]
+    tokens = sum(map(len, given))
+    if tokens * asked.n * (asked.alternatives + 1) > MAX_PROMPT_LOGPROBS:
+        ids = [p.get("input_ids") or await upstream.token_ids(p, asked.names) for p in prompts]
+        tokens = sum(map(len, ids))
+    try:
+        check_prompt_logprobs("logprobs", tokens, asked.n, asked.alternatives)
+    except UserError as error:
+        raise ApiError(400, str(error), param="logprobs") from None
 
 
 def _pieces(

@@ -71,7 +71,7 @@ class Compiler:
 
         Raises UserError.
         """
-        key = _key(*checked(structured))
+        key = _key(*_asked(structured))
         return None if self.keeps(key) else key
 
     def keeps(self, grammar: str) -> bool:
@@ -80,7 +80,7 @@ class Compiler:
             return grammar in self._cache or grammar in self._always
 
     def _compiled(self, structured: Mapping[str, Any]) -> Compiled | str:
-        kind, value = checked(structured)
+        kind, value = _asked(structured)
         key = _key(kind, value)
         if (found := self._kept(key)) is not None:
             return found
@@ -163,6 +163,12 @@ class Compiler:
             if trial.is_error():
                 raise UserError(f"structured.{kind} cannot be used ({clause(trial.get_error())}); {REMEDY}")
         return matcher
+
+
+def _asked(structured: Mapping[str, Any]) -> tuple[str, Any]:
+    """Kind and value, one for both spellings of any object: Dynamo has that of a schema alone. Raises UserError."""
+    kind, value = checked(structured)
+    return ("json_object", True) if kind == "json" and value == {"type": "object"} else (kind, value)
 
 
 def _key(kind: str, value: Any) -> str:

@@ -17,7 +17,7 @@ from itertools import count
 from echo_trt.backends.base import overlap
 from echo_trt.runtime.answer import Answer, Said
 from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import SamplingParams, check_prompt_logprobs
 from echo_trt.runtime.request import Emission, Request
 from echo_trt.serving.grammars import GrammarQueue
 from echo_trt.serving.job import End, Event, Job, Overloaded
@@ -81,6 +81,8 @@ class Service:
         request is taken.
         """
         serial, now = next(self._serial), time.monotonic()
+        if params.prompt_logprobs is not None:
+            check_prompt_logprobs("prompt_logprobs", len(prompt), 1, params.prompt_logprobs)
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
         request = self.llm.request(serial, prompt, params, said, compiled=grammar is None)
         request.priority = priority

@@ -115,6 +115,19 @@ def test_answers_fit_grammars(cluster, offline, grammar, structured):
     assert_same(reply, offline.generate([prompt_ids(20, 1)], SamplingParams(LENGTH, structured=structured))[0])
 
 
+def test_an_object_waits_for_no_slow_grammar(cluster):
+    """Of ten grammars, which take a second each and are spread over two workers, few are compiled by then."""
+    schemas = [{"type": "array", "items": {"type": "number", "multipleOf": 99989 - 2 * i}} for i in range(10)]
+    any_object = {"guided_json": {"type": "object"}, "max_tokens": 2}
+    assert {cluster.ask(prompt_ids(20, i), **any_object).status for i in range(4)} == {200}  # reads the tokenizers
+    with ThreadPoolExecutor(len(schemas)) as pool:
+        slow = [pool.submit(cluster.ask, prompt_ids(20, 1), max_tokens=2, guided_json=schema) for schema in schemas]
+        cluster.wait(lambda: sum(worker.metrics()["echo_queued"] for worker in cluster.workers) >= 6, 30)
+        assert cluster.ask(prompt_ids(20, 1), **any_object).status == 200
+        assert sum(reply.done() for reply in slow) < 6
+        assert {reply.result().status for reply in slow} == {200}
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

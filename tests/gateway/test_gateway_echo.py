@@ -1,4 +1,4 @@
-"""Echoed prompts and their log-probabilities over HTTP, before the real Triton: places in the text, early ends."""
+"""Echoed prompts and their log-probabilities over HTTP, before the real Triton: places, early ends, the bound."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pairs import USER
 from serving.served import needs_triton
 
 from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.runtime.params import MAX_PROMPT_LOGPROBS
 
 pytestmark = needs_triton
 ASKED = {"model": "echo", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "echo": True, "logprobs": 1}
@@ -51,3 +52,30 @@ def test_a_deadline_within_the_prompt_is_504(asked, client):
     """The prompt's 94 iterations take more than a millisecond."""
     body = {**ASKED, "prompt": [70, 71] * 750, "deadline_ms": 1, **asked}
     assert "deadline" in refused(client.post("/v1/completions", json=body), 504)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "logprobs"),
+    [([70] * 1500, 60, 20), ([[70] * 1500] * 60, 1, 20), ("the theme " * 150, 32, 20), ([70] * 1500, 64, 1)],
+)
+def test_too_many_log_probabilities_of_prompts_are_refused_by_their_product(prompt, n, logprobs, client, tokenizer):
+    prompts = prompt if isinstance(prompt[0], list) else [prompt]
+    tokens = sum(len(tokenizer(each)["input_ids"] if isinstance(each, str) else each) for each in prompts)
+    body = {**ASKED, "prompt": prompt, "n": n, "logprobs": logprobs, "max_tokens": 1}
+    message = refused(client.post("/v1/completions", json=body), 400, "logprobs")
+    assert f"{tokens} prompt tokens x n = {n} x {logprobs + 1} = {tokens * n * (logprobs + 1)} " in message
+    assert str(MAX_PROMPT_LOGPROBS) in message
+    assert client.post("/v1/completions", json={**body, "max_tokens": 1, "echo": False, "n": 1}).status_code == 200
+
+
+def test_a_text_of_more_bytes_than_tokens_is_counted_by_its_tokens(client, tokenizer):
+    prompt = "the theme of a thing, " * 40
+    tokens, n = len(tokenizer(prompt)["input_ids"]), 12
+    assert tokens * n * 21 <= MAX_PROMPT_LOGPROBS < len(prompt) * n * 21
+    answer = client.post("/v1/completions", json={**ASKED, "prompt": prompt, "n": n, "logprobs": 20}).json()
+    assert {choice["text"].startswith(prompt) for choice in answer["choices"]} == {True}
+
+
+def test_triton_s_own_requests_are_bounded_too(server):
+    told = server.generate(input_ids=[70] * 5000, prompt_logprobs=20, max_tokens=1)
+    assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in told["error"]

@@ -99,7 +99,8 @@ def test_tokens_health_metrics_and_the_live_page_are_served(client):
 
 def test_a_client_that_leaves_frees_its_place_at_once(client):
     with client.stream("POST", "/v1/completions", json=body(max_tokens=1500, stream=True)) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         wait_until(lambda: metric(client, "echo_running") == 1)
     begin = time.monotonic()
     wait_until(lambda: 'outcome="cancelled"} 1.0' in client.get("/metrics").text)

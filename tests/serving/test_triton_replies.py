@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,29 @@ pytestmark = needs_triton
 ASKED = {"text_input": "the theme of a thing, ", "max_tokens": 40, "ignore_eos": True}
 #: Of Triton's model repository.
 MODEL = """
+import time
+
 from echo_trt.serving.logprobs import Outgoing
+from echo_trt.serving.triton import replies
 from echo_trt.serving.triton.model import TritonPythonModel
 from echo_trt.serving.sources import OutgoingSources
 
 def fail(*arguments):
     raise RuntimeError("a faulty part")
 
-OutgoingSources.clear = Outgoing.take = fail
+begin, take = Outgoing.begin, Outgoing.take
+
+def fail_at_some(self, logprobs, offsets):
+    if logprobs:
+        fail()
+    take(self, logprobs, offsets)
+
+def begin_slowly(*arguments):
+    time.sleep(0.5)
+    begin(*arguments)
+
+OutgoingSources.clear, Outgoing.take = fail, fail_at_some
+Outgoing.begin, replies.STUCK = begin_slowly, 2.0
 """
 
 
@@ -53,3 +69,13 @@ def test_a_response_that_cannot_be_made_is_an_error(kind, detail, server):
     assert server.generate(**ASKED)["completion_tokens"] == ASKED["max_tokens"]
     assert "again" not in server.err
     server.rest()
+
+
+def test_many_messages_that_take_long_to_make_do_not_end_the_backend(server):
+    """Each takes a quarter of the time after which the backend takes Triton for dead."""
+    backend = server.children("triton_python_backend_stub")
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: server.generate(**ASKED, prompt_logprobs=0), range(12)))
+    for answer in answers:
+        assert answer["completion_tokens"] == ASKED["max_tokens"], answer
+    assert server.children("triton_python_backend_stub") == backend

@@ -108,6 +108,7 @@ class Replies:
         self._open: dict[Reply, Job] = {}  # in the order in which their clients are looked at
         self._refused: Counter[str] = Counter()
         self._watches: dict[Watch, None] = {}
+        self._armed = float("-inf")
         self._onlooker = Onlooker(service)
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
         self._thread.start()
@@ -155,6 +156,7 @@ class Replies:
                 else:
                     reply, event = item
                     if event is not None:
+                        self._arm()
                         self._merge(reply, event, metrics)
                         changed[reply] = event
                     elif reply.job and not reply.ended:
@@ -171,9 +173,18 @@ class Replies:
                 self._drain_if_asked()
             if now - flushed >= FLUSH or not running:
                 flushed = now
-                # A call to a Triton that has died never returns; this ends the process then, without the interpreter.
-                faulthandler.dump_traceback_later(STUCK, exit=True)
+                self._arm()
                 metrics.flush(self._service.statistics(), dict(self._refused))
+
+    def _arm(self) -> None:
+        """End the process in STUCK seconds, without the interpreter: a call to a Triton that has died never returns.
+
+        Called often, also between messages that take long to make, so that only a single call can be too long.
+        """
+        now = time.monotonic()
+        if now - self._armed >= FLUSH:
+            self._armed = now
+            faulthandler.dump_traceback_later(STUCK, exit=True)
 
     def _take(self) -> list[Item]:
         """All events there are; waits a moment for the first."""
@@ -201,7 +212,9 @@ class Replies:
 
     def _send(self, reply: Reply, end: End | None) -> None:
         try:
-            reply.sender.send(_response(reply, end), flags=FINAL if end else 0)
+            response = _response(reply, end)
+            self._arm()
+            reply.sender.send(response, flags=FINAL if end else 0)
         except Exception:  # as in _merge
             first = not reply.broken
             self._break(reply)
