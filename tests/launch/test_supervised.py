@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from socket import AF_INET, AF_UNSPEC
 
 import pytest
 from refusal import refused
@@ -56,6 +57,7 @@ class Small(Supervised):
     def __init__(self, port: int, *programs: str):
         super().__init__(Said(), "127.0.0.1", {"--small-port": port}, start_seconds=120)
         self.port, self.programs, self.starts = port, list(programs), []
+        self.folder = Path("none")  # of the files by which it is told to drain, and tells that it has
 
     def _spawn(self) -> Process:
         self.starts.append(time.monotonic())
@@ -73,6 +75,16 @@ class Small(Supervised):
             assert time.monotonic() < end, self._log.lines
             self.step()
             time.sleep(0.02)
+
+    def begin_to_drain(self) -> None:
+        (self.folder / "drain").touch()
+
+    @property
+    def drained(self) -> bool:
+        return (self.folder / "drained").exists()
+
+    def end(self) -> None:
+        self.process.terminate()
 
     @property
     def said(self) -> list[str]:
@@ -261,8 +273,8 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
 def service(small, tmp_path) -> Launcher:
     """A launcher whose Triton is a small server that drains at once, and whose gateway is another."""
     service = Launcher(Job(Path("none"), "127.0.0.1"), None, tmp_path, threading.Event(), Said())
-    service._triton, service._gateway = small(DRAINS.format(folder=str(tmp_path))), small()
-    service._triton.signals = tmp_path
+    service._engine, service._gateway = small(DRAINS.format(folder=str(tmp_path))), small()
+    service._engine.folder = tmp_path
     return service
 
 
@@ -284,7 +296,7 @@ def test_triton_is_drained_where_the_gateway_is_given_up(service, tmp_path):
 
 
 def test_a_stop_in_the_midst_of_a_restart_is_no_return(service):
-    triton = service._triton
+    triton = service._engine
     triton.programs.append("import time; time.sleep(60)")
 
     def shoot_and_stop() -> None:
@@ -332,14 +344,17 @@ def test_open_files_are_raised_to_what_the_system_allows():
 
 
 def test_a_name_is_resolved_and_none_is_refused():
-    assert launcher._address("localhost") == "127.0.0.1"
-    assert launcher._address("0.0.0.0") == "0.0.0.0"
+    assert launcher._address("localhost", AF_INET) == "127.0.0.1"
+    assert launcher._address("0.0.0.0", AF_INET) == "0.0.0.0"
     with refused("--host is 'no.such.host.invalid'", "give one, such as 0.0.0.0"):
-        launcher._address("no.such.host.invalid")
+        launcher._address("no.such.host.invalid", AF_INET)
     with refused(f"--host is '{'a' * 70}'", "give one, such as 0.0.0.0"):
-        launcher._address("a" * 70)
+        launcher._address("a" * 70, AF_INET)
     with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no IPv4 address"):
-        launcher._address("a..b")
+        launcher._address("a..b", AF_INET)
+    assert launcher._address("::1", AF_UNSPEC) == "::1"
+    with pytest.raises(UserError, match="which is no address"):
+        launcher._address("no.such.host.invalid", AF_UNSPEC)
 
 
 def test_the_servers_get_the_address(monkeypatch, bundle_of):
