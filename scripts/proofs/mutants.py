@@ -49,7 +49,10 @@ Mutant = tuple[Path, str, int]  # file, operator, occurrence
 
 
 class _Unannotated(ast.NodeTransformer):
-    """Drops annotations, which nothing reads at run time."""
+    """Drops annotations, and that a dataclass is frozen, which nothing reads at run time."""
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        return ast.keyword("frozen", ast.Constant(None)) if node.arg == "frozen" else node
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None

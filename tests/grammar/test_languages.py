@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from walks import compiler, ids_of, text_of, walk
+from walks import compiler, ends, ids_of, text_of, walk
 
 from echo_trt.grammar.state import State
 
@@ -146,6 +146,7 @@ def test_what_a_regex_leaves_no_choice_about_is_forced(grammars):
     assert "Answer: ".startswith(text_of(state.forced(8)))
     for token in ids_of("Answer: yes"):
         state = state.after(token)
-    while not state.ended:
-        [token, *_] = state.forced(8)
+    for token in state.forced(8):
         state = state.after(token)
+    assert state.forced(8) == [ends()[0]], "one end is enough"
+    assert state.after(ends()[0]).ended
