@@ -61,6 +61,7 @@ class Answer:
     id: int
     arrived: float
     gone: bool = False  # whether nobody wants it any longer
+    broken: bool = False  # whether a part of it was lost, so that it has ended with an error
     ask: Ask | None = None
     job: Job | None = None
     logprobs: Outgoing | None = None  # where asked for
@@ -244,17 +245,33 @@ class Host:
         latest: dict[Answer, Event] = {}
         while self._events:
             answer, event = self._events.popleft()
-            answer.take(event)
-            self._observe(answer, event)
             latest[answer] = event
+            self._observe(answer, event)
+            self._try(answer, answer.take, event)
         for answer, event in latest.items():
+            self._try(answer, self._send, answer, event)
             if event.end:
                 answer.connection.answers.pop(answer.id, None)
-            if event.end and event.end.reason in ERRORS:
-                sentence = event.end.message or "the request was cancelled."
-                answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence))
-            elif event.end or (answer.ask and answer.ask.stream and answer.text):
-                answer.connection.send(answer.piece(event))
+
+    def _try(self, answer: Answer, work: Any, *inputs: Any) -> None:
+        """Do the work; where it fails, its answer alone ends with an error."""
+        if answer.broken:
+            return
+        try:
+            work(*inputs)
+        except Exception:
+            log.exception("an answer could not be sent; its request is cancelled")
+            answer.broken = True
+            self._cancel(answer)
+            sentence = "the answer could not be sent; the server's log says why."
+            answer.connection.send(wire.Failure(answer.id, "INTERNAL", sentence))
+
+    def _send(self, answer: Answer, event: Event) -> None:
+        if event.end and event.end.reason in ERRORS:
+            sentence = event.end.message or "the request was cancelled."
+            answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence))
+        elif event.end or (answer.ask and answer.ask.stream and answer.text):
+            answer.connection.send(answer.piece(event))
 
     def _observe(self, answer: Answer, event: Event) -> None:
         client = answer.ask is not None and answer.ask.priority != FIRST  # a probe's times would hide the clients'
