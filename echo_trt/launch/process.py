@@ -14,12 +14,13 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
+
 #: Words of Triton's complaints that are harmless on a machine without a GPU.
 HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
 # Bytes of a thread's stack, allocated as used. Larger: Triton 2.51, which parses JSON by recursion at 170 bytes a
 # bracket, survives deeper nesting.
 STACK = 512 * 2**20
-LISTENING = "0A"  # a socket's state in /proc/net/tcp
 _LIBC = ctypes.CDLL(None)
 
 
@@ -84,12 +85,9 @@ class Process:
 
     def children(self) -> set[int]:
         """Return ids of the processes that it started itself, with those that died and were not waited for."""
-        pids: set[int] = set()
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{self.pid}/task").iterdir():
-                with contextlib.suppress(OSError):  # a thread that has ended
-                    pids.update(map(int, (task / "children").read_text().split()))
-        return pids
+        with contextlib.suppress(psutil.Error):
+            return {child.pid for child in psutil.Process(self.pid).children()}
+        return set()
 
     def listens_on(self, ports: Iterable[int]) -> bool:
         """Return whether this process listens on all these TCP ports: another process might answer on one."""
@@ -133,25 +131,16 @@ class Process:
 
 def listening_ports(pid: int) -> set[int]:
     """Return the TCP ports on which a process listens."""
-    sockets: set[str] = set()
-    listening: set[int] = set()
-    with contextlib.suppress(OSError):
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):  # a descriptor that was closed
-                sockets.add(os.readlink(descriptor))
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):  # no IPv6
-            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-                _, address, _, state, *_, inode = line.split()[:10]
-                if state == LISTENING and f"socket:[{inode}]" in sockets:
-                    listening.add(int(address.rpartition(":")[2], 16))
-    return listening
+    with contextlib.suppress(psutil.Error):
+        sockets = psutil.Process(pid).net_connections("tcp")
+        return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
+    return set()
 
 
 def lives(pid: int) -> bool:
     """Return whether a process runs; a zombie does not, and Triton never waits for a backend that has died."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
 
 

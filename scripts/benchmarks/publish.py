@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from echo_trt.decoding.policy_names import NAMES as POLICIES
+from echo_trt.decoding.policies import BUILT_IN as POLICIES
 from echo_trt.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]

@@ -298,7 +298,8 @@ def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "load_role", lambda file, device: loaded.append((file.name, device)))
     monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
     collectives = object()
-    opened = TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(SimpleNamespace(rank=1, collectives=collectives))
+    group = SimpleNamespace(rank=1, collectives=collectives, loaded=lambda: None)
+    opened = TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(group)
     assert loaded == [("1", "cuda:1")]
     assert opened["collectives"] is collectives
     assert opened.get("graphs", True)  # a rank's calls are captured, too

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from models.checkpoints import head_config, head_tensors, qwen3, write_head
 from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
@@ -233,7 +232,7 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     llm = LLM(tmp_path / "bundle")
     assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
     read = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given()).read
-    ids, greedy = {"input_ids": np.array([[5]])}, {"temperature": np.array([[0.0]], np.float32)}
+    ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
     assert read(ids).params == llm.default_params
     assert read(ids | greedy).params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
     config.write_text('{"do_sample": true, "temperature": -1}')

@@ -91,7 +91,7 @@ class Clocked:
 
 
 def networks_of(target: Clocked, state: Slots, manifest: Manifest) -> Networks:
-    return Networks(manifest, state, target, None, None, None, None)
+    return Networks(manifest, None, state, target, None, None, None, None)
 
 
 @pytest.mark.parametrize("count", [8, 64, 256])

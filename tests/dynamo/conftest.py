@@ -13,7 +13,7 @@ from pairs import LIMITS, recipe_of
 from echo_trt.commands.build import build
 from echo_trt.runtime.llm import LLM
 
-ROOMY = {**LIMITS, "batch": 4, "context": 480}
+ROOMY = {**LIMITS, "batch": 4, "context": 1600}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

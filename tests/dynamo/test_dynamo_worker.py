@@ -229,6 +229,9 @@ def test_a_frontend_that_dies_is_started_again_and_knows_where_beginnings_are(cl
     assert reply.usage["prompt_tokens_details"]["cached_tokens"] >= 192
 
 
+LONG = 1400  # tokens of an answer that takes seconds on any machine
+
+
 def all_moved(cluster: Cluster, offline: LLM, victim: int, number: int) -> None:
     """Send a signal to a worker in the middle of answers, all of which must end as if nothing had happened."""
     moving, replies = [name for name in ASKED if name not in ("stop", "stop tokens")], {}
@@ -236,7 +239,7 @@ def all_moved(cluster: Cluster, offline: LLM, victim: int, number: int) -> None:
 
     def ask(name: str) -> None:
         waited = False
-        for reply in cluster.stream(prompt_of(name), **GREEDY | ASKED[name] | {"max_tokens": 400}):
+        for reply in cluster.stream(prompt_of(name), **GREEDY | ASKED[name] | {"max_tokens": LONG}):
             if reply.text and not waited:
                 waited = True
                 begun.wait()
@@ -251,7 +254,7 @@ def all_moved(cluster: Cluster, offline: LLM, victim: int, number: int) -> None:
     for thread in threads:
         thread.join()
     for name in moving:
-        given = GREEDY | ASKED[name] | {"max_tokens": 400}
+        given = GREEDY | ASKED[name] | {"max_tokens": LONG}
         assert_same(replies[name], offline.generate([prompt_of(name)], SamplingParams(**given))[0])
     assert cluster.said.count("migration retry scheduled") > moves
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import tool_models
 from hypothesis import given
@@ -177,16 +176,13 @@ def test_names_of_control_tokens_in_variables_are_text():
         (tool_models.QWEN3_THINKING, {}, True),
     ],
 )
-def test_triton_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template, kwargs, inside):
+def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template, kwargs, inside):
     """Marks that a user writes say nothing of it."""
     tool_models.qwen3_tokenizer(template).save_pretrained(tmp_path)
     reader = Reader(tmp_path, 1000)
 
-    def tensor(value: object) -> np.ndarray:
-        return np.array([json.dumps(value).encode()], object)
-
-    chat = {"chat_messages": tensor([{"role": "user", "content": "what is <think>?"}])}
-    ask = reader.read(chat | {"chat_template_kwargs": tensor(kwargs), "tools": tensor([TOOL])})
+    chat = {"chat_messages": json.dumps([{"role": "user", "content": "what is <think>?"}])}
+    ask = reader.read(chat | {"chat_template_kwargs": json.dumps(kwargs), "tools": json.dumps([TOOL])})
     assert ask.in_thought is inside
     described = json.loads(reader.description())
     assert described["takes_tools"]
@@ -197,6 +193,6 @@ def test_triton_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, te
         ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),
     ):
         with refused(said):
-            reader.read(chat | {name: tensor(value)})
+            reader.read(chat | {name: json.dumps(value)})
         with refused(f"{name} given without a chat"):
-            reader.read({"text_input": np.array([b"x"], object), name: tensor(value)})
+            reader.read({"text_input": "x", name: json.dumps(value)})
