@@ -203,10 +203,13 @@ def _proposers(run: Run) -> str:
     for row in (row for row in run["results"] if row["set"] == "all" and row["policy"] == DEFAULT):
         if total := sum(row["accepted_by_source"].values()):
             shares = {name: row["accepted_by_source"].get(source, 0) / total for source, name in SOURCES.items()}
-            parts = [f"{share:.0%} from {name}" for name, share in shares.items() if share >= 0.005]
-            said.append(f"at {row['batch']} {', '.join(parts)}")
+            parts = [f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005]
+            plural = "" if row["batch"] == 1 else "s"
+            said.append(f"at {row['batch']} request{plural}, {', '.join(parts)}")
     chosen = [said[0], said[-1]] if len(said) > 1 else said
-    return f"Accepted draft tokens of the default came, {'; '.join(chosen)}." if chosen else "Nothing was drafted."
+    return (
+        f"Who proposed the default's accepted draft tokens: {'; '.join(chosen)}." if chosen else "Nothing was drafted."
+    )
 
 
 def _machine(run: Run) -> str:
