@@ -83,7 +83,7 @@ class Upstream(ABC):
         """Yield snapshots for some seconds, as JSON; the engine makes none once this is closed. Raises ApiError."""
         async with aclosing(self._results({"watch": True})) as answers:
             async for answer in answers:
-                if isinstance(answer, wire.Text):
+                if isinstance(answer, wire.Text) and answer.text:  # Triton's model ends a watch with an empty one
                     yield answer.text
 
     async def _single(self, inputs: Mapping[str, Any], names: Names | None = None) -> wire.Text | wire.Tokens:
