@@ -59,7 +59,7 @@ class EngineUpstream(Upstream):
             yield message
 
     async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
-        """Yield the answer to a question; left early, the engine is told. Raises ApiError."""
+        """Yield the answer to a question; closing the generator early cancels the question. Raises ApiError."""
         answers = self._answers[question.id] = asyncio.Queue()
         done = True  # until the engine has the question
         try:

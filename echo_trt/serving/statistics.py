@@ -23,7 +23,7 @@ class Statistics:
     ended: dict[str, int] = field(default_factory=dict)
     engine_failures: int = 0
     queued_tokens: int = 0  # of the prompts that wait
-    gain: float | None = None  # tokens a second over plain decoding's at the latest load; None: not known
+    gain: float | None = None  # tokens per second over plain decoding's at the latest load; None: not known
 
     @property
     def kv_usage(self) -> float:

@@ -14,7 +14,7 @@ from echo_trt.gateway.messages import Name
 from echo_trt.gateway.tools import choice_of
 from echo_trt.models.messages import MOST_TOOLS
 
-#: Hosted tools that clients send unasked, and how they are told not to.
+#: Hosted tools that clients send unasked -> the setting by which a client stops sending the tool.
 HOSTED = {
     "web_search": 'in Codex with web_search = "disabled"',
     "web_search_preview": "in the client's settings",
