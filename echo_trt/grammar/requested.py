@@ -153,7 +153,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
     """Those of ``references`` that some finite text fits: found from those that need no other on."""
     ending: set[str] = set()
-    waiting: dict[str, list[str]] = {}  # reference -> those that are looked at again once it is known to end
+    waiting: dict[str, list[str]] = {}  # reference -> references to check again once it ends
     whole: set[int] = set()
     due = list(references)
     while due:

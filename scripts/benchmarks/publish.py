@@ -66,7 +66,7 @@ WIDTH = 100  # of README's lines
 DATA = (
     "The four sets are the evaluation prompts of EAGLE's repository (SafeAILab/EAGLE, eagle/data, Apache-2.0): MT-bench"
     " and 80 each of GSM8K's tests, HumanEval and Alpaca. A row of a prompts file is a JSON object with `id` and "
-    "`turns`, of which the first is asked."
+    "`turns`; the benchmark asks the first turn."
 )
 BEGIN, END = "<!-- benchmarks: written by scripts/benchmarks/publish.py -->", "<!-- benchmarks: end -->"
 

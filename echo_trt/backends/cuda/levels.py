@@ -44,8 +44,8 @@ class Levels:
     def capture(self, shapes: Iterable[LevelShape]) -> None:
         """Capture the drafts of ``shapes``; all others are run by plain launches from then on.
 
-        Where an engine may not have so many graphs, the smallest numbers of requests get theirs: the fewer requests,
-        the more of a draft's time are launches.
+        Beyond the engine's limit of graphs, the smallest batches get graphs: launches take a larger share of a small
+        batch's draft.
         """
         shapes = tuple(shapes)
         if not self._graphs or not shapes:

@@ -104,7 +104,7 @@ class Function:
 
 
 def functions_of(tools: Sequence[Given]) -> list[Function]:
-    """All functions, those of namespaces too."""
+    """Return the functions, with the functions inside namespaces."""
     found = []
     for index, tool in enumerate(tools):
         if isinstance(tool, FlatTool):
@@ -116,7 +116,7 @@ def functions_of(tools: Sequence[Given]) -> list[Function]:
 
 
 def left_out(tools: Sequence[Given], choice: object) -> list[str]:
-    """Types of the hosted tools, none of which runs here. Raises ApiError where the answer would have to call one."""
+    """Return the types of hosted tools, which do not run here. Raises ApiError where ``choice`` requires a call."""
     found = [(index, tool.type) for index, tool in enumerate(tools) if isinstance(tool, Hosted)]
     if found and choice == "required":
         index, kind = found[0]
