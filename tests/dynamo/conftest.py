@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def worker_bundle(made_once, networks) -> Path:
     """The pair close, with room for answers that take a while; at one path in every process."""
     recipe = recipe_of("close", networks, limits=ROOMY)
-    return made_once("roomy", lambda out: build(recipe, networks, out))
+    return made_once("worker", lambda out: build(recipe, networks, out))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ const TILES = [
   ["cache", "Prefix cache"],
 ];
 
-let past = [], curve = [], bars = [], latest = null, paused = false, shownAt = 0, toldAt = 0;
+let past = [], curve = [], bars = [], latest = null, paused = false, shownAt = 0, toldAt = -Infinity;
 
 export function setUp() {
   $("tiles").replaceChildren(
