@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import time
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pairs import ASSISTANT, END, USER
 from served import Served, joined, joined_lists, needs_triton
 
+from echo_trt.launch.triton_server import PREFIX
 from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.serving import wire
 from echo_trt.serving.protocol import FIRST
 
 pytestmark = needs_triton
@@ -67,6 +71,14 @@ def test_the_same_text_by_every_road(way, server, offline):
         assert pieces[-1]["finish_reason"] == expected.finish_reason
         assert all("finish_reason" not in piece for piece in pieces[:-1])
     assert len(server.generate_stream(text_input=PROMPT, **way)) > 1
+
+
+def test_the_model_answers_on_the_engine_s_socket_too(server):
+    (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
+    assert path.stat().st_mode & 0o077 == 0
+    answer = wire.ask(str(path), wire.Submit(1, {"text_input": PROMPT, **WAYS["greedy"]}), 60)
+    assert isinstance(answer, wire.Piece)
+    assert answer.text == server.generate(text_input=PROMPT, **WAYS["greedy"])["text_output"]
 
 
 def test_chat_goes_through_the_template(server, offline):

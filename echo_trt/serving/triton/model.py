@@ -1,14 +1,16 @@
 """The model that Triton's Python backend runs: it reads requests and hands them to the service.
 
 Requests are answered on other threads (``replies``), so ``execute`` returns at once and Triton's queue stays empty; the
-service has the queue.
+service has the queue. Beside Triton's API it hosts the same socket as an engine process (``serving.host``).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from echo_trt.decoding.policies import load_policies
 from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import bytes_in
 from echo_trt.runtime.llm import LLM
+from echo_trt.serving.host import Host
 from echo_trt.serving.job import Overloaded
 from echo_trt.serving.logprobs import Outgoing
 from echo_trt.serving.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
@@ -66,6 +69,10 @@ class TritonPythonModel:
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
         self._replies = Replies(self._service, args["model_name"], Path(signals) if signals else None)
+        if socket := os.environ.get("ECHO_TRT_SOCKET"):
+            host = Host(self._service, self._reader, args["model_name"])
+            serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
+            threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Hand the requests on; their answers come from other threads, in any number of responses."""
