@@ -10,7 +10,7 @@ import pytest
 from gateway.running import running
 from refusal import refused
 from rich.console import Console
-from serving.served import free_ports, needs_triton
+from serving.served import free_ports
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,8 +22,6 @@ from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
-pytestmark = needs_triton
-GATEWAY = True
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 
 
