@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from echo_trt.benchmark.command import Job, run
-from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.benchmark.command import Job, run
+from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
 pytestmark = needs_triton
 GATEWAY = True
@@ -109,7 +109,7 @@ def test_a_server_that_takes_text_alone_gets_the_prompts_text(roomy_bundle, url)
     ids=["nobody", "model", "no API", "twice", "no URL"],
 )
 def test_refused_in_a_sentence_before_anything_runs(changed, said, roomy_bundle, prompts, url, monkeypatch):
-    monkeypatch.setattr("echo_trt.benchmark.command.LLM", None)
+    monkeypatch.setattr("echo_trt_lab.benchmark.command.LLM", None)
     names = {"url": url, "free": free_ports(1)[0]}
     with refused(*(text.format(**names) for text in said)):
         bench(roomy_bundle, prompts, Console(quiet=True), *(f"served={text.format(**names)}" for text in changed))
