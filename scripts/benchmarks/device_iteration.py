@@ -24,9 +24,8 @@ from tokenizers import Tokenizer
 
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda.calls import Staging, shapes_of
-from echo_trt.backends.cuda.results import pack_results
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity
-from echo_trt.backends.cuda.transfers import TRANSFERS
+from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.decoding.goodput.acceptance import Acceptance
