@@ -9,7 +9,7 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.calibration.gates import fit_gates
 from echo_trt.calibration.observe import Observed, observe
 from echo_trt.calibration.trees import Trees
-from echo_trt.decoding.goodput.acceptance import CALIBRATED, Acceptance, knots
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, Acceptance, knots
 
 QUANTILES = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
 CHILDREN = 2  # children of a node whose worth is stored; larger: a deeper estimate, a larger file

@@ -10,7 +10,7 @@ from echo_trt.calibration.fit import acceptance_table, lookup_acceptance
 from echo_trt.calibration.observe import Observed, observe
 from echo_trt.calibration.trees import Trees
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.goodput.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
 
 BINS = 10  # of predicted probability; larger: a finer curve of noisier points
 WORTH = 0.05  # least prediction that counts; larger: fewer nodes, nearer to the few that are verified

@@ -13,7 +13,7 @@ from echo_trt.calibration.gates import auc, fit_gates, youden
 from echo_trt.calibration.observe import Observed, observe
 from echo_trt.calibration.reliability import _diagram
 from echo_trt.decoding.echo import gates
-from echo_trt.decoding.goodput.acceptance import KNOTS, Acceptance, knots
+from echo_trt.decoding.goodput.model.acceptance import KNOTS, Acceptance, knots
 from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP
 
 labelled = st.lists(st.tuples(st.sampled_from([0.1, 0.25, 0.5, 0.7, 0.9]), st.booleans()), min_size=1, max_size=25)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.decoding.goodput.model.costs import Curve
 from echo_trt.simulation.machines import (
     NAMES,
     QWEN3_8B,

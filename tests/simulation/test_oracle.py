@@ -9,7 +9,7 @@ from ngram_tables import table
 from synthetic import recorded
 
 from echo_trt.calibration.observe import observe
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.simulation.oracle import choose, foresee
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eagle3_training.corpus import HELD_OUT_EVERY, shard_paths
-from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 from echo_trt.errors import UserError
 
 LONGEST = 6  # tokens of a context
