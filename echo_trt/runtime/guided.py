@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains
+from echo_trt.decoding.goodput.model.ngrams import NO_CHAINS, Chains
 from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State

@@ -25,6 +25,7 @@ from echo_trt.runtime.params import SamplingParams
 from echo_trt_lab.benchmark.command import Job, run
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
+ROOT = Path(__file__).parents[2]
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 
 
