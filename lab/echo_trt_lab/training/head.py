@@ -47,7 +47,7 @@ def block_config_of(head: Eagle3Config, rows: int) -> BlockConfig:
     """Return the configuration of a one-layer P-EAGLE drafter of ``rows`` rows a pass, in the shape of ``head``."""
     shape = {f.name: getattr(head, f.name) for f in fields(head) if f.name in {g.name for g in fields(BlockConfig)}}
     kind = {"causal": True, "predicts_next": True, "anchored": True, "qk_norm": False}
-    return BlockConfig("p-eagle", num_layers=1, block_size=rows, mask_token=MASK_TOKEN, **kind, **shape)
+    return BlockConfig(family="p-eagle", num_layers=1, block_size=rows, mask_token=MASK_TOKEN, **kind, **shape)
 
 
 def feature_scale(corpus: Corpus, samples: int = 200) -> Tensor:

@@ -63,14 +63,14 @@ def unroll(head: Eagle3Head, batch: Batch, features: Tensor, steps: int) -> Iter
     attend = ChainAttention(batch, head.config)
     block = isinstance(head, ParallelEagle)
     state = _layers(head, batch.token_ids, head.combine(features), batch.positions, attend)[batch.rows]
-    yield head.logits(head.norm(state) if block else state)
+    yield head.logits(state)
     for step in range(1, steps):
         entry = (batch.rows + step).clamp(max=batch.token_ids.numel() - 1)
         tokens = batch.token_ids[entry]
         if block:
             tokens, state = torch.full_like(tokens, head.config.mask_token), head.mask_state.expand(len(entry), -1)
         state = _layers(head, tokens, state, batch.positions[entry], attend)
-        yield head.logits(head.norm(state) if block else state)
+        yield head.logits(state)
 
 
 def _layers(head: Eagle3Head, tokens: Tensor, state: Tensor, positions: Tensor, attend: ChainAttention) -> Tensor:
