@@ -145,13 +145,6 @@ class State:
         allowed: np.ndarray = (self.mask[tokens >> 3] >> (tokens & 7) & 1).astype(bool)
         return allowed
 
-    def shut_out(self, logits: np.ndarray) -> np.ndarray:
-        """A copy of ``logits`` float32 [V] with -inf for what is forbidden. Raises GrammarFailed."""
-        kept = np.array(logits, np.float32)
-        if self.mask is not None:
-            kept[np.unpackbits(self.mask, bitorder="little", count=len(kept)) == 0] = -np.inf
-        return kept
-
     def forced(self, most: int) -> list[int]:
         """Up to ``most`` tokens that the grammar leaves no choice about, as a tokenizer writes them: a likely draft.
 
