@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,7 @@ class Compiler:
                     f"structured is given, but grammars cannot read this model's tokenizer ({clause(str(error))}); "
                     "leave it out."
                 ) from None
+            self._tokens = replace(self._tokens, spell=self._tokenizer.greedy_tokenize)
             self._layouts = Layouts(self._tokenizer)
             self._always[_key("json_object", True)] = self._compile_json("json_object", {"type": "object"})
 
