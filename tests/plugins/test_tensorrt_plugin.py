@@ -1,19 +1,23 @@
-"""The TensorRT plugins as far as they go without TensorRT's libraries and without a GPU: all but the launch."""
+"""The TensorRT plugins as far as they go without TensorRT's libraries and without a GPU: all but the launch itself."""
 
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import tensorrt_alone
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import SIZES, roles_of
 
 from echo_trt.backends.onnx_export import export
-from super_tree_attention import kernel_plan, tensorrt_names, tensorrt_plugin
+from super_tree_attention import kernel_plan, super_tree_attention, tensorrt_names, tensorrt_plugin
 
+INPUTS = ("query", "key", "value", "key_cache", "value_cache", "past_lens", "seq_begins", "block_indices",
+          "block_begins", "tree_mask", "tree_mask_begins")  # fmt: skip
 BLOCK = 32
 
 
@@ -50,25 +54,28 @@ def card(definitions, monkeypatch):
     monkeypatch.setattr("super_tree_attention.launch.device_facts", lambda: (90, 132))
 
 
-def plugin_of(trt, registered, name: str, **attributes: int):
+def plugin_of(trt, registered, name: str, ahead_of_time: bool, **attributes: int):
     """A plugin as the parser creates it from a node's attributes."""
     from tensorrt.plugin._lib import _TemplatePluginCreator
 
     creator = _TemplatePluginCreator(name, "echo", {n: (True, t) for n, t in registered[name].input_attrs.items()})
     fields = [trt.PluginField(n, np.array([v]), trt.PluginFieldType.INT64) for n, v in attributes.items()]
-    request = trt.QuickPluginCreationRequest.STRICT_AOT
+    wanted = trt.QuickPluginCreationRequest
+    request = wanted.STRICT_AOT if ahead_of_time else wanted.STRICT_JIT
     fields = trt.PluginFieldCollection(fields)
     return creator.create_plugin(name, "echo", fields, trt.TensorRTPhase.BUILD, request)
 
 
-def test_outputs_are_described(trt, registered, card):
+@pytest.mark.parametrize("ahead_of_time", [False, True])
+@pytest.mark.parametrize("alias", [0, 1])
+def test_outputs_are_described(trt, registered, card, ahead_of_time, alias):
     bf16, int32, single = trt.DataType.BF16, trt.DataType.INT32, trt.DataType.FLOAT
     attributes = {"num_kv_heads": 2, "head_dim": 64}
-    attention = plugin_of(trt, registered, "SuperTreeAttention", **attributes)
+    attention = plugin_of(trt, registered, "SuperTreeAttention", ahead_of_time, **attributes, alias_caches=alias)
     types = attention.get_output_data_types([bf16] * 5 + [int32] * 6, [2, 2, 2, 4, 4, 1, 1, 1, 1, 1, 1])
     assert types == [bf16, single, single, bf16, bf16]
-    assert attention.aliased_map == dict.fromkeys(range(5), -1)
-    combine = plugin_of(trt, registered, "SuperTreeCombine", **attributes)
+    assert attention.aliased_map == {0: -1, 1: -1, 2: -1, 3: 3 if alias else -1, 4: 4 if alias else -1}
+    combine = plugin_of(trt, registered, "SuperTreeCombine", ahead_of_time, **attributes)
     assert combine.get_output_data_types([int32] * 4 + [single, single, bf16], [1, 1, 1, 1, 2, 1, 2]) == [bf16]
     assert combine.aliased_map == {0: 6}
 
@@ -98,6 +105,88 @@ def test_a_mask_keeps_its_bytes(mask):
     words = tensorrt_plugin.words(mask)
     assert (words.dtype, len(words)) == (np.int32, -(-len(mask) // 4))
     assert (words.view(np.uint8)[: len(mask)] == mask).all()
+
+
+class Launches:
+    """Stands where the driver would be: runs what is launched through Triton's interpreter, on the same memory."""
+
+    def __init__(self, kernels, tensors: list[torch.Tensor], head_dim: int, group: int):
+        self.kernels, self.head_dim, self.group, self.names = kernels, head_dim, group, []
+        self.at = {t.data_ptr(): t for t in tensors}
+
+    def load(self, compiled):
+        return compiled
+
+    def launch(self, compiled, grid, threads, shared, stream, pointers, integers, results) -> None:
+        assert results[-2:] == [0, 0]
+        tensors = [self.at[p] for p in (*pointers, *results[:-2])]
+        arguments = [*tensors[: len(pointers)], *integers, *tensors[len(pointers) :]]
+        sizes = {"HEAD_DIM": self.head_dim, "GROUP": self.group, "BLOCK": BLOCK, "ROWS": compiled.rows,
+                 "KEYS": 64, "NEW_KEYS": 32, "MAX_SPLITS": kernel_plan.MAX_SPLITS}  # fmt: skip
+        kernel = getattr(self.kernels, compiled.kind)
+        kernel[grid](*arguments, **{name: size for name, size in sizes.items() if name in kernel.arg_names})
+        self.names.append(compiled.kind)
+
+
+def tensor(value: torch.Tensor, dtype) -> SimpleNamespace:
+    return SimpleNamespace(dtype=dtype, shape=tuple(value.shape), data_ptr=value.data_ptr())
+
+
+@pytest.mark.parametrize(("past", "split"), [((700, 3), 6), ((0, 40), 1), ((260,), 3)])
+def test_what_python_launches_computes_the_operator(trt, registered, definitions, card, monkeypatch, past, split):
+    """Both plugins in turn, with their own grids, splits and arguments, against the reference."""
+    from super_tree_attention.triton_attention import _interpreted
+
+    heads, kv_heads, head_dim = 4, 2, 16
+    call = make_call(np.array(past), np.array([5, 2][: len(past)]), heads, kv_heads, head_dim)
+    wanted_caches = {n: call[n].clone() for n in ("key_cache", "value_cache")}
+    wanted = super_tree_attention(**call | wanted_caches)
+
+    tokens, requests = len(call["query"]), len(past)
+    splits = kernel_plan.plan(tokens, requests, len(call["block_indices"]), kv_heads, heads // kv_heads).num_splits
+    rows = tokens * heads
+    scratch = torch.full((rows, splits, head_dim), torch.nan), torch.full((rows, splits), torch.nan)
+    output = torch.full_like(wanted, torch.nan)
+    whole = [*call.values(), *scratch, output]
+    driver = Launches(_interpreted(), whole, head_dim, heads // kv_heads)
+    monkeypatch.setattr(definitions, "_loaded", driver.load)
+    monkeypatch.setattr("super_tree_attention.launch.launch", driver.launch)
+    monkeypatch.setattr(definitions, "_kernel", lambda kind, dtype, head_dim, group=1, rows=0: SimpleNamespace(
+        kind=kind, rows=rows, threads=128, shared=0))  # fmt: skip
+    dtype = trt.DataType.HALF
+    given = [tensor(call[name], dtype) for name in INPUTS]
+    made = [tensor(t, dtype) for t in (output, *scratch)]
+    registered["SuperTreeAttention"].impl_func(*given, kv_heads, head_dim, (*made, *given[3:5]), stream=0)
+    merged = [tensor(call[n], dtype) for n in ("past_lens", "seq_begins", "block_indices", "block_begins")]
+    registered["SuperTreeCombine"].impl_func(*merged, *made[1:], made[0], kv_heads, head_dim, (made[0],), stream=0)
+    assert driver.names == ["attention", "combine"][: 1 + (split > 1)]
+    assert splits == split
+    torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
+    for name, cache in wanted_caches.items():
+        assert call[name].equal(cache)
+
+
+def test_a_cache_bound_elsewhere_is_refused(trt, registered, card):
+    call = make_call(np.array([3]), np.array([1]), 4, 2, 16)
+    given = [tensor(call[name], trt.DataType.HALF) for name in INPUTS]
+    with pytest.raises(RuntimeError, match="not bound to the cache's own memory"):
+        registered["SuperTreeAttention"].impl_func(*given, 2, 16, (given[0],) * 5, stream=0)
+
+
+def make_call(past: np.ndarray, counts: np.ndarray, heads: int, kv_heads: int, head_dim: int) -> dict:
+    """Causal calls of ``counts`` tokens over ``past``, in blocks in reverse order."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, used = int(counts.sum()), -(-(past + counts) // BLOCK)
+    ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    noise = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    pool = int(used.sum()), kv_heads, BLOCK, head_dim
+    begins = lambda sizes: ints([0, *np.cumsum(sizes).tolist()])  # noqa: E731
+    values = (
+        noise(tokens, heads * head_dim), noise(tokens, kv_heads * head_dim), noise(tokens, kv_heads * head_dim),
+        noise(*pool), noise(*pool), ints(past.tolist()), begins(counts), ints(list(range(pool[0]))[::-1]), begins(used),
+        torch.zeros(1, dtype=torch.uint8), ints([0] * (len(past) + 1)),
+    )  # fmt: skip
+    return dict(zip(INPUTS, values, strict=True))
 
 
 def desc(trt, dtype, usual: tuple[int, ...], dynamic: bool = True):
@@ -131,7 +220,7 @@ def test_kernels_are_compiled_into_the_engine(trt, registered, definitions, card
     made = [desc(trt, *of, dynamic) for of in ((bf16, (64, 1024)), (single, (1536, 128)), (single, (1536,)))]
     (choice,) = registered["SuperTreeAttention"].autotune_func(*given, 2, 128, ())
     (tactic,) = choice._get_combinations()[0].tactics
-    attention = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, (*made, *given[3:5]), tactic)
+    attention = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), tactic)
     combine = registered["SuperTreeCombine"].aot_impl_func(*given[5:9], *made[1:], made[0], 2, 128, (made[0],), 0)
     # It is not known that TensorRT raises a kernel's limit of shared memory.
     assert [kernel.shared <= kernel_plan.PLAIN_SHARED for kernel in launched] == [True, True]
@@ -160,7 +249,7 @@ def test_profiles_of_different_tiles_have_kernels_of_their_own(trt, registered, 
         made = [desc(trt, *of) for of in ((bf16, (tokens, 1024)), (single, (1536, 128)), (single, (1536,)))]
         (choice,) = registered["SuperTreeAttention"].autotune_func(*given, 2, 128, ())
         (tactic,) = choice._get_combinations()[0].tactics
-        name, ptx, *_ = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, (*made, *given[3:5]), tactic)
+        name, ptx, *_ = registered["SuperTreeAttention"].aot_impl_func(*given, 2, 128, 1, (*made, *given[3:5]), tactic)
         assert f".entry {name.decode()}(" in ptx.decode()
         return tactic, name, ptx
 
