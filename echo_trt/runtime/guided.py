@@ -89,7 +89,6 @@ class Grammars:
         return Continuations(tokens, log_q, matched, is_forced)
 
     def constrained(self, slots: np.ndarray) -> np.ndarray:
-        """Do as ``Grammars`` of goodput."""
         constrained: np.ndarray = self._state.grammar[slots].astype(bool)
         return constrained
 
