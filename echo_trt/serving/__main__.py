@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from echo_trt.decoding.policies import load_policies
+from echo_trt.backends import base
+from echo_trt.decoding.policies import load_policies, policy_named
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.host import Host
@@ -38,6 +40,9 @@ def run(
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if policy_file:
         load_policies(policy_file)
+    if policy:
+        policy_named(policy, "--policy")
+    base.ends_at_once = True
     llm = LLM(bundle, policy, batch, note=log.info, kv_cache_memory=kv_cache_memory)
     log.info(llm.pool.warning or llm.pool.sentence)
     reader = Reader(bundle, llm.loop.state.context, special_tokens_in_content, llm.manifest.sampling.given())
@@ -52,7 +57,7 @@ def run(
 
     sound = asyncio.run(serve())
     service.close(0)
-    raise typer.Exit(0 if sound else 1)
+    _leave(0 if sound else 1)
 
 
 def main() -> None:
@@ -60,7 +65,14 @@ def main() -> None:
         typer.run(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+
+
+def _leave(code: int) -> None:
+    """End the process as ``base.ends_at_once`` promises."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
