@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,6 @@ from echo_trt.commands.options import (
     PolicyName,
     Precisions,
     SpecialTokens,
-    numbers_in,
-    words_in,
 )
 from echo_trt.commands.terminal import Screen, messages, run_app, screen_of
 from echo_trt.errors import UserError
@@ -191,9 +190,9 @@ def serve(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Metrics for Prometheus.")] = 8002,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint, with --triton.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint, with --triton.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's metrics, with --triton.")] = 8002,
     openai_port: Annotated[int, typer.Option(min=0, max=65535, help="The OpenAI-compatible API; 0 is off.")] = 9000,
     api_keys_file: Annotated[
         Path | None, typer.Option("--api-keys-file", "--api-keys", help="Keys that the OpenAI API takes, one a line.")
@@ -216,14 +215,16 @@ def serve(
         bool, typer.Option("--page/--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True,
     triton: Annotated[
-        bool, typer.Option("--triton/--no-triton", help="Whether Triton hosts the engine, else a process of its own.")
-    ] = True,
+        bool,
+        typer.Option("--triton", help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC."),
+    ] = False,
     replicas: Annotated[
-        int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
+        int,
+        typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: one engine, no Dynamo."),
     ] = 0,
     kv_cache_memory: KVCacheMemory = None,
 ) -> None:
-    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
+    """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
     Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
     answers finish.
@@ -240,7 +241,7 @@ def serve(
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
             ("--no-page", not page),
-            ("--no-triton", not triton),
+            ("--triton", triton),
             *((f"--{port}-port", _is_given(context, f"{port}_port")) for port in ("http", "grpc", "metrics")),
         ):
             if given:
@@ -252,7 +253,7 @@ def serve(
 
     given = [f"--{port}-port" for port in ("http", "grpc", "metrics") if _is_given(context, f"{port}_port")]
     if given and not triton:
-        raise UserError(f"{given[0]} is a port of Triton's, but --no-triton is given; leave one of them out.")
+        raise UserError(f"{given[0]} is a port of Triton's, which is not started; add --triton, or leave the port out.")
     ports = (http_port, grpc_port, metrics_port, openai_port)
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())
@@ -298,102 +299,6 @@ def worker(
 
 
 @app.command()
-def calibrate(
-    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made; the results go into it.")],
-    prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to answer, spread over the files.")] = 160,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt, at most.")] = 96,
-    batch: Annotated[int, typer.Option(min=1, help="Requests running at once.")] = 16,
-) -> None:
-    """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
-
-    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and
-    calibration.html, a report of both. Use prompts like those that will be served, but none that a benchmark is run on.
-
-    Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
-    """
-    from echo_trt.calibration.command import Job, run
-    from echo_trt.simulation.foresee import foresee
-
-    run(Job(bundle, prompts, limit, max_tokens, batch, foresee), Screen(), messages)
-
-
-@app.command()
-def bench(
-    bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
-    prompts: Annotated[list[Path], typer.Option(help="JSONL: id and prompt, or turns, a line; may be given again.")],
-    policies: Annotated[str, typer.Option(help="Compared with plain decoding, by commas.")] = "goodput,echo,static",
-    policy_file: PolicyFile = None,
-    batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4,8,16,32,64",
-    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a request, at most.")] = 128,
-    rounds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Runs of each policy at each batch; medians are told.")
-    ] = 3,
-    requests: Annotated[int, typer.Option(min=2, max=1_000_000, help="Requests of a run, at least; two a slot.")] = 32,
-    each_file: Annotated[bool, typer.Option("--each-file", help="Also run each prompts file by itself.")] = False,
-    budget: Annotated[
-        int | None, typer.Option(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
-    ] = None,
-    peers: Annotated[
-        str,
-        typer.Option(
-            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, where installed; "
-            "NAME=URL or NAME=URL#MODEL for a server that runs, as vllm=http://127.0.0.1:8000."
-        ),
-    ] = "",
-    recipes: Annotated[Path, typer.Option(help="The folder of the bundle's recipe, for peers.")] = Path("build"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
-    record_file: Annotated[
-        Path | None, typer.Option("--record", help="Write the draft trees of the prompts here, for simulate.")
-    ] = None,
-) -> None:
-    """Measure policies against plain decoding: closed loop, greedy, all side by side in turns of a second.
-
-    Example: `echo-trt bench bundles/smollm2-135m --prompts prompts.jsonl --batch 1,4,16 --html report.html`
-    """
-    from echo_trt.benchmark.command import Job, run
-
-    words, others, sizes = words_in(policies), words_in(peers), numbers_in("--batch", batch)
-    files = (json_file, html_file, record_file)
-    job = Job(bundle, prompts, words, sizes, max_tokens, rounds, requests, each_file, others, *files, recipes, budget)
-    run(job, Screen(), messages)
-
-
-@app.command()
-def simulate(
-    recording: Annotated[Path, typer.Argument(help="Draft trees, as echo-trt bench --record wrote them.")],
-    calibration: Annotated[Path, typer.Option(help="calibration.json of the bundle that was recorded.")],
-    machine: Annotated[str, typer.Option(help="this, h100-qwen3-8b or 8xh100-qwen3-235b.")] = "this",
-    costs: Annotated[Path | None, typer.Option(help="costs.json, for the machine this.")] = None,
-    batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,4,16,64,256,1024",
-    policies: Annotated[str, typer.Option(help="By commas; oracle knows what will be accepted.")] = (
-        "goodput,echo,dense,fixed,static,oracle"
-    ),
-    policy_file: PolicyFile = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Cached tokens before each answer.")] = 256,
-    budget: Annotated[int | None, typer.Option(min=1, help="K_max. Default: the machine's knee.")] = None,
-    static: Annotated[str | None, typer.Option(help="Depth, top_k, tokens of static's trees. Default: 6,4,8.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Measured a policy and batch. Default: by batch.")] = None,
-    ngrams: Annotated[Path | None, typer.Option(help="ngrams.npz of the bundle, for goodput and the oracle.")] = None,
-    block: Annotated[int | None, typer.Option(min=1, help="Charge the trees as one pass of N rows.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
-) -> None:
-    """Replay recorded draft trees under the same policies and another machine's costs.
-
-    Example: `echo-trt simulate trees.npz --calibration bundles/smollm2-135m/calibration.json --machine h100-qwen3-8b`
-    """
-    from echo_trt.simulation.command import SimulationJob, run
-
-    words, sizes = tuple(words_in(policies)), tuple(numbers_in("--batch", batch))
-    shape = tuple(numbers_in("--static", static)) if static else None
-    numbers = sizes, words, budget, shape, prompt, tokens
-    job = SimulationJob(recording, calibration, machine, costs, *numbers, ngrams, json_file, html_file, block)
-    run(job, Screen(), messages)
-
-
-@app.command()
 def inspect(
     place: Annotated[Path, typer.Argument(metavar="BUNDLE|RECIPE", help="A bundle folder, or a recipe.")],
     cards: Annotated[
@@ -422,6 +327,10 @@ def inspect(
     manifest = read_manifest(place)
     verify_files(place, manifest)
     Screen().print(manifest_table(manifest, place))
+
+
+for _command in entry_points(group="echo_trt.commands"):  # echo_trt_lab's, whose imports wait for a run
+    app.command(_command.name)(_command.load())
 
 
 if __name__ == "__main__":

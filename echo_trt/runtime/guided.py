@@ -83,7 +83,6 @@ class Grammars:
         self._state, self._copier = state, copier
 
     def constrained(self, slots: np.ndarray) -> np.ndarray:
-        """Do as ``Grammars`` of goodput."""
         constrained: np.ndarray = self._state.grammar[slots].astype(bool)
         return constrained
 
