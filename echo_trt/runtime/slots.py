@@ -85,17 +85,14 @@ class Slots:
 
     @property
     def free_blocks(self) -> int:
-        """Number of KV blocks that are free."""
         return self._free_count
 
     @property
     def cached_blocks(self) -> int:
-        """Number of KV blocks that are cached and unheld."""
         return self.cache.idle
 
     @property
     def used_blocks(self) -> int:
-        """Number of KV blocks held by slots."""
         return self.num_blocks - self.free_blocks - self.cached_blocks
 
     def decoding(self) -> np.ndarray:
@@ -190,7 +187,6 @@ class Slots:
         return True
 
     def set_params(self, slot: int, params: SamplingParams) -> None:
-        """Set how a slot's tokens are chosen."""
         for name in ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", *SWITCHES, *PENALTIES):
             getattr(self, name)[slot] = getattr(params, name)
         self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
@@ -214,7 +210,7 @@ class Slots:
 
     def forget_cached(self) -> None:
         """Empty the cache, before something writes over the pool."""
-        self._give(self.cache.clear())
+        self._give(self.cache.forget(self.cache.idle))
 
     def _give(self, blocks: Sequence[int] | np.ndarray) -> None:
         self._free[self._free_count : self._free_count + len(blocks)] = blocks

@@ -14,8 +14,8 @@ from gpu.random_networks import first_layers
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.pack import BLOCK, Packed, pack

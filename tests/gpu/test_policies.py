@@ -14,7 +14,7 @@ from gpu.random_networks import QWEN3_8B, SMALL, TINY, quiet_layers, random_deco
 
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.decoding.echo.budget import fit_hinge
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.models.roles import TargetRole
 from echo_trt.runtime.params import SamplingParams
