@@ -21,6 +21,7 @@ from rich.table import Table
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.side_by_side import gap
 
 PLAIN = "autoregressive"
 TIE = 1e-4
@@ -54,7 +55,7 @@ def main(
             llm.set_policy(policy, budget * size)
             verifications, emitted = llm.counters.verifications, llm.counters.emitted_tokens
             answers = [c.token_ids for c in llm.generate(asked, params)]
-            gaps = [llm.gap(ids, a, b) for ids, a, b in zip(asked, plain, answers, strict=True) if a != b]
+            gaps = [gap(llm, ids, a, b) for ids, a, b in zip(asked, plain, answers, strict=True) if a != b]
             broken += sum(gap > TIE for gap in gaps)
             rows.append(
                 {

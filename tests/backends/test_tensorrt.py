@@ -31,6 +31,7 @@ from echo_trt.backends.tensorrt.compiler import (
 )
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import check_graph
+from echo_trt.backends.tensorrt.library import PLUGINS
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
@@ -350,7 +351,7 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
     role = roles_of("eagle3", networks)["draft"]
     export(role, tmp_path / "head.onnx")
     prepare_graph(tmp_path / "head.onnx", tmp_path / "head.onnx")
-    check_graph(tmp_path / "head.onnx", lambda name: True, tensorrt.PLUGINS, "TensorRT")
+    check_graph(tmp_path / "head.onnx", lambda name: True, PLUGINS, "TensorRT")
     profiles = packed_profiles(tmp_path / "head.onnx", CallSizes(64, 66, 64, 256, 1024))
     ranges = [(p["token_ids"][0][0], p["token_ids"][2][0]) for p in profiles]
     assert ranges[0] == (1, 32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.device import check_room
-from echo_trt.backends.tensorrt.compiler import COMPILERS, first_sentence, load_compiler, logger_of
+from echo_trt.backends.tensorrt.library import COMPILERS, first_sentence, load_compiler, logger_of
 from echo_trt.errors import UserError
 
 Shape = tuple[int, ...]
