@@ -32,11 +32,9 @@ from echo_trt.runtime.slots import Slots
 class Networks:
     """A bundle's engines over one KV pool.
 
-    drafter      None: the bundle has no draft
-    copier       finds continuations in a request's own text; None: the recipe leaves them out
-    calibration  None: the bundle has none
-    markov       corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
-    pool         the size of the KV pool; of a part, the whole pool's
+    copier  finds continuations in a request's own text; None: the recipe leaves them out
+    markov  corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    pool    the size of the KV pool; of a part, the whole pool's
     """
 
     manifest: Manifest
