@@ -190,9 +190,9 @@ def serve(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A folder that echo-trt build made.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Metrics for Prometheus.")] = 8002,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's HTTP endpoint, with --triton.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's gRPC endpoint, with --triton.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Triton's metrics, with --triton.")] = 8002,
     openai_port: Annotated[int, typer.Option(min=0, max=65535, help="The OpenAI-compatible API; 0 is off.")] = 9000,
     api_keys_file: Annotated[
         Path | None, typer.Option("--api-keys-file", "--api-keys", help="Keys that the OpenAI API takes, one a line.")
@@ -215,14 +215,16 @@ def serve(
         bool, typer.Option("--page/--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True,
     triton: Annotated[
-        bool, typer.Option("--triton/--no-triton", help="Whether Triton hosts the engine, else a process of its own.")
-    ] = True,
+        bool,
+        typer.Option("--triton", help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC."),
+    ] = False,
     replicas: Annotated[
-        int, typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.")
+        int,
+        typer.Option(min=0, help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: one engine, no Dynamo."),
     ] = 0,
     kv_cache_memory: KVCacheMemory = None,
 ) -> None:
-    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
+    """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
     Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
     answers finish.
@@ -239,7 +241,7 @@ def serve(
             ("a second --served-model-name", (served_model_name or [])[1:]),
             ("--openai-port 0", openai_port == 0),
             ("--no-page", not page),
-            ("--no-triton", not triton),
+            ("--triton", triton),
             *((f"--{port}-port", _is_given(context, f"{port}_port")) for port in ("http", "grpc", "metrics")),
         ):
             if given:
@@ -251,7 +253,7 @@ def serve(
 
     given = [f"--{port}-port" for port in ("http", "grpc", "metrics") if _is_given(context, f"{port}_port")]
     if given and not triton:
-        raise UserError(f"{given[0]} is a port of Triton's, but --no-triton is given; leave one of them out.")
+        raise UserError(f"{given[0]} is a port of Triton's, which is not started; add --triton, or leave the port out.")
     ports = (http_port, grpc_port, metrics_port, openai_port)
     numbers = batch, queue, start_timeout, drain_timeout
     names, origins = tuple(served_model_name or ()), tuple(allowed_origins or ())

@@ -17,7 +17,7 @@ DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton
-GATEWAY = True
+TRITON = True
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from echo_trt_lab.benchmark.command import Job, run
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
 pytestmark = needs_triton
-GATEWAY = True
+TRITON = True
 ROOT = Path(__file__).parents[2]
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 
