@@ -7,11 +7,7 @@ from typing import Any
 
 from echo_trt.errors import UserError
 
-DECODERS = {
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
+DECODERS = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 
 #: Switches that change the arithmetic, with the one value that these networks implement.
 FIXED = {

@@ -95,7 +95,9 @@ def test_penalties_are_the_hosts():
     said = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
     sizes = rng.choice([0.0, 0.3, 1.0, 1.2], 20), rng.choice([0.0, -0.5, 1.1], 20), rng.choice([0.0, 0.2], 20)
     wanted = host_penalise(logits, *said, *sizes)
-    found = penalise(torch.from_numpy(logits.copy()), *(torch.from_numpy(a) for a in (*said, *sizes)))
+    names = ("said_row", "said_token", "said_generated", "repetition", "presence", "frequency")
+    choice = {name: torch.from_numpy(array) for name, array in zip(names, (*said, *sizes), strict=True)}
+    found = penalise(torch.from_numpy(logits.copy()), choice)
     np.testing.assert_array_equal(found.numpy(), wanted)
 
 
