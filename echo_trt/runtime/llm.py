@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError, shown
 from echo_trt.files.prompts import Prompt, encodable
@@ -32,7 +31,6 @@ from echo_trt.runtime.params import (
     TokenSource,
 )
 from echo_trt.runtime.request import Request
-from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
 TextOrIds = str | Sequence[int]
@@ -102,15 +100,6 @@ class LLM:
             self._planners[key] = self.tuning.planner(*key)
         return self._planners[key]
 
-    def side_by_side(self, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
-        """A loop for each policy over the same engines, a part of the KV pool each; ``loop`` must rest meanwhile.
-
-        An engine that has a cache for each slot (``state.linear``) has no pool to divide.
-        """
-        parts = self.networks.divided(len(policies))
-        planners = [self.tuning.planner(name, budget, part) for name, part in zip(policies, parts, strict=True)]
-        return [part.loop(planner) for part, planner in zip(parts, planners, strict=True)]
-
     def chat_ids(
         self,
         conversation: str | Messages,
@@ -152,7 +141,7 @@ class LLM:
     def stream(self, prompts: Sequence[TextOrIds], params: Params = None, loop: Loop | None = None) -> Iterator[Delta]:
         """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
 
-        ``loop``: one of ``side_by_side``, to run in instead of the LLM's own.
+        ``loop``: another one over the same engines (``Networks.over``), to run in instead of the LLM's own.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is a string; give a list of prompts, if only of one.")
@@ -211,23 +200,6 @@ class LLM:
         finally:  # an abandoned stream leaves nothing behind
             for request in answers:
                 loop.queue.cancel(request)
-
-    def gap(self, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
-        """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
-
-        prompt, first, second  token ids
-        Infinite where one merely ends earlier. Call it while nothing is running.
-        """
-        shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-        if shared is None:
-            return math.inf
-        ids = self.checked([*prompt, *first[:shared]])
-        self.loop.state.forget_cached()  # the pass below writes over the pool
-        count = np.array([len(ids)])
-        table = np.arange(blocks_for(len(ids)))[None]
-        call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
-        logits = self.loop.target.run(call)["logits"][0]
-        return float(abs(logits[first[shared]] - logits[second[shared]]))
 
     def request(
         self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = (), compiled: bool = True
