@@ -1,62 +1,105 @@
-"""Options that several commands have, and lists that are one option's text."""
+"""The options of ``build``, ``generate`` and ``inspect``."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
+from cyclopts import Parameter
 
-from echo_trt.errors import UserError, shown
-from echo_trt.runtime.host_memory import OPTION, bytes_in
+from echo_trt.runtime.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
 
-Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
-Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
-Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
+Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 
-def _load_policies(file: Path | None) -> Path | None:
-    """Register the policies of a file before any command looks for one. Raises UserError."""
-    if file:
-        from echo_trt.decoding.policies import load_policies
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``build`` is asked to do; None stands for the recipe's value."""
 
-        load_policies(file)
-    return file
-
-
-PolicyName = Annotated[str | None, typer.Option("--policy", help="How to speculate. Default: the recipe's.")]
-PolicyFile = Annotated[
-    Path | None, typer.Option(help="A Python file with policies of your own.", callback=_load_policies)
-]
-SpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--special-tokens-in-content",
-        help="Take <|im_end|> and the like in a message for the control token. Default: for text.",
-    ),
-]
-KVCacheMemory = Annotated[
-    int | None,
-    typer.Option(
-        OPTION,
-        parser=partial(bytes_in, OPTION),
-        metavar="GIB",
-        help="Memory of the KV pool in GiB, or such as 512M. Default: the recipe's, else enough for the batch, on a "
-        "CPU up to half of the free memory.",
-    ),
-]
-
-
-def words_in(text: str) -> list[str]:
-    """Return the words of a text that are separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    model: Annotated[
+        str,
+        Parameter(help="A recipe (YAML), a model of the hub such as Qwen/Qwen3-8B, or a checkpoint's folder."),
+    ]
+    _: KW_ONLY
+    draft: Annotated[
+        str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+    ] = None
+    output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
+    engine: Annotated[Engine | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
+    precision: Annotated[Precision | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
+    compute_capabilities: Annotated[
+        tuple[str, ...],
+        Parameter(
+            "--compute-capability",
+            show_default=False,
+            help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all.",
+        ),
+    ] = ()
+    max_model_len: Annotated[
+        int | None, Parameter(help="limits.context: tokens per request.", validator=bounds(16))
+    ] = None
+    max_num_seqs: Annotated[int | None, Parameter(help="limits.batch: running requests.", validator=bounds(1))] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Parameter(help="Fill this share of the GPU's memory: limits.kv_blocks.", validator=bounds(0.01, 1)),
+    ] = None
+    kv_cache_memory: KVCacheMemory = None
 
 
-def numbers_in(option: str, text: str) -> list[int]:
-    """Return the numbers of an option's text. Raises UserError."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
+@dataclass(frozen=True)
+class GenerateOptions(EngineOptions):
+    """What ``generate`` is asked to do; None stands for the recipe's value, of ``sampling`` for the model's."""
+
+    prompt: Annotated[str | None, Parameter(help="One user turn, put into the model's chat template.")] = None
+    _: KW_ONLY
+    prompts: Annotated[Path | None, Parameter(help="JSONL: id and prompt, or turns, per line.")] = None
+    batch: Annotated[
+        int | None, Parameter(help="Requests running at once. Default: the recipe's; 1 with --compare.")
+    ] = None
+    budget: Annotated[
+        int | None,
+        Parameter(
+            help="K_max of echo, dense, fixed: tokens verified per iteration. Default: the recipe's, else measured."
+        ),
+    ] = None
+    max_tokens: Annotated[int, Parameter(help="New tokens per request, at most.")] = 256
+    temperature: Annotated[float | None, Parameter(help="0 is greedy. Default: the model's own, else 0.")] = None
+    top_k: Annotated[int | None, Parameter(help="Draw from this many best tokens; 0 or -1 is off.")] = None
+    top_p: Annotated[float | None, Parameter(help="Draw from the smallest set with this share; 1 is off.")] = None
+    min_p: Annotated[float | None, Parameter(help="Draw from tokens with this share of the best one's; 0 is off.")] = (
+        None
+    )
+    presence_penalty: Annotated[float, Parameter(help="Off the logits of tokens said before, -2 to 2.")] = 0.0
+    frequency_penalty: Annotated[float, Parameter(help="The same, for each time that they were said.")] = 0.0
+    repetition_penalty: Annotated[
+        float | None, Parameter(help="Divides logits of tokens said before or in the prompt; 1 is off.")
+    ] = None
+    seed: Annotated[int, Parameter(help="Repeats a text; in bf16 for sure only by the policy goodput-exact.")] = 0
+    stop: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="End the text at this string; may be given again.", allow_leading_hyphen=True, show_default=False
+        ),
+    ] = ()
+    json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
+    compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False
+    color: Annotated[
+        Literal["auto", "always", "never"],
+        Parameter(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR."),
+    ] = "auto"
+    watch: Annotated[Flag, Parameter(help="Draw the draft tree beside the text, on a terminal.")] = False
+    special_tokens_in_content: SpecialTokens = False
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What ``inspect`` is asked to do."""
+
+    place: Annotated[Path, Parameter(help="A bundle folder, or a recipe.", metavar="BUNDLE|RECIPE")]
+    _: KW_ONLY
+    cards: Annotated[
+        str | None,
+        Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
+    ] = None

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
@@ -17,6 +17,7 @@ from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import PROBE_SECONDS, EngineProbe, Probe, responds
 from echo_trt.launch.process import Log, Process, lives, raise_open_files
 from echo_trt.launch.stopping import stop_signals
@@ -31,57 +32,7 @@ GATEWAY_SECONDS = 30.0  # for an answer among thousands of streams; larger: a ha
 FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the command was asked to do.
-
-    ``openai_port`` 0: no gateway. None stands for the recipe's own, no ``served_model_names`` for the default.
-    ``kv_cache_memory``: bytes of the KV pool.
-    """
-
-    bundle: Path
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    openai_port: int = 9000
-    api_keys: Path | None = None
-    policy: str | None = None
-    batch: int | None = None
-    queue: int = 256
-    start_seconds: int = 300
-    drain_seconds: int = 60
-    special_tokens_in_content: bool = False
-    served_model_names: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    page: bool = True
-    kv_cache_memory: int | None = None
-    policy_file: Path | None = None
-    triton: bool = True
-
-    @property
-    def reached_at(self) -> str:
-        """The address for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]" if ":" in host else host
-
-    @property
-    def shown_host(self) -> str:
-        """The host as URLs write it."""
-        return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
-    def ports(self) -> dict[str, int]:
-        """Option -> port, of what is to be served."""
-        triton = {
-            "--http-port": self.http_port,
-            "--grpc-port": self.grpc_port,
-            "--metrics-port": self.metrics_port,
-        }
-        return {**(triton if self.triton else {}), **({"--openai-port": self.openai_port} if self.openai_port else {})}
-
-
-def run(job: Job) -> int:
+def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
@@ -104,8 +55,12 @@ def run(job: Job) -> int:
         log.close()
 
 
-def _check(job: Job) -> Manifest:
+def _check(job: ServeOptions) -> Manifest:
     """Returns the bundle's. Raises UserError."""
+    if job.given_triton_ports and not job.triton:
+        raise UserError(
+            f"{job.given_triton_ports[0]} is a port of Triton's, but --no-triton is given; leave one of them out."
+        )
     manifest = read_manifest(job.bundle)
     if job.policy:
         policy_named(job.policy, "--policy")
@@ -146,12 +101,12 @@ class Triton(Supervised):
 
     name = "Triton"
 
-    def __init__(self, job: Job, server: TritonServer, work: Path, log: Log):
-        ports = {"--http-port": job.http_port, "--grpc-port": job.grpc_port, "--metrics-port": job.metrics_port}
-        super().__init__(log, job.host, ports, job.start_seconds)
+    def __init__(self, job: ServeOptions, server: TritonServer, work: Path, log: Log):
+        ports = job.triton_ports
+        super().__init__(log, job.host, {f"--{name}-port": port for name, port in ports.items()}, job.start_seconds)
         self._signals = work
         self._job, self._server, self._work = job, server, work
-        self._probe = Probe(job.reached_at, job.http_port, job.metrics_port)
+        self._probe = Probe(job.reached_at, ports["http"], ports["metrics"])
         self._backends: set[int] = set()
         self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
 
@@ -169,7 +124,7 @@ class Triton(Supervised):
         self._signals = work = self._work / str(self._starts)
         work.mkdir()
         settings["ECHO_TRT_SIGNALS"] = str(work)
-        command = self._server.command(job.host, Ports(job.http_port, job.grpc_port, job.metrics_port), work)
+        command = self._server.command(job.host, Ports(**job.triton_ports), work)
         return Process("triton", command, self._server.environment(settings), self._log)
 
     def _ready(self) -> bool:
@@ -214,7 +169,7 @@ class Engine(Supervised):
 
     name = "the engine"
 
-    def __init__(self, job: Job, work: Path, log: Log):
+    def __init__(self, job: ServeOptions, work: Path, log: Log):
         super().__init__(log, job.host, {}, job.start_seconds)
         self.socket = work / "engine"
         self._job, self._probe = job, EngineProbe(self.socket)
@@ -255,11 +210,11 @@ class Gateway(Supervised):
 
     name = "the gateway"
 
-    def __init__(self, job: Job, log: Log, engine: Path | None = None):
+    def __init__(self, job: ServeOptions, log: Log, engine: Path | None = None):
         """``engine``: the socket of an engine's process; None: Triton has the engine."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
         self._job, self._engine = job, engine
-        self._url = f"http://{job.reached_at}:{job.openai_port}/version"
+        self._url = f"{job.openai_url}/version"
 
     def _spawn(self) -> Process:
         job = self._job
@@ -268,8 +223,8 @@ class Gateway(Supervised):
         if self._engine:
             words += ["--engine-socket", str(self._engine)]
         else:
-            words += ["--grpc-url", f"{job.reached_at}:{job.grpc_port}"]
-            words += ["--metrics-url", f"http://{job.reached_at}:{job.metrics_port}/metrics"]
+            words += ["--grpc-url", f"{job.reached_at}:{job.triton_ports['grpc']}"]
+            words += ["--metrics-url", f"http://{job.reached_at}:{job.triton_ports['metrics']}/metrics"]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]
         words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
@@ -286,7 +241,7 @@ class Gateway(Supervised):
 class Launcher:
     """Engine and gateway as one service, which is started, supervised and drained."""
 
-    def __init__(self, job: Job, server: TritonServer | None, work: Path, stop: threading.Event, log: Log):
+    def __init__(self, job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: Log):
         self.job, self._stop, self._log = job, stop, log
         self._engine = Triton(job, server, work, log) if server else Engine(job, work, log)
         socket = self._engine.socket if isinstance(self._engine, Engine) else None
@@ -319,12 +274,12 @@ class Launcher:
             self._print_urls()
 
     def _print_urls(self) -> None:
-        job, host = self.job, self.job.shown_host
+        job, host, ports = self.job, self.job.shown_host, self.job.triton_ports
         lines = [
-            f"HTTP     http://{host}:{job.http_port}/v2/models/{MODEL}/generate_stream",
-            f"gRPC     {host}:{job.grpc_port}",
+            f"HTTP     http://{host}:{ports['http']}/v2/models/{MODEL}/generate_stream",
+            f"gRPC     {host}:{ports['grpc']}",
         ]
-        metrics = job.metrics_port if job.triton else job.openai_port
+        metrics = ports["metrics"] if job.triton else job.openai_port
         lines = [*(lines if job.triton else ()), f"metrics  http://{host}:{metrics}/metrics"]
         lines += [f"OpenAI   http://{host}:{job.openai_port}/v1"] if job.openai_port else []
         lines += [f"page     http://{host}:{job.openai_port}/"] if job.openai_port and job.page else []

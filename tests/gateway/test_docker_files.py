@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import options_of
 from gateway.docker_files import (
     DOCKER,
     KUBERNETES,
@@ -23,15 +24,14 @@ from gateway.docker_files import (
     check_services,
     documents,
     options_in,
-    options_of,
     pinned,
     requirements,
 )
 
-from echo_trt.launch.launcher import Job
+from echo_trt.launch.options import TRITON_PORTS, ServeOptions
 
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
-PORTS = {Job.http_port, Job.grpc_port, Job.metrics_port, Job.openai_port}
+PORTS = {*TRITON_PORTS.values(), ServeOptions.openai_port}
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
@@ -186,7 +186,7 @@ def test_prometheus_asks_services_at_ports_where_metrics_are():
     targets = {
         target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
     }
-    assert targets == {f"server:{Job.metrics_port}", f"gateway:{Job.openai_port}"}
+    assert targets == {f"server:{TRITON_PORTS['metrics']}", f"gateway:{ServeOptions.openai_port}"}
 
 
 def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():

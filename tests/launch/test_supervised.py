@@ -21,7 +21,8 @@ from served import free_ports
 
 from echo_trt.errors import UserError
 from echo_trt.launch import launcher, probe, process, supervised, triton_server
-from echo_trt.launch.launcher import Gateway, Job, Launcher
+from echo_trt.launch.launcher import Gateway, Launcher
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import responds
 from echo_trt.launch.process import Log, Process
 from echo_trt.launch.supervised import Supervised
@@ -244,7 +245,7 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
         pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
     monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 5)  # within which a busy machine answers
-    gateway = Gateway(Job(Path("none"), "127.0.0.1", *free_ports(4)), Said())
+    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), Said())
 
     def until(fits: Callable[[], object]) -> None:
         end = time.monotonic() + 180
@@ -272,7 +273,7 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
 @pytest.fixture
 def service(small, tmp_path) -> Launcher:
     """A launcher whose Triton is a small server that drains at once, and whose gateway is another."""
-    service = Launcher(Job(Path("none"), "127.0.0.1"), None, tmp_path, threading.Event(), Said())
+    service = Launcher(ServeOptions(Path("none")), None, tmp_path, threading.Event(), Said())
     service._engine, service._gateway = small(DRAINS.format(folder=str(tmp_path))), small()
     service._engine.folder = tmp_path
     return service
@@ -358,7 +359,9 @@ def test_a_name_is_resolved_and_none_is_refused():
 
 
 def test_the_servers_get_the_address(monkeypatch, bundle_of):
-    jobs: list[Job] = []
+    jobs: list[ServeOptions] = []
+    names = "http_port", "grpc_port", "metrics_port", "openai_port"
+    ports = dict(zip(names, free_ports(4), strict=True))
 
     class Noted(Launcher):
         def __init__(self, job, *_):
@@ -371,7 +374,7 @@ def test_the_servers_get_the_address(monkeypatch, bundle_of):
     monkeypatch.setattr(launcher, "find_server", lambda: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        assert launcher.run(Job(bundle_of("lookup"), "localhost", *free_ports(4))) == 0
+        assert launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", **ports)) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SECTIONS = ("kernel", "engine", "serving", "curves", "speed", "lossless", "tensorrt", "ranks")
 #: What echo-trt may use elsewhere, and a bare GPU machine may lack.
 MISSING = ("openvino", "nncf", "transformers", "tokenizers", "safetensors", "onnx", "onnxscript", "gguf", "scipy",
-           "matplotlib", "typer", "rich", "jinja2", "llguidance", "tensorrt", "tensorrt_rtx")  # fmt: skip
+           "matplotlib", "cyclopts", "rich", "jinja2", "llguidance", "tensorrt", "tensorrt_rtx")  # fmt: skip
 
 
 def run(copy: Path, *options: str) -> subprocess.CompletedProcess:

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from echo_trt.benchmark.command import Job, run
+from echo_trt.benchmark.command import run
+from echo_trt.benchmark.options import BenchOptions
 from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
@@ -40,7 +41,8 @@ def prompts(tmp_path) -> Path:
 
 
 def bench(bundle: Path, prompts: Path, messages: Console, *peers: str) -> dict:
-    job = Job(bundle, [prompts], ["static"], [1, 3], 16, rounds=2, requests=5, peers=list(peers))
+    sizes = {"batches": (1, 3), "max_tokens": 16, "rounds": 2, "requests": 5}
+    job = BenchOptions(bundle, prompts=[prompts], policies=("static",), peers=peers, **sizes)
     return run(job, Console(quiet=True), messages)
 
 
