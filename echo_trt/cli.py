@@ -151,10 +151,9 @@ def inspect(options: InspectOptions) -> int:
     return 0
 
 
-for name in ("calibrate", "bench", "simulate"):
-    app.command(f"echo_trt.commands.lab:{name}", name=name)
-for entry in entry_points(group="echo_trt.commands"):
-    app.command(entry.value, name=entry.name)  # imported where it is run
+LAB = {name: f"echo_trt.commands.lab:{name}" for name in ("calibrate", "bench", "simulate")}
+for name, place in ({entry.name: entry.value for entry in entry_points(group="echo_trt.commands")} | LAB).items():
+    app.command(place, name=name)  # imported where it is run
 
 
 if __name__ == "__main__":
