@@ -151,9 +151,8 @@ def inspect(options: InspectOptions) -> int:
     return 0
 
 
-LAB = {name: f"echo_trt.commands.lab:{name}" for name in ("calibrate", "bench", "simulate")}
-for name, place in ({entry.name: entry.value for entry in entry_points(group="echo_trt.commands")} | LAB).items():
-    app.command(place, name=name)  # imported where it is run
+for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
+    app.command(entry.value, name=entry.name)  # imported where it is run
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from echo_trt.bundle.calibration import Calibration
-from echo_trt.calibration.plots import gates
+from echo_trt_lab.calibration.plots import gates
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "img"
@@ -40,7 +40,7 @@ def plots(folder: Annotated[Path, typer.Option(help="Where they are written.")] 
 @app.command()
 def demo(folder: Annotated[Path, typer.Option(help="Where it is written.")] = IMAGES) -> None:
     """Run the demo's race on the real bundles, and record it."""
-    from pictures_parts.recording import record
+    from echo_trt_lab.images.recording import record
 
     (folder / "demo.svg").write_text(record())
 
@@ -53,8 +53,8 @@ def dashboard(
     folder: Annotated[Path, typer.Option(help="Where it is written.")] = IMAGES,
 ) -> None:
     """Draw the Grafana dashboard from its own queries to a real Prometheus."""
-    from pictures_parts.monitored import measure
-    from pictures_parts.panels import draw, empty
+    from echo_trt_lab.images.monitored import measure
+    from echo_trt_lab.images.panels import draw, empty
 
     panels = json.loads(DASHBOARD.read_text())
     if (bundle is None) == (stored is None):

@@ -9,8 +9,13 @@ LAYERS = {
     "decoding": "pure",
     "files": "pure",
     "grammar": "pure",
-    "pictures": "pure",
-    "simulation": "pure",
+    "lab": "pure",
+    "lab/benchmark": "engine",
+    "lab/calibration": "engine",
+    "lab/test_images.py": "engine",
+    "lab/test_race.py": "engine",
+    "lab/test_replayed.py": "engine",
+    "lab/test_train_eagle3.py": "engine",
     "test_docs.py": "pure",
     "test_layers.py": "pure",
     "plugins": "kernel",
@@ -26,4 +31,6 @@ HEAVY = {"onnx", "onnxruntime", "openvino", "tensorrt", "torch", "transformers",
 
 def layer(path: Path) -> str:
     """Name the layer of a file or folder in tests/."""
-    return LAYERS.get(path.relative_to(Path(__file__).parent).parts[0], "engine")
+    place = path.relative_to(Path(__file__).parent)
+    named = (LAYERS.get(str(folder)) for folder in (place, *place.parents))
+    return next(filter(None, named), "engine")

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import Progress
 
-from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.commands.options import GenerateOptions
-from echo_trt.commands.race import Panes, Side, meaning, race, result_lines, sides_of
+from echo_trt.commands.side import Side
 from echo_trt.commands.sources import SourcedText, legend, wants_colour
-from echo_trt.commands.tables import comparison_table, rounding_note
 from echo_trt.commands.watch import Watch
 from echo_trt.decoding.policies import policy_named
-from echo_trt.decoding.policy_names import DEFAULT, PLAIN
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, encodable, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.params import PARAMETERS, Delta, SamplingParams
-
-Frame = Callable[[RenderableType], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,11 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         first = llm.chat_ids(work.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
-        result = (_compare if options.compare else _answer)(work, llm, policy, out, messages)
+        answer = _answer
+        if options.compare:
+            (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
+            answer = comparison.load()
+        result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))
     return result
 
@@ -135,7 +134,7 @@ def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Con
         f"accepted length {facts['accepted_length']:.2f}",
         highlight=False,
     )
-    return {"results": _results(job, side), "summary": facts}
+    return {"results": results(job, side), "summary": facts}
 
 
 def _print_answer(name: str, text: SourcedText, out: Console) -> None:
@@ -144,53 +143,8 @@ def _print_answer(name: str, text: SourcedText, out: Console) -> None:
     out.print(text.styled(), highlight=False, soft_wrap=True)
 
 
-def _compare(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
-    """Answer everything twice, side by side, in rounds of as many prompts as run at once."""
-    rows, sides = compare(job, llm, policy, out)
-    plain, other = rows
-    if len(job.prompts) == 1:
-        for side in sides[: 2 - other["identical"]]:  # once, where both wrote the same
-            out.print(side.completions[job.prompts[0].id].text, highlight=False, soft_wrap=True)
-    out.print()
-    out.print(comparison_table(rows, plain))
-    out.print(meaning(plain, other), highlight=False)
-    if other["logit_gaps"]:
-        out.print(rounding_note(other["logit_gaps"], computes_in(llm.manifest)), highlight=False)
-    ratio = other["tokens_per_s"] / plain["tokens_per_s"]
-    return {"results": _results(job, sides[1]), "summary": {**other, "ratio": round(ratio, 4)}, "plain": plain}
-
-
-def compare(
-    job: GenerateRun, llm: LLM, policy: str, out: Console, lines: bool = True, frame: Frame = lambda picture: None
-) -> tuple[list[dict[str, Any]], list[Side]]:
-    """Race plain decoding against ``policy``, of plain decoding goodput. Returns a row a side, and the sides.
-
-    lines  whether two lines a prompt are printed
-    frame  gets every picture that is drawn
-    """
-    policies = PLAIN, policy if policy != PLAIN else DEFAULT
-    prompts = [llm.chat_ids(prompt.text) for prompt in job.prompts]
-    sides = sides_of(llm, policies, prompts, job.params.max_tokens, job.budget)
-    params, size = replace(job.params, token_sources=True), llm.loop.state.count
-    for begin in range(0, len(prompts), size):
-        ids = [prompt.id for prompt in job.prompts[begin : begin + size]]
-        with Panes(out, sides, job.coloured, frame) as panes:
-            race(llm, sides, ids, prompts[begin : begin + size], params, panes.show, job.budget)
-        for name in ids if lines else ():
-            for line in result_lines(name, sides, out):
-                out.print(line, highlight=False, soft_wrap=True)
-    return [_row(llm, job, sides[0], side) for side in sides], sides
-
-
-def _row(llm: LLM, job: GenerateRun, plain: Side, side: Side) -> dict[str, Any]:
-    """Make a side's row: its summary, texts equal to plain decoding's, and where others part, by how much."""
-    pairs = [(p, plain.completions[p.id].token_ids, side.completions[p.id].token_ids) for p in job.prompts]
-    apart = [(p, first, second) for p, first, second in pairs if first != second]
-    gaps = {p.id: round(llm.gap(llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
-    return {**side.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps}
-
-
-def _results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
+def results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
+    """Make a row of every prompt's answer."""
     rows = []
     for prompt in job.prompts:
         c = side.completions[prompt.id]

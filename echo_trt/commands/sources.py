@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from echo_trt.pictures.palette import SOURCES
 from echo_trt.runtime.params import Delta
 
 #: Source -> its name for readers, in the order of the legend.
@@ -21,6 +20,8 @@ NAMES = {
     "ngram": "n-grams",
     "grammar": "grammar",
 }
+#: Source -> colour. The target's own have none.
+COLOURS = {"head": "#2f7de1", "lookup": "#1a9a6c", "both": "#8b6fd6", "ngram": "#c2760c", "grammar": "#d1568f"}
 #: Nothing is told by colour alone.
 MARKS = {
     "head": Style(),
@@ -29,7 +30,7 @@ MARKS = {
     "ngram": Style(italic=True),
     "grammar": Style(bold=True),
 }
-STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name, colour in SOURCES.items()}
+STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name, colour in COLOURS.items()}
 
 #: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
 HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}

@@ -146,33 +146,6 @@ def cards_table(fits: list[Fit]) -> Table:
     return table
 
 
-def comparison_table(rows: list[dict], plain: dict) -> Table:
-    """``rows``: policy, tokens_per_s, accepted_length, identical, requests."""
-    table = Table(title="plain decoding against speculation")
-    for column in ("policy", "tokens/s", "ratio", "accepted length", "identical texts"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for row in rows:
-        table.add_row(
-            row["policy"],
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['tokens_per_s'] / plain['tokens_per_s']:.2f}x",
-            f"{row['accepted_length']:.2f}",
-            f"{row['identical']} of {row['requests']}",
-        )
-    return table
-
-
-def rounding_note(gaps: dict[str, float], precision: str) -> str:
-    """Why texts differ: the two tokens' logits, where a text first parts from plain decoding's."""
-    listed = ", ".join(f"{name} {gap:.3g}" for name, gap in gaps.items())
-    return (
-        f"Where a text parts from plain decoding's, the target's logits of the two tokens differ by: {listed}. "
-        f"{precision} rounds a token alike only in calls of one shape, so such near-ties can fall either way; "
-        "for texts that are identical token for token build with --precision fp32, or decode one path a request "
-        "(--policy goodput-exact), which a CPU computes with plain decoding's own rounding."
-    )
-
-
 def _pool_here(manifest: Manifest, folder: Path) -> str:
     """Tell the KV pool that the bundle has on this machine, or why it does not open."""
     from echo_trt.runtime.kv_pool import kv_pool

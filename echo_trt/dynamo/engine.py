@@ -30,8 +30,8 @@ from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
-from echo_trt.serving.exposition import EngineMetrics
 from echo_trt.serving.job import Overloaded
+from echo_trt.serving.metrics import EngineMetrics
 from echo_trt.serving.protocol import FIRST
 from echo_trt.serving.service import Service
 from echo_trt.serving.statistics import Statistics
@@ -164,8 +164,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
                 if end and end.reason == "invalid":
                     raise InvalidArgument(end.message)
                 if client and end:
-                    self.metrics.ended(end)
-                    self.metrics.observe("request", now - begun)
+                    self.metrics.ended(end, now - begun)
                 if end and end.reason == "failed":
                     raise Unknown(end.message) if service.alive else EngineShutdown(end.message)
                 if end and end.reason == "cancelled" and self._closing:

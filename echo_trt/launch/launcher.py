@@ -104,7 +104,7 @@ class Triton(Supervised):
     def __init__(self, job: ServeOptions, server: TritonServer, work: Path, log: Log):
         ports = job.triton_ports
         super().__init__(log, job.host, {f"--{name}-port": port for name, port in ports.items()}, job.start_seconds)
-        self._signals = work
+        self._signals, self.socket = work, work / "engine"
         self._job, self._server, self._work = job, server, work
         self._probe = Probe(job.reached_at, ports["http"], ports["metrics"])
         self._backends: set[int] = set()
@@ -113,6 +113,7 @@ class Triton(Supervised):
     def _spawn(self) -> Process:
         job = self._job
         remove_regions()
+        self.socket.unlink(missing_ok=True)
         settings = {"ECHO_TRT_BUNDLE": str(job.bundle.resolve()), "ECHO_TRT_QUEUE": str(job.queue)}
         settings |= {"ECHO_TRT_POLICY": job.policy} if job.policy else {}
         settings |= {"ECHO_TRT_POLICY_FILE": str(job.policy_file.resolve())} if job.policy_file else {}
@@ -123,7 +124,7 @@ class Triton(Supervised):
         self._sound = time.monotonic()
         self._signals = work = self._work / str(self._starts)
         work.mkdir()
-        settings["ECHO_TRT_SIGNALS"] = str(work)
+        settings |= {"ECHO_TRT_SIGNALS": str(work), "ECHO_TRT_SOCKET": str(self.socket)}
         command = self._server.command(job.host, Ports(**job.triton_ports), work)
         return Process("triton", command, self._server.environment(settings), self._log)
 
@@ -210,21 +211,16 @@ class Gateway(Supervised):
 
     name = "the gateway"
 
-    def __init__(self, job: ServeOptions, log: Log, engine: Path | None = None):
-        """``engine``: the socket of an engine's process; None: Triton has the engine."""
+    def __init__(self, job: ServeOptions, log: Log, engine: Path):
+        """``engine``: the socket that the engine's host listens on."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
         self._job, self._engine = job, engine
         self._url = f"{job.openai_url}/version"
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--model", MODEL, "--host", job.host]
+        words = ["--model", MODEL, "--host", job.host, "--engine-socket", str(self._engine)]
         words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
-        if self._engine:
-            words += ["--engine-socket", str(self._engine)]
-        else:
-            words += ["--grpc-url", f"{job.reached_at}:{job.triton_ports['grpc']}"]
-            words += ["--metrics-url", f"http://{job.reached_at}:{job.triton_ports['metrics']}/metrics"]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]
         words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
@@ -244,8 +240,7 @@ class Launcher:
     def __init__(self, job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: Log):
         self.job, self._stop, self._log = job, stop, log
         self._engine = Triton(job, server, work, log) if server else Engine(job, work, log)
-        socket = self._engine.socket if isinstance(self._engine, Engine) else None
-        self._gateway = Gateway(job, log, socket) if job.openai_port else None
+        self._gateway = Gateway(job, log, self._engine.socket) if job.openai_port else None
         self._announced = False
 
     def run(self) -> int:

@@ -64,10 +64,6 @@ class DFlash(nn.Module):
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Compute scores over the draft vocabulary [R, draft_vocab_size] from ``rows`` [R, H]."""
-        return self.lm_head(rows)
-
 
 class ParallelEagle(Eagle3Head):
     """P-EAGLE: an EAGLE-3 head of one or more layers, with ``mask_state`` [H] as the hidden state of masked rows."""
@@ -96,10 +92,6 @@ class ParallelEagle(Eagle3Head):
         for layer in self.layers:
             state = layer(state, cos, sin, attend)
         return self.norm(state[logit_rows])
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """Compute scores over the draft vocabulary [R, draft_vocab_size] from ``rows`` [R, H], which are normed."""
-        return self.lm_head(rows)
 
 
 BlockNetwork = DFlash | ParallelEagle

@@ -15,54 +15,44 @@ Sources: DFlash arXiv 2602.06036, and the repositories z-lab/dflash, DeepSpec, J
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from echo_trt.errors import UserError
-from echo_trt.models.config import DecoderConfig, _count, _feature_layers, _shape
+from echo_trt.models.config import (
+    LAYER_KEYS,
+    DecoderConfig,
+    Eagle3Config,
+    _count,
+    _feature_layers,
+    _head_shape,
+    check_fits,
+)
 
 MARKOV = ("vanilla", "gated", "rnn")
 SPECULATORS = {"dflash": "dflash", "dspark": "dspark", "jetspec": "jetspec", "peagle": "p-eagle"}
 ARCHITECTURES = {"DFlashDraftModel": "dflash", "Qwen3DSparkModel": "dspark", "Qwen3DFlashModel": "dspark"}
-#: Key that names layers -> our id less theirs: ours is of the layer whose input is read, DFlash's of that whose output.
-LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: deeper drafts, longer passes
 
 
-@dataclass(frozen=True)
-class BlockConfig:
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(Eagle3Config):
     """A block drafter: layers over masked rows, which see the target's features of the committed tokens.
 
     block_size      rows of one pass for each request, the root's included
     mask_token      token id of the other rows
-    feature_layers  layers of the target whose *inputs* are the features, low to high; empty: the family's default
     causal          whether a row of the block sees only the rows before it
     predicts_next   whether a row predicts the token behind its position, else the one at it
     anchored        P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
     markov          kind of the Markov head, one of ``MARKOV``, or "" without one
     confidence      whether a confidence head says how likely a row's best token is accepted
     confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
-    layer_key       key of config.json that names the layers
-    target_layers   layers of the target as the checkpoint states them; 0: it does not
-    target_sha256   of the weights that it was trained for, as the checkpoint states it; "": it does not
     """
 
     family: str
-    vocab_size: int
-    draft_vocab_size: int
-    hidden_size: int
-    target_hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    max_position: int
     block_size: int
     mask_token: int
-    feature_layers: tuple[int, ...] = ()
     causal: bool = False
     predicts_next: bool = False
     anchored: bool = False
@@ -71,18 +61,6 @@ class BlockConfig:
     markov_rank: int = 0
     confidence: bool = False
     confidence_sees_token: bool = False
-    fc_norm: bool = False
-    norm_before_residual: bool = False
-    norm_output: bool = False
-    layer_key: str = "target_layer_ids"
-    target_layers: int = 0
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
-    target_sha256: str = ""
-
-    @property
-    def ranks(self) -> int:
-        """Always 1: a drafter is not divided."""
-        return 1
 
     @property
     def feature_size(self) -> int:
@@ -107,19 +85,12 @@ def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> Bl
     raw = {**nested, **raw, **{key: value for key, value in inner.items() if value is not None}}
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         raise UserError(f"{where}: layer_types names sliding attention, which is not supported; use another drafter.")
-    shape = _shape({"num_hidden_layers": 1, **raw}, where)
-    common = {
-        **shape,
-        "draft_vocab_size": _count(raw, "draft_vocab_size", where)
-        if raw.get("draft_vocab_size")
-        else shape["vocab_size"],
-        "target_hidden_size": raw.get("target_hidden_size") or shape["hidden_size"],
-        "mask_token": _mask_token(raw, shape["vocab_size"], where),
-        "target_layers": raw.get("num_target_layers") or 0,
-        "target_sha256": raw.get("target_sha256", ""),
-    }
-    own = _p_eagle(raw, bool(nested), where) if family == "p-eagle" else _dflash(raw, family, where)
-    config = BlockConfig(family=family, **common | own)
+    if family == "p-eagle":
+        raw.setdefault("norm_before_residual", bool(nested))
+    shape = _head_shape(raw, where)
+    mask = _mask_token(raw, shape["vocab_size"], where)
+    own = _p_eagle(raw, where) if family == "p-eagle" else _dflash(raw, family, where)
+    config = BlockConfig(family=family, mask_token=mask, **shape | own)
     if rows is not None:
         config = replace(config, block_size=rows)
     if config.block_size < 2:
@@ -129,22 +100,10 @@ def block_config(raw: dict[str, Any], where: str, rows: int | None = None) -> Bl
 
 def fitted(config: BlockConfig, target: DecoderConfig, where: str) -> BlockConfig:
     """Refuse a drafter of another target; return its configuration with the layers whose features it reads."""
-    pairs = [
-        ("vocab_size", config.vocab_size, target.vocab_size),
-        ("target_hidden_size", config.target_hidden_size, target.hidden_size),
-        ("num_target_layers", config.target_layers or target.num_layers, target.num_layers),
-    ]
-    for key, own, theirs in pairs:
-        if own != theirs:
-            raise UserError(f"{where}: {key} is {own}, but the target's is {theirs}; use a drafter for this target.")
     layers = config.feature_layers or (target.feature_layers if config.anchored else _spread(config, target))
-    if not 0 <= min(layers) <= max(layers) < target.num_layers:
-        ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
-        raise UserError(
-            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers whose inputs can "
-            "be read; use a drafter for this target."
-        )
-    return replace(config, feature_layers=layers)
+    config = replace(config, feature_layers=layers)
+    check_fits(config, target, where)
+    return config
 
 
 def _spread(config: BlockConfig, target: DecoderConfig) -> tuple[int, ...]:
@@ -232,7 +191,7 @@ def _layers(raw: dict[str, Any], where: str) -> dict[str, Any]:
                     f"{where}: {key} is {ids!r}, not a list of layers; take the checkpoint's own config.json."
                 )
             return {"feature_layers": tuple(layer + behind for layer in ids), "layer_key": key}
-    return {}
+    return {"layer_key": next(iter(LAYER_KEYS))}
 
 
 def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
@@ -244,7 +203,7 @@ def _markov(raw: dict[str, Any], where: str) -> tuple[str, int]:
     return kind, _count(raw, "markov_rank", where)
 
 
-def _p_eagle(raw: dict[str, Any], nested: bool, where: str) -> dict[str, Any]:
+def _p_eagle(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Read what P-EAGLE has beyond an EAGLE-3 head's shape."""
     methods = (raw.get("speculators_config") or {}).get("proposal_methods") or [{}]
     rows = raw.get("block_size") or raw.get("para_depths") or methods[0].get("speculative_tokens") or P_EAGLE_ROWS
@@ -254,8 +213,5 @@ def _p_eagle(raw: dict[str, Any], nested: bool, where: str) -> dict[str, Any]:
         "causal": True,
         "predicts_next": True,
         "anchored": True,
-        "layer_key": "eagle_aux_hidden_state_layer_ids",
         "qk_norm": False,
-        "fc_norm": bool(raw.get("fc_norm")),
-        "norm_before_residual": bool(raw.get("norm_before_residual", nested)),
     }

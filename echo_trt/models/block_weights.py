@@ -17,8 +17,8 @@ from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.weights import (
     _assign,
-    _attention_sources,
     _eagle3_sources,
+    _layer_sources,
     _mlp_sources,
     _target_ids,
     head_tensor_name,
@@ -47,14 +47,12 @@ def check_block(checkpoint: Checkpoint, target: DecoderConfig, rows: int | None 
             )
     if (checkpoint.path / "mask_embedding.pt").exists():
         raise UserError(f"{where}: mask_embedding.pt is not supported; use a drafter whose mask is a token.")
-    for name, width, theirs in (
-        ("embed_tokens.weight", config.hidden_size, target.hidden_size),
-        ("lm_head.weight", config.hidden_size, target.hidden_size),
-    ):
-        if name not in names and width != theirs:
+    own, theirs = config.hidden_size, target.hidden_size
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name not in names and own != theirs:
             raise UserError(
-                f"{where}: tensor {name} is missing and hidden_size {width} is not the target's {theirs}; use a "
-                "drafter with its own."
+                f"{where}: tensor {name} is missing and hidden_size {own} is not the target's {theirs}; use a drafter "
+                "with its own."
             )
     return config
 
@@ -71,7 +69,7 @@ def load_block(
     names = _names(config, checkpoint)
     with torch.device("meta"):
         model = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-    sources = _anchored_sources(config, names) if config.anchored else _dflash_sources(config)
+    sources = _anchored_sources(config) if config.anchored else _dflash_sources(config)
     sources |= {"embed.weight": ["embed_tokens.weight"], "lm_head.weight": ["lm_head.weight"]}
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
@@ -135,13 +133,7 @@ def markov_arrays(model: BlockNetwork, checkpoint: Checkpoint) -> dict[str, np.n
 
 def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Map DFlash's or EAGLE's spelling of a tensor's name to the checkpoint's."""
-    plain = head_tensor_name if config.anchored else _dflash_name
-    return {plain(name): name for name in checkpoint.names()}
-
-
-def _dflash_name(name: str) -> str:
-    name = name.removeprefix("model.")
-    return {"draft_id_to_target_id": "d2t"}.get(name, name)
+    return {head_tensor_name(name, "midlayer." if config.anchored else ""): name for name in checkpoint.names()}
 
 
 def _head_tensors(config: BlockConfig) -> list[str]:
@@ -156,26 +148,15 @@ def _dflash_sources(config: BlockConfig) -> dict[str, Any]:
     sources: dict[str, Any] = {f"{name}.weight": [f"{name}.weight"] for name in ("fc", "hidden_norm", "norm")}
     for i in range(config.num_layers):
         sources |= _layer_sources(f"layers.{i}.", f"layers.{i}.", config.qk_norm)
+        sources |= _mlp_sources(f"layers.{i}.", f"layers.{i}.")
     return sources
 
 
-def _anchored_sources(config: BlockConfig, names: dict[str, str]) -> dict[str, Any]:
+def _anchored_sources(config: BlockConfig) -> dict[str, Any]:
     sources = _eagle3_sources(config, {})
     for i in range(1, config.num_layers):
         sources |= _layer_sources(f"layers.{i - 1}.", f"layers.{i}.", qk_norm=False)
-    return sources
-
-
-def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> dict[str, Any]:
-    sources: dict[str, Any] = {
-        ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
-        ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],
-        **_attention_sources(ours, theirs),
-        **_mlp_sources(ours, theirs),
-    }
-    if qk_norm:
-        sources[ours + "attention.query_norm.weight"] = [theirs + "self_attn.q_norm.weight"]
-        sources[ours + "attention.key_norm.weight"] = [theirs + "self_attn.k_norm.weight"]
+        sources |= _mlp_sources(f"layers.{i - 1}.", f"layers.{i}.")
     return sources
 
 

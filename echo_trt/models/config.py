@@ -32,15 +32,20 @@ ROPE_REQUIRED = {
 ROPE_OPTIONAL = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder-only transformer: RMS norm, rotary positions, grouped-query attention, gated SiLU MLP or experts."""
+#: Key that names layers -> our id less theirs: ours is of the layer whose input is read, DFlash's of that whose output.
+LAYER_KEYS = {"target_layer_ids": 1, "aux_hidden_state_layer_ids": 0}
 
-    family: str
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """What all networks have: RMS norm, rotary positions, grouped-query attention, a gated SiLU MLP.
+
+    ranks  among which the network is divided; heads, KV heads and widths are those of one rank
+    """
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -48,6 +53,15 @@ class DecoderConfig:
     rope_theta: float
     max_position: int
     rope_scaling: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(NetworkConfig):
+    """A decoder-only transformer, dense or with experts."""
+
+    family: str
+    num_layers: int
     tie_embeddings: bool = False
     qk_norm: bool = False
     num_experts: int = 0
@@ -56,8 +70,6 @@ class DecoderConfig:
     norm_expert_weights: bool = False
     dense_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
-    #: Ranks among which the network is divided; heads, KV heads and widths are those of one rank.
-    ranks: int = 1
 
     @property
     def feature_layers(self) -> tuple[int, int, int]:
@@ -140,33 +152,48 @@ def check_division(config: DecoderConfig, ranks: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Eagle3Config:
-    """An EAGLE-3 head (arXiv 2503.01840): one decoder layer over a token's embedding and the target's features."""
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(NetworkConfig):
+    """An EAGLE-3 head (arXiv 2503.01840): one decoder layer over a token's embedding and the target's features.
 
-    vocab_size: int
+    fc_norm               EAGLE-3.1: every one of the three features has a norm before fc
+    norm_before_residual  the residual starts from the normed hidden state
+    norm_output           EAGLE-3.1: children take this head's output after ``norm``
+    feature_layers        layers of the target whose *inputs* are the features, low to high; empty: by default
+    layer_key             key of config.json that names them
+    target_layers         layers of the target as the checkpoint states them; 0: it does not
+    target_sha256         of the weights that it was trained for, as the checkpoint states it; "": it does not
+    """
+
     draft_vocab_size: int
-    hidden_size: int
     target_hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    rope_theta: float
-    max_position: int
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
-    fc_norm: bool = False  # EAGLE-3.1: every one of the three features has a norm before fc
-    norm_before_residual: bool = False  # the residual starts from the normed hidden state
-    norm_output: bool = False  # EAGLE-3.1: children take this head's output after ``norm``
-    #: The target's layers whose inputs are the features; empty for the target's ``feature_layers``.
+    fc_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
     feature_layers: tuple[int, ...] = ()
+    layer_key: str = "eagle_aux_hidden_state_layer_ids"
+    target_layers: int = 0
     target_sha256: str = ""
 
-    @property
-    def ranks(self) -> int:
-        """Always 1: a head is not divided."""
-        return 1
+
+def check_fits(config: Eagle3Config, target: DecoderConfig, where: str) -> None:
+    """Refuse a head or a block drafter of another target."""
+    for key, own, theirs in (
+        ("vocab_size", config.vocab_size, target.vocab_size),
+        ("target_hidden_size", config.target_hidden_size, target.hidden_size),
+        ("num_target_layers", config.target_layers or target.num_layers, target.num_layers),
+    ):
+        if own != theirs:
+            raise UserError(
+                f"{where}: {key} is {own}, but the target's is {theirs}; use a draft that was trained for this target."
+            )
+    layers = config.feature_layers
+    if layers and not 0 <= min(layers) <= max(layers) < target.num_layers:
+        ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
+        raise UserError(
+            f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers whose inputs can "
+            "be read; use a draft that was trained for this target."
+        )
 
 
 def is_eagle3(raw: dict[str, Any]) -> bool:
@@ -191,18 +218,26 @@ def eagle3_config(raw: dict[str, Any], where: str) -> Eagle3Config:
     for key in ("norm_before_fc", "eh_proj_before_attn", "return_hidden_post_norm"):
         if raw.get(key) or eagle.get(key):
             raise UserError(f"{where}: {key} is true, which is not supported; use a head without it.")
-    shape = _shape({"num_hidden_layers": 1, **raw}, where)
+    shape = _head_shape(raw, where)
     del shape["num_layers"]
     return Eagle3Config(
-        draft_vocab_size=_count(raw, "draft_vocab_size", where) if raw.get("draft_vocab_size") else shape["vocab_size"],
-        target_hidden_size=raw.get("target_hidden_size") or shape["hidden_size"],
-        fc_norm=bool(raw.get("fc_norm")),
-        norm_before_residual=bool(raw.get("norm_before_residual")),
-        norm_output=bool(raw.get("norm_output")),
-        feature_layers=_feature_layers(raw, eagle, where),
-        target_sha256=raw.get("target_sha256", ""),
-        **shape,
+        **shape, norm_output=bool(raw.get("norm_output")), feature_layers=_feature_layers(raw, eagle, where)
     )
+
+
+def _head_shape(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Read the sizes and switches that EAGLE-3 heads and block drafters share."""
+    shape = _shape({"num_hidden_layers": 1, **raw}, where)
+    sized = {"draft_vocab_size": raw.get("draft_vocab_size") or shape["vocab_size"]}
+    return {
+        **shape,
+        "draft_vocab_size": _count(sized, "draft_vocab_size", where),
+        "target_hidden_size": raw.get("target_hidden_size") or shape["hidden_size"],
+        "target_layers": raw.get("num_target_layers") or 0,
+        "target_sha256": raw.get("target_sha256", ""),
+        "fc_norm": bool(raw.get("fc_norm")),
+        "norm_before_residual": bool(raw.get("norm_before_residual")),
+    }
 
 
 def _feature_layers(raw: dict[str, Any], eagle: dict[str, Any], where: str) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import Eagle3Config
 from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rotary, widened
 
@@ -17,7 +16,7 @@ from echo_trt.models.layers import MLP, Attend, Attention, Linear, RMSNorm, Rota
 class Eagle3Head(nn.Module):
     """The head as a network. ``embed`` may be the target's table, which a head without embeddings shares."""
 
-    def __init__(self, config: Eagle3Config | BlockConfig, positions: int, embed: nn.Embedding):
+    def __init__(self, config: Eagle3Config, positions: int, embed: nn.Embedding):
         super().__init__()
         hidden, features = config.hidden_size, 3 * config.target_hidden_size
         self.config = config

@@ -6,20 +6,20 @@ packed query, key and value to the caller's ``attend``, which knows how keys and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.ranks import all_reduce
 
 #: (layer, query [N, Hq*D], key [N, Hk*D], value [N, Hk*D]) -> output [N, Hq*D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Config = DecoderConfig | Eagle3Config | BlockConfig
+Config = DecoderConfig | Eagle3Config
 
 
 def sum_ranks(part: Tensor, ranks: int) -> Tensor:
@@ -78,41 +78,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Return inverse frequencies, float32 [D/2], and the factor on cos and sin, in one of four kinds of scaling."""
-    scaling, dim = config.rope_scaling, config.head_dim
-    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    kind = scaling.get("rope_type", "default")
-    if kind == "default":
-        return freq, 1.0
-    if kind == "linear":
-        return freq / scaling["factor"], 1.0
-    if kind == "llama3":
-        return _llama3_frequencies(freq, scaling), 1.0
-    return _yarn_frequencies(freq, config)
-
-
-def _llama3_frequencies(freq: Tensor, scaling: dict) -> Tensor:
-    # Llama 3.1 stretches long wavelengths by the factor, keeps short ones, and blends the two between them.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return freq * keep + freq / scaling["factor"] * (1 - keep)
-
-
-def _yarn_frequencies(freq: Tensor, config: Config) -> tuple[Tensor, float]:
-    # YaRN (arXiv 2309.00071): interpolate the dimensions that turn less than beta_slow times in the trained context.
-    scaling, dim = config.rope_scaling, config.head_dim
-    factor = scaling["factor"]
-    trained = scaling.get("original_max_position_embeddings") or config.max_position
-
-    def dim_of(turns: float) -> float:
-        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low = max(math.floor(dim_of(scaling.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(dim_of(scaling.get("beta_slow") or 1)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    scale = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return freq / factor * ramp + freq * (1 - ramp), scale
+    """Return inverse frequencies, float32 [D/2], and the factor on cos and sin."""
+    dim, scaling = config.head_dim, {"rope_theta": config.rope_theta, **config.rope_scaling}
+    if "rope_type" not in scaling:
+        return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+    shape = LlamaConfig(rope_parameters=scaling, head_dim=dim, max_position_embeddings=config.max_position)
+    scaled: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](shape)
+    return scaled
 
 
 class Attention(nn.Module):

@@ -79,7 +79,7 @@ class BlockRole(nn.Module):
     def forward(self, inputs: dict[str, Tensor], logit_rows: Tensor, attend: Attend) -> tuple[Tensor, ...]:
         tokens, positions, states = inputs["token_ids"], inputs["positions"], inputs["state_rows"]
         rows = self.network(tokens, inputs["features"], positions, states, logit_rows, attend)
-        scores, index = top_candidates(self.network.logits(rows), self.top_k)
+        scores, index = top_candidates(self.network.lm_head(rows), self.top_k)
         hints = () if self.network.hint is None else (self.network.hint(rows),)
         return scores, self.network.target_ids[index], *hints
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from echo_trt.errors import UserError
-from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig, Eagle3Config, decoder_config, eagle3_config, rank_config
+from echo_trt.models.config import DecoderConfig, Eagle3Config, check_fits, decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Config, Rotary
@@ -23,6 +22,7 @@ from echo_trt.models.ranks import Shard
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a list of such lists where experts are stacked too.
 Sources = dict[str, list[str]]
 WHOLE = Shard()
+QK = ("query", "key")
 NARROW = {torch.bfloat16, torch.float16}  # types whose every number float32 has, too
 
 #: Tensors that a network may go without: copies of others, tables that are computed, and the inverse of d2t.
@@ -59,7 +59,7 @@ def load_eagle3(
     """
     where = str(checkpoint.path)
     config = eagle3_config(checkpoint.config, where)
-    check_head_fits(config, target.config, where)
+    check_fits(config, target.config, where)
     names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
         model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
@@ -86,24 +86,7 @@ def release_weights(network: nn.Module) -> None:
     gc.collect()  # an export leaves circles behind
 
 
-def check_head_fits(head: Eagle3Config, target: DecoderConfig, where: str) -> None:
-    """Refuse a head that was trained for another target."""
-    for field, mine, theirs in (
-        ("vocab_size", head.vocab_size, target.vocab_size),
-        ("target_hidden_size", head.target_hidden_size, target.hidden_size),
-    ):
-        if mine != theirs:
-            raise UserError(
-                f"{where}: {field} is {mine}, but the target's is {theirs}; use a head trained for this target."
-            )
-    if head.feature_layers and not 0 <= min(head.feature_layers) <= max(head.feature_layers) < target.num_layers:
-        raise UserError(
-            f"{where}: eagle_aux_hidden_state_layer_ids asks for the inputs of layers {list(head.feature_layers)}, "
-            f"but the target has {target.num_layers} layers; use a head trained for this target."
-        )
-
-
-def _target_ids(config: Eagle3Config | BlockConfig, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
+def _target_ids(config: Eagle3Config, checkpoint: Checkpoint, names: dict[str, str]) -> Tensor:
     draft_ids = torch.arange(config.draft_vocab_size)
     if "d2t" in names:
         offsets = checkpoint.get(names["d2t"])
@@ -124,9 +107,9 @@ def _target_ids(config: Eagle3Config | BlockConfig, checkpoint: Checkpoint, name
     return draft_ids
 
 
-def head_tensor_name(name: str) -> str:
-    """Turn vLLM's spelling of a head's tensor into EAGLE's."""
-    name = name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)
+def head_tensor_name(name: str, layer: str = "midlayer.") -> str:
+    """Turn vLLM's spelling of a head's tensor into EAGLE's; ``layer``: its name of the first layer, "" for none."""
+    name = name.removeprefix("model.").replace("layers.0.", layer or "layers.0.", 1)
     return {"draft_id_to_target_id": "d2t"}.get(name, name)
 
 
@@ -136,12 +119,7 @@ def _decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]
         sources["lm_head.weight"] = ["lm_head.weight"]
     for i in range(config.num_layers):
         theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        sources[ours + "attention_norm.weight"] = [theirs + "input_layernorm.weight"]
-        sources[ours + "mlp_norm.weight"] = [theirs + "post_attention_layernorm.weight"]
-        sources |= _attention_sources(ours, theirs)
-        if config.qk_norm:
-            sources[ours + "attention.query_norm.weight"] = [theirs + "self_attn.q_norm.weight"]
-            sources[ours + "attention.key_norm.weight"] = [theirs + "self_attn.k_norm.weight"]
+        sources |= _layer_sources(ours, theirs, config.qk_norm)
         if config.has_experts(i):
             sources[ours + "mlp.router.weight"] = [theirs + "mlp.gate.weight"]
             if f"{theirs}mlp.experts.gate_up_proj" in present:
@@ -155,7 +133,17 @@ def _decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]
     return sources
 
 
-def _eagle3_sources(config: Eagle3Config | BlockConfig, names: dict[str, str]) -> dict[str, Any]:
+def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
+    """Return the sources of a layer's norms and attention."""
+    return {
+        ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
+        ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],
+        **_attention_sources(ours, theirs),
+        **{f"{ours}attention.{n}_norm.weight": [f"{theirs}self_attn.{n[0]}_norm.weight"] for n in QK[: 2 * qk_norm]},
+    }
+
+
+def _eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
     layer = "midlayer."
     sources = {
         "embed.weight": ["embed_tokens.weight"],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
@@ -116,30 +119,35 @@ def _networks(
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, state: Slots, blocks: int) -> Engine:
     """Open the network of ``facts``: the manifest's target, or its draft."""
-    file, network = folder / facts.file, "target" if facts is manifest.target else "draft"
-    if network == "target" and facts.rank_files:
-        return _ranked(folder, manifest, state, blocks)
+    network = "target" if facts is manifest.target else "draft"
+    slots, slot_blocks = state.block_table.shape
+    open_file: Callable[..., Any]
     if manifest.tensorrt:
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
-        slots, slot_blocks = state.block_table.shape
-        compiled = TensorRTEngine.open(
-            manifest.engine, file, manifest.tensorrt, slots, slot_blocks, blocks, tree=state.reserve
-        )
-        compiled.capture_levels(level_shapes(manifest))
-        return compiled
-    if manifest.engine == "torch":
+        opener: Callable[..., Any] = TensorRTEngine.open
+        sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": state.reserve}
+        open_file = partial(opener, manifest.engine, facts=manifest.tensorrt, **sizes)
+    elif manifest.engine == "torch":
         from echo_trt.backends.torch.engine import open_torch
 
-        eager = open_torch(file, blocks, bounds=_bounds(state))
-        eager.capture_levels(level_shapes(manifest))
-        return eager
-    from echo_trt.backends.openvino.engine import OpenVINOEngine
+        bounds = CallBounds(slots, slot_blocks, state.reserve)
+        open_file = partial(open_torch, num_blocks=blocks, bounds=bounds)
+    else:
+        from echo_trt.backends.openvino.engine import OpenVINOEngine
 
-    draft_precision = manifest.recipe.draft.precision if network == "draft" else None
-    engine = OpenVINOEngine(file, draft_precision or manifest.precision, blocks)
-    _check_network(engine.widths, folder / MANIFEST, manifest, network)
-    return engine
+        draft_precision = manifest.recipe.draft.precision if network == "draft" else None
+        engine = OpenVINOEngine(folder / facts.file, draft_precision or manifest.precision, blocks)
+        _check_network(engine.widths, folder / MANIFEST, manifest, network)
+        return engine
+    if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
+        from echo_trt.backends.parallel.ranked import RankedEngine, of_rank
+
+        files = tuple(folder / file for file in facts.rank_files)
+        return RankedEngine(partial(of_rank, files, open_file), len(files))
+    opened: Engine = open_file(folder / facts.file)
+    opened.capture_levels(level_shapes(manifest))  # type: ignore[attr-defined]
+    return opened
 
 
 def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
@@ -161,29 +169,6 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
             raise UserError(
                 f"{path}: {network}.{field} is {size}, but the network's is {widths[name]}; build the bundle again."
             )
-
-
-def _ranked(folder: Path, manifest: Manifest, state: Slots, blocks: int) -> Engine:
-    """A divided target, in a process a rank; the draft stands whole in this one."""
-    from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine
-
-    files = tuple(folder / file for file in manifest.target.rank_files)
-    opened: OpenRank
-    if manifest.tensorrt:
-        from echo_trt.backends.tensorrt.engine import TensorRTRank
-
-        slots, slot_blocks = state.block_table.shape
-        opened = TensorRTRank(files, manifest.engine, manifest.tensorrt, slots, slot_blocks, blocks)
-    else:
-        from echo_trt.backends.torch.engine import TorchRank
-
-        opened = TorchRank(files, blocks, _bounds(state))
-    return RankedEngine(opened, len(files))
-
-
-def _bounds(state: Slots) -> CallBounds:
-    slots, slot_blocks = state.block_table.shape
-    return CallBounds(slots, slot_blocks, state.reserve)
 
 
 def level_shapes(manifest: Manifest) -> list[LevelShape]:

@@ -16,6 +16,7 @@ from echo_trt.decoding.policies import load_policies
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.serving.host import Host
+from echo_trt.serving.metrics import EngineMetrics
 from echo_trt.serving.protocol import MODEL
 from echo_trt.serving.request import Reader
 from echo_trt.serving.service import Service
@@ -47,7 +48,7 @@ def run(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        return await Host(service, reader, MODEL).serve(path, stop)
+        return await Host(service, reader, EngineMetrics(MODEL)).serve(path, stop)
 
     sound = asyncio.run(serve())
     service.close(0)

@@ -19,14 +19,12 @@ from prometheus_client import generate_latest
 
 from echo_trt.errors import UserError
 from echo_trt.serving import wire
-from echo_trt.serving.exposition import EngineMetrics
-from echo_trt.serving.job import ERRORS, Event, Job, Overloaded
-from echo_trt.serving.logprobs import Outgoing
-from echo_trt.serving.protocol import FIRST
-from echo_trt.serving.request import Ask, Reader
+from echo_trt.serving.job import ERRORS, Event, Overloaded
+from echo_trt.serving.metrics import EngineMetrics
+from echo_trt.serving.pending import Pending
+from echo_trt.serving.request import Reader
 from echo_trt.serving.service import Service
 from echo_trt.serving.snapshots import Onlooker
-from echo_trt.serving.sources import OutgoingSources
 
 log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
@@ -53,38 +51,13 @@ class Connection:
             self.writer.transport.abort()
 
 
-@dataclass(eq=False)
-class Answer:
-    """An open request, and what of its answer has not been sent yet."""
+@dataclass(eq=False, kw_only=True)
+class Answer(Pending):
+    """An open answer to a client on the socket. ``gone``: whether nobody wants it any longer."""
 
     connection: Connection
     id: int
-    arrived: float
-    gone: bool = False  # whether nobody wants it any longer
-    broken: bool = False  # whether a part of it was lost, so that it has ended with an error
-    ask: Ask | None = None
-    job: Job | None = None
-    logprobs: Outgoing | None = None  # where asked for
-    sources: OutgoingSources | None = None  # where asked for
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    last: float | None = None  # time of the last event with tokens
-    begun: bool = False
-
-    def take(self, event: Event) -> None:
-        """Add an event to what has not been sent."""
-        assert self.ask
-        self.text += event.text if self.begun else self.ask.echoed + event.text
-        self.token_ids += event.token_ids
-        if self.logprobs and not self.begun and self.ask.params.prompt_logprobs is not None:
-            while self.job is None:  # its first event may come before ``submit`` has returned
-                time.sleep(0.001)
-            self.logprobs.begin(self.ask.prompt, self.job.request.prompt_logprobs)
-        self.begun = True
-        if self.logprobs:
-            self.logprobs.take(event.logprobs, event.offsets)
-        if self.sources:
-            self.sources.take(event.sources, event.offsets)
+    gone: bool = False
 
     def piece(self, event: Event) -> wire.Piece:
         """Take out what has not been sent; ``event`` is the latest."""
@@ -106,11 +79,11 @@ class Answer:
 
 
 class Host:
-    """Answers questions about ``service``. ``model``: its name in metrics."""
+    """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
 
-    def __init__(self, service: Service, reader: Reader, model: str):
+    def __init__(self, service: Service, reader: Reader, metrics: EngineMetrics):
         self._service, self._reader = service, reader
-        self._metrics, self._onlooker = EngineMetrics(model), Onlooker(service)
+        self._metrics, self._onlooker = metrics, Onlooker(service)
         self._connections: set[Connection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")
         self._events: deque[tuple[Answer, Event]] = deque()
@@ -184,7 +157,8 @@ class Host:
         task.add_done_callback(self._tasks.discard)
 
     async def _submit(self, connection: Connection, message: wire.Submit) -> None:
-        answer = connection.answers[message.id] = Answer(connection, message.id, time.monotonic())
+        answer = Answer(connection=connection, id=message.id, arrived=time.monotonic())
+        connection.answers[message.id] = answer
         failure = await self._loop.run_in_executor(self._reading, self._refusal, self._queue, answer, message.inputs)
         if failure:
             connection.answers.pop(message.id, None)
@@ -218,11 +192,8 @@ class Host:
     def _queue(self, answer: Answer, inputs: dict[str, Any]) -> None:
         if answer.gone:
             raise Overloaded("the request was cancelled.")
-        ask = answer.ask = self._reader.read(inputs)
-        if ask.params.logprobs is not None or ask.params.prompt_logprobs is not None:
-            answer.logprobs = Outgoing(self._reader.texts, ask.echoed)
-        if ask.params.token_sources:
-            answer.sources = OutgoingSources(self._reader.texts)
+        ask = self._reader.read(inputs)
+        answer.understand(ask, self._reader.texts)
 
         def tell(event: Event) -> None:
             self._events.append((answer, event))
@@ -234,8 +205,7 @@ class Host:
 
     def _cancel(self, answer: Answer) -> None:
         answer.gone = True
-        if answer.job:
-            self._service.cancel(answer.job)
+        answer.cancel(self._service)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -246,8 +216,8 @@ class Host:
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._observe(answer, event)
             self._try(answer, answer.take, event)
+            answer.observe(event, self._metrics)
         for answer, event in latest.items():
             self._try(answer, self._send, answer, event)
             if event.end:
@@ -272,16 +242,6 @@ class Host:
             answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence))
         elif event.end or (answer.ask and answer.ask.stream and answer.text):
             answer.connection.send(answer.piece(event))
-
-    def _observe(self, answer: Answer, event: Event) -> None:
-        client = answer.ask is not None and answer.ask.priority != FIRST  # a probe's times would hide the clients'
-        if client and answer.last is not None and event.token_ids:
-            self._metrics.observe("inter_token", (event.time - answer.last) / len(event.token_ids))
-        if event.token_ids:
-            answer.last = event.time
-        if client and event.end and event.end.reason != "invalid":
-            self._metrics.ended(event.end)
-            self._metrics.observe("request", event.time - answer.arrived)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 

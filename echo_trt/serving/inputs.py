@@ -99,25 +99,6 @@ INPUTS: tuple[Tensor, ...] = (
         "-2147483648 is for [probes](operations.md#probes)",
     ),
     Tensor("deadline_ms", "INT32", 0, "after so long the answer ends as it is; 0 is never", "0 or more"),
-    Tensor(
-        "stop",
-        "BOOL",
-        False,
-        "true: ends the open requests that have this request's id, not empty; takes no prompt",
-    ),
-    Tensor("describe", "BOOL", False, "true: answers `description` alone, and takes no prompt"),
-    Tensor(
-        "watch",
-        "BOOL",
-        False,
-        "true: streams about 5 `snapshot` a second for 10 seconds, and takes no prompt",
-    ),
-    Tensor(
-        "tokenize",
-        "BOOL",
-        False,
-        "true: answers the prompt's ids in `output_ids`, or the text of `input_ids` in `text_output`",
-    ),
 )
 DEFAULTS = {tensor.name: tensor.default for tensor in INPUTS}
 #: What TensorRT-LLM's newer Triton model (llmapi) calls these inputs; its datatypes are ours.

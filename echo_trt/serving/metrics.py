@@ -1,9 +1,15 @@
-"""What Prometheus is told, through Triton's metrics endpoint. One thread alone may touch it: two abort the server."""
+"""The engine's metrics, in a registry of prometheus_client's."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from echo_trt.decoding.sources import SOURCES
 from echo_trt.serving.job import End
@@ -26,6 +32,7 @@ COUNTERS = {
     "verifications": "Verifications of one request: emitted over these is the accepted length",
     "preemptions": "Requests set back because KV blocks ran out",
 }
+#: Of Statistics.
 GAUGES = {
     "queued": "Requests that wait for a place",
     "running": "Requests that are being answered",
@@ -35,123 +42,99 @@ GAUGES = {
     "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
     "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
 }
+HISTOGRAMS = {
+    "queue": "From a request's arrival until the engine takes it",
+    "time_to_first_token": "From a request's arrival to its first token",
+    "inter_token": "Between two tokens of a request",
+    "request": "From a request's arrival to its end",
+}
+LENGTH = "Tokens emitted per verification, since the last update in which there was a verification"
+GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
+DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
+SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
 
 
-class Metrics:
-    """``family`` is Triton's MetricFamily; ``model`` names the model in every series (``model_name``).
+class EngineMetrics(Collector):
+    """Series of a model that clients call ``name``: of the latest ``flush``, and of all observed times.
 
-    Counters are brought up to date by ``flush``, from the service's own.
+    observed  times not yet copied by a bridge to another registry; None: there is none
     """
 
-    def __init__(self, family: Any, model: str):
-        self._model = {"model_name": model}
-        counter, gauge, histogram = family.COUNTER, family.GAUGE, family.HISTOGRAM
-        self._families: list[Any] = []  # a family that is collected takes its metrics along
-
-        def make(name: str, description: str, kind: Any, labels: dict[str, str] | None = None, **more: Any) -> Any:
-            self._families.append(family(name=f"echo_{name}", description=description, kind=kind))
-            return self._families[-1].Metric(labels=self._model | (labels or {}), **more)
-
-        self._counters = {name: make(f"{name}_total", text, counter) for name, text in COUNTERS.items()}
-        self._gauges = {name: make(name, text, gauge) for name, text in GAUGES.items()}
-        about = "Tokens emitted a verification, since the last update in which there was a verification"
-        self._accepted = make("accepted_length", about, gauge)
-        gain = "Tokens a second over plain decoding's at the latest load, as the policy expects; 0: not known"
-        self._gain = make("speculation_gain", gain, gauge)
-        self._engine_failures = make("engine_failures_total", "Iterations in which the engine failed", counter)
-        self._requests = family(name="echo_requests_total", description="Requests by outcome", kind=counter)
-        self._gates = family(
-            name="echo_gates_total", description="Drafts that went on at a depth, and that ended there", kind=counter
-        )
-        self._drafts = family(
-            name="echo_goodput_drafts_total",
-            description="Draft tokens that goodput verified: the sum of their probabilities, and those accepted",
-            kind=counter,
-        )
-        self._policy = family(name="echo_policy", description="1 for the policy in force", kind=gauge)
-        self._by_outcome: dict[str, Any] = {}
-        self._by_policy: dict[str, Any] = {}
-        self._by_gate: dict[tuple[int, str], Any] = {}
-        self._by_source = {
-            (source, what): self._drafts.Metric(labels=self._model | {"source": source, "what": what})
-            for source in SOURCES
-            for what in ("expected", "accepted")
-        }
-        silent = family(
-            name="echo_silent_drafts_minutes_total",
-            description="Minutes in which a source of drafts was tried and hardly any of its tokens accepted",
-            kind=counter,
-        )
-        self._by_source |= {
-            (source, "silent"): silent.Metric(labels=self._model | {"source": source}) for source in SOURCES
-        }
-        self._families.append(silent)
-        self._histograms = {
-            name: make(f"{name}_seconds", text, histogram, buckets=SECONDS)
-            for name, text in (
-                ("queue", "From a request's arrival until the engine takes it"),
-                ("time_to_first_token", "From a request's arrival to its first token"),
-                ("inter_token", "Between two tokens of a request"),
-                ("request", "From a request's arrival to its end"),
-            )
-        }
-        self._told: dict[str, float] = {}
-        self._last = (0, 0)
+    def __init__(self, name: str):
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        make = partial(Histogram, labelnames=["model_name"], buckets=SECONDS, registry=self.registry)
+        self._histograms = {each: make(f"echo_{each}_seconds", text).labels(name) for each, text in HISTOGRAMS.items()}
+        self.observed: deque[tuple[str, float]] | None = None
+        self._name, self._refused = name, Counter[str]()
+        self._now: Statistics | None = None
+        self._gates: dict[tuple[str, str], int] = {}
+        self._length, self._verified = 0.0, (0, 0)
 
     def observe(self, name: str, seconds: float) -> None:
+        """Observe a time of HISTOGRAMS."""
         self._histograms[name].observe(seconds)
+        if self.observed is not None:
+            self.observed.append((name, seconds))
 
-    def ended(self, end: End) -> None:
-        """Observe a request's seconds in the queue and until its first token."""
+    def ended(self, end: End, seconds: float) -> None:
+        """Observe a request's seconds in the queue, until its first token, and in all."""
+        if end.reason == "invalid":
+            return
         if end.queue_seconds is not None:
             self.observe("queue", end.queue_seconds)
         if end.first_token_seconds is not None:
             self.observe("time_to_first_token", end.first_token_seconds)
+        self.observe("request", seconds)
 
-    def flush(self, now: Statistics, refused: dict[str, int]) -> None:
-        """``refused``: requests that the service never took, by outcome."""
-        for name, metric in self._counters.items():
-            self._count(name, metric, getattr(now.counters, name))
-        self._count("engine_failures", self._engine_failures, now.engine_failures)
-        for name, metric in self._gauges.items():
-            self._set(name, metric, getattr(now, name))
-        self._set("speculation gain", self._gain, now.gain or 0.0)
-        for outcome, number in (Counter(now.ended) + Counter(refused)).items():
-            if outcome not in self._by_outcome:
-                self._by_outcome[outcome] = self._requests.Metric(labels=self._model | {"outcome": outcome})
-            self._count(f"outcome {outcome}", self._by_outcome[outcome], number)
-        self._count_gates(now.counters.reached)
-        for what, sums in now.drafts.items():
-            for source, tokens in sums.items():
-                self._count(f"drafts {source} {what}", self._by_source[source, what], tokens)
-        if now.policy not in self._by_policy:
-            self._by_policy[now.policy] = self._policy.Metric(labels=self._model | {"policy": now.policy})
-        for name, metric in self._by_policy.items():
-            self._set(f"policy {name}", metric, float(name == now.policy))
-        emitted, verifications = self._last
+    def refuse(self, outcome: str) -> None:
+        """Count a request that the service never took."""
+        self._refused[outcome] += 1
+
+    def flush(self, now: Statistics) -> None:
+        """Bring the series up to date."""
+        emitted, verifications = self._verified
+        self._verified = now.counters.emitted_tokens, now.counters.verifications
         if now.counters.verifications > verifications:
-            length = (now.counters.emitted_tokens - emitted) / (now.counters.verifications - verifications)
-            self._accepted.set(length)
-            self._last = now.counters.emitted_tokens, now.counters.verifications
-
-    def _count_gates(self, reached: dict[int, int]) -> None:
-        """A draft that reached the next depth too was extended at this one."""
-        for depth in sorted(reached):
+            self._length = (self._verified[0] - emitted) / (self._verified[1] - verifications)
+        reached = now.counters.reached
+        for depth in sorted(reached):  # a draft that reached the next depth too was extended at this one
             extended = reached.get(depth + 1, 0)
-            for decision, number in (("extended", extended), ("truncated", reached[depth] - extended)):
-                gate = depth, decision
-                if gate not in self._by_gate:
-                    labels = {"depth": str(depth), "decision": decision}
-                    self._by_gate[gate] = self._gates.Metric(labels=self._model | labels)
-                self._count(f"gate {gate}", self._by_gate[gate], number)
+            # A count read in the midst of an iteration must not make a counter smaller later.
+            for gate, drafts in (("extended", extended), ("truncated", reached[depth] - extended)):
+                key = str(depth), gate
+                self._gates[key] = max(self._gates.get(key, 0), drafts)
+        self._now = now
 
-    def _count(self, name: str, metric: Any, value: float) -> None:
-        before = self._told.get(name, 0)
-        if value > before:
-            metric.increment(value - before)
-            self._told[name] = value
+    def collect(self) -> Iterator[Metric]:
+        """Yield the series of the latest update."""
+        if (now := self._now) is None:
+            return
+        for name, text in COUNTERS.items():
+            yield self._counter(name, text, {(): getattr(now.counters, name)})
+        yield self._counter("engine_failures", "Iterations in which the engine failed", {(): now.engine_failures})
+        for name, text in GAUGES.items():
+            yield self._gauge(name, text, {(): getattr(now, name)})
+        yield self._gauge("accepted_length", LENGTH, {(): self._length})
+        yield self._gauge("speculation_gain", GAIN, {(): now.gain or 0.0})
+        yield self._gauge("policy", "1 for the policy in force", {(now.policy,): 1}, "policy")
+        outcomes = Counter(now.ended) + self._refused
+        yield self._counter("requests", "Requests by outcome", {(each,): n for each, n in outcomes.items()}, "outcome")
+        gates = "Drafts that went on at a depth, and that ended there"
+        yield self._counter("gates", gates, self._gates, "depth", "decision")
+        sums = {what: now.drafts.get(what, {}) for what in ("expected", "accepted", "silent")}
+        drafts = {(source, what): sums[what].get(source, 0) for source in SOURCES for what in ("expected", "accepted")}
+        yield self._counter("goodput_drafts", DRAFTS, drafts, "source", "what")
+        silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
+        yield self._counter("silent_drafts_minutes", SILENT, silent, "source")
 
-    def _set(self, name: str, metric: Any, value: float) -> None:
-        if self._told.get(name) != value:
-            metric.set(value)
-            self._told[name] = value
+    def _counter(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:
+        return self._family(CounterMetricFamily(f"echo_{name}", text, labels=["model_name", *labels]), values)
+
+    def _gauge(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:
+        return self._family(GaugeMetricFamily(f"echo_{name}", text, labels=["model_name", *labels]), values)
+
+    def _family(self, family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[Any, float]) -> Metric:
+        for labels, value in values.items():
+            family.add_metric([self._name, *labels], value)
+        return family

@@ -175,26 +175,6 @@ def _renamed(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {ALIASES.get(name, name): tensor for name, tensor in inputs.items()}
 
 
-def wants_description(inputs: Mapping[str, Any]) -> bool:
-    """Whether this is no request but asks what the model is. Raises UserError."""
-    return bool(_value(inputs, "describe"))
-
-
-def wants_tokens(inputs: Mapping[str, Any]) -> bool:
-    """Whether this is no request but asks for a prompt's tokens, or tokens' text. Raises UserError."""
-    return bool(_value(inputs, "tokenize"))
-
-
-def wants_snapshots(inputs: Mapping[str, Any]) -> bool:
-    """Whether this asks for snapshots instead of an answer. Raises UserError."""
-    return bool(_value(inputs, "watch"))
-
-
-def wants_stop(inputs: Mapping[str, Any]) -> bool:
-    """Whether this is no request but asks for the end of an earlier one. Raises UserError."""
-    return bool(_value(inputs, "stop"))
-
-
 def _tools(inputs: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = _json(inputs, "tools")
     return checked_tools(tools) if tools is not None and tools != [] else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
-from echo_trt.simulation.machines import Network
+from echo_trt.sizing.hardware import Network
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5625}

@@ -24,9 +24,8 @@ from tokenizers import Tokenizer
 
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda.calls import Staging, shapes_of
-from echo_trt.backends.cuda.results import pack_results
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity
-from echo_trt.backends.cuda.transfers import TRANSFERS
+from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.decoding.goodput.acceptance import Acceptance
@@ -51,7 +50,11 @@ from echo_trt.serving.job import Event
 
 VOCABULARY = 151_936  # Qwen3's
 #: Features and states are narrow: their rows would be copied on the device, which this machine would have to do.
-CONFIG = DecoderConfig("qwen3", VOCABULARY, 16, 16, 3, 2, 1, 8, 1e-6, 1e6, 512, qk_norm=True)
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_kv_heads": 1,
+    "head_dim": 8, "norm_eps": 1e-6, "rope_theta": 1e6, "max_position": 512,
+}  # fmt: skip
+CONFIG = DecoderConfig(family="qwen3", num_layers=3, qk_norm=True, **SHAPE)
 WIDE = 4096  # of Qwen3-8B, for the bytes of rows that go through the host
 POLICIES = ("autoregressive", "static", "echo", "goodput")
 PROMPT = 16
@@ -150,7 +153,7 @@ def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer:
     reserve, context = reserve_for(decoding | {"budget": None}), PROMPT + 8 * (iterations + 8)
     blocks = blocks_for(context + reserve) * batch
     bounds = CallBounds(batch, blocks_for(context + reserve), reserve)
-    head = Eagle3Config(VOCABULARY, 64, 16, 16, 16, 2, 1, 8, 1e-6, 1e6, 512)
+    head = Eagle3Config(draft_vocab_size=64, target_hidden_size=16, **SHAPE)
     target = Decoder(CONFIG, 64)
     roles = TargetRole(target, (0, 1, 2)), HeadRole(Eagle3Head(head, 64, target.embed), len(CHILDREN))
     engines = [FreeEngine(role, blocks, bounds, resident) for role in roles]

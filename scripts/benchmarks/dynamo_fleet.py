@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from echo_trt.simulation.fleet import (
+from echo_trt_lab.simulation.fleet import (
     KvRouter,
     RoundRobin,
     Router,
@@ -24,7 +24,7 @@ from echo_trt.simulation.fleet import (
     make_trace,
     simulate_fleet,
 )
-from echo_trt.simulation.machines import from_costs_file
+from echo_trt_lab.simulation.machines import from_costs_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 64  # tokens of a pass over prompts

@@ -26,7 +26,7 @@ import typer
 import yaml
 
 from echo_trt.decoding.policies import BUILT_IN as POLICIES
-from echo_trt.pictures.by_load import drafted, iteration, speedup
+from echo_trt_lab.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier.yaml")

@@ -20,12 +20,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.benchmark.closed_loop import run_side_by_side
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Request
+from echo_trt_lab.benchmark.closed_loop import run_side_by_side
 
 PLAIN = "autoregressive"
 WINDOW = 12  # iterations of the moving rate that says when a policy has adapted

@@ -21,12 +21,6 @@ from typing import Annotated
 
 import torch
 import typer
-from eagle3_training.answers import record, write_answers
-from eagle3_training.corpus import Corpus, draft_vocabulary, features_path
-from eagle3_training.features import missing_features, write_features
-from eagle3_training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
-from eagle3_training.loop import Recipe, Trainer, load_state
-from eagle3_training.ngrams import count, held_out, read_texts, right
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -41,6 +35,12 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.runtime.llm import LLM
+from echo_trt_lab.training.answers import record, write_answers
+from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
+from echo_trt_lab.training.features import missing_features, write_features
+from echo_trt_lab.training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
+from echo_trt_lab.training.loop import Recipe, Trainer, load_state
+from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
 console = Console()

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,8 +24,8 @@ from refusal import refused
 
 from echo_trt.backends.parallel import rank_group, rank_processes, ranked
 from echo_trt.backends.parallel.rank_group import RankGroup, check_gpus
-from echo_trt.backends.parallel.ranked import RankedEngine
-from echo_trt.backends.torch.engine import TorchEngine, TorchRank
+from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine, of_rank
+from echo_trt.backends.torch.engine import TorchEngine, open_torch
 from echo_trt.bundle.manifest import read_manifest, verify_files
 from echo_trt.commands.build import build
 from echo_trt.decoding.pack import pack
@@ -50,6 +51,10 @@ def prompt_call():
 
 def files_of(folder):
     return tuple(folder / name for name in read_manifest(folder).target.rank_files)
+
+
+def torch_rank(files):
+    return partial(of_rank, files, partial(open_torch, num_blocks=BLOCKS))
 
 
 def test_a_bundle_has_a_file_for_each_rank(divided, networks, bundle_of):
@@ -103,7 +108,7 @@ def test_a_mixture_on_two_ranks_answers_as_on_one(tmp_path):
 class LateRank:
     """Opens the last rank two seconds after the others; ``begun`` is there from then on."""
 
-    rank: TorchRank
+    rank: OpenRank
     begun: Path
 
     def __call__(self, group: RankGroup) -> TorchEngine:
@@ -119,7 +124,7 @@ class LateRank:
 
 def test_no_engine_goes_on_before_all_ranks_have_their_weights(divided, tmp_path):
     """Its first collective would wait for the slowest rank's weights, against its timeout."""
-    engine = RankedEngine(LateRank(TorchRank(files_of(divided[0]), BLOCKS), tmp_path / "begun"), 2)
+    engine = RankedEngine(LateRank(torch_rank(files_of(divided[0])), tmp_path / "begun"), 2)
     assert np.isfinite(engine.run(prompt_call())["logits"]).all()
 
 
@@ -136,7 +141,7 @@ def test_a_collective_outlasts_the_patience_of_a_call(rank, monkeypatch):
 
 
 def test_a_rank_that_dies_ends_the_call_with_a_sentence(divided):
-    engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2)
+    engine = RankedEngine(torch_rank(files_of(divided[0])), 2)
     engine.run(prompt_call())
     (other,) = engine._others._processes
     os.kill(other.child.pid, signal.SIGKILL)
@@ -148,7 +153,7 @@ def test_a_rank_that_dies_ends_the_call_with_a_sentence(divided):
 
 
 def test_a_rank_that_hangs_is_not_waited_for(divided):
-    engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2)
+    engine = RankedEngine(torch_rank(files_of(divided[0])), 2)
     engine.run(prompt_call())
     engine._others._patience = 2.0  # from here on: what is not stopped may take longer
     (other,) = engine._others._processes
@@ -164,7 +169,7 @@ def test_a_rank_that_cannot_start_says_why(divided, tmp_path):
     (tmp_path / "broken").write_text("not a network")
     began = time.monotonic()
     with refused("broken holds no network of echo-trt", "build the bundle again"):
-        RankedEngine(TorchRank((files_of(divided[0])[0], tmp_path / "broken"), BLOCKS), 2)
+        RankedEngine(torch_rank((files_of(divided[0])[0], tmp_path / "broken")), 2)
     assert time.monotonic() - began < 60
 
 
@@ -186,7 +191,7 @@ def test_a_loss_is_told_while_the_communicator_waits_for_graphs(monkeypatch):
 
 
 def test_the_processes_end_with_the_engine(divided):
-    engine = RankedEngine(TorchRank(files_of(divided[0]), BLOCKS), 2)
+    engine = RankedEngine(torch_rank(files_of(divided[0])), 2)
     (other,) = engine._others._processes
     assert other.child.poll() is None
     del engine

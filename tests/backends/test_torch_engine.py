@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,10 @@ from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes, pad, size_for
+from echo_trt.backends.parallel.ranked import of_rank
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
-from echo_trt.backends.torch.engine import METADATA, TorchEngine, TorchRank, _operator_for
+from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for, open_torch
 from echo_trt.backends.torch.files import load_role, save_role
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack
 from echo_trt.decoding.sampling.draw import sample
@@ -299,7 +301,7 @@ def test_a_ranks_weights_are_loaded_onto_its_own_card(monkeypatch, tmp_path):
     monkeypatch.setattr(torch_engine, "TorchEngine", lambda *_, **options: options)
     collectives = object()
     group = SimpleNamespace(rank=1, collectives=collectives, loaded=lambda: None)
-    opened = TorchRank((tmp_path / "0", tmp_path / "1"), BLOCKS)(group)
+    opened = of_rank((tmp_path / "0", tmp_path / "1"), partial(open_torch, num_blocks=BLOCKS), group)
     assert loaded == [("1", "cuda:1")]
     assert opened["collectives"] is collectives
     assert opened.get("graphs", True)  # a rank's calls are captured, too

@@ -240,12 +240,12 @@ def test_restarts_wait_longer_and_longer(small, monkeypatch):
 
 
 def test_a_gateway_that_hangs_is_replaced(monkeypatch):
-    """A real one; Triton is not asked."""
+    """A real one; no engine is asked."""
     for package in ("starlette", "uvicorn"):
         pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
     monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 5)  # within which a busy machine answers
-    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), Said())
+    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), Said(), Path("none"))
 
     def until(fits: Callable[[], object]) -> None:
         end = time.monotonic() + 180

@@ -14,6 +14,7 @@ import pytest
 from echo_trt import LLM
 from echo_trt.serving import host, wire
 from echo_trt.serving.host import Host
+from echo_trt.serving.metrics import EngineMetrics
 from echo_trt.serving.request import Reader
 from echo_trt.serving.service import Service
 
@@ -32,7 +33,7 @@ def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     served: list[bool] = []
 
     def run() -> None:
-        served.append(loop.run_until_complete(Host(service, reader, "echo").serve(path, stop)))
+        served.append(loop.run_until_complete(Host(service, reader, EngineMetrics("echo")).serve(path, stop)))
 
     thread = threading.Thread(target=run)
     thread.start()

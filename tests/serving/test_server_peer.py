@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -16,15 +19,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from echo_trt.benchmark.command import run
-from echo_trt.benchmark.options import BenchOptions
-from echo_trt.benchmark.peer_openai import OpenAIPeer, Server
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.benchmark.command import run
+from echo_trt_lab.benchmark.options import BenchOptions
+from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
 pytestmark = needs_triton
 GATEWAY = True
+ROOT = Path(__file__).parents[2]
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 
 
@@ -111,7 +115,7 @@ def test_a_server_that_takes_text_alone_gets_the_prompts_text(roomy_bundle, url)
     ids=["nobody", "model", "no API", "twice", "no URL"],
 )
 def test_refused_in_a_sentence_before_anything_runs(changed, said, roomy_bundle, prompts, url, monkeypatch):
-    monkeypatch.setattr("echo_trt.benchmark.command.LLM", None)
+    monkeypatch.setattr("echo_trt_lab.benchmark.command.LLM", None)
     names = {"url": url, "free": free_ports(1)[0]}
     with refused(*(text.format(**names) for text in said)):
         bench(roomy_bundle, prompts, Console(quiet=True), *(f"served={text.format(**names)}" for text in changed))
@@ -121,3 +125,27 @@ def test_a_refusal_of_the_server_is_told(roomy_bundle, url):
     peer = OpenAIPeer(Server.parse(f"served={url}"), load_tokenizer(roomy_bundle))
     with refused("served", "refuses a request", "480", "lower --batch or --max-tokens"):
         peer.run([[5] * 490], 1, 64)
+
+
+def test_a_server_s_doors_are_loaded_in_turns_and_compared(prompts, url, server, tmp_path):
+    script, out = ROOT / "scripts" / "benchmarks" / "serve_load.py", tmp_path / "load.json"
+    words = [prompts, "--streams", "1,3", "--seconds", 1, "--rounds", 2, "--max-tokens", 16, "--json", out]
+    words += ["--url", f"openai={url}", "--url", f"triton=grpc://127.0.0.1:{server.grpc}"]
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    rows = json.loads(out.read_text())
+    order = [(row["round"], row["streams"], row["server"]) for row in rows]
+    assert order == [(r, s, name) for r in (0, 1) for s in (1, 3) for name in ("openai", "triton")[:: 1 - 2 * r]]
+    assert all(row["tokens_per_s"] >= row["messages_per_s"] > 0 < row["ttft_ms"] for row in rows)
+
+
+def test_a_server_that_does_not_start_is_told_with_its_own_words(prompts):
+    command = f"broken={sys.executable} -c 'import sys; sys.exit(\"no {{port}} for me\")'"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmarks" / "serve_load.py", prompts, "--server", command],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.search(r"error: server broken has not answered: no \d+ for me", done.stderr)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import socket
-import time
+import tempfile
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pairs import ASSISTANT, END, USER
 from served import Served, joined, joined_lists, needs_triton
 
+from echo_trt.launch.triton_server import PREFIX
 from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.serving import wire
 from echo_trt.serving.protocol import FIRST
 
 pytestmark = needs_triton
@@ -69,13 +72,20 @@ def test_the_same_text_by_every_road(way, server, offline):
     assert len(server.generate_stream(text_input=PROMPT, **way)) > 1
 
 
+def test_the_model_answers_on_the_engine_s_socket_too(server):
+    (path,) = Path(tempfile.gettempdir()).glob(f"{PREFIX}{server.process.pid}-*/engine")
+    assert path.stat().st_mode & 0o077 == 0
+    before = server.rest()["echo_request_seconds_count"]
+    answer = wire.ask(str(path), wire.Submit(1, {"text_input": PROMPT, **WAYS["greedy"]}), 60)
+    assert isinstance(answer, wire.Piece)
+    assert answer.text == server.generate(text_input=PROMPT, **WAYS["greedy"])["text_output"]
+    assert server.rest()["echo_request_seconds_count"] == before + 2  # of both ways
+
+
 def test_chat_goes_through_the_template(server, offline):
     expected = offline.generate([offline.chat_ids("hi there")], params(WAYS["greedy"]))[0].text
     messages = json.dumps([{"role": "user", "content": "hi there"}])
     assert server.generate(chat_messages=messages, **WAYS["greedy"])["text_output"] == expected
-    described = json.loads(server.generate(describe=True)["description"])
-    assert described.keys() == {"chat_template", "variables", "tokens", "takes_tools", "thought", "context", "sampling"}
-    assert not described["takes_tools"]
     tools = [{"type": "function", "function": {"name": "f"}}]
     ids = offline.chat_ids("hi", tools)  # as text, since the template has no place for them
     hi = '[{"role": "user", "content": "hi"}]'
@@ -216,26 +226,6 @@ def test_a_deadline_ends_an_answer(server):
     assert cut["completion_tokens"] < LONG - 30
 
 
-def test_an_onlooker_gets_snapshots_for_a_while_or_until_it_asks_for_their_end(server):
-    begin, pieces = time.monotonic(), list(server.stream(watch=True))
-    seconds = time.monotonic() - begin
-    assert 8 < seconds < 60
-    assert [piece.get("finish_reason") for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
-    assert 5 < len(pieces) <= 10 * seconds
-    assert {json.loads(piece["snapshot"])["format"] for piece in pieces} == {1}
-    stopped, other = server.stream(id="eye", watch=True), server.stream(id="other", watch=True)
-    assert json.loads(stopped.next()["snapshot"])["slots"] == 4
-    assert list(server.stream(id="eye", stop=True)) == []
-    assert list(stopped)[-1]["finish_reason"] == "stop"
-    assert json.loads(other.next()["snapshot"])
-    other.cancel()
-    crowd = [server.stream(watch=True) for _ in range(20)]
-    for stream in crowd:
-        assert "snapshot" in stream.next()
-        stream.cancel()
-    assert server.generate(text_input=PROMPT, max_tokens=3)["text_output"]
-
-
 # -- departures and crowds -----------------------------------------------------------------------------------------
 
 
@@ -247,25 +237,6 @@ def test_a_grpc_client_that_cancels_frees_its_blocks(server):
         stream.cancel()
     after = server.rest()
     assert after['echo_requests_total{outcome="cancelled"}'] - before >= 6  # a fast answer may have ended first
-
-
-def test_a_request_is_stopped_by_its_id_and_no_other_is(server):
-    server.rest()
-    request = {"text_input": PROMPT, "ignore_eos": True}
-    for _ in range(20):
-        others = [server.stream(max_tokens=LONG, **request), server.stream(id="two", max_tokens=LONG, **request)]
-        stopped = [server.stream(id="one", max_tokens=LONG, **request) for _ in range(2)]
-        for stream in stopped:
-            assert stream.next()["text_output"]
-        assert list(server.stream(id="one", stop=True)) == []
-        assert list(server.stream(id="three", stop=True)) == []
-        assert "has no id" in list(server.stream(stop=True))[-1]["error"]
-        told = [list(stream)[-1].get("error") for stream in stopped]
-        assert [list(stream)[-1]["completion_tokens"] for stream in others] == [LONG, LONG]
-        server.rest()
-        if None not in told:  # the engine is fast: an answer may have ended before it could be stopped
-            break
-    assert told == ["the request was cancelled."] * 2
 
 
 def test_an_http_client_that_leaves_frees_its_blocks(server):

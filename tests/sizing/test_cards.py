@@ -6,10 +6,11 @@ from refusal import refused
 
 from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.models.config import decoder_config
-from echo_trt.simulation.machines import Network, roofline
 from echo_trt.sizing.cards import CARDS, knee, parse_cards
+from echo_trt.sizing.hardware import Network
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.shapes import published
+from echo_trt_lab.simulation.machines import roofline
 
 
 def qwen3(name: str, gpus: int = 1):

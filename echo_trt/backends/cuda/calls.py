@@ -48,27 +48,22 @@ class Staging:
         # Arrays of varying length come last, so that the others and the first of these are sent in one copy.
         names = sorted(like, key=lambda name: RAGGED.index(name) if name in capacity else -1)
         shapes = dict(zip(like, shapes_of(like, capacity), strict=True))
-        sizes = [int(np.prod(shapes[name])) * like[name].itemsize for name in names]
-        ends = np.cumsum([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]).tolist()
-        pinned = device.type == "cuda"
-        hosts = [torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        self._device = torch.empty_like(hosts[0], device=device)
+        sizes = {name: int(np.prod(shapes[name])) * like[name].itemsize for name in names}
+        ends = np.cumsum([-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]).tolist()
         self._begins = dict(zip(names, (0, *ends[:-1]), strict=True))
         self._sent = tuple(name for name in names if name in capacity)
         self._fixed = self._begins[self._sent[0]] if self._sent else ends[-1]
-        self._turns = [(host, self._views(host, shapes, like), event_on(device)) for host in hosts]
-        self._turn, self.tensors = 0, {}
-        for name, size in zip(names, sizes, strict=True):
-            part = slice(self._begins[name], self._begins[name] + size)
-            dtype = torch.from_numpy(like[name][:0]).dtype
-            self.tensors[name] = self._device[part].view(dtype).view(shapes[name])
 
-    def _views(self, host: Tensor, shapes: dict[str, tuple[int, ...]], like: Arrays) -> Arrays:
-        views = {}
-        for name, begin in self._begins.items():
-            size = int(np.prod(shapes[name])) * like[name].itemsize
-            views[name] = host[begin : begin + size].numpy().view(like[name].dtype).reshape(shapes[name])
-        return views
+        def views(memory: Tensor) -> dict[str, Tensor]:
+            parts = {name: memory[begin : begin + sizes[name]] for name, begin in self._begins.items()}
+            types = {name: torch.from_numpy(like[name][:0]).dtype for name in names}
+            return {name: part.view(types[name]).view(shapes[name]) for name, part in parts.items()}
+
+        pinned = device.type == "cuda"
+        hosts = [torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._device = torch.empty_like(hosts[0], device=device)
+        self._turns = [(host, {n: t.numpy() for n, t in views(host).items()}, event_on(device)) for host in hosts]
+        self._turn, self.tensors = 0, views(self._device)
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
         """Copy arrays to the device in the order of its stream; the tensors are valid until the next upload's."""
@@ -189,7 +184,11 @@ class Graphs:
         try:
             # A capture that fails leaves its stream as the current one, which the outer block sets back.
             with torch.cuda.stream(current), without_collections():
-                self._record(graph, inputs, places, arguments)
+                # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
+                capture = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graph, **capture):
+                    for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
+                        place.copy_(output)
         except RuntimeError as error:
             torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
             self._failed.append(graph)
@@ -199,18 +198,6 @@ class Graphs:
             warnings.warn(f"calls of {count} {rows} run without a CUDA graph: {reason}", stacklevel=2)
             return None
         return Captured(staging, graph, places)
-
-    def _record(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        inputs: dict[str, Tensor],
-        places: tuple[Tensor, ...],
-        arguments: tuple[int, ...],
-    ) -> None:
-        # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
-            for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
-                place.copy_(output)
 
     def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the shared memory of outputs of the shapes of ``like``."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.decoding.sampling.draw import BLOCK, CALLS, GREEDY
+from echo_trt.decoding.sampling.draw import BLOCK, CALLS, GREEDY, sample
 
 _LOW = 0xFFFFFFFF
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85
 _PARTS = 32  # of a row, which a program each goes over; larger: few rows use more of a card
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
@@ -72,7 +71,15 @@ def draw(
     """
     best = logits.argmax(dim=1)
     running = limited(logits, temperature, top_k, top_p, min_p, most) if limits else logits
-    drawn = _race(running, logits.amax(dim=1), temperature, seed, place)
+    if running.device.type == "cpu":
+        rows, heats, seeds, places = (tensor.numpy() for tensor in (running, temperature, seed, place))
+        off = np.zeros(len(seeds), np.int64)
+        drawn = torch.from_numpy(sample(rows, heats, off, off + 1.0, seeds, places))
+    else:
+        from echo_trt.backends.cuda import race_kernel
+
+        inverse = 1 / temperature.clamp(min=GREEDY)
+        drawn = race_by(race_kernel.race, running, logits.amax(dim=1), inverse, seed, place)
     return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
 
 
@@ -152,24 +159,14 @@ def _fewest(keys: Tensor, amounts: Tensor, enough: Tensor) -> Tensor:
     return (keys > threshold) | (inside & (above + equal.cumsum(dim=1) - equal < enough))
 
 
-def _race(running: Tensor, top: Tensor, temperature: Tensor, seed: Tensor, place: Tensor) -> Tensor:
-    """Find who arrives first, as ``decoding.sampling.draw``: int64 [n].
-
-    running  float32 [n, V], -inf for tokens that are out
-    top      float32 [n], the largest logit
-    """
-    inverse = 1 / temperature.clamp(min=GREEDY)
-    if running.device.type == "cuda":
-        from echo_trt.backends.cuda import race_kernel
-
-        return race_by(race_kernel.race, running, top, inverse, seed, place)
-    lead = (running.double() - top.double()[:, None]) * inverse[:, None]
-    noise = _uniform(seed, place, running.shape[1])
-    return (lead - (-torch.log1p(-noise)).log()).argmax(dim=1)
-
-
 def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Tensor, place: Tensor) -> Tensor:
-    """Run the race by its Triton ``kernel`` (race_kernel): int64 [n]."""
+    """Find who arrives first, as ``decoding.sampling.draw``, by a Triton ``kernel`` (race_kernel): int64 [n].
+
+    running      float32 [n, V], -inf for tokens that are out
+    top          float32 [n], the largest logit
+    inverse      float64 [n], 1 / temperature
+    seed, place  int64 [n]
+    """
     count, size = running.shape
     parts = min(-(-size // BLOCK), _PARTS)
     span = -(-size // (parts * BLOCK)) * BLOCK
@@ -178,35 +175,6 @@ def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Te
     facts = running.contiguous(), top.double(), inverse, seed, place
     kernel[count, parts](*facts, arrivals, tokens, size, span, CALLS=CALLS)
     return tokens.gather(1, arrivals.argmax(dim=1, keepdim=True))[:, 0]
-
-
-def _uniform(seed: Tensor, place: Tensor, size: int) -> Tensor:
-    """Draw the numbers of (seed, place, token) for tokens below ``size``: float64 [n, size]."""
-    blocks = -(-size // BLOCK)
-    calls = torch.arange(blocks * CALLS, device=seed.device)
-    high, low = (_philox(seed, place, calls, half) for half in (0, 1))
-    number = ((high << 20) | (low >> 12)).double() + 0.5
-    # In a block of tokens, token w * CALLS + i reads word w of call i.
-    words = number.unflatten(-1, (blocks, CALLS)).permute(1, 2, 0, 3)
-    return words.flatten(1)[:, :size] * 2.0**-52
-
-
-def _philox(seed: Tensor, place: Tensor, calls: Tensor, half: int) -> Tensor:
-    """Ten rounds of Philox4x32 for n keys and counters, and m ``calls``: int64 [4, n, m] of 32 bits each.
-
-    A product wraps around in int64, but its bits equal an unsigned product's bits.
-    """
-    shape = len(seed), len(calls)
-    halves = torch.full_like(calls, half)
-    places = (place & _LOW)[:, None], ((place >> 32) & _LOW)[:, None]
-    c0, c1, c2, c3 = (word.expand(shape) for word in (*places, calls[None], halves[None]))
-    key0, key1 = (seed & _LOW)[:, None], ((seed >> 32) & _LOW)[:, None]
-    for _ in range(10):
-        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c2 = ((product1 >> 32) & _LOW) ^ c1 ^ key0, ((product0 >> 32) & _LOW) ^ c3 ^ key1
-        c1, c3 = product1 & _LOW, product0 & _LOW
-        key0, key1 = (key0 + _WEYL[0]) & _LOW, (key1 + _WEYL[1]) & _LOW
-    return torch.stack((c0, c1, c2, c3))
 
 
 def penalise(

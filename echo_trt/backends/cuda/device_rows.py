@@ -1,8 +1,9 @@
-"""Rows of an output that stay on the device: they are used there, or copied when they are read."""
+"""Rows on a device: outputs that stay there until they are read, and banks, which outlive a call."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
+from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.decoding.sampling.choice import Choice, part_of
 
@@ -41,20 +43,17 @@ class DeviceRows:
             return _on_host(self._rows[int(index if self._index is None else self._index[index])])
         places = (np.arange(len(self)) if self._index is None else self._index)[index]
         picked = type(self)(self._rows, None if self._best is None else self._best[index], places)
-        return picked if self._best is not None else DeviceRows(picked._gathered())
+        return picked if self._best is not None else DeviceRows(picked.tensor)
 
     @property
     def tensor(self) -> Tensor:
         """The rows, on the device."""
-        return self._gathered()
-
-    def _gathered(self) -> Tensor:
         if self._index is None:
             return self._rows
         return self._rows[send(self._index, self._rows.device)]
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return _on_host(self._gathered()).astype(dtype or np.float32, copy=False)
+        return _on_host(self.tensor).astype(dtype or np.float32, copy=False)
 
     def astype(self, dtype: np.dtype) -> np.ndarray:
         return np.asarray(self, dtype)
@@ -66,7 +65,7 @@ class DeviceRows:
         """Return a row's first largest column, int64 [n]; ``axis`` is 1."""
         if axis != 1:
             raise ValueError(f"axis is {axis}; rows have an argmax along axis 1")
-        return (_on_host(self._gathered()).argmax(1) if self._best is None else self._best).copy()
+        return (_on_host(self.tensor).argmax(1) if self._best is None else self._best).copy()
 
 
 class DeviceLogits(DeviceRows):
@@ -115,6 +114,53 @@ def compile_choice(vocab: int, dtype: torch.dtype, device: torch.device) -> None
     moved = {"moved_row": none, "moved_token": none, "moved": none.astype(np.float32)}
     logits = DeviceLogits(torch.zeros(1, vocab, dtype=dtype, device=device))
     logits.choose(row, Choice(**limits, **penalties, **said, **moved, seed=row, place=row))
+
+
+class DeviceBank:
+    """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them."""
+
+    def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
+        if device.type == "cuda":
+            needed = count * width * dtype.itemsize
+            check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
+        self.rows = torch.zeros(count, width, dtype=dtype, device=device)
+
+    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        """Keep ``outputs[rows]``, rows int64 [m], at ``places`` int64 [m]. ``outputs`` may be on the device."""
+        if len(places) == 0:
+            return
+        device = self.rows.device
+        if isinstance(outputs, DeviceRows):
+            both = send(np.stack((places, rows)).astype(np.int64), device)
+            self.rows[both[0]] = outputs.tensor[both[1]].to(self.rows.dtype)
+        else:
+            values = send(np.asarray(outputs[rows], np.float32), device)
+            self.rows[send(places.astype(np.int64), device)] = values.to(self.rows.dtype)
+
+    def read(self, places: np.ndarray) -> BankRows:
+        """Return rows ``places`` int64 [m] as an input of the engine that has this bank."""
+        return BankRows(self, places.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class BankRows:
+    """Rows of a bank, by number: an input of a call."""
+
+    bank: DeviceBank
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def numbered(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Replace rows of banks by their numbers, int64 [m]."""
+    return {name: np.ascontiguousarray(i.places if isinstance(i, BankRows) else i) for name, i in inputs.items()}
+
+
+def gathered(name: str, tensor: Tensor, banks: dict[str, DeviceBank]) -> Tensor:
+    """Return an input of the network: rows of a bank where numbers were sent, else what was sent."""
+    return banks[name].rows[tensor] if name in banks and tensor.ndim == 1 else tensor
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:

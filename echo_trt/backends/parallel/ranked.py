@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -70,6 +71,11 @@ class RankedEngine:
         self._others.tell(("move", (source, target), {}))
         with self._others.in_flight():
             self._engines[0].move(source, target)
+
+
+def of_rank(files: Sequence[Path], open_file: Callable[..., Engine], group: RankGroup) -> Engine:
+    """Open this rank's engine from its file among ``files``."""
+    return open_file(files[group.rank], group=group)
 
 
 def _wait_for_weights(others: RankProcesses) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
-from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows, compile_choice
+from echo_trt.backends.cuda.device_rows import DeviceBank, DeviceLogits, DeviceRows, compile_choice, gathered, numbered
 from echo_trt.backends.cuda.levels import Levels, parts_of_level
-from echo_trt.backends.cuda.results import PACKED, pack_results, read_results
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
-from echo_trt.backends.cuda.transfers import send
+from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results, send
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
@@ -321,19 +318,3 @@ class TensorRTEngine:
             return rows
         slot, row = self._layout.place(rows)
         return slot * self._layout.rows + row
-
-
-@dataclass(frozen=True)
-class TensorRTRank:
-    """Opens a rank's engine (``parallel.ranked``) from its file among ``files``, with TensorRTEngine.open."""
-
-    files: tuple[Path, ...]
-    engine: str
-    facts: TensorRTFacts
-    slots: int
-    blocks: int
-    num_blocks: int
-
-    def __call__(self, group: RankGroup) -> TensorRTEngine:
-        file = self.files[group.rank]
-        return TensorRTEngine.open(self.engine, file, self.facts, self.slots, self.blocks, self.num_blocks, group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.base import METADATA
-from echo_trt.backends.cuda.banks import DeviceBank, gathered, numbered
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
-from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows, compile_choice
+from echo_trt.backends.cuda.device_rows import DeviceBank, DeviceLogits, DeviceRows, compile_choice, gathered, numbered
 from echo_trt.backends.cuda.levels import Levels
-from echo_trt.backends.cuda.results import pack_results, read_results
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
-from echo_trt.backends.cuda.transfers import send
+from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
@@ -239,15 +236,3 @@ def open_torch(
     if group:
         group.loaded()
     return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)
-
-
-@dataclass(frozen=True)
-class TorchRank:
-    """Opens a rank's engine (echo_trt.backends.parallel.ranked) from its file among ``files``."""
-
-    files: tuple[Path, ...]
-    num_blocks: int
-    bounds: CallBounds | None = None
-
-    def __call__(self, group: RankGroup) -> TorchEngine:
-        return open_torch(self.files[group.rank], self.num_blocks, self.bounds, group)

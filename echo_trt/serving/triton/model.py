@@ -1,19 +1,20 @@
 """The model that Triton's Python backend runs: it reads requests and hands them to the service.
 
 Requests are answered on other threads (``replies``), so ``execute`` returns at once and Triton's queue stays empty; the
-service has the queue.
+service has the queue. Beside Triton's API it hosts the same socket as an engine process (``serving.host``).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -21,12 +22,12 @@ from echo_trt.decoding.policies import load_policies
 from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import bytes_in
 from echo_trt.runtime.llm import LLM
+from echo_trt.serving.host import Host
 from echo_trt.serving.job import Overloaded
-from echo_trt.serving.logprobs import Outgoing
-from echo_trt.serving.request import Reader, wants_description, wants_snapshots, wants_stop, wants_tokens
+from echo_trt.serving.metrics import EngineMetrics
+from echo_trt.serving.request import Reader
 from echo_trt.serving.service import Service
-from echo_trt.serving.sources import OutgoingSources
-from echo_trt.serving.triton.replies import FINAL, Replies, Reply, described, failed, tokenized
+from echo_trt.serving.triton.replies import FINAL, Replies, Reply, failed
 from echo_trt.serving.triton.tensors import plain_values
 
 log = logging.getLogger("engine")
@@ -65,7 +66,12 @@ class TritonPythonModel:
         )
         self._service = Service(llm, queue or QUEUE)
         signals = os.environ.get("ECHO_TRT_SIGNALS")
-        self._replies = Replies(self._service, args["model_name"], Path(signals) if signals else None)
+        name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
+        self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
+        if socket := os.environ.get("ECHO_TRT_SOCKET"):
+            host = Host(self._service, self._reader, self._metrics)
+            serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
+            threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
 
     def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
         """Hand the requests on; their answers come from other threads, in any number of responses."""
@@ -78,47 +84,19 @@ class TritonPythonModel:
         self._replies.close()
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
-        arrived, sender = time.monotonic(), request.get_response_sender()
-        with self._refusals(request, sender):
-            id = _id(request)
+        reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
+        with self._refusals(reply):
+            _check_id(request)
             tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-            self._answer(request, id, plain_values(tensors), sender, arrived)
-
-    def _answer(
-        self,
-        request: pb_utils.InferenceRequest,
-        id: str,
-        inputs: dict[str, Any],
-        sender: pb_utils.InferenceResponseSender,
-        arrived: float,
-    ) -> None:
-        if wants_stop(inputs):
-            if not id:
-                raise UserError("stop is true and the request has no id; send the id of the requests to stop.")
-            self._replies.stop(id)
-            sender.send(flags=FINAL)
-            return
-        if wants_description(inputs):
-            sender.send(described(self._reader.description()), flags=FINAL)
-            return
-        if wants_snapshots(inputs):
-            self._replies.watch(sender, id)
-            return
-        if wants_tokens(inputs):
-            sender.send(tokenized(*self._reader.tokenized(inputs)), flags=FINAL)
-            return
-        ask = self._reader.read(inputs)
-        silent = ask.params.logprobs is None and ask.params.prompt_logprobs is None
-        logprobs = None if silent else Outgoing(self._reader.texts, ask.echoed)
-        sources = OutgoingSources(self._reader.texts) if ask.params.token_sources else None
-        reply = Reply(sender, ask, arrived, id, _wants_codes(request), logprobs, sources)
-        reply.job = self._service.submit(
-            ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
-        )
-        self._replies.begin(reply)
+            ask = self._reader.read(plain_values(tensors))
+            reply.understand(ask, self._reader.texts)
+            reply.job = self._service.submit(
+                ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
+            )
+            self._replies.begin(reply)
 
     @contextmanager
-    def _refusals(self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender) -> Iterator[None]:
+    def _refusals(self, reply: Reply) -> Iterator[None]:
         """Answer a request that cannot be taken with the reason."""
         try:
             yield
@@ -130,17 +108,16 @@ class TritonPythonModel:
         except Exception as failure:  # logged; Triton would fail all requests of the call
             logging.exception("a request could not be read")
             outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
-        self._replies.refused(outcome)
-        sender.send(failed(code, answer, _wants_codes(request)), flags=FINAL)
+        self._metrics.refuse(outcome)
+        reply.sender.send(failed(code, answer, reply.coded), flags=FINAL)
 
 
-def _id(request: pb_utils.InferenceRequest) -> str:
-    """The client's own, or empty. Raises UserError."""
+def _check_id(request: pb_utils.InferenceRequest) -> None:
+    """Raise UserError for an id of the client's that is no text."""
     try:
-        id: str = request.request_id()
+        request.request_id()
     except UnicodeDecodeError as error:
         raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
-    return id
 
 
 def _wants_codes(request: pb_utils.InferenceRequest) -> bool:

@@ -30,9 +30,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from echo_trt.backends.openvino.cpu import has_bf16
-from echo_trt.benchmark.peer_transformers import load_network
-from echo_trt.benchmark.peers import find_checkpoint
 from echo_trt.bundle.manifest import Manifest, read_manifest
+from echo_trt_lab.benchmark.peer_transformers import load_network
+from echo_trt_lab.benchmark.peers import find_checkpoint
 
 VLLM = "0.32.0"
 START_S = 900.0  # of a server; vLLM compiles for minutes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from torch import nn
 
-from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.config import DecoderConfig, Eagle3Config, NetworkConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
@@ -26,8 +28,14 @@ QWEN3_8B = DecoderConfig(
     qk_norm=True,
 )
 #: Small, and large enough that a GPU's kernels are those of a real network.
-SMALL = DecoderConfig("qwen3", 4096, 512, 1024, 6, 8, 2, 64, 1e-6, 1e6, 4096, qk_norm=True)
-TINY = DecoderConfig("qwen3", 97, 32, 48, 3, 4, 2, 16, 1e-6, 1e4, 512, qk_norm=True)
+SMALL = replace(
+    QWEN3_8B, vocab_size=4096, hidden_size=512, intermediate_size=1024, num_layers=6, num_heads=8, num_kv_heads=2,
+    head_dim=64, max_position=4096,
+)  # fmt: skip
+TINY = replace(
+    SMALL, vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, head_dim=16, rope_theta=1e4,
+    max_position=512,
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -49,10 +57,8 @@ def random_decoder(config: DecoderConfig, positions: int, dtype: torch.dtype, de
 def random_head(target: Decoder, dtype: torch.dtype) -> Eagle3Head:
     """An EAGLE-3 head of random weights that shares the target's embedding and its whole vocabulary."""
     config, device = target.config, target.embed.weight.device
-    head_config = Eagle3Config(
-        config.vocab_size, config.vocab_size, config.hidden_size, config.hidden_size, config.intermediate_size,
-        config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps, config.rope_theta, config.max_position,
-    )  # fmt: skip
+    shared = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
+    head_config = Eagle3Config(**shared, draft_vocab_size=config.vocab_size, target_hidden_size=config.hidden_size)
     torch.manual_seed(7)
     head = Eagle3Head(head_config, config.max_position, target.embed).to(device, dtype)
     head.rotary = Rotary(head_config, config.max_position).to(device)

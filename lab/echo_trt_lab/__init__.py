@@ -1,0 +1,4 @@
+"""What makes figures beside the server: benchmark, simulation, calibration, pictures, training.
+
+It imports ``echo_trt``, which never imports it: its commands are entry points of the group ``echo_trt.commands``.
+"""

@@ -1,0 +1,88 @@
+"""Replays the growth of recorded trees: every candidate with its score, and whether it was accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.planner import Continuations
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt_lab.calibration.trees import RecordedDraft, Trees
+
+BATCH = 512  # positions that are replayed together; larger: fewer calls, more memory
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Candidates of all trees and whether they were accepted; within a depth the head's stand tree by tree.
+
+    source    int [n], index in ``CALIBRATED``
+    depth     int [n], 1 below the root
+    score     float [n], log of the path probability
+    parent    int [n], index of the parent, -1 for a root
+    accepted  bool [n]
+    tree      int [n], the recorded position
+    """
+
+    source: np.ndarray
+    depth: np.ndarray
+    score: np.ndarray
+    parent: np.ndarray
+    accepted: np.ndarray
+    tree: np.ndarray
+
+
+def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int, width: int) -> Observed:
+    """Replay the growth of full trees, with copied continuations if ``lookup`` has their acceptance rates."""
+    neutral = Acceptance.uncalibrated(max_depth, CALIBRATED_START)
+    parts, total = [], 0
+    for begin in range(0, len(trees), BATCH):
+        positions = np.arange(begin, min(begin + BATCH, len(trees)))
+        tree = grow_recorded(trees, positions, neutral, lookup, max_depth, beams, width)
+        truth = trees.truth(positions[tree.request], np.maximum(tree.depth, 1))
+        accepted = tree.parent < 0
+        for depth in range(1, max_depth + 1):
+            level = np.flatnonzero(tree.depth == depth)
+            accepted[level] = accepted[tree.parent[level]] & (tree.token[level] == truth[level])
+        # After an answer's end it is not known what would have been accepted.
+        kept = np.flatnonzero((tree.parent >= 0) & (tree.depth <= trees.left[positions[tree.request]]))
+        place = np.full(len(tree) + 1, -1)
+        place[kept] = total + np.arange(len(kept))
+        parent, position = place[tree.parent[kept]], positions[tree.request[kept]]
+        parts.append((tree.source[kept], tree.depth[kept], tree.score[kept], parent, accepted[kept], position))
+        total += len(kept)
+    source, depth, score, parent, accepted, position = map(np.concatenate, zip(*parts, strict=True))
+    return Observed(source, depth, score, parent, accepted, position)
+
+
+def grow_recorded(
+    trees: Trees,
+    positions: np.ndarray,
+    acceptance: Acceptance,
+    lookup: list[float] | None,
+    max_depth: int,
+    beams: int,
+    width: int,
+) -> SuperTree:
+    count = len(positions)
+    room = np.full(count, max_depth)
+    copied = None if lookup is None else continuations(trees, positions, lookup, max_depth)
+    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), room, copied)
+    draft = RecordedDraft(trees, positions, width)
+    roots = np.arange(count)
+    log_q, tokens = draft.expand_roots(roots)
+    candidates.add(roots, log_q, tokens, width)
+    for depth in range(1, max_depth):
+        nodes = np.sort(candidates.frontier(depth, beams))
+        log_q, tokens = draft.expand(candidates.tree, nodes)
+        candidates.add(nodes, log_q, tokens, width)
+    return candidates.tree
+
+
+def continuations(trees: Trees, positions: np.ndarray, lookup: list[float], length: int) -> Continuations:
+    matched = trees.matched[positions].astype(np.int64)
+    log_q = np.log(np.asarray(lookup))[np.clip(matched, 1, len(lookup)) - 1]
+    return Continuations(trees.copied[positions, :length].astype(np.int64), log_q, matched)

@@ -1,0 +1,46 @@
+"""The commands calibrate, bench and simulate, which ``echo-trt`` finds by their entry points."""
+
+from __future__ import annotations
+
+from echo_trt.commands.terminal import Screen, messages
+from echo_trt.runtime.options import command
+from echo_trt_lab.benchmark.options import BenchOptions
+from echo_trt_lab.calibration.options import CalibrateOptions
+from echo_trt_lab.simulation.options import SimulateOptions
+
+
+@command
+def calibrate(options: CalibrateOptions) -> None:
+    """Learn how far this bundle's draft can be trusted, and what passes cost on this machine.
+
+    Writes calibration.json (acceptance and gates, bound to target and draft), costs.json (bound to the machine) and
+    calibration.html, a report of both. Use prompts like those that will be served, but none that a benchmark is run on.
+
+    Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
+    """
+    from echo_trt_lab.calibration.command import run
+    from echo_trt_lab.simulation.foresee import foresee
+
+    run(options, Screen(), messages, foresee)
+
+
+@command
+def bench(options: BenchOptions) -> None:
+    """Measure policies against plain decoding: closed loop, greedy, all side by side in turns of a second.
+
+    Example: `echo-trt bench bundles/smollm2-135m --prompts prompts.jsonl --batch 1,4,16 --html report.html`
+    """
+    from echo_trt_lab.benchmark.command import run
+
+    run(options, Screen(), messages)
+
+
+@command
+def simulate(options: SimulateOptions) -> None:
+    """Replay recorded draft trees under the same policies and another machine's costs.
+
+    Example: `echo-trt simulate trees.npz --calibration bundles/smollm2-135m/calibration.json --machine h100-qwen3-8b`
+    """
+    from echo_trt_lab.simulation.command import run
+
+    run(options, Screen(), messages)

@@ -1,0 +1,265 @@
+"""``echo-trt bench`` on a tiny pair: the figures it writes, and what it refuses before it begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refusal import refused
+from rich.console import Console
+
+from echo_trt.files.prompts import Prompt
+from echo_trt.runtime.llm import LLM
+from echo_trt_lab.benchmark import command
+from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
+from echo_trt_lab.benchmark.command import check_pool, drawn
+from echo_trt_lab.benchmark.command import run as run_bench
+from echo_trt_lab.benchmark.figures import figures
+from echo_trt_lab.benchmark.options import BenchOptions
+from echo_trt_lab.calibration.trees import Trees
+
+
+@pytest.fixture
+def prompts(tmp_path) -> list[Path]:
+    files = []
+    for name in ("first", "second"):
+        rows = [{"id": i, "prompt": f"{name} {i} abc abc abc"} for i in range(3)]
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+        files.append(file)
+    return files
+
+
+def job(bundle: Path, prompts: list[Path], **changes) -> BenchOptions:
+    values = {"policies": ("goodput", "static"), "batches": (1, 3), "max_tokens": 16, "rounds": 2, "requests": 4}
+    return BenchOptions(bundle, prompts=prompts, **{**values, **changes})
+
+
+def bench(job: BenchOptions) -> dict:
+    return run_bench(job, Console(quiet=True), Console(quiet=True))
+
+
+def test_a_budget_bounds_the_policies_that_share_one(bundle_of, prompts):
+    result = bench(job(bundle_of("close"), prompts, policies=["echo", "static"], batches=[2], rounds=1, budget=5))
+    echo, static = (next(r for r in result["results"] if r["policy"] == name) for name in ("echo", "static"))
+    assert 2 < echo["verified_per_iteration"] <= 5 < static["verified_per_iteration"]
+    assert 0.4 < echo["budget_used"] <= 1
+    with refused("--budget is 0", "1 or more"):
+        bench(job(bundle_of("close"), prompts, budget=0))
+    with refused("--budget is 8", "none of goodput shares one", "add echo, dense or fixed"):
+        bench(job(bundle_of("close"), prompts, policies=["goodput"], budget=8))
+
+
+def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(bundle_of, prompts, tmp_path):
+    json_file, html_file = tmp_path / "r.json", tmp_path / "r.html"
+    result = bench(job(bundle_of("close"), prompts, json_file=json_file, html_file=html_file, each_file=True))
+    assert json.loads(json_file.read_text("utf-8")) == result
+    keys = [(row["set"], row["batch"], row["policy"]) for row in result["results"]]
+    policies = ("autoregressive", "goodput", "static")
+    assert keys == [(s, b, p) for b in (1, 3) for s in ("all", "first", "second") for p in policies]
+    for row in result["results"]:
+        done, of = row["same_texts"].split(" of ")
+        assert done == of == str(2 * max(4, 2 * row["batch"]))
+        assert row["decode_tokens_per_s"] > 0
+        assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
+        assert row["side_by_side"]
+        if row["policy"] == "autoregressive":
+            assert row["accepted_length"] == row["ratio"] == 1
+            assert row["accepted_by_source"] == {}
+            assert row["verified_per_iteration"] == row["batch"]
+        if row["policy"] == "goodput":
+            tokens = sum(row["accepted_by_source"].values())
+            assert (tokens > 0) == (row["draft_utilisation"] is not None and row["draft_utilisation"] > 0)
+        if row["policy"] == "static":
+            assert row["accepted_length"] > 1.5
+            assert row["phases_ms"]["draft"] > 0
+    html = html_file.read_text("utf-8")
+    assert html.count("<svg") == html.count("<figcaption>") == 4
+    for table in html.split("<table>")[1:]:
+        assert table.count("<tr") == 1 + len(result["results"])
+    assert "<th" in html
+    assert "first token" in html
+    assert result["machine"] in html
+
+
+def test_a_report_says_once_what_every_row_has_in_common(bundle_of, prompts, tmp_path):
+    html_file = tmp_path / "r.html"
+    bench(job(bundle_of("close"), prompts, html_file=html_file, policies=["static"], batches=[1], rounds=1))
+    html = html_file.read_text("utf-8")
+    assert "<dt>same texts, in every row</dt><dd>4 of 4</dd>" in html
+    assert ">batch</th>" in html  # a row is named by it
+    assert ">prompts</th>" not in html
+    assert ">same texts</th>" not in html
+
+
+def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
+    """Were slots left empty at the end, the slowest texts would be those that are not counted."""
+    llm = open_llm("close", "autoregressive", batch=3)
+    run = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    run.run()
+    sample = run.sample
+    assert sample.decode.verifications == 3 * sample.decode.iterations
+    assert sample.whole.iterations > sample.decode.iterations  # prompts were computed in some
+    assert sorted(sample.texts) == [0, 1, 2, 3]
+    assert len(sample.ttft) == len(sample.pace) == 4
+    assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
+    assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
+    assert sample.whole.elapsed == pytest.approx(run.seconds)
+    assert not llm.loop.queue.busy
+    again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
+    again.run()
+    assert again.sample.texts == sample.texts
+
+
+def test_fewer_prompts_than_slots_fill_them_all_the_same(open_llm):
+    run = ClosedLoop(open_llm("close", "autoregressive", batch=3).loop, [[5, 6, 7]], 3, 12)
+    run.run()
+    assert list(run.sample.texts) == [0]
+    assert run.sample.decode.verifications == 3 * run.sample.decode.iterations > 0
+
+
+def test_prompts_are_drawn_evenly_over_every_file():
+    rows = {"a": [Prompt(f"a{i}", "") for i in range(80)], "b": [Prompt(f"b{i}", "") for i in range(3)]}
+    assert [prompt.id for prompt in drawn(rows, 8)] == ["a0", "b0", "a20", "b1", "a40", "b2", "a60", "b0"]
+    assert [prompt.id for prompt in drawn(rows, 5)] == ["a0", "b0", "a26", "b1", "a53"]
+    assert [prompt.id for prompt in drawn({"b": rows["b"]}, 4)] == ["b0", "b1", "b2", "b0"]
+
+
+def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_llm, monkeypatch):
+    llm = open_llm("close", "static", batch=3)
+    prompts = [[5, 6, 7], [8, 9], [4] * 40, [3, 3, 3], [11, 12]]
+    alone = ClosedLoop(llm.loop, prompts, 2, 20)
+    alone.run()
+    assert not alone.busy
+    monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
+    loops, held = llm.side_by_side(("static", "autoregressive", "dense"), budget=6), []
+    runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
+    for run in runs:
+        for _ in range(3):
+            run.run(0.0)
+        state = run.loop.state
+        held.append(
+            {b for slot in np.flatnonzero(state.active) for b in state.block_table[slot, : state.blocks_held[slot]]}
+        )
+    assert all(run.busy and run.emitted for run in runs)
+    assert all(held)
+    assert not held[0] & held[1]
+    assert not (held[0] | held[1]) & held[2]
+    run_side_by_side(runs)
+    assert [run.sample.texts for run in runs] == [alone.sample.texts] * 3
+    assert all(run.seconds >= run.sample.whole.elapsed > 0 for run in runs)
+
+
+def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
+    monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)
+    llm = open_llm("close", "autoregressive", batch=2)
+    loops = llm.side_by_side(("autoregressive", "static"))  # the second emits several tokens an iteration
+    runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
+    for run in runs:
+        step = run._step
+        monkeypatch.setattr(
+            run, "_step", lambda run=run, step=step: (order.append((run, [r.emitted for r in runs])), step())
+        )
+    run_side_by_side(runs)
+    for run, emitted in order:
+        if all(other.busy or other is run for other in runs) and max(emitted) < 40:
+            assert run.emitted >= min(emitted)
+    turns = [run for run, emitted in order if max(emitted) < 40]
+    assert turns.count(runs[0]) > turns.count(runs[1])
+
+
+def test_where_the_pool_has_no_room_policies_run_one_after_another(bundle_of, prompts, monkeypatch):
+    calls = []
+    monkeypatch.setattr("echo_trt_lab.benchmark.command.run_side_by_side", calls.append)
+    monkeypatch.setattr("echo_trt_lab.benchmark.command._have_room", lambda *_: False)
+    result = bench(job(bundle_of("close"), prompts, batches=[2], rounds=2))
+    assert calls == [[], []]
+    assert all(row["decode_tokens_per_s"] > 0 for row in result["results"])
+
+
+def test_a_policy_that_never_decoded_without_prompts_has_no_rate():
+    """Large batches of short answers: some prompt is in every iteration."""
+    plain, never = Sample(), Sample()
+    for tally in (plain.decode, plain.whole, never.whole):
+        tally.iterations, tally.elapsed, tally.tokens, tally.verifications = 4, 0.5, 20, 4
+    row = figures("static", 64, [never, never], [plain, plain], 8)
+    assert (row["decode_tokens_per_s"], row["ratio"], row["ratio_spread"], row["accepted_length"]) == (None,) * 4
+    assert (row["end_to_end_tokens_per_s"], row["end_to_end_ratio"]) == (40, 1)
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
+    file = tmp_path / "trees.npz"
+    bench(job(bundle_of("close"), prompts, batches=[2], rounds=1, record_file=file))
+    trees = Trees.read(file)
+    assert trees.groups.tolist() == ["first", "second"]
+    lengths = trees.answer_begins[1:] - trees.answer_begins[:-1]
+    assert len(trees) == (lengths - 1).sum()  # the first token comes from the prompt, before there is a draft
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": ["fastest"]}, ("--policies", "'fastest'", "goodput")),
+        ({"batches": [0]}, ("--batch", "0", "1 to 4096")),
+        ({"policies": []}, ("--policies is empty", "goodput")),
+        ({"peers": ["exllama"]}, ("exllama", "transformers")),
+        ({"json_file": Path("r"), "html_file": Path("r").absolute()}, ("--json", "--html", "/r", "of its own")),
+        ({"json_file": Path("/nowhere/r.json")}, ("--json /nowhere/r.json", "cannot be written")),
+        ({"html_file": Path("/nowhere/r.html")}, ("--html", "cannot be written")),
+        ({"record_file": Path("/nowhere/r.npz")}, ("--record", "cannot be written")),
+    ],
+)
+def test_refused_before_anything_runs(changes, said, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr(command, "LLM", None)
+    with refused(*said):
+        bench(job(bundle_of("close"), prompts, **changes))
+
+
+def test_a_batch_that_the_pool_cannot_hold_is_refused(open_llm, bundle_of, prompts):
+    llm = open_llm("close", "autoregressive", batch=3)
+    check_pool(llm, job(bundle_of("close"), prompts, batches=[3]))
+    with refused("--batch 40", "--max-tokens 16", "KV blocks", "kv_blocks in the recipe"):
+        check_pool(llm, job(bundle_of("close"), prompts, batches=[3, 40]))
+
+
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_measured(bundle_of, tmp_path, monkeypatch):
+    file = tmp_path / "long.jsonl"
+    file.write_text('{"id": "a", "prompt": "abc"}\n' + json.dumps({"id": "z", "prompt": "word " * 400}))
+    monkeypatch.setattr(command, "_cell", None)
+    with refused("prompt 'z'", "context is 160", "limits.context"):
+        bench(job(bundle_of("close"), [file]))
+
+
+def test_a_single_prompt_is_no_benchmark(bundle_of, tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"id": 1, "prompt": "abc"}\n', "utf-8")
+    with refused("--prompts", "1 prompt"):
+        bench(job(bundle_of("close"), [file]))
+
+
+def test_every_policy_and_round_computes_its_prompts(bundle_of, tmp_path, monkeypatch):
+    """They are the same prompts each time, longer than a block, and the recipe has a prefix cache."""
+    file, opened, loops = tmp_path / "long.jsonl", [], []
+    file.write_text("\n".join(json.dumps({"id": i, "prompt": f"{i} abc" * 12}) for i in range(3)), "utf-8")
+    monkeypatch.setattr(command, "LLM", lambda *given, **more: opened.append(LLM(*given, **more)) or opened[-1])
+    side_by_side = command._loops
+    monkeypatch.setattr(command, "_loops", lambda *given: loops.append(side_by_side(*given)) or loops[-1])
+    bench(job(bundle_of("close"), [file], policies=["static"], batches=[2], max_tokens=4))
+    assert [*loops[0]] == ["autoregressive", "static"]
+    for loop in loops[0].values():
+        assert loop.counters.cached_tokens == 0
+        assert loop.counters.prompt_tokens > 8 * 40
+    assert opened[0].manifest.recipe.limits.prefix_cache
+
+
+@pytest.mark.parametrize("option", ["json", "html", "record"])
+def test_a_file_that_it_reads_is_not_overwritten(option, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr(command, "LLM", None)
+    for file in (prompts[1], bundle_of("close") / "target.onnx"):
+        before = file.read_bytes()
+        with refused(f"--{option} {file}", "reads", "another file"):
+            bench(job(bundle_of("close"), prompts, **{f"{option}_file": file}))
+        assert file.read_bytes() == before

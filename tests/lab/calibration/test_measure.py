@@ -1,0 +1,221 @@
+"""What passes cost, measured on tiny pairs."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from pairs import LIMITS, NATIVE_ROWS, roles_of
+from runtime.driving import assert_all_free
+
+from echo_trt.backends.native_export import export_native
+from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
+from echo_trt.bundle.manifest import Manifest
+from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.decoding.planner import PlainPlanner
+from echo_trt.runtime.assemble import Networks
+from echo_trt.runtime.drafters import EngineDrafter
+from echo_trt.runtime.measure import (
+    SIZES,
+    SIZES_LIMIT,
+    SMALL_BATCH_SIZES,
+    disturbance,
+    machine,
+    measure,
+    without_speculation,
+)
+from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt_lab.simulation.machines import h100_qwen3_8b
+
+
+def check(table, sizes):
+    """``sizes``: those measured in any case, and those that flat curves go on to."""
+    usual, further = sizes
+    for curve in (table.target, table.draft):
+        assert curve.sizes[: len(usual)] == usual or curve.seconds == [0.0]
+        assert set(curve.sizes) <= {*usual, *further}
+    assert table.target.sizes == (usual + further)[: len(table.target.sizes)]
+    for curve in (table.target, table.draft):
+        seconds = np.array(curve.seconds)
+        assert (np.diff(curve.sizes) > 0).all()
+        assert (np.diff(seconds) >= 0).all()
+        assert curve.per_context >= 0
+    assert min(table.target.seconds) > 0
+    costs = table.costs()
+    assert 0 < costs.target(1) <= costs.target(16) <= costs.target(100) < 10
+    assert table.hinge.t_ar > 0
+    assert 1 <= table.hinge.k_max < table.target.sizes[-1]
+
+
+@pytest.mark.parametrize("pair", ["close", "lookup"])
+def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
+    llm = open_llm(pair, "autoregressive", 3)
+    turn = [{"role": "user", "content": "the theme"}]
+    before = llm.chat(turn, SamplingParams(8))[0].token_ids
+    table = measure(llm.networks, seconds=0.05)
+    possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
+    check(table, ([n for n in possible if n <= SMALL_BATCH_SIZES], [n for n in possible if n > SMALL_BATCH_SIZES]))
+    assert table.machine == machine(llm.manifest)
+    assert (table.costs().draft(8) > 0) == (pair == "close")
+    assert_all_free(llm.loop)
+    assert llm.chat(turn, SamplingParams(8))[0].token_ids == before
+
+
+@pytest.mark.parametrize(("slots", "sizes"), [(1, SIZES[:9]), (3, SIZES[:13])])
+def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, sizes, open_llm, networks, tmp_path):
+    """An engine with a cache a slot takes each slot once a call, in its own blocks."""
+    llm = open_llm("model", "autoregressive", slots)
+    state = Slots(slots, llm.networks.state.context, llm.networks.state.reserve)
+    blocks = blocks_for(state.context + state.reserve)
+    engines = {}
+    for name, role in roles_of("model", networks).items():
+        export_native(role, tmp_path / f"{name}.onnx", "fp32", NATIVE_ROWS)
+        engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
+    drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
+    networks = replace(llm.networks, state=state, **engines, drafter=drafter)
+    check(measure(networks, seconds=0.05), (list(sizes), []))
+    assert_all_free(networks.loop(PlainPlanner()))
+
+
+class Clocked:
+    """An engine whose passes take what ``curve`` says, on ``clock``."""
+
+    sizes = ()
+
+    def __init__(self, curve, clock, num_blocks):
+        self.curve, self.clock, self.num_blocks = curve, clock, num_blocks
+
+    def run(self, call):
+        self.clock.now += self.curve(len(call.token_ids), int(call.past_lens.sum()))
+
+
+def networks_of(target: Clocked, state: Slots, manifest: Manifest) -> Networks:
+    return Networks(manifest, None, state, target, None, None, None, None)
+
+
+@pytest.mark.parametrize("count", [8, 64, 256])
+def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, monkeypatch):
+    """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
+    truth = h100_qwen3_8b()
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(truth.costs().target, clock, 8192)
+    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    curve = table.costs().target
+    for tokens in (1, 100, 150, 200, 300, 500, 1000, 2000):
+        assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03 if tokens <= 500 else 0.2)
+    assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
+    assert table.target.sizes[-1] == 768
+
+
+class Capturing(Clocked):
+    """A GPU's engine: the first pass of a size takes ``capture`` seconds more, and every pass is asked for a size."""
+
+    def __init__(self, curve, clock, num_blocks, capture):
+        super().__init__(curve, clock, num_blocks)
+        self.capture, self.captured = capture, set()
+
+    def run(self, call):
+        size = len(call.token_ids), len(call.past_lens), len(call.block_indices)
+        if size not in self.captured:
+            self.captured.add(size)
+            self.clock.now += self.capture
+        super().run(call)
+
+
+@pytest.mark.parametrize("count", [8, 64])
+@pytest.mark.parametrize("capture", [0.05, 0.15, 0.3, 1.0, 5.0])
+def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkeypatch):
+    truth = h100_qwen3_8b()
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Capturing(truth.costs().target, clock, 8192, capture)
+    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    curve = table.costs().target
+    for tokens in (1, 2, 8, 30, 100, 200, 300, 500):
+        assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
+    assert 0.8 * truth.k_max < table.hinge.k_max < 1.4 * truth.k_max
+    assert table.change == 0
+
+
+def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
+    assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
+
+
+def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
+    """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
+    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    knees = set()
+    for longest in (0.33, 0.7):
+        curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
+        networks = networks_of(Clocked(curve, clock, 8192), Slots(64, 2048, 64, 8192), manifest)
+        knees.add(measure(networks).hinge.k_max)
+    assert len(knees) == 1
+    assert knees < {3, 4}
+
+
+class Restless(Clocked):
+    """Now and then another process takes a part of the machine for some tenths of a second."""
+
+    def __init__(self, curve, clock, num_blocks, seed):
+        super().__init__(curve, clock, num_blocks)
+        self.rng, self.until, self.times = np.random.default_rng(seed), 0.0, 1.0
+
+    def run(self, call):
+        begin = self.clock.now
+        if begin >= self.until:
+            self.until = begin + self.rng.exponential(0.4)
+            self.times = self.rng.uniform(1.3, 2.0) if self.rng.random() < 0.3 else 1.0
+        super().run(call)
+        self.clock.now = begin + (self.clock.now - begin) * self.times * self.rng.lognormal(0, 0.05)
+
+
+def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_seconds(open_llm, monkeypatch):
+    """What one token takes and what 4, 6 or 8 do decides how much is speculated. Of a CPU without AVX-512."""
+    manifest = open_llm("lookup", "autoregressive", 1).manifest
+    truth, small, wrong = Curve([1, 4, 6, 16, 128], [0.018, 0.021, 0.033, 0.052, 0.27]), (1, 2, 3, 4, 6, 8), []
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for seed in range(20):
+        begin = clock.now
+        target = Restless(truth, clock, 8192, seed)
+        curve = measure(networks_of(target, Slots(64, 2048, 64, 8192), manifest)).costs()
+        assert clock.now - begin < 10
+        times = np.array([curve.target(n) / truth(n) for n in small])
+        wrong.append(times / np.median(times) - 1)
+    assert np.sqrt(np.square(wrong).mean()) < 0.1
+
+
+def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(open_llm, monkeypatch):
+    """A pass over one token is timed between the bursts of other work, and all others in them."""
+    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
+    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
+    assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
+    assert table.hinge.k_max == 1
+    safe = without_speculation(table)
+    assert disturbance(safe) == ""
+    assert safe.hinge.k_max == 1
+    curve = safe.costs().target
+    base = curve.base(64)
+    for _ in range(500):  # and what plain decoding really takes does not tempt it
+        assert (base[2:65] >= 1.99 * base[1]).all()
+        assert (np.diff(base[1:65]) >= 0.99 * base[1]).all()
+        curve.observe(1, 100, 0.02)
+        base = curve.base(64)
+
+
+@pytest.mark.parametrize("seconds", [[1, 2, 3, 4, 6, 8], [1, 1, 1, 1, 1, 1], [1, 3.9, 5.9, 7.9, 11.9, 15.9]])
+def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm, monkeypatch):
+    """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
+    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
+    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
+    assert disturbance(table) == ""

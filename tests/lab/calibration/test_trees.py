@@ -1,0 +1,231 @@
+"""Recorded trees: what was drafted comes back, and a replay goes as the real run does."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recordings import answer_of, paths_at, recording
+from refusal import refused
+
+from echo_trt.decoding.accept import accept
+from echo_trt.decoding.echo.grow import grow
+from echo_trt.decoding.echo.pivot import allocate
+from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.files.prompts import Prompt
+from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.calibration.record import record
+from echo_trt_lab.calibration.trees import COPIED, RecordedDraft, Trees
+
+SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3, per_request=64), 24
+
+
+def chats(texts: list[str]) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_tree(recorded, texts, open_llm):
+    plain = open_llm("close", "autoregressive", 2).chat(chats(texts), SamplingParams(MOST))
+    assert [answer_of(recorded, r) for r in range(len(texts))] == [c.token_ids for c in plain]
+    places = sorted(zip(recorded.request.tolist(), recorded.index.tolist(), strict=True))
+    assert places == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
+    assert recorded.groups[recorded.group].tolist() == ["odd", "even", "odd", "even", "odd"]
+    assert (recorded.left >= 1).all()
+
+
+def test_answers_of_one_token_have_no_tree(open_llm):
+    with refused("no answer has more than one token", "larger --max-tokens"):
+        record(open_llm("close", "autoregressive", 2), [Prompt("0", "naïve café")], ["odd"], 1, SHAPE)
+
+
+def test_recorded_trees_are_whole(recorded):
+    for position in range(len(recorded)):
+        children = paths_at(recorded, position)
+        levels = [sum(len(path) == depth for path in children) for depth in range(1, 5)]
+        room = MOST - recorded.index[position] - 1
+        assert levels == [3 if room >= 1 else 0, 9 if room >= 2 else 0, 9 if room >= 3 else 0, 0]
+        for each in children.values():
+            assert each == sorted(each, reverse=True)
+            assert len({token for _, token in each}) == len(each)
+            assert all(log_q <= 0 for log_q, _ in each)
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_recorded_draft_grows_the_recorded_trees_again(batch, recorded):
+    for begin in range(0, len(recorded), batch):
+        positions = np.arange(begin, min(begin + batch, len(recorded)))
+        room = MOST - recorded.index[positions] - 1
+        tree, _ = grow(np.zeros(len(positions)), RecordedDraft(recorded, positions, 3), SHAPE, room)
+        again = [dict[tuple[int, ...], float]() for _ in positions]
+        path_of: list[tuple[int, ...]] = []
+        for token, parent, request, score in zip(tree.token, tree.parent, tree.request, tree.score, strict=True):
+            path_of.append((*path_of[parent], int(token)) if parent >= 0 else ())
+            again[request][path_of[-1]] = float(score)
+        for position, got in zip(positions, again, strict=True):
+            children = paths_at(recorded, position)
+            assert got.keys() == children.keys()
+            for path, each in children.items():
+                for log_q, token in each:
+                    assert got[*path, token] - got[path] == pytest.approx(log_q, abs=1e-5)
+
+
+@given(st.data())
+def test_a_recorded_draft_says_what_was_recorded_whatever_is_asked(recorded, data):
+    """Any nodes, of trees that hold strangers too: of those and of what was not expanded nothing is known."""
+    count, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    positions = np.array(data.draw(st.lists(st.integers(0, len(recorded) - 1), min_size=count, max_size=count)))
+    draft, tree = RecordedDraft(recorded, positions, width), SuperTree.from_roots(np.zeros(count))
+    paths: list[tuple[int, ...]] = [()] * count
+    requests = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True).map(sorted))
+    nodes = np.array(requests)
+    for depth in range(4):
+        log_q, tokens = draft.expand_roots(nodes) if depth == 0 else draft.expand(tree, nodes)
+        assert draft.entries == len(nodes)
+        assert log_q.shape == tokens.shape == (len(nodes), width)
+        below = []
+        for node, own_q, own_tokens in zip(nodes.tolist(), log_q, tokens, strict=True):
+            known = paths_at(recorded, positions[tree.request[node]]).get(paths[node], [])[:width]
+            exists = own_q > -np.inf
+            assert list(zip(own_q[exists].tolist(), own_tokens[exists].tolist(), strict=True)) == known
+            stranger = [data.draw(st.integers(300, 302))]
+            for token in [*own_tokens[exists].tolist(), *stranger]:
+                below.append((node, token, (*paths[node], token)))
+        below = [each for each in below if data.draw(st.booleans())]
+        if not below:
+            return
+        parents, added, new_paths = zip(*below, strict=True)
+        nodes = tree.add(np.array(parents), np.array(added), np.zeros(len(added)))
+        paths += new_paths
+
+
+def verifications(trees: Trees, request: int) -> int:
+    """Passes of the target that the static policy needs for an answer: its prompt's, then one a tree."""
+    limits = replace(SHAPE, per_request=8)
+    answer, done, passes = answer_of(trees, request), 1, 1
+    while done < len(answer):
+        position = np.flatnonzero((trees.request == request) & (trees.index == done))
+        tree, reach = grow(np.zeros(1), RecordedDraft(trees, position, 3), limits, np.array([MOST - done - 1]))
+        tree, _ = tree.sorted_by_request(allocate(tree, reach, limits))
+        truth = [-1, *(trees.truth(position, np.array([ahead]))[0] for ahead in range(1, 6))]
+        path, _ = accept(tree, lambda nodes, t=tree, own=truth: np.array(own)[t.depth[nodes] + 1])
+        done += len(path)
+        passes += 1
+    return passes
+
+
+def test_a_replay_goes_as_the_real_run_does(recorded, texts, open_llm):
+    real = open_llm("close", "static", 1).chat(chats(texts), SamplingParams(MOST))
+    wanted = [round(len(c.token_ids) / c.accepted_length) for c in real]
+    assert [verifications(recorded, request) for request in range(len(texts))] == wanted
+    assert sum(wanted) < 0.8 * len(recorded)
+
+
+def test_copies_are_recorded_with_what_they_matched(recorded):
+    """The latest place where the longest run of last tokens stood before; here as the answer alone shows it."""
+    has = recorded.copied[:, 0] >= 0
+    assert has.any()
+    assert (recorded.matched[has] >= 2).all()
+    assert recorded.copied.shape == (len(recorded), COPIED)
+    ended = np.cumsum(recorded.copied < 0, axis=1) > 0
+    assert (recorded.copied[ended] == -1).all()
+
+
+def test_truth_is_the_answers_own_text_and_ends_with_it():
+    trees = recording([[5, 6, 7], [8], [9, 10]], [(0, 1), (0, 2), (2, 1), (2, 2)])
+    assert trees.left.tolist() == [2, 1, 1, 0]
+    ahead = [[6, 7, -1], [7, -1, -1], [10, -1, -1], [-1, -1, -1]]
+    for place in range(3):
+        asked = np.full(4, place + 1)
+        assert trees.truth(np.arange(4), asked).tolist() == [row[place] for row in ahead]
+    assert trees.truth(np.array([2, 0]), np.array([1, 2])).tolist() == [10, 7]
+
+
+# -- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read_again(recorded, tmp_path):
+    file = tmp_path / "trees.npz"
+    file.write_bytes(recorded.to_bytes())
+    again = Trees.read(file)
+    for name in Trees.__dataclass_fields__:
+        before, after = getattr(recorded, name), getattr(again, name)
+        assert before.dtype == after.dtype
+        assert (before == after).all()
+
+
+def archive(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)
+    return stream.getvalue()
+
+
+def one_array() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.arange(5))
+    return stream.getvalue()
+
+
+WHOLE = archive(answers=np.arange(5000), token=np.random.default_rng(0).integers(0, 9, 5000))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"hello",
+        b"PK\x03\x04 no more",
+        WHOLE,
+        WHOLE[: len(WHOLE) // 2],
+        WHOLE[:70] + bytes(40) + WHOLE[110:],
+        one_array(),
+    ],
+    ids=["empty", "text", "zip-like", "lacks-arrays", "cut", "damaged", "one-array"],
+)
+def test_a_file_that_is_no_recording_is_named(content, tmp_path):
+    file = tmp_path / "trees.npz"
+    file.write_bytes(content)
+    with refused(file, "bench --record"):
+        Trees.read(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for path in (tmp_path / "none.npz", tmp_path):
+        with refused(path, "bench --record"):
+            Trees.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("token", lambda a: a[:-1]),
+        ("node_begins", lambda a: a + 1),
+        ("node_begins", lambda a: a[::-1]),
+        ("node_begins", lambda a: np.where(a == a[-1], a + 7, a)),
+        ("answer_begins", lambda a: a[:-1]),
+        ("answers", lambda a: a[:-1]),
+        ("answers", lambda a: a.astype(float)),
+        ("request", lambda a: a + 1),
+        ("request", lambda a: np.stack((a, a), axis=1)),
+        ("group", lambda a: a - 1),
+        ("index", lambda a: a + MOST),
+        ("index", lambda a: a - 2),
+        ("parent", lambda a: a - 1),
+        ("parent", lambda a: a + 1),
+        ("depth", lambda a: a + 1),
+        ("matched", lambda a: a - 1000),
+        ("log_q", lambda a: np.where(a < -1, np.nan, a)),
+        ("copied", lambda a: a[:, 1:]),
+        ("groups", lambda a: a[0]),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_no_recording(name, change, recorded, tmp_path):
+    file = tmp_path / "trees.npz"
+    before = getattr(recorded, name)
+    file.write_bytes(archive(**asdict(replace(recorded, **{name: change(before)}))))
+    with refused(file, "bench --record"):
+        Trees.read(file)

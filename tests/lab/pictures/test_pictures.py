@@ -1,0 +1,185 @@
+"""Plots that can be read: plain ticks, legends over nothing, colours for light and dark pages, one page around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+import echo_trt
+from echo_trt_lab.pictures import palette
+from echo_trt_lab.pictures.by_load import accepted_length, drafted, iteration, speedup
+from echo_trt_lab.pictures.page import Figures, Report
+from echo_trt_lab.pictures.palette import PHASES, SERIES, SOURCES, THEMES, colours_of
+from echo_trt_lab.pictures.style import Picture, doubling_axis, styled
+
+POLICIES = ("autoregressive", "goodput", "goodput-exact", "echo", "static", "dense", "fixed", "openvino-genai-eagle3")
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def rows() -> list[dict]:
+    return [
+        {
+            "policy": policy,
+            "batch": batch,
+            "ratio": 1 + at / 4,
+            "ratio_spread": [1 + at / 5, 1 + at / 3],
+            "accepted_length": 1 + at / 3,
+            "verified_per_iteration": batch * (1 + at / 2),
+            "phases_ms": dict.fromkeys(PHASES, 1.0 + at),
+        }
+        for batch in BATCHES
+        for at, policy in enumerate(POLICIES)
+    ]
+
+
+def pictures() -> list[Picture]:
+    return [speedup(rows()), accepted_length(rows()), drafted(rows()), iteration(rows())]
+
+
+@pytest.fixture(params=pictures(), ids=lambda picture: picture.name)
+def picture(request) -> Picture:
+    return request.param
+
+
+def drawn(picture: Picture) -> Figure:
+    with styled():
+        figure = picture.figure()
+        figure.draw_without_rendering()
+    return figure
+
+
+def test_a_legend_lies_on_nothing_and_is_whole(picture):
+    figure = drawn(picture)
+    (legend,), (axes,) = figure.legends, figure.axes
+    place = legend.get_window_extent()
+    assert place.y0 >= axes.get_window_extent().y1
+    assert place.x0 >= 0
+    assert place.x1 <= figure.bbox.width
+    assert place.y1 <= figure.bbox.height
+
+
+def test_every_load_has_a_plain_tick():
+    for picture in pictures()[:3]:
+        (axes,) = drawn(picture).axes
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(batch) for batch in BATCHES]
+        assert axes.get_xticks(minor=True).size == 0
+
+
+def test_a_single_load_has_its_tick_and_room():
+    (axes,) = drawn(speedup([row for row in rows() if row["batch"] == 4])).axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4"]
+    assert axes.get_xlim() == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([0.8, 14], ["0.5", "1", "2", "4", "8", "16"]), ([1, 2**16], ["1", "4", "16", "64", "256", "1024"]), ([4], ["4"])],
+)
+def test_powers_are_written_out(values, ticks):
+    axes = Figure().subplots()
+    doubling_axis(axes, "y", values)
+    assert [tick.get_text() for tick in axes.get_yticklabels()][: len(ticks)] == ticks
+    assert axes.get_yscale() == "log"
+
+
+def test_bars_are_of_plain_decoding_and_goodput():
+    figure = drawn(iteration(rows()))
+    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+    assert names == [f"{batch} x {name}" for batch in BATCHES for name in ("plain", "goodput")]
+    assert iteration([{"policy": "peer", "batch": 1}]) is None
+
+
+def test_an_inline_picture_has_the_page_s_ink_and_a_name_of_its_own():
+    one, other = speedup(rows()), accepted_length(rows())
+    assert one.inline() == one.inline()  # the same each time
+    assert 'role="img" aria-label="Speedup by load"' in one.inline()
+    assert THEMES["light"]["ink"] not in one.inline()
+    assert "currentColor" in one.inline()
+    ids = [re.findall(r' id="([^"]*)"', picture.inline()) for picture in (one, other)]
+    assert all(len(found) == len(set(found)) for found in ids)
+    assert not set(ids[0]) & set(ids[1])
+    for target in re.findall(r'(?:xlink:href="|url\()#([^")]+)', one.inline()):
+        assert target in ids[0]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour, as WCAG defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colours_can_be_read_on_light_and_dark_pages():
+    """WCAG's contrast: 3 to 1 for graphics, 4.5 to 1 for text."""
+    for name, theme in THEMES.items():
+        for page in (theme["paper"], theme["card"]):
+            for colour in (*SERIES, palette.GREY, *PHASES.values(), *SOURCES.values(), *palette.POLICIES.values()):
+                assert contrast(colour, page) >= 3, (colour, page)
+            for text in (theme["ink"], theme["soft"], *palette.SOURCE_TEXTS[name].values()):
+                assert contrast(text, page) >= 4.5, (text, page)
+
+
+def test_reports_have_the_live_page_s_colours():
+    css = (Path(echo_trt.__file__).parent / "gateway" / "page" / "style.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    named = {"paper": "page", "card": "card", "line": "line", "ink": "text", "soft": "muted"}
+    for block, theme in ((light, "light"), (dark, "dark")):
+        page = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+        assert {name: page[theirs] for name, theirs in named.items()} == THEMES[theme]
+        assert {source: page[source] for source in SOURCES} == palette.SOURCE_TEXTS[theme]
+
+
+def test_names_without_a_colour_get_one_that_nobody_has():
+    colours = colours_of(["goodput", "static", "vllm", "llama.cpp"])
+    assert colours["goodput"] == palette.BLUE
+    assert len(set(colours.values())) == 4
+    assert len(colours_of([f"peer {i}" for i in range(20)])) == 20
+
+
+def test_a_column_that_says_the_same_in_every_row_is_said_once():
+    figures = Figures("t", "s", ("prompts", "batch", "policy"), [["all", "1", "a"], ["all", "1", "b"]])
+    left, said = figures.without_constants(frozenset(("batch",)))
+    assert left.columns == ["batch", "policy"]
+    assert left.rows == [["1", "a"], ["1", "b"]]
+    assert said == {"prompts": "all"}
+    one = Figures("t", "s", ("prompts",), [["all"]])
+    assert one.without_constants()[0].rows == [["all"]]  # of one row nothing is the same as in others
+
+
+class Tags(HTMLParser):
+    def __init__(self, html: str):
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.found)
+
+    def links(self) -> Iterator[str]:
+        return (value for _, attrs in self.found for name, value in attrs.items() if name in ("href", "src"))
+
+
+def test_a_report_is_one_file_for_screens_and_printers():
+    figures = Figures("Decoding", "x", ("batch", "policy"), [["1", "<b>"], ["2", "b"]], [1, 2], frozenset(("policy",)))
+    html = Report("A & B", ["lead"], pictures(), [figures], {"machine": "m"}).html().decode()
+    tags = Tags(html)
+    assert tags.count("svg") == tags.count("figcaption") == 4
+    assert tags.count("script") == tags.count("link") == tags.count("b") == 0
+    assert not list(tags.links())
+    assert html.index("Speedup by load") < html.index("Accepted length") < html.index("<table>")
+    assert html.count('<tr class="begins">') == 1
+    for words in ("A &amp; B", "prefers-color-scheme: dark", "@media print", "&lt;b&gt;", "--source-ngram"):
+        assert words in html

@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pytest
+from refusal import refused
+
+from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.sizing.hardware import distinct_experts
+from echo_trt_lab.simulation.machines import (
+    NAMES,
+    QWEN3_8B,
+    QWEN3_235B,
+    ROOFLINES,
+    from_costs_file,
+    machine_named,
+)
+
+COSTS = {
+    "machine": "a test's",
+    "measured": "2026-11-24",
+    "target": {"sizes": [1, 4, 16], "seconds": [0.01, 0.011, 0.02], "per_context": 1e-6},
+    "draft": {"sizes": [1, 16], "seconds": [0.001, 0.002]},
+    "hinge": {"t_ar": 0.01, "gamma": 0.1, "k_max": 4, "error": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", ROOFLINES)
+def test_rooflines_only_rise(name):
+    machine = machine_named(name, None)
+    for sizes, seconds, per_context, _ in (machine.target, machine.draft):
+        assert (np.diff(sizes) > 0).all()
+        assert (np.diff(seconds) > 0).all()
+        assert per_context > 0
+    assert 0 < machine.draft[1][0] < machine.target[1][0]
+
+
+def test_one_token_of_an_8b_model_takes_its_weights_over_the_bandwidth():
+    costs = machine_named("h100-qwen3-8b", None).costs()
+    weights = 2 * (8.2e9 - 151_936 * 4096) / (0.8 * 3.35e12)
+    assert costs.target(1) == pytest.approx(0.3e-3 + weights, rel=1e-3)
+    assert costs.target(1, 1000) - costs.target(1) == pytest.approx(1000 * 147_456 / (0.8 * 3.35e12))
+    # Far above the knee only arithmetic counts.
+    assert costs.target(8192) - costs.target(4096) == pytest.approx(
+        4096 * 2 * QWEN3_8B.active / (0.6 * 989e12), rel=0.02
+    )
+
+
+def test_a_235b_model_has_235b_parameters_of_which_22b_are_active():
+    embedding = 151_936 * 4096
+    whole = 8 * (QWEN3_235B.dense + 128 * QWEN3_235B.expert) + embedding
+    assert whole == pytest.approx(235e9, rel=0.01)
+    assert 8 * QWEN3_235B.active + embedding == pytest.approx(22e9, rel=0.02)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17, 60])
+def test_distinct_experts_against_a_monte_carlo(tokens):
+    rng = np.random.default_rng(tokens)
+    chosen = np.argsort(rng.random((2000, tokens, 32)), axis=2)[:, :, :4].reshape(2000, -1)
+    counts = [len(set(row)) for row in chosen.tolist()]
+    assert distinct_experts(tokens, 32, 4) == pytest.approx(np.mean(counts), abs=4 * np.std(counts) / 2000**0.5 + 1e-9)
+
+
+def test_distinct_experts_begin_at_a_tokens_own_and_end_at_all():
+    count = distinct_experts(np.arange(1, 2000), 128, 8)
+    assert count[0] == pytest.approx(8)
+    assert (np.diff(count) >= 0).all()
+    assert count[-1] == pytest.approx(128)
+
+
+def test_a_moe_pass_reads_more_weights_as_tokens_touch_more_experts():
+    few, many, most = QWEN3_235B.bytes_read(np.array([1, 16, 4096]))
+    assert many > 5 * few
+    assert most == pytest.approx(QWEN3_235B.dense + 128 * QWEN3_235B.expert)
+
+
+def test_curves_of_a_machine_are_not_shared():
+    machine = machine_named("h100-qwen3-8b", None)
+    machine.costs().target.observe(8, 0, 1.0)
+    assert machine.costs().target(8) == Curve(*machine.target)(8)
+
+
+def test_this_machine_is_as_measured(tmp_path):
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(COSTS))
+    machine = from_costs_file(path)
+    assert machine.name == "a test's"
+    assert machine.costs().target(4, 1000) == pytest.approx(0.012)
+    assert machine.costs().draft(16) == pytest.approx(0.002)
+    assert machine.k_max == 4  # as the runtime has it, which goes by the stored hinge
+    path.write_text(json.dumps(COSTS | {"cold": 3e-4, "sizes": [8, 16], "change": 2e-3}))
+    costs = from_costs_file(path).costs()
+    assert (costs.cold, costs.sizes, costs.change) == (3e-4, (8, 16), 2e-3)
+    assert from_costs_file(path).k_max == 8
+
+
+def test_bad_machines(tmp_path):
+    with refused("--machine", "'a100'", *NAMES):
+        machine_named("a100", None)
+    with refused("--costs", "this"):
+        machine_named("this", None)
+    with refused("--costs", "h100-qwen3-8b"):
+        machine_named("h100-qwen3-8b", tmp_path)
+    with refused("costs.json", "cannot be read"):
+        machine_named("this", tmp_path / "costs.json")
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(COSTS | {"target": {"sizes": "many", "seconds": []}}))
+    with refused(bad, "target.sizes"):
+        machine_named("this", bad)
+    bad.write_text(json.dumps(COSTS | {"hinge": {}}))
+    with refused(bad, "hinge.t_ar", "name a costs.json"):
+        machine_named("this", bad)

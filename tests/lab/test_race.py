@@ -1,0 +1,137 @@
+"""Plain decoding and speculation side by side: what they write, whose clock runs, and what is printed of it."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from echo_trt.commands.side import Side
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.demo import RACES, demo
+from echo_trt_lab.race import Panes, compare, meaning, race, result_lines, sides_of
+
+PROMPTS = [[5, 6, 7] * 3, [8, 9] * 5, [4] * 10]
+IDS = ["a", "b", "c"]
+PARAMS = SamplingParams(24, ignore_eos=True, token_sources=True)
+POLICIES = ("autoregressive", "static")
+
+
+def run(llm: LLM, sides: list[Side], **more) -> None:
+    race(llm, sides, IDS, PROMPTS, PARAMS, **more)
+
+
+def test_both_write_what_they_write_alone_each_on_its_own_clock(open_llm, monkeypatch):
+    llm = open_llm("close", "autoregressive", 3)
+    alone = [completion.token_ids for completion in llm.generate(PROMPTS, PARAMS)]
+    monkeypatch.setattr("echo_trt_lab.race.SLICE", 0.0)
+    sides = sides_of(llm, POLICIES, PROMPTS, 24)
+    assert [side.policy for side in sides] == list(POLICIES)
+    clocks: list[tuple[float, float]] = []
+    run(llm, sides, show=lambda delta: clocks.append((sides[0].seconds, sides[1].seconds)))
+    for side in sides:
+        assert [side.completions[name].token_ids for name in IDS] == alone
+        assert 0 < max(side.ended.values()) <= side.seconds
+        assert side.tokens == side.counts.total() == 72
+    assert sides[0].summary()["accepted_length"] == 1 < sides[1].summary()["accepted_length"]
+    assert sides[1].counts["target"] < 72
+    # The one that is behind goes next, so both were running until the first had ended.
+    ran = ["plain" if after[0] > before[0] else "static" for before, after in pairwise(clocks)]
+    assert {"plain", "static"} == set(ran[:20])
+
+
+def test_a_pool_too_small_for_both_lets_them_run_one_after_another(open_llm):
+    llm = open_llm("close", "autoregressive", 3)
+    long = [[5] * 150] * 3
+    state = llm.loop.state
+    needed = 3 * -(-(state.context + state.reserve) // 32)
+    expected = needed > state.num_blocks // 2
+    sides = sides_of(llm, POLICIES, long, 1000)
+    assert all(side.loop is None for side in sides) == expected
+    one_by_one = [Side(policy) for policy in POLICIES]
+    run(llm, one_by_one)
+    together = sides_of(llm, POLICIES, PROMPTS, 24)
+    run(llm, together)
+    for side, other in zip(one_by_one, together, strict=True):
+        assert {name: c.token_ids for name, c in side.completions.items()} == {
+            name: c.token_ids for name, c in other.completions.items()
+        }
+    assert llm.loop.planner.name == "static"
+
+
+@pytest.fixture
+def raced(open_llm) -> list[Side]:
+    llm = open_llm("close", "autoregressive", 3)
+    sides = sides_of(llm, POLICIES, PROMPTS, 24)
+    run(llm, sides)
+    return sides
+
+
+def test_a_prompt_has_two_lines(raced):
+    first, second = (line.plain for line in result_lines("b", raced, Console(file=io.StringIO())))
+    assert re.fullmatch(r"b {14}plain +[\d.]+ s +\d+ tokens/s [━=]+", first)
+    assert re.fullmatch(r" {15}static +[\d.]+ s +\d+ tokens/s [━=]* *[\d.]+x, same text", second)
+    raced[1].completions["b"].token_ids[-1] += 1
+    assert result_lines("b", raced, Console(file=io.StringIO()))[1].plain.endswith("another text")
+
+
+def test_panes_are_drawn_on_a_terminal_alone(raced):
+    out = Console(file=io.StringIO(), force_terminal=True, width=100)
+    shown = Console(file=io.StringIO(), width=100)
+    pictures: list = []
+    with Panes(out, raced, True, pictures.append) as panes:
+        panes.show(None)
+    shown.print(pictures[0])
+    text = shown.file.getvalue()
+    assert text.count("╭") == 2
+    assert "plain, 3 requests" in text
+    assert "static, 3 requests" in text
+    piped = Console(file=io.StringIO())
+    with Panes(piped, raced, True, pictures.append) as panes:
+        panes.show(None)
+    assert piped.file.getvalue() == ""
+    assert len(pictures) == 1
+
+
+def test_a_sentence_says_what_the_figures_mean():
+    plain = {"tokens_per_s": 50.0, "accepted_length": 1.0, "identical": 6, "requests": 6}
+    faster = plain | {"tokens_per_s": 80.0, "accepted_length": 2.14}
+    assert meaning(plain, faster).startswith("The same texts came 1.60 times as fast: a pass of the target brought 2.1")
+    other = meaning(plain, faster | {"identical": 5, "tokens_per_s": 45.0})
+    assert other.startswith("5 of 6 texts were the same, and all came at 0.90 times the speed: ")
+
+
+@pytest.fixture
+def bundles(bundle_of, tmp_path):
+    """The demo on a tiny pair under the names of the two real bundles."""
+    for one in RACES:
+        if not (tmp_path / one.bundle).exists():
+            (tmp_path / one.bundle).symlink_to(bundle_of("close"))
+    return tmp_path
+
+
+def test_the_demo_is_short_and_says_that_texts_are_equal(bundles):
+    out = Console(file=io.StringIO(), width=120)
+    assert demo(bundles, 12, out) == 0
+    text = out.file.getvalue()
+    assert text.count("same text\n") == 6
+    assert text.count("6 of 6") == 3
+    assert "The same texts came" in text
+    assert len(text.splitlines()) < 30
+    assert "\x1b" not in text
+
+
+def test_the_demo_fails_where_texts_differ_that_must_not(bundles, monkeypatch):
+    def broken(job, *more):
+        rows, sides = compare(job, *more)
+        return [rows[0], rows[1] | {"identical": 5, "logit_gaps": {"code": 0.25}}], sides
+
+    monkeypatch.setattr("echo_trt_lab.demo.compare", broken)
+    out = Console(file=io.StringIO(), width=400)
+    assert demo(bundles, 4, out) == 1
+    assert out.file.getvalue().count("error: texts differ that must not") == 2  # where it is no promise, it is a note
+    assert "code 0.25" in out.file.getvalue()
