@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.commands.options import GenerateOptions
+from echo_trt.commands.options import SAMPLED, GenerateOptions
 from echo_trt.commands.side import Side
 from echo_trt.commands.sources import SourcedText, legend, wants_colour
 from echo_trt.commands.watch import Watch
@@ -22,7 +22,7 @@ from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, encodable, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
-from echo_trt.runtime.params import PARAMETERS, Delta, SamplingParams
+from echo_trt.runtime.params import Delta, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def _prompts(options: GenerateOptions) -> list[Prompt]:
 
 def sampling_params(options: GenerateOptions) -> SamplingParams:
     """Return the parameters that are on the command line, else the model's own."""
-    asked = {name: getattr(options, name) for name in PARAMETERS if getattr(options, name, None) is not None}
-    asked["stop"] = tuple(encodable(text, "--stop") for text in options.stop)
+    asked = {name: value for name in SAMPLED if (value := getattr(options, name)) is not None}
+    asked["stop"] = tuple(encodable(text, "--stop") for text in asked["stop"])
     return SamplingParams(**(read_manifest(options.bundle).sampling.given() | asked))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from echo_trt.runtime.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
+from echo_trt.runtime.params import PARAMETERS
 
 Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
@@ -48,9 +49,23 @@ class BuildOptions:
     kv_cache_memory: KVCacheMemory = None
 
 
+def _sampling_option(name: str) -> tuple[str, Any, Any]:
+    """Make the field of a sampling parameter. None stands for the model's own value."""
+    known = PARAMETERS[name]
+    default = None if known.recommended else known.default
+    kind: Any = tuple[str, ...] if known.kind is str else known.kind
+    shown = None if default or known.single else False
+    parameter = Parameter(help=known.option, allow_leading_hyphen=known.kind is str, show_default=shown)
+    return name, Annotated[kind | None if default is None else kind, parameter], default
+
+
+SAMPLED = [name for name, known in PARAMETERS.items() if known.option]
+SamplingOptions: Any = make_dataclass("SamplingOptions", map(_sampling_option, SAMPLED), frozen=True, kw_only=True)
+
+
 @dataclass(frozen=True)
-class GenerateOptions(EngineOptions):
-    """What ``generate`` is asked to do; None stands for the recipe's value, of ``sampling`` for the model's."""
+class GenerateOptions(SamplingOptions, EngineOptions):
+    """What ``generate`` is asked to do; None stands for the recipe's value, of sampling parameters for the model's."""
 
     prompt: Annotated[str | None, Parameter(help="One user turn, put into the model's chat template.")] = None
     _: KW_ONLY
@@ -64,25 +79,6 @@ class GenerateOptions(EngineOptions):
             help="K_max of echo, dense, fixed: tokens verified per iteration. Default: the recipe's, else measured."
         ),
     ] = None
-    max_tokens: Annotated[int, Parameter(help="New tokens per request, at most.")] = 256
-    temperature: Annotated[float | None, Parameter(help="0 is greedy. Default: the model's own, else 0.")] = None
-    top_k: Annotated[int | None, Parameter(help="Draw from this many best tokens; 0 or -1 is off.")] = None
-    top_p: Annotated[float | None, Parameter(help="Draw from the smallest set with this share; 1 is off.")] = None
-    min_p: Annotated[float | None, Parameter(help="Draw from tokens with this share of the best one's; 0 is off.")] = (
-        None
-    )
-    presence_penalty: Annotated[float, Parameter(help="Off the logits of tokens said before, -2 to 2.")] = 0.0
-    frequency_penalty: Annotated[float, Parameter(help="The same, for each time that they were said.")] = 0.0
-    repetition_penalty: Annotated[
-        float | None, Parameter(help="Divides logits of tokens said before or in the prompt; 1 is off.")
-    ] = None
-    seed: Annotated[int, Parameter(help="Repeats a text; in bf16 for sure only by the policy goodput-exact.")] = 0
-    stop: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="End the text at this string; may be given again.", allow_leading_hyphen=True, show_default=False
-        ),
-    ] = ()
     json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
     compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False
     color: Annotated[
