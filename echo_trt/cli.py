@@ -92,7 +92,7 @@ def generate(options: GenerateOptions) -> None:
 @app.command(sort_key=2)
 @command
 def serve(options: ServeOptions) -> int:
-    """Serve a bundle with Triton Inference Server, and OpenAI's API beside it; or with several workers of Dynamo.
+    """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
     Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
     answers finish.

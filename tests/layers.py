@@ -13,6 +13,7 @@ LAYERS = {
     "lab/benchmark": "engine",
     "lab/calibration": "engine",
     "lab/test_images.py": "engine",
+    "lab/test_lossless_script.py": "engine",
     "lab/test_race.py": "engine",
     "lab/test_replayed.py": "engine",
     "lab/test_train_eagle3.py": "engine",

@@ -59,8 +59,11 @@ def export_native(role: Role, path: Path, precision: str, context: int) -> None:
     the longest context and the largest T together.
     """
     role = in_precision(role, precision)
-    graph, shapes, names = _NativeGraph(role), _dynamic_shapes(role), native_inputs(role)
-    program = trace(graph, _example(role, context), shapes, names, native_outputs(role), OPSET)
+    states = ["state_rows"] if isinstance(role, HeadRole) else []
+    caches = cache_names(role.num_layers)
+    inputs = [*role.inputs, *states, *METADATA, *caches]
+    outputs = [*role.outputs, *(f"new_{name}" for name in caches)]
+    program = trace(_NativeGraph(role), *_example(role, context), inputs, outputs, OPSET)
     program.save(path, external_data=True)
 
 
@@ -69,15 +72,6 @@ def in_precision(role: Role, precision: str) -> Role:
     dtype = TYPES[precision]
     shared = {id(p): p for p in role.parameters() if p.dtype == dtype}
     return copy.deepcopy(role, shared).to(dtype)
-
-
-def native_inputs(role: Role) -> list[str]:
-    states = ["state_rows"] if isinstance(role, HeadRole) else []
-    return [*role.inputs, *states, *METADATA, *cache_names(role.num_layers)]
-
-
-def native_outputs(role: Role) -> list[str]:
-    return [*role.outputs, *(f"new_{name}" for name in cache_names(role.num_layers))]
 
 
 class _NativeGraph(nn.Module):
@@ -135,35 +129,30 @@ def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tenso
     return torch.where(column < 0, 0.0, unseen)[:, None]
 
 
-def _example(role: Role, context: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
-    """Make the tracer's inputs, of different sizes along different axes."""
+def _example(role: Role, context: int) -> tuple[tuple, tuple]:
+    """Make the tracer's inputs, of different sizes along different axes, and their dynamic axes."""
     config, dtype = role.network.config, next(role.parameters()).dtype
     batch, tokens = 3, 5
+    padded = {0: Dim("batch"), 1: Dim("tokens")}
     inputs = {name: torch.zeros(batch, tokens, dtype=torch.long) for name in ("token_ids", "positions")}
+    axes = dict.fromkeys(inputs, padded)
+    widths = {}
     if isinstance(role, HeadRole):
-        inputs["features"] = torch.zeros(7, 3 * config.target_hidden_size, dtype=dtype)
-        inputs["hidden"] = torch.zeros(8, config.hidden_size, dtype=dtype)
+        widths = {"features": 3 * config.target_hidden_size, "hidden": config.hidden_size}
     if isinstance(role, BlockRole):
-        inputs["features"] = torch.zeros(7, config.feature_size, dtype=dtype)
-    if "features" in inputs:
-        inputs["state_rows"] = torch.zeros(batch, tokens, dtype=torch.long)
+        widths = {"features": config.feature_size}
+    for rows, (name, width) in enumerate(widths.items(), 7):
+        inputs[name] = torch.zeros(rows, width, dtype=dtype)
+        axes[name] = {0: Dim(f"{name.removesuffix('s')}_rows")}
+    if widths:
+        inputs["state_rows"], axes["state_rows"] = torch.zeros(batch, tokens, dtype=torch.long), padded
     metadata = {
         "past_lens": torch.zeros(batch, dtype=torch.int32),
         "tree_mask": torch.zeros(batch, tokens, tokens, dtype=torch.uint8),
         "logit_rows": torch.zeros(2, dtype=torch.long),
     }
+    of_metadata = {"past_lens": {0: padded[0]}, "tree_mask": {**padded, 2: padded[1]}, "logit_rows": {0: Dim("rows")}}
     # One tensor a cache: the exporter takes two uses of one tensor for one input.
     shape = batch, config.num_kv_heads, context, config.head_dim
-    return inputs, metadata, [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
-
-
-def _dynamic_shapes(role: Role) -> tuple[dict, dict, list]:
-    batch, tokens = Dim("batch"), Dim("tokens")
-    padded = {0: batch, 1: tokens}
-    inputs = {"token_ids": padded, "positions": padded}
-    if isinstance(role, HeadRole):
-        inputs |= {"features": {0: Dim("feature_rows")}, "hidden": {0: Dim("hidden_rows")}, "state_rows": padded}
-    if isinstance(role, BlockRole):
-        inputs |= {"features": {0: Dim("feature_rows")}, "state_rows": padded}
-    metadata = {"past_lens": {0: batch}, "tree_mask": {**padded, 2: tokens}, "logit_rows": {0: Dim("rows")}}
-    return inputs, metadata, [{0: batch}] * (2 * role.num_layers)
+    caches = [torch.zeros(shape, dtype=dtype) for _ in range(2 * role.num_layers)]
+    return (inputs, metadata, caches), (axes, of_metadata, [{0: padded[0]}] * len(caches))

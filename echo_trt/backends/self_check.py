@@ -98,7 +98,6 @@ def worst(first: SelfCheck | None, second: SelfCheck | None) -> SelfCheck | None
 
 
 def block_shape(config: BlockConfig) -> BlockShape:
-    """Return the rows of a drafter's pass."""
     return BlockShape(config.block_size, config.mask_token, not config.causal, config.anchored)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.stored import _Stored, read_stored
-from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.errors import UserError
 
 COSTS = "costs.json"
@@ -46,8 +46,8 @@ class CurveTable(_Stored):
             raise ValueError("seconds must be above 0")
         return self
 
-    def curve(self, reach: float) -> Curve:
-        return Curve(self.sizes, self.seconds, self.per_context, self.per_node, reach)
+    def curve(self) -> Curve:
+        return Curve(self.sizes, self.seconds, self.per_context, self.per_node)
 
 
 class HingeTable(_Stored):
@@ -89,8 +89,7 @@ class CostTable(_Stored):
         return self
 
     def costs(self) -> Costs:
-        target = self.target.curve(NEAR)
-        return Costs(target, self.draft.curve(FAR), self.cold, self.change, self.sizes)
+        return Costs(self.target.curve(), self.draft.curve(), self.cold, self.change, self.sizes)
 
 
 def read_costs(folder: Path, manifest: Manifest, machine: str, note: Callable[[str], None]) -> CostTable | None:

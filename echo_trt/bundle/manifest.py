@@ -32,18 +32,12 @@ FileName = Annotated[str, AfterValidator(_within)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
-class BlockFacts(BaseModel):
-    """States how a block drafter's pass looks (echo_trt.models.block_config).
-
-    rows           rows of a pass
-    both_ways      whether a block's rows all see each other
-    anchored       whether the newest context row is the block's first one (P-EAGLE)
-    predicts_next  whether a row predicts the token behind its position, else the one at it
-    markov         kind of the Markov head; "": there is none
-    confidence     whether there is a confidence head
-    """
-
+class _Facts(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class BlockFacts(_Facts):
+    """States how a block drafter's pass looks, as ``models.block_config``; ``both_ways`` is that one's not causal."""
 
     rows: Annotated[int, Field(ge=2, le=36)]
     mask_token: Annotated[int, Field(ge=0)]
@@ -59,7 +53,7 @@ class BlockFacts(BaseModel):
         return bool(self.markov) or self.confidence
 
 
-class NetworkFacts(BaseModel):
+class NetworkFacts(_Facts):
     """States a network's file and sizes, so that the runtime need not load its framework.
 
     rank_files    one file a rank where the network is divided; the first is ``file``
@@ -67,8 +61,6 @@ class NetworkFacts(BaseModel):
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
     block         of a block drafter
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     file: FileName
     rank_files: list[FileName] = []
@@ -87,14 +79,12 @@ class NetworkFacts(BaseModel):
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
-class SelfCheck(BaseModel):
+class SelfCheck(_Facts):
     """Compares a compiled engine with the PyTorch reference, on a prompt and on a tree: error over largest logit.
 
     ``of`` is "graph" where no card was there to run the engine: ONNX Runtime then ran the graph that it was compiled
     from. The ranks of a divided network are checked one by one, and the largest error is kept.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt_error: float
     tree_error: float
@@ -103,19 +93,15 @@ class SelfCheck(BaseModel):
     of: Literal["engine", "graph"] = "engine"
 
 
-class TensorRTFacts(BaseModel):
+class TensorRTFacts(_Facts):
     """Names the version of TensorRT or TensorRT-RTX and the compute capabilities, such as 8.9, of an engine."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: str
     capabilities: list[str]
 
 
-class Sampling(BaseModel):
+class Sampling(_Facts):
     """Holds what a checkpoint's generation_config.json recommends where it samples; None: nothing."""
-
-    model_config = ConfigDict(extra="forbid")
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
@@ -128,7 +114,7 @@ class Sampling(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
-class Manifest(BaseModel):
+class Manifest(_Facts):
     """Holds manifest.json.
 
     target_sha256  of the target's checkpoint; a head and a calibration belong to it
@@ -137,8 +123,6 @@ class Manifest(BaseModel):
     files          name -> sha256
     sampling       sampling parameters that the checkpoint recommends: defaults of requests
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     format: Literal[2] = FORMAT
     name: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.model.ngrams import NGrams
 from echo_trt.errors import DAMAGED, UserError
 from echo_trt.files.outputs import write_whole
 

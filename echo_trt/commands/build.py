@@ -42,12 +42,12 @@ from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
-from echo_trt.models.checkpoint_tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
 from echo_trt.runtime.params import MAX_STOP_TOKENS
 from echo_trt.sizing.networks import decoder_sizes

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from http.client import HTTPException
 
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
@@ -25,16 +22,13 @@ from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.errors import UserError
 from echo_trt.launch.options import ServeOptions
-from echo_trt.launch.probe import Probe, open_directly, responds
-from echo_trt.launch.process import Log, Process, raise_open_files
-from echo_trt.launch.stopping import stop_signals
-from echo_trt.launch.supervised import Supervised, port_trouble
+from echo_trt.launch.probe import METRICS_SECONDS, got, iterations, responds
+from echo_trt.launch.process import Log, Process
+from echo_trt.launch.supervised import Supervised, Supervisor, port_trouble, supervise
 from echo_trt.runtime.kv_pool import kv_pool, on_cpu
 
-CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 ANSWER_SECONDS = 30.0  # seconds for a busy process to answer; larger: a hang is noticed later
 LOST_SECONDS = 15.0  # seconds that a frontend may list no worker while one serves; larger: requests are refused longer
-STOP_SECONDS = 10.0  # seconds for a process without open requests to stop; larger: a slower end
 QUIET = "warn,tower_http=off"  # DYN_LOG: without the probes that a starting worker answers with 503
 #: Of the frontend, where the user has not set them.
 SETTINGS = {
@@ -64,20 +58,15 @@ def run(job: ServeOptions) -> int:
     if on_cpu(manifest.engine) and manifest.recipe.limits.kv_blocks is None:  # each would take what is there for all
         pool = kv_pool(job.bundle, manifest, job.batch, job.kv_cache_memory, job.replicas)
         job = replace(job, kv_cache_memory=pool.bytes)
-    stop = threading.Event()
-    for number in (signal.SIGINT, *stop_signals()):
-        signal.signal(number, lambda *_: stop.set())
-    raise_open_files()
-    log = Log(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
-    try:
-        with tempfile.TemporaryDirectory(prefix="echo-trt-dynamo-") as folder:
-            return Replicas(job, completed({FOLDER: folder, "DYN_LOG": QUIET} | os.environ), stop, log).run()
-    finally:
-        log.close()
+    settings = {"DYN_LOG": QUIET} | os.environ
+    return supervise(
+        "echo-trt-dynamo-",
+        lambda folder, *given: replicas(job, completed({FOLDER: str(folder)} | settings), *given),
+    )
 
 
 def _refuse_others(job: ServeOptions) -> None:
-    """Refuse options that only Triton and the gateway have."""
+    """Refuse options that have no meaning for Dynamo. Raises UserError."""
     for option, given in (
         ("--api-keys-file", job.api_keys),
         ("--allowed-origins", job.allowed_origins),
@@ -85,7 +74,7 @@ def _refuse_others(job: ServeOptions) -> None:
         ("a second --served-model-name", job.served_model_names[1:]),
         ("--openai-port 0", job.openai_port == 0),
         ("--no-page", not job.page),
-        ("--no-triton", not job.triton),
+        ("--triton", job.triton),
         *((option, True) for option in job.given_triton_ports),
     ):
         if given:
@@ -130,9 +119,10 @@ class Frontend(Supervised):
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
         try:
-            with open_directly(f"{self._job.openai_url}/v1/models", timeout=1) as reply:
-                return any(each["id"] == model for each in json.load(reply)["data"])
-        except (OSError, ValueError, LookupError, TypeError, HTTPException):  # or it says something else
+            return any(
+                each["id"] == model for each in json.loads(got(f"{self._job.openai_url}/v1/models", 1) or "")["data"]
+            )
+        except (ValueError, LookupError, TypeError):  # it says something else
             return False
 
 
@@ -144,8 +134,7 @@ class Replica(Supervised):
         self.name, self._job, self._environment = f"worker {number}", job, environment
         self._port = port
         super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
-        self._url = f"http://{LOOPBACK}:{self._port}/health"
-        self._probe = Probe(LOOPBACK, 0, self._port)  # reads its metrics alone
+        self._url = f"http://{LOOPBACK}:{self._port}"
 
     def _spawn(self) -> Process:
         job = self._job
@@ -159,79 +148,34 @@ class Replica(Supervised):
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
 
     def _ready(self) -> bool:
-        return responds(self._url, 1)
+        return responds(f"{self._url}/health", 1)
 
     def _lives(self) -> bool:
         """Return whether a pass was answered, or the engine still iterates: a slow one is not ready, but no failure."""
-        end = time.monotonic() + ANSWER_SECONDS
-        self._probe.progresses()
-        while not (responds(self._url, 2) or self._probe.progresses()):
+        end, before = time.monotonic() + ANSWER_SECONDS, self._iterations()
+        while not (responds(f"{self._url}/health", 2) or self._iterations() > before):
             if time.monotonic() > end:
                 return False
             time.sleep(1)
         return True
 
+    def _iterations(self) -> float:
+        return iterations(got(f"{self._url}/metrics", METRICS_SECONDS) or "")
 
-class Replicas:
-    """The frontend and its workers, which are started, supervised and drained."""
 
-    def __init__(self, job: ServeOptions, environment: dict[str, str], stop: threading.Event, log: Log):
-        self._job, self._stop, self._log = job, stop, log
-        manifest = read_manifest(job.bundle)
-        visible = visible_devices(manifest.engine, environment)
-        own = divided(visible, job.replicas, manifest.recipe.tensor_parallel)
-        ports = zip(free_ports(job.replicas, job.openai_port), own, strict=True)
-        self._workers = [
-            Replica(number, port, job, environment | devices, log) for number, (port, devices) in enumerate(ports, 1)
-        ]
-        self._frontend = Frontend(job, environment, log, self._workers)
-        self._announced = False
-
-    def run(self) -> int:
-        """Run until ``stop`` is set; returns the exit code, 1 where open answers were lost.
-
-        Raises UserError when it gives up.
-        """
-        try:
-            while not self._stop.wait(CHECK_SECONDS):
-                for process in (self._frontend, *self._workers):
-                    process.step()
-                self._announce()
-            return self._drain()
-        finally:
-            for process in (self._frontend, *self._workers):
-                process.stop()
-
-    def _announce(self) -> None:
-        if self._announced or not all(process.serving for process in (self._frontend, *self._workers)):
-            return
-        if self._frontend.lists(self._job.model_name):
-            self._announced = True
-            url = f"http://{self._job.host}:{self._job.openai_port}/v1"
-            self._log.say(f"serving\nOpenAI   {url}, model {self._job.model_name}\nworkers  {len(self._workers)}")
-
-    def _drain(self) -> int:
-        """Let the frontend finish what is open, then the workers."""
-        if not self._frontend.serving:
-            return 0
-        self._log.say("stopping; open answers are finished")
-        end = time.monotonic() + self._job.drain_seconds
-        for process in (self._frontend, *self._workers):
-            if process is self._workers[0]:
-                end = max(end, time.monotonic() + STOP_SECONDS)
-            if process.process:
-                process.process.terminate()
-            if process is self._frontend and not self._finished(end):
-                self._log.say(f"open answers were not finished in {self._job.drain_seconds} s")
-                return 1
-        for worker in self._workers:
-            if worker.process:
-                worker.process.wait(end - time.monotonic())
-        return 0
-
-    def _finished(self, end: float) -> bool:
-        process = self._frontend.process
-        return process is None or process.wait(end - time.monotonic())
+def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Event, log: Log) -> Supervisor:
+    """Return the frontend and its workers as one service."""
+    manifest = read_manifest(job.bundle)
+    devices = divided(visible_devices(manifest.engine, environment), job.replicas, manifest.recipe.tensor_parallel)
+    ports = free_ports(job.replicas, job.openai_port)
+    workers = [
+        Replica(number, port, job, environment | own, log)
+        for number, (port, own) in enumerate(zip(ports, devices, strict=True), 1)
+    ]
+    frontend = Frontend(job, environment, log, workers)
+    text = f"serving\nOpenAI   http://{job.host}:{job.openai_port}/v1, model {job.model_name}\nworkers  {len(workers)}"
+    groups: list[Sequence[Supervised]] = [[frontend], workers]
+    return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)
 
 
 def free_ports(number: int, reserved: int) -> list[int]:

@@ -19,7 +19,7 @@ Writer = Callable[[bytes], None]
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, also where two processes write it."""
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    partial = _partial(path)
     try:
         partial.write_bytes(content)
         partial.replace(path)
@@ -27,6 +27,10 @@ def write_whole(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")  # apart from other processes' files
 
 
 @contextmanager
@@ -43,7 +47,7 @@ def output_file(option: str, path: Path | None, inputs: Iterable[Path | None] = 
         yield from _pipe_writer(option, path)
     else:
         _check_apart(option, path, inputs)
-        yield from _file_writer(option, path)
+        yield _file_writer(option, path)
 
 
 def _check_apart(option: str, path: Path, inputs: Iterable[Path | None]) -> None:
@@ -69,22 +73,18 @@ def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
                 path.write_bytes(content)
 
 
-def _file_writer(option: str, path: Path) -> Iterator[Writer]:
+def _file_writer(option: str, path: Path) -> Writer:
     with _write_errors(option, path):  # a relative path may start in a folder that was deleted
         place = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
-    partial = place.with_name(f".{place.name}.{os.urandom(4).hex()}.partial")  # apart from other processes' files
-    with _write_errors(option, path):
+        partial = _partial(place)
         partial.touch()
+        partial.unlink()
 
     def write(content: bytes) -> None:
         with _write_errors(option, path):
-            partial.write_bytes(content)
-            partial.replace(place)
+            write_whole(place, content)
 
-    try:
-        yield write
-    finally:
-        partial.unlink(missing_ok=True)
+    return write
 
 
 @contextmanager

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
@@ -128,6 +129,7 @@ class Compiler:
                     f"structured is given, but grammars cannot read this model's tokenizer ({clause(str(error))}); "
                     "leave it out."
                 ) from None
+            self._tokens = replace(self._tokens, spell=self._tokenizer.greedy_tokenize)
             self._layouts = Layouts(self._tokenizer)
             self._always[_key("json_object", True)] = self._compile_json("json_object", {"type": "object"})
 
@@ -184,9 +186,6 @@ def _json_grammar(schema: Mapping[str, Any] | bool, options: dict[str, Any]) -> 
 
 def _first(mask: bytes, ends: Sequence[int]) -> int | None:
     """The lowest token of a mask that does not end the text."""
-    for place, byte in enumerate(mask):
-        if byte:
-            for bit in range(8):
-                if byte >> bit & 1 and 8 * place + bit not in ends:
-                    return 8 * place + bit
-    return None
+    allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    allowed[list(ends)] = 0
+    return int(allowed.argmax()) if allowed.any() else None

@@ -7,7 +7,7 @@ alive, and each has a parser whose size grows with the text. So keep no state bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -65,10 +65,16 @@ class GrammarFailed(Exception):
 
 @dataclass(frozen=True)
 class Tokens:
-    """A target's tokens: ``vocab_size``, the width of its logits, and ``ends``, ids that end a text."""
+    """A target's tokens.
+
+    vocab_size  the width of its logits
+    ends        ids that end a text
+    spell       spells a text in tokens that are not added ones; None: before the first grammar
+    """
 
     vocab_size: int
     ends: tuple[int, ...]
+    spell: Callable[[str], list[int]] | None = None
 
     def bits(self, tokens: Sequence[int]) -> np.ndarray:
         """A mask that allows these tokens only: uint8 [ceil(vocab_size / 8)], the first token in the lowest bit."""
@@ -136,6 +142,12 @@ class State:
             return ~tokens.bits(tokens.ends)
         mask = np.frombuffer(self._free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
         _check(self._free)
+        if np.count_nonzero(mask) == 1 and tokens.spell:
+            # llguidance forces the name of an added token as that token, which it then refuses: no text writes it.
+            forced = self._free.compute_ff_bytes().decode("utf-8", "ignore")
+            only = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
+            if forced and not any(self._free.validate_tokens([token]) for token in only):
+                mask = tokens.bits(tokens.spell(forced)[:1])
         return mask | tokens.bits([thought.opens]) if thought else mask
 
     def allowed(self, tokens: np.ndarray) -> np.ndarray:
@@ -144,13 +156,6 @@ class State:
             return np.ones(len(tokens), bool)
         allowed: np.ndarray = (self.mask[tokens >> 3] >> (tokens & 7) & 1).astype(bool)
         return allowed
-
-    def shut_out(self, logits: np.ndarray) -> np.ndarray:
-        """A copy of ``logits`` float32 [V] with -inf for what is forbidden. Raises GrammarFailed."""
-        kept = np.array(logits, np.float32)
-        if self.mask is not None:
-            kept[np.unpackbits(self.mask, bitorder="little", count=len(kept)) == 0] = -np.inf
-        return kept
 
     def forced(self, most: int) -> list[int]:
         """Up to ``most`` tokens that the grammar leaves no choice about, as a tokenizer writes them: a likely draft.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.runtime.options import EngineOptions, Port, SpecialTokens, bounds
+from echo_trt.runtime.options import EngineOptions, Flag, Port, SpecialTokens, bounds
 
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
@@ -18,9 +18,9 @@ class ServeOptions(EngineOptions):
     """What ``serve`` is asked to do. ``openai_port`` 0: no gateway; no ``served_model_names``: the default."""
 
     host: Annotated[str, Parameter(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
-    http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint. Default: 8000.")] = None
-    grpc_port: Annotated[Port | None, Parameter(help="Triton's gRPC endpoint. Default: 8001.")] = None
-    metrics_port: Annotated[Port | None, Parameter(help="Triton's metrics for Prometheus. Default: 8002.")] = None
+    http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None
+    grpc_port: Annotated[Port | None, Parameter(help="Triton's gRPC endpoint, with --triton. Default: 8001.")] = None
+    metrics_port: Annotated[Port | None, Parameter(help="Triton's metrics, with --triton. Default: 8002.")] = None
     openai_port: Annotated[int, Parameter(help="The OpenAI-compatible API; 0 is off.", validator=bounds(0, 65535))] = (
         9000
     )
@@ -52,12 +52,13 @@ class ServeOptions(EngineOptions):
         bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
     ] = True
     triton: Annotated[
-        bool, Parameter(negative="--no-triton", help="Whether Triton hosts the engine, else a process of its own.")
-    ] = True
+        Flag, Parameter(help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC.")
+    ] = False
     replicas: Annotated[
         int,
         Parameter(
-            help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: Triton instead.", validator=bounds(0)
+            help="Workers behind NVIDIA Dynamo's frontend at --openai-port; 0: one engine, no Dynamo.",
+            validator=bounds(0),
         ),
     ] = 0
 

@@ -24,30 +24,21 @@ PREFIX = f"echo-trt-{_NAMESPACE.stat().st_ino if _NAMESPACE.exists() else 0}-"
 
 
 @dataclass(frozen=True)
-class Ports:
-    http: int
-    grpc: int
-    metrics: int
-
-
-@dataclass(frozen=True)
 class TritonServer:
     """An installation; ``pip`` is pytriton's package, None for a server that finds its backends itself."""
 
     executable: Path
     pip: Path | None = None
 
-    def command(self, host: str, ports: Ports, work: Path) -> list[str]:
-        """Return the command that starts Triton; ``work`` is a folder that lives as long as the server."""
+    def command(self, host: str, ports: dict[str, int], work: Path) -> list[str]:
+        """Return the command that starts Triton; ``ports`` by option, ``work``: a folder that lives as long as it."""
         options = {
             "model-repository": model_repository(),
             "model-control-mode": "none",  # a client's model would be code
             "exit-timeout-secs": 60,  # the launcher's limit is shorter
             "http-address": host,
             "grpc-address": host,
-            "http-port": ports.http,
-            "grpc-port": ports.grpc,
-            "metrics-port": ports.metrics,
+            **{option.removeprefix("--"): port for option, port in ports.items()},
             "log-info": "false",
             "allow-gpu-metrics": "false",
             "allow-cpu-metrics": "false",
@@ -100,7 +91,7 @@ def find_server() -> TritonServer:
     if spec is None or not spec.origin:
         raise UserError(
             "Triton Inference Server is not here: no tritonserver on PATH and no nvidia-pytriton; "
-            "pip install -e '.[serve]' in the repository."
+            "pip install -e '.[triton]' in the repository, or leave --triton out."
         )
     package = Path(spec.origin).parent
     _stub(package / "tritonserver")
@@ -111,7 +102,9 @@ def _stub(server: Path) -> Path:
     version = ".".join(map(str, sys.version_info[:2]))
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise UserError(f"nvidia-pytriton has no backend for Python {version}; use Python 3.11 or 3.12.")
+        raise UserError(
+            f"nvidia-pytriton has no backend for Python {version}; use Python 3.11 or 3.12, or leave --triton out."
+        )
     return stub
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 class TokenTexts:
@@ -15,7 +15,8 @@ class TokenTexts:
         backend = tokenizer.backend_tokenizer
         self._piece = backend.id_to_token
         self._added = backend.get_added_tokens_decoder()
-        self._bytes = _byte_of_letter() if "ByteLevel" in repr(backend.decoder) else None
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's table
+        self._bytes = letters if "ByteLevel" in repr(backend.decoder) else None
         self._json: dict[int, tuple[str, str]] = {}  # some 300 bytes for each token that was asked for
 
     def is_special(self, token: int) -> bool:
@@ -42,11 +43,3 @@ class TokenTexts:
             name = json.dumps(raw.decode("utf-8", "backslashreplace"), ensure_ascii=False)
             self._json[token] = name, json.dumps(list(raw), separators=(",", ":"))
         return self._json[token]
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """Build GPT-2's table: printable bytes are their own letters, the others in order are the letters beyond them."""
-    letters = sorted(ByteLevel.alphabet())
-    printable = [ord(letter) for letter in letters if ord(letter) < 256]
-    others = sorted(set(range(256)) - set(printable))
-    return dict(zip(letters, [*printable, *others], strict=True))

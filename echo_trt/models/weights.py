@@ -45,7 +45,7 @@ def load_decoder(
     sources = _decoder_sources(config, set(checkpoint.names()))
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
-    _assign(model, checkpoint, sources, dtype, Divided(undivided, shard))
+    _assign(model, checkpoint, sources, dtype, undivided, shard)
     model.rotary = Rotary(config, positions)
     return model.eval()
 
@@ -180,21 +180,24 @@ def _assign(
     checkpoint: Checkpoint,
     sources: dict[str, Any],
     dtype: torch.dtype | None,
-    divided: Divided | None = None,
+    whole: nn.Module | None = None,
+    shard: Shard = WHOLE,
     read_apart: Collection[str] = (),
 ) -> None:
     """Fill the model's meta parameters, which are allocated once and filled part by part.
 
-    ``read_apart``: tensors of the checkpoint that others read.
+    whole       the undivided network, whose shapes the checkpoint must have; None: the model
+    shard       the part that is read
+    read_apart  tensors of the checkpoint that others read
     """
-    filling = _Filling(checkpoint, set(checkpoint.names()), model, divided or Divided(model, WHOLE))
+    filling = _Filling(checkpoint, set(checkpoint.names()), model, whole or model, shard)
     read = set(read_apart)
     for ours, parts in sources.items():
         module_path, _, leaf = ours.rpartition(".")
         module = model.get_submodule(module_path)
         shape = getattr(module, leaf).shape
         value = torch.empty(shape, dtype=dtype or _stored_type(filling, shape, parts))
-        stored = filling.divided.whole.get_parameter(ours).shape
+        stored = filling.whole.get_parameter(ours).shape
         if isinstance(parts[0], list):
             slots = [(slot, stored[1:], names) for slot, names in zip(value, parts, strict=True)]
         else:
@@ -212,36 +215,29 @@ def _assign(
 
 
 @dataclass(frozen=True)
-class Divided:
-    """The undivided network, whose shapes the checkpoint must have, and the shard of it that is read."""
-
-    whole: nn.Module
-    shard: Shard
-
-
-@dataclass(frozen=True)
 class _Filling:
     checkpoint: Checkpoint
     present: set[str]
     model: nn.Module
-    divided: Divided
+    whole: nn.Module
+    shard: Shard
 
     def fill(self, slot: Tensor, shape: torch.Size, names: list[str]) -> None:
         """Stack the named tensors, of ``shape`` together, or the shard's parts of them, into ``slot``."""
         filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
         if len(names) == 3:  # a merged qkv
-            filled, stored = (_heights(network.config) for network in (self.model, self.divided.whole))
+            filled, stored = (_heights(network.config) for network in (self.model, self.whole))
         for name, part, height in zip(names, slot.split(filled), stored, strict=True):
             self._check(name, (height, *shape[1:]))
-            if self.divided.shard.ranks == 1:
+            if self.shard.ranks == 1:
                 part.copy_(self.checkpoint.get(name))
             elif name.endswith("experts.gate_up_proj"):  # gate over up, which are divided one by one
                 for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
-                    rows = self.divided.shard.place(shape[1] // 2, half.shape[1])
+                    rows = self.shard.place(shape[1] // 2, half.shape[1])
                     rows = slice(begin + rows.start, begin + rows.stop)
                     half.copy_(self.checkpoint.get(name, (slice(None), rows, slice(None))))
             else:
-                places = map(self.divided.shard.place, (height, *shape[1:]), part.shape)
+                places = map(self.shard.place, (height, *shape[1:]), part.shape)
                 part.copy_(self.checkpoint.get(name, tuple(places)))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains
+from echo_trt.decoding.goodput.model.ngrams import NO_CHAINS, Chains
 from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
@@ -89,7 +89,6 @@ class Grammars:
         return Continuations(tokens, log_q, matched, is_forced)
 
     def constrained(self, slots: np.ndarray) -> np.ndarray:
-        """Do as ``Grammars`` of goodput."""
         constrained: np.ndarray = self._state.grammar[slots].astype(bool)
         return constrained
 

@@ -44,7 +44,6 @@ class KVPool:
 
     @property
     def sentence(self) -> str:
-        """State what the pool holds."""
         full = f"{self.requests:,} request{'s' * (self.requests != 1)} of {self.context:,} tokens"
         return f"KV pool: {gigabytes(self.bytes)}, {self.blocks * BLOCK:,} tokens, {full}"
 
@@ -149,7 +148,6 @@ def block_bytes(engine: str, networks: Iterable[tuple[Network, str]]) -> int:
 
 
 def _value_bytes(engine: str, precision: str) -> int:
-    """Return the bytes of a cached value."""
     if engine == "openvino":
         from echo_trt.backends.openvino import cpu
 

@@ -237,7 +237,6 @@ class Loop:
         return asked
 
     def _note_prompts(self, verified: Verified, chunks: Chunks) -> None:
-        """Keep the log-probabilities of prompts, which their requests ask for."""
         asked = self._prompt_logprobs_asked(chunks)
         if asked.any():
             state, owner, place = self.state, chunks.owner[asked], chunks.position[asked] + 1

@@ -67,7 +67,6 @@ class PrefixCache:
         return [self._block[key] for key in takewhile(self._block.__contains__, keys)]
 
     def idle_of(self, blocks: Sequence[int]) -> int:
-        """How many of ``blocks`` are idle."""
         return sum(block in self._idle for block in blocks)
 
     def hold(self, blocks: Sequence[int]) -> None:
@@ -108,13 +107,9 @@ class PrefixCache:
     def evict(self, count: int) -> list[int]:
         """Forget so many idle blocks; returns them."""
         self.evicted += count
-        return self._forget(count)
+        return self.forget(count)
 
-    def clear(self) -> list[int]:
-        """Forget all idle blocks, which something else is about to overwrite; returns them."""
-        return self._forget(len(self._idle))
-
-    def _forget(self, count: int) -> list[int]:
+    def forget(self, count: int) -> list[int]:
         blocks = [self._idle.popitem(last=False)[0] for _ in range(count)]
         keys = [self._key.pop(block) for block in blocks]
         for block, key in zip(blocks, keys, strict=True):

@@ -39,7 +39,6 @@ class Queue:
         return requests
 
     def add(self, request: Request) -> None:
-        """Queue a request that passes ``check``."""
         self.check(request)
         self.waiting.append(request)
 

@@ -80,17 +80,14 @@ class Slots:
 
     @property
     def free_blocks(self) -> int:
-        """Number of KV blocks that are free."""
         return self._free_count
 
     @property
     def cached_blocks(self) -> int:
-        """Number of KV blocks that are cached and unheld."""
         return self.cache.idle
 
     @property
     def used_blocks(self) -> int:
-        """Number of KV blocks held by slots."""
         return self.num_blocks - self.free_blocks - self.cached_blocks
 
     def decoding(self) -> np.ndarray:
@@ -185,7 +182,6 @@ class Slots:
         return True
 
     def set_params(self, slot: int, params: SamplingParams) -> None:
-        """Set how a slot's tokens are chosen."""
         self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
@@ -206,7 +202,7 @@ class Slots:
 
     def forget_cached(self) -> None:
         """Empty the cache, before something writes over the pool."""
-        self._give(self.cache.clear())
+        self._give(self.cache.forget(self.cache.idle))
 
     def _give(self, blocks: Sequence[int] | np.ndarray) -> None:
         self._free[self._free_count : self._free_count + len(blocks)] = blocks

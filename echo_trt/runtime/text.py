@@ -36,7 +36,8 @@ class TextStream:
                 self._extend(piece)
                 if self.stopped:
                     return self._give_out(len(self._decoded)), used
-        return self._give_out(len(self._decoded) - self._held_back()), len(tokens)
+        held_back = max((_overlap(self._decoded, stop) for stop in self._stop), default=0)
+        return self._give_out(len(self._decoded) - held_back), len(tokens)
 
     def finish(self) -> str:
         """Whatever was held back; bytes that never became a character come as U+FFFD."""
@@ -76,13 +77,9 @@ class TextStream:
         self.text += new
         return new
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        return max((_overlap(self._decoded, stop) for stop in self._stop), default=0)
-
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with and goes on behind."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     begin = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
     while begin >= 0 and not stop.startswith(text[begin:]):
         begin = text.find(stop[0], begin + 1)

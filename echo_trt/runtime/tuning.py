@@ -12,8 +12,8 @@ from echo_trt.bundle.manifest import NGRAMS
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.decoding.arrays import next_size
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner

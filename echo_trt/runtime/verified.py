@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from echo_trt.runtime.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
 from echo_trt.runtime.slots import Slots
 
 NO_ROWS = np.zeros(0, np.int64)
+Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Verified:
 
     @cached_property
     def _constrained(self) -> bool:
-        """Whether a grammar constrains any of the requests."""
         return bool(self.state.grammar[self.slots].any())
 
     @cached_property
@@ -144,28 +144,28 @@ class Verified:
         top = self.state.sampling["logprobs"][self._slots_of(path)]
         asked = np.flatnonzero(top >= 0)
         entries = token_logprobs(self.outputs["logits"], path[asked], emitted[asked], top[asked])
-        by_request: dict[int, list[TokenLogprobs]] = {}
-        for request, entry in zip(self.tree.request[path[asked]].tolist(), entries, strict=True):
-            by_request.setdefault(request, []).append(entry)
-        return list(by_request.items())
+        return self._by_request(path[asked], entries)
 
     def sources(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenSource]]]:
-        """Return (request, an entry an emitted token), in order, of the requests that ask who proposed their tokens.
-
-        ``path`` and ``emitted`` are as ``accept`` returns them.
-        """
+        """Return likewise, of the requests that ask who proposed their tokens."""
         if not self.state.sampling["token_sources"][self.slots].any():
             return []
-        by_request: dict[int, list[TokenSource]] = {}
-        tree, requests = self.tree, self.tree.request[path].tolist()
-        for i in np.flatnonzero(self.state.sampling["token_sources"][self._slots_of(path)]).tolist():
+        tree, requests, entries = self.tree, self.tree.request[path].tolist(), []
+        asked = np.flatnonzero(self.state.sampling["token_sources"][self._slots_of(path)])
+        for i in asked.tolist():
             source, chance = TOKEN_SOURCES[0], None
             if i + 1 < len(path) and requests[i + 1] == requests[i]:  # the next visited node carries the token
                 child, above = int(path[i + 1]), int(path[i])
                 source = TOKEN_SOURCES[1 + max(int(tree.source[child]), self.proposer)]
                 chance = min(float(self.probability[child] / self.probability[above]), 1.0)
-            by_request.setdefault(requests[i], []).append(TokenSource(int(emitted[i]), source, chance))
-        return list(by_request.items())
+            entries.append(TokenSource(int(emitted[i]), source, chance))
+        return self._by_request(path[asked], entries)
+
+    def _by_request(self, nodes: np.ndarray, entries: list[Entry]) -> list[tuple[int, list[Entry]]]:
+        found: dict[int, list[Entry]] = {}
+        for request, entry in zip(self.tree.request[nodes].tolist(), entries, strict=True):
+            found.setdefault(request, []).append(entry)
+        return list(found.items())
 
     def _slots_of(self, nodes: np.ndarray) -> np.ndarray:
         slots: np.ndarray = self.slots[self.tree.request[nodes]]

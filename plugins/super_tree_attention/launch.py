@@ -1,4 +1,4 @@
-"""Launches of compiled kernels through the CUDA driver (cuda-python), on a given stream."""
+"""Launches of compiled kernels through the CUDA driver (cuda-python), which need no C compiler."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import torch
 from cuda.bindings import driver
+from torch import Tensor
+
+from super_tree_attention.ahead_of_time import HEAD_DIMS, compile_kernel
 
 _STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel gets without asking
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class CudaError(RuntimeError):
@@ -68,3 +73,29 @@ def launch(
     kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int32,) * len(integers) + (ctypes.c_void_p,) * len(results)
     launched = driver.cuLaunchKernel(function, *grid, threads, 1, 1, shared, stream, (values, kinds), 0)
     check(launched, "cuLaunchKernel")
+
+
+def can_move(pools: Tensor) -> bool:
+    """Return whether there are compiled kernels for ``pools``, [L2, num_blocks, Hk, block, D]."""
+    return pools.dtype in _TYPES and pools.shape[-1] in HEAD_DIMS
+
+
+def move_rows(pools: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy rows source[j] to target[j] in every pool, as ``triton_attention.move_rows``, on the current stream.
+
+    pools           fp16 or bf16 [L2, num_blocks, Hk, block, D], contiguous, D as in HEAD_DIMS
+    source, target  int32 or int64 [m]
+    """
+    layers, num_blocks, kv_heads, block, head_dim = pools.shape
+    if not len(source):
+        return
+    source, target = source.long(), target.long()
+    rows = pools.new_empty((layers, len(source), kv_heads, head_dim))
+    stream = torch.cuda.current_stream(pools.device).cuda_stream
+    capability, _ = device_facts()
+    for kind, read, written in (("gather_rows", pools, rows), ("scatter_rows", rows, pools)):
+        kernel = compile_kernel(kind, capability, _TYPES[pools.dtype], head_dim, block=block)
+        pointers = [tensor.data_ptr() for tensor in (read, written, source, target)]
+        function, grid = load(kernel.cubin, kernel.name, kernel.shared), (len(source), layers, 1)
+        # Two null pointers: Triton's scratch memory, of no size.
+        launch(function, grid, kernel.threads, kernel.shared, stream, pointers, [kv_heads, num_blocks], [0, 0])

@@ -16,8 +16,10 @@ import numpy as np
 import typer
 
 from echo_trt.decoding.goodput import planner as goodput
-from echo_trt.decoding.goodput.acceptance import CALIBRATED, Acceptance
-from echo_trt.decoding.goodput.fit import Fit
+from echo_trt.decoding.goodput.learner.fit import Fit
+from echo_trt.decoding.goodput.learner.sources import SourceLearner
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, Acceptance
+from echo_trt.decoding.goodput.settings import GoodputTuning
 from echo_trt.decoding.planner import Iteration
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
@@ -39,7 +41,7 @@ def main(
 ) -> None:
     """One row for each way to learn."""
     llm = LLM(bundle, "goodput", batch, prefix_cache=False)
-    llm.loop.planner.ladder.rung = lambda count, _: TOKENS_A_REQUEST * count  # trials of sizes are another matter
+    llm.loop.planner.ladder.size = lambda count, _: TOKENS_A_REQUEST * count  # trials of sizes are another matter
     iterations = _recorded(llm, [prompt.text for path in prompts for prompt in read_prompts(path)[:limit]], max_tokens)
     number = sum(len(nodes[0]) for nodes in iterations)
     accepted = sum(nodes[3].sum() for nodes in iterations) / number
@@ -72,15 +74,17 @@ def _recorded(llm: LLM, texts: list[str], max_tokens: int) -> list[Nodes]:
 
 def _loss(model: Acceptance, way: str, iterations: list[Nodes]) -> float:
     """Return the mean negative log-likelihood of a node's outcome, in nats."""
+    learner = SourceLearner(model, GoodputTuning())
     if way == "shift":
-        model._fits = [Fit(fit.slope, float(fit.bias[0]), fixed=True) for fit in model._fits]
+        for source, fit in enumerate(learner.fits):
+            learner.fits[source] = Fit(fit.slope, float(fit.bias[0]), GoodputTuning().fit_window, fixed=True)
     total = number = 0.0
     for source, depth, score, accepted in iterations:
         p = model.probability(source, depth, score)
         total -= np.log(np.where(accepted > 0, p, 1 - p)).sum()
         number += len(p)
         if way != "none":
-            model.observe(source, depth, score, p, accepted)
+            learner.observe(source, depth, score, p, accepted)
     return total / number
 
 

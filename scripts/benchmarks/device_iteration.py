@@ -28,8 +28,8 @@ from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity
 from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Decoding
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.pack import Packed

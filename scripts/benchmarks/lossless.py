@@ -1,37 +1,45 @@
 """Is every policy's text the text of plain decoding, token for token? On real prompts, at several batch sizes.
 
     python scripts/benchmarks/lossless.py BUNDLE --prompts FILE ... --batch 1,8,32 --max-tokens 128
+    python scripts/benchmarks/lossless.py BUNDLE --prompts FILE ... --policies all --batch 8 --beside OLD_CHECKOUT
 
 The bundle should be in fp32. A difference counts as a tie only if the target's logits of the two tokens, after the text
 they share, are within 1e-4; it is listed either way. The budget grows with the batch, so that trees are verified at
-every size. Exit code 1 if a difference is no tie.
+every size. --beside compares all texts with those that the package of another checkout writes, bit for bit. Exit code 1
+if a difference is no tie, or a text is not the other checkout's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+import echo_trt
+from echo_trt import LLM, Completion, SamplingParams  # these names alone: other commits have them, too
 
 PLAIN = "autoregressive"
+PAPER = "static,dense,fixed,echo,goodput"
+ALL = f"{PAPER},goodput-head,goodput-exact"
 TIE = 1e-4
 console = Console()
+Texts = dict[str, dict[str, str]]  # policy and batch -> prompt -> SHA-256 of token ids and text
 
 
 def main(
     bundle: Path,
     prompts: Annotated[list[Path], typer.Option(help="JSONL files")],
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8,32",
-    policies: Annotated[str, typer.Option(help="compared with plain decoding")] = "static,dense,fixed,echo,goodput",
+    policies: Annotated[str, typer.Option(help="compared with plain decoding, by commas, or all")] = PAPER,
     max_tokens: int = 128,
     limit: Annotated[int, typer.Option(help="prompts of each file; 0 for all")] = 0,
     temperature: float = 0.0,
@@ -41,40 +49,87 @@ def main(
         bool, typer.Option(help="let policies find the prompts that plain decoding computed")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="write the rows as JSON")] = None,
+    texts_file: Annotated[Path | None, typer.Option("--texts", help="write the texts' digests as JSON")] = None,
+    same_as: Annotated[Path | None, typer.Option(help="compare the texts with those of --texts")] = None,
+    beside: Annotated[Path | None, typer.Option(help="a checkout of another commit, which is asked first")] = None,
 ) -> None:
     """Compare and list."""
-    texts = [p.text for file in prompts for p in read_prompts(file)[: limit or None]]
-    params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(texts))]
-    rows, broken = [], 0
+    if beside:
+        raise typer.Exit(_beside(beside))
+    console.print(f"package {Path(echo_trt.__file__).parent}", soft_wrap=True)
+    asked = {f"{file.name}:{i}": text for file in prompts for i, text in enumerate(_read(file)[: limit or None])}
+    params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(asked))]
+    rows: list[dict[str, Any]] = []
+    texts: Texts = {}
     for size in map(int, batch.split(",")):
         llm = LLM(bundle, PLAIN, size, prefix_cache=prefix_cache)
-        asked = [llm.chat_ids(text) for text in texts]
-        plain = [c.token_ids for c in llm.generate(asked, params)]
-        for policy in policies.split(","):
+        ids = [llm.chat_ids(text) for text in asked.values()]
+        plain = llm.generate(ids, params)
+        texts[f"{PLAIN}, {size} requests"] = _digests(asked, plain)
+        for policy in (ALL if policies == "all" else policies).split(","):
             llm.set_policy(policy, budget * size)
-            verifications, emitted = llm.counters.verifications, llm.counters.emitted_tokens
-            answers = [c.token_ids for c in llm.generate(asked, params)]
-            gaps = [llm.gap(ids, a, b) for ids, a, b in zip(asked, plain, answers, strict=True) if a != b]
-            broken += sum(gap > TIE for gap in gaps)
-            rows.append(
-                {
-                    "batch": size,
-                    "policy": policy,
-                    "identical": len(texts) - len(gaps),
-                    "requests": len(texts),
-                    "ties": sum(gap <= TIE for gap in gaps),
-                    "gaps": gaps,
-                    "tokens": sum(map(len, answers)),
-                    "accepted_length": round(
-                        (llm.counters.emitted_tokens - emitted) / (llm.counters.verifications - verifications), 3
-                    ),
-                }
-            )
+            answers = llm.generate(ids, params)
+            texts[f"{policy}, {size} requests"] = _digests(asked, answers)
+            pairs = [(p, a.token_ids, b.token_ids) for p, a, b in zip(ids, plain, answers, strict=True)]
+            gaps = [llm.gap(prompt, first, second) for prompt, first, second in pairs if first != second]
+            rows.append({"batch": size, "policy": policy, **_facts(answers, gaps)})
             console.print(rows[-1])
     _show(rows)
     if out:
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    sys.exit(1 if broken else 0)
+    if texts_file:
+        texts_file.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
+    other = _differing(texts, json.loads(same_as.read_text("utf-8"))) if same_as else 0
+    raise typer.Exit(1 if other or any(row["ties"] < len(row["gaps"]) for row in rows) else 0)
+
+
+def _read(file: Path) -> list[str]:
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+    return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
+
+
+def _digests(asked: dict[str, str], answers: list[Completion]) -> dict[str, str]:
+    said = (json.dumps([answer.token_ids, answer.text, answer.finish_reason]) for answer in answers)
+    return dict(zip(asked, (hashlib.sha256(one.encode()).hexdigest() for one in said), strict=True))
+
+
+def _facts(answers: list[Completion], gaps: list[float]) -> dict[str, Any]:
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    verifications = sum(len(answer.token_ids) / answer.accepted_length for answer in answers if answer.token_ids)
+    return {
+        "identical": len(answers) - len(gaps),
+        "requests": len(answers),
+        "ties": sum(gap <= TIE for gap in gaps),
+        "gaps": gaps,
+        "tokens": tokens,
+        "accepted_length": round(tokens / verifications, 3),
+    }
+
+
+def _beside(checkout: Path) -> int:
+    """Run this command with the package of ``checkout``, then with this one, comparing the texts."""
+    words = list(sys.argv[1:])
+    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--beside")
+    del words[place : place + (1 if "=" in words[place] else 2)]
+    with tempfile.TemporaryDirectory() as folder:
+        texts, command = str(Path(folder) / "texts.json"), [sys.executable, __file__, *words]
+        path = os.pathsep.join(str(checkout.resolve() / part) for part in ("", "lab", "plugins"))
+        code = subprocess.run([*command, "--texts", texts], env=os.environ | {"PYTHONPATH": path}).returncode
+        if not Path(texts).exists():
+            return code
+        return subprocess.run([*command, "--same-as", texts]).returncode
+
+
+def _differing(texts: Texts, others: Texts) -> int:
+    """Count the texts that are not the other run's, and list them."""
+    count = 0
+    for name, digests in texts.items():
+        differing = [prompt for prompt, digest in digests.items() if others.get(name, {}).get(prompt) != digest]
+        console.print(f"{name}: {len(digests) - len(differing)} of {len(digests)} texts are the other run's")
+        for prompt in differing:
+            console.print(f"  {prompt} is not")
+        count += len(differing)
+    return count
 
 
 def _show(rows: list[dict]) -> None:

@@ -16,9 +16,9 @@ from rich.table import Table
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.echo.planner import EchoPlanner
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.pack import BLOCK, pack

@@ -41,7 +41,7 @@ from steered import Listener
 
 from echo_trt.backends.base import Engine
 from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.pack import Packed
 from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.llm import LLM

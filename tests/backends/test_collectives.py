@@ -8,9 +8,8 @@ from pairs import SIZES, recipe_of
 
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
-from echo_trt.backends.tensorrt.collectives import name_collectives
 from echo_trt.backends.tensorrt.compiler import PLUGINS, CompileJob, compile_engine, load_compiler, logger_of
-from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.backends.tensorrt.graph import check_graph, name_collectives
 from echo_trt.backends.tensorrt.profiles import native_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.models.open_checkpoint import open_checkpoint

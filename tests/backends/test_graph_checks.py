@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from refusal import refused
 
 from echo_trt.backends.tensorrt.compiler import CompileJob, compile_engine
-from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.backends.tensorrt.graph import check_graph
 
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
 

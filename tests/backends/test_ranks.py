@@ -14,8 +14,8 @@ from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.backends.padded import Layout
-from echo_trt.backends.tensorrt.collectives import name_collectives
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
+from echo_trt.backends.tensorrt.graph import name_collectives
 from echo_trt.backends.torch.engine import METADATA, TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.decoding.pack import BLOCK, Packed, pack

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.backends.openvino.engine import BF16_LEAST, DRAFT_SIZES, PREPARED, TARGET_SIZES, OpenVINOEngine
-from echo_trt.backends.openvino.rounding import pad_requests
+from echo_trt.backends.openvino.lanes import pad_requests
 from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask

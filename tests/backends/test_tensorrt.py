@@ -30,7 +30,7 @@ from echo_trt.backends.tensorrt.compiler import (
     known_capabilities,
 )
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
-from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.backends.tensorrt.graph import check_graph
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes

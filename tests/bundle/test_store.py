@@ -14,7 +14,7 @@ from echo_trt.bundle.calibration import Calibration, Gate, read_calibration
 from echo_trt.bundle.costs import COSTS, CostTable, CurveTable, HingeTable, read_costs
 from echo_trt.bundle.manifest import Manifest, read_manifest
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, knots
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, knots
 from echo_trt.errors import UserError
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.measure import machine

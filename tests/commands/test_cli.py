@@ -163,7 +163,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, t
         (["build", "a", "--engine", "opnvino"], ["--engine", "opnvino", 'Did you mean "openvino"?']),
         (["serve", "b", "--openai-port", 70000], ["--openai-port", "70000", "Give 0 to 65,535."]),
         (["serve", "b", "--queue", 0], ["--queue", "0", "Give 1 or more."]),
-        (["serve", "b", "--no-triton", "--http-port", 8000], ["--http-port", "--no-triton"]),
+        (["serve", "b", "--http-port", 8000], ["--http-port", "add --triton"]),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_2(echo_trt, words, told):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from seeded_draft import PathDraft, SteadyDraft
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED, KNOTS, Acceptance
-from echo_trt.decoding.goodput.costs import Curve
-from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
+from echo_trt.decoding.goodput.model.costs import Curve
+from echo_trt.decoding.goodput.settings import GoodputSettings, GoodputTuning
 from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Plan, Planner
 from echo_trt.decoding.super_tree import SuperTree
 
+TUNING = GoodputTuning()
 SHAPE = GoodputSettings(max_depth=5, beams=2, width=3, per_request=12)
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
 USUAL = np.array([[[0.2, 0.4, 0.6, 0.8, 0.95], [0.02, 0.06, 0.1, 0.15, 0.2]]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 
 #: context -> what follows, and how probably
 Known = dict[tuple[int, ...], tuple[int, float]]

@@ -9,8 +9,8 @@ import sys
 if {missing}:
     sys.modules["numba"] = None
 import numpy as np
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.search import best_portion, portions
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.optimiser.levels import best_portion, portions
 from echo_trt.decoding.arrays import ragged_arange
 from echo_trt.decoding.sampling.draw import sample
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
@@ -27,7 +27,7 @@ nodes = np.flatnonzero(tree.parent >= 0)
 print(acceptance.probability(tree.source[nodes], tree.depth[nodes], tree.score[nodes]).round(9).tolist())
 for size in (1, 5, 90, 300):
     frontier, ends = -np.sort(-rng.uniform(0, 1.2, size)), portions(size)
-    forecast, known = acceptance.forecast(9), rng.uniform(0, 1, 7)
+    forecast, known = acceptance.forecast(9, 2), rng.uniform(0, 1, 7)
     children, added = forecast.child_shares[0], forecast.added_tokens[0]
     chains, moved = rng.uniform(0, 1, 5), rng.uniform(0, 1, 5) < 0.5
     values, seconds = (known, chains, moved), 0.05 * np.arange(900.0)

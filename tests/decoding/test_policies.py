@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from machines import load_of
+from machines import Server, linear, load_of
 from seeded_draft import NoDraft
 
 from echo_trt.decoding import policies
 from echo_trt.decoding.echo.planner import EchoPlanner
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs
+from echo_trt.decoding.goodput.planner import GoodputPlanner
+from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.decoding.policies import BUILT_IN, POLICIES, load_policies, make_planner
 from echo_trt.decoding.policy_names import PLAIN
@@ -102,6 +106,33 @@ def test_a_file_registers_a_policy_once(registry, tmp_path):
     load_policies(tmp_path / ".." / tmp_path.name / "mine.py")
     assert registry.make_planner("mine", SETTINGS, None).name == "mine"
     assert registry.reserve_for(SETTINGS) == policies.reserve_for(SETTINGS)  # bundles were built without it
+
+
+TUNED = """
+from dataclasses import replace
+from echo_trt.decoding.goodput.settings import GoodputTuning
+from echo_trt.decoding.policies import goodput_settings, policy, policy_named
+
+@policy("calm", "goodput with short trials", policy_named("goodput").shape)
+def calm(name, settings, make_goodput):
+    tuning = GoodputTuning(trial_iterations=3, window_iterations=5, warm_up=0)
+    return make_goodput(name, replace(goodput_settings(name, settings), tuning=tuning))
+"""
+
+
+def test_a_file_sets_tuned_values(registry, tmp_path):
+    """Where no draft pays, trials of one interrupt plain decoding for as many iterations as the file says."""
+    (tmp_path / "calm.py").write_text(TUNED)
+    load_policies(tmp_path / "calm.py")
+    target, draft, count = linear(0.01, 1.0), linear(1e-6, 0.0), 4
+
+    def goodput(name: str, settings: GoodputSettings) -> GoodputPlanner:
+        costs = Costs(target, draft, change=1e-3)
+        return GoodputPlanner(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), count)
+
+    planner = registry.make_planner("calm", SETTINGS, goodput)
+    server = Server(planner, linear(0.01, 1.0), linear(1e-6, 0.0), [0.2, 0.1], count).run(9)
+    assert [size > count for size in server.sizes] == [False] * 3 + [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def start(long_bundle, tmp_path_factory) -> Callable[..., Served]:
     def get(*options: object) -> Served:
         folder = tmp_path_factory.mktemp("served")
         (folder / "keys").write_text(KEY)
-        return Served(long_bundle, folder / "log", "--api-keys-file", folder / "keys", *options, gateway=True)
+        return Served(long_bundle, folder / "log", "--api-keys-file", folder / "keys", *options)
 
     return get
 

@@ -79,7 +79,7 @@ class TestDockerfiles:
     def test_requirements_are_pinned_to_the_last_version_and_miss_none_of_the_package(self, name):
         """They are installed with --no-deps. The GPU image's base has Triton; TensorRT is there by its full name."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        extras = ("serve",) if name.endswith("cpu") else ("serve", "tensorrt")
+        extras = ("triton",) if name.endswith("cpu") else ("triton", "tensorrt")
         lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
         wanted = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
         if name.endswith("gpu"):

@@ -55,7 +55,7 @@ def server(tmp_path_factory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("responses")
     build(tool_models.write(folder, "thinking"), folder, folder / "bundle")
     names = ("--served-model-name", "tiny/thinker", "--served-model-name", "echo")
-    served = Served(folder / "bundle", Path(folder / "log"), *names, gateway=True)
+    served = Served(folder / "bundle", Path(folder / "log"), *names)
     try:
         yield served.wait_for("serving")
         assert "Traceback" not in served.err

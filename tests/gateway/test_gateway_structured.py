@@ -31,7 +31,7 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": We
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
-    served = Served(DEFAULT, tmp_path_factory.mktemp("served") / "log", gateway=True)
+    served = Served(DEFAULT, tmp_path_factory.mktemp("served") / "log")
     try:
         served.wait_for("serving", 400)
         base = f"http://127.0.0.1:{served.openai}/v1"

@@ -52,7 +52,7 @@ def bundle(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def started(bundle: Path, log: Path) -> Iterator[openai.OpenAI]:
-    served = Served(bundle, log, gateway=True)
+    served = Served(bundle, log)
     try:
         served.wait_for("serving")
         with openai.OpenAI(

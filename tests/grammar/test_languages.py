@@ -28,6 +28,7 @@ REGEXES = (
     "(a+)+",
     "(a|a)*b{1,20}(c{1,20}){1,5}",
     "\\\\[tn]/\\[\\]\\{\\}",
+    "a<think>b(<\\|end\\|>){1,2}",  # names of added tokens
 )
 CHOICES = (
     ["positive", "negative", "neutral"],
@@ -122,6 +123,12 @@ def test_texts_are_choices(grammars, choice):
     assert set(texts(state)) <= set(choice)
     assert all(takes(state, text) for text in choice)
     assert not takes(state, f"{choice[0]}!")
+
+
+@pytest.mark.parametrize("structured", [{"choice": ["a <think>"]}, {"json": {"const": "a <think>"}}], ids=str)
+def test_names_of_added_tokens_are_spelled_by_others(grammars, structured):
+    """Where nothing else may follow, too."""
+    assert {text.strip('"') for text in texts(grammars.begin(structured))} == {"a <think>"}
 
 
 @pytest.mark.parametrize("name", GRAMMARS)

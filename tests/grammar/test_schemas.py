@@ -99,14 +99,6 @@ def test_states_do_not_change(grammars):
     assert state.forced(9) == before[1]
 
 
-def test_shut_out_leaves_allowed_logits(grammars):
-    state = grammars.begin({"json": SCHEMAS["colour"]})
-    logits = np.random.default_rng(0).normal(size=tokenizer().get_vocab_size()).astype(np.float32)
-    kept = state.shut_out(logits)
-    assert np.flatnonzero(np.isfinite(kept)).tolist() == allowed(state).tolist()
-    assert np.array_equal(kept[allowed(state)], logits[allowed(state)])
-
-
 def test_an_ended_text_stays_ended(grammars):
     state = grammars.begin({"json": SCHEMAS["type-null"]})
     for token in walk(state, 0):

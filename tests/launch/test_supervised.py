@@ -20,12 +20,12 @@ from refusal import refused
 from served import free_ports
 
 from echo_trt.errors import UserError
-from echo_trt.launch import launcher, probe, process, supervised, triton_server
-from echo_trt.launch.launcher import Gateway, Launcher
+from echo_trt.launch import launcher, process, supervised, triton_server
+from echo_trt.launch.launcher import Gateway
 from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import responds
 from echo_trt.launch.process import Log, Process
-from echo_trt.launch.supervised import Supervised
+from echo_trt.launch.supervised import Supervised, Supervisor
 
 LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
 SERVES = f"{LISTENS}.serve_forever()"
@@ -77,7 +77,7 @@ class Small(Supervised):
             self.step()
             time.sleep(0.02)
 
-    def begin_to_drain(self) -> None:
+    def drain(self) -> None:
         (self.folder / "drain").touch()
 
     @property
@@ -95,6 +95,7 @@ class Small(Supervised):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(supervised, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
     made: list[Small] = []
 
     def make(*programs: str) -> Small:
@@ -208,7 +209,7 @@ def test_failures_of_a_restart_are_restarts_too(small):
     assert len(each.starts) == 4
     assert re.fullmatch(r"serving again after \d+\.\d s", each.said[-1])
     os.kill(each.process.pid, signal.SIGKILL)
-    with refused("3 restarts were no cure: the small one has died"):
+    with refused("the small one failed 4 times in 5 minutes, the last time so: the small one has died"):
         each.until(lambda: len(each.starts) == 5)
 
 
@@ -221,7 +222,7 @@ def test_old_restarts_are_forgotten_but_not_in_the_midst_of_failures(small, monk
         each.until(lambda: not each.serving)
         assert len(each.starts) == number
     each.programs = ["raise SystemExit(1)"] * 9
-    with refused("3 restarts were no cure"):
+    with refused("the small one failed 4 times in 0 minutes"):
         each.until(lambda: each.serving)
 
 
@@ -242,9 +243,9 @@ def test_restarts_wait_longer_and_longer(small, monkeypatch):
 def test_a_gateway_that_hangs_is_replaced(monkeypatch):
     """A real one; no engine is asked."""
     for package in ("starlette", "uvicorn"):
-        pytest.importorskip(package, reason="needs the gateway: pip install -e '.[serve]'")
-    monkeypatch.setattr(probe, "PROBE_EVERY", 0.2)
-    monkeypatch.setattr(launcher, "GATEWAY_SECONDS", 5)  # within which a busy machine answers
+        pytest.importorskip(package, reason="needs the gateway")
+    monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
+    monkeypatch.setattr(launcher, "ANSWER_SECONDS", 5)  # within which a busy machine answers
     gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), Said(), Path("none"))
 
     def until(fits: Callable[[], object]) -> None:
@@ -270,49 +271,56 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
 # -- the end -------------------------------------------------------------------------------------------------------
 
 
+class Pair(Supervisor):
+    """An engine that drains at once, and a gateway, both small, as one service."""
+
+    def __init__(self, engine: Small, gateway: Small):
+        self.stop, self.log, self.engine, self.gateway = threading.Event(), Said(), engine, gateway
+        super().__init__([[engine, gateway]], self.stop, self.log, 60, lambda: "serving")
+
+    def when_serving(self, act: Callable[[], None]) -> threading.Thread:
+        """Act on a thread of its own once both serve."""
+
+        def wait() -> None:
+            while "serving" not in self.log.lines:
+                time.sleep(0.02)
+            act()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+
 @pytest.fixture
-def service(small, tmp_path) -> Launcher:
-    """A launcher whose Triton is a small server that drains at once, and whose gateway is another."""
-    service = Launcher(ServeOptions(Path("none")), None, tmp_path, threading.Event(), Said())
-    service._engine, service._gateway = small(DRAINS.format(folder=str(tmp_path))), small()
-    service._engine.folder = tmp_path
-    return service
+def pair(small, tmp_path) -> Pair:
+    pair = Pair(small(DRAINS.format(folder=str(tmp_path))), small())
+    pair.engine.folder = tmp_path
+    return pair
 
 
-def test_triton_is_drained_where_the_gateway_is_given_up(service, tmp_path):
-    service._gateway.programs = [SERVES, *["raise SystemExit('error: no room')"] * 9]
-
-    def shoot() -> None:
-        while not service._announced:
-            time.sleep(0.02)
-        os.kill(service._gateway.process.pid, signal.SIGKILL)
-
-    shooter = threading.Thread(target=shoot)
-    shooter.start()
-    with refused("3 restarts were no cure", "no room"):
-        service.run()
+def test_an_engine_is_drained_where_the_gateway_is_given_up(pair, tmp_path):
+    pair.gateway.programs = [SERVES, *["raise SystemExit('error: no room')"] * 9]
+    shooter = pair.when_serving(lambda: os.kill(pair.gateway.process.pid, signal.SIGKILL))
+    with refused("the small one failed 4 times in 5 minutes", "no room"):
+        pair.run()
     shooter.join()
     assert (tmp_path / "drained").exists()
-    assert service._log.lines[-1] == "stopping; open answers are finished"
+    assert pair.log.lines[-1] == "stopping; open answers are finished"
 
 
-def test_a_stop_in_the_midst_of_a_restart_is_no_return(service):
-    triton = service._engine
-    triton.programs.append("import time; time.sleep(60)")
+def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):
+    pair.engine.programs.append("import time; time.sleep(60)")
 
     def shoot_and_stop() -> None:
-        while not service._announced:
+        os.kill(pair.engine.process.pid, signal.SIGKILL)
+        while len(pair.engine.starts) < 2:
             time.sleep(0.02)
-        os.kill(triton.process.pid, signal.SIGKILL)
-        while len(triton.starts) < 2:
-            time.sleep(0.02)
-        service._stop.set()
+        pair.stop.set()
 
-    shooter = threading.Thread(target=shoot_and_stop)
-    shooter.start()
-    assert service.run() == 0
+    shooter = pair.when_serving(shoot_and_stop)
+    assert pair.run() == 0
     shooter.join()
-    assert triton.said == ["the small one has died; starting it again"]
+    assert pair.engine.said == ["the small one has died; starting it again"]
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------
@@ -360,22 +368,7 @@ def test_a_name_is_resolved_and_none_is_refused():
 
 def test_the_servers_get_the_address(monkeypatch, bundle_of):
     jobs: list[ServeOptions] = []
-    names = "http_port", "grpc_port", "metrics_port", "openai_port"
-    ports = dict(zip(names, free_ports(4), strict=True))
-
-    class Noted(Launcher):
-        def __init__(self, job, *_):
-            jobs.append(job)
-
-        def run(self) -> int:
-            return 0
-
-    monkeypatch.setattr(launcher, "Launcher", Noted)
-    monkeypatch.setattr(launcher, "find_server", lambda: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        assert launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", **ports)) == 0
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert jobs[0].host == "127.0.0.1"
+    monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
+    monkeypatch.setattr(launcher, "supervise", lambda prefix, make: make(Path(), threading.Event(), Said()))
+    launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", openai_port=free_ports(1)[0]))
+    assert jobs[0].host in ("127.0.0.1", "::1")

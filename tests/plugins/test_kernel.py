@@ -172,7 +172,7 @@ def test_moves_of_any_number_of_rows_are_one_kernel():
 @pytest.mark.parametrize("block", [BLOCK, 7 * BLOCK])
 def test_compiled_moves_pass_what_the_kernels_take(block, monkeypatch):
     """What is launched through the driver, by Triton's interpreter on the same memory."""
-    moves = pytest.importorskip("super_tree_attention.compiled_moves", reason="cuda-python is not installed")
+    moves = pytest.importorskip("super_tree_attention.launch", reason="cuda-python is not installed")
     pools = torch.randn(4, 6, 3, block, 64, generator=torch.Generator().manual_seed(3)).to(torch.float16)
     source, target = torch.tensor([40, 41, 7, 150, 33]), torch.tensor([41, 7, 40, 32, 33])
     expected = pools.clone()
@@ -185,9 +185,8 @@ def test_compiled_moves_pass_what_the_kernels_take(block, monkeypatch):
         copy[grid](*tensors, *integers, HEAD_DIM=64, BLOCK=kernel["block"], GATHER=kernel["kind"] == "gather_rows")
 
     def compile_kernel(kind, capability, dtype, head_dim, block):
-        made = SimpleNamespace(threads=128, shared=0, kind=kind, block=block)
         compiled.append((kind, capability, dtype, head_dim))
-        return made
+        return SimpleNamespace(threads=128, shared=0, name=kind, cubin=block)
 
     def remembered(self, *shape, **options):
         made = new_empty(self, *shape, **options)
@@ -199,7 +198,7 @@ def test_compiled_moves_pass_what_the_kernels_take(block, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(moves, "device_facts", lambda: (90, 132))
     monkeypatch.setattr(moves, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(moves, "_loaded", vars)
+    monkeypatch.setattr(moves, "load", lambda cubin, name, shared: {"block": cubin, "kind": name})
     monkeypatch.setattr(moves, "launch", launch)
     assert moves.can_move(pools)
     moves.move_rows(pools, source, target)

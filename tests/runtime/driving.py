@@ -11,9 +11,9 @@ from pairs import VOCAB
 from echo_trt.backends.base import Engine
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.pack import Packed
 from echo_trt.decoding.planner import Iteration

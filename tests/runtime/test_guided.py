@@ -10,7 +10,7 @@ from driving import Counted, Foresight, add, assert_all_free, goodput_planner, p
 from refusal import refused
 
 from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.guided import LONGEST, Grammars, prune

@@ -14,9 +14,8 @@ from refusal import refused
 from echo_trt.bundle.manifest import NGRAMS, read_manifest
 from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
 from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ngrams import SUREST, NGrams, context_keys
-from echo_trt.decoding.sources import NGRAM
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.ngrams import SUREST, NGrams, context_keys
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.runtime.llm import LLM
@@ -131,12 +130,11 @@ def requests() -> tuple[list[list[int]], SamplingParams]:
 def test_a_bundle_brings_them(with_ngrams, bundle_of):
     llm = LLM(with_ngrams, "goodput", 3)
     planner = llm.loop.planner  # whose costs are not this machine's, nor learnt from what else runs here
-    planner.costs = Costs(Curve([1, 256], [1e-3] * 2), Curve([1], [1e-9]))
-    planner.target_pass = planner.draft_pass = planner.decided = lambda *_, **__: None
+    planner.learner.costs = Costs(Curve([1, 256], [1e-3] * 2), Curve([1], [1e-9]))
     plain = [c.token_ids for c in LLM(bundle_of("lookup"), "autoregressive", 3).generate(*requests())]
     completions = llm.generate(*requests())
     assert [c.token_ids for c in completions] == plain
-    assert planner.acceptance.accepted[NGRAM] > 0
+    assert planner.totals()["accepted"]["ngram"] > 0
     assert_all_free(llm.loop)
 
 

@@ -37,9 +37,9 @@ def divided_bundle(networks, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(roomy_bundle, tmp_path_factory, request) -> Iterator[Served]:
-    """The server of a file, with the options that the file's SERVE holds, and a gateway where GATEWAY is true."""
-    options, gateway = getattr(request.module, "SERVE", ()), getattr(request.module, "GATEWAY", False)
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", *options, gateway=gateway)
+    """The server of a file, with the options that the file's SERVE holds, and Triton where its TRITON is true."""
+    options, triton = getattr(request.module, "SERVE", ()), getattr(request.module, "TRITON", False)
+    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", *options, triton=triton)
     try:
         yield served.wait_for("serving")
     finally:

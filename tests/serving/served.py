@@ -70,15 +70,15 @@ def free_ports(number: int) -> list[int]:
 class Served:
     """A running server. ``err`` is what its launcher has said."""
 
-    def __init__(self, bundle: Path, log: Path, *options: object, gateway: bool = False, triton: bool = True):
-        """``triton``: whether Triton hosts the engine, else a process of its own, beside the gateway."""
+    def __init__(self, bundle: Path, log: Path, *options: object, gateway: bool = True, triton: bool = False):
+        """``triton``: whether Triton hosts the engine, and ``gateway``: whether there is one then."""
         self.http, self.grpc, self.metrics_port, self.openai = free_ports(4)
-        ports: list[object] = ["--no-triton"]
+        ports: list[object] = ["--openai-port", self.openai if gateway else 0]
         if triton:
-            ports = ["--http-port", self.http, "--grpc-port", self.grpc, "--metrics-port", self.metrics_port]
-        ports += ["--openai-port", self.openai if gateway or not triton else 0]
+            ports += ["--triton", "--http-port", self.http, "--grpc-port", self.grpc]
+            ports += ["--metrics-port", self.metrics_port]
         words = [sys.executable, "-m", "echo_trt.cli", "serve", bundle, *ports, *options]
-        self._log = log
+        self._log, self._metrics = log, self.metrics_port if triton else self.openai
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 list(map(str, words)), stdout=out, stderr=out, env={**os.environ, "COLUMNS": "400"}
@@ -126,14 +126,15 @@ class Served:
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
+    def complete(self, prompt: str, **body: Any) -> str:
+        """Return the text that OpenAI's API completes greedily."""
+        whole = {"model": "echo", "prompt": prompt, "temperature": 0, "ignore_eos": True, **body}
+        _, answer = _posted(self.openai, "/v1/completions", json.dumps(whole).encode(), 180)
+        return json.loads(answer)["choices"][0]["text"]
+
     def post(self, path: str, body: bytes, seconds: float = 180, below: str = "models/echo/") -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=seconds)
-        try:
-            connection.request("POST", f"/v2/{below}{path}", body)
-            reply = connection.getresponse()
-            return reply.status, reply.read()
-        finally:
-            connection.close()
+        """Post to Triton's HTTP endpoint."""
+        return _posted(self.http, f"/v2/{below}{path}", body, seconds)
 
     def generate(self, **request: Any) -> dict[str, Any]:
         return json.loads(self.post("generate", json.dumps(request).encode())[1])
@@ -143,7 +144,7 @@ class Served:
         return [json.loads(line.removeprefix("data: ")) for line in body.decode().split("\n\n") if line.strip()]
 
     def metrics(self) -> dict[str, float]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self._metrics, timeout=60)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
@@ -173,6 +174,21 @@ class Served:
 
     def stream(self, id: str = "", error_codes: bool = False, **request: Any) -> GrpcStream:
         return GrpcStream(self.grpc, request, id, {"error_codes": True} if error_codes else None)
+
+
+def triton(bundle: Path, log: Path, *options: object) -> Served:
+    """Return a server whose engine Triton hosts, without a gateway."""
+    return Served(bundle, log, *options, gateway=False, triton=True)
+
+
+def _posted(port: int, path: str, body: bytes, seconds: float) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    try:
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
 
 
 def _ancestors(pid: int) -> Iterator[int]:

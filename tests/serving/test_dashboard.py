@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from served import free_ports, needs_triton
+from served import Served, free_ports, needs_triton
 
 DOCKER = Path(__file__).parents[2] / "docker"
 ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
@@ -32,8 +32,14 @@ NOTHING = (
     "ALERTS",
     "speculation_gain",
 )
-GATEWAY = True
 needs_prometheus = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not on PATH")
+
+
+@pytest.fixture(scope="module")
+def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
+    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", triton=True)
+    yield served.wait_for("serving")
+    served.kill()
 
 
 @pytest.fixture(scope="module")

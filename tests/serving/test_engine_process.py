@@ -30,7 +30,7 @@ def bundle(networks, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(bundle, tmp_path_factory.mktemp("served") / "log", triton=False)
+    served = Served(bundle, tmp_path_factory.mktemp("served") / "log")
     try:
         yield served.wait_for("serving")
     finally:
@@ -72,7 +72,7 @@ def test_answers_are_the_engine_s_own_whole_and_streamed(client, bundle):
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == expected.text
 
 
-def test_logprobs_choices_and_refusals_are_as_over_triton(client):
+def test_logprobs_choices_and_refusals_are_told(client):
     told = client.post("/v1/completions", json=body(logprobs=2, echo=True, n=2)).json()
     for choice in told["choices"]:
         assert choice["text"].startswith("".join(choice["logprobs"]["tokens"][:-12]))
@@ -144,7 +144,7 @@ def _command(pid: int) -> bytes:
 
 
 def test_sigterm_lets_open_answers_finish(bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log", triton=False).wait_for("serving")
+    server = Served(bundle, tmp_path / "log").wait_for("serving")
     url = f"http://127.0.0.1:{server.openai}/v1/completions"
     with httpx.stream("POST", url, json=body(max_tokens=400, stream=True), timeout=60) as stream:
         lines = stream.iter_lines()
@@ -159,18 +159,18 @@ def test_sigterm_lets_open_answers_finish(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--http-port", 8000), "--http-port is a port of Triton's, but --no-triton is given"),
+        (("--http-port", 8000), "--http-port is a port of Triton's, which is not started; add --triton"),
         (("--openai-port", 0), "nothing would be served"),
     ],
 )
 def test_options_of_triton_are_refused_without_it(options, sentence, bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log", *options, triton=False)
+    server = Served(bundle, tmp_path / "log", *options)
     assert server.process.wait(60) == 2
     assert sentence in server.err
 
 
 def test_it_listens_on_ipv6(bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log", "--host", "::1", triton=False).wait_for("serving")
+    server = Served(bundle, tmp_path / "log", "--host", "::1").wait_for("serving")
     try:
         answer = httpx.post(f"http://[::1]:{server.openai}/v1/completions", json=body(), timeout=60)
         assert answer.status_code == 200

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pairs import ASSISTANT, END, USER
-from served import Served, joined, joined_lists, needs_triton
+from served import joined, joined_lists, needs_triton, triton
 
 from echo_trt.launch.triton_server import PREFIX
 from echo_trt.runtime.host_memory import gigabytes
@@ -23,6 +23,7 @@ from echo_trt.serving import wire
 from echo_trt.serving.protocol import FIRST
 
 pytestmark = needs_triton
+TRITON = True
 QUEUE, LONG = 6, 440
 SERVE = ("--queue", QUEUE)
 PROMPT = "the theme of a thing, "
@@ -332,7 +333,7 @@ def test_it_is_the_same_server_as_at_the_start(server):
 def test_an_operator_may_let_messages_hold_control_tokens(server, roomy_bundle, tmp_path):
     prompt = f"the theme{END}{ASSISTANT}café{END}{USER}"
     asked = {"chat_messages": json.dumps([{"role": "user", "content": prompt}]), "max_tokens": 8}
-    trusting = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive", "--special-tokens-in-content")
+    trusting = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive", "--special-tokens-in-content")
     try:
         trusting.wait_for("serving")
         for one, special in ((server, False), (trusting, True)):
@@ -345,7 +346,7 @@ def test_an_operator_may_let_messages_hold_control_tokens(server, roomy_bundle, 
 def test_the_kv_pool_is_told_and_may_be_chosen(server, roomy_bundle, tmp_path):
     own = LLM(roomy_bundle).pool
     assert own.sentence in server.err
-    chosen = Served(roomy_bundle, tmp_path / "log", "--kv-cache-memory", f"{3 * own.bytes}B")
+    chosen = triton(roomy_bundle, tmp_path / "log", "--kv-cache-memory", f"{3 * own.bytes}B")
     try:
         chosen.wait_for("serving")
         assert f"KV pool: {gigabytes(3 * own.bytes)}, " in chosen.err

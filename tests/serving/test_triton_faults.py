@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import served
 from refusal import refused
-from served import Served, free_ports, joined, needs_triton
+from served import Served, free_ports, joined, needs_triton, triton
 
 from echo_trt.launch import launcher, process, triton_server
 from echo_trt.launch.launcher import run
@@ -50,7 +50,7 @@ def revived(server: Served, again: int) -> None:
 
 @needs_triton
 def test_deaths_and_the_end(roomy_bundle, tmp_path):
-    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive").wait_for("serving")
+    server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive").wait_for("serving")
     try:
         whole = server.generate(**LONG)
         for number, name in enumerate(("triton_python_backend_stub", "tritonserver"), 1):
@@ -70,7 +70,7 @@ def test_a_divided_target_is_served_and_a_lost_rank_is_replaced(divided_bundle, 
     prompt, params = [5, 6, 7, 8], SamplingParams(20, ignore_eos=True)
     (wanted,) = LLM(roomy_bundle, "autoregressive", 1).generate([prompt], [params])
     asked = {"input_ids": prompt, "max_tokens": 20, "ignore_eos": True}
-    server = Served(divided_bundle, tmp_path / "log").wait_for("serving")
+    server = triton(divided_bundle, tmp_path / "log").wait_for("serving")
     try:
         assert server.generate(**asked)["output_ids"] == wanted.token_ids
         (rank,) = server.children("bin/python")
@@ -133,7 +133,7 @@ def wait_for_end(processes: list[int]) -> None:
 
 @needs_triton
 def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path):
-    server = Served(roomy_bundle, tmp_path / "log").wait_for("serving")
+    server = triton(roomy_bundle, tmp_path / "log").wait_for("serving")
     below = server.children("triton")
     assert len(below) == 2
     server.kill()
@@ -153,7 +153,7 @@ def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, m
     monkeypatch.setattr(served, "free_ports", lambda number: ports)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 900), hard))
     try:
-        both = [Served(roomy_bundle, tmp_path / name, "--host", "localhost") for name in ("one", "two")]
+        both = [triton(roomy_bundle, tmp_path / name, "--host", "localhost") for name in ("one", "two")]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
@@ -179,7 +179,7 @@ def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, m
 @pytest.fixture
 def job(bundle_of) -> ServeOptions:
     ports = {f"{name}_port": port for name, port in zip(TRITON_PORTS, free_ports(3), strict=True)}
-    return ServeOptions(bundle_of("lookup"), openai_port=0, **ports)
+    return ServeOptions(bundle_of("lookup"), openai_port=0, triton=True, **ports)
 
 
 def test_a_port_in_use(job):
@@ -242,7 +242,7 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
     shutil.copytree(bundle_of("lookup"), folder)
     file = next(folder.glob("target.*"))
     file.write_bytes(file.read_bytes()[:-1])
-    server = Served(folder, tmp_path / "log")
+    server = triton(folder, tmp_path / "log")
     try:
         assert server.process.wait(180) == 2
     finally:
@@ -255,7 +255,7 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
 
 @needs_triton
 def test_a_launcher_that_is_killed_while_the_bundle_loads_takes_everything_along(roomy_bundle, tmp_path):
-    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
+    server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
     end = time.monotonic() + 180
     while not server.children("triton_python_backend_stub"):
         assert time.monotonic() < end, server.err
@@ -269,7 +269,7 @@ def test_a_launcher_that_is_killed_while_the_bundle_loads_takes_everything_along
 
 @needs_triton
 def test_a_backend_that_dies_while_it_loads_is_noticed(roomy_bundle, tmp_path):
-    server = Served(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
+    server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
     try:
         end, killed = time.monotonic() + 180, False
         while not killed:

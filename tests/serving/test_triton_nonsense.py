@@ -11,6 +11,7 @@ import pytest
 from served import grpc_input, needs_triton
 
 pytestmark = needs_triton
+TRITON = True
 GREEDY = {"text_input": "the theme of a thing, ", "max_tokens": 40, "ignore_eos": True}
 NONSENSE = [None, True, -1, 0, 3, 2**31, -(2**63), 2**70, 1e308, -0.0, "", "x", "\x00", [], [1], ["a", "b"], [[1]], {}]
 NAMES = ["text_input", "chat_messages", "input_ids", "max_tokens", "stop_words", "temperature", "top_k", "top_p"]

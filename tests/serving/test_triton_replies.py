@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from served import Served, needs_triton
+from served import Served, needs_triton, triton
 
 import echo_trt
 from echo_trt.launch.triton_server import model_repository
@@ -52,7 +52,7 @@ def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
     (folder / "model_repo" / "echo" / "1" / "model.py").write_text(MODEL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        server = Served(roomy_bundle, folder / "log")
+        server = triton(roomy_bundle, folder / "log")
     try:
         yield server.wait_for("serving")
     finally:

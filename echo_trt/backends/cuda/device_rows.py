@@ -47,7 +47,6 @@ class DeviceRows:
 
     @property
     def tensor(self) -> Tensor:
-        """The rows, on the device."""
         if self._index is None:
             return self._rows
         return self._rows[send(self._index, self._rows.device)]
@@ -97,7 +96,6 @@ class DeviceLogits(DeviceRows):
         return torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1)
 
     def _parts(self, count: int) -> list[slice]:
-        """Divide ``count`` rows into parts that are worked on at once."""
         size = max(_AT_ONCE // (4 * self.shape[1]), 1)
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
@@ -154,7 +152,6 @@ class BankRows:
 
 
 def numbered(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Replace rows of banks by their numbers, int64 [m]."""
     return {name: np.ascontiguousarray(i.places if isinstance(i, BankRows) else i) for name, i in inputs.items()}
 
 

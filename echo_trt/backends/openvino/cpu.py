@@ -22,7 +22,6 @@ def has_bf16() -> bool:
 
 @cache
 def has_amx() -> bool:
-    """Return whether this CPU has matrix units for bf16."""
     return has_bf16() and _CPU.exists() and "amx_bf16" in _CPU.read_text(encoding="utf-8")
 
 

@@ -12,8 +12,7 @@ import openvino as ov  # isort: skip
 
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
-from echo_trt.backends.openvino.lanes import as_lanes
-from echo_trt.backends.openvino.rounding import pad_requests
+from echo_trt.backends.openvino.lanes import as_lanes, pad_requests
 from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.pack import BLOCK, Packed, pack
 

@@ -59,7 +59,6 @@ class RankedEngine:
         self.num_blocks, self.sizes = engines[0].num_blocks, engines[0].sizes
 
     def overlap(self, work: Callable[[], None]) -> bool:
-        """See ``backends.base.overlap``."""
         return overlap(self._engines[0], work)
 
     def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,7 +12,6 @@ from echo_trt.backends.cuda.device import compute_capability, cuda_device, has_c
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
-from echo_trt.backends.tensorrt.collectives import name_collectives
 from echo_trt.backends.tensorrt.compiler import (
     COMPILERS,
     CompileJob,
@@ -23,6 +22,7 @@ from echo_trt.backends.tensorrt.compiler import (
     known_capabilities,
     load_compiler,
 )
+from echo_trt.backends.tensorrt.graph import name_collectives
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import SelfCheck, TensorRTFacts

@@ -72,7 +72,6 @@ class Piece:
 
 
 def linear_pieces(call: Packed, inputs: Arrays, layout: Layout, limits: CallLimits) -> Iterator[Piece]:
-    """Divide a call for the native graph."""
     for part in split(call, layout, limits.tokens):
         for group in _groups(call, part, limits):
             yield _linear_piece(call, group, inputs, layout, limits)

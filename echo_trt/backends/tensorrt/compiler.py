@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from echo_trt.backends.tensorrt.graph_checks import check_graph
+from echo_trt.backends.tensorrt.graph import check_graph
 from echo_trt.errors import UserError
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, usual and largest shape of an input
@@ -131,12 +131,18 @@ def compile_engine(job: CompileJob, out: Path, detail: Detail = lambda share, ph
             config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if compiler.plugins:  # which write into the caches, their inputs
             config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-        _target(api, config, job.capabilities)
+        if job.capabilities:  # else TensorRT-RTX builds for all cards from Ampere on, and TensorRT for this one
+            config.num_compute_capabilities = len(job.capabilities)
+        for i, capability in enumerate(job.capabilities):
+            config.set_compute_capability(getattr(api.ComputeCapability, "SM" + capability.replace(".", "")), i)
         if not compiler.builds_anywhere:  # TensorRT-RTX times nothing, and cannot read a cache without a GPU
             timings = config.create_timing_cache(job.timing_cache.read_bytes() if job.timing_cache.exists() else b"")
             config.set_timing_cache(timings, True)
-        for profile in job.profiles:
-            config.add_optimization_profile(_profile(builder, profile))
+        for shapes in job.profiles:
+            profile = builder.create_optimization_profile()
+            for name, least_usual_most in shapes.items():
+                profile.set_shape(name, *least_usual_most)
+            config.add_optimization_profile(profile)
         engine = _build(api, builder, network, config, detail)
         if engine is None:
             raise UserError(
@@ -163,22 +169,6 @@ def _parse(parser: Any, job: CompileJob, logger: Any, compiler: Compiler) -> Non
                 f"{compiler.title} warned while reading {graph}: {first_sentence([warning])}; this is not known to be "
                 "harmless, so no engine was built: export the network with echo-trt build."
             )
-
-
-def _target(api: ModuleType, config: Any, capabilities: Sequence[str]) -> None:
-    """Set compute capabilities; by default TensorRT-RTX builds for all cards from Ampere on, TensorRT for this one."""
-    if not capabilities:
-        return
-    config.num_compute_capabilities = len(capabilities)
-    for i, capability in enumerate(capabilities):
-        config.set_compute_capability(getattr(api.ComputeCapability, "SM" + capability.replace(".", "")), i)
-
-
-def _profile(builder: Any, shapes: Profile) -> Any:
-    profile = builder.create_optimization_profile()
-    for name, (least, usual, most) in shapes.items():
-        profile.set_shape(name, least, usual, most)
-    return profile
 
 
 def _build(api: ModuleType, builder: Any, network: Any, config: Any, detail: Detail) -> Any:

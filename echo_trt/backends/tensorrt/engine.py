@@ -36,12 +36,12 @@ def mover_for(pool: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
     """Return the function that moves rows of ``pool``: compiled kernels where there are any."""
     if pool.device.type == "cuda":
         try:
-            from super_tree_attention import compiled_moves
+            from super_tree_attention import launch
         except ImportError:  # cuda-python is missing
             pass
         else:
-            if compiled_moves.can_move(pool):
-                return compiled_moves.move_rows
+            if launch.can_move(pool):
+                return launch.move_rows
     from super_tree_attention.triton_attention import move_rows
 
     return move_rows
@@ -179,12 +179,10 @@ class TensorRTEngine:
         return outputs
 
     def overlap(self, work: Callable[[], None]) -> bool:
-        """See ``backends.base.overlap``."""
         self._meanwhile = work
         return True
 
     def bank(self, name: str) -> DeviceBank | None:
-        """Return the bank of the input ``name``."""
         return self._banks.get(name)
 
     @property

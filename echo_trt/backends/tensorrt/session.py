@@ -87,11 +87,9 @@ class Session:
         return len(self._profiles)
 
     def most(self, name: str, axis: int, profile: int = 0) -> int:
-        """The largest size of an input's axis in a profile."""
         return self._profiles[profile][name][1][axis]
 
     def width(self, output: str) -> int:
-        """Return the columns of an output, a number that all profiles share."""
         return self._engine.get_tensor_shape(output)[-1]
 
     def _runtime_settings(self) -> Any:

@@ -89,13 +89,11 @@ class TorchEngine:
         return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
     def overlap(self, work: Callable[[], None]) -> bool:
-        """See ``backends.base.overlap``."""
         if self._resident:
             self._meanwhile = work
         return self._resident
 
     def bank(self, name: str) -> DeviceBank | None:
-        """Return the bank of the input ``name``, where inputs stay on the device."""
         return self._banks.get(name)
 
     @torch.inference_mode()

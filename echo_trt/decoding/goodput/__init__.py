@@ -1,12 +1,9 @@
-"""The goodput policy: draft and verify what commits most tokens a second, by costs measured on this machine.
+"""The goodput policy: draft and verify what commits most tokens per second, by costs measured on this machine.
 
-ladder      chooses the size that is verified at a load, or plain decoding
-planner     one iteration: levels while they pay, then the best nodes over the batch
-search      values a level before it is drafted
-candidates  head, copied text and n-grams in one super-tree, with P(accept)
-acceptance  P(accept | source, depth, score): calibrated or not, and learnt while it runs
-fit         what was verified lately, as a logistic fit
-ngrams      continuations that the target has usually written
-costs       seconds of passes on this machine, tracked while it runs
-requests    running statistics of requests: who drafts well, who fell behind
+planner    one iteration: the ladder's size, draft levels while they pay, then the best nodes over the batch
+ladder     measures verification sizes against plain decoding, and holds the best one
+model      what a pass costs, and what a node is worth
+optimiser  given a model: which levels to draft, and which nodes to verify
+learner    corrects the model by what came of an iteration
+settings   bounds of the search, and every tuned value
 """

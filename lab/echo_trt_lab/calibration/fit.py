@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from echo_trt.bundle.calibration import Calibration
-from echo_trt.decoding.goodput.acceptance import CALIBRATED, Acceptance, knots
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, Acceptance, knots
 from echo_trt_lab.calibration.gates import fit_gates
 from echo_trt_lab.calibration.observe import Observed, observe
 from echo_trt_lab.calibration.trees import Trees

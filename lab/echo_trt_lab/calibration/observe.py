@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
-from echo_trt.decoding.goodput.candidates import Candidates
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates
 from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt_lab.calibration.trees import RecordedDraft, Trees

@@ -15,7 +15,7 @@ from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.goodput.ngrams import NGrams
+from echo_trt.decoding.goodput.model.ngrams import NGrams
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Planner

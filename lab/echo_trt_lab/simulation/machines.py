@@ -15,7 +15,7 @@ from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
 from echo_trt.decoding.arrays import next_size
 from echo_trt.decoding.echo.budget import fit_hinge
-from echo_trt.decoding.goodput.costs import FAR, NEAR, Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.errors import UserError
 from echo_trt.sizing.hardware import Chip, Network
 
@@ -60,8 +60,7 @@ class Machine:
 
     def costs(self) -> Costs:
         """Make new curves, which a policy may correct."""
-        target = Curve(*self.target, reach=FAR if self.knee is None else NEAR)
-        return Costs(target, Curve(*self.draft), self.cold, self.change, self.padded)
+        return Costs(Curve(*self.target), Curve(*self.draft), self.cold, self.change, self.padded)
 
     @property
     def k_max(self) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.goodput.costs import Costs
-from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.model.costs import Costs
+from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt_lab.calibration.trees import Trees
 from echo_trt_lab.simulation.machines import Machine

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from echo_trt.decoding.accept import accept
-from echo_trt.decoding.goodput.costs import Costs
+from echo_trt.decoding.goodput.model.costs import Costs
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Planner
 from echo_trt.decoding.super_tree import SuperTree

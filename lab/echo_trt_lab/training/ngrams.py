@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.goodput.ngrams import NGrams, context_keys
+from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 from echo_trt.errors import UserError
 from echo_trt_lab.training.corpus import HELD_OUT_EVERY, shard_paths
 

@@ -83,7 +83,7 @@ class Stage:
         log = self.folder / f"server-{self.starts}.log"
         options = ("--queue", self.queue, "--api-keys-file", keys, *options)
         self.read = 0
-        self.server = Served(self.bundle, log, *options, gateway=True).wait_for("serving", 300)
+        self.server = Served(self.bundle, log, *options, triton=True).wait_for("serving", 300)
         if not self.expected:
             self.expected = {p: self.server.generate(**self.ask(p))["text_output"] for p in PROMPTS}
         return self.server

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from machines import Recorded, Server, linear, load_of
 from seeded_draft import NoDraft, PathDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import Foresee, Ladder
+from echo_trt.decoding.goodput.ladder import Forecast, Ladder
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 
@@ -41,7 +41,7 @@ class Fixed(Ladder):
         super().__init__()
         self._size = size
 
-    def rung(self, requests: int, foresee: Foresee) -> int:
+    def size(self, requests: int, forecast: Forecast) -> int:
         return self._size
 
 

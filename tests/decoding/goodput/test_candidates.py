@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from machines import random_acceptance
 from seeded_draft import SeededDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
-from echo_trt.decoding.goodput.candidates import LEAST_LEFT, Candidates
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates
 from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP, NGRAM
 from echo_trt.decoding.super_tree import SuperTree
@@ -65,7 +65,7 @@ class Retold:
         kept = {child for child, there in zip(proposed, exists, strict=True) if there}
         chain_child = self.chain[len(path)] if len(self.chain) > len(path) else None
         if chain_child and chain_child[:-1] == path and chain_child not in kept:
-            left = max(1 - np.exp(np.minimum(log_q[:width], 0)).sum(), LEAST_LEFT)
+            left = max(1 - np.exp(np.minimum(log_q[:width], 0)).sum(), 0.02)
             a = np.exp(self.log_a)
             for below in self.chain[len(path) :]:
                 self.nodes[below].score += np.log(left / (a * left + 1 - a))
@@ -185,10 +185,6 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
         candidates.add(chosen, *children, width)
         assert_same(candidates, retold)
         assert candidates.value == pytest.approx(candidates.probability * weights[candidates.tree.request])
-        first = {r: [n.probability for p, n in want.nodes.items() if len(p) == 1] for r, want in enumerate(retold)}
-        asked = np.arange(count)[::-1]
-        best = [max(first[request], default=0.0) for request in asked]
-        assert candidates.best_child(asked) == pytest.approx(best, abs=1e-3)
 
 
 @given(cases(), st.randoms(use_true_random=False))

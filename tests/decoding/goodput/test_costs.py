@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import TUNING
 
-from echo_trt.decoding.goodput.costs import NEAR, SPEED_SHARE, Costs, Curve
+from echo_trt.decoding.goodput.learner.costs import CostLearner, correct
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.planner import Pass
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
+
+
+def observe(curve: Curve, tokens: int, context: int, seconds: float) -> None:
+    correct(curve, Pass(tokens, context, seconds), TUNING)
 
 
 @st.composite
@@ -68,7 +75,7 @@ def test_a_curve_of_one_size_is_flat():
 def test_whatever_is_observed_a_curve_stays_monotone_and_finite(table, observed):
     curve = Curve(*table, per_context=1e-5)
     for tokens, context, seconds in observed:
-        curve.observe(tokens, context, seconds)
+        observe(curve, tokens, context, seconds)
     dense = curve.base(300)
     assert np.isfinite(dense).all()
     assert dense[0] == 0
@@ -77,7 +84,7 @@ def test_whatever_is_observed_a_curve_stays_monotone_and_finite(table, observed)
     assert (np.diff(curve.seconds) >= 0).all()
 
 
-KNEE = Curve(SIZES, [0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.04], reach=NEAR)
+KNEE = Curve(SIZES, [0.01, 0.01, 0.01, 0.01, 0.01, 0.02, 0.04])
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.8])
@@ -85,11 +92,11 @@ def test_a_pass_corrects_sizes_near_its_own_and_by_a_share_all_others(factor):
     """Were the others believed as fast as ever, they would look cheap on a machine that has become slower."""
     curve = copy.deepcopy(KNEE)
     for _ in range(200):
-        curve.observe(8, 0, factor * 0.01)
+        observe(curve, 8, 0, factor * 0.01)
     assert curve(8) == pytest.approx(factor * 0.01, rel=0.02)
     # Of passes that take as long as this one, smaller ones take no longer than it, and else follow by a share.
-    assert curve(1) == pytest.approx((factor if factor < 1 else factor**SPEED_SHARE) * 0.01, rel=0.05)
-    assert curve(64) == pytest.approx((factor if factor < 1 else factor**SPEED_SHARE) * 0.04, rel=0.05)
+    assert curve(1) == pytest.approx((factor if factor < 1 else factor**TUNING.shared_cost) * 0.01, rel=0.05)
+    assert curve(64) == pytest.approx((factor if factor < 1 else factor**TUNING.shared_cost) * 0.04, rel=0.05)
 
 
 def test_two_sizes_that_take_turns_are_both_learnt():
@@ -97,7 +104,7 @@ def test_two_sizes_that_take_turns_are_both_learnt():
     curve = copy.deepcopy(KNEE)
     for _ in range(100):
         for tokens, seconds in ((4, 0.01), (64, 0.06)):
-            curve.observe(tokens, 0, seconds)
+            observe(curve, tokens, 0, seconds)
     assert curve(4) == pytest.approx(0.01, rel=0.04)
     assert curve(64) == pytest.approx(0.06, rel=0.04)
 
@@ -105,11 +112,11 @@ def test_two_sizes_that_take_turns_are_both_learnt():
 def test_sizes_between_the_measured_ones_are_learnt_too():
     curve = Curve([1, 100], [0.01, 0.01])
     for _ in range(1000):
-        curve.observe(100, 0, 0.03)
+        observe(curve, 100, 0, 0.03)
     assert curve(100) == pytest.approx(0.03, rel=0.02)
     fine = Curve([1, 8, 16], [0.01, 0.01, 0.01])
     for _ in range(1000):
-        fine.observe(11, 0, 0.02)
+        observe(fine, 11, 0, 0.02)
     assert fine(11) == pytest.approx(0.02, rel=0.05)
 
 
@@ -119,7 +126,7 @@ def test_a_curve_finds_another_machine_and_what_context_costs_is_taken_off(facto
     rng = np.random.default_rng(0)
     for tokens in rng.choice(np.arange(1, 65), 3000):
         truth = factor * straight(SIZES, TABLE, tokens)
-        curve.observe(int(tokens), 5000, truth * np.exp(rng.normal(0, 0.05)) + 1e-6 * 5000)
+        observe(curve, int(tokens), 5000, truth * np.exp(rng.normal(0, 0.05)) + 1e-6 * 5000)
     for tokens in (1, 3, 8, 16, 20, 40, 64):
         assert curve(tokens) == pytest.approx(factor * straight(SIZES, TABLE, tokens), rel=0.12)
         assert curve(tokens, 5000) - curve(tokens) == pytest.approx(5e-3)
@@ -129,12 +136,12 @@ def test_a_pass_that_was_disturbed_says_little():
     curve, calm = Curve(SIZES, TABLE), Curve(SIZES, TABLE)
     for seconds, most in ((100.0, 0.03), (1e-9, 0.1)):
         for _ in range(100):
-            curve.observe(8, 0, TABLE[3])
-        curve.observe(8, 0, seconds)
+            observe(curve, 8, 0, TABLE[3])
+        observe(curve, 8, 0, seconds)
         assert 0.99 * most <= abs(np.log(curve.seconds[3] / TABLE[3])) < 1.3 * most
     for i in range(300):
-        curve.observe(8, 0, 1.0 if i % 20 == 0 else TABLE[3])
-        calm.observe(8, 0, TABLE[3])
+        observe(curve, 8, 0, 1.0 if i % 20 == 0 else TABLE[3])
+        observe(calm, 8, 0, TABLE[3])
     assert curve(8) == pytest.approx(calm(8), rel=0.04)
 
 
@@ -152,7 +159,7 @@ def test_a_verification_costs_what_the_next_size_does():
 @pytest.mark.parametrize("requests", [1, 7, 40])
 def test_rungs_are_sizes_above_the_requests_a_quarter_apart(sizes, requests):
     costs = Costs(KNEE, Curve([1], [0.1]), sizes=sizes)
-    rungs = costs.rungs(requests, 8 * requests)
+    rungs = costs.verification_sizes(requests, 8 * requests, 1.25)
     assert (rungs == [costs.padded(size) for size in rungs.tolist()]).all()
     assert requests < rungs[0] <= costs.padded(int(1.25 * requests) + 1)
     assert (rungs[1:] >= 1.25 * rungs[:-1]).all()
@@ -169,20 +176,21 @@ def test_a_pass_is_padded_to_the_usual_size_where_a_change_is_dearer(change, pad
 
 def test_a_pass_that_changed_its_size_says_nothing_of_others():
     costs = Costs(Curve([1, 8, 16], [1.0, 2.0, 3.0]), Curve([1], [0.1]), change=0.1, sizes=(8, 16))
+    learner = CostLearner(costs, TUNING)
     for _ in range(50):
-        costs.observe_target(8, 0, 4.0, 1)
-        costs.observe_target(16, 0, 6.0, 1)
-        costs.observe_target(100, 0, 90.0, 0, prompts=92)
+        learner.observe_target(Pass(8, 0, 4.0, 1), 0)
+        learner.observe_target(Pass(16, 0, 6.0, 1), 0)
+        learner.observe_target(Pass(100, 0, 90.0, 0), prompts=92)
     assert costs.target.seconds == pytest.approx([1.0, 2.0, 3.0])
-    costs.observe_target(16, 0, 6.0, 1)
-    costs.observe_target(16, 0, 6.0, 1)
+    learner.observe_target(Pass(16, 0, 6.0, 1), 0)
+    learner.observe_target(Pass(16, 0, 6.0, 1), 0)
     assert costs.target(16) > 3.0
 
 
 def test_target_and_draft_have_curves_of_their_own():
     costs = Costs(Curve(SIZES, TABLE), Curve([1], [1e-3]))
     for _ in range(10):
-        costs.draft.observe(1, 0, 2e-3)
+        observe(costs.draft, 1, 0, 2e-3)
     assert costs.target(1) == TABLE[0]
     assert costs.draft(1) > 1e-3
 
@@ -190,11 +198,11 @@ def test_target_and_draft_have_curves_of_their_own():
 def test_sizes_not_seen_do_not_drift_from_those_that_are():
     """Two sizes take turns on a machine that changes its speed: what a third would take goes with them."""
     sizes, seconds = [1, 8, 12, 16, 32], np.array([10.0, 11.0, 12.0, 13.0, 17.0])
-    curve = Curve(sizes, seconds, reach=NEAR)
+    curve = Curve(sizes, seconds)
     rng, factor = np.random.default_rng(3), 1.0
     for turn in range(400):
         if rng.random() < 0.3:
             factor = 3.0 - factor
         for _ in range(6):
-            curve.observe((8, 12)[turn % 2], 0, factor * float(seconds[1 + turn % 2]))
+            observe(curve, (8, 12)[turn % 2], 0, factor * float(seconds[1 + turn % 2]))
         assert 0.4 < curve(32) / curve(8) / (17 / 11) < 2.5

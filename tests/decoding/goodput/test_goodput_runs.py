@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from machines import SHAPE, Server, linear
 
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.sources import HEAD
 
@@ -85,14 +85,3 @@ def test_a_boastful_draft_is_seen_through():
     assert first == pytest.approx(0.5, abs=0.1)
     assert (model.bias[1:] == Acceptance.uncalibrated(SHAPE.max_depth).bias[1:]).all()
     assert server.run(200).rate >= 0.98 * 4 / server.target(4)
-
-
-def test_a_fresh_request_forgets_the_promise_of_who_was_there_before():
-    server = server_of(linear(0.01, 1e-4), linear(5e-4, 1e-5), [0.8, 0.1, 0.05], 4)
-    server.run(60)
-    history = server.planner.history
-    usual = history.promise[0]
-    history.promise[2] = 0.01
-    server.serial[2] = 9
-    server.run(1)
-    assert history.promise[2] == pytest.approx(usual, rel=0.1)  # what it thinks of the head still changes

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from machines import SHAPE, Server, linear
+from machines import SHAPE, TUNING, Server, linear
 
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import SETTLING, TRIAL, TRIAL_COST, UNDRAFTED, Ladder, load_of
+from echo_trt.decoding.goodput.ladder import UNDRAFTED, Ladder, load_of
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 
+TRIAL = TUNING.trial_iterations
 RUNGS = (6, 8, 12, 16)
 Rates = Callable[[int], float]
 
@@ -40,7 +41,7 @@ class Machine:
         """The rung of each iteration; counts tokens and seconds from here on."""
         rungs, self.tokens, self.seconds = [], 0.0, 0.0
         for _ in range(iterations):
-            rung = self.ladder.rung(requests, foreseen)
+            rung = self.ladder.size(requests, foreseen)
             seconds = requests / rate(rung) * float(np.exp(self.noise * self.rng.normal()))
             self.ladder.observe(requests, seconds)
             rungs.append(rung)
@@ -92,7 +93,7 @@ def test_a_rung_that_loses_is_given_up_after_a_window_or_two(requests):
         later
     )  # one text may be hard
     if requests >= 4:
-        assert sum(rung == 8 for rung in rungs) <= 5 * (TRIAL + SETTLING)
+        assert sum(rung == 8 for rung in rungs) <= 5 * (TRIAL + TUNING.warm_up)
 
 
 @pytest.mark.parametrize(("gain", "foreseen"), [(0.8, 0.8), (1.35, 1.35), (0.9, 0.8), (1.5, 1.35)])
@@ -132,7 +133,7 @@ def test_trials_lose_about_a_hundredth_of_the_time(foreseen):
     rungs = machine.run(rate, 10000)
     others = sum(rung != 6 for rung in rungs)
     assert 0 < others < 0.03 * len(rungs)
-    assert machine.rate > (1 - 1.2 * TRIAL_COST) * rate(6)
+    assert machine.rate > (1 - 1.2 * TUNING.trial_cost) * rate(6)
 
 
 def test_plain_decoding_and_the_other_rungs_are_tried():
@@ -200,7 +201,7 @@ def test_a_load_that_comes_and_goes_hides_no_loss(lasts):
 
 def test_a_trial_that_prompts_leave_nothing_of_ends():
     ladder = Ladder()
-    rungs = [ladder.rung(4, foresee(1.2, 1.1, 1.0, 1.0)) for _ in range(1000)]  # none is observed
+    rungs = [ladder.size(4, foresee(1.2, 1.1, 1.0, 1.0)) for _ in range(1000)]  # none is observed
     assert 0.3 < np.mean(np.array(rungs) == 6) < 1
 
 

@@ -7,21 +7,22 @@ import pytest
 from forests import path_to, super_trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import SHAPE, Recorded, linear, load_of
+from machines import SHAPE, TUNING, Recorded, linear, load_of
 from ngram_tables import Known, table
 from seeded_draft import NoDraft, SteadyDraft
 
-from echo_trt.decoding.goodput.acceptance import CALIBRATED_START, Acceptance
-from echo_trt.decoding.goodput.candidates import Candidates
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ngrams import FLOOR, LEAVES, NGrams, context_keys
+from echo_trt.decoding.goodput.learner.sources import SourceLearner
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.ngrams import LEAVES, NGrams, context_keys
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.sources import NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
-LONGEST = 3
+LONGEST, FLOOR = 3, TUNING.min_continuation
 TOKENS = st.integers(0, 4)  # few, so that contexts meet
 
 
@@ -78,7 +79,7 @@ def test_leaves_go_on_with_what_the_longest_known_context_says(case):
     tree, probability, known, recent, deepest, shift = case
     if not known:
         return
-    chains = table(known, LONGEST).chains(tree, probability, recent, deepest, shift)
+    chains = table(known, LONGEST).chains(tree, probability, recent, deepest, shift, FLOOR)
     names: dict[int, tuple[int, ...]] = {}
     for i, (parent, token) in enumerate(zip(chains.parent.tolist(), chains.token.tolist(), strict=True)):
         names[len(tree) + i] = (*(names.get(parent) or (parent,)), token)
@@ -95,20 +96,20 @@ def test_of_a_large_batch_the_best_leaves_are_continued():
     count = 3 * LEAVES
     tree, ngrams = SuperTree.from_roots(np.zeros(count)), table({(0,): (1, 0.9)}, LONGEST)
     probability = np.linspace(0.1, 1.0, count)
-    chains = ngrams.chains(tree, probability, np.full((count, LONGEST), -1), np.ones(count, np.int64), 0.0)
+    chains = ngrams.chains(tree, probability, np.full((count, LONGEST), -1), np.ones(count, np.int64), 0.0, FLOOR)
     assert sorted(chains.parent.tolist()) == list(range(count - LEAVES, count))
 
 
 def test_a_shift_reaches_what_a_table_is_sure_of():
     ngrams, tree = table({(0,): (1, 1.0)}, 1), SuperTree.from_roots(np.zeros(1))
-    chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5)
+    chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5, FLOOR)
     assert chains.probability[0] < 0.98
 
 
 def test_a_table_without_entries_continues_nothing():
     ngrams = NGrams(np.zeros(0, np.uint32), np.zeros(0), np.zeros(0), LONGEST)
     tree = SuperTree.from_roots(np.zeros(2))
-    assert len(ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0).parent) == 0
+    assert len(ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0, FLOOR).parent) == 0
 
 
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact", "goodput-head"])
@@ -141,14 +142,15 @@ def test_candidates_keep_what_they_are_worth():
 def test_a_shift_follows_what_is_accepted():
     """They claim a half, and a quarter is right."""
     model = Acceptance.uncalibrated(4)
+    learner = SourceLearner(model, TUNING)
     start = model.bias[:NGRAM].copy()
     for _ in range(100):
         p = 1 / (1 + np.exp(-model.bias[NGRAM, 0]))
         depth, score = np.array([1, 2, 1, 2]), np.full(4, np.log(p))
-        model.observe(np.full(4, NGRAM), depth, score, np.full(4, p), np.array([1.0, 0, 0, 0]))
+        learner.observe(np.full(4, NGRAM), depth, score, np.full(4, p), np.array([1.0, 0, 0, 0]))
     assert 1 / (1 + np.exp(-model.bias[NGRAM, 0])) == pytest.approx(0.25, abs=0.02)
     assert (model.bias[:NGRAM] == start).all()
-    assert model.totals()["accepted"]["ngram"] == 100
+    assert learner.totals()["accepted"]["ngram"] == 100
 
 
 def chain_planner(max_depth: int, costs: Costs, acceptance: Acceptance, ngrams: NGrams) -> GoodputPlanner:

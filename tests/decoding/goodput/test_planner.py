@@ -8,15 +8,16 @@ import pytest
 from forests import nodes_of, super_trees
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from machines import SHAPE, SIZES, Copied, Recorded, linear, load_of, random_acceptance
+from machines import SHAPE, SIZES, TUNING, Copied, Recorded, linear, load_of, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
-from echo_trt.decoding.goodput.acceptance import HORIZON, Acceptance
-from echo_trt.decoding.goodput.candidates import Candidates
-from echo_trt.decoding.goodput.costs import Costs, Curve
-from echo_trt.decoding.goodput.ladder import Foresee, Ladder
-from echo_trt.decoding.goodput.planner import GoodputPlanner, Search, paying_nodes, select
-from echo_trt.decoding.goodput.search import BINS
+from echo_trt.decoding.goodput.ladder import Forecast, Ladder
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates
+from echo_trt.decoding.goodput.optimiser.levels import BINS, LevelSearch
+from echo_trt.decoding.goodput.optimiser.nodes import paying_nodes, select
+from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
 from echo_trt.decoding.policies import goodput_settings
@@ -49,8 +50,12 @@ def planner_of(
 class Highest(Ladder):
     """Leaves it to the search whether anything is drafted."""
 
-    def rung(self, requests: int, foresee: Foresee) -> int:
-        return int(foresee()[0][-1])
+    def size(self, requests: int, forecast: Forecast) -> int:
+        return int(forecast()[0][-1])
+
+
+def price_of(planner: GoodputPlanner, load: Load) -> float:
+    return planner.learner.model(load, planner.settings).price
 
 
 def steady(count: int, *q: float) -> Recorded:
@@ -127,11 +132,13 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
     # Either only the first level brings something, or the second brings as much.
     children = np.array([[[0.3, 0.5]], *[[[0.0, 0.0] if levels == 1 else [1.0, 1.0]]] * 2])
     acceptance = Acceptance(random_acceptance(0).table, children)
-    added = acceptance.forecast(9).child_shares[0].mean(axis=2).sum(axis=1)  # tokens of a request, level by level
+    added = (
+        acceptance.forecast(9, TUNING.horizon).child_shares[0].mean(axis=2).sum(axis=1)
+    )  # tokens of a request, level by level
     worth = count * max(added.cumsum() / np.arange(1, len(added) + 1))  # a pass, of as many levels as are best
     for dear, asked in ((1.01, False), (0.99, True)):
         planner = planner_of(flat(0.01), FREE, count, acceptance)
-        planner.costs.draft = flat(dear * worth / planner.price(load_of(count)))
+        planner.learner.costs.draft = flat(dear * worth / price_of(planner, load_of(count)))
         draft = steady(count, 0.5, 0.1, 0.1)
         plan = planner.plan(np.zeros(count), draft if asked else NoDraft(), load_of(count))
         assert draft.roots == (list(range(count)) if asked else [])
@@ -175,21 +182,10 @@ def test_without_room_nothing_is_drafted():
     assert len(plan.tree) == 4
 
 
-def test_those_are_drafted_who_promise_most():
-    planner = planner_of(flat(0.01), FREE, settings=replace(SHAPE, max_depth=1, width=1))
-    planner.history.promise[:] = [0.1, 1.5, 0.2, 1.4]
-    # Each entry costs what the two promising are worth, and the others are not.
-    planner.costs.draft = linear(0.8 * 0.59 / planner.price(load_of(4)), 0.8 * 0.59 / planner.price(load_of(4)))
-    draft = steady(4, 0.5, 0.1, 0.1)
-    planner.plan(np.zeros(4), draft, load_of(4))
-    assert draft.roots == [1, 3]
-
-
 def test_one_that_is_far_behind_is_left_where_others_are_not():
     planner = planner_of(flat(0.01), FREE)
-    planner.costs.draft = Curve([1, 400], np.array([1, 400]) * 0.3 * 0.59 / planner.price(load_of(4)))
+    planner.learner.costs.draft = Curve([1, 400], np.array([1, 400]) * 0.3 * 0.59 / price_of(planner, load_of(4)))
     draft = steady(4, 0.5, 0.1, 0.1)
-    planner.history.promise[:] = [1.03, 1.02, 1.01, 1.0]
     planner.plan(np.zeros(4), draft, load_of(4, behind=np.array([1, 1, 1, 300])))
     assert draft.roots == [0, 1]  # tried are 1, 2 and all
 
@@ -214,12 +210,12 @@ def test_prompts_in_the_same_call_make_a_token_cost_what_it_costs_there():
 
 def test_a_second_is_worth_what_plain_decoding_makes_of_it_times_what_was_gained():
     planner, load = planner_of(Curve([1, 4, 8], [0.01, 0.02, 0.03], per_context=1e-5), FREE, head=False), load_of(4)
-    assert planner.price(load_of(4, context=500)) == pytest.approx(4 / 0.025)
+    assert price_of(planner, load_of(4, context=500)) == pytest.approx(4 / 0.025)
     plan = planner.plan(np.zeros(4), NoDraft(), load)
     for _ in range(400):
         planner.observe(Iteration(plan, load, np.arange(4), Pass(4, 0, 0.02), (), 0, 0.0, seconds=0.01, host=0.005))
     # 4 tokens in 0.01 s, where a plain iteration takes 0.02 s and 0.005 s of the host
-    assert planner.price(load_of(4)) == pytest.approx(4 / 0.01, rel=0.01)
+    assert price_of(planner, load_of(4)) == pytest.approx(4 / 0.01, rel=0.01)
 
 
 # -- how many of a frontier ------------------------------------------------------------------------------------------
@@ -257,11 +253,12 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     tokens = np.tile(np.arange(3), (count, 1))
     candidates.add(np.arange(count), np.log(np.sort(rng.uniform(0, 0.6, (count, 3)))[:, ::-1]), tokens, 3)
     load, depth = load_of(count), int(rng.integers(0, 3))
-    price = planner.price(load)
+    model = planner.learner.model(load, settings)
+    price = model.price
     frontier = -np.sort(-rng.uniform(0, 1.1, size))
     entries = np.cumsum(rng.integers(1, 4, size))
-    search = Search(candidates, load, planner._verifying(load, 200, planner._fills_rung), price)
-    got = planner._worth_expanding(search, frontier, depth, entries)
+    search = LevelSearch(model, candidates, model.verifying(200, fills=False), price)
+    got = search.worth_expanding(frontier, depth, entries)
 
     now = [(float(v), 1.0) for v in candidates.value[count:]]
     seconds = np.array([planner.costs.target(count + k) for k in range(200)])
@@ -269,7 +266,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
     for number in {*[2**i for i in range(size.bit_length()) if 2**i <= size], size}:
         later = list(now)
         above = np.ones(4)
-        for level in range(min(HORIZON, 3 - depth)):
+        for level in range(min(TUNING.horizon, 3 - depth)):
             share = above * children[depth + level]
             later += [(min(f * s, 1.0), 0.25) for f in frontier[:number] for s in share.reshape(-1).tolist()]
             above = share[0]
@@ -302,8 +299,7 @@ def servings(
     copied = Continuations(chains, np.log(rng.uniform(0.1, 0.9, count)), np.full(count, 2))
     copied = copied if draw(st.booleans()) else None
     planner = planner_of(linear(0.01, each), linear(draft_each, draft_each), 6, acceptance, settings, copied)
-    planner.costs.change = draw(st.sampled_from(changes))
-    planner.history.promise[:] = rng.uniform(0, 2, 6)
+    planner.learner.costs.change = draw(st.sampled_from(changes))
     return planner, draft, load, copied
 
 
@@ -364,7 +360,7 @@ def test_plans_depend_on_nothing_but_what_they_are_told():
 def test_who_fell_behind_is_preferred():
     planner = planner_of(linear(0.01, 2e-3), linear(1e-4, 1e-5), 2)
     for _ in range(200):
-        planner.history.observe(np.arange(2), np.array([1, 4]), 0.01)
+        planner.learner.history.observe(np.arange(2), np.array([1, 4]), 0.01)
     plan = planner.plan(np.zeros(2), steady(2, 0.8, 0.1, 0.05), load_of(2))
     slow, fast = plan.tree.sizes
     assert slow > fast

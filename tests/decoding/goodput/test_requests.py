@@ -1,11 +1,12 @@
-"""What the policy remembers: who fell behind, who drafts well, and what was gained."""
+"""What the policy remembers: who fell behind, who was not drafted for, and what was gained."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import TUNING
 
-from echo_trt.decoding.goodput.requests import History
+from echo_trt.decoding.goodput.learner.requests import History
 
 ALL, SECONDS = np.arange(4), 0.01
 
@@ -21,7 +22,7 @@ def run(history: History, progress: list[float], iterations: int, slots: np.ndar
 
 
 def test_those_behind_weigh_more_those_ahead_less():
-    history = History(4)
+    history = History(4, TUNING)
     assert history.weights(ALL).tolist() == [1, 1, 1, 1]
     run(history, [1, 2, 3, 2], 200)
     slow, mean, fast, _ = history.weights(ALL)
@@ -31,7 +32,7 @@ def test_those_behind_weigh_more_those_ahead_less():
 
 @given(st.lists(st.integers(0, 60), min_size=4, max_size=4), st.integers(1, 400))
 def test_weights_stay_within_their_limits(progress, iterations):
-    history = History(4)
+    history = History(4, TUNING)
     run(history, progress, min(iterations, 60))
     weights = history.weights(ALL)
     assert ((weights >= 0.8) & (weights <= 1.25)).all()
@@ -40,7 +41,7 @@ def test_weights_stay_within_their_limits(progress, iterations):
 
 
 def test_only_the_asked_slots_are_compared():
-    history = History(4)
+    history = History(4, TUNING)
     run(history, [1, 5, 5, 1], 100)
     assert history.weights(np.array([1, 2])) == pytest.approx([1, 1])
     assert history.weights(ALL[:0]).tolist() == []
@@ -51,14 +52,14 @@ def test_only_the_asked_slots_are_compared():
 
 @given(st.lists(st.tuples(st.floats(1, 8), st.floats(1e-3, 100.0)), max_size=30))
 def test_speedup_is_never_below_one(iterations):
-    history = History(4)
+    history = History(4, TUNING)
     for tokens, plain in iterations:
         run(history, [tokens] * 4, 1, plain=plain)
         assert history.speedup >= 1
 
 
 def test_speedup_is_tokens_over_those_of_plain_decoding_in_the_same_time():
-    history = History(4)
+    history = History(4, TUNING)
     assert history.speedup == 1
     # 4 requests, 3 tokens each, in twice the time of a plain iteration
     run(history, [3, 3, 3, 3], 300, plain=8.0)
@@ -70,7 +71,7 @@ def test_speedup_is_tokens_over_those_of_plain_decoding_in_the_same_time():
 
 
 def test_what_is_expected_is_told_as_it_usually_comes_true():
-    history = History(4)
+    history = History(4, TUNING)
     assert history.corrected_expectation(0.0, 0) == 0.0
     for _ in range(8):  # a window
         told = history.corrected_expectation(2.0, 0)
@@ -80,71 +81,34 @@ def test_what_is_expected_is_told_as_it_usually_comes_true():
     assert told == pytest.approx(1.0, rel=0.02)
 
 
-# -- promise -------------------------------------------------------------------------------------------------------
-
-
-def test_promise_follows_what_was_drafted_and_fades_towards_the_mean():
-    history = History(4)
-    for _ in range(40):
-        history.begin(ALL)
-        history.drafted(np.array([0]), np.array([0.2]), usual=0.5)
-        history.drafted(np.array([1]), np.array([0.6]), usual=0.5)
-    assert history.promise[:2] == pytest.approx([0.4, 1.2], abs=0.06)
-    left = history.promise.copy()
-    for _ in range(30):
-        history.begin(np.array([0, 1]))
-    assert left[0] < history.promise[0] < history.promise[1] < left[1]
-    assert history.promise[2] == left[2]  # it could not draft
-    for _ in range(400):
-        history.begin(np.array([0, 1]))
-    assert history.promise[0] == pytest.approx(history.promise[1], abs=1e-3)
-
-
-def test_a_fresh_request_begins_with_what_is_usual():
-    history = History(4)
-    for _ in range(200):
-        history.begin(ALL)
-        history.drafted(ALL, np.array([0.1, 0.6, 0.6, 0.6]), usual=0.5)
+def test_a_fresh_request_begins_with_the_mean_progress():
+    history = History(4, TUNING)
     run(history, [1, 4, 4, 4], 200)
     history.forget(0)
-    assert history.promise[0] == pytest.approx(0.95, abs=0.05)  # the mean of all, in shares of what is usual
-    assert history.promise[1] == pytest.approx(1.2, abs=0.05)
-    weights = history.weights(ALL)
-    assert 1 <= weights[0] < 1.05
-    history.begin(ALL)
-    history._idle[:] = [0, 5, 3, 1]
-    history.forget(1)
-    assert history.probe(ALL, ALL, np.zeros(len(ALL))).tolist() == [2]
+    assert 1 <= history.weights(ALL)[0] < 1.05
 
 
-def test_a_calibration_that_expects_nothing_of_drafts_leaves_numbers():
-    history = History(2)
-    history.begin(np.arange(2))
-    history.drafted(np.array([0]), np.array([0.0]), usual=0.0)
-    assert np.isfinite(history.promise).all()
+# -- exploration -------------------------------------------------------------------------------------------------------
 
 
-# -- probing -------------------------------------------------------------------------------------------------------
-
-
-def test_who_waited_longest_is_probed_first():
-    history, slots = History(6), np.array([5, 1, 3])
+def test_who_waited_longest_is_drafted_for_first():
+    history, slots = History(6, TUNING), np.array([5, 1, 3])
     run(history, [1, 1, 1], 1000, slots=slots)
     for waited in ([5, 1, 3], [5, 3], [5]):
-        history.begin(np.array(waited))
-    assert history.probe(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [0]
+        history.drafted(np.array(waited), np.zeros(0, np.int64))
+    assert history.explore(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [0]
     run(history, [1, 1, 1], 1000, slots=slots)
-    history.drafted(np.array([5]), np.array([0.5]), 0.5)
-    assert history.probe(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [2]
+    history.drafted(np.array([5]), np.array([5]))
+    assert history.explore(np.array([0, 1, 2]), slots, np.full(3, 0.01)).tolist() == [2]
 
 
 @given(st.floats(1e-4, 0.05))
-def test_probes_wait_for_their_credit(cost):
-    history = History(4)
+def test_exploration_waits_for_its_credit(cost):
+    history = History(4, TUNING)
     spent = 0.0
     for _ in range(400):
-        history.begin(ALL)
-        if len(history.probe(ALL, ALL, np.full(len(ALL), cost))):
+        history.drafted(ALL, ALL[:0])
+        if len(history.explore(ALL, ALL, np.full(len(ALL), cost))):
             spent += cost
         run(history, [1, 1, 1, 1], 1)
     assert spent <= 0.01 * 400 * SECONDS

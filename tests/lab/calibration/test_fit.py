@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 
 from echo_trt.decoding.echo import gates
-from echo_trt.decoding.goodput.acceptance import KNOTS, Acceptance, knots
+from echo_trt.decoding.goodput.model.acceptance import KNOTS, Acceptance, knots
 from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP
 from echo_trt_lab.calibration.fit import PRIOR, QUANTILES, acceptance_table, children_quantiles, fit, lookup_acceptance
 from echo_trt_lab.calibration.gates import auc, fit_gates, youden

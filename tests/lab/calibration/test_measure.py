@@ -11,8 +11,10 @@ from runtime.driving import assert_all_free
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.decoding.goodput.costs import Curve
-from echo_trt.decoding.planner import PlainPlanner
+from echo_trt.decoding.goodput.learner.costs import correct
+from echo_trt.decoding.goodput.model.costs import Curve
+from echo_trt.decoding.goodput.settings import GoodputTuning
+from echo_trt.decoding.planner import Pass, PlainPlanner
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.measure import (
@@ -207,7 +209,7 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
     for _ in range(500):  # and what plain decoding really takes does not tempt it
         assert (base[2:65] >= 1.99 * base[1]).all()
         assert (np.diff(base[1:65]) >= 0.99 * base[1]).all()
-        curve.observe(1, 100, 0.02)
+        correct(curve, Pass(1, 100, 0.02), GoodputTuning())
         base = curve.base(64)
 
 

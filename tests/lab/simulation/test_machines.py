@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.decoding.goodput.costs import Curve
+from echo_trt.decoding.goodput.model.costs import Curve
 from echo_trt.sizing.hardware import distinct_experts
 from echo_trt_lab.simulation.machines import (
     NAMES,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ngram_tables import table
 from synthetic import recorded
 
-from echo_trt.decoding.goodput.costs import Costs, Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.settings import GoodputSettings
 from echo_trt_lab.calibration.observe import observe
 from echo_trt_lab.simulation.oracle import choose, foresee

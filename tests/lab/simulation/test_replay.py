@@ -172,7 +172,7 @@ def test_the_clock_tells_the_policy_nothing_new(recording, calibration):
     run.run(500)
     assert run.planner.costs.target.seconds == pytest.approx(KNEE.target[1])
     assert run.planner.costs.draft.seconds == pytest.approx(KNEE.draft[1])
-    assert run.planner.history.host_seconds == pytest.approx(1e-3, rel=0.2)
+    assert run.planner.learner.history.host_seconds == pytest.approx(1e-3, rel=0.2)
 
 
 def test_runs_repeat(recording, calibration):

@@ -1,4 +1,4 @@
-"""What a pass costs on this machine: T(N, context), as a table that follows the machine while it runs."""
+"""What a pass costs on this machine: T(N, context), as a table that a learner corrects."""
 
 from __future__ import annotations
 
@@ -10,35 +10,17 @@ import numpy as np
 
 from echo_trt.decoding.arrays import next_size
 
-NEAR, FAR = 0.2, 0.5  # reach of a measurement in log N, for slopes and for levels; larger: it corrects more sizes
-SPEED_SHARE = 0.5  # share of an error applied to all sizes: larger blames the machine's speed, not one size
-LEARNING = 0.1  # weight of the newest pass; larger: follows the machine sooner, and noise too
-ERROR_LIMITS = -1.0, 0.3  # bounds of log(measured / predicted): wider lets other work distort the curve
-RUNG_RATIO = 1.25  # smallest ratio of two rungs; larger: fewer sizes to try, and worse ones
-COLD_LIMIT = 4.0  # passes of one token that a cold cache may cost; larger: other work is taken for a cold cache
-COLD_TOKENS = 64  # tokens up to which a draft pass is mostly its weights; larger: computation is taken for cold weights
-
 
 class Curve:
     """Seconds of a pass over N tokens whose requests have ``context`` cached tokens in all.
 
     T(N, context) = base(N) + per_context * context. A tree's nodes attend its request's context again: ``per_node``
     seconds a node and cached token. ``base`` is measured at a few sizes, straight between them, and made monotone; else
-    nothing is assumed of its shape, since kernels change with N and the curve has steps. ``observe`` follows the
-    machine: sizes near an observed one are corrected with it, and all others by a share, since it may be the machine
-    that has become slower.
+    nothing is assumed of its shape, since kernels change with N and the curve has steps.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        seconds: Sequence[float],
-        per_context: float = 0.0,
-        per_node: float = 0.0,
-        reach: float = FAR,
-    ):
-        """Begin with ``seconds`` float64 [m] of ``sizes`` int64 [m], ascending from 1. reach: NEAR or FAR."""
-        self._reach = reach
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], per_context: float = 0.0, per_node: float = 0.0):
+        """Begin with ``seconds`` float64 [m] of ``sizes`` int64 [m], ascending from 1."""
         self.sizes, self.per_context, self.per_node = np.asarray(sizes, np.int64), per_context, per_node
         self._measured = np.asarray(seconds, np.float64)
         self._correction = np.zeros(len(self.sizes))  # log of what the measured values are multiplied by
@@ -58,13 +40,9 @@ class Curve:
     def __call__(self, tokens: int, context: int = 0) -> float:
         return float(self.base(tokens)[tokens]) + self.per_context * context if tokens else 0.0
 
-    def observe(self, tokens: int, context: int, seconds: float, node_context: int = 0) -> None:
-        """Correct the curve by a pass of ``seconds``. node_context: cached tokens that nodes attend, roots apart."""
-        base = max(seconds - self.per_context * context - self.per_node * node_context, 1e-6)
-        lowest, highest = ERROR_LIMITS
-        error = min(max(math.log(base / self.base(tokens)[tokens]), lowest), highest)
-        near = np.exp(-0.5 * (np.log(self.sizes / tokens) / self._reach) ** 2)  # 1 of this size, 0 of quite another
-        self._correction += LEARNING * error * (near + SPEED_SHARE * (1 - near))
+    def correct(self, log_factors: np.ndarray) -> None:
+        """Multiply the seconds of ``sizes`` by exp(``log_factors``), float64 [m]."""
+        self._correction += log_factors
         self._draw(len(self._dense) - 1)
 
     def _draw(self, upto: int) -> None:
@@ -96,7 +74,6 @@ class Costs:
     cold: float = 0.0
     change: float = 0.0
     sizes: tuple[int, ...] = ()
-    _size: int = 0  # of the target's last pass
 
     def padded(self, tokens: int) -> int:
         """Return the tokens of a verification of ``tokens`` with its padding; beyond the last size there is none."""
@@ -106,14 +83,14 @@ class Costs:
         """Return the tokens of a pass of ``tokens`` that verifies nothing, with its padding."""
         return max(tokens, self.sizes[0] if self.sizes else 1)
 
-    def rungs(self, requests: int, most: int) -> np.ndarray:
-        """Return sizes worth telling apart of verifications of ``requests``: int64 [R], up to ``most`` or more."""
-        rungs: list[int] = []
+    def verification_sizes(self, requests: int, largest: int, ratio: float) -> np.ndarray:
+        """Return sizes of verifications of ``requests``, ``ratio`` apart: int64 [R], to ``largest`` or more."""
+        sizes: list[int] = []
         size = requests
-        while not rungs or size < most:
-            size = self.padded(max(size + 1, math.ceil(RUNG_RATIO * size)))
-            rungs.append(size)
-        return np.array(rungs)
+        while not sizes or size < largest:
+            size = self.padded(max(size + 1, math.ceil(ratio * size)))
+            sizes.append(size)
+        return np.array(sizes)
 
     def verifications(self, roots: int, nodes: np.ndarray) -> np.ndarray:
         """Return seconds of passes over ``roots`` tokens and ``nodes`` drafted ones, int64 of any shape."""
@@ -132,30 +109,3 @@ class Costs:
         """Return `size` if padding to it costs less than two changes of size; else 0, the engine's choice."""
         more = self.target(size) - self.target(self.padded(tokens))
         return size if tokens <= size and more < 2 * self.change else 0
-
-    def observe_target(
-        self, tokens: int, context: int, seconds: float, node_context: int = 0, prompts: int = 0
-    ) -> None:
-        """Correct the target's curve by a pass; arguments as in ``Curve.observe``.
-
-        ``prompts`` of the tokens are prompts', whose attention is another: such a pass says nothing of others, nor
-        does one whose size has changed.
-        """
-        tokens = self.padded(tokens) if node_context else self.padded_undrafted(tokens)
-        changed, self._size = tokens != self._size, tokens
-        if not prompts and not (changed and self.change > 0):
-            self.target.observe(tokens, context, seconds, node_context)
-
-    def observe_draft(self, tokens: int, context: int, seconds: float, first: bool) -> None:
-        """Correct the draft's curve by a pass. ``first``: it was the first after a target's.
-
-        A pass of many tokens, after a prompt, hardly notices the cache.
-        """
-        more = seconds - self.draft(tokens, context)
-        if first and tokens <= COLD_TOKENS:
-            self.cold += LEARNING * (min(max(more, 0.0), COLD_LIMIT * self.draft(1)) - self.cold)
-            if more < 0:  # no cache makes a pass faster than the curve says
-                self.draft.observe(tokens, context, max(seconds, 1e-6))
-        else:
-            warm = seconds - self.cold if first else seconds
-            self.draft.observe(tokens, context, max(warm, 1e-6))

@@ -1,18 +1,112 @@
-"""Values portions of the frontier, before their children are known.
+"""Which levels to draft: values portions of the frontier, before their children are known.
 
-The calibration knows how children's values are distributed. Foreseen and present candidates make a histogram, over
-which the best number of nodes to verify is searched: for every portion of the frontier, one or two levels ahead.
+The calibration knows how children's values are distributed. Forecast and present candidates make a histogram, over
+which the best number of nodes to verify is searched: for every portion of the frontier, one or more levels ahead.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.goodput.model.iteration import IterationModel
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates
 
 BINS = 64  # of a histogram over values, the best first; larger: finer, and slower
+
+
+@dataclass(frozen=True)
+class LevelSearch:
+    """Draft levels of one iteration, weighed against each other.
+
+    candidates    nodes that may be verified, so far
+    verification  float64 [n], additional seconds of verifying 0, 1, ..., n - 1 nodes
+    price         tokens that a second is worth
+    """
+
+    model: IterationModel
+    candidates: Candidates
+    verification: np.ndarray
+    price: float
+
+    def requests_to_draft(self, looks_ahead: bool) -> tuple[np.ndarray, int]:
+        """Return the requests to draft for, int64 [A], ascending, and the levels to draft below the roots' children.
+
+        Levels below are chosen beforehand where the draft ``looks_ahead`` (``Draft.look_ahead``).
+        """
+        model, load = self.model, self.model.load
+        open_ = np.flatnonzero(load.room > 0)
+        value = self.candidates.weights[open_]
+        best = np.argsort(-value, kind="stable")
+        # A catch-up of more than a few tokens, of a prompt for instance, is paid over the iterations that it serves: a
+        # request writes some eight tokens for an iteration that drafts for it.
+        behind, serves = load.behind[open_], np.clip(load.room[open_] / 8, 1, model.settings.tuning.catch_up_iterations)
+        in_step = np.minimum(behind, 8)
+        entries = np.cumsum((in_step + (behind - in_step) / serves + model.block)[best])
+        if looks_ahead:
+            count, levels = self._worth_looking_ahead(value[best], entries)
+        else:
+            count, levels = self.worth_expanding(value[best], 0, entries), 0
+        return np.sort(open_[best[:count]]), levels
+
+    def worth_expanding(self, frontier: np.ndarray, depth: int, entries: np.ndarray) -> int:
+        """Return the number of frontier nodes to expand; 0 stops drafting.
+
+        frontier float64 [F]: values in tokens, best first. entries float64 [F]: tokens of the draft pass that expands
+        the first 1, 2, ... nodes.
+        """
+        model = self.model
+        forecast = model.forecast(model.settings.max_depth if model.block else model.settings.tuning.horizon)
+        if depth >= len(forecast.child_shares):
+            return 0
+        passes = model.draft_passes(entries, portions(len(frontier)))
+        levels = forecast.child_shares[depth], forecast.added_tokens[depth]
+        return self._best_portion(frontier, depth, passes, levels, model.block > 0)[0]
+
+    def _worth_looking_ahead(self, frontier: np.ndarray, entries: np.ndarray) -> tuple[int, int]:
+        """Return the number of requests to draft for, and levels below the roots' children to draft with them.
+
+        frontier, entries  as of ``worth_expanding``, of the roots
+        """
+        settings, ends = self.model.settings, portions(len(frontier))
+        forecast = self.model.forecast(settings.max_depth)
+        passes, best = np.zeros(len(ends)), (0, 0.0, 0)
+        for level in range(len(forecast.child_shares[0])):
+            rows = np.arange(1, len(frontier) + 1) * float(settings.beams * level)
+            passes = passes + self.model.draft_passes(rows if level else entries, ends)
+            levels = forecast.child_shares[0][: level + 1], forecast.added_tokens[0][: level + 1]
+            count, net = self._best_portion(frontier, 0, passes, levels, True)
+            if net > best[1]:
+                best = count, net, level
+        return best[0], best[2]
+
+    def _best_portion(
+        self,
+        frontier: np.ndarray,
+        depth: int,
+        passes: np.ndarray,
+        levels: tuple[np.ndarray, np.ndarray],
+        one_pass: bool,
+    ) -> tuple[int, float]:
+        """See ``best_portion``; ``passes``: seconds of a level, or of all."""
+        candidates, price = self.candidates, self.price
+        chains = candidates.continuations()
+        count, net = best_portion(
+            frontier,
+            portions(len(frontier)),
+            price * (passes + self.model.level_seconds),
+            price * self.model.costs.cold if depth == 0 else 0.0,
+            *levels,
+            candidates.value[candidates.tree.num_requests :],
+            chains.probability * candidates.weights[chains.request],
+            candidates.tree.depth[chains.leaf] == depth,
+            price * self.verification,
+            one_pass,
+        )
+        return int(count), float(net)
 
 
 @cache

@@ -15,8 +15,7 @@ from echo_trt.decoding.arrays import compiled
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAVES = 256  # of a batch that are continued, the best; larger: more continuations of large batches, and more time
-FLOOR = 0.015  # P(accept) of a continuation; larger: shorter ones
-SUREST = 0.995  # probability of a next token at most; larger: a shift corrects sure ones later
+SUREST = 0.995  # probability of a next token at most, since a shift moves no certainty
 _EMPTY = np.uint64(0)  # content of a free cell: a key of 0 is no context's
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
 
@@ -65,7 +64,7 @@ class NGrams:
     def __init__(self, keys: np.ndarray, tokens: np.ndarray, chances: np.ndarray, longest: int):
         self.keys, self.longest = np.ascontiguousarray(keys, np.uint32), longest
         self.tokens = np.ascontiguousarray(tokens, np.int64)
-        self.chances = np.minimum(chances, SUREST, dtype=np.float64)  # a shift moves no certainty
+        self.chances = np.minimum(chances, SUREST, dtype=np.float64)
         self._cells = _cells(self.keys)
         self._shift = 33 - len(self._cells).bit_length()  # of a key, to its cell
 
@@ -94,14 +93,20 @@ class NGrams:
         return token, chance
 
     def chains(
-        self, tree: SuperTree, probability: np.ndarray, recent: np.ndarray, deepest: np.ndarray, shift: float
+        self,
+        tree: SuperTree,
+        probability: np.ndarray,
+        recent: np.ndarray,
+        deepest: np.ndarray,
+        shift: float,
+        least: float,
     ) -> Chains:
         """Continue the leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
 
         recent int64 [B, ...]: the last tokens before a root, -1 none. deepest int64 [B]: the largest depth of a
-        request's nodes. ``shift`` is added to the log-odds of next tokens.
+        request's nodes. ``shift`` is added to the log-odds of next tokens. ``least``: P(accept) of a node, at least.
         """
-        leaves = _leaves(tree.parent, probability)
+        leaves = _leaves(tree.parent, probability, least)
         if len(leaves) > LEAVES:
             leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
         found = _continue(
@@ -110,6 +115,7 @@ class NGrams:
             (tree.token, tree.parent, tree.request, tree.depth, probability),
             np.ascontiguousarray(recent[:, -self.longest :], np.int64),
             np.ascontiguousarray(deepest, np.int64),
+            least,
         )
         return Chains(*found)
 
@@ -138,10 +144,10 @@ def context_keys(text: np.ndarray, longest: int) -> np.ndarray:
     return keys
 
 
-@compiled("i8[::1](i8[::1], f8[::1])")
-def _leaves(parent: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Return the nodes without children that are worth continuing: int64 [m]."""
-    leaf = probability >= FLOOR
+@compiled("i8[::1](i8[::1], f8[::1], f8)")
+def _leaves(parent: np.ndarray, probability: np.ndarray, least: float) -> np.ndarray:
+    """Return the nodes without children whose P(accept) is ``least`` or more: int64 [m]."""
+    leaf = probability >= least
     for node in range(len(parent)):
         if parent[node] >= 0:
             leaf[parent[node]] = False
@@ -212,8 +218,10 @@ def _find_longest(cells: np.ndarray, shift: int, text: np.ndarray) -> np.int64:
     return found
 
 
-@compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1])")
-def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray) -> tuple:
+@compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1], f8)")
+def _continue(
+    table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray, least: float
+) -> tuple:
     """Return the columns of ``Chains``."""
     cells, shift, follows, chances, longest, odds = table
     token, parent, request, depth, probability = tree
@@ -233,7 +241,7 @@ def _continue(table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray,
             if found < 0:
                 break
             p *= chances[found] * odds / (1 - chances[found] + chances[found] * odds)
-            if p < FLOOR:
+            if p < least:
                 break
             leaf_of[number], parents[number], tokens[number] = leaf, above, follows[found]
             requests[number], depths[number], chance[number] = owner, level, p

@@ -8,13 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
-from echo_trt.decoding.goodput.acceptance import Acceptance
-from echo_trt.decoding.goodput.ngrams import NO_CHAINS, Chains, NGrams
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.ngrams import NO_CHAINS, Chains, NGrams
 from echo_trt.decoding.planner import Continuations, Copier
 from echo_trt.decoding.sources import BOTH, GRAMMAR, HEAD, LOOKUP, NGRAM
 from echo_trt.decoding.super_tree import SuperTree
-
-LEAST_LEFT = 0.02  # of a head's probability outside its proposals; larger: copied text falls less where a head is sure
 
 
 class Grammars(Copier, Protocol):
@@ -49,6 +47,7 @@ class Candidates:
         ngrams: NGrams | None = None,
         recent: np.ndarray | None = None,
         max_depth: int = 0,
+        min_continuation: float = 0.0,
         grammars: Grammars | None = None,
         slots: np.ndarray | None = None,
     ):
@@ -56,10 +55,12 @@ class Candidates:
 
         one_path  keep only the likelier child of a node; the other child and its descendants get probability 0
         recent    int64 [B, ...]: tokens before a root, -1 none, for ``ngrams``, which continue leaves to ``max_depth``
+                  while P(accept) is ``min_continuation`` or more
         slots     int64 [B], whose ``grammars``, where a request has one, continue leaves in the n-grams' place
         """
         self.tree, self.weights, self._acceptance, self._room = tree, weights, acceptance, room
         self._one_path, self._ngrams, self._recent = one_path, ngrams, recent
+        self._min_continuation = min_continuation
         self._deepest = np.minimum(room, max_depth)  # of n-grams
         self._grammars, self._slots = grammars, slots
         if grammars is not None and slots is not None:
@@ -96,12 +97,10 @@ class Candidates:
     def continuations(self) -> Chains:
         """Return what n-grams and grammars put behind the current leaves, cached until the tree grows."""
         if self._continuations is None:
-            shift = float(self._acceptance.bias[NGRAM, 0])
-            self._continuations = (
-                self._ngrams.chains(self.tree, self.probability, self._recent, self._deepest, shift)
-                if self._ngrams and self._recent is not None
-                else NO_CHAINS
-            )
+            self._continuations = NO_CHAINS
+            if self._ngrams and self._recent is not None:
+                bounds = self._deepest, float(self._acceptance.bias[NGRAM, 0]), self._min_continuation
+                self._continuations = self._ngrams.chains(self.tree, self.probability, self._recent, *bounds)
             if self._grammars is not None and self._slots is not None:
                 forced = self._grammars.chains(self.tree, self.probability, self._slots, self._room)
                 self._continuations = self._continuations.followed_by(forced, len(self.tree))
@@ -132,13 +131,6 @@ class Candidates:
         least = np.partition(value[roots:], -most)[-most] if len(value) - roots > most > 0 else 0.0
         worth = self._expandable & (self.probability > 0) & (value >= least)
         return _of_depth(self.tree.depth, self.tree.request, worth, self._room, depth)
-
-    def best_child(self, requests: np.ndarray) -> np.ndarray:
-        """Return P(accept) of the best child of the roots of ``requests`` int64 [A], 0 for none: float64 [A]."""
-        nodes, best = np.flatnonzero(self.tree.depth == 1), np.zeros(self.tree.num_requests)
-        np.maximum.at(best, self.tree.request[nodes], self.probability[nodes])
-        of_requests: np.ndarray = best[requests]
-        return of_requests
 
     def _hang(self, copied: Continuations) -> None:
         """Hang the copied chains under the roots, request by request, as far as texts and room go."""
@@ -181,7 +173,7 @@ class Candidates:
         request, depth = tree.request[nodes], tree.depth[nodes]
         log_a = self._copied_log_q[request]
         a, proposed = np.exp(log_a), q[np.arange(len(nodes)), same]
-        left = np.maximum(1 - q.sum(axis=1), LEAST_LEFT)
+        left = np.maximum(1 - q.sum(axis=1), 0.02)  # however sure the head is
         rise, fall = np.log1p(-(1 - proposed) * (1 - a)) - log_a, np.log(left / (a * left + 1 - a))
         change = np.where(same >= 0, rise, fall).astype(np.float32)
         below = np.where(np.arange(self._chain.shape[1]) >= depth[:, None] - 1, self._chain[request], -1)

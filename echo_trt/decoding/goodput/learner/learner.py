@@ -1,0 +1,60 @@
+"""The learner: what came of an iteration corrects costs, acceptance and what is known of requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.decoding.goodput.learner.costs import CostLearner
+from echo_trt.decoding.goodput.learner.requests import History
+from echo_trt.decoding.goodput.learner.sources import SourceLearner
+from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.decoding.goodput.model.costs import Costs
+from echo_trt.decoding.goodput.model.iteration import IterationModel
+from echo_trt.decoding.goodput.settings import GoodputSettings, GoodputTuning
+from echo_trt.decoding.planner import Iteration, Load
+
+
+class Learner:
+    """Owns what changes: ``costs`` and ``acceptance`` are corrected in place, ``history`` is its own."""
+
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, tuning: GoodputTuning, block: int):
+        self.costs, self.acceptance, self._block = costs, acceptance, block
+        self.history, self.sources = History(slots, tuning), SourceLearner(acceptance, tuning)
+        self._cost_learner = CostLearner(costs, tuning)
+        self._serial = np.full(slots, -1)
+
+    def model(self, load: Load, settings: GoodputSettings) -> IterationModel:
+        """Return the model of an iteration of ``load``."""
+        history = self.history
+        seconds = history.host_seconds, history.level_seconds
+        return IterationModel(self.costs, self.acceptance, settings, load, self._block, *seconds, history.speedup)
+
+    def forget_departed(self, load: Load) -> None:
+        """Start afresh where another request has taken a slot."""
+        for slot in load.slots[self._serial[load.slots] != load.serial].tolist():
+            self.history.forget(slot)
+        self._serial[load.slots] = load.serial
+
+    def observe(self, iteration: Iteration, settings: GoodputSettings) -> float | None:
+        """Learn from an iteration. Returns the tokens that it was worth, or None where it computed prompts.
+
+        Its accepted tokens are too few to count: the worth is what was expected, as it usually comes true.
+        """
+        plan, load, history, count = iteration.plan, iteration.load, self.history, len(iteration.load.slots)
+        for number, done in enumerate(iteration.drafts):
+            self._cost_learner.observe_draft(done, first=number == 0)
+        history.decided(min(iteration.levels, 1) if self._block else iteration.levels, iteration.planning)
+        self._cost_learner.observe_target(iteration.target, load.prompt_tokens)
+        tree = plan.tree
+        drafted, accepted = np.flatnonzero(tree.parent >= 0), np.zeros(len(tree))
+        accepted[iteration.path] = 1
+        columns = tree.source, tree.depth, tree.score, plan.probability, accepted
+        self.sources.observe(*(column[drafted] for column in columns))
+        self.sources.elapsed(iteration.seconds)
+        history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
+        if load.prompt_tokens or not count:
+            return None
+        drafts = history.corrected_expectation(plan.probability.sum() - count, len(iteration.path) - count)
+        plain = self.model(load, settings).plain_rate * iteration.seconds
+        history.spent(count + drafts, plain, iteration.host)
+        return float(count + drafts)
