@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.commands.options import BuildOptions, GenerateOptions, InspectOptions
@@ -15,7 +15,7 @@ from echo_trt.commands.terminal import Screen, messages, run_app, screen_of
 from echo_trt.dynamo.options import WorkerOptions
 from echo_trt.errors import UserError
 from echo_trt.launch.options import ServeOptions
-from echo_trt.runtime.options import command
+from echo_trt.runtime.options import DEFAULTS, command
 
 app = App(
     name="echo-trt",
@@ -26,7 +26,7 @@ app = App(
     help_flags=["--help"],
     version_flags=["--version"],
     help_format="plaintext",
-    default_parameter=Parameter(negative=()),
+    default_parameter=DEFAULTS,
 )
 
 

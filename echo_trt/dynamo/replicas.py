@@ -140,11 +140,7 @@ class Replica(Supervised):
         job = self._job
         words = [str(job.bundle), "--name", job.model_name, "--queue", str(job.queue)]
         words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
-        words += ["--policy-file", str(job.policy_file)] if job.policy_file else []
-        words += ["--policy", job.policy] if job.policy else []
-        words += ["--batch", str(job.batch)] if job.batch else []
-        words += ["--kv-cache-memory", f"{job.kv_cache_memory}B"] if job.kv_cache_memory else []
-        command = [sys.executable, "-m", "echo_trt", "worker", *words]
+        command = [sys.executable, "-m", "echo_trt", "worker", *words, *job.words]
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
 
     def _ready(self) -> bool:

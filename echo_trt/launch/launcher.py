@@ -97,11 +97,7 @@ class Engine(Supervised):
     def _spawn(self) -> Process:
         job = self._job
         self.socket.unlink(missing_ok=True)
-        words = ["--bundle", str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue)]
-        words += ["--policy", job.policy] if job.policy else []
-        words += ["--policy-file", str(job.policy_file.resolve())] if job.policy_file else []
-        words += ["--batch", str(job.batch)] if job.batch else []
-        words += ["--kv-cache-memory", str(job.kv_cache_memory)] if job.kv_cache_memory else []
+        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue), *job.words]
         words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         return Process("engine", [sys.executable, "-m", "echo_trt.serving", *words], environment, self._log)

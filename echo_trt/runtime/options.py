@@ -6,15 +6,20 @@ Fields before ``KW_ONLY`` are given by position, the others as ``--name``.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from cyclopts import Parameter, Token
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.errors import UserError, shown
+
+
+#: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
+DEFAULTS = Parameter(negative=(), allow_repeating=True)
 
 
 def command(run: Callable[[Any], int | None]) -> Callable[..., int | None]:
@@ -34,6 +39,16 @@ def command(run: Callable[[Any], int | None]) -> Callable[..., int | None]:
     paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
     call.__doc__ = "\n\n".join(" ".join(text.split()) for text in paragraphs)  # as wide as the terminal
     return call
+
+
+def run_alone(run: Callable[..., int | None]) -> None:
+    """Run the only command of a process; a user's mistake is one sentence on stderr and exit code 2."""
+    app = App(default_command=run, help_flags=["--help"], version_flags=[], default_parameter=DEFAULTS)
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def bounds(low: float, high: float | None = None) -> Callable[[object, Any], None]:
@@ -118,3 +133,11 @@ class EngineOptions:
     policy_file: PolicyFile = None
     batch: Batch = None
     kv_cache_memory: KVCacheMemory = None
+
+    @property
+    def words(self) -> list[str]:
+        """The options but ``bundle``, as the command line of another process has them."""
+        memory = None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B"
+        file = self.policy_file and self.policy_file.resolve()
+        given = {"policy": self.policy, "policy-file": file, "batch": self.batch, "kv-cache-memory": memory}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
