@@ -17,7 +17,6 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.errors import UserError, shown
 
-
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
 DEFAULTS = Parameter(negative=(), allow_repeating=True)
 
@@ -69,14 +68,14 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
 
 
 def _words(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
-    return tuple(part.strip() for token in tokens for part in token.value.split(",") if part.strip())
+    return tuple(part.strip() for part in tokens[-1].value.split(",") if part.strip())
 
 
 def _numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
+    option, text = tokens[-1].keyword, tokens[-1].value
     try:
-        return tuple(int(part) for token in tokens for part in token.value.split(","))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
-        option, text = tokens[0].keyword, ",".join(token.value for token in tokens)
         raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
 
 

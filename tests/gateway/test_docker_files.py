@@ -31,7 +31,10 @@ from gateway.docker_files import (
 from echo_trt.launch.options import TRITON_PORTS, ServeOptions
 
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
-PORTS = {*TRITON_PORTS.values(), ServeOptions.openai_port}
+PORTS = {
+    "Dockerfile.cpu": {ServeOptions.openai_port},
+    "Dockerfile.gpu": {*TRITON_PORTS.values(), ServeOptions.openai_port},
+}
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
@@ -66,7 +69,9 @@ class TestDockerfiles:
         checks = [words for word, words in lines if word == "HEALTHCHECK"]
         assert len(checks) == 1
         assert "healthcheck.py" in checks[0]
-        assert {int(p) for word, words in lines if word == "EXPOSE" for p in words.split()} == PORTS
+        assert {int(p) for word, words in lines if word == "EXPOSE" for p in words.split()} == PORTS[name]
+        [command] = [json.loads(words) for word, words in lines if word == "CMD"]
+        assert ("--triton" in command) is (name == "Dockerfile.gpu")
 
     def test_what_is_copied_exists_and_is_sent(self, name):
         ignored = (DOCKER / f"{name}.dockerignore").read_text().splitlines()
@@ -79,11 +84,11 @@ class TestDockerfiles:
     def test_requirements_are_pinned_to_the_last_version_and_miss_none_of_the_package(self, name):
         """They are installed with --no-deps. The GPU image's base has Triton; TensorRT is there by its full name."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        extras = ("triton",) if name.endswith("cpu") else ("triton", "tensorrt")
+        extras = () if name.endswith("cpu") else ("tensorrt",)
         lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
         wanted = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
         if name.endswith("gpu"):
-            wanted = wanted - {"nvidia-pytriton", "tensorrt"} | {"tensorrt-cu13"}
+            wanted = wanted - {"tensorrt"} | {"tensorrt-cu13"}
         assert wanted <= requirements(name[-3:]).keys()
 
     def test_the_linter_finds_nothing(self, name):
@@ -96,7 +101,7 @@ class TestDockerfiles:
 
 def test_compose_is_hardened_and_its_files_exist():
     compose = documents("compose.yaml")[0]
-    assert set(compose["services"]) == {"server", "gateway", "prometheus", "grafana"}
+    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
     check_services(compose["services"])
     for service in compose["services"].values():
         if "build" in service:
@@ -108,35 +113,15 @@ def test_compose_is_hardened_and_its_files_exist():
 
 def test_containers_are_started_with_options_that_exist():
     """Every --option of compose and Kubernetes is one of the command that gets it."""
-    from typer.testing import CliRunner
-
-    serve = options_of("serve")
-    gateway = set(re.findall(r"(--[a-z-]+)", _gateway_help(CliRunner)))
     containers = [
-        *documents("compose.yaml")[0]["services"].values(),
-        *documents("compose.gpu.yaml")[0]["services"].values(),
+        documents("compose.yaml")[0]["services"]["server"],
+        documents("compose.gpu.yaml")[0]["services"]["server"],
+        *_pod(documents("kubernetes/deployment.yaml")[0])["containers"],
+        *documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"],
     ]
-    containers += [*_pod(documents("kubernetes/deployment.yaml")[0])["containers"]]
-    containers += [*documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"]]
-    seen = 0
     for words in map(tool, containers):
-        known = serve if words[:2] == ["echo-trt", "serve"] else gateway if "echo_trt.gateway" in words else None
-        if known is not None:
-            assert options_in(words) <= known
-            seen += 1
-    assert seen == 5
-
-
-def _gateway_help(runner) -> str:
-    for package in ("starlette", "uvicorn", "tritonclient.grpc"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
-    import typer
-
-    from echo_trt.gateway.__main__ import run
-
-    app = typer.Typer()
-    app.command()(run)
-    return runner().invoke(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        assert words[:2] == ["echo-trt", "serve"]
+        assert options_in(words) <= options_of("serve")
 
 
 def _pod(deployment: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +135,7 @@ def test_pods_are_hardened_and_their_names_agree(name):
     check_pod(pod)
     for container in pod["containers"]:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert set(ports.values()) <= PORTS
+        assert set(ports.values()) == {ServeOptions.openai_port}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             get = container[probe]["httpGet"]
             assert get["path"] == "/health"
@@ -162,7 +147,7 @@ def test_pods_are_hardened_and_their_names_agree(name):
         assert {port["targetPort"] for port in by_kind["Service"]["ports"]} <= set(ports)
         assert by_kind["PodDisruptionBudget"]["selector"]["matchLabels"].items() <= labels.items()
         assert by_kind["NetworkPolicy"]["podSelector"]["matchLabels"].items() <= labels.items()
-        assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai", "metrics"}
+        assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai"}
 
 
 #: What KServe's predictor says beside the fields of a pod, which it takes as they are.
@@ -186,7 +171,7 @@ def test_prometheus_asks_services_at_ports_where_metrics_are():
     targets = {
         target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
     }
-    assert targets == {f"server:{TRITON_PORTS['metrics']}", f"gateway:{ServeOptions.openai_port}"}
+    assert targets == {f"server:{ServeOptions.openai_port}"}
 
 
 def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():
@@ -226,10 +211,6 @@ class Replying(BaseHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("what", "status", "body", "healthy"),
     [
-        ("triton", 200, b'{"output_ids": 5, "text_output": "a"}', True),
-        ("triton", 200, b'{"output_ids": [], "text_output": "", "finish_reason": "busy"}', True),
-        ("triton", 200, b'{"error": "the engine failed"}', False),
-        ("triton", 400, b'{"error": "unknown model"}', False),
         ("gateway", 200, b"{}", True),
         ("gateway", 503, b"{}", False),
         ("gateway", None, b"", False),

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,7 @@ DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}
 pytestmark = needs_triton
-
-
-@pytest.fixture(scope="module")
-def server(roomy_bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", triton=True)
-    yield served.wait_for("serving")
-    served.kill()
+TRITON = True
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import pytest
 from gateway.running import running
 from refusal import refused
 from rich.console import Console
-from serving.served import free_ports
+from serving.served import free_ports, needs_triton
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +26,8 @@ from echo_trt_lab.benchmark.command import run
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
+pytestmark = needs_triton
+TRITON = True
 ROOT = Path(__file__).parents[2]
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 

@@ -29,14 +29,12 @@ START = 300  # seconds until both answer, at most
 def measure(bundle: Path, dashboard: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Serve ``bundle`` under load for some ``seconds``. Returns "PANEL ID/refId" -> series."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        http, grpc, metrics, openai, port = free_ports(5)
-        words = [sys.executable, "-m", "echo_trt", "serve", str(bundle), "--batch", "8"]
-        for option, value in (("http", http), ("grpc", grpc), ("metrics", metrics), ("openai", openai)):
-            words += [f"--{option}-port", str(value)]
+        openai, port = free_ports(2)
+        words = [sys.executable, "-m", "echo_trt", "serve", str(bundle), "--batch", "8", "--openai-port", str(openai)]
         stack.enter_context(running(words, Path(folder) / "server.log"))
         print("starting the server", file=sys.stderr)
         wait_for(f"http://127.0.0.1:{openai}/health")
-        stack.enter_context(prometheus(Path(folder), port, {"server": metrics, "gateway": openai}))
+        stack.enter_context(prometheus(Path(folder), port, {"server": openai}))
         wait_for(f"http://127.0.0.1:{port}/-/ready")
         begin = time.time()
         for load in LOADS:

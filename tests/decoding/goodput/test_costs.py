@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from machines import TUNING
 
+from echo_trt.decoding.drafts import Pass
 from echo_trt.decoding.goodput.learner.costs import CostLearner, correct
 from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.planner import Pass
 
 SIZES = [1, 2, 4, 8, 16, 32, 64]
 TABLE = [0.010, 0.011, 0.012, 0.020, 0.021, 0.050, 0.090]
