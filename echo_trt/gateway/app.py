@@ -224,34 +224,15 @@ def _pieces(
 def _params(asked: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
     """Sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay out."""
     echoes = isinstance(asked, CompletionRequest) and asked.echo
-    params = {
-        "max_tokens": asked.limit,
-        "presence_penalty": asked.presence_penalty,
-        "frequency_penalty": asked.frequency_penalty,
-        "min_length": asked.min_tokens,
-        "seed": seed,
-        "ignore_eos": asked.ignore_eos,
-        "stream": asked.stream,
-        "exclude_input_in_output": not echoes,
-    }
     optional = {
-        "stop_words": asked.stop or None,
-        "stop_token_ids": asked.stop_token_ids or None,
-        "thinking_token_budget": asked.thinking_token_budget,
-        "logit_bias_ids": [*asked.logit_bias] or None,
-        "logit_bias": [*asked.logit_bias.values()] or None,
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
         "prompt_logprobs": asked.alternatives if echoes else None,
-        "token_sources": asked.token_sources or None,
-        "speculate": None if asked.speculate else False,
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if name in asked.model_fields_set or name not in info.sampling:
-            params[name] = getattr(asked, name)
-    return params | {name: value for name, value in optional.items() if value is not None}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return asked.sampling(info.sampling, seed) | given | {"stream": asked.stream, "exclude_input_in_output": not echoes}
 
 
 async def _ours(request: Request, error: ApiError) -> Response:

@@ -126,7 +126,7 @@ class Queue:
         state.set_params(slot, params)
         state.grammar[slot], request.grammar = request.grammar, None  # the only reference: older states are let go
         if len(request.prompt_logprobs) == len(request.prompt) - 1:
-            state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
+            state.sampling["prompt_logprobs"][slot] = -1  # complete, and perhaps read by another thread now
         else:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         state.stop_tokens[slot] = -1

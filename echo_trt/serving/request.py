@@ -14,7 +14,7 @@ from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
-from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
+from echo_trt.runtime.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.serving import wire
 from echo_trt.serving.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
@@ -71,26 +71,15 @@ class Reader:
         if least > most >= 1:  # what is wrong with max_tokens itself is said below
             raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
-            max_tokens=most,
-            temperature=_value(inputs, "temperature"),
-            top_k=_value(inputs, "top_k"),
-            top_p=_value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
-            min_p=_value(inputs, "min_p"),
-            seed=_value(inputs, "seed"),
-            stop=_stop_words(inputs),
-            stop_token_ids=tuple(inputs.get("stop_token_ids", ())),
-            ignore_eos=bool(_value(inputs, "ignore_eos")),
-            presence_penalty=_value(inputs, "presence_penalty"),
-            frequency_penalty=_value(inputs, "frequency_penalty"),
-            repetition_penalty=_value(inputs, "repetition_penalty"),
-            logprobs=_logprobs(inputs),
-            prompt_logprobs=_value(inputs, "prompt_logprobs"),
-            logit_bias=_logit_bias(inputs),
-            min_tokens=least,
-            structured=_json(inputs, "structured"),
-            thinking_token_budget=_value(inputs, "thinking_token_budget"),
-            token_sources=_value(inputs, "token_sources"),
-            speculate=_value(inputs, "speculate"),
+            **{name: _value(inputs, known.tensor or name) for name, known in SINGLE.items()}
+            | {
+                "top_p": _value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+                "stop": _stop_words(inputs),
+                "stop_token_ids": tuple(inputs.get("stop_token_ids", ())),
+                "logprobs": _logprobs(inputs),
+                "logit_bias": _logit_bias(inputs),
+                "structured": _json(inputs, "structured"),
+            }
         )
         return Ask(
             prompt,
