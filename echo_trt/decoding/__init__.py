@@ -1,6 +1,8 @@
 """Decide, pack and accept: one iteration of speculative decoding over arrays. Nothing here knows an engine.
 
 planner     the protocol: ``plan`` chooses what is drafted and verified, ``observe`` learns from the outcome
+drafts      what proposes children; trees that are known beforehand
+chains      draft tokens in a row that take no pass
 policies    builds a policy's planner by name, with its numbers
 echo        the paper (arXiv 2604.09603): gates, grow, pivot, budget
 goodput     the default: maximises committed tokens a second, and learns while it runs

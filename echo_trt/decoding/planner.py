@@ -8,52 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from echo_trt.decoding.drafts import Draft, Pass
 from echo_trt.decoding.policy_names import PLAIN
 from echo_trt.decoding.super_tree import SuperTree
 
 RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
-
-
-class Draft(Protocol):
-    """Proposes children in one iteration."""
-
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Propose children of the roots of ``requests`` [A]: log q float [A, k], best first, and tokens int [A, k]."""
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Propose children of ``nodes`` [F], all of one depth: log q float [F, k], best first; tokens int [F, k]."""
-
-    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
-        """Let ``expand_roots`` also draft ``levels`` below the roots' children, where ``Load.looks_ahead`` says it can.
-
-        Each level expands a request's ``beams`` best nodes by the draft's path probability; a node has ``width``
-        children. ``expand`` then takes no pass: it proposes what is among the ``most`` best nodes of a request.
-        """
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """Free proposals for each request: copied text, or the tokens that a grammar forces.
-
-    Copied text is the tokens that followed the newest earlier match of the request's last tokens (prompt lookup).
-
-    tokens   int64 [B, L], -1 from where there are none
-    log_q    float64 [B], log P(one copied token is accepted), a function of ``matched``
-    matched  int64 [B], number of latest tokens that stood there
-    forced   bool [B], whether a grammar proposes them; None: it proposes none
-    """
-
-    tokens: np.ndarray
-    log_q: np.ndarray
-    matched: np.ndarray
-    forced: np.ndarray | None = None
-
-
-class Copier(Protocol):
-    """A source of candidates that cost nothing: text copied from the request itself."""
-
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations | None:
-        """Return the next ``length`` tokens after the latest match of ``slots`` int64 [B]."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +26,6 @@ class Load:
     recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
     serial         int64 [B], admission number of the request
     prompt_tokens  tokens of prompts computed in the same pass
-    looks_ahead    whether the draft can run several levels at once (``Draft.look_ahead``)
     """
 
     slots: np.ndarray
@@ -77,7 +35,6 @@ class Load:
     recent: np.ndarray
     serial: np.ndarray
     prompt_tokens: int = 0
-    looks_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,22 +75,6 @@ class Plan:
         """Plan plain decoding: nothing but ``roots`` int64 [B]."""
         tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
         return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One timed forward pass of a network.
-
-    tokens        tokens computed, padding included
-    context       cached tokens of the pass's requests
-    seconds       wall-clock time
-    node_context  cached tokens that tree nodes attend besides their roots, summed over the nodes
-    """
-
-    tokens: int
-    context: int
-    seconds: float
-    node_context: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.bundle.manifest import BlockFacts
 from echo_trt.decoding.arrays import ragged_arange
+from echo_trt.decoding.drafts import UNKNOWN, KnownTrees, Proposals, TimedDraft
 from echo_trt.decoding.pack import BlockShape, pack_blocks
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.drafters import NONE, Eagle3Drafter
@@ -63,48 +64,72 @@ class BlockDrafter(Eagle3Drafter):
         return self.engine.run(call, features=inputs["features"], state_rows=states)
 
 
-class BlockDraft:
+class BlockDraft(TimedDraft):
     """One iteration of a BlockDrafter: its pass comes with the roots, and children are then read from its rows."""
 
     def __init__(self, drafter: BlockDrafter, slots: np.ndarray):
+        super().__init__()
         self._drafter, self._slots = drafter, slots
-        self.entries = self.context = 0
-        self._place = np.zeros(len(slots), np.int64)  # of a request's block among those of the pass
         self._states: dict[int, np.ndarray] = {}  # of a recurrent Markov head, by expanded node
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose_roots(self, requests: np.ndarray) -> Proposals:
         drafter, slots = self._drafter, self._slots[requests]
-        state, rows, count = drafter.state, drafter.shape.rows, len(requests)
-        self.entries = int(drafter.behind(slots).sum()) + drafter.block * count
-        self.context = int(state.committed[slots].sum())
+        state, count = drafter.state, len(requests)
+        entries = int(drafter.behind(slots).sum()) + drafter.block * count
+        self.ran(entries, int(state.committed[slots].sum()))
         outputs, _ = drafter.catch_up(slots)
-        self._place[requests] = np.arange(count)
-        self._scores = np.array(outputs["scores"]).reshape(count, rows, -1)
-        self._candidates = np.array(outputs["candidates"]).reshape(count, rows, -1)
-        self._hints = np.asarray(outputs.get("hints", np.zeros((count * rows, 0), np.float32))).reshape(count, rows, -1)
-        none = np.zeros(count, np.int64)
+        self._trees = BlockTrees(outputs, requests, len(self._slots), drafter.shape.rows, drafter.first)
         roots = state.tokens[slots, state.committed[slots]].astype(np.int64)
-        return self._children(requests, none, roots, requests, none - 1)
+        rows = self._trees.row_of(requests, np.zeros(count, np.int64))
+        return self._corrected(self._trees.expand_roots(requests), rows, roots, requests, np.full(count, -1))
 
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.entries = self.context = 0
-        return self._children(tree.request[nodes], tree.depth[nodes], tree.token[nodes], nodes, tree.parent[nodes])
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        proposals, rows = self._trees.expand(tree, nodes), self._trees.row_of(tree.request[nodes], tree.depth[nodes])
+        return self._corrected(proposals, rows, tree.token[nodes], nodes, tree.parent[nodes])
 
-    def _children(
-        self, requests: np.ndarray, depth: np.ndarray, tokens: np.ndarray, nodes: np.ndarray, parents: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Propose children of ``nodes`` [F], which have ``tokens``; below the block's last row there are none."""
-        drafter = self._drafter
-        row = depth + drafter.first
-        inside = row < drafter.shape.rows
-        place = self._place[requests], np.minimum(row, drafter.shape.rows - 1)
-        log_q, candidates = self._scores[place], self._candidates[place]
-        if drafter.markov is not None:
-            size = drafter.markov.state_size
-            states = np.array([self._states.get(parent, np.zeros(size, np.float32)) for parent in parents.tolist()])
-            states = states.reshape(len(parents), size)
-            log_q, candidates, states = drafter.markov.correct(log_q, candidates, self._hints[place], tokens, states)
-            if size:
-                self._states.update(zip(nodes.tolist(), states, strict=True))
-        log_q[~inside] = -np.inf
-        return log_q, candidates
+    def _corrected(
+        self, proposals: Proposals, rows: np.ndarray, tokens: np.ndarray, nodes: np.ndarray, parents: np.ndarray
+    ) -> Proposals:
+        """Correct the proposals below ``nodes`` [F], which have ``tokens``, by the Markov head, if there is one."""
+        markov = self._drafter.markov
+        if markov is None:
+            return proposals
+        log_q, candidates = proposals
+        exists, none = log_q > -np.inf, np.zeros(markov.state_size, np.float32)
+        states = np.array([self._states.get(parent, none) for parent in parents.tolist()])
+        states = states.reshape(len(parents), markov.state_size)
+        log_q, candidates, states = markov.correct(log_q, candidates, self._trees.hints[rows], tokens, states)
+        if markov.state_size:
+            self._states.update(zip(nodes.tolist(), states, strict=True))
+        return np.where(exists.any(axis=1, keepdims=True), log_q, np.float32(-np.inf)), candidates
+
+
+class BlockTrees(KnownTrees):
+    """The trees of a block's rows: below any node of a depth stand the candidates of the same row.
+
+    hints  float32 [A * rows, G], what a row's hidden state says to a Markov head
+    """
+
+    def __init__(self, outputs: dict[str, np.ndarray], requests: np.ndarray, batch: int, rows: int, first: int):
+        """``first``: the row whose candidates stand below roots."""
+        scores, count = np.array(outputs["scores"]), len(requests)
+        width = scores.shape[1]
+        self.hints = np.asarray(outputs.get("hints", np.zeros((count * rows, 0), np.float32)))
+        self._rows, self._first_row, self._width = rows, first, width
+        self._place = np.zeros(batch, np.int64)  # of a request's block among those of the pass
+        self._place[requests] = np.arange(count)
+        row = np.repeat(np.arange(count * rows), width)
+        children = np.where((row + 1) % rows, width, 0)
+        roots = (self._place * rows + first) * width, np.full(batch, width)
+        super().__init__(np.array(outputs["candidates"]).ravel(), scores.ravel(), (row + 1) * width, children, roots)
+
+    def row_of(self, requests: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """Return the row below nodes at ``depth`` int64 [F], or the block's last one: int64 [F]."""
+        row: np.ndarray = self._place[requests] * self._rows + np.minimum(self._first_row + depth, self._rows - 1)
+        return row
+
+    def _find(self, tree: SuperTree, nodes: np.ndarray) -> np.ndarray:
+        """Find any node of the same row: whatever its token, its children are the next row's."""
+        row = self._first_row + tree.depth[nodes] - 1
+        entry = (self._place[tree.request[nodes]] * self._rows + row) * self._width
+        return np.where(row < self._rows, entry, UNKNOWN)

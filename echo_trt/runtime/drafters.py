@@ -6,18 +6,16 @@ accepted path or a pause of any length, is caught up in the pass that next needs
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
 from echo_trt.backends.base import Engine, bank_of
 from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.drafts import Proposals, TimedDraft
 from echo_trt.decoding.pack import BLOCK, Packed, pack
-from echo_trt.decoding.planner import Pass
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.runtime.guided import prune, state_at
 from echo_trt.runtime.slots import Slots
 
 RunNewest = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]
@@ -26,35 +24,12 @@ UNKNOWN = -1  # entries of a request that has not drafted
 NEWEST = 16  # entries a request that one pass may catch up with, on average; larger: passes of many requests are longer
 
 
-class IterationDraft(Protocol):
-    """One iteration of a drafter, as ``decoding.planner.Draft`` without the clock.
-
-    ``entries``: tokens of its last pass, 0 where it took none; ``context``: cached tokens of that pass's requests.
-    """
-
-    entries: int
-    context: int
-
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-@runtime_checkable
-class LooksAhead(Protocol):
-    """A draft that can run several levels at once, in ``passes`` of ``entries`` tokens each."""
-
-    passes: int
-
-    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None: ...
-
-
 class Drafter(Protocol):
     """``behind`` [B]: tokens that the draft of each slot has to catch up with before it can draft."""
 
     def behind(self, slots: np.ndarray) -> np.ndarray: ...
 
-    def begin(self, slots: np.ndarray) -> IterationDraft:
+    def begin(self, slots: np.ndarray) -> TimedDraft:
         """This iteration's draft, over the requests in ``slots`` [B]."""
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
@@ -62,51 +37,6 @@ class Drafter(Protocol):
 
     def forget(self, slot: int) -> None:
         """The slot's request has left, and its KV blocks with it."""
-
-
-class TimedDraft:
-    """A draft whose passes are timed. It begins when a planner first asks it to expand something."""
-
-    def __init__(self, drafter: Drafter, slots: np.ndarray, grammars: np.ndarray):
-        """``grammars`` [B]: what may follow each request's text, None where anything may."""
-        self._drafter, self._slots = drafter, slots
-        self._grammars = grammars if grammars.any() else None
-        self._draft: IterationDraft  # begins with the roots
-        self._ahead: tuple[int, ...] = ()
-        self.passes: list[Pass] = []
-        self.levels, self.seconds = 0, 0.0
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether it can run several levels at once; what a grammar forbids is known to the host alone."""
-        return self._grammars is None and getattr(self._drafter, "looks_ahead", False)
-
-    def look_ahead(self, levels: int, beams: int, width: int, most: int) -> None:
-        """See ``decoding.planner.Draft``."""
-        self._ahead = levels, beams, width, most
-
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        begin = time.perf_counter()
-        self._draft = self._drafter.begin(self._slots)
-        if self._ahead and isinstance(self._draft, LooksAhead):
-            self._draft.look_ahead(*self._ahead)
-        proposed = self._timed(begin, self._draft.expand_roots(requests))
-        return proposed if self._grammars is None else prune(self._grammars[requests], *proposed)
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        proposed = self._timed(time.perf_counter(), self._draft.expand(tree, nodes))
-        if self._grammars is None:
-            return proposed
-        return prune([state_at(self._grammars, tree, node) for node in nodes.tolist()], *proposed)
-
-    def _timed(self, begin: float, proposed: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        seconds = time.perf_counter() - begin
-        self.seconds += seconds
-        self.levels += 1
-        if self._draft.entries:  # copied text takes no pass
-            passes = self._draft.passes if isinstance(self._draft, LooksAhead) else 1
-            self.passes += [Pass(self._draft.entries, self._draft.context, seconds / passes)] * passes
-        return proposed
 
 
 class EngineDrafter:
@@ -119,7 +49,7 @@ class EngineDrafter:
         self.engine, self.state, self.chunk = engine, state, chunk
         self.cached = np.full(state.count, UNKNOWN)  # entries in the draft's KV cache
 
-    def begin(self, slots: np.ndarray) -> IterationDraft:
+    def begin(self, slots: np.ndarray) -> TimedDraft:
         return EngineDraft(self, slots)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, Any], output_rows: np.ndarray) -> None:
@@ -234,7 +164,7 @@ class Eagle3Drafter(EngineDrafter):
         return {"features": self._features.read(NONE), "hidden": self._states.read(places)}
 
 
-class EngineDraft:
+class EngineDraft(TimedDraft):
     """One iteration of an EngineDrafter.
 
     The operator shows all committed entries to all new ones, so a level's pass takes the expanded nodes above it along
@@ -242,21 +172,19 @@ class EngineDraft:
     """
 
     def __init__(self, drafter: EngineDrafter, slots: np.ndarray):
+        super().__init__()
         self._drafter, self._slots = drafter, slots
-        self.entries = self.context = 0  # tokens of the last pass, and cached tokens of its requests
         self._past = drafter.state.committed[slots] + drafter.ahead
         # What was expanded, roots and then nodes [m]; the drafter keeps what each hands to its children in this order.
-        self._expanded, self._roots = np.zeros(0, np.int64), 0
+        self._expanded, self._roots = NONE, 0
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.entries = int(self._drafter.behind(self._slots[requests]).sum())
-        self.context = int(self._past[requests].sum())
+    def propose_roots(self, requests: np.ndarray) -> Proposals:
+        self.ran(int(self._drafter.behind(self._slots[requests]).sum()), int(self._past[requests].sum()))
         outputs, newest = self._drafter.catch_up(self._slots[requests])
         self._roots = len(requests)
-        self._keep(requests, outputs, newest)
-        return outputs["scores"].copy(), outputs["candidates"].copy()
+        return self._proposed(requests, outputs, newest)
 
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
         drafter, running = self._drafter, np.zeros(tree.num_requests, bool)
         running[tree.request[nodes]] = True
         above = self._expanded[self._roots :]
@@ -264,7 +192,7 @@ class EngineDraft:
         part, order = tree.sorted_by_request(np.concatenate((above, nodes)))
         mask, mask_begins = ancestor_mask(part)
         requests = running.nonzero()[0]
-        self.entries, self.context = len(part), int(self._past[requests].sum())
+        self.ran(len(part), int(self._past[requests].sum()))
         row_of = np.empty(len(tree), np.int64)
         row_of[order] = np.arange(len(order))
         call = pack(
@@ -279,11 +207,11 @@ class EngineDraft:
         sorter = np.argsort(self._expanded)
         place = sorter[np.searchsorted(self._expanded, tree.parent[order], sorter=sorter)]
         outputs = drafter.engine.run(call, **drafter.node_inputs(place))
-        self._keep(nodes, outputs, row_of[nodes])
-        return outputs["scores"].copy(), outputs["candidates"].copy()
+        return self._proposed(nodes, outputs, row_of[nodes])
 
-    def _keep(self, nodes: np.ndarray, outputs: dict[str, np.ndarray], rows: np.ndarray) -> None:
-        """``nodes`` [m] were expanded; their states are at ``rows`` [m]."""
+    def _proposed(self, nodes: np.ndarray, outputs: dict[str, np.ndarray], rows: np.ndarray) -> Proposals:
+        """Return what a pass proposes below ``nodes`` [m], whose states are at ``rows`` [m] of it."""
         begin = len(self._expanded)
         self._expanded = np.concatenate((self._expanded, nodes))
         self._drafter.keep_states(np.arange(begin, len(self._expanded)), outputs, rows)
+        return outputs["scores"].copy(), outputs["candidates"].copy()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.goodput.model.ngrams import NO_CHAINS, Chains
-from echo_trt.decoding.planner import Continuations, Copier
+from echo_trt.decoding.chains import Chains, Copier
+from echo_trt.decoding.drafts import Draft, Proposals
+from echo_trt.decoding.sources import GRAMMAR, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.slots import Slots
@@ -60,57 +61,66 @@ def prune(
     return log_q, tokens
 
 
+class GuidedDraft(Draft):
+    """A draft whose proposals fit the requests' grammars; it never looks ahead, since a device knows no grammar."""
+
+    def __init__(self, draft: Draft, grammars: np.ndarray):
+        """``grammars`` [B]: what may follow each request's text, None where anything may."""
+        self._draft, self._grammars = draft, grammars
+
+    def expand_roots(self, requests: np.ndarray) -> Proposals:
+        return prune(self._grammars[requests], *self._draft.expand_roots(requests))
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        states = [state_at(self._grammars, tree, node) for node in nodes.tolist()]
+        return prune(states, *self._draft.expand(tree, nodes))
+
+
 class Grammars:
     """Proposes, at no cost, what running requests' grammars force, and otherwise what ``copier`` copies."""
 
     def __init__(self, state: Slots, copier: Copier | None):
         self._state, self._copier = state, copier
 
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations | None:
+    def constrained(self, slots: np.ndarray) -> np.ndarray:
+        constrained: np.ndarray = self._state.grammar[slots].astype(bool)
+        return constrained
+
+    def chains(self, slots: np.ndarray, length: int) -> Chains:
         """Do as ``Copier``: a forced chain comes before copied text, and copied text ends where it is forbidden."""
-        copied = self._copier.continuations(slots, length) if self._copier else None
-        grammars = self._state.grammar[slots]
-        if not grammars.any():
-            return copied
         count = len(slots)
-        tokens, log_q = np.full((count, LONGEST), -1), np.full(count, -np.inf)
-        is_forced, matched = np.zeros(count, bool), np.zeros(count, np.int64)
-        if copied is not None:
-            tokens[:, :length] = copied.tokens[:, :LONGEST]
-            log_q, matched = copied.log_q.copy(), copied.matched
+        tokens, log_p = np.full((count, LONGEST), -1), np.zeros((count, LONGEST))
+        source = np.full(count, LOOKUP, np.int8)
+        if self._copier:
+            copied, length = self._copier.chains(slots, length), min(length, LONGEST)
+            tokens[:, :length], log_p[:] = copied.tokens[:, :length], copied.log_p[:, :1]
+        grammars = self._state.grammar[slots]
         for i in np.flatnonzero(grammars):
             forced = _forced(grammars[i])
             if forced:
                 tokens[i] = -1
                 tokens[i, : len(forced)] = forced
-                log_q[i], is_forced[i] = np.log(FORCED), True
+                log_p[i], source[i] = np.log(FORCED), GRAMMAR
             else:
                 tokens[i, _allowed(grammars[i], tokens[i]) :] = -1
-        return Continuations(tokens, log_q, matched, is_forced)
+        return Chains(np.arange(count), tokens, log_p, source)
 
-    def constrained(self, slots: np.ndarray) -> np.ndarray:
-        constrained: np.ndarray = self._state.grammar[slots].astype(bool)
-        return constrained
+    def leaf_chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray) -> Chains:
+        """Return what is forced behind likely leaves of ``tree``, whose nodes have ``probability`` float64 [n].
 
-    def chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray, room: np.ndarray) -> Chains:
-        """What is forced behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` float64 [n].
-
-        slots, room  int64 [B], of the requests; room: the depth that its nodes may have
+        slots int64 [B], of the requests.
         """
-        grammars, columns = self._state.grammar[slots], []
+        grammars = self._state.grammar[slots]
         leaf = (probability >= WORTH) & (tree.depth > 0)
         leaf[tree.parent[tree.parent >= 0]] = False
-        size = len(tree)
-        for node in np.flatnonzero(leaf & grammars.astype(bool)[tree.request]).tolist():
-            request, depth = int(tree.request[node]), int(tree.depth[node])
-            state, above, p = state_at(grammars, tree, node), node, float(probability[node])
-            for token in _forced(state)[: max(int(room[request]) - depth, 0)] if state else ():
-                p, depth = p * FORCED, depth + 1
-                columns.append((node, above, token, request, depth, p))
-                above, size = size, size + 1
-        if not columns:
-            return NO_CHAINS
-        return Chains(*(np.array(column) for column in zip(*columns, strict=True)))
+        leaves = np.flatnonzero(leaf & grammars.astype(bool)[tree.request])
+        tokens = np.full((len(leaves), LONGEST), -1)
+        for row, node in zip(tokens, leaves.tolist(), strict=True):
+            state = state_at(grammars, tree, node)
+            forced = _forced(state) if state else []
+            row[: len(forced)] = forced
+        source = np.full(len(leaves), GRAMMAR, np.int8)
+        return Chains(leaves, tokens, np.full(tokens.shape, np.log(FORCED)), source)
 
 
 def _forced(state: State) -> list[int]:

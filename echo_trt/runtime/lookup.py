@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
-from echo_trt.decoding.planner import Continuations
+from echo_trt.decoding.chains import Chains
+from echo_trt.decoding.drafts import KnownTrees, Proposals, TimedDraft
+from echo_trt.decoding.sources import LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.slots import Slots
 
@@ -33,9 +35,22 @@ class LookupDrafter:
     def begin(self, slots: np.ndarray) -> LookupDraft:
         return LookupDraft(self, slots)
 
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
-        """Return the next ``length`` tokens after the latest matches, to stand beside another draft's."""
-        return LookupDraft(self, slots).continuations(length)
+    def matches(self, slots: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ``length`` tokens behind the matches of ``slots`` [B], -1 for none: int64 [B, length].
+
+        Also returns the tokens that matched, 0 for none: int64 [B].
+        """
+        ends = self.state.length[slots]
+        text = self.state.tokens[slots, : ends.max(initial=1)]
+        begin, matched = _latest_match(text, ends, len(self.log_acceptance))
+        place = begin[:, None] + np.arange(length)
+        inside = (matched >= max(self.min_match, 1))[:, None] & (place < ends[:, None])
+        tokens = np.take_along_axis(text, np.minimum(place, text.shape[1] - 1), axis=1)
+        return np.where(inside, tokens, -1).astype(np.int64), matched
+
+    def chains(self, slots: np.ndarray, length: int) -> Chains:
+        """Do as ``Copier``."""
+        return copied_chains(*self.matches(slots, length), self.log_acceptance)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         pass  # the text is all it knows
@@ -44,37 +59,26 @@ class LookupDrafter:
         pass
 
 
-class LookupDraft:
+def copied_chains(tokens: np.ndarray, matched: np.ndarray, log_acceptance: np.ndarray) -> Chains:
+    """Return ``tokens`` int64 [B, L] as chains below B roots, by the log P(accept) of 1, 2, ... ``matched`` tokens."""
+    log_p = log_acceptance[np.clip(matched, 1, len(log_acceptance)) - 1]
+    source = np.full(len(tokens), LOOKUP, np.int8)
+    return Chains(np.arange(len(tokens)), tokens, np.repeat(log_p[:, None], tokens.shape[1], axis=1), source)
+
+
+class LookupDraft(TimedDraft):
     """One iteration: a chain under each root that has a match."""
 
     def __init__(self, drafter: LookupDrafter, slots: np.ndarray):
-        self._drafter = drafter
-        self.entries = self.context = 0
-        state, best = drafter.state, len(drafter.log_acceptance)
-        self._length = state.length[slots]
-        self._text = state.tokens[slots, : self._length.max()]
-        # [B]: where the copied text begins, and on how many tokens it matched
-        self._next, self._matched = _latest_match(self._text, self._length, best)
-        self._log_q = _log_q(self._matched, drafter.min_match, drafter.log_acceptance)
+        super().__init__()
+        self._drafter, self._slots = drafter, slots
 
-    def continuations(self, length: int) -> Continuations:
-        """See LookupDrafter.continuations."""
-        end = np.where(self._log_q > -np.inf, self._length, 0)
-        return Continuations(_stretches(self._text, self._next, end, length), self._log_q, self._matched)
+    def propose_roots(self, requests: np.ndarray) -> Proposals:
+        self._trees = KnownTrees.of_chains(self._drafter.chains(self._slots, self._drafter.state.reserve))
+        return self._trees.expand_roots(requests)
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._log_q[requests, None], self._copied(requests, np.zeros(len(requests), np.int64))
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        requests, depth = tree.request[nodes], tree.depth[nodes]
-        inside = self._next[requests] + depth < self._length[requests]
-        log_q = np.where(inside, self._log_q[requests], -np.inf)
-        return log_q[:, None], self._copied(requests, depth)
-
-    def _copied(self, requests: np.ndarray, offset: np.ndarray) -> np.ndarray:
-        place = np.minimum(self._next[requests] + offset, self._length[requests] - 1)
-        tokens: np.ndarray = self._text[requests, place].astype(np.int64)
-        return tokens[:, None]
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        return self._trees.expand(tree, nodes)
 
 
 @compiled("UniTuple(i8[::1], 2)(i4[:, :], i8[::1], i8)")
@@ -96,22 +100,3 @@ def _latest_match(text: np.ndarray, length: np.ndarray, longest: int) -> tuple[n
             if run == longest:
                 break
     return begin, matched
-
-
-@compiled("f8[::1](i8[::1], i8, f8[::1])")
-def _log_q(matched: np.ndarray, min_match: int, log_acceptance: np.ndarray) -> np.ndarray:
-    log_q = np.full(len(matched), -np.inf)
-    for row in range(len(matched)):
-        if matched[row] >= max(min_match, 1):
-            log_q[row] = log_acceptance[min(matched[row], len(log_acceptance)) - 1]
-    return log_q
-
-
-@compiled("i8[:, ::1](i4[:, :], i8[::1], i8[::1], i8)")
-def _stretches(text: np.ndarray, begin: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """Copy rows of ``text`` int32 [B, W] from ``begin`` to ``end`` int64 [B], -1 beyond: int64 [B, length]."""
-    tokens = np.full((len(text), length), -1)
-    for row in range(len(text)):
-        for place in range(min(length, end[row] - begin[row])):
-            tokens[row, place] = text[row, begin[row] + place]
-    return tokens

@@ -16,11 +16,13 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.decoding.accept import accept
 from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.drafts import Pass, TimedDraft
 from echo_trt.decoding.pack import Packed, pack
-from echo_trt.decoding.planner import RECENT, Iteration, Load, Pass, Plan, Planner
+from echo_trt.decoding.planner import RECENT, Iteration, Load, Plan, Planner
 from echo_trt.decoding.sources import HEAD, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.runtime.drafters import Drafter, TimedDraft
+from echo_trt.runtime.drafters import Drafter
+from echo_trt.runtime.guided import GuidedDraft
 from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.params import Counters
 from echo_trt.runtime.queue import Queue
@@ -94,9 +96,9 @@ class Loop:
         watch = self.watch  # another thread may set it at any time
         ids = [request.id for request in self.queue.running_in(slots)] if watch else []
         # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
-        speculates = len(slots) == 0 or bool(self.state.speculate[slots].any())
-        draft = TimedDraft(self.drafter, slots, self.state.grammar[slots]) if self.drafter and speculates else None
-        load = self._load(slots, len(chunks.owner), draft is not None and draft.looks_ahead)
+        speculates = len(slots) == 0 or bool(self.state.sampling["speculate"][slots].any())
+        draft = self.drafter.begin(slots) if self.drafter and speculates else None
+        load = self._load(slots, len(chunks.owner))
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
@@ -148,14 +150,14 @@ class Loop:
         owner = np.repeat(slots, counts)
         return Chunks(slots, counts, owner, state.committed[owner] + ragged_arange(counts))
 
-    def _load(self, slots: np.ndarray, prompt_tokens: int, looks_ahead: bool) -> Load:
+    def _load(self, slots: np.ndarray, prompt_tokens: int) -> Load:
         state = self.state
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
-        room[~state.speculate[slots]] = 0
+        room[~state.sampling["speculate"][slots]] = 0
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
         context, recent = int(state.committed[slots].sum()), state.recent(slots, RECENT)
-        return Load(slots, room, behind, context, recent, state.admitted[slots], prompt_tokens, looks_ahead)
+        return Load(slots, room, behind, context, recent, state.admitted[slots], prompt_tokens)
 
     def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: Load) -> tuple[Plan, float]:
         """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
@@ -164,8 +166,8 @@ class Loop:
         if draft is None or len(slots) == 0:
             plan, seconds = Plan.undrafted(roots), 0.0
         else:
-            begin = time.perf_counter()
-            plan = self.planner.plan(roots, draft, load)
+            grammars, begin = state.grammar[slots], time.perf_counter()
+            plan = self.planner.plan(roots, GuidedDraft(draft, grammars) if grammars.any() else draft, load)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
@@ -231,7 +233,9 @@ class Loop:
     def _prompt_logprobs_asked(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
         state, owner = self.state, chunks.owner
-        asked: np.ndarray = (state.prompt_logprobs[owner] >= 0) & (chunks.position + 1 < state.prompt_length[owner])
+        asked: np.ndarray = (state.sampling["prompt_logprobs"][owner] >= 0) & (
+            chunks.position + 1 < state.prompt_length[owner]
+        )
         return asked
 
     def _note_prompts(self, verified: Verified, chunks: Chunks) -> None:
@@ -239,7 +243,7 @@ class Loop:
         if asked.any():
             state, owner, place = self.state, chunks.owner[asked], chunks.position[asked] + 1
             rows, tokens = len(verified.tree) + np.arange(len(owner)), state.tokens[owner, place].astype(np.int64)
-            entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.prompt_logprobs[owner])
+            entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.sampling["prompt_logprobs"][owner])
             for request, entry in zip(self.queue.running_in(owner), entries, strict=True):
                 request.prompt_logprobs.append(entry)
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.decoding.accept import accept
+from echo_trt.decoding.drafts import Draft
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.goodput.model.acceptance import Acceptance
 from echo_trt.decoding.goodput.model.costs import Costs, Curve
@@ -33,7 +34,7 @@ PHASES = ("plan", "mask", "pack", "accept")
 CONTEXT = 1024
 
 
-class FreeDraft:
+class FreeDraft(Draft):
     """Children of a fixed shape from a table drawn beforehand: it costs nothing but the slicing.
 
     Half of its rows are sure of the next token, half are not, so that trees end at every depth.

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from seeded_draft import PathDraft, SteadyDraft
 
+from echo_trt.decoding.chains import Chains
+from echo_trt.decoding.drafts import Pass, TimedDraft
 from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.goodput.model.costs import Curve
 from echo_trt.decoding.goodput.settings import GoodputSettings, GoodputTuning
-from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Plan, Planner
+from echo_trt.decoding.planner import RECENT, Iteration, Load, Plan, Planner
+from echo_trt.decoding.sources import LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
 
 TUNING = GoodputTuning()
@@ -38,13 +41,19 @@ def load_of(count: int, **changes) -> Load:
 
 
 class Copied:
-    """A copier that has found ``continuations`` already, whoever asks."""
+    """A copier that has found its chains already, whoever asks."""
 
-    def __init__(self, continuations: Continuations):
-        self._found = continuations
+    def __init__(self, found: Chains):
+        self._found = found
 
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+    def chains(self, slots: np.ndarray, length: int) -> Chains:
         return self._found
+
+
+def copied_chains(tokens: np.ndarray, log_p: np.ndarray) -> Chains:
+    """Copied ``tokens`` int64 [B, L], each with the request's ``log_p`` float64 [B]."""
+    per_token = np.repeat(np.asarray(log_p)[:, None], tokens.shape[1], axis=1)
+    return Chains(np.arange(len(tokens)), tokens, per_token, np.full(len(tokens), LOOKUP, np.int8))
 
 
 class Server:
@@ -76,7 +85,7 @@ class Server:
         return self
 
     def _step(self) -> None:
-        draft = _TimedDraft(self)
+        draft = ClockedDraft(self)
         count = len(self.slots)
         load = load_of(count, room=np.full(count, 99), behind=self.behind.copy(), serial=self.serial.copy())
         plan = self.planner.plan(np.zeros(len(self.slots)), draft, load)
@@ -102,23 +111,24 @@ class Server:
         return np.flatnonzero(visited)
 
 
-class _TimedDraft:
+class ClockedDraft(TimedDraft):
     """What a drafter does in an iteration: catch up with the asked requests, then a pass a level."""
 
     def __init__(self, server: Server):
+        super().__init__(clock=lambda: self._now)
         self._server, self._draft = server, SteadyDraft([server.q] * len(server.slots))
-        self._above = 0
-        self.passes: list[Pass] = []
+        self._above, self._now = 0, 0.0
 
     def _pass(self, entries: int) -> None:
-        self.passes.append(Pass(entries, 0, self._server.draft(entries)))
+        self._now += self._server.draft(entries)
+        self.ran(entries, 0)
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._pass(int(self._server.behind[requests].sum()))
         self._server.behind[requests] = 0
         return self._draft.expand_roots(requests)
 
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self._above += len(nodes)
         self._pass(self._above)
         return self._draft.expand(tree, nodes)

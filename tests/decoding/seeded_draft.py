@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from forests import path_to
 
+from echo_trt.decoding.drafts import Draft
 from echo_trt.decoding.super_tree import SuperTree
 
 
-class PathDraft:
+class PathDraft(Draft):
     """A draft that is asked one path at a time: subclasses say what the ``children`` of a request's path are."""
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class SteadyDraft(PathDraft):
         return self.log_q[request], np.arange(self.log_q.shape[1])
 
 
-class NoDraft:
+class NoDraft(Draft):
     """For where a draft must not be asked at all."""
 
     def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -178,9 +178,9 @@ def chains_of(ngrams, text: list[int]) -> list[tuple[int, float]]:
     recent = np.full((1, ngrams.longest), -1)
     place = min(len(text) - 1, ngrams.longest)
     recent[0, ngrams.longest - place :] = text[len(text) - 1 - place : -1]
-    chains = ngrams.chains(SuperTree.from_roots(np.array(text[-1:])), np.ones(1), recent, np.array([4]), 0.0)
-    chances = np.diff(np.log(np.append(1.0, chains.probability)))
-    return list(zip(chains.token.tolist(), np.exp(chances).tolist(), strict=True))
+    chains = ngrams.chains(SuperTree.from_roots(np.array(text[-1:])), np.ones(1), recent, np.array([4]), 0.0, 0.01)
+    exists = chains.exists[0]
+    return list(zip(chains.tokens[0, exists].tolist(), np.exp(chains.log_p[0, exists]).tolist(), strict=True))
 
 
 def test_ngrams_say_what_most_answers_say(networks, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from pairs import VOCAB
 
 from echo_trt.backends.base import Engine
+from echo_trt.decoding.drafts import TimedDraft
 from echo_trt.decoding.echo.planner import EchoPlanner
 from echo_trt.decoding.echo.settings import EchoSettings
 from echo_trt.decoding.goodput.model.acceptance import Acceptance
@@ -138,15 +139,15 @@ class Foresight:
         pass
 
 
-class ForesightDraft:
+class ForesightDraft(TimedDraft):
     def __init__(self, rest: list[np.ndarray], vocabulary: int):
+        super().__init__()
         self._rest, self._vocabulary = rest, vocabulary
-        self.entries = self.context = 0
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._children(requests, np.zeros(len(requests), np.int64))
 
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._children(tree.request[nodes], tree.depth[nodes])
 
     def _children(self, requests: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

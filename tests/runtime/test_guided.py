@@ -11,6 +11,7 @@ from refusal import refused
 
 from echo_trt.commands.build import build
 from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.sources import GRAMMAR, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.runtime.guided import LONGEST, Grammars, prune
@@ -62,20 +63,18 @@ def test_forced_text_is_proposed_under_roots_and_leaves(llm):
     try:
         assert grammars.constrained(np.arange(3)).tolist() == [True, True, False]
         state.length[:2], state.tokens[:2, :2] = 2, 5
-        proposed = grammars.continuations(slots, 4)
+        proposed = grammars.chains(slots, 4)
         wanted = ids(llm, "one and only")
         count = min(len(wanted), LONGEST)
         assert proposed.tokens[0, :count].tolist() == wanted[:count]
-        assert proposed.forced.tolist() == [True, False]
+        assert proposed.source.tolist() == [GRAMMAR, LOOKUP]
         tree = SuperTree.from_roots(np.array([5, 5]))
         tree.add(np.array([1]), np.array(ids(llm, "x")), np.zeros(1), 0)
-        chains = grammars.chains(tree, np.array([1.0, 1.0, 0.5]), slots, np.array([30, 6]))
+        chains = grammars.leaf_chains(tree, np.array([1.0, 1.0, 0.5]), slots)
         wanted = ids(llm, "x: the answer is ")[1:]
-        assert chains.token.tolist() == wanted[:5]
-        assert chains.parent.tolist() == [2, 3, 4, 5, 6]
-        assert set(chains.leaf.tolist()) == {2}
-        assert chains.depth.tolist() == [2, 3, 4, 5, 6]
-        assert (np.diff(chains.probability) < 0).all()
+        assert chains.tokens[0, :5].tolist() == wanted[:5]
+        assert chains.above.tolist() == [2]
+        assert (chains.log_p < 0).all()
     finally:
         state.grammar[:] = None
 
@@ -101,7 +100,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
     after = State.after
 
     def given_up(state: State, token: int) -> State | None:
-        if len(state._unseen) > 4:
+        if len(state.unseen) > 4:
             raise GrammarFailed("too complex")
         return after(state, token)
 
@@ -130,14 +129,14 @@ def test_a_draft_behind_the_token_that_a_grammar_gave_up_on_is_not_looked_at(ope
     after, allowed = State.after, State.allowed
 
     def given_up(state: State, token: int) -> State | None:
-        if len(state._unseen) <= 4:
+        if len(state.unseen) <= 4:
             return after(state, token)
         if token == 0:
             return None
         raise GrammarFailed("too complex")
 
     def unknown(state: State, tokens: np.ndarray) -> np.ndarray:
-        if len(state._unseen) > 4:
+        if len(state.unseen) > 4:
             raise GrammarFailed("too complex")
         return allowed(state, tokens)
 

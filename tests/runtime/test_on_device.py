@@ -15,7 +15,7 @@ from echo_trt.backends.cuda.transfers import TRANSFERS
 from echo_trt.decoding.pack import ROOT, LevelShape, pack_levels
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.runtime.assemble import level_shapes
-from echo_trt.runtime.levels import DraftedTrees, LevelsDrafter
+from echo_trt.runtime.levels import LevelsDrafter, drafted_trees
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -122,17 +122,17 @@ def test_children_of_what_was_not_drafted_are_none():
     drafted[:, 1] = [[ROOT, ROOT, 0], [ROOT, ROOT, ROOT]]  # parents
     drafted[:, 2] = [[7, 8, 9], [5, 6, 4]]  # tokens
     drafted[:, 3] = np.array([[-0.5, -1.0, -0.75], [-0.1, -0.3, -0.2]], np.float32).view(np.int32)
-    trees = DraftedTrees(drafted, np.array([1, 2]))
-    log_q, tokens = trees.of_roots()
+    trees = drafted_trees(drafted, np.array([1, 2]), 3)
+    log_q, tokens = trees.expand_roots(np.array([1, 2]))
     assert tokens.tolist() == [[7, 8, 0], [5, 4, 6]]
     np.testing.assert_allclose(log_q, [[-0.5, -1.0, -np.inf], [-0.1, -0.2, -0.3]])
     tree = SuperTree.from_roots(np.array([3, 3, 3]))
     nodes = tree.add(np.array([1, 1, 2]), np.array([7, 99, 5]), np.zeros(3))
-    log_q, tokens = trees.children(tree, nodes)
+    log_q, tokens = trees.expand(tree, nodes)
     np.testing.assert_allclose(log_q[:, 0], [-0.25, -np.inf, -np.inf])
     assert tokens[0, 0] == 9
     below = tree.add(nodes[1:2], np.array([7]), np.zeros(1))
-    assert trees.children(tree, below)[0].max() == -np.inf
+    assert trees.expand(tree, below)[0].max() == -np.inf
 
 
 def test_calls_of_levels_say_where_rows_are():

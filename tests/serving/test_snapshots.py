@@ -12,7 +12,8 @@ from driving import add, prompt_ids, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.decoding.planner import Explanation, Iteration, Load, Pass, Plan
+from echo_trt.decoding.drafts import Pass
+from echo_trt.decoding.planner import Explanation, Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.gateway.live import LARGEST
 from echo_trt.runtime.params import SamplingParams

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.decoding.drafts import Draft
 from echo_trt.decoding.echo import gates
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Draft
 from echo_trt.decoding.super_tree import SuperTree
 
 

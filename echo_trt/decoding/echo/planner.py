@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from echo_trt.decoding.drafts import Draft
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.pivot import allocate
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Draft, Explanation, Load, Plan, Planner
+from echo_trt.decoding.planner import Explanation, Load, Plan, Planner
 
 
 class EchoPlanner(Planner):
@@ -25,7 +26,7 @@ class EchoPlanner(Planner):
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         settings = self.settings
-        if load.looks_ahead and settings.max_depth > 1:  # a level is cheaper than a wait for the device between levels
+        if draft.looks_ahead and settings.max_depth > 1:  # a level is cheaper than a wait for the device between levels
             # The ``most`` best nodes of a request are copied to the host, enough for gates and budget. Larger: the copy
             # takes longer.
             share = max(32, 4 * self.budget // max(len(load.slots), 1)) if self.budget else 4 * settings.per_request

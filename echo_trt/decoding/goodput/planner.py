@@ -19,22 +19,40 @@ expected tokens less the price of its passes; plain decoding is the plan without
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from echo_trt.decoding.chains import NO_CHAINS, Chains, Copier
+from echo_trt.decoding.drafts import Draft
 from echo_trt.decoding.goodput.ladder import UNDRAFTED, Ladder
 from echo_trt.decoding.goodput.learner.learner import Learner
 from echo_trt.decoding.goodput.model.acceptance import Acceptance
 from echo_trt.decoding.goodput.model.costs import Costs
 from echo_trt.decoding.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
 from echo_trt.decoding.goodput.model.ngrams import NGrams
-from echo_trt.decoding.goodput.optimiser.candidates import Candidates, Grammars
+from echo_trt.decoding.goodput.optimiser.candidates import Candidates, ContinueLeaves
 from echo_trt.decoding.goodput.optimiser.levels import LevelSearch
 from echo_trt.decoding.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Copier, Draft, Explanation, Iteration, Load, Plan
+from echo_trt.decoding.planner import Explanation, Iteration, Load, Plan
+from echo_trt.decoding.sources import NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
 ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
+
+
+class Grammars(Copier, Protocol):
+    """The grammars of running requests, as a source of chains; its chains below roots may be copied, too."""
+
+    def constrained(self, slots: np.ndarray) -> np.ndarray:
+        """Say which of ``slots`` [B] have a grammar: bool [B]."""
+
+    def leaf_chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray) -> Chains:
+        """Return what grammars force behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
+
+        slots  int64 [B], of the requests
+        """
 
 
 class GoodputPlanner:
@@ -96,14 +114,9 @@ class GoodputPlanner:
             self.acceptance,
             weights=self.learner.history.weights(load.slots),
             room=load.room,
-            copied=copier.continuations(load.slots, settings.max_depth) if copier else None,
+            copied=copier.chains(load.slots, settings.max_depth) if copier else None,
             one_path=settings.one_path,
-            ngrams=self.ngrams,
-            recent=load.recent,
-            max_depth=settings.max_depth,
-            min_continuation=settings.tuning.min_continuation,
-            grammars=self.grammars if constrained else None,
-            slots=load.slots,
+            continue_leaves=self._continuations(model, constrained),
         )
         search = LevelSearch(model, candidates, model.verifying(size - count, fills), model.price)
         if drafts and self._head and load.room.any():
@@ -114,6 +127,22 @@ class GoodputPlanner:
         padded_to = costs.padding_target(len(tree), size) if fills else 0
         chances = candidates.probability
         return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
+
+    def _continuations(self, model: IterationModel, constrained: bool) -> ContinueLeaves:
+        """Return what continues leaves: n-grams, or where a request has a grammar, what that forces."""
+        load, settings, grammars, ngrams = model.load, model.settings, self.grammars, self.ngrams
+        deepest = np.minimum(load.room, settings.max_depth)
+        if constrained and grammars:
+            deepest = np.where(grammars.constrained(load.slots), 0, deepest)
+        bounds = deepest, float(self.acceptance.bias[NGRAM, 0]), settings.tuning.min_continuation
+
+        def chains(tree: SuperTree, probability: np.ndarray) -> Chains:
+            found = ngrams.chains(tree, probability, load.recent, *bounds) if ngrams else NO_CHAINS
+            if constrained and grammars:
+                found = found.followed_by(grammars.leaf_chains(tree, probability, load.slots))
+            return found
+
+        return chains
 
     def observe(self, iteration: Iteration) -> None:
         tokens = self.learner.observe(iteration, self.settings)
@@ -150,7 +179,7 @@ class GoodputPlanner:
         """Draft levels, while they pay; their nodes join the candidates."""
         candidates, model, load = search.candidates, search.model, search.model.load
         settings = model.settings
-        requests, levels = search.requests_to_draft(load.looks_ahead)
+        requests, levels = search.requests_to_draft(draft.looks_ahead)
         if len(requests) == 0:  # no draft pays
             requests = self._explore(model)
         self.learner.history.drafted(load.slots, load.slots[requests])

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echo_trt.decoding.chains import Chains
 from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.optimiser.candidates import Candidates
-from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.runtime.lookup import copied_chains
 from echo_trt_lab.calibration.trees import RecordedDraft, Trees
 
 BATCH = 512  # positions that are replayed together; larger: fewer calls, more memory
@@ -69,7 +70,7 @@ def grow_recorded(
 ) -> SuperTree:
     count = len(positions)
     room = np.full(count, max_depth)
-    copied = None if lookup is None else continuations(trees, positions, lookup, max_depth)
+    copied = None if lookup is None else recorded_chains(trees, positions, lookup, max_depth)
     candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), room, copied)
     draft = RecordedDraft(trees, positions, width)
     roots = np.arange(count)
@@ -82,7 +83,7 @@ def grow_recorded(
     return candidates.tree
 
 
-def continuations(trees: Trees, positions: np.ndarray, lookup: list[float], length: int) -> Continuations:
-    matched = trees.matched[positions].astype(np.int64)
-    log_q = np.log(np.asarray(lookup))[np.clip(matched, 1, len(lookup)) - 1]
-    return Continuations(trees.copied[positions, :length].astype(np.int64), log_q, matched)
+def recorded_chains(trees: Trees, positions: np.ndarray, lookup: list[float], length: int) -> Chains:
+    """Return the copied text that was recorded at ``positions``, as chains below their roots."""
+    tokens, matched = trees.copied[positions, :length].astype(np.int64), trees.matched[positions].astype(np.int64)
+    return copied_chains(tokens, matched, np.log(np.asarray(lookup)))

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.decoding.drafts import ROOT, Draft, KnownTrees
 from echo_trt.decoding.echo.grow import grow
 from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Copier, Draft, Iteration, Load, Plan
+from echo_trt.decoding.planner import Iteration, Load, Plan
 from echo_trt.decoding.super_tree import SuperTree
 from echo_trt.errors import DAMAGED, UserError
+from echo_trt.runtime.lookup import LookupDrafter
 from echo_trt.runtime.slots import Slots
 
 COPIED = 8  # tokens of a continuation that are recorded; larger: longer copies can be replayed, larger files
-ROOT, UNKNOWN = -1, -2  # for an index of a recorded node
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class TreeRecorder:
 
     name, budget = "record", 0
 
-    def __init__(self, state: Slots, shape: EchoSettings, copier: Copier | None = None, head: bool = True):
+    def __init__(self, state: Slots, shape: EchoSettings, copier: LookupDrafter | None = None, head: bool = True):
         """Record trees of ``shape``'s max_depth, beams and width; without a ``head`` only ``copier`` proposes."""
         self._state, self._shape, self._copier, self._head = state, shape, copier, head
         self._parts: list[dict[str, np.ndarray]] = []
@@ -160,7 +161,9 @@ class TreeRecorder:
 
     def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
         state, count = self._state, len(roots)
-        copied = self._copier.continuations(load.slots, COPIED) if self._copier else None
+        tokens, matched = np.full((count, COPIED), -1), np.zeros(count, np.int64)
+        if self._copier:
+            tokens, matched = self._copier.matches(load.slots, COPIED)
         tree = SuperTree.from_roots(roots)
         if self._head and load.room.any():
             tree, _ = grow(roots, draft, self._shape, load.room)
@@ -170,7 +173,6 @@ class TreeRecorder:
         local = np.full(len(tree), -1)
         local[nodes] = ragged_arange(sizes)
         parent = tree.parent[nodes]
-        tokens = np.full((count, COPIED), -1) if copied is None else copied.tokens[:, :COPIED]
         self._parts.append(
             {
                 "serial": load.serial,
@@ -180,8 +182,8 @@ class TreeRecorder:
                 "token": tree.token[nodes],
                 "depth": tree.depth[nodes],
                 "log_q": tree.score[nodes] - tree.score[parent],
-                "copied": np.pad(tokens, ((0, 0), (0, COPIED - tokens.shape[1])), constant_values=-1),
-                "matched": np.zeros(count, int) if copied is None else copied.matched,
+                "copied": tokens,
+                "matched": matched,
             }
         )
         return Plan.undrafted(roots)
@@ -209,37 +211,11 @@ class TreeRecorder:
         )
 
 
-class RecordedDraft:
+class RecordedDraft(KnownTrees):
     """A draft that reads recorded trees: request i of the batch is at ``positions[i]``."""
 
     def __init__(self, trees: Trees, positions: np.ndarray, width: int):
-        self.entries = self.context = 0
-        self._trees, self._positions, self._places = trees, positions, np.arange(width)
-        self._recorded = np.full(len(positions), ROOT)  # recorded node of every expanded node in the super-tree
-
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.entries = len(requests)
-        return self._children(requests, np.full(len(requests), ROOT))[:2]
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self.entries = len(nodes)
-        unknown = np.full(len(tree) - len(self._recorded), UNKNOWN)
-        self._recorded = np.concatenate((self._recorded, unknown))
-        _, tokens, index = self._children(tree.request[nodes], self._recorded[tree.parent[nodes]])
-        same = (tokens == tree.token[nodes][:, None]) & (index >= 0)
-        recorded = np.where(same.any(axis=1), index[np.arange(len(nodes)), same.argmax(axis=1)], UNKNOWN)
-        self._recorded[nodes] = recorded
-        return self._children(tree.request[nodes], recorded)[:2]
-
-    def _children(self, requests: np.ndarray, recorded: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return log q (-inf where there is none), tokens and indices, [m, width], of children of ``recorded`` [m]."""
-        trees, position = self._trees, self._positions[requests]
+        """``width``: children of a node that are read, at most."""
         first, count = trees.first_child
-        node, at_root = np.maximum(recorded, 0), recorded == ROOT
-        begin = np.where(at_root, trees.node_begins[position], first[node])
-        size = np.where(at_root, trees.root_children[position], count[node])
-        size[recorded == UNKNOWN] = 0
-        inside = self._places < size[:, None]
-        index = np.where(inside, begin[:, None] + self._places, 0)
-        log_q = np.where(inside, trees.log_q[index], -np.inf)
-        return log_q, trees.token[index].astype(np.int64), np.where(inside, index, UNKNOWN)
+        roots = trees.node_begins[positions], np.minimum(trees.root_children[positions], width)
+        super().__init__(trees.token, trees.log_q, first, np.minimum(count, width), roots)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from echo_trt.decoding.accept import accept
+from echo_trt.decoding.chains import Chains
+from echo_trt.decoding.drafts import Pass, Proposals, TimedDraft
 from echo_trt.decoding.goodput.model.costs import Costs
 from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.planner import RECENT, Continuations, Iteration, Load, Pass, Planner
+from echo_trt.decoding.planner import RECENT, Iteration, Load, Planner
 from echo_trt.decoding.super_tree import SuperTree
-from echo_trt_lab.calibration.observe import continuations
+from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import Machine
 from echo_trt_lab.simulation.walk import BEYOND, Walk
@@ -72,57 +74,47 @@ class Tally:
         }
 
 
-@dataclass
-class ClockedDraft:
-    """A timed draft over recorded trees.
+class ClockedDraft(TimedDraft):
+    """A draft over recorded trees, on a clock of its own that adds up what passes cost.
 
     A first pass has a root's missing entries, and a later one also the nodes of its requests that were expanded before,
     as in the runtime. A block drafter's first pass also has ``block`` rows a request, and there is no later one.
     """
 
-    draft: RecordedDraft
-    walk: Walk
-    costs: Costs
-    block: int = 0
-    seconds: float = 0.0
-    passes: list[Pass] = field(default_factory=list)
-    _expanded: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    def __init__(self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0):
+        super().__init__(clock=lambda: self._now)
+        self._now, self._draft, self._walk, self._costs, self._block = 0.0, draft, walk, costs, block
+        self._expanded = np.zeros(0, np.int64)
 
-    @property
-    def levels(self) -> int:
-        return len(self.passes)
+    def propose_roots(self, requests: np.ndarray) -> Proposals:
+        self._pass(int(self._walk.behind[requests].clip(1).sum()) + self._block * len(requests))
+        self._walk.behind[requests] = 0
+        return self._draft.expand_roots(requests)
 
-    def expand_roots(self, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        self._pass(int(self.walk.behind[requests].clip(1).sum()) + self.block * len(requests))
-        self.walk.behind[requests] = 0
-        return self.draft.expand_roots(requests)
-
-    def expand(self, tree: SuperTree, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self.block:
-            return self.draft.expand(tree, nodes)
-        running = np.zeros(tree.num_requests, bool)
-        running[tree.request[nodes]] = True
-        self._pass(int(running[tree.request[self._expanded]].sum()) + len(nodes))
-        self._expanded = np.concatenate((self._expanded, nodes))
-        return self.draft.expand(tree, nodes)
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        if not self._block:
+            running = np.zeros(tree.num_requests, bool)
+            running[tree.request[nodes]] = True
+            self._pass(int(running[tree.request[self._expanded]].sum()) + len(nodes))
+            self._expanded = np.concatenate((self._expanded, nodes))
+        return self._draft.expand(tree, nodes)
 
     def _pass(self, entries: int) -> None:
-        context = int(self.walk.context.sum())
-        seconds = self.costs.draft(entries, context) + (self.costs.cold if not self.passes else 0.0)
-        self.seconds += seconds
-        self.passes.append(Pass(entries, context, seconds))
+        context = int(self._walk.context.sum())
+        self._now += self._costs.draft(entries, context) + (self._costs.cold if not self.passes else 0.0)
+        self.ran(entries, context)
 
 
 class RecordedCopier:
-    """A copier that returns the recorded continuations at a walk's positions."""
+    """A copier that returns the text that was copied at a walk's positions."""
 
     def __init__(self, walk: Walk, lookup: list[float]):
         """Copy along ``walk``; ``lookup``: P(a copied token is accepted) after matches of 1, 2, ... tokens."""
         self._walk, self._lookup = walk, lookup
 
-    def continuations(self, slots: np.ndarray, length: int) -> Continuations:
+    def chains(self, slots: np.ndarray, length: int) -> Chains:
         walk = self._walk
-        return continuations(walk.recording.trees, walk.positions[slots], self._lookup, length)
+        return recorded_chains(walk.recording.trees, walk.positions[slots], self._lookup, length)
 
 
 class Replay:
@@ -155,16 +147,17 @@ class Replay:
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
         candidates = len(plan.explanation.candidates)
-        planning = draft.levels * self._machine.level_seconds + candidates * self._candidate_seconds
+        levels = len(draft.passes)
+        planning = levels * self._machine.level_seconds + candidates * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
         target = self._verification(max(len(tree), plan.padded_to), context, again)
         path, _ = accept(tree, lambda nodes: self._next_token(positions[tree.request[nodes]], tree.depth[nodes] + 1))
         host = self._machine.host_seconds
         seconds = draft.seconds + planning + target.seconds + host
         passes = tuple(draft.passes)
-        self.planner.observe(Iteration(plan, load, path, target, passes, draft.levels, planning, seconds, host))
+        self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
-        return Step(kept.tokens, len(tree) - batch, len(path) - batch, draft.levels, seconds)
+        return Step(kept.tokens, len(tree) - batch, len(path) - batch, levels, seconds)
 
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """Time the target's pass; ``again``: cached tokens that draft nodes attend."""

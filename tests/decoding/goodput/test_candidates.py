@@ -9,12 +9,12 @@ import pytest
 from forests import nodes_of
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import random_acceptance
+from machines import copied_chains, random_acceptance
 from seeded_draft import SeededDraft, drafted
 
+from echo_trt.decoding.chains import Chains
 from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.decoding.goodput.optimiser.candidates import Candidates
-from echo_trt.decoding.planner import Continuations
 from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP, NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
@@ -111,13 +111,12 @@ def cases(draw) -> tuple[SeededDraft, Acceptance, list[int], list[list[int]], li
     return draft, acceptance, room, copied, log_a
 
 
-def continuations(copied: list[list[int]], log_a: list[float]) -> Continuations:
-    """A request without a copy has a probability of none, as prompt lookup says it."""
+def chains_of(copied: list[list[int]], log_a: list[float]) -> Chains:
+    """Chains below roots, of which some copy nothing."""
     tokens = np.full((len(copied), LENGTH), -1)
     for row, chain in zip(tokens, copied, strict=True):
         row[: len(chain)] = chain
-    log_q = np.where([len(chain) > 0 for chain in copied], log_a, -np.inf)
-    return Continuations(tokens, log_q, np.array([2 if chain else 0 for chain in copied]))
+    return copied_chains(tokens, np.array(log_a))
 
 
 def assert_same(candidates: Candidates, retold: list[Retold]) -> None:
@@ -165,7 +164,7 @@ def test_candidates_are_what_they_promise(case, beams, width, copying, random):
         acceptance,
         weights,
         np.array(room),
-        continuations(copied, log_a) if copying else None,
+        chains_of(copied, log_a) if copying else None,
     )
     assert_same(candidates, retold)
     for depth in range(5):
@@ -192,7 +191,7 @@ def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other
     draft, acceptance, room, copied, log_a = case
     count, both = len(room), []
     for one_path in (False, True):
-        copies = continuations(copied, log_a)
+        copies = chains_of(copied, log_a)
         tree = SuperTree.from_roots(np.arange(count))
         both.append(Candidates(tree, acceptance, np.ones(count), np.array(room), copies, one_path))
     free, kept = both
@@ -218,53 +217,14 @@ def test_one_path_keeps_the_likelier_of_two_children_and_nothing_below_the_other
 
 def one_chain(room: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: float = 0.5) -> Candidates:
     """One request, taken at its word, whose text suggests ``chain``."""
-    copied = continuations([list(chain)], [float(np.log(a))])
+    copied = chains_of([list(chain)], [float(np.log(a))])
     tree = SuperTree.from_roots(np.array([1]))
     return Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(1), np.array([room]), copied)
 
 
-def test_what_both_propose_is_one_node_and_the_chain_below_rises():
-    candidates = one_chain()
-    assert candidates.tree.source.tolist() == [HEAD, LOOKUP, LOOKUP, LOOKUP]
-    assert np.exp(candidates.tree.score[1:]) == pytest.approx([0.5, 0.25, 0.125])
-    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[7, 3]]), 2)
-    tree = candidates.tree
-    assert tree.token.tolist() == [1, 7, 8, 9, 3]
-    assert tree.source.tolist() == [HEAD, BOTH, LOOKUP, LOOKUP, HEAD]
-    either = 1 - 0.4 * 0.5
-    assert np.exp(tree.score[1:]) == pytest.approx([either, either * 0.5, either * 0.25, 0.3], rel=1e-5)
-    assert candidates.probability[1:] == pytest.approx(0.999 * np.exp(tree.score[1:]), abs=1e-3)
-
-
-def test_where_the_head_disagrees_the_chain_falls():
-    candidates = one_chain()
-    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
-    assert candidates.tree.token.tolist() == [1, 7, 8, 9, 3]
-    assert candidates.tree.source[1] == LOOKUP
-    # Right with 0.5; then the head, which left 0.4, would have missed it with 0.4, and had it been wrong for sure.
-    posterior = 0.5 * 0.4 / (0.5 * 0.4 + 0.5)
-    assert np.exp(candidates.tree.score[1:4]) == pytest.approx([posterior, posterior * 0.5, posterior * 0.25], rel=1e-5)
-    assert candidates.probability[1:4] == pytest.approx(0.999 * np.exp(candidates.tree.score[1:4]), abs=1e-3)
-    # It was beside the head's own: the head may say what comes after it.
-    assert candidates.frontier(1, 9).tolist() == [4, 1]
-    assert candidates.frontier(2, 9).tolist() == []
-    candidates.add(np.array([1]), np.log([[0.9]]), np.array([[8]]), 1)
-    assert candidates.tree.source[:4].tolist() == [HEAD, LOOKUP, BOTH, LOOKUP]
-    assert candidates.frontier(2, 9).tolist() == [2]
-
-
-def test_only_requests_whose_root_was_expanded_have_a_frontier():
-    copied = continuations([[7, 8], [7, 8]], np.log([0.5, 0.5]).tolist())
-    tree = SuperTree.from_roots(np.array([1, 2]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
-    assert candidates.frontier(1, 9).tolist() == []
-    candidates.add(np.array([1]), np.log([[0.6]]), np.array([[3]]), 1)
-    assert candidates.tree.request[candidates.frontier(1, 9)].tolist() == [1, 1]
-
-
 def test_chains_end_with_the_room_and_where_the_text_ends():
     assert [len(one_chain(room).tree) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
-    copied = Continuations(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]), np.array([2, 0]))
+    copied = copied_chains(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]))
     tree = SuperTree.from_roots(np.array([1, 2]))
     candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
     assert candidates.tree.token.tolist() == [1, 2, 5]

@@ -80,16 +80,11 @@ def test_leaves_go_on_with_what_the_longest_known_context_says(case):
     if not known:
         return
     chains = table(known, LONGEST).chains(tree, probability, recent, deepest, shift, FLOOR)
-    names: dict[int, tuple[int, ...]] = {}
-    for i, (parent, token) in enumerate(zip(chains.parent.tolist(), chains.token.tolist(), strict=True)):
-        names[len(tree) + i] = (*(names.get(parent) or (parent,)), token)
-        above = parent if parent < len(tree) else None
-        depth = tree.depth[parent] if above is not None else chains.depth[parent - len(tree)]
-        assert chains.depth[i] == depth + 1
-        assert chains.request[i] == (tree.request[parent] if above is not None else chains.request[parent - len(tree)])
-    got = dict(zip(names.values(), chains.probability.tolist(), strict=True))
+    got = {}
+    for leaf, tokens, log_p in zip(chains.above.tolist(), chains.tokens.tolist(), chains.log_p.cumsum(1), strict=True):
+        for place in range(tokens.index(-1) if -1 in tokens else len(tokens)):
+            got[leaf, *tokens[: place + 1]] = probability[leaf] * np.exp(log_p[place])
     assert got == pytest.approx(walked(*case))
-    assert chains.leaf.tolist() == [name[0] for name in names.values()]
 
 
 def test_of_a_large_batch_the_best_leaves_are_continued():
@@ -97,19 +92,19 @@ def test_of_a_large_batch_the_best_leaves_are_continued():
     tree, ngrams = SuperTree.from_roots(np.zeros(count)), table({(0,): (1, 0.9)}, LONGEST)
     probability = np.linspace(0.1, 1.0, count)
     chains = ngrams.chains(tree, probability, np.full((count, LONGEST), -1), np.ones(count, np.int64), 0.0, FLOOR)
-    assert sorted(chains.parent.tolist()) == list(range(count - LEAVES, count))
+    assert sorted(chains.above.tolist()) == list(range(count - LEAVES, count))
 
 
 def test_a_shift_reaches_what_a_table_is_sure_of():
     ngrams, tree = table({(0,): (1, 1.0)}, 1), SuperTree.from_roots(np.zeros(1))
     chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5, FLOOR)
-    assert chains.probability[0] < 0.98
+    assert np.exp(chains.log_p[0, 0]) < 0.98
 
 
 def test_a_table_without_entries_continues_nothing():
     ngrams = NGrams(np.zeros(0, np.uint32), np.zeros(0), np.zeros(0), LONGEST)
     tree = SuperTree.from_roots(np.zeros(2))
-    assert len(ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0, FLOOR).parent) == 0
+    assert not ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0, FLOOR).exists.any()
 
 
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact", "goodput-head"])
@@ -129,8 +124,9 @@ def test_the_policy_verifies_what_costs_little(policy):
 def test_candidates_keep_what_they_are_worth():
     tree = SuperTree.from_roots(np.array([5]))
     ngrams = table({(5, 1): (8, 0.5), (2,): (9, 0.5)}, LONGEST)
-    known = {"ngrams": ngrams, "recent": np.full((1, LONGEST), -1), "max_depth": 4}
-    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(1), np.array([9]), **known)
+    acceptance, deepest, recent = Acceptance.uncalibrated(4, CALIBRATED_START), np.array([4]), np.full((1, LONGEST), -1)
+    continued = lambda tree, p: ngrams.chains(tree, p, recent, deepest, 0.0, FLOOR)  # noqa: E731
+    candidates = Candidates(tree, acceptance, np.ones(1), np.array([9]), continue_leaves=continued)
     candidates.add(np.zeros(1, np.int64), np.log([[0.6, 0.3]]), np.array([[1, 2]]), 2)
     candidates.append_continuations()
     assert tree.parent.tolist() == [-1, 0, 0, 1, 2]

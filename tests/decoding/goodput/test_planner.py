@@ -8,9 +8,11 @@ import pytest
 from forests import nodes_of, super_trees
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from machines import SHAPE, SIZES, TUNING, Copied, Recorded, linear, load_of, random_acceptance
+from machines import SHAPE, SIZES, TUNING, Copied, Recorded, copied_chains, linear, load_of, random_acceptance
 from seeded_draft import NoDraft, SeededDraft, SteadyDraft, drafted
 
+from echo_trt.decoding.chains import Chains
+from echo_trt.decoding.drafts import Pass
 from echo_trt.decoding.goodput.ladder import Forecast, Ladder
 from echo_trt.decoding.goodput.model.acceptance import Acceptance
 from echo_trt.decoding.goodput.model.costs import Costs, Curve
@@ -19,7 +21,7 @@ from echo_trt.decoding.goodput.optimiser.levels import BINS, LevelSearch
 from echo_trt.decoding.goodput.optimiser.nodes import paying_nodes, select
 from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Continuations, Iteration, Load, Pass
+from echo_trt.decoding.planner import Iteration, Load
 from echo_trt.decoding.policies import goodput_settings
 from echo_trt.decoding.sources import HEAD, LOOKUP
 from echo_trt.decoding.super_tree import SuperTree
@@ -37,7 +39,7 @@ def planner_of(
     count: int = 4,
     acceptance: Acceptance | None = None,
     settings: GoodputSettings = SHAPE,
-    copied: Continuations | None = None,
+    copied: Chains | None = None,
     head: bool = True,
 ) -> GoodputPlanner:
     acceptance = acceptance or Acceptance.uncalibrated(settings.max_depth)
@@ -158,7 +160,7 @@ def test_where_all_is_free_all_is_drafted_and_verified():
 def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified():
     """Neither a free draft nor copied text is worth verifying then."""
     for count in (1, 3):
-        copied = Continuations(np.full((count, 2), 7), np.log(np.full(count, 0.9)), np.full(count, 4))
+        copied = copied_chains(np.full((count, 2), 7), np.log(np.full(count, 0.9)))
         for each, verified in ((1.01, False), (0.3, True)):
             target = Curve(range(1, 40), [0.01 * (1 + each * max(n - count, 0) / count) for n in range(1, 40)])
             draft = steady(count, 0.95, 0.01, 0.01) if verified else NoDraft()
@@ -201,7 +203,7 @@ def test_a_prompt_is_caught_up_with_where_enough_is_left_to_serve(room, drafts):
 
 def test_prompts_in_the_same_call_make_a_token_cost_what_it_costs_there():
     knee = Curve([1, 2, 16, 17, 128], [0.01, 0.01, 0.01, 0.02, 2.0])
-    copied = Continuations(np.full((2, 3), 7), np.log(np.full(2, 0.9)), np.full(2, 4))
+    copied = copied_chains(np.full((2, 3), 7), np.log(np.full(2, 0.9)))
     planner = planner_of(knee, FREE, 2, copied=copied, head=False)
     for prompt_tokens, verified in ((0, 8), (12, 4), (14, 2)):
         plan = planner.plan(np.zeros(2), NoDraft(), load_of(2, prompt_tokens=prompt_tokens))
@@ -283,7 +285,7 @@ def test_the_number_to_expand_is_the_best_of_those_tried(seed, count, size, each
 @st.composite
 def servings(
     draw, settings: GoodputSettings = SHAPE, changes: tuple[float, ...] = (0.0,)
-) -> tuple[GoodputPlanner, SeededDraft, Load, Continuations | None]:
+) -> tuple[GoodputPlanner, SeededDraft, Load, Chains | None]:
     """A planner whose machine charges one of ``changes`` for a pass of another size, and what it has to plan for."""
     seeds = draw(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True))
     count, rng = len(seeds), np.random.default_rng(seeds[0])
@@ -296,7 +298,7 @@ def servings(
     chains = rng.integers(0, 12, (count, SHAPE.max_depth))
     chains[:, 0] = [draft.children(request, ())[1][rng.integers(0, 2)] for request in range(count)]
     chains[rng.random(count) < 0.3] = -1
-    copied = Continuations(chains, np.log(rng.uniform(0.1, 0.9, count)), np.full(count, 2))
+    copied = copied_chains(chains, np.log(rng.uniform(0.1, 0.9, count)))
     copied = copied if draw(st.booleans()) else None
     planner = planner_of(linear(0.01, each), linear(draft_each, draft_each), 6, acceptance, settings, copied)
     planner.learner.costs.change = draw(st.sampled_from(changes))

@@ -11,10 +11,11 @@ from runtime.driving import assert_all_free
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.bundle.manifest import Manifest
+from echo_trt.decoding.drafts import Pass
 from echo_trt.decoding.goodput.learner.costs import correct
 from echo_trt.decoding.goodput.model.costs import Curve
 from echo_trt.decoding.goodput.settings import GoodputTuning
-from echo_trt.decoding.planner import Pass, PlainPlanner
+from echo_trt.decoding.planner import PlainPlanner
 from echo_trt.runtime.assemble import Networks
 from echo_trt.runtime.drafters import EngineDrafter
 from echo_trt.runtime.measure import (

@@ -75,7 +75,7 @@ def test_a_moe_pass_reads_more_weights_as_tokens_touch_more_experts():
 
 def test_curves_of_a_machine_are_not_shared():
     machine = machine_named("h100-qwen3-8b", None)
-    machine.costs().target.observe(8, 0, 1.0)
+    machine.costs().target.correct(np.ones(len(machine.target[0])))
     assert machine.costs().target(8) == Curve(*machine.target)(8)
 
 

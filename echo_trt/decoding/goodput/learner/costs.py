@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from echo_trt.decoding.drafts import Pass
 from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.decoding.goodput.settings import GoodputTuning
-from echo_trt.decoding.planner import Pass
 
 
 def correct(curve: Curve, done: Pass, tuning: GoodputTuning) -> None:

@@ -7,52 +7,18 @@ in REST (arXiv 2311.08252), under a draft's nodes instead of alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.chains import Chains
+from echo_trt.decoding.sources import NGRAM
 from echo_trt.decoding.super_tree import SuperTree
 
 LEAVES = 256  # of a batch that are continued, the best; larger: more continuations of large batches, and more time
 SUREST = 0.995  # probability of a next token at most, since a shift moves no certainty
 _EMPTY = np.uint64(0)  # content of a free cell: a key of 0 is no context's
 _SEED = 0xD1B54A32D192ED03  # a state unlike any token, or two contexts could meet
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Nodes to be added to a tree, under its leaves and one another, parents before children.
-
-    leaf int64 [m]: the tree's leaf above the node. parent, token, request, depth int64 [m]. probability float64 [m].
-    forced bool [m]: whether a grammar proposes it; None: n-grams propose all.
-    """
-
-    leaf: np.ndarray
-    parent: np.ndarray
-    token: np.ndarray
-    request: np.ndarray
-    depth: np.ndarray
-    probability: np.ndarray
-    forced: np.ndarray | None = None
-
-    def followed_by(self, others: Chains, size: int) -> Chains:
-        """Join chains under one tree of ``size`` nodes; n-grams' come first, a grammar's behind them."""
-        ours, theirs = len(self.leaf), len(others.leaf)
-        moved = np.where(others.parent < size, others.parent, others.parent + ours)
-        return Chains(
-            np.concatenate((self.leaf, others.leaf)),
-            np.concatenate((self.parent, moved)),
-            np.concatenate((self.token, others.token)),
-            np.concatenate((self.request, others.request)),
-            np.concatenate((self.depth, others.depth)),
-            np.concatenate((self.probability, others.probability)),
-            np.arange(ours + theirs) >= ours,
-        )
-
-
-_NONE = np.zeros(0, np.int64)
-NO_CHAINS = Chains(_NONE, _NONE, _NONE, _NONE, _NONE, np.zeros(0))
 
 
 class NGrams:
@@ -85,11 +51,11 @@ class NGrams:
 
         keys uint32 [n, ``longest``]: a context's, the shortest first, 0 none. The longest known context decides.
         """
+        found = _longest(self._cells, self._shift, np.ascontiguousarray(keys, np.uint32))
+        known = found >= 0
+        entry = found[known]
         token, chance = np.full(len(keys), -1), np.zeros(len(keys))
-        for size in range(self.longest if len(self) else 0):
-            place = np.searchsorted(self.keys, keys[:, size]).clip(max=len(self) - 1)
-            found = (self.keys[place] == keys[:, size]) & (keys[:, size] > 0)
-            token, chance = np.where(found, self.tokens[place], token), np.where(found, self.chances[place], chance)
+        token[known], chance[known] = self.tokens[entry], self.chances[entry]
         return token, chance
 
     def chains(
@@ -109,7 +75,7 @@ class NGrams:
         leaves = _leaves(tree.parent, probability, least)
         if len(leaves) > LEAVES:
             leaves = leaves[np.argpartition(-probability[leaves], LEAVES)[:LEAVES]]
-        found = _continue(
+        tokens, log_p = _continue(
             (self._cells, self._shift, self.tokens, self.chances, self.longest, math.exp(shift)),
             leaves,
             (tree.token, tree.parent, tree.request, tree.depth, probability),
@@ -117,7 +83,7 @@ class NGrams:
             np.ascontiguousarray(deepest, np.int64),
             least,
         )
-        return Chains(*found)
+        return Chains(leaves, tokens, log_p, np.full(len(leaves), NGRAM, np.int8))
 
 
 @compiled("u8(u8, i8)")
@@ -184,9 +150,19 @@ def _find(cells: np.ndarray, shift: int, key: np.uint32) -> np.int64:
     return np.int64(-1)
 
 
+@compiled("i8[::1](u8[::1], i8, u4[:, ::1])")
+def _longest(cells: np.ndarray, shift: int, keys: np.ndarray) -> np.ndarray:
+    """Return the place of the longest known of a context's ``keys`` [n, longest], 0 none: int64 [n], -1 none."""
+    found = np.full(len(keys), -1)
+    for row in range(len(keys)):
+        for key in keys[row]:
+            place = _find(cells, shift, key) if key else np.int64(-1)
+            found[row] = place if place >= 0 else found[row]
+    return found
+
+
 _TABLE = "Tuple((u8[::1], i8, i8[::1], f8[::1], i8, f8))"
 _TREE = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
-_CHAINS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f8[::1]))"
 
 
 @compiled()
@@ -218,34 +194,30 @@ def _find_longest(cells: np.ndarray, shift: int, text: np.ndarray) -> np.int64:
     return found
 
 
-@compiled(f"{_CHAINS}({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1], f8)")
+@compiled(f"Tuple((i8[:, ::1], f8[:, ::1]))({_TABLE}, i8[::1], {_TREE}, i8[:, ::1], i8[::1], f8)")
 def _continue(
     table: tuple, leaves: np.ndarray, tree: tuple, recent: np.ndarray, deepest: np.ndarray, least: float
 ) -> tuple:
-    """Return the columns of ``Chains``."""
+    """Return tokens and log P(accept) of the chains below ``leaves``, as of ``Chains``."""
     cells, shift, follows, chances, longest, odds = table
     token, parent, request, depth, probability = tree
-    size = 0
+    length = 0
     for leaf in leaves:
-        size += max(deepest[request[leaf]] - depth[leaf], 0)
-    leaf_of, parents, tokens = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
-    requests, depths = np.empty(size, np.int64), np.empty(size, np.int64)
-    chance, number = np.empty(size), 0
-    for leaf in leaves:
-        owner = request[leaf]
-        text = np.full(longest + max(deepest[owner] - depth[leaf], 0), -1)
+        length = max(length, deepest[request[leaf]] - depth[leaf])
+    tokens, log_p = np.full((len(leaves), length), -1), np.zeros((len(leaves), length))
+    for row in range(len(leaves)):
+        leaf = leaves[row]
+        owner, p = request[leaf], probability[leaf]
+        text = np.full(longest + length, -1)
         _path_text(leaf, token, parent, recent[owner], text[:longest])
-        end, p, above = longest, probability[leaf], leaf
-        for level in range(depth[leaf] + 1, deepest[owner] + 1):
-            found = _find_longest(cells, shift, text[end - longest : end])
+        for level in range(deepest[owner] - depth[leaf]):
+            found = _find_longest(cells, shift, text[level : longest + level])
             if found < 0:
                 break
-            p *= chances[found] * odds / (1 - chances[found] + chances[found] * odds)
+            chance = chances[found] * odds / (1 - chances[found] + chances[found] * odds)
+            p *= chance
             if p < least:
                 break
-            leaf_of[number], parents[number], tokens[number] = leaf, above, follows[found]
-            requests[number], depths[number], chance[number] = owner, level, p
-            above, text[end] = len(token) + number, follows[found]
-            end, number = end + 1, number + 1
-    few = slice(0, number)
-    return leaf_of[few], parents[few], tokens[few], requests[few], depths[few], chance[few]
+            tokens[row, level], log_p[row, level] = follows[found], math.log(chance)
+            text[longest + level] = follows[found]
+    return tokens, log_p

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from echo_trt.decoding.arrays import compiled
+from echo_trt.decoding.chains import NO_CHAINS, Chains
 from echo_trt.decoding.goodput.model.acceptance import Acceptance
-from echo_trt.decoding.goodput.model.ngrams import NO_CHAINS, Chains, NGrams
-from echo_trt.decoding.planner import Continuations, Copier
-from echo_trt.decoding.sources import BOTH, GRAMMAR, HEAD, LOOKUP, NGRAM
+from echo_trt.decoding.sources import BOTH, GRAMMAR, HEAD
 from echo_trt.decoding.super_tree import SuperTree
 
+#: Returns the chains that continue a tree's leaves, from the tree and its nodes' P(accept) float64 [n].
+ContinueLeaves = Callable[[SuperTree, np.ndarray], Chains]
 
-class Grammars(Copier, Protocol):
-    """The grammars of running requests, as a source of candidates that cost nothing; it copies, too."""
 
-    def constrained(self, slots: np.ndarray) -> np.ndarray:
-        """Say which of ``slots`` [B] have a grammar: bool [B]."""
+@dataclass(frozen=True)
+class Continuations:
+    """The tokens of ``chains`` for which there is room: their ``chain`` and ``place`` int64 [m], and P(accept)."""
 
-    def chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray, room: np.ndarray) -> Chains:
-        """Return what grammars force behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
+    chains: Chains
+    chain: np.ndarray
+    place: np.ndarray
+    probability: np.ndarray
 
-        slots, room  int64 [B], of the requests; ``room`` is the largest depth of its nodes
-        """
+    @property
+    def leaf(self) -> np.ndarray:
+        """The tree's leaf above each: int64 [m]."""
+        leaf: np.ndarray = self.chains.above[self.chain]
+        return leaf
 
 
 class Candidates:
@@ -42,34 +48,21 @@ class Candidates:
         acceptance: Acceptance,
         weights: np.ndarray,
         room: np.ndarray,
-        copied: Continuations | None = None,
+        copied: Chains | None = None,
         one_path: bool = False,
-        ngrams: NGrams | None = None,
-        recent: np.ndarray | None = None,
-        max_depth: int = 0,
-        min_continuation: float = 0.0,
-        grammars: Grammars | None = None,
-        slots: np.ndarray | None = None,
+        continue_leaves: ContinueLeaves = lambda tree, probability: NO_CHAINS,
     ):
-        """Begin with the roots of ``tree`` and the chains of ``copied``.
+        """Begin with the roots of ``tree`` and the chains of ``copied``, one per root.
 
         one_path  keep only the likelier child of a node; the other child and its descendants get probability 0
-        recent    int64 [B, ...]: tokens before a root, -1 none, for ``ngrams``, which continue leaves to ``max_depth``
-                  while P(accept) is ``min_continuation`` or more
-        slots     int64 [B], whose ``grammars``, where a request has one, continue leaves in the n-grams' place
         """
         self.tree, self.weights, self._acceptance, self._room = tree, weights, acceptance, room
-        self._one_path, self._ngrams, self._recent = one_path, ngrams, recent
-        self._min_continuation = min_continuation
-        self._deepest = np.minimum(room, max_depth)  # of n-grams
-        self._grammars, self._slots = grammars, slots
-        if grammars is not None and slots is not None:
-            self._deepest = np.where(grammars.constrained(slots), 0, self._deepest)
+        self._one_path, self._continue_leaves = one_path, continue_leaves
         self.probability = np.ones(len(tree))
         self._expandable = np.ones(len(tree), bool)  # its parent was expanded, so a head can expand it
         self._copy_under = np.full(len(tree), -1)  # node -> its copied child
         self._chain = np.zeros((0, 0), np.int64)  # [B, L]: nodes of the copied chains, -1 beyond a chain's end
-        self._continuations: Chains | None = None  # of the leaves of the present tree
+        self._continuations: Continuations | None = None  # of the leaves of the present tree
         if copied is not None:
             self._hang(copied)
 
@@ -94,25 +87,20 @@ class Candidates:
         if self._one_path and self._chain.size:
             self._drop_rivals(nodes)
 
-    def continuations(self) -> Chains:
-        """Return what n-grams and grammars put behind the current leaves, cached until the tree grows."""
+    def continuations(self) -> Continuations:
+        """Return what hangs under the current leaves at no cost, cached until the tree grows."""
         if self._continuations is None:
-            self._continuations = NO_CHAINS
-            if self._ngrams and self._recent is not None:
-                bounds = self._deepest, float(self._acceptance.bias[NGRAM, 0]), self._min_continuation
-                self._continuations = self._ngrams.chains(self.tree, self.probability, self._recent, *bounds)
-            if self._grammars is not None and self._slots is not None:
-                forced = self._grammars.chains(self.tree, self.probability, self._slots, self._room)
-                self._continuations = self._continuations.followed_by(forced, len(self.tree))
+            chains = self._continue_leaves(self.tree, self.probability)
+            chain, place = self._within_room(chains)
+            probability = self.probability[chains.above, None] * np.exp(chains.log_p.cumsum(axis=1))
+            self._continuations = Continuations(chains, chain, place, probability[chain, place])
         return self._continuations
 
     def append_continuations(self) -> None:
         """Add these continuations to the tree. Nothing is drafted below them."""
-        chains = self.continuations()
-        score = np.log(chains.probability)
-        source = NGRAM if chains.forced is None else np.where(chains.forced, GRAMMAR, NGRAM)
-        self.tree.add_chains(chains.parent, chains.token, chains.request, chains.depth, score, source)
-        self._extend(chains.probability, expandable=False)
+        found = self.continuations()
+        self._add_chains(found.chains, found.chain, found.place, np.log(found.probability))
+        self._extend(found.probability, expandable=False)
 
     def frontier(self, depth: int, beams: int) -> np.ndarray:
         """Return nodes of ``depth`` that may be expanded, best first, at most ``beams`` a request: int64 [F]."""
@@ -132,24 +120,36 @@ class Candidates:
         worth = self._expandable & (self.probability > 0) & (value >= least)
         return _of_depth(self.tree.depth, self.tree.request, worth, self._room, depth)
 
-    def _hang(self, copied: Continuations) -> None:
+    def _hang(self, copied: Chains) -> None:
         """Hang the copied chains under the roots, request by request, as far as texts and room go."""
-        tokens = copied.tokens
-        exists = np.logical_and.accumulate(tokens >= 0, axis=1)
-        request, place = np.nonzero(exists & (np.arange(tokens.shape[1]) < self._room[:, None]))
+        request, place = self._within_room(copied)
         if len(request) == 0:
             return
-        nodes = len(self.tree) + np.arange(len(request))
-        parent = np.where(place == 0, request, nodes - 1)
-        score = copied.log_q[request] * (place + 1)
-        source = LOOKUP if copied.forced is None else np.where(copied.forced, GRAMMAR, LOOKUP)[request]
-        self.tree.add_chains(parent, tokens[request, place], request, place + 1, score, source)
+        nodes, parent = self._add_chains(copied, request, place, copied.log_p.cumsum(axis=1)[request, place])
         self._extend(np.zeros(len(nodes)), expandable=False)
-        self._chain = np.full(tokens.shape, -1)
+        self._chain = np.full(copied.tokens.shape, -1)
         self._chain[request, place] = nodes
-        self._copied_log_q = copied.log_q
+        self._copied_log_q = copied.log_p[:, 0]
         self._copy_under[parent] = nodes
         self._appraise_chains(self._chain)
+
+    def _within_room(self, chains: Chains) -> tuple[np.ndarray, np.ndarray]:
+        """Return chain and place of the tokens for which their requests have room: int64 [m] both."""
+        above = chains.above
+        left = self._room[self.tree.request[above]] - self.tree.depth[above]
+        chain, place = np.nonzero(chains.exists & (np.arange(chains.tokens.shape[1]) < left[:, None]))
+        return chain, place
+
+    def _add_chains(
+        self, chains: Chains, chain: np.ndarray, place: np.ndarray, score: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add the tokens at ``place`` of ``chain`` int64 [m] to the tree. Returns nodes and their parents."""
+        tree, above = self.tree, chains.above[chain]
+        nodes = len(tree) + np.arange(len(chain))
+        parent = np.where(place == 0, above, nodes - 1)
+        depth = tree.depth[above] + place + 1
+        tree.add_chains(parent, chains.tokens[chain, place], tree.request[above], depth, score, chains.source[chain])
+        return nodes, parent
 
     def _extend(self, probability: np.ndarray, expandable: bool) -> None:
         """Note the ``probability`` float64 [m] of nodes that the tree has got."""

@@ -93,7 +93,7 @@ class LevelSearch:
     ) -> tuple[int, float]:
         """See ``best_portion``; ``passes``: seconds of a level, or of all."""
         candidates, price = self.candidates, self.price
-        chains = candidates.continuations()
+        continued = candidates.continuations()
         count, net = best_portion(
             frontier,
             portions(len(frontier)),
@@ -101,8 +101,8 @@ class LevelSearch:
             price * self.model.costs.cold if depth == 0 else 0.0,
             *levels,
             candidates.value[candidates.tree.num_requests :],
-            chains.probability * candidates.weights[chains.request],
-            candidates.tree.depth[chains.leaf] == depth,
+            continued.probability * candidates.weights[candidates.tree.request[continued.leaf]],
+            candidates.tree.depth[continued.leaf] == depth,
             price * self.verification,
             one_pass,
         )
