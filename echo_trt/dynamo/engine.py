@@ -189,7 +189,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     def _submit(self, answer: DynamoAnswer) -> None:
         """Raises as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
         try:
-            answer.submit()
+            answer.begin()
         except UserError as mistake:
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field, create_mo
 from echo_trt.gateway.errors import ApiError, shown
 from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, within
 from echo_trt.gateway.messages import Message, few_calls
-from echo_trt.gateway.names import Names
 from echo_trt.gateway.structured import FIELDS as STRUCTURED
 from echo_trt.gateway.structured import Structured, structured_of
 from echo_trt.gateway.tools import Choice, Tool, check
@@ -317,6 +316,6 @@ class CompletionRequest(Params):
         return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
 
     @property
-    def names(self) -> Names:
-        """Translate the engine's refusals."""
-        return Names("prompt", self.structured.names if self.structured else {})
+    def names(self) -> dict[str, str]:
+        """The engine's inputs that have another name here."""
+        return {"structured": self.structured.field} if self.structured else {}

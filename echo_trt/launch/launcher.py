@@ -201,7 +201,7 @@ class Gateway(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--model", MODEL, "--host", job.host, "--engine-socket", str(self._engine)]
+        words = ["--host", job.host, "--engine-socket", str(self._engine)]
         words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]

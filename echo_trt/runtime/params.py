@@ -198,13 +198,12 @@ class SamplingParams:
         for name, known in PARAMETERS.items():
             value = getattr(self, name)
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
-                raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.remedy.format(self)}.")
+                raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.remedy.format(self)}.", name)
         if self.structured is not None:
             checked(self.structured)
             if self.min_tokens:
-                raise UserError(
-                    f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
-                )
+                sentence = f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
+                raise UserError(sentence, "min_tokens")
 
     @property
     def adjusts_logits(self) -> bool:

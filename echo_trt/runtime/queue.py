@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from echo_trt.errors import UserError
+from echo_trt.errors import TooLong, UserError
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -46,11 +46,12 @@ class Queue:
         """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
         room = self._state.context - len(request.prompt) - len(request.generated)
         if len(request.prompt) == 0:
-            raise UserError("the prompt is empty; give at least one token.")
+            raise UserError("the prompt is empty; give at least one token.", "prompt")
         if room < 1:
-            raise UserError(
+            raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self._state.context} tokens; shorten it, or raise limits.context in the recipe and build again."
+                f"{self._state.context} tokens; shorten it, or raise limits.context in the recipe and build again.",
+                "prompt",
             )
         state = self._state
         needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)

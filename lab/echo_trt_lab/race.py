@@ -21,6 +21,7 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Delta, SamplingParams
 from echo_trt.runtime.slots import blocks_for
 from echo_trt_lab.pictures.palette import BLUE, GREY
+from echo_trt_lab.side_by_side import gap, side_by_side
 
 SLICE = 0.2  # seconds of a turn; larger: a machine that changes its speed meanwhile favours one side more
 FRAMES = 10  # pictures a second at most, whose time is on no side's clock; larger: a slower command
@@ -45,7 +46,7 @@ def sides_of(
     needed = sum(blocks_for(min(length + limit, state.context) + state.reserve) for length in longest)
     if state.linear or needed > state.num_blocks // len(policies):
         return [Side(policy) for policy in policies]
-    loops = llm.side_by_side(policies, budget)
+    loops = side_by_side(llm, policies, budget)
     return [Side(policy, loop) for policy, loop in zip(policies, loops, strict=True)]
 
 
@@ -211,7 +212,7 @@ def _row(llm: LLM, job: GenerateRun, plain: Side, side: Side) -> dict[str, Any]:
     """Make a side's row: its summary, texts equal to plain decoding's, and where others part, by how much."""
     pairs = [(p, plain.completions[p.id].token_ids, side.completions[p.id].token_ids) for p in job.prompts]
     apart = [(p, first, second) for p, first, second in pairs if first != second]
-    gaps = {p.id: round(llm.gap(llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
+    gaps = {p.id: round(gap(llm, llm.chat_ids(p.text), first, second), 4) for p, first, second in apart}
     return {**side.summary(), "identical": len(pairs) - len(gaps), "logit_gaps": gaps}
 
 

@@ -31,6 +31,7 @@ from echo_trt_lab.benchmark.peer import Peer, PeerRun
 from echo_trt_lab.benchmark.peers import check_peers, open_peer
 from echo_trt_lab.benchmark.report import html_report, latency_table, results_table
 from echo_trt_lab.calibration.record import record
+from echo_trt_lab.side_by_side import side_by_side
 
 
 def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Loop]
     """Make a loop for every policy, over the same engines; none for a linear engine."""
     if llm.loop.state.linear:
         return {}
-    return dict(zip(policies, llm.side_by_side(policies, budget), strict=True))
+    return dict(zip(policies, side_by_side(llm, policies, budget), strict=True))
 
 
 def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
