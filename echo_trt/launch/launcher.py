@@ -209,12 +209,8 @@ class Gateway(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--host", job.host, "--engine-socket", str(self._engine)]
-        words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
-        words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
-        words += [f"--served-model-name={name}" for name in job.served_model_names]
-        words += [f"--allowed-origins={origin}" for origin in job.allowed_origins]
-        words += [] if job.page else ["--no-page"]
+        words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
+        words += ["--drain-seconds", str(job.drain_seconds)]
         return Process("gateway", [sys.executable, "-m", "echo_trt.gateway", *words], dict(os.environ), self._log)
 
     def _ready(self) -> bool:

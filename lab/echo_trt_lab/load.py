@@ -32,9 +32,11 @@ from typing import Annotated, Any, Protocol
 
 import httpx
 import numpy as np
-import typer
+from cyclopts import Parameter
 
+from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
+from echo_trt.runtime.options import bounds
 
 SETTLE_S = 2.0  # seconds of a turn before its window; larger: more places are taken when it begins
 READY_S = 300.0  # seconds from a server's start to its first answer, at most
@@ -259,19 +261,19 @@ def _answers(url: str) -> bool:
 
 
 def main(
-    prompts: Annotated[list[Path], typer.Argument(help="JSONL files.")],
-    url: Annotated[list[str] | None, typer.Option(help="A running server; NAME=URL names it.")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="NAME=COMMAND of a server to start.")] = None,
-    streams: Annotated[str, typer.Option(help="Answers open at once, by commas.")] = "1,16,64",
-    seconds: Annotated[float, typer.Option(min=1, help="Of a turn.")] = 15,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every server.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    prompts: Annotated[list[Path], Parameter(help="JSONL files.")],
+    url: Annotated[list[str] | None, Parameter(help="A running server; NAME=URL names it.")] = None,
+    server: Annotated[list[str] | None, Parameter(help="NAME=COMMAND of a server to start.")] = None,
+    streams: Annotated[str, Parameter(help="Answers open at once, by commas.")] = "1,16,64",
+    seconds: Annotated[float, Parameter(validator=bounds(1), help="Of a turn.")] = 15,
+    rounds: Annotated[int, Parameter(validator=bounds(1), help="Turns of every server.")] = 1,
+    max_tokens: Annotated[int, Parameter(validator=bounds(1), help="New tokens of an answer.")] = 64,
+    json_file: Annotated[Path | None, Parameter("--json", help="Write all rows here.")] = None,
 ) -> None:
     texts = [row.text for file in prompts for row in read_prompts(file)]
     urls = dict(one.split("=", 1) if "=" in one.split("//")[0] else (one, one) for one in url or [])
     if not urls and not server:
-        raise typer.BadParameter("give --url of a server that runs, or --server with a command.")
+        raise UserError("give --url of a server that runs, or --server with a command.")
     with ExitStack() as running:
         for one in server or []:
             name, _, command = one.partition("=")
@@ -284,4 +286,4 @@ def main(
         print(f"error: {error}", file=sys.stderr)
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    raise typer.Exit(1 if errors else 0)
+    raise SystemExit(1 if errors else 0)
