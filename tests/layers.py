@@ -16,6 +16,7 @@ LAYERS = {
     "lab/test_lossless_script.py": "engine",
     "lab/test_race.py": "engine",
     "lab/test_replayed.py": "engine",
+    "lab/test_side_by_side.py": "engine",
     "lab/test_train_eagle3.py": "engine",
     "test_docs.py": "pure",
     "test_layers.py": "pure",

@@ -8,7 +8,7 @@ alive, and each has a parser whose size grows with the text. So keep no state bu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -84,27 +84,23 @@ class Tokens:
         return bits
 
 
+@dataclass(eq=False, repr=False)
 class State:
-    """What may follow a text. Made by ``Compiler.begin`` and ``after``."""
+    """What may follow a text. Made by ``Compiler.begin`` and ``after``.
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        free: LLMatcher | None,
-        writer: Writer | None = None,
-        thought: Thought | None = None,
-        unseen: tuple[int, ...] = (),
-        ended: bool = False,
-    ):
-        """
-        free     decides what is allowed; None: everything is, once the thought is over
-        writer   proposes what must follow in JSON; None: ``free`` does
-        unseen   tokens of the text that ``writer`` has not seen yet
-        ended    whether the text has ended
-        """
-        self._tokens, self._free, self._writer, self._thought = tokens, free, writer, thought
-        self._unseen, self.ended = unseen, ended
-        self._after: dict[int, State | None] = {}
+    free     decides what is allowed; None: everything is, once the thought is over
+    writer   proposes what must follow in JSON; None: ``free`` does
+    unseen   tokens of the text that ``writer`` has not seen yet
+    ended    whether the text has ended
+    """
+
+    tokens: Tokens
+    free: LLMatcher | None
+    writer: Writer | None = None
+    thought: Thought | None = None
+    unseen: tuple[int, ...] = ()
+    ended: bool = False
+    _after: dict[int, State | None] = field(default_factory=dict, init=False)
 
     def after(self, token: int) -> State | None:
         """The state behind ``token``; None where it is forbidden. Raises GrammarFailed."""
@@ -115,38 +111,38 @@ class State:
         return self._after[token]
 
     def _next(self, token: int) -> State | None:
-        thought, tokens, ends = self._thought, self._tokens, token in self._tokens.ends
+        thought, tokens, ends = self.thought, self.tokens, token in self.tokens.ends
         if thought and (thought.inside or token == thought.opens):
-            if (thought.spent and token != thought.closes) or (ends and self._free):
+            if (thought.spent and token != thought.closes) or (ends and self.free):
                 return None
-            return State(tokens, self._free, self._writer, thought.after(token), ended=ends)
-        if self._free is None:
+            return State(tokens, self.free, self.writer, thought.after(token), ended=ends)
+        if self.free is None:
             return State(tokens, None, ended=ends)
-        if ends and self._free.is_accepting():
-            return State(tokens, self._free, ended=True)
-        free = self._free.deep_copy()
+        if ends and self.free.is_accepting():
+            return State(tokens, self.free, ended=True)
+        free = self.free.deep_copy()
         if not free.try_consume_tokens([token]):
             _check(free)
             return None
-        return State(tokens, free, self._writer, None, (*self._unseen, token), ends)
+        return State(tokens, free, self.writer, None, (*self.unseen, token), ends)
 
     @cached_property
     def mask(self) -> np.ndarray | None:
         """Allowed tokens, as ``Tokens.bits``. None: all are. Raises GrammarFailed."""
-        thought, tokens = self._thought, self._tokens
+        thought, tokens = self.thought, self.tokens
         if thought and thought.spent:
             return tokens.bits([thought.closes])
-        if self.ended or self._free is None:
+        if self.ended or self.free is None:
             return None
         if thought and thought.inside:
             return ~tokens.bits(tokens.ends)
-        mask = np.frombuffer(self._free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
-        _check(self._free)
+        mask = np.frombuffer(self.free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
+        _check(self.free)
         if np.count_nonzero(mask) == 1 and tokens.spell:
             # llguidance forces the name of an added token as that token, which it then refuses: no text writes it.
-            forced = self._free.compute_ff_bytes().decode("utf-8", "ignore")
+            forced = self.free.compute_ff_bytes().decode("utf-8", "ignore")
             only = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
-            if forced and not any(self._free.validate_tokens([token]) for token in only):
+            if forced and not any(self.free.validate_tokens([token]) for token in only):
                 mask = tokens.bits(tokens.spell(forced)[:1])
         return mask | tokens.bits([thought.opens]) if thought else mask
 
@@ -162,17 +158,17 @@ class State:
 
         Not a certain one: other tokens may spell the same, and with free white space others may be allowed.
         """
-        thought = self._thought
+        thought = self.thought
         if thought and thought.inside:
             return [thought.closes] if thought.spent else []
-        if self.ended or self._free is None:
+        if self.ended or self.free is None:
             return []
-        if self._writer and self._unseen:
-            self._writer, self._unseen = self._writer.behind(list(self._unseen)), ()
-        if self._free.is_stopped() or (self._writer and self._writer.complete):
-            return list(self._tokens.ends[:1]) if self._free.is_accepting() else []
-        tokens = self._writer.forced(most) if self._writer else self._free.compute_ff_tokens()[:most]
-        return tokens[: self._free.validate_tokens(tokens)]
+        if self.writer and self.unseen:
+            self.writer, self.unseen = self.writer.behind(list(self.unseen)), ()
+        if self.free.is_stopped() or (self.writer and self.writer.complete):
+            return list(self.tokens.ends[:1]) if self.free.is_accepting() else []
+        tokens = self.writer.forced(most) if self.writer else self.free.compute_ff_tokens()[:most]
+        return tokens[: self.free.validate_tokens(tokens)]
 
 
 def _check(matcher: LLMatcher) -> None:

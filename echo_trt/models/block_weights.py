@@ -58,11 +58,7 @@ def check_block(checkpoint: Checkpoint, target: DecoderConfig, rows: int | None 
 
 
 def load_block(
-    checkpoint: Checkpoint,
-    positions: int,
-    target: Decoder,
-    dtype: torch.dtype = torch.float32,
-    rows: int | None = None,
+    checkpoint: Checkpoint, positions: int, target: Decoder, dtype: torch.dtype = torch.float32, rows: int | None = None
 ) -> BlockNetwork:
     """Load a drafter for ``target``, with its own embeddings and output matrix or the target's."""
     config = check_block(checkpoint, target.config, rows)

@@ -7,11 +7,7 @@ from typing import Any
 
 from echo_trt.errors import UserError
 
-DECODERS = {
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
+DECODERS = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 
 #: Switches that change the arithmetic, with the one value that these networks implement.
 FIXED = {
@@ -185,14 +181,14 @@ def check_fits(config: Eagle3Config, target: DecoderConfig, where: str) -> None:
     ):
         if own != theirs:
             raise UserError(
-                f"{where}: {key} is {own}, but the target's is {theirs}; use a draft that was trained for this target."
+                f"{where}: {key} is {own}, but the target's is {theirs}; use a drafter trained for this target."
             )
     layers = config.feature_layers
     if layers and not 0 <= min(layers) <= max(layers) < target.num_layers:
         ids = [layer - LAYER_KEYS.get(config.layer_key, 0) for layer in layers]
         raise UserError(
             f"{where}: {config.layer_key} names {ids}, but this target has {target.num_layers} layers whose inputs can "
-            "be read; use a draft that was trained for this target."
+            "be read; use a drafter trained for this target."
         )
 
 

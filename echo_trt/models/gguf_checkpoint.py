@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Part
+from echo_trt.models.config import decoder_config
+from echo_trt.models.weights import decoder_sources
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 CONTROL_TOKEN, USER_TOKEN = 3, 4
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -51,7 +38,13 @@ class GgufCheckpoint:
                 f"checkpoint file {path} is not a complete GGUF file ({error}); download it again."
             ) from error
         self.config = self._config()
-        self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        names = self._hf_names()
+        if unknown := [tensor.name for tensor in self._reader.tensors if tensor.name not in names]:
+            raise UserError(
+                f"{path}: tensor {unknown[0]} belongs to no part of a {self._architecture} network; use a file without "
+                "it."
+            )
+        self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors}
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -124,16 +117,13 @@ class GgufCheckpoint:
             "eos_token_id": self.field("tokenizer.ggml.eos_token_id"),
         }
 
-    def _hf_name(self, name: str) -> str:
-        stem, _, suffix = name.rpartition(".")
-        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-            if match[2] in LAYER_NAMES:
-                return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.{suffix}"
-        elif stem in TOP_NAMES:
-            return f"{TOP_NAMES[stem]}.{suffix}"
-        raise UserError(
-            f"{self.path}: tensor {name} belongs to no part of a {self._architecture} network; use a file without it."
-        )
+    def _hf_names(self) -> dict[str, str]:
+        """Return Hugging Face's name of each tensor that a network of this configuration has, by the file's."""
+        network = decoder_config(self.config, str(self.path))
+        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._architecture)
+        known = gguf.get_tensor_name_map(kind, network.num_layers)
+        names = [name for parts in decoder_sources(network, set()).values() for name in parts]
+        return {known.get_name(name, (".weight",)): name for name in names}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Build the file's byte-level BPE tokenizer, with its chat template."""

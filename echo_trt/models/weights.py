@@ -42,7 +42,7 @@ def load_decoder(
     with torch.device("meta"):
         # A rank's output matrix is a parameter apart, also where it is a part of the embedding.
         model, undivided = Decoder(config, positions), Decoder(replace(whole, tie_embeddings=False), positions)
-    sources = _decoder_sources(config, set(checkpoint.names()))
+    sources = decoder_sources(config, set(checkpoint.names()))
     if whole.tie_embeddings and not config.tie_embeddings:
         sources["lm_head.weight"] = sources["embed.weight"]
     _assign(model, checkpoint, sources, dtype, undivided, shard)
@@ -113,7 +113,7 @@ def head_tensor_name(name: str, layer: str = "midlayer.") -> str:
     return {"draft_id_to_target_id": "d2t"}.get(name, name)
 
 
-def _decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
+def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
     sources: dict[str, Any] = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     if not config.tie_embeddings:
         sources["lm_head.weight"] = ["lm_head.weight"]

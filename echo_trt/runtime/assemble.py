@@ -32,11 +32,9 @@ from echo_trt.runtime.slots import Slots
 class Networks:
     """A bundle's engines over one KV pool.
 
-    drafter      None: the bundle has no draft
-    copier       finds continuations in a request's own text; None: the recipe leaves them out
-    calibration  None: the bundle has none
-    markov       corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
-    pool         the size of the KV pool; of a part, the whole pool's
+    copier  finds continuations in a request's own text; None: the recipe leaves them out
+    markov  corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    pool    the size of the KV pool; of a part, the whole pool's
     """
 
     manifest: Manifest
@@ -55,21 +53,9 @@ class Networks:
         chunk = manifest.recipe.limits.prefill_chunk
         return Loop(self.target, self.drafter, self.state, planner, manifest.eos_token_ids, chunk)
 
-    def divided(self, parts: int) -> list[Networks]:
-        """``parts`` views of the same engines, a part of the KV pool each. These networks must rest meanwhile.
-
-        Slots of an engine that has a cache for each slot (``state.linear``) cannot be divided.
-        """
-        state = self.state
-        blocks = state.num_blocks // parts
-        slots = [
-            Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, part * blocks)
-            for part in range(parts)
-        ]
-        return [
-            _networks(self.manifest, self.pool, part, self.target, self.draft, self.calibration, self.markov)
-            for part in slots
-        ]
+    def over(self, state: Slots) -> Networks:
+        """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
+        return _networks(self.manifest, self.pool, state, self.target, self.draft, self.calibration, self.markov)
 
 
 def load_networks(

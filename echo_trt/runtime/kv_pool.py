@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from echo_trt.bundle.manifest import Manifest
+from echo_trt.bundle.manifest import Manifest, NetworkFacts
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.runtime.host_memory import OPTION, available_memory, gigabytes
@@ -124,22 +124,11 @@ def on_cpu(engine: str) -> bool:
     return engine == "openvino"
 
 
-class Network(Protocol):
-    """The sizes that a network's cache follows from, on one GPU where it is divided.
+def block_bytes(engine: str, networks: Iterable[tuple[Any, str]]) -> int:
+    """Return the bytes of a block in the pools of ``networks``, with precisions, and of its tokens' features.
 
-    kv_values     values of a cached token
-    feature_size  values of a token's features, which a draft reads
+    A network states its ``kv_values`` of a cached token, on one GPU where it is divided, and its ``feature_size``.
     """
-
-    @property
-    def kv_values(self) -> int: ...
-
-    @property
-    def feature_size(self) -> int: ...
-
-
-def block_bytes(engine: str, networks: Iterable[tuple[Network, str]]) -> int:
-    """Return the bytes of a block in the pools of ``networks``, with precisions, and of its tokens' features."""
     total = 0
     for network, precision in networks:
         value = _value_bytes(engine, precision)
@@ -155,7 +144,7 @@ def _value_bytes(engine: str, precision: str) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _networks(manifest: Manifest) -> list[tuple[Network, str]]:
+def _networks(manifest: Manifest) -> list[tuple[NetworkFacts, str]]:
     own = manifest.recipe.draft.precision or manifest.precision
     return [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt.decoding.pack import pack
 from echo_trt.decoding.planner import Planner
 from echo_trt.errors import UserError, shown
 from echo_trt.files.prompts import Prompt, encodable
@@ -32,7 +31,6 @@ from echo_trt.runtime.params import (
     TokenSource,
 )
 from echo_trt.runtime.request import Request
-from echo_trt.runtime.slots import blocks_for
 from echo_trt.runtime.tuning import Tuning
 
 TextOrIds = str | Sequence[int]
@@ -102,15 +100,6 @@ class LLM:
             self._planners[key] = self.tuning.planner(*key)
         return self._planners[key]
 
-    def side_by_side(self, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
-        """A loop for each policy over the same engines, a part of the KV pool each; ``loop`` must rest meanwhile.
-
-        An engine that has a cache for each slot (``state.linear``) has no pool to divide.
-        """
-        parts = self.networks.divided(len(policies))
-        planners = [self.tuning.planner(name, budget, part) for name, part in zip(policies, parts, strict=True)]
-        return [part.loop(planner) for part, planner in zip(parts, planners, strict=True)]
-
     def chat_ids(
         self,
         conversation: str | Messages,
@@ -152,7 +141,7 @@ class LLM:
     def stream(self, prompts: Sequence[TextOrIds], params: Params = None, loop: Loop | None = None) -> Iterator[Delta]:
         """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
 
-        ``loop``: one of ``side_by_side``, to run in instead of the LLM's own.
+        ``loop``: another one over the same engines (``Networks.over``), to run in instead of the LLM's own.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is a string; give a list of prompts, if only of one.")
@@ -212,23 +201,6 @@ class LLM:
             for request in answers:
                 loop.queue.cancel(request)
 
-    def gap(self, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
-        """Where two answers part: the distance of the target's logits of their two tokens, after the text they share.
-
-        prompt, first, second  token ids
-        Infinite where one merely ends earlier. Call it while nothing is running.
-        """
-        shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-        if shared is None:
-            return math.inf
-        ids = self.checked([*prompt, *first[:shared]])
-        self.loop.state.forget_cached()  # the pass below writes over the pool
-        count = np.array([len(ids)])
-        table = np.arange(blocks_for(len(ids)))[None]
-        call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
-        logits = self.loop.target.run(call)["logits"][0]
-        return float(abs(logits[first[shared]] - logits[second[shared]]))
-
     def request(
         self, id: int, ids: Sequence[int], params: SamplingParams, said: Sequence[int] = (), compiled: bool = True
     ) -> Request:
@@ -240,20 +212,23 @@ class LLM:
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
-                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
+                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}.",
+                "logit_bias",
             )
         budget = params.thinking_token_budget
         if self._marks is None and budget is not None:
             raise UserError(
                 f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
-                f"{THOUGHT[1]}); leave it out."
+                f"{THOUGHT[1]}); leave it out.",
+                "thinking_token_budget",
             )
         prompt, generated = self.checked(ids), self.checked(said).tolist()
         thought = self._thought(prompt, params)
         if thought and budget is not None and budget < params.min_tokens and thought.closes in params.stop_token_ids:
             raise UserError(
                 f"min_tokens is {params.min_tokens}, but thinking_token_budget ends the thought after {budget} tokens "
-                f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}."
+                f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}.",
+                "min_tokens",
             )
         logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
         sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
@@ -281,7 +256,7 @@ class LLM:
         size = self.manifest.target.vocab_size
         unknown = array[(array < 0) | (array >= size)]
         if len(unknown):
-            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
+            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.", "prompt")
         return array
 
 

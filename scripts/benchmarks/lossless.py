@@ -71,7 +71,7 @@ def main(
             answers = llm.generate(ids, params)
             texts[f"{policy}, {size} requests"] = _digests(asked, answers)
             pairs = [(p, a.token_ids, b.token_ids) for p, a, b in zip(ids, plain, answers, strict=True)]
-            gaps = [llm.gap(prompt, first, second) for prompt, first, second in pairs if first != second]
+            gaps = [_gap(llm, prompt, first, second) for prompt, first, second in pairs if first != second]
             rows.append({"batch": size, "policy": policy, **_facts(answers, gaps)})
             console.print(rows[-1])
     _show(rows)
@@ -81,6 +81,14 @@ def main(
         texts_file.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
     other = _differing(texts, json.loads(same_as.read_text("utf-8"))) if same_as else 0
     raise typer.Exit(1 if other or any(row["ties"] < len(row["gaps"]) for row in rows) else 0)
+
+
+def _gap(llm: LLM, prompt: list[int], first: list[int], second: list[int]) -> float:
+    if hasattr(llm, "gap"):  # of earlier commits
+        return llm.gap(prompt, first, second)
+    from echo_trt_lab.side_by_side import gap
+
+    return gap(llm, prompt, first, second)
 
 
 def _read(file: Path) -> list[str]:

@@ -26,6 +26,7 @@ from echo_trt.runtime.loop import Loop
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Request
 from echo_trt_lab.benchmark.closed_loop import run_side_by_side
+from echo_trt_lab.side_by_side import side_by_side
 
 PLAIN = "autoregressive"
 WINDOW = 12  # iterations of the moving rate that says when a policy has adapted
@@ -111,7 +112,7 @@ def main(
     llm = LLM(bundle, batch=max(sizes) * len(names), prefix_cache=False)  # prompts repeat; a part of the pool each
     ids = [llm.chat_ids(p.text) for file in prompts for p in read_prompts(file)]
     runs = {}
-    for policy, loop in zip(names, llm.side_by_side(names), strict=True):
+    for policy, loop in zip(names, side_by_side(llm, names), strict=True):
         runs[policy] = Swing(loop, ids, sizes, each, max_tokens)
     run_side_by_side(list(runs.values()))
     table = Table(

@@ -8,7 +8,7 @@ import torch
 
 from echo_trt.backends.cuda import choose as on_device
 from echo_trt.backends.cuda import device_rows
-from echo_trt.backends.cuda.choose import draw, limited, penalise
+from echo_trt.backends.cuda.choose import limited, penalise
 from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.decoding.sampling import draw as host
 from echo_trt.decoding.sampling.choice import Choice, choose
@@ -36,12 +36,12 @@ def choices(seed: int, count: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("size", [1, 5, 511, 512, 2000])
-def test_draws_are_the_hosts(size):
-    for seed in range(6):
-        logits, wanted = rows(seed, 60, size), choices(seed, 60)
-        found = draw(torch.from_numpy(logits), **{name: torch.from_numpy(value) for name, value in wanted.items()})
-        assert found.tolist() == host.sample(logits, **wanted).tolist()
+def unpenalised(wanted: dict[str, np.ndarray]) -> Choice:
+    """A choice in which nothing is penalised or moved."""
+    none, no = np.zeros(0, np.int64), np.ones(len(wanted["seed"]))
+    said = {"said_row": none, "said_token": none, "said_generated": none.astype(bool)}
+    moved = {"moved_row": none, "moved_token": none, "moved": np.zeros(0, np.float32)}
+    return Choice(**wanted, **said, **moved, repetition=no, presence=no - 1, frequency=no - 1)
 
 
 def test_what_is_left_of_a_row_is_the_hosts():
@@ -81,12 +81,9 @@ def test_greedy_rows_do_not_lengthen_the_search(others, top_k, searches, monkeyp
     greedy = np.arange(40) % 3 == 0
     wanted["top_k"] = np.where(greedy, others, top_k)
     wanted["temperature"] = np.where(greedy, 0.0, 0.8)
-    none, no = np.zeros(0, np.int64), np.ones(40)
-    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
-    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
     fewest, calls = on_device._fewest, []
     monkeypatch.setattr(on_device, "_fewest", lambda *arguments: calls.append(1) or fewest(*arguments))
-    choice = Choice(**wanted, **nothing, presence=no - 1, frequency=no - 1)
+    choice = unpenalised(wanted)
     found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
     assert found.tolist() == choose(logits, choice).tolist()
     assert len(calls) == searches
@@ -98,7 +95,9 @@ def test_penalties_are_the_hosts():
     said = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
     sizes = rng.choice([0.0, 0.3, 1.0, 1.2], 20), rng.choice([0.0, -0.5, 1.1], 20), rng.choice([0.0, 0.2], 20)
     wanted = host_penalise(logits, *said, *sizes)
-    found = penalise(torch.from_numpy(logits.copy()), *(torch.from_numpy(a) for a in (*said, *sizes)))
+    names = ("said_row", "said_token", "said_generated", "repetition", "presence", "frequency")
+    choice = {name: torch.from_numpy(array) for name, array in zip(names, (*said, *sizes), strict=True)}
+    found = penalise(torch.from_numpy(logits.copy()), choice)
     np.testing.assert_array_equal(found.numpy(), wanted)
 
 
@@ -140,10 +139,7 @@ def test_few_rows_are_worked_on_at_once(monkeypatch):
         lambda logits, *rest, **options: most.append(len(logits)) or chosen(logits, *rest, **options),
     )
     logits, count = rows(2, 35, 90), 35
-    none, no = np.zeros(0, np.int64), np.ones(count)
-    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
-    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
-    choice = Choice(**choices(4, count), **nothing, presence=no - 1, frequency=no - 1)
+    choice = unpenalised(choices(4, count))
     on_card = DeviceLogits(torch.from_numpy(logits))
     assert on_card.choose(np.arange(count), choice).tolist() == choose(logits, choice).tolist()
     assert most == [10, 10, 10, 5]
@@ -157,10 +153,7 @@ def test_draws_without_limits_search_no_row(monkeypatch):
     """Temperature alone, and top-k 1: what a search for tokens to shut out would find is known."""
     logits, wanted = rows(8, 40, 600), choices(8, 40)
     wanted |= {"top_k": wanted["seed"] % 2, "top_p": np.ones(40), "min_p": np.zeros(40)}
-    none, no = np.zeros(0, np.int64), np.ones(40)
-    nothing = {"said_row": none, "said_token": none, "said_generated": none.astype(bool), "moved_row": none}
-    nothing |= {"moved_token": none, "moved": np.zeros(0, np.float32), "repetition": no}
     monkeypatch.setattr(on_device, "limited", None)
-    choice = Choice(**wanted, **nothing, presence=no - 1, frequency=no - 1)
+    choice = unpenalised(wanted)
     found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
     assert found.tolist() == choose(logits, choice).tolist()

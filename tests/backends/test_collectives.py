@@ -8,8 +8,9 @@ from pairs import SIZES, recipe_of
 
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
-from echo_trt.backends.tensorrt.compiler import PLUGINS, CompileJob, compile_engine, load_compiler, logger_of
+from echo_trt.backends.tensorrt.compiler import CompileJob, compile_engine
 from echo_trt.backends.tensorrt.graph import check_graph, name_collectives
+from echo_trt.backends.tensorrt.library import PLUGINS, load_compiler, logger_of
 from echo_trt.backends.tensorrt.profiles import native_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.models.open_checkpoint import open_checkpoint

@@ -65,11 +65,6 @@ def test_weights_lie_beside_the_graph_and_once(exported):
     assert path.stat().st_size < 200_000
 
 
-def test_one_of_the_graphs_has_a_tied_embedding(networks):
-    assert roles_of("model", networks)["draft"].network.config.tie_embeddings
-    assert not roles_of("model", networks)["target"].network.config.tie_embeddings
-
-
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_check_is_in_the_manifest(pair, bundle_of):
     manifest = read_manifest(bundle_of(pair))

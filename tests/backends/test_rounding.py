@@ -24,6 +24,19 @@ def trees(sizes: list[int], past: int, table: np.ndarray) -> Packed:
     return pack(forest.token, past + forest.depth, pasts, forest.sizes, table, rows, ancestor_mask(forest))
 
 
+@pytest.fixture(scope="module")
+def two_engines(bundle_of):
+    return [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6) for _ in range(2)]
+
+
+@pytest.fixture
+def engines(two_engines):
+    """Two engines of one target, whose pools are empty."""
+    for engine in two_engines:
+        engine._pool[:] = 0
+    return two_engines
+
+
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), size=st.integers(1, 60))
 def test_a_padded_call_has_its_size_and_goes_on_as_it_was(sizes, size):
     table = np.arange(len(sizes))[:, None]
@@ -68,15 +81,14 @@ def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_a_pass_of_few_tokens_is_padded_where_that_is_faster(tokens, bundle_of):
-    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
+def test_a_pass_of_few_tokens_is_padded_where_that_is_faster(tokens, engines, monkeypatch):
+    engine = engines[0]
     assert engine.sizes == (1, *TARGET_SIZES)
     count = np.arange(tokens)
     call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
     got = []
-    engine._pool[:, 6] = 0
     for least in (1, BF16_LEAST):
-        engine.sizes = (least, *TARGET_SIZES)
+        monkeypatch.setattr(engine, "sizes", (least, *TARGET_SIZES))
         got.append({name: np.array(values) for name, values in engine.run(call).items()})
     for name, values in got[1].items():
         assert len(values) == tokens
@@ -85,10 +97,9 @@ def test_a_pass_of_few_tokens_is_padded_where_that_is_faster(tokens, bundle_of):
 
 
 @pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
-def test_an_engine_pads_without_a_trace(sizes, bundle_of):
+def test_an_engine_pads_without_a_trace(sizes, engines, monkeypatch):
     past, blocks = 5, 6
-    engines = [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", blocks) for _ in range(2)]
-    engines[1].sizes = (1,)  # as it comes
+    monkeypatch.setattr(engines[1], "sizes", (1,))  # as it comes
     table = np.array([4, 0, 3, 1])[: len(sizes), None]
     prompts = pack(
         np.tile(np.arange(past), len(sizes)),
@@ -117,11 +128,10 @@ def test_an_engine_pads_without_a_trace(sizes, bundle_of):
 
 @pytest.mark.parametrize("sizes", [[3], [1, 1], [1, 4, 2]])
 @pytest.mark.parametrize("size", [0, 5, 8, 9])
-def test_a_call_says_what_it_is_padded_to(sizes, size, bundle_of):
+def test_a_call_says_what_it_is_padded_to(sizes, size, engines, monkeypatch):
     """Passes that repeat the size of others: trees and single tokens alike."""
-    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
-    fed, feed = [], engine._feed
-    engine._feed = lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs))
+    engine, fed, feed = engines[0], [], engines[0]._feed
+    monkeypatch.setattr(engine, "_feed", lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs)))
     call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
     usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=size)))
     count = sum(sizes)

@@ -31,11 +31,11 @@ from echo_trt.backends.tensorrt.compiler import (
 )
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import check_graph
+from echo_trt.backends.tensorrt.library import PLUGINS
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import read_manifest, verify_files
-from echo_trt.cli import main
 from echo_trt.commands.build import build
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
@@ -297,18 +297,6 @@ def test_cards_are_not_for_cpus(networks, tmp_path):
         build(recipe_of("lookup", networks, compute_capability=["8.9"]), networks, tmp_path / "b")
 
 
-@rtx
-def test_the_command_line_answers_in_a_sentence(networks, tmp_path, monkeypatch, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"name: tiny\ntarget: {{path: {networks / 'target'}}}\n")
-    options = ["--engine", "tensorrt-rtx", "--compute-capability", "8.9", "--compute-capability", "9.0"]
-    monkeypatch.setattr(sys, "argv", ["echo-trt", "build", str(recipe), *options])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert done.value.code == 2
-    assert "compute_capability is 9.0, which TensorRT-RTX does not know" in capsys.readouterr().err
-
-
 def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
     recipe = recipe_of("model", networks, precision="bf16")
     recipe = recipe.model_copy(update={"draft": recipe.draft.model_copy(update={"precision": "int8"})})
@@ -350,7 +338,7 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
     role = roles_of("eagle3", networks)["draft"]
     export(role, tmp_path / "head.onnx")
     prepare_graph(tmp_path / "head.onnx", tmp_path / "head.onnx")
-    check_graph(tmp_path / "head.onnx", lambda name: True, tensorrt.PLUGINS, "TensorRT")
+    check_graph(tmp_path / "head.onnx", lambda name: True, PLUGINS, "TensorRT")
     profiles = packed_profiles(tmp_path / "head.onnx", CallSizes(64, 66, 64, 256, 1024))
     ranges = [(p["token_ids"][0][0], p["token_ids"][2][0]) for p in profiles]
     assert ranges[0] == (1, 32)
@@ -414,12 +402,9 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     assert gone
 
 
-@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"])
-def test_cards_that_have_kernels(capability):
-    tensorrt_build.check_kernels(capability)
-
-
-@pytest.mark.parametrize("capability", ["7.5", "13.0"])
-def test_a_card_that_no_kernel_is_for(capability):
-    with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
+def test_cards_that_have_kernels_and_cards_that_have_none():
+    for capability in ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"):
         tensorrt_build.check_kernels(capability)
+    for capability in ("7.5", "13.0"):
+        with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
+            tensorrt_build.check_kernels(capability)

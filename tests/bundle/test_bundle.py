@@ -52,8 +52,14 @@ def test_a_bundle_needs_nothing_else(bundle_of, tmp_path, networks, monkeypatch)
 # -- builds that fail ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("stage", ["reading the target", "compiling the target", "writing the bundle"])
+@pytest.mark.parametrize(
+    ("stage", "stop"),
+    [
+        ("reading the target", KeyboardInterrupt),
+        ("compiling the target", RuntimeError),
+        ("writing the bundle", KeyboardInterrupt),
+    ],
+)
 def test_an_interrupted_build_leaves_nothing_behind(stage, stop, networks, tmp_path):
     def progress(now: str) -> None:
         if now == stage:
@@ -214,13 +220,6 @@ def test_a_context_beyond_the_targets_is_refused_before_it_compiles(networks, tm
     limits = recipe.limits.model_copy(update={"context": 2049, "kv_blocks": None})
     with refused("limits.context", 2049, 2048, "lower"):
         build(recipe.model_copy(update={"limits": limits}), networks, tmp_path / "bundle")
-
-
-def test_end_tokens_of_the_generation_config_stop_too(networks, tmp_path):
-    folder = tmp_path / "networks"
-    shutil.copytree(networks, folder)
-    (folder / "target" / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
-    assert build(recipe_of("lookup", folder), folder, tmp_path / "bundle").eos_token_ids == [0, 7]
 
 
 def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp_path):

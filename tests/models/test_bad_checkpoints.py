@@ -158,10 +158,7 @@ HEADS = {
         ("target_hidden_size", "24", "20", "trained for this target"),
     ),
     "another vocabulary": (config(vocab_size=98), ("vocab_size", "98", "97", "trained for this target")),
-    "map past the vocabulary": (
-        tensors(lambda held: held["d2t"].fill_(67)),
-        ("d2t", "97", "trained for this target"),
-    ),
+    "map past the vocabulary": (tensors(lambda held: held["d2t"].fill_(67)), ("d2t", "97", "trained for this target")),
     "map before the vocabulary": (
         tensors(lambda held: held["d2t"].fill_(-1)),
         ("d2t", "-1", "97", "trained for this target"),

@@ -37,8 +37,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("storage", ["F32", "F16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize(("storage", "tied"), [("F32", True), ("F16", False), ("Q8_0", True), ("Q4_1", False)])
 @pytest.mark.parametrize("build", [llama, qwen3])
 def test_logits_equal_transformers(build, storage, tied, tmp_path):
     theirs = build(**SIZES, tie_word_embeddings=tied)
@@ -70,10 +69,6 @@ def tokenizer(request, tmp_path_factory) -> PreTrainedTokenizerFast:
 def test_text_survives_the_tokenizer(tokenizer, text):
     normalised = unicodedata.normalize("NFC", text)  # as Qwen's own tokenizer does
     assert tokenizer.decode(tokenizer.encode(text)) in (text, normalised)
-
-
-def test_merges_are_used(tokenizer):
-    assert len(tokenizer.encode("the cat and the hat")) < len("the cat and the hat") / 2
 
 
 @pytest.mark.parametrize("text", ["1234567", "in 2024, 99%", "x1y22"])

@@ -100,7 +100,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(policy, open_llm, monke
     after = State.after
 
     def given_up(state: State, token: int) -> State | None:
-        if len(state._unseen) > 4:
+        if len(state.unseen) > 4:
             raise GrammarFailed("too complex")
         return after(state, token)
 
@@ -129,14 +129,14 @@ def test_a_draft_behind_the_token_that_a_grammar_gave_up_on_is_not_looked_at(ope
     after, allowed = State.after, State.allowed
 
     def given_up(state: State, token: int) -> State | None:
-        if len(state._unseen) <= 4:
+        if len(state.unseen) <= 4:
             return after(state, token)
         if token == 0:
             return None
         raise GrammarFailed("too complex")
 
     def unknown(state: State, tokens: np.ndarray) -> np.ndarray:
-        if len(state._unseen) > 4:
+        if len(state.unseen) > 4:
             raise GrammarFailed("too complex")
         return allowed(state, tokens)
 

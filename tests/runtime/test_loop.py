@@ -310,14 +310,6 @@ def test_a_pool_too_small_for_one_request(with_limits):
         LLM(folder)
 
 
-def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
-    """It would wait for blocks that never come."""
-    llm = open_llm("lookup")
-    part = llm.side_by_side(["autoregressive"] * llm.loop.state.num_blocks)[0]
-    with refused("the request may need", "there are 1", "lower its max_tokens"):
-        part.queue.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
-
-
 @pytest.mark.parametrize("batch", [0, -1, 4097])
 def test_batch_is_checked(batch, bundle_of):
     with refused(f"batch is {batch}", "from 1 to 4096"):

@@ -150,15 +150,6 @@ def test_a_continuation_elsewhere_draws_the_same_text(llm_of):
         assert llm_of("self", "echo", 8).generate([[*prompt, *ids[:said]]], rest)[0].token_ids == ids[said:]
 
 
-def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, llm_of):
-    prompt = prompt_ids(40, 0)
-    model = AutoModelForCausalLM.from_pretrained(networks / "target")
-    logits = model(torch.tensor([[*prompt, 7, 8]])).logits[0, -1].tolist()
-    llm = llm_of("lookup", "echo", 3)
-    assert llm.gap(prompt, [7, 8, 9, 5], [7, 8, 40]) == pytest.approx(abs(logits[9] - logits[40]), abs=1e-4)
-    assert llm.gap(prompt, [7, 8], [7, 8, 9]) == float("inf")
-
-
 def test_requests_join_while_others_run(open_llm, plain_ids):
     loop = open_llm("close", batch=8).loop
     prompts, params = mixed()

@@ -132,13 +132,6 @@ def test_a_stop_string_cuts_logprobs_with_the_tokens(open_llm):
         assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
 
 
-def test_a_strong_penalty_says_nothing_twice(open_llm):
-    llm = open_llm("self", "echo")
-    prompts = [prompt_ids(8, seed) for seed in range(3)]
-    for answer in llm.generate(prompts, SamplingParams(60, ignore_eos=True, repetition_penalty=100.0)):
-        assert max(Counter(answer.token_ids).values()) == 1
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_bias_forces_and_bans(temperature, open_llm):
     llm = open_llm("self", "echo")

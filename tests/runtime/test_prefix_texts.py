@@ -121,16 +121,6 @@ def test_acceptance_is_the_same_behind_a_found_prefix(pair, policy, open_llm, wi
     assert (last.token_ids, last.accepted_length) == (expected.token_ids, expected.accepted_length)
 
 
-def test_figures_of_other_rows_do_not_outlive_a_measurement(open_llm):
-    """The distance of two logits is computed in the pool's first blocks, whatever was cached there."""
-    llm = open_llm("self", "echo")
-    prompt, params = prompt_ids(90, 0), SamplingParams(max_tokens=30, ignore_eos=True)
-    first = llm.generate([prompt], params)[0].token_ids
-    llm.gap(prompt_ids(90, 1), [5], [6])
-    assert llm.loop.state.cached_blocks == 0
-    assert llm.generate([prompt], params)[0].token_ids == first
-
-
 def test_a_chain_of_one_request_does_not_write_into_what_another_shares(open_llm):
     """Two answers grow behind one prefix, in turn and with all kinds of trees; a third finds the prefix unchanged."""
     llm = open_llm("close", "static")

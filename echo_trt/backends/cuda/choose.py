@@ -25,16 +25,12 @@ def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most:
     Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``most`` is
     ``Choice.largest_top_k``: without one, rows are searched as if some had a top-k and others had none.
     """
-    c = choice
-    logits = logits.to(torch.float32, copy=True)
-    said = c["said_row"], c["said_token"], c["said_generated"]
-    logits = penalise(logits, *said, c["repetition"], c["presence"], c["frequency"])
-    logits.index_put_((c["moved_row"], c["moved_token"]), c["moved"], accumulate=True)
-    if "masks" in c:
-        bits = (c["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
+    logits = penalise(logits.to(torch.float32, copy=True), choice)
+    logits.index_put_((choice["moved_row"], choice["moved_token"]), choice["moved"], accumulate=True)
+    if "masks" in choice:
+        bits = (choice["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
         logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
-    settings = (c[name] for name in ("temperature", "top_k", "top_p", "seed", "place", "min_p"))
-    return draw(logits, *settings, limits=limits, most=most)
+    return draw(logits, choice, limits=limits, most=most)
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,27 +46,18 @@ def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor
     return own, logits.gather(1, best) - normaliser, best
 
 
-def draw(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    place: Tensor,
-    min_p: Tensor,
-    limits: bool = True,
-    most: int | None = None,
-) -> Tensor:
-    """Choose a token a row, as ``decoding.sampling.draw.sample`` does: int64 [n].
+def draw(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int | None = None) -> Tensor:
+    """Choose a token a row of ``logits`` float32 [n, V], as ``decoding.sampling.draw.sample`` does: int64 [n].
 
-    logits                     float32 [n, V]
-    temperature, top_p, min_p  float64 [n]
-    top_k, seed, place         int64 [n]; a seed's 64 bits
-    limits                     whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
-    most                       as of ``choose``
+    choice  temperature, top_p and min_p float64 [n]; top_k, seed and place int64 [n], a seed's 64 bits
+    limits  whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
+    most    as of ``choose``
     """
+    temperature, top_k, seed, place = (choice[name] for name in ("temperature", "top_k", "seed", "place"))
     best = logits.argmax(dim=1)
-    running = limited(logits, temperature, top_k, top_p, min_p, most) if limits else logits
+    running = logits
+    if limits:
+        running = limited(logits, temperature, top_k, choice["top_p"], choice["min_p"], most)
     if running.device.type == "cpu":
         rows, heats, seeds, places = (tensor.numpy() for tensor in (running, temperature, seed, place))
         off = np.zeros(len(seeds), np.int64)
@@ -177,27 +164,19 @@ def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Te
     return tokens.gather(1, arrivals.argmax(dim=1, keepdim=True))[:, 0]
 
 
-def penalise(
-    logits: Tensor,
-    row: Tensor,
-    token: Tensor,
-    generated: Tensor,
-    repetition: Tensor,
-    presence: Tensor,
-    frequency: Tensor,
-) -> Tensor:
-    """Apply penalties in place, as ``decoding.sampling.penalties.penalise``.
+def penalise(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
+    """Apply penalties in place, as ``decoding.sampling.penalties.penalise``; returns ``logits`` float32 [n, V].
 
-    logits      float32 [n, V], and what is returned
-    row, token  int64 [k]: a token said before that row; generated bool [k]: else it is the prompt's
-    others      float64 [n]
+    choice  said_row and said_token int64 [k]: a token said before that row; said_generated bool [k]: else it is the
+            prompt's; repetition, presence and frequency float64 [n]
     """
-    repeats = repetition[row]
+    row, token = choice["said_row"], choice["said_token"]
+    repeats = choice["repetition"][row]
     value, factor = logits[row, token].double(), repeats.clamp(min=1e-6)
     logits[row, token] = torch.where(value > 0, value / factor, value * factor).float()  # x / 1 is x
     times = torch.zeros_like(logits, dtype=torch.int32)
-    times.index_put_((row, token), generated.to(torch.int32), accumulate=True)
+    times.index_put_((row, token), choice["said_generated"].to(torch.int32), accumulate=True)
     times = times[row, token].double()
-    less = torch.where(times > 0, presence[row] + frequency[row] * times, 0.0)
+    less = torch.where(times > 0, choice["presence"][row] + choice["frequency"][row] * times, 0.0)
     logits[row, token] = (logits[row, token].double() - less).float()
     return logits

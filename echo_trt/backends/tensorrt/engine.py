@@ -24,7 +24,7 @@ from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results,
 from echo_trt.backends.padded import ROW_OUTPUTS, Layout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
-from echo_trt.backends.tensorrt.compiler import COMPILERS, load_compiler
+from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed

@@ -5,29 +5,20 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.device import check_room
-from echo_trt.backends.tensorrt.compiler import COMPILERS, first_sentence, load_compiler, logger_of
+from echo_trt.backends.tensorrt.library import COMPILERS, first_sentence, load_compiler, logger_of
 from echo_trt.errors import UserError
 
 Shape = tuple[int, ...]
-
-
-def torch_types(api: ModuleType) -> dict[Any, torch.dtype]:
-    types = api.DataType
-    return {
-        types.FLOAT: torch.float32,
-        types.HALF: torch.float16,
-        types.BF16: torch.bfloat16,
-        types.INT32: torch.int32,
-        types.INT64: torch.int64,
-        types.UINT8: torch.uint8,
-    }
+TYPES = {
+    "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
+    "INT32": torch.int32, "INT64": torch.int64, "UINT8": torch.uint8,
+}  # fmt: skip
 
 
 def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mapping[str, Shape]) -> int:
@@ -69,7 +60,8 @@ class Session:
         inputs = self._api.TensorIOMode.INPUT
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == inputs]
         self.outputs = [name for name in names if self._engine.get_tensor_mode(name) != inputs]
-        types = torch_types(self._api)
+        kinds = self._api.DataType
+        types = {getattr(kinds, name): dtype for name, dtype in TYPES.items()}
         self.types = {name: types[self._engine.get_tensor_dtype(name)] for name in names}
         self._profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
         scratch = self._engine.device_memory_size_v2

@@ -14,10 +14,12 @@ from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
-from echo_trt_lab.benchmark.command import Job, check_pool, drawn
+from echo_trt_lab.benchmark.command import check_pool, drawn
 from echo_trt_lab.benchmark.command import run as run_bench
 from echo_trt_lab.benchmark.figures import figures
+from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.calibration.trees import Trees
+from echo_trt_lab.side_by_side import side_by_side
 
 
 @pytest.fixture
@@ -31,12 +33,12 @@ def prompts(tmp_path) -> list[Path]:
     return files
 
 
-def job(bundle: Path, prompts: list[Path], **changes) -> Job:
-    values = {"policies": ["goodput", "static"], "batches": [1, 3], "max_tokens": 16, "rounds": 2, "requests": 4}
-    return Job(bundle, prompts, **{**values, **changes})
+def job(bundle: Path, prompts: list[Path], **changes) -> BenchOptions:
+    values = {"policies": ("goodput", "static"), "batches": (1, 3), "max_tokens": 16, "rounds": 2, "requests": 4}
+    return BenchOptions(bundle, prompts=prompts, **{**values, **changes})
 
 
-def bench(job: Job) -> dict:
+def bench(job: BenchOptions) -> dict:
     return run_bench(job, Console(quiet=True), Console(quiet=True))
 
 
@@ -133,7 +135,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
     alone.run()
     assert not alone.busy
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)  # turns of one iteration
-    loops, held = llm.side_by_side(("static", "autoregressive", "dense"), budget=6), []
+    loops, held = side_by_side(llm, ("static", "autoregressive", "dense"), budget=6), []
     runs = [ClosedLoop(loop, prompts, 2, 20) for loop in loops]
     for run in runs:
         for _ in range(3):
@@ -154,7 +156,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
 def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)
     llm = open_llm("close", "autoregressive", batch=2)
-    loops = llm.side_by_side(("autoregressive", "static"))  # the second emits several tokens an iteration
+    loops = side_by_side(llm, ("autoregressive", "static"))  # the second emits several tokens an iteration
     runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
     for run in runs:
         step = run._step

@@ -1,0 +1,101 @@
+"""TensorRT and TensorRT-RTX: two Python modules with one API."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from echo_trt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """One of the two modules: name for users, Python module, supported major version, and pip extra."""
+
+    title: str
+    module: str
+    major: int
+    extra: str
+    builds_anywhere: bool
+    plugins: frozenset[tuple[str, str]] = frozenset()
+
+
+#: Our operators, (domain, name), that are plugins; TensorRT-RTX takes none.
+PLUGINS = frozenset({("echo", "SuperTreeAttention"), ("echo", "SuperTreeCombine")})
+
+COMPILERS = {
+    "tensorrt": Compiler("TensorRT", "tensorrt", 11, "tensorrt", False, PLUGINS),
+    "tensorrt-rtx": Compiler("TensorRT-RTX", "tensorrt_rtx", 1, "rtx", True),
+}
+
+
+def load_compiler(engine: str) -> ModuleType:
+    """Import the Python module of ``engine``; a missing one or another version is refused."""
+    compiler = COMPILERS[engine]
+    run = f"run pip install -e '.[{compiler.extra}]' in the repository"
+    remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
+    try:
+        module = importlib.import_module(compiler.module)
+        version = module.__version__
+    except Exception as error:  # a wheel without its libraries may raise anything
+        raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
+    if version.split(".")[0] != str(compiler.major):
+        raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
+    return module
+
+
+def first_sentence(messages: Sequence[str]) -> str:
+    """Cut the first message, without its place in the compiler's sources, to the end of a sentence."""
+    text = " ".join((messages[0] if messages else "it does not say why").split())
+    if "not supported by a dedicated kernel" in text:
+        return "it has no attention kernel for this type, number and size of heads"
+    text = re.sub(r"^[\w:.]+: Error Code \d+: [\w ]+ \((.*)\)$", r"\1", text)
+    text = re.sub(r"^[\w./]+:\d+: ", "", text)
+    text = re.sub(r"\[[\w.]+:\d+: \w+\] |\w+Exception: [\w.]+:\d+: ", "", text)
+    text = re.split(r"\.? ?\(?In \w+ at /|\s+\(See |\. ", text)[0]
+    return text.rstrip(". ")
+
+
+@cache
+def logger_of(api: ModuleType) -> Any:
+    """Return the module's logger: a module keeps its first logger for the whole process."""
+
+    class Log(api.ILogger):
+        def __init__(self):
+            api.ILogger.__init__(self)
+            self._file, self._messages = None, []
+
+        def writing_to(self, file):
+            self.forget()
+            self._file = file
+            return self
+
+        def forget(self):
+            self._messages = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file = None
+
+        def log(self, severity, message):
+            if severity == api.ILogger.VERBOSE:
+                return
+            name = str(severity).rpartition(".")[2]
+            self._messages.append((name, message))
+            if self._file:
+                self._file.write(f"{name}: {message}\n")
+
+        def warnings(self) -> list[str]:
+            return [message for name, message in self._messages if name == "WARNING"]
+
+        def errors(self) -> list[str]:
+            return [message for name, message in self._messages if name in ("ERROR", "INTERNAL_ERROR")]
+
+    return Log()

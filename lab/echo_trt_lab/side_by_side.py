@@ -1,0 +1,45 @@
+"""Several loops over one bundle's engines, and the distance of logits where two answers part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from echo_trt.decoding.pack import pack
+from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.slots import Slots, blocks_for
+
+
+def side_by_side(llm: LLM, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
+    """Make a loop for each policy over the same engines, a part of the KV pool each; ``llm.loop`` must rest meanwhile.
+
+    An engine that has a cache for each slot (``state.linear``) has no pool to divide.
+    """
+    state, loops = llm.loop.state, []
+    blocks = state.num_blocks // len(policies)
+    for number, name in enumerate(policies):
+        slots = Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, number * blocks)
+        part = llm.networks.over(slots)
+        loops.append(part.loop(llm.tuning.planner(name, budget, part)))
+    return loops
+
+
+def gap(llm: LLM, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the distance of the target's logits of the two tokens where two answers part, after what they share.
+
+    prompt, first, second  token ids
+    Infinite where one merely ends earlier. Call it while nothing is running.
+    """
+    shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    if shared is None:
+        return math.inf
+    ids = llm.checked([*prompt, *first[:shared]])
+    llm.loop.state.forget_cached()  # the pass below writes over the pool
+    count = np.array([len(ids)])
+    table = np.arange(blocks_for(len(ids)))[None]
+    call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)
+    logits = llm.loop.target.run(call)["logits"][0]
+    return float(abs(logits[first[shared]] - logits[second[shared]]))

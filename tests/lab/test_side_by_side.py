@@ -1,0 +1,39 @@
+"""Loops over parts of one pool, and the distance of the logits where two answers part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driving import prompt_ids
+from refusal import refused
+from transformers import AutoModelForCausalLM
+
+from echo_trt.runtime.params import SamplingParams
+from echo_trt_lab.side_by_side import gap, side_by_side
+
+
+def test_the_gap_of_two_answers_is_that_of_the_logits_where_they_part(networks, open_llm):
+    prompt = prompt_ids(40, 0)
+    model = AutoModelForCausalLM.from_pretrained(networks / "target")
+    logits = model(torch.tensor([[*prompt, 7, 8]])).logits[0, -1].tolist()
+    llm = open_llm("lookup", "echo", 3)
+    assert gap(llm, prompt, [7, 8, 9, 5], [7, 8, 40]) == pytest.approx(abs(logits[9] - logits[40]), abs=1e-4)
+    assert gap(llm, prompt, [7, 8], [7, 8, 9]) == float("inf")
+
+
+def test_figures_of_other_rows_do_not_outlive_a_measurement(open_llm):
+    """The distance of two logits is computed in the pool's first blocks, whatever was cached there."""
+    llm = open_llm("self", "echo")
+    prompt, params = prompt_ids(90, 0), SamplingParams(max_tokens=30, ignore_eos=True)
+    first = llm.generate([prompt], params)[0].token_ids
+    gap(llm, prompt_ids(90, 1), [5], [6])
+    assert llm.loop.state.cached_blocks == 0
+    assert llm.generate([prompt], params)[0].token_ids == first
+
+
+def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
+    """It would wait for blocks that never come."""
+    llm = open_llm("lookup")
+    part = side_by_side(llm, ["autoregressive"] * llm.loop.state.num_blocks)[0]
+    with refused("the request may need", "there are 1", "lower its max_tokens"):
+        part.queue.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
