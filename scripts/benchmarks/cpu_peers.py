@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from cpu_peers_parts.servers import ENGINES, Peers, Target, Unavailable
-from cpu_peers_parts.table import markdown
 
 from echo_trt.bundle.sources import cache_folder
+from echo_trt_lab.cpu_peers.servers import ENGINES, Peers, Target, Unavailable
+from echo_trt_lab.cpu_peers.table import markdown
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
