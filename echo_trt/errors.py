@@ -25,7 +25,25 @@ DAMAGED = (
 
 
 class UserError(Exception):
-    """Bad input. The message is one sentence: field, value and remedy. The CLI prints it and exits with 2."""
+    """Bad input. The message is one sentence: field, value and remedy. The CLI prints it and exits with 2.
+
+    field  the field of a request that the sentence is about, where it is known
+    """
+
+    def __init__(self, message: str = "", field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+class GrammarError(UserError):
+    """A ``structured`` that cannot be used; the sentence begins with its kind, as in ``structured.json``."""
+
+    def __init__(self, message: str):
+        super().__init__(message, "structured")
+
+
+class TooLong(UserError):
+    """A prompt that the model's context does not hold."""
 
 
 def shown(value: Any) -> str:

@@ -52,7 +52,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files: one that begins last sets the end of a run in several processes."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    order = ("server", "kernel", "engine", "pure")
+    order = ("server", "kernel", "engine", "gpu", "pure")
     items.sort(key=lambda item: (item.path not in slow, order.index(layer(item.path))))
 
 

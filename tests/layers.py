@@ -20,6 +20,7 @@ LAYERS = {
     "lab/test_train_eagle3.py": "engine",
     "test_docs.py": "pure",
     "test_layers.py": "pure",
+    "gpu": "gpu",
     "plugins": "kernel",
     "dynamo": "server",
     "examples": "server",

@@ -6,7 +6,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,72 +13,79 @@ from rich.progress import Progress
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
+from echo_trt.commands.options import SAMPLED, GenerateOptions
 from echo_trt.commands.side import Side
-from echo_trt.commands.sources import SourcedText, legend
+from echo_trt.commands.sources import SourcedText, legend, wants_colour
 from echo_trt.commands.watch import Watch
 from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
-from echo_trt.files.prompts import Prompt
+from echo_trt.files.prompts import Prompt, encodable, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.params import Delta, SamplingParams
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the command was asked to do; None stands for the recipe's own."""
+class GenerateRun:
+    """Prompts that a policy answers, alone or against plain decoding. ``coloured``: by who proposed a token."""
 
-    bundle: Path
     prompts: list[Prompt]
     params: SamplingParams
-    policy: str | None = None
-    batch: int | None = None
     budget: int | None = None
-    json_file: Path | None = None
-    compare: bool = False
-    prompts_file: Path | None = None  # where the prompts were read
-    special_tokens_in_content: bool = False
-    coloured: bool = False  # by who proposed a token
+    coloured: bool = False
     watch: bool = False
-    kv_cache_memory: int | None = None
 
 
-def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
+def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, Any]:
     """Run the command. Returns what ``--json`` writes."""
-    decoding = read_manifest(job.bundle).recipe.decoding
-    name = job.policy or decoding.policy
-    _check(job, name, out)
-    inputs = [job.prompts_file, *own_files(job.bundle)]
-    with output_file("--json", job.json_file, inputs) as write, files_first(out) if job.json_file else nullcontext():
-        batch = 1 if job.batch is None and job.compare else job.batch
+    coloured = wants_colour(out, options.color)
+    work = GenerateRun(_prompts(options), sampling_params(options), options.budget, coloured, options.watch)
+    name = options.policy or read_manifest(options.bundle).recipe.decoding.policy
+    _check(options, name, out)
+    inputs = [options.prompts, *own_files(options.bundle)]
+    files = files_first(out) if options.json_file else nullcontext()
+    with output_file("--json", options.json_file, inputs) as write, files:
         with messages.status("loading the bundle"):
-            # Of two policies the second would find what the first has computed.
-            prefix_cache = False if job.compare else None
             llm = LLM(
-                job.bundle,
-                job.policy,
-                batch,
-                job.budget,
+                options.bundle,
+                options.policy,
+                1 if options.batch is None and options.compare else options.batch,
+                options.budget,
                 messages.print,
-                prefix_cache,
-                special_tokens_in_content=job.special_tokens_in_content,
-                kv_cache_memory=job.kv_cache_memory,
+                False if options.compare else None,  # of two policies the second would find what the first computed
+                special_tokens_in_content=options.special_tokens_in_content,
+                kv_cache_memory=options.kv_cache_memory,
             )
         policy = llm.loop.planner.name
-        check_lengths(llm, job.prompts)
-        first = llm.chat_ids(job.prompts[0].text)
+        check_lengths(llm, work.prompts)
+        first = llm.chat_ids(work.prompts[0].text)
         llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
         llm.loop.state.forget_cached()
         answer = _answer
-        if job.compare:
+        if options.compare:
             (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
             answer = comparison.load()
-        result = answer(job, llm, policy, out, messages)
+        result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))
     return result
 
 
-def _check(job: Job, policy: str, out: Console) -> None:
+def _prompts(options: GenerateOptions) -> list[Prompt]:
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("give either PROMPT or --prompts FILE.")
+    if options.prompt == "":
+        raise UserError("PROMPT is empty; give at least one character.")
+    return read_prompts(options.prompts) if options.prompts else [Prompt("0", encodable(options.prompt, "PROMPT"))]
+
+
+def sampling_params(options: GenerateOptions) -> SamplingParams:
+    """Return the parameters that are on the command line, else the model's own."""
+    asked = {name: value for name in SAMPLED if (value := getattr(options, name)) is not None}
+    asked["stop"] = tuple(encodable(text, "--stop") for text in asked["stop"])
+    return SamplingParams(**(read_manifest(options.bundle).sampling.given() | asked))
+
+
+def _check(job: GenerateOptions, policy: str, out: Console) -> None:
     known = policy_named(policy, "--policy")
     if job.budget is not None and job.budget < 1:
         raise UserError(f"--budget is {job.budget}; give 1 or more.")
@@ -91,7 +97,7 @@ def _check(job: Job, policy: str, out: Console) -> None:
         raise UserError("--watch draws on a terminal, but standard output is none; leave it out, or run it in one.")
 
 
-def _answer(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
+def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
     side, params = Side(policy), replace(job.params, token_sources=job.coloured or job.watch)
     texts = [SourcedText() for _ in job.prompts]
     single, watch = len(job.prompts) == 1 and not job.watch, None
@@ -137,7 +143,7 @@ def _print_answer(name: str, text: SourcedText, out: Console) -> None:
     out.print(text.styled(), highlight=False, soft_wrap=True)
 
 
-def results(job: Job, side: Side) -> list[dict[str, Any]]:
+def results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
     """Make a row of every prompt's answer."""
     rows = []
     for prompt in job.prompts:

@@ -1,62 +1,101 @@
-"""Options that several commands have, and lists that are one option's text."""
+"""The options of ``build``, ``generate`` and ``inspect``."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
+from dataclasses import KW_ONLY, dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import typer
+from cyclopts import Parameter
 
-from echo_trt.errors import UserError, shown
-from echo_trt.runtime.host_memory import OPTION, bytes_in
+from echo_trt.runtime.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
+from echo_trt.runtime.params import PARAMETERS
 
-Precisions = StrEnum("Precisions", {name: name for name in ("fp32", "bf16", "fp16", "int8", "int4")})
-Colours = StrEnum("Colours", {name: name for name in ("auto", "always", "never")})
-Engines = StrEnum("Engines", {name: name for name in ("openvino", "tensorrt", "tensorrt-rtx", "torch")})
-
-
-def _load_policies(file: Path | None) -> Path | None:
-    """Register the policies of a file before any command looks for one. Raises UserError."""
-    if file:
-        from echo_trt.decoding.policies import load_policies
-
-        load_policies(file)
-    return file
+Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 
-PolicyName = Annotated[str | None, typer.Option("--policy", help="How to speculate. Default: the recipe's.")]
-PolicyFile = Annotated[
-    Path | None, typer.Option(help="A Python file with policies of your own.", callback=_load_policies)
-]
-SpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--special-tokens-in-content",
-        help="Take <|im_end|> and the like in a message for the control token. Default: for text.",
-    ),
-]
-KVCacheMemory = Annotated[
-    int | None,
-    typer.Option(
-        OPTION,
-        parser=partial(bytes_in, OPTION),
-        metavar="GIB",
-        help="Memory of the KV pool in GiB, or such as 512M. Default: the recipe's, else enough for the batch, on a "
-        "CPU up to half of the free memory.",
-    ),
-]
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``build`` is asked to do; None stands for the recipe's value."""
+
+    model: Annotated[
+        str,
+        Parameter(help="A recipe (YAML), a model of the hub such as Qwen/Qwen3-8B, or a checkpoint's folder."),
+    ]
+    _: KW_ONLY
+    draft: Annotated[
+        str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+    ] = None
+    output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
+    engine: Annotated[Engine | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
+    precision: Annotated[Precision | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
+    compute_capabilities: Annotated[
+        tuple[str, ...],
+        Parameter(
+            "--compute-capability",
+            show_default=False,
+            help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all.",
+        ),
+    ] = ()
+    max_model_len: Annotated[
+        int | None, Parameter(help="limits.context: tokens per request.", validator=bounds(16))
+    ] = None
+    max_num_seqs: Annotated[int | None, Parameter(help="limits.batch: running requests.", validator=bounds(1))] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Parameter(help="Fill this share of the GPU's memory: limits.kv_blocks.", validator=bounds(0.01, 1)),
+    ] = None
+    kv_cache_memory: KVCacheMemory = None
 
 
-def words_in(text: str) -> list[str]:
-    """Return the words of a text that are separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _sampling_option(name: str) -> tuple[str, Any, Any]:
+    """Make the field of a sampling parameter. None stands for the model's own value."""
+    known = PARAMETERS[name]
+    default = None if known.recommended else known.default
+    kind: Any = tuple[str, ...] if known.kind is str else known.kind
+    shown = None if default or known.single else False
+    parameter = Parameter(help=known.option, allow_leading_hyphen=known.kind is str, show_default=shown)
+    return name, Annotated[kind | None if default is None else kind, parameter], default
 
 
-def numbers_in(option: str, text: str) -> list[int]:
-    """Return the numbers of an option's text. Raises UserError."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
+SAMPLED = [name for name, known in PARAMETERS.items() if known.option]
+SamplingOptions: Any = make_dataclass("SamplingOptions", map(_sampling_option, SAMPLED), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions, EngineOptions):
+    """What ``generate`` is asked to do; None stands for the recipe's value, of sampling parameters for the model's."""
+
+    prompt: Annotated[str | None, Parameter(help="One user turn, put into the model's chat template.")] = None
+    _: KW_ONLY
+    prompts: Annotated[Path | None, Parameter(help="JSONL: id and prompt, or turns, per line.")] = None
+    batch: Annotated[
+        int | None, Parameter(help="Requests running at once. Default: the recipe's; 1 with --compare.")
+    ] = None
+    budget: Annotated[
+        int | None,
+        Parameter(
+            help="K_max of echo, dense, fixed: tokens verified per iteration. Default: the recipe's, else measured."
+        ),
+    ] = None
+    json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
+    compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False
+    color: Annotated[
+        Literal["auto", "always", "never"],
+        Parameter(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR."),
+    ] = "auto"
+    watch: Annotated[Flag, Parameter(help="Draw the draft tree beside the text, on a terminal.")] = False
+    special_tokens_in_content: SpecialTokens = False
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What ``inspect`` is asked to do."""
+
+    place: Annotated[Path, Parameter(help="A bundle folder, or a recipe.", metavar="BUNDLE|RECIPE")]
+    _: KW_ONLY
+    cards: Annotated[
+        str | None,
+        Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
+    ] = None

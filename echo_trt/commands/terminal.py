@@ -7,7 +7,7 @@ import re
 import sys
 from functools import partial
 
-import typer
+from cyclopts import App, CycloptsError
 from rich.console import Console
 
 from echo_trt.errors import UserError
@@ -28,7 +28,7 @@ Screen = partial(Console, markup=False, emoji=False)
 messages = Screen(stderr=True)
 
 
-def run_app(app: typer.Typer) -> None:
+def run_app(app: App) -> None:
     """Run a command line; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,6 +37,10 @@ def run_app(app: typer.Typer) -> None:
     try:
         _run(app)
     except UserError as error:
+        _tell(error)
+        sys.exit(2)
+    except CycloptsError as error:
+        error.verbose = False
         _tell(error)
         sys.exit(2)
     except MemoryError as error:
@@ -54,11 +58,11 @@ def run_app(app: typer.Typer) -> None:
         sys.exit(2)
 
 
-def _run(app: typer.Typer) -> None:
+def _run(app: App) -> None:
     if sys.stdout is None:
         raise UserError("standard output is closed; redirect it to a file or to /dev/null.")
     try:
-        app()
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except SystemExit:
         sys.stdout.flush()
         raise

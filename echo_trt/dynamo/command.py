@@ -14,7 +14,7 @@ from echo_trt.decoding.policies import policy_named
 from echo_trt.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
 from echo_trt.dynamo.environment import backend_of, grace_of, of_worker
 from echo_trt.dynamo.installed import check_installed
-from echo_trt.dynamo.job import Job
+from echo_trt.dynamo.options import WorkerOptions
 from echo_trt.errors import UserError
 from echo_trt.launch.supervised import port_trouble
 from echo_trt.runtime.params import MOST_AT_ONCE
@@ -31,7 +31,7 @@ PORTS = {
 CLEANUP = 1.0  # seconds until the engine hears that it is told to stop, besides; larger: a lost entry is missing longer
 
 
-def run(job: Job) -> int:
+def run(job: WorkerOptions) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code: 1 where the engine died.
 
     Raises UserError for wrong options, bundles and environments, and for an engine that cannot start.
@@ -66,7 +66,7 @@ def run(job: Job) -> int:
     return 1 if engine.died else 0
 
 
-def _check(job: Job) -> Job:
+def _check(job: WorkerOptions) -> WorkerOptions:
     """Return the job with the bundle's whole path, by which all workers must name it."""
     manifest = read_manifest(job.bundle)
     check_card(job.bundle)
@@ -85,7 +85,7 @@ def _check(job: Job) -> Job:
     return job
 
 
-def _check_ports(job: Job) -> None:
+def _check_ports(job: WorkerOptions) -> None:
     """Refuse ports that are taken, or none."""
     asked = [("--system-port", "127.0.0.1", job.system_port)] if job.system_port else []
     for name, host in PORTS.items():
@@ -99,7 +99,7 @@ def _check_ports(job: Job) -> None:
             raise UserError(f"{trouble}.")
 
 
-def _check_parsers(job: Job) -> None:
+def _check_parsers(job: WorkerOptions) -> None:
     from dynamo._core import get_reasoning_parser_names, get_tool_parser_names
 
     for option, name, known in (
@@ -110,7 +110,7 @@ def _check_parsers(job: Job) -> None:
             raise UserError(f"{option} is {name!r}; Dynamo has {', '.join(sorted(known))}.")
 
 
-def _worker_config(job: Job) -> Any:
+def _worker_config(job: WorkerOptions) -> Any:
     """What Dynamo's own variables say, and the model."""
     import argparse
 

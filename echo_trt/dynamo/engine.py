@@ -24,7 +24,7 @@ from echo_trt.decoding.pack import BLOCK
 from echo_trt.dynamo.answers import DynamoAnswer
 from echo_trt.dynamo.discovery import Lease
 from echo_trt.dynamo.events import BlockEvents
-from echo_trt.dynamo.job import Job
+from echo_trt.dynamo.options import WorkerOptions
 from echo_trt.dynamo.request import Ask, read
 from echo_trt.errors import UserError
 from echo_trt.models.token_texts import TokenTexts
@@ -47,7 +47,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     died     whether the engine's thread has ended while the worker served
     """
 
-    def __init__(self, job: Job, lease: Lease | None = None):
+    def __init__(self, job: WorkerOptions, lease: Lease | None = None):
         """``lease`` keeps the worker's discovery entries; None: Dynamo's backend keeps them."""
         self._job, self._lease = job, lease
         self._service: Service | None = None
@@ -189,7 +189,7 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     def _submit(self, answer: DynamoAnswer) -> None:
         """Raises as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
         try:
-            answer.submit()
+            answer.begin()
         except UserError as mistake:
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None

@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from echo_trt.bundle.card import check_card
 from echo_trt.bundle.manifest import read_manifest
@@ -22,6 +21,7 @@ from echo_trt.dynamo.discovery import FOLDER
 from echo_trt.dynamo.environment import completed
 from echo_trt.dynamo.installed import check_installed
 from echo_trt.errors import UserError
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import METRICS_SECONDS, got, iterations, responds
 from echo_trt.launch.process import Log, Process
 from echo_trt.launch.supervised import Supervised, Supervisor, port_trouble, supervise
@@ -41,39 +41,17 @@ PORTS = range(20_000, 32_000)  # of workers' metrics and health
 LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True)
-class Job:
-    """The command's options. None stands for the recipe's value."""
-
-    bundle: Path
-    replicas: int
-    host: str = LOOPBACK
-    port: int = 9000
-    name: str = "echo"
-    policy: str | None = None
-    batch: int | None = None
-    queue: int = 256
-    start_seconds: int = 300
-    drain_seconds: int = 60
-    kv_cache_memory: int | None = None
-    policy_file: Path | None = None
-
-    @property
-    def url(self) -> str:
-        """The frontend's URL for clients on this machine."""
-        return f"http://{LOOPBACK if self.host == '0.0.0.0' else self.host}:{self.port}"
-
-
-def run(job: Job) -> int:
+def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
+    _refuse_others(job)
     manifest = read_manifest(job.bundle)
     if job.policy:
         policy_named(job.policy, "--policy")
     check_card(job.bundle)
-    if trouble := port_trouble("--openai-port", job.host, job.port):
+    if trouble := port_trouble("--openai-port", job.host, job.openai_port):
         raise UserError(f"{trouble}.")
     check_installed()
     job = replace(job, bundle=job.bundle.resolve())
@@ -87,32 +65,48 @@ def run(job: Job) -> int:
     )
 
 
+def _refuse_others(job: ServeOptions) -> None:
+    """Refuse options that have no meaning for Dynamo. Raises UserError."""
+    for option, given in (
+        ("--api-keys-file", job.api_keys),
+        ("--allowed-origins", job.allowed_origins),
+        ("--special-tokens-in-content", job.special_tokens_in_content),
+        ("a second --served-model-name", job.served_model_names[1:]),
+        ("--openai-port 0", job.openai_port == 0),
+        ("--no-page", not job.page),
+        ("--triton", job.triton),
+        *((option, True) for option in job.given_triton_ports),
+    ):
+        if given:
+            raise UserError(f"{option} has no meaning with --replicas; leave it out.")
+
+
 class Frontend(Supervised):
     """Dynamo's OpenAI frontend and router."""
 
     name = "Dynamo's frontend"
 
-    def __init__(self, job: Job, environment: dict[str, str], log: Log, workers: Sequence[Replica]):
-        super().__init__(log, job.host, {"--openai-port": job.port}, job.start_seconds)
+    def __init__(self, job: ServeOptions, environment: dict[str, str], log: Log, workers: Sequence[Replica]):
+        super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
         self._job, self._workers = job, workers
         self._told: Process | None = None  # which one was told to end
         self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
 
     def _spawn(self) -> Process:
-        words = ["--http-host", self._job.host, "--http-port", str(self._job.port)]
+        words = ["--http-host", self._job.host, "--http-port", str(self._job.openai_port)]
         command = [sys.executable, "-m", "dynamo.frontend", *words]
         return Process("frontend", command, self._environment, self._log)
 
     def _ready(self) -> bool:
-        return responds(f"{self._job.url}/live", 1)
+        return responds(f"{self._job.openai_url}/live", 1)
 
     def _lives(self) -> bool:
         """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
         end = time.monotonic() + LOST_SECONDS
-        while alive := responds(f"{self._job.url}/live", ANSWER_SECONDS):
+        while alive := responds(f"{self._job.openai_url}/live", ANSWER_SECONDS):
             served = any(worker.serving for worker in self._workers)
-            if self.lists(self._job.name) or not served or self._told is self.process:
+            if self.lists(self._job.model_name) or not served or self._told is self.process:
                 break
             if time.monotonic() > end and self.process:
                 self._log.say(f"{self.name} has lost its workers; it ends once open answers have")
@@ -125,7 +119,9 @@ class Frontend(Supervised):
     def lists(self, model: str) -> bool:
         """Return whether it would send requests for a model to a worker."""
         try:
-            return any(each["id"] == model for each in json.loads(got(f"{self._job.url}/v1/models", 1) or "")["data"])
+            return any(
+                each["id"] == model for each in json.loads(got(f"{self._job.openai_url}/v1/models", 1) or "")["data"]
+            )
         except (ValueError, LookupError, TypeError):  # it says something else
             return False
 
@@ -133,7 +129,7 @@ class Frontend(Supervised):
 class Replica(Supervised):
     """A worker, which serves once a real pass was answered."""
 
-    def __init__(self, number: int, port: int, job: Job, environment: dict[str, str], log: Log):
+    def __init__(self, number: int, port: int, job: ServeOptions, environment: dict[str, str], log: Log):
         """``port``: of its metrics and health."""
         self.name, self._job, self._environment = f"worker {number}", job, environment
         self._port = port
@@ -142,13 +138,9 @@ class Replica(Supervised):
 
     def _spawn(self) -> Process:
         job = self._job
-        words = [str(job.bundle), "--name", job.name, "--queue", str(job.queue)]
+        words = [str(job.bundle), "--name", job.model_name, "--queue", str(job.queue)]
         words += ["--system-port", str(self._port), "--drain-timeout", str(job.drain_seconds)]
-        words += ["--policy-file", str(job.policy_file)] if job.policy_file else []
-        words += ["--policy", job.policy] if job.policy else []
-        words += ["--batch", str(job.batch)] if job.batch else []
-        words += ["--kv-cache-memory", f"{job.kv_cache_memory}B"] if job.kv_cache_memory else []
-        command = [sys.executable, "-m", "echo_trt", "worker", *words]
+        command = [sys.executable, "-m", "echo_trt", "worker", *words, *job.words]
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
 
     def _ready(self) -> bool:
@@ -167,19 +159,19 @@ class Replica(Supervised):
         return iterations(got(f"{self._url}/metrics", METRICS_SECONDS) or "")
 
 
-def replicas(job: Job, environment: dict[str, str], stop: threading.Event, log: Log) -> Supervisor:
+def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Event, log: Log) -> Supervisor:
     """Return the frontend and its workers as one service."""
     manifest = read_manifest(job.bundle)
     devices = divided(visible_devices(manifest.engine, environment), job.replicas, manifest.recipe.tensor_parallel)
-    ports = free_ports(job.replicas, job.port)
+    ports = free_ports(job.replicas, job.openai_port)
     workers = [
         Replica(number, port, job, environment | own, log)
         for number, (port, own) in enumerate(zip(ports, devices, strict=True), 1)
     ]
     frontend = Frontend(job, environment, log, workers)
-    text = f"serving\nOpenAI   http://{job.host}:{job.port}/v1, model {job.name}\nworkers  {len(workers)}"
+    text = f"serving\nOpenAI   http://{job.host}:{job.openai_port}/v1, model {job.model_name}\nworkers  {len(workers)}"
     groups: list[Sequence[Supervised]] = [[frontend], workers]
-    return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.name) else None)
+    return Supervisor(groups, stop, log, job.drain_seconds, lambda: text if frontend.lists(job.model_name) else None)
 
 
 def free_ports(number: int, reserved: int) -> list[int]:

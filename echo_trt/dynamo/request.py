@@ -10,7 +10,7 @@ from typing import Any
 
 from echo_trt.dynamo.migration import Boundary, boundary_of, migrated
 from echo_trt.errors import UserError, shown
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.runtime.params import SINGLE, SamplingParams
 from echo_trt.serving.protocol import FIRST
 
 #: Key of a request's metadata, which a client sends as the header x-dynamo-meta-deadline-ms.
@@ -32,7 +32,8 @@ REFUSED_IN = {
     "sampling_options": ("use_beam_search", "length_penalty", "include_stop_str_in_output"),
     "routing": ("lora_name", "cache_salt"),
 }
-NUMBERS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+#: Sampling options that are parameters by the same name.
+NUMBERS = tuple(name for name, known in SINGLE.items() if known.kind is float or known.changes == "limits")
 KINDS = ("json", "regex", "choice", "grammar")
 
 

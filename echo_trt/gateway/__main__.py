@@ -16,54 +16,49 @@ from starlette.applications import Starlette
 from echo_trt.errors import UserError
 from echo_trt.gateway.app import LARGEST_BODY, create_app
 from echo_trt.gateway.connections import Connection, most_connections
+from echo_trt.serving.protocol import MODEL
 
 
 def run(
-    grpc_url: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint.")] = "localhost:8001",
-    model: Annotated[str, typer.Option(help="Name of the Triton model.")] = "echo",
+    engine_socket: Annotated[Path, typer.Option(help="The socket of the engine's host.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9000,
     api_keys_file: Annotated[
         Path | None, typer.Option("--api-keys-file", "--api-keys", help="A file with one API key a line.")
     ] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; may be given again. Default: --model.")
+        list[str] | None, typer.Option(help="What clients call the model; may be given again. Default: echo.")
     ] = None,
     allowed_origins: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may ask, * for all; may be given again.")
     ] = None,
-    metrics_url: Annotated[
-        str | None, typer.Option(help="URL of Triton's metrics, to give the engine's at /metrics too.")
-    ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="Whether / shows the live page.")] = True,
-    engine_socket: Annotated[
-        Path | None, typer.Option(help="An engine process's socket, to ask it instead of Triton.")
-    ] = None,
     largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
     drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
 ) -> None:
-    """Serve OpenAI's API from a Triton server that holds an echo model."""
-    names, origins = served_model_name or [], allowed_origins or []
-    app = create_app(grpc_url, model, api_keys_file, largest_body, names, origins, metrics_url, page, engine_socket)
-    most = most_connections()
-    protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        loop="asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
-        http=protocol,
-        backlog=max(most // 4, 1),  # asyncio accepts so many at once before it counts them
-        log_level="error",  # its warnings are of what clients send, and any client can send it for ever
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=drain_seconds,
-    )
-    server = Server(config)
+    """Serve OpenAI's API for an engine."""
+    names, origins = served_model_name or [MODEL], allowed_origins or []
+    app = create_app(engine_socket, api_keys_file, largest_body, names, origins, page)
+    server = server_of(app, host=host, port=port, timeout_graceful_shutdown=drain_seconds)
     with suppress(KeyboardInterrupt):  # raised once open answers have ended
         server.run()
     if not server.started:
         raise typer.Exit(1)
+
+
+def server_of(app: Starlette, **options: Any) -> Server:
+    """Make the server of an application. ``options``: uvicorn's."""
+    most = most_connections()
+    protocol: Any = partial(Connection, most=most)  # uvicorn only calls it; its type asks for a class
+    fixed: dict[str, Any] = {
+        "loop": "asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
+        "http": protocol,
+        "backlog": max(most // 4, 1),  # asyncio accepts so many at once before it counts them
+        "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
+        "access_log": False,
+        "server_header": False,
+    }
+    return Server(uvicorn.Config(app, **(fixed | options)))
 
 
 class Server(uvicorn.Server):

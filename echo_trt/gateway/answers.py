@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from echo_trt.gateway.choices import ClientGone
+from echo_trt.gateway.choices import ClientGone, Pieces
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.logprobs import Entry, for_chat, for_completion
 from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.turns import Delta, Message, Turn
-from echo_trt.gateway.upstream import Piece
-
-Pieces = AsyncGenerator[tuple[int, Piece], None]
+from echo_trt.serving.wire import Piece
 
 
 @dataclass
@@ -59,8 +57,8 @@ class Details:
 
     def add(self, piece: Piece) -> None:
         """Append the details of a piece."""
-        self.logprobs += piece.logprobs
-        self.sources += piece.sources
+        self.logprobs += entries(piece.logprobs)
+        self.sources += entries(piece.sources)
 
 
 @dataclass
@@ -161,7 +159,7 @@ class Answer:
         return _event(chunk)
 
     def _new_text(self, index: int, piece: Piece) -> dict[str, Any]:
-        told = self._detailed(Details(piece.logprobs, piece.sources))
+        told = self._detailed(Details(entries(piece.logprobs), entries(piece.sources)))
         return {"index": index, "text": piece.text, **told, "finish_reason": piece.finish_reason}
 
     def _choice(self, index: int, message: Message, reason: str, details: Details) -> dict[str, Any]:
@@ -200,6 +198,11 @@ async def chained(first: tuple[int, Piece], rest: Pieces) -> AsyncIterator[tuple
     yield first
     async for item in rest:
         yield item
+
+
+def entries(details: str) -> list[dict[str, Any]]:
+    """Read a piece's log-probabilities or sources."""
+    return json.loads(details) if details else []
 
 
 def _counts(prompt: int, completion: int) -> dict[str, Any]:

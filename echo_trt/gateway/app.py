@@ -18,20 +18,16 @@ from starlette.routing import Route
 
 from echo_trt import __version__
 from echo_trt.errors import UserError
-from echo_trt.gateway.answers import Answer, EventStream, Pieces
+from echo_trt.gateway.answers import Answer, EventStream
 from echo_trt.gateway.bodies import Bodies
 from echo_trt.gateway.chats import chat_for
-from echo_trt.gateway.choices import ClientGone, merged
+from echo_trt.gateway.choices import ClientGone, Pieces, merged
 from echo_trt.gateway.cors import Cors
 from echo_trt.gateway.edge import OPEN, Edge
-from echo_trt.gateway.engine_metrics import EngineMetrics
-from echo_trt.gateway.engine_upstream import EngineUpstream
-from echo_trt.gateway.errors import ApiError, log, shown
-from echo_trt.gateway.facts import Facts
+from echo_trt.gateway.errors import ApiError, from_engine, log, shown
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.live import Live, show_about, show_live
 from echo_trt.gateway.metrics import Metrics
-from echo_trt.gateway.names import Names
 from echo_trt.gateway.openapi import show_openapi
 from echo_trt.gateway.options import checked_names, checked_origins
 from echo_trt.gateway.page_files import PageFiles
@@ -40,34 +36,33 @@ from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
 from echo_trt.gateway.served import check_model, models, one_model
 from echo_trt.gateway.tokens import detokenize, tokenize
-from echo_trt.gateway.upstream import Upstream
 from echo_trt.runtime.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
+from echo_trt.serving.client import Client, EngineError
+from echo_trt.serving.protocol import MODEL
+from echo_trt.serving.wire import ModelInfo
 
 LARGEST_BODY = 2**20  # bytes
 HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
 
 
 def create_app(
-    grpc_url: str,
-    model: str = "echo",
+    engine: Path,
     api_keys_file: Path | None = None,
     largest_body: int = LARGEST_BODY,
-    names: Sequence[str] = (),
+    names: Sequence[str] = (MODEL,),
     origins: Sequence[str] = (),
-    metrics_url: str | None = None,
     page: bool = True,
-    engine_socket: Path | None = None,
 ) -> Starlette:
-    """``grpc_url`` is HOST:PORT of a Triton server that holds ``model``. Without a keys file everyone may ask.
+    """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
 
-    ``engine_socket`` is that of an engine process, which is asked instead of a Triton server where it is given.
-    ``names`` are those that clients may call the model by; none: ``model`` alone. ``origins`` are those of web pages
-    that may ask. ``metrics_url`` is Triton's, whose figures /metrics gives too. ``page``: whether / is the live page.
-    Raises UserError for a keys file that holds no usable key, an odd name, origin or URL.
+    engine         path of the socket, which need not be there yet
+    api_keys_file  None: everyone may ask
+    largest_body   bytes
+    names          what clients may call the model
+    origins        web pages that may ask
+    page           whether / is the live page
     """
-    keys = Keys(api_keys_file) if api_keys_file else None
-    metrics = Metrics(engine=metrics_url is not None or engine_socket is not None)
-    theirs = EngineMetrics(metrics_url) if metrics_url is not None else None
+    keys, metrics = Keys(api_keys_file) if api_keys_file else None, Metrics()
     layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
     shown = PageFiles() if page else None
     without_key = OPEN + tuple(shown.files if shown else ())
@@ -75,26 +70,20 @@ def create_app(
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
         ApiError: _ours,
+        EngineError: _engine_s,
         HTTPException: _frameworks,
         ClientDisconnect: _hung_up,  # while its body was read
         ClientGone: _hung_up,  # while it was answered
         Exception: _unexpected,
     }
 
-    def upstream() -> Upstream:
-        if engine_socket:
-            return EngineUpstream(engine_socket, metrics)
-        from echo_trt.gateway.triton_upstream import TritonUpstream  # an engine process needs no gRPC
-
-        return TritonUpstream(grpc_url, model, metrics, theirs)
-
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.upstream, app.state.bodies = upstream(), Bodies(largest_body)
-        app.state.live = Live(app.state.upstream)
+        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body)
+        app.state.live = Live(app.state.client)
         yield
         await app.state.live.close()
-        await app.state.upstream.close()
+        await app.state.client.close()
 
     app = Starlette(
         routes=[
@@ -119,7 +108,7 @@ def create_app(
     )
     app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
     app.state.metrics, app.state.created = metrics, int(time.time())
-    app.state.names = checked_names(names or [model])
+    app.state.names = checked_names(names)
     app.state.page_build = shown.build if shown else ""
     return app
 
@@ -140,9 +129,9 @@ async def responses(request: Request) -> Response:
     asked = await state.bodies.read(request, ResponsesRequest)
     check_model(request, asked.model)
     try:
-        facts = await state.upstream.facts()
-        chat = chat_for(asked.chat, facts)
-        pieces = _pieces(request, asked.chat, facts, [chat.inputs], chat.names)
+        info = await state.client.model_info()
+        chat = chat_for(asked.chat, info)
+        pieces = _pieces(request, asked.chat, info, [chat.inputs], chat.names)
         answer = ResponsesAnswer(asked, chat.turn(), state.metrics)
         if asked.stream:
             response: Response = EventStream(answer.events(await anext(pieces), pieces), pieces)
@@ -157,7 +146,7 @@ async def responses(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """GET /health: 200 where the engine answers, 503 where it does not."""
-    await request.app.state.upstream.check()
+    await request.app.state.client.check()
     return JSONResponse({"status": "ok"})
 
 
@@ -167,25 +156,24 @@ async def version(request: Request) -> Response:
 
 
 async def show_metrics(request: Request) -> PlainTextResponse:
-    """GET /metrics, for Prometheus: the gateway's, and the engine's where it is known where they are."""
-    metrics, theirs = request.app.state.metrics, await request.app.state.upstream.engine_metrics()
-    if metrics.engine_up:
-        metrics.engine_up.set(theirs is not None)
-    return PlainTextResponse(metrics.text() + (theirs or b""), media_type=CONTENT_TYPE_LATEST)
+    """GET /metrics, for Prometheus: the gateway's and the engine's."""
+    metrics, theirs = request.app.state.metrics, await request.app.state.client.metrics()
+    metrics.engine_up.set(theirs is not None)
+    return PlainTextResponse(metrics.text() + (theirs or ""), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
     """The first piece decides over the HTTP status: what fails before it is no 200."""
     check_model(request, asked.model)
     state = request.app.state
-    facts = await state.upstream.facts()
+    info = await state.client.model_info()
     if isinstance(asked, ChatRequest):
-        chat = chat_for(asked, facts)
+        chat = chat_for(asked, info)
         prompts, names = [chat.inputs], chat.names
     else:
         chat, prompts, names = None, asked.inputs(), asked.names
-        await _check_echo(asked, prompts, state.upstream)
-    pieces, choices = _pieces(request, asked, facts, prompts, names), len(prompts) * asked.n
+        await _check_echo(asked, prompts, state.client)
+    pieces, choices = _pieces(request, asked, info, prompts, names), len(prompts) * asked.n
     answer = Answer(
         [chat.turn() for _ in range(choices)] if chat else [],
         asked.model,
@@ -203,7 +191,7 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     return EventStream(answer.events(first, pieces), pieces)
 
 
-async def _check_echo(asked: CompletionRequest, prompts: list[dict[str, Any]], upstream: Upstream) -> None:
+async def _check_echo(asked: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
     """Refuse a request for too many log-probabilities of prompts. Raises ApiError.
 
     A token has a byte at least, so most requests are known to be small enough before texts become tokens.
@@ -213,7 +201,7 @@ async def _check_echo(asked: CompletionRequest, prompts: list[dict[str, Any]], u
     given = [prompt.get("input_ids") or prompt["text_input"].encode() for prompt in prompts]
     tokens = sum(map(len, given))
     if tokens * asked.n * (asked.alternatives + 1) > MAX_PROMPT_LOGPROBS:
-        ids = [p.get("input_ids") or await upstream.token_ids(p, asked.names) for p in prompts]
+        ids = [p.get("input_ids") or (await client.tokenize(p)).token_ids for p in prompts]
         tokens = sum(map(len, ids))
     try:
         check_prompt_logprobs("logprobs", tokens, asked.n, asked.alternatives)
@@ -222,48 +210,37 @@ async def _check_echo(asked: CompletionRequest, prompts: list[dict[str, Any]], u
 
 
 def _pieces(
-    request: Request, asked: ChatRequest | CompletionRequest, facts: Facts, prompts: list[dict[str, Any]], names: Names
+    request: Request,
+    asked: ChatRequest | CompletionRequest,
+    info: ModelInfo,
+    prompts: list[dict[str, Any]],
+    names: dict[str, str],
 ) -> Pieces:
     """Of all choices, as they come."""
-    inputs = [prompt | _params(asked, facts, seed) for prompt in prompts for seed in asked.seeds()]
-    return merged([request.app.state.upstream.stream(each, names) for each in inputs], request)
+    inputs = [prompt | _params(asked, info, seed) for prompt in prompts for seed in asked.seeds()]
+    return merged(request, inputs, names)
 
 
-def _params(asked: ChatRequest | CompletionRequest, facts: Facts, seed: int) -> dict[str, Any]:
+def _params(asked: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
     """Sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay out."""
     echoes = isinstance(asked, CompletionRequest) and asked.echo
-    params = {
-        "max_tokens": asked.limit,
-        "presence_penalty": asked.presence_penalty,
-        "frequency_penalty": asked.frequency_penalty,
-        "min_length": asked.min_tokens,
-        "seed": seed,
-        "ignore_eos": asked.ignore_eos,
-        "stream": asked.stream,
-        "exclude_input_in_output": not echoes,
-    }
     optional = {
-        "stop_words": asked.stop or None,
-        "stop_token_ids": asked.stop_token_ids or None,
-        "thinking_token_budget": asked.thinking_token_budget,
-        "logit_bias_ids": [*asked.logit_bias] or None,
-        "logit_bias": [*asked.logit_bias.values()] or None,
         "return_log_probs": None if asked.alternatives is None else True,
         "top_logprobs": asked.alternatives,
         "prompt_logprobs": asked.alternatives if echoes else None,
-        "token_sources": asked.token_sources or None,
-        "speculate": None if asked.speculate else False,
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if name in asked.model_fields_set or name not in facts.sampling:
-            params[name] = getattr(asked, name)
-    return params | {name: value for name, value in optional.items() if value is not None}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return asked.sampling(info.sampling, seed) | given | {"stream": asked.stream, "exclude_input_in_output": not echoes}
 
 
 async def _ours(request: Request, error: ApiError) -> Response:
     return error.response()
+
+
+async def _engine_s(request: Request, error: EngineError) -> Response:
+    return from_engine(error).response()
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:

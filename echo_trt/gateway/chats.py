@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from echo_trt.gateway.errors import ApiError
-from echo_trt.gateway.facts import Facts
-from echo_trt.gateway.names import Names
 from echo_trt.gateway.schemas import ChatRequest
 from echo_trt.gateway.structured import Structured
+from echo_trt.gateway.tool_formats import format_of
 from echo_trt.gateway.tool_formats.base import Asked, Format, json_rule
+from echo_trt.gateway.tool_formats.hermes import Hermes
 from echo_trt.gateway.tools import NamedTool, Tool
 from echo_trt.gateway.turns import Turn
 from echo_trt.grammar.requested import LONGEST
 from echo_trt.models.tools_as_text import tools_as_text
+from echo_trt.serving.wire import ModelInfo, ThinkTokens
 
 SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
 NO_THOUGHT = "this model does not think; leave it out"
@@ -23,19 +24,19 @@ NO_THOUGHT = "this model does not think; leave it out"
 
 @dataclass(frozen=True)
 class Chat:
-    """``inputs`` are tensors of the Triton model, but for those of sampling; ``names`` translate its refusals."""
+    """``inputs`` are the engine's, but for those of sampling; ``names`` are those for ``errors.from_engine``."""
 
     inputs: dict[str, Any]
-    names: Names
-    facts: Facts
+    names: dict[str, str]
+    thinking: ThinkTokens | None
     calls: Calls | None
 
     def turn(self) -> Turn:
         """A reader for one choice."""
         if self.calls is None:
-            return Turn(self.facts.thought)
+            return Turn(self.thinking)
         asked, form = self.calls.asked, self.calls.form
-        return Turn(self.facts.thought, form.parser(asked.tools.keys(), asked.several))
+        return Turn(self.thinking, form.parser(asked.tools.keys(), asked.several))
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,44 @@ class Calls:
     places: list[str]
     must_fit: bool
 
-    def grammar(self) -> tuple[str, dict[int, str]]:
-        """Lark, and the fields that its lines came from."""
+    def grammar(self) -> tuple[str, dict[str, str]]:
+        """Lark, and the fields that its lines came from, as ``errors.from_engine`` has them."""
         text = self.form.grammar(self.asked)
         lines = {f"function_{index}": place for index, place in enumerate(self.places)}
         rules = {number: line.partition(":")[0] for number, line in enumerate(text.split("\n"), 1)}
-        return text, {number: lines[rule] for number, rule in rules.items() if rule in lines}
+        return text, {f"structured:{number}": lines[rule] for number, rule in rules.items() if rule in lines}
 
 
-def chat_for(asked: ChatRequest, facts: Facts) -> Chat:
+def chat_for(asked: ChatRequest, info: ModelInfo) -> Chat:
     """Decide. Raises ApiError for what this model cannot do."""
     messages, tools = [turn.for_engine() for turn in asked.messages], [tool.for_engine() for tool in asked.tools]
     if asked.tool_choice == "none":
         tools = []
-    if tools and facts.takes_tools and not facts.template_format:  # the template teaches calls that cannot be read
+    if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
         messages, tools = tools_as_text(messages, tools), []
     inputs: dict[str, Any] = {"chat_messages": _json(messages)}
-    calls, structured = _calls(asked, facts), asked.structured
-    fields: dict[str, str] = {}
-    lines: dict[int, str] = {}
+    calls, structured = _calls(asked, info), asked.structured
+    names = {"prompt": "messages"}
     if tools:
         inputs["tools"] = _json(tools)
     if calls and calls.must_fit:
-        grammar, lines = calls.grammar()
-        inputs["structured"], fields["structured.grammar"] = _json({"grammar": grammar}), "tools"
+        grammar, places = calls.grammar()
+        inputs["structured"] = _json({"grammar": grammar})
+        names |= {"structured": "tools", **places}
     elif structured:
-        inputs["structured"] = structured.for_engine()
-        fields = structured.names
-    if kwargs := _template_kwargs(asked, facts):
+        inputs["structured"], names["structured"] = structured.for_engine(), structured.field
+    if kwargs := _template_kwargs(asked, info):
         inputs["chat_template_kwargs"] = _json(kwargs)
-    if asked.thinking_token_budget is not None and facts.thought is None:
+    if asked.thinking_token_budget is not None and info.thinking is None:
         message = f"thinking_token_budget is {asked.thinking_token_budget}, but {NO_THOUGHT}."
         raise ApiError(400, message, param="thinking_token_budget")
-    return Chat(inputs, Names("messages", fields, lines), facts, calls)
+    return Chat(inputs, names, info.thinking, calls)
 
 
-def _calls(asked: ChatRequest, facts: Facts) -> Calls | None:
+def _calls(asked: ChatRequest, info: ModelInfo) -> Calls | None:
     if not asked.tools or asked.tool_choice == "none":
         return None
-    form = facts.tool_format
+    form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Hermes(info.tokens)
     choice = asked.tool_choice
     several = asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
     chosen = {
@@ -129,19 +129,19 @@ def _check_size(schemas: Any, field: str) -> None:
         raise ApiError(400, f"{field} has schemas of {size} characters; give at most {LONGEST}.", param=field)
 
 
-def _template_kwargs(asked: ChatRequest, facts: Facts) -> dict[str, Any]:
+def _template_kwargs(asked: ChatRequest, info: ModelInfo) -> dict[str, Any]:
     kwargs, effort = dict(asked.chat_template_kwargs), asked.reasoning_effort
     for name in kwargs:
-        if name not in facts.variables:
-            known = ", ".join(sorted(facts.variables)[:20])
+        if name not in info.variables:
+            known = ", ".join(info.variables[:20])
             remedy = f"give {known}" if known else "leave it out"
             reason = f"chat_template_kwargs has {name[:50]!a}, which this model's chat template does not use"
             raise ApiError(400, f"{reason}; {remedy}.", param="chat_template_kwargs")
-    if "reasoning_effort" in facts.variables and effort is not None:
+    if "reasoning_effort" in info.variables and effort is not None:
         return {"reasoning_effort": effort} | kwargs
-    if effort is None or facts.thought is None:  # a model that does not think has nothing to do with it
+    if effort is None or info.thinking is None:  # a model that does not think has nothing to do with it
         return kwargs
-    if SWITCH not in facts.variables:
+    if SWITCH not in info.variables:
         message = f"reasoning_effort is {effort!r}, but this model always decides itself how it thinks; leave it out."
     elif effort != "none":
         message = f"reasoning_effort is {effort!r}, but this model knows none alone; give thinking_token_budget."

@@ -1,30 +1,57 @@
-"""Several engine streams of one HTTP request as one, which ends early when the client hangs up."""
+"""The engine's streams of one HTTP request as one, which ends early when the client hangs up."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from starlette.requests import Request
 
-from echo_trt.gateway.upstream import Piece
+from echo_trt.gateway.errors import from_engine, late
+from echo_trt.serving.client import EngineError
+from echo_trt.serving.wire import Piece
+
+Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 class ClientGone(Exception):
     """Nobody is left to read the answer."""
 
 
-async def merged(
-    streams: Sequence[AsyncGenerator[Piece, None]], request: Request
-) -> AsyncGenerator[tuple[int, Piece], None]:
-    """(choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
+async def answered(request: Request, inputs: Mapping[str, Any], names: Mapping[str, str]) -> AsyncGenerator[Piece]:
+    """Yield one choice's pieces, whose ``completion_tokens`` are those so far. Raises ApiError, in terms of ``names``.
 
-    A client that reads slowly slows its own streams down: little is stored here.
+    A deadline ends a text as a limit does; where there is no text, the request has failed.
     """
-    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(2 * len(streams))
+    state, begin, tokens = request.app.state, time.monotonic(), 0
+    try:
+        async with aclosing(state.client.submit(inputs)) as pieces:
+            async for piece in pieces:
+                if inputs["stream"] and not tokens:
+                    state.metrics.first_text.observe(time.monotonic() - begin)
+                tokens += len(piece.token_ids)
+                if not piece.finish_reason:
+                    piece.completion_tokens = tokens
+                elif piece.finish_reason == "deadline":
+                    if not piece.completion_tokens:
+                        raise late()
+                    piece.finish_reason = "length"
+                yield piece
+    except EngineError as error:
+        raise from_engine(error, names) from None
 
-    async def pump(choice: int, stream: AsyncGenerator[Piece, None]) -> None:
+
+async def merged(request: Request, choices: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Pieces:
+    """Yield (choice, piece) as they come. The first failure, or the client's leaving, ends and closes all streams.
+
+    A client that reads slowly slows its own streams down: little is stored here. ``choices``: the engine's inputs.
+    """
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(2 * len(choices))
+
+    async def pump(choice: int, stream: AsyncGenerator[Piece]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:
@@ -41,13 +68,13 @@ async def merged(
     pumps: list[asyncio.Task] = []
 
     async def start() -> None:
-        for choice, stream in enumerate(streams):
-            pumps.append(asyncio.create_task(pump(choice, stream)))
-            await asyncio.sleep(0)  # opening one takes a millisecond, and there may be 128: other clients come between
+        for choice, inputs in enumerate(choices):
+            pumps.append(asyncio.create_task(pump(choice, answered(request, inputs, names))))
+            await asyncio.sleep(0)  # opening one takes time, and there may be 128: other clients come between
 
     starter, watcher = asyncio.create_task(start()), asyncio.create_task(watch())
     try:
-        running = len(streams)
+        running = len(choices)
         while running:
             item = await queue.get()
             if isinstance(item, Exception):

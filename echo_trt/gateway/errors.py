@@ -1,17 +1,20 @@
-"""Every failure in OpenAI's error format, and what a gRPC status of the server means to a client."""
+"""Every failure in OpenAI's error format, and what an engine's failure means to a client."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from echo_trt.gateway.names import Names
+from echo_trt.serving.client import EngineError
 
 log = logging.getLogger("echo_trt.gateway")
+#: A schema that does not compile, in a grammar that was made here: its line, and what is wrong.
+_GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (.*?) \d+ \| .*\);", re.DOTALL)
 SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
 
 
@@ -41,36 +44,36 @@ class ApiError(HTTPException):
         return JSONResponse(self.body, self.status_code, headers)
 
 
-def overloaded() -> ApiError:
-    """429: the queue is full."""
-    message = "The server's queue is full; retry in a second."
-    return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
-
-
 def unavailable() -> ApiError:
     """503: the engine is starting, stopping or gone."""
     return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
 
 
-def from_grpc(code: str, details: str, names: Names | None = None) -> ApiError:
-    """Translate a gRPC status, by its name. What a client cannot act on is logged here and not told outside.
+def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:
+    """Translate an engine's failure. What a client cannot act on is logged here and not told outside.
 
-    ``names`` are those of the request's fields.
+    names  an input of the engine -> the client's field, where they differ; "structured:LINE" of a grammar's lines
     """
-    if code == "INVALID_ARGUMENT":
-        names = names or Names()
-        sentence, field = names.told(details)
-        if "maximum context length" in details:
-            return ApiError(400, sentence, param=names.prompt, code="context_length_exceeded")
-        return ApiError(400, sentence, param=field)
-    if code == "UNAVAILABLE" and "queue" in details.lower():
-        return overloaded()
-    if code == "DEADLINE_EXCEEDED":
-        return ApiError(504, "The request's deadline passed before it was finished.", "server_error", code="deadline")
-    log.error("upstream: %s %s", code, details)
-    if code in ("UNAVAILABLE", "NOT_FOUND", "CANCELLED"):
+    code, sentence, names = error.code, error.message, names or {}
+    if code in ("INVALID_ARGUMENT", "OUT_OF_RANGE"):
+        field = names.get(error.field or "", error.field)
+        if (found := _GRAMMAR_LINE.search(sentence)) and (place := names.get(f"structured:{found[1]}")):
+            field, sentence = place, sentence.replace(found[0], f"({found[2]});")
+        if field and error.field and field != error.field and sentence.startswith(error.field):
+            sentence = f"{field} {sentence.partition(' ')[2]}"
+        return ApiError(400, sentence, param=field, code="context_length_exceeded" if code == "OUT_OF_RANGE" else None)
+    if code == "UNAVAILABLE" and "queue" in sentence:
+        message = "The server's queue is full; retry in a second."
+        return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
+    log.error("the engine: %s %s", code, sentence)
+    if code in ("UNAVAILABLE", "CANCELLED"):
         return unavailable()
     return ApiError(500, "The engine failed at this request; the server's log says why.", "server_error")
+
+
+def late() -> ApiError:
+    """504: the deadline has passed, and there is no text."""
+    return ApiError(504, "The request's deadline passed before it was finished.", "server_error", code="deadline")
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

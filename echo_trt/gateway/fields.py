@@ -64,8 +64,3 @@ def within(name: str, low: int | None = None, high: int | None = None) -> Any:
     if known.kind is str:
         return Field(min_length=low, max_length=high)
     return Field(gt=low, le=high) if known.above else Field(ge=low, le=high)
-
-
-def off(name: str) -> Any:
-    """The default of a sampling parameter, which changes nothing."""
-    return PARAMETERS[name].default

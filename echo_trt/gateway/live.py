@@ -7,69 +7,35 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from echo_trt import __version__
-from echo_trt.gateway.errors import ApiError, unavailable
-from echo_trt.gateway.upstream import Upstream
+from echo_trt.gateway.errors import ApiError, from_engine, unavailable
+from echo_trt.serving.client import Client, EngineError
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 
 MOST_VIEWERS = 256  # viewers at once; larger: more open connections
 STUCK_S = 20.0  # seconds that an event may wait for a viewer; larger: one that does not read keeps its place longer
 VIEW_S = 600.0  # seconds after which a viewer has to ask again; larger: a connection that nobody closes lasts longer
-#: Seconds between attempts to reach an engine that is away or takes no more onlookers; larger: fewer lines in the log.
-AWAY_S, LONGEST_AWAY_S = 1.0, 4.0
+AWAY_S = 1.0  # seconds between attempts to reach an engine that is away; larger: fewer lines in the log
 SILENT_S = 15.0  # seconds without an event until a viewer gets a comment; larger: a viewer's end is noticed later
 LARGEST = 2**17  # characters of a snapshot that is passed on; larger: more memory for a viewer that reads slowly
-
-
-@dataclass(eq=False)
-class Viewer:
-    """A client of GET /live. The newest event alone waits for it, so a viewer that reads slowly misses events.
-
-    waiting  the event that it gets next
-    came     set while an event waits
-    taken    time.monotonic() at which it last asked for an event
-    dropped  whether its stream has to end
-    """
-
-    waiting: str | None = None
-    came: asyncio.Event = field(default_factory=asyncio.Event)
-    taken: float = field(default_factory=time.monotonic)
-    dropped: bool = False
-
-    def put(self, event: str) -> None:
-        """Let the viewer have an event next, in the place of an older one."""
-        self.waiting = event
-        self.came.set()
-
-    async def take(self) -> str:
-        """Wait for the next event."""
-        self.taken = time.monotonic()
-        await self.came.wait()
-        self.came.clear()
-        event, self.waiting = self.waiting or "", None
-        return event
-
-    @property
-    def stuck(self) -> bool:
-        """Whether an event has waited for it longer than STUCK_S."""
-        return self.waiting is not None and time.monotonic() - self.taken > STUCK_S
 
 
 class Live:
     """Hands the engine's snapshots to viewers, and asks the engine for them while a viewer reads.
 
-    It is used within one event loop.
+    A viewer that reads slowly misses events. Used within one event loop.
     """
 
-    def __init__(self, upstream: Upstream):
-        self._upstream = upstream
-        self._viewers: set[Viewer] = set()
+    def __init__(self, client: Client):
+        self._client = client
+        self._viewers: dict[object, float] = {}  # viewer -> time.monotonic() at which it took an event
+        self._next: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._told = 0.0  # time.monotonic() of the latest event
         self._looking: asyncio.Task[None] | None = None
         self._leaving = False
 
@@ -83,71 +49,67 @@ class Live:
     def leave(self) -> None:
         """End the streams of all viewers and refuse new ones, since the server stops."""
         self._leaving = True
-        for viewer in self._viewers:
-            viewer.dropped = True
-            viewer.put(_event("away", json.dumps({"message": "The server stops."})))
+        self._tell("away", json.dumps({"message": "The server stops."}))
+        self._viewers.clear()
 
     async def events(self, hello: str) -> AsyncGenerator[str]:
-        """Server-sent events for one viewer; ``hello`` is the first. Raises ApiError where there are too many."""
-        viewer, end = self._admitted(), time.monotonic() + VIEW_S
+        """Yield one viewer's events, of which ``hello`` is the first. Raises ApiError where there are too many."""
+        viewer, end = object(), time.monotonic() + VIEW_S
+        self._admit(viewer)
         try:
             yield hello
-            while not viewer.dropped and time.monotonic() < end:
-                self._look()
+            while viewer in self._viewers and time.monotonic() < end:
+                if self._looking is None or self._looking.done():
+                    self._looking = asyncio.create_task(self._look())
                 try:
                     async with asyncio.timeout(SILENT_S):
-                        event = await viewer.take()
+                        event = await asyncio.shield(self._next)
                 except TimeoutError:
                     event = ":\n\n"
+                if viewer in self._viewers:
+                    self._viewers[viewer] = time.monotonic()
                 yield event
         finally:
-            self._viewers.discard(viewer)
+            self._viewers.pop(viewer, None)
 
-    def _admitted(self) -> Viewer:
+    def _admit(self, viewer: object) -> None:
         if self._leaving:
             raise unavailable()
         if len(self._viewers) >= MOST_VIEWERS:
-            stuck = next((each for each in self._viewers if each.stuck), None)
+            stuck = next(filter(self._is_stuck, self._viewers), None)
             if stuck is None:
                 message = f"{MOST_VIEWERS} viewers look on already; close some, or come back later."
                 raise ApiError(503, message, "server_error", retry_after=30)
-            stuck.dropped = True
-            self._viewers.discard(stuck)
-        viewer = Viewer()
-        self._viewers.add(viewer)
-        return viewer
+            del self._viewers[stuck]
+        self._viewers[viewer] = time.monotonic()
 
-    def _look(self) -> None:
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._tell())
-
-    async def _tell(self) -> None:
+    async def _look(self) -> None:
         """Hand the engine's snapshots to the viewers, until no viewer reads."""
-        pause = AWAY_S
         while self._looked_at:
-            begin = time.monotonic()
             try:
-                async with aclosing(self._upstream.snapshots()) as snapshots:
+                async with aclosing(self._client.snapshots()) as snapshots:
                     async for snapshot in snapshots:
                         if len(snapshot) <= LARGEST:
-                            self._put(_event("snapshot", snapshot))
+                            self._tell("snapshot", snapshot)
                         if not self._looked_at:
                             return
-            except ApiError as error:
-                self._put(_event("away", json.dumps(error.body["error"])))
-            if time.monotonic() - begin > AWAY_S:
-                pause = AWAY_S
-                continue
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_AWAY_S)
+            except EngineError as error:
+                self._tell("away", json.dumps(from_engine(error).body["error"]))
+            await asyncio.sleep(AWAY_S)
 
     @property
     def _looked_at(self) -> bool:
-        return any(not viewer.stuck for viewer in self._viewers)
+        return not all(map(self._is_stuck, self._viewers))
 
-    def _put(self, event: str) -> None:
-        for viewer in self._viewers:
-            viewer.put(event)
+    def _is_stuck(self, viewer: object) -> bool:
+        """Return whether a viewer has not taken the latest event, for longer than STUCK_S."""
+        taken = self._viewers[viewer]
+        return taken < self._told and time.monotonic() - taken > STUCK_S
+
+    def _tell(self, kind: str, data: str) -> None:
+        told, self._next = self._next, asyncio.get_running_loop().create_future()
+        self._told = time.monotonic()
+        told.set_result(_event(kind, data))
 
 
 async def show_live(request: Request) -> Response:
@@ -170,17 +132,17 @@ async def show_live(request: Request) -> Response:
 
 
 async def show_about(request: Request) -> Response:
-    """GET /live/about: the facts of model and server that the page shows or needs. Raises ApiError."""
+    """GET /live/about: the facts of model and server that the page shows or needs. Raises EngineError."""
     state = request.app.state
-    facts = await state.upstream.facts()
+    info = await state.client.model_info()
     about: dict[str, Any] = {
         "format": SNAPSHOT_FORMAT,
         "build": state.page_build,
         "version": __version__,
         "models": list(state.names),
-        "context": facts.context,
-        "thinks": facts.thought is not None,
-        "sampling": facts.sampling,
+        "context": info.context,
+        "thinks": info.thinking is not None,
+        "sampling": info.sampling,
     }
     return JSONResponse(about, headers={"Cache-Control": "no-store"})
 

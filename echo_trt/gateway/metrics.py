@@ -1,4 +1,4 @@
-"""What the gateway itself counts, for Prometheus. The engine's figures come from Triton's endpoint."""
+"""What the gateway itself counts, for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 class Metrics:
     """Each is named echo_gateway_*, counters with _total."""
 
-    def __init__(self, engine: bool = False) -> None:
-        """``engine``: whether the engine's figures are fetched, too."""
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"namespace": "echo", "subsystem": "gateway", "registry": self._registry}
         self.requests = Counter("requests", "Requests answered, by path and HTTP status.", ("path", "status"), **own)
@@ -25,8 +24,8 @@ class Metrics:
         about = "Seconds from a request to its first piece of text."
         self.first_text = Histogram("first_text_seconds", about, buckets=BUCKETS, **own)
         about = "Whether the engine's metrics, which follow these, could be fetched."
-        self.engine_up = Gauge("engine_metrics_up", about, **own) if engine else None
+        self.engine_up = Gauge("engine_metrics_up", about, **own)
 
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)
+    def text(self) -> str:
+        """Write them in Prometheus' text format."""
+        return generate_latest(self._registry).decode()

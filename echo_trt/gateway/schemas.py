@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, create_model, field_validator, model_validator
 
 from echo_trt.gateway.errors import ApiError, shown
-from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, off, within
+from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, within
 from echo_trt.gateway.messages import Message, few_calls
-from echo_trt.gateway.names import Names
 from echo_trt.gateway.structured import FIELDS as STRUCTURED
 from echo_trt.gateway.structured import Structured, structured_of
 from echo_trt.gateway.tools import Choice, Tool, check
 from echo_trt.models.messages import MOST_TOOLS
 from echo_trt.runtime.parameter import MOST as INT32
-from echo_trt.runtime.params import MAX_STOP_TOKENS, PARAMETERS
+from echo_trt.runtime.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
 
 CHOICES = 128  # of one request, prompts times n
 STOP_STRINGS = 16
@@ -86,32 +86,41 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
 
 
-class Params(Strict):
+def _field(name: str) -> tuple[Any, Any]:
+    """Return the type and the default of a sampling parameter's field."""
+    known, other = SINGLE[name], dict(SINGLE[name].openai or {})
+    default = other.pop("default", known.default)
+    kind: Any = known.kind if known.kind is bool else Annotated[known.kind, within(name, **other)]
+    return (kind if default is not None else kind | None), default
+
+
+#: Sampling parameters of one value that both endpoints have by their own names (docs/openai-api.md).
+SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
+if TYPE_CHECKING:
+
+    class Sampled(Strict):
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Sampled = create_model("Sampled", __base__=Strict, **{name: _field(name) for name in SHARED})
+
+
+class Params(Sampled):
     """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/openai-api.md)."""
 
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
-    temperature: Annotated[float, within("temperature", high=2)] = 1.0
-    top_p: Annotated[float, within("top_p")] = off("top_p")
-    top_k: Annotated[int, within("top_k")] = off("top_k")
-    min_p: Annotated[float, within("min_p")] = off("min_p")
-    presence_penalty: Annotated[float, within("presence_penalty")] = off("presence_penalty")
-    frequency_penalty: Annotated[float, within("frequency_penalty")] = off("frequency_penalty")
-    repetition_penalty: Annotated[float, within("repetition_penalty")] = off("repetition_penalty")
     logit_bias: Annotated[
         dict[str, Bias],
         AfterValidator(_by_token),
         at_most(PARAMETERS["logit_bias"].entries, "tokens"),
     ] = Field({})
-    min_tokens: Annotated[int, within("min_tokens")] = off("min_tokens")
-    seed: Annotated[int, within("seed", low=-(2**63))] | None = None
     stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = Field([])
     stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
         Field([])
     )
-    thinking_token_budget: Annotated[int, within("thinking_token_budget")] | None = None
     response_format: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
@@ -119,9 +128,6 @@ class Params(Strict):
     guided_choice: Any = None
     guided_grammar: Any = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
-    ignore_eos: bool = off("ignore_eos")
-    token_sources: bool = off("token_sources")
-    speculate: bool = off("speculate")
     priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
 
@@ -185,6 +191,24 @@ class Params(Strict):
     def wants_running_usage(self) -> bool:
         options = self.stream_options
         return options is not None and options.include_usage and options.continuous_usage_stats
+
+    def sampling(self, recommended: Collection[str], seed: int) -> dict[str, Any]:
+        """Sampling parameters as the engine's inputs, but those that it would choose itself.
+
+        ``recommended``: what the model has values for where a request leaves it out.
+        """
+        inputs: dict[str, Any] = {"max_tokens": self.limit}
+        for name in SHARED:
+            value = getattr(self, name)
+            if name in self.model_fields_set or (value != SINGLE[name].default and name not in recommended):
+                inputs[SINGLE[name].tensor or name] = value
+        lists = {
+            "stop_words": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias_ids": [*self.logit_bias],
+            "logit_bias": [*self.logit_bias.values()],
+        }
+        return inputs | {"seed": seed} | {name: values for name, values in lists.items() if values}
 
     def seeds(self) -> list[int]:
         """One a choice: the request's seed, plus one for each choice after the first; without one, a random start."""
@@ -292,6 +316,6 @@ class CompletionRequest(Params):
         return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
 
     @property
-    def names(self) -> Names:
-        """Translate the engine's refusals."""
-        return Names("prompt", self.structured.names if self.structured else {})
+    def names(self) -> dict[str, str]:
+        """The engine's inputs that have another name here."""
+        return {"structured": self.structured.field} if self.structured else {}

@@ -27,13 +27,8 @@ class Structured:
     field: str
 
     def for_engine(self) -> str:
-        """JSON, as Triton's ``structured`` has it."""
+        """JSON, as the input ``structured`` has it."""
         return json.dumps({self.kind: self.value}, ensure_ascii=False)
-
-    @property
-    def names(self) -> dict[str, str]:
-        """What the engine calls the field -> what the client called it."""
-        return {f"structured.{self.kind}": self.field}
 
 
 def structured_of(given: Mapping[str, Any]) -> Structured | None:

@@ -10,13 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_trt.gateway.chats import chat_for
-from echo_trt.gateway.errors import ApiError, from_validation
+from echo_trt.gateway.errors import ApiError, from_engine, from_validation
 from echo_trt.gateway.fields import FIELDS, MESSAGES, Strict, at_most, bounded
-from echo_trt.gateway.names import Names
 from echo_trt.gateway.schemas import TOKEN_IDS, ChatRequest
 from echo_trt.gateway.served import check_model
 from echo_trt.models.messages import MOST_TOOLS
 from echo_trt.runtime.parameter import MOST as INT32
+from echo_trt.serving.client import EngineError
 
 
 class _Tokens(Strict):
@@ -96,15 +96,17 @@ async def tokenize(request: Request) -> Response:
     asked = await state.bodies.read(request, TokenizeRequest)
     if asked.model is not None:
         check_model(request, asked.model)
-    facts = await state.upstream.facts()
+    info = await state.client.model_info()
+    inputs = {"text_input": asked.prompt, "add_special_tokens": asked.add_special_tokens is not False}
+    names: dict[str, str] = {}
     if asked.chat:
-        chat = chat_for(asked.chat, facts)
+        chat = chat_for(asked.chat, info)
         inputs, names = chat.inputs, chat.names
-    else:
-        inputs = {"text_input": asked.prompt, "add_special_tokens": asked.add_special_tokens is not False}
-        names = Names("prompt")
-    ids = await state.upstream.token_ids(inputs, names)
-    return JSONResponse({"count": len(ids), "max_model_len": facts.context, "tokens": ids})
+    try:
+        ids = (await state.client.tokenize(inputs)).token_ids
+    except EngineError as error:
+        raise from_engine(error, names) from None
+    return JSONResponse({"count": len(ids), "max_model_len": info.context, "tokens": ids})
 
 
 async def detokenize(request: Request) -> Response:
@@ -113,5 +115,10 @@ async def detokenize(request: Request) -> Response:
     asked = await state.bodies.read(request, DetokenizeRequest)
     if asked.model is not None:
         check_model(request, asked.model)
-    text = await state.upstream.text(asked.tokens, Names("tokens", {"input_ids": "tokens"})) if asked.tokens else ""
-    return JSONResponse({"prompt": text})
+    if not asked.tokens:
+        return JSONResponse({"prompt": ""})
+    try:
+        told = await state.client.tokenize({"input_ids": asked.tokens})
+    except EngineError as error:
+        raise from_engine(error, {"input_ids": "tokens"}) from None
+    return JSONResponse({"prompt": told.text})

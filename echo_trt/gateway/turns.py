@@ -7,9 +7,8 @@ import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from echo_trt.gateway.facts import Marks
 from echo_trt.gateway.tool_formats.base import Arguments, Call, Content, Event, Parser, overlap
-from echo_trt.gateway.upstream import Piece
+from echo_trt.serving.wire import Piece, ThinkTokens
 
 Delta = dict[str, Any]
 
@@ -17,7 +16,7 @@ Delta = dict[str, Any]
 class Turn:
     """Takes pieces as they come. The deltas joined are the same however the text is cut."""
 
-    def __init__(self, thought: Marks | None = None, parser: Parser | None = None):
+    def __init__(self, thought: ThinkTokens | None = None, parser: Parser | None = None):
         self._thought = _Thought(thought) if thought else None
         self._closing_token = thought.closing_token if thought else -1
         self._parser = parser
@@ -111,7 +110,7 @@ class Message:
 class _Thought:
     """Cuts a text at the marks around its thought; white space next to them belongs to nothing."""
 
-    def __init__(self, marks: Marks):
+    def __init__(self, marks: ThinkTokens):
         self._opens, self._closes = marks.opens, marks.closes
         self._text = ""
         self._state: Callable[[], tuple[bool, str] | None] = self._before

@@ -19,7 +19,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from echo_trt.errors import UserError
+from echo_trt.errors import GrammarError, UserError
 from echo_trt.grammar.layout import Layouts, Writer
 from echo_trt.grammar.requested import REMEDY, checked, clause
 from echo_trt.grammar.state import State, Thought, Tokens
@@ -61,10 +61,10 @@ class Compiler:
         if structured is None:
             return State(self._tokens, None, thought=thought)
         if not self._tokens.ends:
-            raise UserError("structured is given, but this model has no end token to end the text with; leave it out.")
+            raise GrammarError("structured is given, but this model has no token to end the text with; leave it out.")
         found = self._compiled(structured)
         if isinstance(found, str):
-            raise UserError(found)
+            raise GrammarError(found)
         return State(self._tokens, found.free, found.writer, thought)
 
     def to_compile(self, structured: Mapping[str, Any]) -> str | None:
@@ -125,7 +125,7 @@ class Compiler:
             try:
                 self._tokenizer = LLTokenizer(self._json, n_vocab=size, eos_token=ends)
             except Exception as error:  # a kind of tokenizer that llguidance does not know
-                raise UserError(
+                raise GrammarError(
                     f"structured is given, but grammars cannot read this model's tokenizer ({clause(str(error))}); "
                     "leave it out."
                 ) from None
@@ -154,7 +154,7 @@ class Compiler:
         assert self._tokenizer
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise UserError(f"structured.{kind} cannot be compiled ({clause(matcher.get_error())}); {REMEDY}")
+            raise GrammarError(f"structured.{kind} cannot be compiled ({clause(matcher.get_error())}); {REMEDY}")
         for beginning in ([], self._tokenizer.tokenize_str('{"')):
             trial = matcher.deep_copy()
             if trial.try_consume_tokens(beginning) == len(beginning):
@@ -163,7 +163,7 @@ class Compiler:
                     if trial.is_stopped() or token is None or not trial.try_consume_tokens([token]):
                         break
             if trial.is_error():
-                raise UserError(f"structured.{kind} cannot be used ({clause(trial.get_error())}); {REMEDY}")
+                raise GrammarError(f"structured.{kind} cannot be used ({clause(trial.get_error())}); {REMEDY}")
         return matcher
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from echo_trt.errors import UserError
+from echo_trt.errors import GrammarError
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 RULE = (
@@ -35,7 +35,7 @@ _DIVISOR = re.compile(r'"multipleOf"\s*:\s*([0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9
 def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
     """Kind and value of what a request asks of its answer. Raises UserError."""
     if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
-        raise UserError(f"structured is {_short(structured)}; give {RULE}.")
+        raise GrammarError(f"structured is {_short(structured)}; give {RULE}.")
     [(kind, value)] = structured.items()
     fits = {
         "json": lambda: isinstance(value, Mapping | bool),
@@ -43,16 +43,16 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
     }.get(kind, lambda: _is_text(value))
     if not fits():
-        raise UserError(f"structured.{kind} is {_short(value)}; give {RULE}.")
+        raise GrammarError(f"structured.{kind} is {_short(value)}; give {RULE}.")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError:
-        raise UserError(f"structured.{kind} is nested too deep; {REMEDY}") from None
+        raise GrammarError(f"structured.{kind} is nested too deep; {REMEDY}") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"structured.{kind} is not JSON in UTF-8 ({clause(str(error))}); {REMEDY}") from None
+        raise GrammarError(f"structured.{kind} is not JSON in UTF-8 ({clause(str(error))}); {REMEDY}") from None
     if len(text) > LONGEST:
-        raise UserError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
+        raise GrammarError(f"structured.{kind} has {len(text)} characters; give at most {LONGEST}.")
     if kind == "grammar":
         _check_grammar(value)
     try:
@@ -60,7 +60,7 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
             _check_schema(value)
             value = closed(value) if isinstance(value, Mapping) else value
     except RecursionError:
-        raise UserError(f"structured.json is nested too deep; {REMEDY}") from None
+        raise GrammarError(f"structured.json is nested too deep; {REMEDY}") from None
     return kind, value
 
 
@@ -108,34 +108,34 @@ def clause(message: str) -> str:
 def _check_grammar(text: str) -> None:
     """Check a Lark or GBNF grammar, and the schemas that stand in Lark behind %json."""
     if (rules := len(_RULE.findall(text))) > RULES:
-        raise UserError(f"structured.grammar has {rules} rules; give at most {RULES}.")
+        raise GrammarError(f"structured.grammar has {rules} rules; give at most {RULES}.")
     if (references := text.count('"$ref"')) > REFERENCES:
-        raise UserError(f"structured.grammar has {references} times $ref; give at most {REFERENCES}.")
+        raise GrammarError(f"structured.grammar has {references} times $ref; give at most {REFERENCES}.")
     for divisor in _DIVISOR.findall(text):
         if not SMALLEST_DIVISOR <= abs(float(divisor)) <= LARGEST_DIVISOR:
-            raise UserError(
+            raise GrammarError(
                 f"structured.grammar has multipleOf {divisor[:20]}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
             )
 
 
 def _check_schema(schema: Any) -> None:
     if schema is False:
-        raise UserError("structured.json is false, which no text fits; give a schema.")
+        raise GrammarError("structured.json is false, which no text fits; give a schema.")
     references: list[str] = []
     for key, value in _entries(schema):
         if key == "x-guidance":
-            raise UserError("structured.json has the key x-guidance, which is not supported; leave it out.")
+            raise GrammarError("structured.json has the key x-guidance, which is not supported; leave it out.")
         divides = key == "multipleOf" and isinstance(value, int | float)
         if divides and not SMALLEST_DIVISOR <= abs(value) <= LARGEST_DIVISOR:
-            raise UserError(
+            raise GrammarError(
                 f"structured.json has multipleOf {_short(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
             )
         if key == "$ref" and isinstance(value, str):
             references.append(value)
     if len(references) > REFERENCES:
-        raise UserError(f"structured.json has {len(references)} times $ref; give at most {REFERENCES}.")
+        raise GrammarError(f"structured.json has {len(references)} times $ref; give at most {REFERENCES}.")
     if references and _blocks(schema, _ending(schema, set(references)), set()):
-        raise UserError("structured.json cannot be used (no text fits it, for it never ends); mend its $ref.")
+        raise GrammarError("structured.json cannot be used (no text fits it, for it never ends); mend its $ref.")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from echo_trt.bundle.manifest import Manifest, read_manifest
@@ -16,6 +16,7 @@ from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import EngineProbe, responds
 from echo_trt.launch.process import Log, Process, lives
 from echo_trt.launch.supervised import Supervised, Supervisor, port_trouble, supervise
@@ -28,57 +29,7 @@ ANSWER_SECONDS = 30.0  # for an answer among thousands of streams; larger: a han
 FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the command was asked to do.
-
-    ``openai_port`` 0: no gateway. None stands for the recipe's own, no ``served_model_names`` for the default.
-    ``kv_cache_memory``: bytes of the KV pool.
-    """
-
-    bundle: Path
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    openai_port: int = 9000
-    api_keys: Path | None = None
-    policy: str | None = None
-    batch: int | None = None
-    queue: int = 256
-    start_seconds: int = 300
-    drain_seconds: int = 60
-    special_tokens_in_content: bool = False
-    served_model_names: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ()
-    page: bool = True
-    kv_cache_memory: int | None = None
-    policy_file: Path | None = None
-    triton: bool = False
-
-    @property
-    def reached_at(self) -> str:
-        """The address for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]" if ":" in host else host
-
-    @property
-    def shown_host(self) -> str:
-        """The host as URLs write it."""
-        return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
-    def ports(self) -> dict[str, int]:
-        """Option -> port, of what is to be served."""
-        triton = {
-            "--http-port": self.http_port,
-            "--grpc-port": self.grpc_port,
-            "--metrics-port": self.metrics_port,
-        }
-        return {**(triton if self.triton else {}), **({"--openai-port": self.openai_port} if self.openai_port else {})}
-
-
-def run(job: Job) -> int:
+def run(job: ServeOptions) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
 
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
@@ -95,8 +46,11 @@ def run(job: Job) -> int:
         remove_regions()
 
 
-def _check(job: Job) -> Manifest:
+def _check(job: ServeOptions) -> Manifest:
     """Returns the bundle's. Raises UserError."""
+    if job.given_triton_ports and not job.triton:
+        option = job.given_triton_ports[0]
+        raise UserError(f"{option} is a port of Triton's, which is not started; add --triton, or leave the port out.")
     manifest = read_manifest(job.bundle)
     if job.policy:
         policy_named(job.policy, "--policy")
@@ -135,7 +89,7 @@ class Engine(Supervised):
 
     name = "the engine"
 
-    def __init__(self, job: Job, work: Path, log: Log):
+    def __init__(self, job: ServeOptions, work: Path, log: Log):
         super().__init__(log, job.host, {}, job.start_seconds)
         self.socket = work / "engine"
         self._job, self._probe = job, EngineProbe(self.socket)
@@ -143,11 +97,7 @@ class Engine(Supervised):
     def _spawn(self) -> Process:
         job = self._job
         self.socket.unlink(missing_ok=True)
-        words = ["--bundle", str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue)]
-        words += ["--policy", job.policy] if job.policy else []
-        words += ["--policy-file", str(job.policy_file.resolve())] if job.policy_file else []
-        words += ["--batch", str(job.batch)] if job.batch else []
-        words += ["--kv-cache-memory", str(job.kv_cache_memory)] if job.kv_cache_memory else []
+        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue), *job.words]
         words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         return Process("engine", [sys.executable, "-m", "echo_trt.serving", *words], environment, self._log)
@@ -169,11 +119,11 @@ class Triton(Engine):
 
     name = "Triton"
 
-    def __init__(self, job: Job, server: TritonServer, work: Path, log: Log):
+    def __init__(self, job: ServeOptions, server: TritonServer, work: Path, log: Log):
         super().__init__(job, work, log)
         self._ports = {option: port for option, port in job.ports.items() if option != "--openai-port"}
         self._server, self._work, self._signals = server, work, work
-        self._url = f"http://{job.reached_at}:{job.http_port}/v2/health/ready"
+        self._url = f"http://{job.reached_at}:{job.triton_ports['http']}/v2/health/ready"
         self._backends: set[int] = set()
         self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
 
@@ -243,15 +193,15 @@ class Gateway(Supervised):
 
     name = "the gateway"
 
-    def __init__(self, job: Job, log: Log, engine: Path):
+    def __init__(self, job: ServeOptions, log: Log, engine: Path):
         """``engine``: the socket that the engine's host listens on."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
         self._job, self._engine = job, engine
-        self._url = f"http://{job.reached_at}:{job.openai_port}/version"
+        self._url = f"{job.openai_url}/version"
 
     def _spawn(self) -> Process:
         job = self._job
-        words = ["--model", MODEL, "--host", job.host, "--engine-socket", str(self._engine)]
+        words = ["--host", job.host, "--engine-socket", str(self._engine)]
         words += ["--port", str(job.openai_port), "--drain-seconds", str(job.drain_seconds)]
         words += ["--api-keys-file", str(job.api_keys)] if job.api_keys else []
         words += [f"--served-model-name={name}" for name in job.served_model_names]
@@ -266,22 +216,22 @@ class Gateway(Supervised):
         return responds(self._url, ANSWER_SECONDS)
 
 
-def service(job: Job, server: TritonServer | None, work: Path, stop: threading.Event, log: Log) -> Supervisor:
+def service(job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: Log) -> Supervisor:
     """Return an engine, in ``server`` if there is one, and the gateway as one service."""
     engine = Triton(job, server, work, log) if server else Engine(job, work, log)
     processes = [engine, Gateway(job, log, engine.socket)] if job.openai_port else [engine]
     return Supervisor([processes], stop, log, job.drain_seconds, lambda: _urls(job))
 
 
-def _urls(job: Job) -> str:
+def _urls(job: ServeOptions) -> str:
     def line(name: str, port: int, path: str) -> str:
         return f"{name:8} http://{job.shown_host}:{port}{path}"
 
     lines = ["serving"]
     if job.triton:
-        lines.append(line("HTTP", job.http_port, f"/v2/models/{MODEL}/generate_stream"))
-        lines.append(f"gRPC     {job.shown_host}:{job.grpc_port}")
-    lines.append(line("metrics", job.metrics_port if job.triton else job.openai_port, "/metrics"))
+        lines.append(line("HTTP", job.triton_ports["http"], f"/v2/models/{MODEL}/generate_stream"))
+        lines.append(f"gRPC     {job.shown_host}:{job.triton_ports['grpc']}")
+    lines.append(line("metrics", job.triton_ports["metrics"] if job.triton else job.openai_port, "/metrics"))
     if job.openai_port:
         lines.append(line("OpenAI", job.openai_port, "/v1"))
         lines += [line("page", job.openai_port, "/")] if job.page else []

@@ -108,7 +108,7 @@ class ChatEncoder:
             rendered = self._rendered(messages, tools=tools, kwargs=kwargs)
         except Exception as error:  # a template may raise what it likes, about roles and their order
             reason = " ".join(str(error).split())
-            raise UserError(f"messages do not fit the model's chat template ({reason}).") from error
+            raise UserError(f"messages do not fit the model's chat template ({reason}).", "messages") from error
         ids = self._encoded(self._without_names(rendered) if self._has_aliases else [rendered])
         if self._is_clean(ids, rendered):
             return ids
@@ -117,7 +117,8 @@ class ChatEncoder:
             return ids
         raise UserError(
             "a message holds the name of a control token, which this model's chat template or tokenizer cannot keep as "
-            "text; leave it out, or have the server started with --special-tokens-in-content."
+            "text; leave it out, or have the server started with --special-tokens-in-content.",
+            "messages",
         )
 
     def _check(self, kwargs: Mapping[str, Any]) -> None:
@@ -127,7 +128,8 @@ class ChatEncoder:
                 known = ", ".join(sorted(self.variables))
                 remedy = f"give {known}" if known else "leave it out"
                 raise UserError(
-                    f"chat_template_kwargs.{shown(name)[1:-1]} is no variable of this model's chat template; {remedy}."
+                    f"chat_template_kwargs.{shown(name)[1:-1]} is no variable of this model's chat template; {remedy}.",
+                    "chat_template_kwargs",
                 )
 
     def _control_tokens(self) -> dict[int, str]:

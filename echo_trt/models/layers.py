@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.ranks import all_reduce
@@ -82,6 +80,9 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     dim, scaling = config.head_dim, {"rope_theta": config.rope_theta, **config.rope_scaling}
     if "rope_type" not in scaling:
         return config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+    from transformers import LlamaConfig  # takes a second, and few networks need it
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     shape = LlamaConfig(rope_parameters=scaling, head_dim=dim, max_position_embeddings=config.max_position)
     scaled: tuple[Tensor, float] = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](shape)
     return scaled

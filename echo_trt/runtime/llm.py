@@ -212,20 +212,23 @@ class LLM:
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
-                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}."
+                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}.",
+                "logit_bias",
             )
         budget = params.thinking_token_budget
         if self._marks is None and budget is not None:
             raise UserError(
                 f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
-                f"{THOUGHT[1]}); leave it out."
+                f"{THOUGHT[1]}); leave it out.",
+                "thinking_token_budget",
             )
         prompt, generated = self.checked(ids), self.checked(said).tolist()
         thought = self._thought(prompt, params)
         if thought and budget is not None and budget < params.min_tokens and thought.closes in params.stop_token_ids:
             raise UserError(
                 f"min_tokens is {params.min_tokens}, but thinking_token_budget ends the thought after {budget} tokens "
-                f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}."
+                f"by {THOUGHT[1]}, which is among stop_token_ids; give min_tokens up to {budget}.",
+                "min_tokens",
             )
         logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
         sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
@@ -253,7 +256,7 @@ class LLM:
         size = self.manifest.target.vocab_size
         unknown = array[(array < 0) | (array >= size)]
         if len(unknown):
-            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.")
+            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.", "prompt")
         return array
 
 

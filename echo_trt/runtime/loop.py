@@ -96,7 +96,7 @@ class Loop:
         watch = self.watch  # another thread may set it at any time
         ids = [request.id for request in self.queue.running_in(slots)] if watch else []
         # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
-        speculates = len(slots) == 0 or bool(self.state.speculate[slots].any())
+        speculates = len(slots) == 0 or bool(self.state.sampling["speculate"][slots].any())
         draft = self.drafter.begin(slots) if self.drafter and speculates else None
         load = self._load(slots, len(chunks.owner))
         plan, planning = self._plan(slots, draft, load)
@@ -153,7 +153,7 @@ class Loop:
     def _load(self, slots: np.ndarray, prompt_tokens: int) -> Load:
         state = self.state
         room = state.limit[slots] - state.length[slots] - 1  # the verification emits one token beside the drafted
-        room[~state.speculate[slots]] = 0
+        room[~state.sampling["speculate"][slots]] = 0
         room[state.committed[slots] == 0] = 0  # a head has nothing to look at yet
         behind = self.drafter.behind(slots) if self.drafter else np.zeros(len(slots), np.int64)
         context, recent = int(state.committed[slots].sum()), state.recent(slots, RECENT)
@@ -233,7 +233,9 @@ class Loop:
     def _prompt_logprobs_asked(self, chunks: Chunks) -> np.ndarray:
         """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
         state, owner = self.state, chunks.owner
-        asked: np.ndarray = (state.prompt_logprobs[owner] >= 0) & (chunks.position + 1 < state.prompt_length[owner])
+        asked: np.ndarray = (state.sampling["prompt_logprobs"][owner] >= 0) & (
+            chunks.position + 1 < state.prompt_length[owner]
+        )
         return asked
 
     def _note_prompts(self, verified: Verified, chunks: Chunks) -> None:
@@ -241,7 +243,7 @@ class Loop:
         if asked.any():
             state, owner, place = self.state, chunks.owner[asked], chunks.position[asked] + 1
             rows, tokens = len(verified.tree) + np.arange(len(owner)), state.tokens[owner, place].astype(np.int64)
-            entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.prompt_logprobs[owner])
+            entries = token_logprobs(verified.outputs["logits"], rows, tokens, state.sampling["prompt_logprobs"][owner])
             for request, entry in zip(self.queue.running_in(owner), entries, strict=True):
                 request.prompt_logprobs.append(entry)
 

@@ -10,27 +10,55 @@ from typing import Any
 MOST = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parameter:
     """What every interface says of one sampling parameter.
 
-    default    of the value; its type tells a single value, a tuple or a mapping from token ids
-    kind       type of the value or of its entries: int, float, bool or str; dict: a JSON object
-    doc        a line for tables
-    rule       how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
-    low, high  bounds of the value, of its entries, or of their length where they are strings
-    above      whether ``low`` itself is refused
-    entries    entries at most
+    default      of the value; its type tells a single value, a tuple or a mapping from token ids
+    kind         type of the value or of its entries: int, float, bool or str; dict: a JSON object
+    doc          a line for tables
+    rule         how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
+    low, high    bounds of the value, of its entries, or of their length where they are strings
+    above        whether ``low`` itself is refused
+    entries      entries at most
+    changes      "limits": among which tokens draws are; "penalties": logits, by what was said; "logits": logits, by
+                 other things; "": nothing of these
+    off          further values that change nothing, beside the default
+    recommended  whether a checkpoint may recommend a value (``bundle.manifest.Sampling``)
+    option       the help of the option of ``echo-trt generate``; "": there is none
+    tensor       Triton's input, where it has another name
+    openai       what OpenAI's field has otherwise (default, low, high); None: no field of one value, see
+                 ``gateway.schemas``
     """
 
     default: Any
     kind: type
     doc: str
-    rule: str
+    rule: str = ""
     low: int = 0
     high: int = MOST
     above: bool = False
     entries: int = MOST
+    changes: str = ""
+    off: tuple[object, ...] = ()
+    recommended: bool = False
+    option: str = ""
+    tensor: str = ""
+    openai: Mapping[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def single(self) -> bool:
+        """Whether the value is one number or switch."""
+        return self.kind in (int, float, bool) and not isinstance(self.default, tuple | Mapping)
+
+    @property
+    def remedy(self) -> str:
+        """Which values are taken, as a refusal says it."""
+        if self.rule or self.kind is bool:
+            return self.rule or "True or False"
+        low, high = _spelled(self.low), _spelled(self.high)
+        kind = "a whole number" if self.kind is int else "a number"
+        return f"{kind} above {low} and up to {high}" if self.above else f"{kind} from {low} to {high}"
 
     @property
     def values(self) -> str:
@@ -65,9 +93,9 @@ class Parameter:
         return bool(within)
 
 
-def parameter(default: Any, doc: str, rule: str, *, kind: type | None = None, **bounds: Any) -> Any:
+def parameter(default: Any, doc: str, *, kind: type | None = None, **facts: Any) -> Any:
     """A dataclass's field with a Parameter in its metadata; the default's type is the kind unless another is given."""
-    metadata = {"parameter": Parameter(default, kind or type(default), doc, rule, **bounds)}
+    metadata = {"parameter": Parameter(default=default, kind=kind or type(default), doc=doc, **facts)}
     if kind is dict:
         return field(default=default, hash=False, metadata=metadata)
     if isinstance(default, dict):

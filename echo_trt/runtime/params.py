@@ -58,140 +58,180 @@ class SamplingParams:
     for the request, whatever the policy; its text is the same, as far as a policy cannot change it.
     """
 
-    max_tokens: int = parameter(256, "new tokens at most", "a whole number from 1 to 2^31 - 1", low=1)
-    temperature: float = parameter(0.0, "0 is greedy", "a number from 0 (greedy) to 100", high=100)
+    max_tokens: int = parameter(
+        256, "new tokens at most", low=1, option="New tokens per request, at most.", openai=None
+    )
+    temperature: float = parameter(
+        0.0,
+        "0 is greedy",
+        rule="a number from 0 (greedy) to 100",
+        high=100,
+        recommended=True,
+        option="0 is greedy. Default: the model's own, else 0.",
+        openai={"default": 1.0, "high": 2},
+    )
     top_k: int = parameter(
         0,
         "draws from the k best tokens; 0 and -1 are off",
-        "a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
+        rule="a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
         low=-1,
+        changes="limits",
+        off=(-1, 1),  # 1 is greedy
+        recommended=True,
+        option="Draw from this many best tokens; 0 or -1 is off.",
     )
     top_p: float = parameter(
         1.0,
         "draws from the smallest set of best tokens with this share; 1 is off",
-        "a number above 0 and up to 1 (off)",
+        rule="a number above 0 and up to 1 (off)",
         high=1,
         above=True,
+        changes="limits",
+        recommended=True,
+        option="Draw from the smallest set with this share; 1 is off.",
     )
     min_p: float = parameter(
         0.0,
         "draws from tokens with at least this share of the best one's; 0 is off",
-        "a number from 0 (off) to 1",
+        rule="a number from 0 (off) to 1",
         high=1,
+        changes="limits",
+        recommended=True,
+        option="Draw from tokens with this share of the best one's; 0 is off.",
     )
     seed: int = parameter(
         0,
         "repeats a text ([how far](exactness.md#what-a-seed-promises))",
-        "a whole number from 0 to 2^63 - 1",
         high=2**63 - 1,
+        option="Repeats a text; in bf16 for sure only by the policy goodput-exact.",
+        openai={"default": None, "low": -(2**63)},
     )
     stop: tuple[str, ...] = parameter(
         (),
         "strings that end the text, and are left out of it",
-        f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
+        rule=f"a list of strings of 1 to {MAX_STOP_CHARACTERS} characters",
         kind=str,
         low=1,
         high=MAX_STOP_CHARACTERS,
+        option="End the text at this string; may be given again.",
+        tensor="stop_words",
     )
     stop_token_ids: tuple[int, ...] = parameter(
-        (), "tokens that end the text, beside the model's own", "token ids from 0 to 2^31 - 1", kind=int
+        (), "tokens that end the text, beside the model's own", rule="token ids from 0 to 2^31 - 1", kind=int
     )
-    ignore_eos: bool = parameter(False, "goes on after the model's end token", "True or False")
+    ignore_eos: bool = parameter(False, "goes on after the model's end token")
     presence_penalty: float = parameter(
-        0.0, "taken off the logits of tokens that the answer holds", "a number from -2 to 2, 0 is off", low=-2, high=2
+        0.0,
+        "taken off the logits of tokens that the answer holds",
+        rule="a number from -2 to 2, 0 is off",
+        low=-2,
+        high=2,
+        changes="penalties",
+        option="Off the logits of tokens said before, -2 to 2.",
     )
     frequency_penalty: float = parameter(
         0.0,
         "taken off the logits of tokens, times how often the answer holds them",
-        "a number from -2 to 2, 0 is off",
+        rule="a number from -2 to 2, 0 is off",
         low=-2,
         high=2,
+        changes="penalties",
+        option="The same, for each time that they were said.",
     )
     repetition_penalty: float = parameter(
         1.0,
         "divides the logits of tokens that prompt or answer hold; 1 is off",
-        "a number above 0 and up to 100, 1 is off",
+        rule="a number above 0 and up to 100, 1 is off",
         high=100,
         above=True,
+        changes="penalties",
+        recommended=True,
+        option="Divides logits of tokens said before or in the prompt; 1 is off.",
     )
     logprobs: int | None = parameter(
         None,
         "log-probabilities of the answer's tokens, and of this number of best tokens at each place",
-        f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
+        rule=f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
         kind=int,
         high=MAX_LOGPROBS,
+        tensor="top_logprobs",
+        openai=None,
     )
     prompt_logprobs: int | None = parameter(
         None,
         "log-probabilities of the prompt's tokens but the first, and of this number of best tokens at each place",
-        f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
+        rule=f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
         kind=int,
         high=MAX_LOGPROBS,
+        openai=None,
     )
     logit_bias: Mapping[int, float] = parameter(
         {},
         f"added to the logits of these tokens, at most {MAX_BIASED}",
-        f"numbers from -100 to 100 by token id, at most {MAX_BIASED}",
+        rule=f"numbers from -100 to 100 by token id, at most {MAX_BIASED}",
         kind=float,
         low=-100,
         high=100,
         entries=MAX_BIASED,
+        changes="logits",
     )
     min_tokens: int = parameter(
         0,
         "new tokens before a stop token or stop string counts, at most the limit; 0 is off",
-        "a whole number from 0 (off) to max_tokens, {0.max_tokens}",
+        rule="a whole number from 0 (off) to max_tokens, {0.max_tokens}",
+        changes="logits",
+        tensor="min_length",
     )
     structured: Mapping[str, Any] | None = parameter(
         None,
         "what the answer must fit: `json` (a schema), `json_object`, `regex`, `choice` or `grammar` (Lark, GBNF)",
-        f"{RULE}, or None".replace("{", "{{").replace("}", "}}"),  # it is no format
+        rule=f"{RULE}, or None".replace("{", "{{").replace("}", "}}"),  # it is no format
         kind=dict,
     )
     thinking_token_budget: int | None = parameter(
-        None, "tokens of a reasoning model's thought before it is ended", "a whole number from 0 to 2^31 - 1", kind=int
+        None, "tokens of a reasoning model's thought before it is ended", kind=int
     )
-    token_sources: bool = parameter(
-        False, "tells who proposed each token of the answer, with which probability", "True or False"
-    )
-    speculate: bool = parameter(True, "false: the request decodes plainly, one token a pass", "True or False")
+    token_sources: bool = parameter(False, "tells who proposed each token of the answer, with which probability")
+    speculate: bool = parameter(True, "false: the request decodes plainly, one token a pass")
 
     def __post_init__(self) -> None:
         for name, known in PARAMETERS.items():
             value = getattr(self, name)
             if not known.allows(value) or (name == "min_tokens" and value > self.max_tokens):
-                raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.rule.format(self)}.")
+                raise UserError(f"{name} is {_SHORT.repr(value)}; give {known.remedy.format(self)}.", name)
         if self.structured is not None:
             checked(self.structured)
             if self.min_tokens:
-                raise UserError(
-                    f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
-                )
+                sentence = f"min_tokens is {self.min_tokens}, but a structured text ends by its grammar; leave it out."
+                raise UserError(sentence, "min_tokens")
 
     @property
     def adjusts_logits(self) -> bool:
         """Whether anything comes between the target's logits and the choice of a token."""
-        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
+        return self.penalises or self._changes("logits")
 
     @property
     def penalises(self) -> bool:
         """Whether a penalty looks at what was said."""
-        return any(getattr(self, name) != off for name, off in PENALTIES.items())
+        return self._changes("penalties")
 
     @property
     def limits_tokens(self) -> bool:
         """Whether a draw is among some tokens only, which depends on all logits of its place."""
-        return self.temperature > 0 and (self.top_k > 1 or self.top_p < 1 or self.min_p > 0)
+        return self.temperature > 0 and self._changes("limits")
+
+    def _changes(self, what: str) -> bool:
+        """Whether a parameter that ``changes`` this has a value that does."""
+        known = ((getattr(self, name), entry) for name, entry in PARAMETERS.items() if entry.changes == what)
+        return any(value != entry.default and value not in entry.off for value, entry in known)
 
 
 PARAMETERS: dict[str, Parameter] = {entry.name: entry.metadata["parameter"] for entry in fields(SamplingParams)}
+#: Parameters of one number or switch; interfaces treat them alike.
+SINGLE: dict[str, Parameter] = {name: known for name, known in PARAMETERS.items() if known.single}
 #: Who can propose a token: nobody before the target; the draft network (a head, a block drafter or a small model); text
 #: copied from the request itself; both of these; the table of n-grams; a grammar, which allows nothing else.
 TOKEN_SOURCES = ("target", "head", "lookup", "both", "ngram", "grammar")
-#: Penalties by name, and the value at which one is off.
-PENALTIES: dict[str, float] = {
-    name: PARAMETERS[name].default for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
-}
 
 
 @dataclass(frozen=True)

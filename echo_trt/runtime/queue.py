@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from echo_trt.errors import UserError
+from echo_trt.errors import TooLong, UserError
 from echo_trt.runtime.params import MAX_STOP_TOKENS, Counters, SamplingParams
 from echo_trt.runtime.request import Request
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -46,11 +46,12 @@ class Queue:
         """Refuse a prompt that leaves no room for an answer, and too many stop tokens. Any thread may ask."""
         room = self._state.context - len(request.prompt) - len(request.generated)
         if len(request.prompt) == 0:
-            raise UserError("the prompt is empty; give at least one token.")
+            raise UserError("the prompt is empty; give at least one token.", "prompt")
         if room < 1:
-            raise UserError(
+            raise TooLong(
                 f"the prompt has {len(request.prompt)} tokens, but this model's maximum context length is "
-                f"{self._state.context} tokens; shorten it, or raise limits.context in the recipe and build again."
+                f"{self._state.context} tokens; shorten it, or raise limits.context in the recipe and build again.",
+                "prompt",
             )
         state = self._state
         needed = blocks_for(min(len(request.prompt) + request.params.max_tokens, state.context) + state.reserve)
@@ -125,7 +126,7 @@ class Queue:
         state.set_params(slot, params)
         state.grammar[slot], request.grammar = request.grammar, None  # the only reference: older states are let go
         if len(request.prompt_logprobs) == len(request.prompt) - 1:
-            state.prompt_logprobs[slot] = -1  # complete, and perhaps read by another thread now
+            state.sampling["prompt_logprobs"][slot] = -1  # complete, and perhaps read by another thread now
         else:
             request.prompt_logprobs.clear()  # they are computed again, with the prompt
         state.stop_tokens[slot] = -1

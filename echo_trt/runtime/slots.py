@@ -9,10 +9,12 @@ import numpy as np
 
 from echo_trt.decoding.arrays import compiled, ragged_arange
 from echo_trt.decoding.pack import BLOCK
-from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, PENALTIES, SamplingParams
+from echo_trt.runtime.params import MAX_BIASED, MAX_STOP_TOKENS, SINGLE, SamplingParams
 from echo_trt.runtime.prefix_cache import PrefixCache
 
-SWITCHES = ("token_sources", "speculate")  # parameters that are True or False
+#: A slot's parameters of one number or switch; -1 stands for None.
+_TYPES = {int: np.int64, float: np.float64, bool: np.bool_}
+SAMPLING = np.dtype([(name, _TYPES[known.kind]) for name, known in SINGLE.items()], align=True)
 NEVER = 2**62  # blocks that the cache must have gained before a slot looks for its text again
 
 Tokens = TypeVar("Tokens", int, np.ndarray)
@@ -53,16 +55,9 @@ class Slots:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
-        self.temperature, self.top_p, self.min_p = np.zeros(count), np.ones(count), np.zeros(count)
-        self.top_k, self.seed = ints(count), ints(count)
-        self.presence_penalty, self.frequency_penalty = np.zeros(count), np.zeros(count)
-        self.repetition_penalty = np.ones(count)
-        self.min_tokens, self.biased = ints(count), ints(count)
+        self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
+        self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)
-        self.prompt_logprobs = ints(count) - 1  # the same of the prompt's tokens
-        self.logprobs = ints(count) - 1  # number of best tokens wanted beside the emitted one; -1: none
-        self.token_sources = np.zeros(count, bool)  # whether the request asks who proposed its tokens
-        self.speculate = np.ones(count, bool)  # false: nothing is drafted for it
         self.grammar = np.full(count, None, object)  # grammar.state.State of each text, None where all may follow
         self.limited = np.zeros(count, bool)  # whether a draw is among some tokens only
         self.penalised = np.zeros(count, bool)  # whether a penalty looks at what was said
@@ -187,10 +182,7 @@ class Slots:
         return True
 
     def set_params(self, slot: int, params: SamplingParams) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", *SWITCHES, *PENALTIES):
-            getattr(self, name)[slot] = getattr(params, name)
-        self.logprobs[slot] = -1 if params.logprobs is None else params.logprobs
-        self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        self.sampling[slot] = _row(params)
         self.biased[slot] = biased = len(params.logit_bias)
         self.bias_tokens[slot, :biased], self.bias[slot, :biased] = [*params.logit_bias], [*params.logit_bias.values()]
         self.penalised[slot] = params.penalises
@@ -298,3 +290,8 @@ def _append(
         full[row] = length[slot] >= limit[slot]
         begin += counts[row]
     return kept, stopped, full
+
+
+def _row(params: SamplingParams) -> tuple[float, ...]:
+    """Make an element of SAMPLING."""
+    return tuple(-1 if (value := getattr(params, name)) is None else value for name in SINGLE)

@@ -53,7 +53,7 @@ class Verified:
     @cached_property
     def _greedy(self) -> bool:
         """Whether the next token is the best one everywhere, as the logits are."""
-        return not (self.state.adjusted[self.slots].any() or self.state.temperature[self.slots].any())
+        return not (self.state.adjusted[self.slots].any() or self.state.sampling["temperature"][self.slots].any())
 
     @cached_property
     def _all_tokens(self) -> np.ndarray:
@@ -62,7 +62,7 @@ class Verified:
         tokens: np.ndarray = logits.argmax(axis=1)[: len(self.tree)]
         if not self._greedy:
             slots = self._slots_of(np.arange(len(self.tree)))
-            nodes = np.flatnonzero(self.state.adjusted[slots] | (self.state.temperature[slots] > 0))
+            nodes = np.flatnonzero(self.state.adjusted[slots] | (self.state.sampling["temperature"][slots] > 0))
             tokens[nodes] = logits.choose(nodes, self._choice(nodes))
         return tokens
 
@@ -139,19 +139,19 @@ class Verified:
 
         ``path`` and ``emitted`` are as ``accept`` returns them.
         """
-        if self.state.logprobs[self.slots].max(initial=-1) < 0:
+        if self.state.sampling["logprobs"][self.slots].max(initial=-1) < 0:
             return []
-        top = self.state.logprobs[self._slots_of(path)]
+        top = self.state.sampling["logprobs"][self._slots_of(path)]
         asked = np.flatnonzero(top >= 0)
         entries = token_logprobs(self.outputs["logits"], path[asked], emitted[asked], top[asked])
         return self._by_request(path[asked], entries)
 
     def sources(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenSource]]]:
         """Return likewise, of the requests that ask who proposed their tokens."""
-        if not self.state.token_sources[self.slots].any():
+        if not self.state.sampling["token_sources"][self.slots].any():
             return []
         tree, requests, entries = self.tree, self.tree.request[path].tolist(), []
-        asked = np.flatnonzero(self.state.token_sources[self._slots_of(path)])
+        asked = np.flatnonzero(self.state.sampling["token_sources"][self._slots_of(path)])
         for i in asked.tolist():
             source, chance = TOKEN_SOURCES[0], None
             if i + 1 < len(path) and requests[i + 1] == requests[i]:  # the next visited node carries the token
@@ -194,18 +194,18 @@ class Verified:
 
     def _choice(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> Choice:
         state, slots = self.state, self._slots_of(nodes)
-        said, moved = self._said(nodes), self._moved(nodes)
+        said, moved, own = self._said(nodes), self._moved(nodes), state.sampling[slots]
         return Choice(
-            temperature=state.temperature[slots],
-            top_k=state.top_k[slots],
-            top_p=state.top_p[slots],
-            min_p=state.min_p[slots],
-            seed=state.seed[slots],
+            temperature=own["temperature"],
+            top_k=own["top_k"],
+            top_p=own["top_p"],
+            min_p=own["min_p"],
+            seed=own["seed"],
             # Places count the prompt, so a text goes on alike where its beginning comes as another request's prompt.
             place=state.length[slots] + self.tree.depth[nodes],
-            repetition=state.repetition_penalty[slots],
-            presence=state.presence_penalty[slots],
-            frequency=state.frequency_penalty[slots],
+            repetition=own["repetition_penalty"],
+            presence=own["presence_penalty"],
+            frequency=own["frequency_penalty"],
             said_row=said[0],
             said_token=said[1],
             said_generated=said[2],
@@ -224,7 +224,7 @@ class Verified:
         penalised = np.flatnonzero(state.penalised[slots])
         if len(penalised) == 0:
             return NO_ROWS, NO_ROWS, NO_ROWS.astype(bool)
-        first = np.where(state.repetition_penalty[slots] == 1, state.prompt_length[slots], 0)[penalised]
+        first = np.where(state.sampling["repetition_penalty"][slots] == 1, state.prompt_length[slots], 0)[penalised]
         said = state.length[slots[penalised]] - first
         row, place = np.repeat(penalised, said), np.repeat(first, said) + ragged_arange(said)
         below_row, below = tokens_above(self.tree, nodes[penalised])
@@ -239,7 +239,7 @@ class Verified:
         state, slots = self.state, self._slots_of(nodes)
         row, place = np.repeat(np.arange(len(nodes)), state.biased[slots]), ragged_arange(state.biased[slots])
         generated = state.length[slots] - state.prompt_length[slots] + self.tree.depth[nodes]
-        early = generated < state.min_tokens[slots]
+        early = generated < state.sampling["min_tokens"][slots]
         stops = state.stop_tokens[slots]
         vocabulary = self.outputs["logits"].shape[1]
         shut_row, shut = np.nonzero(early[:, None] & (stops >= 0) & (stops < vocabulary))

@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client import generate_latest
 
-from echo_trt.errors import UserError
+from echo_trt.errors import TooLong, UserError
 from echo_trt.serving import wire
 from echo_trt.serving.job import ERRORS, Event, Overloaded
 from echo_trt.serving.metrics import EngineMetrics
@@ -143,7 +143,7 @@ class Host:
                 if answer := connection.answers.get(message.id):
                     self._cancel(answer)
             case wire.Describe():
-                connection.send(wire.Text(message.id, self._reader.description()))
+                connection.send(self._reader.model_info(message.id))
             case wire.Tokenize():
                 self._start(self._tokenize(connection, message))
             case wire.Watch():
@@ -174,20 +174,23 @@ class Host:
         failure = await self._loop.run_in_executor(self._reading, self._refusal, tokenized)
         connection.send(wire.Failure(message.id, *failure) if failure else wire.Tokens(message.id, *found[0]))
 
-    def _refusal(self, work: Any, *inputs: Any) -> tuple[str, str] | None:
-        """Do the work, on the readers' thread; return a code and a sentence where the request cannot be taken."""
+    def _refusal(self, work: Any, *inputs: Any) -> tuple[str, str, str | None] | None:
+        """Do the work, on the readers' thread; return code, sentence and field where the request cannot be taken."""
         try:
+            field = None
             work(*inputs)
             return None
         except UserError as mistake:
-            outcome, code, sentence = "invalid", "INVALID_ARGUMENT", str(mistake)
+            outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
+            if isinstance(mistake, TooLong):
+                code = "OUT_OF_RANGE"
         except Overloaded as full:
             outcome, code, sentence = "refused", "UNAVAILABLE", str(full)
         except Exception as failure:  # logged; others go on
             log.exception("a request could not be read")
             outcome, code, sentence = "failed", "INTERNAL", f"the request could not be read ({failure})."
         self._metrics.refuse(outcome)
-        return code, sentence
+        return code, sentence, field
 
     def _queue(self, answer: Answer, inputs: dict[str, Any]) -> None:
         if answer.gone:
@@ -239,7 +242,8 @@ class Host:
     def _send(self, answer: Answer, event: Event) -> None:
         if event.end and event.end.reason in ERRORS:
             sentence = event.end.message or "the request was cancelled."
-            answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence))
+            field = "structured" if event.end.reason == "invalid" else None  # a grammar that was compiled in the queue
+            answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence, field))
         elif event.end or (answer.ask and answer.ask.stream and answer.text):
             answer.connection.send(answer.piece(event))
 

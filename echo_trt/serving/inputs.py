@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from echo_trt.runtime.parameter import MOST
 from echo_trt.runtime.params import PARAMETERS
 
 DATATYPES = {int: "INT32", float: "FP32", bool: "BOOL", str: "BYTES", dict: "BYTES"}
@@ -33,13 +34,32 @@ class Tensor:
     many: bool = False
 
 
-def _sampling(parameter: str, name: str | None = None, datatype: str | None = None, **other: Any) -> Tensor:
-    """The tensor of a sampling parameter; ``name`` is TensorRT-LLM's where that is another."""
-    known = PARAMETERS[parameter]
-    facts = {"default": known.default, "doc": known.doc, "values": known.values} | other
-    return Tensor(name or parameter, datatype or DATATYPES[known.kind], **facts)
+def _sampling(name: str) -> Tensor:
+    """Make the tensor of a sampling parameter."""
+    known = PARAMETERS[name]
+    many = isinstance(known.default, tuple | dict)
+    datatype = "UINT64" if known.high > MOST else DATATYPES[known.kind]
+    facts: dict[str, Any] = {
+        "default": None if many else known.default,
+        "doc": known.doc,
+        "values": known.values,
+        "many": many,
+    }
+    return Tensor(known.tensor or name, datatype, **(facts | DIFFERENT.get(name, {})))
 
 
+#: What the tensors of some sampling parameters say otherwise.
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "stop": {"doc": f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}"},
+    "structured": {"doc": f"JSON: {PARAMETERS['structured'].doc}"},
+    "logprobs": {
+        "default": 0,
+        "doc": "log-probabilities of this number of best tokens at each place, with `return_log_probs`",
+    },
+    "prompt_logprobs": {
+        "doc": "log-probabilities of the prompt, first in `logprobs`, with this number of best tokens a place"
+    },
+}
 INPUTS: tuple[Tensor, ...] = (
     Tensor("text_input", "BYTES", None, "text to continue, or one user turn where `chat` is true"),
     Tensor("chat_messages", "BYTES", None, 'JSON list of `{"role", "content"}`, put into the bundle\'s chat template'),
@@ -53,25 +73,9 @@ INPUTS: tuple[Tensor, ...] = (
     Tensor("input_ids", "INT32", None, "the prompt's token ids, as they are", many=True),
     Tensor("chat", "BOOL", False, "whether `text_input` is one user turn"),
     Tensor("add_special_tokens", "BOOL", True, "false: no special tokens of the tokenizer around `text_input`"),
-    _sampling("max_tokens"),
-    _sampling("stop", "stop_words", default=None, doc=f"up to {MAX_STOP_WORDS}; {PARAMETERS['stop'].doc}", many=True),
-    _sampling("stop_token_ids", default=None, many=True),
-    _sampling("temperature"),
-    _sampling("top_k"),
-    _sampling("top_p"),
-    _sampling("min_p"),
-    _sampling("repetition_penalty"),
-    _sampling("presence_penalty"),
-    _sampling("frequency_penalty"),
     Tensor("logit_bias_ids", "INT32", None, "tokens whose logits are changed", many=True),
-    _sampling("logit_bias", default=None, many=True),
-    _sampling("min_tokens", "min_length"),
-    _sampling("seed", datatype="UINT64"),
-    _sampling("ignore_eos"),
-    _sampling("structured", doc=f"JSON: {PARAMETERS['structured'].doc}"),
-    _sampling("thinking_token_budget"),
-    _sampling("token_sources"),
-    _sampling("speculate"),
+    Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
+    *map(_sampling, PARAMETERS),
     Tensor(
         "stream",
         "BOOL",
@@ -83,12 +87,6 @@ INPUTS: tuple[Tensor, ...] = (
         "BOOL",
         True,
         "false: the prompt precedes the answer, unless it is a chat",
-    ),
-    Tensor("return_log_probs", "BOOL", False, "log-probabilities of the answer's tokens"),
-    _sampling("logprobs", "top_logprobs", default=0, doc="and of this number of best tokens at each place"),
-    _sampling(
-        "prompt_logprobs",
-        doc="log-probabilities of the prompt, first in `logprobs`, with this number of best tokens a place",
     ),
     Tensor("return_perf_metrics", "BOOL", False, "the statistics below"),
     Tensor(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_trt.errors import UserError
+from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
 from echo_trt.models.token_texts import TokenTexts
 from echo_trt.models.tokenizer import THOUGHT, load_tokenizer, thought_marks
-from echo_trt.runtime.params import MAX_LOGPROBS, SamplingParams
+from echo_trt.runtime.params import MAX_LOGPROBS, SINGLE, SamplingParams
+from echo_trt.serving import wire
 from echo_trt.serving.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
@@ -70,26 +71,15 @@ class Reader:
         if least > most >= 1:  # what is wrong with max_tokens itself is said below
             raise UserError(f"min_length is {least}; give a whole number from 0 (off) to max_tokens, {most}.")
         params = SamplingParams(
-            max_tokens=most,
-            temperature=_value(inputs, "temperature"),
-            top_k=_value(inputs, "top_k"),
-            top_p=_value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
-            min_p=_value(inputs, "min_p"),
-            seed=_value(inputs, "seed"),
-            stop=_stop_words(inputs),
-            stop_token_ids=tuple(inputs.get("stop_token_ids", ())),
-            ignore_eos=bool(_value(inputs, "ignore_eos")),
-            presence_penalty=_value(inputs, "presence_penalty"),
-            frequency_penalty=_value(inputs, "frequency_penalty"),
-            repetition_penalty=_value(inputs, "repetition_penalty"),
-            logprobs=_logprobs(inputs),
-            prompt_logprobs=_value(inputs, "prompt_logprobs"),
-            logit_bias=_logit_bias(inputs),
-            min_tokens=least,
-            structured=_json(inputs, "structured"),
-            thinking_token_budget=_value(inputs, "thinking_token_budget"),
-            token_sources=_value(inputs, "token_sources"),
-            speculate=_value(inputs, "speculate"),
+            **{name: _value(inputs, known.tensor or name) for name, known in SINGLE.items()}
+            | {
+                "top_p": _value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
+                "stop": _stop_words(inputs),
+                "stop_token_ids": tuple(inputs.get("stop_token_ids", ())),
+                "logprobs": _logprobs(inputs),
+                "logit_bias": _logit_bias(inputs),
+                "structured": _json(inputs, "structured"),
+            }
         )
         return Ask(
             prompt,
@@ -108,32 +98,23 @@ class Reader:
         if "input_ids" not in inputs:
             return ids, None
         if len(ids) > self._context:
-            raise UserError(
+            raise TooLong(
                 f"input_ids has {len(ids)} tokens, but this model's maximum context length is {self._context} tokens; "
-                "send them in parts."
+                "send them in parts.",
+                "input_ids",
             )
         largest = len(self._tokenizer) - 1
         unknown = next((token for token in ids if not 0 <= token <= largest), None)
         if unknown is not None:
-            raise UserError(f"input_ids holds token id {unknown}; give ids from 0 to {largest}.")
+            raise UserError(f"input_ids holds token id {unknown}; give ids from 0 to {largest}.", "input_ids")
         return ids, str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def description(self) -> str:
-        """JSON of what a client that reads answers must know of the model."""
-        thought = None
-        if self._marks:
-            opens, closes = THOUGHT
-            thought = {"opens": opens, "closes": closes, "ids": self._marks}
-        facts = {
-            "chat_template": self._chat.source,
-            "tokens": self._chat.tokens,
-            "variables": sorted(self._chat.variables),
-            "takes_tools": self._chat.takes_tools,
-            "thought": thought,
-            "context": self._context,
-            "sampling": self._sampling,
-        }
-        return json.dumps(facts, ensure_ascii=False)
+    def model_info(self, id: int) -> wire.ModelInfo:
+        """Answer the question ``id`` for what the model is."""
+        thinking = wire.ThinkTokens(*THOUGHT, self._marks[1]) if self._marks else None
+        chat = self._chat
+        known = chat.source, chat.tokens, sorted(chat.variables), chat.takes_tools
+        return wire.ModelInfo(id, *known, thinking, self._context, self._sampling)
 
     def _in_thought(self, prompt: list[int]) -> bool | None:
         if self._marks is None:
@@ -156,9 +137,10 @@ class Reader:
             return ids, str(self._tokenizer.decode(ids, skip_special_tokens=True)) if echoed else ""
         text = inputs[given[0]]
         if len(text) > self._most_characters:
-            raise UserError(
+            raise TooLong(
                 f"the prompt has {len(text)} characters, but this model's maximum context length is "
-                f"{self._context} tokens; shorten it."
+                f"{self._context} tokens; shorten it.",
+                "prompt",
             )
         if chat:
             turns = _messages(text) if given[0] == "chat_messages" else [{"role": "user", "content": text}]

@@ -31,7 +31,7 @@ class Cancel(Struct, tag=True):
 
 
 class Describe(Struct, tag=True):
-    """A question for what the model is; the answer is JSON (``Reader.description``)."""
+    """A question for what the model is, answered by ``ModelInfo``."""
 
     id: int
 
@@ -76,28 +76,65 @@ class Piece(Struct, tag=True, omit_defaults=True):
 
 
 class Failure(Struct, tag=True):
-    """Why a question has no answer. ``code``: a gRPC status by its name."""
+    """Why a question has no answer.
+
+    code   a gRPC status by its name; of a prompt that is too long OUT_OF_RANGE
+    field  the input that the message is about, where it is known
+    """
 
     id: int
     code: str
     message: str
+    field: str | None = None
 
 
 class Tokens(Struct, tag=True):
+    """The answer to ``Tokenize``."""
+
     id: int
     token_ids: list[int]
     text: str | None = None
 
 
 class Text(Struct, tag=True):
-    """The answer to ``Describe`` and ``Scrape``, or a snapshot."""
+    """The answer to ``Scrape``, or a snapshot."""
 
     id: int
     text: str
 
 
+class ThinkTokens(Struct):
+    """The texts around a thought, and the token that closes it."""
+
+    opens: str
+    closes: str
+    closing_token: int
+
+
+class ModelInfo(Struct, tag=True):
+    """What a client that reads answers must know of the model.
+
+    template     the chat template's text
+    tokens       names of added tokens that the template writes
+    variables    variables of the template that a request may set
+    takes_tools  whether the template shows tools to the model
+    thinking     None for a model that does not think
+    context      tokens of a prompt and its answer, at most
+    sampling     parameters of requests that leave them out, where the model recommends any
+    """
+
+    id: int
+    template: str
+    tokens: list[str]
+    variables: list[str]
+    takes_tools: bool
+    thinking: ThinkTokens | None
+    context: int
+    sampling: dict[str, float]
+
+
 ToEngine = Submit | Cancel | Describe | Tokenize | Watch | Scrape
-FromEngine = Piece | Failure | Tokens | Text
+FromEngine = Piece | Failure | Tokens | Text | ModelInfo
 _decode_request = msgpack.Decoder(ToEngine).decode
 _decode_answer = msgpack.Decoder(FromEngine).decode
 _encode = msgpack.Encoder().encode

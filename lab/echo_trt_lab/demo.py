@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from echo_trt.backends.openvino.cpu import computes_in
-from echo_trt.commands.generate import Job
+from echo_trt.commands.generate import GenerateRun
 from echo_trt.commands.sources import legend, wants_colour
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
@@ -68,7 +68,7 @@ def demo(
     for number, one in enumerate(RACES):
         llm = LLM(bundles / one.bundle, one.policy, one.batch, prefix_cache=False)
         llm.generate([llm.chat_ids(prompts[0].text)], SamplingParams(max_tokens=8))  # the first calls are slow
-        job = Job(bundles / one.bundle, prompts, SamplingParams(max_tokens), one.policy, one.batch, coloured=coloured)
+        job = GenerateRun(prompts, SamplingParams(max_tokens), coloured=coloured)
         first = number == 0
         (plain, other), sides = compare(job, llm, one.policy, out, first, frame if first else lambda picture: None)
         rows.append((one, plain, other))

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_trt.backends.openvino.cpu import computes_in
-from echo_trt.commands.generate import Job, results
+from echo_trt.commands.generate import GenerateRun, results
 from echo_trt.commands.side import Side
 from echo_trt.decoding.policy_names import DEFAULT, PLAIN
 from echo_trt.runtime.llm import LLM
@@ -170,7 +170,7 @@ def meaning(plain: dict[str, Any], other: dict[str, Any]) -> str:
     )
 
 
-def run(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
+def run(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
     """Answer everything twice, side by side, in rounds of as many prompts as run at once."""
     rows, sides = compare(job, llm, policy, out)
     plain, other = rows
@@ -187,7 +187,7 @@ def run(job: Job, llm: LLM, policy: str, out: Console, messages: Console) -> dic
 
 
 def compare(
-    job: Job, llm: LLM, policy: str, out: Console, lines: bool = True, frame: Frame = lambda picture: None
+    job: GenerateRun, llm: LLM, policy: str, out: Console, lines: bool = True, frame: Frame = lambda picture: None
 ) -> tuple[list[dict[str, Any]], list[Side]]:
     """Race plain decoding against ``policy``, of plain decoding goodput. Returns a row a side, and the sides.
 
@@ -208,7 +208,7 @@ def compare(
     return [_row(llm, job, sides[0], side) for side in sides], sides
 
 
-def _row(llm: LLM, job: Job, plain: Side, side: Side) -> dict[str, Any]:
+def _row(llm: LLM, job: GenerateRun, plain: Side, side: Side) -> dict[str, Any]:
     """Make a side's row: its summary, texts equal to plain decoding's, and where others part, by how much."""
     pairs = [(p, plain.completions[p.id].token_ids, side.completions[p.id].token_ids) for p in job.prompts]
     apart = [(p, first, second) for p, first, second in pairs if first != second]

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from itertools import groupby
 
@@ -18,11 +19,11 @@ from refusal import refused
 from rich.console import Console
 from rich.text import Text
 
-from echo_trt.commands.generate import Job, run
+from echo_trt.commands.generate import run
+from echo_trt.commands.options import GenerateOptions
 from echo_trt.commands.sources import NAMES, STYLES, SourcedText, legend, wants_colour
 from echo_trt.commands.terminal import Screen
 from echo_trt.commands.watch import cut, tree_lines
-from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.params import TOKEN_SOURCES, Delta, SamplingParams, TokenSource
 from echo_trt.runtime.watch import Seen
 
@@ -119,10 +120,10 @@ def test_colours_change_no_text(bundle_of, plain):
 
 
 def test_watching_needs_a_terminal_and_one_policy(bundle_of):
-    job = Job(bundle_of("close"), [Prompt("0", "abc")], SamplingParams(8), watch=True)
+    job = GenerateOptions(bundle_of("close"), "abc", watch=True)
     with refused("--watch", "terminal", "leave it out"):
         run(job, Screen(file=StringIO()), Screen(file=StringIO()))
-    both = Job(bundle_of("close"), [Prompt("0", "abc")], SamplingParams(8), compare=True, watch=True)
+    both = replace(job, compare=True)
     with refused("--watch", "--compare", "leave one"):
         run(both, Screen(file=StringIO(), force_terminal=True), Screen(file=StringIO()))
 

@@ -44,15 +44,6 @@ def test_accept_walks_down_each_tree(tree, by_request, data):
     assert sorted(asked) == sorted(path.tolist())  # each visited node once, and no other
 
 
-def test_a_childs_token_counts_under_its_own_parent_only():
-    tree = SuperTree.from_roots(np.array([0, 0]))
-    tree.add(np.array([0, 1]), np.array([5, 6]), np.zeros(2))
-    tree.add(np.array([2, 3]), np.array([7, 8]), np.zeros(2))
-    path, emitted = accept(tree, lambda nodes: np.array([5, 5, 8, 7, 9, 9])[nodes])
-    assert path.tolist() == [0, 2, 1]
-    assert emitted.tolist() == [5, 8, 5]
-
-
 def test_an_empty_batch():
     path, emitted = accept(SuperTree.from_roots(np.zeros(0, np.int64)), lambda nodes: nodes)
     assert len(path) == len(emitted) == 0

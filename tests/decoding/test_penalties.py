@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.decoding.sampling.penalties import penalise, tokens_above
-from echo_trt.decoding.super_tree import SuperTree
 
 VOCAB = 6
 texts = st.lists(st.integers(0, VOCAB - 1), max_size=8)
@@ -54,15 +53,6 @@ def test_every_node_by_its_own_text(tree, data):
     np.testing.assert_allclose(got, np.array(want).reshape(got.shape), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(logits, before)
     assert got.dtype == np.float32
-
-
-def test_a_root_brings_no_token_of_its_own():
-    tree = SuperTree.from_roots(np.array([4, 5]))
-    tree.add(np.array([0]), np.array([2]), np.zeros(1))
-    row, token = tokens_above(tree, np.array([1, 2, 0]))
-    assert (row.tolist(), token.tolist()) == ([1], [2])
-    for nodes in ([], [0, 1]):
-        assert [len(part) for part in tokens_above(tree, np.array(nodes, np.int64))] == [0, 0]
 
 
 @pytest.mark.parametrize("repetition", [1e-300, 1e-6, 100.0])

@@ -31,16 +31,6 @@ def test_mask_of_a_part_stops_where_a_parent_is_left_out(tree, data):
     assert_mask_is_the_walks(part)
 
 
-def test_mask_by_hand():
-    tree = SuperTree.from_roots(np.array([7, 8]))
-    tree.add(np.array([0, 1, 0]), np.arange(3), np.full(3, -1.0))
-    tree.add(np.array([2]), np.arange(1), np.full(1, -2.0))  # request 0: a root, two children, a grandchild
-    mask, begins = ancestor_mask(tree.sorted_by_request(np.arange(len(tree)))[0])
-    assert mask[:16].reshape(4, 4).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
-    assert mask[16:].reshape(2, 2).tolist() == [[1, 0], [1, 1]]
-    assert begins.tolist() == [0, 16, 20]
-
-
 def test_an_empty_batch():
     tree = SuperTree.from_roots(np.zeros(0, np.int64))
     mask, begins = ancestor_mask(tree)

@@ -13,12 +13,12 @@ pytestmark = pytest.mark.needs_dynamo
 def test_an_error_of_the_publisher_does_not_end_the_watch_over_the_engine(open_llm):
     pytest.importorskip("dynamo.common")
     from echo_trt.dynamo.engine import EchoEngine
-    from echo_trt.dynamo.job import Job
+    from echo_trt.dynamo.options import WorkerOptions
     from echo_trt.serving.service import Service
 
     stopped = threading.Event()
 
-    class Quiet(Job):
+    class Quiet(WorkerOptions):
         def stop(self) -> None:
             stopped.set()
 
@@ -31,7 +31,7 @@ def test_an_error_of_the_publisher_does_not_end_the_watch_over_the_engine(open_l
             self.calls += 1
             raise ValueError("no such field")
 
-    engine, publisher = EchoEngine(Quiet(Path("bundle"), "echo")), Broken()
+    engine, publisher = EchoEngine(Quiet(Path("bundle"), name="echo")), Broken()
     engine.attach_snapshot_publisher(publisher)
     engine._service = service = Service(open_llm("close"))
     beats = threading.Thread(target=engine._beat, daemon=True)

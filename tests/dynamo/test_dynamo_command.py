@@ -16,7 +16,8 @@ from refusal import refused
 from echo_trt.cli import app
 from echo_trt.dynamo import installed, replicas
 from echo_trt.dynamo.command import run
-from echo_trt.dynamo.job import Job
+from echo_trt.dynamo.options import WorkerOptions
+from echo_trt.launch.options import ServeOptions
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +47,9 @@ def test_a_bundle_without_the_frontend_s_files_is_refused(bundle, tmp_path, name
     part = shutil.copytree(bundle, tmp_path / "part")
     (part / name).unlink()
     with refused(part, name, "build the bundle again"):
-        run(Job(part, ""))
+        run(WorkerOptions(part))
     with refused(part, name, "build the bundle again"):
-        replicas.run(replicas.Job(part, 2))
+        replicas.run(ServeOptions(part, replicas=2))
 
 
 def test_a_bundle_of_another_version_is_refused(bundle, tmp_path):
@@ -56,35 +57,35 @@ def test_a_bundle_of_another_version_is_refused(bundle, tmp_path):
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     with refused("format is 1"):
-        run(Job(other, ""))
+        run(WorkerOptions(other))
 
 
 def test_ports_in_use_are_refused(bundle, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with refused("--system-port", port, "free it"):
-            run(Job(bundle, "", system_port=port))
+            run(WorkerOptions(bundle, system_port=port))
         with refused("--openai-port", port, "free it"):
-            replicas.run(replicas.Job(bundle, 2, port=port))
+            replicas.run(ServeOptions(bundle, replicas=2, openai_port=port))
         for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT", "DYN_TCP_RESPONSE_STREAM_PORT"):
             with monkeypatch.context() as patch, refused(name, port, "free it"):
                 patch.setenv(name, str(port))
-                run(Job(bundle, ""))
+                run(WorkerOptions(bundle))
     monkeypatch.setenv("DYN_TCP_RPC_PORT", "many")
     with refused("DYN_TCP_RPC_PORT", "'many'", "65535"):
-        run(Job(bundle, ""))
+        run(WorkerOptions(bundle))
 
 
 def test_a_folder_and_a_name_that_cannot_be_used_are_refused(bundle, discovery):
     discovery.write_text("")
     with refused(discovery, "DYN_FILE_KV"):
-        run(Job(bundle, ""))
+        run(WorkerOptions(bundle))
     discovery.unlink()
     (discovery / "v1" / "mdc").mkdir(parents=True)
     card = {"card_json": {"display_name": "lookup", "source_path": "/bundles/another"}}
     (discovery / "v1" / "mdc" / "a").write_text(json.dumps(card))
     with refused("/bundles/another", "'lookup'", "--name"):
-        run(Job(bundle, ""))
+        run(WorkerOptions(bundle))
 
 
 def test_dynamo_missing_or_of_another_version_is_said(bundle, monkeypatch):
@@ -93,18 +94,18 @@ def test_dynamo_missing_or_of_another_version_is_said(bundle, monkeypatch):
 
     monkeypatch.setattr(installed, "version", missing)
     with refused("ai-dynamo is not installed", "--no-deps ai-dynamo==1.6.1"):
-        run(Job(bundle, ""))
+        run(WorkerOptions(bundle))
     monkeypatch.setattr(installed, "version", lambda package: "1.7.0")
     with refused("ai-dynamo is 1.7.0", "1.6.1"):
-        run(Job(bundle, ""))
+        run(WorkerOptions(bundle))
     with refused("ai-dynamo is 1.7.0", "1.6.1"):
-        replicas.run(replicas.Job(bundle, 2, port=0))
+        replicas.run(ServeOptions(bundle, replicas=2))
 
 
 @pytest.mark.needs_dynamo
 def test_a_parser_that_dynamo_lacks_is_refused(bundle):
     with refused("--tool-call-parser", "'mine'", "hermes"):
-        run(Job(bundle, "", tool_call_parser="mine"))
+        run(WorkerOptions(bundle, tool_call_parser="mine"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_parser_that_dynamo_lacks_is_refused(bundle):
 def test_options_that_have_no_meaning_with_replicas_are_refused(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["echo-trt", "serve", "nowhere", "--replicas", "2", *words])
     with refused(words[0], "--replicas", "leave it out"):
-        app(standalone_mode=False)
+        app(sys.argv[1:], exit_on_error=False)
 
 
 @pytest.mark.parametrize(

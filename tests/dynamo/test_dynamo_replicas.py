@@ -15,6 +15,7 @@ import pytest
 from serving.served import free_ports as others
 
 from echo_trt.dynamo import replicas
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.process import Log
 
 
@@ -61,7 +62,7 @@ def before(handler: type[Models]) -> Iterator[replicas.Frontend]:
     log = Log(os.open(os.devnull, os.O_WRONLY))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        job = replicas.Job(Path("bundle"), 1, port=server.server_address[1])
+        job = ServeOptions(Path("bundle"), replicas=1, openai_port=server.server_address[1])
         yield replicas.Frontend(job, {}, log, [])
         server.shutdown()
     log.close()

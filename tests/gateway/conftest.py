@@ -1,4 +1,4 @@
-"""The real server with its gateway and a key, and pages of it in a browser."""
+"""Servers with a key: of this process, or as processes of their own; and pages of them in a browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from gateway.pages import CHROMIUM, LIVE, SECONDS, origin
-from gateway.running import KEY
+from gateway.running import KEY, Door, engine_of
 from pairs import LIMITS, recipe_of
 from serving.served import Served
 
@@ -24,22 +24,30 @@ def long_bundle(made_once, networks, tmp_path_factory) -> Path:
     return shutil.copytree(bundle, tmp_path_factory.mktemp("long") / "close")
 
 
-@pytest.fixture(scope="module")
-def start(long_bundle, tmp_path_factory) -> Callable[..., Served]:
-    """Options of ``serve`` -> a server that asks for KEY."""
-
-    def get(*options: object) -> Served:
-        folder = tmp_path_factory.mktemp("served")
-        (folder / "keys").write_text(KEY)
-        return Served(long_bundle, folder / "log", "--api-keys-file", folder / "keys", *options)
-
-    return get
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(KEY)
+    return file
 
 
 @pytest.fixture(scope="module")
-def server(start, request) -> Iterator[Served]:
-    """The server of a file, with the options that the file's SERVE holds."""
-    served = start(*getattr(request.module, "SERVE", ()))
+def server(long_bundle, keys, request) -> Iterator[Served]:
+    """A file's server of this process, whose ENGINE holds options of ``engine_of``; with SERVE it is ``process``."""
+    if hasattr(request.module, "SERVE"):
+        yield request.getfixturevalue("process")
+        return
+    with engine_of(long_bundle, **getattr(request.module, "ENGINE", {})) as engine:
+        door = Door(engine, api_keys_file=keys, names=("echo", "close"))
+        yield door
+        door.kill()
+
+
+@pytest.fixture(scope="module")
+def process(long_bundle, keys, tmp_path_factory, request) -> Iterator[Served]:
+    """A file's server as ``serve`` starts it, with the options that the file's SERVE holds."""
+    log, options = tmp_path_factory.mktemp("served") / "log", getattr(request.module, "SERVE", ())
+    served = Served(long_bundle, log, "--api-keys-file", keys, *options)
     try:
         yield served.wait_for("serving")
         assert KEY not in served.err

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from typer.main import get_command
-
-from echo_trt.cli import app
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -39,11 +36,6 @@ def requirements(name: str) -> dict[str, str]:
     packages = [line for line in lines if line and not line.startswith(("#", "--"))]
     assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.+]+", line) for line in packages)
     return dict(line.split("==") for line in packages)
-
-
-def options_of(command: str) -> set[str]:
-    """The options of ``echo-trt COMMAND``."""
-    return {option for parameter in get_command(app).commands[command].params for option in parameter.opts}
 
 
 def options_in(words: Sequence[str]) -> set[str]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from gateway.running import client_of
-from serving.served import Served, needs_triton
+from serving.served import Served
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 needs_page = [
-    needs_triton,
     pytest.mark.skipif(not find_spec("playwright"), reason="needs playwright: pip install playwright"),
     pytest.mark.skipif(not CHROMIUM, reason="needs a Chromium: apt-get install chromium, or its path in CHROMIUM"),
 ]

@@ -1,44 +1,91 @@
-"""The gateway as users meet it: uvicorn on a port of its own, or beside the real server; and what they send it."""
+"""The door as users meet it: on a port, before an engine of this process or before none; and what they send it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
-from serving.served import Served
-from starlette.applications import Starlette
+from serving.served import Served, free_ports
+
+from echo_trt.gateway.__main__ import server_of
+from echo_trt.gateway.app import create_app
 
 KEY = "sk-0123456789abcdef"  # of the servers of conftest.py
+NOBODY = Path("/nowhere/engine")  # a socket that nobody listens on
+
+
+class Door(Served):
+    """A door and its engine in threads of this process, on a port of its own, as an httpx.Client and Served know it."""
+
+    def __init__(self, engine: Path, server: dict[str, Any] | None = None, **options: Any):
+        """``server``: options of uvicorn; the others are of ``create_app``."""
+        self.engine, [self.openai] = engine, free_ports(1)
+        self._metrics = self.openai
+        given = {"host": "127.0.0.1", "port": self.openai, "timeout_graceful_shutdown": 5, **(server or {})}
+        self._server = server_of(create_app(engine, **options), **given)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        end = time.monotonic() + 60
+        while not self._server.started:
+            assert self._thread.is_alive(), "the door did not start"
+            assert time.monotonic() < end, "the door does not start"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the door does not stop"
 
 
 @contextmanager
-def running(app: Starlette, **options: Any) -> Iterator[httpx.Client]:
-    """A client of the app, for as long as the block lasts. ``options`` are uvicorn's."""
-    options |= {"loop": "asyncio", "log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
-    config = uvicorn.Config(app, port=0, **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+def running(engine: Path = NOBODY, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a door, for as long as the block lasts; ``options`` are Door's."""
+    door = Door(engine, **options)
     try:
-        end = time.monotonic() + 60
-        while not server.started:
-            assert thread.is_alive(), "the gateway did not start"
-            assert time.monotonic() < end, "the gateway does not start"
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{door.openai}", timeout=120) as client:
             yield client
     finally:
-        server.should_exit = True
+        door.kill()
+
+
+@contextmanager
+def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
+    """The socket of an engine in this process; ``options`` are of ``LLM``."""
+    from echo_trt.runtime.llm import LLM
+    from echo_trt.serving.host import Host
+    from echo_trt.serving.metrics import EngineMetrics
+    from echo_trt.serving.request import Reader
+    from echo_trt.serving.service import Service
+
+    llm = LLM(bundle, **options)
+    service = Service(llm, queue)
+    reader = Reader(bundle, llm.loop.state.context, False, llm.manifest.sampling.given())
+    host = Host(service, reader, EngineMetrics("echo"))
+    folder = Path(tempfile.mkdtemp())  # pytest's own are too long for a socket
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
+    thread.start()
+    try:
+        while not (folder / "engine").exists():
+            assert thread.is_alive(), "the engine's host did not start"
+            time.sleep(0.01)
+        yield folder / "engine"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
         thread.join(60)
-        assert not thread.is_alive(), "the gateway does not stop"
+        service.close(0)
+        shutil.rmtree(folder)
+        assert not thread.is_alive(), "the engine's host does not stop"
 
 
 def refused(response, status: int, param: str | None = None) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import options_of
 from gateway.docker_files import (
     DOCKER,
     KUBERNETES,
@@ -23,17 +24,16 @@ from gateway.docker_files import (
     check_services,
     documents,
     options_in,
-    options_of,
     pinned,
     requirements,
 )
 
-from echo_trt.launch.launcher import Job
+from echo_trt.launch.options import TRITON_PORTS, ServeOptions
 
 DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
 PORTS = {
-    "Dockerfile.cpu": {Job.openai_port},
-    "Dockerfile.gpu": {Job.http_port, Job.grpc_port, Job.metrics_port, Job.openai_port},
+    "Dockerfile.cpu": {ServeOptions.openai_port},
+    "Dockerfile.gpu": {*TRITON_PORTS.values(), ServeOptions.openai_port},
 }
 
 
@@ -135,7 +135,7 @@ def test_pods_are_hardened_and_their_names_agree(name):
     check_pod(pod)
     for container in pod["containers"]:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert set(ports.values()) == {Job.openai_port}
+        assert set(ports.values()) == {ServeOptions.openai_port}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             get = container[probe]["httpGet"]
             assert get["path"] == "/health"
@@ -171,7 +171,7 @@ def test_prometheus_asks_services_at_ports_where_metrics_are():
     targets = {
         target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
     }
-    assert targets == {f"server:{Job.openai_port}"}
+    assert targets == {f"server:{ServeOptions.openai_port}"}
 
 
 def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():

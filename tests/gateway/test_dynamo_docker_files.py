@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from command_line import options_of
 from gateway.docker_files import (
     DOCKER,
     KUBERNETES,
@@ -21,7 +22,6 @@ from gateway.docker_files import (
     check_services,
     documents,
     options_in,
-    options_of,
     requirements,
 )
 from served import free_ports

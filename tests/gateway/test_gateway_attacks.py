@@ -12,23 +12,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import psutil
 import pytest
+from gateway.running import NOBODY
+from serving.served import free_ports
 
-for package in ("starlette", "uvicorn", "httpx", "tritonclient.grpc"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
+from echo_trt.gateway.bodies import parsed
+from echo_trt.gateway.errors import ApiError
+from echo_trt.gateway.fields import Strict
+from echo_trt.gateway.responses.request import ResponsesRequest
+from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
+from echo_trt.gateway.tokens import DetokenizeRequest, TokenizeRequest
 
-import httpx  # noqa: E402
-import psutil  # noqa: E402
-from serving.served import free_ports  # noqa: E402
-
-from echo_trt.gateway.bodies import parsed  # noqa: E402
-from echo_trt.gateway.errors import ApiError  # noqa: E402
-from echo_trt.gateway.fields import Strict  # noqa: E402
-from echo_trt.gateway.responses.request import ResponsesRequest  # noqa: E402
-from echo_trt.gateway.schemas import ChatRequest, CompletionRequest  # noqa: E402
-from echo_trt.gateway.tokens import DetokenizeRequest, TokenizeRequest  # noqa: E402
-
-NOBODY = "127.0.0.1:1"
 JSON = {"Content-Type": "application/json"}
 USER = {"role": "user", "content": "x"}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -140,7 +136,7 @@ def seconds(body: bytes) -> float:
 def gateway() -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """A process of its own, so that what attacks it does not share its interpreter."""
     (port,) = free_ports(1)
-    words = [sys.executable, "-m", "echo_trt.gateway", "--grpc-url", NOBODY, "--port", str(port)]
+    words = [sys.executable, "-m", "echo_trt.gateway", "--engine-socket", NOBODY, "--port", str(port)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:

@@ -9,8 +9,6 @@ import httpx
 import pytest
 from gateway.running import refused, running
 
-from echo_trt.gateway.app import create_app
-
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 RESPONSE = {"model": "echo", "input": "hello"}
 #: Fields, a value that changes nothing, and one that would change the answer.
@@ -33,7 +31,7 @@ HARMLESS: dict[str, tuple[Any, Any]] = {
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with running(create_app("127.0.0.1:1")) as client:
+    with running() as client:
         yield client
 
 

@@ -1,4 +1,4 @@
-"""Echoed prompts and their log-probabilities over HTTP, before the real Triton: places, early ends, the bound."""
+"""Echoed prompts and their log-probabilities over HTTP: places, early ends, the bound."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import httpx
 import pytest
 from gateway.running import client_of, refused
 from pairs import USER
-from serving.served import needs_triton
 
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.params import MAX_PROMPT_LOGPROBS
+from echo_trt.serving import wire
 
-pytestmark = needs_triton
 ASKED = {"model": "echo", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "echo": True, "logprobs": 1}
 
 
@@ -76,6 +75,7 @@ def test_a_text_of_more_bytes_than_tokens_is_counted_by_its_tokens(client, token
     assert {choice["text"].startswith(prompt) for choice in answer["choices"]} == {True}
 
 
-def test_triton_s_own_requests_are_bounded_too(server):
-    told = server.generate(input_ids=[70] * 5000, prompt_logprobs=20, max_tokens=1)
-    assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in told["error"]
+def test_the_engine_has_this_bound_itself(server):
+    inputs = {"input_ids": [70] * 5000, "prompt_logprobs": 20, "max_tokens": 1}
+    told = wire.ask(str(server.engine), wire.Submit(1, inputs), 30)
+    assert "prompt_logprobs is 20, which asks for 5000 prompt tokens" in told.message

@@ -1,4 +1,4 @@
-"""Slow grammars of one client over HTTP, before the real Triton: what other clients notice, and what their senders."""
+"""Slow grammars of one client over HTTP: what other clients notice, and what their senders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from gateway.running import client_of, post, refused
-from serving.served import Served, needs_triton
+from serving.served import Served
 
 from echo_trt.serving.grammars import MOST_GRAMMARS
 
-pytestmark = needs_triton
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "echo", "messages": [{"role": "user", "content": "the theme"}], "max_tokens": 2}
 ANY_OBJECT = {**ASKED, "response_format": {"type": "json_object"}}
@@ -96,13 +95,13 @@ def test_a_schema_that_cannot_be_used_is_400(client):
         assert "strange" in refused(answer, 400, "response_format.json_schema.schema")
 
 
-def test_a_request_that_waits_for_its_grammar_is_answered_before_the_server_stops(client, server):
+def test_a_request_that_waits_for_its_grammar_is_answered_before_the_server_stops(process):
     """The last test of this file: it ends the file's server."""
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, client_of(process) as client:
         asked = [pool.submit(client.post, CHAT, json=slow(i, 99791)) for i in range(2)]
-        server.wait_metrics(lambda found: found["echo_queued"] >= 2)
-        server.process.terminate()
+        process.wait_metrics(lambda found: found["echo_queued"] >= 2)
+        process.process.terminate()
         for answer in asked:
             assert answer.result().status_code == 200, answer.result().text
             json.loads(answer.result().text)
-    assert server.process.wait(60) == 0
+    assert process.process.wait(60) == 0

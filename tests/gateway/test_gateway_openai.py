@@ -1,4 +1,4 @@
-"""The gateway beside the real Triton, asked by OpenAI's own client."""
+"""The door before a real engine, asked by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 from gateway.running import KEY, post, raw, wait_for_data
 from pairs import ASSISTANT, END, USER
-from serving.served import Served, needs_triton
+from serving.served import Served
 
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import Completion, SamplingParams
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
-pytestmark = needs_triton
 BATCH, QUEUE, CONTEXT = 4, 4, 1600
-SERVE = ("--queue", QUEUE)
+ENGINE = {"queue": QUEUE}
 TURN = "the theme of a thing"
 CHAT = [{"role": "user", "content": TURN}]
 PENALTIES = {"presence_penalty": 0.8, "frequency_penalty": 0.6}
@@ -382,13 +381,3 @@ def test_usage_tells_what_of_the_prompt_was_known(client):
     asked = {"model": "echo", "prompt": np.random.default_rng(8).integers(3, 300, 70).tolist(), "max_tokens": 3, "n": 2}
     cached = [client.completions.create(**asked).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
     assert cached == [0, 64]
-
-
-def test_sigterm_lets_an_answer_finish(client, server):
-    """The last test of this file: it ends the file's server."""
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    stream = iter(client.chat.completions.create(model="echo", messages=CHAT, temperature=0, **options, **LONG))
-    next(stream)
-    server.process.terminate()
-    assert list(stream)[-1].usage.completion_tokens == LONG["max_tokens"]
-    assert server.process.wait(180) == 0

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import socket
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+from gateway.running import NOBODY, refused, running
 
-for package in ("starlette", "uvicorn", "httpx", "tritonclient.grpc"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[serve]'")
+from echo_trt.errors import UserError
+from echo_trt.gateway.app import create_app
+from echo_trt.gateway.keys import Keys
+from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest
+from echo_trt.serving import client as engine_client
 
-import grpc  # noqa: E402
-import httpx  # noqa: E402
-from gateway.running import refused, running  # noqa: E402
-from serving.served import free_ports  # noqa: E402
-
-from echo_trt.errors import UserError  # noqa: E402
-from echo_trt.gateway import upstream  # noqa: E402
-from echo_trt.gateway.app import create_app  # noqa: E402
-from echo_trt.gateway.keys import Keys  # noqa: E402
-from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest  # noqa: E402
-from echo_trt.gateway.upstream import Upstream  # noqa: E402
-from echo_trt.serving.protocol import FIRST  # noqa: E402
-
-NOBODY = "127.0.0.1:1"
 KEY, OTHER_KEY = "sk-0123456789abcdef", "sk-fedcba9876543210"
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 COMPLETION = {"model": "echo", "prompt": "hello"}
@@ -38,7 +26,7 @@ COMPLETION = {"model": "echo", "prompt": "hello"}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with running(create_app(NOBODY)) as client:
+    with running() as client:
         yield client
 
 
@@ -156,35 +144,17 @@ def test_an_absent_server_is_503_also_for_a_stream(client, stream, change):
     refused(client.get("/health"), 503)
 
 
-def test_an_engine_that_does_not_answer_its_probe_is_ill(monkeypatch):
-    async def stream(self, inputs):
-        assert (inputs["priority"], inputs["max_tokens"]) == (FIRST, 1)
-        await asyncio.Event().wait()
-        yield
-
-    monkeypatch.setattr(Upstream, "stream", stream)
-    monkeypatch.setattr(upstream, "PROBE_S", 0.2)
-    with running(create_app(NOBODY)) as client:
+def test_an_engine_that_does_not_answer_is_ill_and_one_that_is_back_is_found_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_client, "WAIT_S", 0.2)
+    with running(tmp_path / "engine") as client:
         refused(client.get("/health"), 503)
-
-
-def test_a_server_that_is_back_is_found_soon():
-    (port,) = free_ports(1)
-    with running(create_app(f"127.0.0.1:{port}")) as client:
-        end = time.monotonic() + 17  # by then gRPC's own pauses between attempts are of 10 seconds
-        while time.monotonic() < end:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(str(tmp_path / "engine"))
+            silent.listen()
             refused(client.get("/health"), 503)
-            time.sleep(0.1)
-        server = grpc.server(ThreadPoolExecutor(1))
-        server.add_insecure_port(f"127.0.0.1:{port}")
-        server.start()
-        begin = time.monotonic()
-        try:
-            while client.get("/health").status_code == 503:  # then 500: this server knows no method
-                time.sleep(0.05)
-                assert time.monotonic() - begin < 7
-        finally:
-            server.stop(0)
+            asked, _ = silent.accept()
+            with asked:
+                assert asked.recv(1000)
 
 
 def test_what_a_client_sends_back_of_an_answer_is_accepted(client):
@@ -317,7 +287,7 @@ def test_no_request_names_a_file_that_is_opened(client):
 
 
 def test_large_bodies_are_refused_announced_or_not():
-    with running(create_app(NOBODY, largest_body=1000)) as client:
+    with running(largest_body=1000) as client:
         long = json.dumps(COMPLETION | {"prompt": "x" * 1000}).encode()
         headers = {"Content-Type": "application/json"}
         assert "1000" in refused(client.post("/v1/completions", content=long, headers=headers), 413)
@@ -332,7 +302,7 @@ def test_large_bodies_are_refused_announced_or_not():
 )
 def test_without_a_right_key_nothing_but_health_and_metrics(keys_file, header):
     headers = {} if header is None else {"Authorization": header}
-    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+    with running(api_keys_file=keys_file) as client:
         for path in ("/v1/chat/completions", "/v1/completions"):
             response = client.post(path, content=b"{", headers=headers)
             refused(response, 401)
@@ -345,18 +315,18 @@ def test_without_a_right_key_nothing_but_health_and_metrics(keys_file, header):
 
 @pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer  {OTHER_KEY}"])
 def test_a_right_key_is_let_in(keys_file, header):
-    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+    with running(api_keys_file=keys_file) as client:
         assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
 def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
     caplog.set_level("DEBUG")
     keys = Keys(keys_file)
-    with running(create_app(NOBODY, api_keys_file=keys_file)) as client:
+    with running(api_keys_file=keys_file) as client:
         for key in (KEY, KEY + "wrong"):
             client.post("/v1/completions", json=COMPLETION, headers={"Authorization": f"Bearer {key}"})
         assert KEY not in client.get("/metrics").text
-    assert "upstream" in caplog.text  # the failure was logged, so the log is not empty by accident
+    assert "the engine" in caplog.text  # the failure was logged, so the log is not empty by accident
     assert KEY not in caplog.text
     assert KEY.encode() not in repr(vars(keys)).encode()
 

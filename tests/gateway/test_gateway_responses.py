@@ -1,22 +1,20 @@
-"""The Responses API and tokens beside the real Triton, asked by OpenAI's own client; the model speaks nonsense."""
+"""The Responses API and tokens before a real engine, asked by OpenAI's own client; the model speaks nonsense."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import pytest
 import tool_models
+from gateway.running import Door, engine_of
 from pydantic import BaseModel
-from serving.served import Served, needs_triton
 
 from echo_trt.commands.build import build
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
-pytestmark = needs_triton
 NUMBER = {
     "type": "object",
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -51,16 +49,13 @@ CHAT_TOOL = {"type": "function", "function": {name: value for name, value in ADD
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Served]:
+def server(tmp_path_factory) -> Iterator[Door]:
     folder = tmp_path_factory.mktemp("responses")
     build(tool_models.write(folder, "thinking"), folder, folder / "bundle")
-    names = ("--served-model-name", "tiny/thinker", "--served-model-name", "echo")
-    served = Served(folder / "bundle", Path(folder / "log"), *names)
-    try:
-        yield served.wait_for("serving")
-        assert "Traceback" not in served.err
-    finally:
-        served.kill()
+    with engine_of(folder / "bundle") as engine:
+        door = Door(engine, names=("tiny/thinker", "echo"))
+        yield door
+        door.kill()
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from gateway.running import engine_of, running
 from pydantic import BaseModel, Field
-from serving.served import Served, needs_triton
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
 DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
-pytestmark = [needs_triton, pytest.mark.skipif(not DEFAULT.exists(), reason="bundles/smollm2-135m is not built")]
+pytestmark = pytest.mark.skipif(not DEFAULT.exists(), reason="bundles/smollm2-135m is not built")
 ASK = {"model": "echo", "max_tokens": 200, "temperature": 0}
 
 
@@ -30,16 +30,11 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": We
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
-    served = Served(DEFAULT, tmp_path_factory.mktemp("served") / "log")
-    try:
-        served.wait_for("serving", 400)
-        base = f"http://127.0.0.1:{served.openai}/v1"
+def client() -> Iterator[openai.OpenAI]:
+    with engine_of(DEFAULT) as engine, running(engine) as door:
+        base = f"{door.base_url}/v1"
         with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=300) as client:
             yield client
-        assert "Traceback" not in served.err
-    finally:
-        served.kill()
 
 
 def test_a_pydantic_model_is_parsed(client):

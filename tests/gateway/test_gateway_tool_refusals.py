@@ -8,8 +8,6 @@ import httpx
 import pytest
 from gateway.running import refused, running
 
-from echo_trt.gateway.app import create_app
-
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 NAMED = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -18,7 +16,7 @@ CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with running(create_app("127.0.0.1:1")) as client:
+    with running() as client:
         yield client
 
 

@@ -1,15 +1,16 @@
-"""Tools and thoughts beside the real Triton, asked by OpenAI's own client; the models are tiny and speak nonsense."""
+"""Tools and thoughts before a real engine, asked by OpenAI's own client; the models are tiny and speak nonsense."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tool_models
-from serving.served import Served, needs_triton
+from gateway.running import engine_of, running
 
 from echo_trt.commands.build import build
 from echo_trt.errors import UserError
@@ -17,7 +18,6 @@ from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
-pytestmark = needs_triton
 #: Closed, though they do not say so: else the random models would write properties up to the limit.
 CITY = {
     "type": "object",
@@ -51,32 +51,30 @@ def bundle(tmp_path_factory) -> Callable[[str], Path]:
     return get
 
 
-def started(bundle: Path, log: Path) -> Iterator[openai.OpenAI]:
-    served = Served(bundle, log)
-    try:
-        served.wait_for("serving")
-        with openai.OpenAI(
-            base_url=f"http://127.0.0.1:{served.openai}/v1", api_key="any", max_retries=0, timeout=120
-        ) as client:
+@contextmanager
+def started(bundle: Path) -> Iterator[openai.OpenAI]:
+    with engine_of(bundle) as engine, running(engine) as door:
+        base = f"{door.base_url}/v1"
+        with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=120) as client:
             yield client
-        assert "Traceback" not in served.err, served.err
-    finally:
-        served.kill()
 
 
 @pytest.fixture(scope="module")
-def qwen(bundle, tmp_path_factory) -> Iterator[openai.OpenAI]:
-    yield from started(bundle("qwen3"), tmp_path_factory.mktemp("log") / "log")
+def qwen(bundle) -> Iterator[openai.OpenAI]:
+    with started(bundle("qwen3")) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def thinking(bundle, tmp_path_factory) -> Iterator[openai.OpenAI]:
-    yield from started(bundle("thinking"), tmp_path_factory.mktemp("log") / "log")
+def thinking(bundle) -> Iterator[openai.OpenAI]:
+    with started(bundle("thinking")) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def llama(bundle, tmp_path_factory) -> Iterator[openai.OpenAI]:
-    yield from started(bundle("llama3"), tmp_path_factory.mktemp("log") / "log")
+def llama(bundle) -> Iterator[openai.OpenAI]:
+    with started(bundle("llama3")) as client:
+        yield client
 
 
 def ask(client: openai.OpenAI, stream: bool = False, **changes: Any) -> Any:
@@ -276,9 +274,10 @@ def test_a_model_that_does_not_think_says_so(llama):
 
 
 @pytest.fixture(scope="module", params=["chatml", "coder"])
-def untaught(request, bundle, tmp_path_factory) -> Iterator[openai.OpenAI]:
+def untaught(request, bundle) -> Iterator[openai.OpenAI]:
     """A model whose template has no tools, and one whose template teaches calls that cannot be read."""
-    yield from started(bundle(request.param), tmp_path_factory.mktemp("log") / "log")
+    with started(bundle(request.param)) as client:
+        yield client
 
 
 @pytest.mark.parametrize("stream", [False, True])

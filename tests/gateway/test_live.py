@@ -1,4 +1,4 @@
-"""The live page's files and its stream of snapshots, before the real Triton: keys, crowds, slow readers, ends."""
+"""The live page's files and its stream of snapshots: keys, crowds, slow readers, ends."""
 
 from __future__ import annotations
 
@@ -12,21 +12,16 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway.running import KEY, client_of, refused, running
-from serving.served import needs_triton
+from gateway.running import KEY, NOBODY, client_of, refused, running
 
 from echo_trt.gateway import live
-from echo_trt.gateway.app import create_app
 from echo_trt.gateway.errors import ApiError
-from echo_trt.gateway.metrics import Metrics
 from echo_trt.gateway.page_files import PageFiles
-from echo_trt.gateway.triton_upstream import TritonUpstream
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
+from echo_trt.serving.client import Client
 from echo_trt.serving.protocol import SNAPSHOT_FORMAT
 
-pytestmark = needs_triton
-NOBODY = "127.0.0.1:1"
 CHAT = [{"role": "user", "content": "the theme of a thing"}]
 LONG = {"model": "echo", "messages": CHAT, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
 
@@ -68,7 +63,7 @@ def test_files_need_no_key_and_what_tells_anything_does(client, server):
 
 
 def test_it_can_be_turned_off():
-    with running(create_app(NOBODY, page=False)) as client:
+    with running(page=False) as client:
         for path in ("/", "/page/app.js", "/live", "/live/about"):
             refused(client.get(path), 404)
 
@@ -145,7 +140,7 @@ def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_
 
 def test_too_many_viewers_are_refused(server, monkeypatch):
     monkeypatch.setattr(live, "MOST_VIEWERS", 2)
-    with running(create_app(f"127.0.0.1:{server.grpc}")) as client, ExitStack() as stack:
+    with running(engine=server.engine) as client, ExitStack() as stack:
         readers = [told(stack.enter_context(client.stream("GET", "/live"))) for _ in range(2)]
         assert [next(reader)[0] for reader in readers] == ["hello", "hello"]
         response = client.get("/live")
@@ -158,8 +153,7 @@ def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
     monkeypatch.setattr(live, "STUCK_S", 0.2)
 
     async def run() -> None:
-        upstream = TritonUpstream(NOBODY, "echo", Metrics())
-        looked_at = live.Live(upstream)
+        looked_at = live.Live(Client(NOBODY))
         reader, stuck = looked_at.events("hello"), looked_at.events("hello")
         assert [await anext(reader), await anext(stuck)] == ["hello", "hello"]
         with pytest.raises(ApiError, match="2 viewers"):
@@ -177,14 +171,13 @@ def test_a_viewer_that_does_not_read_makes_room_for_another(monkeypatch):
         with pytest.raises(ApiError):
             await anext(looked_at.events("hello"))
         await looked_at.close()
-        await upstream.close()
 
     asyncio.run(run())
 
 
 def test_a_viewer_that_stays_is_sent_away_and_may_come_back(server, monkeypatch):
     monkeypatch.setattr(live, "VIEW_S", 0.5)
-    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
+    with running(engine=server.engine) as client:
         for _ in range(2):
             with client.stream("GET", "/live") as stream:
                 kinds = [kind for kind, _ in told(stream)]  # the stream ends
@@ -193,7 +186,7 @@ def test_a_viewer_that_stays_is_sent_away_and_may_come_back(server, monkeypatch)
 
 def test_a_snapshot_over_the_limit_is_left_out(server, monkeypatch):
     monkeypatch.setattr(live, "LARGEST", 100)
-    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
+    with running(engine=server.engine) as client:
         with client.stream("GET", "/live", timeout=3) as stream:
             events = told(stream)
             assert next(events)[0] == "hello"
@@ -203,28 +196,27 @@ def test_a_snapshot_over_the_limit_is_left_out(server, monkeypatch):
 
 
 def test_without_an_engine_viewers_are_told():
-    with running(create_app(NOBODY)) as client, client.stream("GET", "/live") as stream:
+    with running() as client, client.stream("GET", "/live") as stream:
         events = told(stream)
         assert [next(events)[0] for _ in range(3)] == ["hello", "away", "away"]
 
 
 def test_the_engine_stops_looking_when_the_last_viewer_leaves(server):
-    """Ask Triton itself: it takes a limited number of onlookers, and closed ones free their places."""
-    with running(create_app(f"127.0.0.1:{server.grpc}")) as client:
-        for _ in range(12):
+    """The engine takes a limited number of onlookers, and closed ones free their places."""
+    with running(engine=server.engine) as client:
+        for _ in range(9):
             with client.stream("GET", "/live") as stream:
                 events = told(stream)
                 assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
 
 
-def test_sigterm_sends_viewers_away_and_ends_in_good_order(client, server):
-    """The last test of this file: it ends the file's server."""
-    with client.stream("GET", "/live") as stream:
+def test_sigterm_sends_viewers_away_and_ends_in_good_order(process):
+    with client_of(process) as client, client.stream("GET", "/live") as stream:
         events = told(stream)
         assert [next(events)[0] for _ in range(2)] == ["hello", "snapshot"]
         begin = time.monotonic()
-        server.process.terminate()
+        process.process.terminate()
         for _ in events:
             pass
-        assert server.process.wait(60) == 0
+        assert process.process.wait(60) == 0
         assert time.monotonic() - begin < 40

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.gateway.facts import Marks
 from echo_trt.gateway.tool_formats.hermes import HermesParser
 from echo_trt.gateway.turns import Message, Turn
-from echo_trt.gateway.upstream import Piece
+from echo_trt.serving.wire import Piece, ThinkTokens
 
-MARKS = Marks("<think>", "</think>", 9)
+MARKS = ThinkTokens("<think>", "</think>", 9)
 CALL = '<tool_call>\n{"name": "add", "arguments": {"n": 1}}\n</tool_call>'
 
 
@@ -21,7 +20,7 @@ def read(pieces: list[str], inside: bool = False, tools: bool = True) -> dict[st
     turn, message = Turn(MARKS, HermesParser(["add"]) if tools else None), Message()
     for index, text in enumerate(pieces):
         last = "stop" if index == len(pieces) - 1 else None
-        for delta in turn.take(Piece(text, last, in_thought=inside and index == 0)):
+        for delta in turn.take(Piece(0, text, finish_reason=last, in_thought=inside and index == 0)):
             message.add(delta)
     return message.body()
 
@@ -77,12 +76,12 @@ def test_tokens_of_the_thought_are_counted(ids, inside, texts, count):
     turn = Turn(MARKS)
     for index, (own, text) in enumerate(zip(ids, texts, strict=True)):
         last = "stop" if index == len(ids) - 1 else None
-        turn.take(Piece(text, last, token_ids=own, in_thought=inside))
+        turn.take(Piece(0, text, finish_reason=last, token_ids=own, in_thought=inside))
     assert turn.reasoning_tokens == count
 
 
 def test_the_reason_is_tool_calls_only_where_the_text_ended():
     turn = Turn(None, HermesParser(["add"]))
-    turn.take(Piece(CALL, "stop"))
+    turn.take(Piece(0, CALL, finish_reason="stop"))
     assert (turn.reason("stop"), turn.reason("length")) == ("tool_calls", "length")
     assert Turn(None, HermesParser(["add"])).reason("stop") == "stop"

@@ -21,7 +21,8 @@ from served import free_ports
 
 from echo_trt.errors import UserError
 from echo_trt.launch import launcher, process, supervised, triton_server
-from echo_trt.launch.launcher import Gateway, Job
+from echo_trt.launch.launcher import Gateway
+from echo_trt.launch.options import ServeOptions
 from echo_trt.launch.probe import responds
 from echo_trt.launch.process import Log, Process
 from echo_trt.launch.supervised import Supervised, Supervisor
@@ -245,7 +246,7 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
         pytest.importorskip(package, reason="needs the gateway")
     monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
     monkeypatch.setattr(launcher, "ANSWER_SECONDS", 5)  # within which a busy machine answers
-    gateway = Gateway(Job(Path("none"), "127.0.0.1", *free_ports(4)), Said(), Path("none"))
+    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), Said(), Path("none"))
 
     def until(fits: Callable[[], object]) -> None:
         end = time.monotonic() + 180
@@ -366,8 +367,8 @@ def test_a_name_is_resolved_and_none_is_refused():
 
 
 def test_the_servers_get_the_address(monkeypatch, bundle_of):
-    jobs: list[Job] = []
+    jobs: list[ServeOptions] = []
     monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
     monkeypatch.setattr(launcher, "supervise", lambda prefix, make: make(Path(), threading.Event(), Said()))
-    launcher.run(Job(bundle_of("lookup"), "localhost", *free_ports(4)))
+    launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", openai_port=free_ports(1)[0]))
     assert jobs[0].host in ("127.0.0.1", "::1")

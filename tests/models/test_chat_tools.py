@@ -184,10 +184,10 @@ def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template,
     chat = {"chat_messages": json.dumps([{"role": "user", "content": "what is <think>?"}])}
     ask = reader.read(chat | {"chat_template_kwargs": json.dumps(kwargs), "tools": json.dumps([TOOL])})
     assert ask.in_thought is inside
-    described = json.loads(reader.description())
-    assert described["takes_tools"]
-    assert described["thought"]["closes"] == "</think>"
-    assert {"<tool_call>", "<think>"} & set(described["tokens"])
+    info = reader.model_info(1)
+    assert info.takes_tools
+    assert info.thinking.closes == "</think>"
+    assert {"<tool_call>", "<think>"} & set(info.tokens)
     for name, value, said in (
         ("tools", {"a": 1}, "tools is no list of tools"),
         ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),

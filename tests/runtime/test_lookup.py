@@ -16,7 +16,7 @@ texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=CONTEXT), min_
 
 
 def drafter_over(texts: list[list[int]], min_match: int) -> LookupDrafter:
-    state = Slots(len(texts), CONTEXT, 8, 1)
+    state = Slots(len(texts), CONTEXT, CONTEXT, 1)
     state.tokens[:] = 1  # of earlier requests: not to be read
     for slot, text in enumerate(texts):
         state.tokens[slot, : len(text)], state.length[slot] = text, len(text)
@@ -56,11 +56,3 @@ def test_chains_copy_the_latest_longest_match(texts, min_match, random):
         log_q, tokens = draft.expand(tree, nodes)
     else:
         raise AssertionError("a chain must end with the text")
-
-
-def test_requests_without_a_match_draft_nothing_beside_others_that_do():
-    draft = drafter_over([[5, 6, 7], [1, 2, 3, 1, 2], [4]], 2).begin(np.arange(3))
-    log_q, tokens = draft.expand_roots(np.arange(3))
-    assert (log_q[:, 0] > -np.inf).tolist() == [False, True, False]
-    assert tokens[1, 0] == 3
-    assert draft.expand_roots(np.array([1]))[1].tolist() == [[3]]

@@ -109,7 +109,10 @@ def test_limits_count_the_tokens_that_a_grammar_allows(limit, on_device):
     tree = SuperTree.from_roots(np.ones(seeds, np.int64))
     own = DeviceLogits(torch.from_numpy(logits.copy())) if on_device else logits
     verified = Verified(tree, np.arange(seeds), seeds, {"logits": own}, None, state)
-    ways = (state.temperature, state.top_k, state.top_p, state.seed, state.length, state.min_p)
+    temperature, top_k, top_p, seed, min_p = (
+        state.sampling[name] for name in ("temperature", "top_k", "top_p", "seed", "min_p")
+    )
+    ways = temperature, top_k, top_p, seed, state.length, min_p
     allowed = np.unpackbits(grammar.mask, bitorder="little", count=logits.shape[1]).astype(bool)
     wanted = sample(np.where(allowed, logits, np.float32(-np.inf)), *ways)
     assert verified.next_token(np.arange(seeds)).tolist() == wanted.tolist()
@@ -139,7 +142,7 @@ def test_rows_are_those_asked_for_in_their_order():
     logits = np.random.default_rng(0).normal(0, 2, (3, VOCAB)).astype(np.float32)
     state = Slots(2, CONTEXT, 4)
     state.length[:] = state.prompt_length[:] = 1
-    state.logprobs[:] = 1
+    state.sampling["logprobs"][:] = 1
     verified = Verified(tree, np.arange(2), 2, {"logits": logits}, None, state)
     path = np.array([0, 2, 1])
     told = dict(verified.logprobs(path, logits[path].argmax(axis=1)))

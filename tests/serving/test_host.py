@@ -60,7 +60,7 @@ def test_questions_are_answered(path):
     assert isinstance(answer, wire.Piece)
     assert (answer.id, len(answer.token_ids), answer.finish_reason) == (3, 8, "length")
     assert (answer.completion_tokens, answer.prompt_tokens > 0) == (8, True)
-    assert "context" in wire.ask(path, wire.Describe(1), 30).text
+    assert wire.ask(path, wire.Describe(1), 30).context > 0
     tokens = wire.ask(path, wire.Tokenize(1, {"text_input": "the theme"}), 30)
     assert wire.ask(path, wire.Tokenize(1, {"input_ids": tokens.token_ids}), 30).text == "the theme"
     assert "echo_iterations_total" in wire.ask(path, wire.Scrape(1), 30).text

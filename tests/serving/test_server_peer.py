@@ -22,7 +22,8 @@ from starlette.routing import Route
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt_lab.benchmark.command import Job, run
+from echo_trt_lab.benchmark.command import run
+from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
 pytestmark = needs_triton
@@ -44,7 +45,8 @@ def prompts(tmp_path) -> Path:
 
 
 def bench(bundle: Path, prompts: Path, messages: Console, *peers: str) -> dict:
-    job = Job(bundle, [prompts], ["static"], [1, 3], 16, rounds=2, requests=5, peers=list(peers))
+    sizes = {"batches": (1, 3), "max_tokens": 16, "rounds": 2, "requests": 5}
+    job = BenchOptions(bundle, prompts=[prompts], policies=("static",), peers=peers, **sizes)
     return run(job, Console(quiet=True), messages)
 
 

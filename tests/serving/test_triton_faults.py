@@ -21,7 +21,8 @@ from refusal import refused
 from served import Served, free_ports, joined, needs_triton, triton
 
 from echo_trt.launch import launcher, process, triton_server
-from echo_trt.launch.launcher import Job, run
+from echo_trt.launch.launcher import run
+from echo_trt.launch.options import TRITON_PORTS, ServeOptions
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
 
@@ -176,8 +177,9 @@ def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, m
 
 
 @pytest.fixture
-def job(bundle_of) -> Job:
-    return Job(bundle_of("lookup"), "127.0.0.1", *free_ports(3), 0, triton=True)
+def job(bundle_of) -> ServeOptions:
+    ports = {f"{name}_port": port for name, port in zip(TRITON_PORTS, free_ports(3), strict=True)}
+    return ServeOptions(bundle_of("lookup"), openai_port=0, triton=True, **ports)
 
 
 def test_a_port_in_use(job):
@@ -190,7 +192,7 @@ def test_a_port_in_use(job):
 
 def test_the_same_port_twice(job):
     with refused(job.http_port, "a port of its own"):
-        run(Job(job.bundle, "127.0.0.1", job.http_port, job.http_port, job.metrics_port, 0, triton=True))
+        run(replace(job, grpc_port=job.http_port))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_reason_has_no_python_frames():
 
 def test_no_bundle(tmp_path):
     with refused(tmp_path, "not a bundle"):
-        run(Job(tmp_path))
+        run(ServeOptions(tmp_path))
 
 
 def test_no_triton(job, monkeypatch):

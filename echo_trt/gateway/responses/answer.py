@@ -8,8 +8,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from echo_trt.gateway.answers import Pieces, Usage, chained
-from echo_trt.gateway.choices import ClientGone
+from echo_trt.gateway.answers import Usage, chained, entries
+from echo_trt.gateway.choices import ClientGone, Pieces
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.logprobs import Entry
 from echo_trt.gateway.metrics import Metrics
@@ -17,7 +17,7 @@ from echo_trt.gateway.responses.output import Event, Output
 from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.responses.tools import Hosted
 from echo_trt.gateway.turns import Turn
-from echo_trt.gateway.upstream import Piece
+from echo_trt.serving.wire import Piece
 
 
 class Response:
@@ -66,7 +66,7 @@ class Response:
         return "incomplete" if self._cut else "completed"
 
     def _take(self, piece: Piece) -> Iterator[Event]:
-        self._waiting += piece.logprobs
+        self._waiting += entries(piece.logprobs)
         for delta in self._turn.take(piece):
             logprobs: list[Entry] = []
             if delta.get("content") and self._asked.chat.logprobs:

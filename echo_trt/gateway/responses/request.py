@@ -12,6 +12,7 @@ from echo_trt.gateway.fields import FIELDS, Strict, at_most, bounded, check_supp
 from echo_trt.gateway.responses.items import Turns
 from echo_trt.gateway.responses.tools import Choice, FlatChoice, Function, ToolList, functions_of, joined, left_out
 from echo_trt.gateway.schemas import IGNORED as CHAT_IGNORED
+from echo_trt.gateway.schemas import SHARED as SAMPLED
 from echo_trt.gateway.schemas import ChatRequest
 
 #: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
@@ -29,24 +30,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 IGNORED = (*(name for name in CHAT_IGNORED if name != "metadata"), "client_metadata")
 #: Fields that are a chat's too, by the same name; the chat checks them.
 SHARED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
+    *(name for name in SAMPLED if name != "token_sources"),
     "top_logprobs",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
     "logit_bias",
-    "min_tokens",
-    "seed",
     "stop",
     "stop_token_ids",
-    "ignore_eos",
-    "speculate",
     "priority",
     "deadline_ms",
-    "thinking_token_budget",
     "structured_outputs",
     "chat_template_kwargs",
     "parallel_tool_calls",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt.runtime.slots import blocks_for
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
 from echo_trt_lab.benchmark.figures import figures, peer_figures
+from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer import Peer, PeerRun
 from echo_trt_lab.benchmark.peers import check_peers, open_peer
 from echo_trt_lab.benchmark.report import html_report, latency_table, results_table
@@ -34,33 +34,7 @@ from echo_trt_lab.calibration.record import record
 from echo_trt_lab.side_by_side import side_by_side
 
 
-@dataclass(frozen=True)
-class Job:
-    """The command's options.
-
-    requests   for every policy, batch and round, two a slot at least
-    each_file  whether every prompts file gets rows in the results
-    recipes    folder of the bundle's recipe, from which peers find its checkpoints
-    budget     K_max of policies that share one; None: the recipe's, or the measured knee
-    """
-
-    bundle: Path
-    prompts: list[Path]
-    policies: list[str]
-    batches: list[int]
-    max_tokens: int
-    rounds: int
-    requests: int
-    each_file: bool = False
-    peers: list[str] = field(default_factory=list)
-    json_file: Path | None = None
-    html_file: Path | None = None
-    record_file: Path | None = None
-    recipes: Path = Path("build")
-    budget: int | None = None
-
-
-def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
+def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
     sets = {file.stem: read_prompts(file) for file in job.prompts}
     if len(sets) < len(job.prompts):
         names = ", ".join(map(str, job.prompts))
@@ -117,7 +91,7 @@ def run(job: Job, out: Console, messages: Console) -> dict[str, Any]:
     return result
 
 
-def _outputs(job: Job) -> dict[str, Path | None]:
+def _outputs(job: BenchOptions) -> dict[str, Path | None]:
     return {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}
 
 
@@ -139,7 +113,7 @@ def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max
 
 def _cell(
     llm: LLM, loops: dict[str, Loop], policies: list[str], peers: list[Peer], prompts: list[list[int]], batch: int,
-    job: Job,
+    job: BenchOptions,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure all policies and peers at one batch, in rounds.
 
@@ -194,7 +168,7 @@ def drawn(sets: dict[str, list[Prompt]], count: int) -> list[Prompt]:
     ][:count]
 
 
-def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Callable[[float], None]) -> bytes:
+def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: BenchOptions, progress: Callable[[float], None]) -> bytes:
     decoding = llm.manifest.recipe.decoding
     groups = {
         f"{name}/{prompt.id}": (name, prompt)
@@ -207,7 +181,7 @@ def _recording(llm: LLM, sets: dict[str, list[Prompt]], job: Job, progress: Call
     return record(llm, prompts, [name for name, _ in groups.values()], job.max_tokens, shape, progress).to_bytes()
 
 
-def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
+def _check(job: BenchOptions, sets: dict[str, list[Prompt]]) -> None:
     if not job.policies:
         raise UserError(f"--policies is empty; name one or more of {', '.join(POLICIES)}, separated by commas.")
     for policy in job.policies:
@@ -231,7 +205,7 @@ def _check(job: Job, sets: dict[str, list[Prompt]]) -> None:
         raise UserError(f"--prompts holds {count} prompt; a benchmark needs 2 or more.")
 
 
-def check_pool(llm: LLM, job: Job) -> None:
+def check_pool(llm: LLM, job: BenchOptions) -> None:
     """Refuse a batch that the KV pool cannot hold: the benchmark would measure preemptions."""
     state, blocks = llm.loop.state, llm.loop.target.num_blocks
     needed = max(job.batches) * blocks_for(job.max_tokens + state.reserve + 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.runtime.llm import LLM, check_lengths
 from echo_trt.runtime.measure import disturbance, measure
 from echo_trt_lab.calibration.fit import fit
+from echo_trt_lab.calibration.options import CalibrateOptions
 from echo_trt_lab.calibration.plots import report
 from echo_trt_lab.calibration.record import record
 from echo_trt_lab.calibration.reliability import reliability
@@ -35,33 +35,24 @@ FEWEST = 8  # prompts; larger: better estimates, and a longer file is asked for
 Foresee = Callable[[Trees, Calibration, Path], list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Job:
-    """The command's options: ``prompts`` are files, of which ``limit`` prompts are answered in ``max_tokens``.
+def run(options: CalibrateOptions, out: Console, messages: Console, foresee: Foresee | None = None) -> None:
+    """Calibrate a bundle.
 
     foresee  trees, calibration and the file of costs -> rows of policies by load, which the report draws
     """
-
-    bundle: Path
-    prompts: list[Path]
-    limit: int
-    max_tokens: int
-    batch: int
-    foresee: Foresee | None = None
-
-
-def run(job: Job, out: Console, messages: Console) -> None:
-    prompts = chosen_prompts(job.prompts, job.limit)
-    read_manifest(job.bundle)  # refuses a folder that is no bundle
-    _check_apart(job)
-    _check_writable(job.bundle)
+    prompts = chosen_prompts(options.prompts, options.limit)
+    read_manifest(options.bundle)  # refuses a folder that is no bundle
+    _check_apart(options)
+    _check_writable(options.bundle)
     with files_first(out):
-        _calibrate(job, prompts, out, messages)
+        _calibrate(options, prompts, out, messages, foresee)
 
 
-def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console) -> None:
+def _calibrate(
+    options: CalibrateOptions, prompts: list[Prompt], out: Console, messages: Console, foresee: Foresee | None
+) -> None:
     with messages.status("loading the bundle"):
-        llm = LLM(job.bundle, "autoregressive", job.batch, prefix_cache=False)
+        llm = LLM(options.bundle, "autoregressive", options.batch, prefix_cache=False)
         check_lengths(llm, prompts)
     with messages.status("measuring what passes cost on this machine"):
         costs = measure(llm.networks)
@@ -70,7 +61,7 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
             f"other work disturbed what was measured ({disturbed}); run echo-trt calibrate again while nothing else "
             "runs."
         )
-    write(job.bundle, COSTS, costs)
+    write(options.bundle, COSTS, costs)
     out.print(costs_table(costs))
     if llm.manifest.draft is None:
         messages.print("the bundle's draft has no network, so there is no acceptance to calibrate")
@@ -81,15 +72,15 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
     with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("recording draft trees", total=1.0)
         groups, show = ["all"] * len(prompts), lambda done: progress.update(task, completed=done)
-        trees = record(llm, prompts, groups, job.max_tokens, shape, show)
+        trees = record(llm, prompts, groups, options.max_tokens, shape, show)
     calibration = fit(
         trees, llm.manifest.target_sha256, llm.manifest.draft_sha256, shape.max_depth, shape.beams, shape.width
     )
-    write(job.bundle, CALIBRATION, calibration)
+    write(options.bundle, CALIBRATION, calibration)
     before, after = reliability(trees, shape)
     with messages.status("foreseeing what speculation brings by load"):
-        foreseen = job.foresee(trees, calibration, job.bundle / COSTS) if job.foresee else []
-    write_whole(job.bundle / REPORT, report(llm.manifest.name, calibration, costs, before, after, foreseen))
+        foreseen = foresee(trees, calibration, options.bundle / COSTS) if foresee else []
+    write_whole(options.bundle / REPORT, report(llm.manifest.name, calibration, costs, before, after, foreseen))
     out.print(gates_table(calibration))
     out.print(
         f"calibration error of P(accept) on the half that was not fitted on: {before.error:.3f} before, "
@@ -97,7 +88,7 @@ def _calibrate(job: Job, prompts: list[Prompt], out: Console, messages: Console)
         f"{', '.join(f'{p:.0%}' for p in calibration.lookup)} after matches of 1, 2, ... tokens",
         highlight=False,
     )
-    out.print(f"written to {job.bundle}: {CALIBRATION}, {COSTS}, {REPORT}", highlight=False)
+    out.print(f"written to {options.bundle}: {CALIBRATION}, {COSTS}, {REPORT}", highlight=False)
 
 
 def chosen_prompts(files: list[Path], limit: int) -> list[Prompt]:
@@ -144,9 +135,9 @@ def gates_table(calibration: Calibration) -> Table:
     return table
 
 
-def _check_apart(job: Job) -> None:
-    written = {os.path.realpath(job.bundle / name) for name in (CALIBRATION, COSTS, REPORT)}
-    for file in job.prompts:
+def _check_apart(options: CalibrateOptions) -> None:
+    written = {os.path.realpath(options.bundle / name) for name in (CALIBRATION, COSTS, REPORT)}
+    for file in options.prompts:
         if os.path.realpath(file) in written:
             raise UserError(f"--prompts {file} is a file that calibrate writes; keep the prompts in another one.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +25,21 @@ from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.runtime.params import MOST_AT_ONCE
 from echo_trt_lab.calibration.trees import Trees
-from echo_trt_lab.simulation.machines import THIS, Machine, machine_named
+from echo_trt_lab.simulation.machines import Machine, machine_named
+from echo_trt_lab.simulation.options import SimulateOptions
 from echo_trt_lab.simulation.oracle import Oracle
 from echo_trt_lab.simulation.replay import RecordedCopier, Replay, Tally
 from echo_trt_lab.simulation.report import html_report, table
 from echo_trt_lab.simulation.walk import Recording, Walk
 
 ORACLE = "oracle"
-BATCHES = tuple(2**i for i in range(11))
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
 LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000, "block": 64}
 # Tokens that a cell measures: SLOT_TOKENS for every slot, within FEWEST and MOST. Larger: less noise, a longer run.
 SLOT_TOKENS, FEWEST, MOST = 400, 4000, 24_000
 
 
-@dataclass(frozen=True)
-class SimulationJob:
-    """The command's options.
-
-    costs   file of measured costs, for the machine "this" alone
-    budget  K_max; None: the knee of the machine's curve
-    static  depth, top_k and tokens of that policy; None: the default pair's, as far as recorded
-    prompt  cached tokens before every answer
-    tokens  measured for a policy and batch; None: by the batch
-    ngrams  file of the target's n-grams, with which goodput and the oracle go on where drafts end
-    block   rows of a block drafter: one pass computes all levels of the recorded trees; None: a pass a level
-    """
-
-    recording: Path
-    calibration: Path
-    machine: str = THIS
-    costs: Path | None = None
-    batches: tuple[int, ...] = BATCHES
-    policies: tuple[str, ...] = (PLAIN, "goodput", "echo", "dense", "fixed", "static", ORACLE)
-    budget: int | None = None
-    static: tuple[int, ...] | None = None
-    prompt: int = 256
-    tokens: int | None = None
-    ngrams: Path | None = None
-    json_file: Path | None = None
-    html_file: Path | None = None
-    block: int | None = None
-
-
-def run(job: SimulationJob, out: Console, messages: Console) -> dict[str, Any]:
+def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]:
     _check(job)
     machine = machine_named(job.machine, job.costs)
     calibration = read_calibration(job.calibration)
@@ -117,7 +87,7 @@ def simulate(
     calibration: Calibration,
     machine: Machine,
     batch: int,
-    job: SimulationJob,
+    job: SimulateOptions,
     ngrams: NGrams | None = None,
 ) -> Tally:
     """Simulate one policy at one batch."""
@@ -151,7 +121,7 @@ def planner_for(
 
 
 def settings_for(
-    job: SimulationJob, recording: Recording, calibration: Calibration, machine: Machine
+    job: SimulateOptions, recording: Recording, calibration: Calibration, machine: Machine
 ) -> dict[str, Any]:
     """Return the policies' numbers, as a recipe's ``decoding`` section."""
     depth, top_k, nodes = job.static or (min(STATIC[0], recording.levels), min(STATIC[1], recording.beams), STATIC[2])
@@ -185,11 +155,11 @@ def _read_ngrams(path: Path, calibration: Calibration) -> NGrams:
     return read_ngrams(path, calibration.target_sha256, vocabulary, remedy)
 
 
-def _budget(job: SimulationJob, machine: Machine) -> int:
+def _budget(job: SimulateOptions, machine: Machine) -> int:
     return job.budget or machine.k_max
 
 
-def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngrams: NGrams | None) -> list[str]:
+def _assumptions(job: SimulateOptions, recording: Recording, machine: Machine, ngrams: NGrams | None) -> list[str]:
     facts = [
         f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy, and "
         f"{1e3 * machine.level_seconds:g} ms a draft level; goodput {1e6 * machine.candidate_seconds:g} us more for "
@@ -211,7 +181,7 @@ def _assumptions(job: SimulationJob, recording: Recording, machine: Machine, ngr
     return facts
 
 
-def _check(job: SimulationJob) -> None:
+def _check(job: SimulateOptions) -> None:
     if not job.policies:
         raise UserError(
             f"--policies is empty; name one or more of {', '.join((*POLICIES, ORACLE))}, separated by commas."

@@ -8,8 +8,9 @@ from typing import Any
 from echo_trt.bundle.calibration import Calibration
 from echo_trt.decoding.policy_names import PLAIN
 from echo_trt_lab.calibration.trees import Trees
-from echo_trt_lab.simulation.command import SimulationJob, settings_for, simulate
+from echo_trt_lab.simulation.command import settings_for, simulate
 from echo_trt_lab.simulation.machines import THIS, machine_named
+from echo_trt_lab.simulation.options import SimulateOptions
 from echo_trt_lab.simulation.walk import Recording
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -19,7 +20,9 @@ TOKENS = 1500  # measured for a policy and load; larger: less noise, a longer ca
 
 def foresee(trees: Trees, calibration: Calibration, costs: Path) -> list[dict[str, Any]]:
     """Return rows of ``policy``, ``batch`` and ``ratio`` to plain decoding; ``costs`` is this machine's file."""
-    job = SimulationJob(costs, costs, THIS, costs, BATCHES, POLICIES, tokens=TOKENS)
+    job = SimulateOptions(
+        costs, calibration=costs, machine=THIS, costs=costs, batches=BATCHES, policies=POLICIES, tokens=TOKENS
+    )
     machine, recording = machine_named(THIS, costs), Recording(trees)
     settings, rows = settings_for(job, recording, calibration, machine), []
     for batch in BATCHES:

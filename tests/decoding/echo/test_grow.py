@@ -161,12 +161,6 @@ def test_static_does_not_know_its_batch_mates(case):
         assert paths_by_request(verified(alone, limits, own_room)) == [chosen[request]]
 
 
-def test_static_grows_to_its_depth_with_its_beams():
-    tree, reach = grown(SteadyDraft([[0.5, 0.3, 0.1, 0.05]] * 2), settings_of("static"), [9, 9])
-    assert [drafted(tree, node) for node in reach] == [(0, 0, 0), (0, 0, 0)]
-    assert [np.bincount(tree.depth[tree.request == request]).tolist() for request in (0, 1)] == [[1, 3, 9, 9]] * 2
-
-
 def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():
     """A log-softmax in low precision can end a little above 0."""
     draft = SteadyDraft([[1.06, 0.01]])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from machines import TUNING, random_acceptance
 
 from echo_trt.decoding.goodput.learner.sources import SourceLearner
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance, knots
+from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP
 
 CHILDREN = np.array([[[0.2, 0.8], [0.1, 0.1]], [[0.5, 0.9], [0.0, 0.1]], [[0.4, 1.0], [0.2, 0.0]]])
@@ -35,24 +35,6 @@ def ask(model: Acceptance, source: int, depth: int, x: float) -> float:
 def test_tables_are_read_on_straight_lines(seed, source, depth, x):
     model = random_acceptance(seed)
     assert ask(model, source, depth, x) == pytest.approx(read(model.table, source, depth, x), abs=1e-9)
-
-
-def test_at_knots_tables_say_what_they_hold():
-    model = random_acceptance(0)
-    for place in (0, 1, 17, 63, 64):
-        with np.errstate(divide="ignore"):
-            assert ask(model, BOTH, 2, knots()[place]) == pytest.approx(model.table[BOTH, 1, place])
-    assert knots()[0] == 0
-    assert knots()[-1] == 1
-    assert len(knots()) == KNOTS
-
-
-def test_many_nodes_are_asked_at_once():
-    model = random_acceptance(1)
-    rng = np.random.default_rng(1)
-    source, depth, x = rng.integers(0, 3, 50), rng.integers(1, 6, 50), rng.uniform(0, 1, 50)
-    together = model.probability(source.astype(np.int8), depth, np.log(x).astype(np.float32))
-    assert together == pytest.approx([ask(model, *each) for each in zip(source, depth, x, strict=True)], abs=1e-5)
 
 
 @given(st.floats(0.2, 2.0), st.floats(-3, 3), st.floats(1e-3, 1.0))

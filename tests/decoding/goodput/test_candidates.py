@@ -222,45 +222,6 @@ def one_chain(room: int = 9, chain: tuple[int, ...] = (7, 8, 9), a: float = 0.5)
     return Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(1), np.array([room]), copied)
 
 
-def test_what_both_propose_is_one_node_and_the_chain_below_rises():
-    candidates = one_chain()
-    assert candidates.tree.source.tolist() == [HEAD, LOOKUP, LOOKUP, LOOKUP]
-    assert np.exp(candidates.tree.score[1:]) == pytest.approx([0.5, 0.25, 0.125])
-    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[7, 3]]), 2)
-    tree = candidates.tree
-    assert tree.token.tolist() == [1, 7, 8, 9, 3]
-    assert tree.source.tolist() == [HEAD, BOTH, LOOKUP, LOOKUP, HEAD]
-    either = 1 - 0.4 * 0.5
-    assert np.exp(tree.score[1:]) == pytest.approx([either, either * 0.5, either * 0.25, 0.3], rel=1e-5)
-    assert candidates.probability[1:] == pytest.approx(0.999 * np.exp(tree.score[1:]), abs=1e-3)
-
-
-def test_where_the_head_disagrees_the_chain_falls():
-    candidates = one_chain()
-    candidates.add(np.array([0]), np.log([[0.6, 0.3]]), np.array([[3, 7]]), 1)
-    assert candidates.tree.token.tolist() == [1, 7, 8, 9, 3]
-    assert candidates.tree.source[1] == LOOKUP
-    # Right with 0.5; then the head, which left 0.4, would have missed it with 0.4, and had it been wrong for sure.
-    posterior = 0.5 * 0.4 / (0.5 * 0.4 + 0.5)
-    assert np.exp(candidates.tree.score[1:4]) == pytest.approx([posterior, posterior * 0.5, posterior * 0.25], rel=1e-5)
-    assert candidates.probability[1:4] == pytest.approx(0.999 * np.exp(candidates.tree.score[1:4]), abs=1e-3)
-    # It was beside the head's own: the head may say what comes after it.
-    assert candidates.frontier(1, 9).tolist() == [4, 1]
-    assert candidates.frontier(2, 9).tolist() == []
-    candidates.add(np.array([1]), np.log([[0.9]]), np.array([[8]]), 1)
-    assert candidates.tree.source[:4].tolist() == [HEAD, LOOKUP, BOTH, LOOKUP]
-    assert candidates.frontier(2, 9).tolist() == [2]
-
-
-def test_only_requests_whose_root_was_expanded_have_a_frontier():
-    copied = chains_of([[7, 8], [7, 8]], np.log([0.5, 0.5]).tolist())
-    tree = SuperTree.from_roots(np.array([1, 2]))
-    candidates = Candidates(tree, Acceptance.uncalibrated(4, CALIBRATED_START), np.ones(2), np.array([9, 9]), copied)
-    assert candidates.frontier(1, 9).tolist() == []
-    candidates.add(np.array([1]), np.log([[0.6]]), np.array([[3]]), 1)
-    assert candidates.tree.request[candidates.frontier(1, 9)].tolist() == [1, 1]
-
-
 def test_chains_end_with_the_room_and_where_the_text_ends():
     assert [len(one_chain(room).tree) for room in (0, 1, 2, 9)] == [1, 2, 3, 4]
     copied = copied_chains(np.array([[5, -1, 6], [-1, 5, 6]]), np.log([0.5, 0.5]))

@@ -99,16 +99,6 @@ def test_a_pass_corrects_sizes_near_its_own_and_by_a_share_all_others(factor):
     assert curve(64) == pytest.approx((factor if factor < 1 else factor**TUNING.shared_cost) * 0.04, rel=0.05)
 
 
-def test_two_sizes_that_take_turns_are_both_learnt():
-    """That one takes longer than foreseen beside another is the curve's shape, and not the machine's speed."""
-    curve = copy.deepcopy(KNEE)
-    for _ in range(100):
-        for tokens, seconds in ((4, 0.01), (64, 0.06)):
-            observe(curve, tokens, 0, seconds)
-    assert curve(4) == pytest.approx(0.01, rel=0.04)
-    assert curve(64) == pytest.approx(0.06, rel=0.04)
-
-
 def test_sizes_between_the_measured_ones_are_learnt_too():
     curve = Curve([1, 100], [0.01, 0.01])
     for _ in range(1000):
@@ -185,14 +175,6 @@ def test_a_pass_that_changed_its_size_says_nothing_of_others():
     learner.observe_target(Pass(16, 0, 6.0, 1), 0)
     learner.observe_target(Pass(16, 0, 6.0, 1), 0)
     assert costs.target(16) > 3.0
-
-
-def test_target_and_draft_have_curves_of_their_own():
-    costs = Costs(Curve(SIZES, TABLE), Curve([1], [1e-3]))
-    for _ in range(10):
-        observe(costs.draft, 1, 0, 2e-3)
-    assert costs.target(1) == TABLE[0]
-    assert costs.draft(1) > 1e-3
 
 
 def test_sizes_not_seen_do_not_drift_from_those_that_are():

@@ -70,17 +70,6 @@ def test_speedup_is_tokens_over_those_of_plain_decoding_in_the_same_time():
     assert history.speedup == pytest.approx(2, rel=0.01)
 
 
-def test_what_is_expected_is_told_as_it_usually_comes_true():
-    history = History(4, TUNING)
-    assert history.corrected_expectation(0.0, 0) == 0.0
-    for _ in range(8):  # a window
-        told = history.corrected_expectation(2.0, 0)
-    assert told < 0.2
-    for _ in range(1000):
-        told = history.corrected_expectation(2.0, 1)
-    assert told == pytest.approx(1.0, rel=0.02)
-
-
 def test_a_fresh_request_begins_with_the_mean_progress():
     history = History(4, TUNING)
     run(history, [1, 4, 4, 4], 200)

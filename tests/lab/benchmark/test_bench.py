@@ -14,9 +14,10 @@ from echo_trt.files.prompts import Prompt
 from echo_trt.runtime.llm import LLM
 from echo_trt_lab.benchmark import command
 from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
-from echo_trt_lab.benchmark.command import Job, check_pool, drawn
+from echo_trt_lab.benchmark.command import check_pool, drawn
 from echo_trt_lab.benchmark.command import run as run_bench
 from echo_trt_lab.benchmark.figures import figures
+from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.calibration.trees import Trees
 from echo_trt_lab.side_by_side import side_by_side
 
@@ -32,12 +33,12 @@ def prompts(tmp_path) -> list[Path]:
     return files
 
 
-def job(bundle: Path, prompts: list[Path], **changes) -> Job:
-    values = {"policies": ["goodput", "static"], "batches": [1, 3], "max_tokens": 16, "rounds": 2, "requests": 4}
-    return Job(bundle, prompts, **{**values, **changes})
+def job(bundle: Path, prompts: list[Path], **changes) -> BenchOptions:
+    values = {"policies": ("goodput", "static"), "batches": (1, 3), "max_tokens": 16, "rounds": 2, "requests": 4}
+    return BenchOptions(bundle, prompts=prompts, **{**values, **changes})
 
 
-def bench(job: Job) -> dict:
+def bench(job: BenchOptions) -> dict:
     return run_bench(job, Console(quiet=True), Console(quiet=True))
 
 

@@ -16,7 +16,8 @@ from echo_trt.bundle.costs import COSTS
 from echo_trt.bundle.stored import CALIBRATION
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.params import SamplingParams
-from echo_trt_lab.calibration.command import Job, run
+from echo_trt_lab.calibration.command import run
+from echo_trt_lab.calibration.options import CalibrateOptions
 from echo_trt_lab.simulation.foresee import foresee
 
 
@@ -49,8 +50,12 @@ def ticks(monkeypatch) -> SimpleNamespace:
     return clock
 
 
+def options(bundle: Path, prompts: Path, limit: int) -> CalibrateOptions:
+    return CalibrateOptions(bundle, prompts=[prompts], limit=limit, max_tokens=24, batch=4)
+
+
 def calibrate(bundle: Path, prompts: Path) -> None:
-    run(Job(bundle, [prompts], 8, 24, 4, foresee), Console(quiet=True), Console(quiet=True))
+    run(options(bundle, prompts, 8), Console(quiet=True), Console(quiet=True), foresee)
 
 
 def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
@@ -163,7 +168,7 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(bundle, p
     with prompts.open("a") as file:
         file.write("\n" + json.dumps({"id": "z", "prompt": "word " * 400}))
     with refused("prompt 'z'", "context is 160"):
-        run(Job(bundle, [prompts], 9, 24, 4), Console(quiet=True), Console(quiet=True))
+        run(options(bundle, prompts, 9), Console(quiet=True), Console(quiet=True))
     assert not (bundle / COSTS).exists()
 
 

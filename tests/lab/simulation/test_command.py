@@ -12,21 +12,26 @@ from synthetic import recorded
 from echo_trt.bundle.ngrams import write_ngrams
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt_lab.calibration.fit import fit
-from echo_trt_lab.simulation.command import POLICIES, SimulationJob, run
+from echo_trt_lab.simulation.command import POLICIES, run
+from echo_trt_lab.simulation.options import SimulateOptions
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> SimulationJob:
+def job(tmp_path_factory) -> SimulateOptions:
     folder = tmp_path_factory.mktemp("simulation")
     trees = recorded([40, 30, 50, 45] * 3, 4, 2, 3)
     (folder / "trees.npz").write_bytes(trees.to_bytes())
     write(folder, CALIBRATION, fit(trees, "target", "draft", 4, 2, 3))
-    return SimulationJob(
-        folder / "trees.npz", folder / CALIBRATION, "h100-qwen3-8b", batches=(1, 16), policies=("oracle", "goodput")
+    return SimulateOptions(
+        folder / "trees.npz",
+        calibration=folder / CALIBRATION,
+        machine="h100-qwen3-8b",
+        batches=(1, 16),
+        policies=("oracle", "goodput"),
     )
 
 
-def simulate(job: SimulationJob, **changes) -> tuple[dict, str]:
+def simulate(job: SimulateOptions, **changes) -> tuple[dict, str]:
     out = Console(file=io.StringIO(), width=160)
     result = run(replace(job, **({"tokens": 200} | changes)), out, Console(file=io.StringIO()))
     return result, out.file.getvalue()

@@ -38,7 +38,7 @@ class Learner:
     def observe(self, iteration: Iteration, settings: GoodputSettings) -> float | None:
         """Learn from an iteration. Returns the tokens that it was worth, or None where it computed prompts.
 
-        Its accepted tokens are too few to count: the worth is what was expected, as it usually comes true.
+        Its accepted tokens are too few to count, so the worth is what was expected of its nodes.
         """
         plan, load, history, count = iteration.plan, iteration.load, self.history, len(iteration.load.slots)
         for number, done in enumerate(iteration.drafts):
@@ -54,7 +54,7 @@ class Learner:
         history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
         if load.prompt_tokens or not count:
             return None
-        drafts = history.corrected_expectation(plan.probability.sum() - count, len(iteration.path) - count)
+        tokens = float(plan.probability.sum())
         plain = self.model(load, settings).plain_rate * iteration.seconds
-        history.spent(count + drafts, plain, iteration.host)
-        return float(count + drafts)
+        history.spent(tokens, plain, iteration.host)
+        return tokens

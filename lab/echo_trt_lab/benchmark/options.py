@@ -1,0 +1,61 @@
+"""The options of ``echo-trt bench``."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from echo_trt.runtime.options import NUMBERS, WORDS, Bundle, Flag, HtmlFile, JsonFile, PolicyFile, PromptFiles, bounds
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What ``bench`` is asked to do.
+
+    requests   for every policy, batch and round, two per slot at least
+    each_file  whether every prompts file gets rows in the results
+    recipes    folder of the bundle's recipe, from which peers find its checkpoints
+    budget     K_max of policies that share one; None: the recipe's, or the measured knee
+    """
+
+    bundle: Bundle
+    _: KW_ONLY
+    prompts: PromptFiles
+    policies: Annotated[tuple[str, ...], WORDS, Parameter(help="Compared with plain decoding, by commas.")] = (
+        "goodput",
+        "echo",
+        "static",
+    )
+    policy_file: PolicyFile = None
+    batches: Annotated[tuple[int, ...], NUMBERS, Parameter("--batch", help="Requests at once, by commas.")] = (
+        *(2**power for power in range(7)),
+    )
+    max_tokens: Annotated[int, Parameter(help="New tokens per request, at most.", validator=bounds(2))] = 128
+    rounds: Annotated[
+        int, Parameter(help="Runs of each policy at each batch; medians are told.", validator=bounds(1, 1000))
+    ] = 3
+    requests: Annotated[
+        int, Parameter(help="Requests of a run, at least; two per slot.", validator=bounds(2, 1_000_000))
+    ] = 32
+    each_file: Annotated[Flag, Parameter(help="Also run each prompts file by itself.")] = False
+    budget: Annotated[
+        int | None, Parameter(help="K_max of echo, dense, fixed. Default: the recipe's, else measured.")
+    ] = None
+    peers: Annotated[
+        tuple[str, ...],
+        WORDS,
+        Parameter(
+            help="Other engines, by commas: openvino-genai, openvino-genai-eagle3, transformers, where installed; "
+            "NAME=URL or NAME=URL#MODEL for a server that runs, as vllm=http://127.0.0.1:8000.",
+            show_default=False,
+        ),
+    ] = ()
+    recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
+    json_file: JsonFile = None
+    html_file: HtmlFile = None
+    record_file: Annotated[
+        Path | None, Parameter("--record", help="Write the draft trees of the prompts here, for simulate.")
+    ] = None

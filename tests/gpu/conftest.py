@@ -1,0 +1,60 @@
+"""Tests of a card. Without one they are skipped; with ECHO_TRT_GPU=walk they run on a CPU, at tiny sizes.
+
+``scripts/gpu_proof`` runs them and writes a report, with the figures that tests give to ``figures``: they write what
+became of a test to the file ECHO_TRT_GPU_RESULTS, a line of JSON when it begins and when it has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gpu.engines import Card
+
+WALK = os.environ.get("ECHO_TRT_GPU") == "walk"
+RESULTS = os.environ.get("ECHO_TRT_GPU_RESULTS")
+
+
+@pytest.fixture
+def card() -> Card:
+    if torch.cuda.is_available() and not WALK:
+        return Card(torch.device("cuda"))
+    if not WALK:
+        pytest.skip("PyTorch sees no CUDA device")
+    from super_tree_attention.triton_attention import super_tree_attention_triton
+
+    return Card(torch.device("cpu"), super_tree_attention_triton)
+
+
+@pytest.fixture
+def figures(request) -> Callable[..., None]:
+    """Put figures into the report, by name; what a test had put before it was killed is there, too."""
+    known = request.node.user_properties
+
+    def put(**named: Any) -> None:
+        known.extend(named.items())
+        _note(test=request.node.nodeid, verdict="running", figures=dict(known))
+
+    return put
+
+
+def _note(**facts: Any) -> None:
+    if RESULTS:
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(facts, default=float) + "\n")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _note(test=nodeid, verdict="running")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        # A skip's text is a tuple of file, line and reason.
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        told = {"test": report.nodeid, "verdict": report.outcome, "seconds": round(report.duration, 2)}
+        _note(**told, reason=reason.removeprefix("Skipped: "), figures=dict(report.user_properties))
