@@ -71,11 +71,11 @@ def test_on_a_cpu_every_section_is_walked_or_skipped_and_nothing_is_proved(copy)
 
 
 def test_a_failure_and_a_crash_are_told_and_other_tests_go_on(copy):
-    (copy / "tests/gpu/test_engine.py").write_text(
+    (copy / "tests/gpu/test_gpu_engine.py").write_text(
         "import os\n\ndef test_first(figures):\n    figures(before=1)\n    os._exit(7)\n\n"
         "def test_second():\n    assert 'the card' == 'on fire'\n\ndef test_third(card):\n    pass\n"
     )
-    (copy / "tests/gpu/test_ranks.py").write_text("import what_is_not_there\n")
+    (copy / "tests/gpu/test_gpu_ranks.py").write_text("import what_is_not_there\n")
     done = run(copy, "--cpu-interpret", "--only", "engine,ranks,tensorrt")
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-1] == "a section failed: 2 failed, 1 skipped."
