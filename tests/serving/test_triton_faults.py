@@ -83,6 +83,22 @@ def test_a_divided_target_is_served_and_a_lost_rank_is_replaced(divided_bundle, 
         server.kill()
 
 
+@needs_triton
+def test_the_gateway_s_answers_finish_before_triton_is_stopped(roomy_bundle, tmp_path):
+    """Triton does not count them: they come by the engine's socket."""
+    server = Served(roomy_bundle, tmp_path / "log", triton=True).wait_for("serving")
+    try:
+        whole = server.complete("a thing", max_tokens=440)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.complete, "a thing", max_tokens=440, speculate=False)
+            server.wait_metrics(lambda metrics: metrics["echo_running"] == 1)
+            assert server.stop() == 0, server.err
+            assert asked.result(60) == whole
+        assert "lost" not in server.err
+    finally:
+        server.kill()
+
+
 def _kill_under_load(server: Served, name: str, whole: dict) -> None:
     """Clients get an answer or an error, none waits for ever."""
     (victim,) = server.children(name)  # looked up before: reading /proc takes as long as an answer
