@@ -21,6 +21,9 @@ from echo_trt.gateway.__main__ import server_of
 from echo_trt.gateway.app import create_app
 
 KEY = "sk-0123456789abcdef"  # of the servers of conftest.py
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+COMPLETION = {"model": "echo", "prompt": "hello"}
+RESPONSE = {"model": "echo", "input": "hello"}
 NOBODY = Path("/nowhere/engine")  # a socket that nobody listens on
 
 
