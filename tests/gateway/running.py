@@ -91,6 +91,15 @@ def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
         assert not thread.is_alive(), "the engine's host does not stop"
 
 
+@contextmanager
+def asked_by_openai(bundle: Path, **options: Any) -> Iterator[Any]:
+    """OpenAI's client of a bundle's engine and door in this process."""
+    from openai import OpenAI
+
+    with engine_of(bundle) as engine, running(engine, **options) as door:
+        yield OpenAI(base_url=f"{door.base_url}/v1", api_key="any", max_retries=0, timeout=300)
+
+
 def refused(response, status: int, param: str | None = None) -> str:
     """The sentence of an answer that must be an error in OpenAI's format."""
     assert response.status_code == status, response.text
