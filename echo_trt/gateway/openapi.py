@@ -1,13 +1,14 @@
-"""/openapi.json: the endpoints and what their bodies hold, made from the models that check them."""
+"""/openapi.json: the routes and what their bodies hold, made from the models that check them."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from echo_trt import __version__
 from echo_trt.gateway.edge import OPEN
@@ -22,17 +23,6 @@ BODIES = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-READ = (
-    "/v1/models",
-    "/v1/models/{name}",
-    "/health",
-    "/ping",
-    "/version",
-    "/metrics",
-    "/openapi.json",
-    "/live",
-    "/live/about",
-)
 STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/live")
 TEXT, MANY = {"type": "string"}, {"type": "array", "items": {}}
 #: Fields that are taken in more shapes than they are kept in.
@@ -56,12 +46,14 @@ ERROR = {
 
 async def show_openapi(request: Request) -> Response:
     """GET /openapi.json."""
-    return JSONResponse(document())
+    state = request.app.state
+    if not hasattr(state, "openapi"):  # made once: it takes some 10 ms of the event loop
+        state.openapi = document(request.app.routes)
+    return JSONResponse(state.openapi)
 
 
-@cache
-def document() -> dict[str, Any]:
-    """In OpenAPI 3.1."""
+def document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """Describe an application's routes in OpenAPI 3.1."""
     bodies: dict[str, Any] = BODIES
     reference = "#/components/schemas/{model}"
     _, known = models_json_schema([(body, "validation") for body in bodies.values()], ref_template=reference)
@@ -72,11 +64,14 @@ def document() -> dict[str, Any]:
     for (model, field), schema in WIDER.items():
         schemas[model]["properties"][field] = schema
     schemas["ResponsesRequest"]["properties"]["stop"] = schemas["ChatRequest"]["properties"]["stop"]
-    paths: dict[str, Any] = {path: {"get": _operation(path)} for path in READ}
+    paths: dict[str, Any] = {}
+    for route in routes:
+        if isinstance(route, Route) and route.include_in_schema:
+            path, methods = route.path.replace(":path", ""), (route.methods or set()) - {"HEAD"}
+            paths[path] = {method.lower(): _operation(path) for method in sorted(methods)}
     for path, body in bodies.items():
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
-        paths[path] = {"post": _operation(path) | {"requestBody": {"required": True, "content": content}}}
-    paths["/ping"]["post"] = _operation("/ping")
+        paths[path]["post"]["requestBody"] = {"required": True, "content": content}
     paths["/v1/models/{name}"]["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": TEXT}]
     return {
         "openapi": "3.1.0",

@@ -25,6 +25,10 @@ FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer p
 PROBE = {"input_ids": [0], "max_tokens": 1, "ignore_eos": True, "priority": FIRST}
 
 
+#: What has come for open questions, by their numbers; None: the engine has left.
+Answers = dict[int, "asyncio.Queue[wire.FromEngine | None]"]
+
+
 class EngineError(Exception):
     """Why the engine does not answer; the fields are those of ``wire.Failure``."""
 
@@ -41,7 +45,7 @@ class Client:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._connecting, self._probing = asyncio.Lock(), asyncio.Lock()
-        self._answers: dict[int, asyncio.Queue[wire.FromEngine | None]] = {}  # by question; None: the engine has left
+        self._unanswered: Answers = {}  # of the connection
         self._info: wire.ModelInfo | None = None  # of the engine that is connected
         self._last_piece = float("-inf")
 
@@ -118,7 +122,8 @@ class Client:
     async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
         """Yield the answer to a question; closing the generator early cancels the question. Raises EngineError."""
         writer, done = await self._connected(), False
-        answers = self._answers[question.id] = asyncio.Queue()
+        unanswered, answers = self._unanswered, asyncio.Queue[wire.FromEngine | None]()
+        unanswered[question.id] = answers
         writer.write(wire.framed(question))
         try:
             while not done:
@@ -131,7 +136,7 @@ class Client:
                 done = done and not isinstance(question, wire.Watch)
                 yield message
         finally:
-            del self._answers[question.id]
+            del unanswered[question.id]
             if not done:
                 writer.write(wire.framed(wire.Cancel(question.id)))
 
@@ -143,18 +148,19 @@ class Client:
                     reader, self._writer = await asyncio.open_unix_connection(self._path)
                 except OSError:
                     raise EngineError from None
-                self._reading = asyncio.create_task(self._read(reader, self._writer))
+                self._unanswered = {}
+                self._reading = asyncio.create_task(self._read(reader, self._writer, self._unanswered))
             return self._writer
 
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, unanswered: Answers) -> None:
         try:
             while (message := await wire.read_answer(reader)) is not None:
-                if answers := self._answers.get(message.id):
+                if answers := unanswered.get(message.id):
                     answers.put_nowait(message)
         finally:
             writer.close()
             self._info = None  # another engine may come
-            for answers in self._answers.values():
+            for answers in unanswered.values():
                 answers.put_nowait(None)
 
 

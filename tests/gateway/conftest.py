@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from gateway.pages import CHROMIUM, LIVE, SECONDS, origin
-from gateway.running import KEY, Door, engine_of
+from gateway.running import KEY, Door, engine_of, running
 from pairs import LIMITS, recipe_of
 from serving.served import Served
 
@@ -22,6 +23,13 @@ def long_bundle(made_once, networks, tmp_path_factory) -> Path:
     recipe = recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600})
     bundle = made_once("long", lambda out: build(recipe, networks, out))
     return shutil.copytree(bundle, tmp_path_factory.mktemp("long") / "close")
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[httpx.Client]:
+    """A client of a door without an engine."""
+    with running() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,9 @@ from echo_trt.gateway.__main__ import server_of
 from echo_trt.gateway.app import create_app
 
 KEY = "sk-0123456789abcdef"  # of the servers of conftest.py
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+COMPLETION = {"model": "echo", "prompt": "hello"}
+RESPONSE = {"model": "echo", "input": "hello"}
 NOBODY = Path("/nowhere/engine")  # a socket that nobody listens on
 
 
@@ -86,6 +89,15 @@ def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
         service.close(0)
         shutil.rmtree(folder)
         assert not thread.is_alive(), "the engine's host does not stop"
+
+
+@contextmanager
+def asked_by_openai(bundle: Path, **options: Any) -> Iterator[Any]:
+    """OpenAI's client of a bundle's engine and door in this process."""
+    from openai import OpenAI
+
+    with engine_of(bundle) as engine, running(engine, **options) as door:
+        yield OpenAI(base_url=f"{door.base_url}/v1", api_key="any", max_retries=0, timeout=300)
 
 
 def refused(response, status: int, param: str | None = None) -> str:

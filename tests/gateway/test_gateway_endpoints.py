@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
-import httpx
 import pytest
-from gateway.running import running
-from gateway.test_gateway_refusals import CHAT, COMPLETION, KEY, NOBODY, refused
+from gateway.running import CHAT, COMPLETION, KEY, NOBODY, refused, running
 from starlette.routing import Route
 
 from echo_trt import __version__
@@ -16,85 +13,13 @@ from echo_trt.errors import UserError
 from echo_trt.gateway.app import create_app
 
 PAGE = "https://page.example"
-RESPONSE = {"model": "echo", "input": "hello"}
-USER = {"role": "user", "content": "x"}
-CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
-TOOL = {"type": "function", "name": "f"}
-SPACE = {"type": "namespace", "name": "space", "tools": [TOOL]}
 PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    with running() as client:
-        yield client
 
 
 @pytest.fixture
 def keys_file(tmp_path):
     (tmp_path / "keys").write_text(KEY)
     return tmp_path / "keys"
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"input": None}, "input"),
-        ({"input": []}, "input"),
-        ({"input": 5}, "input"),
-        ({"input": [USER] * 2049}, "input"),
-        ({"input": [{"type": "reasoning", "id": "r", "summary": []}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "m"}]}, "input.0.type"),
-        ({"input": [{"role": "critic", "content": "x"}]}, "input.0.role"),
-        ({"input": [{"role": "user"}]}, "input.0.content"),
-        ({"input": [USER | {"colour": "red"}]}, "input.0.colour"),
-        ({"input": [USER | {"content": [{"type": "input_image", "image_url": "x"}]}]}, "input.0.content.0"),
-        ({"input": [USER, CALL | {"arguments": "["}], "instructions": "be brief"}, "input.1.arguments"),
-        ({"input": [USER, CALL, CALL | {"call_id": 5}]}, "input.2.call_id"),
-        ({"input": [USER, CALL, {"type": "function_call_output", "call_id": "c"}]}, "input.2.output"),
-        ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"temperature": 3}, "temperature"),
-        ({"store": "x"}, "store"),
-        ({"background": True}, "background"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"conversation": "conv_1"}, "conversation"),
-        ({"truncation": "middle"}, "truncation"),
-        ({"n": 2}, "n"),
-        ({"shared": {}}, "shared"),
-        ({"include": ["file_search_call.results"]}, "include.0"),
-        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"text": {"format": {"type": "xml"}}}, "text.format"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 5}}}, "text.format.schema"),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "tools.0.type"),
-        ({"tools": [TOOL, {"type": "web_search"}], "tool_choice": "required"}, "tools.1.type"),
-        ({"tools": ["f"]}, "tools.0"),
-        ({"tools": [TOOL, SPACE | {"tools": [TOOL | {"x": 1}]}]}, "tools.1.tools.0.x"),
-        ({"tools": [TOOL, SPACE | {"tools": [TOOL, TOOL]}]}, "tools.1.tools.1.name"),
-        ({"tools": [SPACE | {"name": "a" * 128}]}, "tools.0.tools.0.name"),
-        ({"tools": [SPACE | {"tools": [TOOL | {"name": f"f{i}"} for i in range(128)]}, TOOL]}, "tools"),
-        ({"input": [USER, CALL | {"namespace": 5}]}, "input.1.namespace"),
-        ({"tools": [TOOL | {"name": "a b"}]}, "tools.0.name"),
-        ({"tools": [TOOL, TOOL]}, "tools.1.name"),
-        ({"tool_choice": "auto"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
-        ({"metadata": {"a": 1}}, "metadata.a"),
-    ],
-)
-def test_a_response_is_refused_by_the_name_of_its_own_field(client, change, param):
-    sentence = refused(client.post("/v1/responses", json=RESPONSE | change), 400, param)
-    assert param.rpartition(".")[2] in sentence
-    for name in ("messages", "function.", "response_format", "completion"):
-        assert name not in sentence
-
-
-def test_a_response_that_asks_for_nothing_special_goes_to_the_engine(client):
-    free = {"store": False, "background": False, "previous_response_id": None, "truncation": "disabled", "user": "u"}
-    refused(client.post("/v1/responses", json=RESPONSE | free), 503)
-    refused(client.post("/v1/responses", json=RESPONSE | {"model": "gpt"}), 404, "model")
 
 
 def test_the_model_has_all_its_names(tmp_path):
@@ -154,40 +79,6 @@ def test_without_the_option_no_page_may_ask(client):
     assert "Access-Control-Allow-Origin" not in client.get("/version", headers={"Origin": PAGE}).headers
 
 
-@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)])
-def test_best_of_is_n_or_refused(client, path, body):
-    for same in ({"best_of": 1}, {"best_of": 3, "n": 3}, {"best_of": None, "n": 2}, {"best_of": 1, "n": None}):
-        refused(client.post(path, json=body | same), 503)
-    for other in ({"best_of": 3}, {"best_of": 3, "n": 2}, {"best_of": 2, "n": 3}, {"best_of": True}, {"best_of": [1]}):
-        assert "value of n" in refused(client.post(path, json=body | other), 400, "best_of")
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/tokenize", {}, "prompt"),
-        ("/tokenize", {"prompt": "x", "messages": [USER]}, "prompt"),
-        ("/tokenize", {"prompt": 5}, "prompt"),
-        ("/tokenize", {"prompt": "x", "tools": [{}]}, "tools"),
-        ("/tokenize", {"messages": [USER], "add_special_tokens": True}, "add_special_tokens"),
-        ("/tokenize", {"prompt": "x", "return_token_strs": True}, "return_token_strs"),
-        ("/detokenize", {}, "tokens"),
-        ("/detokenize", {"tokens": "x"}, "tokens"),
-        ("/detokenize", {"tokens": [-1]}, "tokens"),
-        ("/detokenize", {"tokens": [True]}, "tokens"),
-        ("/detokenize", {"tokens": [1] * (2**18 + 1)}, "tokens"),
-    ],
-)
-def test_questions_for_tokens_are_refused_by_field(client, path, body, param):
-    refused(client.post(path, json=body), 400, param)
-
-
-def test_tokens_are_the_engines(client):
-    refused(client.post("/tokenize", json={"prompt": "x"}), 503)
-    refused(client.post("/detokenize", json={"tokens": [1]}), 503)
-    refused(client.post("/tokenize", json={"model": "gpt", "prompt": "x"}), 404, "model")
-
-
 def test_the_schema_has_every_path_and_its_references_resolve(client):
     document = client.get("/openapi.json").json()
     assert document["info"]["version"] == __version__
@@ -211,3 +102,15 @@ def test_the_schema_has_every_path_and_its_references_resolve(client):
 
 def test_metrics_come_without_the_engines_where_it_is_away(client):
     assert "echo_gateway_engine_metrics_up 0.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings", "/api/chat", "/v1/messages", "/health/", "/nowhere\u2028" + "x" * 500]
+)
+def test_a_path_that_is_none_is_named_with_those_that_are(client, path):
+    sentence = refused(client.get(path), 404)
+    assert path[:20].split("\u2028")[0] in sentence
+    assert len(sentence) < 400
+    for known in ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/metrics"):
+        assert f"{known}, " in sentence or sentence.endswith(f"{known}.")
+    assert "ollama" not in sentence.lower()

@@ -6,12 +6,11 @@ import json
 import random
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from gateway.running import NOBODY, refused, running
+from gateway.running import CHAT, COMPLETION, KEY, NOBODY, refused, running
 
 from echo_trt.errors import UserError
 from echo_trt.gateway.app import create_app
@@ -19,15 +18,7 @@ from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.schemas import IGNORED, REFUSED, ChatRequest, CompletionRequest
 from echo_trt.serving import client as engine_client
 
-KEY, OTHER_KEY = "sk-0123456789abcdef", "sk-fedcba9876543210"
-CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
-COMPLETION = {"model": "echo", "prompt": "hello"}
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[httpx.Client]:
-    with running() as client:
-        yield client
+OTHER_KEY = "sk-fedcba9876543210"
 
 
 @pytest.fixture
@@ -35,97 +26,6 @@ def keys_file(tmp_path: Path) -> Path:
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}\n\n  {OTHER_KEY}  \n")
     return file
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"temperature": 2.5}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"temperature": True}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 2**40}, "max_tokens"),
-        ({"max_tokens": 1.5}, "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_tokens"),
-        ({"n": 129}, "n"),
-        ({"seed": 2**63}, "seed"),
-        ({"stop": [""]}, "stop.0"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": "yes"}, "stream"),
-        ({"presence_penalty": 2.1}, "presence_penalty"),
-        ({"frequency_penalty": -3}, "frequency_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"logprobs": 5}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-        ({"logit_bias": {"five": 1}}, "logit_bias"),
-        ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
-        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
-        ({"min_tokens": -1}, "min_tokens"),
-        ({"min_tokens": 5, "max_tokens": 2}, "min_tokens"),
-        ({"min_tokens": 5, "max_completion_tokens": 2}, "min_tokens"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"min_p": 1.1}, "min_p"),
-        ({"temprature": 1}, "temprature"),
-        ({"messages": []}, "messages"),
-        ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
-        ({"top_k": -2}, "top_k"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    ],
-)
-def test_a_chat_request_is_refused_by_field(client, change, param):
-    sentence = refused(client.post("/v1/chat/completions", json=CHAT | change), 400, param)
-    assert param.split(".")[0] in sentence
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"prompt": []}, "prompt"),
-        ({"prompt": 5}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": [[1], []]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [[5, 2**31]]}, "prompt"),
-        ({"prompt": ["a"] * 5, "n": 100}, "prompt"),
-        ({"prompt": "a" * 100_000, "n": 11}, "n"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        ({"min_tokens": 17}, "min_tokens"),  # 16 is the limit where none is given
-        ({"best_of": 3}, "best_of"),
-        ({"suffix": "end"}, "suffix"),
-    ],
-)
-def test_a_completion_request_is_refused_by_field(client, change, param):
-    refused(client.post("/v1/completions", json=COMPLETION | change), 400, param)
-
-
-@pytest.mark.parametrize(
-    ("message", "sentence"),
-    [
-        ({"role": "function", "content": "4"}, "role is 'function': functions are not supported by this engine"),
-        ({"role": "assistant", "content": None, "function_call": {}}, "an object of 0: functions are not supported"),
-        ({"role": "user", "content": None}, "content is null: give a string, or parts of type text."),
-        ({"role": "user", "content": []}, "content is a list of 0: give a string, or parts of type text."),
-        ({"role": "user"}, "content is missing."),
-    ],
-)
-def test_what_is_wrong_with_a_message_is_said(client, message, sentence):
-    response = client.post("/v1/chat/completions", json=CHAT | {"messages": [*CHAT["messages"], message]})
-    assert response.status_code == 400
-    assert sentence in response.json()["error"]["message"]
-    assert "messages.1" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -155,12 +55,6 @@ def test_an_engine_that_does_not_answer_is_ill_and_one_that_is_back_is_found_at_
             asked, _ = silent.accept()
             with asked:
                 assert asked.recv(1000)
-
-
-def test_what_a_client_sends_back_of_an_answer_is_accepted(client):
-    earlier = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None, "annotations": []}
-    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-    refused(client.post("/v1/chat/completions", json=CHAT | {"messages": [earlier, parts], "user": "u"}), 503)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +110,7 @@ def test_unknown_models_paths_and_methods(client):
     refused(client.get("/v1/models/gpt"), 404, "model")
     refused(client.get("/v1/models/../../etc/passwd"), 404)
     refused(client.get("/docs"), 404)
-    refused(client.get("/v1/completions"), 405)
+    assert refused(client.get("/v1/completions"), 405) == "'/v1/completions' does not take this method; use POST."
     assert client.get("/v1/completions").headers["Allow"] == "POST"
     assert set(client.post("/health").headers["Allow"].split(", ")) == {"GET", "HEAD"}
     for path in ("/health/", "/metrics/", "/v1/completions/"):

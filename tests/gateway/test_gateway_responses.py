@@ -9,7 +9,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 import tool_models
-from gateway.running import Door, engine_of
+from gateway.running import asked_by_openai
 from pydantic import BaseModel
 
 from echo_trt.commands.build import build
@@ -49,19 +49,10 @@ CHAT_TOOL = {"type": "function", "function": {name: value for name, value in ADD
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Door]:
+def client(tmp_path_factory) -> Iterator[openai.OpenAI]:
     folder = tmp_path_factory.mktemp("responses")
     build(tool_models.write(folder, "thinking"), folder, folder / "bundle")
-    with engine_of(folder / "bundle") as engine:
-        door = Door(engine, names=("tiny/thinker", "echo"))
-        yield door
-        door.kill()
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[openai.OpenAI]:
-    base = f"http://127.0.0.1:{server.openai}/v1"
-    with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=120) as client:
+    with asked_by_openai(folder / "bundle", names=("tiny/thinker", "echo")) as client:
         yield client
 
 
@@ -256,9 +247,9 @@ def test_what_the_engine_refuses_has_the_names_of_these_fields(client):
         assert error.value.param == param, error.value
 
 
-def test_tokens_are_those_of_the_bundles_tokenizer(client, server):
+def test_tokens_are_those_of_the_bundles_tokenizer(client):
     tokenizer = tool_models.qwen3_tokenizer(tool_models.QWEN3_THINKING)
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", timeout=60) as http:
+    with httpx.Client(base_url=str(client.base_url).removesuffix("/v1/"), timeout=60) as http:
 
         def asked(path: str, body: dict[str, Any]) -> dict[str, Any]:
             answer = http.post(path, json=body)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from gateway.running import engine_of, running
+from gateway.running import asked_by_openai
 from pydantic import BaseModel, Field
 
 openai = pytest.importorskip("openai", reason="needs the openai client: pip install openai")
@@ -31,10 +31,8 @@ TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": We
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    with engine_of(DEFAULT) as engine, running(engine) as door:
-        base = f"{door.base_url}/v1"
-        with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=300) as client:
-            yield client
+    with asked_by_openai(DEFAULT) as client:
+        yield client
 
 
 def test_a_pydantic_model_is_parsed(client):

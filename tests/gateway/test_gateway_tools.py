@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tool_models
-from gateway.running import engine_of, running
+from gateway.running import asked_by_openai
 
 from echo_trt.commands.build import build
 from echo_trt.errors import UserError
@@ -51,29 +50,21 @@ def bundle(tmp_path_factory) -> Callable[[str], Path]:
     return get
 
 
-@contextmanager
-def started(bundle: Path) -> Iterator[openai.OpenAI]:
-    with engine_of(bundle) as engine, running(engine) as door:
-        base = f"{door.base_url}/v1"
-        with openai.OpenAI(base_url=base, api_key="any", max_retries=0, timeout=120) as client:
-            yield client
-
-
 @pytest.fixture(scope="module")
 def qwen(bundle) -> Iterator[openai.OpenAI]:
-    with started(bundle("qwen3")) as client:
+    with asked_by_openai(bundle("qwen3")) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def thinking(bundle) -> Iterator[openai.OpenAI]:
-    with started(bundle("thinking")) as client:
+    with asked_by_openai(bundle("thinking")) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def llama(bundle) -> Iterator[openai.OpenAI]:
-    with started(bundle("llama3")) as client:
+    with asked_by_openai(bundle("llama3")) as client:
         yield client
 
 
@@ -276,7 +267,7 @@ def test_a_model_that_does_not_think_says_so(llama):
 @pytest.fixture(scope="module", params=["chatml", "coder"])
 def untaught(request, bundle) -> Iterator[openai.OpenAI]:
     """A model whose template has no tools, and one whose template teaches calls that cannot be read."""
-    with started(bundle(request.param)) as client:
+    with asked_by_openai(bundle(request.param)) as client:
         yield client
 
 
