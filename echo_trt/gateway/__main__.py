@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 import socket
-import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 import uvicorn
+from cyclopts import Parameter
 from starlette.applications import Starlette
 
-from echo_trt.errors import UserError
 from echo_trt.gateway.app import LARGEST_BODY, create_app
 from echo_trt.gateway.connections import Connection, most_connections
+from echo_trt.gateway.options import ApiOptions
+from echo_trt.runtime.options import Port, bounds, command, run_alone
 from echo_trt.serving.protocol import MODEL
 
 
-def run(
-    engine_socket: Annotated[Path, typer.Option(help="The socket of the engine's host.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9000,
-    api_keys_file: Annotated[
-        Path | None, typer.Option("--api-keys-file", "--api-keys", help="A file with one API key a line.")
-    ] = None,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; may be given again. Default: echo.")
-    ] = None,
-    allowed_origins: Annotated[
-        list[str] | None, typer.Option(help="A web page's origin that may ask, * for all; may be given again.")
-    ] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Whether / shows the live page.")] = True,
-    largest_body: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = LARGEST_BODY,
-    drain_seconds: Annotated[int, typer.Option(min=0, help="How long SIGTERM waits for running answers.")] = 60,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GatewayOptions(ApiOptions):
+    """What the gateway's process is asked to do."""
+
+    engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
+    port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
+    largest_body: Annotated[int, Parameter(help="Largest request body in bytes.", validator=bounds(1))] = LARGEST_BODY
+    drain_seconds: Annotated[
+        int, Parameter(help="How long SIGTERM waits for running answers.", validator=bounds(0))
+    ] = 60
+
+
+@command
+def run(options: GatewayOptions) -> int:
     """Serve OpenAI's API for an engine."""
-    names, origins = served_model_name or [MODEL], allowed_origins or []
-    app = create_app(engine_socket, api_keys_file, largest_body, names, origins, page)
-    server = server_of(app, host=host, port=port, timeout_graceful_shutdown=drain_seconds)
+    names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
+    app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
+    server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
     with suppress(KeyboardInterrupt):  # raised once open answers have ended
         server.run()
-    if not server.started:
-        raise typer.Exit(1)
+    return 0 if server.started else 1
 
 
 def server_of(app: Starlette, **options: Any) -> Server:
@@ -72,13 +69,5 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def main() -> None:
-    try:
-        typer.run(run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(run)

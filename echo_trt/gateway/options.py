@@ -4,11 +4,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from echo_trt.errors import UserError
 
 LONGEST = 256  # characters of a name
 _ORIGIN = re.compile(r"\*|https?://[^/\s@?#,]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiOptions:
+    """How the OpenAI API is served. No ``served_model_names``: the default."""
+
+    host: Annotated[str, Parameter(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    api_keys: Annotated[
+        Path | None,
+        Parameter(("--api-keys-file", "--api-keys"), help="Keys that the OpenAI API takes, one per line."),
+    ] = None
+    served_model_names: Annotated[
+        tuple[str, ...],
+        Parameter(
+            "--served-model-name", help="What OpenAI clients call the model; again for more.", show_default=False
+        ),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="A web page's origin that may ask the OpenAI API, * for all; again for more.", show_default=False
+        ),
+    ] = ()
+    page: Annotated[
+        bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
+    ] = True
+
+    @property
+    def api_words(self) -> list[str]:
+        """These options, as the command line of another process has them."""
+        words = [f"--host={self.host}", *(f"--served-model-name={name}" for name in self.served_model_names)]
+        words += [f"--allowed-origins={origin}" for origin in self.allowed_origins]
+        words += [f"--api-keys-file={self.api_keys}"] if self.api_keys else []
+        return words if self.page else [*words, "--no-page"]
 
 
 def checked_names(names: Sequence[str]) -> tuple[str, ...]:

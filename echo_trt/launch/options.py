@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from echo_trt.gateway.options import ApiOptions
 from echo_trt.runtime.options import EngineOptions, Flag, Port, SpecialTokens, bounds
 
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(EngineOptions):
-    """What ``serve`` is asked to do. ``openai_port`` 0: no gateway; no ``served_model_names``: the default."""
+class ServeOptions(ApiOptions, EngineOptions):
+    """What ``serve`` is asked to do. ``openai_port`` 0: no gateway."""
 
-    host: Annotated[str, Parameter(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
     http_port: Annotated[Port | None, Parameter(help="Triton's HTTP endpoint, with --triton. Default: 8000.")] = None
     grpc_port: Annotated[Port | None, Parameter(help="Triton's gRPC endpoint, with --triton. Default: 8001.")] = None
     metrics_port: Annotated[Port | None, Parameter(help="Triton's metrics, with --triton. Default: 8002.")] = None
     openai_port: Annotated[int, Parameter(help="The OpenAI-compatible API; 0 is off.", validator=bounds(0, 65535))] = (
         9000
     )
-    api_keys: Annotated[
-        Path | None,
-        Parameter(("--api-keys-file", "--api-keys"), help="Keys that the OpenAI API takes, one per line."),
-    ] = None
-    served_model_names: Annotated[
-        tuple[str, ...],
-        Parameter(
-            "--served-model-name", help="What OpenAI clients call the model; may be given again.", show_default=False
-        ),
-    ] = ()
-    allowed_origins: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="A web page's origin that may ask the OpenAI API, * for all; again for more.", show_default=False
-        ),
-    ] = ()
     queue: Annotated[int, Parameter(help="Requests that may wait; more are refused.", validator=bounds(1))] = 256
     start_seconds: Annotated[
         int, Parameter("--start-timeout", help="Seconds until the first answer, at most.", validator=bounds(1))
@@ -48,9 +31,6 @@ class ServeOptions(EngineOptions):
         int, Parameter("--drain-timeout", help="Seconds that SIGTERM waits for open answers.", validator=bounds(1))
     ] = 60
     special_tokens_in_content: SpecialTokens = False
-    page: Annotated[
-        bool, Parameter(negative="--no-page", help="Whether / of the OpenAI API's port shows the live page.")
-    ] = True
     triton: Annotated[
         Flag, Parameter(help="Let Triton Inference Server host the engine, with Triton's own HTTP and gRPC.")
     ] = False

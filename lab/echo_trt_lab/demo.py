@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -24,6 +24,7 @@ from echo_trt.commands.generate import GenerateRun
 from echo_trt.commands.sources import legend, wants_colour
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import bounds, run_alone
 from echo_trt.runtime.params import SamplingParams
 from echo_trt_lab.race import compare, meaning, rounding_note
 
@@ -49,10 +50,10 @@ RACES = (
 
 
 def main(
-    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a prompt, at most.")] = 96,
-    bundles: Annotated[Path, typer.Option(help="The folder of both bundles.")] = ROOT / "bundles",
+    max_tokens: Annotated[int, Parameter(validator=bounds(2), help="New tokens a prompt, at most.")] = 96,
+    bundles: Annotated[Path, Parameter(help="The folder of both bundles.")] = ROOT / "bundles",
 ) -> None:
-    raise typer.Exit(demo(bundles, max_tokens, Console(markup=False, emoji=False)))
+    raise SystemExit(demo(bundles, max_tokens, Console(markup=False, emoji=False)))
 
 
 def demo(
@@ -93,4 +94,4 @@ def demo(
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    typer.run(main)
+    run_alone(main)

@@ -32,9 +32,12 @@ from typing import Annotated, Any, Protocol
 
 import httpx
 import numpy as np
-import typer
+import psutil
+from cyclopts import Parameter
 
+from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
+from echo_trt.runtime.options import bounds
 
 SETTLE_S = 2.0  # seconds of a turn before its window; larger: more places are taken when it begins
 READY_S = 300.0  # seconds from a server's start to its first answer, at most
@@ -230,11 +233,21 @@ def started(name: str, command: str) -> Iterator[str]:
                     said = log.read().decode(errors="replace")[-2000:]
                     raise SystemExit(f"error: server {name} has not answered: {said}")
                 time.sleep(0.05)
-            print(f"{name}: first answer after {time.monotonic() - begin:.1f} s", file=sys.stderr)
+            seconds = time.monotonic() - begin
+            print(
+                f"{name}: first answer after {seconds:.1f} s, memory {_mebibytes(process.pid):,.0f} MiB",
+                file=sys.stderr,
+            )
             yield url
         finally:
             process.terminate()
             process.wait()
+
+
+def _mebibytes(pid: int) -> float:
+    """Memory of a process and all below it; what they share counts once."""
+    parent = psutil.Process(pid)
+    return sum(one.memory_full_info().pss for one in (parent, *parent.children(recursive=True))) / 2**20
 
 
 def _with_ports(word: str, ports: Iterator[int]) -> str:
@@ -259,19 +272,19 @@ def _answers(url: str) -> bool:
 
 
 def main(
-    prompts: Annotated[list[Path], typer.Argument(help="JSONL files.")],
-    url: Annotated[list[str] | None, typer.Option(help="A running server; NAME=URL names it.")] = None,
-    server: Annotated[list[str] | None, typer.Option(help="NAME=COMMAND of a server to start.")] = None,
-    streams: Annotated[str, typer.Option(help="Answers open at once, by commas.")] = "1,16,64",
-    seconds: Annotated[float, typer.Option(min=1, help="Of a turn.")] = 15,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every server.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    prompts: Annotated[list[Path], Parameter(help="JSONL files.")],
+    url: Annotated[list[str] | None, Parameter(help="A running server; NAME=URL names it.")] = None,
+    server: Annotated[list[str] | None, Parameter(help="NAME=COMMAND of a server to start.")] = None,
+    streams: Annotated[str, Parameter(help="Answers open at once, by commas.")] = "1,16,64",
+    seconds: Annotated[float, Parameter(validator=bounds(1), help="Of a turn.")] = 15,
+    rounds: Annotated[int, Parameter(validator=bounds(1), help="Turns of every server.")] = 1,
+    max_tokens: Annotated[int, Parameter(validator=bounds(1), help="New tokens of an answer.")] = 64,
+    json_file: Annotated[Path | None, Parameter("--json", help="Write all rows here.")] = None,
 ) -> None:
     texts = [row.text for file in prompts for row in read_prompts(file)]
     urls = dict(one.split("=", 1) if "=" in one.split("//")[0] else (one, one) for one in url or [])
     if not urls and not server:
-        raise typer.BadParameter("give --url of a server that runs, or --server with a command.")
+        raise UserError("give --url of a server that runs, or --server with a command.")
     with ExitStack() as running:
         for one in server or []:
             name, _, command = one.partition("=")
@@ -284,4 +297,4 @@ def main(
         print(f"error: {error}", file=sys.stderr)
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-    raise typer.Exit(1 if errors else 0)
+    raise SystemExit(1 if errors else 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 
 from echo_trt.decoding.goodput import planner as goodput
 from echo_trt.decoding.goodput.learner.fit import Fit
@@ -23,6 +23,7 @@ from echo_trt.decoding.goodput.settings import GoodputTuning
 from echo_trt.decoding.planner import Iteration
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import SamplingParams
 
 TOKENS_A_REQUEST = 8  # verified an iteration
@@ -34,8 +35,8 @@ Nodes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def main(
     bundle: Path,
-    prompts: Annotated[list[Path], typer.Option(help="JSONL; give it again for more, which follow one another")],
-    limit: Annotated[int, typer.Option(help="prompts of each file")] = 48,
+    prompts: Annotated[list[Path], Parameter(help="JSONL; give it again for more, which follow one another")],
+    limit: Annotated[int, Parameter(help="prompts of each file")] = 48,
     batch: int = 4,
     max_tokens: int = 96,
 ) -> None:
@@ -89,4 +90,4 @@ def _loss(model: Acceptance, way: str, iterations: list[Nodes]) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -22,12 +22,14 @@ from typing import Annotated, Any
 
 import psutil
 import torch
-import typer
 import yaml
+from cyclopts import Parameter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+
+from echo_trt.runtime.options import run_alone
 
 END = "<|end|>"
 DRAFT_VOCABULARY = 32000
@@ -86,10 +88,10 @@ class Peaks:
 
 def main(
     shape: Shape,
-    precision: Annotated[str, typer.Option(help="of the bundle")] = "bf16",
+    precision: Annotated[str, Parameter(help="of the bundle")] = "bf16",
     draft: Draft = Draft.eagle3,
-    tied: Annotated[bool, typer.Option(help="output matrix and embedding are one")] = True,
-    folder: Annotated[Path | None, typer.Option(help="keep the checkpoint and the bundle there")] = None,
+    tied: Annotated[bool, Parameter(help="output matrix and embedding are one", negative="--no-tied")] = True,
+    folder: Annotated[Path | None, Parameter(help="keep the checkpoint and the bundle there")] = None,
 ) -> None:
     """Build one shape and print what it took."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -138,7 +140,7 @@ def build(recipe: Path, bundle: Path, precision: str) -> Peaks:
         resident, own = max(resident, memory.rss), max(own, memory.rss - memory.shared)
         time.sleep(SAMPLE_SECONDS)
     if code := process.wait():
-        raise typer.Exit(code)
+        raise SystemExit(code)
     return Peaks(resident, own)
 
 
@@ -243,4 +245,4 @@ def write_tokenizer(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -23,11 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from cpu_peers_parts.servers import ENGINES, Peers, Target, Unavailable
-from cpu_peers_parts.table import markdown
+from cyclopts import Parameter
 
 from echo_trt.bundle.sources import cache_folder
+from echo_trt.errors import UserError
+from echo_trt.runtime.options import run_alone
+from echo_trt_lab.cpu_peers.servers import ENGINES, Peers, Target, Unavailable
+from echo_trt_lab.cpu_peers.table import markdown
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"
@@ -36,22 +38,22 @@ LONG_CHARACTERS = 3000  # of a long prompt, about 800 tokens; larger: fewer requ
 
 
 def main(
-    bundles: Annotated[list[Path], typer.Argument(help="One bundle, or one a precision.")],
-    prompts: Annotated[list[Path] | None, typer.Option(help="JSONL beside the demo's; may be given again.")] = None,
-    engines: Annotated[str, typer.Option(help="By commas.")] = ",".join(ENGINES),
-    batch: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,8,32",
-    requests: Annotated[int, typer.Option(help="Requests an engine, batch and round, at least; two a slot.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds, which are pooled.")] = 3,
-    max_tokens: Annotated[int, typer.Option(help="New tokens a request.")] = 64,
-    long: Annotated[bool, typer.Option(help="Add the long prompts.")] = True,
-    folder: Annotated[Path, typer.Option(help="The peers' environments.")] = ENVIRONMENTS,
-    recipes: Annotated[Path, typer.Option(help="The folder of the bundles' recipe.")] = ROOT / "build",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    bundles: Annotated[list[Path], Parameter(help="One bundle, or one a precision.")],
+    prompts: Annotated[list[Path] | None, Parameter(help="JSONL beside the demo's; may be given again.")] = None,
+    engines: Annotated[str, Parameter(help="By commas.")] = ",".join(ENGINES),
+    batch: Annotated[str, Parameter(help="Requests at once, by commas.")] = "1,8,32",
+    requests: Annotated[int, Parameter(help="Requests an engine, batch and round, at least; two a slot.")] = 32,
+    rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = 3,
+    max_tokens: Annotated[int, Parameter(help="New tokens a request.")] = 64,
+    long: Annotated[bool, Parameter(help="Add the long prompts.", negative="--no-long")] = True,
+    folder: Annotated[Path, Parameter(help="The peers' environments.")] = ENVIRONMENTS,
+    recipes: Annotated[Path, Parameter(help="The folder of the bundles' recipe.")] = ROOT / "build",
+    json_file: Annotated[Path | None, Parameter("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Measure the peers one after another beside ours."""
     names = [name for name in engines.split(",") if name]
     if unknown := [name for name in names if name not in ENGINES]:
-        raise typer.BadParameter(f"--engines names {unknown[0]!r}; choose from {', '.join(ENGINES)}.")
+        raise UserError(f"--engines names {unknown[0]!r}; choose from {', '.join(ENGINES)}.")
     folder.mkdir(parents=True, exist_ok=True)
     files = [DEMO, *(prompts or []), *([_long_prompts(folder)] if long else [])]
     options = ["--batch", batch, "--requests", requests, "--rounds", rounds, "--max-tokens", max_tokens]
@@ -113,4 +115,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

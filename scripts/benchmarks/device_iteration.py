@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -43,6 +43,7 @@ from echo_trt.runtime.answer import Answer
 from echo_trt.runtime.drafters import Eagle3Drafter
 from echo_trt.runtime.levels import LevelsDrafter
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.options import bounds, run_alone
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Emission, Request
 from echo_trt.runtime.slots import Slots, blocks_for
@@ -220,9 +221,9 @@ ORIGINAL = {name: getattr(cuda_levels, name) for name in ("draft_levels", "best_
 
 
 def main(
-    batch: Annotated[str, typer.Option(help="Requests, several by comma.")] = "1,64,256",
-    iterations: Annotated[int, typer.Option(min=1, help="Measured iterations.")] = 60,
-    tokenizer: Annotated[Path, typer.Option(help="The clients' tokenizer.")] = TOKENIZER,
+    batch: Annotated[str, Parameter(help="Requests, several by comma.")] = "1,64,256",
+    iterations: Annotated[int, Parameter(validator=bounds(1), help="Measured iterations.")] = 60,
+    tokenizer: Annotated[Path, Parameter(help="The clients' tokenizer.")] = TOKENIZER,
 ) -> None:
     torch.set_num_threads(1)
     words = Tokenizer.from_file(str(tokenizer))
@@ -239,4 +240,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

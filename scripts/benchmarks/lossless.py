@@ -20,12 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 import echo_trt
 from echo_trt import LLM, Completion, SamplingParams  # these names alone: other commits have them, too
+from echo_trt.runtime.options import run_alone
 
 PLAIN = "autoregressive"
 PAPER = "static,dense,fixed,echo,goodput"
@@ -37,25 +38,23 @@ Texts = dict[str, dict[str, str]]  # policy and batch -> prompt -> SHA-256 of to
 
 def main(
     bundle: Path,
-    prompts: Annotated[list[Path], typer.Option(help="JSONL files")],
-    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8,32",
-    policies: Annotated[str, typer.Option(help="compared with plain decoding, by commas, or all")] = PAPER,
+    prompts: Annotated[list[Path], Parameter(help="JSONL files")],
+    batch: Annotated[str, Parameter(help="batch sizes")] = "1,8,32",
+    policies: Annotated[str, Parameter(help="compared with plain decoding, by commas, or all")] = PAPER,
     max_tokens: int = 128,
-    limit: Annotated[int, typer.Option(help="prompts of each file; 0 for all")] = 0,
+    limit: Annotated[int, Parameter(help="prompts of each file; 0 for all")] = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    budget: Annotated[int, typer.Option(help="K_max a running request, so that trees do not vanish")] = 4,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="let policies find the prompts that plain decoding computed")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="write the rows as JSON")] = None,
-    texts_file: Annotated[Path | None, typer.Option("--texts", help="write the texts' digests as JSON")] = None,
-    same_as: Annotated[Path | None, typer.Option(help="compare the texts with those of --texts")] = None,
-    beside: Annotated[Path | None, typer.Option(help="a checkout of another commit, which is asked first")] = None,
+    budget: Annotated[int, Parameter(help="K_max a running request, so that trees do not vanish")] = 4,
+    prefix_cache: Annotated[bool, Parameter(help="let policies find the prompts that plain decoding computed")] = False,
+    out: Annotated[Path | None, Parameter(help="write the rows as JSON")] = None,
+    texts_file: Annotated[Path | None, Parameter("--texts", help="write the texts' digests as JSON")] = None,
+    same_as: Annotated[Path | None, Parameter(help="compare the texts with those of --texts")] = None,
+    beside: Annotated[Path | None, Parameter(help="a checkout of another commit, which is asked first")] = None,
 ) -> None:
     """Compare and list."""
     if beside:
-        raise typer.Exit(_beside(beside))
+        raise SystemExit(_beside(beside))
     console.print(f"package {Path(echo_trt.__file__).parent}", soft_wrap=True)
     asked = {f"{file.name}:{i}": text for file in prompts for i, text in enumerate(_read(file)[: limit or None])}
     params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(asked))]
@@ -80,7 +79,7 @@ def main(
     if texts_file:
         texts_file.write_text(json.dumps(texts, indent=1) + "\n", encoding="utf-8")
     other = _differing(texts, json.loads(same_as.read_text("utf-8"))) if same_as else 0
-    raise typer.Exit(1 if other or any(row["ties"] < len(row["gaps"]) for row in rows) else 0)
+    raise SystemExit(1 if other or any(row["ties"] < len(row["gaps"]) for row in rows) else 0)
 
 
 def _gap(llm: LLM, prompt: list[int], first: list[int], second: list[int]) -> float:
@@ -152,4 +151,4 @@ def _show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

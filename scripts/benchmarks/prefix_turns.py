@@ -16,11 +16,12 @@ from statistics import mean, median
 from typing import Annotated
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Request
 
@@ -29,9 +30,9 @@ Figures = tuple[int, int, float]  # prompt tokens, those that were computed, sec
 
 def main(
     bundle: Path,
-    conversations: Annotated[Path, typer.Option(help="JSONL file with turns")],
-    limit: Annotated[int, typer.Option(help="conversations, spread over the file")] = 16,
-    max_tokens: Annotated[int, typer.Option(help="of an answer")] = 128,
+    conversations: Annotated[Path, Parameter(help="JSONL file with turns")],
+    limit: Annotated[int, Parameter(help="conversations, spread over the file")] = 16,
+    max_tokens: Annotated[int, Parameter(help="of an answer")] = 128,
 ) -> None:
     """One table: a row a turn."""
     rows = [json.loads(line)["turns"] for line in conversations.read_text(encoding="utf-8").splitlines()]
@@ -76,4 +77,4 @@ def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 import yaml
+from cyclopts import Parameter
 
 from echo_trt.decoding.policies import BUILT_IN as POLICIES
+from echo_trt.errors import UserError
+from echo_trt.runtime.options import run_alone
 from echo_trt_lab.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
@@ -74,16 +76,16 @@ Run = dict[str, Any]
 
 
 def main(
-    bundle: Annotated[Path | None, typer.Argument(help="The bundle to measure.")] = None,
-    prompts: Annotated[list[Path] | None, typer.Option(help="JSONL beside the demo's; may be given again.")] = None,
-    requests: Annotated[int, typer.Option(help="Requests a policy, batch and round, at least.")] = REQUESTS,
-    rounds: Annotated[int, typer.Option(help="Rounds, which are pooled.")] = ROUNDS,
-    max_tokens: Annotated[int, typer.Option(help="New tokens a request.")] = MAX_TOKENS,
-    lossless: Annotated[Path | None, typer.Option(help="The bundle in fp32 whose texts are compared.")] = None,
-    stored: Annotated[Path | None, typer.Option("--from", help="Render this run again and measure nothing.")] = None,
+    bundle: Annotated[Path | None, Parameter(help="The bundle to measure.")] = None,
+    prompts: Annotated[list[Path] | None, Parameter(help="JSONL beside the demo's; may be given again.")] = None,
+    requests: Annotated[int, Parameter(help="Requests a policy, batch and round, at least.")] = REQUESTS,
+    rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = ROUNDS,
+    max_tokens: Annotated[int, Parameter(help="New tokens a request.")] = MAX_TOKENS,
+    lossless: Annotated[Path | None, Parameter(help="The bundle in fp32 whose texts are compared.")] = None,
+    stored: Annotated[Path | None, Parameter("--from", help="Render this run again and measure nothing.")] = None,
 ) -> None:
     if (bundle is None) == (stored is None):
-        raise typer.BadParameter("give a bundle to measure, or --from with a stored run.")
+        raise UserError("give a bundle to measure, or --from with a stored run.")
     if stored:
         run = json.loads(stored.read_text())
     else:
@@ -338,4 +340,4 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -12,10 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import SamplingParams
 
 PLAIN = "autoregressive"
@@ -24,9 +25,9 @@ COMPANY = (0, 0, 1, 3)
 
 def main(
     bundles: list[Path],
-    prompts: Annotated[Path, typer.Option(help="JSONL file")] = Path(__file__).parents[1] / "demo_prompts.jsonl",
-    limit: Annotated[int, typer.Option(help="prompts, spread over the file; 0 for all")] = 10,
-    max_tokens: Annotated[int, typer.Option(help="of an answer")] = 48,
+    prompts: Annotated[Path, Parameter(help="JSONL file")] = Path(__file__).parents[1] / "demo_prompts.jsonl",
+    limit: Annotated[int, Parameter(help="prompts, spread over the file; 0 for all")] = 10,
+    max_tokens: Annotated[int, Parameter(help="of an answer")] = 48,
     temperatures: str = "0,0.8,1",
     policies: str = "goodput,goodput-exact",
     seed: int = 11,
@@ -65,4 +66,4 @@ def answers(llm: LLM, prompts: list[list[int]], number: int, params: SamplingPar
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -9,7 +9,7 @@ import time
 from typing import Annotated
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +26,7 @@ from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.planner import RECENT, Load
 from echo_trt.decoding.policies import make_planner
 from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.runtime.options import run_alone
 
 LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
 GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each
@@ -101,7 +102,7 @@ def measure(name: str, requests: int, budget: int, repeats: int) -> tuple[np.nda
     return np.array(seconds), len(tree)
 
 
-def main(repeats: Annotated[int, typer.Option(help="iterations of each load")] = 300) -> None:
+def main(repeats: Annotated[int, Parameter(help="iterations of each load")] = 300) -> None:
     """Python time of one iteration at several loads, and how it grows with the batch."""
     console = Console()
     for name in POLICIES:
@@ -126,4 +127,4 @@ def _show(console: Console, name: str, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

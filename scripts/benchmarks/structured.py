@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
-import typer
+from cyclopts import Parameter
 
 from echo_trt.decoding.planner import Planner
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import SamplingParams
 
 PROMPTS = Path(__file__).with_name("structured_prompts.jsonl")
@@ -71,11 +72,11 @@ def variants(llm: LLM) -> list[Variant]:
 
 def main(
     bundle: Path,
-    prompts: Annotated[Path, typer.Option(help="JSONL: prompt and structured a line")] = PROMPTS,
+    prompts: Annotated[Path, Parameter(help="JSONL: prompt and structured a line")] = PROMPTS,
     batches: str = "1,4,8",
     rounds: int = 3,
     max_tokens: int = 96,
-    limit: Annotated[int, typer.Option(help="prompts, spread over the file; 0 for all")] = 0,
+    limit: Annotated[int, Parameter(help="prompts, spread over the file; 0 for all")] = 0,
 ) -> None:
     """One row for each batch and variant."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in prompts.read_text().splitlines()]
@@ -103,4 +104,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import typer
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from echo_trt.files.prompts import read_prompts
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.loop import Loop
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import SamplingParams
 from echo_trt.runtime.request import Request
 from echo_trt_lab.benchmark.closed_loop import run_side_by_side
@@ -101,10 +102,10 @@ class Swing:
 
 def main(
     bundle: Path,
-    prompts: Annotated[list[Path], typer.Option(help="JSONL files")],
-    levels: Annotated[str, typer.Option(help="requests at once, one after the other")] = "1,48,1",
-    policies: Annotated[str, typer.Option(help="compared with plain decoding")] = "static,echo,goodput",
-    each: Annotated[int, typer.Option(help="counted tokens of a level, a request of it")] = 256,
+    prompts: Annotated[list[Path], Parameter(help="JSONL files")],
+    levels: Annotated[str, Parameter(help="requests at once, one after the other")] = "1,48,1",
+    policies: Annotated[str, Parameter(help="compared with plain decoding")] = "static,echo,goodput",
+    each: Annotated[int, Parameter(help="counted tokens of a level, a request of it")] = 256,
     max_tokens: int = 128,
 ) -> None:
     """One table: a row a policy, its tokens/s and ratio at each level, and how fast it adapted."""
@@ -126,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -20,7 +20,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
-import typer
+from cyclopts import Parameter
+
+from echo_trt.errors import UserError
+from echo_trt.runtime.options import bounds, run_alone
 
 VIEWERS = (0, 1, 10)
 SETTLE_S = 1.5  # between a change of viewers and the window; larger: cleaner windows, a longer run
@@ -60,7 +63,7 @@ def gateway_at(url: str) -> psutil.Process:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             return psutil.Process(connection.pid)
-    raise typer.BadParameter(f"no process of this machine listens at port {port}; start echo-trt serve here.")
+    raise UserError(f"no process of this machine listens at port {port}; start echo-trt serve here.")
 
 
 async def stream(client: httpx.AsyncClient, number: int) -> None:
@@ -132,10 +135,10 @@ async def measure(url: str, streams: int, rounds: int, seconds: float) -> dict[i
 
 
 def main(
-    url: Annotated[str, typer.Argument(help="The gateway's.")],
-    streams: Annotated[int, typer.Option(min=1, help="Requests open at once.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Windows for each number of viewers.")] = 9,
-    seconds: Annotated[float, typer.Option(min=1, help="Of a window.")] = 8.0,
+    url: Annotated[str, Parameter(help="The gateway's.")],
+    streams: Annotated[int, Parameter(validator=bounds(1), help="Requests open at once.")] = 32,
+    rounds: Annotated[int, Parameter(validator=bounds(1), help="Windows for each number of viewers.")] = 9,
+    seconds: Annotated[float, Parameter(validator=bounds(1), help="Of a window.")] = 8.0,
 ) -> None:
     windows = asyncio.run(measure(url, streams, rounds, seconds))
     print(f"{streams} streams, {rounds} rounds of {seconds:g} s")
@@ -155,4 +158,4 @@ def mean(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

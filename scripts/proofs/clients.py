@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
+
+from echo_trt.runtime.options import run_alone
 
 PARTS = Path(__file__).with_name("clients_parts")
 
@@ -48,13 +50,13 @@ CLIENTS = {
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="where the clients are installed, and kept")],
-    url: Annotated[str, typer.Option(help="of the OpenAI-compatible API")] = "http://127.0.0.1:9000",
-    grpc: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC endpoint")] = "127.0.0.1:8001",
-    http: Annotated[str, typer.Option(help="HOST:PORT of Triton's HTTP endpoint")] = "127.0.0.1:8000",
+    folder: Annotated[Path, Parameter(help="where the clients are installed, and kept")],
+    url: Annotated[str, Parameter(help="of the OpenAI-compatible API")] = "http://127.0.0.1:9000",
+    grpc: Annotated[str, Parameter(help="HOST:PORT of Triton's gRPC endpoint")] = "127.0.0.1:8001",
+    http: Annotated[str, Parameter(help="HOST:PORT of Triton's HTTP endpoint")] = "127.0.0.1:8000",
     model: str = "echo",
-    tokenizer: Annotated[Path, typer.Option(help="folder with the model's tokenizer, such as the bundle")] = Path("."),
-    only: Annotated[str, typer.Option(help="clients, by commas")] = ",".join(CLIENTS),
+    tokenizer: Annotated[Path, Parameter(help="folder with the model's tokenizer, such as the bundle")] = Path("."),
+    only: Annotated[str, Parameter(help="clients, by commas")] = ",".join(CLIENTS),
 ) -> None:
     """One row for each client and feature."""
     facts = {"URL": url, "GRPC": grpc, "HTTP": http, "MODEL": model, "TOKENIZER": str(tokenizer.resolve())}
@@ -100,4 +102,4 @@ def _node(client: Client, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

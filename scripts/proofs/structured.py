@@ -17,13 +17,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from echo_trt.grammar.compiler import Compiler
 from echo_trt.grammar.state import State, Tokens
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import run_alone
 from echo_trt.runtime.params import Completion, SamplingParams
 
 PLAIN = "autoregressive"
@@ -42,15 +43,15 @@ class Case:
 
 def main(
     bundle: Path,
-    schemas: Annotated[Path, typer.Option(help="JSON list of id, schema and sentence")] = SCHEMAS,
-    limit: Annotated[int, typer.Option(help="schemas, spread over the file; 0 for all")] = 0,
-    policies: Annotated[str, typer.Option(help="compared with plain decoding")] = (
+    schemas: Annotated[Path, Parameter(help="JSON list of id, schema and sentence")] = SCHEMAS,
+    limit: Annotated[int, Parameter(help="schemas, spread over the file; 0 for all")] = 0,
+    policies: Annotated[str, Parameter(help="compared with plain decoding")] = (
         "autoregressive,goodput,goodput-exact,echo"
     ),
-    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
-    temperatures: Annotated[str, typer.Option(help="0 is greedy; others are seeded")] = "0,0.8",
-    max_tokens: Annotated[int, typer.Option(help="of an answer")] = 64,
-    budget: Annotated[int, typer.Option(help="K_max a running request, so that trees do not vanish")] = 4,
+    batch: Annotated[str, Parameter(help="batch sizes")] = "1,8",
+    temperatures: Annotated[str, Parameter(help="0 is greedy; others are seeded")] = "0,0.8",
+    max_tokens: Annotated[int, Parameter(help="of an answer")] = 64,
+    budget: Annotated[int, Parameter(help="K_max a running request, so that trees do not vanish")] = 4,
 ) -> None:
     """One row for each policy, batch size and temperature."""
     rows = json.loads(schemas.read_text(encoding="utf-8"))
@@ -135,4 +136,4 @@ def _multiple(_validator: object, step: float, instance: object, _schema: object
 Validator = extend(Draft202012Validator, {"multipleOf": _multiple})
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -35,6 +35,7 @@ from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder, load_eagle3
 from echo_trt.runtime.llm import LLM
+from echo_trt.runtime.options import DEFAULTS, bounds, run_alone
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
 from echo_trt_lab.training.features import missing_features, write_features
@@ -42,16 +43,16 @@ from echo_trt_lab.training.head import block_config_of, feature_scale, head_conf
 from echo_trt_lab.training.loop import Recipe, Trainer, load_state
 from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+app = App(help_flags=["--help"], version_flags=[], default_parameter=DEFAULTS, help=__doc__.splitlines()[0])
 console = Console()
 DEFAULT = Recipe(minutes=45)
 DRAFT_VOCAB = 8192
 
 
-@app.command()
+@app.command
 def init(
-    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
-    out: Annotated[Path, typer.Option(help="folder for the head")],
+    target: Annotated[Path, Parameter(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    out: Annotated[Path, Parameter(help="folder for the head")],
 ) -> None:
     """Write a head that has learnt nothing, for the first bundle of a target that has none."""
     checkpoint = open_checkpoint(target)
@@ -64,14 +65,14 @@ def init(
     console.print(f"{out}: build a recipe with it as draft.source.path, then generate", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="the target's bundle, with an eagle3 draft of any quality")],
-    prompts: Annotated[Path, typer.Option(help="JSONL: id and prompt a line, in random order")],
-    data: Annotated[Path, typer.Option(help="folder for shard-*.npz; a later run goes on where this one ends")],
-    batch: Annotated[int, typer.Option(help="requests at once")] = 48,
-    max_tokens: Annotated[int, typer.Option(help="new tokens of an answer, at most")] = 224,
-    per_shard: Annotated[int, typer.Option(help="prompts of a file")] = 256,
+    bundle: Annotated[Path, Parameter(help="the target's bundle, with an eagle3 draft of any quality")],
+    prompts: Annotated[Path, Parameter(help="JSONL: id and prompt a line, in random order")],
+    data: Annotated[Path, Parameter(help="folder for shard-*.npz; a later run goes on where this one ends")],
+    batch: Annotated[int, Parameter(help="requests at once")] = 48,
+    max_tokens: Annotated[int, Parameter(help="new tokens of an answer, at most")] = 224,
+    per_shard: Annotated[int, Parameter(help="prompts of a file")] = 256,
 ) -> None:
     """Let the target answer prompts, greedily and sampled."""
     llm = LLM(bundle, batch=batch, prefix_cache=False)  # features of every prompt token are recorded
@@ -79,32 +80,34 @@ def generate(
         write_answers(llm, record(llm, bundle), read_prompts(prompts), data, max_tokens, per_shard, report)
 
 
-@app.command()
+@app.command
 def train(
-    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
-    data: Annotated[Path, typer.Option(help="folder of shard-*.npz with text that the target generated")],
-    out: Annotated[Path, typer.Option(help="folder for the head and its training state")],
-    minutes: Annotated[float, typer.Option(help="training time, earlier runs included where it resumes")] = 45,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last save in --out")] = False,
-    start: Annotated[Path | None, typer.Option(help="begin with this head, not with the target's last layer")] = None,
+    target: Annotated[Path, Parameter(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[Path, Parameter(help="folder of shard-*.npz with text that the target generated")],
+    out: Annotated[Path, Parameter(help="folder for the head and its training state")],
+    minutes: Annotated[float, Parameter(help="training time, earlier runs included where it resumes")] = 45,
+    resume: Annotated[bool, Parameter(help="go on from the last save in --out")] = False,
+    start: Annotated[Path | None, Parameter(help="begin with this head, not with the target's last layer")] = None,
     draft_vocab: Annotated[
-        int | None, typer.Option(help="how many of the target's tokens the head can draft; 8192, or those of --start")
+        int | None, Parameter(help="how many of the target's tokens the head can draft; 8192, or those of --start")
     ] = None,
     intermediate_size: Annotated[
-        int | None, typer.Option(min=1, help="of the head's MLP; the target's, or that of --start, which it may exceed")
+        int | None,
+        Parameter(validator=bounds(1), help="of the MLP; the target's, or that of --start, which it may exceed"),
     ] = None,
     block: Annotated[
-        int | None, typer.Option(min=2, help="train a block drafter (P-EAGLE) of so many rows a pass, not a head")
+        int | None,
+        Parameter(validator=bounds(2), help="train a block drafter (P-EAGLE) of so many rows per pass"),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="at its peak")] = DEFAULT.learning_rate,
-    loss_rows: Annotated[int, typer.Option(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
-    unroll_steps: Annotated[int, typer.Option(help="length of a training chain")] = DEFAULT.unroll_steps,
-    unroll_from: Annotated[float, typer.Option(help="share of the time when chains begin")] = DEFAULT.unroll_from,
-    max_length: Annotated[int, typer.Option(help="leave out samples with more tokens")] = 2048,
-    save_every: Annotated[float, typer.Option(help="minutes between two saves")] = DEFAULT.save_every,
-    seed: Annotated[int, typer.Option(help="of the warm start")] = 0,
-    fp32: Annotated[bool, typer.Option("--fp32", help="no bfloat16 in the head's arithmetic")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    learning_rate: Annotated[float, Parameter(help="at its peak")] = DEFAULT.learning_rate,
+    loss_rows: Annotated[int, Parameter(help="response tokens in a step, at least")] = DEFAULT.loss_rows,
+    unroll_steps: Annotated[int, Parameter(help="length of a training chain")] = DEFAULT.unroll_steps,
+    unroll_from: Annotated[float, Parameter(help="share of the time when chains begin")] = DEFAULT.unroll_from,
+    max_length: Annotated[int, Parameter(help="leave out samples with more tokens")] = 2048,
+    save_every: Annotated[float, Parameter(help="minutes between two saves")] = DEFAULT.save_every,
+    seed: Annotated[int, Parameter(help="of the warm start")] = 0,
+    fp32: Annotated[bool, Parameter(help="no bfloat16 in the head's arithmetic")] = False,
+    device: Annotated[str, Parameter(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Train a head, writing config.json and model.safetensors in Hugging Face's layout."""
     torch.manual_seed(seed)
@@ -134,12 +137,12 @@ def train(
     console.print(f"{out}: step {trainer.step}, held out: {agreement}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command
 def ngrams(
-    target: Annotated[Path, typer.Option(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
-    data: Annotated[list[Path], typer.Option(help="folder of shard-*.npz; give it again for more")],
-    out: Annotated[Path, typer.Option(help="the .npz, which a recipe names as draft.ngrams")],
-    start: Annotated[Path | None, typer.Option(help="an earlier .npz, for contexts of no answer")] = None,
+    target: Annotated[Path, Parameter(help="the target's checkpoint: a Hugging Face folder or a .gguf file")],
+    data: Annotated[list[Path], Parameter(help="folder of shard-*.npz; give it again for more")],
+    out: Annotated[Path, Parameter(help="the .npz, which a recipe names as draft.ngrams")],
+    start: Annotated[Path | None, Parameter(help="an earlier .npz, for contexts of no answer")] = None,
 ) -> None:
     """Write down what the target usually says after a few tokens, for drafts to go on with."""
     checkpoint = open_checkpoint(target)
@@ -229,13 +232,5 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
         yield lambda share, text: bar.update(task, completed=share, note=text)
 
 
-def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        console.print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_alone(app)
