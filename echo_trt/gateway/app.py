@@ -36,6 +36,7 @@ from echo_trt.gateway.responses.request import ResponsesRequest
 from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
 from echo_trt.gateway.served import check_model, models, one_model
 from echo_trt.gateway.tokens import detokenize, tokenize
+from echo_trt.gateway.turns import Turn
 from echo_trt.runtime.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
 from echo_trt.serving.client import Client, EngineError
 from echo_trt.serving.protocol import MODEL
@@ -173,18 +174,9 @@ async def _answer(request: Request, asked: ChatRequest | CompletionRequest) -> R
     else:
         chat, prompts, names = None, asked.inputs(), asked.names
         await _check_echo(asked, prompts, state.client)
-    pieces, choices = _pieces(request, asked, info, prompts, names), len(prompts) * asked.n
-    answer = Answer(
-        [chat.turn() for _ in range(choices)] if chat else [],
-        asked.model,
-        choices,
-        asked.n,
-        state.metrics,
-        wants_usage=asked.wants_usage,
-        wants_running_usage=asked.wants_running_usage,
-        wants_logprobs=asked.alternatives is not None,
-        wants_sources=asked.token_sources,
-    )
+    pieces = _pieces(request, asked, info, prompts, names)
+    turns = [chat.turn() if chat else Turn() for _ in range(len(prompts) * asked.n)]
+    answer = Answer(asked, turns, state.metrics)
     if not asked.stream:
         return JSONResponse(await answer.whole(pieces))
     first = await anext(pieces)

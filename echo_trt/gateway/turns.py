@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from collections.abc import Callable, Iterator
@@ -14,15 +15,24 @@ Delta = dict[str, Any]
 
 
 class Turn:
-    """Takes pieces as they come. The deltas joined are the same however the text is cut."""
+    """One choice: takes pieces as they come. The deltas joined are the same however the text is cut.
+
+    content, thought, calls           of the text so far
+    logprobs, sources                 entries of tokens, until ``take_details``
+    finish_reason and numbers of tokens  once the last piece has come
+    """
 
     def __init__(self, thought: ThinkTokens | None = None, parser: Parser | None = None):
         self._thought = _Thought(thought) if thought else None
         self._closing_token = thought.closing_token if thought else -1
         self._parser = parser
         self._first, self._closed = True, False
-        self.reasoning_tokens = 0
-        self.calls = 0
+        self.content = self.thought = ""
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.sources: list[dict[str, Any]] = []
+        self.finish_reason = ""  # OpenAI's word
+        self.reasoning_tokens = self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
 
     @property
     def thinks(self) -> bool:
@@ -43,33 +53,50 @@ class Turn:
                 deltas += self._said(reasoning, text)
             if self._parser:
                 deltas += map(self._delta, self._parser.finish())
+            self.finish_reason = "tool_calls" if self.calls and piece.finish_reason == "stop" else piece.finish_reason
+            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+            self.completion_tokens = piece.completion_tokens
         if self._thought:
             self._count(piece)
+        self.logprobs += json.loads(piece.logprobs or "[]")
+        self.sources += json.loads(piece.sources or "[]")
         return deltas
 
-    def reason(self, reason: str) -> str:
-        """OpenAI's word for the end, where the engine's is ``reason``."""
-        return "tool_calls" if self.calls and reason == "stop" else reason
+    def take_details(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the entries of log-probabilities and of sources since the last call."""
+        logprobs, sources, self.logprobs, self.sources = self.logprobs, self.sources, [], []
+        return logprobs, sources
+
+    def message(self) -> dict[str, Any]:
+        """Return OpenAI's message. Content is null where there is something else instead."""
+        other: dict[str, Any] = {"tool_calls": self.calls} if self.calls else {}
+        if self.thought:
+            other |= {"reasoning_content": self.thought, "reasoning": self.thought}
+        content = self.content if self.content or not other else None
+        return {"role": "assistant", "content": content, "refusal": None, **other}
 
     def _said(self, reasoning: bool, text: str) -> Iterator[Delta]:
         if reasoning and text:
+            self.thought += text
             yield {"reasoning_content": text, "reasoning": text}
         elif self._parser:
             yield from map(self._delta, self._parser.push(text))
         elif text:
-            yield {"content": text}
+            yield self._delta(Content(text))
 
     def _delta(self, event: Event) -> Delta:
         if isinstance(event, Content):
+            self.content += event.text
             return {"content": event.text}
         if isinstance(event, Call):
-            self.calls += 1
-            function = {"name": event.name, "arguments": ""}
-            call = {"id": _call_id(), "type": "function", "function": function}
+            call: dict[str, Any] = {"id": _call_id(), "type": "function"}
+            self.calls.append(call | {"function": {"name": event.name, "arguments": ""}})
+            call["function"] = {"name": event.name, "arguments": ""}
         else:
             assert isinstance(event, Arguments)
+            self.calls[-1]["function"]["arguments"] += event.text
             call = {"function": {"arguments": event.text}}
-        return {"tool_calls": [{"index": self.calls - 1, **call}]}
+        return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
 
     def _count(self, piece: Piece) -> None:
         """Count the tokens up to the mark that closes the thought, in so far as there was one."""
@@ -80,31 +107,6 @@ class Turn:
             self.reasoning_tokens += last
         if piece.finish_reason and not self._thought.thought:
             self.reasoning_tokens = 0
-
-
-class Message:
-    """Deltas joined."""
-
-    def __init__(self) -> None:
-        self.content = self._thought = ""
-        self._calls: list[dict[str, Any]] = []
-
-    def add(self, delta: Delta) -> None:
-        self.content += delta.get("content", "")
-        self._thought += delta.get("reasoning", "")
-        for call in delta.get("tool_calls", ()):
-            if "id" in call:
-                self._calls.append({key: call[key] for key in ("id", "type", "function")})
-            else:
-                self._calls[-1]["function"]["arguments"] += call["function"]["arguments"]
-
-    def body(self) -> dict[str, Any]:
-        """OpenAI's message. Content is null where there is something else instead."""
-        other: dict[str, Any] = {"tool_calls": self._calls} if self._calls else {}
-        if self._thought:
-            other |= {"reasoning_content": self._thought, "reasoning": self._thought}
-        content = self.content if self.content or not other else None
-        return {"role": "assistant", "content": content, "refusal": None, **other}
 
 
 class _Thought:

@@ -140,9 +140,10 @@ class State:
         _check(self.free)
         if np.count_nonzero(mask) == 1 and tokens.spell:
             # llguidance forces the name of an added token as that token, which it then refuses: no text writes it.
-            forced = self.free.compute_ff_bytes().decode("utf-8", "ignore")
             only = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
-            if forced and not any(self.free.validate_tokens([token]) for token in only):
+            if not any(self.free.validate_tokens([token]) for token in only) and (
+                forced := self.free.compute_ff_bytes().decode("utf-8", "ignore")
+            ):
                 mask = tokens.bits(tokens.spell(forced)[:1])
         return mask | tokens.bits([thought.opens]) if thought else mask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -11,8 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from echo_trt.bundle.manifest import Manifest, read_manifest
-from echo_trt.decoding.policies import policy_named
 from echo_trt.errors import UserError
 from echo_trt.gateway.keys import Keys
 from echo_trt.gateway.options import checked_names, checked_origins
@@ -35,9 +34,8 @@ def run(job: ServeOptions) -> int:
     Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
     """
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
-    manifest = _check(job)
-    names = job.served_model_names or (MODEL, manifest.recipe.target.hub or manifest.name)
-    job = replace(job, served_model_names=checked_names(names))
+    _check(job)
+    job = replace(job, served_model_names=checked_names(job.served_model_names or (MODEL, _name(job.bundle))))
     server = find_server() if job.triton else None
     remove_folders(Path(tempfile.gettempdir()))
     try:
@@ -46,14 +44,25 @@ def run(job: ServeOptions) -> int:
         remove_regions()
 
 
-def _check(job: ServeOptions) -> Manifest:
-    """Returns the bundle's. Raises UserError."""
+def _name(bundle: Path) -> str:
+    """Return the target's name, or the bundle's. Raises UserError.
+
+    Reads no more of the manifest, which the engine checks: importing what checks it would take half a second.
+    """
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+        return str(manifest["recipe"]["target"].get("hub") or manifest["name"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        from echo_trt.bundle.manifest import read_manifest
+
+        return read_manifest(bundle).name
+
+
+def _check(job: ServeOptions) -> None:
+    """Raise UserError for options that cannot be served."""
     if job.given_triton_ports and not job.triton:
         option = job.given_triton_ports[0]
         raise UserError(f"{option} is a port of Triton's, which is not started; add --triton, or leave the port out.")
-    manifest = read_manifest(job.bundle)
-    if job.policy:
-        policy_named(job.policy, "--policy")
     wanted = job.ports
     if not wanted:
         raise UserError("--openai-port is 0 and --triton is not given, so nothing would be served; change one of them.")
@@ -69,7 +78,6 @@ def _check(job: ServeOptions) -> Manifest:
     if job.api_keys:
         Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
     checked_origins(job.allowed_origins)
-    return manifest
 
 
 def _address(host: str, family: socket.AddressFamily) -> str:

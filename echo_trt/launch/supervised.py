@@ -91,7 +91,9 @@ class Supervised(ABC):
         """Return the fault, in a clause, or None."""
         if not self.process.alive and not self.serving:
             troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
-            return next(filter(None, troubles), None) or f"{self.name} did not start: {self.process.reason()}"
+            reason = self.process.reason()
+            mistake = self.process.exit_code == 2  # the user's, which the reason tells as a whole
+            return next(filter(None, troubles), None) or (reason if mistake else f"{self.name} did not start: {reason}")
         if not self.process.alive:
             return f"{self.name} has died"
         if self._watch and self._watch.silent:

@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.costs import CostTable, CurveTable, HingeTable
@@ -133,6 +132,8 @@ def _measured(networks: Networks, run: Callable, seconds: float) -> CurveTable:
     straight = float(np.interp(bushy * NODES, sizes, base)) + per_context * bushy * long
     per_node = max(tree - straight, 0.0) / (bushy * (NODES - 1) * long)
     often = np.isfinite(taken).sum(axis=0)[: len(sizes)]
+    from scipy.optimize import isotonic_regression  # which takes long to import
+
     monotone = np.maximum(isotonic_regression(base, weights=often).x, 1e-6)
     return CurveTable(
         sizes=sizes, seconds=[round(t, 7) for t in monotone.tolist()], per_context=per_context, per_node=per_node

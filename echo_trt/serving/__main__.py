@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from echo_trt.backends import base
+from echo_trt.decoding.policies import policy_named
 from echo_trt.runtime.llm import LLM
 from echo_trt.runtime.options import EngineOptions, SpecialTokens, command, run_alone
 from echo_trt.serving.host import Host
@@ -36,6 +40,9 @@ class HostOptions(EngineOptions):
 def run(options: HostOptions) -> int:
     """Open a bundle and answer on a socket until SIGTERM; open answers finish."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if options.policy:
+        policy_named(options.policy, "--policy")
+    base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
     llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory)
     log.info(llm.pool.warning or llm.pool.sentence)
@@ -55,5 +62,14 @@ def run(options: HostOptions) -> int:
     return 0 if sound else 1
 
 
+def main() -> None:
+    """Run, and end the process as ``base.ends_at_once`` promises."""
+    try:
+        run_alone(run)
+    except SystemExit as end:
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
 if __name__ == "__main__":
-    run_alone(run)
+    main()

@@ -95,7 +95,8 @@ class Host:
         self._loop = asyncio.get_running_loop()
         server = await asyncio.start_unix_server(self._connected, path)
         path.chmod(0o600)  # for its user alone
-        flushed = told = 0.0
+        self._metrics.flush(self._service.statistics())
+        flushed = told = time.monotonic()
         try:
             while self._service.alive and not (stop.is_set() and self._drained()):
                 await asyncio.sleep(BEAT)

@@ -32,6 +32,7 @@ from typing import Annotated, Any, Protocol
 
 import httpx
 import numpy as np
+import psutil
 from cyclopts import Parameter
 
 from echo_trt.errors import UserError
@@ -232,11 +233,21 @@ def started(name: str, command: str) -> Iterator[str]:
                     said = log.read().decode(errors="replace")[-2000:]
                     raise SystemExit(f"error: server {name} has not answered: {said}")
                 time.sleep(0.05)
-            print(f"{name}: first answer after {time.monotonic() - begin:.1f} s", file=sys.stderr)
+            seconds = time.monotonic() - begin
+            print(
+                f"{name}: first answer after {seconds:.1f} s, memory {_mebibytes(process.pid):,.0f} MiB",
+                file=sys.stderr,
+            )
             yield url
         finally:
             process.terminate()
             process.wait()
+
+
+def _mebibytes(pid: int) -> float:
+    """Memory of a process and all below it; what they share counts once."""
+    parent = psutil.Process(pid)
+    return sum(one.memory_full_info().pss for one in (parent, *parent.children(recursive=True))) / 2**20
 
 
 def _with_ports(word: str, ports: Iterator[int]) -> str:

@@ -23,13 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from cpu_peers_parts.servers import ENGINES, Peers, Target, Unavailable
-from cpu_peers_parts.table import markdown
 from cyclopts import Parameter
 
 from echo_trt.bundle.sources import cache_folder
 from echo_trt.errors import UserError
 from echo_trt.runtime.options import run_alone
+from echo_trt_lab.cpu_peers.servers import ENGINES, Peers, Target, Unavailable
+from echo_trt_lab.cpu_peers.table import markdown
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "scripts" / "demo_prompts.jsonl"

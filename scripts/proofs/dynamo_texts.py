@@ -86,7 +86,7 @@ def all_at_once(ask: Callable[[str, int], str]) -> Texts:
 
 def by_triton(bundle: Path, folder: Path, tokens: int) -> dict[str, Texts]:
     """Triton's own endpoint, and the gateway before it."""
-    served = Served(bundle, folder / "triton", gateway=True).wait_for("serving", 300)
+    served = Served(bundle, folder / "triton", triton=True).wait_for("serving", 300)
 
     def triton(kind: str, i: int) -> str:
         asked = {"text_input": CHATS[i][0]["content"], "chat": True, "max_tokens": tokens, **sampling(kind, i)}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from driving import Foresight, add, assert_all_free, prompt_ids, run
 from models.checkpoints import qwen3_moe
-from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, block_inputs, roles_of
+from pairs import DECODING, LIMITS, NATIVE_ROWS, VOCAB, roles_of
+from random_calls import Script, inputs_for
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
@@ -12,7 +13,6 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.commands.build import block_facts
 from echo_trt.decoding.pack import BLOCK, pack
 from echo_trt.decoding.policies import make_planner, reserve_for
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.roles import BlockRole, HeadRole, TargetRole
 from echo_trt.models.weights import load_decoder
@@ -53,49 +53,22 @@ class Conversation:
 
     def __init__(self, role, engines, slots, seed):
         self.role, self.engines, self.slots = role, engines, slots
-        self.past = np.zeros(slots, np.int64)
-        self.table = np.arange(slots * BLOCKS).reshape(slots, BLOCKS)
-        self.rng = np.random.default_rng(seed)
+        self.script = Script(seed, np.arange(slots * BLOCKS).reshape(slots, BLOCKS))
 
     def call(self) -> list[dict[str, np.ndarray]]:
         """A call over some of the slots; returns both engines' outputs."""
-        rng = self.rng
+        script, rng, past = self.script, self.script.rng, self.script.past
         slots = rng.permutation(self.slots)[: rng.integers(1, self.slots + 1)]
-        for slot in slots[(self.past[slots] > CONTEXT - 60) | (rng.random(len(slots)) < 0.15)]:
-            self.past[slot] = 0  # another request, into a slot of which nothing may be read
+        for slot in slots[(past[slots] > CONTEXT - 60) | (rng.random(len(slots)) < 0.15)]:
+            past[slot] = 0  # another request, into a slot of which nothing may be read
             self.engines[1]._pool[:, slot] = np.nan
         planted = int(rng.integers(0, len(slots) + 1))
-        tree = SuperTree.from_roots(rng.integers(0, VOCAB, planted))
-        for _ in range(int(rng.integers(0, 4 * planted + 1))):
-            tree.add(rng.integers(0, len(tree), 1), rng.integers(0, VOCAB, 1), np.zeros(1))
-        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
         chunks = rng.choice([1, 1, 3, 11, 50], len(slots) - planted)
-        counts, owner = np.concatenate((tree.sizes, chunks)), np.repeat(slots[planted:], chunks)
-        places = np.concatenate([np.arange(n) for n in [0, *chunks]])
-        call = pack(
-            np.concatenate((tree.token, rng.integers(0, VOCAB, len(owner)))),
-            np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + places)),
-            self.past[slots],
-            counts,
-            self.table[slots],
-            np.flatnonzero(rng.random(counts.sum()) < 0.5),
-            ancestor_mask(tree) if planted else None,
-        )
-        outputs = [engine.run(call, **self._entries(call, seed=len(tree))) for engine in self.engines]
-        self._commit(tree, slots, planted)
-        self.past[slots[planted:]] += chunks
+        call = script.call(slots, planted, chunks, int(rng.integers(0, 4 * planted + 1)), 0.5)
+        inputs = inputs_for(self.role, call, rng)
+        outputs = [engine.run(call, **inputs) for engine in self.engines]
+        self._commit(script.tree, slots, planted)
         return outputs
-
-    def _entries(self, call, seed) -> dict[str, np.ndarray]:
-        """A head's features of the first entries and hidden states of the others; a block drafter's states."""
-        rng, config, count = np.random.default_rng(seed), self.role.network.config, len(call.token_ids)
-        if isinstance(self.role, BlockRole):
-            return block_inputs(call, config.feature_size, rng)
-        if not isinstance(self.role, HeadRole):
-            return {}
-        split = int(rng.integers(0, count + 1))
-        features = rng.standard_normal((split, 3 * config.target_hidden_size), np.float32)
-        return {"features": features, "hidden": rng.standard_normal((count - split, config.hidden_size), np.float32)}
 
     def _commit(self, tree, slots, planted):
         """Keep the path to each tree's last node, as a verification would."""
@@ -105,10 +78,10 @@ class Conversation:
             while node >= 0:
                 path.insert(0, int(node - nodes[0]))
                 node = tree.parent[node]
-            first = slots[request] * BLOCKS * BLOCK + self.past[slots[request]]
+            first = slots[request] * BLOCKS * BLOCK + self.script.past[slots[request]]
             for engine in self.engines:
                 engine.move(first + np.array(path), first + np.arange(len(path)))
-            self.past[slots[request]] += len(path)
+            self.script.past[slots[request]] += len(path)
 
 
 def errors(role, path, calls, seed=0) -> dict[str, list[float]]:

@@ -6,7 +6,8 @@ import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as ops
-from pairs import SIZES, VOCAB, block_inputs, recipe_of, reference_engines
+from pairs import SIZES, VOCAB, recipe_of, reference_engines
+from random_calls import Script, inputs_for
 from rich.console import Console
 
 from echo_trt.backends.base import Engine
@@ -27,45 +28,32 @@ BLOCKS, PER_REQUEST = 24, 4
 #: Numbers of bf16 differ by this much relatively; these networks round some 32 times from token to output.
 BF16, ROUNDINGS = 2.0**-8, 32
 TOLERANCE = {"fp32": 2e-6, "bf16": BF16 * ROUNDINGS}  # of the largest number
-FEATURES = 2 * SIZES["hidden_size"]  # a number of the block drafter's alone
-#: A network of every role: pair, file, and how many numbers an entry's features and states have.
+#: A network of every role: pair and file.
 NETWORKS = {
-    "target": ("lookup", "target", 0),
-    "target with features": ("eagle3", "target", 0),
-    "draft model": ("model", "draft", 0),
-    "head": ("eagle3", "draft", 3 * SIZES["hidden_size"]),
-    "block drafter": ("dflash", "draft", FEATURES),
+    "target": ("lookup", "target"),
+    "target with features": ("eagle3", "target"),
+    "draft model": ("model", "draft"),
+    "head": ("eagle3", "draft"),
+    "block drafter": ("dflash", "draft"),
 }
 
 
-class Calls:
-    """Random calls over the same requests, each with what it commits: prompts, then trees beside prompt chunks."""
+class Calls(Script):
+    """Random calls over the same requests, whose blocks are scattered: prompts, then trees beside prompt chunks."""
 
     def __init__(self, seed: int, requests: int):
-        self.rng, self.count = np.random.default_rng(seed), requests
-        # Scattered blocks, that no two requests share.
-        self.table = self.rng.permutation(BLOCKS)[: requests * PER_REQUEST].reshape(requests, PER_REQUEST)
-        self.past = np.zeros(requests, np.int64)
+        blocks = np.random.default_rng(seed).permutation(BLOCKS)[: requests * PER_REQUEST]
+        super().__init__(seed, blocks.reshape(requests, PER_REQUEST))
+        self.slots = np.arange(requests)
 
     def prompts(self) -> Packed:
-        counts = self.rng.integers(1, 2 * BLOCK, self.count)
-        positions = np.concatenate([np.arange(n) for n in counts])
-        self.past = counts
-        return self._pack(self._tokens(counts.sum()), positions, counts)
+        return self.call(self.slots, chunks=self.rng.integers(1, 2 * BLOCK, len(self.slots)))
 
     def trees_and_chunks(self) -> Packed:
         """The first requests bring trees, some of them a root alone, the others a chunk of their prompt."""
-        with_tree = int(self.rng.integers(1, self.count + 1))
-        tree = SuperTree.from_roots(self._tokens(with_tree))
-        for _ in range(int(self.rng.integers(1, 4))):
-            parents = self.rng.integers(0, len(tree), int(self.rng.integers(1, 9)))
-            tree.add(parents, self._tokens(len(parents)), np.zeros(len(parents)))
-        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
-        chunks = self.rng.integers(1, BLOCK, self.count - with_tree)
-        places = [self.past[with_tree + i] + np.arange(n) for i, n in enumerate(chunks)]
-        positions = np.concatenate((self.past[tree.request] + tree.depth, *places))
-        tokens = np.concatenate((tree.token, self._tokens(chunks.sum())))
-        return self._pack(tokens, positions, np.concatenate((tree.sizes[:with_tree], chunks)), ancestor_mask(tree))
+        planted = int(self.rng.integers(1, len(self.slots) + 1))
+        chunks = self.rng.integers(1, BLOCK, len(self.slots) - planted)
+        return self.call(self.slots, planted, chunks, int(self.rng.integers(1, 25)))
 
     def move(self) -> tuple[np.ndarray, np.ndarray]:
         """Committed rows of one request, copied to distinct others; some of the targets are sources too."""
@@ -75,24 +63,6 @@ class Calls:
         )
         size = len(rows) // 2
         return self.rng.permutation(rows)[:size], self.rng.permutation(rows)[:size]
-
-    def _tokens(self, count: int) -> np.ndarray:
-        return self.rng.integers(0, VOCAB, count)
-
-    def _pack(self, tokens, positions, counts, mask=None) -> Packed:
-        asked = np.flatnonzero(self.rng.random(len(tokens)) < 0.6)
-        return pack(tokens, positions, self.past * (mask is not None), counts, self.table, asked, mask)
-
-
-def inputs_for(call: Packed, features: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    if not features:
-        return {}
-    if features == FEATURES:
-        return block_inputs(call, features, rng)
-    count = len(call.token_ids)
-    known = int(rng.integers(0, count + 1))
-    shapes = {"features": (known, features), "hidden": (count - known, SIZES["hidden_size"])}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def assert_same(wanted: dict[str, np.ndarray], got: dict[str, np.ndarray], tolerance: float) -> None:
@@ -112,7 +82,7 @@ def engines(networks, bundle_of):
     """(network, precision) -> the reference engine and the compiled one."""
 
     def get(network: str, precision: str = "fp32") -> tuple[Engine, Engine]:
-        pair, name, _ = NETWORKS[network]
+        pair, name = NETWORKS[network]
         compiled = OpenVINOEngine(bundle_of(pair) / f"{name}.onnx", precision, BLOCKS)
         return reference_engines(pair, networks, BLOCKS)[name], compiled
 
@@ -127,7 +97,7 @@ def test_calls_of_any_shape_equal_the_reference(network, precision, tolerance, e
         calls = Calls(seed, requests=1 + seed % 6)
         packed = [calls.prompts(), calls.trees_and_chunks(), calls.trees_and_chunks()]
         for call in packed:
-            inputs = inputs_for(call, NETWORKS[network][2], calls.rng)
+            inputs = inputs_for(reference._role, call, calls.rng)
             # A block drafter's log-probabilities are differences of logits that are several times as large.
             allowed = 4 * tolerance if "state_rows" in inputs and precision == "fp32" else tolerance
             assert_same(reference.run(call, **inputs), compiled.run(call, **inputs), allowed)
@@ -165,7 +135,7 @@ def test_rows_are_exactly_those_moved(bundle_of):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of, monkeypatch):
-    pair, name, _ = NETWORKS[network]
+    pair, name = NETWORKS[network]
     graph, sizes, run = bundle_of(pair) / f"{name}.onnx", [], OpenVINOEngine.run
 
     def told(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from backends.cut_graph import CutGraph
 from gloo_threads import on_ranks
 from models.checkpoints import qwen3, qwen3_moe
 from onnx_sessions import RoleSession
+from random_calls import Script
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
@@ -18,8 +19,7 @@ from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import name_collectives
 from echo_trt.backends.torch.engine import METADATA, TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
-from echo_trt.decoding.pack import BLOCK, Packed, pack
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard, among
 from echo_trt.models.roles import TargetRole
@@ -52,26 +52,11 @@ def role_of(folder, shard: Shard | None = None) -> TargetRole:
 
 
 def calls(seed: int, table: np.ndarray, vocab: int) -> list[Packed]:
-    """Prompts, then for each of three requests a tree, a single token and a chunk, and single tokens again."""
-    rng = np.random.default_rng(seed)
-
-    def tokens(count):
-        return rng.integers(0, vocab, count)
-
-    past = np.array([BLOCK + 5, 7, 3])
-    every = np.concatenate([np.arange(n) for n in past])
-    prompt = pack(tokens(past.sum()), every, 0 * past, past, table, np.cumsum(past) - 1)
-    tree = SuperTree.from_roots(tokens(1))
-    for _ in range(6):
-        tree.add(rng.integers(0, len(tree), 1), tokens(1), np.zeros(1))
-    counts = np.array([len(tree), 1, 9])
-    positions = np.concatenate((past[0] + tree.depth, past[1:2], past[2] + np.arange(9)))
-    asked = np.flatnonzero(rng.random(counts.sum()) < 0.7)
-    mixed = pack(np.concatenate((tree.token, tokens(10))), positions, past, counts, table, asked, ancestor_mask(tree))
-    later, ones = past + np.array([1, 1, 9]), np.ones(3, int)
-    single = pack(tokens(3), later, later, ones, table, np.arange(3))
-    silent = pack(tokens(3), later + 1, later + 1, ones, table, np.arange(0))  # no row is asked for
-    return [prompt, mixed, single, silent]
+    """Prompts, then trees of two requests beside a chunk, single tokens, and single tokens of which no row is asked."""
+    script, slots, ones = Script(seed, table, vocab), np.arange(3), np.ones(3, np.int64)
+    prompt = script.call(slots, chunks=[BLOCK + 5, 7, 3])
+    mixed = script.call(slots, 2, [9], 6)
+    return [prompt, mixed, *(script.call(slots, chunks=ones, share=share) for share in (1.0, 0.0))]
 
 
 def assert_close(got: dict, wanted: dict) -> None:

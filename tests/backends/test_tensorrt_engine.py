@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from onnx_sessions import SLOTS, OnnxSession, packed
-from pairs import LIMITS, SIZES, block_inputs, recipe_of, roles_of
+from pairs import LIMITS, SIZES, recipe_of, roles_of
+from random_calls import Script, inputs_for
 from refusal import refused
 
 from echo_trt.backends.cuda import choose
@@ -22,8 +23,6 @@ from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.models.roles import BlockRole, HeadRole
 
 NETWORKS = {
     "target": ("eagle3", "target"),
@@ -56,55 +55,27 @@ def opened(networks, tmp_path_factory):
     return get
 
 
-class Script:
+class Steps(Script):
     """Random calls over the same slots: prompts of any length, then trees beside chunks and single tokens."""
 
     def __init__(self, seed, blocks):
-        self.rng = np.random.default_rng(seed)
-        self.table = np.arange(SLOTS * blocks).reshape(SLOTS, blocks)
-        self.past = np.zeros(SLOTS, np.int64)
+        super().__init__(seed, np.arange(SLOTS * blocks).reshape(SLOTS, blocks))
 
-    def call(self, first: bool):
-        rng = self.rng
-        slots = rng.permutation(SLOTS)[: int(rng.integers(1, SLOTS + 1))]
-        with_tree = 0 if first else int(rng.integers(0, len(slots) + 1))
-        tree = SuperTree.from_roots(rng.integers(0, SIZES["vocab_size"], with_tree))
-        for _ in range(int(rng.integers(0, 6)) * bool(with_tree)):
-            parents = rng.integers(0, len(tree), 2)
-            tree.add(parents, rng.integers(0, SIZES["vocab_size"], 2), np.zeros(2))
-        tree, _ = tree.sorted_by_request(np.arange(len(tree)))
-        chunks = rng.choice([1, 1, 2, 17, 40], len(slots) - with_tree)
-        owner = np.repeat(slots[with_tree:], chunks)
-        place = np.concatenate([np.arange(n) for n in (0, *chunks)])
-        counts = np.concatenate((tree.sizes, chunks))
-        tokens = np.concatenate((tree.token, rng.integers(0, SIZES["vocab_size"], len(owner))))
-        positions = np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + place))
-        asked = np.flatnonzero(rng.random(len(tokens)) < 0.7)
-        mask = ancestor_mask(tree) if with_tree else None
-        call = pack(tokens, positions, self.past[slots], counts, self.table[slots], asked, mask)
-        self.past[slots[with_tree:]] += chunks
-        return call
-
-
-def inputs_of(role, call, rng):
-    if isinstance(role, BlockRole):
-        return block_inputs(call, role.network.config.feature_size, rng)
-    if not isinstance(role, HeadRole):
-        return {}
-    config, count = role.network.config, len(call.token_ids)
-    split = int(rng.choice([0, count, count // 2]))
-    shapes = {"features": (split, 3 * config.target_hidden_size), "hidden": (count - split, config.hidden_size)}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    def step(self, first: bool):
+        slots = self.rng.permutation(SLOTS)[: int(self.rng.integers(1, SLOTS + 1))]
+        planted = 0 if first else int(self.rng.integers(0, len(slots) + 1))
+        chunks = self.rng.choice([1, 1, 2, 17, 40], len(slots) - planted)
+        return self.call(slots, planted, chunks, int(self.rng.integers(0, 11)), 0.7)
 
 
 def assert_like_the_reference(role, engine, seeds):
     reference = TorchEngine(role, engine.num_blocks)
     for seed in range(seeds):
-        script = Script(seed, engine.num_blocks // SLOTS)
+        script = Steps(seed, engine.num_blocks // SLOTS)
         engine._pool[:] = 0
         for step in range(3):
-            call = script.call(first=step == 0)
-            inputs = inputs_of(role, call, script.rng)
+            call = script.step(first=step == 0)
+            inputs = inputs_for(role, call, script.rng)
             wanted, got = reference.run(call, **inputs), engine.run(call, **inputs)
             assert wanted.keys() == got.keys()
             for name, array in wanted.items():
@@ -140,9 +111,9 @@ def test_sizes_are_few(opened):
     """CUDA graphs are one a size: of all batches and lengths, only these are launched."""
     _, engine, session = opened("target")
     for seed in range(20):
-        script = Script(seed, engine.num_blocks // SLOTS)
+        script = Steps(seed, engine.num_blocks // SLOTS)
         for step in range(2):
-            engine.run(script.call(first=step == 0))
+            engine.run(script.step(first=step == 0))
     batches, tokens = ({shape[axis] for shape in session.launched} for axis in (0, 1))
     assert batches <= {1, 2, 4}
     assert tokens <= {1, 2, 4, 8, 12, 16, 24, 32}
@@ -152,9 +123,9 @@ def test_of_large_calls_no_two_of_which_are_alike_no_context_is_kept(networks, t
     monkeypatch.setattr(cuda_sizes, "SIZES", (1, 2, 4, 8, 12, 16))
     _, engine, session = packed("target", networks, tmp_path)
     for seed in range(12):
-        script = Script(seed, engine.num_blocks // SLOTS)
+        script = Steps(seed, engine.num_blocks // SLOTS)
         for step in range(3):
-            engine.run(script.call(first=step == 0))
+            engine.run(script.step(first=step == 0))
     assert max(session.launched) > (16,)
     assert {shapes[session.inputs.index("token_ids")] for shapes in session.recurring} <= {
         (n,) for n in (1, 2, 4, 8, 12, 16)
@@ -169,11 +140,11 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
     assert engine._graphs.sealed
     assert len(session.launched) == len(engine._sizes) * (2 if network == "draft" else 1)
     assert {tokens for (tokens,) in session.launched} == {size.tokens for size in engine._sizes}
-    script = Script(0, engine.num_blocks // SLOTS)
+    script = Steps(0, engine.num_blocks // SLOTS)
     engine._graphs = None
     known = set(session.recurring)
     for step in range(6):
-        call = script.call(first=step == 0)
+        call = script.step(first=step == 0)
         if network == "target":
             engine.run(call)
     assert session.recurring == known
@@ -279,9 +250,9 @@ def test_a_call_that_asks_for_more_rows_than_a_launch_gives_is_divided(opened):
 def test_moved_rows_are_those_that_later_calls_see(opened):
     role, engine, _ = opened("draft")
     reference = TorchEngine(role, engine.num_blocks)
-    script = Script(3, engine.num_blocks // SLOTS)
+    script = Steps(3, engine.num_blocks // SLOTS)
     for step in range(4):
-        call = script.call(first=step == 0)
+        call = script.step(first=step == 0)
         reference.run(call), engine.run(call)
     slot = int(script.past.argmax())
     rows = script.table[slot, 0] * BLOCK + np.arange(script.past[slot])
@@ -301,7 +272,7 @@ def test_more_requests_than_it_was_built_for(opened):
 def test_a_starting_request_finds_its_slot_cleared(opened):
     _, engine, _ = opened("draft")
     engine._pool[:] = np.nan
-    call = Script(1, engine.num_blocks // SLOTS).call(first=True)
+    call = Steps(1, engine.num_blocks // SLOTS).step(first=True)
     assert np.isfinite(np.asarray(engine.run(call)["scores"])).all()
 
 

@@ -11,7 +11,8 @@ import torch
 from driving import prompt_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import SIZES, VOCAB, block_inputs, roles_of
+from pairs import SIZES, block_inputs, roles_of
+from random_calls import Script
 from refusal import refused
 from stand_in_graphs import StandInGraph, as_on_a_gpu, uncollected, with_graphs
 
@@ -26,7 +27,6 @@ from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for,
 from echo_trt.backends.torch.files import load_role, save_role
 from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack
 from echo_trt.decoding.sampling.draw import sample
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.runtime.params import SamplingParams
 from super_tree_attention.triton_attention import super_tree_attention_triton
@@ -44,27 +44,11 @@ NETWORKS = {
 
 
 def calls(seed: int, requests: int = 3) -> list[Packed]:
-    """Prompts, then a tree for the first request, a single token for the second and chunks for the others."""
-    rng = np.random.default_rng(seed)
-    table = rng.permutation(BLOCKS)[: requests * 4].reshape(requests, 4)
-    past = rng.integers(1, BLOCK + 9, requests)
-    prompt = pack(
-        rng.integers(0, VOCAB, past.sum()), np.concatenate([np.arange(n) for n in past]), 0 * past, past, table,
-        np.cumsum(past) - 1,
-    )  # fmt: skip
-    tree = SuperTree.from_roots(rng.integers(0, VOCAB, 2))
-    for _ in range(3):
-        parents = rng.choice(np.flatnonzero(tree.request == 0), 3)
-        tree.add(parents, rng.integers(0, VOCAB, 3), np.zeros(3))
-    tree, _ = tree.sorted_by_request(np.arange(len(tree)))
-    chunks = rng.integers(1, 9, requests - 2)
-    counts = np.concatenate((tree.sizes, chunks))
-    positions = np.concatenate(
-        (past[tree.request] + tree.depth, *(past[2 + i] + np.arange(n) for i, n in enumerate(chunks)))
-    )
-    asked = np.flatnonzero(rng.random(counts.sum()) < 0.6)
-    mixed = pack(rng.integers(0, VOCAB, counts.sum()), positions, past, counts, table, asked, ancestor_mask(tree))
-    return [prompt, mixed]
+    """Prompts, then trees for the first two requests and chunks for the others."""
+    rng, slots = np.random.default_rng(seed), np.arange(requests)
+    script = Script(seed, rng.permutation(BLOCKS)[: requests * 4].reshape(requests, 4))
+    prompt = script.call(slots, chunks=rng.integers(1, BLOCK, requests))
+    return [prompt, script.call(slots, 2, rng.integers(1, 9, requests - 2), 9)]
 
 
 def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ from seeded_draft import PathDraft, SteadyDraft
 from echo_trt.decoding.chains import Chains
 from echo_trt.decoding.drafts import Pass, TimedDraft
 from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
-from echo_trt.decoding.goodput.model.costs import Curve
+from echo_trt.decoding.goodput.model.costs import Costs, Curve
+from echo_trt.decoding.goodput.planner import GoodputPlanner
 from echo_trt.decoding.goodput.settings import GoodputSettings, GoodputTuning
 from echo_trt.decoding.planner import RECENT, Iteration, Load, Plan, Planner
 from echo_trt.decoding.sources import LOOKUP
@@ -132,6 +133,15 @@ class ClockedDraft(TimedDraft):
         self._above += len(nodes)
         self._pass(self._above)
         return self._draft.expand(tree, nodes)
+
+
+def server_of(
+    target: Curve, draft: Curve, q: Sequence[float], count: int, change: float = 0.0, sizes: tuple[int, ...] = ()
+) -> Server:
+    """A server whose planner knows the machine's curves, and nothing of the draft."""
+    costs = Costs(Curve(target.sizes, target.seconds), Curve(draft.sizes, draft.seconds), change=change, sizes=sizes)
+    planner = GoodputPlanner("goodput", SHAPE, costs, Acceptance.uncalibrated(SHAPE.max_depth), count)
+    return Server(planner, target, draft, q, count)
 
 
 class Recorded(PathDraft):

@@ -267,6 +267,14 @@ def test_answers_of_a_killed_worker_go_on_at_another_one_and_it_is_started_again
     assert victim.pid not in [worker.pid for worker in cluster.workers]
 
 
+@pytest.mark.slow
+def test_answers_of_a_worker_that_hangs_go_on_at_another_one_and_it_is_replaced(cluster, offline):
+    victim = cluster.workers[0]
+    all_moved(cluster, offline, victim.pid, signal.SIGSTOP)
+    cluster.wait(lambda: victim.pid not in [worker.pid for worker in cluster.workers], 120)
+    cluster.wait_for_workers(2)
+
+
 def test_a_worker_that_joins_takes_requests_and_hands_them_on_when_it_is_told_to_stop(cluster, offline):
     """It has a second for its answers, which is less than they take."""
     joined = cluster.join("--queue", 4, "--drain-timeout", 1)

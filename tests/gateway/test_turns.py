@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.gateway.tool_formats.hermes import HermesParser
-from echo_trt.gateway.turns import Message, Turn
+from echo_trt.gateway.turns import Turn
 from echo_trt.serving.wire import Piece, ThinkTokens
 
 MARKS = ThinkTokens("<think>", "</think>", 9)
@@ -17,12 +17,11 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"n": 1}}\n</tool_call>'
 
 
 def read(pieces: list[str], inside: bool = False, tools: bool = True) -> dict[str, Any]:
-    turn, message = Turn(MARKS, HermesParser(["add"]) if tools else None), Message()
+    turn = Turn(MARKS, HermesParser(["add"]) if tools else None)
     for index, text in enumerate(pieces):
         last = "stop" if index == len(pieces) - 1 else None
-        for delta in turn.take(Piece(0, text, finish_reason=last, in_thought=inside and index == 0)):
-            message.add(delta)
-    return message.body()
+        turn.take(Piece(0, text, finish_reason=last, in_thought=inside and index == 0))
+    return turn.message()
 
 
 CASES = [
@@ -80,8 +79,10 @@ def test_tokens_of_the_thought_are_counted(ids, inside, texts, count):
     assert turn.reasoning_tokens == count
 
 
-def test_the_reason_is_tool_calls_only_where_the_text_ended():
+@pytest.mark.parametrize(
+    ("text", "end", "reason"), [(CALL, "stop", "tool_calls"), (CALL, "length", "length"), ("", "stop", "stop")]
+)
+def test_the_reason_is_tool_calls_only_where_the_text_ended(text, end, reason):
     turn = Turn(None, HermesParser(["add"]))
-    turn.take(Piece(0, CALL, finish_reason="stop"))
-    assert (turn.reason("stop"), turn.reason("length")) == ("tool_calls", "length")
-    assert Turn(None, HermesParser(["add"])).reason("stop") == "stop"
+    turn.take(Piece(0, text, finish_reason=end))
+    assert turn.finish_reason == reason

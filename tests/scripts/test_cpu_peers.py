@@ -7,17 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from echo_trt_lab.cpu_peers.table import markdown
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
-
-
-@pytest.fixture
-def markdown(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    from cpu_peers_parts.table import markdown
-
-    return markdown
 
 
 def row(policy: str, rate: float | None, ratio: float | None, **more: object) -> dict:
@@ -27,7 +19,7 @@ def row(policy: str, rate: float | None, ratio: float | None, **more: object) ->
     return {"batch": 8, "policy": policy, "same_texts": "3 of 4", **rates, **ratios, **latencies, **more}
 
 
-def test_the_table_has_ours_once_and_a_row_for_every_peer(markdown):
+def test_the_table_has_ours_once_and_a_row_for_every_peer():
     first = {"precision": "bf16", "results": [row("autoregressive", 50, 1), row("vllm", 60, 1.2, drafts=None)]}
     second = {"precision": "bf16", "results": [row("autoregressive", 70, 1), row("genai", None, None, drafts="a tree")]}
     lines = markdown([first, second]).splitlines()

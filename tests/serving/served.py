@@ -164,9 +164,9 @@ class Served:
         read: list[dict[str, float]] = [{}]
 
         def at_rest(metrics: dict[str, float]) -> bool:
-            read.append(metrics)
+            read.append({name: value for name, value in metrics.items() if not name.startswith("echo_gateway_")})
             busy = any(metrics[f"echo_{name}"] for name in ("running", "queued", "blocks_used"))
-            return read[-2] == metrics and not busy
+            return read[-2] == read[-1] and not busy
 
         return self.wait_metrics(at_rest)
 

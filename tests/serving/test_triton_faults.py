@@ -282,7 +282,8 @@ def test_a_backend_that_dies_while_it_loads_is_noticed(roomy_bundle, tmp_path):
         assert server.process.wait(180) == 2
     finally:
         server.kill()
-    assert "died while it loaded the bundle" in server.err.strip().splitlines()[-1]
+    last = server.err.strip().splitlines()[-1]  # Triton notices one that dies before it has said a word by itself
+    assert "died while it loaded the bundle" in last or "Triton did not start" in last
     assert not server.regions()
 
 

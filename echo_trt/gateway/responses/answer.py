@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from echo_trt.gateway.answers import Usage, chained, entries
+from echo_trt.gateway.answers import chained
 from echo_trt.gateway.choices import ClientGone, Pieces
 from echo_trt.gateway.errors import ApiError
 from echo_trt.gateway.logprobs import Entry
@@ -26,8 +26,7 @@ class Response:
     def __init__(self, asked: ResponsesRequest, turn: Turn, metrics: Metrics):
         self._asked, self._turn, self._metrics = asked, turn, metrics
         spaces = {each.name: (each.namespace, each.tool.name) for each in asked.functions if each.namespace is not None}
-        self._output, self._usage = Output(spaces), Usage(1)
-        self._waiting: list[Entry] = []  # logprobs whose text is not certain yet
+        self._output = Output(spaces)
         self._id, self._created = "resp_" + secrets.token_hex(24), int(time.time())
         self._number = 0  # of the next event
         self._cut = False  # whether the text was cut short
@@ -38,7 +37,7 @@ class Response:
             for _event in self._take(piece):
                 pass
         self._count()
-        return self._body(self._status, self._usage)
+        return self._body(self._status)
 
     async def events(self, first: tuple[int, Piece], pieces: Pieces) -> AsyncIterator[str]:
         """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
@@ -48,13 +47,13 @@ class Response:
             async for _, piece in chained(first, pieces):
                 for event in self._take(piece):
                     yield self._told(event)
-            body = self._body(self._status, self._usage)
+            body = self._body(self._status)
             yield self._told({"type": f"response.{self._status}", "response": body})
         except ApiError as error:
             told = self._asked.ours(error).body["error"]
             code = told["code"] or "server_error"
             yield self._told({"type": "error", **told, "code": code} | {"type": "error"})
-            body = self._body("failed", self._usage) | {"error": {"code": code, "message": told["message"]}}
+            body = self._body("failed") | {"error": {"code": code, "message": told["message"]}}
             yield self._told({"type": "response.failed", "response": body})
         except ClientGone:
             self._metrics.disconnects.inc()
@@ -66,14 +65,12 @@ class Response:
         return "incomplete" if self._cut else "completed"
 
     def _take(self, piece: Piece) -> Iterator[Event]:
-        self._waiting += entries(piece.logprobs)
         for delta in self._turn.take(piece):
             logprobs: list[Entry] = []
             if delta.get("content") and self._asked.chat.logprobs:
-                logprobs, self._waiting = self._waiting, []
+                logprobs, _ = self._turn.take_details()
             yield from self._output.take(delta, logprobs)
         if piece.finish_reason:
-            self._usage.add(0, piece, self._turn)
             self._cut = piece.finish_reason == "length"
             yield from self._output.end(self._status)
 
@@ -83,8 +80,7 @@ class Response:
         text = json.dumps(numbered, ensure_ascii=False, separators=(",", ":"))
         return f"event: {event['type']}\ndata: {text}\n\n"
 
-    def _body(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
-        """``usage`` is left out while there is none."""
+    def _body(self, status: str) -> dict[str, Any]:
         asked, chat = self._asked, self._asked.chat
         choice, ended = asked.tool_choice or "auto", status == "completed"
         return {
@@ -116,19 +112,19 @@ class Response:
             "top_logprobs": chat.top_logprobs,
             "top_p": chat.top_p,
             "truncation": "disabled",
-            "usage": _counted(usage) if usage else None,
+            "usage": None if status == "in_progress" else _counted(self._turn),
         }
 
     def _count(self) -> None:
-        self._metrics.prompt_tokens.inc(self._usage.prompt)
-        self._metrics.completion_tokens.inc(self._usage.completion)
+        self._metrics.prompt_tokens.inc(self._turn.prompt_tokens)
+        self._metrics.completion_tokens.inc(self._turn.completion_tokens)
 
 
-def _counted(usage: Usage) -> dict[str, Any]:
+def _counted(turn: Turn) -> dict[str, Any]:
     return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
-        "total_tokens": usage.prompt + usage.completion,
+        "input_tokens": turn.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": turn.cached_tokens},
+        "output_tokens": turn.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens},
+        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
     }

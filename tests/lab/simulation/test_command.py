@@ -122,16 +122,6 @@ def test_a_machine_so_slow_that_its_rate_rounds_to_nothing(job, tmp_path):
         simulate(job, machine="this", costs=tmp_path / "costs.json")
 
 
-@pytest.mark.parametrize(("place", "value"), [(6, 109), (8, 1)], ids=["a later zip", "encrypted"])
-def test_a_damaged_recording(place, value, job, tmp_path):
-    """``place``: in the first entry of the zip's directory."""
-    content = bytearray(job.recording.read_bytes())
-    content[content.index(b"PK\x01\x02") + place] = value
-    (tmp_path / "trees.npz").write_bytes(content)
-    with refused(tmp_path / "trees.npz", "not a recording", "bench --record"):
-        simulate(job, recording=tmp_path / "trees.npz")
-
-
 def test_a_file_that_it_reads_is_not_overwritten(job):
     for file in (job.recording, job.calibration):
         before = file.read_bytes()
