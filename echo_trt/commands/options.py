@@ -52,11 +52,13 @@ class BuildOptions:
 def _sampling_option(name: str) -> tuple[str, Any, Any]:
     """Make the field of a sampling parameter. None stands for the model's own value."""
     known = PARAMETERS[name]
-    default = None if known.recommended else known.default
-    kind: Any = tuple[str, ...] if known.kind is str else known.kind
-    shown = None if default or known.single else False
-    parameter = Parameter(help=known.option, allow_leading_hyphen=known.kind is str, show_default=shown)
-    return name, Annotated[kind | None if default is None else kind, parameter], default
+    text = f"{known.doc[0].upper()}{known.doc[1:].partition(' ([')[0]}"
+    default, kind = known.default, tuple[str, ...] if known.kind is str else known.kind
+    if known.recommended:
+        default, kind, text = None, kind | None, f"{text}. Default: the model's own, else {known.default:g}"
+    shown = None if known.single else False
+    parameter = Parameter(help=f"{text}.", allow_leading_hyphen=known.kind is str, show_default=shown)
+    return name, Annotated[kind, parameter], default
 
 
 SAMPLED = [name for name, known in PARAMETERS.items() if known.option]

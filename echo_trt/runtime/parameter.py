@@ -17,7 +17,7 @@ class Parameter:
     default      of the value; its type tells a single value, a tuple or a mapping from token ids
     kind         type of the value or of its entries: int, float, bool or str; dict: a JSON object
     doc          a line for tables
-    rule         how a refusal goes on behind "give"; ``{0.NAME}`` stands for another parameter's value
+    rule         how a refusal goes on behind "give"; ``{0.NAME}`` is another parameter's value; "": by type and bounds
     low, high    bounds of the value, of its entries, or of their length where they are strings
     above        whether ``low`` itself is refused
     entries      entries at most
@@ -25,7 +25,7 @@ class Parameter:
                  other things; "": nothing of these
     off          further values that change nothing, beside the default
     recommended  whether a checkpoint may recommend a value (``bundle.manifest.Sampling``)
-    option       the help of the option of ``echo-trt generate``; "": there is none
+    option       whether ``echo-trt generate`` has it
     tensor       Triton's input, where it has another name
     openai       what OpenAI's field has otherwise (default, low, high); None: no field of one value, see
                  ``gateway.schemas``
@@ -42,7 +42,7 @@ class Parameter:
     changes: str = ""
     off: tuple[object, ...] = ()
     recommended: bool = False
-    option: str = ""
+    option: bool = False
     tensor: str = ""
     openai: Mapping[str, Any] | None = field(default_factory=dict)
 
@@ -56,9 +56,9 @@ class Parameter:
         """Which values are taken, as a refusal says it."""
         if self.rule or self.kind is bool:
             return self.rule or "True or False"
-        low, high = _spelled(self.low), _spelled(self.high)
         kind = "a whole number" if self.kind is int else "a number"
-        return f"{kind} above {low} and up to {high}" if self.above else f"{kind} from {low} to {high}"
+        end = ", or None" if self.default is None else f", {self.default:g} is off" if self.changes else ""
+        return f"{kind} {'' if self.above else 'from '}{self.values}{end}"
 
     @property
     def values(self) -> str:

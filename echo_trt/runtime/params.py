@@ -58,52 +58,41 @@ class SamplingParams:
     for the request, whatever the policy; its text is the same, as far as a policy cannot change it.
     """
 
-    max_tokens: int = parameter(
-        256, "new tokens at most", low=1, option="New tokens per request, at most.", openai=None
-    )
+    max_tokens: int = parameter(256, "new tokens at most", low=1, option=True, openai=None)
     temperature: float = parameter(
-        0.0,
-        "0 is greedy",
-        rule="a number from 0 (greedy) to 100",
-        high=100,
-        recommended=True,
-        option="0 is greedy. Default: the model's own, else 0.",
-        openai={"default": 1.0, "high": 2},
+        0.0, "0 is greedy", high=100, option=True, recommended=True, openai={"default": 1.0, "high": 2}
     )
     top_k: int = parameter(
         0,
         "draws from the k best tokens; 0 and -1 are off",
-        rule="a whole number from 0 (off) to 2^31 - 1, or -1 (off too)",
         low=-1,
         changes="limits",
         off=(-1, 1),  # 1 is greedy
+        option=True,
         recommended=True,
-        option="Draw from this many best tokens; 0 or -1 is off.",
     )
     top_p: float = parameter(
         1.0,
         "draws from the smallest set of best tokens with this share; 1 is off",
-        rule="a number above 0 and up to 1 (off)",
         high=1,
         above=True,
         changes="limits",
+        option=True,
         recommended=True,
-        option="Draw from the smallest set with this share; 1 is off.",
     )
     min_p: float = parameter(
         0.0,
         "draws from tokens with at least this share of the best one's; 0 is off",
-        rule="a number from 0 (off) to 1",
         high=1,
         changes="limits",
+        option=True,
         recommended=True,
-        option="Draw from tokens with this share of the best one's; 0 is off.",
     )
     seed: int = parameter(
         0,
         "repeats a text ([how far](exactness.md#what-a-seed-promises))",
         high=2**63 - 1,
-        option="Repeats a text; in bf16 for sure only by the policy goodput-exact.",
+        option=True,
         openai={"default": None, "low": -(2**63)},
     )
     stop: tuple[str, ...] = parameter(
@@ -113,7 +102,7 @@ class SamplingParams:
         kind=str,
         low=1,
         high=MAX_STOP_CHARACTERS,
-        option="End the text at this string; may be given again.",
+        option=True,
         tensor="stop_words",
     )
     stop_token_ids: tuple[int, ...] = parameter(
@@ -123,35 +112,31 @@ class SamplingParams:
     presence_penalty: float = parameter(
         0.0,
         "taken off the logits of tokens that the answer holds",
-        rule="a number from -2 to 2, 0 is off",
         low=-2,
         high=2,
         changes="penalties",
-        option="Off the logits of tokens said before, -2 to 2.",
+        option=True,
     )
     frequency_penalty: float = parameter(
         0.0,
         "taken off the logits of tokens, times how often the answer holds them",
-        rule="a number from -2 to 2, 0 is off",
         low=-2,
         high=2,
         changes="penalties",
-        option="The same, for each time that they were said.",
+        option=True,
     )
     repetition_penalty: float = parameter(
         1.0,
         "divides the logits of tokens that prompt or answer hold; 1 is off",
-        rule="a number above 0 and up to 100, 1 is off",
         high=100,
         above=True,
         changes="penalties",
+        option=True,
         recommended=True,
-        option="Divides logits of tokens said before or in the prompt; 1 is off.",
     )
     logprobs: int | None = parameter(
         None,
         "log-probabilities of the answer's tokens, and of this number of best tokens at each place",
-        rule=f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
         kind=int,
         high=MAX_LOGPROBS,
         tensor="top_logprobs",
@@ -160,7 +145,6 @@ class SamplingParams:
     prompt_logprobs: int | None = parameter(
         None,
         "log-probabilities of the prompt's tokens but the first, and of this number of best tokens at each place",
-        rule=f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)",
         kind=int,
         high=MAX_LOGPROBS,
         openai=None,

@@ -127,7 +127,7 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
     ("words", "told"),
     [
         (["hi", "--max-tokens", 0], ["max_tokens", "0", "from 1 to"]),
-        (["hi", "--top-k", 2**63], ["top_k", str(2**63), "from 0 (off) to"]),
+        (["hi", "--top-k", 2**63], ["top_k", str(2**63), "from -1 to 2^31 - 1, 0 is off"]),
         (["hi", "--max-tokens", -4], ["max_tokens", "-4"]),
         (["hi", "--temperature", -1], ["temperature", "-1"]),
         (["hi", "--temperature", "nan"], ["temperature", "nan"]),
