@@ -34,7 +34,6 @@ DECODING = {
     "max_depth": 5, "beams": 3, "width": 4, "per_request": 32, "gates": {1: 0.2, 3: 0.3}, "fixed_threshold": 0.2,
     "static": {"depth": 4, "top_k": 4, "tokens": 16}, "budget": None,
 }  # fmt: skip
-RUNS = 9
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ def call_of(batch: int, count: int, context: int, vocab: int, rng: np.random.Gen
     return pack(tree.token, context + tree.depth, past, counts, table, np.arange(len(tree)), mask)
 
 
-def seconds_of(engine: Engine, call: Packed) -> float:
+def seconds_of(engine: Engine, call: Packed, runs: int = 9) -> float:
     """Median seconds of a run with its best tokens on the host."""
     taken = []
-    for _ in range(RUNS + 2):
+    for _ in range(runs + 2):
         begin = time.perf_counter()
         engine.run(call)["logits"].argmax(axis=1)
         taken.append(time.perf_counter() - begin)

@@ -59,7 +59,7 @@ def test_every_policy_writes_plain_decodings_text(card, dtype, figures):
 
 def test_tokens_per_second_of_every_policy(card, figures):
     """A network of Qwen3-8B's shape: decoding alone, greedy, two seconds for each policy and batch."""
-    batches, prompt, tokens = card.pick((BATCHES, 128, 400), ((1, 3), 6, 12))
+    batches, prompt, tokens = card.pick((BATCHES, 128, 400), ((1, 2), 6, 8))
     if importlib.util.find_spec("numba") is None:
         figures(note="numba is not installed, so that the host's planning is interpreted and its share larger")
     config = TINY
@@ -126,7 +126,7 @@ def test_the_seconds_of_passes_have_a_knee(card, figures):
     for batch in batches:
         sizes = [batch * count for count in TREES if batch * count <= card.pick(512, 4)]
         calls = [call_of(batch, size // batch, context, config.vocab_size, rng) for size in sizes]
-        seconds = np.array([seconds_of(engine, call) for call in calls])
+        seconds = np.array([seconds_of(engine, call, card.pick(9, 1)) for call in calls])
         told = {size: round(1e3 * one, 3) for size, one in zip(sizes, seconds, strict=True)}
         knee = fit_hinge(np.array(sizes), seconds).k_max if len(sizes) > 2 else None
         figures(**{f"ms at {batch}": told, f"knee at {batch}": knee})

@@ -64,7 +64,7 @@ def test_on_a_cpu_every_section_is_walked_or_skipped_and_nothing_is_proved(copy)
     assert all(
         rates[f"{policy} at {batch}"]["tokens_per_s"] > 0
         for policy in ("autoregressive", "static", "echo", "goodput")
-        for batch in (1, 3)
+        for batch in (1, 2)
     )
     texts = told["test_every_policy_writes_plain_decodings_text[float32]"]
     assert texts["echo"]["same"] == texts["echo"]["of"] == 2
