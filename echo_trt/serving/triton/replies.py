@@ -80,6 +80,7 @@ class Replies:
         faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
+        self._arm()
         bridge = Bridge(self._metrics, pb_utils.MetricFamily, self._model)
         looked = flushed = time.monotonic()
         running, server = True, triton_process()
