@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from echo_trt.runtime.llm import LLM
-    from echo_trt.runtime.params import Completion, SamplingParams
+    from echo_trt.engine.llm import LLM
+    from echo_trt.engine.params import Completion, SamplingParams
 
 __all__ = ["LLM", "Completion", "SamplingParams"]
 __version__ = "0.1.0"
@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: the engines behind ``LLM`` take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.runtime.{'llm' if name == 'LLM' else 'params'}")
+    module = import_module(f"{__name__}.engine.{'llm' if name == 'LLM' else 'params'}")
     return getattr(module, name)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import signal
 import sys
 
-from echo_trt.launch.stopping import stop_signals
+from echo_trt.supervision.stopping import stop_signals
 
 
 def main() -> None:
     for number in stop_signals():
         signal.signal(number, _stop)
     try:
-        from echo_trt.cli import main as run
+        from echo_trt.cli.app import main as run
 
         run()
     except KeyboardInterrupt:

@@ -47,7 +47,7 @@ class TooLong(UserError):
 
 
 def shown(value: Any) -> str:
-    """A value as a refusal names it: a long one shortened."""
+    """Write a value as a refusal names it: a long one is shortened."""
     try:
         text = repr(value)
     except ValueError:  # a number of thousands of digits
@@ -60,11 +60,11 @@ def shortened(text: str) -> str:
 
 
 def first_mistake(error: ValidationError) -> str:
-    """A clause: the field of a file that is wrong, why, and the value where it is a single one."""
+    """Name the field of a file that is wrong, why it is wrong, and the value where it is a single one."""
     first = error.errors()[0]
     key = shortened(".".join(str(part) for part in first["loc"] if part != "[key]")) or "the file"
     if first["type"] == "missing":
         return f"key {key} is missing"
-    said, value = first["msg"].removeprefix("Value error, ").replace(". ", ", "), first["input"]
+    message, value = first["msg"].removeprefix("Value error, ").replace(". ", ", "), first["input"]
     single = isinstance(value, int | float | str | None) and first["type"] != "json_invalid"
-    return f"{key} is not valid ({said}{f', not {shown(value)}' if single else ''})"
+    return f"{key} is not valid ({message}{f', not {shown(value)}' if single else ''})"

@@ -3,13 +3,13 @@
     echo-trt generate BUNDLE "Why is the sky blue?" --policy-file examples/chain_policy.py --policy chain
 
 The function gets the policy's name, the recipe's ``decoding`` section, and a function that makes a goodput planner. A
-planner is an object with ``name`` and ``plan`` (``echo_trt.decoding.planner.Planner``); here the paper's does, without
-gates and without a budget for the batch. A policy changes speed alone: the target verifies each token.
+planner is an object with ``name`` and ``plan`` (``echo_trt.speculation.planner.Planner``); here the paper's does,
+without gates and without a budget for the batch. A policy changes speed alone: the target verifies each token.
 """
 
-from echo_trt.decoding.echo.planner import EchoPlanner
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policies import policy
+from echo_trt.speculation.echo.planner import EchoPlanner
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.policies import policy
 
 K = 3
 

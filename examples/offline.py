@@ -9,7 +9,7 @@ from echo_trt import LLM, Completion, SamplingParams
 
 
 def show(prompt: str, answer: Completion) -> None:
-    print(f"{prompt}{answer.text}\n  [{answer.finish_reason}, {answer.accepted_length:.2f} tokens a verification]\n")
+    print(f"{prompt}{answer.text}\n  [{answer.finish_reason}, {answer.accepted_length:.2f} tokens per verification]\n")
 
 
 def main(bundle: str) -> None:

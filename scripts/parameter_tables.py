@@ -1,4 +1,4 @@
-"""Write what the table of sampling parameters (``echo_trt/runtime/params.py``) says elsewhere.
+"""Write what the table of sampling parameters (``echo_trt/engine/params.py``) says elsewhere.
 
     python scripts/parameter_tables.py
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from echo_trt.gateway.schemas import ChatRequest, CompletionRequest
-from echo_trt.runtime.params import PARAMETERS
-from echo_trt.serving.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.engine.params import PARAMETERS
+from echo_trt.engine.process.inputs import ALIASES, INPUTS, Tensor
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def table(*rows: Iterable[str]) -> str:
 
 
 def written(value: Any) -> str:
-    """A default as JSON has it; nothing for one that stands for nothing."""
+    """Return a default as JSON has it; nothing for one that stands for nothing."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, int | float) else ""
@@ -56,7 +56,7 @@ def triton_table() -> str:
 
 
 def openai_table() -> str:
-    """The fields of both endpoints that are sampling parameters: their bounds as the gateway checks them."""
+    """Return the fields of both endpoints that are sampling parameters: their bounds as the gateway checks them."""
     kinds = [CompletionRequest, ChatRequest]
     completion, chat = (kind.model_json_schema()["properties"] for kind in kinds)
     spelt = {

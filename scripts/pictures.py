@@ -18,8 +18,8 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from echo_trt.bundle.calibration import Calibration
+from echo_trt.engine.options import DEFAULTS, run_alone
 from echo_trt.errors import UserError
-from echo_trt.runtime.options import DEFAULTS, run_alone
 from echo_trt_lab.calibration.plots import gates
 
 ROOT = Path(__file__).parents[1]

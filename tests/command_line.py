@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from echo_trt.cli import app
+from echo_trt.cli.app import app
 
 
 def options_of(command: str) -> set[str]:

@@ -21,7 +21,7 @@ from hypothesis import settings
 from layers import HEAVY, layer
 
 if TYPE_CHECKING:
-    from echo_trt.runtime.llm import LLM
+    from echo_trt.engine.llm import LLM
 
 settings.register_profile("dev", max_examples=20, deadline=None)  # a busy machine is no failure
 settings.register_profile("ci", max_examples=150, deadline=None)
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The networks here are tiny: threads and progress bars only get in the way, here and in processes of tests."""
+    """Run with one thread and without progress bars, which slow tiny networks, here and in processes of tests."""
     if request.config.option.markexpr == "pure":
         yield
         return
@@ -93,7 +93,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 @pytest.fixture(autouse=True, scope="session")
 def _traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A network is traced once a run (traced.py)."""
+    """Trace a network once per run (traced.py)."""
     if request.config.option.markexpr == "pure":
         yield
         return
@@ -116,7 +116,7 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
     """pair -> its bundle, in fp32, a copy of this process's own."""
     from pairs import recipe_of
 
-    from echo_trt.commands.build import build
+    from echo_trt.cli.build import build
 
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -131,24 +131,24 @@ def bundle_of(made_once, networks, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def open_llm(bundle_of, networks) -> Callable[..., LLM]:
-    """An LLM of its own for each test; with engine "torch" the reference runs behind the same loop.
+    """Return an LLM of its own for each test; with engine "torch" the reference runs behind the same loop.
 
     With "resident" it does what it would do on a GPU: features, states and choices stay where the networks are.
     """
     from pairs import reference_engines
 
-    from echo_trt.runtime.assemble import drafter_with
-    from echo_trt.runtime.llm import LLM
+    from echo_trt.engine.assemble import drafter_with
+    from echo_trt.engine.llm import LLM
 
     def get(pair: str, policy: str = "echo", batch: int = 3, engine: str = "openvino") -> LLM:
         llm = LLM(bundle_of(pair), policy, batch)
         if engine in ("torch", "resident"):
-            blocks, batch = llm.loop.target.num_blocks, llm.loop.state.count
+            blocks, batch = llm.loop.target.num_blocks, llm.loop.batch.count
             engines = reference_engines(pair, networks, blocks, batch, engine == "resident")
             llm.loop.target = engines["target"]
             if "draft" in engines:
                 markov = getattr(llm.loop.drafter, "markov", None)
-                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.state, engines["draft"], markov)
+                llm.loop.drafter = drafter_with(llm.manifest, llm.loop.batch, engines["draft"], markov)
         return llm
 
     return get
@@ -156,7 +156,7 @@ def open_llm(bundle_of, networks) -> Callable[..., LLM]:
 
 @pytest.fixture
 def with_limits(bundle_of, tmp_path) -> Callable[..., Path]:
-    """The bundle of a pair whose recipe has other limits, such as ``kv_blocks``."""
+    """Return the bundle of a pair whose recipe has other limits, such as ``kv_blocks``."""
 
     def get(pair: str, **limits: object) -> Path:
         folder = tmp_path / pair

@@ -6,7 +6,7 @@ from pathlib import Path
 
 #: Folder or file of tests/ -> its layer; what is not named is "engine". pyproject.toml describes the layers.
 LAYERS = {
-    "decoding": "pure",
+    "speculation": "pure",
     "files": "pure",
     "grammar": "pure",
     "lab": "pure",
@@ -20,13 +20,14 @@ LAYERS = {
     "lab/test_train_eagle3.py": "engine",
     "test_docs.py": "pure",
     "test_layers.py": "pure",
+    "test_words.py": "pure",
     "gpu": "gpu",
     "plugins": "kernel",
-    "dynamo": "server",
+    "adapters": "server",
     "examples": "server",
-    "gateway": "server",
-    "launch": "server",
-    "serving": "server",
+    "engine/service": "server",
+    "server": "server",
+    "supervision": "server",
 }
 #: What a pure test may not import.
 HEAVY = {"onnx", "onnxruntime", "openvino", "tensorrt", "torch", "transformers", "triton"}
@@ -34,6 +35,6 @@ HEAVY = {"onnx", "onnxruntime", "openvino", "tensorrt", "torch", "transformers",
 
 def layer(path: Path) -> str:
     """Name the layer of a file or folder in tests/."""
-    place = path.relative_to(Path(__file__).parent)
-    named = (LAYERS.get(str(folder)) for folder in (place, *place.parents))
+    index = path.relative_to(Path(__file__).parent)
+    named = (LAYERS.get(str(folder)) for folder in (index, *index.parents))
     return next(filter(None, named), "engine")

@@ -27,12 +27,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Recipe, parse_recipe
-from echo_trt.decoding.pack import Packed
-from echo_trt.decoding.policies import reserve_for
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 from echo_trt.models.weights import load_decoder, load_eagle3
+from echo_trt.speculation.pack import ForwardBatch
+from echo_trt.speculation.policies import reserve_for
 
 PAIRS = ("lookup", "model", "self", "eagle3", "close", "dflash", "dspark")
 VOCAB = 300
@@ -115,13 +115,13 @@ def layers(ids: list[int]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _write_close_block(folder: Path) -> None:
-    """A drafter whose rows say little and whose Markov head knows what the plain target writes behind a token.
+    """Write a drafter whose rows say little and whose Markov head knows what the plain target writes behind a token.
 
     It drafts the tokens that the target comes back to.
     """
     target = Qwen3ForCausalLM.from_pretrained(folder / "plain_target")
-    said = target.model.norm(target.model.embed_tokens.weight)
-    following = (said @ target.lm_head.weight.T).argmax(dim=1)
+    output = target.model.norm(target.model.embed_tokens.weight)
+    following = (output @ target.lm_head.weight.T).argmax(dim=1)
     often = (
         following[following[following[following]]].bincount(minlength=VOCAB)
         + following.bincount(minlength=VOCAB) / VOCAB
@@ -134,7 +134,7 @@ def _write_close_block(folder: Path) -> None:
     tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, chosen, True)
     tensors["lm_head.weight"] *= 0.02
     tensors["confidence_head.proj.weight"] *= 0.1
-    tensors["markov_head.markov_w1.weight"] = said.clone()
+    tensors["markov_head.markov_w1.weight"] = output.clone()
     tensors["markov_head.markov_w2.weight"] = target.lm_head.weight[chosen].clone()
     write_block(folder / "dspark", raw, tensors)
 
@@ -159,7 +159,9 @@ def write_tokenizer(
 
 @torch.no_grad()
 def _write_close_pair(folder: Path) -> None:
-    """A target that looks mostly at its last token, and a head that knows that token's embedding and little else."""
+    """Write a target that looks mostly at its last token, and a head that knows that token's embedding and little
+    else.
+    """
     write_tokenizer(folder / "plain_target")
     target = qwen3(**SIZES)
     for name, parameter in target.named_parameters():
@@ -185,7 +187,7 @@ def _write_close_pair(folder: Path) -> None:
 
 
 def raw_recipe(pair: str, networks: Path, **changes: Any) -> dict[str, Any]:
-    """The recipe as its YAML would hold it. ``changes`` replace whole keys."""
+    """Return the recipe as its YAML would hold it. ``changes`` replace whole keys."""
     target, kind, draft = FOLDERS[pair]
     raw: dict[str, Any] = {
         "name": pair,
@@ -205,22 +207,25 @@ def recipe_of(pair: str, networks: Path, **changes: Any) -> Recipe:
 
 
 def roles_of(pair: str, networks: Path) -> dict[str, Role]:
-    """The pair's networks in PyTorch, as a build has them before it exports them."""
+    """Return the pair's networks in PyTorch, as a build has them before it exports them."""
     recipe = recipe_of(pair, networks)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     target_folder, kind, draft_folder = FOLDERS[pair]
     target = load_decoder(open_checkpoint(networks / target_folder), positions)
     if kind == "lookup":
-        return {"target": TargetRole(target)}
+        return {"target": TargetModule(target)}
     draft = open_checkpoint(networks / draft_folder)
     if kind == "model":
-        return {"target": TargetRole(target), "draft": DraftRole(load_decoder(draft, positions), recipe.draft.top_k)}
+        return {
+            "target": TargetModule(target),
+            "draft": DraftModule(load_decoder(draft, positions), recipe.draft.top_k),
+        }
     if kind == "block":
         drafter = load_block(draft, positions, target)
-        role = BlockRole(drafter, recipe.draft.top_k)
-        return {"target": TargetRole(target, drafter.config.feature_layers), "draft": role}
-    head = HeadRole(load_eagle3(draft, positions, target), recipe.draft.top_k)
-    return {"target": TargetRole(target, target.config.feature_layers), "draft": head}
+        role = BlockModule(drafter, recipe.draft.top_k)
+        return {"target": TargetModule(target, drafter.config.feature_layers), "draft": role}
+    head = HeadModule(load_eagle3(draft, positions, target), recipe.draft.top_k)
+    return {"target": TargetModule(target, target.config.feature_layers), "draft": head}
 
 
 def reference_engines(
@@ -231,9 +236,9 @@ def reference_engines(
     return {name: TorchEngine(role, blocks, bounds=bounds, resident=resident) for name, role in roles.items()}
 
 
-def block_inputs(call: Packed, feature_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def block_inputs(call: ForwardBatch, feature_size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Make a block drafter's inputs for any call: its logit rows are the block's, all other rows have features."""
-    count, asked = len(call.token_ids), len(call.logit_rows)
+    count, requested = len(call.token_ids), len(call.logit_rows)
     states, others = np.empty(count, np.int64), np.setdiff1d(np.arange(count), call.logit_rows)
-    states[call.logit_rows], states[others] = np.arange(asked), asked + np.arange(len(others))
+    states[call.logit_rows], states[others] = np.arange(requested), requested + np.arange(len(others))
     return {"features": rng.standard_normal((len(others), feature_size), np.float32), "state_rows": states}

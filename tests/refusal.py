@@ -12,7 +12,7 @@ from echo_trt.errors import UserError
 
 @contextmanager
 def refused(*words: object) -> Iterator[None]:
-    """The block must end in a UserError whose one sentence holds all ``words``."""
+    """Check that the block ends in a UserError whose one sentence holds all ``words``."""
     with pytest.raises(UserError) as caught:
         yield
     message = str(caught.value)

@@ -18,7 +18,7 @@ print("heavy:", sorted({HEAVY!r} & sys.modules.keys()))
 
 
 def test_every_folder_that_has_a_layer_exists():
-    assert all((TESTS / place).exists() for place in LAYERS)
+    assert all((TESTS / index).exists() for index in LAYERS)
 
 
 def test_pure_folders_are_collected_without_a_heavy_import():

@@ -11,8 +11,8 @@ import pytest
 from refusal import refused
 
 from echo_trt.bundle.manifest import Sampling
-from echo_trt.runtime.params import PARAMETERS, SamplingParams
-from echo_trt.serving.inputs import ALIASES
+from echo_trt.engine.params import PARAMETERS, SamplingParams
+from echo_trt.engine.process.inputs import ALIASES
 
 ROOT = Path(__file__).parents[1]
 TABLES = runpy.run_path(str(ROOT / "scripts/parameter_tables.py"))

@@ -107,7 +107,7 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(folder: Path, kind: str) -> Recipe:
-    """A checkpoint, and the recipe of its bundle. kind: llama3 or one of TEMPLATES."""
+    """Return a checkpoint, and the recipe of its bundle. kind: llama3 or one of TEMPLATES."""
     made = llama3_tokenizer() if kind == "llama3" else qwen3_tokenizer(TEMPLATES[kind])
     made.save_pretrained(folder / kind)
     network = llama if kind == "llama3" else qwen3

@@ -1,1 +1,1 @@
-"""Compilers and engines, in one folder a compiler, behind one protocol (``base``)."""
+"""Compilers and engines, in one folder per compiler, behind one protocol (``base``)."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from echo_trt.decoding.pack import Packed
+from echo_trt.speculation.pack import ForwardBatch
 
 #: The domain of our operators in ONNX, the attention's name and the collectives'.
 DOMAIN, OPERATOR, COLLECTIVES = "echo", "SuperTreeAttention", ("AllReduce", "AllGather")
@@ -17,27 +17,27 @@ ends_at_once = False
 METADATA = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
 
 
-class Bank(Protocol):
+class FeatureCache(Protocol):
     """Rows [count, width] that outlive a call, as later calls' inputs."""
 
-    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
-        """Keep ``outputs[rows]``, of an engine's run, rows int64 [m], at ``places`` int64 [m]."""
+    def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        """Keep ``outputs[rows]``, of an engine's run, rows int64 [m], at ``handles`` int64 [m]."""
 
-    def read(self, places: np.ndarray) -> Any:
-        """Return rows ``places`` int64 [m], as an input of ``Engine.run``."""
+    def read(self, handles: np.ndarray) -> Any:
+        """Return rows ``handles`` int64 [m], as an input of ``Engine.run``."""
 
 
-class HostBank:
+class HostFeatureCache:
     """A bank in the host's memory, which is taken as rows are written."""
 
     def __init__(self, count: int, width: int):
         self._rows = np.zeros((count, width), np.float32)  # calloc: only pages that are used take memory
 
-    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
-        self._rows[places] = outputs[rows]
+    def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        self._rows[handles] = outputs[rows]
 
-    def read(self, places: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._rows[places]
+    def read(self, handles: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._rows[handles]
         return found
 
 
@@ -47,18 +47,18 @@ def overlap(engine: Engine, work: Callable[[], None]) -> bool:
     return offered(work)
 
 
-def bank_of(engine: Engine, name: str, count: int, width: int) -> Bank:
+def feature_cache_of(engine: Engine, name: str, count: int, width: int) -> FeatureCache:
     """Return the bank for the input ``name``: the engine's own, on its device, or one on the host."""
-    own = getattr(engine, "bank", lambda name: None)(name)
-    return own or HostBank(count, width)
+    own = getattr(engine, "feature_cache", lambda name: None)(name)
+    return own or HostFeatureCache(count, width)
 
 
 class Engine(Protocol):
     """A compiled network with its paged KV pool.
 
-    An engine on a device may also have ``bank`` (``bank_of``), ``overlap`` and, of an EAGLE-3 head, ``run_levels``
-    (``runtime.levels.LevelsEngine``). An engine whose verified chains have the bits of plain decoding, and whose trees
-    do not, sets ``rounds_trees``.
+    An engine on a device may also have ``feature_cache`` (``feature_cache_of``), ``overlap`` and, of an EAGLE-3 head,
+    ``run_levels`` (``engine.drafters.levels.LevelsEngine``). An engine whose verified chains have the bits of plain
+    decoding, and whose trees do not, sets ``rounds_trees``.
 
     num_blocks  KV blocks of the pool
     sizes       [m], tokens, ascending: a verification is padded to the next size and any pass to the first. Larger
@@ -68,7 +68,7 @@ class Engine(Protocol):
     num_blocks: int
     sizes: tuple[int, ...]
 
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run one forward pass over N packed rows and compute the logits of R logit rows.
 
         Inputs beside ``call``, by the kind of network:
@@ -85,7 +85,7 @@ class Engine(Protocol):
         hints       float32 [R, G], of a block drafter with a Markov or confidence head
         """
 
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy KV rows of all layers. All sources are read before a target is written.
 
         source, target  int [m], pool rows; row r is in block r // BLOCK at r % BLOCK

@@ -42,7 +42,7 @@ from torch.onnx import ops
 
 from echo_trt.backends.onnx_export import cache_names, trace
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import BlockRole, HeadRole, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role
 
 OPSET = 24
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,7 +59,7 @@ def export_native(role: Role, path: Path, precision: str, context: int) -> None:
     the longest context and the largest T together.
     """
     role = in_precision(role, precision)
-    states = ["state_rows"] if isinstance(role, HeadRole) else []
+    states = ["state_rows"] if isinstance(role, HeadModule) else []
     caches = cache_names(role.num_layers)
     inputs = [*role.inputs, *states, *METADATA, *caches]
     outputs = [*role.outputs, *(f"new_{name}" for name in caches)]
@@ -121,9 +121,9 @@ def _additive_mask(past_lens: Tensor, tree_mask: Tensor, cache: Tensor) -> Tenso
     """Compute the mask that is added to scores, [B, 1, T, C]: 0 where a token sees a cache row, else HIDDEN_SCORE."""
     tokens, rows = tree_mask.shape[2], cache.shape[2]
     hidden = (1 - tree_mask.to(cache.dtype)) * HIDDEN_SCORE
-    column = torch.arange(rows, dtype=torch.int32) - past_lens[:, None]  # [B, C], a row's place among the new tokens
-    place = column.clamp(0, tokens - 1).long()[:, None].expand(-1, tokens, -1)
-    among_new = hidden.gather(2, place)
+    column = torch.arange(rows, dtype=torch.int32) - past_lens[:, None]  # [B, C], a row's index among the new tokens
+    column_index = column.clamp(0, tokens - 1).long()[:, None].expand(-1, tokens, -1)
+    among_new = hidden.gather(2, column_index)
     column = column[:, None]
     unseen = torch.where(column < tokens, among_new, HIDDEN_SCORE)
     return torch.where(column < 0, 0.0, unseen)[:, None]
@@ -137,9 +137,9 @@ def _example(role: Role, context: int) -> tuple[tuple, tuple]:
     inputs = {name: torch.zeros(batch, tokens, dtype=torch.long) for name in ("token_ids", "positions")}
     axes = dict.fromkeys(inputs, padded)
     widths = {}
-    if isinstance(role, HeadRole):
+    if isinstance(role, HeadModule):
         widths = {"features": 3 * config.target_hidden_size, "hidden": config.hidden_size}
-    if isinstance(role, BlockRole):
+    if isinstance(role, BlockModule):
         widths = {"features": config.feature_size}
     for rows, (name, width) in enumerate(widths.items(), 7):
         inputs[name] = torch.zeros(rows, width, dtype=dtype)

@@ -20,9 +20,9 @@ from onnxscript import values
 from torch import Tensor, nn
 
 from echo_trt.backends.base import COLLECTIVES, DOMAIN, METADATA, OPERATOR
-from echo_trt.decoding.pack import BLOCK
 from echo_trt.models.layers import Attend
-from echo_trt.models.roles import BlockRole, HeadRole, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role
+from echo_trt.speculation.pack import BLOCK
 
 OPSET = 23
 ATTRIBUTES = ("num_kv_heads", "head_dim", "max_context")
@@ -120,10 +120,10 @@ def _example(role: Role) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
     """Make the tracer's inputs, of different sizes along different axes."""
     config, dtype = role.network.config, role.network.norm.weight.dtype
     inputs = {"token_ids": torch.zeros(5, dtype=torch.long), "positions": torch.arange(5)}
-    if isinstance(role, HeadRole):
+    if isinstance(role, HeadModule):
         inputs["features"] = torch.zeros(2, 3 * config.target_hidden_size, dtype=dtype)
         inputs["hidden"] = torch.zeros(3, config.hidden_size, dtype=dtype)
-    if isinstance(role, BlockRole):
+    if isinstance(role, BlockModule):
         inputs["features"] = torch.zeros(3, config.feature_size, dtype=dtype)
         inputs["state_rows"] = torch.zeros(5, dtype=torch.long)
     lengths = (2, 3, 4, 3, 13, 3)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from echo_trt.backends.padded import Layout, Padded, pad, piece_states, split, unpad
-from echo_trt.decoding.pack import BLOCK, Packed
+from echo_trt.backends.padded import Padded, SlotLayout, pad, piece_states, split, unpad
+from echo_trt.speculation.pack import BLOCK, ForwardBatch
 
 _ARRAY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # numpy has no bfloat16
 
 
 class OnnxRuntimeEngine:
-    """A native graph and its caches: ``slots`` requests at a time, with ``blocks`` adjacent KV blocks a request."""
+    """A native graph and its caches: ``slots`` requests at a time, with ``blocks`` adjacent KV blocks per request."""
 
     def __init__(self, graph: Path, slots: int, blocks: int, threads: int = 0):
         options = ort.SessionOptions()
@@ -26,12 +26,12 @@ class OnnxRuntimeEngine:
         self._outputs = [o.name for o in self._session.get_outputs() if "_cache." not in o.name]
         _, heads, rows, head_dim = inputs[self._caches[0]].shape
         self._type = _ARRAY_TYPES[inputs[self._caches[0]].type]
-        self._layout = Layout(slots, blocks, rows - blocks * BLOCK)
+        self._layout = SlotLayout(slots, blocks, rows - blocks * BLOCK)
         self.num_blocks, self.sizes = slots * blocks, ()
         # One array for all layers, so that a commit is one indexed copy. calloc leaves untouched pages unallocated.
         self._pool = np.zeros((len(self._caches), slots, heads, rows, head_dim), self._type)
 
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         # Masked rows must be finite, and a slot's previous request may have left rows that are not.
         starting = call.past_lens == 0
         if starting.any():
@@ -43,9 +43,11 @@ class OnnxRuntimeEngine:
         for part in parts:
             own = typed
             if states is not None:
-                total, asked = len(call.logit_rows), len(part.asked)
-                features, renumbered = piece_states(states[part.rows], part.asked, total, typed["features"], asked)
-                part.state_rows.flat[part.places] = renumbered
+                total, requested = len(call.logit_rows), len(part.requested)
+                features, renumbered = piece_states(
+                    states[part.rows], part.requested, total, typed["features"], requested
+                )
+                part.state_rows.flat[part.padded_rows] = renumbered
                 own = {"features": np.ascontiguousarray(features)}
             outputs.append(self._run(part, own))
         return unpad(call, parts, outputs)
@@ -64,8 +66,8 @@ class OnnxRuntimeEngine:
         outputs = zip(self._outputs, binding.get_outputs(), strict=False)  # caches were bound last, and are left out
         return {name: _as_engine_type(value.numpy()) for name, value in outputs}
 
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        (old, old_row), (new, new_row) = self._layout.place(source), self._layout.place(target)
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
+        (old, old_row), (new, new_row) = self._layout.slots_and_rows(source), self._layout.slots_and_rows(target)
         self._pool[:, new, :, new_row] = self._pool[:, old, :, old_row]
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from echo_trt.backends.base import Engine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.manifest import SelfCheck
-from echo_trt.decoding.pack import BlockShape, Packed, pack, pack_blocks
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.roles import BlockRole, HeadRole, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role
+from echo_trt.speculation.pack import BlockShape, ForwardBatch, pack, pack_blocks
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 #: Error allowed, as a share of the largest logit; larger: worse engines pass. bf16 in PyTorch is 0.07 off for the
 #: default pair.
@@ -49,12 +49,12 @@ def check_engine(
     return check
 
 
-Call = tuple[Packed, dict[str, np.ndarray]]
+Call = tuple[ForwardBatch, dict[str, np.ndarray]]
 
 
 def _calls(role: Role, table: np.ndarray) -> list[Call]:
     """Make a prompt and a tree over it, with a head's inputs, of random tokens: the first and the last are compared."""
-    if isinstance(role, BlockRole):
+    if isinstance(role, BlockModule):
         return _block_calls(role, table)
     rng = np.random.default_rng(0)
     vocab = role.network.config.vocab_size
@@ -68,7 +68,7 @@ def _calls(role: Role, table: np.ndarray) -> list[Call]:
     return [(call, _head_inputs(role, call)) for call in (prompt, branch)]
 
 
-def _block_calls(role: BlockRole, table: np.ndarray) -> list[Call]:
+def _block_calls(role: BlockModule, table: np.ndarray) -> list[Call]:
     """Make a block behind one context row, then cached context rows, then a block behind them and a new one."""
     rng, config = np.random.default_rng(1), role.network.config
     tokens = rng.integers(0, config.vocab_size, CONTEXT + 1)
@@ -101,8 +101,8 @@ def block_shape(config: BlockConfig) -> BlockShape:
     return BlockShape(config.block_size, config.mask_token, not config.causal, config.anchored)
 
 
-def _head_inputs(role: Role, call: Packed) -> dict[str, np.ndarray]:
-    if not isinstance(role, HeadRole):
+def _head_inputs(role: Role, call: ForwardBatch) -> dict[str, np.ndarray]:
+    if not isinstance(role, HeadModule):
         return {}
     rng, config = np.random.default_rng(1), role.network.config
     count = len(call.token_ids)

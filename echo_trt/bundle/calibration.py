@@ -12,8 +12,8 @@ from echo_trt.bundle.costs import COSTS
 from echo_trt.bundle.manifest import MANIFEST, read_manifest
 from echo_trt.bundle.recipe import Positive, Probability
 from echo_trt.bundle.stored import CALIBRATION, Count, _Stored, read_stored
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.errors import UserError
+from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
 
 
 class Gate(_Stored):
@@ -30,7 +30,7 @@ class Gate(_Stored):
 class Calibration(_Stored):
     """Holds the acceptance rates and gates that were fitted to a target and its draft.
 
-    acceptance       source -> [depth][knot], P(accept) at ``echo_trt.decoding.goodput.model.acceptance.knots()``
+    acceptance       source -> [depth][knot], P(accept) at ``echo_trt.speculation.goodput.model.acceptance.knots()``
     children         [depth][child][quantile], a child's worth as a share of its parent's
     fixed_threshold  the best single threshold for all gates
     """
@@ -74,7 +74,7 @@ class Calibration(_Stored):
 
 
 def own_files(bundle: Path) -> list[Path]:
-    """The files that are read from a bundle: a command must not write another file over one of them."""
+    """Return the files that are read from a bundle: a command must not write another file over one of them."""
     return [bundle / name for name in (MANIFEST, *read_manifest(bundle).files, CALIBRATION, COSTS)]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import reserve_for
+from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import reserve_for
 
 #: The most rows of logits in one call; a larger call is divided. Larger: fewer calls, more memory. At 150,000 tokens
 #: of vocabulary 1,024 rows take 300 MB.

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.stored import _Stored, read_stored
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.errors import UserError
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
 
 COSTS = "costs.json"
 Seconds = Annotated[float, Field(ge=0, le=600)]  # of a pass, or of a part of one
@@ -51,7 +51,7 @@ class CurveTable(_Stored):
 
 
 class HingeTable(_Stored):
-    """A fitted ``echo_trt.decoding.echo.budget.Hinge``, validated."""
+    """A fitted ``echo_trt.speculation.echo.budget.Hinge``, validated."""
 
     t_ar: Annotated[float, Field(gt=0)]
     gamma: float

@@ -56,7 +56,7 @@ class BlockFacts(_Facts):
 class NetworkFacts(_Facts):
     """States a network's file and sizes, so that the runtime need not load its framework.
 
-    rank_files    one file a rank where the network is divided; the first is ``file``
+    rank_files    one file per rank where the network is divided; the first is ``file``
     num_kv_heads  of one rank, where the network is divided
     feature_size  numbers of the features that an EAGLE-3 head or a block drafter reads of one token
     block         of a block drafter
@@ -110,7 +110,7 @@ class Sampling(_Facts):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
 
     def given(self) -> dict[str, Any]:
-        """The parameters that are recommended, by name."""
+        """Return the parameters that are recommended, by name."""
         return self.model_dump(exclude_none=True)
 
 

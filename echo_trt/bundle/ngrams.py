@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.goodput.model.ngrams import NGrams
 from echo_trt.errors import DAMAGED, UserError
 from echo_trt.files.outputs import write_whole
+from echo_trt.speculation.goodput.model.ngrams import NGrams
 
 _STEPS = 255  # steps of a stored probability: more would not fit eight bits
 _REMEDY = "make it with scripts/training/train_eagle3.py ngrams, or leave draft.ngrams out of the recipe"

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import POLICIES, reserve_for
-from echo_trt.decoding.policy_names import DEFAULT
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_text
+from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import POLICIES, reserve_for
+from echo_trt.speculation.policy_names import DEFAULT
 
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
@@ -65,7 +65,7 @@ class Target(Source):
     chat_template: str | None = None
 
 
-class Draft(_Section):
+class DraftSection(_Section):
     """Names the draft: eagle3, a head for this target; block, a drafter of whole blocks (DFlash, DSpark, JetSpec,
     P-EAGLE); model, a smaller model with its tokenizer; lookup, the text.
 
@@ -88,7 +88,7 @@ class Draft(_Section):
     acceptance: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.4, 0.6, 0.75]
 
     @model_validator(mode="after")
-    def _source_where_needed(self) -> Draft:
+    def _source_where_needed(self) -> DraftSection:
         if (self.source is not None) != (self.kind in NETWORKS):
             unused = f"is not used, leave it out or set kind to one of {', '.join(NETWORKS)}"
             raise ValueError(f"kind is {self.kind}, for which source {unused if self.source else 'is missing, add it'}")
@@ -120,7 +120,7 @@ class Limits(_Section):
 
 
 class StaticTree(_Section):
-    """EAGLE-3's static tree: ``depth`` levels of ``top_k`` beams and children, ``tokens`` verified a request."""
+    """EAGLE-3's static tree: ``depth`` levels of ``top_k`` beams and children, ``tokens`` verified per request."""
 
     depth: Annotated[int, Field(ge=1, le=64)] = 4
     top_k: Annotated[int, Field(ge=1, le=64)] = 4
@@ -130,7 +130,7 @@ class StaticTree(_Section):
 class Decoding(_Section):
     """Sets the policy. Without ``gates``, ``fixed_threshold`` or ``budget``, calibration and measured costs give them.
 
-    budget       K_max, tokens verified an iteration
+    budget       K_max, tokens verified per iteration
     per_request  tokens in the tree of one request, for which KV rows are kept ready
     gates        depth -> threshold
     """
@@ -170,7 +170,7 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     target: Target
-    draft: Draft = Draft()
+    draft: DraftSection = DraftSection()
     engine: EngineName = "openvino"
     precision: Precision = "bf16"
     tensor_parallel: Literal[1, 2, 4, 8] = 1

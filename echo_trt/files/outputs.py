@@ -75,14 +75,14 @@ def _pipe_writer(option: str, path: Path) -> Iterator[Writer]:
 
 def _file_writer(option: str, path: Path) -> Writer:
     with _write_errors(option, path):  # a relative path may start in a folder that was deleted
-        place = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
-        partial = _partial(place)
+        target_path = Path(os.path.realpath(path))  # a link stays, and the file behind it is replaced
+        partial = _partial(target_path)
         partial.touch()
         partial.unlink()
 
     def write(content: bytes) -> None:
         with _write_errors(option, path):
-            write_whole(place, content)
+            write_whole(target_path, content)
 
     return write
 

@@ -1,4 +1,4 @@
-"""Prompt files: one JSON object a line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
+"""Prompt files: one JSON object per line, with ``id`` and ``prompt``, or ``turns`` (the first is used).
 
 Files of MT-bench are read as they are: their ``question_id`` is an id.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from echo_trt.errors import UserError, shown
 from echo_trt.files.inputs import read_lines
 
-MOST_LINES = 1_000_000  # of a file; larger: an endless pipe takes more memory before it is refused
+MAX_LINES = 1_000_000  # of a file; larger: an endless pipe takes more memory before it is refused
 LARGEST = 2**30  # bytes of a file; larger: likewise
 
 
@@ -35,7 +35,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     except OSError as error:
         raise UserError(f"prompts file {path} cannot be read ({error.strerror}); name a JSONL file.") from error
     if not prompts:
-        raise UserError(f"prompts file {path} holds no prompt; give one JSON object a line.")
+        raise UserError(f"prompts file {path} holds no prompt; give one JSON object per line.")
     return list(prompts.values())
 
 
@@ -43,9 +43,9 @@ def _prompts(path: Path) -> Iterator[Prompt]:
     size = 0
     for number, line in enumerate(read_lines(path), 1):
         size += len(line)
-        if number > MOST_LINES or size > LARGEST:
+        if number > MAX_LINES or size > LARGEST:
             raise UserError(
-                f"prompts file {path} has more than {MOST_LINES:,} lines or {LARGEST:,} bytes; give a part of it."
+                f"prompts file {path} has more than {MAX_LINES:,} lines or {LARGEST:,} bytes; give a part of it."
             )
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if text.strip():
@@ -58,7 +58,7 @@ def _parse(line: bytes, where: str) -> Prompt:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); give one object a line.") from error
+        raise UserError(f"{where}: not valid JSON ({error}); give one object per line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: holds {type(row).__name__}, not an object; give one with id and prompt.")
     text = row.get("prompt")

@@ -1,4 +1,4 @@
-"""From what a request asks of its answer (a schema, a regex, ...) to the state that its text begins in.
+"""Compile what a request asks of its answer (a schema, a regex, ...) to the state of the empty text.
 
 Parsing and masks are llguidance's. It bounds its own work by counting steps, so what a hostile grammar costs does not
 depend on how busy the machine is.
@@ -22,7 +22,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from echo_trt.errors import GrammarError, UserError
 from echo_trt.grammar.layout import Layouts, Writer
 from echo_trt.grammar.requested import REMEDY, checked, clause
-from echo_trt.grammar.state import State, Thought, Tokens
+from echo_trt.grammar.state import ReasoningState, State, Vocabulary
 
 CACHED = 128  # grammars that are kept compiled: more take memory, some 100 KB each
 SLOWEST_S = 2.0  # that compiling may take
@@ -44,10 +44,10 @@ class Compiled:
     writer: Writer | None
 
 
-class Compiler:
+class GrammarCompiler:
     """Compiles grammars for one tokenizer, and keeps the latest. Any thread may ask."""
 
-    def __init__(self, tokenizer: str, tokens: Tokens):
+    def __init__(self, tokenizer: str, tokens: Vocabulary):
         """``tokenizer``: content of a tokenizer.json."""
         self._json, self._tokens = tokenizer, tokens
         self._compiling = threading.Lock()  # held for seconds
@@ -56,23 +56,25 @@ class Compiler:
         self._cache: OrderedDict[str, Compiled | str] = OrderedDict()  # a refused grammar's sentence is kept, too
         self._always: dict[str, Compiled] = {}  # what no other grammar displaces
 
-    def begin(self, structured: Mapping[str, Any] | None, thought: Thought | None = None) -> State:
-        """The state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong where."""
+    def begin(self, structured: Mapping[str, Any] | None, reasoning: ReasoningState | None = None) -> State:
+        """Return the state of an empty text that must fit ``structured``. Raises UserError, naming what is wrong
+        where.
+        """
         if structured is None:
-            return State(self._tokens, None, thought=thought)
+            return State(self._tokens, None, reasoning=reasoning)
         if not self._tokens.ends:
             raise GrammarError("structured is given, but this model has no token to end the text with; leave it out.")
         found = self._compiled(structured)
         if isinstance(found, str):
             raise GrammarError(found)
-        return State(self._tokens, found.free, found.writer, thought)
+        return State(self._tokens, found.free, found.writer, reasoning)
 
     def to_compile(self, structured: Mapping[str, Any]) -> str | None:
         """Name the grammar that ``begin`` would have to compile, which may take seconds; None: it is kept compiled.
 
         Raises UserError.
         """
-        key = _key(*_asked(structured))
+        key = _key(*_requested(structured))
         return None if self.keeps(key) else key
 
     def keeps(self, grammar: str) -> bool:
@@ -81,7 +83,7 @@ class Compiler:
             return grammar in self._cache or grammar in self._always
 
     def _compiled(self, structured: Mapping[str, Any]) -> Compiled | str:
-        kind, value = _asked(structured)
+        kind, value = _requested(structured)
         key = _key(kind, value)
         if (found := self._kept(key)) is not None:
             return found
@@ -150,7 +152,7 @@ class Compiler:
         return Compiled(free, Writer(self._layouts, self._matcher(kind, _json_grammar(schema, BARE))))
 
     def _matcher(self, kind: str, grammar: str) -> LLMatcher:
-        """Compile, and walk a few tokens on, where a grammar without an end or that is too complex shows itself."""
+        """Compile a grammar and consume a few tokens: this fails for a grammar that never ends or is too complex."""
         assert self._tokenizer
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
@@ -167,8 +169,10 @@ class Compiler:
         return matcher
 
 
-def _asked(structured: Mapping[str, Any]) -> tuple[str, Any]:
-    """Kind and value, one for both spellings of any object: Dynamo has that of a schema alone. Raises UserError."""
+def _requested(structured: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return kind and value. ``json`` with {"type": "object"}, which Dynamo sends, becomes ``json_object``. Raises
+    UserError.
+    """
     kind, value = checked(structured)
     return ("json_object", True) if kind == "json" and value == {"type": "object"} else (kind, value)
 
@@ -185,7 +189,7 @@ def _json_grammar(schema: Mapping[str, Any] | bool, options: dict[str, Any]) -> 
 
 
 def _first(mask: bytes, ends: Sequence[int]) -> int | None:
-    """The lowest token of a mask that does not end the text."""
+    """Return the lowest token of a mask that does not end the text."""
     allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
     allowed[list(ends)] = 0
     return int(allowed.argmax()) if allowed.any() else None

@@ -1,8 +1,8 @@
 """How a model lays out JSON, so that what a schema forces is drafted as the model would write it.
 
-A grammar with free white space forces little: behind ``"Dune",`` a line break or a space may follow as well as a quote.
-So the text without white space is held against the grammar without white space, and what that forces is laid out as the
-text was so far: the answer's line breaks, indentation and spaces, or those of the answer before.
+A grammar with free white space forces little: after ``"Dune",`` a line break, a space or a quote may follow. So a
+second grammar without white space reads the text without white space. What the second grammar forces is laid out with
+the line breaks, indentation and spaces of the answer so far, or of the answer before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where a JSON text ends: its open containers, the last character outside strings, and the space behind it."""
 
     open: bytes = b""
@@ -47,18 +47,18 @@ class Place:
     in_string: bool = False
     escaped: bool = False
 
-    def behind(self, byte: int) -> Place:
-        """The place behind one more byte."""
+    def following(self, byte: int) -> Position:
+        """Return the position after one more byte."""
         if self.in_string:
             closes = byte == _QUOTE and not self.escaped
             return replace(self, in_string=not closes, escaped=byte == _BACKSLASH and not self.escaped)
         if byte in _SPACE:
             return replace(self, gap=self.gap + bytes([byte]))
         inside = self.open + bytes([byte]) if byte in _OPEN else self.open[:-1] if byte in _CLOSE else self.open
-        return Place(inside, byte, in_string=byte == _QUOTE)
+        return Position(inside, byte, in_string=byte == _QUOTE)
 
     def learn(self, byte: int, style: Style) -> Style:
-        """What the space before ``byte``, the next character outside strings, says of the style."""
+        """Learn the style from the white space before ``byte``, the next character outside strings."""
         lines = b"\n" in self.gap
         if self.last in _OPEN and byte not in _CLOSE:
             kinds = {(len(self.open), self.last): lines, (0, self.last): lines}
@@ -72,7 +72,9 @@ class Place:
         return style
 
     def gap_before(self, byte: int, style: Style) -> bytes:
-        """White space that the style puts here before ``byte``; 0 stands for any beginning of a value or key."""
+        """Return the white space that the style puts before ``byte``; 0 stands for the first byte of any value or
+        key.
+        """
         closes, opened, depth = byte in _CLOSE, self.last in _OPEN, len(self.open)
         if self.last == ord(":"):
             return style.colon
@@ -94,62 +96,62 @@ class Layouts:
 class Writer:
     """A JSON text, how it is laid out, and what must follow. It does not change."""
 
-    def __init__(self, layouts: Layouts, bare: LLMatcher, place: Place | None = None, style: Style | None = None):
+    def __init__(self, layouts: Layouts, bare: LLMatcher, index: Position | None = None, style: Style | None = None):
         """``bare``: the grammar without white space, behind the text without white space."""
         self._layouts, self._bare = layouts, bare
-        self._place, self._style = place or Place(), style
+        self._index, self._style = index or Position(), style
 
-    def behind(self, tokens: list[int]) -> Writer | None:
-        """The writer behind these tokens; None where the grammar without white space has no such text."""
-        place, style, kept = self._place, self._style or self._layouts.style, bytearray()
+    def following(self, tokens: list[int]) -> Writer | None:
+        """Return the writer behind these tokens; None where the grammar without white space has no such text."""
+        index, style, kept = self._index, self._style or self._layouts.style, bytearray()
         for byte in self._layouts.tokenizer.decode_bytes(tokens):
-            if not place.in_string and byte not in _SPACE:
-                style = place.learn(byte, style)
-            if place.in_string or byte not in _SPACE:
+            if not index.in_string and byte not in _SPACE:
+                style = index.learn(byte, style)
+            if index.in_string or byte not in _SPACE:
                 kept.append(byte)
-            place = place.behind(byte)
+            index = index.following(byte)
         self._layouts.style = style
         bare = self._bare.deep_copy()
         text = self._layouts.tokenizer.tokenize_bytes(bytes(kept))
         if bare.try_consume_tokens(text) < len(text):
             return None
-        return Writer(self._layouts, bare, place, style)
+        return Writer(self._layouts, bare, index, style)
 
     @property
     def complete(self) -> bool:
         """Whether nothing can follow but the end."""
         return self._bare.is_stopped()
 
-    def forced(self, most: int) -> list[int]:
-        """Up to ``most`` tokens of what must follow; the end is one of them."""
+    def forced(self, max_tokens: int) -> list[int]:
+        """Up to ``max_tokens`` tokens of what must follow; the end is one of them."""
         forced = self._bare.compute_ff_bytes()
         if not forced:
             return []
-        tokenizer, enough = self._layouts.tokenizer, forced[: _TOKEN * most]
+        tokenizer, enough = self._layouts.tokenizer, forced[: _TOKEN * max_tokens]
         text = self._laid_out(enough)
         tokens: list[int] = tokenizer.tokenize_bytes(text)
         if len(enough) < len(forced):
-            return tokens[:-1][:most]
+            return tokens[:-1][:max_tokens]
         for probe in _PROBES:
             other = tokenizer.tokenize_bytes(text + probe)
             same = [a == b for a, b in zip(tokens, other, strict=False)]
             tokens = tokens[: same.index(False)] if False in same else tokens[: len(same)]
-        return tokens[:most]
+        return tokens[:max_tokens]
 
     def _laid_out(self, forced: bytes) -> bytes:
-        place, style, text = self._place, self._style or self._layouts.style, bytearray()
+        index, style, text = self._index, self._style or self._layouts.style, bytearray()
         for byte in forced:
-            if not place.in_string:
-                text += self._rest(place, byte, style)
-                place = replace(place, gap=b"")
+            if not index.in_string:
+                text += self._rest(index, byte, style)
+                index = replace(index, gap=b"")
             text.append(byte)
-            place = place.behind(byte)
-        if not place.in_string and place.last in b":,":
-            text += self._rest(place, 0, style)
+            index = index.following(byte)
+        if not index.in_string and index.last in b":,":
+            text += self._rest(index, 0, style)
         return bytes(text)
 
     @staticmethod
-    def _rest(place: Place, byte: int, style: Style) -> bytes:
+    def _rest(index: Position, byte: int, style: Style) -> bytes:
         """White space that is missing before ``byte``: none where the text has another one already."""
-        gap = place.gap_before(byte, style)
-        return gap[len(place.gap) :] if gap.startswith(place.gap) else b""
+        gap = index.gap_before(byte, style)
+        return gap[len(index.gap) :] if gap.startswith(index.gap) else b""

@@ -65,7 +65,8 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema with its objects closed: who lists ``properties`` and says nothing of others has named them all.
+    """Copy a schema and close its objects: an object that lists ``properties`` and does not mention others allows no
+    others.
 
     An object stays open where the schema says so (``additionalProperties``, ``patternProperties``), where it requires a
     property that it does not list, and where another part of the schema may add properties to it: through ``allOf``,
@@ -73,7 +74,7 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     copy: dict[str, Any] = json.loads(json.dumps(schema))
     seen: dict[tuple[int, bool], dict[str, Any]] = {}
-    waiting: list[tuple[Any, bool]] = [(copy, False)]  # with whether another part holds for the same value
+    waiting: list[tuple[Any, bool]] = [(copy, False)]  # and whether another part constrains the same value
     while waiting:
         part, shares = waiting.pop()
         if not isinstance(part, dict) or (id(part), shares) in seen:
@@ -97,7 +98,7 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clause(message: str) -> str:
-    """What a library says as a clause: one line of at most 200 characters, without a stop."""
+    """Shorten a library's message to a clause: one line of at most 200 characters, without a full stop."""
     text = " ".join(message.replace("<non-verbose/>", "").split()).replace(". ", ", ")
     if text == "NoExtensionBias":
         return "no text fits it, for it never ends"
@@ -151,7 +152,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
-    """Those of ``references`` that some finite text fits: found from those that need no other on."""
+    """Return the ``references`` that have a finite text, beginning with those that need no other reference."""
     ending: set[str] = set()
     waiting: dict[str, list[str]] = {}  # reference -> references to check again once it ends
     whole: set[int] = set()
@@ -170,10 +171,11 @@ def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
 
 
 def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
-    """References of which one must end before a finite text fits ``schema``; none: one does, as far as is known here.
+    """List references of which at least one must have a finite text before ``schema`` has one; empty: ``schema`` has a
+    finite text.
 
-    ending  references that are known to end
-    whole   ids of schemas that are known to have a finite text; those that are found are added
+    ending  references that are known to have a finite text
+    whole   ids of schemas that are known to have a finite text; new ones are added
     """
     if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema or id(schema) in whole:
         return set()
@@ -190,10 +192,10 @@ def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
     parts = _list(schema.get("allOf"))
     if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), Mapping):
         parts = parts + [properties.get(name) for name in _list(schema.get("required")) if isinstance(name, str)]
-    least = schema.get("minItems", 0)
-    if schema.get("type") == "array" and isinstance(least, int) and least > 0:
-        first = _list(schema.get("prefixItems"))[:least]
-        parts = parts + (first if len(first) == least else [*first, schema.get("items")])
+    minimum = schema.get("minItems", 0)
+    if schema.get("type") == "array" and isinstance(minimum, int) and minimum > 0:
+        first = _list(schema.get("prefixItems"))[:minimum]
+        parts = parts + (first if len(first) == minimum else [*first, schema.get("items")])
     for part in parts:
         if blocks := _blocks(part, ending, whole):
             return blocks
@@ -202,7 +204,7 @@ def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
 
 
 def _resolved(reference: str, root: Mapping[str, Any]) -> Any:
-    """What a reference within the schema points to; None: nothing that is known here."""
+    """Resolve a reference within the schema; None: the target is unknown."""
     part: Any = root
     if reference != "#" and not reference.startswith("#/"):
         return None

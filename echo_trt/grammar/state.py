@@ -1,8 +1,8 @@
-"""A place in a text under a grammar: what may follow there, and what must.
+"""The state of a text under a grammar: which tokens are allowed next, and which are forced.
 
 States do not change: ``after`` makes the next one, and remembers it. So drafting and verifying share what was computed,
-a tree has a state for each node along its own path, and nothing is rolled back. A state keeps all states behind it
-alive, and each has a parser whose size grows with the text. So keep no state but the newest of a text.
+a tree has a state for each node along its own path, and nothing is rolled back. A state keeps all later states alive,
+and every state has a parser whose size grows with the text. So keep only the newest state of a text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AT_END = 4  # tokens from a mark of a thought to the end of a prompt, at most: t
 
 
 @dataclass(frozen=True)
-class Thought:
+class ReasoningState:
     """A reasoning model's thought, which no grammar constrains.
 
     opens, closes  token ids of the marks around it, <think> and </think>
@@ -37,16 +37,18 @@ class Thought:
     left: int | None = None
 
     @classmethod
-    def behind(cls, prompt: Sequence[int], opens: int, closes: int, left: int | None) -> Thought | None:
-        """The thought that a prompt leaves open, or that may begin behind it; None where it ends with a closed one.
+    def following(cls, prompt: Sequence[int], opens: int, closes: int, left: int | None) -> ReasoningState | None:
+        """Return the thought that a prompt leaves open, or that may begin behind it; None where it ends with a closed
+        one.
 
-        A template that asks for no thought ends with an empty one. Marks further ahead are a message's.
+        A template that asks for no thought ends with an empty thought. Marks that stand earlier in the prompt belong to
+        a message.
         """
         mark = next((token for token in reversed(prompt[-AT_END:]) if token in (opens, closes)), None)
         return None if mark == closes else cls(opens, closes, mark == opens, left)
 
-    def after(self, token: int) -> Thought | None:
-        """The thought behind its ``token``; None: it is over."""
+    def after(self, token: int) -> ReasoningState | None:
+        """Return the thought behind its ``token``; None: it is over."""
         if token == self.closes:
             return None
         if not self.inside:
@@ -64,7 +66,7 @@ class GrammarFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Vocabulary:
     """A target's tokens.
 
     vocab_size  the width of its logits
@@ -77,7 +79,9 @@ class Tokens:
     spell: Callable[[str], list[int]] | None = None
 
     def bits(self, tokens: Sequence[int]) -> np.ndarray:
-        """A mask that allows these tokens only: uint8 [ceil(vocab_size / 8)], the first token in the lowest bit."""
+        """Return a mask that allows these tokens only: uint8 [ceil(vocab_size / 8)], the first token in the lowest
+        bit.
+        """
         bits = np.zeros(-(-self.vocab_size // 8), np.uint8)
         for token in tokens:
             bits[token >> 3] |= 1 << (token & 7)
@@ -94,16 +98,16 @@ class State:
     ended    whether the text has ended
     """
 
-    tokens: Tokens
+    tokens: Vocabulary
     free: LLMatcher | None
     writer: Writer | None = None
-    thought: Thought | None = None
+    reasoning: ReasoningState | None = None
     unseen: tuple[int, ...] = ()
     ended: bool = False
     _after: dict[int, State | None] = field(default_factory=dict, init=False)
 
     def after(self, token: int) -> State | None:
-        """The state behind ``token``; None where it is forbidden. Raises GrammarFailed."""
+        """Return the state behind ``token``; None where it is forbidden. Raises GrammarFailed."""
         if self.ended:
             return self
         if token not in self._after:
@@ -111,11 +115,11 @@ class State:
         return self._after[token]
 
     def _next(self, token: int) -> State | None:
-        thought, tokens, ends = self.thought, self.tokens, token in self.tokens.ends
-        if thought and (thought.inside or token == thought.opens):
-            if (thought.spent and token != thought.closes) or (ends and self.free):
+        reasoning, tokens, ends = self.reasoning, self.tokens, token in self.tokens.ends
+        if reasoning and (reasoning.inside or token == reasoning.opens):
+            if (reasoning.spent and token != reasoning.closes) or (ends and self.free):
                 return None
-            return State(tokens, self.free, self.writer, thought.after(token), ended=ends)
+            return State(tokens, self.free, self.writer, reasoning.after(token), ended=ends)
         if self.free is None:
             return State(tokens, None, ended=ends)
         if ends and self.free.is_accepting():
@@ -128,13 +132,13 @@ class State:
 
     @cached_property
     def mask(self) -> np.ndarray | None:
-        """Allowed tokens, as ``Tokens.bits``. None: all are. Raises GrammarFailed."""
-        thought, tokens = self.thought, self.tokens
-        if thought and thought.spent:
-            return tokens.bits([thought.closes])
+        """Allowed tokens, as ``Vocabulary.bits``. None: all are. Raises GrammarFailed."""
+        reasoning, tokens = self.reasoning, self.tokens
+        if reasoning and reasoning.spent:
+            return tokens.bits([reasoning.closes])
         if self.ended or self.free is None:
             return None
-        if thought and thought.inside:
+        if reasoning and reasoning.inside:
             return ~tokens.bits(tokens.ends)
         mask = np.frombuffer(self.free.compute_bitmask(), np.uint8)[: -(-tokens.vocab_size // 8)]
         _check(self.free)
@@ -145,7 +149,7 @@ class State:
                 forced := self.free.compute_ff_bytes().decode("utf-8", "ignore")
             ):
                 mask = tokens.bits(tokens.spell(forced)[:1])
-        return mask | tokens.bits([thought.opens]) if thought else mask
+        return mask | tokens.bits([reasoning.opens]) if reasoning else mask
 
     def allowed(self, tokens: np.ndarray) -> np.ndarray:
         """Whether each of ``tokens`` int64 [n] may follow: bool [n]. Raises GrammarFailed."""
@@ -154,21 +158,22 @@ class State:
         allowed: np.ndarray = (self.mask[tokens >> 3] >> (tokens & 7) & 1).astype(bool)
         return allowed
 
-    def forced(self, most: int) -> list[int]:
-        """Up to ``most`` tokens that the grammar leaves no choice about, as a tokenizer writes them: a likely draft.
+    def forced(self, max_tokens: int) -> list[int]:
+        """Return up to ``max_tokens`` tokens that the grammar forces, as a tokenizer writes them.
 
-        Not a certain one: other tokens may spell the same, and with free white space others may be allowed.
+        They are a likely draft and no certain one: other tokens may spell the same text, and free white space may allow
+        others.
         """
-        thought = self.thought
-        if thought and thought.inside:
-            return [thought.closes] if thought.spent else []
+        reasoning = self.reasoning
+        if reasoning and reasoning.inside:
+            return [reasoning.closes] if reasoning.spent else []
         if self.ended or self.free is None:
             return []
         if self.writer and self.unseen:
-            self.writer, self.unseen = self.writer.behind(list(self.unseen)), ()
+            self.writer, self.unseen = self.writer.following(list(self.unseen)), ()
         if self.free.is_stopped() or (self.writer and self.writer.complete):
             return list(self.tokens.ends[:1]) if self.free.is_accepting() else []
-        tokens = self.writer.forced(most) if self.writer else self.free.compute_ff_tokens()[:most]
+        tokens = self.writer.forced(max_tokens) if self.writer else self.free.compute_ff_tokens()[:max_tokens]
         return tokens[: self.free.validate_tokens(tokens)]
 
 

@@ -6,7 +6,7 @@ learnt hidden state in the features' place.
 
 Packed rows say by ``state_rows`` which *state* they are: R states of the block's rows, then M of features. In a block
 whose rows all see each other, each row stands twice: kernels only look back, so that rows that look stand behind rows
-that are looked at (``decoding.pack.pack_blocks``).
+that are looked at (``speculation.pack.pack_blocks``).
 """
 
 from __future__ import annotations

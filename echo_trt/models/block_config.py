@@ -39,13 +39,13 @@ P_EAGLE_ROWS = 8  # rows of a P-EAGLE pass where nothing states them; larger: de
 class BlockConfig(Eagle3Config):
     """A block drafter: layers over masked rows, which see the target's features of the committed tokens.
 
-    block_size      rows of one pass for each request, the root's included
-    mask_token      token id of the other rows
-    causal          whether a row of the block sees only the rows before it
-    predicts_next   whether a row predicts the token behind its position, else the one at it
-    anchored        P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
-    markov          kind of the Markov head, one of ``MARKOV``, or "" without one
-    confidence      whether a confidence head says how likely a row's best token is accepted
+    block_size             rows of one pass for each request, the root's included
+    mask_token             token id of the other rows
+    causal                 whether a row of the block sees only the rows before it
+    predicts_next          whether a row predicts the token behind its position, else the one at it
+    anchored               P-EAGLE: entries are EAGLE-3's, and the newest one is the block's first row
+    markov                 kind of the Markov head, one of ``MARKOV``, or "" without one
+    confidence             whether a confidence head says how likely a row's best token is accepted
     confidence_sees_token  whether that head sees the Markov embedding of the previous token, too
     """
 
@@ -183,14 +183,14 @@ def _dflash(raw: dict[str, Any], family: str, where: str) -> dict[str, Any]:
 
 def _layers(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Return our ids, and the key that names layers."""
-    for key, behind in LAYER_KEYS.items():
+    for key, offset in LAYER_KEYS.items():
         ids = raw.get(key)
         if ids is not None:
             if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
                 raise UserError(
                     f"{where}: {key} is {ids!r}, not a list of layers; take the checkpoint's own config.json."
                 )
-            return {"feature_layers": tuple(layer + behind for layer in ids), "layer_key": key}
+            return {"feature_layers": tuple(layer + offset for layer in ids), "layer_key": key}
     return {"layer_key": next(iter(LAYER_KEYS))}
 
 

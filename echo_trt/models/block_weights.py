@@ -91,7 +91,7 @@ def load_block(
 
 
 def markov_arrays(model: BlockNetwork, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return what the runtime needs of the Markov and confidence heads, float32 (echo_trt.runtime.markov).
+    """Return what the runtime needs of the Markov and confidence heads, float32 (echo_trt.engine.drafters.markov).
 
     w1                 [V, r], embedding of the previous token
     w2                 [V, r], rows of tokens outside the draft vocabulary are 0

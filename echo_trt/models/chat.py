@@ -178,7 +178,7 @@ class ChatEncoder:
         tools: Tools | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a chat, with aliases; ``answer``: up to where an answer begins."""
+        """Return the text of a chat, with aliases; ``answer``: up to where an answer begins."""
         return self._tokenizer.apply_chat_template(
             messages,
             tools=list(tools) if tools else None,

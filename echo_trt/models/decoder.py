@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         """Compute the logits of some rows, and the features of all.
 
         token_ids   int [N], packed tokens
-        positions   int [N], a token's place in its text
+        positions   int [N], a token's position in its text
         logit_rows  int [R], rows whose next token is wanted
         Returns logits [R, V] and the inputs of ``feature_layers`` side by side [N, len * H], or None without layers.
         """

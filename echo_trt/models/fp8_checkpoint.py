@@ -1,8 +1,8 @@
 """FP8 checkpoints, read as e4m3 weights times their scales.
 
 ModelOpt (quant_algo FP8, or FP8_PER_CHANNEL_PER_TOKEN) stores one ``weight_scale`` a tensor or an output channel.
-quant_method fp8, which Qwen publishes, stores one ``weight_scale_inv`` a block. Scales of activations and of an fp8 KV
-cache are left out: echo-trt computes and caches in the recipe's precision.
+quant_method fp8, which Qwen publishes, stores one ``weight_scale_inv`` per block. Scales of activations and of an fp8
+KV cache are left out: echo-trt computes and caches in the recipe's precision.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from echo_trt.errors import UserError
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
-MOST_TOOLS = 128  # of a request: more fill the prompt, and a grammar of them takes long to compile
+MAX_TOOLS = 128  # of a request: more fill the prompt, and a grammar of them takes long to compile
 #: What a template may read of a message beside its role and content.
 TEXTS = ("name", "tool_call_id", "reasoning_content")
 TOOL_RULE = 'give a list such as [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}].'
 
 
 def checked_messages(messages: object, name: str, rule: str) -> list[dict[str, Any]]:
-    """A conversation as an encoder takes it, without keys that no template reads.
+    """Check a conversation and drop the keys that no template reads.
 
     Content may be null beside ``tool_calls``; arguments of calls become objects. A refusal names ``name`` and ends with
     ``rule``.
@@ -69,8 +69,8 @@ def checked_tools(tools: object, name: str = "tools") -> list[dict[str, Any]]:
     """Tools as OpenAI's API has them: functions with a name each of their own. A refusal names ``name``."""
     if not isinstance(tools, list | tuple) or not tools:
         raise UserError(f"{name} is no list of tools; {TOOL_RULE}")
-    if len(tools) > MOST_TOOLS:
-        raise UserError(f"{name} has {len(tools)} entries; give at most {MOST_TOOLS}.")
+    if len(tools) > MAX_TOOLS:
+        raise UserError(f"{name} has {len(tools)} entries; give at most {MAX_TOOLS}.")
     known: set[str] = set()
     for index, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None

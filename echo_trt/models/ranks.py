@@ -81,7 +81,7 @@ class Shard:
     rank: int = 0
     ranks: int = 1
 
-    def place(self, total: int, size: int) -> slice:
-        """Return this rank's ``size`` places on an axis of ``total``; neighbouring ranks may share them (KV heads)."""
+    def slice_of(self, total: int, size: int) -> slice:
+        """Return this rank's ``size`` indices on an axis of ``total``; neighbouring ranks may share them (KV heads)."""
         start = self.rank * total // self.ranks // size * size
         return slice(start, start + size)

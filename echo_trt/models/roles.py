@@ -14,7 +14,7 @@ from echo_trt.models.eagle3 import Eagle3Head, top_candidates
 from echo_trt.models.layers import Attend
 
 
-class TargetRole(nn.Module):
+class TargetModule(nn.Module):
     """The target: logits [R, V] and, where ``feature_layers`` names layers, features [N, len * H] for a head."""
 
     inputs = ("token_ids", "positions")
@@ -31,7 +31,7 @@ class TargetRole(nn.Module):
         return (logits,) if features is None else (logits, features)
 
 
-class DraftRole(nn.Module):
+class DraftModule(nn.Module):
     """A draft: log-probabilities [R, k] and token ids [R, k] of the ``top_k`` best next tokens of every wanted row."""
 
     inputs = ("token_ids", "positions")
@@ -47,7 +47,7 @@ class DraftRole(nn.Module):
         return top_candidates(logits, self.top_k)
 
 
-class HeadRole(nn.Module):
+class HeadModule(nn.Module):
     """An EAGLE-3 head: a draft's outputs, and the state [N, H] of every row for its children's ``hidden``."""
 
     inputs = ("token_ids", "positions", "features", "hidden")
@@ -65,7 +65,7 @@ class HeadRole(nn.Module):
         return scores, self.network.target_ids[index], state
 
 
-class BlockRole(nn.Module):
+class BlockModule(nn.Module):
     """A block drafter: a draft's outputs for each of the block's rows, and ``hints`` [R, G] where a head takes them."""
 
     inputs = ("token_ids", "positions", "features", "state_rows")
@@ -84,4 +84,4 @@ class BlockRole(nn.Module):
         return scores, self.network.target_ids[index], *hints
 
 
-Role = TargetRole | DraftRole | HeadRole | BlockRole
+Role = TargetModule | DraftModule | HeadModule | BlockModule

@@ -15,13 +15,13 @@ if TYPE_CHECKING:  # it imports PyTorch
     from echo_trt.models.checkpoint import Checkpoint
 
 #: Around a reasoning model's thought, as Qwen3 and DeepSeek write it.
-THOUGHT = ("<think>", "</think>")
+REASONING = ("<think>", "</think>")
 
 
-def thought_marks(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
-    """The tokens that open and close a thought; None where the model does not think."""
+def think_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int] | None:
+    """Return the tokens that open and close a thought; None where the model does not think."""
     known = tokenizer.get_added_vocab()
-    return (known[THOUGHT[0]], known[THOUGHT[1]]) if all(mark in known for mark in THOUGHT) else None
+    return (known[REASONING[0]], known[REASONING[1]]) if all(mark in known for mark in REASONING) else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -50,10 +50,10 @@ def read_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> PreTra
     """Read the tokenizer of ``folder`` where one is named, else the checkpoint's."""
     if folder is None and (own := getattr(checkpoint, "tokenizer", None)):  # GGUF's
         return own()
-    place = folder or checkpoint.path
-    if not (place / "tokenizer.json").exists():
-        raise UserError(f"{place / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
-    return load_tokenizer(place)
+    index = folder or checkpoint.path
+    if not (index / "tokenizer.json").exists():
+        raise UserError(f"{index / 'tokenizer.json'} is missing; add it, or name its folder in the recipe's tokenizer.")
+    return load_tokenizer(index)
 
 
 def check_same_tokens(target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast, where: str) -> None:

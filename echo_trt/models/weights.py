@@ -233,12 +233,12 @@ class _Filling:
                 part.copy_(self.checkpoint.get(name))
             elif name.endswith("experts.gate_up_proj"):  # gate over up, which are divided one by one
                 for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
-                    rows = self.shard.place(shape[1] // 2, half.shape[1])
+                    rows = self.shard.slice_of(shape[1] // 2, half.shape[1])
                     rows = slice(begin + rows.start, begin + rows.stop)
                     half.copy_(self.checkpoint.get(name, (slice(None), rows, slice(None))))
             else:
-                places = map(self.shard.place, (height, *shape[1:]), part.shape)
-                part.copy_(self.checkpoint.get(name, tuple(places)))
+                slices = map(self.shard.slice_of, (height, *shape[1:]), part.shape)
+                part.copy_(self.checkpoint.get(name, tuple(slices)))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         checkpoint = self.checkpoint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_trt.errors import UserError
-from echo_trt.sizing.hardware import Chip, Network
+from echo_trt.sizing.hardware import Chip, NetworkShare
 
 USABLE = 0.9  # share of a card's memory; larger: less is left for driver, runtime and fragmentation
 
@@ -77,7 +77,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
-def knee(network: Network, chip: Chip) -> int:
+def knee(network: NetworkShare, chip: Chip) -> int:
     """Compute the paper's K_max: the tokens of a pass at which arithmetic takes as long as reading the weights."""
     tokens = np.arange(1, _LARGEST_KNEE + 1)
     memory = network.bytes_read(tokens) / (chip.bandwidth * chip.bandwidth_share)

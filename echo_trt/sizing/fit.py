@@ -9,18 +9,18 @@ from pathlib import Path
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import POLICIES
+from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
-from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
+from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import POLICIES
 from super_tree_attention.kernel_plan import split_rows
 
 #: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
 LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
-SLOT_GRAPHS = 64  # graphs of an engine with a cache a slot, which are captured as calls come
+SLOT_GRAPHS = 64  # graphs of an engine with a cache per slot, which are captured as calls come
 NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 
 
@@ -34,7 +34,7 @@ class Needs:
     graphs          bytes of captured CUDA graphs, of target and draft
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
-    linear          whether a running request has a cache for the whole context, whatever limits.kv_blocks is
+    contiguous      whether a running request has a cache for the whole context, whatever limits.kv_blocks is
     """
 
     target_weights: int
@@ -48,7 +48,7 @@ class Needs:
     graphs: int
     blocks: int
     request_blocks: int
-    linear: bool
+    contiguous: bool
 
     @property
     def kv_token(self) -> int:
@@ -73,20 +73,20 @@ class Needs:
         """Bytes of everything but the pool and the features of its tokens."""
         return self.target_weights + self.draft_weights + self.working + self.graphs
 
-    def most_blocks(self, card: Card) -> int:
+    def max_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
         return (card.usable - self.fixed) // self.block
 
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
-    calls, linear = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
+    calls, contiguous = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
     draft_precision = recipe.draft.precision or recipe.precision
-    slot_blocks = calls.cache_rows / BLOCK if linear else calls.blocks
+    slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
-    tokens = max(calls.batch * calls.tree, calls.chunk) if linear else max(calls.rows, calls.chunk) + calls.chunk
-    rows = max(calls.rows, calls.chunk) if linear else tokens
-    scratch = 0 if linear else split_scratch(target, tokens)
+    tokens = max(calls.batch * calls.tree, calls.chunk) if contiguous else max(calls.rows, calls.chunk) + calls.chunk
+    rows = max(calls.rows, calls.chunk) if contiguous else tokens
+    scratch = 0 if contiguous else split_scratch(target, tokens)
     return Needs(
         target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
@@ -97,9 +97,9 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),
         graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
-        blocks=math.ceil(calls.batch * slot_blocks) if linear else calls.pool,
+        blocks=math.ceil(calls.batch * slot_blocks) if contiguous else calls.pool,
         request_blocks=math.ceil(slot_blocks),
-        linear=linear,
+        contiguous=contiguous,
     )
 
 
@@ -152,20 +152,20 @@ def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
 
 
 @dataclass(frozen=True)
-class Fit:
+class CardFit:
     """The fit of a recipe on ``count`` cards; ``spare``: bytes left on one GPU, negative where bytes are missing."""
 
     card: Card
     count: int
     spare: int
-    most_blocks: int
+    max_blocks: int
     k_max: int
     k_max_routed: int | None  # of a mixture whose tokens are computed by their chosen experts alone
     fits: bool
     sentence: str
 
 
-def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
+def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
@@ -181,11 +181,11 @@ def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
         sentence = f"does not fit: tensor_parallel is {gpus}, but there are {count} cards; take {gpus}."
     else:
         sentence = f"fits: {gigabytes(spare)} a GPU are left, {_room(need, card)}."
-    return Fit(
+    return CardFit(
         card=card,
         count=count,
         spare=spare,
-        most_blocks=need.most_blocks(card),
+        max_blocks=need.max_blocks(card),
         k_max=knee(sizes.network(precision, routed=False), card.chip),
         k_max_routed=knee(sizes.network(precision), card.chip) if sizes.experts else None,
         fits=compiled and spare >= 0 and count >= gpus,
@@ -194,21 +194,25 @@ def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> Fit:
 
 
 def _room(need: Needs, card: Card) -> str:
-    most = need.most_blocks(card)
-    return f"room for limits.batch {most // need.request_blocks:,}" if need.linear else f"room for {most:,} KV blocks"
+    maximum = need.max_blocks(card)
+    return (
+        f"room for limits.batch {maximum // need.request_blocks:,}"
+        if need.contiguous
+        else f"room for {maximum:,} KV blocks"
+    )
 
 
 def _remedy(recipe: Recipe, folder: Path, need: Needs, card: Card, count: int) -> str:
     """Name the limit to lower, or another remedy where no limit helps."""
-    limits, most = recipe.limits, need.most_blocks(card)
-    if most >= need.request_blocks:
-        if need.linear:
-            return f"lower limits.batch from {limits.batch} to {most // need.request_blocks}"
+    limits, maximum = recipe.limits, need.max_blocks(card)
+    if maximum >= need.request_blocks:
+        if need.contiguous:
+            return f"lower limits.batch from {limits.batch} to {maximum // need.request_blocks}"
         now = f"from {limits.kv_blocks:,}" if limits.kv_blocks else f"({need.blocks:,}, as many as the batch needs)"
-        return f"lower limits.kv_blocks {now} to {most:,}"
-    context = most * BLOCK - (need.request_blocks * BLOCK - limits.context)
+        return f"lower limits.kv_blocks {now} to {maximum:,}"
+    context = maximum * BLOCK - (need.request_blocks * BLOCK - limits.context)
     if context >= limits.prefill_chunk:
-        pool = "limits.batch to 1" if need.linear else f"limits.kv_blocks to {most:,}"
+        pool = "limits.batch to 1" if need.contiguous else f"limits.kv_blocks to {maximum:,}"
         return f"lower limits.context from {limits.context:,} to {context:,} and {pool}"
     return f"weights and working memory take {gigabytes(need.fixed)} of {gigabytes(card.usable)}; " + _more_cards(
         recipe, folder, card, count
@@ -231,4 +235,4 @@ def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
     except UserError:
         return False
     need = needs(recipe, target.sizes, draft and draft.sizes)
-    return need.most_blocks(card) >= need.request_blocks
+    return need.max_blocks(card) >= need.request_blocks

@@ -19,7 +19,7 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkShare:
     """The share of a network on one chip.
 
     dense            parameters that a pass of any size reads

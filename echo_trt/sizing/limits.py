@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from echo_trt.bundle.recipe import Recipe, parse_recipe
-from echo_trt.decoding.pack import BLOCK
+from echo_trt.engine.host_memory import OPTION, gigabytes
+from echo_trt.engine.kv_pool import block_bytes, check_memory
 from echo_trt.errors import UserError
-from echo_trt.runtime.host_memory import OPTION, gigabytes
-from echo_trt.runtime.kv_pool import block_bytes, check_memory
 from echo_trt.sizing.fit import needs
 from echo_trt.sizing.shapes import shapes
+from echo_trt.speculation.pack import BLOCK
 
 
 def limited(recipe: Recipe, max_model_len: int | None, max_num_seqs: int | None) -> Recipe:
@@ -57,8 +57,8 @@ def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: 
     """
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
-    room = int(total * utilization) - need.fixed
-    blocks = room // need.block
+    free_tokens = int(total * utilization) - need.fixed
+    blocks = free_tokens // need.block
     if blocks < need.request_blocks:
         context = blocks * BLOCK - (need.request_blocks * BLOCK - recipe.limits.context)
         shorter = f", or lower --max-model-len to {context}" if context >= recipe.limits.prefill_chunk else ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig, Eagle3Config
-from echo_trt.sizing.hardware import Network
+from echo_trt.sizing.hardware import NetworkShare
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5625}
@@ -80,13 +80,13 @@ class Sizes:
         """Values that one cached token takes on one GPU."""
         return 2 * self.num_layers * -(-self.num_kv_heads // self.gpus) * self.head_dim
 
-    def network(self, precision: str, routed: bool = True) -> Network:
+    def network(self, precision: str, routed: bool = True) -> NetworkShare:
         """Return the simulator's network on one GPU. Without ``routed`` every expert computes every token."""
         dense = self.router + self.norms + self._attention_share + self._output_share + self.mlp / self.gpus
         expert = self.expert / self.gpus
         if not routed:
             dense, expert = dense + expert * self.experts, 0.0
-        return Network(
+        return NetworkShare(
             dense=dense,
             parameter_bytes=WEIGHT_BYTES[precision],
             active=dense + expert * self.experts_per_token,
@@ -152,7 +152,7 @@ def block_sizes(config: BlockConfig) -> Sizes:
     """
     hidden, layers, first = config.hidden_size, config.num_layers, config.hidden_size * (2 if config.anchored else 1)
     features, inputs = config.feature_size, config.feature_size * hidden
-    hints = hidden * (1 if config.anchored else sum(config.hint_sizes))  # P-EAGLE: the mask's hidden state
+    hidden_states = hidden * (1 if config.anchored else sum(config.hint_sizes))  # P-EAGLE: the mask's hidden state
     norms = 4 * hidden + (features if config.fc_norm else 0) if config.anchored else 2 * hidden
     norms += (layers - config.anchored) * 2 * hidden + (layers * 2 * config.head_dim if config.qk_norm else 0)
     return Sizes(
@@ -162,7 +162,7 @@ def block_sizes(config: BlockConfig) -> Sizes:
         kv_matrices=_kv_matrices(config, first) + (layers - 1) * _kv_matrices(config, hidden),
         mlp=layers * 3 * hidden * config.intermediate_size,
         router=0,
-        norms=norms + hints,
+        norms=norms + hidden_states,
         num_layers=layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,

@@ -67,6 +67,8 @@ def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, An
         return published()[name], f"{name} as published"
     if source.path is None and source.hub:
         return read_json(from_hub(source.hub, CONFIG) / "config.json"), f"{name} on the hub"
-    place = source.path or source.file
+    target_path = source.path or source.file
     named = f", and {key}.hub {name} is not one of the published shapes" if source.hub else ""
-    raise UserError(f"{key}: {place} has no config.json yet{named}; put it there, the weights are not needed for this.")
+    raise UserError(
+        f"{key}: {target_path} has no config.json yet{named}; put it there, the weights are not needed for this."
+    )

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from echo_trt.bundle.recipe import Recipe
+from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
-from echo_trt.runtime.host_memory import gigabytes
 from echo_trt.sizing.fit import needs
 from echo_trt.sizing.shapes import shapes
 

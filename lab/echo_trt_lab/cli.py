@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from echo_trt.commands.terminal import Screen, messages
-from echo_trt.runtime.options import command
+from echo_trt.cli.terminal import Screen, messages
+from echo_trt.engine.options import command
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.calibration.options import CalibrateOptions
 from echo_trt_lab.simulation.options import SimulateOptions
@@ -19,9 +19,9 @@ def calibrate(options: CalibrateOptions) -> None:
     Example: `echo-trt calibrate bundles/smollm2-135m --prompts prompts.jsonl`
     """
     from echo_trt_lab.calibration.command import run
-    from echo_trt_lab.simulation.foresee import foresee
+    from echo_trt_lab.simulation.prediction import predict
 
-    run(options, Screen(), messages, foresee)
+    run(options, Screen(), messages, predict)
 
 
 @command

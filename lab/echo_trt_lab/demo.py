@@ -2,8 +2,8 @@
 
     python -m echo_trt_lab.demo [--max-tokens N]
 
-The first race is drawn: two panes on a terminal, two lines a prompt elsewhere. Texts of the other two must be equal to
-plain decoding's token for token: exit code 1 if one is not.
+The first race is drawn: two panes on a terminal, two lines per prompt elsewhere. Texts of the other two must be equal
+to plain decoding's token for token: exit code 1 if one is not.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from echo_trt.backends.openvino.cpu import computes_in
-from echo_trt.commands.generate import GenerateRun
-from echo_trt.commands.sources import legend, wants_colour
+from echo_trt.cli.generate import GenerateRun
+from echo_trt.cli.sources import legend, wants_colour
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import bounds, run_alone
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import bounds, run_alone
-from echo_trt.runtime.params import SamplingParams
 from echo_trt_lab.race import compare, meaning, rounding_note
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ RACES = (
 
 
 def main(
-    max_tokens: Annotated[int, Parameter(validator=bounds(2), help="New tokens a prompt, at most.")] = 96,
+    max_tokens: Annotated[int, Parameter(validator=bounds(2), help="New tokens per prompt, at most.")] = 96,
     bundles: Annotated[Path, Parameter(help="The folder of both bundles.")] = ROOT / "bundles",
 ) -> None:
     raise SystemExit(demo(bundles, max_tokens, Console(markup=False, emoji=False)))
@@ -61,7 +61,7 @@ def demo(
 ) -> int:
     """Run all races and print what came of them. Returns the exit code; ``frame`` gets every picture of the first."""
     coloured, prompts = wants_colour(out, "auto"), read_prompts(PROMPTS)
-    table = Table(title="tokens a second, beside plain decoding", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="tokens per second, beside plain decoding", title_justify="left", box=SIMPLE_HEAD)
     for column in ("policy", "in", "at once", "plain", "drafted", "ratio", "a pass", "same"):  # in 80 columns
         table.add_column(column, justify="left" if column in ("policy", "in") else "right")
     rows: list[tuple[Race, dict[str, Any], dict[str, Any]]] = []

@@ -35,9 +35,9 @@ import numpy as np
 import psutil
 from cyclopts import Parameter
 
+from echo_trt.engine.options import bounds
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.options import bounds
 
 SETTLE_S = 2.0  # seconds of a turn before its window; larger: more places are taken when it begins
 READY_S = 300.0  # seconds from a server's start to its first answer, at most
@@ -153,7 +153,7 @@ async def turn(door: Door, prompts: list[str], streams: int, seconds: float, max
     """Load one server. What is open at the end is left by its clients, as it must be for a server's next turn."""
     window, begin = Window(seconds), time.perf_counter() + SETTLE_S
 
-    async def place(number: int) -> None:
+    async def slot(number: int) -> None:
         while True:
             sent, first = time.perf_counter(), True
             try:
@@ -170,11 +170,11 @@ async def turn(door: Door, prompts: list[str], streams: int, seconds: float, max
                 await asyncio.sleep(0.1)
             number += streams
 
-    places = [asyncio.create_task(place(number)) for number in range(streams)]
+    slots = [asyncio.create_task(slot(number)) for number in range(streams)]
     await asyncio.sleep(SETTLE_S + seconds)
-    for task in places:
+    for task in slots:
         task.cancel()
-    await asyncio.gather(*places, return_exceptions=True)
+    await asyncio.gather(*slots, return_exceptions=True)
     await asyncio.sleep(SETTLE_S / 4)
     return window
 
@@ -230,8 +230,8 @@ def started(name: str, command: str) -> Iterator[str]:
             while not _answers(url):
                 if process.poll() is not None or time.monotonic() - begin > READY_S:
                     log.seek(0)
-                    said = log.read().decode(errors="replace")[-2000:]
-                    raise SystemExit(f"error: server {name} has not answered: {said}")
+                    output = log.read().decode(errors="replace")[-2000:]
+                    raise SystemExit(f"error: server {name} has not answered: {output}")
                 time.sleep(0.05)
             seconds = time.monotonic() - begin
             print(

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from echo_trt.backends.openvino.cpu import computes_in
-from echo_trt.commands.generate import GenerateRun, results
-from echo_trt.commands.side import Side
-from echo_trt.decoding.policy_names import DEFAULT, PLAIN
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import Delta, SamplingParams
-from echo_trt.runtime.slots import blocks_for
+from echo_trt.cli.generate import GenerateRun, results
+from echo_trt.cli.side import Side
+from echo_trt.engine.batch import blocks_for
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import Delta, SamplingParams
+from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.pictures.palette import BLUE, GREY
 from echo_trt_lab.side_by_side import gap, side_by_side
 
@@ -41,10 +41,10 @@ def sides_of(
     prompts  token ids of all prompts of the race
     limit    new tokens of an answer, at most
     """
-    state = llm.loop.state
-    longest = sorted(map(len, prompts))[-state.count :]
-    needed = sum(blocks_for(min(length + limit, state.context) + state.reserve) for length in longest)
-    if state.linear or needed > state.num_blocks // len(policies):
+    batch = llm.loop.batch
+    longest = sorted(map(len, prompts))[-batch.count :]
+    needed = sum(blocks_for(min(length + limit, batch.context) + batch.reserve) for length in longest)
+    if batch.contiguous or needed > batch.num_blocks // len(policies):
         return [Side(policy) for policy in policies]
     loops = side_by_side(llm, policies, budget)
     return [Side(policy, loop) for policy, loop in zip(policies, loops, strict=True)]
@@ -149,7 +149,7 @@ def result_lines(name: str, sides: Sequence[Side], console: Console) -> list[Tex
     return lines
 
 
-NEARLY_NONE = 1.05  # tokens a pass; larger: more races are called undrafted
+NEARLY_NONE = 1.05  # tokens per pass; larger: more races are called undrafted
 
 
 def meaning(plain: dict[str, Any], other: dict[str, Any]) -> str:
@@ -191,13 +191,13 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[Side]]:
     """Race plain decoding against ``policy``, of plain decoding goodput. Returns a row a side, and the sides.
 
-    lines  whether two lines a prompt are printed
+    lines  whether two lines per prompt are printed
     frame  gets every picture that is drawn
     """
     policies = PLAIN, policy if policy != PLAIN else DEFAULT
     prompts = [llm.chat_ids(prompt.text) for prompt in job.prompts]
     sides = sides_of(llm, policies, prompts, job.params.max_tokens, job.budget)
-    params, size = replace(job.params, token_sources=True), llm.loop.state.count
+    params, size = replace(job.params, token_sources=True), llm.loop.batch.count
     for begin in range(0, len(prompts), size):
         ids = [prompt.id for prompt in job.prompts[begin : begin + size]]
         with Panes(out, sides, job.coloured, frame) as panes:
@@ -238,6 +238,6 @@ def rounding_note(gaps: dict[str, float], precision: str) -> str:
     return (
         f"Where a text parts from plain decoding's, the target's logits of the two tokens differ by: {listed}. "
         f"{precision} rounds a token alike only in calls of one shape, so such near-ties can fall either way; "
-        "for texts that are identical token for token build with --precision fp32, or decode one path a request "
+        "for texts that are identical token for token build with --precision fp32, or decode one path per request "
         "(--policy goodput-exact), which a CPU computes with plain decoding's own rounding."
     )

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.pack import pack
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.llm import LLM
+from echo_trt.speculation.pack import pack
 
 
-def side_by_side(llm: LLM, policies: Sequence[str], budget: int | None = None) -> list[Loop]:
+def side_by_side(llm: LLM, policies: Sequence[str], budget: int | None = None) -> list[EngineCore]:
     """Make a loop for each policy over the same engines, a part of the KV pool each; ``llm.loop`` must rest meanwhile.
 
-    An engine that has a cache for each slot (``state.linear``) has no pool to divide.
+    An engine that has a cache for each slot (``batch.linear``) has no pool to divide.
     """
-    state, loops = llm.loop.state, []
-    blocks = state.num_blocks // len(policies)
+    batch, loops = llm.loop.batch, []
+    blocks = batch.num_blocks // len(policies)
     for number, name in enumerate(policies):
-        slots = Slots(state.count, state.context, state.reserve, blocks, state.cache.enabled, number * blocks)
+        slots = InputBatch(batch.count, batch.context, batch.reserve, blocks, batch.cache.enabled, number * blocks)
         part = llm.networks.over(slots)
         loops.append(part.loop(llm.tuning.planner(name, budget, part)))
     return loops
@@ -37,7 +37,7 @@ def gap(llm: LLM, prompt: Sequence[int], first: Sequence[int], second: Sequence[
     if shared is None:
         return math.inf
     ids = llm.checked([*prompt, *first[:shared]])
-    llm.loop.state.forget_cached()  # the pass below writes over the pool
+    llm.loop.batch.forget_cached()  # the pass below writes over the pool
     count = np.array([len(ids)])
     table = np.arange(blocks_for(len(ids)))[None]
     call = pack(ids, np.arange(len(ids)), np.zeros(1, np.int64), count, table, count - 1)

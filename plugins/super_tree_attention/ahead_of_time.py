@@ -158,14 +158,14 @@ def ptx_version(compute_capability: int) -> int:
 
     Raises ValueError where the assembler is too old for the card.
     """
-    known, least = assembler_version(compute_capability), _LEAST_PTX.get(compute_capability, 0)
-    if known < least:
+    known, minimum = assembler_version(compute_capability), _LEAST_PTX.get(compute_capability, 0)
+    if known < minimum:
         raise ValueError(
-            f"compute capability {compute_capability} needs PTX {least / 10}, and this Triton's ptxas knows "
+            f"compute capability {compute_capability} needs PTX {minimum / 10}, and this Triton's ptxas knows "
             f"{known / 10}; install a newer triton, or set TRITON_PTXAS_PATH and "
             "TRITON_PTXAS_BLACKWELL_PATH to the ptxas of a newer CUDA"
         )
-    return max(min(_PTX_VERSION, known), least)
+    return max(min(_PTX_VERSION, known), minimum)
 
 
 def assembler_version(compute_capability: int) -> int:

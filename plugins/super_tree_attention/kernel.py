@@ -28,13 +28,13 @@ def _max(x, axis: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, acc):
-    """a @ b + acc, in float32."""
+    """Compute a @ b + acc in float32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def _request_of(slot, seq_begins, num_requests, TOKENS: tl.constexpr, SPARE: tl.constexpr):
-    """The last request i whose first slot, seq_begins[i] // TOKENS + SPARE * i, is not after ``slot``."""
+    """Return the last request i whose first slot, seq_begins[i] // TOKENS + SPARE * i, is not after ``slot``."""
     earlier = tl.full([256], 0, tl.int32)
     for start in range(0, num_requests, 256):
         i = start + tl.arange(0, 256)
@@ -44,14 +44,16 @@ def _request_of(slot, seq_begins, num_requests, TOKENS: tl.constexpr, SPARE: tl.
 
 
 @triton.jit
-def _within(value, least, most):
+def _within(value, minimum, maximum):
     """``value`` within bounds, which it always is but for the made-up inputs that a builder may time kernels with."""
-    return tl.minimum(tl.maximum(value, least), most)
+    return tl.minimum(tl.maximum(value, minimum), maximum)
 
 
 @triton.jit
 def _extent(request, past_lens, seq_begins, block_begins, num_tokens, num_entries, BLOCK: tl.constexpr):
-    """A request's first token, its tokens, its first table entry and its past keys, within the arguments' memory."""
+    """Return a request's first token, its tokens, its first table entry and its past keys, within the arguments'
+    memory.
+    """
     begin = _within(tl.load(seq_begins + request), 0, num_tokens)
     count = _within(tl.load(seq_begins + request + 1), begin, num_tokens) - begin
     entry = _within(tl.load(block_begins + request), 0, num_entries)
@@ -70,10 +72,10 @@ def _split_span(past, block_begins, num_requests, num_entries, wanted, num_split
     entries = _within(tl.load(block_begins + num_requests), 0, num_entries)
     mean = (entries * BLOCK + num_requests - 1) // tl.maximum(num_requests, 1)
     share = tl.where(wanted == 1, 2 * mean, (mean + wanted - 1) // tl.maximum(wanted, 1))
-    least = tl.maximum((share + _SPAN - 1) // _SPAN * _SPAN, _MIN_SPLIT_KEYS)
-    least = tl.where(wanted == 0, _SPAN, least)
+    minimum = tl.maximum((share + _SPAN - 1) // _SPAN * _SPAN, _MIN_SPLIT_KEYS)
+    minimum = tl.where(wanted == 0, _SPAN, minimum)
     steps = (past + _SPAN - 1) // _SPAN
-    return tl.maximum(least, (steps + num_splits - 1) // num_splits * _SPAN)
+    return tl.maximum(minimum, (steps + num_splits - 1) // num_splits * _SPAN)
 
 
 @triton.jit
@@ -106,8 +108,8 @@ def attention(
     the metadata holds, nothing outside of the arguments' memory is read or written.
 
     num_tokens, num_blocks, num_entries, mask_bytes  sizes of query, of the pools, of the block table and of the mask
-    partial      float32 [N, Hq, splits, D], a split's mean of values
-    partial_lse  float32 [N, Hq, splits], log2 of the sum of a split's softmax
+    partial                                          float32 [N, Hq, splits, D], a split's mean of values
+    partial_lse                                      float32 [N, Hq, splits], log2 of the sum of a split's softmax
     """
     TOKENS: tl.constexpr = ROWS // GROUP
     SCALE: tl.constexpr = 1.4426950408889634 * HEAD_DIM**-0.5

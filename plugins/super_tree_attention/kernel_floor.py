@@ -18,8 +18,8 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A call: ``requests`` with ``context`` past tokens a request, and ``tokens`` new tokens of all requests."""
+class KernelShape:
+    """A call: ``requests`` with ``context`` past tokens per request, and ``tokens`` new tokens of all requests."""
 
     requests: int
     context: int
@@ -45,7 +45,7 @@ class Shape:
         return plan(self.tokens, self.requests, entries, KV_HEADS, GROUP)
 
 
-SHAPES = (Shape(1, 32768, 64), Shape(32, 2048, 256), Shape(256, 1024, 512))
+SHAPES = (KernelShape(1, 32768, 64), KernelShape(32, 2048, 256), KernelShape(256, 1024, 512))
 
 
 def bytes_of_a_step(kernel: CompiledKernel) -> int:
@@ -62,9 +62,9 @@ def bytes_of_a_step(kernel: CompiledKernel) -> int:
 
 def _loops(ptx: str) -> list[str]:
     """Return the texts of innermost loops, from a label to the branch back to it."""
-    place = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    index = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
     branches = re.finditer(r"bra(?:\.uni)?\s+(\$\w+);", ptx)
-    spans = sorted((place[b[1]], b.end()) for b in branches if place[b[1]] < b.start())
+    spans = sorted((index[b[1]], b.end()) for b in branches if index[b[1]] < b.start())
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [ptx[start:end] for start, end in inner]
 
@@ -79,7 +79,7 @@ def table() -> list[str]:
     return lines + [_line(shape) for shape in SHAPES]
 
 
-def _line(shape: Shape) -> str:
+def _line(shape: KernelShape) -> str:
     made = shape.plan
     kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, made.rows, BLOCK)
     tiles = -(-(shape.tokens // shape.requests) // (made.rows // GROUP))

@@ -11,14 +11,15 @@ from typing import Any
 MAX_SPLITS = 32  # splits of one past; larger: a fuller card at batch 1, a longer merge
 MIN_SPLIT_KEYS = 128  # least keys of a split; smaller: more programs, whose merge does not pay
 #: Rows of splits' results (query tokens x heads x splits), of which more than _TAIL_SPLITS a row are kept only up to
-#: this many. Larger: more splits of a few hundred tokens' past, more scratch memory (at head_dim 128 half a KB a row).
+#: this many. Larger: more splits of a few hundred tokens' past, more scratch memory (at head_dim 128 half a KB per
+#: row).
 SPLIT_ROWS = 1 << 17
 _TAIL_SPLITS = 4  # splits of a long past on a full card; larger: a shorter tail, more merging
 ROWS = (16, 64, 128)  # tile sizes: query tokens x heads of one program. Larger: keys are read less often, more padding
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """A launch with tiles of ``rows``.
 
     wanted_splits  splits of a past of the mean length, from which the kernel computes a split's keys
@@ -106,28 +107,28 @@ def plan(
     compute_capability: int = 90,
     num_splits: int | None = None,
     rows: int | None = None,
-    most_rows: int = ROWS[-1],
+    max_rows: int = ROWS[-1],
     ops: Any = Whole,
-) -> Plan:
+) -> KernelPlan:
     """Plan the launch for N tokens of B requests whose block tables have ``table_entries`` entries together.
 
     processors          streaming multiprocessors of the card
     compute_capability  of the card, such as 90
     num_splits          overrides the most splits of a past, which then have 64 keys or more
     rows                overrides the tile
-    most_rows           the largest tile
+    max_rows            the largest tile
     ops                 arithmetic; symbols, with their ``ops``, make a plan of symbols
     """
-    tiles_of_card = tuple(size for size in rows_for(compute_capability) if size <= most_rows)
+    tiles_of_card = tuple(size for size in rows_for(compute_capability) if size <= max_rows)
     rows = rows or _tile_rows(num_tokens, num_requests, group, tiles_of_card, ops)
     tiles = tile_count(num_tokens, num_requests, rows, group, ops)
     wanted: Any = 0
     if num_splits is None:
         at_a_time = (_exceeds(rows, ROWS[0], ops) * -2 + 3) * processors  # by their registers, three small tiles
         wanted = _filling(tiles * kv_heads, at_a_time, ops)
-        most = _most_splits(wanted, num_requests, group * kv_heads * num_tokens, ops)
-        num_splits = ops.max(ops.min(ops.cdiv(table_entries * block, MIN_SPLIT_KEYS), most), 1)
-    return Plan(rows, wanted, (tiles, kv_heads, num_splits), (num_tokens, group * kv_heads))
+        maximum = _most_splits(wanted, num_requests, group * kv_heads * num_tokens, ops)
+        num_splits = ops.max(ops.min(ops.cdiv(table_entries * block, MIN_SPLIT_KEYS), maximum), 1)
+    return KernelPlan(rows, wanted, (tiles, kv_heads, num_splits), (num_tokens, group * kv_heads))
 
 
 def _tile_rows(num_tokens: Any, num_requests: Any, group: Any, choice: tuple[int, ...], ops: Any) -> Any:
@@ -153,8 +154,8 @@ def _most_splits(wanted: Any, num_requests: Any, rows: Any, ops: Any) -> Any:
     """
     many = _exceeds(wanted, 1, ops)
     longest = ops.cdiv((wanted * 2 - 1) * many * num_requests + num_requests, 2)
-    most = many * (MAX_SPLITS - _TAIL_SPLITS) + _TAIL_SPLITS
-    return ops.min(ops.min(longest, most), ops.max((rows * 0 + SPLIT_ROWS) // ops.max(rows, 1), _TAIL_SPLITS))
+    maximum = many * (MAX_SPLITS - _TAIL_SPLITS) + _TAIL_SPLITS
+    return ops.min(ops.min(longest, maximum), ops.max((rows * 0 + SPLIT_ROWS) // ops.max(rows, 1), _TAIL_SPLITS))
 
 
 def split_rows(num_tokens: Any, heads: Any, ops: Any = Whole) -> Any:

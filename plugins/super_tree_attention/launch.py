@@ -59,8 +59,8 @@ def load(cubin: bytes, name: str, shared: int) -> Any:
     module = check(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
     function = check(driver.cuModuleGetFunction(module, name.encode()), "cuModuleGetFunction")
     if shared > _STATIC_SHARED:
-        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuFuncSetAttribute(function, most, shared), "cuFuncSetAttribute")
+        maximum = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(function, maximum, shared), "cuFuncSetAttribute")
     return function
 
 

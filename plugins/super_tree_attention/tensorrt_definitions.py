@@ -62,7 +62,7 @@ def _types_of_attention(
     types = ", ".join([half] * 5 + ["INT32"] * 6 + [half, "FP32", "FP32", half, half])
     tokens, requests, entries = _usual(query), _usual(past_lens), _usual(block_indices)
     group = query.shape[1] // (num_kv_heads * head_dim)
-    rows = _plan(tokens, requests, entries, num_kv_heads, group, most_rows=_MODEST_ROWS).rows
+    rows = _plan(tokens, requests, entries, num_kv_heads, group, max_rows=_MODEST_ROWS).rows
     return [trtp.AutoTuneCombination(types, tactics=[rows])]
 
 
@@ -173,12 +173,12 @@ def _card() -> tuple[int, int]:
 
 
 def _plan(
-    tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole, most_rows: int = ROWS[-1]
+    tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole, max_rows: int = ROWS[-1]
 ) -> Plan:
     capability, processors = _card()
     return plan(
         tokens, requests, entries, num_kv_heads, group, block=_BLOCK, processors=processors,
-        compute_capability=capability, most_rows=most_rows, ops=ops,
+        compute_capability=capability, max_rows=max_rows, ops=ops,
     )  # fmt: skip
 
 

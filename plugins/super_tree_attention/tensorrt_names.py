@@ -23,7 +23,7 @@ def relist_parameters(ptx: str, order: list[int | None], name: str) -> tuple[str
     for line in (parameters[i] for i in range(len(parameters)) if i not in order):
         if re.search(rf"\b{line.split()[-1]}\b", ptx[entry.end() :]):
             raise ValueError(f"{entry[1]} reads its parameter {line.split()[-1]}, which TensorRT does not pass")
-    unread = (f".param .u64 .ptr .global .align 1 {entry[1]}_unread_{place}" for place in range(len(order)))
+    unread = (f".param .u64 .ptr .global .align 1 {entry[1]}_unread_{index}" for index in range(len(order)))
     lines = [next(unread) if i is None else parameters[i] for i in order]
     relisted = ptx[: entry.start(2)] + "\n\t" + ",\n\t".join(lines) + ptx[entry.end(2) :]
     return f"echo_{name}", re.sub(rf"\b{entry[1]}(?=\b|_(param|unread)_)", f"echo_{name}", relisted)

@@ -28,7 +28,7 @@ def register() -> None:
 def prepare_graph(source: Path, target: Path, ahead_of_time: bool = True, alias_caches: bool = False) -> None:
     """Write the exported graph ``source`` for TensorRT's parser to ``target``, in the same folder: they share weights.
 
-    - ``tree_mask`` becomes int32 with four bytes a number (``words``), since plugins take no uint8.
+    - ``tree_mask`` becomes int32 with four bytes per number (``words``), since plugins take no uint8.
     - Every cache gets an output, named as the cache and WRITTEN, which must be bound to the cache's memory.
       ``alias_caches`` also declares the two as aliases. TensorRT may then copy every cache, so NVIDIA's plugins do
       without (TensorRT-Edge-LLM's AttentionPlugin). The merge's result is always declared an alias, which takes

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/acceptance.py bundles/smollm2-135m --prompts kinds.jsonl --limit 48
 
-Answers prompts, so that each iteration verifies eight nodes a request, and records them. Then the same nodes are
+Answers prompts, so that each iteration verifies eight nodes per request, and records them. Then the same nodes are
 foreseen in their order, each before its outcome is learnt: with and without the calibration, and where nothing is
 learnt, a shift in log-odds for each source, or the whole fit. Prints a table in markdown; nothing in it is timed.
 """
@@ -15,18 +15,18 @@ from typing import Annotated, Any
 import numpy as np
 from cyclopts import Parameter
 
-from echo_trt.decoding.goodput import planner as goodput
-from echo_trt.decoding.goodput.learner.fit import Fit
-from echo_trt.decoding.goodput.learner.sources import SourceLearner
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, Acceptance
-from echo_trt.decoding.goodput.settings import GoodputTuning
-from echo_trt.decoding.planner import Iteration
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.goodput import planner as goodput
+from echo_trt.speculation.goodput.learner.fit import AcceptanceFit
+from echo_trt.speculation.goodput.learner.sources import SourceLearner
+from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, Acceptance
+from echo_trt.speculation.goodput.settings import GoodputTuning
+from echo_trt.speculation.planner import Iteration
 
-TOKENS_A_REQUEST = 8  # verified an iteration
+TOKENS_A_REQUEST = 8  # verified per iteration
 LEARNT = {"nothing": "none", "a shift for each source": "shift", "slope, and bias by depth": "fit"}
 
 #: What is recorded of an iteration's nodes: source, depth, log path probability, and whether it was accepted, all [n].
@@ -78,7 +78,7 @@ def _loss(model: Acceptance, way: str, iterations: list[Nodes]) -> float:
     learner = SourceLearner(model, GoodputTuning())
     if way == "shift":
         for source, fit in enumerate(learner.fits):
-            learner.fits[source] = Fit(fit.slope, float(fit.bias[0]), GoodputTuning().fit_window, fixed=True)
+            learner.fits[source] = AcceptanceFit(fit.slope, float(fit.bias[0]), GoodputTuning().fit_window, fixed=True)
     total = number = 0.0
     for source, depth, score, accepted in iterations:
         p = model.probability(source, depth, score)

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from echo_trt.runtime.options import run_alone
+from echo_trt.engine.options import run_alone
 
 END = "<|end|>"
 DRAFT_VOCABULARY = 32000
@@ -95,10 +95,10 @@ def main(
 ) -> None:
     """Build one shape and print what it took."""
     with tempfile.TemporaryDirectory() as temporary:
-        place = folder or Path(temporary)
-        recipe = write_pair(place, SHAPES[shape], draft, tied)
-        stored = sum(file.stat().st_size for file in place.glob("*/*.safetensors"))
-        bundle = place / f"bundle-{precision}"
+        index = folder or Path(temporary)
+        recipe = write_pair(index, SHAPES[shape], draft, tied)
+        stored = sum(file.stat().st_size for file in index.glob("*/*.safetensors"))
+        bundle = index / f"bundle-{precision}"
         begin = time.perf_counter()
         peaks = build(recipe, bundle, precision)
         seconds = time.perf_counter() - begin
@@ -144,8 +144,8 @@ def build(recipe: Path, bundle: Path, precision: str) -> Peaks:
     return Peaks(resident, own)
 
 
-def write_pair(place: Path, sizes: dict[str, Any], draft: Draft, tied: bool) -> Path:
-    """Write target, head and recipe into ``place``; what is there already is kept."""
+def write_pair(index: Path, sizes: dict[str, Any], draft: Draft, tied: bool) -> Path:
+    """Write target, head and recipe into ``index``; what is there already is kept."""
     config = {
         **USUAL,
         **sizes,
@@ -153,8 +153,8 @@ def write_pair(place: Path, sizes: dict[str, Any], draft: Draft, tied: bool) -> 
         "model_type": "qwen3",
         "tie_word_embeddings": tied,
     }
-    write_random(place / "target", config, target_shapes(config))
-    write_tokenizer(place / "target")
+    write_random(index / "target", config, target_shapes(config))
+    write_tokenizer(index / "target")
     recipe: dict[str, Any] = {
         "name": "build-memory",
         "target": {"path": "target"},
@@ -169,9 +169,9 @@ def write_pair(place: Path, sizes: dict[str, Any], draft: Draft, tied: bool) -> 
             "draft_vocab_size": small,
             "tie_word_embeddings": False,
         }
-        write_random(place / "head", head, head_shapes(head), {"d2t": torch.zeros(small, dtype=torch.int64)})
+        write_random(index / "head", head, head_shapes(head), {"d2t": torch.zeros(small, dtype=torch.int64)})
         recipe["draft"] = {"kind": "eagle3", "source": {"path": "head"}}
-    path = place / "recipe.yaml"
+    path = index / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
 
@@ -223,7 +223,7 @@ def head_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def layer_shapes(prefix: str, config: dict[str, Any], inputs: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's matrices, whose attention reads ``inputs`` numbers a token."""
+    """Shapes of a layer's matrices, whose attention reads ``inputs`` numbers per token."""
     hidden, size, wide = config["hidden_size"], config["head_dim"], config["intermediate_size"]
     queries, keys = (config[f"num_{kind}_heads"] * size for kind in ("attention", "key_value"))
     heights = {"q": queries, "k": keys, "v": keys}

@@ -26,9 +26,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from echo_trt.bundle.sources import cache_folder
+from echo_trt.engine.options import run_alone
 from echo_trt.errors import UserError
-from echo_trt.runtime.options import run_alone
-from echo_trt_lab.cpu_peers.servers import ENGINES, Peers, Target, Unavailable
+from echo_trt_lab.cpu_peers.servers import ENGINES, LoadTarget, Peers, Unavailable
 from echo_trt_lab.cpu_peers.table import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,13 @@ LONG_CHARACTERS = 3000  # of a long prompt, about 800 tokens; larger: fewer requ
 
 
 def main(
-    bundles: Annotated[list[Path], Parameter(help="One bundle, or one a precision.")],
+    bundles: Annotated[list[Path], Parameter(help="One bundle, or one per precision.")],
     prompts: Annotated[list[Path] | None, Parameter(help="JSONL beside the demo's; may be given again.")] = None,
     engines: Annotated[str, Parameter(help="By commas.")] = ",".join(ENGINES),
     batch: Annotated[str, Parameter(help="Requests at once, by commas.")] = "1,8,32",
     requests: Annotated[int, Parameter(help="Requests an engine, batch and round, at least; two a slot.")] = 32,
     rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = 3,
-    max_tokens: Annotated[int, Parameter(help="New tokens a request.")] = 64,
+    max_tokens: Annotated[int, Parameter(help="New tokens per request.")] = 64,
     long: Annotated[bool, Parameter(help="Add the long prompts.", negative="--no-long")] = True,
     folder: Annotated[Path, Parameter(help="The peers' environments.")] = ENVIRONMENTS,
     recipes: Annotated[Path, Parameter(help="The folder of the bundles' recipe.")] = ROOT / "build",
@@ -61,7 +61,7 @@ def main(
     slots = max(int(size) for size in batch.split(","))
     result: dict[str, Any] = {"measured": _facts(), "runs": [], "left_out": {}}
     for bundle in bundles:
-        target = Target(bundle, recipes, slots)
+        target = LoadTarget(bundle, recipes, slots)
         for name in names:
             _say(f"{bundle.name}: {name}")
             try:
@@ -89,10 +89,10 @@ def _long_prompts(folder: Path) -> Path:
     return file
 
 
-def _bench(target: Target, peers: Peers, options: list[object]) -> dict[str, Any]:
+def _bench(target: LoadTarget, peers: Peers, options: list[object]) -> dict[str, Any]:
     """Run ``echo-trt bench`` on ours and the peers, in turns; returns its figures."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run.json"
+    with tempfile.TemporaryDirectory() as index:
+        out = Path(index) / "run.json"
         words = [sys.executable, "-m", "echo_trt", "bench", target.bundle, "--policies", "goodput", *options]
         words += ["--peers", ",".join(peers.words), "--recipes", target.recipes, "--json", out]
         env = os.environ | peers.env

@@ -28,26 +28,26 @@ from echo_trt.backends.cuda.sizes import Arrays, CallBounds, Capacity
 from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Decoding
-from echo_trt.decoding.goodput.model.acceptance import Acceptance
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.pack import Packed
-from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import make_planner, reserve_for
+from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
+from echo_trt.engine.drafters.levels import LevelsDrafter
+from echo_trt.engine.options import bounds, run_alone
+from echo_trt.engine.output import OutputProcessor
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request, StepOutput
+from echo_trt.engine.service.job import RequestOutput
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.roles import HeadRole, TargetRole
-from echo_trt.runtime.answer import Answer
-from echo_trt.runtime.drafters import Eagle3Drafter
-from echo_trt.runtime.levels import LevelsDrafter
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.options import bounds, run_alone
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Emission, Request
-from echo_trt.runtime.slots import Slots, blocks_for
-from echo_trt.serving.job import Event
+from echo_trt.models.roles import HeadModule, TargetModule
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.pack import ForwardBatch
+from echo_trt.speculation.planner import Planner
+from echo_trt.speculation.policies import make_planner, reserve_for
 
 VOCABULARY = 151_936  # Qwen3's
 #: Features and states are narrow: their rows would be copied on the device, which this machine would have to do.
@@ -65,7 +65,7 @@ CHILDREN = np.log(np.array([0.8, 0.08, 0.04, 0.02, 0.01, 0.008, 0.006, 0.004], n
 
 
 class FreeGraphs:
-    """A graph a size, as on a GPU: what is kept for it are the buffers that its calls are sent in."""
+    """One graph per size, as on a GPU: what is kept for it are the buffers that its calls are sent in."""
 
     def __init__(self, forward: Callable[..., tuple[torch.Tensor, ...]]):
         self._forward, self._staging = forward, {}
@@ -80,30 +80,30 @@ class FreeGraphs:
 class FreeEngine(TorchEngine):
     """An engine of a network that answers at once."""
 
-    def __init__(self, role: TargetRole | HeadRole, blocks: int, bounds: CallBounds, resident: bool):
+    def __init__(self, role: TargetModule | HeadModule, blocks: int, bounds: CallBounds, resident: bool):
         super().__init__(role, blocks, bounds=bounds, resident=resident)
         self.seconds, self.up, self.down, self.runs = 0.0, 0, 0, 0
-        if resident and isinstance(role, HeadRole):
+        if resident and isinstance(role, HeadModule):
             self._levels._graphs = FreeGraphs(self._levels._draft)
         if resident:
             self._graphs = FreeGraphs(self._forward)
 
     def _forward(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         start = time.perf_counter()
-        tokens, asked = len(tensors["token_ids"]), len(tensors["logit_rows"])
-        if isinstance(self._role, HeadRole):
-            scores = torch.from_numpy(CHILDREN).expand(asked, -1)
-            candidates = TOKEN + torch.arange(len(CHILDREN)).expand(asked, -1)
+        tokens, requested = len(tensors["token_ids"]), len(tensors["logit_rows"])
+        if isinstance(self._role, HeadModule):
+            scores = torch.from_numpy(CHILDREN).expand(requested, -1)
+            candidates = TOKEN + torch.arange(len(CHILDREN)).expand(requested, -1)
             outputs = scores, candidates, torch.zeros(1, 16).expand(tokens, -1)
         else:
-            outputs = torch.zeros(1, VOCABULARY).expand(asked, -1), torch.zeros(1, 48).expand(tokens, -1)
-        packed = torch.full((asked, 1), TOKEN, dtype=torch.int32)
-        if isinstance(self._role, HeadRole):
+            outputs = torch.zeros(1, VOCABULARY).expand(requested, -1), torch.zeros(1, 48).expand(tokens, -1)
+        packed = torch.full((requested, 1), TOKEN, dtype=torch.int32)
+        if isinstance(self._role, HeadModule):
             packed = pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
         self.seconds += time.perf_counter() - start
         return (*outputs, packed) if self._resident else outputs
 
-    def run(self, call: Packed, **inputs: Any) -> dict[str, Any]:
+    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, Any]:
         outputs = super().run(call, **inputs)
         if not self._resident:
             self.runs += 1
@@ -156,23 +156,30 @@ def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer:
     bounds = CallBounds(batch, blocks_for(context + reserve), reserve)
     head = Eagle3Config(draft_vocab_size=64, target_hidden_size=16, **SHAPE)
     target = Decoder(CONFIG, 64)
-    roles = TargetRole(target, (0, 1, 2)), HeadRole(Eagle3Head(head, 64, target.embed), len(CHILDREN))
+    roles = TargetModule(target, (0, 1, 2)), HeadModule(Eagle3Head(head, 64, target.embed), len(CHILDREN))
     engines = [FreeEngine(role, blocks, bounds, resident) for role in roles]
-    state = Slots(batch, context, reserve, blocks)
+    input_batch = InputBatch(batch, context, reserve, blocks)
     kind = LevelsDrafter if resident else Eagle3Drafter
-    loop = Loop(engines[0], kind(engines[1], state, 512, 48, 16), state, planner_for(policy, batch, decoding), (), 512)
+    loop = EngineCore(
+        engines[0],
+        kind(engines[1], input_batch, 512, 48, 16),
+        input_batch,
+        planner_for(policy, batch, decoding),
+        (),
+        512,
+    )
     for i in range(batch):
-        loop.queue.add(Request(i, np.arange(PROMPT) + i, SamplingParams(context - PROMPT, ignore_eos=True)))
-    while len(state.prefilling()) or not state.active.any():
+        loop.scheduler.add(Request(i, np.arange(PROMPT) + i, SamplingParams(context - PROMPT, ignore_eos=True)))
+    while len(input_batch.prefilling()) or not input_batch.active.any():
         loop.step()
     for _ in range(3):
         loop.step()
     device = Device(engines)
-    before = device.told()
+    before = device.reported()
     start = time.perf_counter()
     emissions = [loop.step() for _ in range(iterations)]
     seconds = time.perf_counter() - start
-    free, waits, up, down = (now - then for now, then in zip(device.told(), before, strict=True))
+    free, waits, up, down = (now - then for now, then in zip(device.reported(), before, strict=True))
     per = 1 / iterations
     return {
         "host": 1e3 * (seconds - free) * per,
@@ -183,13 +190,13 @@ def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer:
     }
 
 
-def telling(emissions: Sequence[Emission], loop: Loop, tokenizer: Tokenizer) -> float:
+def telling(emissions: Sequence[StepOutput], loop: EngineCore, tokenizer: Tokenizer) -> float:
     """Return the seconds in which the tokens of ``emissions`` become events of a server."""
-    answers = {request: Answer(request, tokenizer) for request in emissions[0].requests}
+    answers = {request: OutputProcessor(request, tokenizer) for request in emissions[0].requests}
     start = time.perf_counter()
-    for emission in emissions:
-        for request, tokens in emission:
-            Event(**vars(answers[request].take(loop, tokens)), time=start)
+    for step_output in emissions:
+        for request, tokens in step_output:
+            RequestOutput(**vars(answers[request].take(loop, tokens)), time=start)
     return time.perf_counter() - start
 
 
@@ -210,7 +217,7 @@ class Device:
 
         return timed
 
-    def told(self) -> tuple[float, float, float, float]:
+    def reported(self) -> tuple[float, float, float, float]:
         """Seconds of the device, copies that wait for it, and bytes up and down."""
         free = self._levels + sum(engine.seconds for engine in self._engines)
         runs, up, down = (sum(getattr(e, name) for e in self._engines) for name in ("runs", "up", "down"))
@@ -231,10 +238,10 @@ def main(
     for count in (int(part) for part in batch.split(",")):
         for policy in POLICIES:
             for resident in (False, True):
-                told = measure(policy, count, resident, iterations, words)
+                reported = measure(policy, count, resident, iterations, words)
                 where = "on the device" if resident else "through the host"
-                row = [f"{told[name]:.2f}" for name in ("host", "clients")]
-                row += [f"{told['waits']:.1f}", f"{told['up']:,.0f}", f"{told['down']:,.0f}"]
+                row = [f"{reported[name]:.2f}" for name in ("host", "clients")]
+                row += [f"{reported['waits']:.1f}", f"{reported['up']:,.0f}", f"{reported['down']:,.0f}"]
                 table.add_row(str(count), policy, where, *row)
     Console(width=100).print(table)
 

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/dynamo_fleet.py bundles/smollm2-135m/costs.json
 
-Speeds are measured ones: docs/benchmarks.json's tokens a second by concurrent requests, and what a pass over a prompt
+Speeds are measured ones: docs/benchmarks.json's tokens per second by concurrent requests, and what a pass over a prompt
 chunk costs by the bundle's costs.json. The trace is drawn from a seed: conversations of four turns in 16 families that
 begin with the same 384 tokens, and bursts of three times the usual rate. One table is for 2 to 64 replicas at a load
 per replica that stays the same; another tells how many replicas a load needs. A minute on one core.
@@ -33,7 +33,7 @@ ROUTERS: dict[str, type[Router]] = {"round robin": RoundRobin, "KV router": KvRo
 POLICIES = {"plain": "autoregressive", "speculation": "goodput"}
 REPLICAS = (2, 4, 8, 16, 32, 64)
 WAIT = 2.0  # seconds to the first token that 99 of 100 requests may take
-LOADS = (0.2, 0.4, 0.8, 1.6, 3.2)  # conversations a second
+LOADS = (0.2, 0.4, 0.8, 1.6, 3.2)  # conversations per second
 MOST = 128  # replicas
 SCALES, SCALED = (1, 2, 4, 8, 16), 16  # of the router's prefill load, at so many replicas
 
@@ -42,36 +42,36 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("costs", type=Path)
     options.add_argument("--rates", type=Path, default=ROOT / "docs" / "benchmarks.json")
-    options.add_argument("--load", type=float, default=0.2, help="conversations a second, a replica")
+    options.add_argument("--load", type=float, default=0.2, help="conversations per second, a replica")
     options.add_argument("--seconds", type=float, default=300)
-    asked = options.parse_args()
-    speeds = {name: speed(asked.rates, policy, asked.costs) for name, policy in POLICIES.items()}
-    print(f"{asked.load} conversations a second and replica, on average\n")
+    requested = options.parse_args()
+    speeds = {name: speed(requested.rates, policy, requested.costs) for name, policy in POLICIES.items()}
+    print(f"{requested.load} conversations per second and replica, on average\n")
     columns = "replicas", "router", "decoding", "tokens/s", "busy", "prompt cached", "turns home"
     print(f"| {' | '.join(columns)} | first token p50, p99 | p99 a token |\n|{'---|' * (len(columns) + 2)}")
     for count in REPLICAS:
-        trace = make_trace(TraceSettings(asked.load * count, asked.seconds))
+        trace = make_trace(TraceSettings(requested.load * count, requested.seconds))
         for router in ROUTERS:
             for policy in POLICIES:
                 run = simulate_fleet(trace, count, speeds[policy], ROUTERS[router]())
                 print(f"| {count} | {router} | {policy} | {figures(run)} |", flush=True)
     print(f"\nReplicas that keep 99 of 100 first tokens within {WAIT:g} s\n")
-    print("| conversations a second | " + " | ".join(f"{r}, {p}" for r in ROUTERS for p in POLICIES) + " |")
+    print("| conversations per second | " + " | ".join(f"{r}, {p}" for r in ROUTERS for p in POLICIES) + " |")
     print("|---|" + "---|" * (len(ROUTERS) * len(POLICIES)))
     for load in LOADS:
-        trace = make_trace(TraceSettings(load, asked.seconds))
+        trace = make_trace(TraceSettings(load, requested.seconds))
         needed = [enough(trace, speeds[policy], ROUTERS[router]) for router in ROUTERS for policy in POLICIES]
         print(f"| {load} | " + " | ".join(needed) + " |", flush=True)
     print(f"\nThe KV router's prefill load scale, for {SCALED} replicas with speculation\n")
     print(f"| scale | {' | '.join(columns[3:])} | first token p50, p99 | p99 a token |\n|{'---|' * 7}")
-    trace = make_trace(TraceSettings(asked.load * SCALED, asked.seconds))
+    trace = make_trace(TraceSettings(requested.load * SCALED, requested.seconds))
     for scale in SCALES:
         run = simulate_fleet(trace, SCALED, speeds["speculation"], KvRouter(scale))
         print(f"| {scale} | {figures(run)} |", flush=True)
 
 
 def speed(rates: Path, policy: str, costs: Path) -> Speed:
-    """The measured speed of a replica."""
+    """Return the measured speed of a replica."""
     rows = [row for row in json.loads(rates.read_text())["results"] if row["policy"] == policy and row["set"] == "all"]
     rows.sort(key=lambda row: row["batch"])
     prompt = from_costs_file(costs).costs().target(CHUNK, 0) / CHUNK
@@ -87,7 +87,7 @@ def figures(run: Summary) -> str:
 
 
 def enough(trace: list, speed: Speed, router: type[Router]) -> str:
-    """The fewest replicas that answer in time, and how busy they are; by halving, as if more never hurt."""
+    """Return the fewest replicas that answer in time, and how busy they are; by halving, as if more never hurt."""
 
     def in_time(count: int) -> Summary | None:
         run = simulate_fleet(trace, count, speed, router())

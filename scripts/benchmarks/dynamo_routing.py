@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("", "plugins", "tests/serving", "tests/dynamo")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "plugins", "tests/engine/service", "tests/adapters/dynamo")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")])
 
 from cluster import Cluster  # noqa: E402
@@ -51,11 +51,11 @@ def main() -> None:
     options.add_argument("--at-once", type=int, default=3, help="an even number keeps step with two workers")
     options.add_argument("--words", type=int, default=120, help="of a conversation's first message")
     options.add_argument("--tokens", type=int, default=48, help="of an answer")
-    asked = options.parse_args()
+    requested = options.parse_args()
     print("| router | turn | prompt tokens cached | by the worker of the turn before | first token, median |")
     print("|---|---|---|---|---|")
     for name, mode in ROUTERS.items():
-        talks = run(asked, mode)
+        talks = run(requested, mode)
         for turn in range(TURNS):
             print(f"| {name} | {turn + 1} | {figures(talks, [turn])} |")
         workers = Counter(answer.worker for talk in talks for answer in talk)
@@ -63,28 +63,28 @@ def main() -> None:
         print(f"| | | answers by worker: {', '.join(map(str, workers.values()))} | | |", flush=True)
 
 
-def run(asked: argparse.Namespace, mode: str) -> list[list[Answer]]:
+def run(requested: argparse.Namespace, mode: str) -> list[list[Answer]]:
     settings = {"DYN_ROUTER_MODE": mode}
     with (
         tempfile.TemporaryDirectory() as folder,
-        Cluster(asked.bundle, Path(folder), **settings) as cluster,
-        ThreadPoolExecutor(asked.at_once) as pool,
+        Cluster(requested.bundle, Path(folder), **settings) as cluster,
+        ThreadPoolExecutor(requested.at_once) as pool,
     ):
         cluster.wait_for_workers(2)
         for warm in range(4):  # the first calls are slow
-            hold(cluster, asked, -1 - warm)
-        return list(pool.map(lambda number: hold(cluster, asked, number), range(asked.conversations)))
+            hold(cluster, requested, -1 - warm)
+        return list(pool.map(lambda number: hold(cluster, requested, number), range(requested.conversations)))
 
 
-def hold(cluster: Cluster, asked: argparse.Namespace, number: int) -> list[Answer]:
+def hold(cluster: Cluster, requested: argparse.Namespace, number: int) -> list[Answer]:
     """One conversation, with its own beginning."""
     rng = np.random.default_rng(number + 1000)
-    beginning = " ".join(rng.choice(WORDS, asked.words))
+    beginning = " ".join(rng.choice(WORDS, requested.words))
     messages = [{"role": "user", "content": f"Remember these words: {beginning}. What do they have in common?"}]
     answers = []
     for turn in range(TURNS):
         begin = time.monotonic()
-        reply = cluster.chat(messages, max_tokens=asked.tokens, temperature=0, ignore_eos=True)
+        reply = cluster.chat(messages, max_tokens=requested.tokens, temperature=0, ignore_eos=True)
         if reply.error or reply.status != 200:
             sys.exit(f"error: a request ended with {reply.status} {reply.error}.")
         used = reply.usage

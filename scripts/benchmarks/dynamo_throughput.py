@@ -3,7 +3,7 @@
     python scripts/benchmarks/dynamo_throughput.py bundles/smollm2-135m
 
 The same prompts, greedy, so many at once, on two cores of this machine: in one process; as one worker with two cores
-behind Dynamo; as two workers with one core each. Prints tokens a second, CPU seconds and memory (proportional share,
+behind Dynamo; as two workers with one core each. Prints tokens per second, CPU seconds and memory (proportional share,
 PSS) of every process. The client runs on the same cores. About 5 minutes on a quiet machine; on a busy one the CPU
 seconds still say something. Needs pip install -e '.[test,dynamo]' and pip install --no-deps ai-dynamo==1.6.1.
 """
@@ -26,12 +26,12 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / folder) for folder in ("", "plugins", "tests/serving")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "plugins", "tests/engine/service")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")])
 
 from served import free_ports  # noqa: E402
 
-from echo_trt.dynamo.environment import completed  # noqa: E402
+from echo_trt.adapters.dynamo.environment import completed  # noqa: E402
 
 SUBJECTS = ("the tides", "bread", "prime numbers", "a violin", "photosynthesis", "chess", "rain", "a clock")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -47,7 +47,7 @@ class Load:
         return f"{i}. A short essay on {SUBJECTS[i % len(SUBJECTS)]}.\n"
 
     def run(self, ask: Callable[[int], int]) -> tuple[float, int]:
-        """Returns seconds, and tokens of all answers."""
+        """Return seconds, and tokens of all answers."""
         begin = time.monotonic()
         with ThreadPoolExecutor(self.at_once) as pool:
             tokens = sum(pool.map(ask, range(self.requests)))
@@ -61,24 +61,24 @@ def main() -> None:
     options.add_argument("--at-once", type=int, default=16)
     options.add_argument("--tokens", type=int, default=96, help="of an answer")
     options.add_argument("--cell", help=argparse.SUPPRESS)
-    asked = options.parse_args()
-    load = Load(asked.requests, asked.at_once, asked.tokens)
-    if asked.cell == "alone":
-        alone(asked.bundle, load)
+    requested = options.parse_args()
+    load = Load(requested.requests, requested.at_once, requested.tokens)
+    if requested.cell == "alone":
+        alone(requested.bundle, load)
         return
     print("| way | tokens/s | CPU s: processes | memory, MB: processes |\n|---|---|---|---|", flush=True)
     words = [sys.executable, *sys.argv, "--cell", "alone"]  # in a process of its own, which ends with its memory
     subprocess.run(words, check=True)
     cores = sorted(os.sched_getaffinity(0))[:2]
-    behind(asked.bundle, load, "one worker, two cores", [set(cores)])
-    behind(asked.bundle, load, "two workers, a core each", [{core} for core in cores])
+    draft_lag(requested.bundle, load, "one worker, two cores", [set(cores)])
+    draft_lag(requested.bundle, load, "two workers, a core each", [{core} for core in cores])
 
 
 def alone(bundle: Path, load: Load) -> None:
-    from echo_trt.runtime.llm import LLM
-    from echo_trt.runtime.params import SamplingParams
-    from echo_trt.serving.job import Event
-    from echo_trt.serving.service import Service
+    from echo_trt.engine.llm import LLM
+    from echo_trt.engine.params import SamplingParams
+    from echo_trt.engine.service.job import RequestOutput
+    from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle)
     prompts = [llm.tokenizer(load.prompt(i))["input_ids"] for i in range(load.requests)]
@@ -88,7 +88,7 @@ def alone(bundle: Path, load: Load) -> None:
     def ask(i: int) -> int:
         done, tokens = threading.Event(), 0
 
-        def tell(event: Event) -> None:
+        def tell(event: RequestOutput) -> None:
             nonlocal tokens
             tokens += len(event.token_ids)
             if event.end:
@@ -106,7 +106,7 @@ def alone(bundle: Path, load: Load) -> None:
     service.close(1)
 
 
-def behind(bundle: Path, load: Load, name: str, shares: list[set[int]]) -> None:
+def draft_lag(bundle: Path, load: Load, name: str, shares: list[set[int]]) -> None:
     """``shares``: the cores of each worker; the frontend may use all."""
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         # Costs are kept in the bundle, and a core has other costs than two.

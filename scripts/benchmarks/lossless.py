@@ -26,7 +26,7 @@ from rich.table import Table
 
 import echo_trt
 from echo_trt import LLM, Completion, SamplingParams  # these names alone: other commits have them, too
-from echo_trt.runtime.options import run_alone
+from echo_trt.engine.options import run_alone
 
 PLAIN = "autoregressive"
 PAPER = "static,dense,fixed,echo,goodput"
@@ -56,19 +56,19 @@ def main(
     if beside:
         raise SystemExit(_beside(beside))
     console.print(f"package {Path(echo_trt.__file__).parent}", soft_wrap=True)
-    asked = {f"{file.name}:{i}": text for file in prompts for i, text in enumerate(_read(file)[: limit or None])}
-    params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(asked))]
+    requested = {f"{file.name}:{i}": text for file in prompts for i, text in enumerate(_read(file)[: limit or None])}
+    params = [SamplingParams(max_tokens, temperature, top_p=top_p, seed=i) for i in range(len(requested))]
     rows: list[dict[str, Any]] = []
     texts: Texts = {}
     for size in map(int, batch.split(",")):
         llm = LLM(bundle, PLAIN, size, prefix_cache=prefix_cache)
-        ids = [llm.chat_ids(text) for text in asked.values()]
+        ids = [llm.chat_ids(text) for text in requested.values()]
         plain = llm.generate(ids, params)
-        texts[f"{PLAIN}, {size} requests"] = _digests(asked, plain)
+        texts[f"{PLAIN}, {size} requests"] = _digests(requested, plain)
         for policy in (ALL if policies == "all" else policies).split(","):
             llm.set_policy(policy, budget * size)
             answers = llm.generate(ids, params)
-            texts[f"{policy}, {size} requests"] = _digests(asked, answers)
+            texts[f"{policy}, {size} requests"] = _digests(requested, answers)
             pairs = [(p, a.token_ids, b.token_ids) for p, a, b in zip(ids, plain, answers, strict=True)]
             gaps = [_gap(llm, prompt, first, second) for prompt, first, second in pairs if first != second]
             rows.append({"batch": size, "policy": policy, **_facts(answers, gaps)})
@@ -95,9 +95,9 @@ def _read(file: Path) -> list[str]:
     return [row["prompt"] if "prompt" in row else row["turns"][0] for row in rows]
 
 
-def _digests(asked: dict[str, str], answers: list[Completion]) -> dict[str, str]:
-    said = (json.dumps([answer.token_ids, answer.text, answer.finish_reason]) for answer in answers)
-    return dict(zip(asked, (hashlib.sha256(one.encode()).hexdigest() for one in said), strict=True))
+def _digests(requested: dict[str, str], answers: list[Completion]) -> dict[str, str]:
+    output = (json.dumps([answer.token_ids, answer.text, answer.finish_reason]) for answer in answers)
+    return dict(zip(requested, (hashlib.sha256(one.encode()).hexdigest() for one in output), strict=True))
 
 
 def _facts(answers: list[Completion], gaps: list[float]) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def _facts(answers: list[Completion], gaps: list[float]) -> dict[str, Any]:
 def _beside(checkout: Path) -> int:
     """Run this command with the package of ``checkout``, then with this one, comparing the texts."""
     words = list(sys.argv[1:])
-    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--beside")
-    del words[place : place + (1 if "=" in words[place] else 2)]
+    index = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--beside")
+    del words[index : index + (1 if "=" in words[index] else 2)]
     with tempfile.TemporaryDirectory() as folder:
         texts, command = str(Path(folder) / "texts.json"), [sys.executable, __file__, *words]
         path = os.pathsep.join(str(checkout.resolve() / part) for part in ("", "lab", "plugins"))

@@ -20,10 +20,10 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Request
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
 
 Figures = tuple[int, int, float]  # prompt tokens, those that were computed, seconds to the first token
 
@@ -34,7 +34,7 @@ def main(
     limit: Annotated[int, Parameter(help="conversations, spread over the file")] = 16,
     max_tokens: Annotated[int, Parameter(help="of an answer")] = 128,
 ) -> None:
-    """One table: a row a turn."""
+    """One table: one row per turn."""
     rows = [json.loads(line)["turns"] for line in conversations.read_text(encoding="utf-8").splitlines()]
     rows = rows[:: max(len(rows) // limit, 1)][:limit]
     llm = LLM(bundle, batch=1, prefix_cache=True)
@@ -42,7 +42,7 @@ def main(
     taken: dict[bool, list[list[Figures]]] = {True: [], False: []}
     for number, turns in enumerate(rows):
         for cached in (True, False) if number % 2 else (False, True):
-            llm.loop.state.forget_cached()
+            llm.loop.batch.forget_cached()
             taken[cached].append(hold(llm, turns, cached, max_tokens))
     table = Table("turn", "prompt", "computed", "without", "first token, ms", "without")
     for turn in range(min(map(len, rows))):
@@ -57,19 +57,19 @@ def main(
 def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[Figures]:
     """One conversation; figures of each turn."""
     messages, figures = [], []
-    for said in turns:
+    for output in turns:
         if not cached:
-            llm.loop.state.forget_cached()
-        messages.append({"role": "user", "content": said})
+            llm.loop.batch.forget_cached()
+        messages.append({"role": "user", "content": output})
         prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         computed = llm.counters.prompt_tokens
         request = Request(0, np.asarray(prompt), SamplingParams(max_tokens))
-        llm.loop.queue.add(request)
+        llm.loop.scheduler.add(request)
         begin = time.perf_counter()
         while not len(llm.loop.step().requests):
             pass
         seconds = time.perf_counter() - begin
-        while llm.loop.queue.busy:
+        while llm.loop.scheduler.busy:
             llm.loop.step()
         figures.append((len(prompt), llm.counters.prompt_tokens - computed, seconds))
         messages.append({"role": "assistant", "content": llm.tokenizer.decode(request.generated, True)})

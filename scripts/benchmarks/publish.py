@@ -25,9 +25,9 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import Parameter
 
-from echo_trt.decoding.policies import BUILT_IN as POLICIES
+from echo_trt.engine.options import run_alone
 from echo_trt.errors import UserError
-from echo_trt.runtime.options import run_alone
+from echo_trt.speculation.policies import BUILT_IN as POLICIES
 from echo_trt_lab.pictures.by_load import drafted, iteration, speedup
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ NAMES = {
     DEFAULT: "default (`goodput`)",
 }
 SHOWN = (PLAIN, "static", HEAD_ALONE, EXACT, DEFAULT)  # in README
-#: Sources of accepted draft tokens (``decoding.sources``) -> their names for readers.
+#: Sources of accepted draft tokens (``speculation.sources``) -> their names for readers.
 SOURCES = {
     "lookup": "prompt lookup",
     "ngram": "a table of the target's earlier answers",
@@ -80,7 +80,7 @@ def main(
     prompts: Annotated[list[Path] | None, Parameter(help="JSONL beside the demo's; may be given again.")] = None,
     requests: Annotated[int, Parameter(help="Requests a policy, batch and round, at least.")] = REQUESTS,
     rounds: Annotated[int, Parameter(help="Rounds, which are pooled.")] = ROUNDS,
-    max_tokens: Annotated[int, Parameter(help="New tokens a request.")] = MAX_TOKENS,
+    max_tokens: Annotated[int, Parameter(help="New tokens per request.")] = MAX_TOKENS,
     lossless: Annotated[Path | None, Parameter(help="The bundle in fp32 whose texts are compared.")] = None,
     stored: Annotated[Path | None, Parameter("--from", help="Render this run again and measure nothing.")] = None,
 ) -> None:
@@ -109,7 +109,7 @@ def measure(
         out = Path(folder) / "run.json"
         words = ["bench", str(bundle), "--policies", ",".join(p for p in NAMES if p != PLAIN), "--batch", BATCHES]
         words += [word for file in prompts for word in ("--prompts", str(file))]
-        subprocess.run([sys.executable, "-m", "echo_trt.cli", *words, *options, "--json", str(out)], check=True)
+        subprocess.run([sys.executable, "-m", "echo_trt.cli.app", *words, *options, "--json", str(out)], check=True)
         run = json.loads(out.read_text())
         if lossless:
             run["lossless"] = {mode: _compared(lossless, prompts, more, out) for mode, more in LOSSLESS.items()}
@@ -201,21 +201,21 @@ def _lossless(run: Run, mode: str) -> str:
 
 def _proposers(run: Run) -> str:
     """Name the sources of the default's accepted draft tokens at the least and the most requests that drafted."""
-    said = []
+    output = []
     for row in (row for row in run["results"] if row["set"] == "all" and row["policy"] == DEFAULT):
         if total := sum(row["accepted_by_source"].values()):
             shares = {name: row["accepted_by_source"].get(source, 0) / total for source, name in SOURCES.items()}
             parts = [f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005]
             plural = "" if row["batch"] == 1 else "s"
-            said.append(f"at {row['batch']} request{plural}, {', '.join(parts)}")
-    chosen = [said[0], said[-1]] if len(said) > 1 else said
+            output.append(f"at {row['batch']} request{plural}, {', '.join(parts)}")
+    chosen = [output[0], output[-1]] if len(output) > 1 else output
     return (
         f"Who proposed the default's accepted draft tokens: {'; '.join(chosen)}." if chosen else "Nothing was drafted."
     )
 
 
 def _machine(run: Run) -> str:
-    """The machine, its processor by the name that is sold."""
+    """Return the machine, its processor by the name that is sold."""
     machine: str = run["machine"]
     for numbers, name in PROCESSORS.items():
         machine = machine.replace(f"({numbers})", f"({name})")
@@ -326,7 +326,7 @@ def _lossless_rows(run: Run) -> list[list[str]]:
 
 
 def _trial(run: Run) -> str:
-    """A warning, where the run was shorter than the published ones are."""
+    """Return a warning, where the run was shorter than the published ones are."""
     return " **A short trial: not a result.**" if run["published"]["trial"] else ""
 
 

@@ -14,10 +14,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import SamplingParams
 
 PLAIN = "autoregressive"
 COMPANY = (0, 0, 1, 3)
@@ -40,14 +40,14 @@ def main(
     print("|---|---|---|---|---|---|")
     for bundle in bundles:
         llm = LLM(bundle, PLAIN, batch=max(COMPANY) + 1, prefix_cache=False)
-        asked = [llm.chat_ids(text) for text in texts]
+        requested = [llm.chat_ids(text) for text in texts]
         for temperature in map(float, temperatures.split(",")):
             params = SamplingParams(max_tokens, temperature, seed=seed)
             llm.set_policy(PLAIN)
-            plain = [llm.generate([ids], params)[0].token_ids for ids in asked]
+            plain = [llm.generate([ids], params)[0].token_ids for ids in requested]
             for policy in policies.split(","):
                 llm.set_policy(policy)
-                tries = [answers(llm, asked, number, params) for number in range(len(asked))]
+                tries = [answers(llm, requested, number, params) for number in range(len(requested))]
                 same = [all(answer == own[0] for answer in own) for own in tries]
                 equal = [all(answer == wanted for answer in own) for own, wanted in zip(tries, plain, strict=True)]
                 shares = [f"{kind.count(True)} of {len(texts)}" for kind in (same, equal)]

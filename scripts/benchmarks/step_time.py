@@ -14,19 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.bundle.recipe import Decoding
-from echo_trt.decoding.accept import accept
-from echo_trt.decoding.drafts import Draft
-from echo_trt.decoding.echo.planner import EchoPlanner
-from echo_trt.decoding.goodput.model.acceptance import Acceptance
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
-from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.planner import RECENT, Load
-from echo_trt.decoding.policies import make_planner
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.runtime.options import run_alone
+from echo_trt.engine.options import run_alone
+from echo_trt.speculation.accept import accept
+from echo_trt.speculation.drafts import Draft
+from echo_trt.speculation.echo.planner import EchoPlanner
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.pack import BLOCK, pack
+from echo_trt.speculation.planner import RECENT, StepContext
+from echo_trt.speculation.policies import make_planner
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 LOADS = ((1, 60), (32, 256), (256, 512))  # requests, K_max
 GROWTH = (64, 128, 256, 512)  # requests, with K_max two tokens each
@@ -80,13 +80,13 @@ def measure(name: str, requests: int, budget: int, repeats: int) -> tuple[np.nda
     planner = planner_for(name, requests, budget)
     beams, width = planner.settings.beams, planner.settings.width
     draft = FreeDraft(requests * beams, width, rng)
-    roots, room = rng.integers(0, 1000, requests), np.full(requests, CONTEXT)
+    roots, max_draft_len = rng.integers(0, 1000, requests), np.full(requests, CONTEXT)
     past = rng.integers(1, CONTEXT // 2, requests)
     block_table = rng.permutation(requests * (CONTEXT // BLOCK)).reshape(requests, -1)
     target = np.where(rng.random(budget) < 0.6, 0, width)  # a node's next token: its best child's, or none
     recent = rng.integers(0, 1000, (requests, RECENT))
     slots = np.arange(requests)
-    load = Load(slots, room, np.ones(requests, np.int64), int(past.sum()), recent, serial=slots)
+    load = StepContext(slots, max_draft_len, np.ones(requests, np.int64), int(past.sum()), recent, epoch=slots)
     seconds = []
     for _ in range(repeats):
         marks = [time.perf_counter()]

@@ -3,7 +3,7 @@
     python scripts/benchmarks/structured.py BUNDLE [--prompts FILE] [--batches 1,4,8] [--rounds 3]
 
 A row of the file has a prompt and what its answer must fit. Besides goodput as it is, it is tried without the chains
-that grammars force, and without pruning what they forbid. Prints a table in markdown: tokens a second as a ratio to
+that grammars force, and without pruning what they forbid. Prints a table in markdown: tokens per second as a ratio to
 plain decoding's, pooled over rounds, with the share of tokens that came from the grammar.
 """
 
@@ -19,13 +19,13 @@ from unittest.mock import patch
 
 from cyclopts import Parameter
 
-from echo_trt.decoding.planner import Planner
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import SamplingParams
+from echo_trt.speculation.planner import Planner
 
 PROMPTS = Path(__file__).with_name("structured_prompts.jsonl")
-PRUNE = "echo_trt.runtime.drafters.prune"
+PRUNE = "echo_trt.engine.drafters.eagle3.prune"
 
 
 @dataclass
@@ -83,17 +83,17 @@ def main(
     if limit:
         rows = rows[:: max(len(rows) // limit, 1)][:limit]
     params = [SamplingParams(max_tokens, structured=row["structured"]) for row in rows]
-    print("| requests at once | | ratio to plain | tokens a verification | from the grammar | same text |")
+    print("| requests at once | | ratio to plain | tokens per verification | from the grammar | same text |")
     print("|---|---|---|---|---|---|")
     for batch in map(int, batches.split(",")):
         llm = LLM(bundle, batch=batch, prefix_cache=False)
-        asked = [llm.chat_ids(row["prompt"]) for row in rows]
+        requested = [llm.chat_ids(row["prompt"]) for row in rows]
         tried = variants(llm)
-        tried[1].run(llm, asked[:batch], params[:batch])  # warm
+        tried[1].run(llm, requested[:batch], params[:batch])  # warm
         tried = variants(llm)
         for _ in range(rounds):
             for variant in tried:
-                variant.run(llm, asked, params)
+                variant.run(llm, requested, params)
         plain = tried[0]
         for variant in tried:
             ratio = (variant.tokens / variant.seconds) / (plain.tokens / plain.seconds)

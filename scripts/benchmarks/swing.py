@@ -20,12 +20,12 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
 from echo_trt.files.prompts import read_prompts
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Request
 from echo_trt_lab.benchmark.closed_loop import run_side_by_side
 from echo_trt_lab.side_by_side import side_by_side
 
@@ -59,9 +59,9 @@ class Level:
 
 
 class Swing:
-    """One policy's run through the levels, ``each`` counted tokens a request of one."""
+    """One policy's run through the levels, ``each`` counted tokens per request of one."""
 
-    def __init__(self, loop: Loop, prompts: list[list[int]], sizes: list[int], each: int, max_tokens: int):
+    def __init__(self, loop: EngineCore, prompts: list[list[int]], sizes: list[int], each: int, max_tokens: int):
         self.loop, self.emitted = loop, 0
         self.levels = [Level(size) for size in sizes]
         self._prompts, self._each, self._params = prompts, each, SamplingParams(max_tokens)
@@ -79,14 +79,14 @@ class Swing:
             self._step(self.levels[self._at])
         if not self.busy:
             for request in self._running:
-                self.loop.queue.cancel(request)
+                self.loop.scheduler.cancel(request)
 
     def _step(self, level: Level) -> None:
         running, counters = self._running, self.loop.counters
         while len(running) < level.size:
             ids = np.asarray(self._prompts[self._number % len(self._prompts)])
             running.append(Request(self._number, ids, self._params))
-            self.loop.queue.add(running[-1])
+            self.loop.scheduler.add(running[-1])
             self._number += 1
         prompt_tokens, emitted = counters.prompt_tokens, counters.emitted_tokens
         begin = time.perf_counter()
@@ -108,7 +108,7 @@ def main(
     each: Annotated[int, Parameter(help="counted tokens of a level, a request of it")] = 256,
     max_tokens: int = 128,
 ) -> None:
-    """One table: a row a policy, its tokens/s and ratio at each level, and how fast it adapted."""
+    """One table: one row per policy, its tokens/s and ratio at each level, and how fast it adapted."""
     sizes, names = [int(size) for size in levels.split(",")], [PLAIN, *policies.split(",")]
     llm = LLM(bundle, batch=max(sizes) * len(names), prefix_cache=False)  # prompts repeat; a part of the pool each
     ids = [llm.chat_ids(p.text) for file in prompts for p in read_prompts(file)]

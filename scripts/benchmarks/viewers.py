@@ -1,8 +1,8 @@
 """What those who look on cost: python scripts/benchmarks/viewers.py http://localhost:9000
 
 Keeps 32 streams open at a running server of this machine, and measures windows of some seconds with 0, 1 and 10 viewers
-of its live page's stream, in turns. Prints tokens a second by viewers, the ratio to the windows without one of the same
-round, and the share of one core that the viewers cost: the gateway's CPU time beyond that without viewers, and the
+of its live page's stream, in turns. Prints tokens per second by viewers, the ratio to the windows without one of the
+same round, and the share of one core that the viewers cost: the gateway's CPU time beyond that without viewers, and the
 engine's for snapshots. That share is exact where the ratios of a noisy machine are not.
 """
 
@@ -22,8 +22,8 @@ import httpx
 import psutil
 from cyclopts import Parameter
 
+from echo_trt.engine.options import bounds, run_alone
 from echo_trt.errors import UserError
-from echo_trt.runtime.options import bounds, run_alone
 
 VIEWERS = (0, 1, 10)
 SETTLE_S = 1.5  # between a change of viewers and the window; larger: cleaner windows, a longer run
@@ -32,7 +32,7 @@ PROMPTS = ("Why is the sky blue?", "Explain how a bicycle stays upright.", "List
 
 @dataclass
 class Window:
-    """A window's tokens a second, and CPU seconds a second of the gateway and of snapshots."""
+    """A window's tokens per second, and CPU seconds per second of the gateway and of snapshots."""
 
     rate: float
     gateway: float
@@ -104,8 +104,8 @@ async def window(client: httpx.AsyncClient, gateway: psutil.Process, viewers: in
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-    told = first.snapshots[known:]
-    spent = told[-1] - told[0] if told else 0.0
+    reported = first.snapshots[known:]
+    spent = reported[-1] - reported[0] if reported else 0.0
     return Window((after - before) / (end - begin), cpu / (end - begin), spent / (end - begin))
 
 

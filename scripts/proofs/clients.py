@@ -20,7 +20,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.runtime.options import run_alone
+from echo_trt.engine.options import run_alone
 
 PARTS = Path(__file__).with_name("clients_parts")
 
@@ -63,8 +63,8 @@ def main(
     print("| client | feature | | said |\n|---|---|---|---|")
     broken = 0
     for name in only.split(","):
-        for feature, outcome, said in _rows(name, CLIENTS[name], folder / name, facts):
-            print(f"| {name} | {feature} | {outcome} | {said.replace('|', '/')} |", flush=True)
+        for feature, outcome, output in _rows(name, CLIENTS[name], folder / name, facts):
+            print(f"| {name} | {feature} | {outcome} | {output.replace('|', '/')} |", flush=True)
             broken += outcome == "broken"
     sys.exit(1 if broken else 0)
 

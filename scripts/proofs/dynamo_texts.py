@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ("", "plugins", "tests/serving", "tests/dynamo")
+HELPERS = ("", "plugins", "tests/engine/service", "tests/adapters/dynamo")
 sys.path[:0] = [str(ROOT / folder) for folder in HELPERS]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH", "")])
 
@@ -48,12 +48,12 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("bundle", type=Path)
     options.add_argument("--tokens", type=int, default=128, help="of an answer")
-    asked = options.parse_args()
-    whole = offline(asked.bundle, asked.tokens)
+    requested = options.parse_args()
+    whole = offline(requested.bundle, requested.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        ways = by_triton(asked.bundle, Path(folder), asked.tokens)
-        ways |= by_dynamo(asked.bundle, Path(folder), asked.tokens)
-    exact = read_manifest(asked.bundle).precision == "fp32"
+        ways = by_triton(requested.bundle, Path(folder), requested.tokens)
+        ways |= by_dynamo(requested.bundle, Path(folder), requested.tokens)
+    exact = read_manifest(requested.bundle).precision == "fp32"
     print("| way | " + " | ".join(whole) + " |\n|---|" + "---|" * len(whole))
     failed = False
     for way, texts in ways.items():
@@ -89,8 +89,8 @@ def by_triton(bundle: Path, folder: Path, tokens: int) -> dict[str, Texts]:
     served = Served(bundle, folder / "triton", triton=True).wait_for("serving", 300)
 
     def triton(kind: str, i: int) -> str:
-        asked = {"text_input": CHATS[i][0]["content"], "chat": True, "max_tokens": tokens, **sampling(kind, i)}
-        return str(served.generate(**asked)["text_output"])
+        requested = {"text_input": CHATS[i][0]["content"], "chat": True, "max_tokens": tokens, **sampling(kind, i)}
+        return str(served.generate(**requested)["text_output"])
 
     def gateway(kind: str, i: int) -> str:
         return chat(f"http://127.0.0.1:{served.openai}/v1", kind, i, tokens)

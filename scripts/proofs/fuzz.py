@@ -29,7 +29,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("", "plugins", "tests", "tests/runtime", "tests/serving", "tests/decoding")
+PARTS = ("", "plugins", "tests", "tests/engine", "tests/engine/service", "tests/speculation")
 sys.path[:0] = [str(ROOT / part) for part in PARTS]
 
 import numpy as np
@@ -40,13 +40,13 @@ from pairs import LIMITS, recipe_of, write_networks
 from steered import Listener
 
 from echo_trt.backends.base import Engine
-from echo_trt.commands.build import build
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.pack import Packed
-from echo_trt.runtime.answer import Answer
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import Completion, SamplingParams
-from echo_trt.serving import service as serving
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.output import OutputProcessor
+from echo_trt.engine.params import Completion, SamplingParams
+from echo_trt.engine.service import service as serving
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt.speculation.pack import ForwardBatch
 
 CONTEXT, BLOCKS, BATCH = 480, 24, 4  # blocks for one request of full length, and little more
 SERVICE_S = 4.0  # that clients of a round submit for; larger: fewer rounds
@@ -129,36 +129,36 @@ def differing(got: Completion, want: Completion) -> list[str]:
 def round_of_loop(draw: random.Random, pair: Pair) -> None:
     llm = pair.crowd
     loop, own = llm.loop, llm.networks.drafter
-    loop.state.forget_cached()  # a round depends on its seed alone
+    loop.batch.forget_cached()  # a round depends on its seed alone
     cases = [(drawn_prompt(draw), drawn_params(draw)) for _ in range(draw.randrange(2, 8))]
     wanted = [pair.wanted(prompt, params) for prompt, params in cases]
     foresight = draw.random() < 0.3
     policies = [llm.tuning.planner(name, 24) for name in POLICIES]
     policies += [] if foresight else [goodput_planner(llm, FLAT, name) for name in GOODPUT]
     texts = [prompt + want.token_ids for (prompt, _), want in zip(cases, wanted, strict=True)]
-    loop.drafter = Foresight(loop.state, texts) if foresight else own
+    loop.drafter = Foresight(loop.batch, texts) if foresight else own
     requests = [llm.request(i, prompt, params) for i, (prompt, params) in enumerate(cases)]
-    answers = {request: Answer(request, llm.tokenizer.backend_tokenizer) for request in requests}
-    told, waiting = dict.fromkeys(requests, ""), requests.copy()
-    while waiting or loop.queue.busy:
-        if waiting and (not loop.queue.busy or draw.random() < 0.4):
-            loop.queue.add(waiting.pop())
+    answers = {request: OutputProcessor(request, llm.tokenizer.backend_tokenizer) for request in requests}
+    reported, waiting = dict.fromkeys(requests, ""), requests.copy()
+    while waiting or loop.scheduler.busy:
+        if waiting and (not loop.scheduler.busy or draw.random() < 0.4):
+            loop.scheduler.add(waiting.pop())
         if draw.random() < 0.2:
             loop.planner = draw.choice(policies)
-        if loop.queue.running and draw.random() < 0.05:
-            loop.queue.preempt_least_urgent()
-        for request in loop.queue.preempt_all() if draw.random() < 0.03 else ():
-            loop.queue.add(request)
+        if loop.scheduler.running and draw.random() < 0.05:
+            loop.scheduler.preempt_least_urgent()
+        for request in loop.scheduler.preempt_all() if draw.random() < 0.03 else ():
+            loop.scheduler.add(request)
         if (chosen := draw.choice(requests)) not in waiting and draw.random() < 0.02:
             chosen.finish_reason = chosen.finish_reason or "cancelled"
-            loop.queue.cancel(chosen)
+            loop.scheduler.cancel(chosen)
         for request, tokens in loop.step():
-            told[request] += answers[request].take(loop, tokens).text
+            reported[request] += answers[request].take(loop, tokens).text
     assert_all_free(loop)
     for request, want in zip(requests, wanted, strict=True):
         got = answers[request].completion()
         pair.counts[f"loop: {got.finish_reason}"] += 1
-        found = differing(got, want) + ["stream"] * (told[request] != want.text)
+        found = differing(got, want) + ["stream"] * (reported[request] != want.text)
         if got.finish_reason == "cancelled":
             found = ["token_ids"] * (want.token_ids[: len(got.token_ids)] != got.token_ids)
         assert not found, (found, request, got, want)
@@ -169,7 +169,7 @@ class Flaky(Engine):
     """An engine that fails before a pass, amid it or behind it, and calls back meanwhile or not."""
 
     def __init__(self, engine: Engine, draw: random.Random):
-        self.num_blocks, self.move = engine.num_blocks, engine.move
+        self.num_blocks, self.compact_kv = engine.num_blocks, engine.compact_kv
         self._engine, self._draw, self._overlaps = engine, draw, draw.random() < 0.5
         self._meanwhile: Callable[[], object] = bool
 
@@ -177,7 +177,7 @@ class Flaky(Engine):
         self._meanwhile = work if self._overlaps else bool
         return self._overlaps
 
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         outputs: dict[str, np.ndarray] = {}
         for work in (self._meanwhile, lambda: outputs.update(self._engine.run(call, **inputs)), bool):
             if self._draw.random() < 0.01:
@@ -192,23 +192,23 @@ def round_of_service(draw: random.Random, pair: Pair) -> None:
     service, end = serving.Service(llm, queue=10_000), time.monotonic() + SERVICE_S
 
     def client(own: random.Random) -> list[tuple[list[int], SamplingParams, Listener]]:
-        asked = []
+        requested = []
         while time.monotonic() < end:
             prompt, params, listener = drawn_prompt(own)[:200], drawn_params(own), Listener()
             seconds = own.choice((None, None, None, 0.05))
             job = service.submit(prompt, params, listener, own.randrange(3), seconds)
-            asked.append((prompt, params, listener))
+            requested.append((prompt, params, listener))
             time.sleep(own.random() * 0.1)
             if own.random() < 0.2:
                 service.cancel(job)
-        return asked
+        return requested
 
     with ThreadPoolExecutor(4) as threads:
         lists = threads.map(client, [random.Random(draw.random()) for _ in range(4)])
-        asked = [each for cases in lists for each in cases]
+        requested = [each for cases in lists for each in cases]
     service.close(60)
     assert_all_free(llm.loop)
-    for prompt, params, listener in asked:
+    for prompt, params, listener in requested:
         reason, want = listener.end.reason, pair.wanted(prompt, params)
         pair.counts[f"service: {reason}"] += 1
         ids, text, case = listener.token_ids, listener.text, (prompt, params, listener.end, want)
@@ -224,24 +224,26 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=5.0, help="after which no other round begins; 0 is one round")
     options.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the first round")
     options.add_argument("--pairs", default="close,lookup,dspark", help="of tests/pairs.py, by commas")
-    asked = options.parse_args()
+    requested = options.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # of engines that fail
     serving.MANY = 1  # tokens of a few requests wait for the next pass, too
     with tempfile.TemporaryDirectory(prefix="echo-trt-fuzz-") as folder:
         write_networks(Path(folder) / "networks")
-        pairs = [opened(name, Path(folder)) for name in asked.pairs.split(",")]
-        end, seed = time.monotonic() + 60 * asked.minutes, asked.seed
-        while seed == asked.seed or time.monotonic() < end:
+        pairs = [opened(name, Path(folder)) for name in requested.pairs.split(",")]
+        end, seed = time.monotonic() + 60 * requested.minutes, requested.seed
+        while seed == requested.seed or time.monotonic() < end:
             draw = random.Random(seed)
             pair, play = draw.choice(pairs), draw.choice((round_of_loop,) * 3 + (round_of_service,))
             try:
                 play(draw, pair)
             except Exception as error:
-                sys.exit(f"{error!r} in {play.__name__}; repeat it: --seed {seed} --minutes 0 --pairs {asked.pairs}")
+                sys.exit(
+                    f"{error!r} in {play.__name__}; repeat it: --seed {seed} --minutes 0 --pairs {requested.pairs}"
+                )
             seed += 1
         counts = sum((pair.counts for pair in pairs), Counter())
-    print(f"{seed - asked.seed} rounds from seed {asked.seed}: {json.dumps(dict(sorted(counts.items())))}")
+    print(f"{seed - requested.seed} rounds from seed {requested.seed}: {json.dumps(dict(sorted(counts.items())))}")
 
 
 if __name__ == "__main__":

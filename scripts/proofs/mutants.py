@@ -1,12 +1,12 @@
 """Changes the package at a random place, again and again, and sees whether its tests notice; lists what they do not.
 
-    python scripts/proofs/mutants.py --minutes 30 --seed 1 decoding runtime serving grammar
+    python scripts/proofs/mutants.py --minutes 30 --seed 1 speculation engine grammar
 
 Works on a copy of the checkout; the minutes begin once the unchanged tests have passed. A mutant is tried with the
 tests of its package that import its module, then with those of ``TESTS``, then, with --whole, with all tests of the
-package: a survivor of less may be killed by more. Only with --whole is ``serving/triton`` changed, which servers' tests
-see.
-Needs pip install -e '.[test]' 'cosmic-ray>=8.4,<9', whose operators make the mutants. Exit code 1 where one survived.
+package: a survivor of less may be killed by more. Only with --whole is ``adapters/triton`` changed, which servers'
+tests see. Needs pip install -e '.[test]' 'cosmic-ray>=8.4,<9', whose operators make the mutants. Exit code 1 where one
+survived.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Package -> tests that see most of it soon.
 TESTS = {
     "grammar": ["tests/grammar"],
-    "decoding": ["tests/decoding"],
-    "runtime": [
-        f"tests/runtime/test_{name}.py"
-        for name in ("slots", "verified", "text", "prefix_cache", "guided", "sources", "loop")
+    "speculation": ["tests/speculation"],
+    "engine": [
+        f"tests/engine/test_{name}.py"
+        for name in ("batch", "sampler", "text", "prefix_cache", "guided", "sources", "core")
     ],
-    "serving": ["tests/serving/test_service.py", "tests/serving/test_service_overlap.py"],
+    "engine/service": ["tests/engine/service/test_service.py", "tests/engine/service/test_service_overlap.py"],
 }
 SECONDS = 400  # of tests; a mutant that takes longer hangs, which is noticed
 UNSEEN = ("core/RemoveDecorator",)  # operators whose mutants differ in speed or types alone
@@ -73,7 +73,7 @@ def meaning(code: str) -> str:
     return ast.dump(_Unannotated().visit(ast.parse(code)))
 
 
-def places(file: Path) -> Iterator[list[Mutant]]:
+def indices(file: Path) -> Iterator[list[Mutant]]:
     """Yield the mutants of each place of a file."""
     tree, found = get_ast(file.read_text()), defaultdict(list)
     for name in plugins.operator_names():
@@ -126,11 +126,11 @@ def main() -> int:
     options.add_argument("--minutes", type=float, default=30.0, help="after which no other mutant is tried")
     options.add_argument("--seed", type=int, default=0, help="of the sample")
     options.add_argument("--whole", action="store_true", help="try what survives with all tests of its package")
-    asked = options.parse_args()
-    unknown = [name for name in asked.packages if name not in TESTS]
+    requested = options.parse_args()
+    unknown = [name for name in requested.packages if name not in TESTS]
     if unknown:
         options.error(f"package {unknown[0]!r} has no tests here; choose from {', '.join(TESTS)}")
-    draw = random.Random(asked.seed)
+    draw = random.Random(requested.seed)
     survivors, outcomes = [], Counter()
     with tempfile.TemporaryDirectory(prefix="echo-trt-mutants-") as folder:
         copy = Path(folder) / "copy"
@@ -140,15 +140,15 @@ def main() -> int:
             shutil.copy(ROOT / name, copy / name)
         os.chdir(copy)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(copy), str(copy / "plugins")])
-        files = [file for package in asked.packages for file in sorted((copy / "echo_trt" / package).rglob("*.py"))]
-        files = [file for file in files if asked.whole or file.parent.name != "triton"]
-        for package in asked.packages:
-            if not survives(copy, package, copy / "echo_trt" / package / "__init__.py", asked.whole):
+        files = [file for package in requested.packages for file in sorted((copy / "echo_trt" / package).rglob("*.py"))]
+        files = [file for file in files if requested.whole or file.parent.name != "triton"]
+        for package in requested.packages:
+            if not survives(copy, package, copy / "echo_trt" / package / "__init__.py", requested.whole):
                 sys.exit(f"the tests of {package} fail without a mutant; mend them first.")
-        mutants = [(file, at) for file in files for at in places(file)]
+        mutants = [(file, at) for file in files for at in indices(file)]
         draw.shuffle(mutants)
         print(f"{len(mutants)} places of {len(files)} files", flush=True)
-        end = time.monotonic() + 60 * asked.minutes
+        end = time.monotonic() + 60 * requested.minutes
         for file, choices in mutants:
             if time.monotonic() > end:
                 break
@@ -160,13 +160,13 @@ def main() -> int:
             shown = difference(file, mutant[1], changed)
             file.write_text(changed)
             try:
-                survived = survives(copy, package, file, asked.whole)
+                survived = survives(copy, package, file, requested.whole)
             finally:
                 file.write_text(code)
             outcomes[package, survived] += 1
             print(f"{'SURVIVED' if survived else 'killed'} {package}/{shown}", flush=True)
             survivors += [f"{package}/{shown}"] * survived
-    for package in asked.packages:
+    for package in requested.packages:
         killed, alive = outcomes[package, False], outcomes[package, True]
         print(f"{package}: {killed} of {killed + alive} killed")
     return bool(survivors)

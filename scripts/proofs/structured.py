@@ -21,11 +21,11 @@ from cyclopts import Parameter
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from echo_trt.grammar.compiler import Compiler
-from echo_trt.grammar.state import State, Tokens
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import run_alone
-from echo_trt.runtime.params import Completion, SamplingParams
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import run_alone
+from echo_trt.engine.params import Completion, SamplingParams
+from echo_trt.grammar.compiler import GrammarCompiler
+from echo_trt.grammar.state import State, Vocabulary
 
 PLAIN = "autoregressive"
 SCHEMAS = Path(__file__).parents[2] / "tests" / "grammar" / "schemas.json"
@@ -59,7 +59,7 @@ def main(
         rows = rows[:: max(len(rows) // limit, 1)][:limit]
     sizes, failures = [int(size) for size in batch.split(",")], 0
     llm = LLM(bundle, PLAIN, max(sizes), prefix_cache=False)
-    cases = asked(llm, rows)
+    cases = requested(llm, rows)
     print("| policy | batch | temperature | equal | valid | cut |")
     print("|---|---|---|---|---|---|")
     for temperature in map(float, temperatures.split(",")):
@@ -85,10 +85,10 @@ def main(
     sys.exit(1 if failures else 0)
 
 
-def asked(llm: LLM, rows: list[dict[str, Any]]) -> list[Case]:
-    """The prompts, and states that are made apart from the loop's."""
-    tokens = Tokens(llm.manifest.target.vocab_size, tuple(llm.manifest.eos_token_ids))
-    grammars = Compiler(llm.tokenizer.backend_tokenizer.to_str(), tokens)
+def requested(llm: LLM, rows: list[dict[str, Any]]) -> list[Case]:
+    """Return the prompts, and states that are made apart from the loop's."""
+    tokens = Vocabulary(llm.manifest.target.vocab_size, tuple(llm.manifest.eos_token_ids))
+    grammars = GrammarCompiler(llm.tokenizer.backend_tokenizer.to_str(), tokens)
     return [
         Case(
             row["id"],
@@ -110,7 +110,7 @@ def answers(llm: LLM, cases: list[Case], params: list[SamplingParams], size: int
 
 
 def mistake(case: Case, answer: Completion) -> str | None:
-    """What is wrong with an answer; None: it fits, as far as it goes."""
+    """Return what is wrong with an answer; None: it fits, as far as it goes."""
     state: State | None = case.begin
     for number, token in enumerate(answer.token_ids):
         state = state.after(token) if state else None

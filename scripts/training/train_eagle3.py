@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from echo_trt.bundle.ngrams import read_ngrams, write_ngrams
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import DEFAULTS, bounds, run_alone
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import read_prompts
 from echo_trt.models.block_weights import load_block
@@ -34,18 +36,16 @@ from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.weights import load_decoder, load_eagle3
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.options import DEFAULTS, bounds, run_alone
 from echo_trt_lab.training.answers import record, write_answers
 from echo_trt_lab.training.corpus import Corpus, draft_vocabulary, features_path
 from echo_trt_lab.training.features import missing_features, write_features
 from echo_trt_lab.training.head import block_config_of, feature_scale, head_config, save_head, start_from, warm_start
-from echo_trt_lab.training.loop import Recipe, Trainer, load_state
+from echo_trt_lab.training.loop import Trainer, TrainingRecipe, load_state
 from echo_trt_lab.training.ngrams import count, held_out, read_texts, right
 
 app = App(help_flags=["--help"], version_flags=[], default_parameter=DEFAULTS, help=__doc__.splitlines()[0])
 console = Console()
-DEFAULT = Recipe(minutes=45)
+DEFAULT = TrainingRecipe(minutes=45)
 DRAFT_VOCAB = 8192
 
 
@@ -68,7 +68,7 @@ def init(
 @app.command
 def generate(
     bundle: Annotated[Path, Parameter(help="the target's bundle, with an eagle3 draft of any quality")],
-    prompts: Annotated[Path, Parameter(help="JSONL: id and prompt a line, in random order")],
+    prompts: Annotated[Path, Parameter(help="JSONL: id and prompt per line, in random order")],
     data: Annotated[Path, Parameter(help="folder for shard-*.npz; a later run goes on where this one ends")],
     batch: Annotated[int, Parameter(help="requests at once")] = 48,
     max_tokens: Annotated[int, Parameter(help="new tokens of an answer, at most")] = 224,
@@ -111,7 +111,7 @@ def train(
 ) -> None:
     """Train a head, writing config.json and model.safetensors in Hugging Face's layout."""
     torch.manual_seed(seed)
-    recipe = Recipe(
+    recipe = TrainingRecipe(
         minutes=minutes,
         learning_rate=learning_rate,
         loss_rows=loss_rows,
@@ -151,11 +151,11 @@ def ngrams(
     texts = read_texts(data, vocab_size)
     _make_folder(out.parent)
     counted, others = held_out(texts)
-    told, thought = right(count(counted).over(earlier), others)
+    reported, thought = right(count(counted).over(earlier), others)
     table = count(texts).over(earlier)
     write_ngrams(table, out, sha256)
     size = f"{len(table):,} n-grams of {sum(len(tokens) - prompt for tokens, prompt in texts):,} tokens"
-    share = f"of held-out answers' tokens it names {told:.1%}, and thinks {thought:.1%}"
+    share = f"of held-out answers' tokens it names {reported:.1%}, and thinks {thought:.1%}"
     console.print(f"{out}: {size}, {out.stat().st_size / 1e6:.1f} MB; {share}", highlight=False, soft_wrap=True)
 
 
@@ -163,7 +163,7 @@ def _trainer(
     checkpoint: Checkpoint,
     target: Decoder,
     corpus: Corpus,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     out: Path,
     draft_vocab: int | None,
     intermediate: int | None,
@@ -221,7 +221,7 @@ def _prepare_features(target: Decoder, data: Path) -> None:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
-    """A bar on a terminal, plain lines elsewhere."""
+    """Return a bar on a terminal, plain lines elsewhere."""
     if not sys.stdout.isatty():
         yield lambda share, text: print(f"{title} {share:6.1%} {text}", flush=True)
         return

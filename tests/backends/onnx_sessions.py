@@ -26,7 +26,9 @@ class OnnxSession:
     def __init__(self, graph, sizes: CallSizes):
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
         profiles = native_profiles(graph, sizes)
-        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
+        self._profiles = [
+            {name: (minimum, maximum) for name, (minimum, _, maximum) in profile.items()} for profile in profiles
+        ]
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
         known = {"float": torch.float32, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
@@ -42,7 +44,7 @@ class OnnxSession:
         if recurs:
             self.recurring.add(tuple(shapes.values()))
 
-    def most(self, name, axis, profile=0):
+    def largest(self, name, axis, profile=0):
         return self._profiles[profile][name][1][axis]
 
     def width(self, output):
@@ -67,7 +69,9 @@ class RoleSession(OnnxSession):
     def __init__(self, role, graph, sizes):
         profiles = packed_profiles(graph, sizes)
         self._role = role
-        self._profiles = [{name: (least, most) for name, (least, _, most) in profile.items()} for profile in profiles]
+        self._profiles = [
+            {name: (minimum, maximum) for name, (minimum, _, maximum) in profile.items()} for profile in profiles
+        ]
         self.inputs = list(profiles[0])
         caches = [name for name in self.inputs if "_cache." in name]
         self.outputs = [*role.outputs, *(name + WRITTEN for name in caches)]
@@ -100,7 +104,7 @@ class RoleSession(OnnxSession):
 
 
 def packed(name, networks, folder, pair="eagle3"):
-    """The role, its engine over a paged pool, and its session."""
+    """Return the role, its engine over a paged pool, and its session."""
     sizes = CallSizes.of(recipe_of(pair, networks))
     role = roles_of(pair, networks)[name]
     graph = folder / f"{name}.onnx"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from pairs import VOCAB, block_inputs
 
-from echo_trt.decoding.pack import Packed, pack
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.models.roles import BlockRole, HeadRole, Role
+from echo_trt.models.roles import BlockModule, HeadModule, Role
+from echo_trt.speculation.pack import ForwardBatch, pack
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 
 class Script:
@@ -21,7 +21,7 @@ class Script:
 
     def call(
         self, slots: np.ndarray, planted: int = 0, chunks: Sequence[int] = (), grown: int = 0, share: float = 0.6
-    ) -> Packed:
+    ) -> ForwardBatch:
         """Pack a tree for each of the first ``planted`` of ``slots``, and for the others more tokens of their texts.
 
         chunks  [len(slots) - planted], those tokens, which are committed
@@ -33,12 +33,12 @@ class Script:
             tree.add(self.rng.integers(0, len(tree), 1), self._tokens(1), np.zeros(1))
         self.tree, _ = tree.sorted_by_request(np.arange(len(tree)))
         tree, chunks = self.tree, np.asarray(chunks, np.int64)
-        owner, places = np.repeat(slots[planted:], chunks), np.concatenate([np.arange(n) for n in (0, *chunks)])
+        owner, indices = np.repeat(slots[planted:], chunks), np.concatenate([np.arange(n) for n in (0, *chunks)])
         tokens = np.concatenate((tree.token, self._tokens(len(owner))))
-        positions = np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + places))
-        asked, counts = np.flatnonzero(self.rng.random(len(tokens)) < share), np.concatenate((tree.sizes, chunks))
+        positions = np.concatenate((self.past[slots[tree.request]] + tree.depth, self.past[owner] + indices))
+        requested, counts = np.flatnonzero(self.rng.random(len(tokens)) < share), np.concatenate((tree.sizes, chunks))
         mask = ancestor_mask(tree) if planted else None
-        call = pack(tokens, positions, self.past[slots], counts, self.table[slots], asked, mask)
+        call = pack(tokens, positions, self.past[slots], counts, self.table[slots], requested, mask)
         self.past[slots[planted:]] += chunks
         return call
 
@@ -46,12 +46,12 @@ class Script:
         return self.rng.integers(0, self.vocab, count)
 
 
-def inputs_for(role: Role, call: Packed, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A head's features of the first entries and states of the others; a block drafter's features and states."""
+def inputs_for(role: Role, call: ForwardBatch, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return a head's features of the first entries and states of the others; a block drafter's features and states."""
     config, count = role.network.config, len(call.token_ids)
-    if isinstance(role, BlockRole):
+    if isinstance(role, BlockModule):
         return block_inputs(call, config.feature_size, rng)
-    if not isinstance(role, HeadRole):
+    if not isinstance(role, HeadModule):
         return {}
     known = int(rng.choice([0, count, rng.integers(0, count + 1)]))
     features = rng.standard_normal((known, 3 * config.target_hidden_size), np.float32)

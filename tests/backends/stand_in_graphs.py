@@ -56,24 +56,24 @@ class StandInGraphs(Graphs):
         yield
         if len(self._last[0].get("token_ids", ())) in self._refused:
             raise RuntimeError("operation not permitted when stream is capturing")
-        (inputs, arguments), places = self._last, self._places
+        (inputs, arguments), handles = self._last, self._places
 
         def again():
             self.replays += 1
-            for place, output in zip(places, self.compute(inputs, *arguments), strict=True):
-                place.copy_(output)
+            for index, output in zip(handles, self.compute(inputs, *arguments), strict=True):
+                index.copy_(output)
 
         graph.again = again
 
-    def _output_places(self, like):
-        self._places = super()._output_places(like)
+    def _output_buffers(self, like):
+        self._places = super()._output_buffers(like)
         return self._places
 
 
 def as_on_a_gpu(engine: TorchEngine) -> TorchEngine:
     """Make a CPU's engine keep outputs, features and states where it computes, as on a GPU but for the graphs."""
     engine._resident = True
-    engine._banks = engine._banks or engine._make_banks()
+    engine._feature_caches = engine._feature_caches or engine._make_banks()
     return engine
 
 
@@ -81,10 +81,10 @@ def in_banks(engine: TorchEngine, inputs: dict[str, np.ndarray]) -> dict[str, An
     """Write a head's inputs into the engine's banks and read them from there, as a drafter does."""
     read = dict(inputs)
     for name, values in inputs.items():
-        if bank := engine.bank(name):
+        if feature_cache := engine.feature_cache(name):
             rows = np.arange(len(values))
-            bank.write(rows, values, rows)
-            read[name] = bank.read(rows)
+            feature_cache.write(rows, values, rows)
+            read[name] = feature_cache.read(rows)
     return read
 
 
@@ -102,7 +102,7 @@ def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: t
         monkeypatch.setattr(torch.cuda, name, value)
     as_on_a_gpu(engine)
     engine._graphs = StandInGraphs(engine._forward, refused)
-    if "hidden" in engine._banks:
+    if "hidden" in engine._feature_caches:
         engine._levels._graphs = StandInGraphs(engine._levels._draft)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: StandInGraphs.newest.capturing(graph, **options))
     return engine._graphs

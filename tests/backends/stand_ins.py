@@ -43,7 +43,7 @@ def built(graph: Path, profile: Mapping[str, tuple], api, logger) -> bool:
     config, made = builder.create_builder_config(), builder.create_optimization_profile()
     config.num_compute_capabilities = 1
     config.set_compute_capability(api.ComputeCapability.SM89, 0)
-    for name, (least, usual, most) in profile.items():
-        made.set_shape(name, least, usual, most)
+    for name, (minimum, usual, maximum) in profile.items():
+        made.set_shape(name, minimum, usual, maximum)
     config.add_optimization_profile(made)
     return builder.build_serialized_network(network, config) is not None

@@ -10,9 +10,9 @@ from echo_trt.backends.cuda import choose as on_device
 from echo_trt.backends.cuda import device_rows
 from echo_trt.backends.cuda.choose import limited, penalise
 from echo_trt.backends.cuda.device_rows import DeviceLogits
-from echo_trt.decoding.sampling import draw as host
-from echo_trt.decoding.sampling.choice import Choice, choose
-from echo_trt.decoding.sampling.penalties import penalise as host_penalise
+from echo_trt.speculation.sampling import draw as host
+from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.penalties import penalise as host_penalise
 
 
 def rows(seed: int, count: int, size: int) -> np.ndarray:
@@ -31,24 +31,24 @@ def choices(seed: int, count: int) -> dict[str, np.ndarray]:
         "top_k": rng.choice([0, 1, 2, 7, 50, 10_000], count),
         "top_p": rng.choice([0.0, 0.1, 0.5, 0.95, 1.0], count),
         "seed": rng.integers(-(2**63), 2**63 - 1, count),
-        "place": rng.integers(0, 1 << 40, count),
+        "position": rng.integers(0, 1 << 40, count),
         "min_p": rng.choice([0.0, 0.01, 0.3, 1.0], count),
     }
 
 
-def unpenalised(wanted: dict[str, np.ndarray]) -> Choice:
-    """A choice in which nothing is penalised or moved."""
+def unpenalised(wanted: dict[str, np.ndarray]) -> SamplingBatch:
+    """Return a choice in which nothing is penalised or moved."""
     none, no = np.zeros(0, np.int64), np.ones(len(wanted["seed"]))
-    said = {"said_row": none, "said_token": none, "said_generated": none.astype(bool)}
-    moved = {"moved_row": none, "moved_token": none, "moved": np.zeros(0, np.float32)}
-    return Choice(**wanted, **said, **moved, repetition=no, presence=no - 1, frequency=no - 1)
+    history = {"history_row": none, "history_token": none, "history_generated": none.astype(bool)}
+    logit_bias = {"logit_bias_row": none, "logit_bias_token": none, "logit_bias": np.zeros(0, np.float32)}
+    return SamplingBatch(**wanted, **history, **logit_bias, repetition=no, presence=no - 1, frequency=no - 1)
 
 
 def test_what_is_left_of_a_row_is_the_hosts():
     for seed in range(10):
         logits, wanted = rows(seed, 40, 700), choices(seed, 40)
         wanted["temperature"] = np.maximum(wanted["temperature"], 0.2)
-        del wanted["seed"], wanted["place"]
+        del wanted["seed"], wanted["position"]
         found = limited(torch.from_numpy(logits), **{name: torch.from_numpy(value) for name, value in wanted.items()})
         for i, row in enumerate(logits):
             kept = host.limited(row, *(wanted[name][i] for name in ("temperature", "top_k", "top_p", "min_p")))
@@ -66,7 +66,7 @@ def test_where_every_row_has_a_top_k_nothing_else_is_searched(size, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(on_device, "_fewest", None if size > 50 else on_device._fewest)
             tensors = {name: torch.from_numpy(value) for name, value in settings.items()}
-            found = limited(torch.from_numpy(logits), **tensors, most=50)
+            found = limited(torch.from_numpy(logits), **tensors, max_top_k=50)
         for i, row in enumerate(logits):
             np.testing.assert_array_equal(found[i].numpy(), host.limited(row, *(s[i] for s in settings.values())))
 
@@ -92,11 +92,11 @@ def test_greedy_rows_do_not_lengthen_the_search(others, top_k, searches, monkeyp
 def test_penalties_are_the_hosts():
     rng = np.random.default_rng(1)
     logits = rng.standard_normal((20, 90)).astype(np.float32)
-    said = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
+    history = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
     sizes = rng.choice([0.0, 0.3, 1.0, 1.2], 20), rng.choice([0.0, -0.5, 1.1], 20), rng.choice([0.0, 0.2], 20)
-    wanted = host_penalise(logits, *said, *sizes)
-    names = ("said_row", "said_token", "said_generated", "repetition", "presence", "frequency")
-    choice = {name: torch.from_numpy(array) for name, array in zip(names, (*said, *sizes), strict=True)}
+    wanted = host_penalise(logits, *history, *sizes)
+    names = ("history_row", "history_token", "history_generated", "repetition", "presence", "frequency")
+    choice = {name: torch.from_numpy(array) for name, array in zip(names, (*history, *sizes), strict=True)}
     found = penalise(torch.from_numpy(logits.copy()), choice)
     np.testing.assert_array_equal(found.numpy(), wanted)
 
@@ -109,40 +109,40 @@ def test_a_choice_is_the_hosts(masked, at_once, monkeypatch):
     """
     monkeypatch.setattr(device_rows, "_AT_ONCE", at_once)
     rng, size = np.random.default_rng(5), 203
-    logits, asked = rows(3, 50, size), rng.permutation(50)[:30]
+    logits, requested = rows(3, 50, size), rng.permutation(50)[:30]
     many, one = (rng.integers(0, 30, 300), rng.integers(0, size, 300)), rng.choice([-np.inf, 2.5, -1], 300)
-    choice = Choice(
+    choice = SamplingBatch(
         **choices(9, 30),
         repetition=rng.choice([1.0, 1.3], 30),
         presence=rng.choice([0.0, 1.1], 30),
         frequency=rng.choice([0.0, 0.2], 30),
-        said_row=many[0],
-        said_token=rng.integers(0, size, 300),
-        said_generated=rng.random(300) < 0.7,
-        moved_row=many[0],
-        moved_token=many[1],
-        moved=one.astype(np.float32),
+        history_row=many[0],
+        history_token=rng.integers(0, size, 300),
+        history_generated=rng.random(300) < 0.7,
+        logit_bias_row=many[0],
+        logit_bias_token=many[1],
+        logit_bias=one.astype(np.float32),
         masks=rng.integers(1, 256, (30, -(-size // 8))).astype(np.uint8) if masked else None,
     )
     before = torch.from_numpy(logits.copy())
-    assert DeviceLogits(before).choose(asked, choice).tolist() == choose(logits[asked], choice).tolist()
+    assert DeviceLogits(before).choose(requested, choice).tolist() == choose(logits[requested], choice).tolist()
     np.testing.assert_array_equal(before.numpy(), logits)
 
 
 def test_few_rows_are_worked_on_at_once(monkeypatch):
     """A pass of many sampled nodes takes no more memory than one of a few."""
     monkeypatch.setattr(device_rows, "_AT_ONCE", 10 * 4 * 90)
-    chosen, most = on_device.choose, []
+    chosen, maximum = on_device.choose, []
     monkeypatch.setattr(
         on_device,
         "choose",
-        lambda logits, *rest, **options: most.append(len(logits)) or chosen(logits, *rest, **options),
+        lambda logits, *rest, **options: maximum.append(len(logits)) or chosen(logits, *rest, **options),
     )
     logits, count = rows(2, 35, 90), 35
     choice = unpenalised(choices(4, count))
     on_card = DeviceLogits(torch.from_numpy(logits))
     assert on_card.choose(np.arange(count), choice).tolist() == choose(logits, choice).tolist()
-    assert most == [10, 10, 10, 5]
+    assert maximum == [10, 10, 10, 5]
     whole = DeviceLogits(torch.from_numpy(logits[:10])).log_probabilities(np.arange(10), np.arange(10), 3)
     parts = on_card.log_probabilities(np.arange(count), np.arange(count), 3)
     for one, other in zip(parts, whole, strict=True):

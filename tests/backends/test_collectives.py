@@ -15,7 +15,7 @@ from echo_trt.backends.tensorrt.profiles import native_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
-from echo_trt.models.roles import TargetRole
+from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
 from super_tree_attention.tensorrt_plugin import prepare_graph
 
@@ -29,9 +29,9 @@ def rtx():
     return load_compiler("tensorrt-rtx")
 
 
-def rank_of(make, folder, **sizes) -> TargetRole:
+def rank_of(make, folder, **sizes) -> TargetModule:
     make(**SHAPE | sizes).save_pretrained(folder / "target")
-    return TargetRole(load_decoder(open_checkpoint(folder / "target"), 200, shard=Shard(1, RANKS)), (0, 1, 1))
+    return TargetModule(load_decoder(open_checkpoint(folder / "target"), 200, shard=Shard(1, RANKS)), (0, 1, 1))
 
 
 def collectives(path) -> list[dict]:

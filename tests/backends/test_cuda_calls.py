@@ -21,17 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo_trt.backends.cuda import calls as cuda_calls
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
-from echo_trt.backends.cuda.calls import MOST_GRAPHS, Staging
+from echo_trt.backends.cuda.calls import MAX_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.pack import LevelShape, pack
-from echo_trt.decoding.policies import make_planner
-from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Request
-from echo_trt.runtime.slots import Slots
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.eagle3 import EngineDrafter
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
+from echo_trt.speculation.pack import LevelShape, pack
+from echo_trt.speculation.policies import make_planner
 
 BOUNDS = CallBounds(4, 4, 16)
 
@@ -43,11 +43,11 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(cuda_sizes, "SIZES", tuple(size for size in sizes if size <= 96))
 
 
-def prompt(tokens: int, past: int, asked: int = 0):
-    """A chunk of one request's prompt, whose last ``asked`` tokens' logits are asked for."""
+def prompt(tokens: int, past: int, requested: int = 0):
+    """Return a chunk of one request's prompt, whose last ``requested`` tokens' logits are asked for."""
     table = np.arange(BLOCKS)[None]
     positions, count = past + np.arange(tokens), np.array([tokens])
-    rows = tokens - asked + np.arange(asked)
+    rows = tokens - requested + np.arange(requested)
     return pack(positions % 90, positions, np.array([past]), count, table, rows)
 
 
@@ -56,27 +56,27 @@ def prompt(tokens: int, past: int, asked: int = 0):
 
 @given(
     requests=st.integers(1, 300),
-    most=st.integers(1, 300),
+    maximum=st.integers(1, 300),
     tokens=st.integers(1, LARGEST),
-    asked=st.floats(0, 1),
+    requested=st.floats(0, 1),
     tree=st.sampled_from([8, 16, 64, 128]),
 )
-def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, most, tokens, asked, tree):
-    requests = min(requests, most, tokens)
+def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, maximum, tokens, requested, tree):
+    requests = min(requests, maximum, tokens)
     # One request's logits are all asked for of a tree, and of a prompt's end alone.
-    rows = int(asked * tokens) if requests > 1 or tokens <= tree else 1
+    rows = int(requested * tokens) if requests > 1 or tokens <= tree else 1
     arrays = {"token_ids": np.zeros(tokens), "logit_rows": np.zeros(rows), "past_lens": np.zeros(requests)}
-    sizes = cuda_sizes.graph_sizes(most, tree)
+    sizes = cuda_sizes.graph_sizes(maximum, tree)
     assert cuda_sizes.size_for(arrays, sizes).tokens == bucket(tokens)
-    assert 2 * len(sizes) <= MOST_GRAPHS  # a head has entries of two kinds
+    assert 2 * len(sizes) <= MAX_GRAPHS  # a head has entries of two kinds
 
 
 def test_a_chunk_beside_trees_fits_into_a_graph_and_a_chunk_alone_asks_for_few_logits():
     sizes = cuda_sizes.graph_sizes(64, 64)
     mixed = {"token_ids": np.zeros(512 + 63 * 4), "logit_rows": np.zeros(63 * 4 + 1), "past_lens": np.zeros(64)}
     assert cuda_sizes.size_for(mixed, sizes).tokens <= LARGEST
-    for asked in (0, 1):
-        chunk = {"token_ids": np.zeros(512), "logit_rows": np.zeros(asked), "past_lens": np.zeros(1)}
+    for requested in (0, 1):
+        chunk = {"token_ids": np.zeros(512), "logit_rows": np.zeros(requested), "past_lens": np.zeros(1)}
         assert cuda_sizes.size_for(chunk, sizes).rows <= 128
 
 
@@ -100,25 +100,25 @@ class Sized:
         self.used.append(cuda_sizes.size_for(arrays_of(call), self._listed))
         return {name: make(len(call.logit_rows)) for name, make in self._outputs.items()}
 
-    def move(self, source, target):
+    def compact_kv(self, source, target):
         pass
 
 
 def test_a_server_under_load_has_a_graph_for_every_pass():
     """64 slots, prompts of 50 to 2,500 tokens, chunks of 512 beside trees: as the recipes for GPUs."""
     rng, blocks = np.random.default_rng(0), 64 * 90
-    state = Slots(64, 2700, 64, blocks)
+    batch = InputBatch(64, 2700, 64, blocks)
     listed = cuda_sizes.graph_sizes(64, 64)
     target = Sized(blocks, {"logits": lambda rows: rng.random((rows, 50), np.float32)}, listed)
     scores = {"scores": lambda rows: np.log(rng.random((rows, 4), np.float32) * 0.3 + 0.01)}
     draft = Sized(blocks, scores | {"candidates": lambda rows: rng.integers(0, 50, (rows, 4))}, listed)
     settings = {"max_depth": 4, "beams": 3, "width": 4, "per_request": 16, "gates": {}, "fixed_threshold": 0.02,
                 "static": {"depth": 3, "top_k": 3, "tokens": 6}, "budget": 384}  # fmt: skip
-    loop = Loop(target, EngineDrafter(draft, state, 512), state, make_planner("static", settings, None), (), 512)
+    loop = EngineCore(target, EngineDrafter(draft, batch, 512), batch, make_planner("static", settings, None), (), 512)
     for i in range(90):
         prompt_ids = rng.integers(0, 50, int(rng.integers(50, 2500)))
-        loop.queue.add(Request(i, prompt_ids, SamplingParams(int(rng.integers(4, 40)), seed=i, ignore_eos=True)))
-    while loop.queue.busy:
+        loop.scheduler.add(Request(i, prompt_ids, SamplingParams(int(rng.integers(4, 40)), seed=i, ignore_eos=True)))
+    while loop.scheduler.busy:
         loop.step()
     for engine in (target, draft):
         assert len(engine.used) > 50
@@ -156,12 +156,12 @@ def test_a_size_that_cannot_be_captured_runs_by_launches(networks, monkeypatch, 
     graphs = with_graphs(engine, monkeypatch, refused=(8,))
     for past, tokens in ((0, 8), (8, 8), (16, 4)):
         call = prompt(tokens, past, 2)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as reported:
             warnings.simplefilter("always")
             assert_same(plain.run(call), engine.run(call), 1e-5)
-        said = [str(w.message) for w in told if "CUDA graph" in str(w.message)]
-        assert len(said) == (past == 0)  # once
-        assert all(s.endswith("without a CUDA graph: operation not permitted when stream is capturing") for s in said)
+        output = [str(w.message) for w in reported if "CUDA graph" in str(w.message)]
+        assert len(output) == (past == 0)  # once
+        assert all(s.endswith("without a CUDA graph: operation not permitted when stream is capturing") for s in output)
     assert graphs.captures == 2  # no second try of the size that failed
 
 
@@ -260,7 +260,7 @@ def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm
     engine = open_llm("eagle3", "echo", 8, "resident").loop.drafter.engine
     with_graphs(engine, monkeypatch)
     levels, graphs = engine._levels, engine._levels._graphs
-    monkeypatch.setattr(cuda_levels, "MOST_GRAPHS", 7)
+    monkeypatch.setattr(cuda_levels, "MAX_GRAPHS", 7)
     with pytest.warns(UserWarning, match=r"drafts of more than 4 requests run without a CUDA graph: .* are 8; lower"):
         engine.capture_levels([LevelShape(1, 3, 4), LevelShape(2, 3, 4)])
     assert graphs.captures == 6
@@ -295,13 +295,13 @@ class Stream:
 
 class Event:
     def __init__(self, stream):
-        self._stream, self._place = stream, 0
+        self._stream, self._index = stream, 0
 
     def record(self):
-        self._place = len(self._stream.queue)
+        self._index = len(self._stream.queue)
 
     def synchronize(self):
-        self._stream.run(self._place)
+        self._stream.run(self._index)
 
 
 def test_chunks_of_one_shape_are_computed_on_their_own_inputs_however_long_passes_take(monkeypatch):
@@ -337,19 +337,19 @@ def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
 
 
 def test_what_is_sent_to_a_card_is_pinned_and_not_waited_for(monkeypatch):
-    asked = []
+    requested = []
 
     class Tensor:
         def pin_memory(self):
-            asked.append("pinned")
+            requested.append("pinned")
             return self
 
         def to(self, device, non_blocking=False):
-            asked.append((str(device), non_blocking))
+            requested.append((str(device), non_blocking))
 
     monkeypatch.setattr(torch, "from_numpy", lambda array: Tensor())
     send(np.zeros(3), torch.device("cuda", 1))
-    assert asked == ["pinned", ("cuda:1", True)]
+    assert requested == ["pinned", ("cuda:1", True)]
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from echo_trt.backends import self_check
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.onnx_export import cache_names
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.commands import build as building
-from echo_trt.commands.build import build
+from echo_trt.cli import build as building
+from echo_trt.cli.build import build
 
 GRAPHS = [
     ("lookup", "target"), ("eagle3", "target"), ("model", "draft"), ("eagle3", "draft"), ("close", "draft"),
@@ -23,7 +23,7 @@ GRAPHS = [
 
 @pytest.fixture(params=GRAPHS, ids="/".join)
 def exported(request, bundle_of, networks):
-    """A graph's file, and the network that it came from."""
+    """Return a graph's file, and the network that it came from."""
     pair, name = request.param
     return bundle_of(pair) / f"{name}.onnx", roles_of(pair, networks)[name]
 
@@ -51,9 +51,9 @@ def test_weights_lie_beside_the_graph_and_once(exported):
     path, role = exported
     model = onnx.load(path, load_external_data=False)
     stored = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    places = [{entry.key: entry.value for entry in t.external_data} for t in stored]
-    assert {place["location"] for place in places} == {path.name + ".data"}
-    ranges = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
+    indices = [{entry.key: entry.value for entry in t.external_data} for t in stored]
+    assert {index["location"] for index in indices} == {path.name + ".data"}
+    ranges = sorted((int(index["offset"]), int(index["offset"]) + int(index["length"])) for index in indices)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
     tables_of_tokens = [t for t in model.graph.initializer if len(t.dims) == 2 and VOCAB in t.dims]
     parameters = list(role.parameters())

@@ -24,7 +24,7 @@ needs_amx = pytest.mark.skipif(not has_amx(), reason="needs a CPU with AMX")
     ]
 )
 def cpu(request, monkeypatch):
-    """The graphs of each kind of CPU that this one can stand in for: those without what it has."""
+    """Make graphs for each kind of CPU that this one can stand in for: CPUs that lack its instructions."""
     bf16, amx = request.param
     monkeypatch.setattr(cpu_facts, "has_bf16", lambda: bf16)
     monkeypatch.setattr(cpu_facts, "has_amx", lambda: amx)
@@ -77,7 +77,7 @@ def _gate_kinds(compiled: ov.CompiledModel) -> Counter[str]:
 
 
 def _first_mlp(model: ov.Model) -> ov.CompiledModel:
-    """The graph from what the first MLP reads to what it writes."""
+    """Return the graph from what the first MLP reads to what it writes."""
     sigmoid = next(node for node in model.get_ordered_ops() if node.get_type_name() == "Sigmoid")
     above = sigmoid
     while above.get_type_name() != "MatMul":

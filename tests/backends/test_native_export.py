@@ -19,7 +19,7 @@ INT32, INT64, UINT8, SCORES = TensorProto.INT32, TensorProto.INT64, TensorProto.
     scope="module", params=[("eagle3", "target", "fp32"), ("eagle3", "draft", "fp16"), ("model", "draft", "bf16")]
 )
 def exported(request, networks, tmp_path_factory):
-    """A graph's file, the network that it came from, and its float type."""
+    """Return a graph's file, the network that it came from, and its float type."""
     pair, name, precision = request.param
     role, path = roles_of(pair, networks)[name], tmp_path_factory.mktemp("native") / f"{name}.onnx"
     if precision == "bf16":  # as a loader gives it: weights in the graph's type, the rotary table in float32
@@ -103,9 +103,9 @@ def test_attention_reads_the_written_caches_under_an_additive_mask(exported, gra
 def test_weights_lie_beside_the_graph_once_in_its_type(exported, graph):
     path, role, floats = exported
     stored = [t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL]
-    places = [{entry.key: entry.value for entry in t.external_data} for t in stored]
-    assert {place["location"] for place in places} == {path.name + ".data"}
-    ranges = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
+    indices = [{entry.key: entry.value for entry in t.external_data} for t in stored]
+    assert {index["location"] for index in indices} == {path.name + ".data"}
+    ranges = sorted((int(index["offset"]), int(index["offset"]) + int(index["length"])) for index in indices)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
     matrices = [t for t in graph.initializer if len(t.dims) == 2 and VOCAB in t.dims]
     assert len(matrices) == sum(p.dim() == 2 and VOCAB in p.shape for p in role.parameters())

@@ -10,16 +10,16 @@ from random_calls import Script, inputs_for
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.commands.build import block_facts
-from echo_trt.decoding.pack import BLOCK, pack
-from echo_trt.decoding.policies import make_planner, reserve_for
+from echo_trt.cli.build import block_facts
+from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.block import BlockDrafter
+from echo_trt.engine.drafters.eagle3 import Eagle3Drafter, EngineDrafter
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockRole, HeadRole, TargetRole
+from echo_trt.models.roles import BlockModule, HeadModule, TargetModule
 from echo_trt.models.weights import load_decoder
-from echo_trt.runtime.block_drafter import BlockDrafter
-from echo_trt.runtime.drafters import Eagle3Drafter, EngineDrafter
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.speculation.pack import BLOCK, pack
+from echo_trt.speculation.policies import make_planner, reserve_for
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 RESERVE = reserve_for(DECODING)
@@ -35,7 +35,7 @@ def native(networks, tmp_path_factory):
         if pair != "experts":
             return roles_of(pair, networks)[name]
         qwen3_moe(vocab_size=VOCAB, num_hidden_layers=2, mlp_only_layers=[0]).save_pretrained(folder / "moe")
-        return TargetRole(load_decoder(open_checkpoint(folder / "moe"), CONTEXT + RESERVE), (0, 1, 1))
+        return TargetModule(load_decoder(open_checkpoint(folder / "moe"), CONTEXT + RESERVE), (0, 1, 1))
 
     def get(pair, name, precision="fp32"):
         key = pair, name, precision
@@ -56,7 +56,7 @@ class Conversation:
         self.script = Script(seed, np.arange(slots * BLOCKS).reshape(slots, BLOCKS))
 
     def call(self) -> list[dict[str, np.ndarray]]:
-        """A call over some of the slots; returns both engines' outputs."""
+        """Return a call over some of the slots; returns both engines' outputs."""
         script, rng, past = self.script, self.script.rng, self.script.past
         slots = rng.permutation(self.slots)[: rng.integers(1, self.slots + 1)]
         for slot in slots[(past[slots] > CONTEXT - 60) | (rng.random(len(slots)) < 0.15)]:
@@ -80,7 +80,7 @@ class Conversation:
                 node = tree.parent[node]
             first = slots[request] * BLOCKS * BLOCK + self.script.past[slots[request]]
             for engine in self.engines:
-                engine.move(first + np.array(path), first + np.arange(len(path)))
+                engine.compact_kv(first + np.array(path), first + np.arange(len(path)))
             self.script.past[slots[request]] += len(path)
 
 
@@ -143,46 +143,50 @@ ANSWERS = (24, 9, 20, 31, 1, 26, 15, 22)
 
 @pytest.fixture(scope="module")
 def open_loop(native):
-    """A loop over engines of either kind, without a bundle."""
+    """Return a loop over engines of either kind, without a bundle."""
 
-    def get(pair: str, policy: str, batch: int, kind: str = "onnxruntime") -> Loop:
-        linear = kind == "onnxruntime"
-        state = Slots(batch, CONTEXT, RESERVE, None if linear else batch * BLOCKS)
+    def get(pair: str, policy: str, batch: int, kind: str = "onnxruntime") -> EngineCore:
+        contiguous = kind == "onnxruntime"
+        input_batch = InputBatch(batch, CONTEXT, RESERVE, None if contiguous else batch * BLOCKS)
 
         def engine(name):
             role, path = native(pair, name)
-            return OnnxRuntimeEngine(path, batch, BLOCKS, threads=1) if linear else TorchEngine(role, batch * BLOCKS)
+            return (
+                OnnxRuntimeEngine(path, batch, BLOCKS, threads=1) if contiguous else TorchEngine(role, batch * BLOCKS)
+            )
 
-        drafter = EngineDrafter(engine("draft"), state, CHUNK)
+        drafter = EngineDrafter(engine("draft"), input_batch, CHUNK)
         head = native(pair, "draft")[0]
-        if isinstance(head, BlockRole):
+        if isinstance(head, BlockModule):
             config = head.network.config
-            drafter = BlockDrafter(drafter.engine, state, CHUNK, config.feature_size, block_facts(config))
-        if isinstance(head, HeadRole):
+            drafter = BlockDrafter(drafter.engine, input_batch, CHUNK, config.feature_size, block_facts(config))
+        if isinstance(head, HeadModule):
             config = head.network.config
             sizes = 3 * config.target_hidden_size, config.hidden_size
-            drafter = Eagle3Drafter(drafter.engine, state, CHUNK, *sizes)
+            drafter = Eagle3Drafter(drafter.engine, input_batch, CHUNK, *sizes)
         planner = make_planner(policy, DECODING, lambda *_: None)
-        return Loop(engine("target"), drafter, state, planner, (0,), CHUNK)
+        return EngineCore(engine("target"), drafter, input_batch, planner, (0,), CHUNK)
 
     return get
 
 
-def answers(loop: Loop, apart: int = 0) -> list[list[int]]:
+def answers(loop: EngineCore, apart: int = 0) -> list[list[int]]:
     """Greedy and sampled requests, each ``apart`` iterations after the one before it."""
-    asked = []
+    requested = []
     for i, (length, tokens) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         sampled = {"temperature": 0.8, "top_p": 0.95} if i % 2 else {}
-        asked.append(add(loop, prompt_ids(length, i), max_tokens=tokens, seed=100 + i, ignore_eos=i % 4 < 2, **sampled))
+        requested.append(
+            add(loop, prompt_ids(length, i), max_tokens=tokens, seed=100 + i, ignore_eos=i % 4 < 2, **sampled)
+        )
         run(loop, steps=apart)
     run(loop)
     assert_all_free(loop)
-    return [request.generated for request in asked]
+    return [request.generated for request in requested]
 
 
 @pytest.fixture(scope="module")
 def plain(open_loop):
-    """What plain decoding writes, one request at a time, on this engine and on the reference."""
+    """Return what plain decoding writes, one request at a time, on this engine and on the reference."""
     known = {}
 
     def get(pair: str) -> list[list[int]]:
@@ -209,6 +213,6 @@ def test_branches_beside_the_first_are_accepted(open_loop, plain):
     """Most of each tree is accepted, so that nearly every iteration moves rows of the caches."""
     loop, written = open_loop("eagle3", "echo", 3), plain("eagle3")
     texts = [prompt_ids(n, i) + w for i, (n, w) in enumerate(zip(PROMPTS, written, strict=True))]
-    loop.drafter = Foresight(loop.state, texts)
+    loop.drafter = Foresight(loop.batch, texts)
     assert answers(loop) == written
     assert loop.counters.accepted_length > 1.3

@@ -16,13 +16,13 @@ from echo_trt.backends.openvino import engine as openvino
 from echo_trt.backends.openvino import graph as compiler
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.backends.openvino.engine import OpenVINOEngine
-from echo_trt.commands.build import build
-from echo_trt.commands.tables import manifest_table
-from echo_trt.decoding.pack import BLOCK, Packed, pack
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.measure import machine
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.cli.build import build
+from echo_trt.cli.tables import manifest_table
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.measure import machine
+from echo_trt.engine.params import SamplingParams
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 BLOCKS, PER_REQUEST = 24, 4
 #: Numbers of bf16 differ by this much relatively; these networks round some 32 times from token to output.
@@ -46,17 +46,17 @@ class Calls(Script):
         super().__init__(seed, blocks.reshape(requests, PER_REQUEST))
         self.slots = np.arange(requests)
 
-    def prompts(self) -> Packed:
+    def prompts(self) -> ForwardBatch:
         return self.call(self.slots, chunks=self.rng.integers(1, 2 * BLOCK, len(self.slots)))
 
-    def trees_and_chunks(self) -> Packed:
-        """The first requests bring trees, some of them a root alone, the others a chunk of their prompt."""
+    def trees_and_chunks(self) -> ForwardBatch:
+        """Pack trees of the first requests, some of them a root alone, the others a chunk of their prompt."""
         planted = int(self.rng.integers(1, len(self.slots) + 1))
         chunks = self.rng.integers(1, BLOCK, len(self.slots) - planted)
         return self.call(self.slots, planted, chunks, int(self.rng.integers(1, 25)))
 
-    def move(self) -> tuple[np.ndarray, np.ndarray]:
-        """Committed rows of one request, copied to distinct others; some of the targets are sources too."""
+    def compact_kv(self) -> tuple[np.ndarray, np.ndarray]:
+        """Copy committed rows of one request to distinct others; some of the targets are sources too."""
         request = int(self.past.argmax())
         rows = (
             self.table[request, np.arange(self.past[request]) // BLOCK] * BLOCK + np.arange(self.past[request]) % BLOCK
@@ -109,13 +109,13 @@ def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines
     for seed in range(4):
         calls = Calls(100 + seed, requests=3)
         prompts, later = calls.prompts(), calls.trees_and_chunks()
-        source, target = calls.move()
+        source, target = calls.compact_kv()
         assert set(source) & set(target)
         outputs = []
         for engine in (reference, compiled):
             engine.run(prompts)
             before = engine.run(later)["logits"].copy()
-            engine.move(source, target)
+            engine.compact_kv(source, target)
             outputs.append(engine.run(later))
             assert np.abs(outputs[-1]["logits"] - before).max() > 0.5
         assert_same(*outputs, tolerance)
@@ -124,11 +124,10 @@ def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines
 def test_rows_are_exactly_those_moved(bundle_of):
     engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 3)
     engine._pool[:] = np.random.default_rng(0).random(engine._pool.shape)
-    by_row = (
-        np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), engine._pool.shape[1] * BLOCK, -1).copy()
-    )  # [caches, rows, values]
+    # [caches, rows, values]
+    by_row = np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), engine._pool.shape[1] * BLOCK, -1).copy()
     source, target = np.array([3, 40, 95, 4, 5]), np.array([4, 3, 0, 5, 64])
-    engine.move(source, target)
+    engine.compact_kv(source, target)
     by_row[:, target] = by_row[:, source]
     assert (np.moveaxis(engine._pool, 3, 2).reshape(by_row.shape) == by_row).all()
 
@@ -138,11 +137,11 @@ def test_kernels_of_usual_sizes_are_prepared_without_a_trace(network, bundle_of,
     pair, name = NETWORKS[network]
     graph, sizes, run = bundle_of(pair) / f"{name}.onnx", [], OpenVINOEngine.run
 
-    def told(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def reported(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         sizes.append(len(call.token_ids))
         return run(self, call, **inputs)
 
-    monkeypatch.setattr(OpenVINOEngine, "run", told)
+    monkeypatch.setattr(OpenVINOEngine, "run", reported)
     engine = OpenVINOEngine(graph, "fp32", BLOCKS)
     assert sorted(set(sizes)) == [size for size in engine.sizes if size <= openvino.PREPARED]
     assert not engine._pool[:, :BLOCKS].any()
@@ -179,9 +178,9 @@ def test_without_bf16_the_same_bundle_computes_in_fp32(bundle_of, monkeypatch):
         assert 0 < np.abs(exact - rounded).max() < 1e-2 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("2", 2)])
-def test_threads_are_as_many_as_omp_num_threads_says(asked, threads, bundle_of, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+@pytest.mark.parametrize(("requested", "threads"), [("1", 1), ("2", 2)])
+def test_threads_are_as_many_as_omp_num_threads_says(requested, threads, bundle_of, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", requested)
     compiled = compiler.compile_graph(compiler.read_graph(bundle_of("lookup") / "target.onnx"), "fp32")
     assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
 
@@ -221,25 +220,25 @@ def test_a_verified_chain_of_one_request_has_the_bits_of_plain_decoding(amx, len
     monkeypatch.setattr(cpu, "has_amx", lambda: amx)
     rng, past, table = np.random.default_rng(length), 37, np.array([[2, 0]])
     text = rng.integers(0, VOCAB, past + length)
-    told = []
+    reported = []
     for together in (1, length):
         engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 3)
         count = np.array([past])
         engine.run(pack(text[:past], np.arange(past), 0 * count, count, table, np.zeros(1)))
         for begin in range(past, past + length, together):
-            place = np.arange(begin, begin + together)
+            index = np.arange(begin, begin + together)
             mask = (np.tril(np.ones((together, together), np.uint8)).reshape(-1), np.array([0, together**2]))
             call = pack(
-                text[place],
-                place,
+                text[index],
+                index,
                 np.array([begin]),
                 np.array([together]),
                 table,
                 np.arange(together),
                 mask if together > 1 else None,
             )
-            told.append(engine.run(call)["logits"].copy())
-    plain, verified = np.concatenate(told[:-1]), told[-1]
+            reported.append(engine.run(call)["logits"].copy())
+    plain, verified = np.concatenate(reported[:-1]), reported[-1]
     assert plain.shape == verified.shape
     assert (plain == verified).all()
 

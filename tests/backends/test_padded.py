@@ -6,35 +6,35 @@ from forests import super_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_trt.backends.padded import CALL_TOKENS, Layout, pad, split, unpad
-from echo_trt.decoding.pack import BLOCK, Packed, pack
-from echo_trt.decoding.super_tree import ancestor_mask
+from echo_trt.backends.padded import CALL_TOKENS, SlotLayout, pad, split, unpad
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.super_tree import ancestor_mask
 
 SLOTS, BLOCKS = 7, 3
-LAYOUT = Layout(SLOTS, BLOCKS, 40)
+LAYOUT = SlotLayout(SLOTS, BLOCKS, 40)
 
 
-def packed(slots, past, counts, mask=None, layout=LAYOUT) -> Packed:
+def packed(slots, past, counts, mask=None, layout=LAYOUT) -> ForwardBatch:
     slots, past, counts = np.array(slots), np.array(past), np.array(counts)
     total = counts.sum()
     table = np.arange(layout.slots * layout.blocks).reshape(layout.slots, -1)[slots]
-    asked = np.flatnonzero(np.random.default_rng(total).integers(0, 2, total))
-    return pack(100 + np.arange(total), 500 + np.arange(total), past, counts, table, asked, mask)
+    requested = np.flatnonzero(np.random.default_rng(total).integers(0, 2, total))
+    return pack(100 + np.arange(total), 500 + np.arange(total), past, counts, table, requested, mask)
 
 
 @st.composite
-def calls(draw) -> tuple[Packed, Layout]:
+def calls(draw) -> tuple[ForwardBatch, SlotLayout]:
     """Trees, with a mask or without, and prompt chunks, in slots of any order."""
     tree, _ = draw(super_trees(max_requests=3, max_nodes=9).map(lambda t: t.sorted_by_request(np.arange(len(t)))))
     counts = [*tree.sizes.tolist(), *draw(st.lists(st.integers(1, 60), max_size=3))]
     past = [draw(st.integers(0, BLOCKS * BLOCK - count)) for count in counts]
     slots = draw(st.permutations(range(SLOTS)))[: len(counts)]
-    layout = Layout(SLOTS, BLOCKS, draw(st.integers(max(tree.sizes), 64)))
+    layout = SlotLayout(SLOTS, BLOCKS, draw(st.integers(max(tree.sizes), 64)))
     return packed(slots, past, counts, ancestor_mask(tree) if draw(st.booleans()) else None, layout), layout
 
 
-def seen_by(call: Packed) -> list[set[tuple[int, int]]]:
-    """The (slot, cache row) pairs that each packed row may attend to."""
+def seen_by(call: ForwardBatch) -> list[set[tuple[int, int]]]:
+    """Return the (slot, cache row) pairs that each packed row may attend to."""
     seen = []
     for i, past in enumerate(call.past_lens.tolist()):
         count = call.seq_begins[i + 1] - call.seq_begins[i]
@@ -58,12 +58,12 @@ def test_every_token_is_computed_once_and_sees_what_it_should(drawn, batch, toke
         assert size >= batch
         assert width >= tokens
         assert part.tree_mask.shape == (size, width, width)
-        assert np.flatnonzero(part.tree_mask.any(axis=2)).tolist() == sorted(part.places)  # the others are padding
+        assert np.flatnonzero(part.tree_mask.any(axis=2)).tolist() == sorted(part.padded_rows)  # the others are padding
         written |= {
-            (part.first + b, part.past_lens[b] + t) for b, t in zip(*np.divmod(part.places, width), strict=True)
+            (part.first + b, part.past_lens[b] + t) for b, t in zip(*np.divmod(part.padded_rows, width), strict=True)
         }
-        for row, place in zip(part.rows.tolist(), part.places.tolist(), strict=True):
-            b, t = divmod(place, width)
+        for row, index in zip(part.rows.tolist(), part.padded_rows.tolist(), strict=True):
+            b, t = divmod(index, width)
             assert part.token_ids[b, t] == call.token_ids[row]
             assert part.positions[b, t] == call.positions[row]
             assert part.state_rows[b, t] == row
@@ -74,7 +74,7 @@ def test_every_token_is_computed_once_and_sees_what_it_should(drawn, batch, toke
             assert sees <= written
 
 
-def slots_of(call: Packed) -> list[int]:
+def slots_of(call: ForwardBatch) -> list[int]:
     return (call.block_indices[call.block_begins[:-1]] // BLOCKS).tolist()
 
 
@@ -86,9 +86,9 @@ def test_padding_is_written_where_nothing_is_kept(drawn, batch, tokens):
         size, width = part.token_ids.shape
         assert 0 <= part.first <= layout.slots - size
         assert (part.past_lens + width <= layout.rows).all()
-        computed = set(part.places.tolist())
-        for place in set(range(size * width)) - computed:
-            b, t = divmod(place, width)
+        computed = set(part.padded_rows.tolist())
+        for index in set(range(size * width)) - computed:
+            b, t = divmod(index, width)
             row = part.past_lens[b] + t
             involved = any(b * width + other in computed for other in range(width))
             past, count = lengths[part.first + b] if involved else (BLOCKS * BLOCK, 0)
@@ -108,12 +108,12 @@ def test_outputs_come_back_in_packed_order(drawn):
     assert got["logits"][:, 0].tolist() == call.token_ids[call.logit_rows].tolist()
 
 
-def sizes(call: Packed, layout: Layout, **limits: int) -> list[list[int]]:
+def sizes(call: ForwardBatch, layout: SlotLayout, **limits: int) -> list[list[int]]:
     return [sorted(part.counts.tolist()) for part in split(call, layout, **limits)]
 
 
 def test_a_long_chunk_is_alone_and_what_is_alike_together():
-    layout = Layout(SLOTS, 20, 300)
+    layout = SlotLayout(SLOTS, 20, 300)
     decoding = packed(range(6), [9] * 6, [5, 1, 4, 3, 1, 2], layout=layout)
     assert sizes(decoding, layout) == [[1, 1, 2, 3, 4, 5]]
     mixed = packed(range(7), [9] * 7, [5, 1, 4, 256, 1, 1, 2], layout=layout)
@@ -125,7 +125,7 @@ def test_a_long_chunk_is_alone_and_what_is_alike_together():
 
 
 def test_what_is_more_than_fits_goes_in_pieces_in_order():
-    layout = Layout(SLOTS, BLOCKS, 20)
+    layout = SlotLayout(SLOTS, BLOCKS, 20)
     parts = split(packed([4, 2], [3, 5], [50, 2], layout=layout), layout)
     alone = [(int(p.starts[0]), int(p.counts[0])) for p in parts if p.requests.tolist() == [0]]
     assert alone == [(0, 20), (20, 20), (40, 10)]
@@ -133,7 +133,7 @@ def test_what_is_more_than_fits_goes_in_pieces_in_order():
 
 
 def test_what_the_caches_cannot_hold_is_an_error():
-    layout = Layout(SLOTS, BLOCKS, 4)
+    layout = SlotLayout(SLOTS, BLOCKS, 4)
     chain = np.tri(5, dtype=np.uint8).ravel(), np.array([0, 25])
     with pytest.raises(ValueError, match=r"a tree of 5 nodes.* 4 new tokens"):
         split(packed([1], [0], [5], chain, layout), layout)
@@ -143,6 +143,6 @@ def test_what_the_caches_cannot_hold_is_an_error():
 
 
 def test_pool_rows_are_cache_rows():
-    slots, rows = Layout(SLOTS, BLOCKS, 9).place(np.array([0, 95, 96, 200]))
+    slots, rows = SlotLayout(SLOTS, BLOCKS, 9).slots_and_rows(np.array([0, 95, 96, 200]))
     assert slots.tolist() == [0, 0, 1, 2]
     assert rows.tolist() == [0, 95, 0, 8]

@@ -14,7 +14,7 @@ from echo_trt.backends.openvino import graph
 from echo_trt.backends.openvino import quantise as quantisation
 from echo_trt.backends.openvino.export import export_parted
 from echo_trt.backends.openvino.quantise import GROUP, quantise
-from echo_trt.commands.build import build
+from echo_trt.cli.build import build
 
 PROMPTS = [[7, 8, 9], [*range(40, 90)], [5, 6, 5, 6, 5]]
 

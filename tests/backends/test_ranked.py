@@ -27,18 +27,18 @@ from echo_trt.backends.parallel.rank_group import RankGroup, check_gpus
 from echo_trt.backends.parallel.ranked import OpenRank, RankedEngine, of_rank
 from echo_trt.backends.torch.engine import TorchEngine, open_torch
 from echo_trt.bundle.manifest import read_manifest, verify_files
-from echo_trt.commands.build import build
-from echo_trt.decoding.pack import pack
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.pack import pack
 
 BLOCKS = 8
 
 
 @pytest.fixture(scope="module")
 def divided(networks, tmp_path_factory):
-    """The pair "close" with its target in two parts."""
+    """Return the pair "close" with its target in two parts."""
     folder = tmp_path_factory.mktemp("divided") / "bundle"
     stages = []
     build(recipe_of("close", networks, engine="torch", tensor_parallel=2), networks, folder, stages.append)

@@ -14,16 +14,16 @@ from random_calls import Script
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
-from echo_trt.backends.padded import Layout
+from echo_trt.backends.padded import SlotLayout
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import name_collectives
 from echo_trt.backends.torch.engine import METADATA, TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
-from echo_trt.decoding.pack import BLOCK, Packed
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard, among
-from echo_trt.models.roles import TargetRole
+from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
+from echo_trt.speculation.pack import BLOCK, ForwardBatch
 from super_tree_attention import super_tree_attention
 from super_tree_attention.tensorrt_plugin import prepare_graph
 
@@ -34,7 +34,7 @@ NETWORKS = {
     "dense": (qwen3, {"vocab_size": 60, "num_key_value_heads": 1}),
     "tied": (qwen3, {"vocab_size": 60, "tie_word_embeddings": True, "num_key_value_heads": 4}),
     "mixture": (qwen3_moe, {"vocab_size": 61, "mlp_only_layers": [0], "moe_intermediate_size": 12}),
-    "a tensor an expert": (qwen3_moe, {"vocab_size": 60, "moe_intermediate_size": 12}),
+    "a tensor per expert": (qwen3_moe, {"vocab_size": 60, "moe_intermediate_size": 12}),
 }
 
 
@@ -46,12 +46,12 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-def role_of(folder, shard: Shard | None = None) -> TargetRole:
+def role_of(folder, shard: Shard | None = None) -> TargetModule:
     network = load_decoder(open_checkpoint(folder), POSITIONS, **({"shard": shard} if shard else {}))
-    return TargetRole(network, network.config.feature_layers)
+    return TargetModule(network, network.config.feature_layers)
 
 
-def calls(seed: int, table: np.ndarray, vocab: int) -> list[Packed]:
+def calls(seed: int, table: np.ndarray, vocab: int) -> list[ForwardBatch]:
     """Prompts, then trees of two requests beside a chunk, single tokens, and single tokens of which no row is asked."""
     script, slots, ones = Script(seed, table, vocab), np.arange(3), np.ones(3, np.int64)
     prompt = script.call(slots, chunks=[BLOCK + 5, 7, 3])
@@ -99,7 +99,11 @@ class CutEngine(OnnxRuntimeEngine):
         self._caches = [name for name in inputs if "_cache." in name]
         self._inputs = [name for name in inputs if "_cache." not in name]
         _, heads, rows, head_dim = (d.dim_value for d in inputs[self._caches[0]].shape.dim)
-        self._type, self._layout, self.num_blocks = np.float32, Layout(SLOTS, EACH, rows - EACH * BLOCK), SLOTS * EACH
+        self._type, self._layout, self.num_blocks = (
+            np.float32,
+            SlotLayout(SLOTS, EACH, rows - EACH * BLOCK),
+            SLOTS * EACH,
+        )
         self._pool = np.zeros((len(self._caches), SLOTS, heads, rows, head_dim), np.float32)
 
     def _run(self, part, inputs):
@@ -124,7 +128,7 @@ def test_native_graphs_of_all_ranks_are_the_network(name, ranks, checkpoints, tm
     whole = TorchEngine(role_of(checkpoints / name), SLOTS * EACH)
     for rank in range(ranks):
         role = role_of(checkpoints / name, Shard(rank, ranks))
-        export_native(role, tmp_path / f"{rank}.onnx", "fp32", Layout(1, EACH, BLOCK).rows)
+        export_native(role, tmp_path / f"{rank}.onnx", "fp32", SlotLayout(1, EACH, BLOCK).rows)
     sequence = calls(3, table, NETWORKS[name][1]["vocab_size"])[:3]
 
     def work(group):

@@ -36,12 +36,12 @@ from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import read_manifest, verify_files
-from echo_trt.commands.build import build
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockRole, HeadRole, TargetRole
+from echo_trt.models.roles import BlockModule, HeadModule, TargetModule
 from echo_trt.models.weights import load_decoder, load_eagle3
-from echo_trt.runtime.llm import LLM
 from super_tree_attention.tensorrt_plugin import prepare_graph
 
 rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
@@ -52,14 +52,14 @@ RTX = {"engine": "tensorrt-rtx", "precision": "fp16"}
 
 @pytest.fixture(scope="session")
 def with_head(networks, tmp_path_factory):
-    """A head with heads that TensorRT-RTX has kernels for."""
+    """Return a head with heads that TensorRT-RTX has kernels for."""
     config = head_config(vocab_size=VOCAB, hidden_size=64, draft_vocab_size=VOCAB // 2, **HEADS)
     return write_head(tmp_path_factory.mktemp("head") / "head", config, head_tensors(config))
 
 
 @pytest.fixture(scope="session")
 def with_block(networks, tmp_path_factory):
-    """A block drafter with such heads, too."""
+    """Return a block drafter with such heads, too."""
     raw = block_raw("dspark gated", **BLOCK, **HEADS, target_layer_ids=[0, 1], mask_token_id=VOCAB - 1)
     return write_block(tmp_path_factory.mktemp("block") / "drafter", raw)
 
@@ -74,15 +74,15 @@ def role_of(networks, with_head, with_block, tmp_path_factory):
             qwen3_moe(vocab_size=VOCAB, num_hidden_layers=2, mlp_only_layers=[0], **HEADS).save_pretrained(
                 folder / "moe"
             )
-            return TargetRole(load_decoder(open_checkpoint(folder / "moe"), 64))
+            return TargetModule(load_decoder(open_checkpoint(folder / "moe"), 64))
         if network == "one head":
             return roles_of("close", networks)["draft"]
         if network == "head":
             target = load_decoder(open_checkpoint(networks / "target"), 192)
-            return HeadRole(load_eagle3(open_checkpoint(with_head), 192, target), 5)
+            return HeadModule(load_eagle3(open_checkpoint(with_head), 192, target), 5)
         if network.startswith("block"):
             target = load_decoder(open_checkpoint(networks / "target"), 192)
-            return BlockRole(load_block(open_checkpoint(with_block), 192, target), 5)
+            return BlockModule(load_block(open_checkpoint(with_block), 192, target), 5)
         return roles_of("model" if network == "draft" else "eagle3", networks)[network]
 
     return get
@@ -144,7 +144,7 @@ def test_a_bundle(kind, networks, with_head, with_block, tmp_path):
     assert {"target.engine", "draft.engine", "tensorrt.log"} <= set(manifest.files)
     assert not any(".onnx" in name for name in manifest.files)  # the engines have the weights
     assert stages[2:4] == ["compiling the target", "compiling the draft"]
-    for role in ("target", "draft"):  # two bytes a weight
+    for role in ("target", "draft"):  # two bytes per weight
         size = (tmp_path / "bundle" / f"{role}.engine").stat().st_size
         assert size > 2 * getattr(manifest, role).parameters
     assert all(0 <= share <= 1 for share, _ in shares)
@@ -308,8 +308,10 @@ def test_another_engine_takes_the_recipe_but_not_its_drafts_precision(networks):
 
 
 def test_a_word_of_the_compiler_is_the_end_of_a_sentence():
-    said = "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([graph.h:1295: attach] Some thing failed. (See x))"
-    assert first_sentence([said, "later"]) == "Some thing failed"
+    output = (
+        "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([graph.h:1295: attach] Some thing failed. (See x))"
+    )
+    assert first_sentence([output, "later"]) == "Some thing failed"
     assert first_sentence(["ModelImporter.cpp:140: Two words\nand more"]) == "Two words and more"
     assert first_sentence([]) == "it does not say why"
 
@@ -342,7 +344,7 @@ def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
     profiles = packed_profiles(tmp_path / "head.onnx", CallSizes(64, 66, 64, 256, 1024))
     ranges = [(p["token_ids"][0][0], p["token_ids"][2][0]) for p in profiles]
     assert ranges[0] == (1, 32)
-    assert all(most + 1 == least for (_, most), (least, _) in itertools.pairwise(ranges))
+    assert all(maximum + 1 == minimum for (_, maximum), (minimum, _) in itertools.pairwise(ranges))
     assert ranges[-1][1] >= 1024 + 256
     for profile in profiles:
         assert profile["seq_begins"][2][0] == profile["past_lens"][2][0] + 1

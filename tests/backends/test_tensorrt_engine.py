@@ -22,7 +22,7 @@ from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
-from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
+from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
 
 NETWORKS = {
     "target": ("eagle3", "target"),
@@ -154,11 +154,11 @@ def test_every_size_that_is_captured_at_the_start_is_in_a_profile(network, netwo
 def test_the_move_and_a_draw_are_compiled_before_requests_wait(network, networks, tmp_path, monkeypatch):
     _, engine, _ = packed(network, networks, tmp_path)
     compiled = []
-    monkeypatch.setattr(engine, "move", lambda source, target: compiled.append("move"))
+    monkeypatch.setattr(engine, "compact_kv", lambda source, target: compiled.append("compact_kv"))
     monkeypatch.setattr(choose, "draw", lambda *_, **limits: compiled.append(limits) or torch.zeros(1).long())
     engine._graphs, engine._sizes = SimpleNamespace(sealed=False), ()
     engine.capture_all()
-    assert compiled == ["move", {"limits": True, "most": 2}][: 2 if network == "target" else 1]
+    assert compiled == ["compact_kv", {"limits": True, "max_top_k": 2}][: 2 if network == "target" else 1]
 
 
 def test_runs_wait_for_the_pool_to_be_zeroed(networks, tmp_path, monkeypatch):
@@ -184,7 +184,10 @@ def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     one, rows = np.ones(1, np.int64), np.arange(2)
     call = pack(rows, rows, 0 * one, 2 * one, np.arange(4)[None], rows[1:])
-    inputs = {"features": engine.bank("features").read(rows), "hidden": engine.bank("hidden").read(rows[:0])}
+    inputs = {
+        "features": engine.feature_cache("features").read(rows),
+        "hidden": engine.feature_cache("hidden").read(rows[:0]),
+    }
     engine.run(call, **inputs)
     shape = LevelShape(1, 2, 3)
     engine.run_levels(call, pack_levels(2 * one, np.arange(4)[None], shape), shape, 4, **inputs)
@@ -194,9 +197,9 @@ def test_calls_wait_for_rows_that_are_written_to_banks(networks, tmp_path, monke
 def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path):
     _, engine, session = packed("draft", networks, tmp_path)
     batch, tokens = engine._limits.batch, engine._limits.tokens
-    assert len(engine.bank("hidden").rows) == batch * tokens
+    assert len(engine.feature_cache("hidden").rows) == batch * tokens
     small = TensorRTEngine(session, SLOTS, 4, 16, tree=10)
-    assert len(small.bank("hidden").rows) == batch * 10
+    assert len(small.feature_cache("hidden").rows) == batch * 10
 
 
 def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
@@ -258,7 +261,7 @@ def test_moved_rows_are_those_that_later_calls_see(opened):
     rows = script.table[slot, 0] * BLOCK + np.arange(script.past[slot])
     source, target = rows[3:8], rows[2:7]  # they overlap
     for which in (reference, engine):
-        which.move(source, target)
+        which.compact_kv(source, target)
     later = pack([5], [script.past[slot]], script.past[[slot]], np.array([1]), script.table[[slot]], np.array([0]))
     wanted, got = reference.run(later), engine.run(later)
     np.testing.assert_allclose(np.asarray(got["scores"]), wanted["scores"], atol=1e-4)

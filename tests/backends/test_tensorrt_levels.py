@@ -13,11 +13,11 @@ from echo_trt.backends.cuda.calls import Graphs
 from echo_trt.backends.cuda.levels import level_call, parts_of_level
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.pack import LevelShape, pack, pack_levels
+from echo_trt.speculation.pack import LevelShape, pack, pack_levels
 
 
 def drafted_by_both(role, engine, shape, counts):
-    """What the PyTorch engine and ``engine`` draft behind texts of ``counts`` entries each: columns of nodes."""
+    """Return what the PyTorch engine and ``engine`` draft behind texts of ``counts`` entries each: columns of nodes."""
     reference = TorchEngine(role, engine.num_blocks, bounds=CallBounds(SLOTS, 4, 16), resident=True)
     rows, table = np.arange(counts.sum()), np.arange(SLOTS * 4).reshape(SLOTS, 4)[: len(counts)]
     positions, past = np.concatenate([np.arange(n) for n in counts]), 0 * counts
@@ -26,8 +26,11 @@ def drafted_by_both(role, engine, shape, counts):
     drafted = []
     for each in (reference, engine):
         assert each.drafts_levels
-        each.bank("features").write(rows, values.astype(np.float32), rows)
-        inputs = {"features": each.bank("features").read(rows), "hidden": each.bank("hidden").read(rows[:0])}
+        each.feature_cache("features").write(rows, values.astype(np.float32), rows)
+        inputs = {
+            "features": each.feature_cache("features").read(rows),
+            "hidden": each.feature_cache("hidden").read(rows[:0]),
+        }
         drafted.append(each.run_levels(call, pack_levels(counts, table, shape), shape, 9, **inputs))
     return drafted
 

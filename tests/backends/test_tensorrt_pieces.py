@@ -3,9 +3,9 @@
 import numpy as np
 
 from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
-from echo_trt.backends.padded import Layout
+from echo_trt.backends.padded import SlotLayout
 from echo_trt.backends.tensorrt.calls import CallLimits, linear_pieces, packed_pieces
-from echo_trt.decoding.pack import pack
+from echo_trt.speculation.pack import pack
 
 
 def packed_call(counts, past=0):
@@ -24,15 +24,15 @@ def test_a_packed_call_in_pieces_is_the_whole_call():
     pieces = list(packed_pieces(call, inputs, limits, graph_sizes(8), CallBounds(8, 8)))
     assert len(pieces) > 1
     assert np.concatenate([p.rows for p in pieces]).tolist() == list(range(total))
-    assert np.concatenate([p.asked for p in pieces]).tolist() == list(range(len(call.logit_rows)))
+    assert np.concatenate([p.requested for p in pieces]).tolist() == list(range(len(call.logit_rows)))
     for piece in pieces:
         arrays, count = piece.arrays, len(piece.rows)
         assert (arrays["token_ids"][:count] == call.token_ids[piece.rows]).all()
         states = np.concatenate((arrays["features"], arrays["hidden"]))
         if not piece.padded:
             assert (states[:, 0] == piece.rows).all()
-        asked = call.logit_rows[piece.asked]
-        assert (piece.rows[arrays["logit_rows"][: len(asked)]] == asked).all()
+        requested = call.logit_rows[piece.requested]
+        assert (piece.rows[arrays["logit_rows"][: len(requested)]] == requested).all()
         requests = np.flatnonzero(np.isin(call.seq_begins[:-1], piece.rows))
         blocks = [call.block_indices[call.block_begins[r] : call.block_begins[r + 1]] for r in requests]
         assert (arrays["block_indices"][: sum(map(len, blocks))] == np.concatenate(blocks)).all()
@@ -45,7 +45,7 @@ def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
     call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
     (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), CallBounds(8, 8))
     assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.asked) == 0
-    (piece,) = linear_pieces(call, {}, Layout(2, 8, 16), CallLimits(2, 16, 16, 16))
+    assert len(piece.requested) == 0
+    (piece,) = linear_pieces(call, {}, SlotLayout(2, 8, 16), CallLimits(2, 16, 16, 16))
     assert len(piece.arrays["logit_rows"]) >= 1
-    assert len(piece.asked) == 0
+    assert len(piece.requested) == 0

@@ -3,10 +3,10 @@
 import pytest
 from pairs import recipe_of
 
-from echo_trt.commands.build import build
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
 
 
 @pytest.mark.parametrize("pair", ["eagle3", "dspark"])

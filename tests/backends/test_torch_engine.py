@@ -25,10 +25,10 @@ from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for, open_torch
 from echo_trt.backends.torch.files import load_role, save_role
-from echo_trt.decoding.pack import BLOCK, LevelShape, Packed, pack
-from echo_trt.decoding.sampling.draw import sample
+from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape, pack
+from echo_trt.speculation.sampling.draw import sample
 from super_tree_attention.triton_attention import super_tree_attention_triton
 
 BLOCKS, BOUNDS = 16, CallBounds(2, 4, 16)
@@ -43,7 +43,7 @@ NETWORKS = {
 }
 
 
-def calls(seed: int, requests: int = 3) -> list[Packed]:
+def calls(seed: int, requests: int = 3) -> list[ForwardBatch]:
     """Prompts, then trees for the first two requests and chunks for the others."""
     rng, slots = np.random.default_rng(seed), np.arange(requests)
     script = Script(seed, rng.permutation(BLOCKS)[: requests * 4].reshape(requests, 4))
@@ -51,7 +51,7 @@ def calls(seed: int, requests: int = 3) -> list[Packed]:
     return [prompt, script.call(slots, 2, rng.integers(1, 9, requests - 2), 9)]
 
 
-def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:
+def inputs_for(call: ForwardBatch, features: int, seed: int) -> dict[str, np.ndarray]:
     """All of a call's entries have features, or all have the head's own state."""
     if not features:
         return {}
@@ -62,7 +62,7 @@ def inputs_for(call: Packed, features: int, seed: int) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def arrays_of(call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+def arrays_of(call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     names = ("token_ids", "positions", *METADATA, "logit_rows")
     return {name: getattr(call, name) for name in names} | inputs
 
@@ -113,7 +113,7 @@ def test_a_block_without_context_has_a_graph(networks, monkeypatch):
     engine._capture_all()
     replays, rows = StandInGraph.replays, np.arange(6)
     call = pack(rows, rows, np.zeros(1, int), np.array([6]), np.zeros((1, 1), int), rows)
-    none = engine.bank("features").read(rows[:0])
+    none = engine.feature_cache("features").read(rows[:0])
     outputs = engine.run(call, features=none, state_rows=rows)
     assert StandInGraph.replays == replays + 1
     assert_same(plain.run(call, features=np.zeros((0, FEATURES), np.float32), state_rows=rows), outputs, 1e-5)
@@ -123,9 +123,9 @@ def test_states_of_drafted_nodes_have_room_where_the_pool_is_small(networks):
     """A graph's padded requests have nodes, and no KV rows. Engines of a few blocks, of self-checks, have less."""
     bounds, shape = CallBounds(32, 1, 16), LevelShape(3, 4, 4)
     engine = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], 8, bounds=bounds))
-    assert len(engine._banks["hidden"].rows) >= 32 * (1 + shape.beams * shape.levels) > 8 * BLOCK
+    assert len(engine._feature_caches["hidden"].rows) >= 32 * (1 + shape.beams * shape.levels) > 8 * BLOCK
     unbounded = as_on_a_gpu(TorchEngine(roles_of("eagle3", networks)["draft"], 8))
-    assert len(unbounded._banks["hidden"].rows) == 8 * BLOCK
+    assert len(unbounded._feature_caches["hidden"].rows) == 8 * BLOCK
 
 
 def test_calls_that_no_graph_is_for_are_not_padded():
@@ -181,7 +181,7 @@ def test_outputs_read_late_are_the_references(network, networks):
                 assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("pair", ["close", "model", "peagle", "dspark"])  # eagle3: tests/runtime/test_on_device.py
+@pytest.mark.parametrize("pair", ["close", "model", "peagle", "dspark"])  # eagle3: tests/engine/test_on_device.py
 def test_decoding_on_the_device_writes_the_same_text(pair, open_llm):
     prompts = [prompt_ids(n, i) for i, n in enumerate((5, 37, 1, 16))]
     params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
@@ -237,8 +237,8 @@ def test_a_gpu_computes_what_the_reference_does(network, graphs, networks):
             assert_same({n: v for n, v in wanted.items() if n != "candidates"},
                         {n: v for n, v in got.items() if n != "candidates"}, 1e-3)  # fmt: skip
         source, target = np.arange(5), np.arange(1, 6)
-        reference.move(source, target)
-        engine.move(source, target)
+        reference.compact_kv(source, target)
+        engine.compact_kv(source, target)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

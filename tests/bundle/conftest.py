@@ -10,5 +10,5 @@ import pytest
 
 @pytest.fixture
 def bundle(bundle_of, tmp_path) -> Path:
-    """A copy that a test may break."""
+    """Return a copy that a test may break."""
     return Path(shutil.copytree(bundle_of("model"), tmp_path / "bundle"))

@@ -12,8 +12,8 @@ from pairs import LIMITS, VOCAB
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
+from echo_trt.engine.llm import LLM
 from echo_trt.errors import UserError
-from echo_trt.runtime.llm import LLM
 
 
 def edit_manifest(bundle: Path, **changes) -> None:
@@ -76,7 +76,7 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "words"),
+    ("index", "value", "words"),
     [
         ("target.parameters", 10**400, ["target.parameters is not valid", "less than"]),
         ("target.parameters", -1, ["target.parameters is not valid", "not -1"]),
@@ -93,9 +93,9 @@ def test_a_manifest_that_says_nonsense(changes, words, bundle):
         ("eos_token_ids", [*range(9)], ["eos_token_ids has 9 ids", "8 at most"]),
     ],
 )
-def test_numbers_that_cannot_be(place, value, words, bundle_of, tmp_path):
+def test_numbers_that_cannot_be(index, value, words, bundle_of, tmp_path):
     bundle = Path(shutil.copytree(bundle_of("close"), tmp_path / "bundle"))
-    *above, last = place.split(".")
+    *above, last = index.split(".")
     manifest = json.loads((bundle / "manifest.json").read_text())
     (manifest[above[0]] if above else manifest)[last] = value
     edit_manifest(bundle, **manifest)
@@ -175,9 +175,9 @@ def test_a_file_that_was_not_a_network_when_it_was_hashed(bundle):
 
 
 def test_a_folder_that_is_no_bundle(tmp_path):
-    for place, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
-        with refused(place, what, "echo-trt build"):
-            LLM(place)
+    for index, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
+        with refused(index, what, "echo-trt build"):
+            LLM(index)
 
 
 def test_a_prompt_longer_than_the_context(bundle):

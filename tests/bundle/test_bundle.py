@@ -9,11 +9,11 @@ from pairs import FOLDERS, PAIRS, SIZES, VOCAB, recipe_of, write_tokenizer
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
-from echo_trt.commands.build import build
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.process.request import Reader
 from echo_trt.models.checkpoint import weights_sha256
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.serving.request import Reader
 
 
 def files_below(folder: Path) -> set[str]:
@@ -89,9 +89,9 @@ def test_a_build_takes_the_place_of_an_old_bundle_and_of_nothing_else(networks, 
     assert "draft.onnx" not in files_below(bundle)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
-        with refused(place, "not a bundle", "another folder"):
-            build(recipe_of("lookup", networks), networks, place)
+    for index in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with refused(index, "not a bundle", "another folder"):
+            build(recipe_of("lookup", networks), networks, index)
     assert files_below(tmp_path / "mine") == {"thesis.txt"}
 
 

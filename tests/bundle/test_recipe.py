@@ -21,7 +21,7 @@ VALID: dict[str, Any] = {
 
 
 def with_value(dotted: str, value: Any) -> dict[str, Any]:
-    """VALID with one key set, a new one if need be."""
+    """Return VALID with one key set, a new one if need be."""
     raw = copy.deepcopy(VALID)
     *parents, last = dotted.split(".")
     section = raw

@@ -14,17 +14,17 @@ from echo_trt.bundle.calibration import Calibration, Gate, read_calibration
 from echo_trt.bundle.costs import COSTS, CostTable, CurveTable, HingeTable, read_costs
 from echo_trt.bundle.manifest import Manifest, read_manifest
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, KNOTS, knots
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.measure import machine
 from echo_trt.errors import UserError
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.measure import machine
+from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, knots
 
 TARGET, DRAFT = "1" * 64, "2" * 64
 
 
 def calibration(**changes) -> Calibration:
     gate = {"auc": 0.8, "samples": 9, "accepted": 0.5}
-    told = {
+    reported = {
         "target_sha256": TARGET,
         "draft_sha256": DRAFT,
         "positions": 9,
@@ -34,7 +34,7 @@ def calibration(**changes) -> Calibration:
         "children": [[[0.1, 0.5], [0.0, 0.1]]] * 3,
         "lookup": [0.2, 0.4],
     }
-    return Calibration(**told | changes)
+    return Calibration(**reported | changes)
 
 
 def costs(on: str) -> CostTable:
@@ -46,10 +46,10 @@ def costs(on: str) -> CostTable:
 def edited(table: dict, path: str, value: object) -> dict:
     """``table`` with another value at such a path as target.seconds.0."""
     *above, last = (int(key) if key.isdigit() else key for key in path.split("."))
-    place = table
+    index = table
     for key in above:
-        place = place[key]
-    place[last] = value
+        index = index[key]
+    index[last] = value
     return table
 
 
@@ -130,11 +130,11 @@ def test_a_broken_file_is_named(content, tmp_path, manifest):
 
 
 def assert_measured_again(folder: Path, manifest: Manifest, *words: str) -> None:
-    told = []
-    assert read_costs(folder, manifest, machine(manifest), told.append) is None
-    assert len(told) == 1
+    reported = []
+    assert read_costs(folder, manifest, machine(manifest), reported.append) is None
+    assert len(reported) == 1
     with refused(folder / COSTS, "it is measured again", *words):
-        raise UserError(told[0])
+        raise UserError(reported[0])
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -242,9 +242,9 @@ def test_costs_without_the_draft_of_a_bundle_that_has_one_are_not_used(tmp_path,
 def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
     bundle = Path(shutil.copytree(bundle_of("lookup"), tmp_path / "bundle"))
     (bundle / COSTS).write_text('{"format": 7}')
-    told = []
-    LLM(bundle, "goodput", note=told.append)
-    assert any("format is not valid" in note for note in told)
+    reported = []
+    LLM(bundle, "goodput", note=reported.append)
+    assert any("format is not valid" in note for note in reported)
     assert read_costs(bundle, read_manifest(bundle), machine(read_manifest(bundle)), pytest.fail) is not None
 
 

@@ -1,4 +1,4 @@
-"""The examples, run as they stand on small pairs. tests/serving runs the one that needs a server."""
+"""The examples, run as they stand on small pairs. tests/engine/service runs the one that needs a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pairs import raw_recipe
 
-from echo_trt.cli import main
+from echo_trt.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -30,14 +30,14 @@ def run(*words: object, cwd: Path = ROOT, text: str = "") -> str:
 
 def test_offline(bundle_of):
     answers = run(sys.executable, EXAMPLES / "offline.py", bundle_of("close"))
-    assert answers.count("tokens a verification]") == 6
+    assert answers.count("tokens per verification]") == 6
     assert answers.count("The capital of France is") == 2
 
 
 def test_chat(with_limits):
     bundle = with_limits("close", context=480, kv_blocks=32)
-    said = run(sys.executable, EXAMPLES / "chat.py", bundle, text="the theme\nand then\n\n")
-    assert said.count("it:  ") == 2
+    output = run(sys.executable, EXAMPLES / "chat.py", bundle, text="the theme\nand then\n\n")
+    assert output.count("it:  ") == 2
 
 
 def test_chat_ends_where_its_input_ends(bundle_of):
@@ -45,7 +45,7 @@ def test_chat_ends_where_its_input_ends(bundle_of):
 
 
 def test_a_policy_in_one_file_writes_plain_decoding_s_text(bundle_of, tmp_path):
-    """In each command that takes it; ``serve`` is tried in tests/serving."""
+    """In each command that takes it; ``serve`` is tried in tests/engine/service."""
     chain = ["--policy-file", EXAMPLES / "chain_policy.py"]
     prompts, trees, figures = (tmp_path / name for name in ("p.jsonl", "trees.npz", "figures.json"))
     prompts.write_text("".join(f'{{"id": "{i}", "prompt": "the theme {i}"}}\n' for i in range(8)))

@@ -117,8 +117,8 @@ def test_a_file_that_the_command_reads_is_not_overwritten(tmp_path):
     file, link = tmp_path / "prompts.jsonl", tmp_path / "link"
     file.write_bytes(b"mine")
     link.symlink_to(file)
-    for place in (file, link, tmp_path / "." / "prompts.jsonl"):
-        with refused(f"--json {place}", "reads", "another file"), output_file("--json", place, [None, file]):
+    for index in (file, link, tmp_path / "." / "prompts.jsonl"):
+        with refused(f"--json {index}", "reads", "another file"), output_file("--json", index, [None, file]):
             raise AssertionError("the work has begun")
     assert file.read_bytes() == b"mine"
     with output_file("--json", tmp_path / "answers.json", [file]) as write:

@@ -43,7 +43,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
         (b'{"id": 1, "prompt": "x"}\n{"id": "1", "prompt": "y"}', ["id '1'", "twice"]),
         (b'{"id": 1, "prompt": "x\\ud800"}', ["line 1", "prompt", "surrogate", "whole characters"]),
         (b'{"id": "\\udfff", "prompt": "x"}', ["line 1", "id", "surrogate"]),
-        (b"[" * 100_000, ["line 1", "recursion", "one object a line"]),
+        (b"[" * 100_000, ["line 1", "recursion", "one object per line"]),
         (b"\n\n", ["no prompt"]),
     ],
 )

@@ -56,5 +56,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         # A skip's text is a tuple of file, line and reason.
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-        told = {"test": report.nodeid, "verdict": report.outcome, "seconds": round(report.duration, 2)}
-        _note(**told, reason=reason.removeprefix("Skipped: "), figures=dict(report.user_properties))
+        reported = {"test": report.nodeid, "verdict": report.outcome, "seconds": round(report.duration, 2)}
+        _note(**reported, reason=reason.removeprefix("Skipped: "), figures=dict(report.user_properties))

@@ -14,21 +14,21 @@ from gpu.random_networks import first_layers
 from echo_trt.backends.base import Engine
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.goodput.model.acceptance import Acceptance
-from echo_trt.decoding.goodput.model.costs import Costs
-from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.pack import BLOCK, Packed, pack
-from echo_trt.decoding.policies import make_planner, reserve_for
-from echo_trt.decoding.super_tree import SuperTree, ancestor_mask
+from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.eagle3 import EngineDrafter
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.request import Request
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.roles import DraftRole, TargetRole
-from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.request import Request
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.models.roles import DraftModule, TargetModule
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.policies import make_planner, reserve_for
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 DECODING = {
     "max_depth": 5, "beams": 3, "width": 4, "per_request": 32, "gates": {1: 0.2, 3: 0.3}, "fixed_threshold": 0.2,
@@ -52,7 +52,7 @@ class Card:
         return torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else 0
 
 
-def call_of(batch: int, count: int, context: int, vocab: int, rng: np.random.Generator) -> Packed:
+def call_of(batch: int, count: int, context: int, vocab: int, rng: np.random.Generator) -> ForwardBatch:
     """``batch`` requests of ``context`` cached tokens, each of which verifies a random tree of ``count`` tokens."""
     tree, none = SuperTree.from_roots(rng.integers(0, vocab, batch)), np.zeros(batch)
     for step in range(1, count):
@@ -64,7 +64,7 @@ def call_of(batch: int, count: int, context: int, vocab: int, rng: np.random.Gen
     return pack(tree.token, context + tree.depth, past, counts, table, np.arange(len(tree)), mask)
 
 
-def seconds_of(engine: Engine, call: Packed, runs: int = 9) -> float:
+def seconds_of(engine: Engine, call: ForwardBatch, runs: int = 9) -> float:
     """Median seconds of a run with its best tokens on the host."""
     taken = []
     for _ in range(runs + 2):
@@ -75,7 +75,7 @@ def seconds_of(engine: Engine, call: Packed, runs: int = 9) -> float:
 
 
 def fitting(config: DecoderConfig, blocks: int) -> DecoderConfig:
-    """The network with as many layers as this card's memory takes beside ``blocks`` of their KV cache."""
+    """Return the network with as many layers as this card's memory takes beside ``blocks`` of their KV cache."""
     hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
     layer = hidden * (2 * config.num_heads * config.head_dim + 2 * kv + 3 * config.intermediate_size)
     room = 0.85 * torch.cuda.mem_get_info()[0] - 4 * config.vocab_size * hidden - 3e9
@@ -90,28 +90,30 @@ class Decoding:
         self.reserve, self.prompts, self.tokens = reserve_for(DECODING), prompts, tokens
         self.context = max(map(len, prompts)) + tokens + 2
         self.slot_blocks = blocks_for(self.context + self.reserve)
-        roles = TargetRole(model), DraftRole(first_layers(model, 1), DECODING["width"])
+        roles = TargetModule(model), DraftModule(first_layers(model, 1), DECODING["width"])
         bounds, blocks = CallBounds(batch, self.slot_blocks, self.reserve), self.slot_blocks * batch
         self.target, self.draft = (
             TorchEngine(role, blocks, str(card.device), operator=card.operator, bounds=bounds) for role in roles
         )
 
-    def loop(self, policy: str, batch: int, costs: Costs, params: list[SamplingParams]) -> tuple[Loop, list[Request]]:
-        """A loop with as many requests as there are ``params``, none of which has begun."""
+    def loop(
+        self, policy: str, batch: int, costs: Costs, params: list[SamplingParams]
+    ) -> tuple[EngineCore, list[Request]]:
+        """Return a loop with as many requests as there are ``params``, none of which has begun."""
 
         def goodput(name: str, settings: GoodputSettings) -> GoodputPlanner:
             return GoodputPlanner(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), batch)
 
         planner = make_planner(policy, DECODING | {"budget": max(32, min(4 * batch, 512))}, goodput)
-        state = Slots(batch, self.context, self.reserve, self.slot_blocks * batch)
-        loop = Loop(self.target, EngineDrafter(self.draft, state, 512), state, planner, (), 512)
+        state = InputBatch(batch, self.context, self.reserve, self.slot_blocks * batch)
+        loop = EngineCore(self.target, EngineDrafter(self.draft, state, 512), state, planner, (), 512)
         requests = [Request(i, self.prompts[i], one) for i, one in enumerate(params)]
         for request in requests:
-            loop.queue.add(request)
+            loop.scheduler.add(request)
         return loop, requests
 
     def gap(self, index: int, first: list[int], second: list[int]) -> float:
-        """The distance of the logits of the tokens where two texts part, over the largest logit."""
+        """Return the distance of the logits of the tokens where two texts part, over the largest logit."""
         shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
         ids = np.concatenate((self.prompts[index], first[:shared]))
         count, table = np.array([len(ids)]), np.arange(blocks_for(len(ids)))[None]

@@ -55,7 +55,7 @@ def random_decoder(config: DecoderConfig, positions: int, dtype: torch.dtype, de
 
 
 def random_head(target: Decoder, dtype: torch.dtype) -> Eagle3Head:
-    """An EAGLE-3 head of random weights that shares the target's embedding and its whole vocabulary."""
+    """Return an EAGLE-3 head of random weights that shares the target's embedding and its whole vocabulary."""
     config, device = target.config, target.embed.weight.device
     shared = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
     head_config = Eagle3Config(**shared, draft_vocab_size=config.vocab_size, target_hidden_size=config.hidden_size)
@@ -76,7 +76,7 @@ def quiet_layers(model: Decoder, scale: float) -> None:
 
 
 def first_layers(model: Decoder, count: int) -> Decoder:
-    """The network that the first ``count`` layers make, on the same weights."""
+    """Return the network that the first ``count`` layers make, on the same weights."""
     short = Decoder.__new__(Decoder)
     nn.Module.__init__(short)
     short.config = model.config

@@ -14,11 +14,11 @@ from gpu.random_networks import SMALL, TINY, random_decoder, random_head
 
 from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
+from echo_trt.engine.rounds import seconds_again, timed_rounds, typical
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Experts, has_grouped_products
-from echo_trt.models.roles import DraftRole, HeadRole, TargetRole
-from echo_trt.runtime.rounds import seconds_again, timed_rounds, typical
+from echo_trt.models.roles import DraftModule, HeadModule, TargetModule
+from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
 
 pytestmark = pytest.mark.gpu
 BOUND = 1e-3  # of the largest value, in float32
@@ -58,7 +58,7 @@ def apart(got, wanted) -> float:
 
 def test_graphs_compute_what_launches_do(card, config, pair_of, all_captured, figures, monkeypatch):
     begin, free = time.monotonic(), card.free()
-    graphed, plain = pair_of(TargetRole, 48, CallBounds(8, 5, 16))
+    graphed, plain = pair_of(TargetModule, 48, CallBounds(8, 5, 16))
     figures(start_seconds=time.monotonic() - begin, start_bytes=free - card.free())
     rng, replayed = np.random.default_rng(1), []
     if graphed._graphs is not None:
@@ -76,7 +76,7 @@ def test_a_drafts_prefill_computes_each_chunk_on_its_own_inputs(card, config, pa
     """Chunks of a long prompt that read nothing back, beside launches that wait."""
     prompt, chunk = card.pick((3000, 256), (40, 8))
     blocks = -(-prompt // BLOCK) + 1
-    engines = pair_of(lambda model: DraftRole(model, 4), blocks, CallBounds(2, blocks, 16))
+    engines = pair_of(lambda model: DraftModule(model, 4), blocks, CallBounds(2, blocks, 16))
     tokens, table = np.random.default_rng(2).integers(0, config.vocab_size, prompt), np.arange(blocks)[None]
     for engine in engines:
         for begin in range(0, prompt - 1, chunk):
@@ -98,11 +98,14 @@ def test_draft_levels_in_one_graph_are_those_of_launches(card, config, all_captu
     for graphs in (True, False):
         bounds = CallBounds(4, 4, 16) if graphs else None
         device = str(card.device)
-        engine = TorchEngine(HeadRole(head, 4), blocks, device, card.operator, graphs, bounds=bounds, resident=True)
+        engine = TorchEngine(HeadModule(head, 4), blocks, device, card.operator, graphs, bounds=bounds, resident=True)
         engine.capture_levels([shape])
-        engine.bank("features").write(rows, features, rows)
+        engine.feature_cache("features").write(rows, features, rows)
         call = pack(rows % config.vocab_size, positions, 0 * counts, counts, table[:3], np.cumsum(counts) - 1)
-        inputs = {"features": engine.bank("features").read(rows), "hidden": engine.bank("hidden").read(rows[:0])}
+        inputs = {
+            "features": engine.feature_cache("features").read(rows),
+            "hidden": engine.feature_cache("hidden").read(rows[:0]),
+        }
         drafted = engine.run_levels(call, pack_levels(counts, table[:3], shape), shape, 20, **inputs)
         scores.append(np.sort(np.ascontiguousarray(drafted[:, 3]).view(np.float32)))
     assert apart(*scores) <= BOUND
@@ -142,7 +145,7 @@ def test_costs_have_no_part_of_a_graphs_capture(card, config, figures):
     """Times as a server measures them, of sizes that never ran before, against many replays."""
     sizes, dtype = card.pick(((1, 2, 4, 8, 16, 24, 32), torch.bfloat16), ((1, 2), torch.float32))
     model, rng = random_decoder(config, 8 * BLOCK, dtype, card.device), np.random.default_rng(3)
-    engine = TorchEngine(TargetRole(model), 256, str(card.device), operator=card.operator)
+    engine = TorchEngine(TargetModule(model), 256, str(card.device), operator=card.operator)
     calls = [call_of(size, 1, 40, config.vocab_size, rng) for size in sizes]
     measured = typical(timed_rounds(engine.run, calls, 1.0))
     rounds = [[seconds_again(engine.run, call) for call in calls] for _ in range(card.pick(50, 2))]

@@ -29,8 +29,8 @@ def test_calls_of_every_kind_are_the_references(card, dtype, head_dim):
     """Ragged trees, chunks and single tokens, of every group of heads, over scattered blocks, on fresh inputs."""
     rng = np.random.default_rng()
     for group in card.pick((1, 2, 4, 5, 8, 16), (4,)):
-        for requests, context, most in card.pick(((1, 9000, 64), (7, 700, 40), (64, 300, 6)), ((2, 40, 5),)):
-            past, counts = rng.integers(0, context, requests), rng.integers(1, most + 1, requests)
+        for requests, context, maximum in card.pick(((1, 9000, 64), (7, 700, 40), (64, 300, 6)), ((2, 40, 5),)):
+            past, counts = rng.integers(0, context, requests), rng.integers(1, maximum + 1, requests)
             past[: requests // 3] = 0  # prompts that begin
             past[-1] = past[-1] // BLOCK * BLOCK  # a full block
             rows = [(int(p), int(n), bool(rng.integers(2))) for p, n in zip(past, counts, strict=True)]
@@ -62,7 +62,7 @@ def test_cubins_of_the_plugin_are_the_reference(card, dtype, modest, figures):
 
 
 def launched_error(batch: Batch, dtype: torch.dtype, modest: bool) -> float:
-    """The largest error over the largest value; ``modest``: by the kernels that TensorRT launches itself."""
+    """Return the largest error over the largest value; ``modest``: by the kernels that TensorRT launches itself."""
     from super_tree_attention.ahead_of_time import compile_kernel
     from super_tree_attention.launch import device_facts, launch, load
 
@@ -74,7 +74,7 @@ def launched_error(batch: Batch, dtype: torch.dtype, modest: bool) -> float:
     sizes = len(call[0]), len(past), len(blocks)
     chosen = plan(
         *sizes, kv_heads, heads // kv_heads, block=BLOCK, processors=processors, compute_capability=capability,
-        most_rows=ROWS[1] if modest else ROWS[-1],
+        max_rows=ROWS[1] if modest else ROWS[-1],
     )  # fmt: skip
     splits = chosen.num_splits
     output = torch.full((sizes[0], heads * head_dim), float("nan"), dtype=dtype, device="cuda")

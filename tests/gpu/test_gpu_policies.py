@@ -13,12 +13,12 @@ from gpu.engines import Decoding, call_of, fitting, seconds_of
 from gpu.random_networks import QWEN3_8B, SMALL, TINY, quiet_layers, random_decoder
 
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.decoding.echo.budget import fit_hinge
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.models.roles import TargetRole
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.rounds import timed_rounds, typical
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.rounds import timed_rounds, typical
+from echo_trt.models.roles import TargetModule
+from echo_trt.speculation.echo.budget import fit_hinge
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt.speculation.pack import BLOCK
 
 pytestmark = pytest.mark.gpu
 POLICIES = ("static", "echo", "goodput")
@@ -44,14 +44,14 @@ def test_every_policy_writes_plain_decodings_text(card, dtype, figures):
     texts = {}
     for policy in ("autoregressive", *POLICIES):
         loop, requests = decoding.loop(policy, batch, FREE, params)
-        while loop.queue.busy:
+        while loop.scheduler.busy:
             loop.step()
         texts[policy] = [request.generated for request in requests]
         apart = [i for i in range(count) if texts[policy][i] != texts["autoregressive"][i]]
         gaps = [decoding.gap(i, texts["autoregressive"][i], texts[policy][i]) for i in apart]
         accepted = loop.counters.emitted_tokens / loop.counters.verifications
-        told = {"same": count - len(apart), "of": count, "accepted": accepted, "largest_gap": max(gaps, default=0)}
-        figures(**{policy: told})
+        reported = {"same": count - len(apart), "of": count, "accepted": accepted, "largest_gap": max(gaps, default=0)}
+        figures(**{policy: reported})
         if dtype == torch.float32:
             assert all(gap <= TIE for gap in gaps), policy
             assert policy == "autoregressive" or accepted > 1.1, policy
@@ -90,7 +90,7 @@ def test_tokens_per_second_of_every_policy(card, figures):
 def rate(decoding: Decoding, policy: str, batch: int, costs: Costs, tokens: int, patience: float) -> dict[str, float]:
     """Decode while all requests run, for ``patience`` seconds at most; iterations with prompts do not count."""
     loop, _ = decoding.loop(policy, batch, costs, [SamplingParams(tokens, ignore_eos=True)] * batch)
-    state = loop.state
+    state = loop.batch
     while len(state.prefilling()) or not state.active.any():
         loop.step()
     loop.step()  # the draft's catch-up with the prompts
@@ -120,14 +120,14 @@ def test_the_seconds_of_passes_have_a_knee(card, figures):
     if config.num_layers < 1:
         pytest.skip("this card's memory takes no layer of Qwen3-8B beside its KV cache")
     model = random_decoder(config, context + 128, card.pick(torch.bfloat16, torch.float32), card.device)
-    engine = TorchEngine(TargetRole(model), blocks, str(card.device), operator=card.operator)
+    engine = TorchEngine(TargetModule(model), blocks, str(card.device), operator=card.operator)
     rng = np.random.default_rng(0)
     figures(layers=config.num_layers)
     for batch in batches:
         sizes = [batch * count for count in TREES if batch * count <= card.pick(512, 4)]
         calls = [call_of(batch, size // batch, context, config.vocab_size, rng) for size in sizes]
         seconds = np.array([seconds_of(engine, call, card.pick(9, 1)) for call in calls])
-        told = {size: round(1e3 * one, 3) for size, one in zip(sizes, seconds, strict=True)}
+        reported = {size: round(1e3 * one, 3) for size, one in zip(sizes, seconds, strict=True)}
         knee = fit_hinge(np.array(sizes), seconds).k_max if len(sizes) > 2 else None
-        figures(**{f"ms at {batch}": told, f"knee at {batch}": knee})
+        figures(**{f"ms at {batch}": reported, f"knee at {batch}": knee})
         assert (seconds > 0).all()

@@ -17,12 +17,12 @@ from gpu.random_networks import SMALL, TINY, random_decoder
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.parallel.ranked import RankedEngine
 from echo_trt.backends.torch.engine import TorchEngine, open_torch
-from echo_trt.decoding.pack import pack
 from echo_trt.models.config import DecoderConfig, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.ranks import Shard
-from echo_trt.models.roles import TargetRole
+from echo_trt.models.roles import TargetModule
+from echo_trt.speculation.pack import pack
 
 pytestmark = pytest.mark.gpu
 POSITIONS, BLOCKS, PATIENCE = 512, 8, 60.0
@@ -38,7 +38,7 @@ class RandomRank:
     cuda: bool
 
     def __call__(self, group: RankGroup) -> TorchEngine:
-        role = TargetRole(part_of(whole(self.config), Shard(group.rank, group.ranks)))
+        role = TargetModule(part_of(whole(self.config), Shard(group.rank, group.ranks)))
         if not self.cuda:
             return TorchEngine(role, BLOCKS, graphs=self.graphs, collectives=group.collectives)
         from echo_trt.backends.torch.files import save_role  # needs safetensors
@@ -63,7 +63,7 @@ def part_of(network: Decoder, shard: Shard) -> Decoder:
     values = {}
     for name, own in part.state_dict().items():
         pairs = zip(_merged(name, network.get_parameter(name), network.config), _merged(name, own, config), strict=True)
-        values[name] = torch.cat([one[tuple(map(shard.place, one.shape, mine.shape))] for one, mine in pairs])
+        values[name] = torch.cat([one[tuple(map(shard.index, one.shape, mine.shape))] for one, mine in pairs])
     part.load_state_dict(values, assign=True)
     part.rotary = Rotary(config, POSITIONS)
     return part.requires_grad_(False).eval()
@@ -87,10 +87,10 @@ def test_ranks_compute_what_one_card_does(card, ranks, graphs, figures):
     config = card.pick(dataclasses.replace(SMALL, num_heads=16, num_kv_heads=4, head_dim=32), TINY)
     rng, count = np.random.default_rng(0), 45
     none, size, table = np.zeros(1, np.int64), np.array([count]), np.array([[2, 0, 3]])
-    tokens, places = rng.integers(0, config.vocab_size, count), np.arange(count)
+    tokens, indices = rng.integers(0, config.vocab_size, count), np.arange(count)
     tree = call_of(1, 7, count, config.vocab_size, rng)
-    calls = [pack(tokens, places, none, size, table, places), tree._replace(block_indices=np.array([2, 0]))]
-    single = TorchEngine(TargetRole(whole(config)), BLOCKS, str(card.device))
+    calls = [pack(tokens, indices, none, size, table, indices), tree._replace(block_indices=np.array([2, 0]))]
+    single = TorchEngine(TargetModule(whole(config)), BLOCKS, str(card.device))
     wanted = [np.asarray(single.run(call)["logits"]) for call in calls]
     engine = RankedEngine(RandomRank(config, graphs, card.device.type == "cuda"), ranks, PATIENCE)
     got = [np.asarray(engine.run(call)["logits"]) for call in calls]

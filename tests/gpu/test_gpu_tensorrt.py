@@ -15,10 +15,10 @@ import torch
 from gpu.engines import seconds_of
 from gpu.random_networks import SMALL, random_decoder
 
-from echo_trt.decoding.pack import BLOCK, LevelShape, pack, pack_levels
 from echo_trt.models.config import Eagle3Config
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.roles import HeadRole, TargetRole
+from echo_trt.models.roles import HeadModule, TargetModule
+from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
 
 pytestmark = pytest.mark.gpu
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -77,7 +77,7 @@ def test_a_target_is_the_reference_and_captured_whole(built, card, figures):
     begin, free = time.monotonic(), card.free()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        opened, check = built.opened(TargetRole(model), "target")
+        opened, check = built.opened(TargetModule(model), "target")
     # TensorRT does not say beforehand whether a launch can be captured; each size keeps a context (its issue 4849).
     assert not [str(one.message) for one in caught if "CUDA graph" in str(one.message)]
     assert max(check.prompt_error, check.tree_error) <= check.bound
@@ -85,22 +85,24 @@ def test_a_target_is_the_reference_and_captured_whole(built, card, figures):
     assert_caches_are_not_copied(opened._session, figures)
     if built.engine == "tensorrt":
         contexts = opened._session._contexts.values()
-        most = max((context.update_device_memory_size_for_shapes() for context in contexts), default=0)
-        assert most <= opened._session._scratch.nbytes
+        maximum = max((context.update_device_memory_size_for_shapes() for context in contexts), default=0)
+        assert maximum <= opened._session._scratch.nbytes
     rng, blocks = np.random.default_rng(0), built.sizes.blocks
     for batch in (1, 8, 32):
-        told = {}
+        reported = {}
         for count in (1, 2, 4, 8, 16):
             past, counts = np.full(batch, CONTEXT // 2), np.full(batch, count)
             positions = (past[:, None] + np.arange(count)).reshape(-1)
             table, rows = np.arange(batch * blocks).reshape(batch, blocks), np.arange(batch * count)
             call = pack(rng.integers(0, SMALL.vocab_size, len(rows)), positions, past, counts, table, rows)
-            told[len(rows)] = 1e3 * seconds_of(opened, call)
-        figures(**{f"ms at {batch}": told})
+            reported[len(rows)] = 1e3 * seconds_of(opened, call)
+        figures(**{f"ms at {batch}": reported})
 
 
 def assert_caches_are_not_copied(session: Any, figures: Any) -> None:
-    """The plugin writes through its input, which a copy behind a cache's output would undo."""
+    """Check that caches are not copied: the plugin writes through its input, which a copy behind a cache's output would
+    undo.
+    """
     try:
         inspector = session._engine.create_engine_inspector()
         text = inspector.get_engine_information(session._api.LayerInformationFormat.JSON)
@@ -122,13 +124,16 @@ def test_a_heads_levels_are_one_graph_and_the_same_as_launches(built):
     config = Eagle3Config(**shared, target_hidden_size=SMALL.hidden_size, draft_vocab_size=SMALL.vocab_size // 2)
     torch.manual_seed(0)
     head = Eagle3Head(config, sizes.blocks * BLOCK, torch.nn.Embedding(SMALL.vocab_size, SMALL.hidden_size)).eval()
-    opened, _ = built.opened(HeadRole(head.requires_grad_(False), 4), "head")
+    opened, _ = built.opened(HeadModule(head.requires_grad_(False), 4), "head")
     if not opened.drafts_levels:
         pytest.skip(f"a head of {built.engine} drafts no levels")
     shape, ones, none = LevelShape(9, 3, 4), np.ones(BATCH, np.int64), np.zeros(0, np.int64)
     table = np.arange(BATCH * sizes.blocks).reshape(BATCH, sizes.blocks)
     call = pack(np.arange(BATCH), 0 * ones, 0 * ones, ones, table, np.arange(BATCH))
-    inputs = {"features": opened.bank("features").read(table[:, 0] * BLOCK), "hidden": opened.bank("hidden").read(none)}
+    inputs = {
+        "features": opened.feature_cache("features").read(table[:, 0] * BLOCK),
+        "hidden": opened.feature_cache("hidden").read(none),
+    }
     opened.capture_levels([shape, shape._replace(levels=2)])
     levels, drafted = opened._levels, []
     assert any(graph is not None for graph in levels._graphs._captured.values())

@@ -116,7 +116,7 @@ def answered(structured: dict[str, Any], steps: int = STEPS) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ready():
-    """The tokenizer is read before times are taken."""
+    """Read the tokenizer before times are taken."""
     answered({"choice": ["a"]})
 
 

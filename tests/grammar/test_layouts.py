@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLTokenizer
 from walks import assert_fits, compiler, ends, ids_of, spelled, tokenizer
 
 from echo_trt.grammar.compiler import WHITE_SPACE
-from echo_trt.grammar.state import State, Tokens
+from echo_trt.grammar.state import State, Vocabulary
 
 DRAFTED = 16  # tokens that are asked for at a place
 POINT = {"type": "array", "prefixItems": [{"type": "integer"}] * 2, "items": False, "minItems": 2}
@@ -61,7 +61,7 @@ RECORD = {
 
 
 def short_arrays(value: Any, indent: int, depth: int = 0) -> str:
-    """A line for each entry, but for arrays of scalars, as people and models write JSON."""
+    """Return a line for each entry, but for arrays of scalars, as people and models write JSON."""
     pad, end = "\n" + " " * indent * (depth + 1), "\n" + " " * indent * depth
     if isinstance(value, dict):
         entries = [f"{json.dumps(key)}: {short_arrays(each, indent, depth + 1)}" for key, each in value.items()]
@@ -72,7 +72,7 @@ def short_arrays(value: Any, indent: int, depth: int = 0) -> str:
 
 
 def songs_in_lines(value: Any) -> str:
-    """A line for each song."""
+    """Return a line for each song."""
     songs = ",\n".join(f"    {json.dumps(each, ensure_ascii=False)}" for each in value["songs"])
     return f'{{\n  "list": {json.dumps(value["list"])},\n  "songs": [\n{songs}\n  ]\n}}'
 
@@ -98,34 +98,35 @@ EVERY_AND_MIXED = pytest.mark.parametrize("layout", LAYOUTS | MIXED)
 
 @pytest.fixture
 def grammars():
-    """New for each test: it remembers how the latest answer was laid out."""
+    """Make new grammars for each test: a compiler remembers how the latest answer was laid out."""
     return compiler()
 
 
 def free_state() -> State:
-    """The schema without a writer: drafted is only what no white space may precede."""
-    tokens = Tokens(tokenizer().get_vocab_size(), ends())
+    """Return the schema without a writer: drafted is only what no white space may precede."""
+    tokens = Vocabulary(tokenizer().get_vocab_size(), ends())
     reader = LLTokenizer(tokenizer().to_str(), n_vocab=tokens.vocab_size, eos_token=list(tokens.ends))
     grammar = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_pattern": WHITE_SPACE})
     return State(tokens, LLMatcher(reader, grammar, log_level=0))
 
 
 def drafts(state: State, text: str) -> tuple[list[tuple[int, bytes]], float]:
-    """What is forced at each place of a text, as its place in bytes and its bytes; and the share of tokens drafted.
+    """Return what is forced at each place of a text, as its place in bytes and its bytes; and the share of tokens
+    drafted.
 
     A draft counts up to its first token that is not the text's, as in speculative decoding.
     """
-    tokens, found, place, taken, free_until = [*ids_of(text), ends()[0]], [], 0, 0, 0
+    tokens, found, index, taken, free_until = [*ids_of(text), ends()[0]], [], 0, 0, 0
     for number, token in enumerate(tokens):
         if number >= free_until:
             forced = state.forced(DRAFTED)
-            found.append((place, b"".join(spelled()[each] for each in forced)))
+            found.append((index, b"".join(spelled()[each] for each in forced)))
             same = [a == b for a, b in zip(forced, tokens[number:], strict=False)]
             right = same.index(False) if False in same else len(same)
             taken, free_until = taken + right, number + right
         state = state.after(token)
-        assert state is not None, text[:place]
-        place += len(spelled()[token])
+        assert state is not None, text[:index]
+        index += len(spelled()[token])
     assert state.ended
     return found, taken / len(tokens)
 
@@ -143,23 +144,23 @@ def test_what_is_forced_is_laid_out_as_the_text_was(grammars, layout):
     text = LAYOUTS[layout](RECORD)
     whole, known = text.encode(), text.encode().index(b"Blue")
     found, _ = drafts(grammars.begin(ASKED), text)
-    wrong = [(whole[place - 20 : place], draft) for place, draft in found if not agrees(whole, place, draft)]
-    late = [(place, draft) for place, draft in found if place >= known and not agrees(whole, place, draft)]
+    wrong = [(whole[index - 20 : index], draft) for index, draft in found if not agrees(whole, index, draft)]
+    late = [(index, draft) for index, draft in found if index >= known and not agrees(whole, index, draft)]
     assert not late, late[:3]
     assert len(wrong) <= 8, wrong  # what may be new: a colon, a comma, and the lines of two kinds of containers
     assert sum(bool(draft) for _, draft in found) > 40
 
 
-def agrees(whole: bytes, place: int, draft: bytes) -> bool:
-    return whole[place:].startswith(draft)
+def agrees(whole: bytes, index: int, draft: bytes) -> bool:
+    return whole[index:].startswith(draft)
 
 
 @EVERY_AND_MIXED
 def test_more_is_drafted_than_free_white_space_forces(grammars, layout):
     text = (LAYOUTS | MIXED)[layout](RECORD)
     _, share = drafts(grammars.begin(ASKED), text)
-    _, least = drafts(free_state(), text)
-    assert share >= least
+    _, minimum = drafts(free_state(), text)
+    assert share >= minimum
     assert share > 0.3
 
 
@@ -168,7 +169,7 @@ def test_the_next_answer_begins_in_the_same_layout(grammars, layout):
     text = LAYOUTS[layout](RECORD)
     drafts(grammars.begin(ASKED), text)
     found, _ = drafts(grammars.begin(ASKED), text)
-    wrong = [(place, draft) for place, draft in found if not agrees(text.encode(), place, draft)]
+    wrong = [(index, draft) for index, draft in found if not agrees(text.encode(), index, draft)]
     assert not wrong, wrong[:3]
 
 
@@ -179,7 +180,7 @@ def test_a_text_may_change_its_layout(grammars):
     assert_fits(text, SCHEMA)
     found, _ = drafts(grammars.begin(ASKED), text)
     last = text.encode().index(b"Final")
-    assert all(agrees(text.encode(), place, draft) for place, draft in found if place > last)
+    assert all(agrees(text.encode(), index, draft) for index, draft in found if index > last)
 
 
 def test_layouts_do_not_change_what_is_allowed(grammars):

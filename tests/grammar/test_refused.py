@@ -9,9 +9,9 @@ from refusal import refused
 from walks import compiler, ends, rows, tokenizer
 
 from echo_trt.errors import UserError
-from echo_trt.grammar.compiler import CACHED, Compiler
+from echo_trt.grammar.compiler import CACHED, GrammarCompiler
 from echo_trt.grammar.requested import LONGEST
-from echo_trt.grammar.state import Tokens
+from echo_trt.grammar.state import Vocabulary
 
 REFUSED = [pytest.param(row["schema"], row["word"], id=row["id"]) for row in rows("refused.json")]
 TOO_MANY = {"type": "object", "properties": {f"k{i}": {"type": "null"} for i in range(4000)}}
@@ -19,7 +19,7 @@ LARGE = {"enum": [f"{i}{'x' * 100}" for i in range(2000)]}  # 200 KB
 RECORD = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-class Counting(Compiler):
+class Counting(GrammarCompiler):
     """Counts what it compiles."""
 
     compiled = 0
@@ -36,7 +36,7 @@ def grammars():
 
 @pytest.fixture
 def counting() -> Counting:
-    return Counting(tokenizer().to_str(), Tokens(tokenizer().get_vocab_size(), ends()))
+    return Counting(tokenizer().to_str(), Vocabulary(tokenizer().get_vocab_size(), ends()))
 
 
 @pytest.mark.parametrize(("schema", "word"), REFUSED)
@@ -106,12 +106,12 @@ AGAIN = {"$ref": "#/$defs/a"}
 def test_schemas_that_hold_themselves_are_taken_where_a_text_ends(grammars, schema, ends, name):
     """Under any name: a reference writes / and ~ as ~1 and ~0."""
     text = json.dumps({"$defs": {"a": schema}, **AGAIN}).replace("#/$defs/a", f"#/$defs/{name}")
-    asked = json.loads(text.replace('"a":', f'"{name.replace("~1", "/").replace("~0", "~")}":'))
+    requested = json.loads(text.replace('"a":', f'"{name.replace("~1", "/").replace("~0", "~")}":'))
     if ends:
-        assert grammars.begin({"json": asked})
+        assert grammars.begin({"json": requested})
         return
     with refused("structured.json", "never ends"):
-        grammars.begin({"json": asked})
+        grammars.begin({"json": requested})
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_an_unexpected_failure_is_not_kept():
                 raise MemoryError("no memory")
             return super()._compile(kind, value)
 
-    grammars = Short(tokenizer().to_str(), Tokens(tokenizer().get_vocab_size(), ends()))
+    grammars = Short(tokenizer().to_str(), Vocabulary(tokenizer().get_vocab_size(), ends()))
     with refused("structured.json", "no memory"):
         grammars.begin({"json": RECORD})
     grammars.begin({"json": RECORD})

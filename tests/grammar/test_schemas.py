@@ -18,7 +18,7 @@ def grammars():
     return compiler()
 
 
-def places(state: State, seed: int, number: int) -> list[State]:
+def indices(state: State, seed: int, number: int) -> list[State]:
     """States of a random text, from its beginning on, at most ``number`` of them, spread over it."""
     draw, found = np.random.default_rng(seed), []
     while not state.ended and len(found) < LONGEST:
@@ -45,7 +45,7 @@ def test_forbidden_tokens_lead_nowhere(grammars, schema):
     """Where a text is forced, the mask has the token that a tokenizer writes; others may spell the same."""
     size = tokenizer().get_vocab_size()
     draw = np.random.default_rng(1)
-    for state in places(grammars.begin({"json": schema}), 7, 5):
+    for state in indices(grammars.begin({"json": schema}), 7, 5):
         options = allowed(state)
         for token in {*draw.integers(0, size, 12).tolist(), *draw.choice(options, 4).tolist(), *ends()}:
             if token in options or len(options) > 1 or state.after(token) is None:
@@ -58,16 +58,16 @@ def test_forbidden_tokens_lead_nowhere(grammars, schema):
 @EVERY
 def test_masks_are_those_of_the_text(grammars, schema):
     """It does not matter what was asked of the states before."""
-    asked, unasked = grammars.begin({"json": schema}), grammars.begin({"json": schema})
+    requested, unasked = grammars.begin({"json": schema}), grammars.begin({"json": schema})
     for token in walk(grammars.begin({"json": schema}), 3, 10)[:40]:
-        asked.forced(12)
-        assert np.array_equal(asked.mask, unasked.mask)
-        asked, unasked = asked.after(token), unasked.after(token)
+        requested.forced(12)
+        assert np.array_equal(requested.mask, unasked.mask)
+        requested, unasked = requested.after(token), unasked.after(token)
 
 
 @EVERY
 def test_forced_tokens_are_allowed(grammars, schema):
-    for state in places(grammars.begin({"json": schema}), 5, 6):
+    for state in indices(grammars.begin({"json": schema}), 5, 6):
         forced = state.forced(12)
         assert len(forced) <= 12
         assert state.forced(3) == forced[:3]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from walks import CLOSES, OPENS, allowed, assert_fits, compiler, ends, ids_of, text_of, tokenizer, walk
 
-from echo_trt.grammar.state import Thought
+from echo_trt.grammar.state import ReasoningState
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 ASKED = {"json": SCHEMA}
@@ -31,7 +31,7 @@ def after(state, tokens):
 
 
 def test_a_thought_is_free(grammars, marks):
-    state = grammars.begin(ASKED, Thought(*marks, inside=True))
+    state = grammars.begin(ASKED, ReasoningState(*marks, inside=True))
     everything = set(range(tokenizer().get_vocab_size()))
     for token in [*FREE, *ids_of('}{"x":'), marks[0]]:
         assert set(allowed(state).tolist()) == everything - set(ends())
@@ -40,13 +40,13 @@ def test_a_thought_is_free(grammars, marks):
 
 
 def test_an_end_is_forbidden_while_a_grammar_waits(grammars, marks):
-    state = after(grammars.begin(ASKED, Thought(*marks, inside=True)), FREE)
+    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True)), FREE)
     assert all(state.after(end) is None for end in ends())
 
 
 def test_the_grammar_holds_behind_a_thought(grammars, marks):
     plain = grammars.begin(ASKED)
-    state = after(grammars.begin(ASKED, Thought(*marks, inside=True)), [*FREE, marks[1]])
+    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True)), [*FREE, marks[1]])
     assert np.array_equal(state.mask, plain.mask)
     assert state.forced(8) == plain.forced(8)
     assert_fits(text_of(walk(state, 3)), SCHEMA)
@@ -55,26 +55,26 @@ def test_the_grammar_holds_behind_a_thought(grammars, marks):
 
 def test_a_thought_may_open(grammars, marks):
     plain = grammars.begin(ASKED)
-    state = grammars.begin(ASKED, Thought(*marks, inside=False))
+    state = grammars.begin(ASKED, ReasoningState(*marks, inside=False))
     assert set(allowed(state)) == {*allowed(plain), marks[0]}
     opened = after(state, [marks[0], *FREE, marks[1]])
     assert np.array_equal(opened.mask, plain.mask)
 
 
 def test_a_text_may_begin_without_a_thought(grammars, marks):
-    state = after(grammars.begin(ASKED, Thought(*marks, inside=False)), ids_of('{"n'))
+    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=False)), ids_of('{"n'))
     assert marks[0] not in allowed(state)
     assert state.after(marks[0]) is None
 
 
 def test_what_follows_a_thought_that_may_open_is_forced(grammars, marks):
     """The thought is rare where the answer's first token is forced; a draft may take the answer."""
-    for token in grammars.begin(ASKED, Thought(*marks, inside=False)).forced(4):
+    for token in grammars.begin(ASKED, ReasoningState(*marks, inside=False)).forced(4):
         assert token not in marks
 
 
 def test_a_spent_budget_closes_at_once(grammars, marks):
-    state = grammars.begin(ASKED, Thought(*marks, inside=True, left=0))
+    state = grammars.begin(ASKED, ReasoningState(*marks, inside=True, left=0))
     assert allowed(state).tolist() == [marks[1]]
     assert state.forced(5) == [marks[1]]
     assert state.after(FREE[0]) is None
@@ -85,7 +85,7 @@ def test_a_spent_budget_closes_at_once(grammars, marks):
 @pytest.mark.parametrize("opened", [True, False])
 def test_a_budget_is_counted(grammars, marks, structured, opened):
     """The marks do not count."""
-    state = grammars.begin(structured, Thought(*marks, inside=opened, left=3))
+    state = grammars.begin(structured, ReasoningState(*marks, inside=opened, left=3))
     state = state if opened else after(state, [marks[0]])
     for token in FREE[:3]:
         assert marks[1] in allowed(state)
@@ -96,12 +96,12 @@ def test_a_budget_is_counted(grammars, marks, structured, opened):
 
 
 def test_a_thought_may_close_before_its_budget(grammars, marks):
-    state = after(grammars.begin(ASKED, Thought(*marks, inside=True, left=100)), [FREE[0], marks[1]])
+    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True, left=100)), [FREE[0], marks[1]])
     assert np.array_equal(state.mask, grammars.begin(ASKED).mask)
 
 
 def test_without_a_grammar_a_thought_may_end_the_text(grammars, marks):
-    state = grammars.begin(None, Thought(*marks, inside=True, left=9))
+    state = grammars.begin(None, ReasoningState(*marks, inside=True, left=9))
     assert all(state.after(end).ended for end in ends())
     closed = after(state, [marks[1]])
     assert closed.mask is None
@@ -123,6 +123,6 @@ def test_without_a_grammar_a_thought_may_end_the_text(grammars, marks):
 )
 def test_what_a_prompt_leaves_open(marks, prompt, expected):
     """Inside a thought, before one that may open, or behind a closed one."""
-    thought = Thought.behind(ids_of(prompt), *marks, 7)
-    assert (thought and thought.inside) is expected
-    assert thought is None or thought.left == 7
+    reasoning = ReasoningState.following(ids_of(prompt), *marks, 7)
+    assert (reasoning and reasoning.inside) is expected
+    assert reasoning is None or reasoning.left == 7

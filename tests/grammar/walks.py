@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator, FormatChecker, ValidationError
 from jsonschema.validators import extend
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from echo_trt.grammar.compiler import Compiler
-from echo_trt.grammar.state import State, Tokens
+from echo_trt.grammar.compiler import GrammarCompiler
+from echo_trt.grammar.state import State, Vocabulary
 
 HERE = Path(__file__).parent
 END, TURN_END, OPENS, CLOSES = "<|end|>", "<|turn_end|>", "<think>", "</think>"
@@ -32,7 +32,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 @cache
 def tokenizer() -> Tokenizer:
-    """A byte-level BPE of 1,000 tokens, trained on the schemas in several layouts."""
+    """Return a byte-level BPE of 1,000 tokens, trained on the schemas in several layouts."""
     built = Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -56,25 +56,25 @@ def ends() -> tuple[int, ...]:
 
 @cache
 def spelled() -> tuple[bytes, ...]:
-    """The bytes of every token; none for control tokens."""
+    """Return the bytes of every token; none for control tokens."""
     alphabet = {char: byte for byte, char in _byte_characters().items()}
     texts = [tokenizer().id_to_token(token) for token in range(tokenizer().get_vocab_size())]
     return tuple(b"" if i < 4 else bytes(alphabet[char] for char in text) for i, text in enumerate(texts))
 
 
 def _byte_characters() -> dict[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary."""
+    """Return the character that stands for each byte in a byte-level vocabulary."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def compiler() -> Compiler:
-    return Compiler(tokenizer().to_str(), Tokens(tokenizer().get_vocab_size(), ends()))
+def compiler() -> GrammarCompiler:
+    return GrammarCompiler(tokenizer().to_str(), Vocabulary(tokenizer().get_vocab_size(), ends()))
 
 
 def text_of(tokens: list[int]) -> str:
-    """What tokens spell. Raises UnicodeDecodeError."""
+    """Return what tokens spell. Raises UnicodeDecodeError."""
     return b"".join(spelled()[token] for token in tokens).decode()
 
 
@@ -154,7 +154,7 @@ def _is_moment(value: object) -> bool:
 
 @FORMATS.checks("time", raises=ValueError)
 def _is_time(value: object) -> bool:
-    """A leap second is allowed."""
+    """Check a time; a leap second is allowed."""
     if isinstance(value, str):
         clock = value[:8].replace(":60", ":59")
         fraction, zone = value[8:].rstrip("zZ"), value[-1] in "zZ"
@@ -169,7 +169,7 @@ Validator = extend(Draft202012Validator, {"multipleOf": _multiple})
 
 
 def assert_fits(text: str, schema: dict[str, Any] | bool) -> None:
-    """The text must be JSON that the schema validates."""
+    """Check that the text is JSON that the schema validates."""
     try:
         Validator(schema, format_checker=FORMATS).validate(json.loads(text))
     except (ValueError, ValidationError) as error:

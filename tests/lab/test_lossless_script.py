@@ -26,13 +26,13 @@ def run(*command: object) -> tuple[int, str]:
 
 
 def test_texts_of_a_checkout_are_compared_bit_for_bit(command, tmp_path):
-    code, said = run(*command, "--beside", ROOT, "--texts", tmp_path / "texts.json")
-    assert code == 0, said
-    assert said.count(f"package {ROOT / 'echo_trt'}\n") == 2
-    assert "static, 2 requests: 2 of 2 texts are the other run's\n" in said
+    code, output = run(*command, "--beside", ROOT, "--texts", tmp_path / "texts.json")
+    assert code == 0, output
+    assert output.count(f"package {ROOT / 'echo_trt'}\n") == 2
+    assert "static, 2 requests: 2 of 2 texts are the other run's\n" in output
     texts = json.loads((tmp_path / "texts.json").read_text())
     texts["static, 2 requests"]["prompts.jsonl:1"] = "another"
     (tmp_path / "texts.json").write_text(json.dumps(texts))
-    code, said = run(*command, "--same-as", tmp_path / "texts.json")
+    code, output = run(*command, "--same-as", tmp_path / "texts.json")
     assert code == 1
-    assert said.endswith("static, 2 requests: 1 of 2 texts are the other run's\n  prompts.jsonl:1 is not\n")
+    assert output.endswith("static, 2 requests: 1 of 2 texts are the other run's\n  prompts.jsonl:1 is not\n")

@@ -9,9 +9,9 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from echo_trt.commands.side import Side
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.cli.side import Side
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.demo import RACES, demo
 from echo_trt_lab.race import Panes, compare, meaning, race, result_lines, sides_of
 
@@ -47,9 +47,9 @@ def test_both_write_what_they_write_alone_each_on_its_own_clock(open_llm, monkey
 def test_a_pool_too_small_for_both_lets_them_run_one_after_another(open_llm):
     llm = open_llm("close", "autoregressive", 3)
     long = [[5] * 150] * 3
-    state = llm.loop.state
-    needed = 3 * -(-(state.context + state.reserve) // 32)
-    expected = needed > state.num_blocks // 2
+    batch = llm.loop.batch
+    needed = 3 * -(-(batch.context + batch.reserve) // 32)
+    expected = needed > batch.num_blocks // 2
     sides = sides_of(llm, POLICIES, long, 1000)
     assert all(side.loop is None for side in sides) == expected
     one_by_one = [Side(policy) for policy in POLICIES]
@@ -107,7 +107,7 @@ def test_a_sentence_says_what_the_figures_mean():
 
 @pytest.fixture
 def bundles(bundle_of, tmp_path):
-    """The demo on a tiny pair under the names of the two real bundles."""
+    """Return the demo on a tiny pair under the names of the two real bundles."""
     for one in RACES:
         if not (tmp_path / one.bundle).exists():
             (tmp_path / one.bundle).symlink_to(bundle_of("close"))

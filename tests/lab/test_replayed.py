@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt_lab.calibration.record import record
 from echo_trt_lab.simulation.machines import Machine
 from echo_trt_lab.simulation.replay import Replay

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.ngrams import read_ngrams
-from echo_trt.commands.build import build
-from echo_trt.decoding.pack import pack_blocks
-from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.cli.build import build
+from echo_trt.engine.options import run_alone
 from echo_trt.models.block_weights import load_block
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockRole
+from echo_trt.models.roles import BlockModule
 from echo_trt.models.weights import load_decoder
-from echo_trt.runtime.options import run_alone
+from echo_trt.speculation.pack import pack_blocks
+from echo_trt.speculation.super_tree import SuperTree
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "training" / "train_eagle3.py"
 
@@ -46,9 +46,9 @@ def invoked(*words: object) -> tuple[int, str]:
 
 
 def run(*words: object) -> str:
-    code, said = invoked(*words)
-    assert code == 0, said
-    return said
+    code, output = invoked(*words)
+    assert code == 0, output
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, 
         steps = torch.stack([logits.log_softmax(dim=-1) for logits in unroll(network, batch, features, rows)])
     table, none = np.arange(8)[None], np.zeros(1, np.int64)
     for chain, entry in enumerate(batch.rows.tolist()[: 1 - rows]):
-        engine = TorchEngine(BlockRole(network, network.config.draft_vocab_size), 8)
+        engine = TorchEngine(BlockModule(network, network.config.draft_vocab_size), 8)
         tokens, count = batch.token_ids[: entry + 1].numpy(), np.array([entry + 1])
         call, states = pack_blocks(block_shape(network.config), tokens, none, count, tokens[-1:], table)
         outputs = engine.run(call, features=features[: entry + 1].numpy(), state_rows=states)
@@ -151,9 +151,9 @@ def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, 
 @pytest.mark.parametrize("wrong", [["--intermediate-size", "0"], ["--minutes", "soon"], []])
 def test_a_wrong_option_is_a_sentence(wrong):
     needed = ["--target", "t", "--data", "d", "--out", "o"] if wrong else []
-    code, said = invoked("train", *needed, *wrong)
-    assert (code, len(said.splitlines())) == (2, 1)
-    assert (wrong[0] if wrong else "--target") in said
+    code, output = invoked("train", *needed, *wrong)
+    assert (code, len(output.splitlines())) == (2, 1)
+    assert (wrong[0] if wrong else "--target") in output
 
 
 def test_a_chains_loss_has_the_gradient_of_cross_entropy(monkeypatch):
@@ -182,10 +182,10 @@ def write_answers(folder: Path, answers: list[list[int]], prompt: tuple[int, ...
 
 
 def chains_of(ngrams, text: list[int]) -> list[tuple[int, float]]:
-    """What the n-grams put behind ``text``, a token a level."""
+    """Return what the n-grams put behind ``text``, a token per level."""
     recent = np.full((1, ngrams.longest), -1)
-    place = min(len(text) - 1, ngrams.longest)
-    recent[0, ngrams.longest - place :] = text[len(text) - 1 - place : -1]
+    index = min(len(text) - 1, ngrams.longest)
+    recent[0, ngrams.longest - index :] = text[len(text) - 1 - index : -1]
     chains = ngrams.chains(SuperTree.from_roots(np.array(text[-1:])), np.ones(1), recent, np.array([4]), 0.0, 0.01)
     exists = chains.exists[0]
     return list(zip(chains.tokens[0, exists].tolist(), np.exp(chains.log_p[0, exists]).tolist(), strict=True))
@@ -195,12 +195,12 @@ def test_ngrams_say_what_most_answers_say(networks, tmp_path):
     agreed, alone = [[1, 2, 3, 4]] * 300 + [[9, 2, 5, 6]] * 300, [[7] * 50]  # what one says often is said once
     write_answers(tmp_path / "some", agreed)
     write_answers(tmp_path / "others", alone)
-    told = run(
+    reported = run(
         *("ngrams", "--target", networks / "target", "--data", tmp_path / "some", "--data", tmp_path / "others"),
         *("--out", tmp_path / "ngrams.npz"),
     )
-    assert "2,450 tokens" in told
-    assert "held-out" in told
+    assert "2,450 tokens" in reported
+    assert "held-out" in reported
     ngrams = read_ngrams(tmp_path / "ngrams.npz", weights_sha256(networks / "target"), 300)
     assert [token for token, _ in chains_of(ngrams, [1, 2])] == [3, 4]
     assert [token for token, _ in chains_of(ngrams, [9, 2])] == [5, 6]
@@ -239,6 +239,6 @@ def test_ngrams_are_as_sure_as_they_may_be(share, monkeypatch):
         for _ in range(20):
             answer.append(int(usual[answer[-1]] if rng.random() < share else rng.integers(2, 60)))
         text.append((np.array([0, *answer]), 1))
-    told, thought = right(count(text[:600], 3), text[600:])
-    assert told == pytest.approx(20 / 21 * share, abs=0.05)
-    assert thought == pytest.approx(told, abs=0.07)
+    reported, thought = right(count(text[:600], 3), text[600:])
+    assert reported == pytest.approx(20 / 21 * share, abs=0.05)
+    assert thought == pytest.approx(reported, abs=0.07)

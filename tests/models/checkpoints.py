@@ -61,7 +61,7 @@ def randomise(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def head_config(**changes: Any) -> dict[str, Any]:
-    """A head for a network of SIZES, with other shapes of its own, as SpecForge writes it."""
+    """Return a head for a network of SIZES, with other shapes of its own, as SpecForge writes it."""
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,

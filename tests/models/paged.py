@@ -16,7 +16,7 @@ BLOCK = 4
 
 
 class PagedCache:
-    """Block tables of several requests, scattered over one pool a layer.
+    """Block tables of several requests, scattered over one pool per layer.
 
     A row that nobody wrote is NaN: a call that reads one shows it.
     """
@@ -30,7 +30,9 @@ class PagedCache:
         self.lengths = [0] * requests
 
     def attend(self, counts: list[int], masks: list[Tensor | None] | None = None) -> Attend:
-        """How layers attend in a call with ``counts`` new tokens a request; a mask [n, n] or None, which is causal."""
+        """How layers attend in a call with ``counts`` new tokens per request; a mask [n, n] or None, which is
+        causal.
+        """
         totals = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         used = [table[: -(-total // BLOCK)] for table, total in zip(self.tables, totals, strict=True)]
         sections = [torch.zeros(0) if mask is None else mask.flatten() for mask in masks or [None] * len(counts)]
@@ -60,7 +62,7 @@ class Tree:
         self.depths = self.mask.sum(dim=1) - 1
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the root down to ``node``."""
+        """Return the nodes from the root down to ``node``."""
         return self.mask[node].nonzero().flatten().tolist()
 
 

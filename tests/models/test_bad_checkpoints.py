@@ -131,7 +131,7 @@ def test_weights_file_is_not_a_checkpoint(good_target):
         open_checkpoint(good_target / WEIGHTS)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["a tensor an expert", "all experts in one tensor"])
+@pytest.mark.parametrize("fused", [False, True], ids=["a tensor per expert", "all experts in one tensor"])
 def test_missing_expert(fused, tmp_path):
     qwen3_moe().save_pretrained(tmp_path, save_original_format=not fused)
     name = "model.layers.3.mlp.experts." + ("down_proj" if fused else "4.up_proj.weight")

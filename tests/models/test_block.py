@@ -11,15 +11,15 @@ from refusal import refused
 
 from echo_trt.backends.self_check import block_shape
 from echo_trt.backends.torch.engine import TorchEngine
-from echo_trt.commands.build import block_facts
-from echo_trt.decoding.pack import pack, pack_blocks
+from echo_trt.cli.build import block_facts
+from echo_trt.engine.drafters.markov import Markov
 from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.roles import BlockRole
+from echo_trt.models.roles import BlockModule
 from echo_trt.models.weights import load_decoder
-from echo_trt.runtime.markov import Markov
+from echo_trt.speculation.pack import pack, pack_blocks
 
 LAYERS = 8
 
@@ -138,7 +138,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def drafted(role: BlockRole, features: list[np.ndarray], tokens: list[list[int]]) -> dict[str, np.ndarray]:
+def drafted(role: BlockModule, features: list[np.ndarray], tokens: list[list[int]]) -> dict[str, np.ndarray]:
     """Run a pass for requests whose contexts came in two calls, of which the second has the block."""
     engine, shape = TorchEngine(role, 16), block_shape(role.network.config)
     table = np.arange(16).reshape(2, 8)[:, ::-1].copy()
@@ -166,7 +166,7 @@ def test_a_pass_follows_the_equations(family, target, tmp_path):
     network = load_block(checkpoint, 64, target)
     config, vocab = network.config, raw.get("draft_vocab_size") or 97
     assert config.feature_layers == tuple(layer + 1 for layer in OUTPUTS)
-    role, rng = BlockRole(network, vocab), np.random.default_rng(5)
+    role, rng = BlockModule(network, vocab), np.random.default_rng(5)
     features = [rng.standard_normal((n, config.feature_size)).astype(np.float32) for n in (9, 37)]
     tokens = [rng.integers(0, 97, n).tolist() for n in (9, 37)]  # of entries; the last one is the root
     outputs = drafted(role, features, tokens)

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from echo_trt.engine.process.request import Reader
 from echo_trt.errors import UserError
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.tokenizer import load_tokenizer
-from echo_trt.serving.request import Reader
 
 DEFAULT = Path(__file__).parents[2] / "bundles/smollm2-135m"
 CORPUS = "the theme of a thing, naïve café, 50 € 😀🤖 日本語 and | im_end think user system; <|> </> " * 3

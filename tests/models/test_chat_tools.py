@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
+from echo_trt.engine.process.request import Reader
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
-from echo_trt.serving.request import Reader
 
 USER = {"role": "user", "content": "hello"}
 TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}
@@ -68,7 +68,7 @@ def test_what_is_kept_of_a_message():
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "output"),
     [
         ([USER | {"name": 5}], "messages[0].name is no text"),
         ([USER | {"tool_calls": "x"}], "messages[0].tool_calls is no list"),
@@ -79,13 +79,13 @@ def test_what_is_kept_of_a_message():
         ([{"role": "assistant", "content": None}], "messages[0] has no role and content"),
     ],
 )
-def test_messages_that_are_none(messages, said):
-    with refused(said):
+def test_messages_that_are_none(messages, output):
+    with refused(output):
         checked_messages(messages, "messages", RULE)
 
 
 @pytest.mark.parametrize(
-    ("tools", "said"),
+    ("tools", "output"),
     [
         ({}, "tools is no list of tools"),
         ([TOOL] * 129, "tools has 129 entries; give at most 128"),
@@ -94,8 +94,8 @@ def test_messages_that_are_none(messages, said):
         ([{"function": {"name": "x", "description": "\ud800"}}], "tools[0] holds half a surrogate pair"),
     ],
 )
-def test_tools_that_are_none(tools, said):
-    with refused(said):
+def test_tools_that_are_none(tools, output):
+    with refused(output):
         checked_tools(tools)
 
 
@@ -188,11 +188,11 @@ def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template,
     assert info.takes_tools
     assert info.thinking.closes == "</think>"
     assert {"<tool_call>", "<think>"} & set(info.tokens)
-    for name, value, said in (
+    for name, value, output in (
         ("tools", {"a": 1}, "tools is no list of tools"),
         ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),
     ):
-        with refused(said):
+        with refused(output):
             reader.read(chat | {name: json.dumps(value)})
         with refused(f"{name} given without a chat"):
             reader.read({"text_input": "x", name: json.dumps(value)})

@@ -58,7 +58,7 @@ def test_rope_scaling_equals_transformers(build, scaling, tmp_path):
 @pytest.mark.parametrize(
     "layout", [{}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0, 3]}], ids=["all", "every second", "some dense"]
 )
-@pytest.mark.parametrize("routed", [False, True], ids=["all experts a token", "routed"])
+@pytest.mark.parametrize("routed", [False, True], ids=["all experts per token", "routed"])
 def test_experts_equal_transformers(layout, normalised, routed, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "has_grouped_products", lambda x, down: routed)
     theirs = qwen3_moe(norm_topk_prob=normalised, moe_intermediate_size=12, **layout)
@@ -66,7 +66,7 @@ def test_experts_equal_transformers(layout, normalised, routed, tmp_path, monkey
     assert_same_network(load(tmp_path), theirs)
 
 
-@pytest.mark.parametrize("per_expert", [True, False], ids=["a tensor an expert", "all experts in one tensor"])
+@pytest.mark.parametrize("per_expert", [True, False], ids=["a tensor per expert", "all experts in one tensor"])
 def test_both_expert_layouts_load(per_expert, tmp_path):
     theirs = qwen3_moe()
     theirs.save_pretrained(tmp_path, save_original_format=per_expert)

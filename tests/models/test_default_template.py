@@ -52,10 +52,10 @@ def test_tools_calls_and_results(template, system):
     assert encoder.takes_tools
     answer = {"role": "assistant", "content": "Hm.", "tool_calls": [CALL, CALL]}
     text = tokenizer.decode(encoder.ids([*system, USER, answer, result, result, USER], [TOOL]))
-    said = "Be brief." if system else "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    output = "Be brief." if system else "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     called = '<tool_call>\n{"name": "add", "arguments": {"é": 1}}\n</tool_call>'
     assert text == (
-        f"<|im_start|>system\n{said}\n\nYou can call these functions:\n<tools>\n{json.dumps(TOOL)}\n</tools>\n"
+        f"<|im_start|>system\n{output}\n\nYou can call these functions:\n<tools>\n{json.dumps(TOOL)}\n</tools>\n"
         'To call one, write\n<tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call><|im_end|>\n'
         f"<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nHm.\n{called}\n{called}<|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n5\n</tool_response>\n<tool_response>\n5\n</tool_response><|im_end|>\n"

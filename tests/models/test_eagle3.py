@@ -98,7 +98,9 @@ class PlainHead:
         return torch.cat(outputs, dim=-1) @ self.weight("midlayer.self_attn.o_proj").T
 
     def __call__(self, token_ids: Tensor, state: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What entries hand to their children, and logits; ``state`` is combined features or a parent's output."""
+        """Return what entries hand to their children, and logits; ``state`` is combined features or a parent's
+        output.
+        """
         normed = self.norm("midlayer.hidden_norm", state)
         inputs = torch.cat((self.norm("midlayer.input_layernorm", self.embed[token_ids]), normed), dim=-1)
         residual = normed if self.config.get("norm_before_residual") else state

@@ -42,7 +42,9 @@ class Batch:
         self.packed = [self._random(sum(counts), width).to(dtype) for width in widths]
 
     def check(self, **options) -> None:
-        """The kernel's output and caches are the reference's: the new rows are there and nothing else has changed."""
+        """Check that the kernel's output and caches are the reference's: the new rows are there and nothing else has
+        changed.
+        """
         from super_tree_attention.triton_attention import super_tree_attention_triton
 
         dtype = self.packed[0].dtype

@@ -142,7 +142,7 @@ def test_compiled_moves_pass_what_the_kernels_take(block, monkeypatch):
 
 
 def surrounded(tensor: Tensor, margin: int, fill: float) -> tuple[Tensor, Tensor]:
-    """A copy of ``tensor`` between ``margin`` elements of ``fill`` on both sides, and the whole memory."""
+    """Return a copy of ``tensor`` between ``margin`` elements of ``fill`` on both sides, and the whole memory."""
     whole = torch.full((tensor.numel() + 2 * margin,), fill, dtype=tensor.dtype)
     inside = whole[margin:-margin].view(tensor.shape)
     inside.copy_(tensor)

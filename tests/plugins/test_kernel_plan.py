@@ -126,14 +126,14 @@ def test_no_fewer_splits_would_fill_the_waves(programs, processors):
     entries=st.integers(0, 90_000),
     heads=st.tuples(st.integers(1, 8), st.integers(1, 16)),
     processors=st.integers(1, 200),
-    most_rows=st.sampled_from([64, 128]),
+    max_rows=st.sampled_from([64, 128]),
 )
 def test_room_for_splits_of_the_largest_call_is_room_for_all(
-    tokens, more, requests, entries, heads, processors, most_rows
+    tokens, more, requests, entries, heads, processors, max_rows
 ):
     """TensorRT may reserve memory for the largest call alone, where fewer splits are planned than for smaller ones."""
-    made = plan(tokens, requests, entries, *heads, processors=processors, most_rows=most_rows)
-    assert made.rows <= most_rows
+    made = plan(tokens, requests, entries, *heads, processors=processors, max_rows=max_rows)
+    assert made.rows <= max_rows
     rows = tokens * heads[0] * heads[1]
     assert rows * made.num_splits <= split_rows(tokens, heads[0] * heads[1])
     assert split_rows(tokens, heads[0] * heads[1]) <= split_rows(tokens + more, heads[0] * heads[1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from echo_trt.backends.cuda.choose import race_by
-from echo_trt.decoding.sampling.draw import sample
+from echo_trt.speculation.sampling.draw import sample
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install -e '.[cuda]'")
 
@@ -35,11 +35,11 @@ def test_a_draw_is_the_hosts(kernel, size):
     logits[::3, rng.random(size) < 0.8] = -np.inf
     logits[:, 0] = -5
     temperature = rng.choice([0.3, 0.8, 1.0, 1.9], 12)
-    seed, place = rng.integers(-(2**63), 2**63 - 1, 12), rng.integers(0, 1 << 40, 12)
+    seed, position = rng.integers(-(2**63), 2**63 - 1, 12), rng.integers(0, 1 << 40, 12)
     off = np.zeros(12, np.int64)
-    wanted = sample(logits, temperature, off, np.ones(12), seed, place)
+    wanted = sample(logits, temperature, off, np.ones(12), seed, position)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    running, inverse, *others = (torch.from_numpy(a).to(device) for a in (logits, 1 / temperature, seed, place))
+    running, inverse, *others = (torch.from_numpy(a).to(device) for a in (logits, 1 / temperature, seed, position))
     found = race_by(kernel, running, running.amax(dim=1), inverse, *others)
     assert found.tolist() == wanted.tolist()
 

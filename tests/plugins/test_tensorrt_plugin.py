@@ -50,12 +50,12 @@ def registered(definitions):
 
 @pytest.fixture
 def card(definitions, monkeypatch):
-    """An H100's facts, which a driver would tell."""
+    """Stand in for a driver that describes an H100."""
     monkeypatch.setattr("super_tree_attention.launch.device_facts", lambda: (90, 132))
 
 
 def plugin_of(trt, registered, name: str, ahead_of_time: bool, **attributes: int):
-    """A plugin as the parser creates it from a node's attributes."""
+    """Return a plugin as the parser creates it from a node's attributes."""
     from tensorrt.plugin._lib import _TemplatePluginCreator
 
     creator = _TemplatePluginCreator(name, "echo", {n: (True, t) for n, t in registered[name].input_attrs.items()})
@@ -190,7 +190,7 @@ def make_call(past: np.ndarray, counts: np.ndarray, heads: int, kv_heads: int, h
 
 
 def desc(trt, dtype, usual: tuple[int, ...], dynamic: bool = True):
-    """A tensor as an optimisation profile gives it, its first extent free."""
+    """Return a tensor as an optimisation profile gives it, its first extent free."""
     import tensorrt.plugin as trtp
     from tensorrt.plugin._tensor import Shape, ShapeExpr, ShapeExprs
 
@@ -277,7 +277,7 @@ def ptxas_path() -> str:
 
 @pytest.fixture(scope="module")
 def graphs(networks, tmp_path_factory):
-    """The exported target, as it was and as TensorRT takes it."""
+    """Return the exported target, as it was and as TensorRT takes it."""
     folder = tmp_path_factory.mktemp("graphs")
     export(roles_of("lookup", networks)["target"], folder / "target.onnx")
     tensorrt_plugin.prepare_graph(folder / "target.onnx", folder / "tensorrt.onnx")

@@ -28,8 +28,8 @@ def test_rows_are_those_of_a_real_build(measured):
     rows = {cells[1].strip(): cells[2].strip() for line in printed.splitlines() if len(cells := line.split("|")) == 5}
     assert rows["build"].endswith(" s")
     assert rows["load"].endswith(" s")
-    most, own = (float(rows[name].split()[0]) for name in ("most memory of the build", "most memory of its own"))
-    assert 0 < own < most
+    maximum, own = (float(rows[name].split()[0]) for name in ("most memory of the build", "most memory of its own"))
+    assert 0 < own < maximum
     tokens = json.loads(printed.rpartition("Tokens: ")[2])
     assert len(tokens) == 8
     assert json.loads((folder / "bundle-bf16" / "manifest.json").read_text())["draft"]["file"] == "draft.onnx"

@@ -59,14 +59,14 @@ def test_on_a_cpu_every_section_is_walked_or_skipped_and_nothing_is_proved(copy)
     }
     assert "# GPU proof: none, Triton's interpreter on a CPU" in report
     assert all(f"## {section}\n" in report for section in sections)
-    told = {row["test"].partition("::")[2]: row["figures"] for row in sections["policies"]["tests"]}
-    rates = told["test_tokens_per_second_of_every_policy"]
+    reported = {row["test"].partition("::")[2]: row["figures"] for row in sections["policies"]["tests"]}
+    rates = reported["test_tokens_per_second_of_every_policy"]
     assert all(
         rates[f"{policy} at {batch}"]["tokens_per_s"] > 0
         for policy in ("autoregressive", "static", "echo", "goodput")
         for batch in (1, 2)
     )
-    texts = told["test_every_policy_writes_plain_decodings_text[float32]"]
+    texts = reported["test_every_policy_writes_plain_decodings_text[float32]"]
     assert texts["echo"]["same"] == texts["echo"]["of"] == 2
 
 
@@ -103,9 +103,9 @@ script = runpy.run_path(str(ROOT / "scripts" / "gpu_proof"))
     ],
 )
 def test_the_exit_code_is_0_only_where_something_was_proved(verdicts, code, sentence):
-    got, said = script["outcome"](verdicts)
+    got, output = script["outcome"](verdicts)
     assert got == code
-    assert said.startswith(sentence)
+    assert output.startswith(sentence)
 
 
 def test_all_sections_end_within_ten_minutes():

@@ -72,11 +72,11 @@ def test_readme_says_who_proposed_the_tokens(run):
     """From the run's counts: prompt lookup and earlier answers come before the head where they brought more."""
     default = next(row for row in run["results"] if (row["policy"], row["batch"]) == ("goodput", 1))
     counts = default["accepted_by_source"]
-    said = publish._proposers(run)
+    output = publish._proposers(run)
     for source, name in publish.SOURCES.items():
         share = counts.get(source, 0) / sum(counts.values())
-        assert (f"{share:.0%} {name}" in said) == (share >= 0.005)
-    assert " ".join(said.split()) in " ".join(README.split())
+        assert (f"{share:.0%} {name}" in output) == (share >= 0.005)
+    assert " ".join(output.split()) in " ".join(README.split())
 
 
 def test_readme_counts_the_texts_of_the_lossless_matrix(run):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe, load_recipe, parse_recipe
-from echo_trt.decoding.pack import BLOCK
-from echo_trt.decoding.policies import reserve_for
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
-from echo_trt.sizing.fit import Fit, fit, needs, split_scratch
+from echo_trt.sizing.fit import CardFit, fit, needs, split_scratch
 from echo_trt.sizing.shapes import shapes
+from echo_trt.speculation.pack import BLOCK
+from echo_trt.speculation.policies import reserve_for
 from super_tree_attention.kernel_plan import plan
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -54,7 +54,7 @@ def recipe(name: str = "qwen3-8b", **changes) -> Recipe:
     return found.model_copy(update={**changes, "limits": limits})
 
 
-def on(cards: str, name: str = "qwen3-8b", **changes) -> Fit:
+def on(cards: str, name: str = "qwen3-8b", **changes) -> CardFit:
     return fit(recipe(name, **changes), BUILD, *parse_cards(cards))
 
 
@@ -128,10 +128,10 @@ def test_a_pool_without_a_limit_is_what_the_batch_needs():
     own = recipe(kv_blocks=None, batch=3)
     need = needs(own, shapes(own, BUILD)[0].sizes, None)
     assert need.blocks == 3 * -(-(8192 + reserve_for(own.decoding.model_dump())) // BLOCK)
-    assert not need.linear
+    assert not need.contiguous
     rtx = needs(recipe(engine="tensorrt-rtx", kv_blocks=2000, batch=3), shapes(own, BUILD)[0].sizes, None)
     assert rtx.blocks == need.blocks + 3 * 512 // BLOCK  # linear caches: kv_blocks says nothing, a chunk is room behind
-    assert rtx.linear
+    assert rtx.contiguous
 
 
 @pytest.mark.parametrize(("card", "kv_blocks"), [("L40S", 8192), ("RTX 4090", 4096), ("A100-80GB", 100_000)])
@@ -140,7 +140,7 @@ def test_kv_blocks_to_lower(card, kv_blocks):
     assert not verdict.fits
     before, after = numbers(verdict.sentence, r"lower limits.kv_blocks from ([\d,]+) to ([\d,]+)\.$")
     assert before == kv_blocks
-    assert after == verdict.most_blocks
+    assert after == verdict.max_blocks
     assert on(card, kv_blocks=after).fits
     assert not on(card, kv_blocks=after + 1).fits
 
@@ -184,22 +184,22 @@ def test_a_context_to_lower():
     blocks=st.sampled_from([None, 5, 2000, 100_000]),
 )
 def test_who_does_as_told_ends_with_what_fits(name, card, engine, batch, context, chunk, blocks):
-    asked = {"batch": batch, "context": context, "prefill_chunk": chunk, "kv_blocks": blocks, "engine": engine}
+    requested = {"batch": batch, "context": context, "prefill_chunk": chunk, "kv_blocks": blocks, "engine": engine}
     try:
-        parse_recipe(recipe(name, **asked).model_dump(), "asked")
+        parse_recipe(recipe(name, **requested).model_dump(), "asked")
     except UserError:  # a pool that holds no request
         return
-    verdict = on(f"{card} x8", name, **asked)
+    verdict = on(f"{card} x8", name, **requested)
     for _ in range(3):
         if verdict.fits:
-            parse_recipe(recipe(name, **asked).model_dump(), "told")
+            parse_recipe(recipe(name, **requested).model_dump(), "told")
             return
-        told = {key: int(number.replace(",", "")) for key, number in LOWER.findall(verdict.sentence)}
-        if not told:
+        reported = {key: int(number.replace(",", "")) for key, number in LOWER.findall(verdict.sentence)}
+        if not reported:
             assert re.search("take a larger card|take a smaller model|use engine tensorrt", verdict.sentence)
             return
-        asked |= told
-        verdict = on(f"{card} x8", name, **asked)
+        requested |= reported
+        verdict = on(f"{card} x8", name, **requested)
     raise AssertionError(verdict.sentence)
 
 
@@ -217,11 +217,11 @@ def test_gpus_that_cannot_share_are_not_proposed(tmp_path):
     (tmp_path / "odd").mkdir()
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 128, "intermediate_size": 4608}
     config = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "vocab_size": 1000, **sizes}
-    for layers, told in ((600, "set tensor_parallel to 2."), (1050, "take a larger card (")):
+    for layers, reported in ((600, "set tensor_parallel to 2."), (1050, "take a larger card (")):
         (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
         own = parse_recipe({"name": "odd", "target": {"path": "odd"}, "engine": "tensorrt"}, "odd.yaml")
         verdict = fit(own, tmp_path, *parse_cards("A100-80GB x8"))
-        assert told in verdict.sentence
+        assert reported in verdict.sentence
 
 
 def test_cards_to_take_instead():
@@ -231,7 +231,7 @@ def test_cards_to_take_instead():
     assert "A100-80GB" in listed
     for card in CARDS:
         split = recipe("qwen3-235b-a22b", kv_blocks=258)
-        assert (card in listed) == (fit(split, BUILD, CARDS[card], 8).most_blocks >= 258)
+        assert (card in listed) == (fit(split, BUILD, CARDS[card], 8).max_blocks >= 258)
 
 
 def test_cards_that_tensorrt_rtx_builds_nothing_for():
@@ -261,7 +261,7 @@ def test_missing_and_left_add_up():
     need = needs(recipe(), *(shape.sizes for shape in shapes(recipe(), BUILD)))
     assert verdict.spare == int(0.9 * 80e9) - need.fixed - need.pool - need.features
     assert (
-        f"fits: {verdict.spare / 1e9:.1f} GB a GPU are left, room for {verdict.most_blocks:,} KV blocks."
+        f"fits: {verdict.spare / 1e9:.1f} GB a GPU are left, room for {verdict.max_blocks:,} KV blocks."
         == verdict.sentence
     )
     missing = on("L40S").spare
@@ -285,10 +285,10 @@ def test_drafts_take_memory_where_pytorch_runs_them():
 def test_splits_have_scratch():
     """Qwen3-8B: as much as the kernel's plan asks for in calls of all sizes, on an H100."""
     sizes, calls = shapes(recipe(), BUILD)[0].sizes, CallSizes.of(recipe())
-    most = split_scratch(sizes, 1536)
+    maximum = split_scratch(sizes, 1536)
     for count, requests in ((1, 1), (64, 1), (256, 16), (512, 1), (768, 16), (1536, calls.batch)):
         made = plan(count, requests, requests * calls.blocks, 8, 4, processors=132)
-        assert count * 32 * made.num_splits * 129 * 4 * (made.num_splits > 1) <= split_scratch(sizes, count) <= most
-    assert 60e6 < most < 200e6
-    divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads a GPU
-    assert split_scratch(divided, 1536) <= most
+        assert count * 32 * made.num_splits * 129 * 4 * (made.num_splits > 1) <= split_scratch(sizes, count) <= maximum
+    assert 60e6 < maximum < 200e6
+    divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads per GPU
+    assert split_scratch(divided, 1536) <= maximum

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.decoding.echo.budget import fit_hinge
 from echo_trt.models.config import decoder_config
 from echo_trt.sizing.cards import CARDS, knee, parse_cards
-from echo_trt.sizing.hardware import Network
+from echo_trt.sizing.hardware import NetworkShare
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.shapes import published
+from echo_trt.speculation.echo.budget import fit_hinge
 from echo_trt_lab.simulation.machines import roofline
 
 
@@ -67,7 +67,7 @@ def test_peaks_are_in_their_units():
 
 def test_the_knee_is_where_arithmetic_takes_as_long_as_reading():
     chip = CARDS["H100-80GB"].chip
-    # Dense bf16: 2 bytes read and 2 operations a token for each parameter, so the size of the network does not count.
+    # Dense bf16: 2 bytes read and 2 operations per token for each parameter, so the size of the network does not count.
     expected = chip.flops * chip.flops_share / (chip.bandwidth * chip.bandwidth_share)
     for name in ("0.6B", "8B", "32B"):
         assert knee(qwen3(name).network("bf16"), chip) == int(np.ceil(expected)) == 222
@@ -85,7 +85,7 @@ def test_experts_make_it_later_if_they_are_routed():
 
 
 def test_a_network_that_is_never_compute_bound_has_the_largest_knee():
-    assert knee(Network(dense=1e9, parameter_bytes=2, active=1.0, kv_bytes=1), CARDS["L4"].chip) == 1 << 16
+    assert knee(NetworkShare(dense=1e9, parameter_bytes=2, active=1.0, kv_bytes=1), CARDS["L4"].chip) == 1 << 16
 
 
 def test_the_hinge_that_is_fitted_to_the_same_roofline_agrees():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from echo_trt.cli import main
+from echo_trt.cli.app import main
 
 BUILD = Path(__file__).parents[2] / "build"
 
@@ -33,37 +33,41 @@ def rows(out: str) -> dict[str, str]:
 
 def test_a_recipe_says_what_it_would_build_and_need(inspect):
     code, out, _ = inspect(BUILD / "qwen3-8b.yaml")
-    told = rows(out)
+    reported = rows(out)
     assert code == 0
     sizes = "8.19 B parameters, 36 layers, vocabulary 151,936"
-    assert told["target"] == f"Qwen/Qwen3-8B ({sizes}; Qwen/Qwen3-8B as published)"
-    assert told["draft"].startswith("eagle3 AngelSlim/Qwen3-8B_eagle3 (1.02 B parameters, 1 layer, vocabulary 32,000")
-    assert told["weights"] == "target 16.4 GB, draft 2.0 GB"
-    assert told["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
-    assert told["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
-    assert told["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
-    assert "host memory" not in told
-    assert told["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
-    assert told["H100-80GB"].endswith("222")
-    assert told["L4"].split(" | ")[:2] == ["1", "no"]
+    assert reported["target"] == f"Qwen/Qwen3-8B ({sizes}; Qwen/Qwen3-8B as published)"
+    assert reported["draft"].startswith(
+        "eagle3 AngelSlim/Qwen3-8B_eagle3 (1.02 B parameters, 1 layer, vocabulary 32,000"
+    )
+    assert reported["weights"] == "target 16.4 GB, draft 2.0 GB"
+    assert reported["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
+    assert reported["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
+    assert reported["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
+    assert "host memory" not in reported
+    assert reported["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
+    assert reported["H100-80GB"].endswith("222")
+    assert reported["L4"].split(" | ")[:2] == ["1", "no"]
 
 
 def test_a_block_drafters_needs(inspect):
     code, out, _ = inspect(BUILD / "qwen3-8b-dspark.yaml")
-    told = rows(out)
+    reported = rows(out)
     assert code == 0
-    assert told["draft"].startswith("block deepseek-ai/dspark_qwen3_8b_block7 (2.29 B parameters, 5 layers, vocabulary")
-    assert told["weights"] == "target 16.4 GB, draft 4.6 GB"
-    assert told["KV of a token"] == "target 147,456 bytes, draft 20,480 bytes"
-    assert told["features"].endswith("9.4 GB")  # 7,168 x 32 x 5 x 4,096 x 2 bytes
+    assert reported["draft"].startswith(
+        "block deepseek-ai/dspark_qwen3_8b_block7 (2.29 B parameters, 5 layers, vocabulary"
+    )
+    assert reported["weights"] == "target 16.4 GB, draft 4.6 GB"
+    assert reported["KV of a token"] == "target 147,456 bytes, draft 20,480 bytes"
+    assert reported["features"].endswith("9.4 GB")  # 7,168 x 32 x 5 x 4,096 x 2 bytes
 
 
 def test_a_cpu_keeps_features_in_host_memory(inspect, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", "engine: openvino"))
-    told = rows(inspect(file)[1])
-    assert told["host memory"].endswith("12.9 GB")  # 262,144 x 3 x 4,096 x 4 bytes
-    assert "features" not in told
+    reported = rows(inspect(file)[1])
+    assert reported["host memory"].endswith("12.9 GB")  # 262,144 x 3 x 4,096 x 4 bytes
+    assert "features" not in reported
 
 
 @pytest.mark.parametrize(
@@ -76,20 +80,20 @@ def test_a_cpu_keeps_features_in_host_memory(inspect, tmp_path):
 def test_engines_and_the_calls_they_are_for(inspect, tmp_path, engine, calls):
     file = tmp_path / "own.yaml"
     file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", f"engine: {engine}"))
-    told = rows(inspect(file)[1])
-    assert told["engines"] == calls
-    assert ("a slot's whole context" in told["KV pool"]) == (engine == "tensorrt-rtx")
+    reported = rows(inspect(file)[1])
+    assert reported["engines"] == calls
+    assert ("a slot's whole context" in reported["KV pool"]) == (engine == "tensorrt-rtx")
 
 
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
     code, out, _ = inspect(BUILD / "qwen3-235b-a22b.yaml", "--fit", "H100-80GB x8")
-    told = rows(out)
+    reported = rows(out)
     assert code == 0
-    assert "235.09 B parameters, 22.19 B active" in told["target"]
-    assert told["tensor_parallel"] == "8: what follows is the first GPU's, which has the draft too"
-    assert told["weights"] == "target 60.0 GB, draft 2.4 GB"
-    assert told["KV of a token"] == "target 48,128 bytes, draft 2,048 bytes"  # 4 heads stand twice on 8 GPUs
-    *_, dense, routed = (int(n.replace(",", "")) for n in told["H100-80GB"].split(" | ")[3:] if "GB" not in n)
+    assert "235.09 B parameters, 22.19 B active" in reported["target"]
+    assert reported["tensor_parallel"] == "8: what follows is the first GPU's, which has the draft too"
+    assert reported["weights"] == "target 60.0 GB, draft 2.4 GB"
+    assert reported["KV of a token"] == "target 48,128 bytes, draft 2,048 bytes"  # 4 heads stand twice on 8 GPUs
+    *_, dense, routed = (int(n.replace(",", "")) for n in reported["H100-80GB"].split(" | ")[3:] if "GB" not in n)
     assert dense == 222
     assert routed > 2000
     assert "qwen3-235b-a22b on 8 H100-80GB: fits: " in out
@@ -127,17 +131,17 @@ def test_shapes_that_are_not_known_are_said_to_be(inspect, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (["--fit", "Voodoo"], "card 'Voodoo' is not known; use one of A10, A100-40GB"),
         (["--fit", ""], "--fit is ''"),
         (["--fit", "L4 x0"], "0 cards"),
     ],
 )
-def test_bad_cards_are_one_sentence(inspect, words, told):
+def test_bad_cards_are_one_sentence(inspect, words, reported):
     code, out, err = inspect(BUILD / "qwen3-8b.yaml", *words)
     assert code == 2
-    assert told in err
+    assert reported in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
 

@@ -19,11 +19,11 @@ from echo_trt.backends.cuda.transfers import TRANSFERS
 
 Forward = Callable[..., tuple[Tensor, ...]]  # of the inputs, and of further arguments of a call
 
-MOST_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds to start
+MAX_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds to start
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
-def blank(like: Arrays) -> Arrays:
+def dummy_inputs(like: Arrays) -> Arrays:
     """Return a call of the shapes of ``like`` in which no request has tokens: it reads and writes no KV rows."""
     return {name: np.zeros_like(array) for name, array in like.items()}
 
@@ -153,11 +153,11 @@ class Graphs:
         Returns None where there is no graph: the size cannot be captured, or there are too many.
         """
         capacity = capacity or {}
-        if any(len(arrays[name]) > most for name, most in capacity.items()):
+        if any(len(arrays[name]) > maximum for name, maximum in capacity.items()):
             return None
         key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
-            if self.sealed or len(self._captured) >= MOST_GRAPHS:
+            if self.sealed or len(self._captured) >= MAX_GRAPHS:
                 return None
             self._captured[key] = self._capture(arrays, capacity, arguments)
         captured = self._captured[key]
@@ -170,7 +170,7 @@ class Graphs:
     def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
         """Capture a size; None, with a warning, where that fails."""
         staging = Staging(arrays, self._device, capacity)
-        inputs = staging.upload(blank(arrays))
+        inputs = staging.upload(dummy_inputs(arrays))
         # A run before the capture compiles kernels and starts libraries.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -178,7 +178,7 @@ class Graphs:
             outputs = self._forward(inputs, *arguments)
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
-        places = self._output_places(outputs)
+        buffers = self._output_buffers(outputs)
         del outputs
         graph = torch.cuda.CUDAGraph()
         try:
@@ -187,8 +187,8 @@ class Graphs:
                 # Other threads, such as NCCL's that watches over collectives, may ask for events meanwhile.
                 capture = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
                 with torch.cuda.graph(graph, **capture):
-                    for place, output in zip(places, self._forward(inputs, *arguments), strict=True):
-                        place.copy_(output)
+                    for buffer, output in zip(buffers, self._forward(inputs, *arguments), strict=True):
+                        buffer.copy_(output)
         except RuntimeError as error:
             torch.cuda.synchronize(self._device)  # a device that is lost fails here, and the call with it
             self._failed.append(graph)
@@ -197,9 +197,9 @@ class Graphs:
             rows = "tokens" if "token_ids" in arrays else "requests"
             warnings.warn(f"calls of {count} {rows} run without a CUDA graph: {reason}", stacklevel=2)
             return None
-        return Captured(staging, graph, places)
+        return Captured(staging, graph, buffers)
 
-    def _output_places(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _output_buffers(self, like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the shared memory of outputs of the shapes of ``like``."""
         if not all(o.shape[1:] == whole.shape[1:] for o, whole in zip(like, self._outputs, strict=False)):
             return tuple(torch.empty_like(o) for o in like)

@@ -1,6 +1,6 @@
-"""The target's choice where its logits are: ``decoding.sampling`` in PyTorch, on a GPU or a CPU.
+"""The target's choice where its logits are: ``speculation.sampling`` in PyTorch, on a GPU or a CPU.
 
-Penalties, noise and limits are computed as in ``decoding.sampling`` and in the same order, so a seed gives the same
+Penalties, noise and limits are computed as in ``speculation.sampling`` and in the same order, so a seed gives the same
 text on host and device. Nothing here waits for the device: sizes depend on shapes alone.
 """
 
@@ -12,78 +12,79 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.decoding.sampling.draw import BLOCK, CALLS, GREEDY, sample
+from echo_trt.speculation.sampling.draw import BLOCK, CALLS, GREEDY, sample
 
 _LOW = 0xFFFFFFFF
 _PARTS = 32  # of a row, which a program each goes over; larger: few rows use more of a card
 _DIGITS = (21, 11), (10, 11), (0, 10)  # shift and bits of a 32-bit key's digits, highest first
 
 
-def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int | None = None) -> Tensor:
-    """Choose a token a row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
+def choose(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, max_top_k: int | None = None) -> Tensor:
+    """Choose a token per row of ``logits`` float [n, V], by the arrays of a ``Choice``; masks may be missing.
 
-    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``most`` is
+    Without ``limits``, which only top-k 1 may break, no row is searched for tokens to shut out. ``max_top_k`` is
     ``Choice.largest_top_k``: without one, rows are searched as if some had a top-k and others had none.
     """
     logits = penalise(logits.to(torch.float32, copy=True), choice)
-    logits.index_put_((choice["moved_row"], choice["moved_token"]), choice["moved"], accumulate=True)
+    logits.index_put_((choice["logit_bias_row"], choice["logit_bias_token"]), choice["logit_bias"], accumulate=True)
     if "masks" in choice:
         bits = (choice["masks"][:, :, None] >> torch.arange(8, device=logits.device)) & 1
         logits = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf, logits)
-    return draw(logits, choice, limits=limits, most=most)
+    return draw(logits, choice, limits=limits, max_top_k=max_top_k)
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def log_probabilities(logits: Tensor, tokens: Tensor, max_top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities of ``tokens`` int64 [n] at rows of ``logits`` float [n, V], and of the best ones.
 
-    Returns float32 [n], and float32 and int64 [n, most]: ``most`` best tokens. Of tokens that tie the lowest ids are
-    taken.
+    Returns float32 [n], and float32 and int64 [n, most]: ``max_top_k`` best tokens. Of tokens that tie the lowest ids
+    are taken.
     """
     logits = logits.float()
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     own = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0]
-    best = _largest(logits, most)
+    best = _largest(logits, max_top_k)
     return own, logits.gather(1, best) - normaliser, best
 
 
-def draw(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, most: int | None = None) -> Tensor:
-    """Choose a token a row of ``logits`` float32 [n, V], as ``decoding.sampling.draw.sample`` does: int64 [n].
+def draw(logits: Tensor, choice: dict[str, Tensor], limits: bool = True, max_top_k: int | None = None) -> Tensor:
+    """Choose a token per row of ``logits`` float32 [n, V], as ``speculation.sampling.draw.sample`` does: int64 [n].
 
-    choice  temperature, top_p and min_p float64 [n]; top_k, seed and place int64 [n], a seed's 64 bits
-    limits  whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
-    most    as of ``choose``
+    choice     temperature, top_p and min_p float64 [n]; top_k, seed and place int64 [n], a seed's 64 bits
+    limits     whether top-k, but for 1, top-p or min-p shuts tokens out anywhere
+    max_top_k  as of ``choose``
     """
-    temperature, top_k, seed, place = (choice[name] for name in ("temperature", "top_k", "seed", "place"))
+    temperature, top_k, seed, position = (choice[name] for name in ("temperature", "top_k", "seed", "position"))
     best = logits.argmax(dim=1)
     running = logits
     if limits:
-        running = limited(logits, temperature, top_k, choice["top_p"], choice["min_p"], most)
+        running = limited(logits, temperature, top_k, choice["top_p"], choice["min_p"], max_top_k)
     if running.device.type == "cpu":
-        rows, heats, seeds, places = (tensor.numpy() for tensor in (running, temperature, seed, place))
+        rows, heats, seeds, positions = (tensor.numpy() for tensor in (running, temperature, seed, position))
         off = np.zeros(len(seeds), np.int64)
-        drawn = torch.from_numpy(sample(rows, heats, off, off + 1.0, seeds, places))
+        drawn = torch.from_numpy(sample(rows, heats, off, off + 1.0, seeds, positions))
     else:
         from echo_trt.backends.cuda import race_kernel
 
         inverse = 1 / temperature.clamp(min=GREEDY)
-        drawn = race_by(race_kernel.race, running, logits.amax(dim=1), inverse, seed, place)
+        drawn = race_by(race_kernel.race, running, logits.amax(dim=1), inverse, seed, position)
     return torch.where((temperature > GREEDY) & (top_k != 1), drawn, best)
 
 
 def limited(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, most: int | None = None
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, max_top_k: int | None = None
 ) -> Tensor:
-    """Shut tokens out by min-p, top-k and top-p, as ``decoding.sampling.draw.limited``: float32 [n, V].
+    """Shut tokens out by min-p, top-k and top-p, as ``speculation.sampling.draw.limited``: float32 [n, V].
 
-    most  every drawn row's top-k is from 1 to ``most``, and only the ``most`` best tokens of a row are searched for
+    max_top_k  every drawn row's top-k is from 1 to ``max_top_k``, and only the ``max_top_k`` best tokens of a row are
+               searched for
           top-p; 0: no row has a top-k; None: some may have one
     """
     size, peak = logits.shape[1], logits.amax(dim=1, keepdim=True)
-    least = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
-    kept = torch.where(logits < least, -torch.inf, logits)
-    if most and most < size:
-        return _limited_among(kept, peak, temperature, top_k, top_p, most)
-    if most != 0:
+    minimum = peak + (temperature * min_p.log()).float()[:, None]  # log 0 keeps all
+    kept = torch.where(logits < minimum, -torch.inf, logits)
+    if max_top_k and max_top_k < size:
+        return _limited_among(kept, peak, temperature, top_k, top_p, max_top_k)
+    if max_top_k != 0:
         shortened = (top_k > 0) & (top_k < size)
         count = torch.where(shortened, top_k, size).double()
         kept = torch.where(_fewest(_ordered(kept), torch.ones_like(kept).double(), count), kept, -torch.inf)
@@ -95,24 +96,26 @@ def limited(
 
 
 def _limited_among(
-    logits: Tensor, peak: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, most: int
+    logits: Tensor, peak: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int
 ) -> Tensor:
-    """Shut tokens out by top-k, up to ``most``, and top-p. ``peak`` float32 [n, 1]: a row's largest logit."""
-    tokens = _largest(logits, most)
+    """Shut tokens out by top-k, up to ``max_top_k``, and top-p. ``peak`` float32 [n, 1]: a row's largest logit."""
+    tokens = _largest(logits, max_top_k)
     values = logits.gather(1, tokens)
-    values = torch.where(torch.arange(most, device=logits.device) < top_k[:, None], values, -torch.inf)
+    values = torch.where(torch.arange(max_top_k, device=logits.device) < top_k[:, None], values, -torch.inf)
     mass = ((values - peak) / temperature.clamp(min=GREEDY).float()[:, None]).exp().double()
     enough = (top_p * mass.sum(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     nucleus = (mass.cumsum(dim=1) - mass < enough) | (top_p >= 1)[:, None]
     return torch.full_like(logits, -torch.inf).scatter_(1, tokens, torch.where(nucleus, values, -torch.inf))
 
 
-def _largest(logits: Tensor, most: int) -> Tensor:
-    """Return the tokens of a row's ``most`` largest logits, in order, of equal ones the lowest first: [n, most]."""
+def _largest(logits: Tensor, max_top_k: int) -> Tensor:
+    """Return the tokens of a row's ``max_top_k`` largest logits, in order, of equal ones the lowest first: [n,
+    most].
+    """
     size = logits.shape[1]
-    # A token's logit, and below it its place from the end: no two are equal, and of equal logits the first is larger.
+    # A token's logit, and below it its index from the end: no two are equal, and of equal logits the first is larger.
     keys = (_ordered(logits) - (1 << 31) << 32) | torch.arange(size - 1, -1, -1, device=logits.device)
-    return size - 1 - (keys.topk(most, dim=1).values & _LOW)
+    return size - 1 - (keys.topk(max_top_k, dim=1).values & _LOW)
 
 
 def _ordered(values: Tensor) -> Tensor:
@@ -146,36 +149,36 @@ def _fewest(keys: Tensor, amounts: Tensor, enough: Tensor) -> Tensor:
     return (keys > threshold) | (inside & (above + equal.cumsum(dim=1) - equal < enough))
 
 
-def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Tensor, place: Tensor) -> Tensor:
-    """Find who arrives first, as ``decoding.sampling.draw``, by a Triton ``kernel`` (race_kernel): int64 [n].
+def race_by(kernel: Any, running: Tensor, top: Tensor, inverse: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """Find who arrives first, as ``speculation.sampling.draw``, by a Triton ``kernel`` (race_kernel): int64 [n].
 
-    running      float32 [n, V], -inf for tokens that are out
-    top          float32 [n], the largest logit
-    inverse      float64 [n], 1 / temperature
-    seed, place  int64 [n]
+    running         float32 [n, V], -inf for tokens that are out
+    top             float32 [n], the largest logit
+    inverse         float64 [n], 1 / temperature
+    seed, position  int64 [n]
     """
     count, size = running.shape
     parts = min(-(-size // BLOCK), _PARTS)
     span = -(-size // (parts * BLOCK)) * BLOCK
     arrivals = top.new_empty((count, parts * CALLS), dtype=torch.float64)
     tokens = seed.new_empty((count, parts * CALLS))
-    facts = running.contiguous(), top.double(), inverse, seed, place
+    facts = running.contiguous(), top.double(), inverse, seed, position
     kernel[count, parts](*facts, arrivals, tokens, size, span, CALLS=CALLS)
     return tokens.gather(1, arrivals.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def penalise(logits: Tensor, choice: dict[str, Tensor]) -> Tensor:
-    """Apply penalties in place, as ``decoding.sampling.penalties.penalise``; returns ``logits`` float32 [n, V].
+    """Apply penalties in place, as ``speculation.sampling.penalties.penalise``; returns ``logits`` float32 [n, V].
 
     choice  said_row and said_token int64 [k]: a token said before that row; said_generated bool [k]: else it is the
             prompt's; repetition, presence and frequency float64 [n]
     """
-    row, token = choice["said_row"], choice["said_token"]
+    row, token = choice["history_row"], choice["history_token"]
     repeats = choice["repetition"][row]
     value, factor = logits[row, token].double(), repeats.clamp(min=1e-6)
     logits[row, token] = torch.where(value > 0, value / factor, value * factor).float()  # x / 1 is x
     times = torch.zeros_like(logits, dtype=torch.int32)
-    times.index_put_((row, token), choice["said_generated"].to(torch.int32), accumulate=True)
+    times.index_put_((row, token), choice["history_generated"].to(torch.int32), accumulate=True)
     times = times[row, token].double()
     less = torch.where(times > 0, choice["presence"][row] + choice["frequency"][row] * times, 0.0)
     logits[row, token] = (logits[row, token].double() - less).float()

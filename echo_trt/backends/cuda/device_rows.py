@@ -13,7 +13,7 @@ from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda.calls import Staging
 from echo_trt.backends.cuda.device import check_room
 from echo_trt.backends.cuda.transfers import fetch, send
-from echo_trt.decoding.sampling.choice import Choice, part_of
+from echo_trt.speculation.sampling.choice import SamplingBatch, part_of
 
 #: Bytes of float32 logits from which tokens are chosen at once; a choice takes about 15 times as much memory. Larger:
 #: fewer launches, and more memory that the KV pool must leave free.
@@ -41,8 +41,8 @@ class DeviceRows:
     def __getitem__(self, index: int | slice | np.ndarray) -> DeviceRows | np.ndarray:
         if isinstance(index, (int, np.integer)):
             return _on_host(self._rows[int(index if self._index is None else self._index[index])])
-        places = (np.arange(len(self)) if self._index is None else self._index)[index]
-        picked = type(self)(self._rows, None if self._best is None else self._best[index], places)
+        handles = (np.arange(len(self)) if self._index is None else self._index)[index]
+        picked = type(self)(self._rows, None if self._best is None else self._best[index], handles)
         return picked if self._best is not None else DeviceRows(picked.tensor)
 
     @property
@@ -70,29 +70,33 @@ class DeviceRows:
 class DeviceLogits(DeviceRows):
     """The target's logits float [n, V]: what is chosen from them is computed where they are."""
 
-    def choose(self, rows: np.ndarray, choice: Choice) -> np.ndarray:
-        """Choose a token at each of ``rows`` int64 [m], as ``decoding.sampling.choice.choose``: int64 [m]."""
+    def choose(self, rows: np.ndarray, choice: SamplingBatch) -> np.ndarray:
+        """Choose a token at each of ``rows`` int64 [m], as ``speculation.sampling.choice.choose``: int64 [m]."""
         chosen = [self._choose(rows[part], part_of(choice, part)) for part in self._parts(len(rows))]
         return fetch(torch.cat(chosen)) if chosen else np.zeros(0, np.int64)
 
-    def _choose(self, rows: np.ndarray, choice: Choice) -> Tensor:
+    def _choose(self, rows: np.ndarray, choice: SamplingBatch) -> Tensor:
         arrays = {field.name: getattr(choice, field.name) for field in fields(choice)}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
         sent = self._send(arrays | {"rows": rows})
-        limits, most = choice.limits, choice.largest_top_k
-        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=limits, most=most)
+        limits, max_top_k = choice.limits, choice.largest_top_k
+        return choose.choose(self.tensor[sent.pop("rows")], sent, limits=limits, max_top_k=max_top_k)
 
     def log_probabilities(
-        self, rows: np.ndarray, tokens: np.ndarray, most: int
+        self, rows: np.ndarray, tokens: np.ndarray, max_top_k: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See ``choose.log_probabilities``, at ``rows`` int64 [m]."""
-        parts = [self._log_probabilities(rows[part], tokens[part], most) for part in self._parts(len(rows))]
-        packed = fetch(torch.cat(parts)) if parts else np.zeros((0, 1 + 2 * most))
-        return packed[:, 0].astype(np.float32), packed[:, 1 : 1 + most], packed[:, 1 + most :].astype(np.int64)
+        parts = [self._log_probabilities(rows[part], tokens[part], max_top_k) for part in self._parts(len(rows))]
+        packed = fetch(torch.cat(parts)) if parts else np.zeros((0, 1 + 2 * max_top_k))
+        return (
+            packed[:, 0].astype(np.float32),
+            packed[:, 1 : 1 + max_top_k],
+            packed[:, 1 + max_top_k :].astype(np.int64),
+        )
 
-    def _log_probabilities(self, rows: np.ndarray, tokens: np.ndarray, most: int) -> Tensor:
+    def _log_probabilities(self, rows: np.ndarray, tokens: np.ndarray, max_top_k: int) -> Tensor:
         sent = self._send({"rows": rows, "tokens": tokens})
-        found = choose.log_probabilities(self.tensor[sent["rows"]], sent["tokens"], most)
+        found = choose.log_probabilities(self.tensor[sent["rows"]], sent["tokens"], max_top_k)
         return torch.cat([part.reshape(len(rows), -1).double() for part in found], dim=1)
 
     def _parts(self, count: int) -> list[slice]:
@@ -108,13 +112,13 @@ def compile_choice(vocab: int, dtype: torch.dtype, device: torch.device) -> None
     none, row, one = np.zeros(0, np.int64), np.zeros(1, np.int64), np.ones(1)
     limits = {"temperature": one, "top_k": row + 2, "top_p": one / 2, "min_p": one / 2}
     penalties = {"repetition": one, "presence": one - 1, "frequency": one - 1}
-    said = {"said_row": none, "said_token": none, "said_generated": np.zeros(0, bool)}
-    moved = {"moved_row": none, "moved_token": none, "moved": none.astype(np.float32)}
+    history = {"history_row": none, "history_token": none, "history_generated": np.zeros(0, bool)}
+    logit_bias = {"logit_bias_row": none, "logit_bias_token": none, "logit_bias": none.astype(np.float32)}
     logits = DeviceLogits(torch.zeros(1, vocab, dtype=dtype, device=device))
-    logits.choose(row, Choice(**limits, **penalties, **said, **moved, seed=row, place=row))
+    logits.choose(row, SamplingBatch(**limits, **penalties, **history, **logit_bias, seed=row, position=row))
 
 
-class DeviceBank:
+class DeviceFeatureCache:
     """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them."""
 
     def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
@@ -123,41 +127,41 @@ class DeviceBank:
             check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
         self.rows = torch.zeros(count, width, dtype=dtype, device=device)
 
-    def write(self, places: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
-        """Keep ``outputs[rows]``, rows int64 [m], at ``places`` int64 [m]. ``outputs`` may be on the device."""
-        if len(places) == 0:
+    def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
+        """Keep ``outputs[rows]``, rows int64 [m], at ``handles`` int64 [m]. ``outputs`` may be on the device."""
+        if len(handles) == 0:
             return
         device = self.rows.device
         if isinstance(outputs, DeviceRows):
-            both = send(np.stack((places, rows)).astype(np.int64), device)
+            both = send(np.stack((handles, rows)).astype(np.int64), device)
             self.rows[both[0]] = outputs.tensor[both[1]].to(self.rows.dtype)
         else:
             values = send(np.asarray(outputs[rows], np.float32), device)
-            self.rows[send(places.astype(np.int64), device)] = values.to(self.rows.dtype)
+            self.rows[send(handles.astype(np.int64), device)] = values.to(self.rows.dtype)
 
-    def read(self, places: np.ndarray) -> BankRows:
-        """Return rows ``places`` int64 [m] as an input of the engine that has this bank."""
-        return BankRows(self, places.astype(np.int64))
+    def read(self, handles: np.ndarray) -> FeatureHandles:
+        """Return rows ``handles`` int64 [m] as an input of the engine that has this bank."""
+        return FeatureHandles(self, handles.astype(np.int64))
 
 
 @dataclass(frozen=True)
-class BankRows:
+class FeatureHandles:
     """Rows of a bank, by number: an input of a call."""
 
-    bank: DeviceBank
-    places: np.ndarray
+    feature_cache: DeviceFeatureCache
+    handles: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.handles)
 
 
 def numbered(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(i.places if isinstance(i, BankRows) else i) for name, i in inputs.items()}
+    return {name: np.ascontiguousarray(i.handles if isinstance(i, FeatureHandles) else i) for name, i in inputs.items()}
 
 
-def gathered(name: str, tensor: Tensor, banks: dict[str, DeviceBank]) -> Tensor:
+def gathered(name: str, tensor: Tensor, feature_caches: dict[str, DeviceFeatureCache]) -> Tensor:
     """Return an input of the network: rows of a bank where numbers were sent, else what was sent."""
-    return banks[name].rows[tensor] if name in banks and tensor.ndim == 1 else tensor
+    return feature_caches[name].rows[tensor] if name in feature_caches and tensor.ndim == 1 else tensor
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:

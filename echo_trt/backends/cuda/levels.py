@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import MOST_GRAPHS, Graphs, Staging, unowned
+from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch
-from echo_trt.decoding.pack import ROOT, LevelShape, Packed
+from echo_trt.speculation.pack import ROOT, ForwardBatch, LevelShape
 
 Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
@@ -50,11 +50,11 @@ class Levels:
         shapes = tuple(shapes)
         if not self._graphs or not shapes:
             return
-        captured = self._sizes[: MOST_GRAPHS // len(shapes)]
+        captured = self._sizes[: MAX_GRAPHS // len(shapes)]
         if len(captured) < len(self._sizes):
             warnings.warn(
                 f"drafts of more than {captured[-1]} requests run without a CUDA graph: an engine "
-                f"captures {MOST_GRAPHS}, and {len(shapes)} depths of {len(self._sizes)} batch sizes are "
+                f"captures {MAX_GRAPHS}, and {len(shapes)} depths of {len(self._sizes)} batch sizes are "
                 f"{len(shapes) * len(self._sizes)}; lower decoding.max_depth or limits.batch",
                 stacklevel=2,
             )
@@ -66,29 +66,29 @@ class Levels:
         self._graphs.sealed = True
 
     def run(
-        self, below: Packed, shape: LevelShape, most: int, roots: tuple[Tensor, Tensor], states: Tensor
+        self, below: ForwardBatch, shape: LevelShape, max_nodes: int, roots: tuple[Tensor, Tensor], states: Tensor
     ) -> np.ndarray:
         """Draft ``shape.levels`` levels below the roots' children.
 
-        below   what ``pack_levels`` returns for A requests
-        most    children of a request that are returned, the best ones
-        roots   float32 [A, k], log-probabilities of the roots' children, and the children int64 [A, k]
-        states  float [A, H], of the roots
+        below      what ``pack_levels`` returns for A requests
+        max_nodes  children of a request that are returned, the best ones
+        roots      float32 [A, k], log-probabilities of the roots' children, and the children int64 [A, k]
+        states     float [A, H], of the roots
 
         Returns int32 [A, 4, most]: a child's number, its parent's (ROOT: the root), its token, and the bits of its
         path's log-probability, float32. Numbers count a request's children in the order in which they are drafted.
         """
-        asked = len(states)
-        self._states[:asked].copy_(states)
-        self._scores[:asked].copy_(roots[0])
-        self._candidates[:asked].copy_(roots[1])
+        requested = len(states)
+        self._states[:requested].copy_(states)
+        self._scores[:requested].copy_(roots[0])
+        self._candidates[:requested].copy_(roots[1])
         arrays = {name: getattr(below, name) for name in ("past_lens", "block_begins", "block_indices")}
-        size = next(size for size in self._sizes if size >= asked) if self._graphs else asked
+        size = next(size for size in self._sizes if size >= requested) if self._graphs else requested
         padded = self._padded(arrays, size)
         pool = self._graphs.run(padded, self._capacity(size), *shape) if self._graphs else None
         if pool is None:
             pool = self._draft(Staging(padded, self._states.device).upload(padded), *shape)
-        return fetch(best_children(*(part[:asked] for part in pool), most))
+        return fetch(best_children(*(part[:requested] for part in pool), max_nodes))
 
     def _capacity(self, size: int) -> dict[str, int]:
         blocks = size * self._bounds.blocks
@@ -113,7 +113,7 @@ class Levels:
 
 
 def level_call(level: int, beams: int, call: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make the arrays of the ``level``-th call, from 1 on, but for tokens, states and mask; see ``Packed``.
+    """Make the arrays of the ``level``-th call, from 1 on, but for tokens, states and mask; see ``ForwardBatch``.
 
     call  past_lens int32 [A], block_begins and block_indices of all requests, and ``live`` int32 [1]: requests behind
           the first ones have no tokens, though rows
@@ -133,14 +133,14 @@ def level_call(level: int, beams: int, call: dict[str, Tensor]) -> dict[str, Ten
     }
 
 
-def parts_of_level(inputs: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
-    """Divide a level's call into calls of at most ``most`` tokens; every request has the same number of rows.
+def parts_of_level(inputs: dict[str, Tensor], maximum: int) -> Iterator[dict[str, Tensor]]:
+    """Divide a level's call into calls of at most ``maximum`` tokens; every request has the same number of rows.
 
     The parts share the block table, and their other tensors are new ones, aligned as TensorRT asks.
     """
     requests = len(inputs["past_lens"])
-    rows, asked = (len(inputs[name]) // requests for name in ("token_ids", "logit_rows"))
-    parts = -(-requests // max(most // rows, 1))
+    rows, requested = (len(inputs[name]) // requests for name in ("token_ids", "logit_rows"))
+    parts = -(-requests // max(maximum // rows, 1))
     if parts == 1:
         yield inputs
         return
@@ -150,7 +150,7 @@ def parts_of_level(inputs: dict[str, Tensor], most: int) -> Iterator[dict[str, T
         for name, each in (("token_ids", rows), ("positions", rows), ("hidden", rows), ("past_lens", 1)):
             part[name] = inputs[name][first * each : last * each].clone()
         part["tree_mask"] = inputs["tree_mask"][first * rows * rows : last * rows * rows].clone()
-        part["logit_rows"] = inputs["logit_rows"][first * asked : last * asked] - first * rows
+        part["logit_rows"] = inputs["logit_rows"][first * requested : last * requested] - first * rows
         part["block_begins"] = inputs["block_begins"][first : last + 1].clone()
         for name in ("seq_begins", "tree_mask_begins"):
             begin = inputs[name][first : last + 1]
@@ -164,14 +164,14 @@ def draft_levels(
     """Draft levels below the roots' children, whose log-probabilities and tokens are given, both [A, k].
 
     Returns all C children of each request in the order in which they are drafted, [A, C] each: the scores that tell the
-    best ones, log-probabilities of their paths, tokens, and the places of their parents (ROOT: the root).
+    best ones, log-probabilities of their paths, tokens, and the indices of their parents (ROOT: the root).
     """
     _, beams, width = shape
     requests = len(scores)
     path, tokens = scores[:, :width], candidates[:, :width]  # of the newest level's children
     pool = [(path, path, tokens, torch.full_like(tokens, ROOT))]
     chosen_tokens: list[Tensor] = []
-    places: list[Tensor] = []  # of the parents' states
+    parents: list[Tensor] = []  # of the parents' states
     above = torch.ones(requests, 0, 0, dtype=torch.uint8, device=scores.device)
     own = torch.eye(beams, dtype=torch.uint8, device=scores.device).expand(requests, -1, -1)
     root = torch.arange(requests, device=scores.device)[:, None]
@@ -181,11 +181,11 @@ def draft_levels(
         parent = chosen // width  # beam of the level before
         chosen_tokens.append(tokens.gather(1, chosen))
         first = requests + (level - 2) * requests * beams
-        places.append(root.expand(-1, beams) if level == 1 else first + root * beams + parent)
+        parents.append(root.expand(-1, beams) if level == 1 else first + root * beams + parent)
         above = _ancestors(above, own, parent, beams)
         inputs = level_call(level, beams, call) | {
             "token_ids": torch.cat(chosen_tokens, dim=1).reshape(-1),
-            "hidden": torch.cat(places, dim=1).reshape(-1),
+            "hidden": torch.cat(parents, dim=1).reshape(-1),
             "tree_mask": above.reshape(-1),
         }
         found, offered, state, *_ = forward(inputs)
@@ -197,9 +197,9 @@ def draft_levels(
     return tuple(torch.cat(parts, dim=1) for parts in zip(*pool, strict=True))
 
 
-def best_children(late: Tensor, path: Tensor, tokens: Tensor, parent: Tensor, most: int) -> Tensor:
-    """Pick ``most`` of the children that ``draft_levels`` returns, as ``Levels.run`` does."""
-    number = late.topk(min(most, late.shape[1]), dim=1).indices
+def best_children(late: Tensor, path: Tensor, tokens: Tensor, parent: Tensor, max_nodes: int) -> Tensor:
+    """Pick ``max_nodes`` of the children that ``draft_levels`` returns, as ``Levels.run`` does."""
+    number = late.topk(min(max_nodes, late.shape[1]), dim=1).indices
     path, tokens, parent = (part.gather(1, number) for part in (path, tokens, parent))
     bits = path.float().contiguous().view(torch.int32)
     return torch.stack([number.int(), parent.int(), tokens.int(), bits], dim=1)

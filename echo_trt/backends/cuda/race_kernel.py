@@ -1,4 +1,4 @@
-"""The exponential race of ``decoding.sampling.draw`` as a Triton kernel: noise never reaches memory."""
+"""The exponential race of ``speculation.sampling.draw`` as a Triton kernel: noise never reaches memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _philox(key0, key1, c0, c1, c2, c3):
 
 @triton.jit
 def race(
-    logits, top, inverse, seed, place, arrivals, tokens, size, span,
+    logits, top, inverse, seed, position, arrivals, tokens, size, span,
     CALLS: tl.constexpr,
 ):  # fmt: skip
     """Find who arrives first in a part of a row, for each of CALLS lanes.
@@ -31,12 +31,12 @@ def race(
 
     logits            float32 [n, size], -inf for tokens that are out
     top, inverse      float64 [n]: the largest logit, and 1 / temperature
-    seed, place       int64 [n]
+    seed, position    int64 [n]
     arrivals, tokens  float64 and int64 [n, parts * CALLS], written
     """
     row, part = tl.program_id(0), tl.program_id(1)
     peak, scale = tl.load(top + row), tl.load(inverse + row)
-    key, where = tl.load(seed + row), tl.load(place + row)
+    key, where = tl.load(seed + row), tl.load(position + row)
     lanes = tl.arange(0, CALLS)
     zero = tl.full([CALLS], 0, tl.uint32)
     low, high = zero + (where & 0xFFFFFFFF).to(tl.uint32), zero + ((where >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -68,6 +68,6 @@ def race(
             first = tl.where(ahead, arrival, first)
             winner = tl.where(ahead, token.to(tl.int64), winner)
         begin += 4 * CALLS
-    place_of = (row * tl.num_programs(1) + part) * CALLS + lanes
-    tl.store(arrivals + place_of, first)
-    tl.store(tokens + place_of, winner)
+    index_of = (row * tl.num_programs(1) + part) * CALLS + lanes
+    tl.store(arrivals + index_of, first)
+    tl.store(tokens + index_of, winner)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from echo_trt.backends.base import METADATA
-from echo_trt.decoding.pack import pack
+from echo_trt.speculation.pack import pack
 
 Arrays = dict[str, np.ndarray]
 Capacity = dict[str, int]  # rows of device memory for an array of which a call sends a part
@@ -79,7 +79,7 @@ def size_for(arrays: Arrays, sizes: Iterable[Size]) -> Size | None:
     wanted = len(arrays["token_ids"]), len(arrays["logit_rows"]), len(arrays["past_lens"])
     if np.count_nonzero(parts) > 1 or not wanted[0]:
         return None
-    return next((size for size in sizes if all(n <= most for n, most in zip(wanted, size, strict=True))), None)
+    return next((size for size in sizes if all(n <= maximum for n, maximum in zip(wanted, size, strict=True))), None)
 
 
 def capacity_of(size: Size, bounds: CallBounds) -> Capacity:
@@ -106,8 +106,8 @@ def pad(arrays: Arrays, size: Size) -> Arrays:
         **dict.fromkeys(("seq_begins", "block_begins", "tree_mask_begins"), size.requests + 1),
     }
     if "state_rows" in arrays:  # the states of features follow the states of logit rows, and padding adds logit rows
-        states, asked = arrays["state_rows"], len(arrays["logit_rows"])
-        arrays = arrays | {"state_rows": np.where(states < asked, states, states + size.rows - asked)}
+        states, requested = arrays["state_rows"], len(arrays["logit_rows"])
+        arrays = arrays | {"state_rows": np.where(states < requested, states, states + size.rows - requested)}
     return {
         name: array if name in RAGGED else _padded(array, sizes[name], name.endswith("_begins"))
         for name, array in arrays.items()

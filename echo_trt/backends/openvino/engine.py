@@ -11,11 +11,11 @@ import openvino as ov
 from echo_trt.backends import base
 from echo_trt.backends.openvino import cpu
 from echo_trt.backends.openvino.graph import FEATURES, compile_graph, read_graph
-from echo_trt.backends.openvino.lanes import as_lanes, pad_requests
-from echo_trt.decoding.arrays import next_size
-from echo_trt.decoding.pack import BLOCK, Packed, pack
+from echo_trt.backends.openvino.sequence_split import as_sequences, pad_requests
+from echo_trt.speculation.arrays import next_size
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
 
-BF16_LEAST = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
+MIN_BF16_TOKENS = 4  # least padded size in bf16 without AMX, where 1 to 3 tokens are slower. Larger: more padding
 PREPARED = 32  # tokens up to which kernels are prepared at the start; larger: a longer start, fewer slow first passes
 PREPARE_SECONDS = 1.0  # after which no further size is prepared; larger: likewise
 #: Padded sizes. Finer: less padding, more changes of size. A target's steps are two tokens, or an eighth of the size; a
@@ -43,16 +43,16 @@ class OpenVINOEngine:
         self._outputs = [o.get_any_name() for o in compiled.outputs]
         self._short = any(FEATURES in o.names and o.element_type == ov.Type.bf16 for o in compiled.outputs)
         tables = [port for port in (*compiled.inputs, *compiled.outputs) if len(port.partial_shape) == 2]
-        #: Columns of inputs and outputs with a row a token, by name.
+        #: Columns of inputs and outputs with one row per token, by name.
         self.widths = {name: port.partial_shape[1].get_length() for port in tables for name in port.names}
         self._target = "logits" in self._outputs
         self.rounds_trees = self._target and rounds_coarsely(precision)
         # Products of a single row are rounded differently from those of several rows.
-        least = 2 if self.rounds_trees else 1
+        minimum = 2 if self.rounds_trees else 1
         if self.rounds_trees and precision == "bf16" and not cpu.has_amx():
-            least = BF16_LEAST
+            minimum = MIN_BF16_TOKENS
         usual = TARGET_SIZES if self._target else DRAFT_SIZES
-        self.sizes = (least, *(size for size in usual if size > least))
+        self.sizes = (minimum, *(size for size in usual if size > minimum))
         self._pool = self._bind_pool(compiled, cpu.compute_type(precision))
         self._bound = {name: self._request.get_tensor(name) for name in inputs}
         self._views = {name: tensor.data for name, tensor in self._bound.items()}
@@ -86,14 +86,14 @@ class OpenVINOEngine:
                 rows = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
                 self.run(_blank(count, self.num_blocks), **rows, state_rows=np.arange(count))
 
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         height = dict.fromkeys((FEATURES, "state"), len(call.token_ids))
         rows = len(call.logit_rows)
         drafts = not self._target
         verifies = len(call.tree_mask) > 0
         # A verified chain gets the bits of plain decoding, unless products of a single row have others; a draft, speed.
         if drafts or len(call.past_lens) > 1 or self.sizes[0] > 1:
-            call = as_lanes(call, unmasked=drafts)
+            call = as_sequences(call, unmasked=drafts)
         tokens = len(call.token_ids)
         size = next_size(self.sizes, tokens) if verifies or drafts else max(tokens, self.sizes[0])
         size = max(size, call.padded_to)
@@ -116,7 +116,7 @@ class OpenVINOEngine:
                 self._views[name] = view = self._bound[name].data
             view[...] = values
 
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         rows = self._pool[:, source // BLOCK, :, source % BLOCK]
         self._pool[:, target // BLOCK, :, target % BLOCK] = rows
 
@@ -146,7 +146,7 @@ def _from_bf16(values: np.ndarray) -> np.ndarray:
     return halves.view(np.float32)[..., 0]
 
 
-def _blank(count: int, block: int) -> Packed:
+def _blank(count: int, block: int) -> ForwardBatch:
     """Make a call of ``count`` requests of one token, whose keys and values go to ``block``."""
     table, one = np.full((count, 1), block), np.ones(count, np.int64)
     return pack(np.zeros(count), np.zeros(count), 0 * one, one, table, np.arange(count))

@@ -18,13 +18,13 @@ from openvino.preprocess import PrePostProcessor
 
 from echo_trt.backends.base import DOMAIN, OPERATOR
 from echo_trt.backends.openvino import cpu
-from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
+from echo_trt.speculation.pack import BLOCK
 
 FEATURES = "features"  # the output that only a head reads
 MAX_CONTEXT = 12  # index of that input of PagedAttention
 # Weights up to which an int8 network on AMX is computed in bf16: int8 arithmetic takes longer there than reading two
-# bytes a weight. Larger: more networks read two bytes.
+# bytes per weight. Larger: more networks read two bytes.
 BF16_WEIGHTS = 64 << 20
 NARROW = (ov.Type.bf16, ov.Type.f16)
 DECOMPRESSION = "decompression_0"  # OpenVINO's mark of a conversion that stays in the graph
@@ -75,8 +75,8 @@ def compile_graph(model: ov.Model, precision: str, threads: int = 0) -> ov.Compi
 
 def _asked_threads() -> int:
     """Read OMP_NUM_THREADS, which PyTorch heeds and OpenVINO does not: a share of a machine's cores is set by it."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() else 0
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    return int(requested) if requested.isdecimal() else 0
 
 
 def _keep_narrow(model: ov.Model) -> None:
@@ -122,7 +122,7 @@ def _with_short_features(model: ov.Model) -> ov.Model:
     """Put a target's features out in bf16.
 
     For an output in fp32, OpenVINO keeps everything from the last matrix products on in fp32. For features that is the
-    residual of all layers, with two conversions a layer.
+    residual of all layers, with two conversions per layer.
     """
     if all(FEATURES not in output.names for output in model.outputs):
         return model

@@ -1,6 +1,6 @@
 """Weight matrices of an exported graph in 8 or 4 bits, one matrix in memory at a time.
 
-The numbers are NNCF's: symmetric, with a scale a channel in 8 bits, and a scale a group of GROUP weights in 4 bits.
+The numbers are NNCF's: symmetric, with a scale per channel in 8 bits, and a scale per group of GROUP weights in 4 bits.
 Embedding, output matrix and routers have 8 bits in both, since 4 change the choice of tokens most there.
 """
 
@@ -22,7 +22,7 @@ CHUNK = 1 << 24  # weights that are quantised at once; larger: more memory
 ALIGNMENT = 64  # bytes between which tensors begin in the file
 EIGHT_BITS = ("embed.weight", "lm_head.weight", "router.weight")
 #: Operators with weights -> the input that has them.
-PLACES = {"Gemm": 1, "MatMul": 1, "Gather": 0}
+INPUT_INDEX = {"Gemm": 1, "MatMul": 1, "Gather": 0}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Use:
     """A weight's reader: the axis that its scales run along, and the axis that a product sums over."""
 
     node: onnx.NodeProto
-    place: int
+    input_index: int
     axis: int
     summed: int
 
@@ -47,7 +47,7 @@ def quantise(path: Path, precision: str) -> None:
             if found := uses.get(tensor.name):
                 parts, node = _quantised(tensor, found[0], precision, path.parent)
                 for use in found:
-                    use.node.input[use.place] = node.output[0]
+                    use.node.input[use.index] = node.output[0]
                 nodes.append(node)
             else:
                 parts = [(tensor, None)]
@@ -77,17 +77,17 @@ def _uses(graph: onnx.GraphProto) -> dict[str, list[_Use]]:
     matrices |= {output: name for output, name in casts.items() if name in matrices}
     uses: dict[str, list[_Use]] = {}
     for node in graph.node:
-        place = PLACES.get(node.op_type)
-        if place is None or node.input[place] not in matrices:
+        input_index = INPUT_INDEX.get(node.op_type)
+        if input_index is None or node.input[input_index] not in matrices:
             continue
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         if node.op_type == "Gather":
-            use = _Use(node, place, 0, 1)
+            use = _Use(node, input_index, 0, 1)
         elif transposed:
-            use = _Use(node, place, -2, -1)
+            use = _Use(node, input_index, -2, -1)
         else:
-            use = _Use(node, place, -1, -2)
-        uses.setdefault(matrices[node.input[place]], []).append(use)
+            use = _Use(node, input_index, -1, -2)
+        uses.setdefault(matrices[node.input[input_index]], []).append(use)
     return uses
 
 
@@ -144,9 +144,9 @@ def _store(tensor: TensorProto, values: np.ndarray | None, file: BinaryIO, locat
             return
         values = numpy_helper.to_array(tensor, str(folder))
     file.write(bytes(-file.tell() % ALIGNMENT))
-    place, length = file.tell(), values.nbytes
+    input_index, length = file.tell(), values.nbytes
     file.write(np.ascontiguousarray(values).data if values.dtype.kind in "iuf" else values.tobytes())
     tensor.raw_data = b""  # the helper asks for it
-    set_external_data(tensor, location, place, length)
+    set_external_data(tensor, location, input_index, length)
     tensor.data_location = TensorProto.EXTERNAL
     tensor.ClearField("raw_data")

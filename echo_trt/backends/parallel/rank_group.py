@@ -61,7 +61,7 @@ class ByGloo:
     group: dist.ProcessGroupGloo
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
-        # Added in the order of the ranks, so that a token's bits do not depend on its place in a call.
+        # Added in the order of the ranks, so that a token's bits do not depend on its row in a call.
         return reduce(torch.add, self._all(part, ranks))
 
     def all_gather(self, part: Tensor, ranks: int) -> Tensor:

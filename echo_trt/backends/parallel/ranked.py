@@ -23,7 +23,7 @@ from echo_trt.backends.parallel.rank_processes import (
     READY,
     RankProcesses,
 )
-from echo_trt.decoding.pack import Packed
+from echo_trt.speculation.pack import ForwardBatch
 
 #: Opens one rank's engine. It is sent to other processes, so it must be picklable.
 OpenRank = Callable[[RankGroup], Engine]
@@ -61,15 +61,15 @@ class RankedEngine:
     def overlap(self, work: Callable[[], None]) -> bool:
         return overlap(self._engines[0], work)
 
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         self._others.tell(("run", (call,), inputs))
         with self._others.in_flight():
             return self._engines[0].run(call, **inputs)
 
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
-        self._others.tell(("move", (source, target), {}))
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
+        self._others.tell(("compact_kv", (source, target), {}))
         with self._others.in_flight():
-            self._engines[0].move(source, target)
+            self._engines[0].compact_kv(source, target)
 
 
 def of_rank(files: Sequence[Path], open_file: Callable[..., Engine], group: RankGroup) -> Engine:

@@ -81,10 +81,10 @@ class TensorRTBuild:
         return TensorRTFacts(version=load_compiler(engine).__version__, capabilities=self._capabilities())
 
     def _capabilities(self) -> list[str]:
-        engine, asked = self.recipe.engine, self.recipe.compute_capability
+        engine, requested = self.recipe.engine, self.recipe.compute_capability
         if not COMPILERS[engine].builds_anywhere:
             return [compute_capability(cuda_device())]
-        return list(asked) or [c for c in known_capabilities(engine) if float(c) >= AMPERE]
+        return list(requested) or [c for c in known_capabilities(engine) if float(c) >= AMPERE]
 
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""

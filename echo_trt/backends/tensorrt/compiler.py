@@ -104,8 +104,8 @@ def compile_engine(job: CompileJob, out: Path, detail: Detail = lambda share, ph
             config.set_timing_cache(timings, True)
         for shapes in job.profiles:
             profile = builder.create_optimization_profile()
-            for name, least_usual_most in shapes.items():
-                profile.set_shape(name, *least_usual_most)
+            for name, minimum_usual_maximum in shapes.items():
+                profile.set_shape(name, *minimum_usual_maximum)
             config.add_optimization_profile(profile)
         engine = _build(api, builder, network, config, detail)
         if engine is None:

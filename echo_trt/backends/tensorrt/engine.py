@@ -17,18 +17,25 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
-from echo_trt.backends.cuda.device_rows import DeviceBank, DeviceLogits, DeviceRows, compile_choice, gathered, numbered
+from echo_trt.backends.cuda.device_rows import (
+    DeviceFeatureCache,
+    DeviceLogits,
+    DeviceRows,
+    compile_choice,
+    gathered,
+    numbered,
+)
 from echo_trt.backends.cuda.levels import Levels, parts_of_level
 from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results, send
-from echo_trt.backends.padded import ROW_OUTPUTS, Layout
+from echo_trt.backends.padded import ROW_OUTPUTS, SlotLayout
 from echo_trt.backends.parallel.rank_group import RankGroup
-from echo_trt.backends.tensorrt.calls import CallLimits, Piece, in_words, linear_pieces, packed_pieces
+from echo_trt.backends.tensorrt.calls import CallLimits, MicroBatch, in_words, linear_pieces, packed_pieces
 from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
-from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
 from super_tree_attention.tensorrt_names import WRITTEN
 
 
@@ -80,30 +87,30 @@ class TensorRTEngine:
     ):
         self._session, self._device = session, session.device
         self._caches = [name for name in session.inputs if "_cache." in name]
-        linear = f"new_{self._caches[0]}" in session.outputs
-        self._aliases = {f"new_{name}" if linear else name + WRITTEN: name for name in self._caches}
-        heads, rows, head_dim = (session.most(self._caches[0], axis) for axis in (1, 2, 3))
-        self._layout = Layout(slots, blocks, rows - blocks * BLOCK) if linear else None
-        self.num_blocks, self.sizes = slots * blocks if linear else num_blocks, SIZES
-        self._limits = CallLimits.of(session, linear)
+        contiguous = f"new_{self._caches[0]}" in session.outputs
+        self._aliases = {f"new_{name}" if contiguous else name + WRITTEN: name for name in self._caches}
+        heads, rows, head_dim = (session.largest(self._caches[0], axis) for axis in (1, 2, 3))
+        self._layout = SlotLayout(slots, blocks, rows - blocks * BLOCK) if contiguous else None
+        self.num_blocks, self.sizes = slots * blocks if contiguous else num_blocks, SIZES
+        self._limits = CallLimits.of(session, contiguous)
         if slots > self._limits.batch:
             raise UserError(
                 f"batch is {slots}, but {session.name} was built for {self._limits.batch} running requests; lower it, "
                 "or raise limits.batch in the recipe and build again."
             )
-        self._pool = self._allocate((len(self._caches), slots if linear else num_blocks, heads, rows, head_dim))
+        self._pool = self._allocate((len(self._caches), slots if contiguous else num_blocks, heads, rows, head_dim))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         if self._stream is not None:  # the pool is zeroed on PyTorch's current stream
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._bounds = CallBounds(self._limits.batch, blocks)
         self._sizes = tuple(
-            size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not linear
+            size for size in graph_sizes(self._limits.batch) if size.tokens <= self._limits.tokens and not contiguous
         )
         nodes = self._limits.batch * min(tree or self._limits.tokens, self._limits.tokens)
         sizes = {"features": self.num_blocks * BLOCK, "hidden": nodes}
-        self._widths = {name: session.most(name, 1) for name in sizes if name in session.inputs}
-        self._banks = {
-            name: DeviceBank(sizes[name], width, session.types[name], self._device)
+        self._widths = {name: session.largest(name, 1) for name in sizes if name in session.inputs}
+        self._feature_caches = {
+            name: DeviceFeatureCache(sizes[name], width, session.types[name], self._device)
             for name, width in self._widths.items()
         }
         self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
@@ -143,14 +150,14 @@ class TensorRTEngine:
         with self._own_stream():
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
-                    self._launch(Piece(*in_words(arrays, capacity), none, none, none, padded=True))
+                    self._launch(MicroBatch(*in_words(arrays, capacity), none, none, none, padded=True))
         self._wait()
         self._graphs.sealed = True
 
     def _compile_rest(self) -> None:
         """Run what no graph holds, the move and a draw, whose kernels are compiled at their first launch."""
         row = np.zeros(1, np.int64)
-        self.move(row, row)
+        self.compact_kv(row, row)
         if "logits" in self._session.outputs:
             compile_choice(self._session.width("logits"), self._session.types["logits"], self._device)
 
@@ -163,7 +170,7 @@ class TensorRTEngine:
         return torch.zeros(shape, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
-    def run(self, call: Packed, **inputs: Any) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: Any) -> dict[str, np.ndarray]:
         """See ``backends.base.Engine``; large outputs are ``DeviceRows``, which read like arrays."""
         inputs = numbered(inputs)
         with self._own_stream():
@@ -182,17 +189,17 @@ class TensorRTEngine:
         self._meanwhile = work
         return True
 
-    def bank(self, name: str) -> DeviceBank | None:
-        return self._banks.get(name)
+    def feature_cache(self, name: str) -> DeviceFeatureCache | None:
+        return self._feature_caches.get(name)
 
     @property
     def drafts_levels(self) -> bool:
         """Whether this is a head over a paged pool, which can draft several levels on the device."""
-        return self._layout is None and "hidden" in self._banks
+        return self._layout is None and "hidden" in self._feature_caches
 
     @cached_property
     def _levels(self) -> Levels:
-        states, top_k = self._banks["hidden"].rows, self._session.width("scores")
+        states, top_k = self._feature_caches["hidden"].rows, self._session.width("scores")
         return Levels(self._level, states, top_k, self._bounds, self._graphs is not None)
 
     def _level(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -216,12 +223,14 @@ class TensorRTEngine:
             self._wait()
 
     @torch.inference_mode()
-    def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
+    def run_levels(
+        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+    ) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
             states = whole["state"][self._on_device(call.logit_rows)]
-            drafted = self._levels.run(below, shape, most, (whole["scores"], whole["candidates"]), states)
+            drafted = self._levels.run(below, shape, max_nodes, (whole["scores"], whole["candidates"]), states)
         self._wait()
         return drafted
 
@@ -240,7 +249,7 @@ class TensorRTEngine:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _clear(self, call: Packed) -> None:
+    def _clear(self, call: ForwardBatch) -> None:
         """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
         starting = np.flatnonzero(call.past_lens == 0)
         if len(starting):
@@ -249,24 +258,24 @@ class TensorRTEngine:
     def _on_device(self, array: np.ndarray) -> Tensor:
         return send(array, self._device)
 
-    def _join(self, call: Packed, pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    def _join(self, call: ForwardBatch, pieces: Iterable[MicroBatch]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device."""
         whole: dict[str, Tensor] = {}
         for piece in pieces:
             if whole:
                 self._wait()  # the previous piece may use the same staging memory
-            rows, places, asked = map(self._on_device, (piece.rows, piece.places, piece.asked))
+            rows, padded_rows, requested = map(self._on_device, (piece.rows, piece.padded_rows, piece.requested))
             for name, output in self._launch(piece).items():
                 total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)  # packed results have R, too
                 if name not in whole:
                     whole[name] = output.new_empty((total, *output.shape[1:]))
                 if name in ROW_OUTPUTS:
-                    whole[name][rows] = output[places]
+                    whole[name][rows] = output[padded_rows]
                 else:
-                    whole[name][asked] = output[: len(asked)]
+                    whole[name][requested] = output[: len(requested)]
         return whole
 
-    def _launch(self, piece: Piece) -> dict[str, Tensor]:
+    def _launch(self, piece: MicroBatch) -> dict[str, Tensor]:
         small = piece.padded and piece.tokens <= LARGEST
         outputs = None
         if self._graphs and small and self._session.capturable(self._shapes(piece)):
@@ -278,7 +287,7 @@ class TensorRTEngine:
 
     def _forward(self, tensors: dict[str, Tensor], first: int, recurs: bool = True) -> tuple[Tensor, ...]:
         """Launch over the slots from ``first`` on; the packed results follow the outputs."""
-        named = {name: gathered(name, tensor, self._banks) for name, tensor in tensors.items()}
+        named = {name: gathered(name, tensor, self._feature_caches) for name, tensor in tensors.items()}
         typed = {name: tensor.to(self._session.types[name]) for name, tensor in named.items()}
         bound = typed | self._bound_caches(first, len(tensors["past_lens"]))
         outputs = self._session.launch(bound, self._aliases, recurs)
@@ -288,7 +297,7 @@ class TensorRTEngine:
         part = slice(first, first + batch) if self._layout else slice(None)
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
-    def _shapes(self, piece: Piece) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, piece: MicroBatch) -> dict[str, tuple[int, ...]]:
         # Every call comes here, and a large network has over a hundred caches: shapes need no views.
         cache = (len(piece.arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
         shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
@@ -306,7 +315,7 @@ class TensorRTEngine:
         return {name: (read | late)[name] for name in whole}
 
     @torch.inference_mode()
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         with self._own_stream():
             mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
 
@@ -314,5 +323,5 @@ class TensorRTEngine:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""
         if self._layout is None:
             return rows
-        slot, row = self._layout.place(rows)
+        slot, row = self._layout.slots_and_rows(rows)
         return slot * self._layout.rows + row

@@ -17,12 +17,12 @@ Range = tuple[int, int, int]  # least, usual and largest size of an axis
 def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
     """Make the profiles of the padded graph: trees and single tokens of all slots, and one slot's prompt chunks."""
     batch, tree, chunk, rows = sizes.batch, sizes.tree, sizes.chunk, sizes.rows
-    usual, most = min(8, tree), batch * tree
+    usual, maximum = min(8, tree), batch * tree
     trees = {
         "batch": (1, batch, batch),
         "tokens": (1, usual, tree),
         "rows": (1, min(rows, batch * usual), rows),
-        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, min(most, batch * usual), bucket(most))),
+        **dict.fromkeys(("feature_rows", "hidden_rows"), (0, min(maximum, batch * usual), bucket(maximum))),
     }
     chunks = {
         "batch": (1, 1, 1),
@@ -35,16 +35,16 @@ def native_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
 
 def packed_profiles(graph: Path, sizes: CallSizes) -> list[Profile]:
     """Make the profiles of the graph that prepare_graph writes: up to 32 tokens, up to 256, and more."""
-    batch, most = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
-    most = max(most, bucket(min(most, LARGEST)))  # calls beyond LARGEST are not padded
+    batch, maximum = bucket(sizes.batch), max(sizes.rows, sizes.chunk) + sizes.chunk
+    maximum = max(maximum, bucket(min(maximum, LARGEST)))  # calls beyond LARGEST are not padded
     profiles = []
-    for least, largest in ((1, 32), (33, 256), (257, most)):
-        if least > most:
+    for minimum, largest in ((1, 32), (33, 256), (257, maximum)):
+        if minimum > maximum:
             break
-        largest = min(largest, most)
+        largest = min(largest, maximum)
         requests = min(batch, largest)
         axes: dict[str, Range] = {
-            "tokens": (least, largest, largest),
+            "tokens": (minimum, largest, largest),
             "rows": (1, min(largest, sizes.rows), largest),
             # A head computes M features and P hidden states, M + P tokens: usual sizes that break this are refused.
             "feature_rows": (0, largest, largest),
@@ -80,6 +80,6 @@ def _of_inputs(graph: Path, axes: Mapping[str, Range], first: Mapping[str, str] 
         dims = value.type.tensor_type.shape.dim
         only = first.get(value.name, "pool") if first else ""
         ranges = [(d.dim_value,) * 3 if d.HasField("dim_value") else axes[only or d.dim_param] for d in dims]
-        least, usual, most = (tuple(r[i] for r in ranges) for i in range(3))
-        profile[value.name] = (least, usual, most)
+        minimum, usual, maximum = (tuple(r[i] for r in ranges) for i in range(3))
+        profile[value.name] = (minimum, usual, maximum)
     return profile

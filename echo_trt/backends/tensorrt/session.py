@@ -26,8 +26,8 @@ def profile_for(profiles: list[Mapping[str, tuple[Shape, Shape]]], shapes: Mappi
     for index, profile in enumerate(profiles):
         within = (
             low <= size <= high
-            for name, (least, most) in profile.items()
-            for low, size, high in zip(least, shapes[name], most, strict=True)
+            for name, (minimum, maximum) in profile.items()
+            for low, size, high in zip(minimum, shapes[name], maximum, strict=True)
         )
         if all(within):
             return index
@@ -72,13 +72,13 @@ class Session:
 
     def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
         shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}
-        return {name: (tuple(least), tuple(most)) for name, (least, _, most) in shapes.items()}
+        return {name: (tuple(minimum), tuple(maximum)) for name, (minimum, _, maximum) in shapes.items()}
 
     @property
     def num_profiles(self) -> int:
         return len(self._profiles)
 
-    def most(self, name: str, axis: int, profile: int = 0) -> int:
+    def largest(self, name: str, axis: int, profile: int = 0) -> int:
         return self._profiles[profile][name][1][axis]
 
     def width(self, output: str) -> int:

@@ -14,22 +14,29 @@ from torch import Tensor
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
-from echo_trt.backends.cuda.device_rows import DeviceBank, DeviceLogits, DeviceRows, compile_choice, gathered, numbered
+from echo_trt.backends.cuda.device_rows import (
+    DeviceFeatureCache,
+    DeviceLogits,
+    DeviceRows,
+    compile_choice,
+    gathered,
+    numbered,
+)
 from echo_trt.backends.cuda.levels import Levels
 from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
 from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
-from echo_trt.decoding.pack import BLOCK, LevelShape, Packed
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
+from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
 from super_tree_attention import super_tree_attention
 
 HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16  # of the kernel: its tiles are powers of two, of 16 rows at least
-MOST_REQUESTS = 256  # in one call of an engine that is not told its largest calls
+MAX_REQUESTS = 256  # in one call of an engine that is not told its largest calls
 
 
 class TorchEngine:
@@ -68,14 +75,14 @@ class TorchEngine:
         self._pool = torch.zeros(shape, dtype=self._dtype, device=self.device)
         self._resident = self.device.type != "cpu" if resident is None else resident
         self._meanwhile: Callable[[], None] = lambda: None
-        self._bounds = bounds or CallBounds(MOST_REQUESTS, num_blocks, table=num_blocks)
-        self._banks = self._make_banks() if self._resident else {}
+        self._bounds = bounds or CallBounds(MAX_REQUESTS, num_blocks, table=num_blocks)
+        self._feature_caches = self._make_banks() if self._resident else {}
         self._graph_sizes = graph_sizes(self._bounds.requests, self._bounds.tree)
         self._graphs = Graphs(self._forward, self.device) if graphs and self.device.type == "cuda" else None
         if self._graphs and bounds:
             self._capture_all()
 
-    def _make_banks(self) -> dict[str, DeviceBank]:
+    def _make_banks(self) -> dict[str, DeviceFeatureCache]:
         """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration."""
         config, inputs = self._role.network.config, self._role.inputs
         if isinstance(config, DecoderConfig):
@@ -86,15 +93,15 @@ class TorchEngine:
         if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
             nodes = min(nodes, self._bounds.table * BLOCK)
         sizes["hidden"] = nodes, config.hidden_size
-        return {n: DeviceBank(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
+        return {n: DeviceFeatureCache(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
 
     def overlap(self, work: Callable[[], None]) -> bool:
         if self._resident:
             self._meanwhile = work
         return self._resident
 
-    def bank(self, name: str) -> DeviceBank | None:
-        return self._banks.get(name)
+    def feature_cache(self, name: str) -> DeviceFeatureCache | None:
+        return self._feature_caches.get(name)
 
     @torch.inference_mode()
     def _capture_all(self) -> None:
@@ -108,26 +115,26 @@ class TorchEngine:
     def _compile_rest(self) -> None:
         """Run what no graph holds, the move and a draw: a kernel's first launch compiles it, for a second or more."""
         row = np.zeros(1, np.int64)
-        self.move(row, row)
+        self.compact_kv(row, row)
         if "logits" in self._role.outputs:
             compile_choice(self._role.network.config.vocab_size, self._dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, call: Packed, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, call: ForwardBatch, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         arrays = self._arrays_of(call, inputs)
         if self._resident:
             return self._on_device(arrays)
         outputs = self._forward({name: torch.from_numpy(array) for name, array in arrays.items()})
         return {name: _as_array(o) for name, o in zip(self._role.outputs, outputs, strict=True)}
 
-    def _arrays_of(self, call: Packed, inputs: dict[str, np.ndarray]) -> Arrays:
+    def _arrays_of(self, call: ForwardBatch, inputs: dict[str, np.ndarray]) -> Arrays:
         arrays = numbered({"token_ids": call.token_ids, "positions": call.positions, **inputs})
         arrays = {name: arrays[name] for name in self._role.inputs}
         return arrays | {name: getattr(call, name) for name in (*METADATA, "logit_rows")}
 
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute the role's outputs; if they stay on the device, the packed results follow."""
-        named = {name: gathered(name, tensors[name], self._banks) for name in self._role.inputs}
+        named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
 
@@ -145,11 +152,11 @@ class TorchEngine:
     @property
     def drafts_levels(self) -> bool:
         """Whether this is a head whose states stay on the device, which can draft several levels there."""
-        return "hidden" in self._banks
+        return "hidden" in self._feature_caches
 
     @cached_property
     def _levels(self) -> Levels:
-        states, graphs = self._banks["hidden"].rows, self._graphs is not None
+        states, graphs = self._feature_caches["hidden"].rows, self._graphs is not None
         return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
@@ -159,23 +166,25 @@ class TorchEngine:
             self._levels.capture(shapes)
 
     @torch.inference_mode()
-    def run_levels(self, call: Packed, below: Packed, shape: LevelShape, most: int, **inputs: Any) -> np.ndarray:
+    def run_levels(
+        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+    ) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
         arrays = self._arrays_of(call, inputs)
         scores, candidates, state, *_ = self._launch(arrays)
         rows = send(arrays["logit_rows"], self.device)
-        return self._levels.run(below, shape, most, (scores[: len(rows)], candidates[: len(rows)]), state[rows])
+        return self._levels.run(below, shape, max_nodes, (scores[: len(rows)], candidates[: len(rows)]), state[rows])
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""
         outputs = self._launch(arrays)
         self._meanwhile()
-        asked, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
+        requested, tokens = len(arrays["logit_rows"]), len(arrays["token_ids"])
         named = dict(zip(self._role.outputs, outputs, strict=False))
-        read, best = read_results(outputs[-1][:asked], named)
+        read, best = read_results(outputs[-1][:requested], named)
         for name, output in named.items():
             if name not in read:
-                read[name] = DeviceLogits(output[:asked], best) if name == "logits" else DeviceRows(output[:tokens])
+                read[name] = DeviceLogits(output[:requested], best) if name == "logits" else DeviceRows(output[:tokens])
         return {name: read[name] for name in self._role.outputs}
 
     def _launch(self, arrays: Arrays) -> tuple[Tensor, ...]:
@@ -189,7 +198,7 @@ class TorchEngine:
         return outputs
 
     @torch.inference_mode()
-    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+    def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         old, new = send(np.stack((source, target)).astype(np.int64), self.device)
         if self.device.type == "cpu":
             self._pool[:, new // BLOCK, :, new % BLOCK] = self._pool[:, old // BLOCK, :, old % BLOCK]

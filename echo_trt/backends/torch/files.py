@@ -18,9 +18,9 @@ from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.layers import Rotary
-from echo_trt.models.roles import BlockRole, DraftRole, HeadRole, Role, TargetRole
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 
-ROLES = {"target": TargetRole, "draft": DraftRole, "head": HeadRole, "block": BlockRole}
+ROLES = {"target": TargetModule, "draft": DraftModule, "head": HeadModule, "block": BlockModule}
 CONFIGS = {"head": Eagle3Config, "block": BlockConfig}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

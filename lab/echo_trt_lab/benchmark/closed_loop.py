@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.params import Counters, SamplingParams
-from echo_trt.runtime.request import Request
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.params import Counters, SamplingParams
+from echo_trt.engine.request import Request
 from echo_trt_lab.benchmark.peer import Work
 
 SLICE = 1.0  # seconds of a turn; larger: a machine that slows down meanwhile favours a policy more
@@ -19,7 +19,7 @@ PHASES = ("draft", "plan", "pack", "verify", "accept", "commit")
 
 
 @dataclass
-class Tally:
+class PhaseSums:
     """Sums over iterations; ``seconds`` by phase."""
 
     iterations: int = 0
@@ -44,7 +44,7 @@ class Tally:
 
 
 @dataclass
-class Sample:
+class StepSample:
     """Measurements of one run.
 
     decode    iterations in which every slot decoded
@@ -52,14 +52,14 @@ class Sample:
     prompts   tokens of prompts that were computed
     ttft      seconds from a request's arrival to its first token
     gaps      seconds between the emissions of a request
-    pace      seconds a token of a request, without its first token
+    pace      seconds per token of a request, without its first token
     progress  tokens per iteration of a request
     accepted  draft tokens by source, where the policy counts them
     texts     request -> token ids
     """
 
-    decode: Tally = field(default_factory=Tally)
-    whole: Tally = field(default_factory=Tally)
+    decode: PhaseSums = field(default_factory=PhaseSums)
+    whole: PhaseSums = field(default_factory=PhaseSums)
     prompts: int = 0
     ttft: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -82,8 +82,8 @@ class ClosedLoop:
     kept. ``seconds`` is a clock that stands still between iterations, so that other runs may take turns.
     """
 
-    def __init__(self, loop: Loop, prompts: list[list[int]], batch: int, max_tokens: int):
-        self.loop, self.batch, self.sample = loop, batch, Sample()
+    def __init__(self, loop: EngineCore, prompts: list[list[int]], batch: int, max_tokens: int):
+        self.loop, self.batch, self.sample = loop, batch, StepSample()
         self.seconds, self.emitted = 0.0, 0
         self._prompts, self._params = [np.asarray(ids) for ids in prompts], SamplingParams(max_tokens)
         self._begun = 0
@@ -106,7 +106,7 @@ class ClosedLoop:
         loop, sample, running = self.loop, self.sample, self._running
         while len(running) < self.batch:
             request = Request(self._begun, self._prompts[self._begun % len(self._prompts)], self._params)
-            loop.queue.add(request)
+            loop.scheduler.add(request)
             running[request] = _Clock(self.seconds, first_answer=self._begun < len(self._prompts))
             self._begun += 1
         before, begin = loop.counters.copy(), time.perf_counter()
@@ -125,11 +125,11 @@ class ClosedLoop:
         if not self.busy:
             sample.accepted = _accepted(loop) - self._accepted
             for request in running:
-                loop.queue.cancel(request)
+                loop.scheduler.cancel(request)
 
 
-def _accepted(loop: Loop) -> Counter[str]:
-    """Accepted draft tokens of a loop's policy so far, by source."""
+def _accepted(loop: EngineCore) -> Counter[str]:
+    """Count accepted draft tokens of an engine core's policy so far, by source."""
     return Counter({source: int(count) for source, count in loop.planner.totals().get("accepted", {}).items()})
 
 
@@ -149,7 +149,7 @@ class _Clock:
     first: float = 0.0
     last: float = 0.0
 
-    def emitted(self, now: float, count: int, sample: Sample) -> None:
+    def emitted(self, now: float, count: int, sample: StepSample) -> None:
         if not self.last:
             self.first = now
         if self.first_answer and not self.last:
@@ -158,7 +158,7 @@ class _Clock:
             sample.gaps.append(now - self.last)
         self.last = now
 
-    def ended(self, request: Request, sample: Sample) -> None:
+    def ended(self, request: Request, sample: StepSample) -> None:
         if not self.first_answer:
             return
         sample.texts[request.id] = request.generated

@@ -13,18 +13,18 @@ from rich.progress import Progress
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import own_files
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.policies import POLICIES, policy_named
-from echo_trt.decoding.policy_names import PLAIN
+from echo_trt.engine.batch import blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.engine.measure import machine
+from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
 from echo_trt.files.prompts import Prompt, read_prompts
-from echo_trt.runtime.llm import LLM, check_lengths
-from echo_trt.runtime.loop import Loop
-from echo_trt.runtime.measure import machine
-from echo_trt.runtime.params import MOST_AT_ONCE
-from echo_trt.runtime.slots import blocks_for
-from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.policies import POLICIES, policy_named
+from echo_trt.speculation.policy_names import PLAIN
+from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
 from echo_trt_lab.benchmark.figures import figures, peer_figures
 from echo_trt_lab.benchmark.options import BenchOptions
 from echo_trt_lab.benchmark.peer import Peer, PeerRun
@@ -95,33 +95,38 @@ def _outputs(job: BenchOptions) -> dict[str, Path | None]:
     return {"--json": job.json_file, "--html": job.html_file, "--record": job.record_file}
 
 
-def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, Loop]:
+def _loops(llm: LLM, policies: list[str], budget: int | None) -> dict[str, EngineCore]:
     """Make a loop for every policy, over the same engines; none for a linear engine."""
-    if llm.loop.state.linear:
+    if llm.loop.batch.contiguous:
         return {}
     return dict(zip(policies, side_by_side(llm, policies, budget), strict=True))
 
 
-def _have_room(loops: dict[str, Loop], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
+def _have_room(loops: dict[str, EngineCore], prompts: list[list[int]], batch: int, max_tokens: int) -> bool:
     """Return whether the KV blocks of every loop hold the ``batch`` longest requests."""
     longest = sorted(map(len, prompts))[-batch:]
     return all(
-        sum(blocks_for(length + max_tokens + loop.state.reserve) for length in longest) <= loop.state.num_blocks
+        sum(blocks_for(length + max_tokens + loop.batch.reserve) for length in longest) <= loop.batch.num_blocks
         for loop in loops.values()
     )
 
 
 def _cell(
-    llm: LLM, loops: dict[str, Loop], policies: list[str], peers: list[Peer], prompts: list[list[int]], batch: int,
+    llm: LLM,
+    loops: dict[str, EngineCore],
+    policies: list[str],
+    peers: list[Peer],
+    prompts: list[list[int]],
+    batch: int,
     job: BenchOptions,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Measure all policies and peers at one batch, in rounds.
 
     Policies run side by side, or one after another where the KV pool is too small, with another first one in every
     round. Peers follow.
     """
     beside = bool(loops) and _have_room(loops, prompts, batch, job.max_tokens)
-    samples: dict[str, list[Sample]] = {policy: [] for policy in policies}
+    samples: dict[str, list[StepSample]] = {policy: [] for policy in policies}
     peer_runs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for number in range(job.rounds):
         turn = number % len(policies)
@@ -193,8 +198,8 @@ def _check(job: BenchOptions, sets: dict[str, list[Prompt]]) -> None:
             f"--budget is {job.budget}, but none of {', '.join(job.policies)} shares one; add echo, dense or fixed to "
             "--policies, or leave it out."
         )
-    if not job.batches or min(job.batches) < 1 or max(job.batches) > MOST_AT_ONCE:
-        raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MOST_AT_ONCE}.")
+    if not job.batches or min(job.batches) < 1 or max(job.batches) > MAX_AT_ONCE:
+        raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MAX_AT_ONCE}.")
     check_peers(job.peers)
     named: dict[str, str] = {}
     for option, path in _outputs(job).items():
@@ -207,8 +212,8 @@ def _check(job: BenchOptions, sets: dict[str, list[Prompt]]) -> None:
 
 def check_pool(llm: LLM, job: BenchOptions) -> None:
     """Refuse a batch that the KV pool cannot hold: the benchmark would measure preemptions."""
-    state, blocks = llm.loop.state, llm.loop.target.num_blocks
-    needed = max(job.batches) * blocks_for(job.max_tokens + state.reserve + 1)
+    batch, blocks = llm.loop.batch, llm.loop.target.num_blocks
+    needed = max(job.batches) * blocks_for(job.max_tokens + batch.reserve + 1)
     if needed > blocks:
         raise UserError(
             f"--batch {max(job.batches)} with --max-tokens {job.max_tokens} needs {needed} KV blocks or more, but the "

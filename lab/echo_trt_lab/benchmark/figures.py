@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from echo_trt_lab.benchmark.closed_loop import PHASES, Sample, Tally
+from echo_trt_lab.benchmark.closed_loop import PHASES, PhaseSums, StepSample
 from echo_trt_lab.benchmark.peer import PeerRun, Work
 
 
-def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], k_max: int) -> dict[str, Any]:
+def figures(policy: str, batch: int, rounds: list[StepSample], plain: list[StepSample], k_max: int) -> dict[str, Any]:
     """Make a policy's row of the results; ``plain`` are plain decoding's rounds, run beside ``rounds``.
 
     accepted_by_source      accepted draft tokens, where the policy counts them (``Planner.totals``)
@@ -46,7 +46,7 @@ def figures(policy: str, batch: int, rounds: list[Sample], plain: list[Sample], 
     }
 
 
-def _speed(rounds: Sequence[Sample | PeerRun], plain: Sequence[Sample]) -> dict[str, float | None]:
+def _speed(rounds: Sequence[StepSample | PeerRun], plain: Sequence[StepSample]) -> dict[str, float | None]:
     """Rates and ratios to ``plain``, all rounds as one: a round weighs by its time."""
     decode, whole = _rate_of_all([r.decode for r in rounds]), _rate_of_all([r.whole for r in rounds])
     return {
@@ -59,7 +59,7 @@ def _speed(rounds: Sequence[Sample | PeerRun], plain: Sequence[Sample]) -> dict[
 
 
 def peer_figures(
-    name: str, batch: int, rounds: list[PeerRun], plain: list[Sample], text_of: Callable[[list[int]], str]
+    name: str, batch: int, rounds: list[PeerRun], plain: list[StepSample], text_of: Callable[[list[int]], str]
 ) -> dict[str, Any]:
     """Make a peer's row, with ratios to our plain decoding of the same rounds; ``text_of`` decodes our answers."""
     decode = [_ratio(_rate(a.decode), _rate(b.decode)) for a, b in zip(rounds, plain, strict=True)]
@@ -100,7 +100,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _rate_of_all(tallies: Sequence[Tally | Work]) -> float | None:
+def _rate_of_all(tallies: Sequence[PhaseSums | Work]) -> float | None:
     return _rate(Work(sum(t.tokens for t in tallies), sum(t.elapsed for t in tallies)))
 
 
@@ -114,8 +114,8 @@ def _spread(values: list[float | None]) -> list[float] | None:
     return [round(min(measured), 4), round(max(measured), 4)] if measured else None
 
 
-def _rate(tally: Tally | Work) -> float | None:
-    """Compute tokens a second; None where no time was measured, as where every iteration computed prompts."""
+def _rate(tally: PhaseSums | Work) -> float | None:
+    """Compute tokens per second; None where no time was measured, as where every iteration computed prompts."""
     return tally.tokens / tally.elapsed if tally.elapsed else None
 
 
@@ -129,7 +129,7 @@ def _variation(values: list[float]) -> float:
     return float(np.std(values) / np.mean(values)) if values else 0.0
 
 
-def _same(rounds: list[Sample], plain: list[Sample]) -> str:
+def _same(rounds: list[StepSample], plain: list[StepSample]) -> str:
     return _share([[a.texts[i] == b.texts[i] for i in a.texts] for a, b in zip(rounds, plain, strict=True)])
 
 

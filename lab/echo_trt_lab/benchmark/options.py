@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.runtime.options import NUMBERS, WORDS, Bundle, Flag, HtmlFile, JsonFile, PolicyFile, PromptFiles, bounds
+from echo_trt.engine.options import NUMBERS, WORDS, Bundle, Flag, HtmlFile, JsonFile, PolicyFile, PromptFiles, bounds
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ class PeerRun:
     decode           tokens of the times in which no prompt waited for its first token
     prefill          tokens of prompts, and the time in which one waited for its first token
     ttft             seconds from an answer's prompt to its first token
-    pace             seconds a token of an answer, without its first token
-    accepted_length  tokens an arrival in ``decode``, 1 without drafting; None where arrivals are not steps
+    pace             seconds per token of an answer, without its first token
+    accepted_length  tokens per arrival in ``decode``, 1 without drafting; None where arrivals are not steps
     drafts           kind of the drafts, None without any
     cached           tokens of prompts that came from the peer's prefix cache
     """
@@ -107,7 +107,7 @@ def measured(
 
 
 def _pace(answer: Arrivals) -> float | None:
-    """Compute seconds a token after the first arrival; None for a single token."""
+    """Compute seconds per token after the first arrival; None for a single token."""
     tokens = sum(answer.tokens)
     last = max(t for t, n in zip(answer.times, answer.tokens, strict=True) if n > 0)
     return (last - answer.times[0]) / (tokens - 1) if tokens > 1 else None

@@ -13,7 +13,7 @@ import openvino_genai as genai
 
 from echo_trt.backends.openvino.cpu import compute_type
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.decoding.pack import BLOCK
+from echo_trt.speculation.pack import BLOCK
 from echo_trt_lab.benchmark.peer import Arrivals, PeerRun, measured
 
 WARM_UP_TOKENS = 8  # of a first answer; larger: a longer start, with more kernels prepared
@@ -55,7 +55,7 @@ class GenAI:
     def _trial(
         self, pipeline: genai.ContinuousBatchingPipeline, prompts: list[list[int]], concurrency: int, max_tokens: int
     ) -> int:
-        """Find the chain, or TREE, with the most tokens a second."""
+        """Find the chain, or TREE, with the most tokens per second."""
         some = prompts[: max(TRIAL_PROMPTS, 2 * concurrency)]
         rates = {}
         for chain in (*CHAINS, *([TREE] if concurrency == 1 else [])):

@@ -55,7 +55,7 @@ class Server:
             base_url=self.url,
             headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
-            # A connection a request: one that is kept may be closed by the server just as the next request is sent.
+            # A connection per request: one that is kept may be closed by the server just as the next request is sent.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
@@ -80,7 +80,7 @@ class Server:
             return [model["id"] for model in reply.raise_for_status().json()["data"]]
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"peer {self.name}: {self.url}/v1/models answers {reply.status_code} ({_said(reply.text)}); name an "
+                f"peer {self.name}: {self.url}/v1/models answers {reply.status_code} ({_message(reply.text)}); name an "
                 "OpenAI-compatible server, and set OPENAI_API_KEY if it asks for a key."
             ) from None
 
@@ -91,10 +91,10 @@ class Server:
             "in --peers."
         )
 
-    def refusal(self, said: str) -> UserError:
+    def refusal(self, message: str) -> UserError:
         return UserError(
-            f"peer {self.name}: {self.url}/v1/completions refuses a request ({_said(said)}); raise its limits, lower "
-            "--batch or --max-tokens, or leave the peer out."
+            f"peer {self.name}: {self.url}/v1/completions refuses a request ({_message(message)}); raise its limits, "
+            "lower --batch or --max-tokens, or leave the peer out."
         )
 
 
@@ -139,7 +139,7 @@ class OpenAIPeer:
         body = {"model": self._model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         return json.dumps(body | {"stream_options": options} | ({"prompt": ids} if as_ids else text)).encode()
 
-    async def _closed_loop(self, bodies: list[bytes], concurrency: int) -> tuple[list[_Stream], float, float]:
+    async def _closed_loop(self, bodies: list[bytes], concurrency: int) -> tuple[list[_CompletionStream], float, float]:
         """Keep ``concurrency`` streams open until every prompt has an answer; return them, begin and end.
 
         Streams that are open at the end are read on: a server that does not notice a client's leaving would go on
@@ -148,7 +148,7 @@ class OpenAIPeer:
         left, streams, begun = set(range(len(bodies))), [], 0
         begin = end = time.perf_counter()
 
-        async def fill_place(client: httpx.AsyncClient) -> None:
+        async def fill_slot(client: httpx.AsyncClient) -> None:
             nonlocal begun, end
             while left:
                 index, begun = begun, begun + 1
@@ -158,10 +158,10 @@ class OpenAIPeer:
                     end = time.perf_counter()
 
         async with self._server.client() as client:
-            await asyncio.gather(*(fill_place(client) for _ in range(concurrency)))
+            await asyncio.gather(*(fill_slot(client) for _ in range(concurrency)))
         return streams, begin, end
 
-    async def _ask(self, client: httpx.AsyncClient, index: int, body: bytes) -> _Stream:
+    async def _ask(self, client: httpx.AsyncClient, index: int, body: bytes) -> _CompletionStream:
         """Stream one completion. Its events are read later: nothing else is to take time beside the server."""
         lines: list[tuple[float, str]] = []
         sent = time.perf_counter()
@@ -175,13 +175,13 @@ class OpenAIPeer:
         except httpx.HTTPError as error:
             raise self._server.silent(error) from error
         try:
-            return _Stream.read(index, sent, lines)
+            return _CompletionStream.read(index, sent, lines)
         except ValueError as error:
             raise self._server.refusal(str(error)) from None
 
 
 @dataclass(frozen=True)
-class _Stream:
+class _CompletionStream:
     """One completion.
 
     pieces  time of an event, its text, and the answer's tokens so far, None where the server does not tell
@@ -193,7 +193,7 @@ class _Stream:
     usage: dict[str, Any]
 
     @classmethod
-    def read(cls, index: int, sent: float, lines: list[tuple[float, str]]) -> _Stream:
+    def read(cls, index: int, sent: float, lines: list[tuple[float, str]]) -> _CompletionStream:
         """Read the events of a stream. Raises ValueError where they hold an error, or no answer."""
         pieces, usage = [], {}
         for when, line in lines:
@@ -234,12 +234,12 @@ class _Stream:
         return arrivals
 
 
-def _said(body: str) -> str:
+def _message(body: str) -> str:
     """Return the sentence of an error's body, in the forms of OpenAI, vLLM and FastAPI."""
     try:
-        told = json.loads(body)
+        reported = json.loads(body)
     except ValueError:
-        told = body
+        reported = body
     for key in ("error", "message", "detail"):
-        told = told.get(key, told) if isinstance(told, dict) else told
-    return shortened(" ".join(str(told).split()).rstrip(".").replace(". ", ", "))
+        reported = reported.get(key, reported) if isinstance(reported, dict) else reported
+    return shortened(" ".join(str(reported).split()).rstrip(".").replace(". ", ", "))

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from echo_trt.bundle.manifest import Manifest
 from echo_trt.bundle.recipe import Source
 from echo_trt.bundle.sources import locate
-from echo_trt.decoding.policies import POLICIES
 from echo_trt.errors import UserError, shown
 from echo_trt.models.checkpoint import weights_sha256
 from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.speculation.policies import POLICIES
 from echo_trt_lab.benchmark.peer import Peer
 
 if TYPE_CHECKING:

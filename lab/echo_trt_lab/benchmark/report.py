@@ -44,7 +44,7 @@ SPEED_HEADS = tuple(head for head in COLUMNS.values() if head not in LATENCY_HEA
 SPEED_WORDS = (
     "Decoding",
     "Iterations without prompts. Spread: the slowest and the fastest round. Draft used: the share of verified draft "
-    "tokens that was accepted. Verified: tokens an iteration over all requests.",
+    "tokens that was accepted. Verified: tokens per iteration over all requests.",
 )
 LATENCY_WORDS = (
     "Latency and whole requests",

@@ -15,12 +15,12 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.costs import COSTS, CostTable
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.engine.measure import disturbance, measure
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, write_whole
 from echo_trt.files.prompts import Prompt, read_prompts
-from echo_trt.runtime.llm import LLM, check_lengths
-from echo_trt.runtime.measure import disturbance, measure
+from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.calibration.options import CalibrateOptions
 from echo_trt_lab.calibration.plots import report
@@ -32,24 +32,24 @@ REPORT = "calibration.html"
 FEWEST = 8  # prompts; larger: better estimates, and a longer file is asked for
 
 
-Foresee = Callable[[Trees, Calibration, Path], list[dict[str, Any]]]
+Predict = Callable[[Trees, Calibration, Path], list[dict[str, Any]]]
 
 
-def run(options: CalibrateOptions, out: Console, messages: Console, foresee: Foresee | None = None) -> None:
+def run(options: CalibrateOptions, out: Console, messages: Console, predict: Predict | None = None) -> None:
     """Calibrate a bundle.
 
-    foresee  trees, calibration and the file of costs -> rows of policies by load, which the report draws
+    predict  trees, calibration and the file of costs -> rows of policies by load, which the report draws
     """
     prompts = chosen_prompts(options.prompts, options.limit)
     read_manifest(options.bundle)  # refuses a folder that is no bundle
     _check_apart(options)
     _check_writable(options.bundle)
     with files_first(out):
-        _calibrate(options, prompts, out, messages, foresee)
+        _calibrate(options, prompts, out, messages, predict)
 
 
 def _calibrate(
-    options: CalibrateOptions, prompts: list[Prompt], out: Console, messages: Console, foresee: Foresee | None
+    options: CalibrateOptions, prompts: list[Prompt], out: Console, messages: Console, predict: Predict | None
 ) -> None:
     with messages.status("loading the bundle"):
         llm = LLM(options.bundle, "autoregressive", options.batch, prefix_cache=False)
@@ -78,9 +78,9 @@ def _calibrate(
     )
     write(options.bundle, CALIBRATION, calibration)
     before, after = reliability(trees, shape)
-    with messages.status("foreseeing what speculation brings by load"):
-        foreseen = foresee(trees, calibration, options.bundle / COSTS) if foresee else []
-    write_whole(options.bundle / REPORT, report(llm.manifest.name, calibration, costs, before, after, foreseen))
+    with messages.status("predicting what speculation brings by load"):
+        predicted = predict(trees, calibration, options.bundle / COSTS) if predict else []
+    write_whole(options.bundle / REPORT, report(llm.manifest.name, calibration, costs, before, after, predicted))
     out.print(gates_table(calibration))
     out.print(
         f"calibration error of P(accept) on the half that was not fitted on: {before.error:.3f} before, "

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from echo_trt.bundle.calibration import Calibration
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED, Acceptance, knots
+from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, Acceptance, knots
 from echo_trt_lab.calibration.gates import fit_gates
 from echo_trt_lab.calibration.observe import Observed, observe
 from echo_trt_lab.calibration.trees import Trees
@@ -84,10 +84,10 @@ def children_quantiles(observed: Observed, table: np.ndarray, max_depth: int, be
         order = np.lexsort((-share, owner))
         starts = np.concatenate(([True], np.diff(owner[order]) != 0))
         rank = np.arange(len(order)) - np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
-        for place in range(CHILDREN):
-            chosen = order[rank == place]
+        for index in range(CHILDREN):
+            chosen = order[rank == index]
             if len(chosen):
-                quantiles[depth, place] = _weighted_quantiles(share[chosen], base[chosen])
+                quantiles[depth, index] = _weighted_quantiles(share[chosen], base[chosen])
     return quantiles
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.chains import Chains
-from echo_trt.decoding.goodput.model.acceptance import CALIBRATED_START, Acceptance
-from echo_trt.decoding.goodput.optimiser.candidates import Candidates
-from echo_trt.decoding.super_tree import SuperTree
-from echo_trt.runtime.lookup import copied_chains
+from echo_trt.engine.drafters.lookup import copied_chains
+from echo_trt.speculation.chains import Chains
+from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
+from echo_trt.speculation.goodput.optimiser.candidates import Candidates
+from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.trees import RecordedDraft, Trees
 
 BATCH = 512  # positions that are replayed together; larger: fewer calls, more memory
@@ -50,9 +50,9 @@ def observe(trees: Trees, lookup: list[float] | None, max_depth: int, beams: int
             accepted[level] = accepted[tree.parent[level]] & (tree.token[level] == truth[level])
         # After an answer's end it is not known what would have been accepted.
         kept = np.flatnonzero((tree.parent >= 0) & (tree.depth <= trees.left[positions[tree.request]]))
-        place = np.full(len(tree) + 1, -1)
-        place[kept] = total + np.arange(len(kept))
-        parent, position = place[tree.parent[kept]], positions[tree.request[kept]]
+        index = np.full(len(tree) + 1, -1)
+        index[kept] = total + np.arange(len(kept))
+        parent, position = index[tree.parent[kept]], positions[tree.request[kept]]
         parts.append((tree.source[kept], tree.depth[kept], tree.score[kept], parent, accepted[kept], position))
         total += len(kept)
     source, depth, score, parent, accepted, position = map(np.concatenate, zip(*parts, strict=True))
@@ -69,9 +69,9 @@ def grow_recorded(
     width: int,
 ) -> SuperTree:
     count = len(positions)
-    room = np.full(count, max_depth)
+    max_draft_len = np.full(count, max_depth)
     copied = None if lookup is None else recorded_chains(trees, positions, lookup, max_depth)
-    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), room, copied)
+    candidates = Candidates(SuperTree.from_roots(np.zeros(count)), acceptance, np.ones(count), max_draft_len, copied)
     draft = RecordedDraft(trees, positions, width)
     roots = np.arange(count)
     log_q, tokens = draft.expand_roots(roots)

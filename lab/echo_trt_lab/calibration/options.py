@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.runtime.options import Bundle, PromptFiles, bounds
+from echo_trt.engine.options import Bundle, PromptFiles, bounds
 
 
 @dataclass(frozen=True)

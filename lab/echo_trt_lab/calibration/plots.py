@@ -19,7 +19,7 @@ from echo_trt_lab.pictures.style import Picture, doubling_axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORESEEN = (
+PREDICTED = (
     "Tokens a second, as a multiple of plain decoding's, simulated from these costs and from the draft trees that the "
     "calibration was fitted to, without n-grams. echo-trt bench measures it."
 )
@@ -31,11 +31,11 @@ def report(
     costs: CostTable,
     before: Reliability,
     after: Reliability,
-    foreseen: Sequence[dict[str, Any]] = (),
+    predicted: Sequence[dict[str, Any]] = (),
 ) -> bytes:
     """Write the calibration of the bundle ``name`` as one HTML file.
 
-    foreseen  rows of ``policy``, ``batch`` and ``ratio``, as simulated; none: no plot of them
+    predicted  rows of ``policy``, ``batch`` and ``ratio``, as simulated; none: no plot of them
     """
     facts = {
         "machine": costs.machine,
@@ -44,7 +44,7 @@ def report(
         + " after matches of 1, 2, ... tokens",
     }
     lead = ["How far this draft can be trusted, and what passes cost on this machine: policies decide by these two."]
-    top = [replace(speedup(foreseen), title="Speedup to expect, by load", sentence=FORESEEN)] if foreseen else []
+    top = [replace(speedup(predicted), title="Speedup to expect, by load", sentence=PREDICTED)] if predicted else []
     pictures = [*top, gates(calibration), reliability(before, after), passes(costs)]
     return Report(f"{name}: calibration", lead, pictures, [_gate_figures(calibration), _costs(costs)], facts).html()
 

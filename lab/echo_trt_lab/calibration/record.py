@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from echo_trt.decoding.echo.settings import EchoSettings
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt_lab.calibration.trees import TreeRecorder, Trees
 
 
@@ -27,9 +27,9 @@ def record(
     if loop.drafter is None:
         raise UserError("the bundle has no draft, so there is nothing to record; build one with a draft.")
     previous, networks = loop.planner, llm.networks
-    recorder = TreeRecorder(loop.state, shape, networks.copier, head=networks.drafter is not networks.copier)
+    recorder = TreeRecorder(loop.batch, shape, networks.copier, head=networks.drafter is not networks.copier)
     loop.planner = recorder
-    first, preemptions = loop.queue.admissions, loop.counters.preemptions
+    first, preemptions = loop.scheduler.admissions, loop.counters.preemptions
     try:
         answers: list[list[int]] = [[] for _ in prompts]
         done = 0

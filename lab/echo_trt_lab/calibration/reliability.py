@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt_lab.calibration.fit import acceptance_table, lookup_acceptance
 from echo_trt_lab.calibration.observe import Observed, observe
 from echo_trt_lab.calibration.trees import Trees

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.arrays import begins, ragged_arange
-from echo_trt.decoding.drafts import ROOT, Draft, KnownTrees
-from echo_trt.decoding.echo.grow import grow
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.planner import Iteration, Load, Plan
-from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.errors import DAMAGED, UserError
-from echo_trt.runtime.lookup import LookupDrafter
-from echo_trt.runtime.slots import Slots
+from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.drafts import ROOT, Draft, KnownTrees
+from echo_trt.speculation.echo.grow import grow
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.planner import Iteration, Plan, StepContext
+from echo_trt.speculation.super_tree import SuperTree
 
 COPIED = 8  # tokens of a continuation that are recorded; larger: longer copies can be replayed, larger files
 
@@ -90,8 +90,8 @@ class Trees:
         ahead      int [m], 1 for the next token
         """
         inside = ahead <= self.left[positions]
-        place = self.answer_begins[self.request[positions]] + self.index[positions] + ahead - 1
-        return np.where(inside, self.answers[np.minimum(place, len(self.answers) - 1)], -1)
+        index = self.answer_begins[self.request[positions]] + self.index[positions] + ahead - 1
+        return np.where(inside, self.answers[np.minimum(index, len(self.answers) - 1)], -1)
 
     def _is_whole(self) -> bool:
         """Return whether the arrays fit each other: indices are valid, and parents stand before their children."""
@@ -109,18 +109,18 @@ class Trees:
         for begin, total in ((self.answer_begins, tokens), (self.node_begins, nodes)):
             if begin[0] != 0 or begin[-1] != total or (np.diff(begin) < 0).any():
                 return False
-        place = ragged_arange(np.diff(self.node_begins))
+        index = ragged_arange(np.diff(self.node_begins))
         inside = (
             (self.group >= 0) & (self.group < len(self.groups)),
             (self.request >= 0) & (self.request < requests),
-            (self.parent >= ROOT) & (self.parent < place),
+            (self.parent >= ROOT) & (self.parent < index),
             self.index >= 0,
             self.matched >= 0,
             np.isfinite(self.log_q),
         )
         if not all(check.all() for check in inside):
             return False
-        above = np.where(self.parent >= 0, self.depth[np.arange(nodes) - place + self.parent], 0)
+        above = np.where(self.parent >= 0, self.depth[np.arange(nodes) - index + self.parent], 0)
         return bool((self.depth == above + 1).all() and (self.left >= 0).all())
 
     def to_bytes(self) -> bytes:
@@ -148,9 +148,9 @@ class TreeRecorder:
 
     name, budget = "record", 0
 
-    def __init__(self, state: Slots, shape: EchoSettings, copier: LookupDrafter | None = None, head: bool = True):
+    def __init__(self, batch: InputBatch, shape: EchoSettings, copier: LookupDrafter | None = None, head: bool = True):
         """Record trees of ``shape``'s max_depth, beams and width; without a ``head`` only ``copier`` proposes."""
-        self._state, self._shape, self._copier, self._head = state, shape, copier, head
+        self._batch, self._shape, self._copier, self._head = batch, shape, copier, head
         self._parts: list[dict[str, np.ndarray]] = []
 
     def observe(self, iteration: Iteration) -> None:
@@ -159,14 +159,14 @@ class TreeRecorder:
     def totals(self) -> dict[str, dict[str, float]]:
         return {}
 
-    def plan(self, roots: np.ndarray, draft: Draft, load: Load) -> Plan:
-        state, count = self._state, len(roots)
+    def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
+        batch, count = self._batch, len(roots)
         tokens, matched = np.full((count, COPIED), -1), np.zeros(count, np.int64)
         if self._copier:
             tokens, matched = self._copier.matches(load.slots, COPIED)
         tree = SuperTree.from_roots(roots)
-        if self._head and load.room.any():
-            tree, _ = grow(roots, draft, self._shape, load.room)
+        if self._head and load.max_draft_len.any():
+            tree, _ = grow(roots, draft, self._shape, load.max_draft_len)
         nodes = np.flatnonzero(tree.parent >= 0)
         nodes = nodes[np.argsort(tree.request[nodes], kind="stable")]
         sizes = np.bincount(tree.request[nodes], minlength=count)
@@ -175,8 +175,8 @@ class TreeRecorder:
         parent = tree.parent[nodes]
         self._parts.append(
             {
-                "serial": load.serial,
-                "index": state.length[load.slots] - state.prompt_length[load.slots],
+                "epoch": load.epoch,
+                "index": batch.length[load.slots] - batch.prompt_length[load.slots],
                 "sizes": sizes,
                 "parent": local[parent],
                 "token": tree.token[nodes],
@@ -191,7 +191,7 @@ class TreeRecorder:
     def trees(self, serials: np.ndarray, answers: list[list[int]], groups: list[str]) -> Trees:
         """Put the recorded trees of some requests and their answers together; ``serials``, int [R], of admission."""
         column = {name: np.concatenate([p[name] for p in self._parts]) for name in self._parts[0]}
-        request = np.searchsorted(serials, column["serial"])
+        request = np.searchsorted(serials, column["epoch"])
         names, group = np.unique(groups, return_inverse=True)
         lengths = np.array([len(a) for a in answers])
         return Trees(

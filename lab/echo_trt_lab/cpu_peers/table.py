@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any
 
 OURS = {"autoregressive": "ours, plain", "goodput": "ours, goodput"}
-HEAD = ["requests", "engine", "precision", "decode tokens/s", "times plain", "whole tokens/s", "times plain"]
-HEAD += ["prefill tokens/s", "first token ms", "a token ms", "equal texts"]
+DRAFT = ["requests", "engine", "precision", "decode tokens/s", "times plain", "whole tokens/s", "times plain"]
+DRAFT += ["prefill tokens/s", "first token ms", "a token ms", "equal texts"]
 
 Row = dict[str, Any]
 
@@ -21,7 +21,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         for row in run["results"]:
             rows.setdefault((row["batch"], run["precision"], row["policy"]), []).append(row)
-    lines = [HEAD, ["---"] * len(HEAD)]
+    lines = [DRAFT, ["---"] * len(DRAFT)]
     for batch, precision, policy in sorted(rows, key=lambda key: (key[0], key[1], key[2] not in OURS)):
         same = rows[batch, precision, policy]
         lines.append([str(batch), _named(policy, same), precision, *_figures(same)])

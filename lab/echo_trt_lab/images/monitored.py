@@ -117,8 +117,8 @@ def answers(url: str, dashboard: dict[str, Any], begin: float, end: float) -> di
     for panel in dashboard["panels"]:
         for target in panel.get("targets", []):
             query = target["expr"].replace("$__rate_interval", f"{4 * SCRAPE}s").replace("$instance", ".*")
-            asked = {"query": query, "start": begin, "end": end, "step": SCRAPE}
-            reply = httpx.get(f"{url}/api/v1/query_range", params=asked, timeout=60).json()
+            requested = {"query": query, "start": begin, "end": end, "step": SCRAPE}
+            reply = httpx.get(f"{url}/api/v1/query_range", params=requested, timeout=60).json()
             if reply["status"] != "success":
                 raise SystemExit(f"error: {panel['title']}: {reply['error']}")
             found[f"{panel['id']}/{target['refId']}"] = [

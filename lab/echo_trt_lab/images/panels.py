@@ -28,7 +28,7 @@ def draw(dashboard: dict[str, Any], answers: dict[str, Series]) -> bytes:
         figure = Figure(figsize=(WIDTH, rows * UNIT), facecolor=THEME["paper"])
         height = figure.get_figheight()
 
-        def place(panel: dict[str, Any], left: float, below: float, right: float, above: float) -> list[float]:
+        def index(panel: dict[str, Any], left: float, below: float, right: float, above: float) -> list[float]:
             """Return the panel's rectangle in figure coordinates, within margins in inches."""
             grid, column = panel["gridPos"], WIDTH / COLUMNS
             x, w = grid["x"] * column + left, grid["w"] * column - left - right
@@ -37,10 +37,10 @@ def draw(dashboard: dict[str, Any], answers: dict[str, Series]) -> bytes:
 
         for panel in panels:
             if panel["type"] == "row":
-                x, y, _, h = place(panel, 0.08, 0, 0, 0)
+                x, y, _, h = index(panel, 0.08, 0, 0, 0)
                 figure.text(x, y + h / 2, panel["title"], color=THEME["ink"], weight="bold", va="center", fontsize=11)
                 continue
-            card = figure.add_axes(place(panel, 0.04, 0.04, 0.04, 0.04), facecolor=THEME["card"])
+            card = figure.add_axes(index(panel, 0.04, 0.04, 0.04, 0.04), facecolor=THEME["card"])
             card.set(xticks=[], yticks=[])
             card.spines[:].set_color(THEME["line"])
             lines = [
@@ -48,7 +48,7 @@ def draw(dashboard: dict[str, Any], answers: dict[str, Series]) -> bytes:
                 for target in panel["targets"]
                 for labels, points in answers.get(f"{panel['id']}/{target['refId']}", [])
             ]
-            (_stat if panel["type"] == "stat" else _timeseries)(figure, place, panel, card, lines)
+            (_stat if panel["type"] == "stat" else _timeseries)(figure, index, panel, card, lines)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=75, facecolor=THEME["paper"])
     return stream.getvalue()
@@ -57,10 +57,10 @@ def draw(dashboard: dict[str, Any], answers: dict[str, Series]) -> bytes:
 Lines = list[tuple[str, list[tuple[float, float]]]]
 
 
-def _timeseries(figure: Figure, place: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
+def _timeseries(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
     unit = panel["fieldConfig"]["defaults"]["unit"]
     _title(card, panel)
-    axes = figure.add_axes(place(panel, 0.62, 0.62, 0.16, 0.36), facecolor="none")
+    axes = figure.add_axes(index(panel, 0.62, 0.62, 0.16, 0.36), facecolor="none")
     first = min((points[0][0] for _, points in lines if points), default=0.0)
     for at, (name, points) in enumerate(lines):
         xs = [(when - first) / 60 for when, _ in points]
@@ -87,7 +87,7 @@ def _title(card: Any, panel: dict[str, Any]) -> None:
                   color=THEME["ink"], fontsize=10)  # fmt: skip
 
 
-def _stat(figure: Figure, place: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
+def _stat(figure: Figure, index: Callable, panel: dict[str, Any], card: Any, lines: Lines) -> None:
     if panel["options"]["textMode"] == "name":
         _title(card, panel)
         names = ", ".join(name for name, _ in lines)

@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.terminal_theme import DIMMED_MONOKAI
 
-from echo_trt.commands.sources import HARMLESS
+from echo_trt.cli.sources import HARMLESS
 from echo_trt_lab.demo import demo
 from echo_trt_lab.pictures.palette import THEMES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from echo_trt.decoding.policy_names import PLAIN
+from echo_trt.speculation.policy_names import PLAIN
 from echo_trt_lab.pictures.palette import GREY, PHASES, colours_of
 from echo_trt_lab.pictures.style import MARKERS, Picture, load_axis
 
@@ -52,7 +52,7 @@ def accepted_length(rows: Rows) -> Picture:
         "Accepted length",
         "Tokens that one verification of a request brings, the target's own included: 1 is plain decoding, and more "
         "means that drafts were right.",
-        _lines(rows, lambda row: row.get("accepted_length"), "tokens a verification"),
+        _lines(rows, lambda row: row.get("accepted_length"), "tokens per verification"),
     )
 
 
@@ -62,7 +62,7 @@ def drafted(rows: Rows) -> Picture:
         "Draft tokens verified",
         "Draft tokens of a request that one iteration verifies: a policy that knows the load drafts less as the "
         "machine fills up, and nothing where nothing pays.",
-        _lines(rows, _drafts_per_request, "draft tokens a request"),
+        _lines(rows, _drafts_per_request, "draft tokens per request"),
     )
 
 

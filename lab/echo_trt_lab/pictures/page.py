@@ -39,8 +39,8 @@ class Figures:
         kept = [at for at, name in enumerate(self.columns) if name not in alike]
         rows = [[row[at] for at in kept] for row in self.rows]
         columns = [self.columns[at] for at in kept]
-        said = {name: value for name, value in alike.items() if value}
-        return Figures(self.title, self.sentence, columns, rows, self.groups, self.words), said
+        constant = {name: value for name, value in alike.items() if value}
+        return Figures(self.title, self.sentence, columns, rows, self.groups, self.words), constant
 
     def lines(self) -> list[tuple[bool, Sequence[str]]]:
         """Return rows, and whether each begins a group."""

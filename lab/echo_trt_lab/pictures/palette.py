@@ -6,7 +6,7 @@ that a picture needs no second version. Text is in ``ink`` or ``soft`` of the pa
 
 from __future__ import annotations
 
-from echo_trt.commands.sources import COLOURS
+from echo_trt.cli.sources import COLOURS
 
 #: Who proposed a token -> colour. The target's own have none: they are in ``ink``.
 SOURCES = COLOURS
@@ -51,7 +51,7 @@ def colours_of(names: list[str], known: dict[str, str] = POLICIES) -> dict[str, 
 
 
 def stylesheet() -> str:
-    """The themes as CSS variables, ``--ink`` and so on, by what the reader's system prefers; paper is light.
+    """Return the themes as CSS variables, ``--ink`` and so on, by what the reader's system prefers; paper is light.
 
     Sources are ``--source-head`` and so on.
     """

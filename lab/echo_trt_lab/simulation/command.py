@@ -14,16 +14,16 @@ from echo_trt.bundle.calibration import Calibration
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.bundle.stored import read_stored
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.goodput.model.ngrams import NGrams
-from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.goodput.settings import GoodputSettings
-from echo_trt.decoding.planner import Planner
-from echo_trt.decoding.policies import POLICIES, goodput_settings, make_planner, policy_named
-from echo_trt.decoding.policy_names import DEFAULT, PLAIN
+from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 from echo_trt.files.outputs import files_first, json_bytes, output_file
-from echo_trt.runtime.params import MOST_AT_ONCE
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.goodput.model.ngrams import NGrams
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.planner import Planner
+from echo_trt.speculation.policies import POLICIES, goodput_settings, make_planner, policy_named
+from echo_trt.speculation.policy_names import DEFAULT, PLAIN
 from echo_trt_lab.calibration.trees import Trees
 from echo_trt_lab.simulation.machines import Machine, machine_named
 from echo_trt_lab.simulation.options import SimulateOptions
@@ -35,8 +35,9 @@ from echo_trt_lab.simulation.walk import Recording, Walk
 ORACLE = "oracle"
 STATIC = (6, 4, 8)  # depth, top_k and tokens of the default pair's recipe
 LARGEST = {"budget": 1_000_000, "prompt": 131_072, "tokens": 1_000_000, "block": 64}
-# Tokens that a cell measures: SLOT_TOKENS for every slot, within FEWEST and MOST. Larger: less noise, a longer run.
-SLOT_TOKENS, FEWEST, MOST = 400, 4000, 24_000
+# Tokens that a cell measures: SLOT_TOKENS for every slot, within FEWEST and MAX_TOKENS. Larger: less noise, a longer
+# run.
+SLOT_TOKENS, FEWEST, MAX_TOKENS = 400, 4000, 24_000
 
 
 def run(job: SimulateOptions, out: Console, messages: Console) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def simulate(
     ngrams: NGrams | None = None,
 ) -> Tally:
     """Simulate one policy at one batch."""
-    tokens = job.tokens or min(max(SLOT_TOKENS * batch, FEWEST), max(MOST, 4 * batch))
+    tokens = job.tokens or min(max(SLOT_TOKENS * batch, FEWEST), max(MAX_TOKENS, 4 * batch))
     if name == ORACLE:  # which has goodput's candidates
         shape = goodput_settings(DEFAULT, settings)
         return Oracle(recording, machine, shape, batch, job.prompt, ngrams, job.block or 0).run(tokens)
@@ -164,20 +165,20 @@ def _assumptions(job: SimulateOptions, recording: Recording, machine: Machine, n
         f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy, and "
         f"{1e3 * machine.level_seconds:g} ms a draft level; goodput {1e6 * machine.candidate_seconds:g} us more for "
         "each node that it considers",
-        f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens a request",
+        f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens per request",
         "acceptance is as recorded: this target, this draft and these texts, whatever the machine",
         "goodput and the oracle are without n-grams"
         if ngrams is None
         else f"{len(ngrams):,} n-grams go on where drafts of goodput and the oracle end; they see nothing of prompts",
     ]
     if job.block:
-        facts.append(f"the draft writes its tree in one pass of {job.block} rows a request, each at a token's cost")
+        facts.append(f"the draft writes its tree in one pass of {job.block} rows per request, each at a token's cost")
     answers = len(recording.answers)
     if max(job.batches) > answers:
         facts.append(f"above batch {answers} several requests walk one recorded answer, from different places")
-    room = machine.capacity and machine.capacity // (job.prompt + recording.longest)
-    if room and room < max(job.batches):
-        facts.append(f"above batch {room} the KV cache would not fit the machine's memory")
+    free_tokens = machine.capacity and machine.capacity // (job.prompt + recording.longest)
+    if free_tokens and free_tokens < max(job.batches):
+        facts.append(f"above batch {free_tokens} the KV cache would not fit the machine's memory")
     return facts
 
 
@@ -192,12 +193,12 @@ def _check(job: SimulateOptions) -> None:
     if not job.batches:
         raise UserError("--batch is empty; give one or more positive whole numbers.")
     for batch in job.batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MOST_AT_ONCE:
-            raise UserError(f"--batch has {batch!r}; give positive whole numbers up to {MOST_AT_ONCE}, such as 1,8,64.")
-    for option, most in LARGEST.items():
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MAX_AT_ONCE:
+            raise UserError(f"--batch has {batch!r}; give positive whole numbers up to {MAX_AT_ONCE}, such as 1,8,64.")
+    for option, maximum in LARGEST.items():
         value = getattr(job, option)
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"--{option} is {value}; give a whole number from 1 to {most}.")
+        if value is not None and not 1 <= value <= maximum:
+            raise UserError(f"--{option} is {value}; give a whole number from 1 to {maximum}.")
     if job.static and (len(job.static) != 3 or min(job.static) < 1 or job.static[2] < 2):
         given = ",".join(map(str, job.static))
         raise UserError(f"--static is {given}; give depth, top_k (1 or more) and tokens (2 or more), such as 6,4,8.")

@@ -19,7 +19,7 @@ EPSILON = 1e-9  # seconds or tokens below which rounding is taken for the cause
 
 
 @dataclass(frozen=True)
-class Turn:
+class ConversationTurn:
     """A request: the turn of a conversation.
 
     arrival  seconds, of a first turn; of a later one seconds after the answer before it
@@ -41,7 +41,8 @@ class Turn:
 class TraceSettings:
     """Conversations and their turns; seconds and tokens.
 
-    rate     conversations a second on average; in the first ``bursts`` seconds of a ``period`` ``height`` times as many
+    rate     conversations per second on average; in the first ``bursts`` seconds of a ``period`` ``height`` times as
+             many
     shared   tokens that all prompts of a family begin with
     think    seconds between an answer and the next turn, on average
     """
@@ -58,11 +59,11 @@ class TraceSettings:
     seed: int = 0
 
 
-def make_trace(settings: TraceSettings) -> list[list[Turn]]:
+def make_trace(settings: TraceSettings) -> list[list[ConversationTurn]]:
     """Draw conversations, each a list of turns; first turns ascend in time."""
     rng = np.random.default_rng(settings.seed)
     quiet = (settings.period - settings.height * settings.bursts) / (settings.period - settings.bursts)
-    conversations: list[list[Turn]] = []
+    conversations: list[list[ConversationTurn]] = []
     now = 0.0
     while True:  # thinning of a Poisson process at the bursts' rate
         now += rng.exponential(1 / (settings.rate * settings.height))
@@ -77,7 +78,7 @@ def make_trace(settings: TraceSettings) -> list[list[Turn]]:
             prompt += int(rng.integers(20, 120))
             answer = int(np.clip(rng.lognormal(4.4, 0.6), 8, 400))
             arrival = now if number == 0 else float(rng.exponential(settings.think))
-            turns.append(Turn(len(conversations), family, number, arrival, prompt, settings.shared, answer))
+            turns.append(ConversationTurn(len(conversations), family, number, arrival, prompt, settings.shared, answer))
             prompt += answer
         conversations.append(turns)
 
@@ -87,7 +88,7 @@ class Speed:
     """The speed of a replica.
 
     batches         int [m], requests running at once, ascending; the last number is the limit
-    rates           float [m], tokens a second of all running requests together
+    rates           float [m], tokens per second of all running requests together
     prompt_seconds  seconds to compute a prompt token that is not cached
     cached_tokens   tokens that the prefix cache holds
     """
@@ -98,7 +99,7 @@ class Speed:
     cached_tokens: int
 
     @property
-    def most(self) -> int:
+    def maximum(self) -> int:
         return int(self.batches[-1])
 
     def rate(self, batch: int) -> float:
@@ -107,8 +108,8 @@ class Speed:
 
 @dataclass
 class _Running:
-    turn: Turn
-    asked: float
+    turn: ConversationTurn
+    requested: float
     left: float  # tokens of the answer
 
 
@@ -116,7 +117,7 @@ class _Running:
 class Outcome:
     """What came of a turn, in seconds, and the prompt tokens that were cached."""
 
-    turn: Turn
+    turn: ConversationTurn
     first: float
     whole: float
     cached: int
@@ -127,16 +128,16 @@ class Replica:
 
     def __init__(self, speed: Speed):
         self.speed, self.now = speed, 0.0
-        self.queue: deque[tuple[Turn, float]] = deque()
+        self.queue: deque[tuple[ConversationTurn, float]] = deque()
         self.running: list[_Running] = []
-        self._prefill: tuple[float, Turn, float, int] | None = None  # end, turn, asked, cached
+        self._prefill: tuple[float, ConversationTurn, float, int] | None = None  # end, turn, asked, cached
         self._cache: OrderedDict[tuple[str, int], int] = OrderedDict()  # least recently used first
         self._held = 0
         self._first: dict[tuple[int, int], tuple[float, int]] = {}
         self.done: list[Outcome] = []
         self.busy = 0.0  # seconds with something to do
 
-    def cached(self, turn: Turn) -> int:
+    def cached(self, turn: ConversationTurn) -> int:
         """Return how many of a prompt's tokens are cached, in whole blocks."""
         own = self._cache.get(("conversation", turn.conversation), 0)
         family = turn.shared if ("family", turn.family) in self._cache else 0
@@ -155,7 +156,7 @@ class Replica:
         running = sum(request.turn.prompt + request.turn.answer - request.left for request in self.running)
         return int(running) + sum(turn.prompt for turn in waiting)
 
-    def add(self, turn: Turn, now: float) -> None:
+    def add(self, turn: ConversationTurn, now: float) -> None:
         self.queue.append((turn, now))
         self._begin()
 
@@ -180,27 +181,27 @@ class Replica:
         self.now = now
         ended = []
         if self._prefill and now >= self._prefill[0] - EPSILON:
-            _, turn, asked, cached = self._prefill
+            _, turn, requested, cached = self._prefill
             self._prefill = None
-            self._first[turn.conversation, turn.number] = (now - asked, cached)
+            self._first[turn.conversation, turn.number] = (now - requested, cached)
             self._keep(("family", turn.family), turn.shared)
-            self.running.append(_Running(turn, asked, turn.answer - 1))
+            self.running.append(_Running(turn, requested, turn.answer - 1))
         for request in [request for request in self.running if request.left <= EPSILON]:
             self.running.remove(request)
             turn = request.turn
             first, cached = self._first.pop((turn.conversation, turn.number))
             self._keep(("conversation", turn.conversation), turn.prompt + turn.answer)
-            ended.append(Outcome(turn, first, now - request.asked, cached))
+            ended.append(Outcome(turn, first, now - request.requested, cached))
         self.done += ended
         self._begin()
         return ended
 
     def _begin(self) -> None:
-        if self.queue and not self._prefill and len(self.running) < self.speed.most:
-            turn, asked = self.queue.popleft()
+        if self.queue and not self._prefill and len(self.running) < self.speed.maximum:
+            turn, requested = self.queue.popleft()
             cached = self.cached(turn)
             seconds = (turn.prompt - cached) * self.speed.prompt_seconds
-            self._prefill = (self.now + seconds, turn, asked, cached)
+            self._prefill = (self.now + seconds, turn, requested, cached)
 
     def _keep(self, key: tuple[str, int], tokens: int) -> None:
         self._held += tokens - self._cache.pop(key, 0)
@@ -215,7 +216,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def choose(self, turn: Turn, replicas: Sequence[Replica]) -> int:
+    def choose(self, turn: ConversationTurn, replicas: Sequence[Replica]) -> int:
         self._next += 1
         return (self._next - 1) % len(replicas)
 
@@ -229,7 +230,7 @@ class KvRouter:
     def __init__(self, prefill_scale: float = 1.0):
         self._scale = prefill_scale
 
-    def choose(self, turn: Turn, replicas: Sequence[Replica]) -> int:
+    def choose(self, turn: ConversationTurn, replicas: Sequence[Replica]) -> int:
         def cost(replica: Replica) -> float:
             computed = turn.prompt - replica.cached(turn) + replica.waiting_tokens
             return (self._scale * computed + replica.active_tokens) // BLOCK
@@ -249,7 +250,7 @@ class Summary:
     busy: float  # share of the replicas' time
     home: float  # share of later turns that went where the turn before was answered
     first: np.ndarray = field(init=False)  # seconds to the first token, [n], sorted
-    token: np.ndarray = field(init=False)  # seconds a token after it, [n], sorted
+    token: np.ndarray = field(init=False)  # seconds per token after it, [n], sorted
 
     def __post_init__(self) -> None:
         self.first = np.sort([outcome.first for outcome in self.outcomes])
@@ -269,7 +270,7 @@ class Summary:
         return float(np.percentile(self.first, percent))
 
 
-def simulate_fleet(trace: Sequence[Sequence[Turn]], replicas: int, speed: Speed, router: Router) -> Summary:
+def simulate_fleet(trace: Sequence[Sequence[ConversationTurn]], replicas: int, speed: Speed, router: Router) -> Summary:
     """Run all conversations to their ends. A turn comes when its user has read and thought about the answer before."""
     fleet = [Replica(speed) for _ in range(replicas)]
     # Arrivals, and the replicas' next changes, of which only the latest entry of a replica counts.
@@ -283,25 +284,25 @@ def simulate_fleet(trace: Sequence[Sequence[Turn]], replicas: int, speed: Speed,
         now, kind, number, detail = heapq.heappop(events)
         if kind == 0:
             turn = trace[number][detail]
-            place = router.choose(turn, fleet)
-            ended = fleet[place].advance(now)  # at the very moment of an arrival another answer may end
-            fleet[place].add(turn, now)
-            same, later = same + (last.get(number) == place), later + (detail > 0)
-            last[number] = place
+            index = router.choose(turn, fleet)
+            ended = fleet[index].advance(now)  # at the very moment of an arrival another answer may end
+            fleet[index].add(turn, now)
+            same, later = same + (last.get(number) == index), later + (detail > 0)
+            last[number] = index
         elif detail != versions[number]:
             continue
         else:
-            place = number
-            ended = fleet[place].advance(now)
+            index = number
+            ended = fleet[index].advance(now)
         for outcome in ended:
             conversation, following = outcome.turn.conversation, outcome.turn.number + 1
             if following < len(trace[conversation]):
                 arrival = now + trace[conversation][following].arrival
                 heapq.heappush(events, (arrival, 0, conversation, following))
-        versions[place] += 1
-        change = fleet[place].next_change()
+        versions[index] += 1
+        change = fleet[index].next_change()
         if change < float("inf"):
-            heapq.heappush(events, (change, 1, place, versions[place]))
+            heapq.heappush(events, (change, 1, index, versions[index]))
     outcomes = [outcome for replica in fleet for outcome in replica.done]
     busy = sum(replica.busy for replica in fleet) / (replicas * now)
     return Summary(outcomes, now, busy, same / max(later, 1))

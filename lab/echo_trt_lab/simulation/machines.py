@@ -13,11 +13,11 @@ import numpy as np
 
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
-from echo_trt.decoding.arrays import next_size
-from echo_trt.decoding.echo.budget import fit_hinge
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
 from echo_trt.errors import UserError
-from echo_trt.sizing.hardware import Chip, Network
+from echo_trt.sizing.hardware import Chip, NetworkShare
+from echo_trt.speculation.arrays import next_size
+from echo_trt.speculation.echo.budget import fit_hinge
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
 
 THIS = "this"
 # Seconds on the host: an iteration's packing, accepting and text, and a draft level's planning. Measured on 2 cores of
@@ -71,7 +71,7 @@ class Machine:
         return next_size(self.padded, knee)
 
 
-def roofline(network: Network, chip: Chip, tokens: np.ndarray, fixed: float, per_token: float = 0.0) -> np.ndarray:
+def roofline(network: NetworkShare, chip: Chip, tokens: np.ndarray, fixed: float, per_token: float = 0.0) -> np.ndarray:
     """Compute seconds [m] of passes over ``tokens`` [m]: memory or arithmetic, plus ``fixed`` and ``per_token`` * N.
 
     The corner is rounded, (memory^4 + compute^4)^(1/4): near it neither hides the other altogether.
@@ -81,14 +81,14 @@ def roofline(network: Network, chip: Chip, tokens: np.ndarray, fixed: float, per
     return fixed + per_token * tokens + (memory**4 + compute**4) ** 0.25
 
 
-def sizes_upto(most: int) -> np.ndarray:
+def sizes_upto(maximum: int) -> np.ndarray:
     """List all sizes to 16, then sizes in steps of a fifth: int64 [m]."""
-    steps = 16 * 1.2 ** np.arange(1 + np.ceil(np.log(most / 16) / np.log(1.2)))
+    steps = 16 * 1.2 ** np.arange(1 + np.ceil(np.log(maximum / 16) / np.log(1.2)))
     return np.unique(np.concatenate((np.arange(1, 17), steps.round().astype(np.int64))))
 
 
 def _table(
-    network: Network, chip: Chip, fixed: float, per_token: float = 0.0
+    network: NetworkShare, chip: Chip, fixed: float, per_token: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Tabulate a ``Machine``'s target or draft. A tree's nodes read their request's KV cache together, once."""
     sizes = sizes_upto(16384)
@@ -103,19 +103,19 @@ NVLINK = 450e9  # bytes/s in one direction
 
 # Qwen3-8B's config.json: 36 layers, hidden 4096, 8 KV heads of 128, vocabulary 151,936; 8.2 B parameters.
 _EMBEDDING = 151_936 * 4096
-QWEN3_8B = Network(
+QWEN3_8B = NetworkShare(
     dense=8.2e9 - _EMBEDDING, parameter_bytes=2, active=8.2e9 - _EMBEDDING, kv_bytes=36 * 8 * 128 * 2 * 2
 )
 # EAGLE-3's head for it: fc 4096x12288, q 8192x4096, k and v 8192x1024, o 4096x4096, MLP 3x4096x12288, and an lm_head
 # of 32000x4096.
 _HEAD = 4096 * (12288 + 8192 + 2 * 2048 + 4096 + 3 * 12288 + 32000)
-EAGLE3_HEAD = Network(dense=_HEAD, parameter_bytes=2, active=_HEAD, kv_bytes=8 * 128 * 2 * 2)
+EAGLE3_HEAD = NetworkShare(dense=_HEAD, parameter_bytes=2, active=_HEAD, kv_bytes=8 * 128 * 2 * 2)
 # Qwen3-235B-A22B's config.json: 94 layers, hidden 4096, 64 query and 4 KV heads of 128, 128 experts of 3x4096x1536 of
-# which 8 a token. One of 8 GPUs holds an eighth of every matrix, and one KV head: two GPUs hold the same head.
+# which 8 per token. One of 8 GPUs holds an eighth of every matrix, and one KV head: two GPUs hold the same head.
 _GPUS, _LAYERS = 8, 94
 _ATTENTION = 4096 * 128 * (2 * 64 + 2 * 4) * _LAYERS
 _EXPERT = 3 * 4096 * 1536 * _LAYERS
-QWEN3_235B = Network(
+QWEN3_235B = NetworkShare(
     dense=(_ATTENTION + _EMBEDDING) / _GPUS,
     parameter_bytes=1,
     active=(_ATTENTION + _EMBEDDING + 8 * _EXPERT) / _GPUS,
@@ -161,7 +161,7 @@ def h100x8_qwen3_235b() -> Machine:
         (
             "8 H100 SXM, NVIDIA's data sheet: 3.35 TB/s each, 80 % of it reached, 1,979 fp8 TFLOP/s, 45 % of it",
             "Qwen3-235B-A22B in fp8, tensor parallel: each GPU reads an eighth of the weights that a pass touches",
-            "N tokens touch 128 (1 - (1 - 8/128)^N) experts a layer: routing is taken as uniform and independent, "
+            "N tokens touch 128 (1 - (1 - 8/128)^N) experts per layer: routing is taken as uniform and independent, "
             "where real routing is skewed and a tree's tokens alike, so that fewer are touched",
             f"two all-reduces a layer, {1e6 * _ALL_REDUCE:g} us each (assumed) and their bytes at 450 GB/s (NVLink)",
             "the KV cache is bf16, 4 heads stand twice on 8 GPUs; the arithmetic of attention is left out",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.runtime.options import NUMBERS, WORDS, HtmlFile, JsonFile, PolicyFile, bounds
+from echo_trt.engine.options import NUMBERS, WORDS, HtmlFile, JsonFile, PolicyFile, bounds
 
 
 @dataclass(frozen=True)

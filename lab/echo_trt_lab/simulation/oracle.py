@@ -1,8 +1,8 @@
 """The oracle: a policy with goodput's candidates and costs that knows which candidates will be accepted.
 
-An iteration maximises tokens - rate * seconds. ``rate`` is raised to the tokens a second of the whole walk until the
-two agree (Dinkelbach's method), which gives the most tokens a second in the long run if an iteration's choice does not
-change the next one's state. The search is exact for a single request, and where the seconds of a draft pass do not
+An iteration maximises tokens - rate * seconds. ``rate`` is raised to the tokens per second of the whole walk until the
+two agree (Dinkelbach's method), which gives the most tokens per second in the long run if an iteration's choice does
+not change the next one's state. The search is exact for a single request, and where the seconds of a draft pass do not
 depend on its entries (bandwidth-bound). Elsewhere it tries every number of levels, with requests in the order of the
 tokens that an entry adds: a lower bound, a little below the best.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.goodput.model.costs import Costs
-from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
-from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
+from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt_lab.calibration.trees import Trees
 from echo_trt_lab.simulation.machines import Machine
 from echo_trt_lab.simulation.replay import Step, Tally
@@ -24,19 +24,19 @@ from echo_trt_lab.simulation.walk import Recording, Walk
 ROUNDS, TOLERANCE = 8, 1e-3  # of Dinkelbach's method. More rounds or less tolerance: a rate nearer to the best, slower
 
 
-def foresee(trees: Trees, settings: GoodputSettings, ngrams: NGrams | None = None) -> np.ndarray:
+def predict(trees: Trees, settings: GoodputSettings, ngrams: NGrams | None = None) -> np.ndarray:
     """Count the draft tokens in a row that will be accepted at a position after 0, 1, ... levels of drafting.
 
-    Returns int [P, levels + 1], within ``settings``'s max_depth, width and tokens a request. Copies and n-grams need no
-    level, and n-grams go on where drafts end. The last token of an answer needs no draft.
+    Returns int [P, levels + 1], within ``settings``'s max_depth, width and tokens per request. Copies and n-grams need
+    no level, and n-grams go on where drafts end. The last token of an answer needs no draft.
     """
-    most = np.minimum(trees.left - 1, min(settings.max_depth, settings.per_request - 1)).clip(0)
-    drafted = np.minimum(_drafted_run(trees, settings.width), most)
+    maximum = np.minimum(trees.left - 1, min(settings.max_depth, settings.per_request - 1)).clip(0)
+    drafted = np.minimum(_drafted_run(trees, settings.width), maximum)
     levels = np.arange(drafted.max(initial=0) + 1)
-    runs = np.stack((*np.minimum(levels[:, None], drafted), np.minimum(_copied_run(trees), most)), axis=1)
+    runs = np.stack((*np.minimum(levels[:, None], drafted), np.minimum(_copied_run(trees), maximum)), axis=1)
     if ngrams is not None:
-        place = (trees.answer_begins[trees.request] + trees.index)[:, None] + runs
-        runs = np.minimum(runs + _named_run(trees, ngrams)[place], most[:, None])
+        index = (trees.answer_begins[trees.request] + trees.index)[:, None] + runs
+        runs = np.minimum(runs + _named_run(trees, ngrams)[index], maximum[:, None])
     # Copied tokens are there at any level.
     return np.maximum.accumulate(np.maximum(runs[:, :-1], runs[:, -1:]), axis=1)
 
@@ -47,9 +47,9 @@ def _named_run(trees: Trees, ngrams: NGrams) -> np.ndarray:
     for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
         answer = trees.answers[begin:end].astype(np.int64)
         right[begin:end] = ngrams.look_up(context_keys(answer, ngrams.longest)[:-1])[0] == answer
-    places = np.arange(len(right))
-    wrong = np.where(right, len(right), places)
-    return np.minimum.accumulate(wrong[::-1])[::-1] - places
+    indices = np.arange(len(right))
+    wrong = np.where(right, len(right), indices)
+    return np.minimum.accumulate(wrong[::-1])[::-1] - indices
 
 
 def _copied_run(trees: Trees) -> np.ndarray:
@@ -76,7 +76,7 @@ def _drafted_run(trees: Trees, width: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Choice:
+class OraclePlan:
     """The oracle's plan of one iteration.
 
     verified       int [B], a request's draft tokens that are verified, all of which are accepted
@@ -95,21 +95,21 @@ class Choice:
 
 def choose(
     ahead: np.ndarray,
-    behind: np.ndarray,
+    draft_lag: np.ndarray,
     rate: float,
     costs: Costs,
     context: int,
     level_seconds: float = 0.0,
     block: int = 0,
-) -> Choice:
+) -> OraclePlan:
     """Choose drafts and verification of one iteration.
 
-    ahead          int [B, levels + 1], tokens in a row that will be accepted (``foresee``)
-    behind         int [B], entries that a request's first level needs
-    rate           tokens a second
+    ahead          int [B, levels + 1], tokens in a row that will be accepted (``predict``)
+    draft_lag      int [B], entries that a request's first level needs
+    rate           tokens per second
     context        cached tokens of all requests
     level_seconds  of a level, beside its pass
-    block          rows of a request's only pass, by a block drafter; 0: a pass a level
+    block          rows of a request's only pass, by a block drafter; 0: one pass per level
     """
     batch, free, upto = len(ahead), int(ahead[:, 0].sum()), int(ahead[:, -1].sum())
     worth = np.arange(upto + 1) - rate * _verifying(costs, batch, context, np.arange(upto + 1))
@@ -119,10 +119,10 @@ def choose(
         needed = _needed(ahead, levels)
         able = np.flatnonzero(needed)
         if block:
-            entries = behind[able, None] + block
+            entries = draft_lag[able, None] + block
         else:  # a level's pass has the entries of levels above, too
             entries = np.where(needed[able, None] > np.arange(levels), np.arange(levels), 0)
-            entries[:, 0] = behind[able]
+            entries[:, 0] = draft_lag[able]
         added = (ahead[:, levels] - ahead[:, 0])[able]
         order = np.argsort(-added / entries.sum(axis=1), kind="stable")
         total = entries[order].cumsum(axis=0)
@@ -139,7 +139,7 @@ def choose(
     passes = int(_needed(ahead, levels)[chosen].max(initial=0))
     passes = min(passes, 1) if block else passes
     number = int(worth[: reach.sum() + 1].argmax())
-    return Choice(_shallow_first(reach, number), chosen, passes, seconds, float(value))
+    return OraclePlan(_shallow_first(reach, number), chosen, passes, seconds, float(value))
 
 
 def _needed(ahead: np.ndarray, levels: int) -> np.ndarray:
@@ -182,7 +182,7 @@ class Oracle:
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
         self._costs.change = 0.0  # a change of size is free
-        self._ahead = foresee(recording.trees, settings, ngrams)
+        self._ahead = predict(recording.trees, settings, ngrams)
 
     def run(self, tokens: int) -> Tally:
         """Walk until about ``tokens`` are emitted, then again with the measured rate; returns the best walk's sums."""
@@ -206,8 +206,8 @@ class Oracle:
     def _step(self, walk: Walk, rate: float) -> Step:
         context = int(walk.context.sum())
         ahead = self._ahead[walk.positions]
-        choice = choose(ahead, walk.behind.clip(1), rate, self._costs, context, self._level, self._block)
-        walk.behind[choice.drafted] = 0
+        choice = choose(ahead, walk.draft_lag.clip(1), rate, self._costs, context, self._level, self._block)
+        walk.draft_lag[choice.drafted] = 0
         verified = int(choice.verified.sum())
         seconds = self._host + choice.draft_seconds + self._costs.target.per_context * context
         seconds += float(_verifying(self._costs, self._batch, context, np.array([verified]))[0])

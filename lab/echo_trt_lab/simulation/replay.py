@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_trt.decoding.accept import accept
-from echo_trt.decoding.chains import Chains
-from echo_trt.decoding.drafts import Pass, Proposals, TimedDraft
-from echo_trt.decoding.goodput.model.costs import Costs
-from echo_trt.decoding.goodput.planner import GoodputPlanner
-from echo_trt.decoding.planner import RECENT, Iteration, Load, Planner
-from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.speculation.accept import accept
+from echo_trt.speculation.chains import Chains
+from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.planner import RECENT, Iteration, Planner, StepContext
+from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
 from echo_trt_lab.simulation.machines import Machine
@@ -78,7 +78,7 @@ class ClockedDraft(TimedDraft):
     """A draft over recorded trees, on a clock of its own that adds up what passes cost.
 
     A first pass has a root's missing entries, and a later one also the nodes of its requests that were expanded before,
-    as in the runtime. A block drafter's first pass also has ``block`` rows a request, and there is no later one.
+    as in the runtime. A block drafter's first pass also has ``block`` rows per request, and there is no later one.
     """
 
     def __init__(self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0):
@@ -87,8 +87,8 @@ class ClockedDraft(TimedDraft):
         self._expanded = np.zeros(0, np.int64)
 
     def propose_roots(self, requests: np.ndarray) -> Proposals:
-        self._pass(int(self._walk.behind[requests].clip(1).sum()) + self._block * len(requests))
-        self._walk.behind[requests] = 0
+        self._pass(int(self._walk.draft_lag[requests].clip(1).sum()) + self._block * len(requests))
+        self._walk.draft_lag[requests] = 0
         return self._draft.expand_roots(requests)
 
     def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
@@ -120,7 +120,7 @@ class RecordedCopier:
 class Replay:
     """One planner over one walk; ``step`` is the iteration of runtime/loop.py without engines.
 
-    block  rows of a block drafter's only pass for a request; 0: the draft takes a pass a level
+    block  rows of a block drafter's only pass for a request; 0: the draft takes one pass per level
     """
 
     def __init__(self, walk: Walk, machine: Machine, planner: Planner, block: int = 0):
@@ -141,8 +141,8 @@ class Replay:
     def step(self) -> Step:
         walk, batch, trees = self.walk, self.walk.batch, self.walk.recording.trees
         positions, context = walk.positions, int(walk.context.sum())
-        room, behind, recent = walk.room.clip(0), walk.behind.clip(1), walk.recent(RECENT)
-        load = Load(np.arange(batch), room, behind, context, recent=recent, serial=walk.serial.copy())
+        max_draft_len, draft_lag, recent = walk.max_draft_len.clip(0), walk.draft_lag.clip(1), walk.recent(RECENT)
+        load = StepContext(np.arange(batch), max_draft_len, draft_lag, context, recent=recent, epoch=walk.epoch.copy())
         draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock, self._block)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree

@@ -32,7 +32,7 @@ def html_report(result: dict[str, Any]) -> bytes:
     rows, recording = result["results"], result["recording"]
     figures = Figures(
         "Figures",
-        "Verified: tokens an iteration over all requests. Levels: draft passes an iteration. Spread: tokens an "
+        "Verified: tokens per iteration over all requests. Levels: draft passes per iteration. Spread: tokens an "
         "iteration over requests, standard deviation over mean.",
         ("batch", "policy", *COLUMNS),
         [[str(row["batch"]), row["policy"], *_cells(row)] for row in rows],

@@ -33,9 +33,9 @@ class Recording:
 
     def _check_complete(self) -> None:
         """Refuse a recording that lacks a tree: an iteration may begin after any token but an answer's last."""
-        place = np.arange(len(self.trees.answers))
+        where = np.arange(len(self.trees.answers))
         answer = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        index = place - self.trees.answer_begins[answer]
+        index = where - self.trees.answer_begins[answer]
         missing = np.flatnonzero((index >= 1) & (self._position[:-1] < 0))
         if len(missing):
             token, number = index[missing[0]], answer[missing[0]]
@@ -75,10 +75,10 @@ class Kept:
 class Walk:
     """``batch`` slots that walk recorded answers, with ``prompt`` cached tokens before every answer.
 
-    answer  int [B], a slot's answer
-    index   int [B], tokens of the answer so far
-    behind  int64 [B], entries that the slot's draft has to catch up
-    serial  int [B], number of the slot's admission
+    answer     int [B], a slot's answer
+    index      int [B], tokens of the answer so far
+    draft_lag  int64 [B], entries that the slot's draft has to catch up
+    epoch      int [B], number of the slot's admission
     Slots begin spread over their answers. With more slots than answers several walk one, from different places.
     """
 
@@ -93,8 +93,8 @@ class Walk:
         self.answer = recording.answers[np.arange(batch) % len(recording.answers)]
         share = (np.arange(1, batch + 1) * _GOLDEN) % 1
         self.index = 1 + (share * (recording.lengths[self.answer] - 1)).astype(np.int64)
-        self.behind = np.ones(batch, np.int64)
-        self.serial = self._admissions + np.arange(batch)
+        self.draft_lag = np.ones(batch, np.int64)
+        self.epoch = self._admissions + np.arange(batch)
         self._admissions += batch
         self._next = batch
 
@@ -108,7 +108,7 @@ class Walk:
         return self.recording.lengths[self.answer] - self.index
 
     @property
-    def room(self) -> np.ndarray:
+    def max_draft_len(self) -> np.ndarray:
         """Draft tokens in a row that a slot may still use: int [B]. The limit counts, as an answer's end is unknown."""
         return self.recording.longest - self.index - 1
 
@@ -119,10 +119,10 @@ class Walk:
 
     def recent(self, count: int, before: int = 1) -> np.ndarray:
         """Return ``count`` tokens up to ``before`` ahead of a slot's newest, -1 before the answer: int64 [B, count]."""
-        place = self.index[:, None] - before - np.arange(count, 0, -1)
+        where = self.index[:, None] - before - np.arange(count, 0, -1)
         begin = self.recording.trees.answer_begins[self.answer]
-        tokens = self.recording.trees.answers[begin[:, None] + np.maximum(place, 0)]
-        return np.where(place >= 0, tokens, -1).astype(np.int64)
+        tokens = self.recording.trees.answers[begin[:, None] + np.maximum(where, 0)]
+        return np.where(where >= 0, tokens, -1).astype(np.int64)
 
     @property
     def context(self) -> np.ndarray:
@@ -133,12 +133,12 @@ class Walk:
         """Emit ``counts``, int [B], tokens of the slots; tokens beyond an answer's end are dropped."""
         kept = np.minimum(counts, self.left)
         self.index += kept
-        self.behind += kept
+        self.draft_lag += kept
         ended = np.flatnonzero(self.left == 0)
         for slot in ended:
             self.answer[slot] = self.recording.answers[self._next % len(self.recording.answers)]
-            self.index[slot], self.behind[slot] = 1, self._prompt + 1  # a draft begins with the prompt
-            self.serial[slot] = self._admissions
+            self.index[slot], self.draft_lag[slot] = 1, self._prompt + 1  # a draft begins with the prompt
+            self.epoch[slot] = self._admissions
             self._admissions += 1
             self._next += 1
         return Kept(kept, ended)

@@ -13,12 +13,12 @@ import torch
 
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.decoding.pack import BLOCK
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.slots import Slots
+from echo_trt.speculation.pack import BLOCK
 from echo_trt_lab.training.corpus import write_shard
 
 GREEDY_OF_FIVE = 3  # three answers of five are greedy, as at serving; two are drawn, for variety
@@ -30,26 +30,26 @@ class Recorder:
     ``finished`` are (tokens int32 [L], prompt length, known uint16 [L, 4H] as bfloat16) of requests that have left.
     """
 
-    def __init__(self, state: Slots, num_blocks: int, hidden_size: int):
-        self.state, self.width = state, 3 * hidden_size
+    def __init__(self, batch: InputBatch, num_blocks: int, hidden_size: int):
+        self.batch, self.width = batch, 3 * hidden_size
         self.finished: list[tuple[np.ndarray, int, np.ndarray]] = []
         self._known = np.zeros((num_blocks * BLOCK, 4 * hidden_size), np.uint16)
 
-    def behind(self, slots: np.ndarray) -> np.ndarray:
+    def draft_lag(self, slots: np.ndarray) -> np.ndarray:
         return np.zeros(len(slots), np.int64)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         self._known[rows, : self.width] = _bfloat16(outputs["features"][output_rows])
         # States come for rows whose next token was asked for. A prompt's are never used, whatever lands there.
-        asked = output_rows < len(outputs["hidden"])
-        self._known[rows[asked], self.width :] = _bfloat16(outputs["hidden"][output_rows[asked]])
+        requested = output_rows < len(outputs["hidden"])
+        self._known[rows[requested], self.width :] = _bfloat16(outputs["hidden"][output_rows[requested]])
 
     def forget(self, slot: int) -> None:
-        state = self.state
-        length, cached = int(state.length[slot]), int(state.committed[slot])
+        batch = self.batch
+        length, cached = int(batch.length[slot]), int(batch.committed[slot])
         known = np.zeros((length, self._known.shape[1]), np.uint16)
-        known[:cached] = self._known[state.rows(np.full(cached, slot), np.arange(cached))]
-        self.finished.append((state.tokens[slot, :length].copy(), int(state.prompt_length[slot]), known))
+        known[:cached] = self._known[batch.rows(np.full(cached, slot), np.arange(cached))]
+        self.finished.append((batch.tokens[slot, :length].copy(), int(batch.prompt_length[slot]), known))
 
 
 def record(llm: LLM, bundle: Path) -> Recorder:
@@ -59,7 +59,7 @@ def record(llm: LLM, bundle: Path) -> Recorder:
     with tempfile.TemporaryDirectory(dir=bundle.parent) as folder:
         graph = _with_hidden_output(bundle, manifest, Path(folder))
         loop.target = OpenVINOEngine(graph, manifest.precision, loop.target.num_blocks)
-    loop.drafter = Recorder(loop.state, loop.target.num_blocks, manifest.target.hidden_size)
+    loop.drafter = Recorder(loop.batch, loop.target.num_blocks, manifest.target.hidden_size)
     return loop.drafter
 
 
@@ -80,10 +80,10 @@ def write_answers(
         report(begin / len(prompts), f"{path.name}, {tokens:,} tokens so far")
         if path.exists():
             continue
-        asked = [llm.chat_ids(p.text) for p in prompts[begin : begin + per_shard]]
-        answers = llm.generate(asked, [_params(begin + i, max_tokens) for i in range(len(asked))])
+        requested = [llm.chat_ids(p.text) for p in prompts[begin : begin + per_shard]]
+        answers = llm.generate(requested, [_params(begin + i, max_tokens) for i in range(len(requested))])
         if llm.counters.preemptions:
-            raise UserError(f"the KV pool is too small for {llm.loop.state.count} requests; give a smaller --batch.")
+            raise UserError(f"the KV pool is too small for {llm.loop.batch.count} requests; give a smaller --batch.")
         tokens += sum(len(a.token_ids) for a in answers)
         write_shard(path, recorder.finished)
         recorder.finished = []
@@ -96,7 +96,9 @@ def _params(number: int, max_tokens: int) -> SamplingParams:
 
 
 def _with_hidden_output(bundle: Path, manifest: Manifest, folder: Path) -> Path:
-    """A copy of the target's graph that also returns what its output matrix reads, [R, H]; weights are linked."""
+    """Return a copy of the target's graph that also returns what its output matrix reads, [R, H]; weights are
+    linked.
+    """
     source = bundle / manifest.target.file
     model = onnx.load(source, load_external_data=False)
     last = next(node for node in model.graph.node if "logits" in node.output)

@@ -1,7 +1,7 @@
 """Text that the target generated, as shards on disk, and the packed batches that training takes from it.
 
 A shard is ``shard-00000.npz``: ``tokens`` int32 (prompt and response of all its samples, end to end), ``lengths`` and
-``prompt_lengths`` int32, one a sample. Beside it lies ``shard-00000.features.npy``, see ``features``.
+``prompt_lengths`` int32, one per sample. Beside it lies ``shard-00000.features.npy``, see ``features``.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Corpus:
         return self.tokens[sample.shard][sample.start : sample.start + sample.length]
 
     def known(self, sample: Sample) -> Tensor:
-        """What the target computed over a sample: bfloat16 [length, 3H of features + H of last state]."""
+        """Return what the target computed over a sample: bfloat16 [length, 3H of features + H of last state]."""
         stored = self.features[sample.shard][sample.start : sample.start + sample.length]
         return torch.from_numpy(np.array(stored)).view(torch.bfloat16)
 
@@ -154,7 +154,9 @@ class Corpus:
 
 
 def draft_vocabulary(corpus: Corpus, vocab_size: int, draft_size: int, always: Sequence[int]) -> Tensor:
-    """The ``draft_size`` most frequent ids of the training text, ascending, with those of ``always`` among them."""
+    """Return the ``draft_size`` most frequent ids of the training text, ascending, with those of ``always`` among
+    them.
+    """
     counts = np.zeros(vocab_size)
     for sample in corpus.training:
         np.add.at(counts, corpus.text(sample), 1.0)

@@ -25,7 +25,9 @@ MASK_TOKEN = 0  # any one: a masked row is told by its learnt state
 
 
 def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str, intermediate: int) -> Eagle3Config:
-    """A head of the target's layer shape but for its MLP's ``intermediate`` size, over default ``feature_layers``."""
+    """Return a head of the target's layer shape but for its MLP's ``intermediate`` size, over default
+    ``feature_layers``.
+    """
     return Eagle3Config(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,
@@ -44,14 +46,14 @@ def head_config(target: DecoderConfig, draft_vocab_size: int, target_sha256: str
 
 
 def block_config_of(head: Eagle3Config, rows: int) -> BlockConfig:
-    """Return the configuration of a one-layer P-EAGLE drafter of ``rows`` rows a pass, in the shape of ``head``."""
+    """Return the configuration of a one-layer P-EAGLE drafter of ``rows`` rows per pass, in the shape of ``head``."""
     shape = {f.name: getattr(head, f.name) for f in fields(head) if f.name in {g.name for g in fields(BlockConfig)}}
     kind = {"causal": True, "predicts_next": True, "anchored": True, "qk_norm": False}
     return BlockConfig(family="p-eagle", num_layers=1, block_size=rows, mask_token=MASK_TOKEN, **kind, **shape)
 
 
 def feature_scale(corpus: Corpus, samples: int = 200) -> Tensor:
-    """The RMS [3H] of each feature dimension over ordinary positions.
+    """Return the RMS [3H] of each feature dimension over ordinary positions.
 
     The first position and a few delimiters carry activations a thousand times larger, which would drown the rest.
     """
@@ -66,7 +68,9 @@ def feature_scale(corpus: Corpus, samples: int = 200) -> Tensor:
 def warm_start(
     config: Eagle3Config | BlockConfig, target: Decoder, target_ids: Tensor, scale: Tensor, positions: int
 ) -> Eagle3Head:
-    """A head that begins as the target's last layer on its highest feature, for features divided by ``scale``."""
+    """Return a head that begins as the target's last layer on its highest feature, for features divided by
+    ``scale``.
+    """
     network = ParallelEagle if isinstance(config, BlockConfig) else Eagle3Head
     head, last = network(config, positions, target.embed), target.layers[-1]
     hidden = config.hidden_size
@@ -111,7 +115,7 @@ def start_from(head: Eagle3Head, earlier: Eagle3Head, scale: Tensor) -> None:
 
 
 def output_rows(target: Decoder, target_ids: Tensor) -> Tensor:
-    """The rows [V, H] of the target's output matrix that belong to a draft vocabulary."""
+    """Return the rows [V, H] of the target's output matrix that belong to a draft vocabulary."""
     return (target.embed if target.lm_head is None else target.lm_head).weight[target_ids].float()
 
 

@@ -20,7 +20,7 @@ from echo_trt_lab.training.unroll import chain_loss, unroll
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     minutes: float
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -46,7 +46,7 @@ class Agreement:
     """On held-out text, by step of the chain."""
 
     top1: list[float]  # the head's best token is the target's best token
-    accepted: float  # tokens a pass of a chain of all the steps on the text itself, the target's own one included
+    accepted: float  # tokens per pass of a chain of all the steps on the text itself, the target's own one included
 
     def __str__(self) -> str:
         return f"top-1 {' '.join(f'{t:.3f}' for t in self.top1)}, accepted length {self.accepted:.3f}"
@@ -55,7 +55,9 @@ class Agreement:
 class Trainer:
     """``scale`` divides the features; ``report`` is told (progress, a line of text or nothing)."""
 
-    def __init__(self, head: Eagle3Head, target: Decoder, scale: Tensor, corpus: Corpus, recipe: Recipe, out: Path):
+    def __init__(
+        self, head: Eagle3Head, target: Decoder, scale: Tensor, corpus: Corpus, recipe: TrainingRecipe, out: Path
+    ):
         self.device = target.embed.weight.device
         self.head, self.corpus, self.recipe, self.out = head.to(self.device), corpus, recipe, out
         self.scale, self.target = scale.to(self.device), target
@@ -141,7 +143,7 @@ class Trainer:
         return replace(batch, **{f.name: getattr(batch, f.name).to(self.device) for f in fields(batch)})
 
     def save(self) -> None:
-        """The head as others load it, and the state to resume from, in ``training/``."""
+        """Save the head as others load it, and the state to resume from, in ``training/``."""
         save_head(self.head, self.scale, self.out)
         state = {
             "head": {name: value for name, value in self.head.state_dict().items() if not name.startswith("embed.")},

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from echo_trt.decoding.goodput.model.ngrams import NGrams, context_keys
 from echo_trt.errors import UserError
+from echo_trt.speculation.goodput.model.ngrams import NGrams, context_keys
 from echo_trt_lab.training.corpus import HELD_OUT_EVERY, shard_paths
 
 LONGEST = 6  # tokens of a context
 AGREED = 2  # answers that must go on alike: what one alone says is right too seldom for its room
-LEAST = 0.05  # a chance that is worth its room
+MIN_CHANCE = 0.05  # a chance that is worth its room
 _MANY, _SHARES = 20, 10  # votes, and shares of them, beyond which contexts are not told apart
 
 Text = tuple[np.ndarray, int]  # tokens [L], and how many of them are the prompt's
@@ -47,7 +47,7 @@ def held_out(texts: list[Text]) -> tuple[list[Text], list[Text]]:
 
 
 def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
-    """The table of all contexts that say more than their own endings do.
+    """Return the table of all contexts that say more than their own endings do.
 
     An answer has one vote for what follows a context, however often it says so: repetition within a text is what
     prompt lookup finds.
@@ -61,11 +61,11 @@ def count(texts: list[Text], longest: int = LONGEST) -> NGrams:
             break
         votes = _Votes(keys[there, size], follows[there], answer[there])
         chance = votes.chances()
-        place = np.searchsorted(votes.key, keys[there, size])
-        more = chance[place] > np.maximum(known[there], LEAST)
-        more &= votes.for_best[place] >= AGREED
-        known[there] = np.where(more, chance[place], known[there])
-        kept = np.unique(place[more])
+        index = np.searchsorted(votes.key, keys[there, size])
+        more = chance[index] > np.maximum(known[there], MIN_CHANCE)
+        more &= votes.for_best[index] >= AGREED
+        known[there] = np.where(more, chance[index], known[there])
+        kept = np.unique(index[more])
         columns.append((votes.key[kept], votes.best[kept], chance[kept]))
     key, token, chance = map(np.concatenate, zip(*columns, strict=True))
     key, first = np.unique(key, return_index=True)

@@ -1,5 +1,5 @@
-"""The Triton model: everything it does is in echo_trt.serving."""
+"""The Triton model: everything it does is in echo_trt.engine.service."""
 
-from echo_trt.serving.triton.model import TritonPythonModel
+from echo_trt.adapters.triton.model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]

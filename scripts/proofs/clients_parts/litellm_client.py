@@ -11,13 +11,13 @@ class City(BaseModel):
     population: int
 
 
-asked = {"model": f"hosted_vllm/{MODEL}", "api_base": BASE, "api_key": "none", "max_tokens": 96, "temperature": 0}
-chat = {**asked, "messages": [{"role": "user", "content": QUESTION}]}
+requested = {"model": f"hosted_vllm/{MODEL}", "api_base": BASE, "api_key": "none", "max_tokens": 96, "temperature": 0}
+chat = {**requested, "messages": [{"role": "user", "content": QUESTION}]}
 
 
 def too_long() -> str:
     try:
-        litellm.completion(**{**asked, "messages": [{"role": "user", "content": "word " * 20_000}]})
+        litellm.completion(**{**requested, "messages": [{"role": "user", "content": "word " * 20_000}]})
     except litellm.ContextWindowExceededError:
         return "ContextWindowExceededError"
     raise RuntimeError("a prompt that is too long was taken")

@@ -16,8 +16,8 @@ REFUSALS = ("not supported", "leave it out", "chat template", "give ")
 def tried(feature: str, task: Callable[[], Any]) -> None:
     """Print how ``task`` ended; it returns what it got, and raises or returns nothing where it did not work."""
     try:
-        said, outcome = str(task()), "works"
+        output, outcome = str(task()), "works"
     except Exception as error:
-        said = str(error)
-        outcome = "refused" if "400" in said and any(words in said for words in REFUSALS) else "broken"
-    print(feature, outcome, " ".join(said.split())[:160], sep="\t", flush=True)
+        output = str(error)
+        outcome = "refused" if "400" in output and any(words in output for words in REFUSALS) else "broken"
+    print(feature, outcome, " ".join(output.split())[:160], sep="\t", flush=True)

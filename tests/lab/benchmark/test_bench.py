@@ -10,10 +10,10 @@ import pytest
 from refusal import refused
 from rich.console import Console
 
+from echo_trt.engine.llm import LLM
 from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.llm import LLM
 from echo_trt_lab.benchmark import command
-from echo_trt_lab.benchmark.closed_loop import ClosedLoop, Sample, run_side_by_side
+from echo_trt_lab.benchmark.closed_loop import ClosedLoop, StepSample, run_side_by_side
 from echo_trt_lab.benchmark.command import check_pool, drawn
 from echo_trt_lab.benchmark.command import run as run_bench
 from echo_trt_lab.benchmark.figures import figures
@@ -108,7 +108,7 @@ def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):
     assert sum(map(len, sample.texts.values())) == len(sample.ttft) + len(sample.gaps)
     assert sample.whole.tokens > sum(map(len, sample.texts.values()))  # second answers, which end with the last first
     assert sample.whole.elapsed == pytest.approx(run.seconds)
-    assert not llm.loop.queue.busy
+    assert not llm.loop.scheduler.busy
     again = ClosedLoop(llm.loop, [[5, 6, 7]] * 4, 3, 12)
     again.run()
     assert again.sample.texts == sample.texts
@@ -140,9 +140,9 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
     for run in runs:
         for _ in range(3):
             run.run(0.0)
-        state = run.loop.state
+        batch = run.loop.batch
         held.append(
-            {b for slot in np.flatnonzero(state.active) for b in state.block_table[slot, : state.blocks_held[slot]]}
+            {b for slot in np.flatnonzero(batch.active) for b in batch.block_table[slot, : batch.blocks_held[slot]]}
         )
     assert all(run.busy and run.emitted for run in runs)
     assert all(held)
@@ -156,7 +156,7 @@ def test_side_by_side_each_emits_what_it_does_alone_in_blocks_of_its_own(open_ll
 def test_who_emitted_least_has_the_next_turn(open_llm, monkeypatch):
     monkeypatch.setattr("echo_trt_lab.benchmark.closed_loop.SLICE", 0.0)
     llm = open_llm("close", "autoregressive", batch=2)
-    loops = side_by_side(llm, ("autoregressive", "static"))  # the second emits several tokens an iteration
+    loops = side_by_side(llm, ("autoregressive", "static"))  # the second emits several tokens per iteration
     runs, order = [ClosedLoop(loop, [[5, 6, 7]] * 2, 1, 24) for loop in loops], []
     for run in runs:
         step = run._step
@@ -182,7 +182,7 @@ def test_where_the_pool_has_no_room_policies_run_one_after_another(bundle_of, pr
 
 def test_a_policy_that_never_decoded_without_prompts_has_no_rate():
     """Large batches of short answers: some prompt is in every iteration."""
-    plain, never = Sample(), Sample()
+    plain, never = StepSample(), StepSample()
     for tally in (plain.decode, plain.whole, never.whole):
         tally.iterations, tally.elapsed, tally.tokens, tally.verifications = 4, 0.5, 20, 4
     row = figures("static", 64, [never, never], [plain, plain], 8)
@@ -201,7 +201,7 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "output"),
     [
         ({"policies": ["fastest"]}, ("--policies", "'fastest'", "goodput")),
         ({"batches": [0]}, ("--batch", "0", "1 to 4096")),
@@ -213,9 +213,9 @@ def test_a_recording_holds_a_tree_for_each_token(bundle_of, prompts, tmp_path):
         ({"record_file": Path("/nowhere/r.npz")}, ("--record", "cannot be written")),
     ],
 )
-def test_refused_before_anything_runs(changes, said, bundle_of, prompts, monkeypatch):
+def test_refused_before_anything_runs(changes, output, bundle_of, prompts, monkeypatch):
     monkeypatch.setattr(command, "LLM", None)
-    with refused(*said):
+    with refused(*output):
         bench(job(bundle_of("close"), prompts, **changes))
 
 

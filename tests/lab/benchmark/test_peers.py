@@ -4,18 +4,18 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from engine.driving import prompt_ids
 from models.checkpoints import head_config, head_tensors, llama, qwen3, write_head
 from models.gguf_files import vocabulary, write_gguf
 from pairs import SIZES, raw_recipe, write_tokenizer
 from refusal import refused
-from runtime.driving import prompt_ids
 
 from echo_trt.backends.openvino import cpu
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.recipe import parse_recipe
-from echo_trt.commands.build import build
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.benchmark.peers import PEERS, open_peer
 
 needs_genai = pytest.mark.skipif(find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
@@ -35,7 +35,7 @@ def _use_cache(cache, monkeypatch):
 
 @pytest.fixture(scope="module")
 def eagle_bundle(tmp_path_factory):
-    """A target deep enough for features from three layers, and a head that names them."""
+    """Return a target deep enough for features from three layers, and a head that names them."""
     folder = tmp_path_factory.mktemp("deep")
     write_tokenizer(folder / "target")
     qwen3(**SIZES | {"num_hidden_layers": 5}).save_pretrained(folder / "target")
@@ -179,7 +179,7 @@ def test_genai_runs_int8(name, eagle_bundle):
 
 @needs_genai
 def test_where_our_weights_are_fp16_so_are_the_peers(bundle_of, cache, monkeypatch):
-    """As on a CPU without bf16: the same bytes a weight, or the comparison would be of memory alone."""
+    """As on a CPU without bf16: the same bytes per weight, or the comparison would be of memory alone."""
     bundle = bundle_of("lookup")
     open_peer("openvino-genai", bundle, read_manifest(bundle))
     manifest = read_manifest(bundle).model_copy(update={"precision": "bf16"})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echo_trt.decoding.arrays import begins
+from echo_trt.speculation.arrays import begins
 from echo_trt_lab.calibration.trees import COPIED, Trees
 
 #: Of a position: (parent among the position's nodes or -1, token, depth, log q), level by level.

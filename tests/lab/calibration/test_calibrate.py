@@ -14,11 +14,11 @@ from rich.console import Console
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.bundle.costs import COSTS
 from echo_trt.bundle.stored import CALIBRATION
-from echo_trt.runtime.llm import LLM
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.calibration.command import run
 from echo_trt_lab.calibration.options import CalibrateOptions
-from echo_trt_lab.simulation.foresee import foresee
+from echo_trt_lab.simulation.prediction import predict
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def prompts(tmp_path) -> Path:
 
 @pytest.fixture
 def bundle(bundle_of, tmp_path) -> Path:
-    """A copy that a test may write into."""
+    """Return a copy that a test may write into."""
     return Path(
         shutil.copytree(bundle_of("close"), tmp_path / "bundle", ignore=shutil.ignore_patterns("cal*", "costs*"))
     )
@@ -46,7 +46,7 @@ def ticks(monkeypatch) -> SimpleNamespace:
         clock.now += 1e-3
         return clock.now
 
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=perf_counter))
     return clock
 
 
@@ -55,7 +55,7 @@ def options(bundle: Path, prompts: Path, limit: int) -> CalibrateOptions:
 
 
 def calibrate(bundle: Path, prompts: Path) -> None:
-    run(options(bundle, prompts, 8), Console(quiet=True), Console(quiet=True), foresee)
+    run(options(bundle, prompts, 8), Console(quiet=True), Console(quiet=True), predict)
 
 
 def test_a_calibrated_bundle_gates_as_it_says_and_notes_nothing(bundle, prompts):
@@ -107,7 +107,7 @@ def test_costs_that_were_measured_beside_other_work_are_measured_again(times, ag
     assert any("other work ran" in note for note in notes) == any("measuring" in note for note in notes) == again
     kept = json.loads((bundle / COSTS).read_text("utf-8"))["target"]["seconds"]
     assert (kept == slow["seconds"]) == (not again)
-    assert llm.loop.state.free_blocks == llm.loop.state.num_blocks
+    assert llm.loop.batch.free_blocks == llm.loop.batch.num_blocks
 
 
 @pytest.fixture

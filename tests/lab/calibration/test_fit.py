@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 
-from echo_trt.decoding.echo import gates
-from echo_trt.decoding.goodput.model.acceptance import KNOTS, Acceptance, knots
-from echo_trt.decoding.sources import BOTH, HEAD, LOOKUP
+from echo_trt.speculation.echo import gates
+from echo_trt.speculation.goodput.model.acceptance import KNOTS, Acceptance, knots
+from echo_trt.speculation.sources import BOTH, DRAFT, LOOKUP
 from echo_trt_lab.calibration.fit import PRIOR, QUANTILES, acceptance_table, children_quantiles, fit, lookup_acceptance
 from echo_trt_lab.calibration.gates import auc, fit_gates, youden
 from echo_trt_lab.calibration.observe import Observed, observe
@@ -57,8 +57,8 @@ def test_a_gate_at_youdens_threshold_lets_the_accepted_pass():
 # -- synthetic observations ------------------------------------------------------------------------------------------
 
 
-def one_level(x: np.ndarray, accepted: np.ndarray, source: int = HEAD, depth: int = 1) -> Observed:
-    """A candidate a tree, as likely as ``x``."""
+def one_level(x: np.ndarray, accepted: np.ndarray, source: int = DRAFT, depth: int = 1) -> Observed:
+    """Return a candidate per tree, as likely as ``x``."""
     n = len(x)
     full = [np.full(n, source), np.full(n, depth), np.log(x), np.full(n, -1), accepted, np.arange(n)]
     return Observed(*full)
@@ -68,7 +68,7 @@ def joined(*parts: Observed) -> Observed:
     return Observed(*(np.concatenate([getattr(p, name) for p in parts]) for name in Observed.__dataclass_fields__))
 
 
-TRUTHS = {(HEAD, 1): lambda x: x**0.5, (HEAD, 2): lambda x: 0.6 * x, (BOTH, 1): lambda x: 0.3 + 0.6 * x}
+TRUTHS = {(DRAFT, 1): lambda x: x**0.5, (DRAFT, 2): lambda x: 0.6 * x, (BOTH, 1): lambda x: 0.3 + 0.6 * x}
 
 
 def test_tables_find_the_probabilities_that_made_the_data():
@@ -84,8 +84,8 @@ def test_tables_find_the_probabilities_that_made_the_data():
         inner = slice(4, -2)
         assert table[source, depth - 1][inner] == pytest.approx(truth(knots()[inner]), abs=0.06)
     # Where there is nothing else, the head's own.
-    assert table[LOOKUP, 0] == pytest.approx(table[HEAD, 0], abs=1e-9)
-    assert table[BOTH, 1] == pytest.approx(table[HEAD, 1], abs=1e-9)
+    assert table[LOOKUP, 0] == pytest.approx(table[DRAFT, 0], abs=1e-9)
+    assert table[BOTH, 1] == pytest.approx(table[DRAFT, 1], abs=1e-9)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 40))
@@ -99,7 +99,7 @@ def test_tables_are_monotone_probabilities_however_little_there_is(seed, count):
 
 def test_without_data_the_draft_is_taken_at_its_word():
     nothing = one_level(np.zeros(0) + 1.0, np.zeros(0, bool))
-    assert acceptance_table(nothing, 1)[HEAD, 0] == pytest.approx(np.clip(knots(), 1e-4, 0.999))
+    assert acceptance_table(nothing, 1)[DRAFT, 0] == pytest.approx(np.clip(knots(), 1e-4, 0.999))
 
 
 def test_children_are_quantiles_of_what_a_node_passes_on():
@@ -129,7 +129,7 @@ def test_gates_stand_where_confidence_tells_and_apart():
     parts = []
     for depth, noise in ((1, 0.6), (2, 100.0), (3, 0.15), (4, 0.0)):
         x = rng.uniform(0.01, 0.99, 1500)
-        parts.append(one_level(x, x + noise * rng.normal(size=1500) > 0.5, HEAD, depth))
+        parts.append(one_level(x, x + noise * rng.normal(size=1500) > 0.5, DRAFT, depth))
     gates, fixed = fit_gates(joined(*parts), 4)
     assert [gate.depth for gate in gates] == [1, 2, 3, 4]
     assert [gate.depth for gate in gates if gate.sweet_spot] == [1, 4]  # 3 is beside 4, and 2 beside both
@@ -184,7 +184,7 @@ def test_without_copies_what_is_observed_are_the_recorded_trees_and_their_fate(r
 
 def test_with_copies_all_sources_are_observed(recorded):
     got = observe(recorded, [0.2, 0.4, 0.6, 0.8], 3, 3, 3)
-    assert {LOOKUP, HEAD} <= set(got.source.tolist())
+    assert {LOOKUP, DRAFT} <= set(got.source.tolist())
     one_each = [(int(t), int(p)) for t, p in zip(got.tree, got.parent, strict=True)]
     assert len(one_each) == len(got.score)
     right = got.accepted & (got.depth == 1)

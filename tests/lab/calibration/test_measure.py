@@ -5,20 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from engine.driving import assert_all_free
 from pairs import LIMITS, NATIVE_ROWS, roles_of
-from runtime.driving import assert_all_free
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.bundle.manifest import Manifest
-from echo_trt.decoding.drafts import Pass
-from echo_trt.decoding.goodput.learner.costs import correct
-from echo_trt.decoding.goodput.model.costs import Curve
-from echo_trt.decoding.goodput.settings import GoodputTuning
-from echo_trt.decoding.planner import PlainPlanner
-from echo_trt.runtime.assemble import Networks
-from echo_trt.runtime.drafters import EngineDrafter
-from echo_trt.runtime.measure import (
+from echo_trt.engine.assemble import Networks
+from echo_trt.engine.batch import InputBatch, blocks_for
+from echo_trt.engine.drafters.eagle3 import EngineDrafter
+from echo_trt.engine.measure import (
     SIZES,
     SIZES_LIMIT,
     SMALL_BATCH_SIZES,
@@ -27,8 +23,12 @@ from echo_trt.runtime.measure import (
     measure,
     without_speculation,
 )
-from echo_trt.runtime.params import SamplingParams
-from echo_trt.runtime.slots import Slots, blocks_for
+from echo_trt.engine.params import SamplingParams
+from echo_trt.speculation.drafts import Pass
+from echo_trt.speculation.goodput.learner.costs import correct
+from echo_trt.speculation.goodput.model.costs import Curve
+from echo_trt.speculation.goodput.settings import GoodputTuning
+from echo_trt.speculation.planner import PlainPlanner
 from echo_trt_lab.simulation.machines import h100_qwen3_8b
 
 
@@ -57,7 +57,7 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
     turn = [{"role": "user", "content": "the theme"}]
     before = llm.chat(turn, SamplingParams(8))[0].token_ids
     table = measure(llm.networks, seconds=0.05)
-    possible = [n for n in SIZES if n <= 3 * llm.loop.state.reserve]
+    possible = [n for n in SIZES if n <= 3 * llm.loop.batch.reserve]
     check(table, ([n for n in possible if n <= SMALL_BATCH_SIZES], [n for n in possible if n > SMALL_BATCH_SIZES]))
     assert table.machine == machine(llm.manifest)
     assert (table.costs().draft(8) > 0) == (pair == "close")
@@ -67,16 +67,16 @@ def test_a_measured_table_is_positive_and_monotone(pair, open_llm):
 
 @pytest.mark.parametrize(("slots", "sizes"), [(1, SIZES[:9]), (3, SIZES[:13])])
 def test_where_each_slot_has_its_own_blocks_a_request_brings_more_tokens(slots, sizes, open_llm, networks, tmp_path):
-    """An engine with a cache a slot takes each slot once a call, in its own blocks."""
+    """An engine with a cache per slot takes each slot once a call, in its own blocks."""
     llm = open_llm("model", "autoregressive", slots)
-    state = Slots(slots, llm.networks.state.context, llm.networks.state.reserve)
-    blocks = blocks_for(state.context + state.reserve)
+    batch = InputBatch(slots, llm.networks.batch.context, llm.networks.batch.reserve)
+    blocks = blocks_for(batch.context + batch.reserve)
     engines = {}
     for name, role in roles_of("model", networks).items():
         export_native(role, tmp_path / f"{name}.onnx", "fp32", NATIVE_ROWS)
         engines[name] = OnnxRuntimeEngine(tmp_path / f"{name}.onnx", slots, blocks, threads=1)
-    drafter = EngineDrafter(engines["draft"], state, LIMITS["prefill_chunk"])
-    networks = replace(llm.networks, state=state, **engines, drafter=drafter)
+    drafter = EngineDrafter(engines["draft"], batch, LIMITS["prefill_chunk"])
+    networks = replace(llm.networks, batch=batch, **engines, drafter=drafter)
     check(measure(networks, seconds=0.05), (list(sizes), []))
     assert_all_free(networks.loop(PlainPlanner()))
 
@@ -93,8 +93,8 @@ class Clocked:
         self.clock.now += self.curve(len(call.token_ids), int(call.past_lens.sum()))
 
 
-def networks_of(target: Clocked, state: Slots, manifest: Manifest) -> Networks:
-    return Networks(manifest, None, state, target, None, None, None, None)
+def networks_of(target: Clocked, batch: InputBatch, manifest: Manifest) -> Networks:
+    return Networks(manifest, None, batch, target, None, None, None, None)
 
 
 @pytest.mark.parametrize("count", [8, 64, 256])
@@ -102,9 +102,9 @@ def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, m
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
     truth = h100_qwen3_8b()
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(truth.costs().target, clock, 8192)
-    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    table = measure(networks_of(target, InputBatch(count, 4096, 128, 8192), manifest))
     curve = table.costs().target
     for tokens in (1, 100, 150, 200, 300, 500, 1000, 2000):
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03 if tokens <= 500 else 0.2)
@@ -132,9 +132,9 @@ class Capturing(Clocked):
 def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkeypatch):
     truth = h100_qwen3_8b()
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Capturing(truth.costs().target, clock, 8192, capture)
-    table = measure(networks_of(target, Slots(count, 4096, 128, 8192), manifest))
+    table = measure(networks_of(target, InputBatch(count, 4096, 128, 8192), manifest))
     curve = table.costs().target
     for tokens in (1, 2, 8, 30, 100, 200, 300, 500):
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
@@ -144,19 +144,19 @@ def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkey
 
 def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
-    assert measure(networks_of(target, Slots(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
+    assert measure(networks_of(target, InputBatch(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
 
 
 def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
     """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
     clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     knees = set()
     for longest in (0.33, 0.7):
         curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
-        networks = networks_of(Clocked(curve, clock, 8192), Slots(64, 2048, 64, 8192), manifest)
+        networks = networks_of(Clocked(curve, clock, 8192), InputBatch(64, 2048, 64, 8192), manifest)
         knees.add(measure(networks).hinge.k_max)
     assert len(knees) == 1
     assert knees < {3, 4}
@@ -183,11 +183,11 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
     manifest = open_llm("lookup", "autoregressive", 1).manifest
     truth, small, wrong = Curve([1, 4, 6, 16, 128], [0.018, 0.021, 0.033, 0.052, 0.27]), (1, 2, 3, 4, 6, 8), []
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     for seed in range(20):
         begin = clock.now
         target = Restless(truth, clock, 8192, seed)
-        curve = measure(networks_of(target, Slots(64, 2048, 64, 8192), manifest)).costs()
+        curve = measure(networks_of(target, InputBatch(64, 2048, 64, 8192), manifest)).costs()
         assert clock.now - begin < 10
         times = np.array([curve.target(n) / truth(n) for n in small])
         wrong.append(times / np.median(times) - 1)
@@ -197,9 +197,9 @@ def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_s
 def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(open_llm, monkeypatch):
     """A pass over one token is timed between the bursts of other work, and all others in them."""
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
-    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
+    table = measure(networks_of(target, InputBatch(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
     assert table.hinge.k_max == 1
     safe = without_speculation(table)
@@ -218,7 +218,7 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
 def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm, monkeypatch):
     """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
     manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.runtime.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
-    table = measure(networks_of(target, Slots(1, 2048, 64, 8192), manifest))
+    table = measure(networks_of(target, InputBatch(1, 2048, 64, 8192), manifest))
     assert disturbance(table) == ""

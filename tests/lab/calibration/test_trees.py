@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from recordings import answer_of, paths_at, recording
 from refusal import refused
 
-from echo_trt.decoding.echo.grow import grow
-from echo_trt.decoding.echo.settings import EchoSettings
-from echo_trt.decoding.super_tree import SuperTree
+from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
-from echo_trt.runtime.params import SamplingParams
+from echo_trt.speculation.echo.grow import grow
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.record import record
 from echo_trt_lab.calibration.trees import COPIED, RecordedDraft, Trees
 
-SHAPE, MOST = EchoSettings(max_depth=3, beams=3, width=3, per_request=64), 24
+SHAPE, INT32 = EchoSettings(max_depth=3, beams=3, width=3, per_request=64), 24
 
 
 def chats(texts: list[str]) -> list[list[dict[str, str]]]:
@@ -28,10 +28,10 @@ def chats(texts: list[str]) -> list[list[dict[str, str]]]:
 
 
 def test_answers_are_those_of_plain_decoding_and_each_token_but_the_first_has_a_tree(recorded, texts, open_llm):
-    plain = open_llm("close", "autoregressive", 2).chat(chats(texts), SamplingParams(MOST))
+    plain = open_llm("close", "autoregressive", 2).chat(chats(texts), SamplingParams(INT32))
     assert [answer_of(recorded, r) for r in range(len(texts))] == [c.token_ids for c in plain]
-    places = sorted(zip(recorded.request.tolist(), recorded.index.tolist(), strict=True))
-    assert places == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
+    indices = sorted(zip(recorded.request.tolist(), recorded.index.tolist(), strict=True))
+    assert indices == [(r, i) for r, c in enumerate(plain) for i in range(1, len(c.token_ids))]
     assert recorded.groups[recorded.group].tolist() == ["odd", "even", "odd", "even", "odd"]
     assert (recorded.left >= 1).all()
 
@@ -45,8 +45,13 @@ def test_recorded_trees_are_whole(recorded):
     for position in range(len(recorded)):
         children = paths_at(recorded, position)
         levels = [sum(len(path) == depth for path in children) for depth in range(1, 5)]
-        room = MOST - recorded.index[position] - 1
-        assert levels == [3 if room >= 1 else 0, 9 if room >= 2 else 0, 9 if room >= 3 else 0, 0]
+        max_draft_len = INT32 - recorded.index[position] - 1
+        assert levels == [
+            3 if max_draft_len >= 1 else 0,
+            9 if max_draft_len >= 2 else 0,
+            9 if max_draft_len >= 3 else 0,
+            0,
+        ]
         for each in children.values():
             assert each == sorted(each, reverse=True)
             assert len({token for _, token in each}) == len(each)
@@ -57,8 +62,8 @@ def test_recorded_trees_are_whole(recorded):
 def test_a_recorded_draft_grows_the_recorded_trees_again(batch, recorded):
     for begin in range(0, len(recorded), batch):
         positions = np.arange(begin, min(begin + batch, len(recorded)))
-        room = MOST - recorded.index[positions] - 1
-        tree, _ = grow(np.zeros(len(positions)), RecordedDraft(recorded, positions, 3), SHAPE, room)
+        max_draft_len = INT32 - recorded.index[positions] - 1
+        tree, _ = grow(np.zeros(len(positions)), RecordedDraft(recorded, positions, 3), SHAPE, max_draft_len)
         again = [dict[tuple[int, ...], float]() for _ in positions]
         path_of: list[tuple[int, ...]] = []
         for token, parent, request, score in zip(tree.token, tree.parent, tree.request, tree.score, strict=True):
@@ -116,9 +121,9 @@ def test_truth_is_the_answers_own_text_and_ends_with_it():
     trees = recording([[5, 6, 7], [8], [9, 10]], [(0, 1), (0, 2), (2, 1), (2, 2)])
     assert trees.left.tolist() == [2, 1, 1, 0]
     ahead = [[6, 7, -1], [7, -1, -1], [10, -1, -1], [-1, -1, -1]]
-    for place in range(3):
-        asked = np.full(4, place + 1)
-        assert trees.truth(np.arange(4), asked).tolist() == [row[place] for row in ahead]
+    for index in range(3):
+        requested = np.full(4, index + 1)
+        assert trees.truth(np.arange(4), requested).tolist() == [row[index] for row in ahead]
     assert trees.truth(np.array([2, 0]), np.array([1, 2])).tolist() == [10, 7]
 
 
@@ -147,10 +152,10 @@ def one_array() -> bytes:
     return stream.getvalue()
 
 
-def changed(content: bytes, place: int, value: int) -> bytes:
-    """``place``: in the first entry of the zip's directory."""
-    place += content.index(b"PK\x01\x02")
-    return content[:place] + bytes([value]) + content[place + 1 :]
+def changed(content: bytes, index: int, value: int) -> bytes:
+    """``index``: in the first entry of the zip's directory."""
+    index += content.index(b"PK\x01\x02")
+    return content[:index] + bytes([value]) + content[index + 1 :]
 
 
 WHOLE = archive(answers=np.arange(5000), token=np.random.default_rng(0).integers(0, 9, 5000))
@@ -197,7 +202,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("request", lambda a: a + 1),
         ("request", lambda a: np.stack((a, a), axis=1)),
         ("group", lambda a: a - 1),
-        ("index", lambda a: a + MOST),
+        ("index", lambda a: a + INT32),
         ("index", lambda a: a - 2),
         ("parent", lambda a: a - 1),
         ("parent", lambda a: a + 1),

@@ -56,11 +56,11 @@ def drawn(picture: Picture) -> Figure:
 def test_a_legend_lies_on_nothing_and_is_whole(picture):
     figure = drawn(picture)
     (legend,), (axes,) = figure.legends, figure.axes
-    place = legend.get_window_extent()
-    assert place.y0 >= axes.get_window_extent().y1
-    assert place.x0 >= 0
-    assert place.x1 <= figure.bbox.width
-    assert place.y1 <= figure.bbox.height
+    index = legend.get_window_extent()
+    assert index.y0 >= axes.get_window_extent().y1
+    assert index.x0 >= 0
+    assert index.x1 <= figure.bbox.width
+    assert index.y1 <= figure.bbox.height
 
 
 def test_every_load_has_a_plain_tick():
@@ -130,7 +130,7 @@ def test_colours_can_be_read_on_light_and_dark_pages():
 
 
 def test_reports_have_the_live_page_s_colours():
-    css = (Path(echo_trt.__file__).parent / "gateway" / "page" / "style.css").read_text()
+    css = (Path(echo_trt.__file__).parent / "server" / "page" / "style.css").read_text()
     light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     named = {"paper": "page", "card": "card", "line": "line", "ink": "text", "soft": "muted"}
     for block, theme in ((light, "light"), (dark, "dark")):
@@ -148,10 +148,10 @@ def test_names_without_a_colour_get_one_that_nobody_has():
 
 def test_a_column_that_says_the_same_in_every_row_is_said_once():
     figures = Figures("t", "s", ("prompts", "batch", "policy"), [["all", "1", "a"], ["all", "1", "b"]])
-    left, said = figures.without_constants(frozenset(("batch",)))
+    left, output = figures.without_constants(frozenset(("batch",)))
     assert left.columns == ["batch", "policy"]
     assert left.rows == [["1", "a"], ["1", "b"]]
-    assert said == {"prompts": "all"}
+    assert output == {"prompts": "all"}
     one = Figures("t", "s", ("prompts",), [["all"]])
     assert one.without_constants()[0].rows == [["all"]]  # of one row nothing is the same as in others
 

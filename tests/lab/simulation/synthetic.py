@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from echo_trt.decoding.arrays import begins, ragged_arange
+from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt_lab.calibration.trees import COPIED, Trees
 
 VOCAB = 1000
@@ -31,13 +31,13 @@ def recorded(
     answers = rng.integers(0, VOCAB, answer_begins[-1])
     ease = np.append(rng.beta(0.8, 0.6, len(answers)), np.zeros(COPIED + levels))
     text = np.append(answers, np.full(COPIED + levels, -1))
-    place = answer_begins[request] + index
-    columns = [_positions(rng, text, ease, place, levels, beams, width, right)]
+    where = answer_begins[request] + index
+    columns = [_positions(rng, text, ease, where, levels, beams, width, right)]
     parent, token, depth, log_q = columns[0]
     nodes = parent.shape[1]
-    run = np.where(rng.random(len(place)) < copied, rng.geometric(0.4, len(place)), 0)
+    run = np.where(rng.random(len(where)) < copied, rng.geometric(0.4, len(where)), 0)
     ahead = np.arange(COPIED)
-    follows = text[place[:, None] + ahead]
+    follows = text[where[:, None] + ahead]
     ends = ahead < (lengths[request] - index)[:, None]
     copies = np.where((ahead < run[:, None] - 1) & ends, follows, VOCAB + 1)
     return Trees(
@@ -47,7 +47,7 @@ def recorded(
         groups=np.array(["all"]),
         request=request,
         index=index,
-        node_begins=np.arange(len(place) + 1) * nodes,
+        node_begins=np.arange(len(where) + 1) * nodes,
         parent=parent.reshape(-1).astype(np.int16),
         token=token.reshape(-1).astype(np.int32),
         depth=depth.reshape(-1).astype(np.int8),
@@ -57,14 +57,14 @@ def recorded(
     )
 
 
-def _positions(rng, text, ease, place, levels, beams, width, right):
+def _positions(rng, text, ease, where, levels, beams, width, right):
     """parent, token, depth and log q of all nodes [P, nodes]; every position's tree has the same shape."""
-    count = len(place)
+    count = len(where)
     on_path, score = np.ones((count, 1), bool), np.zeros((count, 1))
     frontier = np.full((count, 1), -1)
     parts, total = [], 0
     for level in range(1, levels + 1):
-        truth, easy = text[place + level - 1], ease[place + level - 1]
+        truth, easy = text[where + level - 1], ease[where + level - 1]
         shape = (*frontier.shape, width)
         best = np.where(on_path, easy[:, None], rng.beta(0.8, 0.6, frontier.shape)) * 0.97
         if right is not None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from echo_trt_lab.simulation.fleet import (
+    ConversationTurn,
     KvRouter,
     RoundRobin,
     Speed,
     TraceSettings,
-    Turn,
     make_trace,
     simulate_fleet,
 )
@@ -18,9 +18,9 @@ from echo_trt_lab.simulation.fleet import (
 SPEED = Speed((1, 2, 4), (10.0, 16.0, 20.0), 0.01, 100_000)
 
 
-def turn(conversation: int, arrival: float, number: int = 0, **more: int) -> Turn:
+def turn(conversation: int, arrival: float, number: int = 0, **more: int) -> ConversationTurn:
     given = {"family": 0, "prompt": 101, "shared": 64, "answer": 11} | more
-    return Turn(conversation=conversation, number=number, arrival=arrival, **given)
+    return ConversationTurn(conversation=conversation, number=number, arrival=arrival, **given)
 
 
 def test_one_request_takes_its_prompt_and_then_a_token_at_a_time():
@@ -36,7 +36,7 @@ def test_requests_share_a_replica_s_rate_and_stand_while_a_prompt_is_computed():
     first, second = sorted(run.outcomes, key=lambda outcome: outcome.turn.conversation)
     assert first.first == pytest.approx(1.01)
     assert second.first == pytest.approx(2.02 - 0.5)
-    # Both have 10 tokens to go once the second prompt is there, at 16 tokens a second together.
+    # Both have 10 tokens to go once the second prompt is there, at 16 tokens per second together.
     assert first.whole == pytest.approx(2.02 + 20 / 16)
     assert second.whole + 0.5 == pytest.approx(first.whole)
 
@@ -60,8 +60,8 @@ def test_a_later_turn_finds_what_was_said_and_a_family_its_beginning():
 
 def test_a_full_cache_forgets_what_was_used_longest_ago():
     talks = [[turn(0, 0.0), turn(0, 100.0, 1, prompt=150)], [turn(1, 20.0, family=1)], [turn(2, 40.0, family=2)]]
-    for room, found in ((600, 96), (300, 0)):
-        run = simulate_fleet(talks, 1, Speed((1,), (10.0,), 0.01, room), KvRouter())
+    for max_draft_len, found in ((600, 96), (300, 0)):
+        run = simulate_fleet(talks, 1, Speed((1,), (10.0,), 0.01, max_draft_len), KvRouter())
         assert [o.cached for o in run.outcomes if o.turn.number == 1] == [found]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.decoding.goodput.model.costs import Curve
 from echo_trt.sizing.hardware import distinct_experts
+from echo_trt.speculation.goodput.model.costs import Curve
 from echo_trt_lab.simulation.machines import (
     NAMES,
     QWEN3_8B,
@@ -61,9 +61,9 @@ def test_distinct_experts_against_a_monte_carlo(tokens):
 
 
 def test_a_moe_pass_reads_more_weights_as_tokens_touch_more_experts():
-    few, many, most = QWEN3_235B.bytes_read(np.array([1, 16, 4096]))
+    few, many, maximum = QWEN3_235B.bytes_read(np.array([1, 16, 4096]))
     assert many > 5 * few
-    assert most == pytest.approx(QWEN3_235B.dense + 128 * QWEN3_235B.expert)
+    assert maximum == pytest.approx(QWEN3_235B.dense + 128 * QWEN3_235B.expert)
 
 
 def test_curves_of_a_machine_are_not_shared():

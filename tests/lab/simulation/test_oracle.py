@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from ngram_tables import table
 from synthetic import recorded
 
-from echo_trt.decoding.goodput.model.costs import Costs, Curve
-from echo_trt.decoding.goodput.settings import GoodputSettings
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+from echo_trt.speculation.goodput.settings import GoodputSettings
 from echo_trt_lab.calibration.observe import observe
-from echo_trt_lab.simulation.oracle import choose, foresee
+from echo_trt_lab.simulation.oracle import choose, predict
 
 SIZES = [1, 2, 3, 5, 8, 13, 40]
 rising = st.lists(st.floats(0, 0.4), min_size=7, max_size=7).map(lambda steps: (0.2 + np.cumsum(steps)).tolist())
@@ -21,27 +21,27 @@ requests = st.lists(st.tuples(st.integers(0, 2), levels, st.integers(1, 3)), min
 ORACLE = GoodputSettings(max_depth=4, beams=2, width=3, per_request=64)
 
 
-def by_trying_everything(ahead, behind, rate, costs):
+def by_trying_everything(ahead, draft_lag, rate, costs):
     best = -np.inf
     for depths in product(range(len(ahead[0])), repeat=len(ahead)):
         levels = max(depths)
-        entries = [sum(b for b, d in zip(behind, depths, strict=True) if d >= 1)]
+        entries = [sum(b for b, d in zip(draft_lag, depths, strict=True) if d >= 1)]
         entries += [sum(level - 1 for d in depths if d >= level) for level in range(2, levels + 1)]
         draft = sum(costs.draft(n) for n in entries)
-        most = sum(row[d] for row, d in zip(ahead, depths, strict=True))
-        for verified in range(most + 1):
+        maximum = sum(row[d] for row, d in zip(ahead, depths, strict=True))
+        for verified in range(maximum + 1):
             best = max(best, verified - rate * (draft + costs.target(len(ahead) + verified)))
     return best
 
 
 @given(requests=requests, rate=st.floats(0.05, 5), target=rising, draft=rising, flat=st.booleans())
 def test_against_trying_everything(requests, rate, target, draft, flat):
-    most = max(len(gains) for _, gains, _ in requests)
-    ahead = np.array([np.cumsum([free, *gains, *[0] * (most - len(gains))]) for free, gains, _ in requests])
-    behind = np.array([entries for *_, entries in requests])
+    maximum = max(len(gains) for _, gains, _ in requests)
+    ahead = np.array([np.cumsum([free, *gains, *[0] * (maximum - len(gains))]) for free, gains, _ in requests])
+    draft_lag = np.array([entries for *_, entries in requests])
     costs = Costs(Curve(SIZES, target), Curve(SIZES, [draft[0]] * 7 if flat else draft))
-    choice = choose(ahead, behind, rate, costs, 0)
-    best = by_trying_everything(ahead.tolist(), behind.tolist(), rate, costs)
+    choice = choose(ahead, draft_lag, rate, costs, 0)
+    best = by_trying_everything(ahead.tolist(), draft_lag.tolist(), rate, costs)
     assert choice.worth <= best + 1e-9
     if flat or len(requests) == 1:
         assert choice.worth == pytest.approx(best)
@@ -55,7 +55,7 @@ def test_against_trying_everything(requests, rate, target, draft, flat):
 
 def test_foresight_sees_what_the_fit_counts_as_accepted():
     trees = recorded([30, 20, 40], levels=4, beams=2, width=3, copied=0.0)
-    ahead = foresee(trees, ORACLE)
+    ahead = predict(trees, ORACLE)
     head = observe(trees, None, 4, 2, 3)
     deepest = np.zeros(len(trees), np.int64)
     np.maximum.at(deepest, head.tree[head.accepted], head.depth[head.accepted])
@@ -66,21 +66,21 @@ def test_foresight_sees_what_the_fit_counts_as_accepted():
 
 def test_foresight_keeps_within_the_policy():
     trees = recorded([60] * 4, levels=4, beams=2, width=3, right=1.0, copied=0.9)
-    whole = foresee(trees, ORACLE)
+    whole = predict(trees, ORACLE)
     assert (whole[:, -1] == np.minimum(4, trees.left - 1)).all()
     assert whole[:, 0].max() > 2
-    assert foresee(trees, replace(ORACLE, per_request=3)).max() == 2
+    assert predict(trees, replace(ORACLE, per_request=3)).max() == 2
 
 
 def test_n_grams_go_on_behind_every_level():
     trees = recorded([60] * 4, levels=4, beams=2, width=3, right=0.5, copied=0.0)
     contexts, named = {}, np.zeros(len(trees.answers), bool)
     for begin, end in zip(trees.answer_begins[:-1], trees.answer_begins[1:], strict=True):
-        for place in range(begin + 2, end):
-            named[place] = (place - begin) % 3 > 0
-            right = int(trees.answers[place])
-            contexts[tuple(trees.answers[place - 2 : place].tolist())] = (right if named[place] else right + 1, 0.9)
-    alone, ahead = foresee(trees, ORACLE), foresee(trees, replace(ORACLE, max_depth=6), table(contexts, 2))
+        for index in range(begin + 2, end):
+            named[index] = (index - begin) % 3 > 0
+            right = int(trees.answers[index])
+            contexts[tuple(trees.answers[index - 2 : index].tolist())] = (right if named[index] else right + 1, 0.9)
+    alone, ahead = predict(trees, ORACLE), predict(trees, replace(ORACLE, max_depth=6), table(contexts, 2))
     for position, left in enumerate(trees.left):
         begin = trees.answer_begins[trees.request[position]] + trees.index[position]
         end = begin + min(6, left - 1)
@@ -95,4 +95,4 @@ def test_n_grams_go_on_behind_every_level():
 
 def test_without_n_grams_that_know_anything_nothing_changes():
     trees = recorded([40] * 3, levels=4, beams=2, width=3)
-    assert (foresee(trees, ORACLE, table({(2000,): (1, 0.5)}, 1)) == foresee(trees, ORACLE)).all()
+    assert (predict(trees, ORACLE, table({(2000,): (1, 0.5)}, 1)) == predict(trees, ORACLE)).all()

@@ -5,8 +5,8 @@ import pytest
 from ngram_tables import table
 from synthetic import recorded
 
-from echo_trt.decoding.policies import goodput_settings
-from echo_trt.decoding.policy_names import PLAIN
+from echo_trt.speculation.policies import goodput_settings
+from echo_trt.speculation.policy_names import PLAIN
 from echo_trt_lab.calibration.fit import fit
 from echo_trt_lab.simulation.command import planner_for
 from echo_trt_lab.simulation.machines import Machine, machine_named
@@ -129,11 +129,11 @@ def test_on_a_machine_with_a_knee_the_policies_are_in_order(recording, calibrati
 def test_passes_take_along_what_the_runtimes_do(recording, calibration):
     run = replay(recording, calibration, "static", 3)
     draft_costs, target_costs = KNEE.costs().draft, KNEE.costs().target
-    for behind in (3, None):
-        behind = behind or int(run.walk.behind.sum())
+    for draft_lag in (3, None):
+        draft_lag = draft_lag or int(run.walk.draft_lag.sum())
         step = run.step()
         # 2 beams of 3 requests, and at each level those above again: 6, 12, 18 entries
-        passes = [draft_costs(n) for n in (behind, 6, 12, 18)]
+        passes = [draft_costs(n) for n in (draft_lag, 6, 12, 18)]
         assert step.levels == 4
         assert step.seconds == pytest.approx(sum(passes) + target_costs(3 + step.verified) + 1e-3)
 
@@ -183,12 +183,12 @@ def test_runs_repeat(recording, calibration):
 @pytest.mark.parametrize("policy", ["echo", "static"])
 def test_a_block_drafter_takes_one_pass_of_its_rows(recording, calibration, policy):
     run = replay(recording, calibration, policy, 3, block=5)
-    behind = run.walk.behind.copy()
+    draft_lag = run.walk.draft_lag.copy()
     step = run.step()
     host = KNEE.host_seconds
     draft = step.seconds - host - run._clock.target(step.verified + 3)
     assert step.levels == 1
-    assert draft == pytest.approx(KNEE.costs().draft(int(behind.sum()) + 5 * 3), rel=1e-6)
+    assert draft == pytest.approx(KNEE.costs().draft(int(draft_lag.sum()) + 5 * 3), rel=1e-6)
 
 
 def test_one_pass_for_all_levels_is_worth_more_than_a_pass_a_level(recording, calibration):

@@ -1,0 +1,1 @@
+"""Hosts other than our server: Triton Inference Server and NVIDIA Dynamo."""

@@ -1,0 +1,157 @@
+"""The model that Triton's Python backend runs: it reads requests and hands them to the service.
+
+Requests are answered on other threads (``replies``), so ``execute`` returns at once and Triton's queue stays empty; the
+service has the queue. Beside Triton's API it hosts the same socket as an engine process (``engine.process.host``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from echo_trt.adapters.triton.replies import FINAL, Replies, Reply, failed
+from echo_trt.adapters.triton.tensors import plain_values
+from echo_trt.engine.host_memory import bytes_in
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.process.host import Host
+from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.job import Overloaded
+from echo_trt.engine.service.service import Service
+from echo_trt.errors import UserError
+from echo_trt.speculation.policies import load_policies
+
+log = logging.getLogger("engine")
+
+QUEUE = 256
+
+
+class TritonPythonModel:
+    """What Triton calls: initialize once, execute for each batch of requests, finalize at the end."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle; under the policy goodput, costs that are not known yet are measured here."""
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        config = json.loads(args["model_config"])
+        self._inputs = [each["name"] for each in config["input"]]
+        bundle = Path(_setting(config, "bundle"))
+        if not bundle.name:
+            raise UserError("no bundle is named; set ECHO_TRT_BUNDLE, or the parameter bundle in config.pbtxt.")
+        batch, queue = _whole(config, "batch"), _whole(config, "queue")
+        memory = _setting(config, "kv_cache_memory")
+        if file := _setting(config, "policy_file"):
+            load_policies(Path(file))
+        llm = LLM(
+            bundle,
+            _setting(config, "policy") or None,
+            batch,
+            note=pb_utils.Logger.log_info,
+            kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
+        )
+        log.info(llm.pool.warning or llm.pool.sentence)
+        self._reader = Reader(
+            bundle,
+            llm.loop.batch.context,
+            _truth(config, "special_tokens_in_content"),
+            llm.manifest.sampling.given(),
+        )
+        self._service = Service(llm, queue or QUEUE)
+        signals = os.environ.get("ECHO_TRT_SIGNALS")
+        name, self._metrics = args["model_name"], EngineMetrics(args["model_name"])
+        self._replies = Replies(self._service, self._metrics, name, Path(signals) if signals else None)
+        if socket := os.environ.get("ECHO_TRT_SOCKET"):
+            host = Host(self._service, self._reader, self._metrics)
+            serve = host.serve(Path(socket), asyncio.Event())  # it ends with the service
+            threading.Thread(target=asyncio.run, args=(serve,), name="host", daemon=True).start()
+
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> None:
+        """Hand the requests on; their answers come from other threads, in any number of responses."""
+        for request in requests:
+            self._take(request)
+
+    def finalize(self) -> None:
+        """Triton calls this once no request is open."""
+        self._service.close(0)
+        self._replies.close()
+
+    def _take(self, request: pb_utils.InferenceRequest) -> None:
+        reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
+        with self._refusals(reply):
+            _check_id(request)
+            tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
+            ask = self._reader.read(plain_values(tensors))
+            reply.understand(ask, self._reader.texts)
+            reply.job = self._service.submit(
+                ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
+            )
+            self._replies.begin(reply)
+
+    @contextmanager
+    def _refusals(self, reply: Reply) -> Iterator[None]:
+        """Answer a request that cannot be taken with the reason."""
+        try:
+            yield
+            return
+        except UserError as mistake:
+            outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)
+        except Overloaded as full:
+            outcome, code, answer = "refused", "UNAVAILABLE", str(full)
+        except Exception as failure:  # logged; Triton would fail all requests of the call
+            logging.exception("a request could not be read")
+            outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
+        self._metrics.refuse(outcome)
+        reply.sender.send(failed(code, answer, reply.coded), flags=FINAL)
+
+
+def _check_id(request: pb_utils.InferenceRequest) -> None:
+    """Raise UserError for an id of the client's that is no text."""
+    try:
+        request.request_id()
+    except UnicodeDecodeError as error:
+        raise UserError(f"id is not UTF-8 (byte {error.start}); send text in UTF-8.") from None
+
+
+def _wants_codes(request: pb_utils.InferenceRequest) -> bool:
+    """Fields that are no tensors come as parameters, so those may hold anything."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or a nest of lists
+        return False
+    return bool(parameters.get("error_codes", False))
+
+
+def _tensor(request: pb_utils.InferenceRequest, name: str) -> pb_utils.Tensor | None:
+    return pb_utils.get_input_tensor_by_name(request, name)
+
+
+def _setting(config: dict, name: str) -> str:
+    """Return the configuration's parameter, or else the environment's ECHO_TRT_<NAME>."""
+    given = config.get("parameters", {}).get(name, {}).get("string_value", "")
+    return given or os.environ.get(f"ECHO_TRT_{name.upper()}", "")
+
+
+def _whole(config: dict, name: str) -> int | None:
+    text = _setting(config, name)
+    try:
+        number = int(text or 1)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{name} is {text!r}; give a whole number of 1 or more.")
+    return number if text else None
+
+
+def _truth(config: dict, name: str) -> bool:
+    text = _setting(config, name)
+    if text.lower() not in ("", "true", "false"):
+        raise UserError(f"{name} is {text!r}; give true or false.")
+    return text.lower() == "true"

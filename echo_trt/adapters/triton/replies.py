@@ -1,0 +1,240 @@
+"""Replies on their way to Triton: one thread sends them all, asks who has gone, and keeps the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from echo_trt.adapters.triton.metrics import Bridge
+from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.pending import Pending
+from echo_trt.engine.service.job import ERRORS, FinishInfo, RequestOutput, ServiceRequest
+from echo_trt.engine.service.service import Service
+
+log = logging.getLogger(__name__)
+
+TRITONS_NAMES = {"INVALID_ARGUMENT": "INVALID_ARG"}  # of gRPC's codes, where they differ
+#: Seconds between two looks at whether clients are still there, between two updates of the metrics; too long a call.
+LOOK, FLUSH, STUCK = 0.05, 0.25, 15.0
+LOOKED_AT = 16  # clients checked at once, in turn; larger: one that leaves is noticed sooner, at the engine's cost
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+@dataclass(eq=False, kw_only=True)
+class Reply(Pending):
+    """An open answer to a client of Triton's.
+
+    coded  whether an error's message begins with its code
+    index  how many responses were sent
+    """
+
+    sender: Any
+    coded: bool = False
+    index: int = 0
+    ended: bool = False
+
+
+#: An event of a reply, None with it where the reply begins; None: close.
+Item = tuple[Reply, RequestOutput | None] | None
+
+
+class Replies:
+    """Any thread may ``begin`` a reply and ``put`` its events, which may come before it begins.
+
+    Once there is a file ``drain`` in the folder ``signals``, nothing new is taken; ``drained`` appears there when the
+    last reply has been sent. (A Triton that is told to stop refuses new requests itself, but may abort over it.)
+    """
+
+    def __init__(self, service: Service, metrics: EngineMetrics, model: str, signals: Path | None = None):
+        """``model``: its name in metrics. ``signals``: see above."""
+        self._service, self._metrics, self._model, self._signals = service, metrics, model, signals
+        self._events: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._open: dict[Reply, ServiceRequest] = {}  # in the order in which their clients are looked at
+        self._armed = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
+        self._thread.start()
+
+    def begin(self, reply: Reply) -> None:
+        """Watch whether its client is still there; ``reply.job`` is known."""
+        self._events.put((reply, None))
+
+    def put(self, reply: Reply, event: RequestOutput) -> None:
+        self._events.put((reply, event))
+
+    def close(self) -> None:
+        """Send what there is, and stop."""
+        self._events.put(None)
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _run(self) -> None:
+        self._arm()
+        bridge = Bridge(self._metrics, pb_utils.MetricFamily, self._model)
+        looked = flushed = time.monotonic()
+        running, server = True, triton_process()
+        while running:
+            if os.getppid() != server:  # Triton was killed, and would leave this process behind
+                os._exit(1)
+            changed: dict[Reply, RequestOutput] = {}
+            for item in self._take():
+                if item is None:
+                    running = False
+                else:
+                    reply, event = item
+                    if event is not None:
+                        self._arm()
+                        self._merge(reply, event)
+                        changed[reply] = event
+                    elif reply.job and not reply.ended:
+                        self._open[reply] = reply.job
+            for reply, event in changed.items():
+                if event.end or (reply.ask and reply.ask.stream and reply.text and not reply.broken):
+                    self._send(reply, event.end)
+            now = time.monotonic()
+            if now - looked >= LOOK:
+                looked = now
+                self._cancel_abandoned()
+                self._drain_if_asked()
+            if now - flushed >= FLUSH or not running:
+                flushed = now
+                self._arm()
+                self._metrics.flush(self._service.statistics())
+                bridge.copy()
+
+    def _arm(self) -> None:
+        """End the process in STUCK seconds, without the interpreter: a call to a Triton that has died never returns.
+
+        Called often, also between messages that take long to make, so that only a single call can be too long.
+        """
+        now = time.monotonic()
+        if now - self._armed >= FLUSH:
+            self._armed = now
+            faulthandler.dump_traceback_later(STUCK, exit=True)
+
+    def _take(self) -> list[Item]:
+        """All events there are; waits a moment for the first."""
+        items: list[Item] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._events.get(timeout=LOOK))
+            while True:
+                items.append(self._events.get_nowait())
+        return items
+
+    def _merge(self, reply: Reply, event: RequestOutput) -> None:
+        """Several events of one reply become one message."""
+        try:
+            if not reply.broken:
+                reply.take(event)
+        except Exception:  # this thread answers all the others, too
+            self._break(reply)
+        reply.observe(event, self._metrics)
+
+    def _send(self, reply: Reply, end: FinishInfo | None) -> None:
+        try:
+            response = _response(reply, end)
+            self._arm()
+            reply.sender.send(response, flags=FINAL if end else 0)
+        except Exception:  # as in _merge
+            first = not reply.broken
+            self._break(reply)
+            if end and first:
+                return self._send(reply, end)  # an error
+        reply.text, reply.token_ids = "", []
+        reply.index += 1
+        if end:
+            reply.ended = True
+            self._open.pop(reply, None)
+
+    def _break(self, reply: Reply) -> None:
+        """Let a reply end with an error, since a part of it is lost."""
+        log.exception("a reply could not be sent; its request is cancelled")
+        reply.broken = True
+        reply.cancel(self._service)
+
+    def _drain_if_asked(self) -> None:
+        if not self._signals or not (self._signals / "drain").exists():
+            return
+        if self._service.drain(0) and not self._open and self._events.empty():
+            (self._signals / "drained").touch()
+
+    def _cancel_abandoned(self) -> None:
+        for reply in list(islice(self._open, LOOKED_AT)):
+            self._open[reply] = job = self._open.pop(reply)  # the last, next time
+            if reply.sender.is_cancelled():
+                self._service.cancel(job)
+
+
+def triton_process() -> int:
+    """Triton's process id. Its stub is told it, since Triton may have died before the bundle was loaded."""
+    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    if words[0].endswith(b"triton_python_backend_stub") and words[5].isdigit():
+        return int(words[5])
+    return os.getppid()
+
+
+def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
+    """``coded``: the message begins with the code, which a gRPC stream of Triton's does not tell otherwise."""
+    text = f"{code}: {message}" if coded else message
+    number = getattr(pb_utils.TritonError, TRITONS_NAMES.get(code, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
+
+
+def _response(reply: Reply, end: FinishInfo | None) -> pb_utils.InferenceResponse:
+    if reply.broken:
+        return failed("INTERNAL", "the answer could not be sent; the server's log says why.", reply.coded)
+    if end and end.reason in ERRORS:
+        return failed(ERRORS[end.reason], end.message or "the request was cancelled.", reply.coded)
+    assert reply.ask
+    tensors = [
+        _strings("text_output", reply.text),
+        pb_utils.Tensor("output_ids", np.array([reply.token_ids], np.int32).reshape(1, -1)),
+        _numbers("sequence_index", reply.index, np.int32),
+        _numbers("prompt_tokens", len(reply.ask.prompt), np.int32),
+    ]
+    if reply.ask.in_thought is not None and reply.index == 0:
+        tensors.append(_numbers("in_thought", reply.ask.in_thought, bool))
+    if reply.logprobs:
+        numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
+        tensors += [
+            pb_utils.Tensor("output_log_probs", numbers),
+            _numbers("cum_log_probs", reply.logprobs.total, np.float32),
+            _strings("logprobs", reply.logprobs.clear()),
+        ]
+    if reply.sources:
+        tensors.append(_strings("token_sources", reply.sources.clear()))
+    if end:
+        tensors += [
+            _strings("finish_reason", end.reason),
+            _numbers("cached_tokens", end.cached_tokens, np.int32),
+            _numbers("completion_tokens", end.completion_tokens, np.int32),
+        ]
+    if end and reply.ask.statistics:
+        accepted = max(end.completion_tokens - end.verifications, 0)
+        tensors += [
+            _numbers("acceptance_rate", accepted / end.drafted if end.drafted else 0.0, np.float32),
+            _numbers("total_accepted_draft_tokens", accepted, np.int32),
+            _numbers("total_draft_tokens", end.drafted, np.int32),
+            _numbers("accepted_length", end.completion_tokens / max(end.verifications, 1), np.float32),
+            _numbers("time_to_first_token_ms", 1000 * (end.first_token_seconds or 0.0), np.float32),
+        ]
+    return pb_utils.InferenceResponse(tensors)
+
+
+def _strings(name: str, text: str) -> pb_utils.Tensor:
+    return pb_utils.Tensor(name, np.array([[text.encode()]], object))
+
+
+def _numbers(name: str, value: float, kind: type) -> pb_utils.Tensor:
+    return pb_utils.Tensor(name, np.array([[value]], kind))

@@ -1,0 +1,159 @@
+"""The command line. A command's options are a dataclass; the commands of other packages are found by entry points."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from cyclopts import App
+
+from echo_trt import __version__
+from echo_trt.adapters.dynamo.options import WorkerOptions
+from echo_trt.cli.options import BuildOptions, GenerateOptions, InspectOptions
+from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
+from echo_trt.engine.options import DEFAULTS, command
+from echo_trt.errors import UserError
+from echo_trt.supervision.options import ServeOptions
+
+app = App(
+    name="echo-trt",
+    help="Elastic speculative decoding (ECHO, arXiv 2604.09603), compiled.\n\n"
+    "`echo-trt build RECIPE` makes a bundle, `echo-trt generate BUNDLE` answers with it, "
+    "and `--compare` shows what speculation is worth.",
+    version=f"echo-trt {__version__}",
+    help_flags=["--help"],
+    version_flags=["--version"],
+    help_format="plaintext",
+    default_parameter=DEFAULTS,
+)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence on stderr and exit code 2."""
+    if sys.argv[1:] in ([], ["--help"]):
+        app.resolved_commands()  # whose first sentences are shown
+    run_app(app)
+
+
+@app.command(sort_key=0)
+@command
+def build(options: BuildOptions) -> None:
+    """Compile a target and its draft into a bundle.
+
+    A recipe says what to compile and how. A model's name finds the shipped recipe for it, or one is derived from the
+    checkpoints' configurations; weights are fetched once into the hub's cache (HF_HOME).
+
+    The bundle is checked against the reference before it is put in its place: it appears whole or not at all. One that
+    is there is replaced, with the calibration and the costs that were written into it.
+
+    Examples: `echo-trt build build/smollm2-135m.yaml -o bundles/smollm2-135m`,
+    `echo-trt build Qwen/Qwen3-8B --draft AngelSlim/Qwen3-8B_eagle3 --engine torch --gpu-memory-utilization 0.9`
+    """
+    from echo_trt.cli.progress import BuildProgress
+    from echo_trt.cli.recipes import recipe_for, sized
+
+    found, path = recipe_for(options.model, options.draft, options.engine)
+    settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
+    settings = sized(
+        settings,
+        path,
+        options.max_model_len,
+        options.max_num_seqs,
+        options.gpu_memory_utilization,
+        options.kv_cache_memory,
+    )
+    folder = options.output or Path("bundles") / settings.name
+    with BuildProgress(messages) as progress:
+        from echo_trt.cli.build import build as run
+
+        manifest = run(settings, path, folder, progress.stage, progress.detail)
+    from echo_trt.cli.tables import manifest_table
+
+    Screen().print(manifest_table(manifest, folder))
+
+
+@app.command(sort_key=1)
+@command
+def generate(options: GenerateOptions) -> None:
+    """Answer prompts with a bundle; text streams as it comes.
+
+    On a terminal a token's colour tells who proposed it, and the last line what the colours mean.
+
+    Examples: `echo-trt generate bundles/smollm2-135m "Why is the sky blue?"`,
+    `echo-trt generate bundles/smollm2-135m --prompts prompts.jsonl --batch 8 --json answers.json`
+    """
+    from echo_trt.cli.generate import run
+
+    run(options, screen_of(options.color), messages)
+
+
+@app.command(sort_key=2)
+@command
+def serve(options: ServeOptions) -> int:
+    """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
+
+    Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
+    answers finish.
+
+    Example: `echo-trt serve bundles/smollm2-135m`
+    """
+    if options.replicas:
+        from echo_trt.adapters.dynamo.replicas import run as run_replicas
+
+        return run_replicas(options)
+    from echo_trt.cli.serve import run
+
+    return run(options)
+
+
+@app.command(sort_key=3)
+@command
+def worker(options: WorkerOptions) -> int:
+    """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
+
+    Dynamo's own settings are environment variables: DYN_DISCOVERY_BACKEND (here file by default), DYN_FILE_KV,
+    DYN_NAMESPACE and others. SIGTERM lets open answers finish; what is left goes on at other workers.
+
+    Example: `echo-trt worker bundles/smollm2-135m --system-port 9191`
+    """
+    from echo_trt.adapters.dynamo.command import run
+
+    return run(options)
+
+
+@app.command(sort_key=4)
+@command
+def inspect(options: InspectOptions) -> int:
+    """Show what a bundle holds, or what a recipe would build and need of each GPU.
+
+    A bundle's files are checked against their hashes. A recipe's checkpoints need not be there.
+
+    Example: `echo-trt inspect build/qwen3-32b.yaml --fit "H100-80GB x2"`
+    """
+    from echo_trt.cli.tables import manifest_table, print_recipe
+
+    path, cards = options.path, options.cards
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; name a bundle's folder, or a recipe's YAML file.")
+    if not path.is_dir():
+        from echo_trt.bundle.recipe import load_recipe
+
+        return 0 if print_recipe(load_recipe(path), path.parent, cards, Screen()) else 1
+    from echo_trt.bundle.manifest import read_manifest, verify_files
+
+    if cards is not None:
+        raise UserError(f"--fit is about a recipe, but {path} is a folder; name the recipe's YAML file.")
+    manifest = read_manifest(path)
+    verify_files(path, manifest)
+    Screen().print(manifest_table(manifest, path))
+    return 0
+
+
+for entry in entry_points(group="echo_trt.commands"):  # echo_trt_lab's
+    app.command(entry.value, name=entry.name)  # imported where it is run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""``echo-trt build``: a recipe to a bundle, checked against the reference before it is put in its place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from echo_trt import __version__
+from echo_trt.backends.openvino.export import export_parted
+from echo_trt.backends.self_check import block_shape, check_engine, worst
+from echo_trt.backends.torch.files import TYPES
+from echo_trt.bundle.calibration import Calibration, read_calibration
+from echo_trt.bundle.card import write_config
+from echo_trt.bundle.manifest import (
+    MANIFEST,
+    MARKOV,
+    NGRAMS,
+    BlockFacts,
+    Manifest,
+    NetworkFacts,
+    Sampling,
+    SelfCheck,
+    TensorRTFacts,
+    sha256,
+)
+from echo_trt.bundle.ngrams import read_ngrams
+from echo_trt.bundle.recipe import Recipe
+from echo_trt.bundle.sources import locate
+from echo_trt.bundle.stored import CALIBRATION, write
+from echo_trt.engine.params import MAX_STOP_TOKENS
+from echo_trt.errors import UserError, first_mistake
+from echo_trt.models.block_config import BlockConfig
+from echo_trt.models.block_weights import check_block, load_block, markov_arrays
+from echo_trt.models.chat import read_template
+from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
+from echo_trt.models.config import DecoderConfig, decoder_config
+from echo_trt.models.decoder import Decoder
+from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.ranks import Shard
+from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
+from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
+from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
+from echo_trt.sizing.networks import decoder_sizes
+from echo_trt.sizing.space import check_space
+from echo_trt.speculation.policies import reserve_for
+
+#: Of the engines that are not TensorRT's.
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8", "int4"), "torch": ("fp32", "bf16", "fp16")}
+#: Those that run a network on several GPUs.
+DIVIDED = ("tensorrt", "torch")
+#: What TensorRT measured while it built, which the next build of the bundle need not measure again.
+TIMINGS = "tensorrt.timings"
+TOOLS = ("openvino", "nncf", "torch", "onnx", "onnxscript", "transformers", "tokenizers", "numpy")
+Progress = Callable[[str], None]
+Detail = Callable[[float, str], None]
+#: Compiles a role, under a name, in a precision: the engine's file and the self-check, if one could be made.
+Compile = Callable[[Role, str, str], tuple[str, SelfCheck | None]]
+
+
+def build(
+    recipe: Recipe,
+    recipe_folder: Path,
+    out: Path,
+    progress: Progress = lambda stage: None,
+    detail: Detail = lambda share, phase: None,
+) -> Manifest:
+    """Compile a recipe's networks into the bundle ``out``, which appears whole or not at all.
+
+    A bundle that is there before is replaced, with the calibration and the costs that were written into it.
+
+    ``progress`` is told each stage, ``detail`` how far a stage is, where its compiler says so.
+    """
+    _check_settings(recipe)
+    out = out.resolve()  # a link's folder is replaced, not the link, and so is the one that this runs in
+    work = _work_folder(out)
+    old = work.with_name(f"{work.name.removesuffix('-new')}-old")
+    try:
+        if (out / TIMINGS).exists():
+            shutil.copy(out / TIMINGS, work)
+        manifest = _build_into(recipe, recipe_folder, work, progress, detail)
+        (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+    finally:
+        for folder in (work, old):
+            shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _work_folder(out: Path) -> Path:
+    """Return a new folder beside ``out``, which the bundle can take the place of."""
+    try:
+        if out.exists() and not (out / MANIFEST).exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise UserError(f"output {out} exists and is not a bundle; name another folder with -o.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix="-new", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"output {out} cannot be made ({error.strerror}); name another folder with -o.") from error
+
+
+def _check_settings(recipe: Recipe) -> None:
+    if recipe.tensor_parallel > 1 and recipe.engine not in DIVIDED:
+        raise UserError(
+            f"tensor_parallel is {recipe.tensor_parallel}, but {recipe.engine} runs on one device; set it to 1, or use "
+            "--engine tensorrt or torch."
+        )
+    if recipe.engine not in PRECISIONS:
+        from echo_trt.backends.tensorrt.build import check_settings
+
+        return check_settings(recipe)
+    if recipe.compute_capability:
+        raise UserError(
+            f"compute_capability is {recipe.compute_capability[0]}, but {recipe.engine} is compiled for no card; leave "
+            "it out, or use --engine tensorrt-rtx."
+        )
+    for key, precision in (("precision", recipe.precision), ("draft.precision", recipe.draft.precision)):
+        if precision is not None and precision not in PRECISIONS[recipe.engine]:
+            have = ", ".join(PRECISIONS[recipe.engine])
+            raise UserError(f"{key} is {precision!r}, which {recipe.engine} does not have; use one of {have}.")
+
+
+def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
+    progress("reading the target")
+    checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
+    positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
+    ranks = recipe.tensor_parallel
+    if recipe.draft.kind == "block":
+        _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
+    if ranks > 1:
+        check_space(recipe, recipe_folder, work)
+    dtype = _loaded_type(recipe)
+    target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
+    config = target.config
+    if recipe.limits.context > config.max_position:
+        raise UserError(
+            f"limits.context is {recipe.limits.context}, but the target knows {config.max_position} positions; "
+            "lower it in the recipe."
+        )
+    digest = weights_sha256(checkpoint.path)
+    tokenizer = read_tokenizer(checkpoint, _folder(recipe.target.tokenizer, recipe_folder))
+    if recipe.target.chat_template is not None:
+        tokenizer.chat_template = read_template(recipe_folder / recipe.target.chat_template)
+    draft, feature_layers, draft_digest = _draft_role(recipe, recipe_folder, work, target, digest, tokenizer, progress)
+    calibration = _calibration(recipe, recipe_folder, digest, draft_digest)
+    if recipe.draft.ngrams is not None:
+        ngrams = recipe_folder / recipe.draft.ngrams
+        read_ngrams(ngrams, digest, config.vocab_size)  # if they are refused, then before the hours of compiling
+        shutil.copyfile(ngrams, work / NGRAMS)
+
+    compile_role, tensorrt = _compiler(recipe, work, detail)
+    checks: dict[str, SelfCheck | None] = {}
+    facts: dict[str, NetworkFacts] = {}
+    role, files = TargetModule(target, feature_layers), []
+    del target
+    for rank in range(ranks):
+        which = f"target, rank {rank} of {ranks}" if ranks > 1 else "target"
+        if rank:
+            progress(f"reading the {which}")
+            del role  # before the next: the host has room for one rank's weights
+            role = TargetModule(load_decoder(checkpoint, positions, dtype, Shard(rank, ranks)), feature_layers)
+        progress(f"compiling the {which}")
+        name = f"target.rank{rank}" if ranks > 1 else "target"
+        file, check = compile_role(role, name, recipe.precision)
+        files.append(file)
+        checks["target"] = worst(checks.get("target"), check)
+    facts["target"] = _facts(role, files)
+    if ranks > 1:
+        facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
+    if draft is not None:
+        progress("compiling the draft")
+        file, checks["draft"] = compile_role(draft, "draft", recipe.draft.precision or recipe.precision)
+        facts["draft"] = _facts(draft, [file])
+    progress("writing the bundle")
+    tokenizer.save_pretrained(work)
+    eos = _eos(checkpoint, config, tokenizer)
+    write_config(work, eos, recipe.limits.context, config.vocab_size)
+    if calibration is not None:
+        write(work, CALIBRATION, calibration)
+    files = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file() and p.name != CALIBRATION)
+    return Manifest(
+        name=recipe.name,
+        engine=recipe.engine,
+        precision=recipe.precision,
+        recipe=recipe,
+        target=facts["target"],
+        draft=facts.get("draft"),
+        eos_token_ids=eos,
+        sampling=_sampling(checkpoint),
+        target_sha256=digest,
+        draft_sha256=draft_digest,
+        tensorrt=tensorrt,
+        checks={name: check for name, check in checks.items() if check is not None},
+        tools={
+            "echo-trt": __version__,
+            "python": platform.python_version(),
+            **{t: importlib.metadata.version(t) for t in TOOLS},
+        },
+        files={name: sha256(work / name) for name in files},
+    )
+
+
+def _loaded_type(recipe: Recipe) -> torch.dtype | None:
+    """Return the dtype in which weights are loaded for a build; None: the checkpoint's own dtype."""
+    if recipe.engine == "openvino":
+        return None
+    # A divided network is too large to be read in more than it is built in.
+    return torch.float32 if recipe.tensor_parallel == 1 else TYPES[recipe.precision]
+
+
+def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> None:
+    """Refuse a block drafter of another target, or one whose rows have no room, before any weights are read."""
+    checkpoint = open_checkpoint(locate(recipe.draft.source, recipe_folder))
+    config = check_block(checkpoint, target, recipe.draft.block)
+    appended, reserve = block_shape(config).appended, reserve_for(recipe.decoding.model_dump())
+    if appended >= reserve:
+        raise UserError(
+            f"{checkpoint.path}: a block of {config.block_size} rows takes {appended} KV rows of a request, and "
+            f"{reserve} are kept ready; set decoding.per_request to {appended + 1} or more, or lower draft.block."
+        )
+
+
+def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest: str) -> Calibration | None:
+    if recipe.calibration is None:
+        return None
+    try:
+        return read_calibration(recipe_folder / recipe.calibration, digest, draft_digest)
+    except UserError as error:
+        raise UserError(f"the recipe's calibration: {error}") from error
+
+
+def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
+    """Return the draft's role, if it has a network, the target layers whose inputs it wants as features, its weights'
+    hash.
+    """
+    draft = recipe.draft
+    if draft.source is None:
+        return None, (), ""
+    progress("reading the draft")
+    checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
+    positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
+    dtype = _loaded_type(recipe)
+    if draft.kind == "model":
+        where = str(checkpoint.path)
+        check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
+        decoder, maximum = load_decoder(checkpoint, positions, dtype), target.config.vocab_size
+        if decoder.config.vocab_size > maximum:  # its padding would be proposed as tokens that the target cannot read
+            raise UserError(
+                f"{where}: vocab_size is {decoder.config.vocab_size}, but the target's is {maximum}; "
+                "use a draft with at most as many."
+            )
+        return DraftModule(decoder, draft.top_k), (), own_digest
+    if draft.kind == "block":
+        drafter = load_block(checkpoint, positions, target, dtype or torch.float32, draft.block)
+        if sum(drafter.config.hint_sizes) or drafter.config.markov:
+            tables = markov_arrays(drafter, checkpoint)
+            if (draft.precision or recipe.precision) != "fp32":
+                tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
+            np.savez(work / MARKOV, **tables)
+        return BlockModule(drafter, draft.top_k), drafter.config.feature_layers, own_digest
+    head = load_eagle3(checkpoint, positions, target, dtype)
+    if head.config.target_sha256 and head.config.target_sha256 != digest:
+        raise UserError(
+            f"{checkpoint.path}: target_sha256 says that this head is for other weights than the recipe's target; "
+            "train one with scripts/training/train_eagle3.py, or use the target it belongs to."
+        )
+    return HeadModule(head, draft.top_k), head.config.feature_layers or target.config.feature_layers, own_digest
+
+
+def _compiler(recipe: Recipe, work: Path, detail: Detail) -> tuple[Compile, TensorRTFacts | None]:
+    """How the recipe's engine compiles a role into ``work``, and what TensorRT engines will be bound to."""
+    if recipe.engine == "openvino":
+        return lambda role, name, precision: _compile_openvino(role, work / f"{name}.onnx", precision), None
+    if recipe.engine == "torch":
+        return lambda role, name, precision: _save_for_torch(role, work / f"{name}.safetensors", precision), None
+    from echo_trt.backends.tensorrt.build import TensorRTBuild
+
+    build = TensorRTBuild(recipe, work, work / TIMINGS, detail)
+    return build.compile, build.facts()
+
+
+def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
+    from echo_trt.backends.openvino.engine import OpenVINOEngine
+    from echo_trt.backends.openvino.quantise import quantise
+
+    export_parted(role, path)
+    if precision in ("int8", "int4"):
+        quantise(path, precision)
+
+    def opened(blocks: int) -> OpenVINOEngine:
+        release_weights(role)
+        return OpenVINOEngine(path, precision, blocks)
+
+    return path.name, check_engine(role, opened, precision)
+
+
+def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
+    from echo_trt.backends.torch.engine import open_torch
+    from echo_trt.backends.torch.files import save_role
+
+    save_role(role, path, precision)
+    return path.name, check_engine(role, lambda blocks: open_torch(path, blocks), precision)
+
+
+def _facts(role: Role, files: list[str]) -> NetworkFacts:
+    config = role.network.config
+    return NetworkFacts(
+        file=files[0],
+        rank_files=files if len(files) > 1 else [],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=role.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        parameters=sum(p.numel() for p in _own_parameters(role)),
+        feature_size=_feature_size(role),
+        block=block_facts(config) if isinstance(role, BlockModule) else None,
+    )
+
+
+def _feature_size(role: Role) -> int:
+    config = role.network.config
+    if isinstance(role, BlockModule):
+        return config.feature_size
+    return 3 * config.target_hidden_size if isinstance(role, HeadModule) else 0
+
+
+def block_facts(config: BlockConfig) -> BlockFacts:
+    """State how a drafter's pass looks, for a runtime without PyTorch."""
+    shape = block_shape(config)
+    return BlockFacts(
+        rows=shape.rows,
+        mask_token=shape.mask_token,
+        both_ways=shape.both_ways,
+        anchored=shape.anchored,
+        predicts_next=config.predicts_next,
+        markov=config.markov,
+        confidence=config.confidence,
+    )
+
+
+def _own_parameters(role: Role) -> list[nn.Parameter]:
+    return list({id(p): p for p in role.parameters()}.values())
+
+
+def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
+    """Return the configuration's end tokens and the tokenizer's; instruction-tuned models often name two different
+    ones.
+    """
+    ids = [*config.eos_token_ids, tokenizer.eos_token_id]
+    generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
+    if generation.exists():
+        stated = read_json(generation).get("eos_token_id")
+        ids += stated if isinstance(stated, list) else [stated]
+    # One that is no token of the target's, such as -1 for none, is never written.
+    ends = sorted({int(i) for i in ids if i is not None and 0 <= int(i) < config.vocab_size})
+    if len(ends) > MAX_STOP_TOKENS:
+        raise UserError(
+            f"{checkpoint.path} names {len(ends)} end tokens (eos_token_id in config.json, generation_config.json and "
+            f"the tokenizer), but a request stops at {MAX_STOP_TOKENS} at most; leave the others out there."
+        )
+    return ends
+
+
+def _sampling(checkpoint: Checkpoint) -> Sampling:
+    """Return what the checkpoint recommends to requests that say nothing: nothing unless it samples."""
+    path = checkpoint.path / "generation_config.json"
+    stated = read_json(path) if path.exists() else {}
+    if not stated.get("do_sample"):
+        return Sampling()
+    named = {name: stated[name] for name in Sampling.model_fields if stated.get(name) is not None}
+    try:
+        return Sampling(**named)
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_mistake(error)}; mend it, or set do_sample to false.") from None
+
+
+def _folder(name: str | None, recipe_folder: Path) -> Path | None:
+    return None if name is None else recipe_folder / name

@@ -1,0 +1,160 @@
+"""``echo-trt generate``: run prompts through a bundle, show the text, compare policies, write the results."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from echo_trt.bundle.calibration import own_files
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.cli.options import SAMPLED, GenerateOptions
+from echo_trt.cli.side import Side
+from echo_trt.cli.sources import SourcedText, legend, wants_colour
+from echo_trt.cli.watch import TreeDisplay
+from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.engine.params import Delta, SamplingParams
+from echo_trt.errors import UserError
+from echo_trt.files.outputs import files_first, json_bytes, output_file
+from echo_trt.files.prompts import Prompt, encodable, read_prompts
+from echo_trt.speculation.policies import policy_named
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """Prompts that a policy answers, alone or against plain decoding. ``coloured``: by who proposed a token."""
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    budget: int | None = None
+    coloured: bool = False
+    watch: bool = False
+
+
+def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, Any]:
+    """Run the command. Returns what ``--json`` writes."""
+    coloured = wants_colour(out, options.color)
+    work = GenerateRun(_prompts(options), sampling_params(options), options.budget, coloured, options.watch)
+    name = options.policy or read_manifest(options.bundle).recipe.decoding.policy
+    _check(options, name, out)
+    inputs = [options.prompts, *own_files(options.bundle)]
+    files = files_first(out) if options.json_file else nullcontext()
+    with output_file("--json", options.json_file, inputs) as write, files:
+        with messages.status("loading the bundle"):
+            llm = LLM(
+                options.bundle,
+                options.policy,
+                1 if options.batch is None and options.compare else options.batch,
+                options.budget,
+                messages.print,
+                False if options.compare else None,  # of two policies the second would find what the first computed
+                special_tokens_in_content=options.special_tokens_in_content,
+                kv_cache_memory=options.kv_cache_memory,
+            )
+        policy = llm.loop.planner.name
+        check_lengths(llm, work.prompts)
+        first = llm.chat_ids(work.prompts[0].text)
+        llm.generate([first], SamplingParams(max_tokens=8))  # the first calls are slow: not counted
+        llm.loop.batch.forget_cached()
+        answer = _answer
+        if options.compare:
+            (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
+            answer = comparison.load()
+        result = answer(work, llm, policy, out, messages)
+        write(json_bytes(result))
+    return result
+
+
+def _prompts(options: GenerateOptions) -> list[Prompt]:
+    if (options.prompt is None) == (options.prompts is None):
+        raise UserError("give either PROMPT or --prompts FILE.")
+    if options.prompt == "":
+        raise UserError("PROMPT is empty; give at least one character.")
+    return read_prompts(options.prompts) if options.prompts else [Prompt("0", encodable(options.prompt, "PROMPT"))]
+
+
+def sampling_params(options: GenerateOptions) -> SamplingParams:
+    """Return the parameters that are on the command line, else the model's own."""
+    requested = {name: value for name in SAMPLED if (value := getattr(options, name)) is not None}
+    requested["stop"] = tuple(encodable(text, "--stop") for text in requested["stop"])
+    return SamplingParams(**(read_manifest(options.bundle).sampling.given() | requested))
+
+
+def _check(job: GenerateOptions, policy: str, out: Console) -> None:
+    known = policy_named(policy, "--policy")
+    if job.budget is not None and job.budget < 1:
+        raise UserError(f"--budget is {job.budget}; give 1 or more.")
+    if job.budget and not known.shares_budget:
+        raise UserError(f"--budget is {job.budget}, but {policy} shares no budget; give --policy echo, dense or fixed.")
+    if job.watch and job.compare:
+        raise UserError("--watch draws one policy's trees, but --compare runs two; leave one of them out.")
+    if job.watch and not out.is_terminal:
+        raise UserError("--watch draws on a terminal, but standard output is none; leave it out, or run it in one.")
+
+
+def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Console) -> dict[str, Any]:
+    side, params = Side(policy), replace(job.params, token_sources=job.coloured or job.watch)
+    texts = [SourcedText() for _ in job.prompts]
+    single, watch = len(job.prompts) == 1 and not job.watch, None
+    if job.watch:
+        watch = TreeDisplay(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
+    progress = Progress(console=messages, transient=True, disable=not messages.is_terminal or single or job.watch)
+    task = progress.add_task(policy, total=len(job.prompts))
+
+    def show(delta: Delta) -> None:
+        text = texts[delta.index].add(delta)
+        if watch:
+            watch.add(delta)
+        if single:
+            out.print(text, end="", highlight=False, soft_wrap=True)
+        if delta.completion:
+            progress.advance(task)
+            if len(job.prompts) > 1 and not job.watch:
+                _print_answer(job.prompts[delta.index].id, texts[delta.index], out)
+
+    ids = [prompt.id for prompt in job.prompts]
+    with watch or progress:
+        side.begin(llm, ids, [llm.chat_ids(p.text) for p in job.prompts], params)
+        side.run(math.inf, show)
+    if single:
+        out.print()
+    for prompt, text in zip(job.prompts, texts, strict=True):
+        if job.watch:  # the picture is gone
+            _print_answer(prompt.id if len(texts) > 1 else "", text, out)
+    if job.coloured:
+        out.print(legend(side.counts), highlight=False, soft_wrap=True)
+    facts = side.summary()
+    messages.print(
+        f"{policy}: {facts['tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_s']:.1f} tokens/s, "
+        f"accepted length {facts['accepted_length']:.2f}",
+        highlight=False,
+    )
+    return {"results": results(job, side), "summary": facts}
+
+
+def _print_answer(name: str, text: SourcedText, out: Console) -> None:
+    if name:
+        out.print(name, style="bold", highlight=False)
+    out.print(text.styled(), highlight=False, soft_wrap=True)
+
+
+def results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
+    """Make a row of every prompt's answer."""
+    rows = []
+    for prompt in job.prompts:
+        c = side.completions[prompt.id]
+        rows.append(
+            {
+                "id": prompt.id,
+                "text": c.text,
+                "token_ids": c.token_ids,
+                "finish_reason": c.finish_reason,
+                "accepted_length": round(c.accepted_length, 4),
+            }
+        )
+    return rows

@@ -1,0 +1,103 @@
+"""The options of ``build``, ``generate`` and ``inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from echo_trt.engine.options import EngineOptions, Flag, KVCacheMemory, SpecialTokens, bounds
+from echo_trt.engine.params import PARAMETERS
+
+Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``build`` is asked to do; None stands for the recipe's value."""
+
+    model: Annotated[
+        str,
+        Parameter(help="A recipe (YAML), a model of the hub such as Qwen/Qwen3-8B, or a checkpoint's folder."),
+    ]
+    _: KW_ONLY
+    draft: Annotated[
+        str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
+    ] = None
+    output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
+    engine: Annotated[Engine | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
+    precision: Annotated[Precision | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None
+    compute_capabilities: Annotated[
+        tuple[str, ...],
+        Parameter(
+            "--compute-capability",
+            show_default=False,
+            help="Cards that TensorRT-RTX compiles for, such as 8.9; may be given again. Default: all.",
+        ),
+    ] = ()
+    max_model_len: Annotated[
+        int | None, Parameter(help="limits.context: tokens per request.", validator=bounds(16))
+    ] = None
+    max_num_seqs: Annotated[int | None, Parameter(help="limits.batch: running requests.", validator=bounds(1))] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Parameter(help="Fill this share of the GPU's memory: limits.kv_blocks.", validator=bounds(0.01, 1)),
+    ] = None
+    kv_cache_memory: KVCacheMemory = None
+
+
+def _sampling_option(name: str) -> tuple[str, Any, Any]:
+    """Make the field of a sampling parameter. None stands for the model's own value."""
+    known = PARAMETERS[name]
+    text = f"{known.doc[0].upper()}{known.doc[1:].partition(' ([')[0]}"
+    default, kind = known.default, tuple[str, ...] if known.kind is str else known.kind
+    if known.recommended:
+        default, kind, text = None, kind | None, f"{text}. Default: the model's own, else {known.default:g}"
+    shown = None if known.single else False
+    parameter = Parameter(help=f"{text}.", allow_leading_hyphen=known.kind is str, show_default=shown)
+    return name, Annotated[kind, parameter], default
+
+
+SAMPLED = [name for name, known in PARAMETERS.items() if known.option]
+SamplingOptions: Any = make_dataclass("SamplingOptions", map(_sampling_option, SAMPLED), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions, EngineOptions):
+    """What ``generate`` is asked to do; None stands for the recipe's value, of sampling parameters for the model's."""
+
+    prompt: Annotated[str | None, Parameter(help="One user turn, put into the model's chat template.")] = None
+    _: KW_ONLY
+    prompts: Annotated[Path | None, Parameter(help="JSONL: id and prompt, or turns, per line.")] = None
+    batch: Annotated[
+        int | None, Parameter(help="Requests running at once. Default: the recipe's; 1 with --compare.")
+    ] = None
+    budget: Annotated[
+        int | None,
+        Parameter(
+            help="K_max of echo, dense, fixed: tokens verified per iteration. Default: the recipe's, else measured."
+        ),
+    ] = None
+    json_file: Annotated[Path | None, Parameter("--json", help="Write results and summary to this file.")] = None
+    compare: Annotated[Flag, Parameter(help="Answer twice, plain and speculating side by side, and compare.")] = False
+    color: Annotated[
+        Literal["auto", "always", "never"],
+        Parameter(help="Colour tokens by who proposed them; auto: on a terminal, without NO_COLOR."),
+    ] = "auto"
+    watch: Annotated[Flag, Parameter(help="Draw the draft tree beside the text, on a terminal.")] = False
+    special_tokens_in_content: SpecialTokens = False
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What ``inspect`` is asked to do."""
+
+    path: Annotated[Path, Parameter(help="A bundle folder, or a recipe.", metavar="BUNDLE|RECIPE")]
+    _: KW_ONLY
+    cards: Annotated[
+        str | None,
+        Parameter("--fit", metavar="CARDS", help='Does a recipe fit these, "H100-80GB x8"? Exit code 1: no.'),
+    ] = None

@@ -1,0 +1,148 @@
+"""A recipe for a model that is named, by an id of the hub or a checkpoint's folder: a shipped one, or one derived."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from echo_trt.bundle.hub import CONFIG, from_hub
+from echo_trt.bundle.recipe import HUB, Recipe, load_recipe, parse_recipe
+from echo_trt.errors import UserError
+from echo_trt.sizing.limits import filling, limited, with_kv_cache
+
+RECIPES = Path(__file__).parents[2] / "build"  # of the repository
+PACKAGED = Path(__file__).parents[1] / "recipes"  # of the wheel
+CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per request
+
+
+def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -> tuple[Recipe, Path]:
+    """Return the recipe, and the folder that its paths are relative to.
+
+    what    a recipe's file; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
+    draft   an id or a checkpoint of the draft, for another one than the recipe's
+    engine  that was chosen; None: a shipped recipe for a GPU is for OpenVINO on a machine without one
+    """
+    path = Path(what).expanduser()
+    if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".gguf"):
+        recipe, folder = load_recipe(path), path.parent
+        return (_with_draft(recipe, draft) if draft else recipe), folder
+    target = source_of(what)
+    shipped = _shipped(target, draft)
+    if shipped is None:
+        return _derived(target, draft), Path()
+    recipe = load_recipe(shipped)
+    if engine is None and not _has_gpu():
+        recipe = recipe.built_as("openvino", None, [])
+    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
+    return (_with_draft(recipe, draft) if draft else recipe), Path()
+
+
+def source_of(what: str) -> dict[str, str]:
+    """Return the keys of a ``Source`` for an id of the hub or a local checkpoint."""
+    if Path(what).expanduser().exists():
+        return {"path": str(Path(what).expanduser().resolve())}
+    if re.fullmatch(HUB, what):
+        return {"hub": what}
+    raise UserError(
+        f"{what} is neither a recipe, a checkpoint's folder, nor an id of the hub such as Qwen/Qwen3-8B; name one."
+    )
+
+
+def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
+    """Find the shipped recipe of a target, by its name on the hub or its folder's; a draft's own one comes first."""
+    folder = RECIPES if RECIPES.is_dir() else PACKAGED
+    found = []
+    for path in sorted(folder.glob("*.yaml"), key=lambda path: len(path.name)):
+        recipe = load_recipe(path)
+        hub = recipe.target.hub
+        if hub and (target.get("hub") == hub or Path(target.get("path", "")).name == hub.split("/")[1]):
+            source = recipe.draft.source
+            found.append((draft is None or (bool(source) and source.hub != draft), path))
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _with_draft(recipe: Recipe, draft: str) -> Recipe:
+    source = source_of(draft)
+    if recipe.draft.source and recipe.draft.source.hub == source.get("hub", ""):
+        return recipe
+    raw = recipe.draft.model_dump(exclude={"block", "ngrams", "precision"})
+    raw |= {"kind": _kind(source, draft), "source": source}
+    whole = recipe.model_dump(exclude_unset=True) | {"draft": raw, "calibration": None}
+    return parse_recipe(whole, f"{recipe.name} with draft {draft}")
+
+
+def _derived(target: dict[str, str], draft: str | None) -> Recipe:
+    """Make a recipe of what checkpoints' configurations say."""
+    name = Path(target.get("path") or target["hub"]).name
+    raw: dict[str, Any] = {
+        "name": re.sub(r"[^a-z0-9._-]", "-", name.lower().removesuffix(".gguf")),
+        "target": target,
+        "draft": {"kind": "lookup"},
+        "engine": "torch" if _has_gpu() else "openvino",
+        "limits": {"batch": 64, "context": min(_config(target).get("max_position_embeddings", CONTEXT), CONTEXT)},
+        "decoding": {"max_depth": 8, "beams": 4, "width": 8, "static": {"depth": 6, "top_k": 4, "tokens": 16}},
+    }
+    if draft:
+        source = source_of(draft)
+        raw["draft"] = {"kind": _kind(source, draft), "source": source}
+    return parse_recipe(raw, f"the recipe for {name}")
+
+
+def _kind(source: dict[str, str], name: str) -> str:
+    """Tell a draft's kind from its configuration."""
+    from echo_trt.models.block_config import is_block
+    from echo_trt.models.config import is_eagle3
+
+    raw = _config(source)
+    if is_block(raw):
+        return "block"
+    if is_eagle3(raw):
+        return "eagle3"
+    if str((raw.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+        return "model"
+    raise UserError(
+        f"draft {name}: architectures is {raw.get('architectures')}, which is no draft that echo-trt knows; give an "
+        "EAGLE-3 head, a block drafter or a smaller model."
+    )
+
+
+def _config(source: dict[str, str]) -> dict[str, Any]:
+    """Read config.json, before weights are fetched."""
+    from echo_trt.models.checkpoint import read_json
+    from echo_trt.models.open_checkpoint import open_checkpoint
+
+    folder = Path(source["path"]) if "path" in source else from_hub(source["hub"], CONFIG)
+    return open_checkpoint(folder).config if folder.is_file() else read_json(folder / "config.json")
+
+
+def _has_gpu() -> bool:
+    from echo_trt.backends.cuda.device import has_cuda
+
+    return has_cuda()
+
+
+def sized(
+    recipe: Recipe,
+    folder: Path,
+    max_model_len: int | None,
+    max_num_seqs: int | None,
+    utilization: float | None,
+    kv_cache_memory: int | None = None,
+) -> Recipe:
+    """Return the recipe with limits that were given on the command line, of which ``None`` are not."""
+    recipe = limited(recipe, max_model_len, max_num_seqs)
+    if kv_cache_memory is not None:
+        if utilization is not None:
+            raise UserError("--gpu-memory-utilization and --kv-cache-memory both size the KV pool; give one of them.")
+        return with_kv_cache(recipe, folder, kv_cache_memory)
+    if utilization is None:
+        return recipe
+    if recipe.engine == "openvino":
+        raise UserError("--gpu-memory-utilization is for a GPU, but the engine is openvino; leave it out.")
+    import torch
+
+    from echo_trt.backends.cuda.device import cuda_device
+
+    card = torch.cuda.get_device_properties(cuda_device())
+    return filling(recipe, folder, card.total_memory, utilization, card.name)

@@ -1,0 +1,244 @@
+"""``echo-trt serve``: an engine, by itself or in Triton, and the gateway beside it, supervised and drained as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from echo_trt.adapters.triton.server import TritonServer, find_server, own_prefix, remove_folders, remove_regions
+from echo_trt.engine.params import MAX_AT_ONCE
+from echo_trt.engine.service.protocol import MODEL
+from echo_trt.errors import UserError
+from echo_trt.server.keys import Keys
+from echo_trt.server.options import checked_names, checked_origins
+from echo_trt.supervision.options import ServeOptions
+from echo_trt.supervision.probe import EngineProbe, responds
+from echo_trt.supervision.process import Process, ProcessLog, lives
+from echo_trt.supervision.supervised import Supervised, Supervisor, port_trouble, supervise
+
+REAP_SECONDS = 5.0  # for Triton to reap a backend that ends in good order; larger: a dead backend is noticed later
+ANSWER_SECONDS = 30.0  # for an answer among thousands of streams; larger: a hang is noticed later
+FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
+
+
+def run(job: ServeOptions) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP; returns the exit code: 0 where all answers were finished.
+
+    Raises UserError for wrong options, and for a process that does not start or dies repeatedly.
+    """
+    job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
+    _check(job)
+    job = replace(job, served_model_names=checked_names(job.served_model_names or (MODEL, _name(job.bundle))))
+    server = find_server() if job.triton else None
+    remove_folders(Path(tempfile.gettempdir()))
+    try:
+        return supervise(own_prefix(), lambda *given: service(job, server, *given))
+    finally:
+        remove_regions()
+
+
+def _name(bundle: Path) -> str:
+    """Return the target's name, or the bundle's. Raises UserError.
+
+    Reads no more of the manifest, which the engine checks: importing what checks it would take half a second.
+    """
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+        return str(manifest["recipe"]["target"].get("hub") or manifest["name"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        from echo_trt.bundle.manifest import read_manifest
+
+        return read_manifest(bundle).name
+
+
+def _check(job: ServeOptions) -> None:
+    """Raise UserError for options that cannot be served."""
+    if job.given_triton_ports and not job.triton:
+        option = job.given_triton_ports[0]
+        raise UserError(f"{option} is a port of Triton's, which is not started; add --triton, or leave the port out.")
+    wanted = job.ports
+    if not wanted:
+        raise UserError("--openai-port is 0 and --triton is not given, so nothing would be served; change one of them.")
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError(f"{', '.join(map(str, wanted.values()))} are the ports asked for; give each a port of its own.")
+    for option, port in wanted.items():
+        if trouble := port_trouble(option, job.host, port):
+            raise UserError(f"{trouble}.")
+    if job.batch is not None and not 1 <= job.batch <= MAX_AT_ONCE:
+        raise UserError(f"--batch is {job.batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
+    if job.api_keys and not job.api_keys.is_file():
+        raise UserError(f"--api-keys-file is {job.api_keys}, which is no file; name one with a key a line.")
+    if job.api_keys:
+        Keys(job.api_keys)  # refuses what the gateway would, before Triton starts
+    checked_origins(job.allowed_origins)
+
+
+def _address(host: str, family: socket.AddressFamily) -> str:
+    """Resolve a host. Triton takes IPv4 addresses alone, and reads names such as localhost as 255.255.255.255."""
+    try:
+        return str(socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name with an empty or an endless part
+        kind = "IPv4 address" if family == socket.AF_INET else "address"
+        reason = getattr(error, "strerror", None) or "it is no name of a host"
+        raise UserError(
+            f"--host is {host!r}, which is no {kind} and has none ({reason}); give one, such as 0.0.0.0."
+        ) from None
+
+
+class EngineProcess(Supervised):
+    """The engine's process, which serves once a real inference was answered at its ``socket``."""
+
+    name = "the engine"
+
+    def __init__(self, job: ServeOptions, work: Path, log: ProcessLog):
+        super().__init__(log, job.host, {}, job.start_seconds)
+        self.socket = work / "engine"
+        self._job, self._probe = job, EngineProbe(self.socket)
+
+    def _spawn(self) -> Process:
+        job = self._job
+        self.socket.unlink(missing_ok=True)
+        words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue), *job.words]
+        words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        return Process("engine", [sys.executable, "-m", "echo_trt.engine.service", *words], environment, self._log)
+
+    def _ready(self) -> bool:
+        return self.socket.exists() and self._probe.answers()
+
+    def _lives(self) -> bool:
+        return self._probe.lives()
+
+    @property
+    def drained(self) -> bool:
+        """Whether it has ended in good order."""
+        return self.process is None or self.process.exit_code == 0
+
+
+class Triton(EngineProcess):
+    """Triton, whose Python model holds the engine."""
+
+    name = "Triton"
+
+    def __init__(self, job: ServeOptions, server: TritonServer, work: Path, log: ProcessLog):
+        super().__init__(job, work, log)
+        self._ports = {option: port for option, port in job.ports.items() if option != "--openai-port"}
+        self._server, self._work, self._signals = server, work, work
+        self._url = f"http://{job.reached_at}:{job.triton_ports['http']}/v2/health/ready"
+        self._backends: set[int] = set()
+        self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
+
+    def _spawn(self) -> Process:
+        job = self._job
+        remove_regions()
+        self.socket.unlink(missing_ok=True)
+        self._starts += 1
+        self._sound = time.monotonic()
+        self._signals = self._work / str(self._starts)
+        self._signals.mkdir()
+        given = {
+            "BUNDLE": job.bundle.resolve(),
+            "QUEUE": job.queue,
+            "POLICY": job.policy,
+            "POLICY_FILE": job.policy_file and job.policy_file.resolve(),
+            "BATCH": job.batch,
+            "KV_CACHE_MEMORY": job.kv_cache_memory and f"{job.kv_cache_memory}B",
+            "SPECIAL_TOKENS_IN_CONTENT": str(job.special_tokens_in_content).lower(),
+            "SIGNALS": self._signals,
+            "SOCKET": self.socket,
+        }
+        settings = {f"ECHO_TRT_{name}": str(value) for name, value in given.items() if value is not None}
+        command = self._server.command(job.host, self._ports, self._signals)
+        return Process("triton", command, self._server.environment(settings), self._log)
+
+    def _ready(self) -> bool:
+        answered = responds(self._url, ANSWER_SECONDS) and super()._ready()
+        self._backends = self.process.children()
+        return answered
+
+    def _lives(self) -> bool:
+        return responds(self._url, ANSWER_SECONDS) and super()._lives()
+
+    def _trouble(self) -> str | None:
+        """Find a dead backend, which Triton does not notice: open requests and its start would hang."""
+        if trouble := super()._trouble():
+            return trouble
+        now, backends = time.monotonic(), self._backends if self.serving else self.process.children()
+        if all(map(lives, backends)):
+            self._sound = now
+        elif self.serving:
+            return "Triton's backend has died"
+        elif now - self._sound > REAP_SECONDS:
+            return "Triton's backend died while it loaded the bundle, as it does for want of memory; free some"
+        return None
+
+    def drain(self) -> None:
+        """Let the model refuse new requests and finish open ones: Triton does not count the gateway's."""
+        (self._signals / "drain").touch()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all answers have been sent."""
+        return (self._signals / "drained").exists()
+
+    def end(self) -> None:
+        """Stop Triton, which is idle."""
+        time.sleep(FLUSH_SECONDS)
+        if self.process:
+            self.process.terminate()
+            self.process.wait(STOP_SECONDS)
+
+
+class Gateway(Supervised):
+    """The gateway's process, which serves once it answers by itself, without an engine."""
+
+    name = "the gateway"
+
+    def __init__(self, job: ServeOptions, log: ProcessLog, engine: Path):
+        """``engine``: the socket that the engine's host listens on."""
+        super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
+        self._job, self._engine = job, engine
+        self._url = f"{job.openai_url}/version"
+
+    def _spawn(self) -> Process:
+        job = self._job
+        words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
+        words += ["--drain-seconds", str(job.drain_seconds)]
+        return Process("gateway", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
+
+    def _ready(self) -> bool:
+        return responds(self._url, 1)
+
+    def _lives(self) -> bool:
+        return responds(self._url, ANSWER_SECONDS)
+
+
+def service(
+    job: ServeOptions, server: TritonServer | None, work: Path, stop: threading.Event, log: ProcessLog
+) -> Supervisor:
+    """Return an engine, in ``server`` if there is one, and the gateway as one service."""
+    engine = Triton(job, server, work, log) if server else EngineProcess(job, work, log)
+    processes = [engine, Gateway(job, log, engine.socket)] if job.openai_port else [engine]
+    return Supervisor([processes], stop, log, job.drain_seconds, lambda: _urls(job))
+
+
+def _urls(job: ServeOptions) -> str:
+    def line(name: str, port: int, path: str) -> str:
+        return f"{name:8} http://{job.shown_host}:{port}{path}"
+
+    lines = ["serving"]
+    if job.triton:
+        lines.append(line("HTTP", job.triton_ports["http"], f"/v2/models/{MODEL}/generate_stream"))
+        lines.append(f"gRPC     {job.shown_host}:{job.triton_ports['grpc']}")
+    lines.append(line("metrics", job.triton_ports["metrics"] if job.triton else job.openai_port, "/metrics"))
+    if job.openai_port:
+        lines.append(line("OpenAI", job.openai_port, "/v1"))
+        lines += [line("page", job.openai_port, "/")] if job.page else []
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Text in a terminal, coloured by who proposed its tokens."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from echo_trt.engine.params import Delta
+
+#: Source -> its name for readers, in the order of the legend.
+NAMES = {
+    "target": "the target itself",
+    "head": "draft network",
+    "lookup": "copied text",
+    "both": "network and copy",
+    "ngram": "n-grams",
+    "grammar": "grammar",
+}
+#: Source -> colour. The target's own have none.
+COLOURS = {"head": "#2f7de1", "lookup": "#1a9a6c", "both": "#8b6fd6", "ngram": "#c2760c", "grammar": "#d1568f"}
+#: Nothing is told by colour alone.
+MARKS = {
+    "head": Style(),
+    "lookup": Style(underline=True),
+    "both": Style(underline=True, bold=True),
+    "ngram": Style(italic=True),
+    "grammar": Style(bold=True),
+}
+STYLES = {"target": Style()} | {name: MARKS[name] + Style(color=colour) for name, colour in COLOURS.items()}
+
+#: Characters that would move a terminal's cursor, change its state or hide -> their pictures; lines stay lines.
+HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+HARMLESS |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298), 65534, 65535), 65533)
+
+
+def wants_colour(console: Console, choice: str) -> bool:
+    """Return whether ``--color`` auto, always or never colours what ``console`` prints; NO_COLOR matters to auto."""
+    if choice == "auto":
+        return console.is_terminal and console.color_system is not None and not console.no_color
+    return choice == "always"
+
+
+class SourcedText:
+    """A text as it grows, with the source of each of its tokens."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._begins: list[int] = []
+        self._sources: list[str] = []
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Tokens by source."""
+        return Counter(self._sources)
+
+    def add(self, delta: Delta) -> Text:
+        """Take what was said next; return its text, in the colours of its sources."""
+        begin = len(self.text)
+        self.text += delta.text
+        self._begins += delta.begins
+        self._sources += [entry.source for entry in delta.sources]
+        return self.styled(begin)
+
+    def styled(self, begin: int = 0, harmless: bool = False) -> Text:
+        """Return the text from the character ``begin``; ``harmless``: with pictures of control characters."""
+        styled, index = Text(), max(bisect_right(self._begins, begin) - 1, 0)
+        while begin < len(self.text):
+            index += 1
+            end = self._begins[index] if index < len(self._begins) else len(self.text)
+            source = self._sources[index - 1] if index <= len(self._sources) else "target"
+            piece = self.text[begin:end]
+            styled.append(piece.translate(HARMLESS) if harmless else piece, STYLES[source])
+            begin = max(begin, end)
+        return styled
+
+
+def legend(counts: Counter[str]) -> Text:
+    """Return one line: each source that occurs, in its colour, with its share of the tokens."""
+    line, total = Text("tokens from: "), max(counts.total(), 1)
+    for name, label in NAMES.items():
+        if counts[name]:
+            line.append(f"{label} {counts[name] / total:.0%}", STYLES[name])
+            line.append("  ")
+    line.rstrip()
+    return line

@@ -1,0 +1,82 @@
+"""The terminal: what commands print on, and how one ends that was given something wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from functools import partial
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+from echo_trt.errors import UserError
+
+NARROWEST = 20  # columns of a terminal; larger: more values of COLUMNS are ignored
+
+
+def _drop_odd_columns() -> None:
+    """Remove a COLUMNS below NARROWEST from the environment: Rich would print nothing, not even an error."""
+    columns = os.environ.get("COLUMNS", "")
+    if not re.fullmatch("[0-9]{2,4}", columns) or int(columns) < NARROWEST:
+        os.environ.pop("COLUMNS", None)
+
+
+_drop_odd_columns()  # before the first console, which remembers them
+# Names of files, ids and texts are printed as they are: no markup, no :emoji:.
+Screen = partial(Console, markup=False, emoji=False)
+messages = Screen(stderr=True)
+
+
+def run_app(app: App) -> None:
+    """Run a command line; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if hasattr(sys.stdout, "reconfigure"):  # not all that stands in for it, as in a notebook, can be
+        sys.stdout.reconfigure(errors="replace")  # its encoding may not have every character of an answer
+    try:
+        _run(app)
+    except UserError as error:
+        _report(error)
+        sys.exit(2)
+    except CycloptsError as error:
+        error.verbose = False
+        _report(error)
+        sys.exit(2)
+    except MemoryError as error:
+        amount = f" ({error})" if str(error) else ""
+        limits = "limits.kv_blocks (--kv-cache-memory), limits.context or --batch"
+        _report(f"there is not enough memory{amount}; lower {limits}.")
+        sys.exit(2)
+    except OSError as error:
+        # Nothing that is still to be printed is to fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        path = error.filename or "standard output, or a file,"
+        _report(f"{path} cannot be read or written ({error.strerror or error}); make room, or name another place.")
+        sys.exit(2)
+
+
+def _run(app: App) -> None:
+    if sys.stdout is None:
+        raise UserError("standard output is closed; redirect it to a file or to /dev/null.")
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+
+
+def _report(error: object) -> None:
+    messages.print("error:", style="bold red", end=" ", soft_wrap=True)
+    messages.print(" ".join(str(error).split()), soft_wrap=True, highlight=False)
+
+
+def screen_of(color: str) -> Console:
+    """Return the console of standard output, with colours even in a file where they are wanted always."""
+    if color == "never":
+        return Screen(no_color=True)
+    if color == "always":
+        return Screen(force_terminal=True, no_color=False, color_system=Screen().color_system or "256")
+    return Screen()

@@ -1,1 +1,0 @@
-"""``build``, ``generate`` and ``inspect``, and what they print."""

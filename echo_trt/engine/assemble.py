@@ -1,0 +1,189 @@
+"""Open a bundle: engines, KV pool, drafter, and their costs and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from echo_trt.backends.base import Engine
+from echo_trt.backends.cuda.sizes import CallBounds
+from echo_trt.bundle.calibration import Calibration, read_calibration
+from echo_trt.bundle.manifest import MANIFEST, Manifest, NetworkFacts, read_manifest, verify_files
+from echo_trt.bundle.stored import CALIBRATION
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.drafters.block import BlockDrafter
+from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafter
+from echo_trt.engine.drafters.levels import LevelsDrafter
+from echo_trt.engine.drafters.lookup import LookupDrafter
+from echo_trt.engine.drafters.markov import Markov, read_markov
+from echo_trt.engine.kv_pool import KVPool, kv_pool
+from echo_trt.engine.params import MAX_STOP_TOKENS
+from echo_trt.errors import UserError
+from echo_trt.speculation.pack import LevelShape
+from echo_trt.speculation.planner import Planner
+from echo_trt.speculation.policies import POLICIES, reserve_for
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A bundle's engines over one KV pool.
+
+    copier  finds continuations in a request's own text; None: the recipe leaves them out
+    markov  corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    pool    the size of the KV pool; of a part, the whole pool's
+    """
+
+    manifest: Manifest
+    pool: KVPool
+    batch: InputBatch
+    target: Engine
+    draft: Engine | None
+    drafter: Drafter | None
+    copier: LookupDrafter | None
+    calibration: Calibration | None
+    markov: Markov | None = None
+
+    def loop(self, planner: Planner) -> EngineCore:
+        """Make an engine core over these networks; one core at a time may have running requests."""
+        manifest = self.manifest
+        chunk = manifest.recipe.limits.prefill_chunk
+        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk)
+
+    def over(self, batch: InputBatch) -> Networks:
+        """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
+        return _networks(self.manifest, self.pool, batch, self.target, self.draft, self.calibration, self.markov)
+
+
+def load_networks(
+    folder: Path, batch: int | None = None, prefix_cache: bool | None = None, kv_cache_memory: int | None = None
+) -> Networks:
+    """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
+
+    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``.
+    """
+    manifest = read_manifest(folder)
+    if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
+        raise UserError(
+            f"{folder / MANIFEST}: eos_token_ids has {ends} ids, but a request stops at {MAX_STOP_TOKENS} at most; "
+            "build the bundle again."
+        )
+    verify_files(folder, manifest)
+    recipe = manifest.recipe
+    limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
+    count = batch or limits.batch
+    contiguous = manifest.engine == "tensorrt-rtx"  # its engines have a cache per slot instead of one pool
+    pool = kv_pool(folder, manifest, count, kv_cache_memory)
+    cached = limits.prefix_cache if prefix_cache is None else prefix_cache
+    input_batch = InputBatch(count, limits.context, reserve, None if contiguous else pool.blocks, cached)
+    target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
+    draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
+    path = folder / CALIBRATION
+    known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
+    heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
+    return _networks(
+        manifest, pool, input_batch, target, draft, known, read_markov(folder, manifest) if heads else None
+    )
+
+
+def _networks(
+    manifest: Manifest,
+    pool: KVPool,
+    batch: InputBatch,
+    target: Engine,
+    draft: Engine | None,
+    calibration: Calibration | None,
+    markov: Markov | None,
+) -> Networks:
+    settings = manifest.recipe.draft
+    copier = LookupDrafter(batch, settings.min_match, calibration.lookup if calibration else settings.acceptance)
+    drafter = copier if settings.kind == "lookup" else drafter_with(manifest, batch, draft, markov)
+    copying = copier if settings.copy_text else None
+    return Networks(manifest, pool, batch, target, draft, drafter, copying, calibration, markov)
+
+
+def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
+    """Open the network of ``facts``: the manifest's target, or its draft."""
+    network = "target" if facts is manifest.target else "draft"
+    slots, slot_blocks = batch.block_table.shape
+    open_file: Callable[..., Any]
+    if manifest.tensorrt:
+        from echo_trt.backends.tensorrt.engine import TensorRTEngine
+
+        opener: Callable[..., Any] = TensorRTEngine.open
+        sizes = {"slots": slots, "blocks": slot_blocks, "num_blocks": blocks, "tree": batch.reserve}
+        open_file = partial(opener, manifest.engine, facts=manifest.tensorrt, **sizes)
+    elif manifest.engine == "torch":
+        from echo_trt.backends.torch.engine import open_torch
+
+        bounds = CallBounds(slots, slot_blocks, batch.reserve)
+        open_file = partial(open_torch, num_blocks=blocks, bounds=bounds)
+    else:
+        from echo_trt.backends.openvino.engine import OpenVINOEngine
+
+        draft_precision = manifest.recipe.draft.precision if network == "draft" else None
+        engine = OpenVINOEngine(folder / facts.file, draft_precision or manifest.precision, blocks)
+        _check_network(engine.widths, folder / MANIFEST, manifest, network)
+        return engine
+    if network == "target" and facts.rank_files:  # divided, in a process per rank; the draft stands whole in this one
+        from echo_trt.backends.parallel.ranked import RankedEngine, of_rank
+
+        files = tuple(folder / file for file in facts.rank_files)
+        return RankedEngine(partial(of_rank, files, open_file), len(files))
+    opened: Engine = open_file(folder / facts.file)
+    opened.capture_levels(level_shapes(manifest))  # type: ignore[attr-defined]
+    return opened
+
+
+def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, network: str) -> None:
+    """Refuse a manifest that names another network's file, or sizes that are not this one's."""
+    facts, kind = getattr(manifest, network), manifest.recipe.draft.kind
+    head, reads = kind == "eagle3", kind in ("eagle3", "block")
+    if network == "target":
+        right, sizes = "logits" in widths and (not reads or "features" in widths), {"vocab_size": "logits"}
+    else:
+        right = "candidates" in widths and head == ("hidden" in widths) and reads == ("features" in widths)
+        sizes = {"feature_size": "features"} if reads else {}
+        sizes |= {"hidden_size": "hidden"} if head else {}
+    if not right:
+        raise UserError(
+            f"{path}: {network}.file is {facts.file!r}, which holds another network; build the bundle again."
+        )
+    for field, name in sizes.items():
+        if (size := getattr(facts, field)) != widths[name]:
+            raise UserError(
+                f"{path}: {network}.{field} is {size}, but the network's is {widths[name]}; build the bundle again."
+            )
+
+
+def level_shapes(manifest: Manifest) -> list[LevelShape]:
+    """List the shapes of drafts that registered policies may ask a head on a device for."""
+    decoding = manifest.recipe.decoding.model_dump()
+    shapes: dict[LevelShape, None] = {}  # in order
+    for policy in POLICIES.values():
+        if policy.shape is None or not policy.captured:
+            continue
+        largest = policy.shape(decoding)
+        whole = largest.max_depth - 1
+        for levels in (whole,) if policy.drafts_whole else range(1, whole + 1):
+            shapes[LevelShape(levels, min(largest.beams, largest.width), largest.width)] = None
+    return [shape for shape in shapes if shape.levels]
+
+
+def drafter_with(
+    manifest: Manifest, batch: InputBatch, engine: Engine | None, markov: Markov | None = None
+) -> Drafter | None:
+    """Return the drafter of a bundle whose draft network ``engine`` runs."""
+    draft, facts = manifest.recipe.draft, manifest.draft
+    if engine is None or facts is None:
+        return None
+    chunk = manifest.recipe.limits.prefill_chunk
+    if draft.kind == "model":
+        return EngineDrafter(engine, batch, chunk)
+    if facts.block is not None:
+        return BlockDrafter(engine, batch, chunk, facts.feature_size, facts.block, markov)
+    kind = LevelsDrafter if getattr(engine, "drafts_levels", False) else Eagle3Drafter
+    return kind(engine, batch, chunk, facts.feature_size, facts.hidden_size)

@@ -1,0 +1,326 @@
+"""The engine core: iterations of any planner over all running requests.
+
+``step`` is one iteration: plan (the planner's draft and choice), pack, verify, accept, commit, observe. Prompts are
+computed in chunks inside the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from echo_trt.backends.base import Engine
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.drafters.eagle3 import Drafter
+from echo_trt.engine.drafters.grammars import GuidedDraft
+from echo_trt.engine.drafters.lookup import LookupDrafter
+from echo_trt.engine.params import Counters
+from echo_trt.engine.request import NOTHING, StepOutput
+from echo_trt.engine.sampler import TargetOutput, token_logprobs
+from echo_trt.engine.scheduler import Scheduler
+from echo_trt.engine.trace import StepTrace
+from echo_trt.speculation.accept import accept
+from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.drafts import Pass, TimedDraft
+from echo_trt.speculation.pack import ForwardBatch, pack
+from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
+from echo_trt.speculation.sources import DRAFT, LOOKUP
+from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Parts of prompts that one iteration computes, C of them, oldest request first.
+
+    slots, counts  int64 [C]: a part's slot and tokens
+    owner          int64 [sum counts]: a token's slot
+    position       int64 [sum counts]: its position in the text
+    """
+
+    slots: np.ndarray
+    counts: np.ndarray
+    owner: np.ndarray
+    position: np.ndarray
+
+
+class EngineCore:
+    """Continuous batching: requests join and leave at any iteration."""
+
+    def __init__(
+        self,
+        target: Engine,
+        drafter: Drafter | None,
+        batch: InputBatch,
+        planner: Planner,
+        eos: Iterable[int],
+        chunk: int = 256,
+    ):
+        """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
+
+        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
+        """
+        self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
+        self.counters = Counters()
+        self.scheduler = Scheduler(batch, tuple(eos), self.counters)
+        self.drafter = drafter
+        # Gets every iteration, on the thread that steps; None: none
+        self.step_callback: Callable[[StepTrace], None] | None = None
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The draft. Setting it lets the scheduler call its ``forget`` when a request leaves a slot."""
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        self._drafter = drafter
+        if drafter:
+            self.scheduler.forget = drafter.forget
+
+    @property
+    def proposer(self) -> int:
+        """The source of nodes that name the draft alone: DRAFT, or LOOKUP where the draft copies text."""
+        return LOOKUP if isinstance(self.drafter, LookupDrafter) else DRAFT
+
+    def step(self) -> StepOutput:
+        """One iteration. Of the requests that emitted, the finished have a finish_reason."""
+        self.scheduler.admit()
+        slots = self._hold_for_decoding()
+        chunks = self._plan_chunks()
+        if len(slots) + len(chunks.slots) == 0:
+            return NOTHING
+        begin = time.perf_counter()
+        step_callback = self.step_callback  # another thread may set it at any time
+        ids = [request.id for request in self.scheduler.running_in(slots)] if step_callback else []
+        # Where all requests have opted out of speculation, the planner is skipped, and learns nothing.
+        speculates = len(slots) == 0 or bool(self.batch.sampling["speculate"][slots].any())
+        draft = self.drafter.begin(slots) if self.drafter and speculates else None
+        load = self._load(slots, len(chunks.owner))
+        plan, planning = self._plan(slots, draft, load)
+        verified, target = self._verify(plan, slots, chunks)
+        with self._timed("accept"):
+            path, emitted = accept(verified.tree, verified.next_token)
+        with self._timed("commit"):
+            step_output = self._commit(verified, path, emitted, chunks)
+        drafting = draft.seconds if draft else 0.0
+        seconds = time.perf_counter() - begin
+        iteration = Iteration(
+            plan=plan,
+            load=load,
+            path=path[path < len(plan.tree)],
+            target=target,
+            drafts=tuple(draft.passes) if draft else (),
+            levels=draft.levels if draft else 0,
+            planning=planning,
+            seconds=seconds,
+            host=seconds - planning - drafting - target.seconds,
+        )
+        if speculates:
+            self.planner.observe(iteration)
+        if step_callback:
+            step_callback(StepTrace(iteration, ids, drafting, int(step_output.counts.sum()), time.time()))
+        return step_output
+
+    def _hold_for_decoding(self) -> np.ndarray:
+        """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
+        while True:
+            slots = self.batch.decoding()
+            if self.batch.hold(slots, self.batch.committed[slots] + self.batch.reserve):
+                self.counters.evicted_blocks = self.batch.cache.evicted
+                return slots
+            self.scheduler.preempt_least_urgent()
+
+    def _plan_chunks(self) -> Chunks:
+        """Divide this iteration's prompt budget among prefilling slots, oldest first."""
+        batch, slots = self.batch, self.batch.prefilling()
+        if len(slots) == 0:
+            return Chunks(slots, slots, slots, slots)
+        self.counters.cached_tokens += batch.skip(slots, self.chunk)
+        missing = batch.length[slots] - batch.committed[slots]
+        counts = np.clip(self.chunk - begins(missing)[:-1], 0, missing)
+        if self.chunk > 2:
+            # Never prefill exactly one token: the attention kernel rounds a single token differently, and the text
+            # would depend on batching.
+            counts = np.where(missing - counts == 1, counts - 1, counts)
+            counts[counts == 1] = 0
+        slots, counts = slots[counts > 0], counts[counts > 0]
+        owner = np.repeat(slots, counts)
+        return Chunks(slots, counts, owner, batch.committed[owner] + ragged_arange(counts))
+
+    def _load(self, slots: np.ndarray, prompt_tokens: int) -> StepContext:
+        batch = self.batch
+        # The verification emits one token beside the drafted
+        max_draft_len = batch.limit[slots] - batch.length[slots] - 1
+        max_draft_len[~batch.sampling["speculate"][slots]] = 0
+        max_draft_len[batch.committed[slots] == 0] = 0  # a head has nothing to look at yet
+        draft_lag = self.drafter.draft_lag(slots) if self.drafter else np.zeros(len(slots), np.int64)
+        context, recent = int(batch.committed[slots].sum()), batch.recent(slots, RECENT)
+        return StepContext(slots, max_draft_len, draft_lag, context, recent, batch.admitted[slots], prompt_tokens)
+
+    def _plan(self, slots: np.ndarray, draft: TimedDraft | None, load: StepContext) -> tuple[Plan, float]:
+        """Ask the planner. Returns its plan for decoding ``slots`` int64 [B], and seconds beside the draft's passes."""
+        batch, counters = self.batch, self.counters
+        roots = batch.tokens[slots, batch.length[slots] - 1]
+        if draft is None or len(slots) == 0:
+            plan, seconds = Plan.undrafted(roots), 0.0
+        else:
+            grammars, begin = batch.grammar[slots], time.perf_counter()
+            plan = self.planner.plan(roots, GuidedDraft(draft, grammars) if grammars.any() else draft, load)
+            seconds = time.perf_counter() - begin - draft.seconds
+            self.counters.add_seconds("plan", seconds)
+            self.counters.add_seconds("draft", draft.seconds)
+            counters.draft_passes += len(draft.passes)
+        batch.drafted[slots] += plan.tree.sizes - 1
+        counters.drafted_tokens += len(plan.tree) - len(slots)
+        counters.iterations += 1
+        if len(plan.tree) > len(slots):
+            counters.speculative_iterations += 1
+        for depth, requests in enumerate(plan.explanation.candidates.reached.tolist()):
+            counters.reached[depth] += requests
+        return plan, seconds
+
+    def _verify(self, plan: Plan, slots: np.ndarray, chunks: Chunks) -> tuple[TargetOutput, Pass]:
+        """Run the target once over all trees and prompt chunks."""
+        batch = self.batch
+        with self._timed("pack"):
+            ends = batch.committed[chunks.slots] + chunks.counts == batch.length[chunks.slots]
+            call = self._build_call(plan, slots, chunks, ends)
+            # Summed up before the pass: after it the network's weights have evicted these arrays from the CPU's cache.
+            nodes = call.seq_begins[1:] - call.seq_begins[:-1] - 1
+            context, node_context = int(call.past_lens.sum()), int((nodes * call.past_lens).sum())
+        begin = time.perf_counter()
+        outputs = self.target.run(call)
+        finishing = chunks.slots[ends]  # prompts that emit their next token
+        verified = TargetOutput(
+            tree=plan.tree.with_roots(batch.tokens[finishing, batch.length[finishing] - 1]),
+            slots=np.concatenate((slots, finishing)),
+            decoding=len(slots),
+            outputs=outputs,
+            call=call,
+            batch=batch,
+            probability=plan.probability,
+            proposer=self.proposer,
+        )
+        verified.wait()
+        seconds = time.perf_counter() - begin
+        self.counters.add_seconds("verify", seconds)
+        return verified, Pass(max(len(call.token_ids), call.padded_to), context, seconds, node_context)
+
+    def _build_call(self, plan: Plan, slots: np.ndarray, chunks: Chunks, ends: np.ndarray) -> ForwardBatch:
+        """Pack the trees of ``slots`` int64 [B], then ``chunks``; ``ends`` bool [C]: whether a chunk ends its prompt.
+
+        Logit rows are those of all nodes, of the last tokens of prompts, and of tokens whose log-probabilities are
+        asked for.
+        """
+        batch, tree = self.batch, plan.tree
+        call_slots = np.concatenate((slots, chunks.slots))
+        past = batch.committed[call_slots]
+        last = len(tree) + np.cumsum(chunks.counts)[ends] - 1
+        requested = len(tree) + np.flatnonzero(self._prompt_logprobs_requested(chunks))
+        return pack(
+            token_ids=np.concatenate((tree.token, batch.tokens[chunks.owner, chunks.position])),
+            positions=np.concatenate((past[tree.request] + tree.depth, chunks.position)),
+            past=past,
+            counts=np.concatenate((tree.sizes, chunks.counts)),
+            block_table=batch.block_table[call_slots],
+            logit_rows=np.concatenate((np.arange(len(tree)), last, requested)),
+            mask=ancestor_mask(tree) if len(tree) > len(slots) else None,
+            padded_to=0 if len(chunks.slots) else plan.padded_to,
+        )
+
+    def _prompt_logprobs_requested(self, chunks: Chunks) -> np.ndarray:
+        """Whether log-probabilities are asked for of the prompt's token behind each token of ``chunks``: bool [n]."""
+        batch, owner = self.batch, chunks.owner
+        requested: np.ndarray = (batch.sampling["prompt_logprobs"][owner] >= 0) & (
+            chunks.position + 1 < batch.prompt_length[owner]
+        )
+        return requested
+
+    def _note_prompts(self, verified: TargetOutput, chunks: Chunks) -> None:
+        requested = self._prompt_logprobs_requested(chunks)
+        if requested.any():
+            batch, owner, position = self.batch, chunks.owner[requested], chunks.position[requested] + 1
+            rows, tokens = len(verified.tree) + np.arange(len(owner)), batch.tokens[owner, position].astype(np.int64)
+            entries = token_logprobs(verified.outputs["logits"], rows, tokens, batch.sampling["prompt_logprobs"][owner])
+            for request, entry in zip(self.scheduler.running_in(owner), entries, strict=True):
+                request.prompt_logprobs.append(entry)
+
+    def _commit(self, verified: TargetOutput, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> StepOutput:
+        """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens.
+
+        path, emitted  int64 [m], visited nodes of ``verified.tree``, and their tokens
+        """
+        batch, slots, tree, decoding = self.batch, verified.slots, verified.tree, verified.decoding
+        counts = np.bincount(tree.request[path], minlength=len(slots))
+        nodes = path[tree.request[path] < decoding]
+        owner = slots[tree.request[nodes]]
+        position = batch.committed[owner] + ragged_arange(counts[:decoding])
+        self._move_accepted(tree, nodes, owner, position)
+        if self.drafter:
+            # Packed rows are the nodes of the decoding requests, then the chunks' tokens (``_build_call``).
+            chunk_rows = len(verified.call.token_ids) - len(chunks.owner) + np.arange(len(chunks.owner))
+            rows = batch.rows(np.concatenate((owner, chunks.owner)), np.concatenate((position, chunks.position)))
+            self.drafter.observe(rows, verified.outputs, np.concatenate((nodes, chunk_rows)))
+        batch.committed[slots[:decoding]] += counts[:decoding]
+        batch.committed[chunks.slots] += chunks.counts
+        self._note_prompts(verified, chunks)
+        for slot in slots[decoding:]:  # prompts that are complete
+            batch.publish(slot)
+        self.counters.prompt_tokens += len(chunks.owner)
+        return self._emit(verified, path, counts, emitted)
+
+    def _move_accepted(self, tree: SuperTree, nodes: np.ndarray, owner: np.ndarray, position: np.ndarray) -> None:
+        """Move the KV rows of accepted ``nodes`` int64 [m] to their positions in the text.
+
+        The pass has written a node's row behind its request's cached tokens, at the node's index within the request's
+        tree.
+
+        owner, position  int64 [m], a node's slot, and its token's position in the text
+        """
+        written = self.batch.committed[owner] + nodes - begins(tree.sizes)[tree.request[nodes]]
+        moved = written != position
+        if moved.any():
+            from_rows = self.batch.rows(owner[moved], written[moved])
+            self.target.compact_kv(from_rows, self.batch.rows(owner[moved], position[moved]))
+
+    def _emit(self, verified: TargetOutput, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> StepOutput:
+        """Append the emitted tokens to their texts, up to stop tokens and limits, and let finished requests go.
+
+        path, emitted  int64 [m], as of ``_commit``
+        counts         int64 [B], emitted tokens of a request
+        """
+        batch, slots = self.batch, verified.slots
+        if len(slots) == 0:
+            return NOTHING
+        logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
+        kept, stopped, full = batch.append(slots, counts, emitted)
+        batch.verifications[slots] += 1
+        self.counters.verifications += len(slots)
+        self.counters.verified_tokens += len(verified.tree)
+        total = int(kept.sum())
+        self.counters.emitted_tokens += total
+        if total < len(emitted):
+            emitted = emitted[ragged_arange(counts) < np.repeat(kept, counts)]
+        step_output = StepOutput(self.scheduler.running_in(slots), emitted, kept)
+        for i, entries in logprobs:
+            step_output.requests[i].logprobs += entries[: kept[i]]
+        for i, proposed in sources:
+            step_output.requests[i].sources += proposed[: kept[i]]
+        verified.follow(step_output.counts, step_output.tokens)
+        stopped[[*verified.failures]] = True
+        for i in (stopped | full).nonzero()[0]:
+            request = step_output.requests[i]
+            request.failure = verified.failures.get(i, "")
+            request.finish_reason = "failed" if request.failure else "stop" if stopped[i] else "length"
+            self.scheduler.leave(request)
+        return step_output
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.counters.add_seconds(phase, time.perf_counter() - start)

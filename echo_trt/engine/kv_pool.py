@@ -1,0 +1,155 @@
+"""The size of a bundle's KV pool on the machine that opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo_trt.bundle.manifest import Manifest, NetworkFacts
+from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
+from echo_trt.errors import UserError
+from echo_trt.speculation.pack import BLOCK
+
+#: Share of the memory beside the weights that a pool on a CPU may take, where nobody chooses. Larger: more requests at
+#: once and a larger prefix cache, and less memory for other programs and for passes over long prompts.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class KVPool:
+    """A KV pool, of all running requests and the prefix cache.
+
+    blocks          of 32 tokens
+    block_bytes     of a block, with the features of its tokens, which a draft reads
+    request_blocks  of a request of ``context`` tokens, the longest
+    available       bytes of this machine's memory that the weights leave free; None: of a GPU, whose engine checks it
+    """
+
+    blocks: int
+    block_bytes: int
+    request_blocks: int
+    context: int
+    available: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.blocks * self.block_bytes
+
+    @property
+    def requests(self) -> int:
+        """Requests of full length that run at once; more of shorter ones do."""
+        return self.blocks // self.request_blocks
+
+    @property
+    def sentence(self) -> str:
+        full = f"{self.requests:,} request{'s' * (self.requests != 1)} of {self.context:,} tokens"
+        return f"KV pool: {gigabytes(self.bytes)}, {self.blocks * BLOCK:,} tokens, {full}"
+
+    @property
+    def warning(self) -> str:
+        """Say that the pool is larger than it would be by default; empty where it is not."""
+        if self.available is None or self.bytes <= max(SHARE * self.available, self.request_blocks * self.block_bytes):
+            return ""
+        return (
+            f"the KV pool may grow to {gigabytes(self.bytes)}, and {gigabytes(self.available)} of this machine's "
+            f"memory are left beside the weights; choose less with {OPTION}."
+        )
+
+
+def kv_pool(
+    folder: Path, manifest: Manifest, batch: int | None = None, memory: int | None = None, processes: int = 1
+) -> KVPool:
+    """Return the pool of the bundle in ``folder``, for ``batch`` running requests (None: the recipe's).
+
+    memory     bytes that a user chose; None: limits.kv_blocks, or else enough for the batch, but on a CPU no more than
+               SHARE of the memory beside the weights
+    processes  engines that share this machine
+
+    Raises UserError where one request of full length does not fit.
+    """
+    limits = manifest.recipe.limits
+    size, needed = block_bytes(manifest.engine, _networks(manifest)), manifest.recipe.request_blocks
+    wanted, available = needed * (batch or limits.batch), None
+    if on_cpu(manifest.engine):
+        available = available_memory() // processes - _weights(folder, manifest)
+    if memory is not None:
+        blocks = _chosen(manifest, memory, size)
+    elif manifest.engine == "tensorrt-rtx":  # its engines have a cache for each running request instead of one pool
+        blocks = wanted
+    elif limits.kv_blocks or available is None:
+        blocks = limits.kv_blocks or wanted
+    else:
+        _check_available(available, size, needed, limits.context)
+        blocks = min(wanted, max(int(SHARE * available) // size, needed))
+    return KVPool(blocks, size, needed, limits.context, available)
+
+
+def _chosen(manifest: Manifest, memory: int, size: int) -> int:
+    """Return the blocks of ``size`` bytes that ``memory`` bytes hold."""
+    if manifest.tensorrt:
+        raise UserError(f"{OPTION} is given, but {manifest.engine} compiles the pool in; leave it out, or build again.")
+    check_memory(memory, manifest.recipe.request_blocks * size, manifest.recipe.limits.context)
+    return memory // size
+
+
+def check_memory(memory: int, needed: int, context: int) -> None:
+    """Refuse ``memory`` bytes for a pool where a request of ``context`` tokens takes ``needed``."""
+    if memory < needed:
+        raise UserError(
+            f"{OPTION} is {gigabytes(memory)}, but one request of limits.context {context:,} tokens takes "
+            f"{gigabytes(needed)}; raise it, or build with a lower --max-model-len."
+        )
+
+
+def _check_available(available: int, size: int, needed: int, context: int) -> None:
+    """Refuse a machine with ``available`` bytes where they are less than ``needed`` blocks of ``size`` bytes."""
+    if available >= needed * size:
+        return
+    fits = context - (needed - max(available, 0) // size) * BLOCK
+    shorter = f", or build with --max-model-len {fits}" if fits >= BLOCK else ""
+    raise UserError(
+        f"one request of limits.context {context:,} tokens takes {gigabytes(needed * size)} of KV cache, but "
+        f"{gigabytes(max(available, 0))} of this machine's memory are left beside the weights; free some{shorter}."
+    )
+
+
+def on_cpu(engine: str) -> bool:
+    """Return whether an engine has its pool in the memory of the host."""
+    if engine == "torch":
+        from echo_trt.backends.cuda.device import has_cuda
+
+        return not has_cuda()
+    return engine == "openvino"
+
+
+def block_bytes(engine: str, networks: Iterable[tuple[Any, str]]) -> int:
+    """Return the bytes of a block in the pools of ``networks``, with precisions, and of its tokens' features.
+
+    A network states its ``kv_values`` of a cached token, on one GPU where it is divided, and its ``feature_size``.
+    """
+    total = 0
+    for network, precision in networks:
+        value = _value_bytes(engine, precision)
+        total += network.kv_values * value + network.feature_size * (4 if on_cpu(engine) else value)
+    return BLOCK * total
+
+
+def _value_bytes(engine: str, precision: str) -> int:
+    if engine == "openvino":
+        from echo_trt.backends.openvino import cpu
+
+        return int(cpu.compute_type(precision).size)
+    return 4 if precision == "fp32" else 2
+
+
+def _networks(manifest: Manifest) -> list[tuple[NetworkFacts, str]]:
+    own = manifest.recipe.draft.precision or manifest.precision
+    return [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
+
+
+def _weights(folder: Path, manifest: Manifest) -> int:
+    """Return the bytes of the networks' files, about what their engines take for the weights."""
+    files = [name for name in manifest.files if name.split(".")[0] in ("target", "draft")]
+    return sum((folder / name).stat().st_size for name in files)

@@ -1,0 +1,293 @@
+"""The offline interface: ``LLM(bundle).generate(prompts)`` continues texts, ``chat(conversations)`` answers them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo_trt.engine.assemble import load_networks
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.output import OutputProcessor
+from echo_trt.engine.params import (
+    MAX_AT_ONCE,
+    TOKEN_SOURCES,
+    Completion,
+    Counters,
+    Delta,
+    SamplingParams,
+    TokenLogprobs,
+    TokenSource,
+)
+from echo_trt.engine.request import Request
+from echo_trt.engine.tuning import Tuning
+from echo_trt.errors import UserError, shown
+from echo_trt.files.prompts import Prompt, encodable
+from echo_trt.grammar.compiler import GrammarCompiler
+from echo_trt.grammar.state import ReasoningState, Vocabulary
+from echo_trt.models.chat import ChatEncoder
+from echo_trt.models.messages import Messages, Tools, checked_messages, checked_tools
+from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
+from echo_trt.speculation.planner import Planner
+
+TextOrIds = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A bundle, ready to answer. Not for several threads at once."""
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        policy: str | None = None,
+        batch: int | None = None,
+        budget: int | None = None,
+        note: Callable[[str], None] = lambda sentence: None,
+        prefix_cache: bool | None = None,
+        special_tokens_in_content: bool = False,
+        kv_cache_memory: int | None = None,
+    ):
+        """``policy``, ``batch`` (running requests), ``budget`` (K_max) and ``prefix_cache`` override the recipe's.
+
+        ``kv_cache_memory``: bytes of the KV pool; by default the recipe's blocks, or on a CPU what the memory has room
+        for, up to a whole context for each running request.
+        ``note`` is told, in a sentence, what a user should know of the start. With ``special_tokens_in_content`` a
+        control token's name in a prompt, such as ``<|im_end|>``, becomes that token; else it is text.
+        """
+        if batch is not None and not 1 <= batch <= MAX_AT_ONCE:
+            raise UserError(f"batch is {batch}; give a whole number from 1 to {MAX_AT_ONCE}.")
+        if budget is not None and budget < 1:
+            raise UserError(f"budget is {budget}; give a whole number of 1 or more.")
+        folder = Path(bundle)
+        self.networks = load_networks(folder, batch, prefix_cache, kv_cache_memory)
+        self.manifest = self.networks.manifest
+        self.pool = self.networks.pool
+        if self.pool.warning:
+            note(self.pool.warning)
+        self.tuning = Tuning(folder, self.networks, note)
+        self._planners: dict[tuple[str, int | None], Planner] = {}
+        self.loop = self.networks.loop(self._planner(policy, budget))
+        self.tokenizer = load_tokenizer(folder)
+        self._chat = ChatEncoder(self.tokenizer, special_tokens_in_content)
+        self._marks = think_tokens(self.tokenizer)
+        tokens = Vocabulary(self.manifest.target.vocab_size, tuple(self.manifest.eos_token_ids))
+        self.grammars = GrammarCompiler(self.tokenizer.backend_tokenizer.to_str(), tokens)
+
+    @property
+    def counters(self) -> Counters:
+        return self.loop.counters
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The parameters of a request that gives none: what the model's generation_config.json recommends."""
+        return SamplingParams(**self.manifest.sampling.given())
+
+    def set_policy(self, name: str | None, budget: int | None = None) -> None:
+        """Plan by another policy from now on, None for the recipe's, or with another K_max; texts stay the same.
+
+        A policy that was set before goes on with what it had learnt. The first that needs this machine's costs
+        measures them, so nothing may be running then.
+        """
+        self.loop.planner = self._planner(name, budget)
+
+    def _planner(self, name: str | None, budget: int | None) -> Planner:
+        key = name or self.manifest.recipe.decoding.policy, budget
+        if key not in self._planners:
+            self._planners[key] = self.tuning.planner(*key)
+        return self._planners[key]
+
+    def chat_ids(
+        self,
+        conversation: str | Messages,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation in the bundle's chat template; a string is a single user turn.
+
+        A bundle without a template takes the bare texts.
+        """
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        return self._chat.ids(conversation, checked_tools(tools) if tools else None, chat_template_kwargs)
+
+    def generate(self, prompts: Sequence[TextOrIds], params: Params = None) -> list[Completion]:
+        """Continue texts as they are; completions come in the order of the prompts.
+
+        A string is encoded with the tokenizer's special tokens, and no chat template; names of control tokens in it
+        are control tokens. Token ids are taken as they are. ``params`` are for all prompts, or one for
+        each; without, ``default_params``.
+        """
+        return _completions(self.stream(prompts, params))
+
+    def chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: Params = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """Answer one conversation or several, each a list of ``{"role", "content"}``, in the bundle's chat template.
+
+        ``tools`` are OpenAI's, for all conversations; turns may hold ``tool_calls``, and their results. The template
+        writes them, and the answer is the model's text, calls included. ``chat_template_kwargs`` set variables of the
+        template, such as {"enable_thinking": False}. Always returns a list, in the order of the conversations.
+        """
+        return _completions(self.stream_chat(conversations, params, tools, chat_template_kwargs))
+
+    def stream(
+        self, prompts: Sequence[TextOrIds], params: Params = None, loop: EngineCore | None = None
+    ) -> Iterator[Delta]:
+        """Do as ``generate``, a Delta for each new piece of text; a request's last one holds its Completion.
+
+        ``loop``: another one over the same engines (``Networks.over``), to run in instead of the LLM's own.
+        """
+        if isinstance(prompts, str):
+            raise UserError("prompts is a string; give a list of prompts, if only of one.")
+        ids = [
+            self.tokenizer(encodable(prompt, f"prompts[{index}]"))["input_ids"] if isinstance(prompt, str) else prompt
+            for index, prompt in enumerate(prompts)
+        ]
+        return self._deltas("prompts", ids, params, loop)
+
+    def stream_chat(
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: Params = None,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Delta]:
+        """Do as ``chat``, a Delta for each new piece of text; a request's last one holds its Completion."""
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        rule = 'give a list such as [{"role": "user", "content": "hello"}].'
+        ids = [
+            self.chat_ids(checked_messages(messages, f"conversations[{index}]", rule), tools, chat_template_kwargs)
+            for index, messages in enumerate(several)
+        ]
+        return self._deltas("conversations", ids, params)
+
+    def _deltas(
+        self, name: str, prompts: Sequence[Sequence[int]], params: Params, loop: EngineCore | None = None
+    ) -> Iterator[Delta]:
+        """Run prompts of token ids; a refusal names the argument that they came in."""
+        loop = loop or self.loop
+        all_params = params if isinstance(params, Sequence) else [params or self.default_params] * len(prompts)
+        if len(all_params) != len(prompts):
+            one = name.removesuffix("s")
+            raise UserError(
+                f"params has {len(all_params)} entries for {len(prompts)} {name}; give one, or one per {one}."
+            )
+        if loop.scheduler.busy:
+            raise UserError("another stream of this LLM is still open; finish or close it first.")
+        answers: dict[Request, OutputProcessor] = {}
+        try:
+            for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
+                try:
+                    request = self.request(index, ids, prompt_params)
+                    loop.scheduler.add(request)
+                except UserError as error:
+                    raise UserError(f"{name}[{index}]: {error}") from error
+                answers[request] = OutputProcessor(request, self.tokenizer.backend_tokenizer)
+            while answers:
+                for request, tokens in loop.step():
+                    delta = answers[request].take(loop, tokens)
+                    reported = (delta.sources, delta.offsets) if request.params.token_sources else ((), ())
+                    if request.finish_reason:
+                        yield Delta(request.id, delta.text, answers.pop(request).completion(), *reported)
+                    elif delta.text or delta.sources:
+                        yield Delta(request.id, delta.text, None, *reported)
+        finally:  # an abandoned stream leaves nothing behind
+            for request in answers:
+                loop.scheduler.cancel(request)
+
+    def request(
+        self,
+        id: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        prior_tokens: Sequence[int] = (),
+        compiled: bool = True,
+    ) -> Request:
+        """Make a request for the engine core; token ids that the target does not have are refused.
+
+        ``prior_tokens``: tokens of its answer that it goes on behind. Their log-probabilities and sources are not known
+        here. ``compiled``: false leaves its grammar to ``set_grammar``.
+        """
+        largest = max(params.logit_bias, default=0)
+        if largest >= self.manifest.target.vocab_size:
+            raise UserError(
+                f"logit_bias holds token id {largest}; give ids from 0 to {self.manifest.target.vocab_size - 1}.",
+                "logit_bias",
+            )
+        budget = params.thinking_token_budget
+        if self._marks is None and budget is not None:
+            raise UserError(
+                f"thinking_token_budget is {budget}, but this model does not think (its tokenizer has no token "
+                f"{REASONING[1]}); leave it out.",
+                "thinking_token_budget",
+            )
+        prompt, generated = self.checked(ids), self.checked(prior_tokens).tolist()
+        reasoning = self._reasoning(prompt, params)
+        if (
+            reasoning
+            and budget is not None
+            and budget < params.min_tokens
+            and reasoning.closes in params.stop_token_ids
+        ):
+            raise UserError(
+                f"min_tokens is {params.min_tokens}, but thinking_token_budget ends the thought after {budget} tokens "
+                f"by {REASONING[1]}, which is among stop_token_ids; give min_tokens up to {budget}.",
+                "min_tokens",
+            )
+        logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
+        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
+        request = Request(id, prompt, params, generated, logprobs, sources)
+        if compiled:
+            self.set_grammar(request)
+        return request
+
+    def set_grammar(self, request: Request) -> None:
+        """Give a request the state that its text is in under its grammar. Any thread may. Raises UserError."""
+        params, grammar = request.params, None
+        if params.structured is not None or params.thinking_token_budget is not None:
+            grammar = self.grammars.begin(params.structured, self._reasoning(request.prompt, params))
+        for token in request.generated if grammar else ():
+            grammar = grammar.after(token) if grammar else None
+        request.grammar = grammar
+
+    def _reasoning(self, prompt: np.ndarray, params: SamplingParams) -> ReasoningState | None:
+        """Return the thought that a prompt [n] leaves open, or that may begin behind it."""
+        return (
+            ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
+            if self._marks
+            else None
+        )
+
+    def checked(self, ids: Sequence[int]) -> np.ndarray:
+        """Return token ids as the engine core takes them [n] int64; ids that the target does not have are refused."""
+        array = np.asarray(ids, np.int64).reshape(-1)
+        size = self.manifest.target.vocab_size
+        unknown = array[(array < 0) | (array >= size)]
+        if len(unknown):
+            raise UserError(f"prompt holds token id {unknown[0]}; give ids from 0 to {size - 1}.", "prompt")
+        return array
+
+
+def _completions(deltas: Iterator[Delta]) -> list[Completion]:
+    finished = {delta.index: delta.completion for delta in deltas if delta.completion}
+    return [finished[index] for index in range(len(finished))]
+
+
+def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
+    context = llm.loop.batch.context
+    for prompt in prompts:
+        count = len(llm.chat_ids(prompt.text))
+        if count >= context:
+            raise UserError(
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
+                "limits.context in the recipe and build again."
+            )

@@ -1,0 +1,145 @@
+"""Options of commands: a frozen dataclass is a command line. ``command`` makes one of it for cyclopts.
+
+Fields before ``KW_ONLY`` are given by position, the others as ``--name``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from cyclopts import App, CycloptsError, Parameter, Token
+
+from echo_trt.errors import UserError, shown
+
+#: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
+DEFAULTS = Parameter(negative=(), allow_repeating=True)
+
+
+def command(run: Callable[[Any], int | None]) -> Callable[..., int | None]:
+    """Wrap a function of one dataclass as a function of the dataclass's fields, which cyclopts turns into options."""
+    [kind] = [hint for name, hint in get_type_hints(run).items() if name != "return"]
+
+    @wraps(run)
+    def call(*words: Any, **options: Any) -> int | None:
+        return run(kind(*words, **options))
+
+    parameters = [
+        field if field.kind is field.KEYWORD_ONLY else field.replace(kind=field.POSITIONAL_ONLY)
+        for field in inspect.signature(kind).parameters.values()
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = get_type_hints(kind, include_extras=True)
+    paragraphs = inspect.cleandoc(run.__doc__ or "").split("\n\n")
+    call.__doc__ = "\n\n".join(" ".join(text.split()) for text in paragraphs)  # as wide as the terminal
+    return call
+
+
+def run_alone(run: App | Callable[..., Any], about: str | None = None) -> None:
+    """Run a process's only command, or the commands of an App; a user's mistake is one sentence and exit code 2."""
+    app = run
+    if not isinstance(app, App):
+        app = App(help=about, help_flags=["--help"], version_flags=[], default_parameter=DEFAULTS)
+        app.default(run)
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def bounds(low: float, high: float | None = None) -> Callable[[object, Any], None]:
+    """Make a validator of numbers; None is let through."""
+    reported = f"{low:,} or more" if high is None else f"{low:,} to {high:,}"
+
+    def check(_: object, value: Any) -> None:
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise ValueError(f"Give {reported}.")
+
+    return check
+
+
+def _bytes(_: object, tokens: Sequence[Token]) -> int:
+    from echo_trt.engine.host_memory import OPTION, bytes_in
+
+    return bytes_in(OPTION, tokens[0].value)
+
+
+def _words(_: object, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(part.strip() for part in tokens[-1].value.split(",") if part.strip())
+
+
+def _numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
+    option, text = tokens[-1].keyword, tokens[-1].value
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
+
+
+def _by_commas(values: Sequence[object]) -> str:
+    return ",".join(map(str, values))
+
+
+def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
+    """Register the policies of a file before any command looks for one. Raises UserError."""
+    from echo_trt.speculation.policies import load_policies
+
+    file = Path(tokens[0].value)
+    load_policies(file)
+    return file
+
+
+Bundle = Annotated[Path, Parameter(help="A folder that echo-trt build made.")]
+Batch = Annotated[int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1))]
+Port = Annotated[int, Parameter(validator=bounds(1, 65535))]
+PolicyFile = Annotated[
+    Path | None, Parameter(help="A Python file with policies of your own.", converter=_load_policies)
+]
+#: Lists that are one text, separated by commas.
+WORDS = Parameter(converter=_words, metavar="NAMES", show_default=_by_commas)
+NUMBERS = Parameter(converter=_numbers, metavar="NUMBERS", show_default=_by_commas)
+KVCacheMemory = Annotated[
+    int | None,
+    Parameter(
+        metavar="GIB",
+        converter=_bytes,
+        help="Memory of the KV pool in GiB, or such as 512M. Default: the recipe's, else enough for the batch, on a "
+        "CPU up to half of the free memory.",
+    ),
+]
+PromptFiles = Annotated[
+    list[Path], Parameter("--prompts", help="JSONL: id and prompt, or turns, per line; may be given again.")
+]
+Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
+SpecialTokens = Annotated[
+    Flag,
+    Parameter(help="Take <|im_end|> and the like in a message for the control token. Default: for text."),
+]
+JsonFile = Annotated[Path | None, Parameter("--json", help="Write all figures to this file.")]
+HtmlFile = Annotated[Path | None, Parameter("--html", help="Write a report with plots to this file.")]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a bundle; None stands for the recipe's value. ``kv_cache_memory``: bytes of the KV pool."""
+
+    bundle: Bundle
+    _: KW_ONLY
+    policy: Annotated[str | None, Parameter(help="How to speculate. Default: the recipe's.")] = None
+    policy_file: PolicyFile = None
+    batch: Batch = None
+    kv_cache_memory: KVCacheMemory = None
+
+    @property
+    def words(self) -> list[str]:
+        """The options but ``bundle``, as the command line of another process has them."""
+        memory = None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B"
+        file = self.policy_file and self.policy_file.resolve()
+        given = {"policy": self.policy, "policy-file": file, "batch": self.batch, "kv-cache-memory": memory}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]

@@ -1,0 +1,75 @@
+"""``python -m echo_trt.engine.service``: the engine's process, which ``echo-trt serve`` starts beside the door."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from echo_trt.backends import base
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.options import EngineOptions, SpecialTokens, command, run_alone
+from echo_trt.engine.process.host import Host
+from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.protocol import MODEL
+from echo_trt.engine.service.service import Service
+from echo_trt.speculation.policies import policy_named
+
+log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions(EngineOptions):
+    """What the engine's process is asked to do."""
+
+    socket: Annotated[Path, Parameter(help="Path of the socket to listen on.")]
+    queue: Annotated[int, Parameter(help="Requests that may wait.")] = 256
+    special_tokens_in_content: SpecialTokens = False
+
+
+@command
+def run(options: HostOptions) -> int:
+    """Open a bundle and answer on a socket until SIGTERM; open answers finish."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if options.policy:
+        policy_named(options.policy, "--policy")
+    base.ends_at_once = True
+    bundle, memory = options.bundle, options.kv_cache_memory
+    llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory)
+    log.info(llm.pool.warning or llm.pool.sentence)
+    context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
+    reader = Reader(bundle, context, options.special_tokens_in_content, sampling)
+    service = Service(llm, options.queue)
+    gc.freeze()  # what was loaded lives as long as the process
+
+    async def serve() -> bool:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        return await Host(service, reader, EngineMetrics(MODEL)).serve(options.socket, stop)
+
+    sound = asyncio.run(serve())
+    service.close(0)
+    return 0 if sound else 1
+
+
+def main() -> None:
+    """Run, and end the process as ``base.ends_at_once`` promises."""
+    try:
+        run_alone(run)
+    except SystemExit as end:
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+if __name__ == "__main__":
+    main()

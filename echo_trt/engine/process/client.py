@@ -1,0 +1,211 @@
+"""Ways to ask an engine from asyncio: over its host's socket, and by calls of a service in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echo_trt.engine.process import wire
+from echo_trt.engine.service.protocol import FIRST
+
+if TYPE_CHECKING:  # a door's process needs no engine
+    from echo_trt.engine.params import SamplingParams
+    from echo_trt.engine.service.job import RequestOutput, ServiceRequest
+    from echo_trt.engine.service.service import Service
+
+WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers, may take; larger: a hang shows later
+SCRAPE_S = 1.0  # seconds that metrics may take
+FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer probes of a busy engine
+PROBE = {"input_ids": [0], "max_tokens": 1, "ignore_eos": True, "priority": FIRST}
+
+
+#: What has come for open questions, by their numbers; None: the engine has left.
+Answers = dict[int, "asyncio.Queue[wire.FromEngine | None]"]
+
+
+class EngineError(Exception):
+    """Why the engine does not answer; the fields are those of ``wire.Failure``."""
+
+    def __init__(self, code: str = "UNAVAILABLE", message: str = "the engine is away.", field: str | None = None):
+        super().__init__(message)
+        self.code, self.message, self.field = code, message, field
+
+
+class Client:
+    """An engine at the socket ``path``, which need not be there yet. Used within one event loop."""
+
+    def __init__(self, path: Path):
+        self._path, self._ids = path, count(1)
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._connecting, self._probing = asyncio.Lock(), asyncio.Lock()
+        self._unanswered: Answers = {}  # of the connection
+        self._info: wire.ModelInfo | None = None  # of the engine that is connected
+        self._last_piece = float("-inf")
+
+    async def close(self) -> None:
+        """Close the connection; open questions end with an EngineError."""
+        if self._reading:
+            self._reading.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reading
+        if self._writer:
+            self._writer.close()
+
+    async def model_info(self) -> wire.ModelInfo:
+        """Return what the engine says of its model. Raises EngineError."""
+        if self._info is None:
+            answer = await self._single(wire.Describe(next(self._ids)))
+            assert isinstance(answer, wire.ModelInfo)
+            self._info = answer
+        return self._info
+
+    async def tokenize(self, inputs: Mapping[str, Any]) -> wire.TokensReply:
+        """Return the tokens of the prompt that ``inputs`` hold; of ``input_ids`` the text, too. Raises EngineError."""
+        answer = await self._single(wire.Tokenize(next(self._ids), dict(inputs)))
+        assert isinstance(answer, wire.TokensReply)
+        return answer
+
+    async def metrics(self) -> str | None:
+        """Return the engine's metrics in Prometheus' text format; None where they do not come in time."""
+        try:
+            answer = await self._single(wire.Scrape(next(self._ids)), SCRAPE_S)
+        except EngineError:
+            return None
+        return answer.text if isinstance(answer, wire.TextReply) else None
+
+    async def snapshots(self) -> AsyncGenerator[str]:
+        """Yield snapshots as JSON; the engine makes none once this is closed. Raises EngineError."""
+        async with aclosing(self._ask(wire.WatchSnapshots(next(self._ids)))) as answers:
+            async for answer in answers:
+                assert isinstance(answer, wire.TextReply)
+                yield answer.text
+
+    async def submit(self, inputs: Mapping[str, Any]) -> AsyncGenerator[wire.TextPiece]:
+        """Yield pieces as they come. Close it early and the engine drops the request. Raises EngineError."""
+        async with aclosing(self._ask(wire.Submit(next(self._ids), dict(inputs)))) as answers:
+            async for piece in answers:
+                assert isinstance(piece, wire.TextPiece)
+                self._last_piece = time.monotonic()
+                yield piece
+
+    async def check(self) -> None:
+        """Return where the engine works: text has just come, or it does so now. Raises EngineError.
+
+        No queue is too full for a probe, and none has to wait for a slot (``engine.service.service``).
+        """
+        async with self._probing:  # concurrent checks share one probe
+            if time.monotonic() - self._last_piece < FRESH_S:
+                return
+            try:
+                async with asyncio.timeout(WAIT_S):
+                    async for _ in self.submit(PROBE):
+                        pass
+            except TimeoutError:
+                if time.monotonic() - self._last_piece > FRESH_S:
+                    raise EngineError from None
+
+    async def _single(self, question: wire.ToEngine, seconds: float = WAIT_S) -> wire.FromEngine:
+        """Return the one answer to a question. Raises EngineError."""
+        try:
+            async with asyncio.timeout(seconds), aclosing(self._ask(question)) as answers:
+                return await anext(answers)
+        except TimeoutError:
+            raise EngineError from None
+
+    async def _ask(self, question: wire.ToEngine) -> AsyncGenerator[wire.FromEngine]:
+        """Yield the answer to a question; closing the generator early cancels the question. Raises EngineError."""
+        writer, done = await self._connected(), False
+        unanswered, answers = self._unanswered, asyncio.Queue[wire.FromEngine | None]()
+        unanswered[question.id] = answers
+        writer.write(wire.framed(question))
+        try:
+            while not done:
+                message = await answers.get()
+                done = not isinstance(message, wire.TextPiece) or message.finish_reason is not None
+                if message is None:
+                    raise EngineError
+                if isinstance(message, wire.Failure):
+                    raise EngineError(message.code, message.message, message.field)
+                done = done and not isinstance(question, wire.WatchSnapshots)
+                yield message
+        finally:
+            del unanswered[question.id]
+            if not done:
+                writer.write(wire.framed(wire.Cancel(question.id)))
+
+    async def _connected(self) -> asyncio.StreamWriter:
+        """Return the connection, made now where there is none. Raises EngineError."""
+        async with self._connecting:
+            if self._writer is None or self._writer.is_closing():
+                try:
+                    reader, self._writer = await asyncio.open_unix_connection(self._path)
+                except OSError:
+                    raise EngineError from None
+                self._unanswered = {}
+                self._reading = asyncio.create_task(self._read(reader, self._writer, self._unanswered))
+            return self._writer
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, unanswered: Answers) -> None:
+        try:
+            while (message := await wire.read_answer(reader)) is not None:
+                if answers := unanswered.get(message.id):
+                    answers.put_nowait(message)
+        finally:
+            writer.close()
+            self._info = None  # another engine may come
+            for answers in unanswered.values():
+                answers.put_nowait(None)
+
+
+class DirectAnswer:
+    """The answer to one request of a service in this process, for the event loop that makes this."""
+
+    def __init__(self, service: Service):
+        self._service, self._loop = service, asyncio.get_running_loop()
+        self._events: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self.job: ServiceRequest | None = None
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        seconds: float | None = None,
+        prior_tokens: Sequence[int] = (),
+    ) -> None:
+        """Queue the request; any thread may. As ``Service.submit`` has it, whose exceptions it raises."""
+
+        def tell(event: RequestOutput) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self.job = self._service.submit(prompt, params, tell, priority, seconds, prior_tokens)
+
+    def cancel(self) -> None:
+        """End the request, if it has not ended; its KV blocks are free before the next iteration."""
+        if self.job:
+            self._service.cancel(self.job)
+
+    async def events(self) -> AsyncIterator[RequestOutput]:
+        """Yield the events, those that came meanwhile as one. The last one has an ``end``."""
+        end = None
+        while end is None:
+            event = await self._events.get()
+            while not self._events.empty():
+                later = self._events.get_nowait()
+                event = replace(
+                    later,
+                    text=event.text + later.text,
+                    token_ids=[*event.token_ids, *later.token_ids],
+                    logprobs=[*event.logprobs, *later.logprobs],
+                    offsets=[*event.offsets, *later.offsets],
+                    sources=[*event.sources, *later.sources],
+                )
+            end = event.end
+            yield event

@@ -1,0 +1,266 @@
+"""An engine's host: it answers the messages of ``wire`` on a Unix socket.
+
+The service tells events on the engine's thread. They wake this loop once per iteration; text that came meanwhile goes
+out as one piece. Prompts are read on a thread of their own, so that a long one delays nobody's text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import generate_latest
+
+from echo_trt.engine.process import wire
+from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.pending import Pending
+from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.job import ERRORS, Overloaded, RequestOutput
+from echo_trt.engine.service.service import Service
+from echo_trt.engine.service.snapshots import SnapshotRecorder
+from echo_trt.errors import TooLong, UserError
+
+log = logging.getLogger(__name__)
+BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
+FLUSH = 0.25  # seconds between two updates of metrics
+SNAPSHOT, IDLE_SNAPSHOT = 0.2, 1.0  # seconds between two snapshots, and where nothing happens
+MAX_VIEWERS = 8  # clients that get snapshots; a door is one of them, with all its viewers
+
+
+@dataclass(eq=False)
+class ClientConnection:
+    """A client. ``answers``: its open questions by their numbers."""
+
+    writer: asyncio.StreamWriter
+    answers: dict[int, OpenRequest] = field(default_factory=dict)
+    watches: set[int] = field(default_factory=set)
+
+    def send(self, message: wire.FromEngine) -> None:
+        """Write a message; a client that reads nothing is cut off before its answers fill the memory."""
+        if self.writer.is_closing():
+            return
+        self.writer.write(wire.framed(message))
+        if self.writer.transport.get_write_buffer_size() > wire.LARGEST:
+            log.error("a client reads nothing; its connection is closed")
+            self.writer.transport.abort()
+
+
+@dataclass(eq=False, kw_only=True)
+class OpenRequest(Pending):
+    """An open answer to a client on the socket. ``gone``: whether nobody wants it any longer."""
+
+    connection: ClientConnection
+    id: int
+    gone: bool = False
+
+    def piece(self, event: RequestOutput) -> wire.TextPiece:
+        """Take out what has not been sent; ``event`` is the latest."""
+        assert self.ask
+        piece = wire.TextPiece(
+            self.id,
+            self.text,
+            self.token_ids,
+            self.logprobs.clear() if self.logprobs else "",
+            self.sources.clear() if self.sources else "",
+            bool(self.ask.in_thought),
+            len(self.ask.prompt),
+        )
+        if event.end:
+            piece.finish_reason, piece.cached_tokens = event.end.reason, event.end.cached_tokens
+            piece.completion_tokens = event.end.completion_tokens
+        self.text, self.token_ids = "", []
+        return piece
+
+
+class Host:
+    """Answers questions about ``service``, whose ``metrics`` it keeps up to date."""
+
+    def __init__(self, service: Service, reader: Reader, metrics: EngineMetrics):
+        self._service, self._reader = service, reader
+        self._metrics, self._recorder = metrics, SnapshotRecorder(service)
+        self._connections: set[ClientConnection] = set()
+        self._reading = ThreadPoolExecutor(1, "requests")
+        self._events: deque[tuple[OpenRequest, RequestOutput]] = deque()
+        self._woken = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, path: Path, stop: asyncio.Event) -> bool:
+        """Answer until ``stop`` is set and all open answers have ended. Returns whether the engine works still."""
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_unix_server(self._connected, path)
+        path.chmod(0o600)  # for its user alone
+        self._metrics.flush(self._service.statistics())
+        flushed = reported = time.monotonic()
+        try:
+            while self._service.alive and not (stop.is_set() and self._drained()):
+                await asyncio.sleep(BEAT)
+                now = time.monotonic()
+                if now - flushed >= FLUSH:
+                    flushed = now
+                    self._metrics.flush(self._service.statistics())
+                if now - reported >= (SNAPSHOT if self._recorder.news else IDLE_SNAPSHOT):
+                    reported = now
+                    self._send_snapshots()
+            return self._service.alive
+        finally:
+            server.close()
+            self._reading.shutdown(wait=False, cancel_futures=True)
+            for connection in self._connections:
+                connection.writer.close()
+            while self._connections:
+                await asyncio.sleep(0)
+
+    def _drained(self) -> bool:
+        """Take nothing new; return whether every answer has been sent."""
+        idle = self._service.drain(0) and not self._tasks and not self._events
+        return idle and not any(connection.answers for connection in self._connections)
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = ClientConnection(writer)
+        self._connections.add(connection)
+        try:
+            while (message := await wire.read_request(reader)) is not None:
+                self._take(connection, message)
+        finally:
+            self._connections.discard(connection)
+            for answer in list(connection.answers.values()):
+                self._cancel(answer)
+            writer.close()
+
+    def _take(self, connection: ClientConnection, message: wire.ToEngine) -> None:
+        match message:
+            case wire.Submit():
+                self._start(self._submit(connection, message))
+            case wire.Cancel():
+                connection.watches.discard(message.id)
+                if answer := connection.answers.get(message.id):
+                    self._cancel(answer)
+            case wire.Describe():
+                connection.send(self._reader.model_info(message.id))
+            case wire.Tokenize():
+                self._start(self._tokenize(connection, message))
+            case wire.WatchSnapshots():
+                self._watch(connection, message.id)
+            case wire.Scrape():
+                connection.send(wire.TextReply(message.id, generate_latest(self._metrics.registry).decode()))
+
+    def _start(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
+        answer = OpenRequest(connection=connection, id=message.id, arrived=time.monotonic())
+        connection.answers[message.id] = answer
+        failure = await self._loop.run_in_executor(self._reading, self._refusal, self._queue, answer, message.inputs)
+        if failure:
+            connection.answers.pop(message.id, None)
+            connection.send(wire.Failure(message.id, *failure))
+        elif answer.gone:
+            self._cancel(answer)
+
+    async def _tokenize(self, connection: ClientConnection, message: wire.Tokenize) -> None:
+        def tokenized() -> None:
+            found.append(self._reader.tokenized(message.inputs))
+
+        found: list[tuple[list[int], str | None]] = []
+        failure = await self._loop.run_in_executor(self._reading, self._refusal, tokenized)
+        connection.send(wire.Failure(message.id, *failure) if failure else wire.TokensReply(message.id, *found[0]))
+
+    def _refusal(self, work: Any, *inputs: Any) -> tuple[str, str, str | None] | None:
+        """Do the work, on the readers' thread; return code, sentence and field where the request cannot be taken."""
+        try:
+            field = None
+            work(*inputs)
+            return None
+        except UserError as mistake:
+            outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
+            if isinstance(mistake, TooLong):
+                code = "OUT_OF_RANGE"
+        except Overloaded as full:
+            outcome, code, sentence = "refused", "UNAVAILABLE", str(full)
+        except Exception as failure:  # logged; others go on
+            log.exception("a request could not be read")
+            outcome, code, sentence = "failed", "INTERNAL", f"the request could not be read ({failure})."
+        self._metrics.refuse(outcome)
+        return code, sentence, field
+
+    def _queue(self, answer: OpenRequest, inputs: dict[str, Any]) -> None:
+        if answer.gone:
+            raise Overloaded("the request was cancelled.")
+        ask = self._reader.read(inputs)
+        answer.understand(ask, self._reader.texts)
+
+        def tell(event: RequestOutput) -> None:
+            self._events.append((answer, event))
+            if not self._woken:
+                self._woken = True
+                self._loop.call_soon_threadsafe(self._send_events)
+
+        answer.job = self._service.submit(ask.prompt, ask.params, tell, ask.priority, ask.seconds)
+
+    def _cancel(self, answer: OpenRequest) -> None:
+        answer.gone = True
+        answer.cancel(self._service)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _send_events(self) -> None:
+        """Send what the engine has told since the last call, a piece per answer."""
+        self._woken = False
+        latest: dict[OpenRequest, RequestOutput] = {}
+        while self._events:
+            answer, event = self._events.popleft()
+            latest[answer] = event
+            self._try(answer, answer.take, event)
+            answer.observe(event, self._metrics)
+        for answer, event in latest.items():
+            self._try(answer, self._send, answer, event)
+            if event.end:
+                answer.connection.answers.pop(answer.id, None)
+
+    def _try(self, answer: OpenRequest, work: Any, *inputs: Any) -> None:
+        """Do the work; where it fails, its answer alone ends with an error."""
+        if answer.broken:
+            return
+        try:
+            work(*inputs)
+        except Exception:
+            log.exception("an answer could not be sent; its request is cancelled")
+            answer.broken = True
+            self._cancel(answer)
+            sentence = "the answer could not be sent; the server's log says why."
+            answer.connection.send(wire.Failure(answer.id, "INTERNAL", sentence))
+
+    def _send(self, answer: OpenRequest, event: RequestOutput) -> None:
+        if event.end and event.end.reason in ERRORS:
+            sentence = event.end.message or "the request was cancelled."
+            field = "structured" if event.end.reason == "invalid" else None  # a grammar that was compiled in the queue
+            answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence, field))
+        elif event.end or (answer.ask and answer.ask.stream and answer.text):
+            answer.connection.send(answer.piece(event))
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def _watch(self, connection: ClientConnection, id: int) -> None:
+        if sum(len(each.watches) for each in self._connections) >= MAX_VIEWERS:
+            connection.send(wire.Failure(id, "UNAVAILABLE", f"{MAX_VIEWERS} clients get snapshots; close one."))
+        else:
+            connection.watches.add(id)
+
+    def _send_snapshots(self) -> None:
+        watched = [(connection, id) for connection in self._connections for id in connection.watches]
+        if self._recorder.on != bool(watched):
+            self._recorder.switch(not self._recorder.on)
+        if watched:
+            snapshot = self._recorder.snapshot()
+            for connection, id in watched:
+                connection.send(wire.TextReply(id, snapshot))

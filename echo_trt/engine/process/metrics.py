@@ -1,0 +1,140 @@
+"""The engine's metrics, in a registry of prometheus_client's."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from echo_trt.engine.service.job import FinishInfo
+from echo_trt.engine.service.statistics import Statistics
+from echo_trt.speculation.sources import SOURCES
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
+
+#: name -> what it says, of Statistics.counters
+COUNTERS = {
+    "iterations": "Iterations of the engine core",
+    "speculative_iterations": "Iterations that verified draft tokens; the others were plain decoding, or prompts alone",
+    "prompt_tokens": "Prompt tokens computed",
+    "asked_tokens": "Prompt tokens of the requests that were admitted: computed, or found in the prefix cache",
+    "cached_tokens": "Prompt tokens found in the prefix cache",
+    "evicted_blocks": "KV blocks that the prefix cache gave up for new text",
+    "emitted_tokens": "Tokens emitted",
+    "verified_tokens": "Tokens that the target verified, roots included",
+    "drafted_tokens": "Draft tokens that were verified",
+    "accepted_tokens": "Draft tokens that were accepted",
+    "verifications": "Verifications of one request: emitted over these is the accepted length",
+    "preemptions": "Requests set back because KV blocks ran out",
+}
+#: Of Statistics.
+GAUGES = {
+    "queued": "Requests that wait for a slot",
+    "running": "Requests that are being answered",
+    "blocks": "KV blocks of the pool",
+    "blocks_used": "KV blocks that requests hold",
+    "kv_usage": "Share of the KV blocks that requests hold, 0 to 1",
+    "blocks_cached": "KV blocks that no request holds, kept for texts that begin alike",
+    "budget": "K_max: the budget of an iteration; of goodput the knee of the measured costs; 0 of policies without",
+}
+HISTOGRAMS = {
+    "queue": "From a request's arrival until the engine takes it",
+    "time_to_first_token": "From a request's arrival to its first token",
+    "inter_token": "Between two tokens of a request",
+    "request": "From a request's arrival to its end",
+}
+LENGTH = "Tokens emitted per verification, since the last update in which there was a verification"
+GAIN = "Tokens per second over plain decoding's at the latest load, as the policy expects; 0: not known"
+DRAFTS = "Draft tokens that goodput verified: the sum of their probabilities, and those accepted"
+SILENT = "Minutes in which a source of drafts was tried and hardly any of its tokens accepted"
+
+
+class EngineMetrics(Collector):
+    """Series of a model that clients call ``name``: of the latest ``flush``, and of all observed times.
+
+    observed  times not yet copied by a bridge to another registry; None: there is none
+    """
+
+    def __init__(self, name: str):
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        make = partial(Histogram, labelnames=["model_name"], buckets=SECONDS, registry=self.registry)
+        self._histograms = {each: make(f"echo_{each}_seconds", text).labels(name) for each, text in HISTOGRAMS.items()}
+        self.observed: deque[tuple[str, float]] | None = None
+        self._name, self._refused = name, Counter[str]()
+        self._now: Statistics | None = None
+        self._gates: dict[tuple[str, str], int] = {}
+        self._length, self._verified = 0.0, (0, 0)
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Observe a time of HISTOGRAMS."""
+        self._histograms[name].observe(seconds)
+        if self.observed is not None:
+            self.observed.append((name, seconds))
+
+    def ended(self, end: FinishInfo, seconds: float) -> None:
+        """Observe a request's seconds in the queue, until its first token, and in all."""
+        if end.reason == "invalid":
+            return
+        if end.queue_seconds is not None:
+            self.observe("queue", end.queue_seconds)
+        if end.first_token_seconds is not None:
+            self.observe("time_to_first_token", end.first_token_seconds)
+        self.observe("request", seconds)
+
+    def refuse(self, outcome: str) -> None:
+        """Count a request that the service never took."""
+        self._refused[outcome] += 1
+
+    def flush(self, now: Statistics) -> None:
+        """Bring the series up to date."""
+        emitted, verifications = self._verified
+        self._verified = now.counters.emitted_tokens, now.counters.verifications
+        if now.counters.verifications > verifications:
+            self._length = (self._verified[0] - emitted) / (self._verified[1] - verifications)
+        reached = now.counters.reached
+        for depth in sorted(reached):  # a draft that reached the next depth too was extended at this one
+            extended = reached.get(depth + 1, 0)
+            # A count read in the midst of an iteration must not make a counter smaller later.
+            for gate, drafts in (("extended", extended), ("truncated", reached[depth] - extended)):
+                key = str(depth), gate
+                self._gates[key] = max(self._gates.get(key, 0), drafts)
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the series of the latest update."""
+        if (now := self._now) is None:
+            return
+        for name, text in COUNTERS.items():
+            yield self._counter(name, text, {(): getattr(now.counters, name)})
+        yield self._counter("engine_failures", "Iterations in which the engine failed", {(): now.engine_failures})
+        for name, text in GAUGES.items():
+            yield self._gauge(name, text, {(): getattr(now, name)})
+        yield self._gauge("accepted_length", LENGTH, {(): self._length})
+        yield self._gauge("speculation_gain", GAIN, {(): now.gain or 0.0})
+        yield self._gauge("policy", "1 for the policy in force", {(now.policy,): 1}, "policy")
+        outcomes = Counter(now.ended) + self._refused
+        yield self._counter("requests", "Requests by outcome", {(each,): n for each, n in outcomes.items()}, "outcome")
+        gates = "Drafts that went on at a depth, and that ended there"
+        yield self._counter("gates", gates, self._gates, "depth", "decision")
+        sums = {what: now.drafts.get(what, {}) for what in ("expected", "accepted", "silent")}
+        drafts = {(source, what): sums[what].get(source, 0) for source in SOURCES for what in ("expected", "accepted")}
+        yield self._counter("goodput_drafts", DRAFTS, drafts, "source", "what")
+        silent = {(source,): sums["silent"].get(source, 0) for source in SOURCES}
+        yield self._counter("silent_drafts_minutes", SILENT, silent, "source")
+
+    def _counter(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:
+        return self._family(CounterMetricFamily(f"echo_{name}", text, labels=["model_name", *labels]), values)
+
+    def _gauge(self, name: str, text: str, values: Mapping[Any, float], *labels: str) -> Metric:
+        return self._family(GaugeMetricFamily(f"echo_{name}", text, labels=["model_name", *labels]), values)
+
+    def _family(self, family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[Any, float]) -> Metric:
+        for labels, value in values.items():
+            family.add_metric([self._name, *labels], value)
+        return family

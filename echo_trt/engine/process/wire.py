@@ -1,0 +1,183 @@
+"""The protocol between an engine process and its clients: msgpack messages with a length prefix on a Unix socket.
+
+A client numbers its requests; every reply has the request's number. ``Submit`` is answered by pieces, of which the last
+has a finish reason, or by a failure. ``WatchSnapshots`` is answered by snapshots until it is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Any
+
+from msgspec import Struct, msgpack
+
+LARGEST = 2**26  # bytes of a message; larger: one message can take more memory
+_LENGTH = struct.Struct(">I")
+
+
+class Submit(Struct, tag=True):
+    """A request. ``inputs``: plain values by their names in ``engine.process.inputs.INPUTS``."""
+
+    id: int
+    inputs: dict[str, Any]
+
+
+class Cancel(Struct, tag=True):
+    """Cancels an earlier request whose reply is not complete."""
+
+    id: int
+
+
+class Describe(Struct, tag=True):
+    """A question for what the model is, answered by ``ModelInfo``."""
+
+    id: int
+
+
+class Tokenize(Struct, tag=True):
+    """A question for the tokens of a prompt, or for the text of ``input_ids``."""
+
+    id: int
+    inputs: dict[str, Any]
+
+
+class WatchSnapshots(Struct, tag=True):
+    """A question for snapshots (``engine.service.snapshots``)."""
+
+    id: int
+
+
+class Scrape(Struct, tag=True):
+    """A question for the engine's metrics in Prometheus' text format."""
+
+    id: int
+
+
+class TextPiece(Struct, tag=True, omit_defaults=True):
+    """New text of an answer.
+
+    logprobs, sources  JSON of entries of tokens whose text is in ``text``; empty where they are not asked for
+    in_thought         of the first piece: whether the prompt has opened a thought
+    finish_reason      of the last piece
+    """
+
+    id: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: str = ""
+    sources: str = ""
+    in_thought: bool = False
+    prompt_tokens: int = 0
+    finish_reason: str | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Failure(Struct, tag=True):
+    """Why a question has no answer.
+
+    code   a gRPC status by its name; of a prompt that is too long OUT_OF_RANGE
+    field  the input that the message is about, where it is known
+    """
+
+    id: int
+    code: str
+    message: str
+    field: str | None = None
+
+
+class TokensReply(Struct, tag=True):
+    """The answer to ``Tokenize``."""
+
+    id: int
+    token_ids: list[int]
+    text: str | None = None
+
+
+class TextReply(Struct, tag=True):
+    """The answer to ``Scrape``, or a snapshot."""
+
+    id: int
+    text: str
+
+
+class ThinkTokens(Struct):
+    """The texts around a thought, and the token that closes it."""
+
+    opens: str
+    closes: str
+    closing_token: int
+
+
+class ModelInfo(Struct, tag=True):
+    """What a client that reads answers must know of the model.
+
+    template     the chat template's text
+    tokens       names of added tokens that the template writes
+    variables    variables of the template that a request may set
+    takes_tools  whether the template shows tools to the model
+    thinking     None for a model that does not think
+    context      tokens of a prompt and its answer, at most
+    sampling     parameters of requests that leave them out, where the model recommends any
+    """
+
+    id: int
+    template: str
+    tokens: list[str]
+    variables: list[str]
+    takes_tools: bool
+    thinking: ThinkTokens | None
+    context: int
+    sampling: dict[str, float]
+
+
+ToEngine = Submit | Cancel | Describe | Tokenize | WatchSnapshots | Scrape
+FromEngine = TextPiece | Failure | TokensReply | TextReply | ModelInfo
+_decode_request = msgpack.Decoder(ToEngine).decode
+_decode_answer = msgpack.Decoder(FromEngine).decode
+_encode = msgpack.Encoder().encode
+
+
+def framed(message: ToEngine | FromEngine) -> bytes:
+    """Encode a message behind its length."""
+    body = _encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_request(reader: asyncio.StreamReader) -> ToEngine | None:
+    """Read the next message to an engine; None: the client has left."""
+    body = await _body(reader)
+    return None if body is None else _decode_request(body)
+
+
+async def read_answer(reader: asyncio.StreamReader) -> FromEngine | None:
+    """Read the next message from an engine; None: it has left."""
+    body = await _body(reader)
+    return None if body is None else _decode_answer(body)
+
+
+async def _body(reader: asyncio.StreamReader) -> bytes | None:
+    try:
+        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        return await reader.readexactly(length) if length <= LARGEST else None
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+
+
+def ask(path: str, question: ToEngine, seconds: float) -> FromEngine | None:
+    """Ask one question and return the last message of its answer; None where it does not come in time."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(path)
+            connection.sendall(framed(question))
+            with connection.makefile("rb") as answers:
+                while head := answers.read(_LENGTH.size):
+                    answer = _decode_answer(answers.read(_LENGTH.unpack(head)[0]))
+                    if not isinstance(answer, TextPiece) or answer.finish_reason:
+                        return answer
+    except (OSError, struct.error):
+        pass
+    return None

@@ -1,0 +1,277 @@
+"""The target's output of one pass: the next token at a node, and log-probabilities of emitted tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from echo_trt.engine.batch import InputBatch
+from echo_trt.engine.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
+from echo_trt.grammar.state import GrammarFailed, State
+from echo_trt.speculation.arrays import begins, ragged_arange
+from echo_trt.speculation.pack import ForwardBatch
+from echo_trt.speculation.sampling.choice import SamplingBatch, choose
+from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
+from echo_trt.speculation.sampling.penalties import tokens_above
+from echo_trt.speculation.sources import DRAFT
+from echo_trt.speculation.super_tree import SuperTree
+
+NO_ROWS = np.zeros(0, np.int64)
+Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
+
+
+@dataclass
+class TargetOutput:
+    """A verified tree with the target's outputs.
+
+    decoding     number of decoding requests; they come first. Finished prompts follow, with a root alone
+    slots        int64 [B]
+    probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
+    proposer     source of nodes that name the draft alone (``speculation.sources``: DRAFT or LOOKUP)
+    """
+
+    tree: SuperTree
+    slots: np.ndarray
+    decoding: int
+    outputs: dict[str, Any]
+    call: ForwardBatch
+    batch: InputBatch
+    probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    proposer: int = DRAFT
+    failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
+    _grammars: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
+
+    @cached_property
+    def _constrained(self) -> bool:
+        return bool(self.batch.grammar[self.slots].any())
+
+    @cached_property
+    def _greedy(self) -> bool:
+        """Whether the next token is the best one everywhere, as the logits are."""
+        return not (self.batch.adjusted[self.slots].any() or self.batch.sampling["temperature"][self.slots].any())
+
+    @cached_property
+    def _all_tokens(self) -> np.ndarray:
+        """The next tokens at all nodes, where logits are on a device: int64 [n]. Greedy requests' are the best ones."""
+        logits = self.outputs["logits"]
+        tokens: np.ndarray = logits.argmax(axis=1)[: len(self.tree)]
+        if not self._greedy:
+            slots = self._slots_of(np.arange(len(self.tree)))
+            nodes = np.flatnonzero(self.batch.adjusted[slots] | (self.batch.sampling["temperature"][slots] > 0))
+            tokens[nodes] = logits.choose(nodes, self._choice(nodes))
+        return tokens
+
+    def wait(self) -> None:
+        """Wait for a device's results, without which the pass has not ended."""
+        if not isinstance(self.outputs["logits"], np.ndarray):
+            _ = self._all_tokens
+
+    def next_token(self, nodes: np.ndarray) -> np.ndarray:
+        """Return the target's next tokens at ``nodes`` int64 [m]: the best, or the draw for (seed, position)."""
+        if not isinstance(self.outputs["logits"], np.ndarray):
+            tokens = self._all_tokens[nodes]
+        else:
+            tokens = self._best(nodes) if self._greedy else self._chosen(nodes)
+        return self._allowed(nodes, tokens) if self._constrained else tokens
+
+    def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Correct next tokens by grammars. A request's ``grammar`` is the state at its root.
+
+        ``tokens`` are the choices without grammars. An allowed token is also the choice among the allowed tokens,
+        unless top-k, top-p or min-p apply: these depend on all tokens.
+        """
+        tokens, again = tokens.copy(), []
+        for i in np.flatnonzero(self.batch.grammar[self._slots_of(nodes)]):  # not None
+            if int(self.tree.request[nodes[i]]) in self.failures:  # a draft goes on behind the end of the text
+                continue
+            with self._failing(nodes[i], tokens, i):
+                grammar = self._grammar_at(int(nodes[i]))
+                limited = self.batch.limited[self.slots[self.tree.request[nodes[i]]]] and grammar.mask is not None
+                if limited or grammar.after(int(tokens[i])) is None:
+                    again.append((i, grammar.mask))
+        if again:
+            chosen, masks = map(np.array, zip(*again, strict=True))
+            tokens[chosen] = self._chosen(nodes[chosen], masks)
+        for i, _ in again:
+            with self._failing(nodes[i], tokens, i):
+                if self._grammar_at(int(nodes[i])).after(int(tokens[i])) is None:
+                    raise GrammarFailed("it allows no token here")
+        return tokens
+
+    def _grammar_at(self, node: int) -> State:
+        """Return the grammar state at a visited node."""
+        if node not in self._grammars:
+            above = int(self.tree.parent[node])
+            root = self.batch.grammar[self.slots[self.tree.request[node]]]
+            grammar = self._grammars[above].after(int(self.tree.token[node])) if above >= 0 else root
+            assert grammar  # or the node would not have been visited
+            self._grammars[node] = grammar
+        return self._grammars[node]
+
+    @contextmanager
+    def _failing(self, node: int, tokens: np.ndarray, i: int) -> Iterator[None]:
+        """Note a grammar that cannot go on at ``node``; its request ends there, by a stop token where it has one."""
+        try:
+            yield
+        except GrammarFailed as failure:
+            request = int(self.tree.request[node])
+            self.failures[request] = f"its grammar cannot go on ({failure})."
+            stop = int(self.batch.stop_tokens[self.slots[request], 0])
+            tokens[i] = stop if stop >= 0 else tokens[i]
+
+    def follow(self, counts: np.ndarray, tokens: np.ndarray) -> None:
+        """Advance grammars by the emitted tokens: end to end, ``counts`` [B] per request."""
+        if not self._constrained:
+            return
+        begin = begins(counts)
+        for i in np.flatnonzero(self.batch.grammar[self.slots]):
+            for token in tokens[begin[i] : begin[i + 1]].tolist() if i not in self.failures else ():
+                grammar = self.batch.grammar[self.slots[i]].after(token)
+                self.batch.grammar[self.slots[i]] = grammar
+
+    def logprobs(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenLogprobs]]]:
+        """Return (request, one entry per emitted token), in order, of the requests that ask for log-probabilities.
+
+        ``path`` and ``emitted`` are as ``accept`` returns them.
+        """
+        if self.batch.sampling["logprobs"][self.slots].max(initial=-1) < 0:
+            return []
+        top = self.batch.sampling["logprobs"][self._slots_of(path)]
+        requested = np.flatnonzero(top >= 0)
+        entries = token_logprobs(self.outputs["logits"], path[requested], emitted[requested], top[requested])
+        return self._by_request(path[requested], entries)
+
+    def sources(self, path: np.ndarray, emitted: np.ndarray) -> list[tuple[int, list[TokenSource]]]:
+        """Return likewise, of the requests that ask who proposed their tokens."""
+        if not self.batch.sampling["token_sources"][self.slots].any():
+            return []
+        tree, requests, entries = self.tree, self.tree.request[path].tolist(), []
+        requested = np.flatnonzero(self.batch.sampling["token_sources"][self._slots_of(path)])
+        for i in requested.tolist():
+            source, chance = TOKEN_SOURCES[0], None
+            if i + 1 < len(path) and requests[i + 1] == requests[i]:  # the next visited node carries the token
+                child, above = int(path[i + 1]), int(path[i])
+                source = TOKEN_SOURCES[1 + max(int(tree.source[child]), self.proposer)]
+                chance = min(float(self.probability[child] / self.probability[above]), 1.0)
+            entries.append(TokenSource(int(emitted[i]), source, chance))
+        return self._by_request(path[requested], entries)
+
+    def _by_request(self, nodes: np.ndarray, entries: list[Entry]) -> list[tuple[int, list[Entry]]]:
+        found: dict[int, list[Entry]] = {}
+        for request, entry in zip(self.tree.request[nodes].tolist(), entries, strict=True):
+            found.setdefault(request, []).append(entry)
+        return list(found.items())
+
+    def _slots_of(self, nodes: np.ndarray) -> np.ndarray:
+        slots: np.ndarray = self.slots[self.tree.request[nodes]]
+        return slots
+
+    def _logits(self, nodes: np.ndarray) -> np.ndarray:
+        logits = self.outputs["logits"]
+        whole = len(nodes) == len(logits) and (np.diff(nodes) > 0).all()  # most calls: nothing to copy
+        found: np.ndarray = logits if whole else logits[nodes]
+        return found
+
+    def _best(self, nodes: np.ndarray) -> np.ndarray:
+        logits = self.outputs["logits"]
+        if len(nodes) == len(logits):
+            best: np.ndarray = self._logits(nodes).argmax(axis=1)
+            return best
+        return np.array([logits[node].argmax() for node in nodes.tolist()])  # row by row: to copy them takes longer
+
+    def _chosen(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
+        """Choose at ``nodes`` int64 [m] among all tokens, or those of ``masks`` uint8 [m, ceil(V / 8)]."""
+        choice, logits = self._choice(nodes, masks), self.outputs["logits"]
+        if isinstance(logits, np.ndarray):
+            return choose(self._logits(nodes), choice)
+        tokens: np.ndarray = logits.choose(nodes, choice)
+        return tokens
+
+    def _choice(self, nodes: np.ndarray, masks: np.ndarray | None = None) -> SamplingBatch:
+        batch, slots = self.batch, self._slots_of(nodes)
+        history, logit_bias, own = self._history(nodes), self._logit_bias(nodes), batch.sampling[slots]
+        return SamplingBatch(
+            temperature=own["temperature"],
+            top_k=own["top_k"],
+            top_p=own["top_p"],
+            min_p=own["min_p"],
+            seed=own["seed"],
+            # Positions count the prompt, so a text continues the same when its beginning is sent as another request's
+            # prompt.
+            position=batch.length[slots] + self.tree.depth[nodes],
+            repetition=own["repetition_penalty"],
+            presence=own["presence_penalty"],
+            frequency=own["frequency_penalty"],
+            history_row=history[0],
+            history_token=history[1],
+            history_generated=history[2],
+            logit_bias_row=logit_bias[0],
+            logit_bias_token=logit_bias[1],
+            logit_bias=logit_bias[2],
+            masks=masks,
+        )
+
+    def _history(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List the tokens that penalties read: an index into ``nodes``, a token, and whether it was generated, [k]
+        each.
+
+        Only a repetition penalty reads the prompt.
+        """
+        batch, slots = self.batch, self._slots_of(nodes)
+        penalised = np.flatnonzero(batch.penalised[slots])
+        if len(penalised) == 0:
+            return NO_ROWS, NO_ROWS, NO_ROWS.astype(bool)
+        first = np.where(batch.sampling["repetition_penalty"][slots] == 1, batch.prompt_length[slots], 0)[penalised]
+        history = batch.length[slots[penalised]] - first
+        row, position = np.repeat(penalised, history), np.repeat(first, history) + ragged_arange(history)
+        below_row, below = tokens_above(self.tree, nodes[penalised])
+        return (
+            np.concatenate((row, penalised[below_row])),
+            np.concatenate((batch.tokens[slots[row], position], below)).astype(np.int64),
+            np.concatenate((position >= batch.prompt_length[slots[row]], np.ones(len(below), bool))),
+        )
+
+    def _logit_bias(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """List additions to logits, [j] each: biases, and -inf for stop tokens before ``min_tokens``."""
+        batch, slots = self.batch, self._slots_of(nodes)
+        row, position = np.repeat(np.arange(len(nodes)), batch.biased[slots]), ragged_arange(batch.biased[slots])
+        generated = batch.length[slots] - batch.prompt_length[slots] + self.tree.depth[nodes]
+        early = generated < batch.sampling["min_tokens"][slots]
+        stops = batch.stop_tokens[slots]
+        vocabulary = self.outputs["logits"].shape[1]
+        shut_row, shut = np.nonzero(early[:, None] & (stops >= 0) & (stops < vocabulary))
+        return (
+            np.concatenate((row, shut_row)),
+            np.concatenate((batch.bias_tokens[slots[row], position], stops[shut_row, shut])).astype(np.int64),
+            np.concatenate((batch.bias[slots[row], position], np.full(len(shut), -np.inf, np.float32))),
+        )
+
+
+def token_logprobs(logits: Any, rows: np.ndarray, tokens: np.ndarray, top: np.ndarray) -> list[TokenLogprobs]:
+    """Return log-probabilities at rows int64 [m] of ``logits`` float [n, V], here or on a device.
+
+    They are those of ``tokens`` int64 [m], and of the ``top`` int64 [m] best of a row.
+    """
+    if isinstance(logits, np.ndarray):
+        logits = np.asarray(logits[rows], np.float32)
+        normaliser = log_normalisers(logits)
+        own = logits[np.arange(len(tokens)), tokens] - normaliser
+        row, best = best_tokens(logits, top)
+        values = logits[row, best] - normaliser[row]
+    else:
+        max_top = min(int(top.max()), logits.shape[1])
+        own, found, tokens_of = logits.log_probabilities(rows, tokens, max_top)
+        row = np.repeat(np.arange(len(rows)), np.minimum(top, max_top))
+        order = np.lexsort((tokens_of, -found), axis=1)[row, ragged_arange(np.minimum(top, max_top))]
+        values, best = found[row, order], tokens_of[row, order]
+    pairs = list(zip(best.tolist(), values.tolist(), strict=True))
+    begin = np.searchsorted(row, np.arange(len(tokens) + 1)).tolist()
+    return [
+        TokenLogprobs(token, logprob, tuple(pairs[begin[i] : begin[i + 1]]))
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), own.tolist(), strict=True))
+    ]

@@ -1,0 +1,1 @@
+"""The service: one thread that owns an engine and answers the requests of others."""

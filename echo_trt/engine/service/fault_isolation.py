@@ -1,0 +1,63 @@
+"""The search for the request on which the engine fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from echo_trt.engine.service.job import ServiceRequest
+
+MAX_FAILURES = 2  # consecutive failures of a request that ran alone, after which it fails; larger: more retries
+
+
+class FaultIsolation:
+    """Retries the requests that were running when the engine failed one by one. A request fails only if the engine
+    fails while it runs alone.
+
+    Every such request is a suspect. ``next_trial`` takes one to run by itself, while all others wait. A trial ends in
+    one of two ways: the request emits a token (``cleared``), or the engine fails again (``engine_failed``). Only the
+    engine's thread may call these methods; it adds requests to the scheduler and takes them out.
+
+    on_trial  the suspect that runs by itself now
+    waiting   suspects that are still to be tried, in order
+    """
+
+    def __init__(self) -> None:
+        self.on_trial: ServiceRequest | None = None
+        self.waiting: list[ServiceRequest] = []
+
+    def next_trial(self) -> ServiceRequest | None:
+        """Return the next suspect, which is on trial from now on; None: there is no suspect."""
+        self.on_trial = self.waiting.pop(0) if self.waiting else None
+        return self.on_trial
+
+    def cleared(self) -> ServiceRequest | None:
+        """End the trial: the engine has run this request alone.
+
+        Returns the request if it must be preempted for further suspects.
+        """
+        job, self.on_trial = self.on_trial, None
+        if job is None:
+            return None
+        job.failures = 0
+        return job if self.waiting else None
+
+    def engine_failed(self, jobs: Sequence[ServiceRequest], alone: bool) -> ServiceRequest | None:
+        """End the trial, and suspect the requests that the engine failed on. Returns the guilty one, to be ended.
+
+        jobs   running requests that have not ended
+        alone  whether a single one was running, ended or not
+        """
+        self.on_trial = None
+        for job in jobs:
+            job.failures += 1
+            if alone and job.failures >= MAX_FAILURES:
+                return job
+        self.waiting += jobs
+        return None
+
+    def dismiss(self, job: ServiceRequest) -> None:
+        """Forget a request that has ended."""
+        if job in self.waiting:
+            self.waiting.remove(job)
+        if job is self.on_trial:
+            self.on_trial = None

@@ -1,0 +1,395 @@
+"""The engine service: one thread owns the engine core and answers all requests; any thread may submit and cancel.
+
+Every accepted request ends with exactly one output that has an ``end``. Listeners are called on the engine's thread, in
+order, and must not block. Where a device computes, they are called while it computes the next iteration.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from echo_trt.backends.base import overlap
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.output import OutputDelta, OutputProcessor
+from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
+from echo_trt.engine.request import Request, StepOutput
+from echo_trt.engine.service.fault_isolation import FaultIsolation
+from echo_trt.engine.service.grammars import GrammarQueue
+from echo_trt.engine.service.job import FinishInfo, Overloaded, RequestOutput, ServiceRequest
+from echo_trt.engine.service.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+MANY = 8  # running requests from which on a pass hides the reporting; larger: sooner reports, longer iterations
+NOTHING = OutputDelta("", [])
+
+
+class Service:
+    """Answers requests with ``llm``, which nobody else may use. ``queue``: how many requests may wait for a slot."""
+
+    def __init__(self, llm: LLM, queue: int = 256):
+        self.llm, self.loop, self._max_waiting = llm, llm.loop, queue
+        # Guards the attributes up to the blank line, but for reads of ``_open`` by the engine's thread, which alone
+        # removes from it.
+        self._changed = threading.Condition()
+        self._open: dict[Request, ServiceRequest] = {}
+        self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
+        self._pending: list[ServiceRequest] = []  # a heap
+        self._ending: list[
+            tuple[ServiceRequest, str, str]
+        ] = []  # jobs that end before the next iteration, reasons and messages
+        self._draining = self._closed = self._dead = False
+
+        # The engine thread's own.
+        self._isolation = FaultIsolation()  # requests that were running when the engine failed
+        self._ended: Counter[str] = Counter()
+        self._engine_failures = 0
+        # Tokens to tell, and when the engine had them
+        self._due: deque[tuple[ServiceRequest, Sequence[int], float]] = deque()
+        self._broken: dict[ServiceRequest, str] = {}  # jobs whose text cannot be made, and why; to be ended
+        self._overlaps = overlap(self.loop.target, self._report_due)
+
+        self._epoch = count()
+        self._grammars = GrammarQueue(llm, self._changed, self._have_grammar)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- for any thread --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        on_event: Callable[[RequestOutput], None],
+        priority: int = 0,
+        seconds: float | None = None,
+        prior_tokens: Sequence[int] = (),
+    ) -> ServiceRequest:
+        """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
+
+        ``prior_tokens``: the answer's first tokens, which another engine has emitted. The answer goes on behind them as
+        if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and ``FinishInfo``. No
+        event brings them again.
+
+        A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
+
+        A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
+        iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
+        request is taken.
+        """
+        epoch, now = next(self._epoch), time.monotonic()
+        if params.prompt_logprobs is not None:
+            check_prompt_logprobs("prompt_logprobs", len(prompt), 1, params.prompt_logprobs)
+        grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
+        request = self.llm.request(epoch, prompt, params, prior_tokens, compiled=grammar is None)
+        request.priority = priority
+        self.loop.scheduler.check(request)
+        answer = OutputProcessor(request, self.llm.tokenizer.backend_tokenizer)
+        deadline = None if seconds is None else now + seconds
+        job = ServiceRequest(request, answer, on_event, epoch, deadline, now)
+        with self._changed:
+            if self._draining:
+                raise Overloaded("the server is shutting down; send the request to another one.")
+            # Many requests may arrive while all slots are free. Probes and requests that wait for a grammar take no
+            # slot.
+            waiting = len(self._grammars)
+            ahead = waiting if grammar else len(self._open) - len(self._probes) - waiting
+            if ahead >= self.loop.batch.count + self._max_waiting and not job.probe:
+                raise Overloaded(f"the queue is full, {self._max_waiting} requests wait; try again in a second.")
+            if grammar:
+                self._grammars.add(grammar, job)
+            else:
+                heapq.heappush(self._pending, job)
+            self._open[request] = job
+            if job.probe:
+                self._probes[request] = job
+            self._changed.notify_all()
+        return job
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive() and not self._dead
+
+    def cancel(self, job: ServiceRequest) -> None:
+        """End a job before the next iteration; nothing happens if it has ended."""
+        with self._changed:
+            if job.request in self._open:
+                self._ending.append((job, "cancelled", ""))
+                self._changed.notify_all()
+
+    def _have_grammar(self, job: ServiceRequest, failure: str) -> None:
+        """Queue a job that has its grammar, or end it with the ``failure``; the lock is held."""
+        if failure:
+            self._ending.append((job, "invalid", failure))
+        else:
+            heapq.heappush(self._pending, job)
+        self._changed.notify_all()
+
+    def statistics(self) -> Statistics:
+        """Return the current figures. Any thread may ask at any time."""
+        loop, batch, planner = self.loop, self.loop.batch, self.loop.planner
+        queued = len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting)
+        counters = loop.counters.copy()
+        ended = dict(self._ended)
+        running = loop.scheduler.running
+        return Statistics(
+            queued=queued,
+            running=running,
+            blocks=batch.num_blocks,
+            blocks_used=batch.used_blocks,
+            blocks_cached=batch.cached_blocks,
+            policy=planner.name,
+            budget=planner.budget,
+            counters=counters,
+            drafts=planner.totals(),
+            ended=ended,
+            engine_failures=self._engine_failures,
+            queued_tokens=sum(len(job.request.prompt) for job in list(self._pending)),
+            gain=planner.gain(),
+        )
+
+    def drain(self, seconds: float | None = None) -> bool:
+        """Take no more requests and wait until those that were taken have ended; False if that takes longer."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._open, seconds)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Drain for so long, cancel what is left, and stop."""
+        self.drain(seconds)
+        with self._changed:
+            self._ending += [(job, "cancelled", "") for job in self._open.values()]
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._grammars.close()
+        overlap(self.loop.target, lambda: None)  # breaks a reference cycle that would keep the engine's memory
+
+    # -- the engine's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._end_as_requested()
+                self._end_late()
+                self._feed()
+                self._iterate()
+        except Exception:  # any error must end all requests: their clients wait
+            log.exception("the engine's thread has died; its requests fail")
+            self._dead = True
+            self._fail_all("the engine's thread has died; the server must be restarted.")
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False once the service is closed.
+
+        There is nothing to do for jobs that wait for their grammars until a deadline of theirs.
+        """
+        with self._changed:
+            while len(self._open) == len(self._grammars) and not (self._ending or self._closed):
+                deadlines = [job.deadline for job in self._open.values() if job.deadline is not None]
+                seconds = min(deadlines) - time.monotonic() if deadlines else None
+                if seconds is not None and seconds <= 0:
+                    break
+                self._changed.wait(seconds)
+            return bool(self._open) or not self._closed
+
+    def _end_as_requested(self) -> None:
+        with self._changed:
+            ending, self._ending = self._ending, []
+        for job, reason, message in ending:
+            self._end(job, reason, message)
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._open.values() if job.deadline is not None and job.deadline <= now]
+        for job in late:
+            self._end(job, "deadline")
+
+    def _feed(self) -> None:
+        """Fill free slots with waiting requests, or run a suspect alone."""
+        loop = self.loop
+        if self._isolation.on_trial:
+            return
+        if suspect := self._isolation.next_trial():
+            loop.scheduler.add(suspect.request)
+            return
+        while len(loop.scheduler.waiting) + loop.scheduler.running < loop.batch.count:
+            with self._changed:
+                if not self._pending:
+                    return
+                job = heapq.heappop(self._pending)
+            job.taken = job.taken or time.monotonic()
+            loop.scheduler.add(job.request)
+
+    def _iterate(self) -> None:
+        before = self.loop.counters.iterations
+        with self._changed:
+            probes = list(self._probes.values())
+        try:
+            step_output = self.loop.step()  # an engine that overlaps has the due tokens told meanwhile
+        except Exception as error:  # _recover logs it
+            self._recover(error)
+            return
+        self._report_due()
+        self._end_broken()
+        self._hand_over(step_output)
+        if self.loop.counters.iterations > before:
+            for job in probes:
+                self._end(job, "busy")  # no effect on a probe that has had its token
+        if len(step_output.requests) and (cleared := self._isolation.cleared()):
+            self.loop.scheduler.preempt_all()
+            self._requeue([cleared])
+
+    def _hand_over(self, step_output: StepOutput) -> None:
+        """Report an iteration's tokens now, or during the next pass, where reporting takes no extra time.
+
+        A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
+        """
+        now = time.monotonic()
+        waits = (
+            self._overlaps
+            and self.loop.scheduler.busy
+            and self._isolation.on_trial is None
+            and len(step_output.requests) >= MANY
+        )
+        for request, tokens in step_output:
+            if (job := self._open.get(request)) is None:
+                continue
+            self._due.append((job, tokens, now))
+            if not waits or request.params.stop:
+                self._report(*self._due.pop())
+        self._end_broken()
+
+    def _report_due(self) -> None:
+        while self._due:
+            self._report(*self._due.popleft())
+
+    def _report(self, job: ServiceRequest, tokens: Sequence[int], when: float) -> None:
+        """Tell a request's new tokens, and its end where they bring it."""
+        job.first_token = job.first_token or when
+        try:
+            delta = job.answer.take(self.loop, tokens)
+        except Exception as error:  # one request's text is no other's trouble
+            log.exception("request %s cannot be put into text", job.request.id)
+            self._broken[job] = f"its tokens could not be put into text ({_sentence(error)})."
+            return
+        if job.request.finish_reason:
+            self._close_job(job, delta, job.request.finish_reason, job.request.failure, when)
+        elif delta.token_ids:
+            self._send(job, RequestOutput(**vars(delta), time=when))
+
+    def _end_broken(self) -> None:
+        while self._broken:
+            self._end(next(iter(self._broken)), "failed")
+
+    def _end(self, job: ServiceRequest, reason: str, message: str = "") -> None:
+        """End a job between two iterations, wherever it is; its KV blocks are free at once."""
+        self._report_due()
+        if job in self._broken:
+            reason, message = "failed", self._broken.pop(job)
+        if job.request not in self._open:
+            return
+        self.loop.scheduler.cancel(job.request)
+        with self._changed:
+            if job in self._pending:
+                self._pending.remove(job)
+                heapq.heapify(self._pending)
+            self._grammars.remove(job)
+        self._isolation.dismiss(job)
+        job.request.finish_reason = reason
+        delta = NOTHING
+        if reason != "failed":
+            try:
+                delta = job.answer.take(self.loop, [])  # what was held back
+            except Exception:  # as in _tell
+                log.exception("what request %s held back cannot be put into text", job.request.id)
+        self._close_job(job, delta, reason, message)
+
+    def _close_job(
+        self, job: ServiceRequest, delta: OutputDelta, reason: str, message: str = "", when: float | None = None
+    ) -> None:
+        request, since = job.request, job.submitted
+        end = FinishInfo(
+            reason=reason,
+            message=message,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=request.cached_tokens or 0,
+            completion_tokens=job.answer.reported,
+            verifications=request.verifications,
+            drafted=request.drafted,
+            queue_seconds=job.taken and job.taken - since,
+            first_token_seconds=job.first_token and job.first_token - since,
+        )
+        self._ended[reason] += 1
+        self._send(job, RequestOutput(**vars(delta), time=when or time.monotonic(), end=end))
+        with self._changed:
+            del self._open[request]
+            self._probes.pop(request, None)
+            self._changed.notify_all()
+
+    def _send(self, job: ServiceRequest, event: RequestOutput) -> None:
+        try:
+            job.on_event(event)
+        except Exception:  # a listener's trouble is its own request's alone
+            log.exception("the listener of request %s failed; the request is cancelled", job.request.id)
+            if event.end is None:
+                self.cancel(job)
+
+    # -- when the engine fails -------------------------------------------------------------------------------------
+
+    def _recover(self, error: Exception) -> None:
+        """Empty the loop. What was running is tried again, one by one (``FaultIsolation``); what waited there waits
+        here.
+        """
+        log.exception("the engine failed; requests that were running are tried one by one")
+        self._engine_failures += 1
+        with self._changed:  # others submit meanwhile
+            running = [job for job in self._open.values() if job.request.slot >= 0]
+            known = {*self._pending, *self._isolation.waiting}
+            inside = [job for job in self._open.values() if job not in known and job not in self._grammars]
+        self.loop.scheduler.preempt_all()
+        self.loop.batch.forget_cached()  # nobody knows what the engine has left in its pool
+        self._due.clear()  # those tokens are among the untold ones
+        for job in (job for job in inside if job not in self._broken):
+            unreported = job.request.generated[
+                job.answer.reported :
+            ]  # the iteration may have failed after it had its tokens
+            if unreported or job.request.finish_reason:
+                self._report(job, unreported, time.monotonic())
+        self._end_broken()
+        unended = [job for job in running if job.request in self._open]
+        if faulty := self._isolation.engine_failed(unended, alone=len(running) == 1):
+            self._end(faulty, "failed", f"the engine fails on this request ({_sentence(error)}).")
+        self._requeue([job for job in inside if job not in running])
+
+    def _requeue(self, jobs: Sequence[ServiceRequest]) -> None:
+        with self._changed:
+            for job in jobs:
+                if job.request in self._open:
+                    heapq.heappush(self._pending, job)
+
+    def _fail_all(self, message: str) -> None:
+        with self._changed:
+            self._draining = True
+        try:
+            self._report_due()  # answers that are complete are no failures
+        except Exception:  # the jobs below must end, too
+            log.exception("the tokens of the last iteration could not be told")
+        for job in list(self._open.values()):
+            try:
+                self._close_job(job, NOTHING, "failed", message)
+            except Exception:  # the others must end, too
+                log.exception("request %s could not be ended", job.request.id)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

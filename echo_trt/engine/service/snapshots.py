@@ -1,0 +1,176 @@
+"""Snapshots of the engine's latest iterations, for the live page. Fields and units: docs/live-page.md.
+
+A snapshot holds shapes and figures, neither text nor tokens: a viewer of the page may be another person than the client
+whose answer is made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.engine.service.service import Service
+from echo_trt.engine.service.statistics import Statistics
+from echo_trt.engine.trace import StepTrace
+from echo_trt.speculation.arrays import begins
+from echo_trt.speculation.super_tree import SuperTree
+
+ITERATIONS = 64  # iterations kept between two snapshots; larger: longer lists at small loads
+MAX_REQUESTS = 64  # requests whose trees a snapshot holds; larger: longer snapshots at large loads
+MAX_NODES, MIN_NODES = 1536, 8  # nodes of all trees together, and of one; larger: more nodes that were not verified
+ROOT, ACCEPTED, REJECTED, PRUNED = range(4)  # what became of a node
+COUNTERS = (
+    "iterations",
+    "speculative_iterations",
+    "emitted_tokens",
+    "verifications",
+    "verified_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "prompt_tokens",
+    "asked_tokens",
+    "cached_tokens",
+    "preemptions",
+)
+
+
+class SnapshotRecorder:
+    """Records the steps of a service's engine core while it is ``on``.
+
+    One thread may call this.
+    """
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._seen: deque[StepTrace] = deque(maxlen=ITERATIONS)
+        self._last: StepTrace | None = None  # the latest that verified anything
+        self._seconds = 0.0  # of CPU time, that all snapshots took
+        self.on = False
+
+    def switch(self, on: bool) -> None:
+        """Begin to collect, or stop and forget the iterations so far."""
+        self.on = on
+        self._service.loop.step_callback = self._seen.append if on else None
+        if not on:
+            self._seen.clear()
+            self._last = None
+
+    @property
+    def news(self) -> bool:
+        """Whether there were iterations since the last snapshot."""
+        return bool(self._seen)
+
+    def snapshot(self) -> str:
+        """Return JSON of the iterations since the last snapshot, and of the service now."""
+        begin = time.thread_time()
+        seen = [self._seen.popleft() for _ in range(len(self._seen))]
+        self._last = next((each for each in reversed(seen) if each.requests), self._last)
+        now = figures(self._service.statistics(), self._service.loop.batch.count)
+        now["recent"] = recent(seen)
+        now["last"] = tree_of(self._last, self._service.loop.proposer) if self._last else None
+        now["seconds"]["snapshots"] = round(self._seconds, 4)
+        text = json.dumps(now, separators=(",", ":"))
+        self._seconds += time.thread_time() - begin
+        return text
+
+
+def figures(now: Statistics, slots: int) -> dict[str, Any]:
+    """Return the service's figures at this moment."""
+    counters = now.counters
+    return {
+        "format": SNAPSHOT_FORMAT,
+        "policy": now.policy,
+        "budget": now.budget,
+        "slots": slots,
+        "running": now.running,
+        "queued": now.queued,
+        "blocks": {"all": now.blocks, "held": now.blocks_used, "cached": now.blocks_cached},
+        "gain": None if now.gain is None else round(now.gain, 3),
+        "totals": {name: getattr(counters, name) for name in COUNTERS},
+        "seconds": {phase: round(seconds, 4) for phase, seconds in counters.seconds.items()},
+    }
+
+
+def recent(seen: list[StepTrace]) -> dict[str, list[float]]:
+    """Return columns of figures, each with one entry for an iteration, oldest first."""
+    return {
+        "time": [round(each.time, 3) for each in seen],
+        "milliseconds": [round(1000 * each.iteration.seconds, 2) for each in seen],
+        "requests": [len(each.requests) for each in seen],
+        "verified": [len(each.iteration.plan.tree) for each in seen],
+        "accepted": [len(each.iteration.path) - len(each.requests) for each in seen],
+        "emitted": [each.emitted for each in seen],
+        "rung": [each.iteration.plan.explanation.verification_size for each in seen],
+        "prompt_tokens": [each.iteration.load.prompt_tokens for each in seen],
+    }
+
+
+def tree_of(seen: StepTrace, proposer: int) -> dict[str, Any]:
+    """Return one iteration as JSON has it: the milliseconds of its parts, and the tree of each request.
+
+    proposer  the source of nodes that name the draft alone (``EngineCore.proposer``)
+    """
+    iteration, explanation = seen.iteration, seen.iteration.plan.explanation
+    parts = {"plan": iteration.planning, "draft": seen.drafting, "verify": iteration.target.seconds}
+    parts["other"] = max(iteration.seconds - sum(parts.values()), 0.0)
+    tree, fate = explanation.candidates, fates(seen)
+    kept = kept_nodes(tree, fate, explanation.chances)
+    part, nodes = tree.sorted_by_request(kept)
+    first = begins(part.sizes)
+    parent = np.where(part.parent >= 0, part.parent - first[part.request], -1)
+    source = np.maximum(part.source, proposer)
+    chances = np.round(explanation.chances[nodes], 3)
+    return {
+        "time": round(seen.time, 3),
+        "milliseconds": {name: round(1000 * seconds, 2) for name, seconds in parts.items()},
+        "rung": explanation.verification_size,
+        "padded_to": iteration.plan.padded_to,
+        "computed": iteration.target.tokens,
+        "gates": {str(depth): threshold for depth, threshold in explanation.gates.items()},
+        "requests": [
+            {
+                "id": seen.requests[request],
+                "parent": parent[begin:end].tolist(),
+                "source": source[begin:end].tolist(),
+                "chance": chances[begin:end].tolist(),
+                "fate": fate[nodes[begin:end]].tolist(),
+            }
+            for request, (begin, end) in enumerate(pairwise(first.tolist()))
+            if end > begin
+        ],
+        "omitted": max(tree.num_requests - MAX_REQUESTS, 0),
+    }
+
+
+def fates(seen: StepTrace) -> np.ndarray:
+    """Return the fate of every candidate: int64 [n], ROOT, ACCEPTED, REJECTED or PRUNED."""
+    explanation = seen.iteration.plan.explanation
+    fate = np.full(len(explanation.candidates), PRUNED)
+    fate[explanation.nodes] = REJECTED
+    fate[explanation.nodes[seen.iteration.path]] = ACCEPTED
+    fate[explanation.candidates.parent < 0] = ROOT
+    return fate
+
+
+def kept_nodes(tree: SuperTree, fate: np.ndarray, chances: np.ndarray) -> np.ndarray:
+    """Choose the candidates that a snapshot holds: int64, ascending, each with its parent.
+
+    They are of the first MAX_REQUESTS requests: verified nodes first, then the likeliest of the others.
+
+    fate     int64 [n], of ``fates``
+    chances  float64 [n], estimated chance that a node is accepted
+    """
+    maximum = max(MAX_NODES // max(min(tree.num_requests, MAX_REQUESTS), 1), MIN_NODES)
+    worth = np.where(fate == PRUNED, chances, 2.0 + chances)  # a child's chance is its parent's at most
+    nodes = np.flatnonzero((tree.request < MAX_REQUESTS) & (worth > 0))
+    kept = np.zeros(len(tree), bool)
+    kept[tree.best_first(nodes, worth[nodes], np.full(tree.num_requests, maximum))] = True
+    for node in np.flatnonzero(kept & (tree.parent >= 0)).tolist():  # parents come before their children
+        kept[node] = kept[tree.parent[node]]
+    return np.flatnonzero(kept)

@@ -1,1 +1,0 @@
-"""The launcher: processes of Triton and the gateway, probes, restarts and signals."""

@@ -1,0 +1,73 @@
+"""``python -m echo_trt.server``: the gateway as a process of its own, as the images run it."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from cyclopts import Parameter
+from starlette.applications import Starlette
+
+from echo_trt.engine.options import Port, bounds, command, run_alone
+from echo_trt.engine.service.protocol import MODEL
+from echo_trt.server.app import LARGEST_BODY, create_app
+from echo_trt.server.connections import HttpConnection, max_connections
+from echo_trt.server.options import ApiOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayOptions(ApiOptions):
+    """What the gateway's process is asked to do."""
+
+    engine_socket: Annotated[Path, Parameter(help="The socket of the engine's host.")]
+    port: Annotated[Port, Parameter(help="Port to listen on.")] = 9000
+    largest_body: Annotated[int, Parameter(help="Largest request body in bytes.", validator=bounds(1))] = LARGEST_BODY
+    drain_seconds: Annotated[
+        int, Parameter(help="How long SIGTERM waits for running answers.", validator=bounds(0))
+    ] = 60
+
+
+@command
+def run(options: GatewayOptions) -> int:
+    """Serve OpenAI's API for an engine."""
+    names, origins = list(options.served_model_names) or [MODEL], list(options.allowed_origins)
+    app = create_app(options.engine_socket, options.api_keys, options.largest_body, names, origins, options.page)
+    server = server_of(app, host=options.host, port=options.port, timeout_graceful_shutdown=options.drain_seconds)
+    with suppress(KeyboardInterrupt):  # raised once open answers have ended
+        server.run()
+    return 0 if server.started else 1
+
+
+def server_of(app: Starlette, **options: Any) -> DrainingServer:
+    """Make the server of an application. ``options``: uvicorn's."""
+    limit = max_connections()
+    protocol: Any = partial(HttpConnection, limit=limit)  # uvicorn only calls it; its type asks for a class
+    fixed: dict[str, Any] = {
+        "loop": "asyncio",  # uvloop would read as much at once as it likes (``connections.READ``)
+        "http": protocol,
+        "backlog": max(limit // 4, 1),  # asyncio accepts so many at once before it counts them
+        "log_level": "error",  # its warnings are of what clients send, and any client can send it for ever
+        "access_log": False,
+        "server_header": False,
+    }
+    return DrainingServer(uvicorn.Config(app, **(fixed | options)))
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which ends the streams of viewers before it waits for open answers."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.loaded_app
+        while not isinstance(app, Starlette):  # uvicorn's own layers
+            app = app.app
+        app.state.live.leave()
+        await super().shutdown(sockets)
+
+
+if __name__ == "__main__":
+    run_alone(run)

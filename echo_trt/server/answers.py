@@ -1,0 +1,141 @@
+"""Pieces of text in the shape of OpenAI's answers, whole and as server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.choices import ClientGone, PieceStream
+from echo_trt.server.errors import ApiError
+from echo_trt.server.logprobs import for_chat, for_completion
+from echo_trt.server.metrics import ServerMetrics
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
+from echo_trt.server.turns import Delta, OutputParser
+
+
+class ApiAnswer:
+    """One HTTP request's answer: a text for each of ``turns``, of which ``requested.n`` are of one prompt."""
+
+    def __init__(self, requested: ChatRequest | CompletionRequest, turns: list[OutputParser], metrics: ServerMetrics):
+        self._requested, self._turns, self._metrics = requested, turns, metrics
+        self._chat, self._created = isinstance(requested, ChatRequest), int(time.time())
+        self._id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(16)
+
+    async def whole(self, pieces: PieceStream) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed, once all choices have ended."""
+        async for choice, piece in pieces:
+            self._turns[choice].take(piece)
+        self._count()
+        kind = "chat.completion" if self._chat else "text_completion"
+        choices = []
+        for index, turn in enumerate(self._turns):
+            content = {"message": turn.message()} if self._chat else {"text": turn.content}
+            choices.append({"index": index, **content, **self._details(turn), "finish_reason": turn.finish_reason})
+        return self._head(kind) | {"choices": choices, "usage": self._usage()}
+
+    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
+        """Yield server-sent events. A failure on the way is an event too, for the status has long been sent."""
+        try:
+            if self._chat:
+                begin = TextPiece(0, prompt_tokens=first[1].prompt_tokens)  # all choices of a chat have one prompt
+                for index in range(len(self._turns)):
+                    yield self._chunk(_delta(index, {"role": "assistant", "content": ""}), begin)
+            async for choice, piece in chained(first, pieces):
+                turn = self._turns[choice]
+                deltas = turn.take(piece)
+                if not self._chat:
+                    reported = {"index": choice, "text": piece.text, **self._details(turn)}
+                    yield self._chunk(reported | {"finish_reason": piece.finish_reason}, piece)
+                    continue
+                for delta in deltas:
+                    yield self._chunk(_delta(choice, delta) | self._details(turn), piece)
+                if turn.finish_reason:
+                    reported = self._details(turn) if turn.logprobs or turn.sources else {}
+                    yield self._chunk(_delta(choice, {}, turn.finish_reason) | reported, piece)
+            if self._requested.wants_usage:
+                yield _event(self._head(self._chunk_kind) | {"choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body)
+        except ClientGone:
+            self._metrics.disconnects.inc()
+        finally:
+            self._count()
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._requested.model}
+
+    def _chunk(self, choice: dict[str, Any], piece: TextPiece) -> str:
+        chunk = self._head(self._chunk_kind) | {"choices": [choice]}
+        if self._requested.wants_running_usage:
+            chunk["usage"] = _counts(piece.prompt_tokens, piece.completion_tokens)
+        elif self._requested.wants_usage:
+            chunk["usage"] = None
+        return _event(chunk)
+
+    def _details(self, turn: OutputParser) -> dict[str, Any]:
+        """Take a choice's fields of details: ``logprobs``, and ``token_sources`` where the request asks for them."""
+        logprobs: dict[str, Any] | None = None
+        entries, sources = turn.take_details()
+        if self._requested.alternatives is not None:
+            logprobs = for_chat(entries) if self._chat else for_completion(entries)
+        return {"logprobs": logprobs, **({"token_sources": sources} if self._requested.token_sources else {})}
+
+    def _usage(self) -> dict[str, Any]:
+        """Count tokens: every prompt once however many choices it has, and every choice."""
+        prompts = self._turns[:: self._requested.n]
+        body = _counts(sum(turn.prompt_tokens for turn in prompts), sum(turn.completion_tokens for turn in self._turns))
+        body["prompt_tokens_details"] = {"cached_tokens": sum(turn.cached_tokens for turn in prompts)}
+        if self._turns[0].thinks:
+            reasoning = sum(turn.reasoning_tokens for turn in self._turns)
+            body["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return body
+
+    def _count(self) -> None:
+        usage = self._usage()
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.completion_tokens.inc(usage["completion_tokens"])
+
+
+class EventStream(StreamingResponse):
+    """Sends events; however that ends, the engine's streams are closed. ``pieces`` themselves notice a hang-up."""
+
+    def __init__(self, events: AsyncIterator[str], pieces: PieceStream):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.stream_response(send)
+        finally:
+            await self._pieces.aclose()
+
+
+async def chained(first: tuple[int, TextPiece], rest: PieceStream) -> AsyncIterator[tuple[int, TextPiece]]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _counts(prompt: int, completion: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _delta(index: int, delta: Delta, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,264 @@
+"""The HTTP application: OpenAI's endpoints, health and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from echo_trt import __version__
+from echo_trt.engine.params import MAX_PROMPT_LOGPROBS, check_prompt_logprobs
+from echo_trt.engine.process.client import Client, EngineError
+from echo_trt.engine.process.wire import ModelInfo
+from echo_trt.engine.service.protocol import MODEL
+from echo_trt.errors import UserError
+from echo_trt.server.answers import ApiAnswer, EventStream
+from echo_trt.server.bodies import Bodies
+from echo_trt.server.chats import chat_for
+from echo_trt.server.choices import ClientGone, PieceStream, merged
+from echo_trt.server.cors import Cors
+from echo_trt.server.edge import OPEN, AuthMiddleware
+from echo_trt.server.errors import ApiError, from_engine, log, shown
+from echo_trt.server.keys import Keys
+from echo_trt.server.live import Live, show_about, show_live
+from echo_trt.server.metrics import ServerMetrics
+from echo_trt.server.openapi import show_openapi
+from echo_trt.server.options import checked_names, checked_origins
+from echo_trt.server.page_files import PageFiles
+from echo_trt.server.responses.answer import Response as ResponsesAnswer
+from echo_trt.server.responses.request import ResponsesRequest
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
+from echo_trt.server.served import check_model, models, one_model
+from echo_trt.server.tokens import detokenize, tokenize
+from echo_trt.server.turns import OutputParser
+
+LARGEST_BODY = 2**20  # bytes
+HUNG_UP = 499  # the status of an answer that nobody waits for, in logs and metrics only
+
+
+def create_app(
+    engine: Path,
+    api_keys_file: Path | None = None,
+    largest_body: int = LARGEST_BODY,
+    names: Sequence[str] = (MODEL,),
+    origins: Sequence[str] = (),
+    page: bool = True,
+) -> Starlette:
+    """Make the application of the engine at a socket. Raises UserError for unusable keys, an odd name or origin.
+
+    engine         path of the socket, which need not be there yet
+    api_keys_file  None: everyone may ask
+    largest_body   bytes
+    names          what clients may call the model
+    origins        web pages that may ask
+    page           whether / is the live page
+    """
+    keys, metrics = Keys(api_keys_file) if api_keys_file else None, ServerMetrics()
+    layers = [Middleware(Cors, origins=checked_origins(origins))] if origins else []
+    shown = PageFiles() if page else None
+    without_key = OPEN + tuple(shown.files if shown else ())
+    layers.append(
+        Middleware(AuthMiddleware, keys=keys, largest_body=largest_body, metrics=metrics, without_key=without_key)
+    )
+
+    handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
+        ApiError: _ours,
+        EngineError: _engine_s,
+        HTTPException: _frameworks,
+        ClientDisconnect: _hung_up,  # while its body was read
+        ClientGone: _hung_up,  # while it was answered
+        Exception: _unexpected,
+    }
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.client, app.state.bodies = Client(engine), Bodies(largest_body)
+        app.state.live = Live(app.state.client)
+        yield
+        await app.state.live.close()
+        await app.state.client.close()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/models", models),  # where GET is answered, HEAD is too
+            Route("/v1/models/{name:path}", one_model),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
+            Route("/health", health),
+            Route("/ping", health, methods=["GET", "POST"]),  # SageMaker's name for it
+            Route("/version", version),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/openapi.json", show_openapi),
+            Route("/metrics", show_metrics),
+            *([Route(path, shown.show, include_in_schema=False) for path in shown.files] if shown else []),
+            *([Route("/live", show_live), Route("/live/about", show_about)] if shown else []),
+        ],
+        middleware=layers,
+        exception_handlers=handlers,
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # it would redirect to whatever the Host header says
+    app.state.metrics, app.state.created = metrics, int(time.time())
+    app.state.names = checked_names(names)
+    app.state.page_build = shown.build if shown else ""
+    return app
+
+
+async def chat(request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    return await _answer(request, await request.app.state.bodies.read(request, ChatRequest))
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions."""
+    return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
+
+
+async def responses(request: Request) -> Response:
+    """POST /v1/responses: a chat in other words."""
+    state = request.app.state
+    requested = await state.bodies.read(request, ResponsesRequest)
+    check_model(request, requested.model)
+    try:
+        info = await state.client.model_info()
+        chat = chat_for(requested.chat, info)
+        pieces = _pieces(request, requested.chat, info, [chat.inputs], chat.names)
+        answer = ResponsesAnswer(requested, chat.turn(), state.metrics)
+        if requested.stream:
+            response: Response = EventStream(answer.events(await anext(pieces), pieces), pieces)
+        else:
+            response = JSONResponse(await answer.whole(pieces))
+    except ApiError as error:
+        raise requested.ours(error) from None
+    if requested.left_out:
+        response.headers["X-Tools-Left-Out"] = ", ".join(requested.left_out)
+    return response
+
+
+async def health(request: Request) -> Response:
+    """GET /health: 200 where the engine answers, 503 where it does not."""
+    await request.app.state.client.check()
+    return JSONResponse({"status": "ok"})
+
+
+async def version(request: Request) -> Response:
+    """GET /version: this package's."""
+    return JSONResponse({"version": __version__})
+
+
+async def show_metrics(request: Request) -> PlainTextResponse:
+    """GET /metrics, for Prometheus: the gateway's and the engine's."""
+    metrics, theirs = request.app.state.metrics, await request.app.state.client.metrics()
+    metrics.engine_up.set(theirs is not None)
+    return PlainTextResponse(metrics.text() + (theirs or ""), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _answer(request: Request, requested: ChatRequest | CompletionRequest) -> Response:
+    """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
+    check_model(request, requested.model)
+    state = request.app.state
+    info = await state.client.model_info()
+    if isinstance(requested, ChatRequest):
+        chat = chat_for(requested, info)
+        prompts, names = [chat.inputs], chat.names
+    else:
+        chat, prompts, names = None, requested.inputs(), requested.names
+        await _check_echo(requested, prompts, state.client)
+    pieces = _pieces(request, requested, info, prompts, names)
+    turns = [chat.turn() if chat else OutputParser() for _ in range(len(prompts) * requested.n)]
+    answer = ApiAnswer(requested, turns, state.metrics)
+    if not requested.stream:
+        return JSONResponse(await answer.whole(pieces))
+    first = await anext(pieces)
+    return EventStream(answer.events(first, pieces), pieces)
+
+
+async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
+    """Refuse a request for too many log-probabilities of prompts. Raises ApiError.
+
+    A token has a byte at least, so most requests are known to be small enough before texts become tokens.
+    """
+    if not requested.echo or requested.alternatives is None:
+        return
+    given = [prompt.get("input_ids") or prompt["text_input"].encode() for prompt in prompts]
+    tokens = sum(map(len, given))
+    if tokens * requested.n * (requested.alternatives + 1) > MAX_PROMPT_LOGPROBS:
+        ids = [p.get("input_ids") or (await client.tokenize(p)).token_ids for p in prompts]
+        tokens = sum(map(len, ids))
+    try:
+        check_prompt_logprobs("logprobs", tokens, requested.n, requested.alternatives)
+    except UserError as error:
+        raise ApiError(400, str(error), param="logprobs") from None
+
+
+def _pieces(
+    request: Request,
+    requested: ChatRequest | CompletionRequest,
+    info: ModelInfo,
+    prompts: list[dict[str, Any]],
+    names: dict[str, str],
+) -> PieceStream:
+    """Stream the pieces of all choices."""
+    inputs = [prompt | _params(requested, info, seed) for prompt in prompts for seed in requested.seeds()]
+    return merged(request, inputs, names)
+
+
+def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
+    """Return sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay
+    out.
+    """
+    echoes = isinstance(requested, CompletionRequest) and requested.echo
+    optional = {
+        "return_log_probs": None if requested.alternatives is None else True,
+        "top_logprobs": requested.alternatives,
+        "prompt_logprobs": requested.alternatives if echoes else None,
+        "priority": requested.priority,
+        "deadline_ms": requested.deadline_ms,
+    }
+    given = {name: value for name, value in optional.items() if value is not None}
+    return (
+        requested.sampling(info.sampling, seed)
+        | given
+        | {"stream": requested.stream, "exclude_input_in_output": not echoes}
+    )
+
+
+async def _ours(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _engine_s(request: Request, error: EngineError) -> Response:
+    return from_engine(error).response()
+
+
+async def _frameworks(request: Request, error: HTTPException) -> Response:
+    message, path = str(error.detail), shown(request.scope["path"])
+    if error.status_code == 404:
+        routes = [route for route in request.app.routes if isinstance(route, Route) and route.include_in_schema]
+        known = ", ".join(route.path for route in routes if "{" not in route.path)
+        message = f"{path} is no path of this server; use one of {known}."
+    elif error.status_code == 405 and error.headers:
+        message = f"{path} does not take this method; use {error.headers['Allow']}."
+    return ApiError(error.status_code, message, headers=error.headers).response()  # 405 has Allow
+
+
+async def _hung_up(request: Request, error: Exception) -> Response:
+    request.app.state.metrics.disconnects.inc()
+    return Response(status_code=HUNG_UP)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("unexpected %s", type(error).__name__)  # the traceback follows, from the server that runs us
+    return ApiError(500, "The gateway failed at this request; its log says why.", "server_error").response()

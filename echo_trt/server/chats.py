@@ -1,0 +1,157 @@
+"""A chat for the served model: the engine's inputs, and the parser of its output."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from echo_trt.engine.process.wire import ModelInfo, ThinkTokens
+from echo_trt.grammar.requested import LONGEST
+from echo_trt.models.tools_as_text import tools_as_text
+from echo_trt.server.errors import ApiError
+from echo_trt.server.schemas import ChatRequest
+from echo_trt.server.structured import Structured
+from echo_trt.server.tool_formats import format_of
+from echo_trt.server.tool_formats.base import Format, ToolRequest, json_rule
+from echo_trt.server.tool_formats.hermes import Hermes
+from echo_trt.server.tools import NamedTool, Tool
+from echo_trt.server.turns import OutputParser
+
+SWITCH = "enable_thinking"  # the variable of templates that can do without a thought
+NO_THOUGHT = "this model does not think; leave it out"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """``inputs`` are the engine's, but for those of sampling; ``names`` are those for ``errors.from_engine``."""
+
+    inputs: dict[str, Any]
+    names: dict[str, str]
+    thinking: ThinkTokens | None
+    calls: Calls | None
+
+    def turn(self) -> OutputParser:
+        """Return a reader for one choice."""
+        if self.calls is None:
+            return OutputParser(self.thinking)
+        requested, form = self.calls.requested, self.calls.form
+        return OutputParser(self.thinking, form.parser(requested.tools.keys(), requested.several))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Tools that may be called. ``fields``: the client's field of the arguments' schema of each."""
+
+    form: Format
+    requested: ToolRequest
+    fields: list[str]
+    must_fit: bool
+
+    def grammar(self) -> tuple[str, dict[str, str]]:
+        """Lark, and the fields that its lines came from, as ``errors.from_engine`` has them."""
+        text = self.form.grammar(self.requested)
+        lines = {f"function_{index}": field for index, field in enumerate(self.fields)}
+        rules = {number: line.partition(":")[0] for number, line in enumerate(text.split("\n"), 1)}
+        return text, {f"structured:{number}": lines[rule] for number, rule in rules.items() if rule in lines}
+
+
+def chat_for(requested: ChatRequest, info: ModelInfo) -> Chat:
+    """Translate a chat into the engine's inputs. Raises ApiError for what this model cannot do."""
+    messages, tools = (
+        [turn.for_engine() for turn in requested.messages],
+        [tool.for_engine() for tool in requested.tools],
+    )
+    if requested.tool_choice == "none":
+        tools = []
+    if tools and info.takes_tools and not format_of(info.template, info.tokens):  # calls that cannot be read
+        messages, tools = tools_as_text(messages, tools), []
+    inputs: dict[str, Any] = {"chat_messages": _json(messages)}
+    calls, structured = _calls(requested, info), requested.structured
+    names = {"prompt": "messages"}
+    if tools:
+        inputs["tools"] = _json(tools)
+    if calls and calls.must_fit:
+        grammar, fields = calls.grammar()
+        inputs["structured"] = _json({"grammar": grammar})
+        names |= {"structured": "tools", **fields}
+    elif structured:
+        inputs["structured"], names["structured"] = structured.for_engine(), structured.field
+    if kwargs := _template_kwargs(requested, info):
+        inputs["chat_template_kwargs"] = _json(kwargs)
+    if requested.thinking_token_budget is not None and info.thinking is None:
+        message = f"thinking_token_budget is {requested.thinking_token_budget}, but {NO_THOUGHT}."
+        raise ApiError(400, message, param="thinking_token_budget")
+    return Chat(inputs, names, info.thinking, calls)
+
+
+def _calls(requested: ChatRequest, info: ModelInfo) -> Calls | None:
+    if not requested.tools or requested.tool_choice == "none":
+        return None
+    form = (format_of(info.template, info.tokens) if info.takes_tools else None) or Hermes(info.tokens)
+    choice = requested.tool_choice
+    several = requested.parallel_tool_calls is not False and not isinstance(choice, NamedTool) and form.several
+    chosen = {
+        f"tools.{index}.function.parameters": tool
+        for index, tool in enumerate(requested.tools)
+        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
+    }
+    must = requested.must_call
+    content = None if must else _content(requested.structured)
+    strict = any(tool.function.strict for tool in requested.tools)
+    must_fit = must or strict or content is not None or requested.parallel_tool_calls is False
+    schemas = {tool.function.name: _schema(tool, must) for tool in chosen.values()}
+    _check_size(schemas, "tools")
+    return Calls(form, ToolRequest(schemas, must, several, content), list(chosen), must_fit)
+
+
+def _schema(tool: Tool, must: bool) -> dict[str, Any]:
+    """Return the schema of a call's arguments: any object, unless the request demands the tool's own."""
+    return tool.schema_of_arguments() if must or tool.function.strict else {"type": "object"}
+
+
+def _content(structured: Structured | None) -> str | None:
+    """Return the Lark grammar of an answer without calls."""
+    if structured is None:
+        return None
+    kind, value = structured.kind, structured.value
+    if kind == "json_object":
+        return json_rule({"type": "object"})
+    if kind == "json" and isinstance(value, dict):
+        _check_size(value, structured.field)
+        return json_rule(value)
+    if kind == "choice" and isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return " | ".join(map(_json, value))
+    message = f"{structured.field} cannot stand beside tools; give a JSON schema, or tool_choice none."
+    raise ApiError(400, message, param=structured.field)
+
+
+def _check_size(schemas: Any, field: str) -> None:
+    """Refuse what the engine would refuse, before time is spent on it."""
+    if (size := len(_json(schemas))) > LONGEST:
+        raise ApiError(400, f"{field} has schemas of {size} characters; give at most {LONGEST}.", param=field)
+
+
+def _template_kwargs(requested: ChatRequest, info: ModelInfo) -> dict[str, Any]:
+    kwargs, effort = dict(requested.chat_template_kwargs), requested.reasoning_effort
+    for name in kwargs:
+        if name not in info.variables:
+            known = ", ".join(info.variables[:20])
+            remedy = f"give {known}" if known else "leave it out"
+            reason = f"chat_template_kwargs has {name[:50]!a}, which this model's chat template does not use"
+            raise ApiError(400, f"{reason}; {remedy}.", param="chat_template_kwargs")
+    if "reasoning_effort" in info.variables and effort is not None:
+        return {"reasoning_effort": effort} | kwargs
+    if effort is None or info.thinking is None:  # a model that does not think has nothing to do with it
+        return kwargs
+    if SWITCH not in info.variables:
+        message = f"reasoning_effort is {effort!r}, but this model always decides itself how it thinks; leave it out."
+    elif effort != "none":
+        message = f"reasoning_effort is {effort!r}, but this model knows none alone; give thinking_token_budget."
+    else:
+        return {SWITCH: False} | kwargs
+    raise ApiError(400, message, param="reasoning_effort")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,101 @@
+"""The outermost layer: keys, the size of bodies, and the count of what was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from echo_trt.server.errors import ApiError
+from echo_trt.server.keys import Keys
+from echo_trt.server.metrics import ServerMetrics
+
+#: Paths for machines that watch over us, without a key.
+OPEN = ("/health", "/ping", "/metrics", "/version")
+ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")  # by the engine
+#: Others are "other": no endless labels.
+COUNTED = (*OPEN, *ANSWERED, "/v1/models", "/tokenize", "/detokenize", "/live")
+
+
+class AuthMiddleware:
+    """Around the application: keys and body sizes are looked at before anything is read; every answer is counted."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys | None,
+        largest_body: int,
+        metrics: ServerMetrics,
+        without_key: Container[str] = OPEN,
+    ):
+        """``without_key``: paths that are served without a key."""
+        self._without_key = without_key
+        self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope = {**scope, "path": _origin_form(scope["path"])}
+        path = scope["path"] if scope["path"] in COUNTED else "other"
+        headers = dict(scope["headers"])
+        began = False
+
+        async def counted_send(message: Message) -> None:
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                self.metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        if path in ANSWERED:
+            self.metrics.running.inc()
+        try:
+            self._admit(scope["path"], headers)
+            await self.app(scope, self._measured(receive), counted_send)
+        except ApiError as error:
+            if not began:
+                await error.response()(scope, receive, counted_send)
+        except Exception:  # answered further out
+            if not began:
+                self.metrics.requests.labels(path, 500).inc()
+            raise
+        finally:
+            if path in ANSWERED:
+                self.metrics.running.dec()
+
+    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Before a byte of the body is read. Raises ApiError."""
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            message = "The request has both Content-Length and Transfer-Encoding; send one."
+            raise ApiError(400, message, headers={"Connection": "close"})  # where the next request begins is unclear
+        if self.keys and path not in self._without_key and not self.keys.allow(headers.get(b"authorization", b"")):
+            message = "A valid API key is needed, as in Authorization: Bearer KEY."
+            raise ApiError(401, message, "authentication_error", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.largest_body:
+            raise self._too_large()
+
+    def _measured(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def measured() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.largest_body:
+                raise self._too_large()
+            return message
+
+        return measured
+
+    def _too_large(self) -> ApiError:
+        message = f"The body is larger than {self.largest_body} bytes; send a shorter prompt."
+        return ApiError(413, message, code="request_too_large")
+
+
+def _origin_form(target: str) -> str:
+    """Return the path of a target that may be a whole URL, as clients send it to proxies: ``http://host/health``."""
+    scheme, separator, rest = target.partition("://")
+    if not separator or scheme.lower() not in ("http", "https"):
+        return target
+    return "/" + rest.partition("/")[2]

@@ -1,0 +1,110 @@
+"""Every failure in OpenAI's error format, and what an engine's failure means to a client."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from echo_trt.engine.process.client import EngineError
+
+log = logging.getLogger("echo_trt.server")
+#: A schema that does not compile, in a grammar that was made here: its line, and what is wrong.
+_GRAMMAR_LINE = re.compile(r"\(at (\d+)\(\d+\): failed to compile JSON schema: (.*?) \d+ \| .*\);", re.DOTALL)
+SHOWN = 100  # characters at most of a value, or of a field's name, that an error repeats
+
+
+class ApiError(HTTPException):
+    """One sentence for the client, with the HTTP status it goes out under."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers)
+        self.retry_after = retry_after
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        headers = dict(self.headers or {})
+        if self.retry_after:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status_code == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status_code, headers)
+
+
+def unavailable() -> ApiError:
+    """503: the engine is starting, stopping or gone."""
+    return ApiError(503, "The engine is not available; retry in a few seconds.", "server_error", retry_after=5)
+
+
+def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> ApiError:
+    """Translate an engine's failure. What a client cannot act on is logged here and not told outside.
+
+    names  an input of the engine -> the client's field, where they differ; "structured:LINE" of a grammar's lines
+    """
+    code, sentence, names = error.code, error.message, names or {}
+    if code in ("INVALID_ARGUMENT", "OUT_OF_RANGE"):
+        field = names.get(error.field or "", error.field)
+        if (found := _GRAMMAR_LINE.search(sentence)) and (name := names.get(f"structured:{found[1]}")):
+            field, sentence = name, sentence.replace(found[0], f"({found[2]});")
+        if field and error.field and field != error.field and sentence.startswith(error.field):
+            sentence = f"{field} {sentence.partition(' ')[2]}"
+        return ApiError(400, sentence, param=field, code="context_length_exceeded" if code == "OUT_OF_RANGE" else None)
+    if code == "UNAVAILABLE" and "queue" in sentence:
+        message = "The server's queue is full; retry in a second."
+        return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after=1)
+    log.error("the engine: %s %s", code, sentence)
+    if code in ("UNAVAILABLE", "CANCELLED"):
+        return unavailable()
+    return ApiError(500, "The engine failed at this request; the server's log says why.", "server_error")
+
+
+def late() -> ApiError:
+    """504: the deadline has passed, and there is no text."""
+    return ApiError(504, "The request's deadline passed before it was finished.", "server_error", code="deadline")
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Turn the first of pydantic's errors into a sentence that names the field and the value."""
+    first = errors[0]
+    if not first["loc"]:
+        return no_object()
+    param = ".".join(_cut(str(part)) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing.", param=param)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not known here; leave it out.", param=param)
+    return ApiError(400, f"{param} is {shown(first['input'])}: {reason}.", param=param)
+
+
+def no_object() -> ApiError:
+    """400: the body is no JSON object, or does not say that it is one."""
+    return ApiError(400, "The body must be a JSON object, sent as application/json.")
+
+
+def shown(value: object) -> str:
+    """Shorten a value of a JSON document to a few words, at the same cost whatever its size."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, str):
+        return _cut(ascii(value[: SHOWN + 1]))
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else _cut(ascii(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."

@@ -1,0 +1,39 @@
+"""API keys: one per line in a file. Only their digests stay in memory, and nothing here is ever logged."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+
+from echo_trt.errors import UserError
+
+SHORTEST = 16  # characters; what is shorter can be guessed
+
+
+class Keys:
+    """The API keys of a file, one per line, kept as digests."""
+
+    def __init__(self, path: Path):
+        """Blank lines and lines that begin with # are skipped. Raises UserError where the file holds no usable key."""
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"API keys file {path} cannot be read ({error.strerror}); name a file of keys.") from None
+        keys = [key for line in lines if (key := line.strip()) and not key.startswith(b"#")]
+        if not keys:
+            raise UserError(f"API keys file {path} holds no key; write one key per line.")
+        for number, key in enumerate(keys, 1):
+            if len(key) < SHORTEST or len(key.split()) > 1:
+                raise UserError(
+                    f"API keys file {path}: key {number} is shorter than {SHORTEST} characters or holds a blank; "
+                    "write one longer key per line."
+                )
+        self._digests = [hashlib.sha256(key).digest() for key in keys]
+
+    def allow(self, authorization: bytes) -> bool:
+        """Whether the header ``Authorization: Bearer KEY`` names a key. Takes as long for any wrong one."""
+        scheme, _, key = authorization.strip().partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
+        return scheme.lower() == b"bearer" and any(matches)

@@ -1,0 +1,132 @@
+"""The turns of a chat: texts, calls of tools, and what the tools gave."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import from_json
+
+from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.fields import MESSAGES, Strict, at_most
+from echo_trt.server.tool_formats.base import NAME
+
+ADDED = ("index", "parsed_arguments")
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
+
+
+def _legacy(value: Any) -> Any:
+    raise ValueError("functions are not supported by this engine; give tools and tool_calls")
+
+
+def _known(raw: Any) -> Any:
+    """Without what clients add to an answer: a call's ``index`` in a stream, and what they have parsed."""
+    if isinstance(raw, dict):
+        return {name: value for name, value in raw.items() if name not in ADDED and value is not None}
+    return raw
+
+
+def few_calls(messages: Any) -> Any:
+    """Bound the calls of all turns together, as ``at_most`` does."""
+    if isinstance(messages, list):
+        calls = [turn.get("tool_calls") for turn in messages if isinstance(turn, dict)]
+        if sum(len(each) for each in calls if isinstance(each, list)) > MESSAGES:
+            raise ValueError(f"give at most {MESSAGES} calls in all")
+    return messages
+
+
+class CalledFunction(Strict):
+    name: Name
+    arguments: str = "{}"
+
+    _without_parsed = model_validator(mode="before")(_known)
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, arguments: str) -> str:
+        try:
+            fits = isinstance(from_json(arguments or "{}", allow_inf_nan=False), dict)
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError("give a JSON object, written as a string")
+        return arguments
+
+
+class ToolCall(Strict):
+    """A call in a turn of the assistant's."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    _without_index = model_validator(mode="before")(_known)
+
+
+class ChatMessage(Strict):
+    """One turn of a chat; its content is text, null where there are calls. A user's ``name`` is seldom used."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: Annotated[list[ToolCall], FailFast(), at_most(MAX_TOOLS, "calls")] = Field([])
+    function_call: Annotated[Any, BeforeValidator(_legacy)] = None
+    tool_call_id: str | None = None
+    content: str | None  # behind tool_calls, beside which it may be null
+    name: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, raw: Any) -> Any:
+        """Drop empty fields: a client that sends an earlier answer back sends tool_calls, refusal and others as null or
+        empty.
+        """
+        if not isinstance(raw, dict):
+            return raw
+        kept = {name: value for name, value in raw.items() if name == "content" or value not in (None, [])}
+        kept.pop("parsed", None)  # OpenAI's client adds it to an answer that fits a schema
+        reasoning = kept.pop("reasoning", None)  # vLLM's newer name
+        if reasoning is not None:
+            kept.setdefault("reasoning_content", reasoning)
+        if kept.get("tool_calls"):
+            kept.setdefault("content", None)
+        return kept
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _no_function(cls, role: Any) -> Any:
+        return _legacy(role) if role == "function" else role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any, info: ValidationInfo) -> Any:
+        if isinstance(content, str):
+            return content
+        if content in (None, []) and info.data.get("tool_calls"):
+            return None
+        if not isinstance(content, list) or not content:
+            raise ValueError("give a string, or parts of type text")
+        if len(content) > MESSAGES:
+            raise ValueError(f"give at most {MESSAGES} parts")
+        texts = []
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            if not isinstance(text, str):
+                raise ValueError("give a string, or parts of type text; this model reads nothing else")
+            texts.append(text)
+        return "".join(texts)
+
+    @model_validator(mode="after")
+    def _calls_by_assistants(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only the role assistant has tool_calls")
+        return self
+
+    def for_engine(self) -> dict[str, Any]:
+        """Return the message as Triton's ``chat_messages`` has it."""
+        role = "system" if self.role == "developer" else self.role
+        turn = self.model_dump(exclude_none=True, exclude={"role", "content"})
+        if not self.tool_calls:
+            turn.pop("tool_calls", None)
+        if self.role != "tool":
+            turn.pop("name", None)  # few templates know participants' names
+        return {"role": role, "content": self.content} | turn

@@ -1,0 +1,132 @@
+"""One answer in the shape of the Responses API, whole and as typed server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from echo_trt.engine.process.wire import TextPiece
+from echo_trt.server.answers import chained
+from echo_trt.server.choices import ClientGone, PieceStream
+from echo_trt.server.errors import ApiError
+from echo_trt.server.logprobs import Entry
+from echo_trt.server.metrics import ServerMetrics
+from echo_trt.server.responses.output import Event, Output
+from echo_trt.server.responses.request import ResponsesRequest
+from echo_trt.server.responses.tools import Hosted
+from echo_trt.server.turns import OutputParser
+
+
+class Response:
+    """The answer to one request, of one text. ``turn`` reads that text."""
+
+    def __init__(self, requested: ResponsesRequest, turn: OutputParser, metrics: ServerMetrics):
+        self._requested, self._turn, self._metrics = requested, turn, metrics
+        spaces = {
+            each.name: (each.namespace, each.tool.name) for each in requested.functions if each.namespace is not None
+        }
+        self._output = Output(spaces)
+        self._id, self._created = "resp_" + secrets.token_hex(24), int(time.time())
+        self._number = 0  # of the next event
+        self._cut = False  # whether the text was cut short
+
+    async def whole(self, pieces: PieceStream) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed, once its text has ended."""
+        async for _, piece in pieces:
+            for _event in self._take(piece):
+                pass
+        self._count()
+        return self._body(self._status)
+
+    async def events(self, first: tuple[int, TextPiece], pieces: PieceStream) -> AsyncIterator[str]:
+        """Server-sent events. A failure on the way is an event too, for the status has long been sent."""
+        try:
+            for kind in ("created", "in_progress"):
+                yield self._reported({"type": f"response.{kind}", "response": self._body("in_progress")})
+            async for _, piece in chained(first, pieces):
+                for event in self._take(piece):
+                    yield self._reported(event)
+            body = self._body(self._status)
+            yield self._reported({"type": f"response.{self._status}", "response": body})
+        except ApiError as error:
+            reported = self._requested.ours(error).body["error"]
+            code = reported["code"] or "server_error"
+            yield self._reported({"type": "error", **reported, "code": code} | {"type": "error"})
+            body = self._body("failed") | {"error": {"code": code, "message": reported["message"]}}
+            yield self._reported({"type": "response.failed", "response": body})
+        except ClientGone:
+            self._metrics.disconnects.inc()
+        finally:
+            self._count()
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._cut else "completed"
+
+    def _take(self, piece: TextPiece) -> Iterator[Event]:
+        for delta in self._turn.take(piece):
+            logprobs: list[Entry] = []
+            if delta.get("content") and self._requested.chat.logprobs:
+                logprobs, _ = self._turn.take_details()
+            yield from self._output.take(delta, logprobs)
+        if piece.finish_reason:
+            self._cut = piece.finish_reason == "length"
+            yield from self._output.end(self._status)
+
+    def _reported(self, event: Event) -> str:
+        numbered = event | {"sequence_number": self._number}
+        self._number += 1
+        text = json.dumps(numbered, ensure_ascii=False, separators=(",", ":"))
+        return f"event: {event['type']}\ndata: {text}\n\n"
+
+    def _body(self, status: str) -> dict[str, Any]:
+        requested, chat = self._requested, self._requested.chat
+        choice, ended = requested.tool_choice or "auto", status == "completed"
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": int(time.time()) if ended else None,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": requested.instructions,
+            "max_output_tokens": requested.max_output_tokens,
+            "max_tool_calls": None,
+            "metadata": requested.metadata,
+            "model": requested.model,
+            "output": self._output.items,
+            "parallel_tool_calls": chat.parallel_tool_calls is not False,
+            "presence_penalty": chat.presence_penalty,
+            "frequency_penalty": chat.frequency_penalty,
+            "previous_response_id": None,
+            "reasoning": {"effort": requested.reasoning.effort, "summary": None},
+            "service_tier": "default",
+            "store": False,
+            "temperature": chat.temperature,
+            "text": {"format": requested.text.format or {"type": "text"}, "verbosity": "medium"},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in requested.tools if not isinstance(tool, Hosted)],
+            "top_logprobs": chat.top_logprobs,
+            "top_p": chat.top_p,
+            "truncation": "disabled",
+            "usage": None if status == "in_progress" else _counted(self._turn),
+        }
+
+    def _count(self) -> None:
+        self._metrics.prompt_tokens.inc(self._turn.prompt_tokens)
+        self._metrics.completion_tokens.inc(self._turn.completion_tokens)
+
+
+def _counted(turn: OutputParser) -> dict[str, Any]:
+    return {
+        "input_tokens": turn.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": turn.cached_tokens},
+        "output_tokens": turn.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": turn.reasoning_tokens},
+        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
+    }

@@ -1,0 +1,321 @@
+"""What the two endpoints accept. What the engine cannot do is refused by name, never ignored."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, create_model, field_validator, model_validator
+
+from echo_trt.engine.parameter import INT32
+from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
+from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.errors import ApiError, shown
+from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, within
+from echo_trt.server.messages import ChatMessage, few_calls
+from echo_trt.server.structured import FIELDS as STRUCTURED
+from echo_trt.server.structured import Structured, structured_of
+from echo_trt.server.tools import Choice, Tool, check
+
+CHOICES = 128  # of one request, prompts times n
+STOP_STRINGS = 16
+TOKEN_IDS = 2**18  # of all prompts of a request; no model that we know has a longer context
+#: Fields that ask for something we don't have, unless they hold one of these values (null asks for nothing).
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "store": (False, True),  # nothing is stored either way, as answers say
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    # vLLM's and llama.cpp's, with the values that change nothing
+    "add_generation_prompt": (True,),
+    "cache_prompt": (True,),
+    "continue_final_message": (False,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "prompt_logprobs": (0,),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+#: Fields that say something about the caller and nothing about the text.
+IGNORED = (
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "request_id",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+)
+#: Other servers' names of fields.
+ALIASES = {"repeat_penalty": "repetition_penalty"}
+
+
+def _by_token(bias: dict[str, float]) -> dict[int, float]:
+    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32 for key in bias):
+        raise ValueError("its keys must be token ids")
+    return {int(key): value for key, value in bias.items()}
+
+
+def _check_best_of(best_of: Any, n: Any) -> None:
+    """Refuse a ``best_of`` other than n: texts are not ranked. Raises ApiError."""
+    if type(best_of) is not int or best_of != (1 if n is None else n):
+        message = f"best_of is {shown(best_of)}, and texts are not ranked here; give the value of n, or leave it out."
+        raise ApiError(400, message, param="best_of")
+
+
+Limit = Annotated[int, within("max_tokens")]
+Bias = Annotated[float, within("logit_bias")]
+Alternatives = Annotated[int, within("logprobs")]
+Stop = Annotated[str, within("stop")]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with include_usage, every chunk tells its choice's tokens so far
+    include_obfuscation: bool = False  # padding against traffic analysis: there is none either way
+
+
+def _field(name: str) -> tuple[Any, Any]:
+    """Return the type and the default of a sampling parameter's field."""
+    known, other = SINGLE[name], dict(SINGLE[name].openai or {})
+    default = other.pop("default", known.default)
+    kind: Any = known.kind if known.kind is bool else Annotated[known.kind, within(name, **other)]
+    return (kind if default is not None else kind | None), default
+
+
+#: Sampling parameters of one value that both endpoints have by their own names (docs/openai-api.md).
+SHARED = tuple(name for name, known in SINGLE.items() if known.openai is not None)
+if TYPE_CHECKING:
+
+    class Sampled(Strict):
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Sampled = create_model("Sampled", __base__=Strict, **{name: _field(name) for name in SHARED})
+
+
+class Params(Sampled):
+    """What both endpoints share. ``top_k`` and others are not OpenAI's (docs/openai-api.md)."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Limit | None = None
+    logit_bias: Annotated[
+        dict[str, Bias],
+        AfterValidator(_by_token),
+        at_most(PARAMETERS["logit_bias"].entries, "tokens"),
+    ] = Field({})
+    stop: Annotated[list[Stop], at_most(STOP_STRINGS, "strings")] = Field([])
+    stop_token_ids: Annotated[list[Annotated[int, within("stop_token_ids")]], at_most(MAX_STOP_TOKENS, "token ids")] = (
+        Field([])
+    )
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
+    priority: Annotated[int, Field(ge=0, le=INT32)] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=INT32)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_we_have(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        kept = {}
+        for name, value in bounded(raw).items():
+            if value is None or name in IGNORED:
+                continue
+            if name == "best_of":
+                _check_best_of(value, raw.get("n"))
+                continue
+            if name in ALIASES and raw.get(ALIASES[name]) is not None:
+                raise ApiError(400, f"{name} and {ALIASES[name]} are both given; give the latter.", param=name)
+            if not check_supported(name, value, REFUSED):
+                kept[ALIASES.get(name, name)] = value
+        return kept
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
+
+    @model_validator(mode="after")
+    def _agree(self) -> Params:
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is only allowed where stream is true."
+            raise ApiError(400, message, param="stream_options")
+        return self
+
+    @model_validator(mode="after")
+    def _minimum_below_maximum(self) -> Params:
+        if self.min_tokens > self.limit:
+            message = f"min_tokens is {self.min_tokens}; give a whole number from 0 to the limit, {self.limit}."
+            raise ApiError(400, message, param="min_tokens")
+        return self
+
+    @cached_property
+    def structured(self) -> Structured | None:
+        """What the answer must fit. Raises ApiError."""
+        return structured_of({name: getattr(self, name) for name in STRUCTURED})
+
+    @model_validator(mode="after")
+    def _read_structured(self) -> Params:
+        _ = self.structured
+        return self
+
+    @property
+    def limit(self) -> int:
+        """The maximum number of tokens of one choice; endpoints differ in the default."""
+        raise NotImplementedError
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_running_usage(self) -> bool:
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
+    def sampling(self, recommended: Collection[str], seed: int) -> dict[str, Any]:
+        """Return sampling parameters as the engine's inputs, but those that it would choose itself.
+
+        ``recommended``: what the model has values for where a request leaves it out.
+        """
+        inputs: dict[str, Any] = {"max_tokens": self.limit}
+        for name in SHARED:
+            value = getattr(self, name)
+            if name in self.model_fields_set or (value != SINGLE[name].default and name not in recommended):
+                inputs[SINGLE[name].tensor or name] = value
+        lists = {
+            "stop_words": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias_ids": [*self.logit_bias],
+            "logit_bias": [*self.logit_bias.values()],
+        }
+        return inputs | {"seed": seed} | {name: values for name, values in lists.items() if values}
+
+    def seeds(self) -> list[int]:
+        """Return one seed per choice: the request's, or a random one, plus the number of the choice."""
+        first = secrets.randbits(63) if self.seed is None else self.seed
+        return [(first + choice) % 2**63 for choice in range(self.n)]
+
+
+class ChatRequest(Params):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1), FailFast(), BeforeValidator(few_calls), at_most(MESSAGES, "messages")
+    ]
+    max_completion_tokens: Limit | None = None
+    logprobs: bool = False
+    top_logprobs: Alternatives = 0
+    tools: Annotated[list[Tool], FailFast(), at_most(MAX_TOOLS, "tools")] = Field([])
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+    @model_validator(mode="after")
+    def _tools_agree(self) -> ChatRequest:
+        check(self.tools, self.tool_choice)
+        if self.must_call and self.structured and not self.structured.field.startswith("response_format"):
+            field = self.structured.field
+            message = f"{field} cannot stand beside a tool_choice that asks for a call; leave one of them out."
+            raise ApiError(400, message, param=field)
+        return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in (None, "auto", "none")
+
+    @model_validator(mode="after")
+    def _top_of_something(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs is {self.top_logprobs}, which is only allowed where logprobs is true."
+            raise ApiError(400, message, param="top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "max_tokens and max_completion_tokens are both given; give the latter."
+            raise ApiError(400, message, param="max_tokens")
+        return self
+
+    @property
+    def limit(self) -> int:
+        """The client's limit; without one the context limits the answer."""
+        return self.max_completion_tokens or self.max_tokens or INT32
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens' log-probabilities are wanted beside the emitted one's; None: none at all."""
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(Params):
+    """The body of /v1/completions."""
+
+    prompt: list[str | list[int]]
+    logprobs: Alternatives | None = None
+    echo: bool = False  # the prompt precedes the answer, with its log-probabilities where those are asked for
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _list_of_prompts(cls, prompt: Any) -> Any:
+        """Read a string, a list of strings, token ids, or a list of token ids."""
+        if isinstance(prompt, str) or (isinstance(prompt, list) and set(map(type, prompt)) == {int}):
+            prompt = [prompt]
+        if not (isinstance(prompt, list) and prompt and set(map(type, prompt)) <= {str, list}):
+            raise ValueError("give a string, token ids, or a list of either")
+        if len(prompt) > CHOICES:
+            raise ValueError(f"give at most {CHOICES} prompts")
+        lists = [one for one in prompt if isinstance(one, list)]
+        if sum(map(len, lists)) > TOKEN_IDS:
+            raise ValueError(f"give at most {TOKEN_IDS} token ids")
+        for ids in lists:
+            if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > INT32:  # in C: there may be many
+                raise ValueError(f"token ids must be a list of whole numbers from 0 to {INT32} that is not empty")
+        return prompt
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        if len(self.prompt) * self.n > CHOICES:
+            message = f"{len(self.prompt)} prompts times n = {self.n} are more than {CHOICES} choices; ask for fewer."
+            raise ApiError(400, message, param="prompt")
+        return self
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or 16  # OpenAI's own default here
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Return the engine's inputs for the prompts."""
+        grammar = {"structured": self.structured.for_engine()} if self.structured else {}
+        return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The engine's inputs that have another name here."""
+        return {"structured": self.structured.field} if self.structured else {}

@@ -1,0 +1,109 @@
+"""What an answer must fit, in the spellings of OpenAI, vLLM and their clients, as the engine's ``structured``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+
+from echo_trt.grammar.requested import KINDS
+from echo_trt.server.errors import ApiError
+
+#: vLLM's older names of fields.
+GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+FIELDS = ("response_format", "structured_outputs", *GUIDED)
+TYPES = "text, json_object or json_schema"
+
+
+@dataclass(frozen=True)
+class Structured:
+    """A grammar for the engine, and the field that it came in."""
+
+    kind: str
+    value: Any
+    field: str
+
+    def for_engine(self) -> str:
+        """JSON, as the input ``structured`` has it."""
+        return json.dumps({self.kind: self.value}, ensure_ascii=False)
+
+
+def structured_of(given: Mapping[str, Any]) -> Structured | None:
+    """Read the one of FIELDS that a request gives; None: it gives none. Raises ApiError."""
+    found = [each for name in FIELDS if given.get(name) is not None and (each := _read(name, given[name]))]
+    if len(found) > 1:
+        names = [each.field.partition(".")[0] for each in found]
+        raise ApiError(400, f"{' and '.join(names)} are both given; give one of them.", param=names[1])
+    return found[0] if found else None
+
+
+def _read(name: str, value: Any) -> Structured | None:
+    if name == "response_format":
+        return _response_format(value)
+    if name == "structured_outputs":
+        return _structured_outputs(value)
+    return Structured(GUIDED[name], _parsed(value, name) if name == "guided_json" else value, name)
+
+
+def _response_format(value: Any) -> Structured | None:
+    field = "response_format"
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":  # LiteLLM and instructor put a schema beside it
+        name = next((name for name in ("schema", "response_schema") if value.get(name) is not None), None)
+        _only(value, ("type", "schema", "response_schema"), field)
+        return Structured("json", _schema(value[name], f"{field}.{name}"), f"{field}.{name}") if name else _any(field)
+    if kind != "json_schema":
+        raise ApiError(400, f"{field} has no type that is known here; give {TYPES}.", param=field)
+    inner, where = value.get("json_schema"), f"{field}.json_schema"
+    if not isinstance(inner, dict):
+        raise ApiError(400, f'{where} is no object; give {{"name": ..., "schema": ...}}.', param=where)
+    _only(value, ("type", "json_schema"), field)
+    _only(inner, ("name", "schema", "strict", "description"), where)
+    if inner.get("schema") is None:
+        return _any(field)
+    return Structured("json", _schema(inner["schema"], f"{where}.schema"), f"{where}.schema")
+
+
+def _structured_outputs(value: Any) -> Structured | None:
+    field = "structured_outputs"
+    requested = (
+        {name: each for name, each in value.items() if each not in (None, False)} if isinstance(value, dict) else {}
+    )
+    unknown = next((name for name in requested if name not in KINDS), None)
+    if unknown is not None or len(requested) != 1:
+        what = f"has {unknown[:50]!a}" if unknown is not None else f"has {len(requested)} kinds"
+        raise ApiError(400, f"{field} {what}; give one of {', '.join(KINDS)}.", param=field)
+    [(kind, each)] = requested.items()
+    where = f"{field}.{kind}"
+    return Structured(kind, _parsed(each, where) if kind == "json" else each, where)
+
+
+def _parsed(value: Any, field: str) -> Any:
+    """Parse a schema, which vLLM's clients may send as text."""
+    if isinstance(value, str):
+        try:
+            value = from_json(value, allow_inf_nan=False)
+        except ValueError:
+            raise ApiError(400, f"{field} is not JSON; give a schema.", param=field) from None
+    return _schema(value, field)
+
+
+def _schema(value: Any, field: str) -> Any:
+    if not isinstance(value, dict | bool):
+        raise ApiError(400, f"{field} is no JSON schema; give an object.", param=field)
+    return value
+
+
+def _any(field: str) -> Structured:
+    return Structured("json_object", True, field)
+
+
+def _only(value: dict[str, Any], names: tuple[str, ...], field: str) -> None:
+    for name, each in value.items():
+        if name not in names and each is not None:
+            raise ApiError(400, f"{field} has {name[:50]!a}, which is not known here; leave it out.", param=field)

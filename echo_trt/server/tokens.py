@@ -1,0 +1,124 @@
+"""/tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from echo_trt.engine.parameter import INT32
+from echo_trt.engine.process.client import EngineError
+from echo_trt.models.messages import MAX_TOOLS
+from echo_trt.server.chats import chat_for
+from echo_trt.server.errors import ApiError, from_engine, from_validation
+from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded
+from echo_trt.server.schemas import TOKEN_IDS, ChatRequest
+from echo_trt.server.served import check_model
+
+
+class _Tokens(Strict):
+    model: str | None = None  # None: the one there is
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {name: value for name, value in bounded(raw).items() if value is not None}
+
+
+class TokenizeRequest(_Tokens):
+    """The body of /tokenize: a text, or a chat as it is put into the chat template."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Any], at_most(MESSAGES, "messages")] | None = None
+    tools: Annotated[list[Any], at_most(MAX_TOOLS, "tools")] = Field([])
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(FIELDS, "variables")] = Field({})
+    add_special_tokens: bool | None = None
+    add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
+    return_token_strs: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "Give either prompt or messages.", param="prompt")
+        if self.messages is None and (self.tools or self.chat_template_kwargs):
+            name = "tools" if self.tools else "chat_template_kwargs"
+            raise ApiError(400, f"{name} is only allowed beside messages.", param=name)
+        if self.messages is not None and self.add_special_tokens:
+            message = "add_special_tokens is true, but a chat template writes its own; leave it out."
+            raise ApiError(400, message, param="add_special_tokens")
+        return self
+
+    @cached_property
+    def chat(self) -> ChatRequest | None:
+        """The chat that ``messages`` are. Raises ApiError."""
+        if self.messages is None:
+            return None
+        body = {name: value for name, value in self if name in ("messages", "tools", "chat_template_kwargs")}
+        try:
+            return ChatRequest.model_validate({"model": "", **body})
+        except ValidationError as error:
+            raise from_validation(error.errors(include_url=False)) from None
+
+    @model_validator(mode="after")
+    def _is_a_chat(self) -> TokenizeRequest:
+        _ = self.chat
+        return self
+
+
+class DetokenizeRequest(_Tokens):
+    """The body of /detokenize."""
+
+    tokens: list[int]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many(cls, raw: Any) -> Any:
+        """In C: there may be many."""
+        tokens = raw.get("tokens") if isinstance(raw, dict) else None
+        if isinstance(tokens, list) and tokens:
+            if len(tokens) > TOKEN_IDS:
+                raise ApiError(400, f"tokens is a list of {len(tokens)}: give at most {TOKEN_IDS}.", param="tokens")
+            if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) > INT32:
+                message = f"tokens must be a list of whole numbers from 0 to {INT32}."
+                raise ApiError(400, message, param="tokens")
+        return raw
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize."""
+    state = request.app.state
+    requested = await state.bodies.read(request, TokenizeRequest)
+    if requested.model is not None:
+        check_model(request, requested.model)
+    info = await state.client.model_info()
+    inputs = {"text_input": requested.prompt, "add_special_tokens": requested.add_special_tokens is not False}
+    names: dict[str, str] = {}
+    if requested.chat:
+        chat = chat_for(requested.chat, info)
+        inputs, names = chat.inputs, chat.names
+    try:
+        ids = (await state.client.tokenize(inputs)).token_ids
+    except EngineError as error:
+        raise from_engine(error, names) from None
+    return JSONResponse({"count": len(ids), "max_model_len": info.context, "tokens": ids})
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize."""
+    state = request.app.state
+    requested = await state.bodies.read(request, DetokenizeRequest)
+    if requested.model is not None:
+        check_model(request, requested.model)
+    if not requested.tokens:
+        return JSONResponse({"prompt": ""})
+    try:
+        reported = await state.client.tokenize({"input_ids": requested.tokens})
+    except EngineError as error:
+        raise from_engine(error, {"input_ids": "tokens"}) from None
+    return JSONResponse({"prompt": reported.text})

@@ -1,0 +1,284 @@
+"""What every format gives: a parser of texts that come in pieces, and a grammar of texts that hold calls."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from echo_trt.grammar.requested import closed
+
+#: Names of functions, in requests and in texts: OpenAI's characters, and those of MCP's names.
+NAME = r"[A-Za-z0-9_.:/-]{1,128}"
+#: As models were trained to write JSON: what Python's json.dumps gives. Free white space would never have to end.
+LAYOUT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+#: A call's object up to its arguments; what is shorter or longer is read once it is complete.
+_HEAD = re.compile(
+    r'\s{0,64}\{\s{0,64}"name"\s{0,64}:\s{0,64}"(' + NAME + r')"\s{0,64},\s{0,64}'
+    r'"(?:arguments|parameters)"\s{0,64}:\s{0,64}(?=\{)'
+)
+
+
+@dataclass(frozen=True)
+class Content:
+    """More text that is no call."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """The beginning of a call."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """More JSON of the latest call's arguments."""
+
+    text: str
+
+
+Event = Content | Call | Arguments
+
+
+@dataclass(frozen=True)
+class ToolRequest:
+    """What a text must be like.
+
+    tools    JSON schema of the arguments by name of each function that may be called
+    must     whether there must be a call
+    several  whether there may be more than one
+    content  Lark, the right side of a rule, of a text without a call; None: any text
+    """
+
+    tools: Mapping[str, Mapping[str, Any]]
+    must: bool
+    several: bool
+    content: str | None = None
+
+    def functions(self, key: str) -> list[str]:
+        """Lark rules of the calls' objects, a line each, behind one that is any of them: ``function``."""
+        names = " | ".join(f"function_{index}" for index in range(len(self.tools)))
+        rules = [
+            f"function_{index}: {json_rule(_call_schema(name, key, schema))}"
+            for index, (name, schema) in enumerate(self.tools.items())
+        ]
+        return [f"function: {names}", *rules]
+
+
+def _call_schema(name: str, key: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the object of a call. References in ``schema`` are to its own definitions, so those move up with it."""
+    own: dict[str, Any] = {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
+    definitions: dict[str, Any] = {part: own.pop(part) for part in ("$defs", "definitions") if part in own}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: own},
+        "required": ["name", key],
+        "additionalProperties": False,
+        **definitions,
+    }
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return the right side of a Lark rule for JSON that fits a schema, whose objects are closed as in structured
+    answers.
+    """
+    return f"%json {json.dumps({**closed(schema), **LAYOUT}, ensure_ascii=False)}"
+
+
+class Parser(ABC):
+    """Reads one text. However it is cut into pieces, the events joined are the same; nothing raises.
+
+    A call of a function that is not in ``names`` stays content; where ``several`` is false only the first call counts.
+    """
+
+    def __init__(self, names: Collection[str], several: bool = True):
+        self._names, self._several = names, several
+        self._text = ""  # what is not decided yet
+        self._events: list[Event] = []
+        self._scan = Scan()
+        self._state = self._begin
+        self.calls = 0  # so far, those that do not count included
+
+    def push(self, text: str) -> list[Event]:
+        """Take new text and return what is certain by now."""
+        self._text += text
+        while self._state():
+            pass
+        return self._given_out()
+
+    def finish(self) -> list[Event]:
+        """Return the rest, at the end of the text."""
+        self._end()
+        return self._given_out()
+
+    def _inside(self) -> bool:
+        """Read within a call's arguments."""
+        if not self._arguments():
+            return False
+        self._state = self._behind
+        return True
+
+    @abstractmethod
+    def _behind(self) -> bool:
+        """Read what follows a call's arguments."""
+
+    @abstractmethod
+    def _begin(self) -> bool:
+        """Read the beginning. A state takes from ``_text`` what is certain; True: more may be certain."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Take the rest of ``_text``."""
+
+    def _given_out(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._events.append(Content(text))
+
+    def _call(self, name: str) -> None:
+        self.calls += 1
+        if self._counts:
+            self._events.append(Call(name))
+
+    def _argue(self, text: str) -> None:
+        if text and self._counts:
+            self._events.append(Arguments(text))
+
+    @property
+    def _counts(self) -> bool:
+        return self._several or self.calls == 1
+
+    def _head(self) -> bool:
+        """Take a call's object up to its arguments, where ``_text`` begins with them."""
+        match = _HEAD.match(self._text)
+        if not match or match[1] not in self._names:
+            return False
+        self._call(match[1])
+        self._text, self._scan = self._text[match.end() :], Scan()
+        return True
+
+    def _whole(self, text: str) -> bool:
+        """Take the object of a call that is complete."""
+        try:
+            call = _parsed(text)
+        except (ValueError, RecursionError):
+            return False
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._names:
+            return False
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, str):  # JSON in JSON
+            try:
+                arguments = _parsed(arguments)
+            except (ValueError, RecursionError):
+                return False
+        if not isinstance(arguments, dict):
+            return False
+        self._call(name)
+        self._argue(_written(arguments))
+        return True
+
+    def _arguments(self) -> bool:
+        """Take the arguments as far as they have come; whether they have ended."""
+        end = self._scan.end(self._text)
+        self._argue(self._text[:end])
+        ended = end < len(self._text) or self._scan.over
+        self._text = self._text[end:]
+        return ended
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON as other languages do, which know no NaN and no Infinity. Raises ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    """Read a number that a double can hold: any other could not be written as JSON again. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    """Write arguments as JSON that UTF-8 can hold: halves of surrogate pairs stay escaped."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
+
+
+class Scan:
+    """Where an object ends in a text that comes in pieces: it also ends where no JSON can go on."""
+
+    def __init__(self) -> None:
+        self._depth, self._in_string, self._escaped, self.over = 0, False, False, False
+
+    def end(self, piece: str) -> int:
+        """How many characters of the next piece belong to the object."""
+        for offset, letter in enumerate(piece):
+            if self.over:
+                return offset
+            if self._in_string:
+                self._in_string = letter != '"' or self._escaped
+                self._escaped = letter == "\\" and not self._escaped
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                self.over = self._depth <= 0
+            elif letter == "<":
+                self.over = True
+                return offset
+        return len(piece)
+
+
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``mark``, and not all of it."""
+    maximum = min(len(text), len(mark) - 1)
+    return next((size for size in range(maximum, 0, -1) if mark.startswith(text[-size:])), 0)
+
+
+class Format(ABC):
+    """A way of writing calls.
+
+    several  whether an answer may hold more than one
+    tokens   names of those added tokens that the template writes: a grammar spells them otherwise than text
+    """
+
+    #: Where a call's arguments stand.
+    key: str
+    parser: type[Parser]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, template: str, tokens: Collection[str]) -> Format | None:
+        """Return the format if a chat template teaches it, else None."""
+
+    def __init__(self, tokens: Collection[str] = (), several: bool = True):
+        self.several, self.tokens = several, frozenset(tokens)
+
+    def mark(self, text: str) -> str:
+        """Lark of a mark around calls, where nothing else may stand."""
+        return text if text in self.tokens else json.dumps(text)
+
+    @abstractmethod
+    def rules(self, requested: ToolRequest) -> Sequence[str]:
+        """Lark, ``start`` first, in terms of ``function``: any call's object."""
+
+    def grammar(self, requested: ToolRequest) -> str:
+        """Lark of texts as they are ``requested`` for."""
+        return "\n".join([*self.rules(requested), *requested.functions(self.key)])

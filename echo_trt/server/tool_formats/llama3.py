@@ -1,0 +1,96 @@
+"""The format of Llama 3.1 and later: an answer that is nothing but JSON objects with a name and parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from echo_trt.server.tool_formats.base import Format, Parser, Scan, ToolRequest, overlap
+
+TAG = "<|python_tag|>"  # may come first; a special token, so it is seldom in the text
+KEYS = ('"name"', '"parameters"', '"arguments"', '"type"')  # with which a call's object may begin
+
+
+class Llama3Parser(Parser):
+    """Calls stand before all content, apart by white space and semicolons."""
+
+    _before = ""  # what separates the object that is being read from the one before
+    _seen = 0  # characters of ``_text`` that were scanned for its end
+
+    def _begin(self) -> bool:
+        return self._look(TAG)
+
+    def _between(self) -> bool:
+        return self._look("")
+
+    def _look(self, mark: str) -> bool:
+        """Decide whether an object follows or content; ``mark`` may precede an object."""
+        rest = self._text.lstrip(" \t\r\n;" if self.calls else " \t\r\n")
+        if mark and rest.startswith(mark):
+            self._text, self._before = rest[len(mark) :], self._before + self._text[: len(self._text) - len(rest)]
+            self._before += mark
+            self._state = self._between
+            return True
+        if not rest or (mark and overlap(rest, mark) == len(rest)):
+            return False
+        self._before += self._text[: len(self._text) - len(rest)]
+        self._text, self._scan, self._seen = rest, Scan(), 0
+        self._state = self._object if rest[0] == "{" else self._content
+        return True
+
+    def _object(self) -> bool:
+        if self._head():
+            self._before, self._state = "", self._inside
+            return True
+        first = self._text[1:].lstrip()
+        if not any(first.startswith(key) or key.startswith(first) for key in KEYS):
+            self._state = self._content
+            return True
+        self._seen += self._scan.end(self._text[self._seen :])
+        if not self._scan.over:
+            return False
+        if self._whole(self._text[: self._seen]):
+            self._text, self._before, self._state = self._text[self._seen :], "", self._between
+        else:
+            self._state = self._content
+        return True
+
+    def _behind(self) -> bool:
+        _, closed, rest = self._text.partition("}")
+        self._text = rest
+        if closed:
+            self._state = self._between
+        return bool(closed)
+
+    def _content(self) -> bool:
+        self._say(self._before + self._text)
+        self._text = self._before = ""
+        return False
+
+    def _end(self) -> None:
+        if self._state in (self._begin, self._between, self._object):
+            rest = self._before + self._text
+            if rest.strip(" \t\r\n;") or not self.calls:
+                self._say(rest)
+        self._text = ""
+
+
+class Llama3(Format):
+    """{"name": ..., "parameters": ...}."""
+
+    key, parser = "parameters", Llama3Parser
+
+    @classmethod
+    def of(cls, template: str, tokens: Collection[str]) -> Llama3 | None:
+        """Llama 3.1's template refuses a history with several calls in a turn, so its answers have one."""
+        if '"parameters": ' not in template or not (TAG in template or "<|start_header_id|>" in template):
+            return None
+        return cls(tokens, several=re.search(r"single tool.calls?", template) is None)
+
+    def rules(self, requested: ToolRequest) -> list[str]:
+        calls = 'calls: function ("; " function)*' if requested.several else "calls: function"
+        if requested.must:
+            return ["start: calls", calls]
+        if requested.content is not None:
+            return ["start: calls | content", f"content: {requested.content}", calls]
+        return ["start: calls | text", "text: TEXT", r"TEXT: /([ \t\r\n]*[^{ \t\r\n](.|\n)*)?/", calls]

@@ -1,0 +1,76 @@
+"""The tools of a chat, and which of them must be called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ValidationError
+
+from echo_trt.server.errors import ApiError
+from echo_trt.server.fields import Strict
+from echo_trt.server.messages import Name
+
+
+class ToolFunction(Strict):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def for_engine(self) -> dict[str, Any]:
+        """As chat templates show it to the model."""
+        function = self.function.model_dump(exclude={"strict"}, exclude_none=True)
+        return {"type": "function", "function": {**function, "parameters": self.schema_of_arguments()}}
+
+    def schema_of_arguments(self) -> dict[str, Any]:
+        return self.function.parameters or {"type": "object", "properties": {}}
+
+
+class NamedFunction(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def choice_of(named: type[Strict], example: str) -> BeforeValidator:
+    """Read a tool_choice: a word, or an object that names a function, as ``example`` does."""
+
+    def read(value: Any) -> Any:
+        if value in ("auto", "none", "required"):
+            return value
+        try:
+            return named.model_validate(value)
+        except ValidationError:
+            raise ValueError(f"give auto, none, required or {example}") from None
+
+    return BeforeValidator(read)
+
+
+NAMED = '{"type": "function", "function": {"name": ...}}'
+Choice = Annotated[Literal["auto", "none", "required"] | NamedTool, choice_of(NamedTool, NAMED)]
+
+
+def check(tools: Sequence[Tool], choice: Choice | None) -> None:
+    """Refuse names that are given twice, and a choice of what is not there. Raises ApiError."""
+    known: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.function.name in known:
+            message = f"tools.{index}.function.name is {tool.function.name!r} again; give each function its own name."
+            raise ApiError(400, message, param=f"tools.{index}.function.name")
+        known.add(tool.function.name)
+    if choice in (None, "none"):
+        return
+    if not tools:
+        raise ApiError(400, "tool_choice is only allowed where tools are given; leave it out.", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in known:
+        message = f"tool_choice names {choice.function.name[:100]!a}, which is none of the tools; name one of them."
+        raise ApiError(400, message, param="tool_choice")

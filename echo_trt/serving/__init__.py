@@ -1,1 +1,0 @@
-"""Serving: one engine loop for all requests, behind Triton Inference Server."""

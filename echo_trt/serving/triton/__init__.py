@@ -1,1 +1,0 @@
-"""The Triton model: requests in, replies out, metrics."""

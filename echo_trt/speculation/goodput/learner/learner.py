@@ -1,0 +1,60 @@
+"""The learner: what came of an iteration corrects costs, acceptance and what is known of requests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from echo_trt.speculation.goodput.learner.costs import CostLearner
+from echo_trt.speculation.goodput.learner.requests import History
+from echo_trt.speculation.goodput.learner.sources import SourceLearner
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.iteration import IterationModel
+from echo_trt.speculation.goodput.settings import GoodputSettings, GoodputTuning
+from echo_trt.speculation.planner import Iteration, StepContext
+
+
+class Learner:
+    """Owns what changes: ``costs`` and ``acceptance`` are corrected in place, ``history`` is its own."""
+
+    def __init__(self, costs: Costs, acceptance: Acceptance, slots: int, tuning: GoodputTuning, block: int):
+        self.costs, self.acceptance, self._block = costs, acceptance, block
+        self.history, self.sources = History(slots, tuning), SourceLearner(acceptance, tuning)
+        self._cost_learner = CostLearner(costs, tuning)
+        self._epoch = np.full(slots, -1)
+
+    def model(self, load: StepContext, settings: GoodputSettings) -> IterationModel:
+        """Return the model of an iteration of ``load``."""
+        history = self.history
+        seconds = history.host_seconds, history.level_seconds
+        return IterationModel(self.costs, self.acceptance, settings, load, self._block, *seconds, history.speedup)
+
+    def forget_departed(self, load: StepContext) -> None:
+        """Start afresh where another request has taken a slot."""
+        for slot in load.slots[self._epoch[load.slots] != load.epoch].tolist():
+            self.history.forget(slot)
+        self._epoch[load.slots] = load.epoch
+
+    def observe(self, iteration: Iteration, settings: GoodputSettings) -> float | None:
+        """Learn from an iteration. Returns the tokens that it was worth, or None where it computed prompts.
+
+        Its accepted tokens are too few to count, so the worth is what was expected of its nodes.
+        """
+        plan, load, history, count = iteration.plan, iteration.load, self.history, len(iteration.load.slots)
+        for number, done in enumerate(iteration.drafts):
+            self._cost_learner.observe_draft(done, first=number == 0)
+        history.decided(min(iteration.levels, 1) if self._block else iteration.levels, iteration.planning)
+        self._cost_learner.observe_target(iteration.target, load.prompt_tokens)
+        tree = plan.tree
+        drafted, accepted = np.flatnonzero(tree.parent >= 0), np.zeros(len(tree))
+        accepted[iteration.path] = 1
+        columns = tree.source, tree.depth, tree.score, plan.probability, accepted
+        self.sources.observe(*(column[drafted] for column in columns))
+        self.sources.elapsed(iteration.seconds)
+        history.observe(load.slots, np.bincount(tree.request[iteration.path], minlength=count), iteration.seconds)
+        if load.prompt_tokens or not count:
+            return None
+        tokens = float(plan.probability.sum())
+        plain = self.model(load, settings).plain_rate * iteration.seconds
+        history.spent(tokens, plain, iteration.host)
+        return tokens

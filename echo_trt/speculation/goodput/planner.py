@@ -1,0 +1,235 @@
+"""The goodput policy: over the whole batch, draft levels and nodes that commit most tokens per second.
+
+Two optimisers of one quantity, tokens per second, stand here on purpose. The optimiser (``optimiser``) searches levels
+and nodes by a model of costs and acceptance: it decides anew in each iteration, and sees what each node is worth, but
+it is as good as its model. The ladder (``ladder``) knows no model: it compares measured rates of a few verification
+sizes with plain decoding's, slowly, and is right in the end whatever the model is wrong by. So the model is trusted
+only within what a measurement has confirmed: the ladder says how many tokens may be verified, or that none are drafted,
+and the optimiser fills that size.
+
+Time has a price: the tokens per second that this machine commits anyway (``IterationModel.time_price``). A plan is
+worth its expected tokens less the price of its passes; plain decoding is the plan without a draft. An iteration decides
+
+1. how many tokens are verified at most, or that it decodes plainly: the size that the ladder holds for the load.
+2. before a draft level: which nodes of the frontier are expanded, if any (``LevelSearch``). A block drafter's pass is
+   weighed once, with all its levels; its trees are then grown best first, at no cost (``Candidates.promising``).
+3. after the last level: how many of all candidates are verified, best first over the batch (``select``). Where a pass
+   of another size than the last one costs extra (OpenVINO) the size is filled, elsewhere as many as pay are taken.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from echo_trt.speculation.chains import NO_CHAINS, Chains, PromptLookup
+from echo_trt.speculation.drafts import Draft
+from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
+from echo_trt.speculation.goodput.learner.learner import Learner
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.model.iteration import TOKENS_PER_REQUEST, IterationModel
+from echo_trt.speculation.goodput.model.ngrams import NGrams
+from echo_trt.speculation.goodput.optimiser.candidates import Candidates, ContinueLeaves
+from echo_trt.speculation.goodput.optimiser.levels import LevelSearch
+from echo_trt.speculation.goodput.optimiser.nodes import paying_nodes, select
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.planner import Explanation, Iteration, Plan, StepContext
+from echo_trt.speculation.sources import NGRAM
+from echo_trt.speculation.super_tree import SuperTree
+
+ABOVE_PLAIN = 1e-12  # log gain that always begins above plain decoding, since the search may choose no draft
+
+
+class GrammarSource(PromptLookup, Protocol):
+    """The grammars of running requests, as a source of chains; its chains below roots may be copied, too."""
+
+    def constrained(self, slots: np.ndarray) -> np.ndarray:
+        """Say which of ``slots`` [B] have a grammar: bool [B]."""
+
+    def leaf_chains(self, tree: SuperTree, probability: np.ndarray, slots: np.ndarray) -> Chains:
+        """Return what grammars force behind the leaves of ``tree``, whose nodes have P(accept) ``probability`` [n].
+
+        slots  int64 [B], of the requests
+        """
+
+
+class GoodputPlanner:
+    """Maximise committed tokens per second, with what was learnt while running."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: GoodputSettings,
+        costs: Costs,
+        acceptance: Acceptance,
+        slots: int,
+        ngrams: NGrams | None = None,
+        copier: PromptLookup | None = None,
+        grammars: GrammarSource | None = None,
+        head: bool = True,
+        budget: int = 0,
+        block: int = 0,
+        chain_alone: bool = False,
+    ):
+        """Take candidates from the draft, unless ``head`` is false, and at no cost from ``copier`` and ``ngrams``.
+
+        grammars  of requests whose texts must fit one; it replaces prompt lookup while any runs
+
+        budget       knee of the measured costs, which is only reported
+        block        rows that a block drafter's only pass computes for a request; 0: the draft takes one pass per level
+        chain_alone  draft a chain for a request that runs alone, since the target rounds trees differently from chains
+        """
+        self.name, self.settings, self.budget = name, settings, budget
+        self._alone = settings.as_chain() if chain_alone else settings
+        self.ngrams, self.copier = (ngrams, copier) if settings.free_candidates else (None, None)
+        self.grammars = grammars if settings.free_candidates else None
+        self._head = head
+        self.learner = Learner(costs, acceptance, slots, settings.tuning, block)
+        self.ladder = Ladder(settings.tuning, acceptance.calibrated)
+
+    @property
+    def costs(self) -> Costs:
+        return self.learner.costs
+
+    @property
+    def acceptance(self) -> Acceptance:
+        return self.learner.acceptance
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
+        self.learner.forget_departed(load)
+        model = self.learner.model(load, self._settings(load))
+        settings, costs, count = model.settings, model.costs, len(roots)
+        size = self.ladder.size(count, lambda: self._forecast(model))
+        constrained = self.grammars is not None and bool(self.grammars.constrained(load.slots).any())
+        drafts = size != UNDRAFTED
+        if not drafts and not constrained:  # what a grammar forces is worth a verification by itself
+            return Plan.undrafted(roots)
+        size = max(size, costs.padded(count + 1)) if drafts else costs.padded(TOKENS_PER_REQUEST * count)
+        fills = drafts and self._fills_size
+        copier = self.grammars if constrained else self.copier
+        candidates = Candidates(
+            SuperTree.from_roots(roots),
+            self.acceptance,
+            weights=self.learner.history.weights(load.slots),
+            max_draft_len=load.max_draft_len,
+            copied=copier.chains(load.slots, settings.max_depth) if copier else None,
+            one_path=settings.one_path,
+            continue_leaves=self._continuations(model, constrained),
+        )
+        search = LevelSearch(model, candidates, model.verifying(size - count, fills), model.time_price)
+        if drafts and self._head and load.max_draft_len.any():
+            self._draft(draft, search)
+        candidates.append_continuations()
+        chosen = select(candidates.value, candidates.tree, settings.per_request, search.verification, search.time_price)
+        tree, nodes = candidates.tree.sorted_by_request(chosen)
+        padded_to = costs.padding_target(len(tree), size) if fills else 0
+        chances = candidates.probability
+        return Plan(tree, chances[nodes], Explanation(candidates.tree, chances, nodes, size), padded_to)
+
+    def _continuations(self, model: IterationModel, constrained: bool) -> ContinueLeaves:
+        """Return what continues leaves: n-grams, or where a request has a grammar, what that forces."""
+        load, settings, grammars, ngrams = model.load, model.settings, self.grammars, self.ngrams
+        deepest = np.minimum(load.max_draft_len, settings.max_depth)
+        if constrained and grammars:
+            deepest = np.where(grammars.constrained(load.slots), 0, deepest)
+        bounds = deepest, float(self.acceptance.bias[NGRAM, 0]), settings.tuning.min_continuation
+
+        def chains(tree: SuperTree, probability: np.ndarray) -> Chains:
+            found = ngrams.chains(tree, probability, load.recent, *bounds) if ngrams else NO_CHAINS
+            if constrained and grammars:
+                found = found.followed_by(grammars.leaf_chains(tree, probability, load.slots))
+            return found
+
+        return chains
+
+    def observe(self, iteration: Iteration) -> None:
+        tokens = self.learner.observe(iteration, self.settings)
+        if tokens is not None:
+            self.ladder.observe(tokens, iteration.seconds)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        return self.learner.sources.totals()
+
+    def gain(self) -> float | None:
+        return self.ladder.gain
+
+    def _settings(self, load: StepContext) -> GoodputSettings:
+        """Return how far the search may go under a load."""
+        return self._alone if len(load.slots) == 1 else self.settings
+
+    @property
+    def _fills_size(self) -> bool:
+        """Whether verifications are filled to their size: a change of size costs time here, and a draft fills it."""
+        return self._head and self.costs.change > 0
+
+    def _forecast(self, model: IterationModel) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ladder's sizes int64 [R] and forecasts of their log gains float64 [R]."""
+        sizes = model.verification_sizes()
+        if not self._head:
+            return sizes[-1:], np.full(1, ABOVE_PLAIN)
+        log_gains = model.log_gains(sizes)
+        if self._fills_size:
+            return sizes, log_gains - model.settings.tuning.forecast_error
+        # The search may choose any size up to the last one, or none.
+        return sizes[-1:], np.maximum(log_gains.max(keepdims=True), ABOVE_PLAIN)
+
+    def _draft(self, draft: Draft, search: LevelSearch) -> None:
+        """Draft levels, while they pay; their nodes join the candidates."""
+        candidates, model, load = search.candidates, search.model, search.model.load
+        settings = model.settings
+        requests, levels = search.requests_to_draft(draft.looks_ahead)
+        if len(requests) == 0:  # no draft pays
+            requests = self._explore(model)
+        self.learner.history.drafted(load.slots, load.slots[requests])
+        if len(requests) == 0:
+            return
+        if levels:
+            maximum = min(settings.per_request, max(16, 4 * len(search.verification) // len(requests)))
+            draft.look_ahead(levels, settings.beams, settings.width, maximum)
+        log_q, tokens = draft.expand_roots(requests)
+        candidates.add(requests, log_q, tokens, settings.width)
+        if model.block or levels:
+            self._read_levels(draft, search)
+        else:
+            self._draft_levels(draft, search)
+
+    def _explore(self, model: IterationModel) -> np.ndarray:
+        """Return the request to draft for although it does not pay, if its time has come: int64 [0 or 1]."""
+        load, costs = model.load, model.costs
+        open_ = np.flatnonzero(load.max_draft_len > 0)
+        entries = load.draft_lag[open_] + model.block
+        alone = costs.cold + costs.draft.per_context * load.context / len(load.slots)
+        seconds = costs.draft.base(int(entries.max()))[entries] + alone
+        return self.learner.history.explore(open_, load.slots, seconds)
+
+    def _draft_levels(self, draft: Draft, search: LevelSearch) -> None:
+        """Draft further levels, a pass each, while the next one pays."""
+        candidates, settings, expanded = search.candidates, search.model.settings, 0
+        for depth in range(1, settings.max_depth):
+            frontier = candidates.frontier(depth, settings.beams)
+            if len(frontier) == 0:
+                return
+            # A pass computes the nodes above again: about in proportion to the portion of the frontier.
+            entries = np.arange(1, len(frontier) + 1) * (1 + expanded / len(frontier))
+            count = search.worth_expanding(candidates.value[frontier], depth, entries)
+            if count == 0:
+                return
+            nodes = np.sort(frontier[:count])
+            log_q, tokens = draft.expand(candidates.tree, nodes)
+            candidates.add(nodes, log_q, tokens, settings.width)
+            expanded += count
+
+    def _read_levels(self, draft: Draft, search: LevelSearch) -> None:
+        """Grow trees from levels that were drafted at once; a node too unlikely to be verified is not expanded."""
+        candidates, settings = search.candidates, search.model.settings
+        for depth in range(1, settings.max_depth):
+            value = candidates.value[candidates.tree.num_requests :]
+            paying = paying_nodes(value, search.verification, search.time_price)
+            # Expand a few nodes more than pay now, because costs have steps.
+            nodes = candidates.promising(depth, min(int(1.25 * paying) + 1, len(search.verification) - 1))
+            if len(nodes) == 0:
+                return
+            log_q, tokens = draft.expand(candidates.tree, nodes)
+            candidates.add(nodes, log_q, tokens, settings.width)

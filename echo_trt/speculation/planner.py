@@ -1,0 +1,147 @@
+"""The planner protocol: a planner decides what one iteration drafts and verifies, and learns from the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from echo_trt.speculation.drafts import Draft, Pass
+from echo_trt.speculation.policy_names import PLAIN
+from echo_trt.speculation.super_tree import SuperTree
+
+RECENT = 16  # tokens before each root that a planner may look at: the longest context of an n-gram table
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """The work of one iteration, for B decoding requests.
+
+    slots          int64 [B], where a request's history is kept
+    max_draft_len  int64 [B], draft tokens in a row that the request can still use
+    draft_lag      int64 [B], tokens that its draft must compute before it can draft
+    context        cached tokens of all B requests
+    recent         int64 [B, RECENT], tokens before a root, -1 where the text is shorter
+    epoch          int64 [B], admission number of the request
+    prompt_tokens  tokens of prompts computed in the same pass
+    """
+
+    slots: np.ndarray
+    max_draft_len: np.ndarray
+    draft_lag: np.ndarray
+    context: int
+    recent: np.ndarray
+    epoch: np.ndarray
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The candidates of a plan, for metrics and step callbacks. Neither text nor speed depends on it.
+
+    candidates         the tree of all nodes that the planner considered; the plan's tree is a part of it
+    chances            float64 [len(candidates)], estimated chance that a candidate is accepted (1.0 for roots)
+    nodes              int64 [n], the nodes of the plan's tree in ``candidates``
+    verification_size  most tokens of this iteration's target pass, goodput's choice for its load; 0: the planner's
+                       budget
+    gates              depth -> threshold that a path's probability must pass to be drafted deeper
+    """
+
+    candidates: SuperTree
+    chances: np.ndarray
+    nodes: np.ndarray
+    verification_size: int = 0
+    gates: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes that one iteration verifies.
+
+    tree         nodes to verify, grouped by request; every root is included
+    probability  float64 [n], estimated chance that a node is accepted (1.0 for roots)
+    explanation  what ``tree`` was chosen from, to be shown
+    padded_to    tokens to which the target's pass is padded where it computes nothing else; 0: as the engine likes
+    """
+
+    tree: SuperTree
+    probability: np.ndarray
+    explanation: Explanation
+    padded_to: int = 0
+
+    @classmethod
+    def undrafted(cls, roots: np.ndarray) -> Plan:
+        """Plan plain decoding: nothing but ``roots`` int64 [B]."""
+        tree, sure = SuperTree.from_roots(roots), np.ones(len(roots))
+        return cls(tree, sure, Explanation(tree, sure, np.arange(len(roots))))
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The outcome of one plan.
+
+    path      int64 [m], accepted nodes of ``plan.tree``, roots included
+    target    the verification pass
+    drafts    the draft's passes, in order
+    levels    draft levels that were asked for
+    planning  seconds spent in ``Planner.plan`` outside the draft's passes
+    seconds   the whole iteration
+    host      seconds outside passes and planning
+    """
+
+    plan: Plan
+    load: StepContext
+    path: np.ndarray
+    target: Pass
+    drafts: tuple[Pass, ...]
+    levels: int
+    planning: float
+    seconds: float
+    host: float
+
+
+class Planner(Protocol):
+    """Decides what each iteration verifies.
+
+    In exact arithmetic a text does not depend on the planner; in bf16 its rounding may (docs/exactness.md).
+    """
+
+    name: str
+    budget: int = 0
+    """K_max, tokens of a target pass at the knee of the measured costs; 0: none.
+
+    The paper's policies verify at most K_max tokens, or the roots alone if there are more roots; goodput only reports
+    K_max.
+    """
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
+        """Choose the super-tree to verify for ``roots`` int64 [B], the requests' pending tokens."""
+
+    def observe(self, iteration: Iteration) -> None:
+        """Learn from one finished iteration; by default nothing."""
+        return
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Return sums by source: draft tokens "expected" and "accepted", and "silent" minutes; by default none."""
+        return {}
+
+    def gain(self) -> float | None:
+        """Return the ratio of tokens per second to plain decoding's at the latest load; None, the default: not known.
+
+        Any thread may ask.
+        """
+        return None
+
+
+class PlainPlanner(Planner):
+    """Plain autoregressive decoding: one token per request and iteration."""
+
+    name = PLAIN
+
+    def gain(self) -> float | None:
+        return 1.0
+
+    def plan(self, roots: np.ndarray, draft: Draft, load: StepContext) -> Plan:
+        return Plan.undrafted(roots)

@@ -1,0 +1,173 @@
+"""A child process that does not outlive this one, whose output is shown, and whose ports can be checked."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import resource
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+#: Words of Triton's complaints that are harmless on a machine without a GPU.
+HARMLESS = () if Path("/proc/driver/nvidia").exists() else ("cuda", "dcgm", "nvml")
+# Bytes of a thread's stack, allocated as used. Larger: Triton 2.51, which parses JSON by recursion at 170 bytes a
+# bracket, survives deeper nesting.
+STACK = 512 * 2**20
+_LIBC = ctypes.CDLL(None)
+
+
+class ProcessLog:
+    """A log that a thread writes to a file descriptor, so that a full disk or a stalled reader blocks no caller.
+
+    A line is dropped if it cannot be written, or if ``maximum`` lines wait.
+    """
+
+    def __init__(self, descriptor: int, maximum: int = 10_000):
+        self._descriptor, self._lines = descriptor, queue.Queue(maximum)
+        self._writer = threading.Thread(target=self._write, name="log", daemon=True)
+        self._writer.start()
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(f"{line}\n".encode(errors="replace"))
+
+    def close(self, seconds: float = 1.0) -> None:
+        """End the thread, after ``seconds`` for the waiting lines."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._writer.join(seconds)
+
+    def _write(self) -> None:
+        while line := self._lines.get():
+            with contextlib.suppress(OSError):  # sys.stderr would keep the line and fail again at exit
+                os.write(self._descriptor, line)
+
+
+class Process:
+    """A child process whose lines are shown as they come; the last ones are kept."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], log: ProcessLog):
+        self.name = name
+        self.lines: deque[str] = deque(maxlen=200)
+        self._log = log
+        self._child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # only the launcher gets a terminal's Ctrl-C
+            preexec_fn=_prepare,
+        )
+        self._relay = threading.Thread(target=self._show_lines, daemon=True)
+        self._relay.start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._child.poll()
+
+    def children(self) -> set[int]:
+        """Return ids of the processes that it started itself, with those that died and were not waited for."""
+        with contextlib.suppress(psutil.Error):
+            return {child.pid for child in psutil.Process(self.pid).children()}
+        return set()
+
+    def listens_on(self, ports: Iterable[int]) -> bool:
+        """Return whether this process listens on all these TCP ports: another process might answer on one."""
+        return listening_ports(self.pid).issuperset(ports)
+
+    def reason(self) -> str:
+        """Return the likely reason of its end, in a clause."""
+        self._relay.join(1)  # seconds, since a grandchild may hold the pipe open
+        code = self._child.poll() or 0
+        return f"signal {-code} ended it" if code < 0 else reason(self.lines)
+
+    def terminate(self) -> None:
+        if self.alive:
+            self._child.terminate()
+
+    def wait(self, seconds: float) -> bool:
+        try:
+            self._child.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kill it with everything that it started."""
+        orphans = self.children()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        for pid in orphans:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._child.wait()
+
+    def _show_lines(self) -> None:
+        """Empty the pipe and show its lines; a child that writes into a full pipe would stand still."""
+        for raw in self._child.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            self.lines.append(line)
+            if line and not _is_harmless(line):
+                self._log.say(f"{self.name}: {line}")
+
+
+def listening_ports(pid: int) -> set[int]:
+    """Return the TCP ports on which a process listens."""
+    with contextlib.suppress(psutil.Error):
+        sockets = psutil.Process(pid).net_connections("tcp")
+        return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
+    return set()
+
+
+def lives(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not, and Triton never waits for a backend that has died."""
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def raise_open_files() -> None:
+    """Raise the limit of open files, also of children, to the system's: a connection takes two in the gateway."""
+    _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
+
+
+def reason(lines: Iterable[str]) -> str:
+    """Return the line that explains a failed start best."""
+    relevant = [line for line in lines if line.strip() and not _is_harmless(line)]
+    errors = [line for line in relevant if "error:" in line or "Error" in line]
+    line = (errors or relevant or ["it said nothing"])[0 if errors else -1]
+    for mark in ("UserError: ", "error: "):
+        line = line.split(mark, 1)[-1]
+    line = line.split(r"\n\nAt:", 1)[0]  # Triton prints a model's error with its Python frames, on one line
+    return " ".join(line.split()).rstrip(".")[:400]
+
+
+def _prepare() -> None:
+    """Set a child's limits, before it runs its program."""
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _, maximum = resource.getrlimit(resource.RLIMIT_STACK)
+    stack = STACK if maximum == resource.RLIM_INFINITY else min(STACK, maximum)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, maximum))
+
+
+def _is_harmless(line: str) -> bool:
+    return any(word in line.lower() for word in HARMLESS)

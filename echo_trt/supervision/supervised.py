@@ -1,0 +1,237 @@
+"""Supervised processes: started, watched, restarted if they die, hang or do not start, and drained as one service."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from echo_trt.errors import UserError
+from echo_trt.supervision.process import Process, ProcessLog, raise_open_files
+from echo_trt.supervision.stopping import stop_signals
+
+CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
+STOP_SECONDS = 10.0  # for processes behind the first ones, without open requests, to stop; larger: a slower end
+PROBE_EVERY = 10.0  # seconds between two questions whether a process serves; larger: a hang is noticed later
+#: Backoff: seconds before the first, second, ... restart in a row; the failure after the last one is the end. Longer:
+#: more attempts before that.
+WAITS = (0, 1, 4, 16)
+RESTARTS_WITHIN = 300.0  # seconds after which a restart is forgotten; larger: rare failures add up to giving up
+
+
+class Supervised(ABC):
+    """Keeps a process serving, and reports to ``log``; ``ports``: option -> port on which it listens.
+
+    A subclass starts the process (``_spawn``) and checks whether it serves once it listens (``_ready``). From then on a
+    thread checks whether it still serves (``_lives``). A subclass may know further faults (``_trouble``), and another
+    way to drain than SIGTERM, after which a process ends by itself.
+    """
+
+    name: str
+
+    def __init__(self, log: ProcessLog, host: str, ports: dict[str, int], start_seconds: float):
+        self.process: Process | None = None
+        self.serving = self.served = False  # served: whether it was ever serving
+        self._log, self._host, self._ports, self._start_seconds = log, host, ports, start_seconds
+        self._watch: LivenessThread | None = None
+        self._restarts: deque[float] = deque()
+        self._failed = self._due = 0.0  # time.monotonic() of the failure, and of the next start or its end
+
+    def step(self) -> None:
+        """Check it once; to be called repeatedly. Raises UserError if it does not start or is given up."""
+        if self.process is None:
+            if time.monotonic() >= self._due:
+                self.process, self._due = self._spawn(), time.monotonic() + self._start_seconds
+        elif trouble := self._trouble():
+            self._restart(trouble)
+        elif not self.serving and self.process.listens_on(self._ports.values()) and self._ready():
+            self._begin()
+
+    def stop(self) -> None:
+        """Kill it at once, with its open requests."""
+        self.serving = False
+        if self._watch:
+            self._watch.stop()
+            self._watch = None
+        if self.process:
+            self.process.kill()
+            self.process = None
+
+    def drain(self) -> None:
+        """Let it refuse new requests and finish open ones."""
+        if self.process:
+            self.process.terminate()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all its answers have been sent: by default where it has ended."""
+        return self.process is None or not self.process.alive
+
+    def end(self) -> None:  # noqa: B027
+        """Stop it once it has drained: by default it has ended."""
+
+    @abstractmethod
+    def _spawn(self) -> Process: ...
+
+    @abstractmethod
+    def _ready(self) -> bool: ...
+
+    @abstractmethod
+    def _lives(self) -> bool: ...
+
+    def _trouble(self) -> str | None:
+        """Return the fault, in a clause, or None."""
+        if not self.process.alive and not self.serving:
+            troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
+            reason = self.process.reason()
+            mistake = self.process.exit_code == 2  # the user's, which the reason tells as a whole
+            return next(filter(None, troubles), None) or (reason if mistake else f"{self.name} did not start: {reason}")
+        if not self.process.alive:
+            return f"{self.name} has died"
+        if self._watch and self._watch.silent:
+            return f"{self.name} does not answer"
+        if not self.serving and time.monotonic() > self._due:
+            given = f"{self._start_seconds} s; raise --start-timeout, or see the lines above"
+            return f"{self.name} gave no answer in {given}"
+        return None
+
+    def _begin(self) -> None:
+        self._watch = LivenessThread(self._lives)
+        if self.served:
+            self._log.say(f"serving again after {time.monotonic() - self._failed:.1f} s")
+        self.serving = self.served = True
+
+    def _restart(self, trouble: str) -> None:
+        """Schedule the next start. A failed start belongs to the failure before it, however long it took."""
+        now, served = time.monotonic(), self.serving
+        self.stop()
+        if not self.served:
+            raise UserError(f"{trouble}.")
+        if served:
+            self._failed = now
+            while self._restarts and now - self._restarts[0] > RESTARTS_WITHIN:
+                self._restarts.popleft()
+        if len(self._restarts) == len(WAITS):
+            self._log.say(f"{trouble}; giving up")
+            often = f"{len(WAITS) + 1} times in {RESTARTS_WITHIN / 60:.0f} minutes"
+            raise UserError(f"{self.name} failed {often}, the last time so: {trouble}.")
+        wait = WAITS[len(self._restarts)]
+        self._restarts.append(now)
+        self._due = now + wait
+        self._log.say(f"{trouble}; starting it again{f' in {wait} s' if wait else ''}")
+
+
+class LivenessThread:
+    """A thread that calls ``lives`` at intervals; ``silent`` is true once that failed."""
+
+    def __init__(self, lives: Callable[[], bool]):
+        self._lives, self._stop, self.silent = lives, threading.Event(), False
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(PROBE_EVERY):
+            if not self._lives():
+                self.silent = True
+                return
+
+
+class Supervisor:
+    """Processes that are one service: started, supervised, and drained group by group.
+
+    groups         the processes of a group are drained at once; without the first of all, nothing is open
+    announcement   what to say once all serve; None: not yet
+    drain_seconds  for open answers of the first group, in which clients' requests come
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Supervised]],
+        stop: threading.Event,
+        log: ProcessLog,
+        drain_seconds: float,
+        announcement: Callable[[], str | None],
+    ):
+        self._groups, self._stop, self._log, self._drain_seconds = groups, stop, log, drain_seconds
+        self._all = [process for group in groups for process in group]
+        self._announcement: Callable[[], str | None] | None = announcement
+
+    def run(self) -> int:
+        """Run until ``stop`` is set; returns the exit code, 1 where open answers were lost.
+
+        Raises UserError when it gives up.
+        """
+        try:
+            while not self._stop.wait(CHECK_SECONDS):
+                for process in self._all:
+                    process.step()
+                self._announce()
+            return self._drain()
+        except UserError:
+            self._drain()  # others still have open answers
+            raise
+        finally:
+            for process in self._all:
+                process.stop()
+
+    def _announce(self) -> None:
+        ready = self._announcement and all(process.serving for process in self._all)
+        if ready and (text := self._announcement()):
+            self._log.say(text)
+            self._announcement = None
+
+    def _drain(self) -> int:
+        if not self._groups[0][0].serving:  # nothing is open
+            return 0
+        self._log.say("stopping; open answers are finished")
+        end = time.monotonic() + self._drain_seconds
+        for group in self._groups:
+            draining = [process for process in group if process.serving]
+            for process in draining:
+                process.drain()
+            while left := [process for process in draining if not process.drained]:
+                dead = [process for process in left if process.process and not process.process.alive]
+                if dead or time.monotonic() > end:
+                    late = f"not finished in {self._drain_seconds} s"
+                    self._log.say(f"open answers were {f'lost with {dead[0].name}, which died' if dead else late}")
+                    return 1
+                time.sleep(0.05)
+            for process in draining:
+                process.end()
+            end = max(end, time.monotonic() + STOP_SECONDS)
+        return 0
+
+
+def supervise(prefix: str, make: Callable[[Path, threading.Event, ProcessLog], Supervisor]) -> int:
+    """Run what ``make`` makes, of a folder for its files, until SIGTERM, SIGINT or SIGHUP; returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, *stop_signals()):
+        signal.signal(number, lambda *_: stop.set())
+    raise_open_files()
+    log = ProcessLog(sys.stderr.fileno() if sys.stderr else os.open(os.devnull, os.O_WRONLY))
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix) as work:
+            return make(Path(work), stop, log).run()
+    finally:
+        log.close()
+
+
+def port_trouble(option: str, host: str, port: int) -> str | None:
+    """Return why a port is not free, in a clause with the remedy, or None."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind((host, port))
+        except OSError as error:
+            return f"{option} {port} on {host} cannot be used ({error.strerror}); free it, or give another port"
+    return None

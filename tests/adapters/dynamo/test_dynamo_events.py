@@ -1,0 +1,85 @@
+"""KV events: told block by block, with their parents, and in the end what the cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from chained import chained_loop
+from driving import add, echo_planner, prompt_ids, run
+
+from echo_trt.adapters.dynamo.events import BlockEvents, block_hash, rows
+from echo_trt.engine.batch import InputBatch
+from echo_trt.speculation.pack import BLOCK
+
+
+class Router:
+    """Keeps what it is told, as Dynamo's router does; a stored block's parent must be known."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[int]] = {}  # hash -> tokens, one more than a block
+        self.stored = self.removed = 0
+
+    def publish_stored(self, tokens, counts, hashes, parent, **more: Any) -> None:
+        assert more == {"is_eagle": True}
+        assert counts == [BLOCK] * len(hashes)
+        assert len(tokens) == BLOCK * len(hashes) + 1
+        assert parent is None or parent in self.blocks
+        for index, each in enumerate(hashes):
+            assert -(2**63) <= each < 2**63
+            assert each not in self.blocks
+            self.blocks[each] = tokens[index * BLOCK : (index + 1) * BLOCK + 1]
+            self.stored += 1
+
+    def publish_removed(self, hashes) -> None:
+        for each in hashes:
+            del self.blocks[each]
+            self.removed += 1
+
+
+def test_the_router_knows_what_the_cache_holds_through_evictions_and_conversations():
+    context = 9 * BLOCK
+    planner = echo_planner(max_depth=3, beams=2, width=3, budget=14, per_request=9)
+    slots = InputBatch(3, context, planner.settings.rows_per_request, 30, prefix_cache=True)
+    loop, router = chained_loop(slots, planner, 64), Router()
+    slots.cache.listener = BlockEvents(router)
+    rng, texts = np.random.default_rng(0), []
+    for number in range(40):
+        begin = texts[rng.integers(len(texts))] if texts and number % 3 else prompt_ids(5 * BLOCK, number)
+        cut = rng.integers(BLOCK, len(begin) + 1)
+        request = add(loop, [*begin[:cut], *prompt_ids(20, 1000 + number)][: context - 30], max_tokens=25)
+        if number % 2:
+            run(loop)
+            texts.append([*request.prompt.tolist(), *request.generated])
+        assert router.blocks.keys() == {block_hash(key) for key in slots.cache._key.values()}
+    run(loop)
+    assert router.removed > 20
+    assert router.stored - router.removed == len(router.blocks)
+    slots.forget_cached()
+    assert not router.blocks
+
+
+class Deaf:
+    """Fails as a publisher does whose runtime has gone."""
+
+    def publish_stored(self, *values: Any, **more: Any) -> None:
+        raise RuntimeError("the channel is closed")
+
+    publish_removed = publish_stored
+
+
+def test_a_router_that_cannot_be_told_costs_no_answer_and_is_logged_once(caplog):
+    slots = InputBatch(1, 9 * BLOCK, 24, 30, prefix_cache=True)
+    loop = chained_loop(slots, echo_planner(max_depth=3, beams=2, width=3, budget=14, per_request=9), 64)
+    slots.cache.listener = BlockEvents(Deaf())
+    request = add(loop, prompt_ids(5 * BLOCK, 1), max_tokens=2 * BLOCK)
+    run(loop)
+    assert len(request.generated) == 2 * BLOCK
+    slots.forget_cached()
+    assert [record.exc_info[0] for record in caplog.records] == [RuntimeError]
+
+
+def test_blocks_that_follow_each_other_are_one_event():
+    assert list(rows([])) == []
+    assert list(rows([3])) == [(3, 4)]
+    assert list(rows([0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 6), (7, 9)]

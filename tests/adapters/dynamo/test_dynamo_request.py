@@ -1,0 +1,126 @@
+"""What Dynamo's frontend sends, read: parameters, what moves with an answer, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from refusal import refused
+
+from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
+from echo_trt.adapters.dynamo.request import WorkerRequest, read
+from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.service.protocol import FIRST
+
+EOS = [2]
+
+
+def ask(
+    metadata: dict[str, str] | None = None, recommended: dict[str, float] | None = None, **request: Any
+) -> WorkerRequest:
+    return read({"token_ids": [5, 6, 7], **request}, metadata or {}, recommended or {}, EOS)
+
+
+def test_every_parameter_arrives():
+    sampling = {"temperature": 0.699999988079071, "top_p": 0.9, "top_k": -1, "min_p": 0.05, "seed": -3, "n": 1}
+    sampling |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1}
+    sampling |= {"guided_decoding": {"json": '{"type": "object"}', "backend": "xgrammar", "regex": None}}
+    stops = {"max_tokens": 9, "stop": ["x"], "stop_token_ids": [5], "stop_token_ids_hidden": [2, 5, 8]}
+    stops |= {"ignore_eos": True, "max_thinking_tokens": 4}
+    requested = ask(
+        sampling_options=sampling,
+        stop_conditions=stops,
+        output_options={"logprobs": 2, "prompt_logprobs": 1},
+        routing={"priority": 5},
+        metadata={"deadline-ms": "1500"},
+    )
+    assert requested.params == SamplingParams(
+        max_tokens=9,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=-1,
+        min_p=0.05,
+        seed=2**63 - 3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.1,
+        stop=("x",),
+        stop_token_ids=(5, 8),
+        ignore_eos=True,
+        logprobs=2,
+        prompt_logprobs=1,
+        structured={"json": {"type": "object"}},
+        thinking_token_budget=4,
+    )
+    assert (requested.prompt, requested.prior_tokens, requested.priority, requested.seconds) == ([5, 6, 7], [], -5, 1.5)
+
+
+def test_a_request_that_says_nothing_has_openai_s_defaults_or_the_model_s():
+    plain = ask(sampling_options={"temperature": None}, stop_conditions={}, output_options={}, routing=None)
+    assert plain.params == SamplingParams(2**31 - 1, temperature=1.0, seed=plain.params.seed)
+    assert plain.params.seed != ask().params.seed
+    assert (plain.priority, plain.seconds) == (0, None)
+    assert ask(recommended={"temperature": 0.6, "top_k": 20}).params.top_k == 20
+    assert ask(sampling_options={"top_k": 3}, recommended={"top_k": 20}).params.top_k == 3
+
+
+def test_a_probe_comes_before_all_others():
+    assert ask(_HEALTH_CHECK=True, stop_conditions={"max_tokens": 1}).priority == FIRST
+    assert ask(routing={"priority": 2**40}).priority > FIRST
+
+
+def test_an_answer_that_moved_counts_from_its_own_beginning():
+    first = ask(sampling_options={"presence_penalty": 1.0}, stop_conditions={"max_tokens": 40, "min_tokens": 30})
+    link = first.boundary.link()["worker_trace_link"]
+    moved = {"token_ids": [5, 6, 7, 11, 12], "migration_link": link, "sampling_options": {"presence_penalty": 1.0}}
+    second = read(moved | {"stop_conditions": {"max_tokens": 38, "min_tokens": 28}}, {}, {}, EOS)
+    assert (second.prompt, second.prior_tokens) == ([5, 6, 7], [11, 12])
+    assert second.params == first.params  # the seed that was drawn, too
+    assert second.boundary == first.boundary == Boundary(3, first.params.seed)
+    nothing_left = read(moved | {"stop_conditions": {"max_tokens": 0}}, {}, {}, EOS)
+    assert nothing_left.params.max_tokens == len(nothing_left.prior_tokens)
+
+
+def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
+    moved = {"migration_link": {"trace_id": "1af8b8a2c1828c9676a23dc923af9790", "span_id": "371c64033cd84d8d"}}
+    assert migrated(moved)
+    assert not migrated({})
+    assert boundary_of(moved) is boundary_of({}) is None
+    assert ask(**moved).prior_tokens == []
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        with refused(penalty, "traces requests"):
+            ask(**moved, sampling_options={penalty: 0.1})
+    for budget in (0, 9):
+        with refused("thinking_token_budget", "traces requests"):
+            ask(**moved, stop_conditions={"max_thinking_tokens": budget})
+    assert ask(**moved, sampling_options={"repetition_penalty": 1.1}).params.repetition_penalty == 1.1  # is the text's
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"multi_modal_data": {"image": ["x"]}}, ("multi_modal_data", "images")),
+        ({"prompt_embeds": "x"}, ("prompt_embeds", "embeddings")),
+        ({"prefill_result": {"x": 1}}, ("prefill_result", "prefill on another worker")),
+        ({"routing": {"lora_name": "mine"}}, ("lora_name",)),
+        ({"routing": {"cache_salt": "mine"}}, ("cache_salt",)),
+        ({"sampling_options": {"n": 2}}, ("n is 2",)),
+        ({"sampling_options": {"best_of": 3}}, ("best_of is 3",)),
+        ({"sampling_options": {"use_beam_search": True}}, ("use_beam_search",)),
+        ({"sampling_options": {"guided_decoding": {"structural_tag": "x"}}}, ("structural_tag", "json")),
+        ({"sampling_options": {"guided_decoding": {"regex": "a", "choice": ["a"]}}}, ("regex and choice",)),
+        ({"sampling_options": {"guided_decoding": {"json": "{"}}}, ("guided_json is not JSON",)),
+        ({"sampling_options": {"temperature": 101.0}}, ("temperature is 101.0",)),
+        ({"stop_conditions": {"max_tokens": 3, "min_tokens": 5}}, ("min_tokens is 5",)),
+        ({"stop_conditions": {"max_tokens": 0}}, ("max_tokens is 0",)),
+    ],
+)
+def test_mistakes_and_what_only_the_frontend_knows_are_refused_by_name(request_, words):
+    with refused(*words):
+        ask(**request_)
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "1.5", "1" * 20, "\u0661"])
+def test_a_deadline_is_whole_milliseconds(text):
+    with refused("x-dynamo-meta-deadline-ms", "whole milliseconds"):
+        ask({"deadline-ms": text})

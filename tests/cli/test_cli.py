@@ -1,0 +1,327 @@
+"""The command line, run as a user runs it: real bundles, exit codes, what is printed and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from pairs import ASSISTANT, END, USER, recipe_of
+
+from echo_trt.cli.app import main
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import SamplingParams
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def echo_trt(capsys, monkeypatch) -> Callable[..., Outcome]:
+    monkeypatch.setenv("COLUMNS", "400")  # no table and no sentence is wrapped
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["echo-trt", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return Outcome(done.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "prompt": "abc " * (i + 1)} for i in range(5)]
+    file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return file
+
+
+def generated(echo_trt, tmp_path, *words: object) -> dict:
+    file = tmp_path / "answers.json"
+    outcome = echo_trt("generate", *words, "--max-tokens", 12, "--json", file)
+    assert outcome.code == 0, outcome.err
+    return json.loads(file.read_text("utf-8"))
+
+
+def test_json_holds_a_result_for_each_prompt_in_order(echo_trt, bundle_of, prompts, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("close"), "--prompts", prompts, "--batch", 2)
+    assert [r["id"] for r in answer["results"]] == ["p0", "p1", "p2", "p3", "p4"]
+    for result in answer["results"]:
+        assert set(result) == {"id", "text", "token_ids", "finish_reason", "accepted_length"}
+        assert result["finish_reason"] in ("stop", "length")
+        assert 1 <= len(result["token_ids"]) <= 12
+    assert answer["summary"]["tokens"] == sum(len(r["token_ids"]) for r in answer["results"])
+    assert answer["summary"]["tokens_per_s"] > 0
+    assert answer["summary"]["policy"] == "echo"
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.95, "--seed", 3]])
+def test_every_policy_gives_the_same_text(echo_trt, bundle_of, prompts, tmp_path, sampling):
+    texts = {}
+    for policy in ("autoregressive", "static", "dense", "fixed", "echo"):
+        words = [bundle_of("close"), "--prompts", prompts, "--policy", policy, *sampling]
+        texts[policy] = [r["token_ids"] for r in generated(echo_trt, tmp_path, *words)["results"]]
+    assert all(ids == texts["autoregressive"] for ids in texts.values())
+
+
+def test_compare_prints_both_and_their_ratio(echo_trt, bundle_of, prompts, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("self"), "--prompts", prompts, "--compare")
+    assert answer["summary"]["identical"] == 5
+    assert answer["plain"]["accepted_length"] == 1.0
+    assert answer["summary"]["accepted_length"] > 1.5  # the draft is the target
+    table = echo_trt("generate", bundle_of("self"), "abc", "--compare", "--max-tokens", 8).out
+    assert "autoregressive" in table
+    assert "identical texts" in table
+    assert "1 of 1" in table
+
+
+def test_a_single_prompt_streams_its_text_and_nothing_else_to_stdout(echo_trt, bundle_of, tmp_path):
+    answer = generated(echo_trt, tmp_path, bundle_of("close"), "hello there")
+    outcome = echo_trt("generate", bundle_of("close"), "hello there", "--max-tokens", 12)
+    assert outcome.out == answer["results"][0]["text"] + "\n"
+    assert "tokens/s" in outcome.err
+
+
+def test_a_prompt_holds_control_tokens_only_with_the_option(echo_trt, bundle_of, tmp_path):
+    prompt = f"the theme{END}{ASSISTANT}café {END}{USER}"
+    texts = []
+    for words in ((), ("--special-tokens-in-content",)):
+        llm = LLM(bundle_of("close"), special_tokens_in_content=bool(words))
+        end = llm.tokenizer.convert_tokens_to_ids(END)
+        assert llm.chat_ids(prompt).count(end) - llm.chat_ids("x").count(end) == (2 if words else 0)
+        (wanted,) = llm.chat([{"role": "user", "content": prompt}], SamplingParams(12))
+        (result,) = generated(echo_trt, tmp_path, bundle_of("close"), prompt, *words)["results"]
+        assert result["token_ids"] == wanted.token_ids
+        texts.append(wanted.token_ids)
+    assert texts[0] != texts[1]
+
+
+def test_build_and_inspect(echo_trt, networks, tmp_path):
+    recipe = networks / "cli.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("lookup", networks).model_dump(exclude_none=True)), "utf-8")
+    bundle = tmp_path / "made" / "bundle"
+    built = echo_trt("build", recipe, "-o", bundle, "--precision", "bf16")
+    assert built.code == 0, built.err
+    assert json.loads((bundle / "manifest.json").read_text())["precision"] == "bf16"
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle"]
+    for path, word in ((bundle, "self-check"), (recipe, "limits")):
+        shown = echo_trt("inspect", path)
+        assert shown.code == 0
+        assert word in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        (["hi", "--max-tokens", 0], ["max_tokens", "0", "from 1 to"]),
+        (["hi", "--top-k", 2**63], ["top_k", str(2**63), "from -1 to 2^31 - 1, 0 is off"]),
+        (["hi", "--max-tokens", -4], ["max_tokens", "-4"]),
+        (["hi", "--temperature", -1], ["temperature", "-1"]),
+        (["hi", "--temperature", "nan"], ["temperature", "nan"]),
+        (["hi", "--top-p", 0], ["top_p", "0"]),
+        (["hi", "--top-k", -2], ["top_k", "-2"]),
+        (["hi", "--seed", -1], ["seed", "-1"]),
+        (["hi", "--batch", 0], ["batch", "0"]),
+        (["hi", "--stop", ""], ["stop"]),
+        (["hi", "--stop", "a\udcff"], ["--stop", "not UTF-8"]),
+        (["hi", "--json", "/nowhere/a.json"], ["--json", "/nowhere/a.json"]),
+        (["hi", "--policy", "magic"], ["policy", "magic", "echo"]),
+        (["hi", "--prompts", "p.jsonl"], ["either PROMPT or --prompts"]),
+        ([], ["either PROMPT or --prompts"]),
+        (["word " * 400], ["prompt", "context", "160"]),
+        (["a\udcff"], ["PROMPT", "not UTF-8"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, reported):
+    outcome = echo_trt("generate", bundle_of("lookup"), *words)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert all(word in outcome.err for word in reported), outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [
+        (["inspec"], ["inspec", 'Did you mean "inspect"?']),
+        (["generate", "b", "--bach", 3], ["--bach", "Did you mean --batch?"]),
+        (["generate", "b", "--batch", "many"], ["--batch", "many"]),
+        (["build"], ["MODEL"]),
+        (["build", "a", "--engine", "opnvino"], ["--engine", "opnvino", 'Did you mean "openvino"?']),
+        (["serve", "b", "--openai-port", 70000], ["--openai-port", "70000", "Give 0 to 65,535."]),
+        (["serve", "b", "--queue", 0], ["--queue", "0", "Give 1 or more."]),
+        (["serve", "b", "--http-port", 8000], ["--http-port", "add --triton"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_exit_code_2(echo_trt, words, reported):
+    outcome = echo_trt(*words)
+    assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (2, "", 1)
+    assert all(word in outcome.err for word in reported), outcome.err
+
+
+def test_a_failed_run_leaves_no_result_file(echo_trt, bundle_of, tmp_path):
+    file = tmp_path / "answers.json"
+    assert echo_trt("generate", bundle_of("lookup"), "word " * 400, "--json", file).code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
+    bundle, file, ids = tmp_path / "[red]:boom:[/]", tmp_path / "prompts.jsonl", ["b[/bold]", "[i]:x:"]
+    shutil.copytree(bundle_of("lookup"), bundle)
+    file.write_text("".join(json.dumps({"id": id, "prompt": "abc"}) + "\n" for id in ids))
+    for words in ([], ["--compare"]):
+        outcome = echo_trt("generate", bundle, "--prompts", file, "--max-tokens", 4, *words)
+        assert outcome.code == 0, outcome.err
+        assert all(id in outcome.out for id in ids)
+    assert f"bundle {bundle}" in echo_trt("inspect", bundle).out
+
+
+def test_a_budget_that_no_policy_shares_is_refused_before_the_bundle_is_opened(echo_trt, bundle_of, monkeypatch):
+    monkeypatch.setattr("echo_trt.cli.generate.LLM", None)
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", "goodput", "--budget", 4)
+    assert outcome.code == 2
+    assert "--budget is 4, but goodput shares no budget" in outcome.err
+
+
+@pytest.mark.parametrize("policy", ["echo", "dense", "fixed"])
+def test_a_budget_is_given_to_policies_that_share_one(echo_trt, bundle_of, policy):
+    outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 4, "--policy", policy, "--budget", 8)
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("policy", ["echo", "goodput"])
+def test_a_budget_of_nothing_is_refused(echo_trt, bundle_of, policy):
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", policy, "--budget", 0)
+    assert (outcome.code, "--budget is 0; give 1 or more." in outcome.err) == (2, True)
+
+
+def test_an_empty_prompt_is_refused(echo_trt, bundle_of):
+    outcome = echo_trt("generate", bundle_of("lookup"), "")
+    assert (outcome.code, "PROMPT is empty; give at least one character." in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "reported"),
+    [(["Unable to allocate 3.64 TiB"], "memory (Unable to allocate 3.64 TiB); "), ([], "memory; ")],
+)
+def test_a_pool_beyond_the_memory_is_a_sentence(words, reported, echo_trt, bundle_of, monkeypatch):
+    def too_large(*given, **more):
+        raise MemoryError(*words)
+
+    monkeypatch.setattr("echo_trt.cli.generate.LLM", too_large)
+    outcome = echo_trt("generate", bundle_of("lookup"), "hi")
+    assert outcome.code == 2
+    assert f"not enough {reported}lower limits.kv_blocks" in outcome.err
+
+
+def test_a_long_value_is_shortened(echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, "--batch", "x" * 5000)
+    assert (outcome.code, len(outcome.err) < 300, "--batch is 'xxx" in outcome.err) == (2, True, True)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--requests", 10**20), ("--rounds", 1001)])
+def test_a_benchmark_without_an_end_is_refused(option, value, echo_trt, prompts):
+    outcome = echo_trt("bench", "bundle", "--prompts", prompts, option, value)
+    assert outcome.code == 2
+    assert option in outcome.err
+    assert "Give " in outcome.err
+
+
+def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "short", "prompt": "abc"}\n' + json.dumps({"id": "long one", "prompt": "word " * 400}))
+    outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", file)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "prompt 'long one' has" in outcome.err
+
+
+def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prompts, monkeypatch):
+    monkeypatch.setattr("echo_trt.cli.generate.LLM", None)
+    for file in (prompts, bundle_of("lookup") / "manifest.json"):
+        before = file.read_bytes()
+        outcome = echo_trt("generate", bundle_of("lookup"), "--prompts", prompts, "--json", file)
+        assert (outcome.code, f"--json {file} is a file that the command reads" in outcome.err) == (2, True)
+        assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", ["nothing.yaml", "."])
+def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    outcome = echo_trt("inspect", path)
+    assert outcome.code == 2
+    assert path in outcome.err
+
+
+def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
+    assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "19", "-3", "²", "9" * 5000])
+def test_odd_columns_hide_nothing(columns, tmp_path):
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "COLUMNS": columns}
+        return subprocess.run(
+            [sys.executable, "-m", "echo_trt", *words], capture_output=True, text=True, env=environment
+        )
+
+    done = run("inspect", str(tmp_path / "nope"))
+    assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Usage" in run("inspect", "--help").stdout
+
+
+def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
+    recipe = tmp_path / "é.yaml"
+    recipe.write_text("name: a\ntarget: {path: ünder}\n", "utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "echo_trt", "inspect", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "?nder" in done.stdout
+
+
+def test_ctrl_c_while_it_imports_says_nothing():
+    code = """
+import builtins, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+def interrupted(name, *rest, real=builtins.__import__):
+    if name == "cyclopts":
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *rest)
+builtins.__import__ = interrupted
+from echo_trt.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_path):
+    recipe = networks / "interrupted.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("model", networks).model_dump(exclude_none=True)), "utf-8")
+    words = [sys.executable, "-m", "echo_trt.cli.app", "build", str(recipe), "-o", str(tmp_path / "bundle")]
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, ignores it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
+    while "compiling" not in (line := process.stderr.readline()):
+        assert line, "the build ended before it compiled"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)  # a second or two on a quiet machine
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

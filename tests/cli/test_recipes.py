@@ -1,0 +1,214 @@
+"""A model's name is enough to build: a shipped recipe or a derived one, from the hub's cache or a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from refusal import refused
+
+from echo_trt.bundle.manifest import read_manifest
+from echo_trt.bundle.recipe import load_recipe, parse_recipe
+from echo_trt.cli.recipes import RECIPES, recipe_for, sized
+from echo_trt.engine.kv_pool import kv_pool
+from echo_trt.sizing.cards import CARDS
+from echo_trt.sizing.fit import needs
+from echo_trt.sizing.limits import filling, limited
+from echo_trt.sizing.shapes import shapes
+
+HEAD = "AngelSlim/Qwen3-8B_eagle3"
+
+
+def publish(home: Path, name: str, checkpoint: Path) -> None:
+    """Put a checkpoint where the hub's client keeps what it has fetched."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, folder / "snapshots" / ("0" * 40))
+
+
+def built(*words: object, **env: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "echo_trt", "build", *map(str, words)]
+    return subprocess.run(
+        command, env=os.environ | {k: str(v) for k, v in env.items()}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_name_builds_what_the_hub_has(networks, tmp_path):
+    """Offline, from the hub's own cache: a recipe is derived from both configurations."""
+    publish(tmp_path / "home", "tiny/Target-1", networks / "target")
+    publish(tmp_path / "home", "tiny/head", networks / "head")
+    words = ["tiny/Target-1", "--draft", "tiny/head", "-o", tmp_path / "bundle", "--precision", "fp32"]
+    words += ["--max-model-len", 64, "--max-num-seqs", 3, "--kv-cache-memory", "1M"]
+    done = built(*words, HF_HOME=tmp_path / "home", HF_HUB_OFFLINE=1, COLUMNS=200)
+    assert done.returncode == 0, done.stderr
+    recipe = read_manifest(tmp_path / "bundle").recipe
+    pool = kv_pool(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    assert pool.blocks == recipe.limits.kv_blocks == 2**20 // pool.block_bytes
+    assert pool.sentence.removeprefix("KV pool: ") in done.stdout
+    assert (recipe.name, recipe.target.hub, recipe.draft.kind) == ("target-1", "tiny/Target-1", "eagle3")
+    assert (recipe.limits.context, recipe.limits.batch) == (64, 3)
+
+
+def test_what_is_not_in_the_cache_says_where_it_was_looked_for(tmp_path):
+    done = built("tiny/Target-1", HF_HOME=tmp_path, HF_HUB_OFFLINE=1)
+    assert done.returncode == 2
+    output = " ".join(done.stderr.split())
+    assert f"model tiny/Target-1 is not in {tmp_path}/hub and cannot be fetched (HF_HUB_OFFLINE is set); conn" in output
+    assert not Path("bundles/target-1").exists()
+
+
+@contextmanager
+def hub(status: int, code: str) -> Iterator[str]:
+    """Return a hub that answers everything with one status, as the real one says it."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        (403, "GatedRepo", "model a/b is gated; accept its licence at"),
+        (404, "RepoNotFound", "model a/b is not on the hub, or is private; check its name"),
+        (500, "", "cannot be fetched ("),
+    ],
+)
+def test_what_the_hub_refuses_is_a_sentence(status, code, sentence, tmp_path):
+    with hub(status, code) as url:
+        done = built("a/b", HF_HOME=tmp_path, HF_ENDPOINT=url, HF_HUB_OFFLINE=0)
+    assert done.returncode == 2
+    output = " ".join(done.stderr.split())
+    assert sentence in output
+    assert "Traceback" not in output
+
+
+def test_shipped_recipes_are_found_by_the_target_and_its_draft(tmp_path):
+    assert recipe_for("Qwen/Qwen3-8B")[0].name == "qwen3-8b"
+    assert recipe_for("Qwen/Qwen3-8B", HEAD)[0].draft.source.hub == HEAD
+    assert recipe_for("Qwen/Qwen3-8B", "z-lab/Qwen3-8B-DFlash-b16")[0].name == "qwen3-8b-dflash"
+    (tmp_path / "Qwen3-8B").mkdir()
+    recipe, _ = recipe_for(str(tmp_path / "Qwen3-8B"))
+    assert (recipe.name, recipe.target.path) == ("qwen3-8b", str(tmp_path / "Qwen3-8B"))
+    assert recipe.draft.source.hub == HEAD
+
+
+def test_without_a_gpu_a_name_is_built_for_the_cpu_with_a_pool_that_follows_its_memory(monkeypatch):
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: False)
+    recipe, _ = recipe_for("Qwen/Qwen3-0.6B")
+    assert (recipe.engine, recipe.limits.kv_blocks) == ("openvino", None)
+    recipe, _ = recipe_for("Qwen/Qwen3-0.6B", engine="tensorrt")
+    assert (recipe.engine, recipe.limits.kv_blocks) == ("tensorrt", 4096)
+    assert recipe.built_as("openvino", "int8", []).limits.kv_blocks is None
+    assert recipe.built_as("torch", None, []).limits.kv_blocks == 4096
+    monkeypatch.setattr("echo_trt.backends.cuda.device.has_cuda", lambda: True)
+    assert recipe_for("Qwen/Qwen3-0.6B")[0].engine == "tensorrt"
+
+
+def test_a_context_keeps_the_recipe_s_kv_blocks_if_one_request_fits():
+    recipe = load_recipe(RECIPES / "smollm2-135m.yaml")
+    limits = recipe.limits
+    assert limited(recipe, 2 * limits.context, 8).limits == limits.model_copy(
+        update={"context": 2 * limits.context, "batch": 8}
+    )
+    assert limited(recipe, 32 * limits.kv_blocks, None).limits.kv_blocks is None
+
+
+def test_a_chosen_pool_becomes_kv_blocks():
+    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="torch")
+    chosen = sized(recipe, folder, None, None, None, 40 * 2**30)
+    target, draft = shapes(chosen, folder)
+    need = needs(chosen, target.sizes, draft.sizes)
+    assert need.blocks * need.block <= 40 * 2**30 < (need.blocks + 1) * need.block
+    with refused("--kv-cache-memory is 1.1 GB", "limits.context 8,192", "raise it"):
+        sized(recipe, folder, None, None, None, 2**30)
+    with refused("--gpu-memory-utilization and --kv-cache-memory", "give one of them"):
+        sized(recipe, folder, None, None, 0.9, 2**30)
+    with refused("--kv-cache-memory is given, but tensorrt-rtx", "--max-num-seqs"):
+        sized(recipe.built_as("tensorrt-rtx", None, []), folder, None, None, None, 2**30)
+
+
+def test_another_draft_keeps_the_recipe_and_tells_its_kind_by_its_configuration(tmp_path):
+    for kind, raw in {
+        "eagle3": {"architectures": ["LlamaForCausalLMEagle3"]},
+        "block": {"architectures": ["DFlashDraftModel"]},
+        "model": {"architectures": ["Qwen3ForCausalLM"]},
+    }.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps(raw))
+        recipe, _ = recipe_for("Qwen/Qwen3-8B", str(tmp_path / kind))
+        assert (recipe.draft.kind, recipe.draft.top_k, recipe.limits.batch) == (kind, 20, 128)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with refused("draft", "architectures is ['BertModel']", "give an EAGLE-3 head"):
+        recipe_for("Qwen/Qwen3-8B", str(tmp_path / "odd"))
+
+
+def test_a_name_that_is_nothing():
+    with refused("qwen3 is neither a recipe", "Qwen/Qwen3-8B"):
+        recipe_for("qwen3")
+
+
+def test_memory_is_filled_as_far_as_was_said():
+    """The blocks that are left fit, one more would not, and too little is a sentence with a context that fits."""
+    recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="tensorrt")
+    recipe = limited(recipe, 4096, 16)
+    full = filling(recipe, folder, 80 * 10**9, 0.9, "H100")
+    target, draft = shapes(full, folder)
+    need = needs(full, target.sizes, draft.sizes)
+    taken = need.fixed + need.pool + need.features
+    assert taken <= 72 * 10**9 < taken + need.block
+    assert need.features > 5 * 10**9  # of the target's hidden states, which the head reads
+    one = need.request_blocks * need.block
+    with refused("(H100)", "lower --max-model-len to"):
+        filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100")
+    with refused("--gpu-memory-utilization is 0.1", "; raise it."):
+        filling(recipe, folder, 80 * 10**9, 0.1, "H100")
+
+
+def test_memory_of_a_gpu_is_nothing_to_a_cpu():
+    recipe = parse_recipe({"name": "a", "target": {"hub": "a/b"}}, "a.yaml")
+    with refused("--gpu-memory-utilization is for a GPU, but the engine is openvino"):
+        sized(recipe, Path(), None, None, 0.9)
+
+
+@pytest.mark.parametrize("name", ["docs/quickstart-gpu.md", "docs/migrating-from-tensorrt-llm.md"])
+def test_engines_that_share_a_card_share_its_memory(name):
+    """The bundle beside another engine is built for less than half of an H100, where it still holds a few requests."""
+    beside = (
+        (RECIPES.parent / name)
+        .read_text()
+        .split("that takes the rest of the card" if "migrating" in name else "## Beside")[1]
+    )
+    ours = re.search(r"build (\S+) --engine (\w+) --gpu-memory-utilization ([\d.]+) -o (\S+)", beside)
+    assert f"bench {ours[4]} " in beside
+    theirs = re.findall(r"vllm serve .*--gpu-memory-utilization ([\d.]+)", beside)
+    assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
+    recipe, folder = recipe_for(ours[1], engine=ours[2])
+    recipe = recipe.built_as(ours[2], None, [])
+    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100").limits.kv_blocks
+    assert held >= 4 * recipe.request_blocks

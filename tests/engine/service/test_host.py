@@ -1,0 +1,139 @@
+"""An engine's host in this process: messages on a socket, one faulty answer among others, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from echo_trt import LLM
+from echo_trt.engine.process import host, wire
+from echo_trt.engine.process.host import Host
+from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.service import Service
+
+
+@pytest.fixture(scope="module")
+def service(bundle_of) -> Iterator[Service]:
+    service = Service(LLM(bundle_of("close")))
+    yield service
+    service.close(0)
+
+
+@pytest.fixture(scope="module")
+def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
+    path, stop, loop = tmp_path_factory.mktemp("host") / "engine", asyncio.Event(), asyncio.new_event_loop()
+    reader = Reader(bundle_of("close"), service.loop.batch.context)
+    served: list[bool] = []
+
+    def run() -> None:
+        served.append(loop.run_until_complete(Host(service, reader, EngineMetrics("echo")).serve(path, stop)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(path.exists)
+    yield str(path)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(30)
+    assert served == [True]
+
+
+def wait_until(fits, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not fits():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def request(**more: object) -> dict[str, object]:
+    return {"text_input": "the theme", "max_tokens": 8, "ignore_eos": True, **more}
+
+
+def test_questions_are_answered(path):
+    answer = wire.ask(path, wire.Submit(3, request(return_perf_metrics=True)), 30)
+    assert isinstance(answer, wire.TextPiece)
+    assert (answer.id, len(answer.token_ids), answer.finish_reason) == (3, 8, "length")
+    assert (answer.completion_tokens, answer.prompt_tokens > 0) == (8, True)
+    assert wire.ask(path, wire.Describe(1), 30).context > 0
+    tokens = wire.ask(path, wire.Tokenize(1, {"text_input": "the theme"}), 30)
+    assert wire.ask(path, wire.Tokenize(1, {"input_ids": tokens.token_ids}), 30).text == "the theme"
+    assert "echo_iterations_total" in wire.ask(path, wire.Scrape(1), 30).text
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code", "word"),
+    [
+        ({}, "INVALID_ARGUMENT", "no prompt"),
+        (request(temperature=-1.0), "INVALID_ARGUMENT", "temperature is -1.0"),
+        (request(structured='{"regex": "("}'), "INVALID_ARGUMENT", "structured.regex"),
+        (request(max_tokens=0), "INVALID_ARGUMENT", "max_tokens is 0"),
+        (request(stop_words=7), "INTERNAL", "could not be read"),
+    ],
+)
+def test_a_request_that_cannot_be_taken_is_a_failure(inputs, code, word, path):
+    failure = wire.ask(path, wire.Submit(1, inputs), 30)
+    assert (failure.code, word in failure.message) == (code, True), failure
+
+
+def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
+    real = host.OpenRequest.piece
+
+    def piece(self, event):
+        if self.id == 13:
+            raise RuntimeError("a faulty part")
+        return real(self, event)
+
+    monkeypatch.setattr(host.OpenRequest, "piece", piece)
+    found: dict[int, wire.FromEngine | None] = {}
+
+    def ask(id: int) -> None:
+        found[id] = wire.ask(path, wire.Submit(id, request(max_tokens=30)), 30)
+
+    threads = [threading.Thread(target=ask, args=(id,)) for id in (12, 13, 14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert isinstance(found[13], wire.Failure)
+    assert found[13].code == "INTERNAL"
+    assert [len(found[id].token_ids) for id in (12, 14)] == [30, 30]
+
+
+def test_a_client_that_leaves_frees_its_place(path, service):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.sendall(wire.framed(wire.Submit(1, request(max_tokens=400, stream=True))))
+        assert client.recv(1)
+        wait_until(lambda: service.statistics().running == 1)
+    wait_until(lambda: service.statistics().ended.get("cancelled", 0) >= 1)
+    assert service.statistics().running == 0
+
+
+def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(host.MAX_VIEWERS)]
+    for client in clients:
+        client.connect(path)
+        client.sendall(wire.framed(wire.WatchSnapshots(1)))
+        assert client.recv(1)  # of a snapshot
+    refused = wire.ask(path, wire.WatchSnapshots(1), 30)
+    assert (refused.code, "clients get snapshots" in refused.message) == ("UNAVAILABLE", True)
+    clients[0].sendall(wire.framed(wire.Cancel(1)))
+    wait_until(lambda: isinstance(wire.ask(path, wire.WatchSnapshots(1), 30), wire.TextReply))
+    for client in clients:
+        client.close()
+
+
+def test_what_is_no_message_ends_its_connection_alone(path):
+    for sent in (b"\x00\x00\x00\x03abc", b"\xff\xff\xff\xff", Path(__file__).read_bytes()[:40]):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+    assert isinstance(wire.ask(path, wire.Submit(1, request()), 30), wire.TextPiece)

@@ -1,0 +1,342 @@
+"""Requests through time: joining, leaving, limits, setbacks, and a KV pool that is right after every commit."""
+
+import numpy as np
+import pytest
+from driving import Counted, Foresight, add, assert_all_free, echo_planner, prompt_ids, run
+from pairs import LIMITS, PAIRS, VOCAB, reference_engines
+from refusal import refused
+
+from echo_trt.engine.batch import blocks_for
+from echo_trt.engine.core import EngineCore
+from echo_trt.engine.llm import LLM
+from echo_trt.engine.params import MAX_STOP_TOKENS, SamplingParams
+from echo_trt.engine.request import Request
+from echo_trt.speculation.pack import BLOCK, pack
+
+CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
+
+
+def last_logits(engine, text) -> np.ndarray:
+    """Return the next token's logits after ``text``, read in one pass into blocks in no particular order."""
+    count = np.array([len(text)])
+    table = np.array([[6, 1, 7, 0, 4, 2, 5, 3]])
+    call = pack(np.asarray(text), np.arange(len(text)), np.zeros(1, np.int64), count, table, count - 1)
+    return engine.run(call)["logits"][0]
+
+
+def pool_logits(loop: EngineCore, request: Request) -> np.ndarray:
+    """Return the pending token's logits over the KV rows that the loop has committed for its request."""
+    batch, slot = loop.batch, np.array([request.slot])
+    past = batch.committed[slot]
+    call = pack(batch.tokens[slot, past], past, past, np.ones(1, np.int64), batch.block_table[slot], np.zeros(1))
+    return loop.target.run(call)["logits"][0]
+
+
+# -- commit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("policy", ["static", "echo"])
+def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open_llm, networks):
+    llm = open_llm("lookup", "autoregressive", 3, engine)
+    prompts = [prompt_ids(7 + 13 * seed, seed) for seed in range(3)]
+    texts = [
+        p + c.token_ids for p, c in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=60)), strict=True)
+    ]
+    llm.set_policy(policy)
+    loop = llm.loop
+    loop.drafter = Foresight(loop.batch, texts)
+    loop.target = target = Counted(loop.target)
+    requests = [add(loop, prompt, max_tokens=60) for prompt in prompts]
+    reference = reference_engines("lookup", networks, 8)["target"]
+    for _ in range(3):
+        run(loop, 4)
+        for request in requests:
+            text = loop.batch.tokens[request.slot, : loop.batch.length[request.slot]]
+            np.testing.assert_allclose(pool_logits(loop, request), last_logits(reference, text), atol=1e-4)
+    assert len(target.moves) > 3
+
+
+# -- requests come and go ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_full_pool_sets_the_youngest_back_and_loses_nothing(pair, policy, open_llm, with_limits):
+    prompts = [prompt_ids(length, length) for length in (40, 61, 20, 33)]
+    params = [
+        SamplingParams(
+            max_tokens=60,
+            ignore_eos=True,
+            temperature=0.7 * (i % 2),
+            seed=i,
+            frequency_penalty=0.3 * (i // 2),
+            logprobs=1 if i else None,
+        )
+        for i in range(4)
+    ]
+    wanted = open_llm(pair, policy, 4).generate(prompts, params)
+
+    llm = LLM(with_limits(pair, kv_blocks=8), policy, 4)
+    pieces, completions = [""] * 4, {}
+    for delta in llm.stream(prompts, params):
+        pieces[delta.index] += delta.text
+        if delta.completion:
+            completions[delta.index] = delta.completion
+    assert llm.counters.preemptions > 0
+    assert [completions[i].token_ids for i in range(4)] == [c.token_ids for c in wanted]
+    for i in range(1, 4):
+        reported = [entry.logprob for entry in completions[i].logprobs]
+        assert reported == pytest.approx([entry.logprob for entry in wanted[i].logprobs], abs=1e-4)
+    assert pieces == [completions[i].text for i in range(4)]
+    assert llm.counters.emitted_tokens == sum(len(c.token_ids) for c in wanted)
+    assert_all_free(llm.loop)
+
+
+def test_the_youngest_gives_way_and_is_the_first_to_return(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
+    old, young = add(loop, prompt_ids(90, 0), max_tokens=60), add(loop, prompt_ids(80, 1), max_tokens=60)
+    run(loop, 13)
+    assert {old.slot, young.slot} == {0, 1}
+    while young.slot >= 0:
+        loop.step()
+    assert old.slot >= 0
+    late = add(loop, prompt_ids(3, 2))
+    run(loop, 1)
+    assert list(loop.scheduler.waiting) == [young, late]
+    output = young.generated.copy()
+    run(loop)
+    assert young.generated[: len(output)] == output
+    assert len(output) < len(young.generated) == 60
+    assert_all_free(loop)
+
+
+def test_the_least_urgent_gives_way_before_the_youngest(with_limits):
+    loop = LLM(with_limits("lookup", kv_blocks=8), "autoregressive", 3).loop
+    patient, urgent = (add(loop, prompt_ids(length, 0), max_tokens=60) for length in (80, 90))
+    patient.priority = 1
+    run(loop, 13)
+    assert {patient.slot, urgent.slot} == {0, 1}
+    while loop.scheduler.running == 2:
+        loop.step()
+    assert list(loop.scheduler.waiting) == [patient]
+    run(loop)
+    assert loop.counters.preemptions == 1
+    assert [len(request.generated) for request in (patient, urgent)] == [60, 60]
+    assert_all_free(loop)
+
+
+def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
+    loop = open_llm("close", batch=2).loop
+    decoding, prefilling, waiting = (add(loop, prompt_ids(n, n)) for n in (5, 100, 30))
+    run(loop, 3)
+    batch = loop.batch
+    assert batch.decoding().tolist() == [decoding.slot]
+    assert batch.prefilling().tolist() == [prefilling.slot]
+    for request in (waiting, prefilling, decoding, decoding):
+        held = int(batch.blocks_held[request.slot]) if request.slot >= 0 else 0
+        used = batch.used_blocks
+        loop.scheduler.cancel(request)
+        assert batch.used_blocks == used - held
+        assert request.slot == -1
+    assert_all_free(loop)
+    assert len(decoding.generated) > 0
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
+    llm = open_llm("self", batch=2)
+    stream = llm.stream([prompt_ids(9, seed) for seed in range(4)], SamplingParams(ignore_eos=True))
+    next(stream)
+    assert llm.loop.scheduler.busy
+    stream.close()
+    assert_all_free(llm.loop)
+
+
+def test_a_second_stream_waits_for_the_first(open_llm):
+    llm = open_llm("lookup", batch=2)
+    stream = llm.stream([prompt_ids(9, 0)], SamplingParams(20, ignore_eos=True))
+    next(stream)
+    with refused("another stream", "finish or close it"):
+        llm.generate([prompt_ids(5, 1)])
+    assert list(stream)[-1].completion
+    assert llm.generate([prompt_ids(5, 1)])
+
+
+def test_a_refused_prompt_leaves_nothing_behind(open_llm):
+    llm = open_llm("lookup")
+    with refused("prompts[1]: the prompt has", f"{CONTEXT} tokens", f"context length is {CONTEXT}", "shorten it"):
+        llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
+    assert_all_free(llm.loop)
+
+
+def test_prompts_are_read_in_chunks_beside_running_requests(open_llm):
+    loop = open_llm("lookup", "static").loop
+    early = add(loop, [7, 8, 9] * 4)
+    run(loop, 4)
+    loop.target = target = Counted(loop.target)
+    late = add(loop, prompt_ids(2 * CHUNK + 5, 1))
+    mixed = 0
+    while late.slot < 0 or late.slot not in loop.batch.decoding():
+        loop.step()
+        call = target.calls[-1]
+        sizes, masked = np.diff(call.seq_begins), np.diff(call.tree_mask_begins) > 0
+        mixed += bool(len(sizes) == 2 and masked[0] and sizes[1] > 1 and not masked[1])
+        assert sizes[-1] <= CHUNK
+    assert mixed
+    assert len(target.calls) == 3
+    assert early.slot >= 0
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_short_and_long_prompts(pair, open_llm):
+    """One token, a chunk and one token more, and one token less than the context."""
+    llm = open_llm(pair, "autoregressive")
+    prompts = [prompt_ids(n, n) for n in (1, CHUNK, CHUNK + 1, CONTEXT - 1, CONTEXT - 5)]
+    plain = llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=12))
+    assert [len(c.token_ids) for c in plain] == [12, 12, 12, 1, 5]
+    assert {c.finish_reason for c in plain} == {"length"}
+    for policy in ("static", "echo"):
+        llm.set_policy(policy)
+        assert [c.token_ids for c in llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=12))] == [
+            c.token_ids for c in plain
+        ]
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+def test_max_tokens_cuts_an_accepted_path(limit, policy, open_llm):
+    completion = open_llm("self", policy).generate([prompt_ids(6, 0)], SamplingParams(limit, ignore_eos=True))[0]
+    assert len(completion.token_ids) == limit
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
+def test_stop_tokens_end_the_text(policy, open_llm):
+    llm = open_llm("self", "autoregressive")
+    prompt = prompt_ids(6, 3)
+    whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
+    llm.set_policy(policy)
+    for stop in (whole[3], whole[10], whole[-1]):
+        cut = llm.generate([prompt], SamplingParams(30, ignore_eos=True, stop_token_ids=(stop, 299)))[0]
+        assert cut.token_ids == whole[: whole.index(stop) + 1]
+        assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "echo"])
+def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
+    llm = open_llm("self", "autoregressive")
+    prompt = prompt_ids(6, 3)
+    whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
+    llm.set_policy(policy)
+    llm.loop.scheduler.eos = (299, whole[5])
+    assert llm.generate([prompt], SamplingParams(30))[0].token_ids == whole[: whole.index(whole[5]) + 1]
+    assert llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids == whole
+
+
+def test_what_is_drafted_is_what_may_still_be_said(open_llm):
+    """No draft token beyond max_tokens is verified: the last iterations of a request get smaller trees."""
+    loop = open_llm("self", batch=1).loop
+    loop.planner = echo_planner(max_depth=3, beams=1, width=1, per_request=4)
+    for limit, chains in ((9, [6, 4, 4]), (8, [6, 4, 3]), (6, [6, 4, 1]), (2, [6, 1])):
+        loop.target = target = Counted(loop.target)
+        add(loop, prompt_ids(6, 0), max_tokens=limit)
+        run(loop)
+        assert [len(call.token_ids) for call in target.calls] == chains
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_tokens": 0}, ("max_tokens", "0", "from 1 to")),
+        ({"max_tokens": 2**31}, ("max_tokens", 2**31, "2^31 - 1")),
+        ({"max_tokens": -3}, ("max_tokens", "-3")),
+        ({"max_tokens": 2.5}, ("max_tokens", "2.5")),
+        ({"max_tokens": True}, ("max_tokens", "True")),
+        ({"max_tokens": "many", "min_tokens": 1}, ("max_tokens is 'many'",)),
+        ({"temperature": -0.1}, ("temperature", "-0.1", "from 0 to 100")),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"temperature": "hot"}, ("temperature", "hot")),
+        ({"top_k": -2}, ("top_k", "-2", "from -1 to")),
+        ({"top_k": 2**63}, ("top_k", 2**63, "2^31 - 1")),
+        ({"top_p": 0.0}, ("top_p", "0.0")),
+        ({"top_p": 1.1}, ("top_p", "1.1")),
+        ({"seed": -1}, ("seed", "-1")),
+        ({"seed": 2**63}, ("seed", 2**63)),
+        ({"stop": ("",)}, ("stop", "1 to 1000 characters")),
+        ({"stop": ("x" * 1001,)}, ("stop", "1 to 1000 characters")),
+        ({"stop": None}, ("stop", "None")),
+        ({"stop": "END"}, ("stop", "END")),
+        ({"stop_token_ids": (-1,)}, ("stop_token_ids", "-1")),
+        ({"stop_token_ids": (2**63,)}, ("stop_token_ids", 2**63, "2^31 - 1")),
+        ({"logit_bias": {2**63: 1.0}}, ("logit_bias",)),
+        ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
+    ],
+    ids=str,
+)
+def test_parameters_are_checked(settings, words):
+    with refused(*words):
+        SamplingParams(**settings)
+
+
+def test_too_many_stop_tokens(open_llm):
+    loop = open_llm("lookup").loop
+    own = len(loop.scheduler.eos)
+    add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own)), ignore_eos=False)
+    with refused("stop_token_ids", f"{MAX_STOP_TOKENS - own + 1} ids", f"at most {MAX_STOP_TOKENS - own}"):
+        add(loop, [5], stop_token_ids=tuple(range(MAX_STOP_TOKENS - own + 1)), ignore_eos=False)
+
+
+def test_prompts_are_checked(open_llm):
+    llm = open_llm("lookup")
+    with refused("empty", "at least one token"):
+        llm.generate([[]])
+    for token in (-1, VOCAB):
+        with refused(f"token id {token}", f"from 0 to {VOCAB - 1}"):
+            llm.generate([[5, token]])
+    with refused("2 entries", "3 prompts"):
+        llm.generate([[5], [6], [7]], [SamplingParams()] * 2)
+    assert_all_free(llm.loop)
+
+
+def test_a_pool_too_small_for_one_request(with_limits):
+    folder = with_limits("lookup", kv_blocks=5)
+    with refused("kv_blocks is 5", "raise kv_blocks or lower context"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 4097])
+def test_batch_is_checked(batch, bundle_of):
+    with refused(f"batch is {batch}", "from 1 to 4096"):
+        LLM(bundle_of("lookup"), batch=batch)
+
+
+def test_policy_is_checked(bundle_of):
+    with refused("policy is 'ecco'", "echo"):
+        LLM(bundle_of("lookup"), "ecco")
+
+
+def test_a_policy_that_comes_back_goes_on_with_what_it_has_learnt(open_llm):
+    """Under its own name or as the recipe's; with another K_max it is another one."""
+    llm = open_llm("lookup", None)
+    first = llm.loop.planner
+    for name in ("echo", None, "echo"):
+        llm.set_policy("autoregressive")
+        assert llm.loop.planner.name == "autoregressive"
+        llm.set_policy(name)
+        assert llm.loop.planner is first
+    llm.set_policy("echo", 9)
+    assert (llm.loop.planner.name, llm.loop.planner.budget) == ("echo", 9)
+    assert first.budget == 24
+
+
+def test_one_request_needs_its_context_and_a_tree(open_llm):
+    """The smallest pool that is allowed holds any request to its end."""
+    batch = open_llm("lookup", batch=1).loop.batch
+    assert blocks_for(CONTEXT + batch.reserve) == batch.block_table.shape[1] == batch.free_blocks
+    assert batch.free_blocks * BLOCK >= CONTEXT + batch.reserve

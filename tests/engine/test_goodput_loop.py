@@ -1,0 +1,189 @@
+"""Goodput in the loop: whatever it drafts, and whenever policies change, the text is plain decoding's."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from batches import structured
+from driving import add, assert_all_free, goodput_planner, prompt_ids, run
+from pairs import FOLDERS, PAIRS
+from refusal import refused
+
+from echo_trt.bundle.costs import COSTS
+from echo_trt.engine.params import SamplingParams
+from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
+from echo_trt.speculation.goodput.model.costs import Costs, Curve
+
+PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
+POLICIES = ("goodput", "goodput-exact", "goodput-head")
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Greedy and sampled ones, every second of which begins with a text that repeats itself; four have grammars."""
+    sampled = {"temperature": 0.8, "top_p": 0.95}
+    params = [
+        SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
+        for i, n in enumerate(ANSWERS)
+    ]
+    prompts = [(prompt_ids(7, i) * 9)[:n] if i % 2 else prompt_ids(n, i) for i, n in enumerate(PROMPTS)]
+    under_grammars = structured()
+    return prompts + under_grammars[0][:4], params + under_grammars[1][:4]
+
+
+def machine(each: float = 0.0, draft: float = 0.0) -> Costs:
+    """Return what a further verified token and a draft pass cost, in passes of one token."""
+    return Costs(Curve([1, 256], [1e-3, 1e-3 * (1 + 255 * each)]), Curve([1, 256], [1e-9 + 1e-3 * draft] * 2))
+
+
+@pytest.fixture(scope="module")
+def plain_ids(open_llm):
+    """pair -> what plain decoding writes, one request at a time."""
+    known = {}
+
+    def get(pair: str) -> list[list[int]]:
+        target = FOLDERS[pair][0]
+        if target not in known:
+            completions = open_llm(pair, "autoregressive", 1).generate(*requests())
+            known[target] = [c.token_ids for c in completions]
+        return known[target]
+
+    return get
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
+    llm = open_llm(pair, "autoregressive", batch)
+    for policy in POLICIES:
+        llm.loop.planner = goodput_planner(llm, machine(), policy)
+        drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
+        completions = llm.generate(*requests())
+        assert [c.token_ids for c in completions] == plain_ids(pair)
+        assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy != "goodput-head")
+        assert (llm.counters.draft_passes > passes) == (pair != "lookup")
+        assert_all_free(llm.loop)
+
+
+class Turns(Ladder):
+    """Plain decoding and every size in turn, each for one iteration."""
+
+    def __init__(self):
+        super().__init__()
+        self._turns = itertools.cycle(range(9))
+
+    def size(self, requests, forecast) -> int:
+        nodes = next(self._turns)
+        return requests + nodes if nodes else UNDRAFTED
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = open_llm(pair, "autoregressive", 3)
+    planner = goodput_planner(llm, replace(machine(), change=1e-3))
+    planner.ladder = Turns()
+    llm.loop.planner = planner
+    assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
+    assert_all_free(llm.loop)
+
+
+class Held(Ladder):
+    def size(self, requests, forecast) -> int:
+        return requests + 40
+
+
+def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
+    llm = open_llm("close", "autoregressive", 3)
+    planner = goodput_planner(llm, replace(machine(), change=1.0, sizes=tuple(range(2, 65, 2))))
+    planner.ladder = Held()
+    planner.observe = lambda _: None  # what passes take here would change what a change is worth
+    llm.loop.planner = planner
+    seen, calls = llm.loop.target.run, []
+    llm.loop.target.run = lambda call: (calls.append(call), seen(call))[1]
+    assert [c.token_ids for c in llm.generate(*requests())] == plain_ids("close")
+    prompts = [((np.diff(c.seq_begins) > 1) & (np.diff(c.tree_mask_begins) == 0)).any() for c in calls]
+    filled = [call.padded_to for call in calls]
+    assert any(call.padded_to > len(call.token_ids) for call in calls)
+    assert all(fill in (0, len(call.past_lens) + 40) for call, fill in zip(calls, filled, strict=True))
+    assert not any(fill and prompt for fill, prompt in zip(filled, prompts, strict=True))
+    assert 0 < filled.count(0) < len(filled) / 2
+
+
+@pytest.mark.parametrize(("pair", "minimum"), [("self", 2.0), ("close", 1.3), ("dspark", 1.3)])
+def test_much_is_accepted_where_the_draft_is_good(pair, minimum, open_llm):
+    llm = open_llm(pair, "autoregressive", 2)
+    for policy in POLICIES:
+        planner = goodput_planner(llm, machine(), policy)
+        planner.observe = lambda _: None  # it is not to learn from what else runs here
+        llm.loop.planner = planner
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        assert min(c.accepted_length for c in llm.generate([prompt_ids(5, 0)] * 2, params)) > minimum
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
+    llm = open_llm(pair, "autoregressive", 3)
+    planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}
+    prompts, params = requests()
+    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static"])
+    costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
+    ids: dict[int, list[int]] = {}
+    for delta in llm.stream(prompts, params):
+        policy, now = next(policies), next(costs)
+        if policy in planners:
+            planners[policy].learner.costs = now
+            llm.loop.planner = planners[policy]
+        else:
+            llm.set_policy(policy)
+        if delta.completion:
+            ids[delta.index] = delta.completion.token_ids
+    assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
+    assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("pair", ["lookup", "close"])
+def test_costs_are_not_measured_while_requests_run(pair, open_llm, bundle_of, plain_ids):
+    """To measure them would write over what the requests have in the KV pool."""
+    (bundle_of(pair) / COSTS).unlink(missing_ok=True)
+    llm = open_llm(pair, "echo", 3)
+    prompts, params = requests()
+    ids: dict[int, list[int]] = {}
+    for number, delta in enumerate(llm.stream(prompts, params)):
+        if number == 4:
+            with refused("not known yet", "while no request is running"):
+                llm.set_policy("goodput")
+        if delta.completion:
+            ids[delta.index] = delta.completion.token_ids
+    assert [ids[i] for i in range(len(prompts))] == plain_ids(pair)
+
+
+def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
+    llm = open_llm("close", "autoregressive", 8)
+    loop = llm.loop
+    loop.planner = goodput_planner(llm, machine())
+    prompts, params = requests()
+    added = {}
+    for i in np.random.default_rng(0).permutation(len(prompts)):
+        added[i] = llm.request(i, prompts[i], params[i])
+        loop.scheduler.add(added[i])
+        gone = add(loop, prompts[i][::-1])
+        run(loop, steps=2)
+        loop.scheduler.cancel(gone)
+    run(loop)
+    assert [added[i].generated for i in range(len(prompts))] == plain_ids("close")
+    assert_all_free(loop)
+
+
+def test_what_is_learnt_comes_from_what_ran(open_llm):
+    llm = open_llm("close", "autoregressive", 2)
+    planner = goodput_planner(llm, machine(), clock=False)
+    llm.loop.planner = planner
+    target, draft = planner.costs.target.seconds, planner.costs.draft.seconds
+    llm.generate([prompt_ids(5, 0)] * 2, SamplingParams(max_tokens=40, ignore_eos=True))
+    assert (planner.costs.target.seconds != target).any()
+    assert planner.costs.draft.seconds[0] > draft[0]
+    assert sum(planner.totals()["accepted"].values()) > 10
+    assert planner.learner.history.speedup >= 1
+    assert planner.learner.history.host_seconds > 0

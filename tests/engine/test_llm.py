@@ -1,0 +1,101 @@
+"""The public face: what ``generate`` and ``chat`` take, what they return, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from pairs import ASSISTANT, END, USER
+from refusal import refused
+
+import echo_trt
+from echo_trt.engine import llm as module
+from echo_trt.engine import params
+
+FEW = params.SamplingParams(12, ignore_eos=True)
+TURN = [{"role": "user", "content": "the theme of"}]
+TALK = [*TURN, {"role": "assistant", "content": "a thing"}, {"role": "user", "content": "naïve"}]
+#: What answers and command lines import last, and takes the longest.
+HEAVY = ("numba", "numpy", "openvino", "torch", "transformers")
+
+
+@pytest.fixture(scope="module")
+def llm(open_llm):
+    return open_llm("close", "echo", 3)
+
+
+def ids(llm, conversation: list[dict[str, str]]) -> list[int]:
+    return llm.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+
+
+def test_the_package_exports_its_public_face():
+    assert echo_trt.LLM is module.LLM
+    assert (echo_trt.SamplingParams, echo_trt.Completion) == (params.SamplingParams, params.Completion)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = echo_trt.Nothing
+
+
+@pytest.mark.parametrize(
+    "program", ["import echo_trt", "from echo_trt import SamplingParams", "import echo_trt.cli.app"]
+)
+def test_what_needs_no_network_imports_nothing_heavy(program):
+    reported = subprocess.run(
+        [sys.executable, "-c", f"{program}; import sys; print(*sys.modules)"], capture_output=True, text=True
+    )
+    assert reported.returncode == 0, reported.stderr
+    assert not set(reported.stdout.split()) & set(HEAVY)
+
+
+def test_generate_continues_a_text_as_it_is(llm):
+    text = f"the theme{END}{ASSISTANT}café{USER}"  # names of control tokens are control tokens, as in /v1/completions
+    raw = llm.tokenizer(text)["input_ids"]
+    from_text, from_ids = llm.generate([text, raw], FEW)
+    assert from_text == from_ids
+    assert from_text.prompt_tokens == len(raw)
+    assert from_text.token_ids != llm.chat([{"role": "user", "content": text}], FEW)[0].token_ids
+
+
+def test_chat_takes_one_conversation_or_several_and_returns_a_list(llm):
+    alone = [llm.chat(each, FEW) for each in (TURN, TALK)]
+    assert [len(each) for each in alone] == [1, 1]
+    together = llm.chat([TURN, TALK], [FEW, FEW])
+    expected = llm.generate([ids(llm, TURN), ids(llm, TALK)], FEW)
+    for answers in (together, [each[0] for each in alone]):
+        assert [(c.text, c.token_ids, c.prompt_tokens) for c in answers] == [
+            (c.text, c.token_ids, c.prompt_tokens) for c in expected
+        ]
+    assert llm.chat_ids("the theme of") == llm.chat_ids(TURN) == ids(llm, TURN)
+    assert llm.chat([]) == llm.generate([]) == []
+
+
+def test_a_stream_s_pieces_are_the_whole_answers(llm):
+    for stream, whole in (
+        (llm.stream_chat([TURN, TALK], FEW), llm.chat([TURN, TALK], FEW)),
+        (llm.stream(["the theme", "naïve"], FEW), llm.generate(["the theme", "naïve"], FEW)),
+    ):
+        texts, last = ["", ""], {}
+        for delta in stream:
+            texts[delta.index] += delta.text
+            if delta.completion:
+                last[delta.index] = delta.completion.token_ids
+        assert texts == [c.text for c in whole]
+        assert last == dict(enumerate(c.token_ids for c in whole))
+
+
+def test_mistakes_name_the_argument(llm):
+    with refused("prompts is a string", "give a list of prompts"):
+        llm.generate("the theme")
+    with refused("prompts[1]", "half a surrogate pair"):
+        llm.generate(["a", "\ud800"])
+    with refused("prompts[0]", "token id -1"):
+        llm.generate([[-1]])
+    for wrong in ([["hi"]], [[{"role": "user"}]], [[{"role": "user", "content": 5}]], [{"role": "user"}]):
+        with refused("conversations[0][0] has no role and content", '"role": "user"'):
+            llm.chat(wrong)
+    for wrong in ("hi", [TURN, []], [TURN, "hi"]):
+        with refused("is no list of messages", '"role": "user"'):
+            llm.chat(wrong)
+    with refused("2 entries", "1 conversations", "one per conversation"):
+        llm.chat(TURN, [FEW, FEW])
+    assert not llm.loop.scheduler.busy

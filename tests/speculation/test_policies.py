@@ -1,0 +1,167 @@
+"""Policies by name: which planner each one is, and with which numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machines import Server, linear, load_of
+from seeded_draft import NoDraft
+
+from echo_trt.errors import UserError
+from echo_trt.speculation import policies
+from echo_trt.speculation.echo.planner import EchoPlanner
+from echo_trt.speculation.goodput.model.acceptance import Acceptance
+from echo_trt.speculation.goodput.model.costs import Costs
+from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.goodput.settings import GoodputSettings
+from echo_trt.speculation.planner import PlainPlanner
+from echo_trt.speculation.policies import BUILT_IN, POLICIES, load_policies, make_planner
+from echo_trt.speculation.policy_names import PLAIN
+
+PAPER = ("static", "dense", "fixed", "echo")
+GOODPUT = ("goodput", "goodput-exact", "goodput-head")
+SETTINGS = {
+    "budget": 2,
+    "per_request": 9,
+    "max_depth": 5,
+    "beams": 2,
+    "width": 3,
+    "gates": {1: 0.3, 3: 0.2},
+    "fixed_threshold": 0.4,
+    "static": {"depth": 3, "top_k": 3, "tokens": 8},
+}
+
+
+def made(name: str):
+    """Return a policy's planner; in a goodput planner's place, its name and settings."""
+    return make_planner(name, SETTINGS, lambda *given: given)
+
+
+def test_an_unknown_policy_is_named():
+    with pytest.raises(UserError, match="policy is 'eco'; choose one of autoregressive, static"):
+        made("eco")
+
+
+def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
+    assert (PLAIN, *PAPER, *GOODPUT) == BUILT_IN
+    assert {name for name in BUILT_IN if POLICIES[name].shares_budget} == {"dense", "fixed", "echo"}
+    planners = {name: made(name) for name in (PLAIN, *PAPER)}
+    assert {name: planner.name for name, planner in planners.items()} == {name: name for name in planners}
+    plain = planners.pop(PLAIN)
+    assert isinstance(plain, PlainPlanner)
+    assert (plain.budget, plain.totals()) == (0, {})
+    assert all(isinstance(planner, EchoPlanner) for planner in planners.values())
+    assert {name: planner.budget for name, planner in planners.items()} == {
+        "static": 0,
+        "dense": 2,
+        "fixed": 2,
+        "echo": 2,
+    }
+
+
+@pytest.mark.parametrize("name", [PLAIN, "dense", "fixed", "echo"])
+def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
+    plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
+    assert plan.tree.token.tolist() == plan.explanation.candidates.token.tolist() == [5, 6]
+    assert plan.tree.parent.tolist() == [-1, -1]
+    assert plan.probability.tolist() == [1, 1]
+    assert plan.padded_to == 0
+
+
+def test_the_goodput_policies_differ_in_their_candidates():
+    given = {name: made(name) for name in GOODPUT}
+    assert [name for name, _ in given.values()] == [name for name in BUILT_IN if name.startswith("goodput")]
+    usual, exact, head = (settings for _, settings in given.values())
+    assert (usual.max_depth, usual.beams, usual.width, usual.per_request) == (5, 2, 3, 9)
+    assert (usual.one_path, usual.free_candidates) == (False, True)
+    assert (exact.beams, exact.width, exact.one_path, exact.free_candidates) == (1, 1, True, True)
+    assert (head.beams, head.width, head.one_path, head.free_candidates) == (2, 3, False, False)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Let a test register policies that others do not see."""
+    monkeypatch.setattr(policies, "POLICIES", dict(POLICIES))
+    monkeypatch.setattr(policies, "_LOADED", set())
+    return policies
+
+
+CHAIN = """
+from echo_trt.speculation.echo.planner import EchoPlanner
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.policies import policy
+
+SHAPE = EchoSettings(max_depth={depth}, beams=1, width=1, per_request={depth} + 1)
+
+@policy("{name}", "a chain", lambda settings: SHAPE)
+def chain(name, settings, make_goodput):
+    return EchoPlanner(name, SHAPE)
+"""
+
+
+def test_a_file_registers_a_policy_once(registry, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CHAIN.format(name="mine", depth=3))
+    load_policies(file)
+    load_policies(tmp_path / ".." / tmp_path.name / "mine.py")
+    assert registry.make_planner("mine", SETTINGS, None).name == "mine"
+    assert registry.reserve_for(SETTINGS) == policies.reserve_for(SETTINGS)  # bundles were built without it
+
+
+TUNED = """
+from dataclasses import replace
+from echo_trt.speculation.goodput.settings import GoodputTuning
+from echo_trt.speculation.policies import goodput_settings, policy, policy_named
+
+@policy("calm", "goodput with short trials", policy_named("goodput").shape)
+def calm(name, settings, make_goodput):
+    tuning = GoodputTuning(trial_iterations=3, window_iterations=5, warm_up=0)
+    return make_goodput(name, replace(goodput_settings(name, settings), tuning=tuning))
+"""
+
+
+def test_a_file_sets_tuned_values(registry, tmp_path):
+    """Where no draft pays, trials of one interrupt plain decoding for as many iterations as the file says."""
+    (tmp_path / "calm.py").write_text(TUNED)
+    load_policies(tmp_path / "calm.py")
+    target, draft, count = linear(0.01, 1.0), linear(1e-6, 0.0), 4
+
+    def goodput(name: str, settings: GoodputSettings) -> GoodputPlanner:
+        costs = Costs(target, draft, change=1e-3)
+        return GoodputPlanner(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), count)
+
+    planner = registry.make_planner("calm", SETTINGS, goodput)
+    server = Server(planner, linear(0.01, 1.0), linear(1e-6, 0.0), [0.2, 0.1], count).run(9)
+    assert [size > count for size in server.sizes] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "is no Python file"),
+        ("x = 1", "registers no policy"),
+        ("raise ValueError('of mine')", r"fails \(ValueError: of mine\)"),
+        (CHAIN.format(name="echo", depth=3), "'echo', which another policy has"),
+        (CHAIN.format(name="My Chain", depth=3), "give lower-case letters"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_a_sentence(text, sentence, registry, tmp_path):
+    file = tmp_path / "mine.py"
+    if text:
+        file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load_policies(file)
+
+
+def test_a_policy_whose_trees_a_bundle_has_no_rows_for_is_refused(registry, tmp_path):
+    file = tmp_path / "deep.py"
+    file.write_text(CHAIN.format(name="deep", depth=40))
+    load_policies(file)
+    with pytest.raises(UserError, match=r"policy deep needs 41 KV rows per request .* bundles keep 9"):
+        registry.make_planner("deep", SETTINGS, None)
+
+
+def test_the_docs_list_the_policies():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    rows = "".join(f"| `{name}` | {POLICIES[name].summary} |\n" for name in BUILT_IN)
+    assert f"| policy | behaviour |\n|---|---|\n{rows}\n" in page

@@ -1,0 +1,331 @@
+"""Sampling: the generator against its published vectors, draws against a race in plain Python and by counting."""
+
+import math
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import chisquare, kstest
+
+from echo_trt.speculation.accept import accept
+from echo_trt.speculation.sampling.draw import limited, philox4x32, sample, uniform
+from echo_trt.speculation.super_tree import SuperTree
+
+# -- the generator -------------------------------------------------------------------------------------------------
+
+# Random123's kat_vectors: philox4x32, 10 rounds.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+
+def philox(counter: list[int], key: int) -> list[int]:
+    return philox4x32(np.array([counter], np.uint64).T.copy(), np.uint64(key))[:, 0].tolist()
+
+
+@pytest.mark.parametrize("case", KNOWN_ANSWERS)
+def test_philox_known_answers(case):
+    counter, (low, high), want = ([int(word, 16) for word in column.split()] for column in case)
+    assert philox(counter, high << 32 | low) == want
+
+
+def test_philox_of_many_counters_is_that_of_each():
+    counters = np.random.default_rng(0).integers(0, 2**32, (4, 37)).astype(np.uint64)
+    got = philox4x32(counters.copy(), np.uint64(2**63 + 5))
+    assert got.T.tolist() == [philox(counter, 2**63 + 5) for counter in counters.T.tolist()]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**40), st.integers(0, 300_000))
+def test_a_uniform_is_52_bits_of_philox_keyed_by_the_seed(seed, index, token):
+    """In blocks of 512 tokens: four words of each of 128 calls, and as many again for the lower bits."""
+    block, word, lane = token // 512, token // 128 % 4, token % 128
+    high, low = (philox([index % 2**32, index >> 32, block * 128 + lane, half], seed)[word] for half in (0, 1))
+    value = uniform(seed, index, token)
+    assert value == ((high << 20 | low >> 12) + 0.5) / 2**52
+    assert 0 < value < 1
+
+
+@pytest.mark.parametrize("over", ["seeds", "places", "tokens"])
+def test_uniforms_are_uniform_and_unrelated_to_their_neighbours(over):
+    of = {
+        "seeds": lambda i: uniform(i, 1234, 77),
+        "places": lambda i: uniform(1234, i, 77),
+        "tokens": lambda i: uniform(1234, 77, i),
+    }
+    values = np.array([of[over](i) for i in range(20_000)])
+    assert len(np.unique(values)) == len(values)
+    assert kstest(values, "uniform").pvalue > 0.01
+    pairs = (values[:-1] * 8).astype(int) * 8 + (values[1:] * 8).astype(int)
+    assert chisquare(np.bincount(pairs[::2], minlength=64)).pvalue > 0.01
+
+
+# -- the distribution ----------------------------------------------------------------------------------------------
+
+
+def processed_row(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> list[float]:
+    """Probabilities in words: temperature, then the top_k best, then the nucleus; of tokens that tie the first ones."""
+    scaled = (logits - logits.max()) / np.float32(temperature)
+    probs = (np.exp(scaled) / np.exp(scaled).sum()).tolist()
+    best_first = sorted(range(len(probs)), key=lambda token: (-logits[token], token))
+    if 0 < top_k < len(probs):
+        best_first = best_first[:top_k]
+    if top_p < 1:
+        above = list(accumulate((probs[token] for token in best_first), initial=0.0))
+        best_first = [token for token, before in zip(best_first, above, strict=False) if before < top_p * above[-1]]
+    kept = set(best_first)
+    return [p if token in kept else 0.0 for token, p in enumerate(probs)]
+
+
+@st.composite
+def rows(draw) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a few rows, with many ties, and settings of each row."""
+    n, vocab = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    values = st.one_of(
+        st.sampled_from([0.0, 1.0, 2.0, -1.0, 30.0, -np.inf]), st.floats(-8, 8, width=16, allow_subnormal=False)
+    )
+    logits = draw(arrays(np.float32, (n, vocab), elements=values))
+    logits[:, draw(st.integers(0, vocab - 1))] = 2.0  # a row of nothing but -inf is no distribution
+    of = lambda strategy: np.array(draw(st.lists(strategy, min_size=n, max_size=n)))  # noqa: E731
+    temperature = of(st.sampled_from([0.05, 0.5, 1.0, 1.7, 100.0]))
+    top_k = of(st.integers(0, vocab + 1))
+    top_p = of(st.one_of(st.sampled_from([1.0, 0.5, 0.25, 0.9, 1e-6]), st.floats(0.01, 1)))
+    return logits, temperature, top_k, top_p
+
+
+@settings(max_examples=3 * settings().max_examples)  # ties are rare
+@given(rows())
+def test_limits_row_by_row(case):
+    for logits, temperature, top_k, top_p in zip(*case, strict=True):
+        got = limited(logits, temperature, top_k, top_p)
+        want = np.array(processed_row(logits, temperature, top_k, top_p)) > 0
+        possible = np.exp((logits - logits.max()) / np.float32(temperature)) > 0  # the rest is no matter
+        np.testing.assert_array_equal(np.isfinite(got)[possible], want[possible])
+        np.testing.assert_array_equal(got[np.isfinite(got)], logits[np.isfinite(got)])
+
+
+@given(rows(), st.floats(0, 1))
+def test_min_p_keeps_tokens_with_that_share_of_the_best_one_s_and_the_other_limits_see_those_alone(case, min_p):
+    for logits, temperature, top_k, top_p in zip(*case, strict=True):
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+        if (np.abs(weights - min_p) < 1e-3 * min_p).any():
+            continue  # within rounding of the limit
+        left = np.where(weights >= min_p, logits, np.float32(-np.inf))
+        assert limited(logits, temperature, 0, 1.0, min_p).tolist() == left.tolist()
+        got, want = limited(logits, temperature, top_k, top_p, min_p), limited(left, temperature, top_k, top_p)
+        assert got.tolist() == want.tolist()
+
+
+def raced(logits: np.ndarray, temperature: float, top_k: int, top_p: float, seed: int, index: int) -> int:
+    """Return the draw in words: of the tokens that are left, the one with the largest logit / temperature - log E."""
+    if temperature <= 1e-6:
+        return int(logits.argmax())
+    kept = np.flatnonzero(np.isfinite(limited(logits, temperature, top_k, top_p)))
+    best = float(logits.max())
+    noise = {t: -math.log(-math.log1p(-uniform(seed, index, t))) for t in kept.tolist()}
+    return max(noise, key=lambda t: ((float(logits[t]) - best) * (1 / temperature) + noise[t], -t))
+
+
+@given(rows(), st.integers(0, 2**63 - 1), st.data())
+def test_a_rows_token_is_its_own_race_whatever_the_rows_beside_it(case, seed, data):
+    count = len(case[0])
+    temperature = case[1] * np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    case = (case[0], temperature, *case[2:], np.full(count, seed), np.arange(count) * 1000)
+    want = [raced(*(array[i].tolist() if array.ndim == 1 else array[i] for array in case)) for i in range(count)]
+    assert sample(*case).tolist() == want
+    assert [sample(*(array[i : i + 1] for array in case))[0] for i in range(count)] == want
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 2000, 49_152])
+@pytest.mark.parametrize("temperature", [1e-5, 0.05, 0.6, 1.0, 3.0, 100.0])
+def test_no_winner_is_passed_over(size, temperature):
+    """Blocks that are skipped, and tokens whose logarithm is not taken, could not have won."""
+    rng = np.random.default_rng(size)
+    repeats = 3 if size > 2000 else 15
+    for index in range(repeats):
+        logits = (rng.normal(-40, rng.choice([0.1, 3, 30]), size)).astype(np.float32)
+        logits[rng.random(size) < 0.1] = -np.inf
+        logits[rng.integers(size)] = -35
+        settings = (np.array([value]) for value in (temperature, 0, 1.0, 9, index))
+        assert sample(logits[None], *settings)[0] == raced(logits, temperature, 0, 1.0, 9, index)
+
+
+def test_limits_leave_the_noise_alone():
+    """A draw that top-k and top-p would allow is the draw under them, too."""
+    logits = np.random.default_rng(5).normal(0, 3, (200, 3000)).astype(np.float32)
+    of = lambda value: np.full(200, value)  # noqa: E731
+    free = sample(logits, of(1.0), of(0), of(1.0), of(4), np.arange(200))
+    for top_k, top_p in ((40, 1.0), (0, 0.9), (40, 0.9), (2999, 1.0), (0, 0.999999)):
+        drawn = sample(logits, of(1.0), of(top_k), of(top_p), of(4), np.arange(200))
+        allowed = np.array([np.isfinite(limited(r, 1.0, top_k, top_p))[t] for r, t in zip(logits, free, strict=True)])
+        assert allowed.sum() > 50
+        np.testing.assert_array_equal(drawn[allowed], free[allowed])
+
+
+@pytest.mark.parametrize(("noise", "maximum"), [(1e-5, 0.002), (0.05, 0.03)])
+def test_rounding_seldom_changes_a_draw(noise, maximum):
+    """Noise of fp32's and of bf16's size. Inverting the distribution, 1 % and half of the tokens changed."""
+    rng, changed, count = np.random.default_rng(0), 0, 500
+    for index in range(count):
+        logits = rng.normal(0, 2.5, (1, 49_152)).astype(np.float32)
+        logits[0, :20] += 8
+        rounded = (logits + rng.normal(0, noise, logits.shape)).astype(np.float32)
+        settings = [np.array([value]) for value in (1.0, 0, 1.0, 1, index)]
+        changed += int(sample(logits, *settings)[0] != sample(rounded, *settings)[0])
+    assert changed <= maximum * count
+
+
+def one_row(*logits: float) -> np.ndarray:
+    return np.array([logits], np.float32)
+
+
+def drawn(logits: np.ndarray, seed: int, temperature=1.0, top_k=0, top_p=1.0) -> int:
+    return int(sample(logits, *(np.array([value]) for value in (temperature, top_k, top_p, seed, 3)))[0])
+
+
+def test_no_draw_is_a_token_without_probability():
+    logits = one_row(-np.inf, 1, -np.inf, 1, -np.inf)
+    assert {drawn(logits, seed) for seed in range(50)} == {1, 3}
+    assert {drawn(one_row(0, 3, 2, 1), seed, top_k=2) for seed in range(50)} == {1, 2}
+    assert [drawn(one_row(0, 3, 2, 1), seed, top_k=-1) for seed in range(50)] == [
+        drawn(one_row(0, 3, 2, 1), seed, top_k=0) for seed in range(50)
+    ]
+    assert {drawn(one_row(0, 3, 2, 1), seed, top_p=0.5) for seed in range(50)} == {1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-300}, {"temperature": 1e-3}, {"temperature": 1e-40}],
+    ids=str,
+)
+def test_settings_that_amount_to_greedy(settings):
+    assert {drawn(one_row(-3, 20, 19, 0), seed, **settings) for seed in range(20)} == {1}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-300}, {"temperature": 1e-40}], ids=str
+)
+def test_greedy_settings_take_the_first_of_tokens_that_tie(settings):
+    assert {drawn(one_row(-3, 20, 20, 20), seed, **settings) for seed in range(20)} == {1}
+
+
+def test_rows_that_are_no_distribution_have_a_token_all_the_same():
+    rows = one_row(np.nan, np.nan, -np.nan), one_row(-np.inf, -np.inf), one_row(0, np.inf, 1), one_row(1, np.nan)
+    for row in (*rows, one_row(*[np.nan] * 300), one_row(*[-np.inf] * 300)):
+        for limits in ({}, {"top_k": 2}, {"top_p": 0.5}):
+            with np.errstate(invalid="ignore"):
+                assert drawn(row, 0, **limits) == row[0].argmax()
+
+
+def test_rows_may_be_read_only():
+    logits = one_row(1, 2, 3)
+    logits.flags.writeable = False
+    assert drawn(logits, 0) == drawn(logits.copy(), 0)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_a_large_vocabulary_by_row(top_p, spread):
+    logits = np.random.default_rng(3).normal(0, spread, 5000).astype(np.float32)
+    for temperature, top_k in ((1.0, 0), (0.5, 50), (1.5, 4999)):
+        want = np.flatnonzero(processed_row(logits, temperature, top_k, top_p))
+        got = np.flatnonzero(np.isfinite(limited(logits, temperature, top_k, top_p)))
+        assert len(np.setxor1d(want, got)) <= 1  # float32 sums may differ at the limit
+
+
+# -- by counting ---------------------------------------------------------------------------------------------------
+
+VOCAB = 7
+REQUESTS = 6_000
+TABLE = np.random.default_rng(11).normal(0, 1.2, (VOCAB, VOCAB)).astype(np.float32)  # logits after each token
+START = 2
+
+SAMPLERS = {"plain": (1.0, 0, 1.0), "cool top-k": (0.7, 4, 1.0), "warm top-p": (1.4, 0, 0.8), "all": (1.1, 5, 0.9)}
+
+
+def conditional(sampler: tuple[float, int, float]) -> np.ndarray:
+    """[V, V]: the distribution after each token."""
+    probs = np.array([processed_row(row, *sampler) for row in TABLE])
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
+def bare(after: np.ndarray) -> list[int]:
+    return []
+
+
+def likely(after: np.ndarray) -> list[int]:
+    return np.argsort(-after)[:3].tolist()
+
+
+def unlikely(after: np.ndarray) -> list[int]:
+    return np.argsort(after)[:2].tolist()
+
+
+def mixed(after: np.ndarray) -> list[int]:
+    return [*likely(after)[1:2], *unlikely(after)]
+
+
+def trees_under(roots: np.ndarray, children) -> SuperTree:
+    """Under each root the tokens that ``children`` picks from its logits, and the same again under those."""
+    tree, level = SuperTree.from_roots(roots), np.arange(len(roots))
+    for _ in range(2):
+        hung = [(node, token) for node in level.tolist() for token in children(TABLE[tree.token[node]])]
+        parent, token = np.array(hung, np.int64).reshape(-1, 2).T
+        level = tree.add(parent, token, np.zeros(len(parent)))
+    return tree
+
+
+def first_two_tokens(children, sampler: tuple[float, int, float]) -> tuple[np.ndarray, float]:
+    """Two tokens of each of many requests, seeds 0, 1, ..., by tree steps: [REQUESTS, 2], and tokens per step."""
+    written = np.full((REQUESTS, 2), -1)
+    root, position = np.full(REQUESTS, START), np.zeros(REQUESTS, np.int64)
+    running, steps, emitted_in_all = np.arange(REQUESTS), 0, 0
+    while len(running):
+        tree = trees_under(root[running], children)
+        seeds, starts = running[tree.request], position[running][tree.request]
+
+        def next_token(nodes: np.ndarray, tree=tree, seeds=seeds, starts=starts) -> np.ndarray:
+            settings = (np.full(len(nodes), value) for value in sampler)
+            return sample(TABLE[tree.token[nodes]], *settings, seeds[nodes], starts[nodes] + tree.depth[nodes])
+
+        path, emitted = accept(tree, next_token)
+        index = starts[path] + tree.depth[path]
+        first_two = index < 2
+        written[seeds[path][first_two], index[first_two]] = emitted[first_two]
+        root[seeds[path]] = emitted  # request by request, so the last one stays
+        position[seeds[path]] = index + 1
+        steps, emitted_in_all = steps + len(running), emitted_in_all + len(path)
+        running = running[position[running] < 2]
+    return written, emitted_in_all / steps
+
+
+def assert_follows(tokens: np.ndarray, distribution: np.ndarray) -> None:
+    counts = np.bincount(tokens, minlength=VOCAB)
+    possible = distribution > 0
+    assert counts[~possible].sum() == 0
+    if possible.sum() > 1:
+        assert chisquare(counts[possible], len(tokens) * distribution[possible]).pvalue > 0.001
+
+
+@pytest.fixture(scope="module")
+def plain_text() -> dict[str, np.ndarray]:
+    return {name: first_two_tokens(bare, sampler)[0] for name, sampler in SAMPLERS.items()}
+
+
+@pytest.mark.parametrize("children", [bare, likely, unlikely, mixed])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_tree_steps_follow_the_targets_distribution(name, children, plain_text):
+    tokens, per_step = first_two_tokens(children, SAMPLERS[name])
+    after = conditional(SAMPLERS[name])
+    assert_follows(tokens[:, 0], after[START])
+    for first in range(VOCAB):
+        second = tokens[tokens[:, 0] == first, 1]
+        if len(second) > 300:
+            assert_follows(second, after[first])
+    assert (tokens == plain_text[name]).all()  # and it is the same text, seed by seed
+    if children is likely:
+        assert per_step > 1.5

@@ -1,0 +1,376 @@
+"""What the launcher does with processes, shown with small ones: no Triton, and waits of no time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from socket import AF_INET, AF_UNSPEC
+
+import pytest
+from refusal import refused
+from served import free_ports
+
+from echo_trt.adapters.triton import server as triton_server
+from echo_trt.cli import serve as launcher
+from echo_trt.cli.serve import Gateway
+from echo_trt.errors import UserError
+from echo_trt.supervision import process, supervised
+from echo_trt.supervision.options import ServeOptions
+from echo_trt.supervision.probe import responds
+from echo_trt.supervision.process import Process, ProcessLog
+from echo_trt.supervision.supervised import Supervised, Supervisor
+
+LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
+SERVES = f"{LISTENS}.serve_forever()"
+DRAINS = f"""
+import pathlib, threading, time
+def drain():
+    while not pathlib.Path({{folder!r}}, "drain").exists():
+        time.sleep(0.02)
+    pathlib.Path({{folder!r}}, "drained").touch()
+threading.Thread(target=drain, daemon=True).start()
+{SERVES}
+"""
+
+
+class LogLine(ProcessLog):
+    """A log that can be read."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+class Small(Supervised):
+    """A small server; ``programs`` are those of the next starts, SERVES from then on."""
+
+    name = "the small one"
+
+    def __init__(self, port: int, *programs: str):
+        super().__init__(LogLine(), "127.0.0.1", {"--small-port": port}, start_seconds=120)
+        self.port, self.programs, self.starts = port, list(programs), []
+        self.folder = Path("none")  # of the files by which it is told to drain, and tells that it has
+
+    def _spawn(self) -> Process:
+        self.starts.append(time.monotonic())
+        program = self.programs.pop(0) if self.programs else SERVES
+        return Process("small", [sys.executable, "-c", program, str(self.port)], dict(os.environ), LogLine())
+
+    def _ready(self) -> bool:
+        return responds(f"http://127.0.0.1:{self.port}/", 20)
+
+    _lives = _ready
+
+    def until(self, fits: Callable[[], object], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not fits():
+            assert time.monotonic() < end, self._log.lines
+            self.step()
+            time.sleep(0.02)
+
+    def drain(self) -> None:
+        (self.folder / "drain").touch()
+
+    @property
+    def drained(self) -> bool:
+        return (self.folder / "drained").exists()
+
+    def end(self) -> None:
+        self.process.terminate()
+
+    @property
+    def output(self) -> list[str]:
+        return self._log.lines
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(supervised, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
+    made: list[Small] = []
+
+    def make(*programs: str) -> Small:
+        made.append(Small(free_ports(1)[0], *programs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+# -- what is said --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["gone", "stalled", "disk full"])
+def test_a_child_writes_on_whatever_happens_to_the_log(reader):
+    read, write = os.pipe()
+    if reader == "disk full":
+        os.close(write)
+        write = os.open("/dev/full", os.O_WRONLY)
+    if reader == "gone":
+        os.close(read)
+    log = ProcessLog(write, maximum=100)
+    try:
+        child = Process("child", [sys.executable, "-c", "for i in range(30_000): print(i)"], dict(os.environ), log)
+        assert child.wait(120), "it stands still"
+        child.reason()  # waits for the last line
+        assert child.lines[-1] == "29999"
+        log.say("has died; starting it again")
+        log.close(0.1)
+    finally:
+        for descriptor in (write, read)[: 1 if reader == "gone" else 2]:
+            os.close(descriptor)
+
+
+def test_the_log_is_written_before_it_is_closed(tmp_path):
+    with (tmp_path / "log").open("wb") as out:
+        log = ProcessLog(out.fileno())
+        for number in range(1000):
+            log.say(f"line {number}")
+        log.close(60)
+    assert (tmp_path / "log").read_text().splitlines() == [f"line {number}" for number in range(1000)]
+
+
+def test_a_log_that_could_not_be_written_for_a_while_goes_on():
+    read, write = os.pipe()
+    os.set_blocking(write, False)  # full, it gives an error, as a disk does
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += os.write(write, b"x" * 4096)
+    log = ProcessLog(write)
+    log.say("lost")
+    log.say("lost or not")
+    while log._lines.qsize():  # until the writer is done with the first
+        time.sleep(0.01)
+    while filled:
+        filled -= len(os.read(read, filled))
+    log.say("written")
+    log.close(60)
+    os.set_blocking(read, False)
+    assert os.read(read, 100).removeprefix(b"lost or not\n") == b"written\n"
+    os.close(read)
+    os.close(write)
+
+
+# -- the start -----------------------------------------------------------------------------------------------------
+
+
+def test_a_port_is_its_own_only_where_it_listens_itself(small):
+    one, other = small(), small()
+    one.until(lambda: one.serving)
+    other.until(lambda: other.serving)
+    assert one.process.listens_on([one.port])
+    assert not one.process.listens_on([one.port, other.port])
+    assert not one.process.listens_on([other.port])
+
+
+def test_a_first_start_that_fails_says_why(small):
+    with refused("the small one did not start: no more room"):
+        each = small("raise SystemExit('error: no more room')")
+        each.until(lambda: each.serving)
+    with refused("the small one did not start: signal 9 ended it"):
+        each = small("import os; print('hello'); os.kill(os.getpid(), 9)")
+        each.until(lambda: each.serving)
+
+
+def test_who_answers_on_its_port_is_not_taken_for_it(small):
+    each = small("import time; time.sleep(1); raise SystemExit(1)")
+    other = Process("other", [sys.executable, "-c", SERVES, str(each.port)], dict(os.environ), LogLine())
+    try:
+        while not responds(f"http://127.0.0.1:{each.port}/", 20):
+            time.sleep(0.02)
+        with refused(f"--small-port {each.port} on 127.0.0.1", "in use", "give another port"):
+            each.until(lambda: each.serving)
+    finally:
+        other.kill()
+
+
+# -- while it runs -------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_a_restart_are_restarts_too(small):
+    each = small(SERVES, "raise SystemExit('error: shot again')", f"{LISTENS}; raise SystemExit(1)")
+    each.until(lambda: each.serving)
+    os.kill(each.process.pid, signal.SIGKILL)
+    each.until(lambda: not each.serving)
+    each.until(lambda: each.serving)
+    assert each.output[0] == "the small one has died; starting it again"
+    assert "the small one did not start: shot again; starting it again" in each.output
+    assert len(each.starts) == 4
+    assert re.fullmatch(r"serving again after \d+\.\d s", each.output[-1])
+    os.kill(each.process.pid, signal.SIGKILL)
+    with refused("the small one failed 4 times in 5 minutes, the last time so: the small one has died"):
+        each.until(lambda: len(each.starts) == 5)
+
+
+def test_old_restarts_are_forgotten_but_not_in_the_midst_of_failures(small, monkeypatch):
+    monkeypatch.setattr(supervised, "RESTARTS_WITHIN", 0.0)
+    each = small()
+    for number in range(1, 6):
+        each.until(lambda: each.serving)
+        os.kill(each.process.pid, signal.SIGKILL)
+        each.until(lambda: not each.serving)
+        assert len(each.starts) == number
+    each.programs = ["raise SystemExit(1)"] * 9
+    with refused("the small one failed 4 times in 0 minutes"):
+        each.until(lambda: each.serving)
+
+
+def test_restarts_wait_longer_and_longer(small, monkeypatch):
+    monkeypatch.setattr(supervised, "WAITS", (0, 0.5, 1))
+    each = small(SERVES, *["raise SystemExit(1)"] * 9)
+    each.until(lambda: each.serving)
+    os.kill(each.process.pid, signal.SIGKILL)
+    with pytest.raises(UserError):
+        each.until(lambda: False)
+    waited = [later - earlier for earlier, later in zip(each.starts[1:], each.starts[2:], strict=False)]
+    assert waited[0] >= 0.5
+    assert waited[1] >= 1
+    assert sum("in 0.5 s" in line for line in each.output) == 1
+    assert each.output[-1].endswith("giving up")
+
+
+def test_a_gateway_that_hangs_is_replaced(monkeypatch):
+    """A real one; no engine is asked."""
+    for package in ("starlette", "uvicorn"):
+        pytest.importorskip(package, reason="needs the gateway")
+    monkeypatch.setattr(supervised, "PROBE_EVERY", 0.2)
+    monkeypatch.setattr(launcher, "ANSWER_SECONDS", 5)  # within which a busy machine answers
+    gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), LogLine(), Path("none"))
+
+    def until(fits: Callable[[], object]) -> None:
+        end = time.monotonic() + 180
+        while not fits():
+            assert time.monotonic() < end, gateway._log.lines
+            gateway.step()
+            time.sleep(0.05)
+
+    try:
+        until(lambda: gateway.serving)
+        hung = gateway.process
+        os.kill(hung.pid, signal.SIGSTOP)
+        until(lambda: not gateway.serving)
+        until(lambda: gateway.serving)
+        assert not hung.alive
+        assert gateway._log.lines[0] == "the gateway does not answer; starting it again"
+        assert gateway._log.lines[-1].startswith("serving again after")
+    finally:
+        gateway.stop()
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+
+
+class Pair(Supervisor):
+    """An engine that drains at once, and a gateway, both small, as one service."""
+
+    def __init__(self, engine: Small, gateway: Small):
+        self.stop, self.log, self.engine, self.gateway = threading.Event(), LogLine(), engine, gateway
+        super().__init__([[engine, gateway]], self.stop, self.log, 60, lambda: "serving")
+
+    def when_serving(self, act: Callable[[], None]) -> threading.Thread:
+        """Act on a thread of its own once both serve."""
+
+        def wait() -> None:
+            while "serving" not in self.log.lines:
+                time.sleep(0.02)
+            act()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def pair(small, tmp_path) -> Pair:
+    pair = Pair(small(DRAINS.format(folder=str(tmp_path))), small())
+    pair.engine.folder = tmp_path
+    return pair
+
+
+def test_an_engine_is_drained_where_the_gateway_is_given_up(pair, tmp_path):
+    pair.gateway.programs = [SERVES, *["raise SystemExit('error: no room')"] * 9]
+    shooter = pair.when_serving(lambda: os.kill(pair.gateway.process.pid, signal.SIGKILL))
+    with refused("the small one failed 4 times in 5 minutes", "no room"):
+        pair.run()
+    shooter.join()
+    assert (tmp_path / "drained").exists()
+    assert pair.log.lines[-1] == "stopping; open answers are finished"
+
+
+def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):
+    pair.engine.programs.append("import time; time.sleep(60)")
+
+    def shoot_and_stop() -> None:
+        os.kill(pair.engine.process.pid, signal.SIGKILL)
+        while len(pair.engine.starts) < 2:
+            time.sleep(0.02)
+        pair.stop.set()
+
+    shooter = pair.when_serving(shoot_and_stop)
+    assert pair.run() == 0
+    shooter.join()
+    assert pair.engine.output == ["the small one has died; starting it again"]
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_another_user_left_is_let_be():
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, left = Path(name), Path(name, f"{triton_server.PREFIX}4999999-x")
+        left.touch()
+        folder.chmod(0o1777)
+        os.seteuid(65534)
+        try:
+            triton_server.remove_regions(folder)
+        finally:
+            os.seteuid(0)
+        assert left.exists()
+        triton_server.remove_regions(folder)
+        assert not left.exists()
+
+
+def test_open_files_are_raised_to_what_the_system_allows():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 900), hard))
+    try:
+        process.raise_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_name_is_resolved_and_none_is_refused():
+    assert launcher._address("localhost", AF_INET) == "127.0.0.1"
+    assert launcher._address("0.0.0.0", AF_INET) == "0.0.0.0"
+    with refused("--host is 'no.such.host.invalid'", "give one, such as 0.0.0.0"):
+        launcher._address("no.such.host.invalid", AF_INET)
+    with refused(f"--host is '{'a' * 70}'", "give one, such as 0.0.0.0"):
+        launcher._address("a" * 70, AF_INET)
+    with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no IPv4 address"):
+        launcher._address("a..b", AF_INET)
+    assert launcher._address("::1", AF_UNSPEC) == "::1"
+    with pytest.raises(UserError, match="which is no address"):
+        launcher._address("no.such.host.invalid", AF_UNSPEC)
+
+
+def test_the_servers_get_the_address(monkeypatch, bundle_of):
+    jobs: list[ServeOptions] = []
+    monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
+    monkeypatch.setattr(launcher, "supervise", lambda prefix, make: make(Path(), threading.Event(), LogLine()))
+    launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", openai_port=free_ports(1)[0]))
+    assert jobs[0].host in ("127.0.0.1", "::1")

@@ -1,0 +1,73 @@
+"""The field's words: old names stay away, a class name is defined once, and a rate is "per" something."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = sorted([*ROOT.glob("echo_trt/**/*.py"), *ROOT.glob("lab/**/*.py"), *ROOT.glob("plugins/**/*.py")])
+DOCS = sorted(path for path in ROOT.glob("docs/**/*.md") if path.name not in ("lab-notes.md", "benchmarks.md"))
+#: Names that had several meanings or none outside this project -> the field's.
+NAMES = {
+    "accuse": "engine_failed",
+    "asked": "requested",
+    "bank": "feature_cache",
+    "behind": "draft_lag, following",
+    "blank": "dummy_inputs",
+    "catch_up": "prefill_draft",
+    "emission": "step_output",
+    "foresee": "predict",
+    "guilty": "faulty",
+    "judge": "reweight",
+    "least": "minimum, min_...",
+    "most": "maximum, max_...",
+    "onlooker": "recorder",
+    "place": "position, slot, index, path",
+    "places": "positions, slots, indices, paths",
+    "portion": "expansion_size",
+    "promise": "acceptance_ema",
+    "rival": "challenger",
+    "rung": "verification_size",
+    "rungs": "verification_sizes",
+    "said": "history, delta, output",
+    "serial": "epoch",
+    "settling": "warm_up",
+    "told": "reported",
+}
+#: "a" for "per", as in "tokens a second".
+RATE = re.compile(
+    r"\b(tokens|requests|rows|nodes|blocks|passes|entries|bytes|seconds|milliseconds)"
+    r"\s+(?:#:? )?an?\s+(?:#:? )?(second|iteration|request|token|pass|step|level|layer|slot|verification)\b(?!')"
+)
+
+
+def _names(path: Path) -> set[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return {token.string.lower() for token in tokens if token.type == tokenize.NAME}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_the_field_s(path):
+    old = sorted(_names(path) & NAMES.keys())
+    assert not old, f"write {', '.join(f'{NAMES[name]} for {name}' for name in old)}"
+
+
+def test_a_class_name_is_defined_once():
+    defined: dict[str, list[str]] = {}
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                defined.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
+
+
+@pytest.mark.parametrize("path", [*CODE, *DOCS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_rate_is_per_something(path):
+    found = [match.group(0) for match in RATE.finditer(path.read_text())]
+    assert not found, f"write per in {found}"
