@@ -13,6 +13,7 @@ import torch
 
 from echo_trt.backends.openvino.engine import OpenVINOEngine
 from echo_trt.bundle.manifest import Manifest
+from echo_trt.decoding.drafts import TimedDraft
 from echo_trt.decoding.pack import BLOCK
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt
@@ -37,6 +38,9 @@ class Recorder:
 
     def behind(self, slots: np.ndarray) -> np.ndarray:
         return np.zeros(len(slots), np.int64)
+
+    def begin(self, slots: np.ndarray) -> TimedDraft:
+        return TimedDraft()  # plain decoding asks it for nothing
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         self._known[rows, : self.width] = _bfloat16(outputs["features"][output_rows])
