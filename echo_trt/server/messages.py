@@ -63,7 +63,7 @@ class ToolCall(Strict):
     _without_index = model_validator(mode="before")(_known)
 
 
-class ChatMessage(Strict):
+class Message(Strict):
     """One turn of a chat; its content is text, null where there are calls. A user's ``name`` is seldom used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -116,7 +116,7 @@ class ChatMessage(Strict):
         return "".join(texts)
 
     @model_validator(mode="after")
-    def _calls_by_assistants(self) -> ChatMessage:
+    def _calls_by_assistants(self) -> Message:
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only the role assistant has tool_calls")
         return self

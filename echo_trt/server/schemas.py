@@ -14,7 +14,7 @@ from echo_trt.engine.params import MAX_STOP_TOKENS, PARAMETERS, SINGLE
 from echo_trt.models.messages import MAX_TOOLS
 from echo_trt.server.errors import ApiError, shown
 from echo_trt.server.fields import FIELDS, MESSAGES, Strict, at_most, bounded, check_supported, within
-from echo_trt.server.messages import ChatMessage, few_calls
+from echo_trt.server.messages import Message, few_calls
 from echo_trt.server.structured import FIELDS as STRUCTURED
 from echo_trt.server.structured import Structured, structured_of
 from echo_trt.server.tools import Choice, Tool, check
@@ -220,7 +220,7 @@ class ChatRequest(Params):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[
-        list[ChatMessage], Field(min_length=1), FailFast(), BeforeValidator(few_calls), at_most(MESSAGES, "messages")
+        list[Message], Field(min_length=1), FailFast(), BeforeValidator(few_calls), at_most(MESSAGES, "messages")
     ]
     max_completion_tokens: Limit | None = None
     logprobs: bool = False

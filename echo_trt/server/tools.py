@@ -12,7 +12,7 @@ from echo_trt.server.fields import Strict
 from echo_trt.server.messages import Name
 
 
-class ToolFunction(Strict):
+class Function(Strict):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -21,7 +21,7 @@ class ToolFunction(Strict):
 
 class Tool(Strict):
     type: Literal["function"]
-    function: ToolFunction
+    function: Function
 
     def for_engine(self) -> dict[str, Any]:
         """As chat templates show it to the model."""

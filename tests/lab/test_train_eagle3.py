@@ -116,7 +116,7 @@ def test_a_head_does_not_shrink(networks, shards, head, tmp_path):
     words += ["--start", head, "--intermediate-size", 64, "--out", tmp_path / "smaller"]
     done = subprocess.run(list(map(str, (sys.executable, SCRIPT, *words))), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert "--intermediate-size is 64, but --start has 96; give as many or more" in done.stdout
+    assert "--intermediate-size is 64, but --start has 96; give as many or more" in done.stderr
 
 
 def test_a_block_drafter_is_trained_on_what_its_pass_computes(networks, shards, head, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ HALF_A_BODY = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    protocol = partial(HttpConnection, maximum=MOST, seconds=SECONDS)
+    protocol = partial(HttpConnection, limit=MOST, seconds=SECONDS)
     with running(server={"http": protocol, "timeout_keep_alive": 4}) as client:
         yield client.base_url.port
 
@@ -94,7 +94,7 @@ def test_a_client_that_ends_its_side_after_a_request_is_answered(port):
 @pytest.fixture(scope="module")
 def patient() -> Iterator[int]:
     """Nobody's time runs out."""
-    protocol = partial(HttpConnection, maximum=MOST, seconds=600)
+    protocol = partial(HttpConnection, limit=MOST, seconds=600)
     with running(server={"http": protocol, "timeout_keep_alive": 600}) as client:
         client.close()
         yield client.base_url.port

@@ -66,7 +66,7 @@ class Reasoning(Strict):
     generate_summary: Literal["auto"] | None = None
 
 
-class TextSettings(Strict):
+class Text(Strict):
     format: Annotated[dict[str, Any], at_most(FIELDS, "fields")] | None = None
     verbosity: Literal["medium"] | None = None
 
@@ -93,7 +93,7 @@ class ResponsesRequest(Strict):
     stream_options: EventOptions | None = None
     tools: ToolList = Field([])
     tool_choice: Choice | None = None
-    text: TextSettings = TextSettings()
+    text: Text = Text()
     reasoning: Reasoning = Reasoning()
     include: Annotated[list[Included], at_most(16, "entries")] = Field([])
     metadata: Annotated[dict[str, str], at_most(16, "entries")] = Field({})

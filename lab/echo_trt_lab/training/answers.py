@@ -18,6 +18,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.files.prompts import Prompt
+from echo_trt.speculation.drafts import TimedDraft
 from echo_trt.speculation.pack import BLOCK
 from echo_trt_lab.training.corpus import write_shard
 
@@ -37,6 +38,9 @@ class Recorder:
 
     def draft_lag(self, slots: np.ndarray) -> np.ndarray:
         return np.zeros(len(slots), np.int64)
+
+    def begin(self, slots: np.ndarray) -> TimedDraft:
+        return TimedDraft()  # plain decoding asks it for nothing
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:
         self._known[rows, : self.width] = _bfloat16(outputs["features"][output_rows])
