@@ -108,7 +108,7 @@ class EngineProcess(Supervised):
         words = [str(job.bundle.resolve()), "--socket", str(self.socket), "--queue", str(job.queue), *job.words]
         words += ["--special-tokens-in-content"] if job.special_tokens_in_content else []
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        return Process("engine", [sys.executable, "-m", "echo_trt.engine.service", *words], environment, self._log)
+        return Process("engine", [sys.executable, "-m", "echo_trt.engine.process", *words], environment, self._log)
 
     def _ready(self) -> bool:
         return self.socket.exists() and self._probe.answers()

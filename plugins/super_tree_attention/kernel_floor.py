@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
-from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, STEPS, Plan, plan
+from super_tree_attention.kernel_plan import MIN_SPLIT_KEYS, STEPS, KernelPlan, plan
 
 BANDWIDTH, FLOPS = 3.35e12, 989e12  # an H100's, bytes/s of its memory and bf16 FLOP/s
 KV_HEADS, GROUP, HEAD_DIM, ELEMENT = 8, 4, 128, 2  # Qwen3-8B in bf16
@@ -40,7 +40,7 @@ class KernelShape:
         return 4 * self.tokens * KV_HEADS * GROUP * HEAD_DIM * (self.context + self.tokens // self.requests)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> KernelPlan:
         entries = self.requests * -(-(self.context + self.tokens // self.requests) // BLOCK)
         return plan(self.tokens, self.requests, entries, KV_HEADS, GROUP)
 

@@ -9,7 +9,7 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from super_tree_attention.ahead_of_time import CompiledKernel, compile_kernel
-from super_tree_attention.kernel_plan import ROWS, Plan, Whole, plan, split_rows, tile_count
+from super_tree_attention.kernel_plan import ROWS, KernelPlan, Whole, plan, split_rows, tile_count
 from super_tree_attention.tensorrt_names import ATTENTION, COMBINE, NAMESPACE, relist_parameters
 
 Desc, Tensor = trtp.TensorDesc, trtp.Tensor
@@ -174,7 +174,7 @@ def _card() -> tuple[int, int]:
 
 def _plan(
     tokens: Any, requests: Any, entries: Any, num_kv_heads: int, group: Any, ops: Any = Whole, max_rows: int = ROWS[-1]
-) -> Plan:
+) -> KernelPlan:
     capability, processors = _card()
     return plan(
         tokens, requests, entries, num_kv_heads, group, block=_BLOCK, processors=processors,
@@ -182,7 +182,7 @@ def _plan(
     )  # fmt: skip
 
 
-def _symbolic_plan(query: Desc, past_lens: Desc, block_indices: Desc, num_kv_heads: int, head_dim: int) -> Plan:
+def _symbolic_plan(query: Desc, past_lens: Desc, block_indices: Desc, num_kv_heads: int, head_dim: int) -> KernelPlan:
     """Plan symbolically, for the shapes of any call of a kernel that TensorRT launches itself."""
     group = query.shape_expr[1] // (num_kv_heads * head_dim)
     tokens, requests, entries = query.shape_expr[0], past_lens.shape_expr[0], block_indices.shape_expr[0]

@@ -100,7 +100,7 @@ def test_a_stream_of_snapshots_that_breaks_is_begun_again(body, open_page):
 def test_a_server_that_was_started_again_is_found(open_page, server):
     page = open_page()
     for process in psutil.Process(server.process.pid).children(recursive=True):
-        if {"echo_trt.server", "echo_trt.engine.service"} & {*process.cmdline()}:
+        if {"echo_trt.server", "echo_trt.engine.process"} & {*process.cmdline()}:
             process.kill()
     page.wait_for_selector('#state[data-state="away"]')
     page.wait_for_selector(LIVE, timeout=4 * SECONDS)

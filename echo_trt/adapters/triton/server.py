@@ -111,12 +111,12 @@ def _stub(server: Path) -> Path:
 
 def package_root() -> Path:
     """Return the folder from which echo_trt is imported."""
-    return Path(__file__).parents[2]
+    return Path(__file__).parents[3]
 
 
 def model_repository() -> Path:
     """Return the model repository: beside the package in a checkout, inside it in a wheel."""
-    folders = (package_root() / "model_repo", Path(__file__).parents[1] / "model_repo")
+    folders = (package_root() / "model_repo", Path(__file__).parents[2] / "model_repo")
     return next((path for path in folders if (path / MODEL).is_dir()), folders[0])
 
 

@@ -24,7 +24,7 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
 
 pytestmark = [pytest.mark.needs_dynamo, pytest.mark.slow]
-DOCS = Path(__file__).parents[2] / "docs" / "dynamo.md"
+DOCS = Path(__file__).parents[3] / "docs" / "dynamo.md"
 LENGTH = 120
 PART = "\ufffd"  # of a character: Dynamo's frontend writes fewer of them for bytes that are none
 GREEDY = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True}

@@ -130,7 +130,7 @@ def test_an_engine_that_is_killed_comes_back_and_open_requests_end_with_an_error
     thread = threading.Thread(target=lambda: found.append(client.post("/v1/completions", json=body(max_tokens=1500))))
     thread.start()
     wait_until(lambda: metric(client, "echo_running") == 1)
-    [engine] = [pid for pid in server.children("python") if b"echo_trt.engine.service" in _command(pid)]
+    [engine] = [pid for pid in server.children("python") if b"echo_trt.engine.process" in _command(pid)]
     os.kill(engine, signal.SIGKILL)
     thread.join(30)
     assert found[0].status_code == 503

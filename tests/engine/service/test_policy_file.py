@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.service.served import Served
 
-CHAIN = Path(__file__).parents[2] / "examples" / "chain_policy.py"
+CHAIN = Path(__file__).parents[3] / "examples" / "chain_policy.py"
 
 
 def test_the_server_answers_under_a_policy_from_a_file(bundle_of, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from served import Served, needs_triton
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCS = ("README.md", "docs/triton-api.md", "docs/openai-api.md")
 EXAMPLE = ROOT / "examples" / "server_client.py"
 QUESTION = {"text_input": "Why is the sky blue?", "chat": True}

@@ -28,7 +28,7 @@ from echo_trt_lab.benchmark.peer_openai import OpenAIPeer, Server
 
 pytestmark = needs_triton
 TRITON = True
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXTS = ["the theme of a thing", "a thing", "what is the name of the theme that they meant", "so", "abc " * 16]
 
 
