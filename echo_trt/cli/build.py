@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from echo_trt import __version__
 from echo_trt.backends.openvino.export import export_parted
@@ -322,7 +321,7 @@ def _facts(role: Role, files: list[str]) -> NetworkFacts:
         num_layers=role.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        parameters=sum(p.numel() for p in _own_parameters(role)),
+        parameters=sum(p.numel() for p in role.parameters()),
         feature_size=_feature_size(role),
         block=block_facts(config) if isinstance(role, BlockModule) else None,
     )
@@ -347,10 +346,6 @@ def block_facts(config: BlockConfig) -> BlockFacts:
         markov=config.markov,
         confidence=config.confidence,
     )
-
-
-def _own_parameters(role: Role) -> list[nn.Parameter]:
-    return list({id(p): p for p in role.parameters()}.values())
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:

@@ -144,17 +144,9 @@ def _print_answer(name: str, text: SourcedText, out: Console) -> None:
 
 
 def results(job: GenerateRun, side: Side) -> list[dict[str, Any]]:
-    """Make a row of every prompt's answer."""
     rows = []
     for prompt in job.prompts:
         c = side.completions[prompt.id]
-        rows.append(
-            {
-                "id": prompt.id,
-                "text": c.text,
-                "token_ids": c.token_ids,
-                "finish_reason": c.finish_reason,
-                "accepted_length": round(c.accepted_length, 4),
-            }
-        )
+        row = {"id": prompt.id, "text": c.text, "token_ids": c.token_ids, "finish_reason": c.finish_reason}
+        rows.append(row | {"accepted_length": round(c.accepted_length, 4)})
     return rows

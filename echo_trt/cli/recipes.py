@@ -73,7 +73,6 @@ def _with_draft(recipe: Recipe, draft: str) -> Recipe:
 
 
 def _derived(target: dict[str, str], draft: str | None) -> Recipe:
-    """Make a recipe of what checkpoints' configurations say."""
     name = Path(target.get("path") or target["hub"]).name
     raw: dict[str, Any] = {
         "name": re.sub(r"[^a-z0-9._-]", "-", name.lower().removesuffix(".gguf")),

@@ -21,10 +21,9 @@ from echo_trt.server.options import checked_names, checked_origins
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import EngineProbe, responds
 from echo_trt.supervision.process import Process, ProcessLog, lives
-from echo_trt.supervision.supervised import Supervised, Supervisor, port_trouble, supervise
+from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
 
 REAP_SECONDS = 5.0  # for Triton to reap a backend that ends in good order; larger: a dead backend is noticed later
-ANSWER_SECONDS = 30.0  # for an answer among thousands of streams; larger: a hang is noticed later
 FLUSH_SECONDS, STOP_SECONDS = 0.5, 10.0  # for Triton to send the last tokens, and to stop; larger: a slower end
 
 
@@ -131,7 +130,7 @@ class Triton(EngineProcess):
         super().__init__(job, work, log)
         self._ports = {option: port for option, port in job.ports.items() if option != "--openai-port"}
         self._server, self._work, self._signals = server, work, work
-        self._url = f"http://{job.reached_at}:{job.triton_ports['http']}/v2/health/ready"
+        self.url = f"http://{job.reached_at}:{job.triton_ports['http']}/v2/health/ready"
         self._backends: set[int] = set()
         self._starts, self._sound = 0, 0.0  # _sound: last time.monotonic() without a dead backend
 
@@ -159,12 +158,12 @@ class Triton(EngineProcess):
         return Process("triton", command, self._server.environment(settings), self._log)
 
     def _ready(self) -> bool:
-        answered = responds(self._url, ANSWER_SECONDS) and super()._ready()
+        answered = responds(self.url, ANSWER_SECONDS) and super()._ready()
         self._backends = self.process.children()
         return answered
 
     def _lives(self) -> bool:
-        return responds(self._url, ANSWER_SECONDS) and super()._lives()
+        return responds(self.url, ANSWER_SECONDS) and super()._lives()
 
     def _trouble(self) -> str | None:
         """Find a dead backend, which Triton does not notice: open requests and its start would hang."""
@@ -189,7 +188,6 @@ class Triton(EngineProcess):
         return (self._signals / "drained").exists()
 
     def end(self) -> None:
-        """Stop Triton, which is idle."""
         time.sleep(FLUSH_SECONDS)
         if self.process:
             self.process.terminate()
@@ -205,19 +203,13 @@ class Gateway(Supervised):
         """``engine``: the socket that the engine's host listens on."""
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
         self._job, self._engine = job, engine
-        self._url = f"{job.openai_url}/version"
+        self.url = f"{job.openai_url}/version"
 
     def _spawn(self) -> Process:
         job = self._job
         words = ["--engine-socket", str(self._engine), "--port", str(job.openai_port), *job.api_words]
         words += ["--drain-seconds", str(job.drain_seconds)]
         return Process("gateway", [sys.executable, "-m", "echo_trt.server", *words], dict(os.environ), self._log)
-
-    def _ready(self) -> bool:
-        return responds(self._url, 1)
-
-    def _lives(self) -> bool:
-        return responds(self._url, ANSWER_SECONDS)
 
 
 def service(

@@ -53,16 +53,13 @@ class Side:
             self.seconds += time.perf_counter() - before
             self.busy = delta is not None
             if delta is not None:
-                self._take(delta)
+                self.texts[delta.index].add(delta)
+                if delta.completion:
+                    name = self._ids[delta.index]
+                    self.completions[name], self.ended[name] = delta.completion, self.seconds - self.begun
                 show(delta)
             if self.seconds >= end:
                 break
-
-    def _take(self, delta: Delta) -> None:
-        self.texts[delta.index].add(delta)
-        if delta.completion:
-            name = self._ids[delta.index]
-            self.completions[name], self.ended[name] = delta.completion, self.seconds - self.begun
 
     def _counted(self, loop: EngineCore, deltas: Iterator[Delta]) -> Iterator[Delta]:
         counters = loop.counters
@@ -73,7 +70,6 @@ class Side:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the round so far."""
         return sum(text.counts.total() for text in self.texts)
 
     @property

@@ -54,7 +54,6 @@ class SourcedText:
 
     @property
     def counts(self) -> Counter[str]:
-        """Tokens by source."""
         return Counter(self._sources)
 
     def add(self, delta: Delta) -> Text:

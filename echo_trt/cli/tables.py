@@ -133,7 +133,6 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
 
 
 def cards_table(fits: list[CardFit]) -> Table:
-    """Return a recipe on several cards, a row each."""
     table = Table(title="on cards (90 % of their memory)", title_justify="left")
     for column in ("card", "GPUs", "fits", "left, a GPU", "KV blocks at most", "K_max"):
         table.add_column(column, justify="left" if column == "card" else "right")

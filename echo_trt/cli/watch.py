@@ -18,10 +18,10 @@ from echo_trt.engine.core import EngineCore
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.params import TOKEN_SOURCES, Delta
 from echo_trt.engine.trace import StepTrace
-from echo_trt.speculation.super_tree import SuperTree
 
 FRAMES = 10  # pictures a second at most; larger: a livelier picture, more time taken from decoding
 HEIGHT = 22  # lines of the picture at most
+SHOWN = HARMLESS | {32: "·", 10: "⏎", 9: "⇥"}  # white space is to be seen
 REFUSED, PRUNED = Style(dim=True), Style(dim=True, strike=True)
 
 
@@ -49,7 +49,6 @@ class TreeDisplay:
         self._live.stop()
 
     def add(self, delta: Delta) -> None:
-        """Take what was said next."""
         self._texts.setdefault(delta.index, SourcedText()).add(delta)
         if delta.completion:
             self._ended.add(delta.index)
@@ -115,8 +114,9 @@ def tree_lines(seen: StepTrace, number: int, text_of: Callable[[int], str], copi
         if tree.parent[node] < 0:
             style = Style(bold=True)
         elif accepted[node]:
-            style = STYLES[_source(tree, node, copies)]
-        line = Text(first, REFUSED).append(_shown(text_of(int(tree.token[node]))), style)
+            source = TOKEN_SOURCES[1 + int(tree.source[node])]
+            style = STYLES["lookup" if copies and source == "head" else source]
+        line = Text(first, REFUSED).append((text_of(int(tree.token[node])) or "∅").translate(SHOWN), style)
         if tree.parent[node] >= 0:
             line.append(f" {chances[node]:.0%}{' ✓' * bool(accepted[node])}", REFUSED)
         lines.append(line)
@@ -136,13 +136,3 @@ def cut(lines: list[Text], height: int) -> Text:
     joined = Text("\n").join([*shown, *[Text()] * (height - len(shown))])
     joined.no_wrap, joined.overflow = True, "ellipsis"
     return joined
-
-
-def _source(tree: SuperTree, node: int, copies: bool) -> str:
-    source = TOKEN_SOURCES[1 + int(tree.source[node])]
-    return "lookup" if copies and source == "head" else source
-
-
-def _shown(text: str) -> str:
-    """Return a token's text with its white space to be seen."""
-    return (text or "∅").translate(HARMLESS | {32: "·", 10: "⏎", 9: "⇥"})

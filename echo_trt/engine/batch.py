@@ -296,5 +296,4 @@ def _append(
 
 
 def _row(params: SamplingParams) -> tuple[float, ...]:
-    """Make an element of SAMPLING."""
     return tuple(-1 if (value := getattr(params, name)) is None else value for name in SINGLE)

@@ -19,7 +19,7 @@ from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.params import Counters
-from echo_trt.engine.request import NOTHING, StepOutput
+from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
 from echo_trt.engine.trace import StepTrace
@@ -30,6 +30,9 @@ from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
+
+#: Requests with their new tokens.
+Emitted = list[tuple[Request, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ class EngineCore:
         """The source of nodes that name the draft alone: DRAFT, or LOOKUP where the draft copies text."""
         return LOOKUP if isinstance(self.drafter, LookupDrafter) else DRAFT
 
-    def step(self) -> StepOutput:
-        """One iteration. Of the requests that emitted, the finished have a finish_reason."""
+    def step(self) -> Emitted:
+        """Run one iteration; return requests with their new tokens. The finished have a finish_reason."""
         self.scheduler.admit()
         slots = self._hold_for_decoding()
         chunks = self._plan_chunks()
         if len(slots) + len(chunks.slots) == 0:
-            return NOTHING
+            return []
         begin = time.perf_counter()
         step_callback = self.step_callback  # another thread may set it at any time
         ids = [request.id for request in self.scheduler.running_in(slots)] if step_callback else []
@@ -103,9 +106,9 @@ class EngineCore:
         plan, planning = self._plan(slots, draft, load)
         verified, target = self._verify(plan, slots, chunks)
         with self._timed("accept"):
-            path, emitted = accept(verified.tree, verified.next_token)
+            path, tokens = accept(verified.tree, verified.next_token)
         with self._timed("commit"):
-            step_output = self._commit(verified, path, emitted, chunks)
+            emitted = self._commit(verified, path, tokens, chunks)
         drafting = draft.seconds if draft else 0.0
         seconds = time.perf_counter() - begin
         iteration = Iteration(
@@ -122,8 +125,8 @@ class EngineCore:
         if speculates:
             self.planner.observe(iteration)
         if step_callback:
-            step_callback(StepTrace(iteration, ids, drafting, int(step_output.counts.sum()), time.time()))
-        return step_output
+            step_callback(StepTrace(iteration, ids, drafting, sum(len(new) for _, new in emitted), time.time()))
+        return emitted
 
     def _hold_for_decoding(self) -> np.ndarray:
         """Return decoding slots, which hold KV blocks for their drafts and verifications; the least urgent give way."""
@@ -249,7 +252,7 @@ class EngineCore:
             for request, entry in zip(self.scheduler.running_in(owner), entries, strict=True):
                 request.prompt_logprobs.append(entry)
 
-    def _commit(self, verified: TargetOutput, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> StepOutput:
+    def _commit(self, verified: TargetOutput, path: np.ndarray, emitted: np.ndarray, chunks: Chunks) -> Emitted:
         """Keep the KV rows of visited nodes and of chunks, forget the rest by length, and append the emitted tokens.
 
         path, emitted  int64 [m], visited nodes of ``verified.tree``, and their tokens
@@ -287,7 +290,7 @@ class EngineCore:
             from_rows = self.batch.rows(owner[moved], written[moved])
             self.target.compact_kv(from_rows, self.batch.rows(owner[moved], position[moved]))
 
-    def _emit(self, verified: TargetOutput, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> StepOutput:
+    def _emit(self, verified: TargetOutput, path: np.ndarray, counts: np.ndarray, emitted: np.ndarray) -> Emitted:
         """Append the emitted tokens to their texts, up to stop tokens and limits, and let finished requests go.
 
         path, emitted  int64 [m], as of ``_commit``
@@ -295,7 +298,7 @@ class EngineCore:
         """
         batch, slots = self.batch, verified.slots
         if len(slots) == 0:
-            return NOTHING
+            return []
         logprobs, sources = verified.logprobs(path, emitted), verified.sources(path, emitted)
         kept, stopped, full = batch.append(slots, counts, emitted)
         batch.verifications[slots] += 1
@@ -305,19 +308,20 @@ class EngineCore:
         self.counters.emitted_tokens += total
         if total < len(emitted):
             emitted = emitted[ragged_arange(counts) < np.repeat(kept, counts)]
-        step_output = StepOutput(self.scheduler.running_in(slots), emitted, kept)
+        requests = self.scheduler.running_in(slots)
         for i, entries in logprobs:
-            step_output.requests[i].logprobs += entries[: kept[i]]
+            requests[i].logprobs += entries[: kept[i]]
         for i, proposed in sources:
-            step_output.requests[i].sources += proposed[: kept[i]]
-        verified.follow(step_output.counts, step_output.tokens)
+            requests[i].sources += proposed[: kept[i]]
+        verified.follow(kept, emitted)
         stopped[[*verified.failures]] = True
         for i in (stopped | full).nonzero()[0]:
-            request = step_output.requests[i]
+            request = requests[i]
             request.failure = verified.failures.get(i, "")
             request.finish_reason = "failed" if request.failure else "stop" if stopped[i] else "length"
             self.scheduler.leave(request)
-        return step_output
+        ends, tokens = begins(kept).tolist(), emitted.tolist()
+        return [(request, tokens[ends[i] : ends[i + 1]]) for i, request in enumerate(requests)]
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo_trt.bundle.manifest import Manifest, NetworkFacts
+from echo_trt.bundle.manifest import Manifest
 from echo_trt.engine.host_memory import OPTION, available_memory, gigabytes
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK
@@ -70,7 +70,9 @@ def kv_pool(
     Raises UserError where one request of full length does not fit.
     """
     limits = manifest.recipe.limits
-    size, needed = block_bytes(manifest.engine, _networks(manifest)), manifest.recipe.request_blocks
+    own = manifest.recipe.draft.precision or manifest.precision
+    networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
+    size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None
     if on_cpu(manifest.engine):
         available = available_memory() // processes - _weights(folder, manifest)
@@ -142,11 +144,6 @@ def _value_bytes(engine: str, precision: str) -> int:
 
         return int(cpu.compute_type(precision).size)
     return 4 if precision == "fp32" else 2
-
-
-def _networks(manifest: Manifest) -> list[tuple[NetworkFacts, str]]:
-    own = manifest.recipe.draft.precision or manifest.precision
-    return [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
 
 
 def _weights(folder: Path, manifest: Manifest) -> int:

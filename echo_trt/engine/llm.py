@@ -11,7 +11,6 @@ import numpy as np
 
 from echo_trt.engine.assemble import load_networks
 from echo_trt.engine.core import EngineCore
-from echo_trt.engine.output import OutputProcessor
 from echo_trt.engine.params import (
     MAX_AT_ONCE,
     TOKEN_SOURCES,
@@ -182,7 +181,7 @@ class LLM:
             )
         if loop.scheduler.busy:
             raise UserError("another stream of this LLM is still open; finish or close it first.")
-        answers: dict[Request, OutputProcessor] = {}
+        open_requests: set[Request] = set()
         try:
             for index, (ids, prompt_params) in enumerate(zip(prompts, all_params, strict=True)):
                 try:
@@ -190,32 +189,32 @@ class LLM:
                     loop.scheduler.add(request)
                 except UserError as error:
                     raise UserError(f"{name}[{index}]: {error}") from error
-                answers[request] = OutputProcessor(request, self.tokenizer.backend_tokenizer)
-            while answers:
+                open_requests.add(request)
+            while open_requests:
                 for request, tokens in loop.step():
-                    delta = answers[request].take(loop, tokens)
+                    delta = request.take(loop.scheduler.cancel, tokens)
                     reported = (delta.sources, delta.offsets) if request.params.token_sources else ((), ())
                     if request.finish_reason:
-                        yield Delta(request.id, delta.text, answers.pop(request).completion(), *reported)
+                        open_requests.remove(request)
+                        yield Delta(request.id, delta.text, request.completion(), *reported)
                     elif delta.text or delta.sources:
                         yield Delta(request.id, delta.text, None, *reported)
         finally:  # an abandoned stream leaves nothing behind
-            for request in answers:
+            for request in open_requests:
                 loop.scheduler.cancel(request)
 
-    def request(
-        self,
-        id: int,
-        ids: Sequence[int],
-        params: SamplingParams,
-        prior_tokens: Sequence[int] = (),
-        compiled: bool = True,
-    ) -> Request:
-        """Make a request for the engine core; token ids that the target does not have are refused.
+    def request(self, id: int, ids: Sequence[int], params: SamplingParams) -> Request:
+        """Make a request for the loop. Raises UserError for what this model cannot answer."""
+        self.prepare(request := Request(id, np.asarray(ids, np.int64), params))
+        return request
 
-        ``prior_tokens``: tokens of its answer that it goes on behind. Their log-probabilities and sources are not known
-        here. ``compiled``: false leaves its grammar to ``set_grammar``.
+    def prepare(self, request: Request, compiled: bool = True) -> None:
+        """Check a request that the loop has not seen, and begin its text behind what it has ``generated``.
+
+        Log-probabilities and sources of generated tokens are not known here.
+        ``compiled``: false leaves its grammar to ``set_grammar``. Raises UserError.
         """
+        params = request.params
         largest = max(params.logit_bias, default=0)
         if largest >= self.manifest.target.vocab_size:
             raise UserError(
@@ -229,8 +228,9 @@ class LLM:
                 f"{REASONING[1]}); leave it out.",
                 "thinking_token_budget",
             )
-        prompt, generated = self.checked(ids), self.checked(prior_tokens).tolist()
-        reasoning = self._reasoning(prompt, params)
+        request.prompt = self.checked(request.prompt)
+        generated = request.generated = self.checked(request.generated).tolist()
+        reasoning = self._reasoning(request.prompt, params)
         if (
             reasoning
             and budget is not None
@@ -242,12 +242,13 @@ class LLM:
                 f"by {REASONING[1]}, which is among stop_token_ids; give min_tokens up to {budget}.",
                 "min_tokens",
             )
-        logprobs = [] if params.logprobs is None else [TokenLogprobs(token, math.nan) for token in generated]
-        sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated] if params.token_sources else []
-        request = Request(id, prompt, params, generated, logprobs, sources)
+        if params.logprobs is not None:
+            request.logprobs = [TokenLogprobs(token, math.nan) for token in generated]
+        if params.token_sources:
+            request.sources = [TokenSource(token, TOKEN_SOURCES[0]) for token in generated]
+        request.begin_text(self.tokenizer.backend_tokenizer)
         if compiled:
             self.set_grammar(request)
-        return request
 
     def set_grammar(self, request: Request) -> None:
         """Give a request the state that its text is in under its grammar. Any thread may. Raises UserError."""
@@ -266,7 +267,7 @@ class LLM:
             else None
         )
 
-    def checked(self, ids: Sequence[int]) -> np.ndarray:
+    def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return token ids as the engine core takes them [n] int64; ids that the target does not have are refused."""
         array = np.asarray(ids, np.int64).reshape(-1)
         size = self.manifest.target.vocab_size

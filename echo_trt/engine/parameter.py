@@ -48,7 +48,6 @@ class Parameter:
 
     @property
     def single(self) -> bool:
-        """Whether the value is one number or switch."""
         return self.kind in (int, float, bool) and not isinstance(self.default, tuple | Mapping)
 
     @property

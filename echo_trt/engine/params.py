@@ -303,7 +303,6 @@ class Counters:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
-        """Add to the time of a phase of iterations."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def copy(self) -> Counters:

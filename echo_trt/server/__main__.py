@@ -44,7 +44,6 @@ def run(options: GatewayOptions) -> int:
 
 
 def server_of(app: Starlette, **options: Any) -> DrainingServer:
-    """Make the server of an application. ``options``: uvicorn's."""
     limit = max_connections()
     protocol: Any = partial(HttpConnection, limit=limit)  # uvicorn only calls it; its type asks for a class
     fixed: dict[str, Any] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,8 @@ from echo_trt.server.logprobs import for_chat, for_completion
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.schemas import ChatRequest, CompletionRequest
 from echo_trt.server.turns import Delta, OutputParser
+
+Item = TypeVar("Item")
 
 
 class ApiAnswer:
@@ -123,10 +126,11 @@ class EventStream(StreamingResponse):
             await self._pieces.aclose()
 
 
-async def chained(first: tuple[int, TextPiece], rest: PieceStream) -> AsyncIterator[tuple[int, TextPiece]]:
-    yield first
-    async for item in rest:
-        yield item
+async def chained(first: Item, rest: AsyncGenerator[Item]) -> AsyncIterator[Item]:
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
 
 
 def _counts(prompt: int, completion: int) -> dict[str, Any]:

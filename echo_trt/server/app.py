@@ -72,8 +72,8 @@ def create_app(
     )
 
     handlers: dict[Any, Any] = {  # starlette's type asks of each that it handle any exception
-        ApiError: _ours,
-        EngineError: _engine_s,
+        ApiError: _failed,
+        EngineError: _failed,
         HTTPException: _frameworks,
         ClientDisconnect: _hung_up,  # while its body was read
         ClientGone: _hung_up,  # while it was answered
@@ -135,11 +135,7 @@ async def responses(request: Request) -> Response:
         info = await state.client.model_info()
         chat = chat_for(requested.chat, info)
         pieces = _pieces(request, requested.chat, info, [chat.inputs], chat.names)
-        answer = ResponsesAnswer(requested, chat.turn(), state.metrics)
-        if requested.stream:
-            response: Response = EventStream(answer.events(await anext(pieces), pieces), pieces)
-        else:
-            response = JSONResponse(await answer.whole(pieces))
+        response = await _sent(ResponsesAnswer(requested, chat.turn(), state.metrics), pieces, requested.stream)
     except ApiError as error:
         raise requested.ours(error) from None
     if requested.left_out:
@@ -166,7 +162,6 @@ async def show_metrics(request: Request) -> PlainTextResponse:
 
 
 async def _answer(request: Request, requested: ChatRequest | CompletionRequest) -> Response:
-    """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
     check_model(request, requested.model)
     state = request.app.state
     info = await state.client.model_info()
@@ -178,11 +173,14 @@ async def _answer(request: Request, requested: ChatRequest | CompletionRequest) 
         await _check_echo(requested, prompts, state.client)
     pieces = _pieces(request, requested, info, prompts, names)
     turns = [chat.turn() if chat else OutputParser() for _ in range(len(prompts) * requested.n)]
-    answer = ApiAnswer(requested, turns, state.metrics)
-    if not requested.stream:
+    return await _sent(ApiAnswer(requested, turns, state.metrics), pieces, requested.stream)
+
+
+async def _sent(answer: ApiAnswer | ResponsesAnswer, pieces: PieceStream, stream: bool) -> Response:
+    """Answer a chat or a completion. The HTTP status follows the first piece: what fails before it is no 200."""
+    if not stream:
         return JSONResponse(await answer.whole(pieces))
-    first = await anext(pieces)
-    return EventStream(answer.events(first, pieces), pieces)
+    return EventStream(answer.events(await anext(pieces), pieces), pieces)
 
 
 async def _check_echo(requested: CompletionRequest, prompts: list[dict[str, Any]], client: Client) -> None:
@@ -210,7 +208,6 @@ def _pieces(
     prompts: list[dict[str, Any]],
     names: dict[str, str],
 ) -> PieceStream:
-    """Stream the pieces of all choices."""
     inputs = [prompt | _params(requested, info, seed) for prompt in prompts for seed in requested.seeds()]
     return merged(request, inputs, names)
 
@@ -235,12 +232,8 @@ def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: i
     )
 
 
-async def _ours(request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _engine_s(request: Request, error: EngineError) -> Response:
-    return from_engine(error).response()
+async def _failed(request: Request, error: ApiError | EngineError) -> Response:
+    return (from_engine(error) if isinstance(error, EngineError) else error).response()
 
 
 async def _frameworks(request: Request, error: HTTPException) -> Response:

@@ -32,7 +32,6 @@ class Chat:
     calls: Calls | None
 
     def turn(self) -> OutputParser:
-        """Return a reader for one choice."""
         if self.calls is None:
             return OutputParser(self.thinking)
         requested, form = self.calls.requested, self.calls.form

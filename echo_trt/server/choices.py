@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from echo_trt.engine.process.client import EngineError
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.errors import from_engine, late
+from echo_trt.server.errors import ApiError, from_engine
 
 PieceStream = AsyncGenerator[tuple[int, TextPiece], None]
 
@@ -37,7 +37,8 @@ async def answered(request: Request, inputs: Mapping[str, Any], names: Mapping[s
                     piece.completion_tokens = tokens
                 elif piece.finish_reason == "deadline":
                     if not piece.completion_tokens:
-                        raise late()
+                        message = "The request's deadline passed before it was finished."
+                        raise ApiError(504, message, "server_error", code="deadline")
                     piece.finish_reason = "length"
                 yield piece
     except EngineError as error:

@@ -71,11 +71,6 @@ def from_engine(error: EngineError, names: Mapping[str, str] | None = None) -> A
     return ApiError(500, "The engine failed at this request; the server's log says why.", "server_error")
 
 
-def late() -> ApiError:
-    """504: the deadline has passed, and there is no text."""
-    return ApiError(504, "The request's deadline passed before it was finished.", "server_error", code="deadline")
-
-
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Turn the first of pydantic's errors into a sentence that names the field and the value."""
     first = errors[0]

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from echo_trt import __version__
 from echo_trt.engine.process.client import Client, EngineError
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
+from echo_trt.server.answers import chained
 from echo_trt.server.errors import ApiError, from_engine, unavailable
 
 MAX_VIEWERS = 256  # viewers at once; larger: more open connections
@@ -41,7 +42,6 @@ class Live:
         self._leaving = False
 
     async def close(self) -> None:
-        """Stop asking the engine."""
         if self._looking:
             self._looking.cancel()
             with suppress(asyncio.CancelledError):
@@ -121,15 +121,8 @@ async def show_live(request: Request) -> Response:
     hello = {"format": SNAPSHOT_FORMAT, "build": state.page_build, "version": __version__}
     events = state.live.events(_event("hello", json.dumps(hello)))
     first = await anext(events)  # a refusal has its status
-
-    async def all_events() -> AsyncGenerator[str]:
-        async with aclosing(events):
-            yield first
-            async for event in events:
-                yield event
-
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(chained(first, events), media_type="text/event-stream", headers=headers)
 
 
 async def show_about(request: Request) -> Response:

@@ -27,5 +27,4 @@ class ServerMetrics:
         self.engine_up = Gauge("engine_metrics_up", about, **own)
 
     def text(self) -> str:
-        """Write them in Prometheus' text format."""
         return generate_latest(self._registry).decode()

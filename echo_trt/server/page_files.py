@@ -8,8 +8,6 @@ from importlib.resources import files
 from starlette.requests import Request
 from starlette.responses import Response
 
-from echo_trt.server.errors import ApiError
-
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 #: No script, style, picture or connection from elsewhere or written into the page; scripts cannot make HTML of text.
 POLICY = "; ".join(
@@ -47,15 +45,10 @@ class PageFiles:
         self.files = {INDEX if name == "index.html" else FOLDER + name: content for name, content in contents.items()}
         self.build = hashlib.sha256(b"\0".join(contents.values())).hexdigest()[:12]
 
-    def __contains__(self, path: str) -> bool:
-        return path in self.files
-
     async def show(self, request: Request) -> Response:
         """GET / and /page/NAME."""
         path = request.url.path
-        content = self.files.get(path)
-        if content is None:
-            raise ApiError(404, "There is nothing at this path.")
+        content = self.files[path]
         headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)

@@ -242,7 +242,6 @@ class ChatRequest(Params):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer has to be a call."""
         return self.tool_choice not in (None, "auto", "none")
 
     @model_validator(mode="after")

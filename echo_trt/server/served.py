@@ -23,10 +23,10 @@ async def one_model(request: Request) -> Response:
     return JSONResponse(_model(request, name))
 
 
-def check_model(request: Request, name: str) -> None:
-    """Refuse a model that is not served. Raises ApiError."""
+def check_model(request: Request, name: str | None) -> None:
+    """Raise ApiError for a name that is not served; None: there is one model alone."""
     names = request.app.state.names
-    if name not in names:
+    if name is not None and name not in names:
         known = " or ".join(f"'{each}'" for each in names[:4])
         message = f"The model {name[:80]!a} does not exist here; ask for {known}."
         raise ApiError(404, message, param="model", code="model_not_found")

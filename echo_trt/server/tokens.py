@@ -94,8 +94,7 @@ async def tokenize(request: Request) -> Response:
     """POST /tokenize."""
     state = request.app.state
     requested = await state.bodies.read(request, TokenizeRequest)
-    if requested.model is not None:
-        check_model(request, requested.model)
+    check_model(request, requested.model)
     info = await state.client.model_info()
     inputs = {"text_input": requested.prompt, "add_special_tokens": requested.add_special_tokens is not False}
     names: dict[str, str] = {}
@@ -113,8 +112,7 @@ async def detokenize(request: Request) -> Response:
     """POST /detokenize."""
     state = request.app.state
     requested = await state.bodies.read(request, DetokenizeRequest)
-    if requested.model is not None:
-        check_model(request, requested.model)
+    check_model(request, requested.model)
     if not requested.tokens:
         return JSONResponse({"prompt": ""})
     try:

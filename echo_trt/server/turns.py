@@ -36,7 +36,6 @@ class OutputParser:
 
     @property
     def thinks(self) -> bool:
-        """Whether the model reasons before it answers."""
         return self._reasoning is not None
 
     def take(self, piece: TextPiece) -> list[Delta]:
@@ -89,7 +88,8 @@ class OutputParser:
             self.content += event.text
             return {"content": event.text}
         if isinstance(event, Call):
-            call: dict[str, Any] = {"id": _call_id(), "type": "function"}
+            id = "call_" + "".join(secrets.choice(string.ascii_letters) for _ in range(24))
+            call: dict[str, Any] = {"id": id, "type": "function"}
             self.calls.append(call | {"function": {"name": event.name, "arguments": ""}})
             call["function"] = {"name": event.name, "arguments": ""}
         else:
@@ -177,7 +177,3 @@ class _ReasoningParser:
     def _content(self) -> tuple[bool, str] | None:
         text, self._text = self._text, ""
         return (False, text) if text else None
-
-
-def _call_id() -> str:
-    return "call_" + "".join(secrets.choice(string.ascii_letters) for _ in range(24))

@@ -49,12 +49,10 @@ class ServeOptions(ApiOptions, EngineOptions):
 
     @property
     def triton_ports(self) -> dict[str, int]:
-        """Endpoint of Triton's -> port."""
         return {name: getattr(self, f"{name}_port") or port for name, port in TRITON_PORTS.items()}
 
     @property
     def ports(self) -> dict[str, int]:
-        """Option -> port, of what is to be served."""
         triton = {f"--{name}-port": port for name, port in self.triton_ports.items()} if self.triton else {}
         return triton | ({"--openai-port": self.openai_port} if self.openai_port else {})
 
@@ -76,5 +74,4 @@ class ServeOptions(ApiOptions, EngineOptions):
 
     @property
     def shown_host(self) -> str:
-        """The host as URLs write it."""
         return f"[{self.host}]" if ":" in self.host else self.host

@@ -8,16 +8,13 @@ from http.client import HTTPException
 from pathlib import Path
 
 from echo_trt.engine.process import wire
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.service.protocol import PROBE
 
 PROBE_SECONDS, METRICS_SECONDS = 20.0, 2.0  # for an answer, and for metrics; larger: a hang is noticed later
-PROBE = {"input_ids": [0], "max_tokens": 1, "priority": FIRST, "ignore_eos": True}
 open_directly = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # without http_proxy
 
 
 class EngineProbe:
-    """The probe of an engine at the socket ``path``."""
-
     def __init__(self, path: Path):
         self._path, self._seen = str(path), -1.0
 
@@ -56,5 +53,4 @@ def got(url: str, seconds: float) -> str | None:
 
 
 def responds(url: str, seconds: float) -> bool:
-    """Return whether a GET succeeds in time."""
     return got(url, seconds) is not None

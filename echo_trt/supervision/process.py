@@ -130,7 +130,6 @@ class Process:
 
 
 def listening_ports(pid: int) -> set[int]:
-    """Return the TCP ports on which a process listens."""
     with contextlib.suppress(psutil.Error):
         sockets = psutil.Process(pid).net_connections("tcp")
         return {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
@@ -162,7 +161,6 @@ def reason(lines: Iterable[str]) -> str:
 
 
 def _prepare() -> None:
-    """Set a child's limits, before it runs its program."""
     _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     _, maximum = resource.getrlimit(resource.RLIMIT_STACK)
     stack = STACK if maximum == resource.RLIM_INFINITY else min(STACK, maximum)

@@ -15,11 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from echo_trt.errors import UserError
+from echo_trt.supervision.probe import responds
 from echo_trt.supervision.process import Process, ProcessLog, raise_open_files
 from echo_trt.supervision.stopping import stop_signals
 
 CHECK_SECONDS = 0.25  # between two checks of the processes; larger: a failure is noticed later
 STOP_SECONDS = 10.0  # for processes behind the first ones, without open requests, to stop; larger: a slower end
+ANSWER_SECONDS = 30.0  # for an answer among thousands of streams; larger: a hang is noticed later
 PROBE_EVERY = 10.0  # seconds between two questions whether a process serves; larger: a hang is noticed later
 #: Backoff: seconds before the first, second, ... restart in a row; the failure after the last one is the end. Longer:
 #: more attempts before that.
@@ -30,12 +32,13 @@ RESTARTS_WITHIN = 300.0  # seconds after which a restart is forgotten; larger: r
 class Supervised(ABC):
     """Keeps a process serving, and reports to ``log``; ``ports``: option -> port on which it listens.
 
-    A subclass starts the process (``_spawn``) and checks whether it serves once it listens (``_ready``). From then on a
-    thread checks whether it still serves (``_lives``). A subclass may know further faults (``_trouble``), and another
-    way to drain than SIGTERM, after which a process ends by itself.
+    A subclass starts the process (``_spawn``). Once it listens, it is asked whether it serves (``_ready``), and from
+    then on by a thread whether it still does (``_lives``): by a GET of ``url``. A subclass may know further faults
+    (``_trouble``), and another way to drain than SIGTERM, after which a process ends by itself.
     """
 
     name: str
+    url: str
 
     def __init__(self, log: ProcessLog, host: str, ports: dict[str, int], start_seconds: float):
         self.process: Process | None = None
@@ -81,14 +84,13 @@ class Supervised(ABC):
     @abstractmethod
     def _spawn(self) -> Process: ...
 
-    @abstractmethod
-    def _ready(self) -> bool: ...
+    def _ready(self) -> bool:
+        return responds(self.url, 1)
 
-    @abstractmethod
-    def _lives(self) -> bool: ...
+    def _lives(self) -> bool:
+        return responds(self.url, ANSWER_SECONDS)
 
     def _trouble(self) -> str | None:
-        """Return the fault, in a clause, or None."""
         if not self.process.alive and not self.serving:
             troubles = (port_trouble(option, self._host, port) for option, port in self._ports.items())
             reason = self.process.reason()
@@ -175,7 +177,10 @@ class Supervisor:
             while not self._stop.wait(CHECK_SECONDS):
                 for process in self._all:
                     process.step()
-                self._announce()
+                ready = self._announcement and all(process.serving for process in self._all)
+                if ready and (text := self._announcement()):
+                    self._log.say(text)
+                    self._announcement = None
             return self._drain()
         except UserError:
             self._drain()  # others still have open answers
@@ -183,12 +188,6 @@ class Supervisor:
         finally:
             for process in self._all:
                 process.stop()
-
-    def _announce(self) -> None:
-        ready = self._announcement and all(process.serving for process in self._all)
-        if ready and (text := self._announcement()):
-            self._log.say(text)
-            self._announcement = None
 
     def _drain(self) -> int:
         if not self._groups[0][0].serving:  # nothing is open

@@ -29,14 +29,12 @@ from echo_trt.backends.cuda.transfers import TRANSFERS, pack_results
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.recipe import Decoding
 from echo_trt.engine.batch import InputBatch, blocks_for
-from echo_trt.engine.core import EngineCore
+from echo_trt.engine.core import Emitted, EngineCore
 from echo_trt.engine.drafters.eagle3 import Eagle3Drafter
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.options import bounds, run_alone
-from echo_trt.engine.output import OutputProcessor
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.request import Request, StepOutput
-from echo_trt.engine.service.job import RequestOutput
+from echo_trt.engine.request import Request
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -190,13 +188,14 @@ def measure(policy: str, batch: int, resident: bool, iterations: int, tokenizer:
     }
 
 
-def telling(emissions: Sequence[StepOutput], loop: EngineCore, tokenizer: Tokenizer) -> float:
+def telling(emissions: Sequence[Emitted], loop: EngineCore, tokenizer: Tokenizer) -> float:
     """Return the seconds in which the tokens of ``emissions`` become events of a server."""
-    answers = {request: OutputProcessor(request, tokenizer) for request in emissions[0].requests}
+    for request, _ in emissions[0]:
+        request.begin_text(tokenizer)
     start = time.perf_counter()
     for step_output in emissions:
         for request, tokens in step_output:
-            RequestOutput(**vars(answers[request].take(loop, tokens)), time=start)
+            request.take(loop.scheduler.cancel, tokens)
     return time.perf_counter() - start
 
 

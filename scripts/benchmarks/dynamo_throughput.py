@@ -75,9 +75,12 @@ def main() -> None:
 
 
 def alone(bundle: Path, load: Load) -> None:
+    import numpy as np
+
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.params import SamplingParams
-    from echo_trt.engine.service.job import RequestOutput
+    from echo_trt.engine.request import Event
+    from echo_trt.engine.service.job import ServiceRequest
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle)
@@ -88,13 +91,13 @@ def alone(bundle: Path, load: Load) -> None:
     def ask(i: int) -> int:
         done, tokens = threading.Event(), 0
 
-        def tell(event: RequestOutput) -> None:
+        def tell(event: Event) -> None:
             nonlocal tokens
             tokens += len(event.token_ids)
-            if event.end:
+            if event.reason:
                 done.set()
 
-        service.submit(prompts[i], params, tell)
+        service.submit(ServiceRequest(prompt=np.asarray(prompts[i]), params=params, on_event=tell))
         done.wait()
         return tokens
 

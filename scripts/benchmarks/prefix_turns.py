@@ -66,7 +66,7 @@ def hold(llm: LLM, turns: Sequence[str], cached: bool, max_tokens: int) -> list[
         request = Request(0, np.asarray(prompt), SamplingParams(max_tokens))
         llm.loop.scheduler.add(request)
         begin = time.perf_counter()
-        while not len(llm.loop.step().requests):
+        while not llm.loop.step():
             pass
         seconds = time.perf_counter() - begin
         while llm.loop.scheduler.busy:

@@ -37,12 +37,11 @@ import torch
 from batches import RECORD
 from driving import Foresight, assert_all_free, goodput_planner, prompt_ids
 from pairs import LIMITS, recipe_of, write_networks
-from steered import Listener
+from steered import Listener, submit
 
 from echo_trt.backends.base import Engine
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.output import OutputProcessor
 from echo_trt.engine.params import Completion, SamplingParams
 from echo_trt.engine.service import service as serving
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
@@ -138,7 +137,6 @@ def round_of_loop(draw: random.Random, pair: Pair) -> None:
     texts = [prompt + want.token_ids for (prompt, _), want in zip(cases, wanted, strict=True)]
     loop.drafter = Foresight(loop.batch, texts) if foresight else own
     requests = [llm.request(i, prompt, params) for i, (prompt, params) in enumerate(cases)]
-    answers = {request: OutputProcessor(request, llm.tokenizer.backend_tokenizer) for request in requests}
     reported, waiting = dict.fromkeys(requests, ""), requests.copy()
     while waiting or loop.scheduler.busy:
         if waiting and (not loop.scheduler.busy or draw.random() < 0.4):
@@ -153,10 +151,10 @@ def round_of_loop(draw: random.Random, pair: Pair) -> None:
             chosen.finish_reason = chosen.finish_reason or "cancelled"
             loop.scheduler.cancel(chosen)
         for request, tokens in loop.step():
-            reported[request] += answers[request].take(loop, tokens).text
+            reported[request] += request.take(loop.scheduler.cancel, tokens).text
     assert_all_free(loop)
     for request, want in zip(requests, wanted, strict=True):
-        got = answers[request].completion()
+        got = request.completion()
         pair.counts[f"loop: {got.finish_reason}"] += 1
         found = differing(got, want) + ["stream"] * (reported[request] != want.text)
         if got.finish_reason == "cancelled":
@@ -194,9 +192,9 @@ def round_of_service(draw: random.Random, pair: Pair) -> None:
     def client(own: random.Random) -> list[tuple[list[int], SamplingParams, Listener]]:
         requested = []
         while time.monotonic() < end:
-            prompt, params, listener = drawn_prompt(own)[:200], drawn_params(own), Listener()
+            prompt, params = drawn_prompt(own)[:200], drawn_params(own)
             seconds = own.choice((None, None, None, 0.05))
-            job = service.submit(prompt, params, listener, own.randrange(3), seconds)
+            job, listener = submit(service, prompt, params, priority=own.randrange(3), seconds=seconds)
             requested.append((prompt, params, listener))
             time.sleep(own.random() * 0.1)
             if own.random() < 0.2:

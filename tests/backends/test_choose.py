@@ -8,11 +8,10 @@ import torch
 
 from echo_trt.backends.cuda import choose as on_device
 from echo_trt.backends.cuda import device_rows
-from echo_trt.backends.cuda.choose import limited, penalise
+from echo_trt.backends.cuda.choose import limited
 from echo_trt.backends.cuda.device_rows import DeviceLogits
 from echo_trt.speculation.sampling import draw as host
 from echo_trt.speculation.sampling.choice import SamplingBatch, choose
-from echo_trt.speculation.sampling.penalties import penalise as host_penalise
 
 
 def rows(seed: int, count: int, size: int) -> np.ndarray:
@@ -42,17 +41,6 @@ def unpenalised(wanted: dict[str, np.ndarray]) -> SamplingBatch:
     history = {"history_row": none, "history_token": none, "history_generated": none.astype(bool)}
     logit_bias = {"logit_bias_row": none, "logit_bias_token": none, "logit_bias": np.zeros(0, np.float32)}
     return SamplingBatch(**wanted, **history, **logit_bias, repetition=no, presence=no - 1, frequency=no - 1)
-
-
-def test_what_is_left_of_a_row_is_the_hosts():
-    for seed in range(10):
-        logits, wanted = rows(seed, 40, 700), choices(seed, 40)
-        wanted["temperature"] = np.maximum(wanted["temperature"], 0.2)
-        del wanted["seed"], wanted["position"]
-        found = limited(torch.from_numpy(logits), **{name: torch.from_numpy(value) for name, value in wanted.items()})
-        for i, row in enumerate(logits):
-            kept = host.limited(row, *(wanted[name][i] for name in ("temperature", "top_k", "top_p", "min_p")))
-            np.testing.assert_array_equal(found[i].numpy(), kept)
 
 
 @pytest.mark.parametrize("size", [1, 5, 50, 51, 700])
@@ -87,18 +75,6 @@ def test_greedy_rows_do_not_lengthen_the_search(others, top_k, searches, monkeyp
     found = DeviceLogits(torch.from_numpy(logits)).choose(np.arange(40), choice)
     assert found.tolist() == choose(logits, choice).tolist()
     assert len(calls) == searches
-
-
-def test_penalties_are_the_hosts():
-    rng = np.random.default_rng(1)
-    logits = rng.standard_normal((20, 90)).astype(np.float32)
-    history = rng.integers(0, 20, 400), rng.integers(0, 90, 400), rng.random(400) < 0.7
-    sizes = rng.choice([0.0, 0.3, 1.0, 1.2], 20), rng.choice([0.0, -0.5, 1.1], 20), rng.choice([0.0, 0.2], 20)
-    wanted = host_penalise(logits, *history, *sizes)
-    names = ("history_row", "history_token", "history_generated", "repetition", "presence", "frequency")
-    choice = {name: torch.from_numpy(array) for name, array in zip(names, (*history, *sizes), strict=True)}
-    found = penalise(torch.from_numpy(logits.copy()), choice)
-    np.testing.assert_array_equal(found.numpy(), wanted)
 
 
 @pytest.mark.parametrize(("masked", "at_once"), [(False, 1 << 20), (True, 1 << 20), (False, 7 * 4 * 203), (True, 1)])

@@ -16,14 +16,11 @@ from hypothesis import strategies as st
 from pairs import roles_of
 from stand_in_graphs import StandInGraph, StandInGraphs, as_on_a_gpu, in_banks, with_graphs
 from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, inputs_for
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from echo_trt.backends.cuda import calls as cuda_calls
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.calls import MAX_GRAPHS, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
-from echo_trt.backends.cuda.transfers import send
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.core import EngineCore
@@ -69,23 +66,6 @@ def test_every_call_of_up_to_the_largest_has_a_captured_size(requests, maximum, 
     sizes = cuda_sizes.graph_sizes(maximum, tree)
     assert cuda_sizes.size_for(arrays, sizes).tokens == bucket(tokens)
     assert 2 * len(sizes) <= MAX_GRAPHS  # a head has entries of two kinds
-
-
-def test_a_chunk_beside_trees_fits_into_a_graph_and_a_chunk_alone_asks_for_few_logits():
-    sizes = cuda_sizes.graph_sizes(64, 64)
-    mixed = {"token_ids": np.zeros(512 + 63 * 4), "logit_rows": np.zeros(63 * 4 + 1), "past_lens": np.zeros(64)}
-    assert cuda_sizes.size_for(mixed, sizes).tokens <= LARGEST
-    for requested in (0, 1):
-        chunk = {"token_ids": np.zeros(512), "logit_rows": np.zeros(requested), "past_lens": np.zeros(1)}
-        assert cuda_sizes.size_for(chunk, sizes).rows <= 128
-
-
-def test_a_longer_context_takes_no_further_graph(networks, monkeypatch, small_sizes):
-    engine = TorchEngine(roles_of("lookup", networks)["target"], BLOCKS)
-    graphs = with_graphs(engine, monkeypatch)
-    for past in (0, 40, 70, 110, 160):
-        engine.run(prompt(8, past, 1))
-    assert graphs.captures == 1
 
 
 class Sized:
@@ -227,7 +207,7 @@ def test_engines_capture_on_streams_of_their_own_and_nothing_is_collected_meanwh
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize("pair", ["eagle3", "model", "dflash"])
+@pytest.mark.parametrize("pair", ["eagle3", "close", "model", "dflash", "dspark", "peagle"])
 def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, small_sizes):
     """Trees, catch-ups and chunks, all of them padded into graphs that were captured before."""
     prompts = [np.arange(i, i + n) % 90 for i, n in enumerate((5, 37, 1, 16))]
@@ -240,7 +220,7 @@ def test_decoding_by_graphs_writes_the_same_text(pair, open_llm, monkeypatch, sm
             graphs = with_graphs(engine, monkeypatch)
             engine._capture_all()
             before = graphs.captures
-        levels = getattr(engines[1]._levels, "_graphs", None) if graphed and pair == "eagle3" else None
+        levels = getattr(engines[1]._levels, "_graphs", None) if graphed and pair in ("eagle3", "close") else None
         if levels:
             engines[1].capture_levels(LevelShape(count, 3, 4) for count in (1, 2, 3))
             assert levels.captures == 3 * len({1, 2, 3})  # for so many requests each
@@ -271,53 +251,6 @@ def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm
 # -- buffers -------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """A device's stream behind which copies wait, and events of it."""
-
-    def __init__(self, monkeypatch):
-        self.queue, copy = [], torch.Tensor.copy_
-
-        def enqueue(target, source, non_blocking=False):
-            if non_blocking:
-                self.queue.append(lambda: copy(target, source))
-                return target
-            return copy(target, source)
-
-        monkeypatch.setattr(torch.Tensor, "copy_", enqueue)
-        monkeypatch.setattr(cuda_calls, "event_on", lambda device: Event(self), raising=False)
-
-    def run(self, until: int | None = None) -> None:
-        waiting = self.queue[:until]
-        self.queue[:until] = [lambda: None] * len(waiting)  # places in the queue keep their numbers
-        for work in waiting:
-            work()
-
-
-class Event:
-    def __init__(self, stream):
-        self._stream, self._index = stream, 0
-
-    def record(self):
-        self._index = len(self._stream.queue)
-
-    def synchronize(self):
-        self._stream.run(self._index)
-
-
-def test_chunks_of_one_shape_are_computed_on_their_own_inputs_however_long_passes_take(monkeypatch):
-    """A draft that catches up with a long prompt reads nothing back between chunks, so nothing waits for them."""
-    stream = Stream(monkeypatch)
-    arrays = [{"token_ids": np.full(64, i), "block_indices": np.full(3 + i, i, np.int32)} for i in range(6)]
-    staging, seen = Staging(arrays[0], torch.device("cpu"), {"block_indices": 16}), []
-    for chunk in arrays:
-        tensors = staging.upload(chunk)
-        stream.queue.append(lambda tensors=tensors: seen.append({n: t.clone() for n, t in tensors.items()}))
-    stream.run()
-    assert [int(chunk["token_ids"][0]) for chunk in seen] == list(range(6))
-    for chunk, values in zip(arrays, seen, strict=True):
-        assert (values["block_indices"][: len(chunk["block_indices"])].numpy() == chunk["block_indices"]).all()
-
-
 def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
     sent, copy = [], torch.Tensor.copy_
     like = {"token_ids": np.zeros(8, np.int64), "tree_mask": np.zeros(0, np.uint8)}
@@ -336,65 +269,7 @@ def test_arrays_of_varying_length_send_their_own_part_alone(monkeypatch):
         sent.clear()
 
 
-def test_what_is_sent_to_a_card_is_pinned_and_not_waited_for(monkeypatch):
-    requested = []
-
-    class Tensor:
-        def pin_memory(self):
-            requested.append("pinned")
-            return self
-
-        def to(self, device, non_blocking=False):
-            requested.append((str(device), non_blocking))
-
-    monkeypatch.setattr(torch, "from_numpy", lambda array: Tensor())
-    send(np.zeros(3), torch.device("cuda", 1))
-    assert requested == ["pinned", ("cuda:1", True)]
-
-
 # -- results -------------------------------------------------------------------------------------------------------
-
-
-class Gathers(TorchDispatchMode):
-    """Counts rows that are picked on the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten.index.Tensor
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_pass_brings_one_packed_result_to_the_host(network, networks, monkeypatch):
-    pair, name, features = NETWORKS[network]
-    engine = as_on_a_gpu(TorchEngine(roles_of(pair, networks)[name], BLOCKS))
-    copies, cpu = [], torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copies.append(tuple(tensor.shape)) or cpu(tensor))
-    call = calls(0)[1]
-    outputs = engine.run(call, **inputs_for(call, features, 0))
-    for small in ("scores", "candidates"):
-        if small in outputs:
-            assert isinstance(outputs[small], np.ndarray)
-    assert len(copies) == 1
-    assert len(copies[0]) == 2
-
-
-def test_greedy_acceptance_reads_no_logits(networks):
-    """The walk asks for the best tokens of some nodes at each depth; logits are picked where they are read."""
-    engine = TorchEngine(roles_of("eagle3", networks)["target"], BLOCKS)
-    plain = engine.run(calls(0)[1])["logits"]
-    as_on_a_gpu(engine)
-    rows = engine.run(calls(0)[1])["logits"]
-    picked = np.array([3, 1, 2])
-    with Gathers() as gathers:
-        assert (rows[picked].argmax(axis=1) == plain[picked].argmax(axis=1)).all()
-        assert (rows[picked][picked - 1].argmax(axis=1) == plain[picked][picked - 1].argmax(axis=1)).all()
-    assert gathers.count == 0
-    np.testing.assert_allclose(np.asarray(rows[picked][picked - 1]), plain[picked][picked - 1], atol=1e-6)
-    np.testing.assert_allclose(rows[picked][0], plain[3], atol=1e-6)
 
 
 def test_states_that_were_picked_outlive_the_next_pass(networks):

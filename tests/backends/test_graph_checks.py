@@ -38,33 +38,13 @@ def small_graph(mask=TensorProto.FLOAT16, attributes=None):
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
 
-def plugin(model):
-    model.graph.node.append(helper.make_node("SuperTreeAttention", ["attended"], ["extra"], domain="echo"))
-
-
-def unknown(model):
-    model.graph.node.append(helper.make_node("StringNormalizer", ["attended"], ["extra"]))
+def with_node(*words, **options):
+    return lambda model: model.graph.node.append(helper.make_node(*words, **options))
 
 
 def hidden_in_a_branch(model):
     branch = helper.make_graph([helper.make_node("Mystery", [], ["x"], domain="other")], "branch", [], [])
-    model.graph.node.append(helper.make_node("If", ["past"], ["extra"], then_branch=branch, else_branch=branch))
-
-
-def more_outputs(model):
-    model.graph.node[1].output.append("present")
-
-
-def lengths(model):
-    model.graph.node[1].input.extend(["", "", "past"])
-
-
-def circular(model):
-    model.CopyFrom(small_graph(attributes={"mode": "circular"}))
-
-
-def bool_mask(model):
-    model.CopyFrom(small_graph(TensorProto.BOOL))
+    with_node("If", ["past"], ["extra"], then_branch=branch, else_branch=branch)(model)
 
 
 def computed_bool_mask(model):
@@ -73,24 +53,24 @@ def computed_bool_mask(model):
     model.graph.node[2].input[3] = "seen"
 
 
-def unused(model):
-    model.graph.input.append(helper.make_tensor_value_info("spare", TensorProto.INT64, ["b"]))
+plugin = with_node("SuperTreeAttention", ["attended"], ["extra"], domain="echo")
+CHANGES = [
+    (plugin, ("operator echo::SuperTreeAttention", "--engine openvino")),
+    (with_node("StringNormalizer", ["attended"], ["extra"]), ("operator StringNormalizer",)),
+    (hidden_in_a_branch, ("operator other::Mystery",)),
+    (lambda m: m.graph.node[1].output.append("present"), ("Attention attention has more than one output",)),
+    (lambda m: m.graph.node[1].input.extend(["", "", "past"]), ("Attention attention has inputs beyond its mask",)),
+    (lambda m: m.CopyFrom(small_graph(attributes={"mode": "circular"})), ("is not linear",)),
+    (lambda m: m.CopyFrom(small_graph(TensorProto.BOOL)), ("bool mask", "added to the scores")),
+    (computed_bool_mask, ("bool mask", "added to the scores")),
+    (
+        lambda m: m.graph.input.append(helper.make_tensor_value_info("spare", TensorProto.INT64, ["b"])),
+        ("input spare is not used",),
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (plugin, ("operator echo::SuperTreeAttention", "--engine openvino")),
-        (unknown, ("operator StringNormalizer",)),
-        (hidden_in_a_branch, ("operator other::Mystery",)),
-        (more_outputs, ("Attention attention has more than one output",)),
-        (lengths, ("Attention attention has inputs beyond its mask",)),
-        (circular, ("is not linear",)),
-        (bool_mask, ("bool mask", "added to the scores")),
-        (computed_bool_mask, ("bool mask", "added to the scores")),
-        (unused, ("input spare is not used",)),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), CHANGES)
 def test_graphs_that_are_refused_before_the_parser_sees_them(change, words, tmp_path):
     model, path = small_graph(), tmp_path / "graph.onnx"
 

@@ -34,45 +34,6 @@ def graph(exported):
     return onnx.load(exported[0], load_external_data=False).graph
 
 
-def described(values) -> dict[str, tuple]:
-    tensors = {v.name: v.type.tensor_type for v in values}
-    return {n: (t.elem_type, [d.dim_param or d.dim_value for d in t.shape.dim]) for n, t in tensors.items()}
-
-
-def test_inputs_are_the_tables(exported, graph):
-    _, role, floats = exported
-    config = role.network.config
-    expected = dict.fromkeys(("token_ids", "positions"), (INT64, ["batch", "tokens"]))
-    if "features" in role.inputs:
-        expected["features"] = floats, ["feature_rows", 3 * config.target_hidden_size]
-        expected["hidden"] = floats, ["hidden_rows", config.hidden_size]
-        expected["state_rows"] = INT64, ["batch", "tokens"]
-    expected |= {
-        "past_lens": (INT32, ["batch"]),
-        "tree_mask": (UINT8, ["batch", "tokens", "tokens"]),
-        "logit_rows": (INT64, ["rows"]),
-    }
-    cache = floats, ["batch", config.num_kv_heads, NATIVE_ROWS, config.head_dim]
-    expected |= {f"{kind}_cache.{i}": cache for i in range(role.num_layers) for kind in ("key", "value")}
-    assert described(graph.input) == expected
-    assert list(described(graph.input)) == list(expected)
-
-
-def test_outputs_are_the_tables(exported, graph):
-    _, role, floats = exported
-    config, got = role.network.config, described(graph.output)
-    types = {"scores": SCORES, "candidates": INT64}
-    rows = {"logits": VOCAB, **dict.fromkeys(types, getattr(role, "top_k", 0))}
-    per_token = {"features": 3 * config.hidden_size, "state": config.hidden_size}
-    for name in role.outputs:
-        elem_type, (first, last) = got.pop(name)
-        assert elem_type == types.get(name, floats)
-        assert last == (rows | per_token)[name]
-        assert (first == "rows") == (name in rows)
-    cache = floats, ["batch", config.num_kv_heads, NATIVE_ROWS, config.head_dim]
-    assert got == {f"new_{kind}_cache.{i}": cache for i in range(role.num_layers) for kind in ("key", "value")}
-
-
 def test_operators_are_standard_and_every_input_counts(exported, graph):
     path, role, _ = exported
     opsets = onnx.load(path, load_external_data=False).opset_import

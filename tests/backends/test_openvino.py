@@ -22,7 +22,6 @@ from echo_trt.engine.llm import LLM
 from echo_trt.engine.measure import machine
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
-from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 BLOCKS, PER_REQUEST = 24, 4
 #: Numbers of bf16 differ by this much relatively; these networks round some 32 times from token to output.
@@ -119,17 +118,6 @@ def test_moved_rows_are_those_that_later_calls_see(precision, tolerance, engines
             outputs.append(engine.run(later))
             assert np.abs(outputs[-1]["logits"] - before).max() > 0.5
         assert_same(*outputs, tolerance)
-
-
-def test_rows_are_exactly_those_moved(bundle_of):
-    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 3)
-    engine._pool[:] = np.random.default_rng(0).random(engine._pool.shape)
-    # [caches, rows, values]
-    by_row = np.moveaxis(engine._pool, 3, 2).reshape(len(engine._pool), engine._pool.shape[1] * BLOCK, -1).copy()
-    source, target = np.array([3, 40, 95, 4, 5]), np.array([4, 3, 0, 5, 64])
-    engine.compact_kv(source, target)
-    by_row[:, target] = by_row[:, source]
-    assert (np.moveaxis(engine._pool, 3, 2).reshape(by_row.shape) == by_row).all()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -278,27 +266,3 @@ def test_activations_share_a_scale_in_groups_that_divide_every_row(rows, size):
     matrices = [ops.convert(ops.constant(np.ones((4, row), np.int8)), "f32") for row in rows]
     products = [ops.matmul(x, w, False, True) for x, w in zip(tokens, matrices, strict=True)]
     assert compiler._group_size(ov.Model(products, tokens)) == size
-
-
-def test_a_verified_chain_has_the_bits_of_plain_decoding(bundle_of):
-    """In bf16, with another request beside it: the kernels for one token of a request are the only ones used."""
-    engine = OpenVINOEngine(bundle_of("lookup") / "target.onnx", "bf16", 8)
-    table, rng = np.array([[5, 2], [3, 6]]), np.random.default_rng(0)
-    prompt, chain = rng.integers(0, VOCAB, (2, 30)), rng.integers(0, VOCAB, (2, 6))
-
-    def run(tokens: np.ndarray, past: int, mask=None) -> np.ndarray:
-        count = tokens.shape[1]
-        positions = np.tile(past + np.arange(count), 2)
-        call = pack(
-            tokens.reshape(-1), positions, np.full(2, past), np.full(2, count), table, np.arange(2 * count), mask
-        )
-        return engine.run(call)["logits"].reshape(2, count, -1).copy()
-
-    run(prompt, 0)
-    one_by_one = np.concatenate([run(chain[:, j : j + 1], 30 + j) for j in range(6)], axis=1)
-    tree = SuperTree.from_roots(chain[:, 0])
-    last = np.arange(2)
-    for j in range(1, 6):
-        last = tree.add(last, chain[:, j], np.zeros(2))
-    tree, _ = tree.sorted_by_request(np.arange(12))
-    assert (run(chain, 30, ancestor_mask(tree)) == one_by_one).all()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from echo_trt.backends.openvino.engine import DRAFT_SIZES, MIN_BF16_TOKENS, PREPARED, TARGET_SIZES, OpenVINOEngine
-from echo_trt.backends.openvino.sequence_split import pad_requests
+from echo_trt.backends.openvino.engine import DRAFT_SIZES, PREPARED, TARGET_SIZES, OpenVINOEngine
 from echo_trt.speculation.arrays import next_size
-from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 
@@ -25,34 +22,8 @@ def trees(sizes: list[int], past: int, table: np.ndarray) -> ForwardBatch:
 
 
 @pytest.fixture(scope="module")
-def two_engines(bundle_of):
-    return [OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6) for _ in range(2)]
-
-
-@pytest.fixture
-def engines(two_engines):
-    """Two engines of one target, whose pools are empty."""
-    for engine in two_engines:
-        engine._pool[:] = 0
-    return two_engines
-
-
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), size=st.integers(1, 60))
-def test_a_padded_call_has_its_size_and_goes_on_as_it_was(sizes, size):
-    table = np.arange(len(sizes))[:, None]
-    call = trees(sizes, 3, table)
-    got = pad_requests(call, size, 77)
-    count, requests = sum(sizes), len(sizes)
-    assert len(got.token_ids) == len(got.positions) == len(got.logit_rows) == max(count, size)
-    for name in ("token_ids", "positions", "logit_rows", "tree_mask", "block_indices"):
-        before = getattr(call, name)
-        assert (getattr(got, name)[: len(before)] == before).all()
-        assert getattr(got, name).dtype == before.dtype
-    assert (np.diff(got.seq_begins)[requests:] == 1).all()
-    assert (got.seq_begins[: requests + 1] == call.seq_begins).all()
-    assert (got.block_indices[len(call.block_indices) :] == 77).all()
-    assert len(got.past_lens) + 1 == len(got.seq_begins) == len(got.block_begins) == len(got.tree_mask_begins)
-    assert got.logit_rows.max() < len(got.token_ids)
+def engine(bundle_of):
+    return OpenVINOEngine(bundle_of("lookup") / "target.onnx", "fp32", 6)
 
 
 @pytest.mark.parametrize("tokens", [PREPARED - 1, PREPARED + 1, PREPARED + 16])
@@ -80,57 +51,11 @@ def test_a_draft_catches_up_in_passes_of_few_sizes(tokens, bundle_of):
     np.testing.assert_allclose(got["state"][-1], expected["state"][-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_a_pass_of_few_tokens_is_padded_where_that_is_faster(tokens, engines, monkeypatch):
-    engine = engines[0]
-    assert engine.sizes == (1, *TARGET_SIZES)
-    count = np.arange(tokens)
-    call = pack(count + 3, 0 * count, 0 * count, np.ones(tokens, np.int64), count[:, None], count)
-    got = []
-    for minimum in (1, MIN_BF16_TOKENS):
-        monkeypatch.setattr(engine, "sizes", (minimum, *TARGET_SIZES))
-        got.append({name: np.array(values) for name, values in engine.run(call).items()})
-    for name, values in got[1].items():
-        assert len(values) == tokens
-        np.testing.assert_allclose(values, got[0][name], atol=1e-4)
-    assert engine._pool[:, 6].any() == (tokens < MIN_BF16_TOKENS)
-
-
-@pytest.mark.parametrize("sizes", [[3], [1, 6, 2], [5, 5, 5, 4]])
-def test_an_engine_pads_without_a_trace(sizes, engines, monkeypatch):
-    past, blocks = 5, 6
-    monkeypatch.setattr(engines[1], "sizes", (1,))  # as it comes
-    table = np.array([4, 0, 3, 1])[: len(sizes), None]
-    prompts = pack(
-        np.tile(np.arange(past), len(sizes)),
-        np.tile(np.arange(past), len(sizes)),
-        np.zeros(len(sizes), np.int64),
-        np.full(len(sizes), past),
-        table,
-        np.zeros(1),
-    )
-    call = trees(sizes, past, table)
-    assert len(call.token_ids) not in TARGET_SIZES
-    got = []
-    for engine in engines:
-        engine.run(prompts)
-        outputs = engine.run(call)
-        got.append({name: np.array(values) for name, values in outputs.items()})
-    for name, values in got[0].items():
-        assert len(values) == len(got[1][name]) == sum(sizes)
-        np.testing.assert_allclose(values, got[1][name], atol=1e-4)
-    filled, plain = (engine._pool[:, :blocks] for engine in engines)
-    np.testing.assert_allclose(filled, plain, atol=1e-5)
-    assert engines[0]._pool.shape[1] == blocks + 1
-    assert engines[0]._pool[:, blocks].any()
-    assert past + max(sizes) < BLOCK
-
-
 @pytest.mark.parametrize("sizes", [[3], [1, 1], [1, 4, 2]])
 @pytest.mark.parametrize("size", [0, 5, 8, 9])
-def test_a_call_says_what_it_is_padded_to(sizes, size, engines, monkeypatch):
+def test_a_call_says_what_it_is_padded_to(sizes, size, engine, monkeypatch):
     """Passes that repeat the size of others: trees and single tokens alike."""
-    engine, fed, feed = engines[0], [], engines[0]._feed
+    fed, feed = [], engine._feed
     monkeypatch.setattr(engine, "_feed", lambda inputs: (fed.append(len(inputs["token_ids"])), feed(inputs)))
     call = trees(sizes, 0, np.array([4, 0, 3])[: len(sizes), None])
     usual, got = (engine.run(each)["logits"].copy() for each in (call, call._replace(padded_to=size)))

@@ -89,11 +89,10 @@ def test_narrow_floats_are_kept(networks, tmp_path):
     assert all(graph.DECOMPRESSION in node.get_rt_info() for node in converted)
 
 
-@pytest.mark.parametrize("pair", ["lookup", "close"])
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.2), ("int4", 0.5)])
-def test_chains_of_few_bits_give_plain_decoding_s_texts(pair, precision, bound, networks, tmp_path):
-    """A tree rounds differently, so the policies that verify trees promise less."""
-    manifest = build(recipe_of(pair, networks, precision=precision), networks, tmp_path / precision)
+def test_chains_of_few_bits_give_plain_decoding_s_texts(precision, bound, networks, tmp_path):
+    """A tree rounds differently, so policies that verify trees promise less; with a head: runtime/test_same_bits.py."""
+    manifest = build(recipe_of("lookup", networks, precision=precision), networks, tmp_path / precision)
     check = manifest.checks["target"]
     assert 1e-3 < check.prompt_error < check.bound == bound
     params, plain = SamplingParams(16, ignore_eos=True), None

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from driving import prompt_ids
-from models.checkpoints import qwen3, qwen3_moe
-from pairs import LIMITS, SIZES, recipe_of, write_tokenizer
+from models.checkpoints import qwen3
+from pairs import SIZES, recipe_of, write_tokenizer
 from refusal import refused
 
 from echo_trt.backends.parallel import rank_group, rank_processes, ranked
@@ -84,21 +84,6 @@ def test_echo_on_two_ranks_writes_what_plain_decoding_of_one_does(divided, bundl
         answers = llm.generate(prompts, params)
         assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
         assert (max(a.accepted_length for a in answers) > 1.2) == (policy == "echo")
-
-
-def test_a_mixture_on_two_ranks_answers_as_on_one(tmp_path):
-    sizes = {key: SIZES[key] for key in ("vocab_size", "max_position_embeddings")}
-    shape = {"intermediate_size": 36, "num_hidden_layers": 2, "mlp_only_layers": [0], "moe_intermediate_size": 10}
-    qwen3_moe(**sizes | shape, tie_word_embeddings=True).save_pretrained(tmp_path / "target")
-    write_tokenizer(tmp_path / "target")
-    texts = []
-    for ranks in (1, 2):
-        changes = {"target": {"path": "target"}, "engine": "torch", "tensor_parallel": ranks}
-        changes["limits"] = LIMITS | {"context": 48}
-        build(recipe_of("lookup", tmp_path, **changes), tmp_path, tmp_path / f"on-{ranks}")
-        llm = LLM(tmp_path / f"on-{ranks}", "static", 2)
-        texts.append([c.token_ids for c in llm.generate([[7, 8, 9], [*range(40, 60)]], SamplingParams(12))])
-    assert texts[0] == texts[1]
 
 
 # -- ranks that load at their own pace ------------------------------------------------------------------------------

@@ -1,49 +1,10 @@
 """Lanes are another way to pass the same tokens: the operator's results and cache rows stay the same."""
 
 import numpy as np
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from test_openvino import BLOCKS, Calls
 
 from echo_trt.backends.openvino.sequence_split import LONGEST, as_sequences
-from echo_trt.speculation.pack import BLOCK, ForwardBatch, pack
+from echo_trt.speculation.pack import BLOCK, pack
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
-from super_tree_attention import super_tree_attention
-
-HEADS, KV_HEADS, DIM = 4, 2, 8
-
-
-def attend(call: ForwardBatch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the reference operator on random rows and a random pool: its output, and the pool afterwards."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(call.token_ids)
-    query = torch.randn(count, HEADS * DIM, generator=generator)
-    key, value = torch.randn(2, count, KV_HEADS * DIM, generator=generator)
-    pool = torch.randn(2, BLOCKS, KV_HEADS, BLOCK, DIM, generator=generator)
-    names = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask", "tree_mask_begins")
-    metadata = [torch.from_numpy(getattr(call, name)) for name in names]
-    _write_all(pool, key, value, call)
-    return super_tree_attention(query, key, value, *pool, *metadata), pool
-
-
-def _write_all(pool, key, value, call: ForwardBatch) -> None:
-    """As OpenVINO does: every request's rows before any is attended."""
-    for i, past in enumerate(call.past_lens):
-        rows = np.arange(call.seq_begins[i], call.seq_begins[i + 1])
-        index = past + np.arange(len(rows))
-        blocks = call.block_indices[call.block_begins[i] + index // BLOCK]
-        for part, new in zip(pool, (key, value), strict=True):
-            part[blocks, :, index % BLOCK] = new[rows].view(-1, KV_HEADS, DIM)
-
-
-@given(st.integers(0, 10_000), st.integers(1, 5), st.booleans())
-def test_the_operator_gives_the_same(seed, requests, unmasked):
-    calls = Calls(seed, requests)
-    for call in (calls.prompts(), calls.trees_and_chunks()):
-        (want, pool), (got, same_pool) = attend(call, seed), attend(as_sequences(call, unmasked), seed)
-        torch.testing.assert_close(got, want)
-        assert torch.equal(pool, same_pool)
 
 
 def test_chains_become_single_tokens_and_trees_stay():

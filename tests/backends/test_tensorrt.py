@@ -319,23 +319,6 @@ def test_a_word_of_the_compiler_is_the_end_of_a_sentence():
 # -- profiles ------------------------------------------------------------------------------------------------------
 
 
-def test_profiles_take_trees_of_all_slots_and_chunks_of_one(graph_of):
-    trees, chunks = native_profiles(graph_of("head"), SIZES)
-    assert trees["tree_mask"] == ((1, 1, 1), (4, 8, 8), (4, 16, 16))
-    assert trees["key_cache.0"][2] == (4, 2, 6 * 32 + 32, 16)
-    assert trees["features"][0][0] == trees["hidden"][0][0] == 0
-    assert chunks["token_ids"] == ((1, 1), (1, 32), (1, 32))
-    assert chunks["logit_rows"][2] == (32,)
-
-
-def test_sizes_of_a_recipe(networks):
-    sizes = CallSizes.of(recipe_of("lookup", networks))
-    assert (sizes.batch, sizes.blocks, sizes.tree, sizes.chunk) == (8, 6, 16, 16)
-    assert sizes.cache_rows == 6 * 32 + 16
-    assert sizes.rows == 8 * 16
-    assert CallSizes(256, 6, 64, 256, 9).rows == 1024
-
-
 def test_packed_profiles_are_next_to_each_other(networks, tmp_path):
     role = roles_of("eagle3", networks)["draft"]
     export(role, tmp_path / "head.onnx")

@@ -15,10 +15,12 @@ from refusal import refused
 from echo_trt.backends.cuda import choose
 from echo_trt.backends.cuda import sizes as cuda_sizes
 from echo_trt.backends.cuda.device import missing
+from echo_trt.backends.cuda.sizes import CallBounds, graph_sizes
 from echo_trt.backends.native_export import export_native
+from echo_trt.backends.padded import SlotLayout
 from echo_trt.backends.tensorrt import engine as tensorrt
+from echo_trt.backends.tensorrt.calls import CallLimits, linear_pieces, packed_pieces
 from echo_trt.backends.tensorrt.engine import TensorRTEngine, check_card, check_version
-from echo_trt.backends.tensorrt.session import profile_for
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import TensorRTFacts
@@ -202,23 +204,6 @@ def test_a_head_keeps_the_states_of_the_trees_that_it_drafts(networks, tmp_path)
     assert len(small.feature_cache("hidden").rows) == batch * 10
 
 
-def test_ranks_have_graphs(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt, "check_version", lambda *_: None)
-    monkeypatch.setattr(tensorrt, "check_card", lambda *_: None)
-    monkeypatch.setattr(tensorrt, "cuda_device", lambda: torch.device("cpu"))
-    for name in ("compute_capability", "Session"):
-        monkeypatch.setattr(tensorrt, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "L4")
-    init = lambda self, *_, graphs=True, tree=None: setattr(self, "graphs", graphs)  # noqa: E731
-    monkeypatch.setattr(TensorRTEngine, "__init__", init)
-    met = []
-    monkeypatch.setattr(TensorRTEngine, "capture_all", lambda self: met.append("captured"), raising=False)
-    for group in (None, SimpleNamespace(communicator=object(), loaded=lambda: met.append("loaded"))):
-        opened = TensorRTEngine.open("tensorrt", tmp_path, None, 1, 1, 1, group)
-        assert opened.graphs
-    assert met == ["captured", "loaded", "captured"]
-
-
 @pytest.mark.parametrize("paged", [False, True])
 def test_a_heads_states_go_back_as_they_came(paged, opened, networks, tmp_path):
     """A second draft level reads what the first one left on the device."""
@@ -279,15 +264,7 @@ def test_a_starting_request_finds_its_slot_cleared(opened):
     assert np.isfinite(np.asarray(engine.run(call)["scores"])).all()
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------
-
-
-def test_profiles_are_chosen_by_every_axis():
-    profiles = [{"a": ((1, 1), (4, 16))}, {"a": ((1, 1), (1, 64))}]
-    assert profile_for(profiles, {"a": (4, 16)}) == 0
-    assert profile_for(profiles, {"a": (1, 17)}) == 1
-    with pytest.raises(ValueError, match="no optimisation profile"):
-        profile_for(profiles, {"a": (2, 17)})
+# -- refusals ---------------------------------------------------------------------------------------------------
 
 
 FACTS = TensorRTFacts(version="1.0.0", capabilities=["8.0", "8.9"])
@@ -324,3 +301,24 @@ def test_no_gpu(tmp_path):
     facts = TensorRTFacts(version=tensorrt_rtx.__version__, capabilities=["8.9"])
     with refused("no CUDA device", "run on a machine with an NVIDIA GPU", "--engine openvino"):
         TensorRTEngine.open("tensorrt-rtx", tmp_path / "target.engine", facts, 1, 4, 4)
+
+
+# -- calls without logits --------------------------------------------------------------------------------------------
+
+
+def packed_call(counts, past=0):
+    counts = np.asarray(counts)
+    table = np.arange(len(counts) * 8).reshape(len(counts), 8)
+    total = counts.sum()
+    return pack(np.arange(total), np.zeros(total), np.full(len(counts), past), counts, table, np.arange(0, total, 2))
+
+
+def test_a_launch_asks_for_a_row_even_if_the_call_does_not():
+    call = packed_call([3])
+    call = pack(call.token_ids, call.positions, np.zeros(1, int), np.array([3]), np.zeros((1, 8)), np.zeros(0))
+    (piece,) = packed_pieces(call, {}, CallLimits(8, 32, 32, 32), graph_sizes(8), CallBounds(8, 8))
+    assert len(piece.arrays["logit_rows"]) >= 1
+    assert len(piece.requested) == 0
+    (piece,) = linear_pieces(call, {}, SlotLayout(2, 8, 16), CallLimits(2, 16, 16, 16))
+    assert len(piece.arrays["logit_rows"]) >= 1
+    assert len(piece.requested) == 0

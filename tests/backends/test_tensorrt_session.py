@@ -12,21 +12,6 @@ import torch
 from echo_trt.backends.tensorrt.session import Session
 
 
-def test_whether_a_launch_is_kept_as_a_graph_is_asked_of_those_that_know(monkeypatch):
-    """TensorRT-RTX's contexts do; TensorRT's do not tell, and it is tried."""
-    stream = SimpleNamespace(cuda_stream=7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    session = Session.__new__(Session)
-    session.device, session.inputs = torch.device("cpu"), ["a"]
-    for context, wanted in (
-        (SimpleNamespace(), True),
-        (SimpleNamespace(is_stream_capturable=lambda of: of == 7), True),
-        (SimpleNamespace(is_stream_capturable=lambda of: False), False),
-    ):
-        session._context = lambda shapes, context=context: context
-        assert session.capturable({"a": (1,)}) == wanted
-
-
 def test_what_a_session_asks_of_tensorrt_is_there():
     """Where its libraries are missing its bindings still tell what an engine and a context have."""
     bindings = importlib.util.find_spec("tensorrt_bindings")

@@ -8,28 +8,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from driving import prompt_ids
-from hypothesis import given
-from hypothesis import strategies as st
-from pairs import SIZES, block_inputs, roles_of
+from pairs import SIZES, block_inputs, recipe_of, roles_of
 from random_calls import Script
 from refusal import refused
 from stand_in_graphs import StandInGraph, as_on_a_gpu, uncollected, with_graphs
 
 from echo_trt.backends.cuda import sizes as cuda_sizes
-from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device_rows import DeviceLogits, DeviceRows
-from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket, capacity_of, graph_sizes, pad, size_for
+from echo_trt.backends.cuda.calls import Graphs
+from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, graph_sizes, size_for
 from echo_trt.backends.parallel.ranked import of_rank
 from echo_trt.backends.torch import engine as torch_engine
 from echo_trt.backends.torch import files
 from echo_trt.backends.torch.engine import METADATA, TorchEngine, _operator_for, open_torch
 from echo_trt.backends.torch.files import load_role, save_role
+from echo_trt.cli.build import build
+from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape, pack
-from echo_trt.speculation.sampling.draw import sample
-from super_tree_attention.triton_attention import super_tree_attention_triton
 
 BLOCKS, BOUNDS = 16, CallBounds(2, 4, 16)
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -74,37 +70,6 @@ def assert_same(want: dict[str, np.ndarray], got: dict, tolerance: float = 0.0) 
         np.testing.assert_allclose(np.asarray(got[name]), values, atol=tolerance, rtol=tolerance)
 
 
-@given(st.integers(1, 5000))
-def test_buckets_are_few_and_near(count):
-    size = bucket(count)
-    assert count <= size <= max(1.5 * count, 2 * count - 1 if count < 12 else 0)
-    assert bucket(size) == size
-    assert len({bucket(n) for n in range(1, LARGEST + 1)}) <= 18
-
-
-@pytest.mark.parametrize(("network", "kernel"), [*((network, False) for network in NETWORKS), ("head", True)])
-def test_padding_is_seen_by_nothing(network, kernel, networks):
-    """Outputs of the real rows and every row of the pool are the same with padding as without, by the kernel too."""
-    pair, name, features = NETWORKS[network]
-    operator = super_tree_attention_triton if kernel else None
-    near = {"atol": 5e-5 if kernel else 2e-6, "rtol": 1e-5}
-    for seed in range(1 if kernel else 4):
-        plain = TorchEngine(roles_of(pair, networks)[name], BLOCKS)
-        padded = TorchEngine(roles_of(pair, networks)[name], BLOCKS, operator=operator)
-        for call in calls(seed, requests=3 + seed % 2):
-            arrays = arrays_of(call, **inputs_for(call, features, seed))
-            wanted = plain._forward({n: torch.from_numpy(a) for n, a in arrays.items()})
-            size = size_for(arrays, graph_sizes(8))
-            larger = pad(arrays, size)
-            assert len(larger["token_ids"]) == bucket(len(call.token_ids))
-            got = padded._forward(
-                Staging(larger, torch.device("cpu"), capacity_of(size, CallBounds(8, 9))).upload(larger)
-            )
-            for one, other in zip(wanted, got, strict=True):
-                torch.testing.assert_close(other[: len(one)], one, **near)
-            torch.testing.assert_close(padded._pool, plain._pool, **near)
-
-
 def test_a_block_without_context_has_a_graph(networks, monkeypatch):
     """Costs are measured by such passes, and launched one by one their kernels take several times as long."""
     monkeypatch.setattr(cuda_sizes, "SIZES", (4, 8))
@@ -135,61 +100,6 @@ def test_calls_that_no_graph_is_for_are_not_padded():
     assert size_for(arrays_of(call), sizes) is not None
     assert size_for(arrays_of(call, **entries), sizes) is None
     assert size_for(arrays_of(call) | {"token_ids": np.zeros(LARGEST + 1, np.int64)}, sizes) is None
-
-
-def test_staging_keeps_arrays_apart_and_aligned():
-    rng = np.random.default_rng(0)
-    arrays = {"a": rng.integers(0, 9, 3), "b": rng.integers(0, 2, 5).astype(np.uint8), "c": rng.random((2, 3)),
-              "none": np.zeros((0, 7), np.float32), "d": rng.integers(0, 9, 1).astype(np.int32)}  # fmt: skip
-    staging = Staging({name: np.zeros_like(a) for name, a in arrays.items()}, torch.device("cpu"))
-    tensors = staging.upload(arrays)
-    for name, array in arrays.items():
-        assert tensors[name].numpy().dtype == array.dtype
-        assert (tensors[name].numpy() == array).all()
-        assert (tensors[name].data_ptr() - tensors["a"].data_ptr()) % 16 == 0
-
-
-def test_rows_read_late_are_the_rows():
-    rng = np.random.default_rng(1)
-    values = rng.standard_normal((9, 50)).astype(np.float32)
-    values[4, 7] = values[4, 31] = 9.0  # the first of two equals
-    rows = DeviceLogits(torch.from_numpy(values), values.argmax(1))
-    picked = rng.permutation(9)[:5]
-    assert len(rows) == 9
-    assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()
-    assert (rows[picked].argmax(axis=1) == values[picked].argmax(axis=1)).all()
-    assert (DeviceRows(torch.from_numpy(values)).argmax(axis=1) == values.argmax(axis=1)).all()
-    assert (rows[3] == values[3]).all()
-    assert (np.asarray(rows[values[:, 0] > 0]) == values[values[:, 0] > 0]).all()
-    assert (np.concatenate((values[:2], rows[picked])) == values[np.concatenate(([0, 1], picked))]).all()
-    settings = np.array([0.0, 1.0, 0.7, 0.0, 2.0]), np.full(5, 9), np.full(5, 0.9), np.arange(5), np.arange(5)
-    assert (sample(rows[picked], *settings) == sample(values[picked], *settings)).all()
-    assert (rows.argmax(axis=1) == values.argmax(axis=1)).all()  # what a reader did with them is its own
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_outputs_read_late_are_the_references(network, networks):
-    pair, name, features = NETWORKS[network]
-    role = roles_of(pair, networks)[name]
-    plain, late = TorchEngine(role, BLOCKS), as_on_a_gpu(TorchEngine(role, BLOCKS))
-    for seed in range(2):
-        for call in calls(seed):
-            inputs = inputs_for(call, features, seed)
-            wanted, got = plain.run(call, **inputs), late.run(call, **inputs)
-            assert_same(wanted, got)
-            if "logits" in wanted:
-                assert (got["logits"].argmax(axis=1) == wanted["logits"].argmax(axis=1)).all()
-
-
-@pytest.mark.parametrize("pair", ["close", "model", "peagle", "dspark"])  # eagle3: tests/engine/test_on_device.py
-def test_decoding_on_the_device_writes_the_same_text(pair, open_llm):
-    prompts = [prompt_ids(n, i) for i, n in enumerate((5, 37, 1, 16))]
-    params = [SamplingParams(12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(4)]
-    texts = []
-    for engine in ("torch", "resident"):
-        llm = open_llm(pair, "echo", 3, engine)
-        texts.append([c.token_ids for c in llm.generate(prompts, params)])
-    assert texts[0] == texts[1]
 
 
 def test_half_precision_is_close_to_single(networks):
@@ -304,3 +214,25 @@ def test_host_work_is_called_between_a_launch_and_its_results(networks, monkeypa
         for call in calls(1):
             engine.run(call)
     assert order == ["launch", "work", "read"] * len(calls(1))
+
+
+# -- bundles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", ["eagle3", "dspark"])
+def test_it_answers_like_the_openvino_bundle(pair, networks, bundle_of, tmp_path):
+    manifest = build(recipe_of(pair, networks, engine="torch"), networks, tmp_path / "torch")
+    assert manifest.checks["target"].tree_error < 1e-5
+    assert manifest.checks["draft"].tree_error < 1e-5
+    prompts, params = [[7, 8, 9], [*range(40, 90)]], SamplingParams(12, ignore_eos=True)
+    texts = [
+        [c.token_ids for c in LLM(bundle, "static", batch=2).generate(prompts, params)]
+        for bundle in (tmp_path / "torch", bundle_of(pair))
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0][1])) > 1
+
+
+def test_a_precision_it_has_not_is_refused(networks, tmp_path):
+    with pytest.raises(UserError, match="precision is 'int8', which torch does not have; use one of fp32, bf16, fp16"):
+        build(recipe_of("lookup", networks, engine="torch", precision="int8"), networks, tmp_path / "torch")

@@ -30,9 +30,7 @@ def drafter(folder: Path, **changes) -> dict:
     ("make", "words"),
     [
         (lambda f: drafter(f, **layers([0, 2])), ("target_layer_ids", "[0, 2]", "3 layers", "use a drafter")),
-        (lambda f: drafter(f, vocab_size=VOCAB + 1), (f"vocab_size is {VOCAB + 1}", f"target's is {VOCAB}")),
         (lambda f: drafter(f, block_size=9), ("9 rows", "18 KV rows", "16", "per_request", "draft.block")),
-        (lambda f: drafter(f, architectures=["EagleModel"]), ("architectures", "EagleModel", "DFlashDraftModel")),
         (lambda f: drafter(f) | {"block": 8}, ("8 rows", "16 KV rows", "17 or more")),
     ],
 )

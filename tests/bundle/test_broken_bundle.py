@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pairs import LIMITS, VOCAB
+from pairs import VOCAB
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
@@ -178,9 +178,3 @@ def test_a_folder_that_is_no_bundle(tmp_path):
     for index, what in ((tmp_path, "not a bundle"), (Path(__file__), "not a bundle"), (tmp_path / "none", "not exist")):
         with refused(index, what, "echo-trt build"):
             LLM(index)
-
-
-def test_a_prompt_longer_than_the_context(bundle):
-    context = LIMITS["context"]
-    with refused(f"{context} tokens", f"context length is {context}", "shorten it", "limits.context"):
-        LLM(bundle).generate([[5] * context])

@@ -12,6 +12,7 @@ from echo_trt.bundle.manifest import read_manifest, sha256, verify_files
 from echo_trt.cli.build import build
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
+from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.process.request import Reader
 from echo_trt.models.checkpoint import weights_sha256
 
@@ -230,10 +231,12 @@ def test_what_the_checkpoint_recommends_is_the_default_of_requests(networks, tmp
     build(recipe_of("lookup", folder), folder, tmp_path / "bundle")
     llm = LLM(tmp_path / "bundle")
     assert llm.default_params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1)
-    read = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given()).read
+    reader = Reader(tmp_path / "bundle", 100, sampling=llm.manifest.sampling.given())
     ids, greedy = {"input_ids": [5]}, {"temperature": 0.0}
-    assert read(ids).params == llm.default_params
-    assert read(ids | greedy).params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
+    reader.read(ids, answer := Pending())
+    assert answer.params == llm.default_params
+    reader.read(ids | greedy, answer)
+    assert answer.params == SamplingParams(temperature=0.0, top_k=20, top_p=0.95, min_p=0.1)
     config.write_text('{"do_sample": true, "temperature": -1}')
     with refused("temperature", "do_sample"):
         build(recipe_of("lookup", folder), folder, tmp_path / "bundle")

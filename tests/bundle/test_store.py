@@ -5,11 +5,9 @@ import shutil
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.calibration import Calibration, Gate, read_calibration
 from echo_trt.bundle.costs import COSTS, CostTable, CurveTable, HingeTable, read_costs
 from echo_trt.bundle.manifest import Manifest, read_manifest
@@ -58,21 +56,6 @@ def manifest(bundle_of):
     return read_manifest(bundle_of("lookup"))
 
 
-def test_another_process_that_writes_the_same_file_is_left_alone(tmp_path, monkeypatch):
-    """It writes, and replaces the file, while this one has written its own and not replaced it yet."""
-    replace = Path.replace
-
-    def late(partial, target):
-        monkeypatch.setattr(Path, "replace", replace)
-        write(tmp_path, CALIBRATION, calibration(positions=7))
-        return replace(partial, target)
-
-    monkeypatch.setattr(Path, "replace", late)
-    write(tmp_path, CALIBRATION, calibration())
-    assert read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT) == calibration()
-    assert [file.name for file in tmp_path.iterdir()] == [CALIBRATION]
-
-
 def test_what_is_written_is_read_again(tmp_path, manifest):
     write(tmp_path, CALIBRATION, calibration())
     stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT)
@@ -95,14 +78,6 @@ def test_a_calibration_of_another_pair_is_refused(target, draft, words, tmp_path
     write(tmp_path, CALIBRATION, calibration())
     with refused(tmp_path / CALIBRATION, "echo-trt calibrate", *words):
         read_calibration(tmp_path / CALIBRATION, target, draft)
-
-
-def test_costs_of_another_machine_are_not_used(tmp_path, manifest):
-    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
-    write(tmp_path, COSTS, costs("a faster one"))
-    assert read_costs(tmp_path, manifest, machine(manifest), pytest.fail) is None
-    assert machine(manifest) == machine(manifest)
-    assert computes_in(manifest) in machine(manifest)
 
 
 def test_costs_of_another_card_are_not_used(tmp_path, manifest, monkeypatch):
@@ -172,13 +147,10 @@ def test_a_calibration_with_holes_is_refused(changes, tmp_path):
     ("path", "value"),
     [
         ("lookup.0", 2.0),
-        ("lookup.0", 0.0),
         ("acceptance.head.0.3", 7.0),
         ("acceptance.head.2.0", float("nan")),
-        ("children.0.1.0", -0.5),
         ("fixed_threshold", -1.0),
         ("gates.1.threshold", 1.5),
-        ("gates.0.depth", 0),
         ("positions", -3),
     ],
 )
@@ -199,9 +171,8 @@ def test_a_calibration_of_no_probabilities_is_refused(path, value, tmp_path):
         {"sizes": [1, 2], "seconds": [0.1, -0.2]},
         {"sizes": [1, 2], "seconds": [0.2, 0.1]},
         {"sizes": [1, 2], "seconds": [0.0, 0.1]},
-        {"sizes": [1, 2], "seconds": [0.0, 0.0]},
     ],
-    ids=["empty", "ragged", "descending", "from-zero", "negative", "faster", "nothing-first", "nothing"],
+    ids=["empty", "ragged", "descending", "from-zero", "negative", "faster", "nothing-first"],
 )
 def test_costs_that_cannot_be_are_measured_again(curve, tmp_path, manifest):
     raw = json.loads(costs(machine(manifest)).model_dump_json())
@@ -217,11 +188,9 @@ def test_costs_that_cannot_be_are_measured_again(curve, tmp_path, manifest):
         ("draft.per_context", float("inf"), "draft.per_context"),
         ("target.sizes.1", 10**9, "not 1000000000"),
         ("hinge", {}, "hinge.t_ar"),
-        ("hinge.k_max", float("nan"), "hinge.k_max"),
         ("hinge.k_max", -5, "not -5"),
         ("hinge.k_max", 5, "hinge.k_max is 5"),
         ("sizes", [4, 2], "sizes must ascend"),
-        ("sizes", [0, 2], "sizes.0"),
         ("change", -1e-3, "change"),
         ("format", 7, "not 7"),
     ],
@@ -246,18 +215,3 @@ def test_a_start_makes_damaged_costs_anew(tmp_path, bundle_of):
     LLM(bundle, "goodput", note=reported.append)
     assert any("format is not valid" in note for note in reported)
     assert read_costs(bundle, read_manifest(bundle), machine(read_manifest(bundle)), pytest.fail) is not None
-
-
-def test_numbers_survive_the_file(tmp_path):
-    write(
-        tmp_path, CALIBRATION, calibration(acceptance={s: [np.linspace(0, 1, KNOTS).tolist()] * 3 for s in CALIBRATED})
-    )
-    stored = read_calibration(tmp_path / CALIBRATION, TARGET, DRAFT).model()
-    assert stored.table[1, 0] == pytest.approx(np.linspace(0, 1, KNOTS), abs=1e-12)
-
-
-def test_what_cannot_be_written_leaves_nothing_half_made(tmp_path):
-    (tmp_path / CALIBRATION).mkdir()
-    with pytest.raises(IsADirectoryError):
-        write(tmp_path, CALIBRATION, calibration())
-    assert list(tmp_path.iterdir()) == [tmp_path / CALIBRATION]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -68,15 +68,6 @@ def test_json_holds_a_result_for_each_prompt_in_order(echo_trt, bundle_of, promp
     assert answer["summary"]["policy"] == "echo"
 
 
-@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.8, "--top-p", 0.95, "--seed", 3]])
-def test_every_policy_gives_the_same_text(echo_trt, bundle_of, prompts, tmp_path, sampling):
-    texts = {}
-    for policy in ("autoregressive", "static", "dense", "fixed", "echo"):
-        words = [bundle_of("close"), "--prompts", prompts, "--policy", policy, *sampling]
-        texts[policy] = [r["token_ids"] for r in generated(echo_trt, tmp_path, *words)["results"]]
-    assert all(ids == texts["autoregressive"] for ids in texts.values())
-
-
 def test_compare_prints_both_and_their_ratio(echo_trt, bundle_of, prompts, tmp_path):
     answer = generated(echo_trt, tmp_path, bundle_of("self"), "--prompts", prompts, "--compare")
     assert answer["summary"]["identical"] == 5
@@ -128,11 +119,8 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
     [
         (["hi", "--max-tokens", 0], ["max_tokens", "0", "from 1 to"]),
         (["hi", "--top-k", 2**63], ["top_k", str(2**63), "from -1 to 2^31 - 1, 0 is off"]),
-        (["hi", "--max-tokens", -4], ["max_tokens", "-4"]),
-        (["hi", "--temperature", -1], ["temperature", "-1"]),
         (["hi", "--temperature", "nan"], ["temperature", "nan"]),
         (["hi", "--top-p", 0], ["top_p", "0"]),
-        (["hi", "--top-k", -2], ["top_k", "-2"]),
         (["hi", "--seed", -1], ["seed", "-1"]),
         (["hi", "--batch", 0], ["batch", "0"]),
         (["hi", "--stop", ""], ["stop"]),
@@ -143,11 +131,16 @@ def test_build_and_inspect(echo_trt, networks, tmp_path):
         ([], ["either PROMPT or --prompts"]),
         (["word " * 400], ["prompt", "context", "160"]),
         (["a\udcff"], ["PROMPT", "not UTF-8"]),
+        ([""], ["PROMPT is empty", "give at least one character"]),
+        (["hi", "--policy", "echo", "--budget", 0], ["--budget is 0", "1 or more"]),
+        (["hi", "--policy", "goodput", "--budget", 4], ["--budget is 4", "goodput shares no budget"]),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, reported):
-    outcome = echo_trt("generate", bundle_of("lookup"), *words)
+def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, tmp_path, words, reported):
+    file = tmp_path / "answers.json"
+    outcome = echo_trt("generate", bundle_of("lookup"), *words, *([] if "--json" in words else ["--json", file]))
     assert outcome.code == 2
+    assert not file.exists()
     assert "Traceback" not in outcome.err
     assert all(word in outcome.err for word in reported), outcome.err
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
@@ -164,18 +157,18 @@ def test_bad_input_is_one_sentence_and_exit_code_2(echo_trt, bundle_of, words, r
         (["serve", "b", "--openai-port", 70000], ["--openai-port", "70000", "Give 0 to 65,535."]),
         (["serve", "b", "--queue", 0], ["--queue", "0", "Give 1 or more."]),
         (["serve", "b", "--http-port", 8000], ["--http-port", "add --triton"]),
+        (["bench", "b", "--prompts", "p", "--requests", 10**20], ["--requests", "Give "]),
+        (["bench", "b", "--prompts", "p", "--rounds", 1001], ["--rounds", "Give "]),
+        (["bench", "b", "--prompts", "p", "--batch", "x" * 5000], ["--batch is 'xxx"]),
+        (["inspect", "nothing.yaml"], ["nothing.yaml does not exist; "]),
+        (["inspect", "."], [". "]),
     ],
 )
 def test_a_wrong_option_is_one_sentence_and_exit_code_2(echo_trt, words, reported):
     outcome = echo_trt(*words)
     assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (2, "", 1)
+    assert len(outcome.err) < 300
     assert all(word in outcome.err for word in reported), outcome.err
-
-
-def test_a_failed_run_leaves_no_result_file(echo_trt, bundle_of, tmp_path):
-    file = tmp_path / "answers.json"
-    assert echo_trt("generate", bundle_of("lookup"), "word " * 400, "--json", file).code == 2
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
@@ -189,28 +182,10 @@ def test_ids_and_folders_are_printed_as_they_are(echo_trt, bundle_of, tmp_path):
     assert f"bundle {bundle}" in echo_trt("inspect", bundle).out
 
 
-def test_a_budget_that_no_policy_shares_is_refused_before_the_bundle_is_opened(echo_trt, bundle_of, monkeypatch):
-    monkeypatch.setattr("echo_trt.cli.generate.LLM", None)
-    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", "goodput", "--budget", 4)
-    assert outcome.code == 2
-    assert "--budget is 4, but goodput shares no budget" in outcome.err
-
-
 @pytest.mark.parametrize("policy", ["echo", "dense", "fixed"])
 def test_a_budget_is_given_to_policies_that_share_one(echo_trt, bundle_of, policy):
     outcome = echo_trt("generate", bundle_of("close"), "hi", "--max-tokens", 4, "--policy", policy, "--budget", 8)
     assert outcome.code == 0, outcome.err
-
-
-@pytest.mark.parametrize("policy", ["echo", "goodput"])
-def test_a_budget_of_nothing_is_refused(echo_trt, bundle_of, policy):
-    outcome = echo_trt("generate", bundle_of("lookup"), "hi", "--policy", policy, "--budget", 0)
-    assert (outcome.code, "--budget is 0; give 1 or more." in outcome.err) == (2, True)
-
-
-def test_an_empty_prompt_is_refused(echo_trt, bundle_of):
-    outcome = echo_trt("generate", bundle_of("lookup"), "")
-    assert (outcome.code, "PROMPT is empty; give at least one character." in outcome.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -225,19 +200,6 @@ def test_a_pool_beyond_the_memory_is_a_sentence(words, reported, echo_trt, bundl
     outcome = echo_trt("generate", bundle_of("lookup"), "hi")
     assert outcome.code == 2
     assert f"not enough {reported}lower limits.kv_blocks" in outcome.err
-
-
-def test_a_long_value_is_shortened(echo_trt, prompts):
-    outcome = echo_trt("bench", "bundle", "--prompts", prompts, "--batch", "x" * 5000)
-    assert (outcome.code, len(outcome.err) < 300, "--batch is 'xxx" in outcome.err) == (2, True, True)
-
-
-@pytest.mark.parametrize(("option", "value"), [("--requests", 10**20), ("--rounds", 1001)])
-def test_a_benchmark_without_an_end_is_refused(option, value, echo_trt, prompts):
-    outcome = echo_trt("bench", "bundle", "--prompts", prompts, option, value)
-    assert outcome.code == 2
-    assert option in outcome.err
-    assert "Give " in outcome.err
 
 
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(echo_trt, bundle_of, tmp_path):
@@ -258,38 +220,27 @@ def test_a_file_that_generate_reads_is_not_overwritten(echo_trt, bundle_of, prom
         assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("path", ["nothing.yaml", "."])
-def test_inspect_names_what_is_not_there(echo_trt, tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    outcome = echo_trt("inspect", path)
-    assert outcome.code == 2
-    assert path in outcome.err
+def echo_trt_of(*words: object, stdout: Any = subprocess.PIPE, **more: Any) -> subprocess.CompletedProcess:
+    """Return a process of its own; ``more``: of its environment, where a name is in capitals, and of
+    ``subprocess.run``.
+    """
+    environment = {**os.environ, **{name: more.pop(name) for name in list(more) if name.isupper()}}
+    command = [sys.executable, "-m", "echo_trt", *map(str, words)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
-def test_inspect_says_that_nothing_is_there(echo_trt, tmp_path):
-    assert echo_trt("inspect", tmp_path / "nope").err.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
-
-
-@pytest.mark.parametrize("columns", ["0", "1", "19", "-3", "²", "9" * 5000])
+@pytest.mark.parametrize("columns", ["0", "19", "-3", "²", "9" * 5000])
 def test_odd_columns_hide_nothing(columns, tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "COLUMNS": columns}
-        return subprocess.run(
-            [sys.executable, "-m", "echo_trt", *words], capture_output=True, text=True, env=environment
-        )
-
-    done = run("inspect", str(tmp_path / "nope"))
+    done = echo_trt_of("inspect", str(tmp_path / "nope"), COLUMNS=columns)
     assert done.stderr.startswith(f"error: {tmp_path / 'nope'} does not exist; ")
     assert len(done.stderr.splitlines()) == 1
-    assert "Usage" in run("inspect", "--help").stdout
+    assert "Usage" in echo_trt_of("inspect", "--help", COLUMNS=columns).stdout
 
 
 def test_a_standard_output_without_the_characters_gets_others_for_them(tmp_path):
     recipe = tmp_path / "é.yaml"
     recipe.write_text("name: a\ntarget: {path: ünder}\n", "utf-8")
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "echo_trt", "inspect", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = echo_trt_of("inspect", str(recipe), LC_ALL="C", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "?nder" in done.stdout
 
@@ -325,3 +276,35 @@ def test_a_signal_ends_a_build_at_once_and_leaves_nothing(number, networks, tmp_
     assert process.returncode == 130
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a standard output that is closed, full or left by its reader -----------------------------------------------------
+
+
+def test_a_reader_that_leaves_costs_no_result_file(bundle_of, tmp_path):
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "a.json"
+    prompts.write_text('{"id": "a", "prompt": "abc"}\n{"id": "b", "prompt": "abc abc"}\n')
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [bundle_of("lookup"), "--prompts", prompts, "--max-tokens", 4, "--json", file]
+    done = echo_trt_of("generate", *words, stdout=writing)
+    os.close(writing)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert '"id": "b"' in file.read_text()
+
+
+def test_a_closed_standard_output_is_told_in_a_sentence():
+    done = echo_trt_of("--version", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output is closed; ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_standard_output_is_told_in_a_sentence():
+    with open("/dev/full", "w") as full:
+        done = echo_trt_of("--version", stdout=full)
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -8,13 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from answering import answering
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest
@@ -68,28 +65,6 @@ def test_what_is_not_in_the_cache_says_where_it_was_looked_for(tmp_path):
     assert not Path("bundles/target-1").exists()
 
 
-@contextmanager
-def hub(status: int, code: str) -> Iterator[str]:
-    """Return a hub that answers everything with one status, as the real one says it."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 @pytest.mark.parametrize(
     ("status", "code", "sentence"),
     [
@@ -99,8 +74,8 @@ def hub(status: int, code: str) -> Iterator[str]:
     ],
 )
 def test_what_the_hub_refuses_is_a_sentence(status, code, sentence, tmp_path):
-    with hub(status, code) as url:
-        done = built("a/b", HF_HOME=tmp_path, HF_ENDPOINT=url, HF_HUB_OFFLINE=0)
+    with answering(status=status, X_Error_Code=code) as port:
+        done = built("a/b", HF_HOME=tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HUB_OFFLINE=0)
     assert done.returncode == 2
     output = " ".join(done.stderr.split())
     assert sentence in output

@@ -69,6 +69,17 @@ def structured() -> tuple[list[list[int]], list[SamplingParams]]:
     return [prompt_ids(n, n) for n in PENALISED_PROMPTS], params
 
 
+def repeated() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Make greedy and sampled requests, every second of which repeats itself, and four under grammars."""
+    prompts, params = mixed(8)
+    prompts = [(prompt_ids(7, i) * 9)[: len(prompt)] if i % 2 else prompt for i, prompt in enumerate(prompts)]
+    under_grammars = structured()
+    return prompts + under_grammars[0][:4], params + under_grammars[1][:4]
+
+
+REQUESTS = {"mixed": mixed, "penalised": penalised, "structured": structured, "repeated": repeated}
+
+
 def assert_same(got: list[Completion], want: list[Completion]) -> None:
     """Compare tokens, and log-probabilities but for what the arithmetic of another batch rounds differently."""
     assert [c.token_ids for c in got] == [c.token_ids for c in want]

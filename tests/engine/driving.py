@@ -30,6 +30,11 @@ from echo_trt.speculation.super_tree import SuperTree
 SPECULATION_PAYS = Costs(Curve([1, 256], [1e-3, 1.001e-3]), Curve([1, 256], [1e-9] * 2))
 
 
+def machine(each: float = 0.0, draft: float = 0.0) -> Costs:
+    """Make the costs of a further verified token and of a draft pass, in passes of one token."""
+    return Costs(Curve([1, 256], [1e-3, 1e-3 * (1 + 255 * each)]), Curve([1, 256], [1e-9 + 1e-3 * draft] * 2))
+
+
 def prompt_ids(length: int, seed: int) -> list[int]:
     """Random tokens, none of them special."""
     return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()

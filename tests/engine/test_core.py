@@ -2,59 +2,18 @@
 
 import numpy as np
 import pytest
-from driving import Counted, Foresight, add, assert_all_free, echo_planner, prompt_ids, run
-from pairs import LIMITS, PAIRS, VOCAB, reference_engines
+from driving import Counted, add, assert_all_free, echo_planner, prompt_ids, run
+from pairs import LIMITS, PAIRS, VOCAB
 from refusal import refused
 
-from echo_trt.engine.batch import blocks_for
-from echo_trt.engine.core import EngineCore
+from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import MAX_STOP_TOKENS, SamplingParams
-from echo_trt.engine.request import Request
-from echo_trt.speculation.pack import BLOCK, pack
 
 CONTEXT, CHUNK = LIMITS["context"], LIMITS["prefill_chunk"]
 
 
-def last_logits(engine, text) -> np.ndarray:
-    """Return the next token's logits after ``text``, read in one pass into blocks in no particular order."""
-    count = np.array([len(text)])
-    table = np.array([[6, 1, 7, 0, 4, 2, 5, 3]])
-    call = pack(np.asarray(text), np.arange(len(text)), np.zeros(1, np.int64), count, table, count - 1)
-    return engine.run(call)["logits"][0]
-
-
-def pool_logits(loop: EngineCore, request: Request) -> np.ndarray:
-    """Return the pending token's logits over the KV rows that the loop has committed for its request."""
-    batch, slot = loop.batch, np.array([request.slot])
-    past = batch.committed[slot]
-    call = pack(batch.tokens[slot, past], past, past, np.ones(1, np.int64), batch.block_table[slot], np.zeros(1))
-    return loop.target.run(call)["logits"][0]
-
-
 # -- commit --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-@pytest.mark.parametrize("policy", ["static", "echo"])
-def test_accepted_branches_leave_the_rows_of_a_plain_prompt(policy, engine, open_llm, networks):
-    llm = open_llm("lookup", "autoregressive", 3, engine)
-    prompts = [prompt_ids(7 + 13 * seed, seed) for seed in range(3)]
-    texts = [
-        p + c.token_ids for p, c in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=60)), strict=True)
-    ]
-    llm.set_policy(policy)
-    loop = llm.loop
-    loop.drafter = Foresight(loop.batch, texts)
-    loop.target = target = Counted(loop.target)
-    requests = [add(loop, prompt, max_tokens=60) for prompt in prompts]
-    reference = reference_engines("lookup", networks, 8)["target"]
-    for _ in range(3):
-        run(loop, 4)
-        for request in requests:
-            text = loop.batch.tokens[request.slot, : loop.batch.length[request.slot]]
-            np.testing.assert_allclose(pool_logits(loop, request), last_logits(reference, text), atol=1e-4)
-    assert len(target.moves) > 3
 
 
 # -- requests come and go ------------------------------------------------------------------------------------------
@@ -126,23 +85,6 @@ def test_the_least_urgent_gives_way_before_the_youngest(with_limits):
     assert_all_free(loop)
 
 
-def test_cancelling_frees_at_once_wherever_the_request_is(open_llm):
-    loop = open_llm("close", batch=2).loop
-    decoding, prefilling, waiting = (add(loop, prompt_ids(n, n)) for n in (5, 100, 30))
-    run(loop, 3)
-    batch = loop.batch
-    assert batch.decoding().tolist() == [decoding.slot]
-    assert batch.prefilling().tolist() == [prefilling.slot]
-    for request in (waiting, prefilling, decoding, decoding):
-        held = int(batch.blocks_held[request.slot]) if request.slot >= 0 else 0
-        used = batch.used_blocks
-        loop.scheduler.cancel(request)
-        assert batch.used_blocks == used - held
-        assert request.slot == -1
-    assert_all_free(loop)
-    assert len(decoding.generated) > 0
-
-
 def test_an_abandoned_stream_leaves_nothing_behind(open_llm):
     llm = open_llm("self", batch=2)
     stream = llm.stream([prompt_ids(9, seed) for seed in range(4)], SamplingParams(ignore_eos=True))
@@ -164,7 +106,13 @@ def test_a_second_stream_waits_for_the_first(open_llm):
 
 def test_a_refused_prompt_leaves_nothing_behind(open_llm):
     llm = open_llm("lookup")
-    with refused("prompts[1]: the prompt has", f"{CONTEXT} tokens", f"context length is {CONTEXT}", "shorten it"):
+    with refused(
+        "prompts[1]: the prompt has",
+        f"{CONTEXT} tokens",
+        f"context length is {CONTEXT}",
+        "shorten it",
+        "limits.context",
+    ):
         llm.generate([prompt_ids(5, 0), prompt_ids(CONTEXT, 1)])
     assert_all_free(llm.loop)
 
@@ -187,6 +135,18 @@ def test_prompts_are_read_in_chunks_beside_running_requests(open_llm):
     assert early.slot >= 0
 
 
+def test_requests_are_served_oldest_first():
+    batch = InputBatch(4, CONTEXT, 12, 1)
+    batch.active[:] = [True, True, True, False]
+    batch.admitted[:] = [5, 2, 9, 1]
+    batch.length[:], batch.committed[:] = 10, [9, 9, 4, 9]
+    assert batch.decoding().tolist() == [1, 0]
+    assert batch.prefilling().tolist() == [2]
+    batch.committed[:] = 0
+    assert batch.decoding().tolist() == []
+    assert batch.prefilling().tolist() == [1, 0, 2]
+
+
 # -- limits --------------------------------------------------------------------------------------------------------
 
 
@@ -206,15 +166,7 @@ def test_short_and_long_prompts(pair, open_llm):
 
 
 @pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
-@pytest.mark.parametrize("limit", [1, 2, 3, 6])
-def test_max_tokens_cuts_an_accepted_path(limit, policy, open_llm):
-    completion = open_llm("self", policy).generate([prompt_ids(6, 0)], SamplingParams(limit, ignore_eos=True))[0]
-    assert len(completion.token_ids) == limit
-    assert completion.finish_reason == "length"
-
-
-@pytest.mark.parametrize("policy", ["autoregressive", "static", "echo"])
-def test_stop_tokens_end_the_text(policy, open_llm):
+def test_stop_tokens_end_the_text_and_the_models_own_unless_they_are_ignored(policy, open_llm):
     llm = open_llm("self", "autoregressive")
     prompt = prompt_ids(6, 3)
     whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
@@ -223,14 +175,6 @@ def test_stop_tokens_end_the_text(policy, open_llm):
         cut = llm.generate([prompt], SamplingParams(30, ignore_eos=True, stop_token_ids=(stop, 299)))[0]
         assert cut.token_ids == whole[: whole.index(stop) + 1]
         assert cut.finish_reason == "stop"
-
-
-@pytest.mark.parametrize("policy", ["autoregressive", "echo"])
-def test_the_models_end_token_counts_unless_it_is_ignored(policy, open_llm):
-    llm = open_llm("self", "autoregressive")
-    prompt = prompt_ids(6, 3)
-    whole = llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids
-    llm.set_policy(policy)
     llm.loop.scheduler.eos = (299, whole[5])
     assert llm.generate([prompt], SamplingParams(30))[0].token_ids == whole[: whole.index(whole[5]) + 1]
     assert llm.generate([prompt], SamplingParams(30, ignore_eos=True))[0].token_ids == whole
@@ -276,12 +220,39 @@ def test_what_is_drafted_is_what_may_still_be_said(open_llm):
         ({"stop_token_ids": (2**63,)}, ("stop_token_ids", 2**63, "2^31 - 1")),
         ({"logit_bias": {2**63: 1.0}}, ("logit_bias",)),
         ({"stop_token_ids": 7}, ("stop_token_ids", "7")),
+        ({"presence_penalty": 2.1}, ("presence_penalty is 2.1", "from -2 to 2")),
+        ({"presence_penalty": float("nan")}, ("presence_penalty is nan",)),
+        ({"frequency_penalty": -2.5}, ("frequency_penalty is -2.5", "from -2 to 2")),
+        ({"frequency_penalty": "much"}, ("frequency_penalty is 'much'",)),
+        ({"repetition_penalty": 0}, ("repetition_penalty is 0", "above 0")),
+        ({"repetition_penalty": -1.0}, ("repetition_penalty is -1.0",)),
+        ({"repetition_penalty": float("inf")}, ("repetition_penalty is inf",)),
+        ({"logit_bias": {5: 101}}, ("logit_bias is {5: 101}", "from -100 to 100")),
+        ({"logit_bias": {5: float("nan")}}, ("logit_bias",)),
+        ({"logit_bias": {-1: 1}}, ("logit_bias is {-1: 1}",)),
+        ({"logit_bias": [5]}, ("logit_bias is [5]",)),
+        ({"min_tokens": 257}, ("min_tokens is 257", "max_tokens, 256")),
+        ({"min_tokens": -1}, ("min_tokens is -1",)),
+        ({"logprobs": 21}, ("logprobs is 21", "from 0 to 20")),
+        ({"logprobs": -1}, ("logprobs is -1",)),
+        ({"logprobs": True}, ("logprobs is True",)),
     ],
     ids=str,
 )
 def test_parameters_are_checked(settings, words):
     with refused(*words):
         SamplingParams(**settings)
+
+
+def test_too_many_biased_tokens_are_refused():
+    assert len(SamplingParams(logit_bias=dict.fromkeys(range(300), 1)).logit_bias) == 300
+    with refused("logit_bias is {0: 1", "at most 300"):
+        SamplingParams(logit_bias=dict.fromkeys(range(301), 1))
+
+
+def test_a_bias_on_no_token_is_refused(open_llm):
+    with refused("logit_bias holds token id 300", "from 0 to 299"):
+        open_llm("lookup").generate([[5]], SamplingParams(logit_bias={300: 1.0}))
 
 
 def test_too_many_stop_tokens(open_llm):
@@ -333,10 +304,3 @@ def test_a_policy_that_comes_back_goes_on_with_what_it_has_learnt(open_llm):
     llm.set_policy("echo", 9)
     assert (llm.loop.planner.name, llm.loop.planner.budget) == ("echo", 9)
     assert first.budget == 24
-
-
-def test_one_request_needs_its_context_and_a_tree(open_llm):
-    """The smallest pool that is allowed holds any request to its end."""
-    batch = open_llm("lookup", batch=1).loop.batch
-    assert blocks_for(CONTEXT + batch.reserve) == batch.block_table.shape[1] == batch.free_blocks
-    assert batch.free_blocks * BLOCK >= CONTEXT + batch.reserve

@@ -7,50 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from batches import structured
-from driving import add, assert_all_free, goodput_planner, prompt_ids, run
-from pairs import FOLDERS, PAIRS
+from batches import repeated
+from driving import add, assert_all_free, goodput_planner, machine, prompt_ids, run
+from pairs import PAIRS
 from refusal import refused
 
 from echo_trt.bundle.costs import COSTS
 from echo_trt.engine.params import SamplingParams
 from echo_trt.speculation.goodput.ladder import UNDRAFTED, Ladder
-from echo_trt.speculation.goodput.model.costs import Costs, Curve
 
-PROMPTS, ANSWERS = (5, 37, 1, 16, 50, 17, 2, 33), (24, 9, 20, 31, 1, 26, 15, 22)
 POLICIES = ("goodput", "goodput-exact", "goodput-head")
-
-
-def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Greedy and sampled ones, every second of which begins with a text that repeats itself; four have grammars."""
-    sampled = {"temperature": 0.8, "top_p": 0.95}
-    params = [
-        SamplingParams(max_tokens=n, seed=100 + i, ignore_eos=i % 4 < 2, **(sampled if i % 2 else {}))
-        for i, n in enumerate(ANSWERS)
-    ]
-    prompts = [(prompt_ids(7, i) * 9)[:n] if i % 2 else prompt_ids(n, i) for i, n in enumerate(PROMPTS)]
-    under_grammars = structured()
-    return prompts + under_grammars[0][:4], params + under_grammars[1][:4]
-
-
-def machine(each: float = 0.0, draft: float = 0.0) -> Costs:
-    """Return what a further verified token and a draft pass cost, in passes of one token."""
-    return Costs(Curve([1, 256], [1e-3, 1e-3 * (1 + 255 * each)]), Curve([1, 256], [1e-9 + 1e-3 * draft] * 2))
-
-
-@pytest.fixture(scope="module")
-def plain_ids(open_llm):
-    """pair -> what plain decoding writes, one request at a time."""
-    known = {}
-
-    def get(pair: str) -> list[list[int]]:
-        target = FOLDERS[pair][0]
-        if target not in known:
-            completions = open_llm(pair, "autoregressive", 1).generate(*requests())
-            known[target] = [c.token_ids for c in completions]
-        return known[target]
-
-    return get
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -60,10 +26,26 @@ def test_goodput_writes_the_same_tokens(pair, batch, open_llm, plain_ids):
     for policy in POLICIES:
         llm.loop.planner = goodput_planner(llm, machine(), policy)
         drafted, passes = llm.counters.drafted_tokens, llm.counters.draft_passes
-        completions = llm.generate(*requests())
+        completions = llm.generate(*repeated())
         assert [c.token_ids for c in completions] == plain_ids(pair)
         assert (llm.counters.drafted_tokens > drafted) == (pair != "lookup" or policy != "goodput-head")
         assert (llm.counters.draft_passes > passes) == (pair != "lookup")
+        assert_all_free(llm.loop)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("family", ["jetspec", "rnn", "peagle"])
+def test_block_drafters_of_other_families_write_the_same_tokens(family, batch, open_llm, plain_ids):
+    """DFlash and DSpark are in PAIRS."""
+    llm = open_llm(family, "autoregressive", batch)
+    for policy in ("autoregressive", "echo", "static", "goodput", "goodput-exact"):
+        if policy.startswith("goodput"):
+            llm.loop.planner = goodput_planner(llm, machine(), policy)
+        else:
+            llm.set_policy(policy)
+        drafted = llm.counters.drafted_tokens
+        assert [completion.token_ids for completion in llm.generate(*repeated())] == plain_ids(family)
+        assert (llm.counters.drafted_tokens > drafted) == (policy != "autoregressive")
         assert_all_free(llm.loop)
 
 
@@ -85,7 +67,7 @@ def test_sizes_may_change_at_every_iteration(pair, open_llm, plain_ids):
     planner = goodput_planner(llm, replace(machine(), change=1e-3))
     planner.ladder = Turns()
     llm.loop.planner = planner
-    assert [c.token_ids for c in llm.generate(*requests())] == plain_ids(pair)
+    assert [c.token_ids for c in llm.generate(*repeated())] == plain_ids(pair)
     assert_all_free(llm.loop)
 
 
@@ -102,7 +84,7 @@ def test_passes_without_prompts_keep_the_size_that_is_held(open_llm, plain_ids):
     llm.loop.planner = planner
     seen, calls = llm.loop.target.run, []
     llm.loop.target.run = lambda call: (calls.append(call), seen(call))[1]
-    assert [c.token_ids for c in llm.generate(*requests())] == plain_ids("close")
+    assert [c.token_ids for c in llm.generate(*repeated())] == plain_ids("close")
     prompts = [((np.diff(c.seq_begins) > 1) & (np.diff(c.tree_mask_begins) == 0)).any() for c in calls]
     filled = [call.padded_to for call in calls]
     assert any(call.padded_to > len(call.token_ids) for call in calls)
@@ -126,8 +108,10 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, open_llm):
 def test_policies_and_costs_may_change_at_every_iteration(pair, open_llm, plain_ids):
     llm = open_llm(pair, "autoregressive", 3)
     planners = {policy: goodput_planner(llm, machine(), policy) for policy in POLICIES}
-    prompts, params = requests()
-    policies = itertools.cycle(["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static"])
+    prompts, params = repeated()
+    policies = itertools.cycle(
+        ["goodput", "echo", "autoregressive", "goodput-head", "goodput-exact", "static", "dense", "fixed"]
+    )
     costs = itertools.cycle([machine(), machine(each=0.1, draft=0.1), machine(each=9.0), machine(draft=0.3)])
     ids: dict[int, list[int]] = {}
     for delta in llm.stream(prompts, params):
@@ -148,7 +132,7 @@ def test_costs_are_not_measured_while_requests_run(pair, open_llm, bundle_of, pl
     """To measure them would write over what the requests have in the KV pool."""
     (bundle_of(pair) / COSTS).unlink(missing_ok=True)
     llm = open_llm(pair, "echo", 3)
-    prompts, params = requests()
+    prompts, params = repeated()
     ids: dict[int, list[int]] = {}
     for number, delta in enumerate(llm.stream(prompts, params)):
         if number == 4:
@@ -163,7 +147,7 @@ def test_requests_join_and_leave_while_others_run(open_llm, plain_ids):
     llm = open_llm("close", "autoregressive", 8)
     loop = llm.loop
     loop.planner = goodput_planner(llm, machine())
-    prompts, params = requests()
+    prompts, params = repeated()
     added = {}
     for i in np.random.default_rng(0).permutation(len(prompts)):
         added[i] = llm.request(i, prompts[i], params[i])

@@ -10,15 +10,11 @@ from driving import Counted, Foresight, add, assert_all_free, goodput_planner, p
 from refusal import refused
 
 from echo_trt.cli.build import build
-from echo_trt.engine.drafters.grammars import LONGEST, GrammarProposer, prune
+from echo_trt.engine.drafters.grammars import prune
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
-from echo_trt.speculation.sources import GRAMMAR, LOOKUP
-from echo_trt.speculation.super_tree import SuperTree
-
-SENTENCE = {"structured": {"regex": "[a-z]: the answer is (yes|no)[.]"}}
 
 
 @pytest.fixture(scope="module")
@@ -53,30 +49,6 @@ def test_forbidden_proposals_give_their_probability_to_the_allowed_ones(llm):
     assert np.exp(log_q[0]) == pytest.approx([0.5, 0.25, 0, 0])
     assert tokens[1].tolist() == [c, a, d, b]
     assert np.exp(log_q[1]) == pytest.approx([0.5, 0.2, 0.1, 0.1])
-
-
-def test_forced_text_is_proposed_under_roots_and_leaves(llm):
-    state = llm.loop.batch
-    grammars = GrammarProposer(state, llm.networks.copier)
-    slots = np.arange(2)
-    state.grammar[:2] = begin(llm, structured={"regex": "one and only"}), begin(llm, **SENTENCE)
-    try:
-        assert grammars.constrained(np.arange(3)).tolist() == [True, True, False]
-        state.length[:2], state.tokens[:2, :2] = 2, 5
-        proposed = grammars.chains(slots, 4)
-        wanted = ids(llm, "one and only")
-        count = min(len(wanted), LONGEST)
-        assert proposed.tokens[0, :count].tolist() == wanted[:count]
-        assert proposed.source.tolist() == [GRAMMAR, LOOKUP]
-        tree = SuperTree.from_roots(np.array([5, 5]))
-        tree.add(np.array([1]), np.array(ids(llm, "x")), np.zeros(1), 0)
-        chains = grammars.leaf_chains(tree, np.array([1.0, 1.0, 0.5]), slots)
-        wanted = ids(llm, "x: the answer is ")[1:]
-        assert chains.tokens[0, :5].tolist() == wanted[:5]
-        assert chains.above.tolist() == [2]
-        assert (chains.log_p < 0).all()
-    finally:
-        state.grammar[:] = None
 
 
 def test_forced_tokens_are_accepted_without_a_draft(open_llm):

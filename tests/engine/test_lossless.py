@@ -1,62 +1,28 @@
 """Speculation changes when tokens come, never which: every policy, draft, batch and engine writes the same text."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from batches import PROMPTS, assert_same, mixed, penalised, structured
-from driving import Foresight, add, assert_all_free, prompt_ids, run
+from batches import PROMPTS, REQUESTS, assert_same
+from driving import Foresight, assert_all_free, prompt_ids
 from pairs import FOLDERS, PAIRS
 from transformers import AutoModelForCausalLM
 
-from echo_trt.engine.params import Completion, SamplingParams
+from echo_trt.engine.params import SamplingParams
 
 SPECULATIVE = ("static", "dense", "fixed", "echo")
 POLICIES = ("autoregressive", *SPECULATIVE)
 BATCHES, ENGINES = (1, 3, 8), ("openvino", "torch")
-REQUESTS = {"mixed": mixed, "penalised": penalised, "structured": structured}
+KINDS = ("mixed", "penalised", "structured")
 #: Every pair with every policy; batch, engine and requests change along the diagonals, so that any two choices meet.
 MATRIX = [
-    (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], tuple(REQUESTS)[(i + 2 * j) % 3])
+    (pair, policy, BATCHES[(i + j) % 3], ENGINES[(i + j) % 2], KINDS[(i + 2 * j) % 3])
     for i, pair in enumerate(PAIRS)
     for j, policy in enumerate(POLICIES)
 ]
-
-
-@pytest.fixture(scope="module")
-def llm_of(open_llm):
-    """LLMs that are used again and again, as a server would."""
-    opened = {}
-
-    def get(pair: str, policy: str, batch: int, engine: str = "openvino"):
-        key = pair, batch, engine
-        if key not in opened:
-            opened[key] = open_llm(pair, batch=batch, engine=engine)
-        opened[key].set_policy(policy)
-        return opened[key]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def plain(llm_of):
-    """pair, requests -> what plain decoding answers, one request at a time."""
-    known = {}
-
-    def get(pair: str, requests: str) -> list[Completion]:
-        key = FOLDERS[pair][0], requests
-        if key not in known:
-            known[key] = llm_of(pair, "autoregressive", 1).generate(*REQUESTS[requests]())
-        return known[key]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def plain_ids(plain):
-    """pair -> what plain decoding writes to the mixed requests."""
-    return lambda pair: [completion.token_ids for completion in plain(pair, "mixed")]
 
 
 @pytest.mark.parametrize("target", ["target", "plain_target"])
@@ -102,42 +68,19 @@ def test_much_is_accepted_where_the_draft_is_good(pair, minimum, llm_of):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
+@pytest.mark.parametrize("requests", ["mixed", "penalised"])
 @pytest.mark.parametrize("policy", SPECULATIVE)
-def test_branches_beside_the_first_are_accepted(policy, engine, open_llm, plain_ids):
-    """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted."""
-    llm = open_llm("lookup", policy, 3, engine)
-    prompts, params = mixed(6 if engine == "openvino" else 4)
-    wanted = plain_ids("lookup")[: len(prompts)]
-    llm.loop.drafter = Foresight(llm.loop.batch, [p + w for p, w in zip(prompts, wanted, strict=True)])
-    assert [c.token_ids for c in llm.generate(prompts, params)] == wanted
-    assert llm.counters.accepted_length > 1.3
+def test_branches_beside_the_first_are_accepted(policy, requests, engine, open_llm, plain):
+    """A drafter that knows the text and ranks the right token anywhere, in a batch that is mostly accepted.
 
-
-@pytest.mark.parametrize("pair", ["self", "close", "dspark"])
-def test_policies_may_change_at_every_iteration(pair, open_llm, plain_ids):
-    llm = open_llm(pair, batch=3)
-    prompts, params = mixed()
-    policies = itertools.cycle(
-        ["echo", "autoregressive", "static", "autoregressive", "autoregressive", "dense", "fixed"]
-    )
-    ids = {i: [] for i in range(len(prompts))}
-    for delta in llm.stream(prompts, params):
-        llm.set_policy(next(policies))
-        if delta.completion:
-            ids[delta.index] = delta.completion.token_ids
-    assert list(ids.values()) == plain_ids(pair)
-
-
-def test_text_depends_on_the_seed_and_not_on_the_company(llm_of):
-    prompt, params = (
-        prompt_ids(12, 0),
-        [SamplingParams(max_tokens=16, temperature=1.0, seed=s, ignore_eos=True) for s in (1, 2, 1, 3, 2)],
-    )
-    alone = [llm_of("self", "echo", 1).generate([prompt], own)[0].text for own in params]
-    together = [c.text for c in llm_of("self", "echo", 8).generate([prompt] * len(params), params)]
-    assert alone == together
-    assert alone[0] == alone[2]
-    assert len(set(alone)) == 3
+    Tokens of the path itself are penalised further down.
+    """
+    llm, count = open_llm("lookup", policy, 3, engine), 6 if engine == "openvino" else 4
+    prompts, params = (part[:count] for part in REQUESTS[requests]())
+    wanted = plain("lookup", requests)[:count]
+    llm.loop.drafter = Foresight(llm.loop.batch, [p + w.token_ids for p, w in zip(prompts, wanted, strict=True)])
+    assert_same(llm.generate(prompts, params), wanted)
+    assert llm.counters.accepted_length > (1.5 if requests == "penalised" else 1.3)
 
 
 def test_a_continuation_elsewhere_draws_the_same_text(llm_of):
@@ -150,14 +93,74 @@ def test_a_continuation_elsewhere_draws_the_same_text(llm_of):
         assert llm_of("self", "echo", 8).generate([[*prompt, *ids[:output]]], rest)[0].token_ids == ids[output:]
 
 
-def test_requests_join_while_others_run(open_llm, plain_ids):
-    loop = open_llm("close", batch=8).loop
-    prompts, params = mixed()
-    order = np.random.default_rng(0).permutation(len(prompts))
-    added = {}
-    for i in order:
-        added[i] = add(loop, prompts[i], **vars(params[i]))
-        run(loop, steps=2)
-    run(loop)
-    assert [added[i].generated for i in range(len(prompts))] == plain_ids("close")
-    assert_all_free(loop)
+# -- penalties, biases and log-probabilities ----------------------------------------------------------------------
+
+
+def next_logits(model, text: list[int]) -> np.ndarray:
+    return model(torch.tensor([text])).logits[0, -1].detach().numpy()
+
+
+def test_plain_decoding_takes_the_best_of_the_penalised_logits(networks, llm_of):
+    """Token by token against the model itself and a count of what was said."""
+    prompt = prompt_ids(30, 4)
+    way = {"repetition_penalty": 1.3, "presence_penalty": 0.8, "frequency_penalty": 0.5}
+    params = [SamplingParams(30, ignore_eos=True), SamplingParams(30, ignore_eos=True, logprobs=4, **way)]
+    free, answer = llm_of("self", "autoregressive", 1).generate([prompt] * 2, params)
+    assert free.token_ids != answer.token_ids
+    assert free.logprobs is None
+    model, text = AutoModelForCausalLM.from_pretrained(networks / "target"), list(prompt)
+    for token, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+        logits = next_logits(model, text)
+        logprobs = torch.log_softmax(torch.tensor(logits), 0).numpy()
+        best = np.argsort(-logprobs)[:4].tolist()
+        assert entry.token == token
+        assert [t for t, _ in entry.top] == best
+        assert [entry.logprob, *(p for _, p in entry.top)] == pytest.approx(logprobs[[token, *best]], abs=1e-4)
+        for output in set(text):
+            logits[output] *= 1 / 1.3 if logits[output] > 0 else 1.3
+        for output, times in Counter(text[len(prompt) :]).items():
+            logits[output] -= 0.8 + 0.5 * times
+        assert token == logits.argmax()
+        text.append(token)
+
+
+def test_repetition_is_hugging_faces(networks, llm_of):
+    prompt = prompt_ids(20, 9)
+    ours = llm_of("self", "static", 1).generate([prompt], SamplingParams(24, ignore_eos=True, repetition_penalty=1.2))
+    model, requested = AutoModelForCausalLM.from_pretrained(networks / "target"), torch.tensor([prompt])
+    theirs = model.generate(
+        requested,
+        attention_mask=torch.ones_like(requested),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+        repetition_penalty=1.2,
+    )
+    assert ours[0].token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_a_stop_string_cuts_logprobs_with_the_tokens(open_llm):
+    llm = open_llm("self", "echo")
+    params = SamplingParams(60, ignore_eos=True, logprobs=2, frequency_penalty=0.4)
+    prompts = [prompt_ids(8, seed) for seed in range(4)]
+    for prompt, whole in zip(prompts, llm.generate(prompts, params), strict=True):
+        stop = llm.tokenizer.decode(whole.token_ids)[12:14]
+        own = SamplingParams(60, ignore_eos=True, logprobs=2, frequency_penalty=0.4, stop=(stop,))
+        cut = llm.generate([prompt], own)[0]
+        assert cut.finish_reason == "stop"
+        assert [entry.token for entry in cut.logprobs] == cut.token_ids
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_forces_and_bans(temperature, open_llm):
+    llm = open_llm("self", "echo")
+    way = {"ignore_eos": True, "temperature": temperature}
+    free = llm.generate([prompt_ids(8, 1)], SamplingParams(30, **way))[0].token_ids
+    forced, banned = llm.generate(
+        [prompt_ids(8, 1)] * 2,
+        [SamplingParams(30, logit_bias={9: 100}, **way), SamplingParams(30, logit_bias={free[0]: -100.0}, **way)],
+    )
+    assert forced.token_ids == [9] * 30
+    assert free[0] not in banned.token_ids
+    assert banned.token_ids != free

@@ -147,18 +147,6 @@ def keys_of(cache: PrefixCache, text: np.ndarray) -> list[bytes]:
     return keys
 
 
-def test_a_key_is_all_tokens_up_to_the_blocks_end_and_the_next():
-    cache, text = PrefixCache(), np.arange(3 * BLOCK + 1)
-    keys = keys_of(cache, text)
-    assert len(set(keys)) == 3
-    for position, same in ((0, 0), (BLOCK - 1, 0), (BLOCK, 0), (BLOCK + 1, 1), (2 * BLOCK, 1), (3 * BLOCK, 2)):
-        other = keys_of(cache, np.where(np.arange(len(text)) == position, 99, text))
-        assert [a == b for a, b in zip(keys, other, strict=True)] == [True] * same + [False] * (3 - same)
-    again = keys[:1]
-    cache.extend(again, text.astype(np.int32), 3)
-    assert again == keys
-
-
 def test_the_text_let_go_longest_ago_goes_first_and_its_end_before_its_beginning():
     cache = PrefixCache()
     old, new = (keys_of(cache, np.arange(2 * BLOCK + 1) + offset) for offset in (0, 1000))
@@ -170,16 +158,6 @@ def test_the_text_let_go_longest_ago_goes_first_and_its_end_before_its_beginning
     cache.leave(old[:1], found)  # used again: the beginning of the old text is now the newest
     assert (cache.evict(1), cache.evict(2), cache.idle) == ([1], [3, 2], 1)
     assert (cache.find(old), cache.find(new), cache.evicted) == ([0], [], 3)
-
-
-def test_a_held_block_is_not_idle_until_its_last_request_leaves():
-    cache = PrefixCache()
-    keys = keys_of(cache, np.arange(BLOCK + 1))
-    cache.add(keys, [5], np.arange(BLOCK + 1))
-    cache.hold(cache.find(keys))
-    for idle in (0, 1):
-        assert cache.leave(keys, [5]) == []
-        assert cache.idle == cache.idle_of([5, 6]) == idle
 
 
 # -- what is computed ------------------------------------------------------------------------------------------------
@@ -198,30 +176,11 @@ def computed(loop, prompt, **params) -> tuple[int, int]:
     return loop.counters.prompt_tokens - before.prompt_tokens, loop.counters.cached_tokens - before.cached_tokens
 
 
-def test_a_second_turn_computes_what_is_new(loop):
-    prompt = np.random.default_rng(1).integers(0, VOCAB, 50)
-    first = add(loop, prompt, max_tokens=30)
-    run(loop)
-    second = np.concatenate((prompt, first.generated, [5, 6, 7]))
-    assert computed(loop, second, max_tokens=9) == (83 - 64, 64)
-    assert computed(loop, second, max_tokens=9) == (83 - 64, 64)
-
-
 @pytest.mark.parametrize(("length", "found"), [(32, 0), (33, 0), (34, 32), (65, 32), (66, 64)])
 def test_the_end_of_a_prompt_is_always_computed(length, found, loop):
     prompt = np.random.default_rng(1).integers(0, VOCAB, length)
     assert computed(loop, prompt, max_tokens=1) == (length, 0)
     assert computed(loop, prompt, max_tokens=1) == (length - found, found)
-
-
-def test_a_common_system_prompt_is_computed_by_one_of_those_that_come_at_once(loop):
-    """The others go on behind it once it is there; what they had begun meanwhile is less than an iteration's tokens."""
-    common = np.random.default_rng(1).integers(0, VOCAB, 3 * BLOCK + 1)
-    requested = [add(loop, np.concatenate((common, [i, i])), max_tokens=5) for i in range(8)]
-    run(loop)
-    assert loop.counters.prompt_tokens + loop.counters.cached_tokens == loop.counters.asked_tokens == 8 * 99
-    assert loop.counters.prompt_tokens <= 99 + CHUNK + 7 * (99 - 3 * BLOCK)
-    assert all(r.generated == continued(r.prompt.tolist(), 5) for r in requested)
 
 
 def test_a_request_that_was_set_back_computes_little_again(loop):
@@ -247,24 +206,6 @@ def test_drafts_find_what_drafts_have_left(loop):
     run(alone)
     assert first.verifications == second.verifications == third.verifications < 25
     assert alone.drafter.engine.tokens_read - (loop.drafter.engine.tokens_read - before) == 3 * BLOCK
-
-
-def test_a_prefix_that_was_never_drafted_is_caught_up_with(loop):
-    prompt = np.random.default_rng(1).integers(0, VOCAB, 3 * BLOCK + 5)
-    loop.planner = PLANNERS["plain"]
-    add(loop, prompt, max_tokens=1)
-    run(loop)
-    loop.planner = PLANNERS["echo"]
-    request = add(loop, prompt, max_tokens=40)
-    run(loop)
-    assert loop.counters.cached_tokens == 3 * BLOCK
-    assert request.verifications < 25
-
-
-def test_without_the_cache_nothing_stays():
-    loop = chained_loop(slots(2 * LEAST, False), PLANNERS["echo"], CHUNK)
-    assert computed(loop, np.ones(90, np.int64), max_tokens=5) == computed(loop, np.ones(90, np.int64)) == (90, 0)
-    assert loop.batch.free_blocks == loop.batch.num_blocks
 
 
 def test_linear_slots_share_nothing():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from driving import add, assert_all_free, echo_planner, goodput_planner, prompt_ids, run
+from driving import assert_all_free, goodput_planner, machine, prompt_ids
 from pairs import PAIRS
-from test_goodput_loop import machine
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -85,57 +83,6 @@ def test_a_full_pool_evicts_before_it_sets_anyone_back(pair, policy, open_llm, w
     assert [c.token_ids for c in llm.generate(prompts, params)] == expected
     assert llm.counters.preemptions > 0 < llm.counters.cached_tokens
     assert_all_free(llm.loop)
-
-
-@pytest.mark.parametrize("pair", ["self", "close"])
-def test_what_a_cancelled_request_had_computed_is_right(pair, open_llm, without):
-    loop = open_llm(pair, batch=2).loop
-    prompt, params = prompt_ids(100, 3), {"max_tokens": 40}
-    expected = without(pair).generate([prompt], SamplingParams(40, ignore_eos=True))[0].token_ids
-    for steps in (1, 3, 5, 7, 9, 12, 20):  # in its prompt, and in its answer
-        gone = add(loop, prompt, **params)
-        run(loop, steps)
-        loop.scheduler.cancel(gone)
-        assert gone.generated == expected[: len(gone.generated)]
-    whole = add(loop, prompt, **params)
-    run(loop)
-    assert whole.generated == expected
-    assert loop.counters.cached_tokens > 3 * BLOCK
-    assert_all_free(loop)
-
-
-@pytest.mark.parametrize("policy", ["static", "echo"])
-@pytest.mark.parametrize("pair", ["model", "self", "eagle3", "close"])
-def test_acceptance_is_the_same_behind_a_found_prefix(pair, policy, open_llm, without):
-    """The prefix ends with a block, whose last entry in a head's cache is the next token: each text has its own."""
-    common, params = SYSTEM[: 2 * BLOCK], SamplingParams(max_tokens=50, ignore_eos=True)
-    prompt = [*common, *prompt_ids(20, 1)]
-    alone = without(pair)
-    alone.set_policy(policy)
-    expected = alone.generate([prompt], params)[0]
-    alone.set_policy("autoregressive")
-    llm = open_llm(pair, policy)
-    for other in (0, 2, 1, 1):
-        last = llm.generate([[*common, *prompt_ids(20, other)]], params)[0]
-    assert llm.counters.cached_tokens == (1 + 1 + 2) * BLOCK
-    assert (last.token_ids, last.accepted_length) == (expected.token_ids, expected.accepted_length)
-
-
-def test_a_chain_of_one_request_does_not_write_into_what_another_shares(open_llm):
-    """Two answers grow behind one prefix, in turn and with all kinds of trees; a third finds the prefix unchanged."""
-    llm = open_llm("close", "static")
-    loop = llm.loop
-    add(loop, [*SYSTEM, 5, 6], max_tokens=1)
-    run(loop)
-    batch = loop.batch
-    blocks = loop.batch.cache.find(list(batch.cache._block))
-    before = loop.target._pool[:, blocks].copy()
-    for i in range(3):
-        add(loop, [*SYSTEM, *prompt_ids(7, i)], max_tokens=60)
-    loop.planner = echo_planner(max_depth=3, beams=3, width=3, per_request=12)
-    run(loop)
-    assert loop.counters.cached_tokens == 3 * 2 * BLOCK
-    np.testing.assert_array_equal(loop.target._pool[:, blocks], before)
 
 
 def test_the_recipe_turns_it_off(with_limits):

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from batches import mixed, structured
-from driving import goodput_planner, prompt_ids
-from test_goodput_loop import machine
+from driving import goodput_planner, machine, prompt_ids
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import TOKEN_SOURCES, Completion, SamplingParams

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pairs import VOCAB, write_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from echo_trt.engine.output import OutputProcessor
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.request import Request
 from echo_trt.engine.text import TextStream
@@ -140,11 +139,6 @@ def test_stop_strings_before_min_tokens_are_text(tokenizer):
         assert (text.text, text.stopped) == (want, True)
 
 
-def test_a_beginning_that_comes_to_nothing_is_given_out(tokenizer):
-    given_out, _ = stream(tokenizer, byte_ids(tokenizer, "the thenx the"), [1], ["then."])
-    assert given_out == ["", "", "", "the ", "", "", "", "", "thenx", " ", "", "", "", "the"]
-
-
 def test_a_stop_string_before_half_a_character_is_left_out(tokenizer):
     ids = [*byte_ids(tokenizer, "b"), tokenizer.token_to_id("aÃ")]
     assert "".join(stream(tokenizer, ids, [1], ["ba"])[0]) == ""
@@ -156,28 +150,11 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(stop, reason, t
     """Half a character is U+FFFD once nothing more can come."""
     half = tokenizer.token_to_id("aÃ")
     request = Request(0, np.array([5]), SamplingParams(1, stop=(stop,)))
-    request.generated, request.finish_reason = [half], "length"
-    OutputProcessor(request, tokenizer).take(None, [half])
+    request.finish_reason = "length"
+    request.begin_text(tokenizer)
+    request.generated = [half]
+    request.take(None, [half])
     assert request.finish_reason == reason
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("pair", ["self", "close"])
-def test_streamed_text_is_the_text_of_the_tokens(pair, temperature, open_llm):
-    llm = open_llm(pair)
-    prompts = [llm.chat_ids("the theme of"), "naïve 日本", prompt_ids(30, 1), prompt_ids(3, 2)]
-    params = [SamplingParams(50, temperature=temperature, top_p=0.95, seed=i, ignore_eos=True) for i in range(4)]
-    pieces, completions = [""] * 4, {}
-    for delta in llm.stream(prompts, params):
-        assert delta.index not in completions
-        pieces[delta.index] += delta.text
-        if delta.completion:
-            completions[delta.index] = delta.completion
-    for i in range(4):
-        assert (
-            pieces[i] == completions[i].text == llm.tokenizer.decode(completions[i].token_ids, skip_special_tokens=True)
-        )
-    assert completions[0].prompt_tokens == len(llm.chat_ids("the theme of"))
 
 
 def test_a_stop_string_inside_an_accepted_path_drops_what_follows(open_llm):

@@ -34,14 +34,10 @@ def test_offline(bundle_of):
     assert answers.count("The capital of France is") == 2
 
 
-def test_chat(with_limits):
+@pytest.mark.parametrize(("text", "answers"), [("the theme\nand then\n\n", 2), ("the theme\n", 1)], ids=["", "cut off"])
+def test_chat(with_limits, text, answers):
     bundle = with_limits("close", context=480, kv_blocks=32)
-    output = run(sys.executable, EXAMPLES / "chat.py", bundle, text="the theme\nand then\n\n")
-    assert output.count("it:  ") == 2
-
-
-def test_chat_ends_where_its_input_ends(bundle_of):
-    assert "it:  " in run(sys.executable, EXAMPLES / "chat.py", bundle_of("close"), text="the theme\n")
+    assert run(sys.executable, EXAMPLES / "chat.py", bundle, text=text).count("it:  ") == answers
 
 
 def test_a_policy_in_one_file_writes_plain_decoding_s_text(bundle_of, tmp_path):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from gpu.engines import Card
+
+if TYPE_CHECKING:
+    from gpu.engines import Card
 
 WALK = os.environ.get("ECHO_TRT_GPU") == "walk"
 RESULTS = os.environ.get("ECHO_TRT_GPU_RESULTS")
@@ -21,6 +22,9 @@ RESULTS = os.environ.get("ECHO_TRT_GPU_RESULTS")
 
 @pytest.fixture
 def card() -> Card:
+    import torch
+    from gpu.engines import Card
+
     if torch.cuda.is_available() and not WALK:
         return Card(torch.device("cuda"))
     if not WALK:

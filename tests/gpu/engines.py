@@ -36,6 +36,10 @@ DECODING = {
 }  # fmt: skip
 
 
+#: What is other on a CPU, where every level of a tree is a walk through Triton's interpreter.
+SHALLOW = {"max_depth": 2, "beams": 2, "gates": {1: 0.2}, "static": {"depth": 2, "top_k": 2, "tokens": 4}}
+
+
 @dataclass(frozen=True)
 class Card:
     """``operator``: the kernel for an engine on a CPU, where Triton interprets it; None: an engine's own choice."""
@@ -87,7 +91,8 @@ class Decoding:
 
     def __init__(self, card: Card, model: Decoder, batch: int, prompts: list[np.ndarray], tokens: int):
         """``tokens`` of every answer; ``batch``: requests at once, at most."""
-        self.reserve, self.prompts, self.tokens = reserve_for(DECODING), prompts, tokens
+        self.decoding = DECODING | card.pick({}, SHALLOW)
+        self.reserve, self.prompts, self.tokens = reserve_for(self.decoding), prompts, tokens
         self.context = max(map(len, prompts)) + tokens + 2
         self.slot_blocks = blocks_for(self.context + self.reserve)
         roles = TargetModule(model), DraftModule(first_layers(model, 1), DECODING["width"])
@@ -104,7 +109,7 @@ class Decoding:
         def goodput(name: str, settings: GoodputSettings) -> GoodputPlanner:
             return GoodputPlanner(name, settings, costs, Acceptance.uncalibrated(settings.max_depth), batch)
 
-        planner = make_planner(policy, DECODING | {"budget": max(32, min(4 * batch, 512))}, goodput)
+        planner = make_planner(policy, self.decoding | {"budget": max(32, min(4 * batch, 512))}, goodput)
         state = InputBatch(batch, self.context, self.reserve, self.slot_blocks * batch)
         loop = EngineCore(self.target, EngineDrafter(self.draft, state, 512), state, planner, (), 512)
         requests = [Request(i, self.prompts[i], one) for i, one in enumerate(params)]

@@ -33,7 +33,7 @@ SMALL = replace(
     head_dim=64, max_position=4096,
 )  # fmt: skip
 TINY = replace(
-    SMALL, vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, head_dim=16, rope_theta=1e4,
+    SMALL, vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, head_dim=16, rope_theta=1e4,
     max_position=512,
 )  # fmt: skip
 

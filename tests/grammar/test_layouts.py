@@ -131,13 +131,6 @@ def drafts(state: State, text: str) -> tuple[list[tuple[int, bytes]], float]:
     return found, taken / len(tokens)
 
 
-@EVERY_AND_MIXED
-def test_layouts_fit(layout):
-    text = (LAYOUTS | MIXED)[layout](RECORD)
-    assert_fits(text, SCHEMA)
-    assert json.loads(text) == RECORD
-
-
 @EVERY
 def test_what_is_forced_is_laid_out_as_the_text_was(grammars, layout):
     """From the second song on, no separator is new."""

@@ -29,11 +29,6 @@ def indices(state: State, seed: int, number: int) -> list[State]:
     return found[:: -(-len(found) // number)]
 
 
-def test_there_are_200():
-    assert len(SCHEMAS) == len(rows("schemas.json")) == 200
-    assert all(row["sentence"] for row in rows("schemas.json"))
-
-
 @EVERY
 def test_random_texts_fit(grammars, schema):
     for seed, free in enumerate(FREE):

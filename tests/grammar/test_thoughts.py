@@ -39,11 +39,6 @@ def test_a_thought_is_free(grammars, marks):
         state = after(state, [token])
 
 
-def test_an_end_is_forbidden_while_a_grammar_waits(grammars, marks):
-    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True)), FREE)
-    assert all(state.after(end) is None for end in ends())
-
-
 def test_the_grammar_holds_behind_a_thought(grammars, marks):
     plain = grammars.begin(ASKED)
     state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True)), [*FREE, marks[1]])
@@ -93,11 +88,6 @@ def test_a_budget_is_counted(grammars, marks, structured, opened):
         state = after(state, [token])
     assert allowed(state).tolist() == [marks[1]]
     assert after(state, [marks[1]]).after(marks[1] if structured is None else ids_of("{")[0]) is not None
-
-
-def test_a_thought_may_close_before_its_budget(grammars, marks):
-    state = after(grammars.begin(ASKED, ReasoningState(*marks, inside=True, left=100)), [FREE[0], marks[1]])
-    assert np.array_equal(state.mask, grammars.begin(ASKED).mask)
 
 
 def test_without_a_grammar_a_thought_may_end_the_text(grammars, marks):

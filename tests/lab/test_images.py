@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-from rich.text import Text
-
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "img"
 SCRIPT = ROOT / "scripts" / "pictures.py"
@@ -45,14 +43,6 @@ def test_the_dashboard_is_drawn_from_its_stored_answers():
     assert draw(panels, answers).startswith(b"\x89PNG")
 
 
-def test_values_are_written_in_their_units():
-    from echo_trt_lab.images.panels import shown
-
-    values = [(0.0123, "s"), (12.5, "s"), (0.256, "percentunit"), (3, "reqps"), (1234.5, "none"), (float("nan"), "s")]
-    assert [shown(*value) for value in values] == ["12.3 ms", "12.5 s", "26%", "3 req/s", "1.23k", "no requests"]
-    assert shown(104.6, "none", 0) == "105"
-
-
 def test_a_film_plays_by_itself_and_ends_with_what_was_printed(bundle_of, tmp_path, monkeypatch):
     from echo_trt_lab.images import recording
 
@@ -74,15 +64,3 @@ def test_a_film_plays_by_itself_and_ends_with_what_was_printed(bundle_of, tmp_pa
     assert shown[-1].count(", same text") == 6
     assert "The same texts came" in shown[-1]
     assert not list(root.iter(f"{SVG}script"))
-
-
-def test_a_recorded_line_keeps_its_look():
-    from echo_trt_lab.images.recording import Screen, svg
-
-    screen = Screen()
-    screen.print(Text("a <b> & c", style="bold #2f7de1"))
-    film = svg([], screen.kept)
-    assert "font-weight:bold" in film
-    assert "fill:#2f7de1" in film
-    assert "a &lt;b&gt; &amp; c" in film
-    ElementTree.fromstring(film)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from itertools import pairwise
 
 import pytest
@@ -13,7 +12,7 @@ from echo_trt.cli.side import Side
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt_lab.demo import RACES, demo
-from echo_trt_lab.race import Panes, compare, meaning, race, result_lines, sides_of
+from echo_trt_lab.race import compare, race, sides_of
 
 PROMPTS = [[5, 6, 7] * 3, [8, 9] * 5, [4] * 10]
 IDS = ["a", "b", "c"]
@@ -61,48 +60,6 @@ def test_a_pool_too_small_for_both_lets_them_run_one_after_another(open_llm):
             name: c.token_ids for name, c in other.completions.items()
         }
     assert llm.loop.planner.name == "static"
-
-
-@pytest.fixture
-def raced(open_llm) -> list[Side]:
-    llm = open_llm("close", "autoregressive", 3)
-    sides = sides_of(llm, POLICIES, PROMPTS, 24)
-    run(llm, sides)
-    return sides
-
-
-def test_a_prompt_has_two_lines(raced):
-    first, second = (line.plain for line in result_lines("b", raced, Console(file=io.StringIO())))
-    assert re.fullmatch(r"b {14}plain +[\d.]+ s +\d+ tokens/s [━=]+", first)
-    assert re.fullmatch(r" {15}static +[\d.]+ s +\d+ tokens/s [━=]* *[\d.]+x, same text", second)
-    raced[1].completions["b"].token_ids[-1] += 1
-    assert result_lines("b", raced, Console(file=io.StringIO()))[1].plain.endswith("another text")
-
-
-def test_panes_are_drawn_on_a_terminal_alone(raced):
-    out = Console(file=io.StringIO(), force_terminal=True, width=100)
-    shown = Console(file=io.StringIO(), width=100)
-    pictures: list = []
-    with Panes(out, raced, True, pictures.append) as panes:
-        panes.show(None)
-    shown.print(pictures[0])
-    text = shown.file.getvalue()
-    assert text.count("╭") == 2
-    assert "plain, 3 requests" in text
-    assert "static, 3 requests" in text
-    piped = Console(file=io.StringIO())
-    with Panes(piped, raced, True, pictures.append) as panes:
-        panes.show(None)
-    assert piped.file.getvalue() == ""
-    assert len(pictures) == 1
-
-
-def test_a_sentence_says_what_the_figures_mean():
-    plain = {"tokens_per_s": 50.0, "accepted_length": 1.0, "identical": 6, "requests": 6}
-    faster = plain | {"tokens_per_s": 80.0, "accepted_length": 2.14}
-    assert meaning(plain, faster).startswith("The same texts came 1.60 times as fast: a pass of the target brought 2.1")
-    other = meaning(plain, faster | {"identical": 5, "tokens_per_s": 45.0})
-    assert other.startswith("5 of 6 texts were the same, and all came at 0.90 times the speed: ")
 
 
 @pytest.fixture

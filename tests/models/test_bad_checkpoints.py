@@ -153,10 +153,6 @@ def test_bad_expert_sizes(change, tmp_path):
 
 
 HEADS = {
-    "another hidden size": (
-        config(target_hidden_size=24),
-        ("target_hidden_size", "24", "20", "trained for this target"),
-    ),
     "another vocabulary": (config(vocab_size=98), ("vocab_size", "98", "97", "trained for this target")),
     "map past the vocabulary": (tensors(lambda held: held["d2t"].fill_(67)), ("d2t", "97", "trained for this target")),
     "map before the vocabulary": (
@@ -182,10 +178,6 @@ HEADS = {
             {name: tensor for name, tensor in head_tensors(raw).items() if name != "embed_tokens.weight"},
         ),
         ("embed_tokens.weight", "14", "20", "use a head with its own"),
-    ),
-    "not a head": (
-        config(architectures=["Qwen3ForCausalLM"]),
-        ("architectures", "Qwen3ForCausalLM", "LlamaForCausalLMEagle3"),
     ),
 }
 

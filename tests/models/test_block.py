@@ -7,6 +7,7 @@ import pytest
 import torch
 from models.block_checkpoints import FAMILIES, MASK, OUTPUTS, ROWS, block_raw, block_tensors, write_block
 from models.checkpoints import qwen3
+from models.equations import Equations
 from refusal import refused
 
 from echo_trt.backends.self_check import block_shape
@@ -31,49 +32,14 @@ def target(tmp_path_factory) -> Decoder:
     return load_decoder(open_checkpoint(folder), positions=64)
 
 
-class Retold:
-    """The published equations over one request, with nothing merged, packed, cached or doubled."""
+class Retold(Equations):
+    """The equations of block drafters."""
 
     def __init__(self, raw: dict[str, Any], tensors: dict[str, torch.Tensor], target: Decoder):
-        self.c = {**raw.get("transformer_layer_config", {}), **raw}
+        super().__init__({**raw.get("transformer_layer_config", {}), **raw}, tensors, target.embed.weight)
         self.raw = raw
-        self.t = {name: tensor.double().numpy() for name, tensor in tensors.items()}
         own = "embed_tokens.weight" in self.t
-        self.embed = self.t["embed_tokens.weight"] if own else target.embed.weight.double().numpy()
         self.head = self.t["lm_head.weight"] if own else target.lm_head.weight.double().numpy()
-
-    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + self.c["rms_norm_eps"]) * self.t[name + ".weight"]
-
-    def heads(self, x: np.ndarray, layer: str, name: str, positions: np.ndarray | None) -> np.ndarray:
-        """Project x [T, W] to heads [H, T, D]; with positions they are normed, where there is a norm, and turned."""
-        size = self.c["head_dim"]
-        y = (x @ self.t[f"{layer}self_attn.{name}_proj.weight"].T).reshape(len(x), -1, size)
-        if positions is None:
-            return y.transpose(1, 0, 2)
-        if f"{layer}self_attn.{name}_norm.weight" in self.t:
-            y = self.norm(y, f"{layer}self_attn.{name}_norm")
-        half = size // 2
-        angle = positions[:, None] * self.c["rope_theta"] ** (-np.arange(half) / half)
-        turned = (y[..., :half] + 1j * y[..., half:]) * np.exp(1j * angle)[:, None]
-        return np.concatenate((turned.real, turned.imag), axis=-1).transpose(1, 0, 2)
-
-    def attention(self, x, seen, layer, positions, seen_positions, mask) -> np.ndarray:
-        """Attend from x [T, W] to seen [S, W], where mask [T, S] allows."""
-        q = self.heads(x, layer, "q", positions)
-        k, v = self.heads(seen, layer, "k", seen_positions), self.heads(seen, layer, "v", None)
-        outputs = []
-        for head in range(len(q)):
-            group = head * len(k) // len(q)
-            score = np.where(mask, q[head] @ k[group].T / np.sqrt(self.c["head_dim"]), -np.inf)
-            weight = np.exp(score - score.max(axis=1, keepdims=True))
-            outputs.append(weight / weight.sum(axis=1, keepdims=True) @ v[group])
-        return np.concatenate(outputs, axis=-1) @ self.t[layer + "self_attn.o_proj.weight"].T
-
-    def mlp(self, x: np.ndarray, layer: str) -> np.ndarray:
-        y = self.norm(x, layer + "post_attention_layernorm")
-        gate, up = (y @ self.t[f"{layer}mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        return (gate / (1 + np.exp(-gate)) * up) @ self.t[layer + "mlp.down_proj.weight"].T
 
     def dflash(self, features: np.ndarray, root: int, causal: bool) -> np.ndarray:
         """Return the block's hidden states [ROWS, H], of a root behind ``features`` [C, L * H]."""

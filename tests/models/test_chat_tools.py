@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 
+from echo_trt.engine.process.pending import Pending
 from echo_trt.engine.process.request import Reader
 from echo_trt.models.chat import ChatEncoder
 from echo_trt.models.messages import checked_messages, checked_tools
@@ -182,8 +183,9 @@ def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template,
     reader = Reader(tmp_path, 1000)
 
     chat = {"chat_messages": json.dumps([{"role": "user", "content": "what is <think>?"}])}
-    ask = reader.read(chat | {"chat_template_kwargs": json.dumps(kwargs), "tools": json.dumps([TOOL])})
-    assert ask.in_thought is inside
+    requested = chat | {"chat_template_kwargs": json.dumps(kwargs), "tools": json.dumps([TOOL])}
+    reader.read(requested, answer := Pending())
+    assert answer.in_thought is inside
     info = reader.model_info(1)
     assert info.takes_tools
     assert info.thinking.closes == "</think>"
@@ -193,6 +195,6 @@ def test_requests_say_whether_the_answer_begins_in_a_thought(tmp_path, template,
         ("chat_template_kwargs", [1], "chat_template_kwargs is no JSON object"),
     ):
         with refused(output):
-            reader.read(chat | {name: json.dumps(value)})
+            reader.read(chat | {name: json.dumps(value)}, answer)
         with refused(f"{name} given without a chat"):
-            reader.read({"text_input": "x", name: json.dumps(value)})
+            reader.read({"text_input": "x", name: json.dumps(value)}, answer)

@@ -1,11 +1,12 @@
 """The EAGLE-3 head: every published spelling, and the forward pass against its formulas written out plainly."""
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import head_config, head_tensors, qwen3, write_head
+from equations import Equations
 from paged import PagedCache, Tree
 from refusal import refused
 from torch import Tensor
@@ -61,55 +62,26 @@ def speculators(config, tensors):
 SPELLINGS = [eagle, vllm, speculators]
 
 
-class PlainHead:
-    """The paper's formulas over one request's entries, with nothing merged, packed or cached."""
+class PlainHead(Equations):
+    """The paper's formulas over one request's entries."""
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], embed: Tensor):
-        self.config, self.tensors, self.embed = config, tensors, embed
+    def combine(self, features: np.ndarray) -> np.ndarray:
+        if self.c.get("fc_norm"):
+            parts = np.split(features, 3, axis=-1)
+            features = np.concatenate([self.norm(part, f"fc_norm.{i}") for i, part in enumerate(parts)], axis=-1)
+        return features @ self.t["fc.weight"].T
 
-    def weight(self, name: str) -> Tensor:
-        return self.tensors[name + ".weight"]
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        return x / (x.pow(2).mean(dim=-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt() * self.weight(name)
-
-    def combine(self, features: Tensor) -> Tensor:
-        if self.config.get("fc_norm"):
-            low, middle, high = features.chunk(3, dim=-1)
-            parts = (self.norm("fc_norm.0", low), self.norm("fc_norm.1", middle), self.norm("fc_norm.2", high))
-            features = torch.cat(parts, dim=-1)
-        return features @ self.weight("fc").T
-
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [T, D]: pairs (i, i + D/2) turn by position * theta^(-2i/D), as complex numbers."""
-        half = x.shape[-1] // 2
-        speeds = self.config["rope_theta"] ** (-torch.arange(half) / half)
-        turned = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones(1), positions[:, None] * speeds)
-        return torch.cat((turned.real, turned.imag), dim=-1)
-
-    def attention(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        size, outputs = self.config["head_dim"], []
-        group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
-        queries, keys, values = ((x @ self.weight(f"midlayer.self_attn.{n}_proj").T).split(size, dim=-1) for n in "qkv")
-        for head in range(self.config["num_attention_heads"]):
-            query, key = self.rotate(queries[head], positions), self.rotate(keys[head // group], positions)
-            scores = (query @ key.T / size**0.5).masked_fill(~mask, -torch.inf)
-            outputs.append(scores.softmax(dim=-1) @ values[head // group])
-        return torch.cat(outputs, dim=-1) @ self.weight("midlayer.self_attn.o_proj").T
-
-    def __call__(self, token_ids: Tensor, state: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what entries hand to their children, and logits; ``state`` is combined features or a parent's
-        output.
-        """
-        normed = self.norm("midlayer.hidden_norm", state)
-        inputs = torch.cat((self.norm("midlayer.input_layernorm", self.embed[token_ids]), normed), dim=-1)
-        residual = normed if self.config.get("norm_before_residual") else state
-        x = residual + self.attention(inputs, positions, mask)
-        y = self.norm("midlayer.post_attention_layernorm", x)
-        gate, up = (y @ self.weight(f"midlayer.mlp.{name}_proj").T for name in ("gate", "up"))
-        x = x + (gate * gate.sigmoid() * up) @ self.weight("midlayer.mlp.down_proj").T
-        normed = self.norm("norm", x)
-        return normed if self.config.get("norm_output") else x, normed @ self.weight("lm_head").T
+    def __call__(self, token_ids: Tensor, state: np.ndarray, positions: Tensor, mask: Tensor) -> list[Tensor]:
+        """Return what entries hand to their children, and logits; ``state``: combined features or outputs."""
+        layer, at = "midlayer.", positions.numpy()
+        normed = self.norm(state, layer + "hidden_norm")
+        inputs = np.concatenate((self.norm(self.embed[token_ids.numpy()], layer + "input_layernorm"), normed), axis=-1)
+        residual = normed if self.c.get("norm_before_residual") else state
+        x = residual + self.attention(inputs, inputs, layer, at, at, mask.numpy())
+        x = x + self.mlp(x, layer)
+        normed = self.norm(x, "norm")
+        handed = normed if self.c.get("norm_output") else x
+        return [torch.from_numpy(each).float() for each in (handed, normed @ self.t["lm_head.weight"].T)]
 
 
 class Entries:
@@ -158,7 +130,7 @@ def assert_follows_formulas(head: Eagle3Head, plain: PlainHead) -> None:
             cache.attend(counts, [r.tree_mask for r in requests]),
         )
         for request, *ours in zip(requests, first.split(pasts), second.split(counts), strict=True):
-            state = torch.cat((plain.combine(request.features), request.hidden))
+            state = np.concatenate((plain.combine(request.features.numpy()), request.hidden.numpy()))
             expected, logits = plain(request.token_ids, state, request.positions, request.mask)
             assert 5 < logits.abs().max() < 100
             torch.testing.assert_close(torch.cat(ours), expected, atol=1e-4, rtol=0)
@@ -175,7 +147,7 @@ def test_forward_follows_the_formulas(switches, spelling, target, tmp_path):
     config = head_config(**switches)
     tensors = head_tensors(config)
     head = load(write_head(tmp_path, *spelling(config, tensors)), target)
-    assert_follows_formulas(head, PlainHead(config, tensors, tensors["embed_tokens.weight"]))
+    assert_follows_formulas(head, PlainHead(config, tensors, target.embed.weight))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.__name__)
@@ -192,7 +164,7 @@ def test_head_of_another_width_than_its_target(target, tmp_path):
     config = head_config(hidden_size=14, target_hidden_size=target.config.hidden_size)
     tensors = head_tensors(config)
     head = load(write_head(tmp_path, config, tensors), target)
-    assert_follows_formulas(head, PlainHead(config, tensors, tensors["embed_tokens.weight"]))
+    assert_follows_formulas(head, PlainHead(config, tensors, target.embed.weight))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.__name__)
@@ -246,7 +218,7 @@ def test_speculators_norm_before_the_residual_by_default():
         ({"eagle_aux_hidden_state_layer_ids": [2, 4, LAYERS]}, ("eagle_aux_hidden_state_layer_ids", "[2, 4, 8]")),
         ({"attention_bias": True}, ("attention_bias", "True")),
         ({"num_hidden_layers": 2}, ("num_hidden_layers", "2")),
-        ({"architectures": ["LlamaForCausalLM"]}, ("architectures", "LlamaForCausalLM")),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ("architectures", "Qwen3ForCausalLM", "LlamaForCausalLMEagle3")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the compiler is Triton's")
 
 from super_tree_attention import ahead_of_time
 from super_tree_attention.ahead_of_time import ARCHITECTURES, compile_kernel, compile_kernels, main, ptx_version
-from super_tree_attention.kernel_floor import GROUP, HEAD_DIM, bytes_of_a_step, table
+from super_tree_attention.kernel_floor import GROUP, HEAD_DIM, bytes_of_a_step
 from super_tree_attention.kernel_plan import PLAIN_SHARED, STEPS, modest_steps, steps_for
 
 #: Shared memory that one block may ask for, in bytes.
@@ -123,9 +123,3 @@ def test_the_loop_over_the_past_moves_each_key_and_value_once():
     for rows in (16, 64, 128):
         kernel = compile_kernel("attention", 90, "bf16", HEAD_DIM, GROUP, rows)
         assert bytes_of_a_step(kernel) == STEPS.keys * HEAD_DIM * 2 * 2
-
-
-def test_the_floor_of_three_shapes_is_a_table():
-    header, rule, *lines = table()
-    assert len(lines) == 3
-    assert {line.count("|") for line in (header, rule, *lines)} == {11}

@@ -24,23 +24,11 @@ def test_tiles_hold_every_ragged_batch(counts, group, entries, processors):
     assert 1 <= made.num_splits <= MAX_SPLITS
 
 
-def test_one_long_context_fills_the_card():
-    made = plan(64, 1, 1024, **QWEN3_8B)
-    tiles, kv_heads, splits = made.grid
-    assert 0.9 * 132 <= tiles * kv_heads * splits <= 132  # one wave
-    assert splits == made.wanted_splits
-    assert made.rows == 128
-
-
 def test_many_requests_are_not_split_but_one_that_is_much_longer_than_the_others():
     made = plan(512, 256, 256 * 33, **QWEN3_8B)
     assert made.rows == 16
     assert made.wanted_splits == 1
     assert made.num_splits > 1
-
-
-def test_a_short_context_is_not_split():
-    assert plan(1, 1, 4, **QWEN3_8B).num_splits == 1
 
 
 @pytest.mark.parametrize(("capability", "rows"), [(80, 64), (89, 64), (90, 128), (100, 128), (120, 64)])

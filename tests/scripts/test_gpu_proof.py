@@ -22,71 +22,80 @@ MISSING = ("openvino", "nncf", "transformers", "tokenizers", "safetensors", "onn
            "tensorrt_rtx")  # fmt: skip
 
 
-@pytest.fixture
-def copy(tmp_path) -> Path:
+#: In the place of tests of a section: what crashes, fails, passes, is skipped or cannot be collected.
+FAULTY = """
+import os
+
+def test_first(figures):
+    figures(before=1)
+    os._exit(7)
+
+def test_second():
+    assert 'the card' == 'on fire'
+
+def test_third(card):
+    pass
+"""
+SKIPPED = "import pytest\n\ndef test_first():\n    pytest.skip('it is not here')\n"
+BROKEN = "import what_is_not_there\n"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
     """Of the repository, as one would take it to another machine; with what is compiled, which takes a while."""
+    copy = tmp_path_factory.mktemp("copy")
     for folder in ("echo_trt", "plugins", "scripts", "tests/gpu", "tests/plugins"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.pyc.*", "*.tmp.*"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n")
-    return tmp_path
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.pyc.*", "*.tmp.*"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / "bare").mkdir()
+    (copy / "bare" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n")
+    return copy
 
 
-def run(copy: Path, *options: str) -> subprocess.CompletedProcess:
+def run(copy: Path, *options: str, tensorrt: str = "") -> subprocess.CompletedProcess:
+    """``tensorrt``: the tests of that section."""
+    if tensorrt:
+        (copy / "tests/gpu/test_gpu_tensorrt.py").write_text(tensorrt)
     env = os.environ | {"PYTHONPATH": str(copy / "bare")}
     command = [sys.executable, copy / "scripts" / "gpu_proof", *options]
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_on_a_cpu_every_section_is_walked_or_skipped_and_nothing_is_proved(copy):
-    done = run(copy, "--cpu-interpret", "--out", "report.md")
+def test_on_a_cpu_every_section_is_walked_and_a_failure_and_a_crash_end_no_other(copy):
+    """A section without TensorRT is skipped, which takes no walk to see: its tests are others here."""
+    done = run(copy, "--cpu-interpret", "--out", "report.md", tensorrt=FAULTY)
     report = (copy / "report.md").read_text()
-    assert done.returncode == 3, done.stdout + done.stderr + report
-    counted = (
-        "nothing was proved: 2 walked in part, 2 walked, 1 skipped, on a CPU; run it on a machine with an NVIDIA GPU."
-    )
-    assert done.stdout.splitlines()[-1] == counted
+    assert done.returncode == 1, done.stdout + done.stderr + report
+    assert done.stdout.splitlines()[-1] == "a section failed: 2 walked in part, 2 walked, 1 failed."
+    assert "# GPU proof: none, Triton's interpreter on a CPU" in report
+    assert "AssertionError: assert 'the card' == 'on fire'" in report
     sections = json.loads((copy / "report.json").read_text())["sections"]
-    verdicts = {name: section["verdict"] for name, section in sections.items()}
-    assert verdicts == {
+    assert {name: section["verdict"] for name, section in sections.items()} == {
         "kernel": "walked in part",
         "engine": "walked",
         "policies": "walked",
-        "tensorrt": "skipped",
+        "tensorrt": "failed",
         "ranks": "walked in part",
     }
-    assert "# GPU proof: none, Triton's interpreter on a CPU" in report
     assert all(f"## {section}\n" in report for section in sections)
     reported = {row["test"].partition("::")[2]: row["figures"] for row in sections["policies"]["tests"]}
     rates = reported["test_tokens_per_second_of_every_policy"]
-    assert all(
-        rates[f"{policy} at {batch}"]["tokens_per_s"] > 0
-        for policy in ("autoregressive", "static", "echo", "goodput")
-        for batch in (1, 2)
-    )
+    assert all(rates[f"{name} at 2"]["tokens_per_s"] > 0 for name in ("autoregressive", "static", "echo", "goodput"))
     texts = reported["test_every_policy_writes_plain_decodings_text[float32]"]
     assert texts["echo"]["same"] == texts["echo"]["of"] == 2
-
-
-def test_a_failure_and_a_crash_are_told_and_other_tests_go_on(copy):
-    (copy / "tests/gpu/test_gpu_engine.py").write_text(
-        "import os\n\ndef test_first(figures):\n    figures(before=1)\n    os._exit(7)\n\n"
-        "def test_second():\n    assert 'the card' == 'on fire'\n\ndef test_third(card):\n    pass\n"
-    )
-    (copy / "tests/gpu/test_gpu_ranks.py").write_text("import what_is_not_there\n")
-    done = run(copy, "--cpu-interpret", "--only", "engine,ranks,tensorrt")
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1] == "a section failed: 2 failed, 1 skipped."
-    sections = json.loads((copy / "gpu_proof.json").read_text())["sections"]
-    rows = sections["engine"]["tests"]
+    rows = sections["tensorrt"]["tests"]
     assert [row["verdict"] for row in rows] == ["failed", "failed", "passed"]
     assert rows[0]["figures"] == {"before": 1}
-    report = (copy / "gpu_proof.md").read_text()
-    assert "AssertionError: assert 'the card' == 'on fire'" in report
-    assert "No module named 'what_is_not_there'" in report
-    assert sections["tensorrt"]["verdict"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("tests", "code", "reported"), [(SKIPPED, 3, "it is not here"), (BROKEN, 1, "No module named 'what_is_not_there'")]
+)
+def test_a_section_that_is_skipped_or_cannot_be_collected(copy, tests, code, reported):
+    done = run(copy, "--cpu-interpret", "--only", "tensorrt", tensorrt=tests)
+    assert done.returncode == code, done.stderr
+    assert reported in (copy / "gpu_proof.md").read_text()
 
 
 script = runpy.run_path(str(ROOT / "scripts" / "gpu_proof"))
@@ -95,7 +104,6 @@ script = runpy.run_path(str(ROOT / "scripts" / "gpu_proof"))
 @pytest.mark.parametrize(
     ("verdicts", "code", "sentence"),
     [
-        (["passed"] * 6, 0, "proved on this GPU: 6 passed."),
         (["passed", "passed in part", "skipped"], 0, "proved on this GPU: 1 passed, 1 passed in part, 1 skipped."),
         (["passed", "failed", "skipped"], 1, "a section failed: 1 passed, 1 failed, 1 skipped."),
         (["skipped", "skipped"], 3, "nothing was proved: 2 skipped; "),
@@ -112,12 +120,6 @@ def test_all_sections_end_within_ten_minutes():
     assert sum(script["SECTIONS"].values()) < 600
 
 
-@pytest.fixture
-def keeps_paths(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv("PYTHONPATH", "")
-
-
 def write_wheel(folder: Path, name: str, machine: str = "any") -> None:
     folder.mkdir(exist_ok=True)
     info = f"{name}-1.0.dist-info"
@@ -128,13 +130,12 @@ def write_wheel(folder: Path, name: str, machine: str = "any") -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def test_wheels_of_a_folder_are_there_for_one_run(tmp_path, keeps_paths):
+def test_wheels_of_a_folder_are_there_for_one_run_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
     write_wheel(tmp_path / "wheels", "brought_along")
     assert script["install"](tmp_path / "wheels", str(tmp_path / "target")) == ""
     assert importlib.import_module("brought_along").here == 1
-
-
-def test_wheels_that_cannot_be_installed_are_refused(tmp_path, keeps_paths):
     (tmp_path / "none").mkdir()
     assert "which holds no .whl file" in script["install"](tmp_path / "none", str(tmp_path / "target"))
     write_wheel(tmp_path / "wheels", "elsewhere", "win_arm64")

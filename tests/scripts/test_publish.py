@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import runpy
@@ -56,11 +55,6 @@ def test_a_short_run_is_called_a_trial(run):
         run = run | {"published": run["published"] | {"trial": trial}}
         for text in (publish.block(run), publish.page(run, [])):
             assert ("not a result" in text) == trial
-
-
-def test_rendering_is_stable(run):
-    assert publish.plots(run) == publish.plots(copy.deepcopy(run))
-    assert publish.with_block(README, publish.block(run)) == README
 
 
 def test_a_readme_without_markers_is_left_alone():

@@ -57,12 +57,9 @@ def server(long_bundle, keys, request) -> Iterator[Served]:
 def process(long_bundle, keys, tmp_path_factory, request) -> Iterator[Served]:
     """Return a file's server as ``serve`` starts it, with the options that the file's SERVE holds."""
     log, options = tmp_path_factory.mktemp("served") / "log", getattr(request.module, "SERVE", ())
-    served = Served(long_bundle, log, "--api-keys-file", keys, *options)
-    try:
-        yield served.wait_for("serving")
+    with Served(long_bundle, log, "--api-keys-file", keys, *options).wait_for("serving") as served:
+        yield served
         assert KEY not in served.err
-    finally:
-        served.kill()
 
 
 @pytest.fixture(scope="module")

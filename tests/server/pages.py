@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 from engine.service.served import Served
 from server.running import client_of
+from waiting import wait_until
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
 needs_page = [
@@ -31,10 +31,7 @@ def origin(server: Served) -> str:
 
 def until(page: Any, true: str) -> None:
     """Wait for an expression to be true. Playwright's own way is an eval in the page, which its policy forbids."""
-    end = time.monotonic() + SECONDS / 1000
-    while not page.evaluate(true):
-        assert time.monotonic() < end, true
-        page.wait_for_timeout(50)
+    wait_until(lambda: page.evaluate(true) or page.wait_for_timeout(50), reported=lambda: true)
 
 
 def ask(page: Any, text: str = PROMPT, **settings: str) -> None:

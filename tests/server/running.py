@@ -6,16 +6,19 @@ import asyncio
 import json
 import shutil
 import socket
+import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from engine.service.served import Served, free_ports
+from starlette.applications import Starlette
+from waiting import wait_until
 
 from echo_trt.server.__main__ import server_of
 from echo_trt.server.app import create_app
@@ -30,19 +33,17 @@ NOBODY = Path("/nowhere/engine")  # a socket that nobody listens on
 class Door(Served):
     """A door and its engine in threads of this process, on a port of its own, as an httpx.Client and Served know it."""
 
-    def __init__(self, engine: Path, server: dict[str, Any] | None = None, **options: Any):
-        """``server``: options of uvicorn; the others are of ``create_app``."""
+    def __init__(self, engine: Path | Starlette, server: dict[str, Any] | None = None, **options: Any):
+        """``engine``: its socket, or another application. ``server``: options of uvicorn; others: of ``create_app``."""
         self.engine, [self.openai] = engine, free_ports(1)
         self._metrics = self.openai
         given = {"host": "127.0.0.1", "port": self.openai, "timeout_graceful_shutdown": 5, **(server or {})}
-        self._server = server_of(create_app(engine, **options), **given)
+        app = engine if isinstance(engine, Starlette) else create_app(engine, **options)
+        self._server = server_of(app, **given)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        end = time.monotonic() + 60
-        while not self._server.started:
-            assert self._thread.is_alive(), "the door did not start"
-            assert time.monotonic() < end, "the door does not start"
-            time.sleep(0.01)
+        wait_until(lambda: self._server.started or not self._thread.is_alive())
+        assert self._server.started, "the door did not start"
 
     def kill(self) -> None:
         self._server.should_exit = True
@@ -51,7 +52,7 @@ class Door(Served):
 
 
 @contextmanager
-def running(engine: Path = NOBODY, **options: Any) -> Iterator[httpx.Client]:
+def running(engine: Path | Starlette = NOBODY, **options: Any) -> Iterator[httpx.Client]:
     """Return a client of a door, for as long as the block lasts; ``options`` are Door's."""
     door = Door(engine, **options)
     try:
@@ -62,12 +63,38 @@ def running(engine: Path = NOBODY, **options: Any) -> Iterator[httpx.Client]:
 
 
 @contextmanager
+def alone(**popen: Any) -> Iterator[tuple[httpx.Client, psutil.Popen]]:
+    """Return a client of a door without an engine in a process of its own, and the process; ``popen`` are its
+    options.
+    """
+    [port] = free_ports(1)
+    words = [sys.executable, "-m", "echo_trt.server", "--engine-socket", NOBODY, "--port", str(port)]
+    process = psutil.Popen(words, **popen)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            wait_until(lambda: is_up(client) or process.poll() is not None)
+            yield client, process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+        process.wait()
+
+
+def is_up(client: httpx.Client) -> bool:
+    """Whether a new connection is answered."""
+    try:
+        return httpx.get(client.base_url.join("/v1/models"), timeout=60).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
 def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
     """Return the socket of an engine in this process; ``options`` are of ``LLM``."""
     from echo_trt.engine.llm import LLM
     from echo_trt.engine.process.host import Host
-    from echo_trt.engine.process.metrics import EngineMetrics
     from echo_trt.engine.process.request import Reader
+    from echo_trt.engine.service.metrics import EngineMetrics
     from echo_trt.engine.service.service import Service
 
     llm = LLM(bundle, **options)
@@ -79,9 +106,7 @@ def engine_of(bundle: Path, queue: int = 256, **options: Any) -> Iterator[Path]:
     thread = threading.Thread(target=loop.run_until_complete, args=(host.serve(folder / "engine", stop),), daemon=True)
     thread.start()
     try:
-        while not (folder / "engine").exists():
-            assert thread.is_alive(), "the engine's host did not start"
-            time.sleep(0.01)
+        wait_until(lambda: (folder / "engine").exists() or not thread.is_alive())
         yield folder / "engine"
     finally:
         loop.call_soon_threadsafe(stop.set)
@@ -114,16 +139,6 @@ def client_of(server: Served) -> httpx.Client:
     """Return a client of a server's OpenAI API, with its key."""
     headers = {"authorization": f"Bearer {KEY}"}
     return httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", headers=headers, timeout=120)
-
-
-def raw(server: Served, request: bytes) -> bytes:
-    """Return what comes back until the server closes the connection."""
-    with socket.create_connection(("127.0.0.1", server.openai), timeout=30) as connection:
-        connection.sendall(request)
-        parts = []
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts)
 
 
 def post(server: Served, path: str, body: dict[str, Any]) -> socket.socket:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answering import answering
 from command_line import options_of
+from engine.service.served import free_ports
 from server.docker_files import (
     DOCKER,
     KUBERNETES,
@@ -100,26 +99,22 @@ class TestDockerfiles:
 
 
 def test_compose_is_hardened_and_its_files_exist():
-    compose = documents("compose.yaml")[0]
-    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
+    compose, over = documents("compose.yaml")[0], documents("compose.gpu.yaml")[0]
+    assert {*over["services"]} <= {*compose["services"]} == {"server", "prometheus", "grafana"}
     check_services(compose["services"])
-    for service in compose["services"].values():
-        if "build" in service:
-            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
-    over = documents("compose.gpu.yaml")[0]
-    assert set(over["services"]) <= set(compose["services"])
+    for build in (service["build"] for service in compose["services"].values() if "build" in service):
+        assert (DOCKER / build["context"] / build["dockerfile"]).is_file()
     assert (ROOT / over["services"]["server"]["build"]["dockerfile"]).is_file()
 
 
 def test_containers_are_started_with_options_that_exist():
     """Every --option of compose and Kubernetes is one of the command that gets it."""
-    containers = [
-        documents("compose.yaml")[0]["services"]["server"],
-        documents("compose.gpu.yaml")[0]["services"]["server"],
+    for container in (
+        *(documents(name)[0]["services"]["server"] for name in ("compose.yaml", "compose.gpu.yaml")),
         *_pod(documents("kubernetes/deployment.yaml")[0])["containers"],
         *documents("kubernetes/kserve.yaml")[0]["spec"]["predictor"]["containers"],
-    ]
-    for words in map(tool, containers):
+    ):
+        words = tool(container)
         assert words[:2] == ["echo-trt", "serve"]
         assert options_in(words) <= options_of("serve")
 
@@ -150,85 +145,38 @@ def test_pods_are_hardened_and_their_names_agree(name):
         assert {rule["port"] for rule in by_kind["NetworkPolicy"]["ingress"][0]["ports"]} == {"openai"}
 
 
-#: What KServe's predictor says beside the fields of a pod, which it takes as they are.
-KSERVE_FIELDS = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"}
-
-
 @pytest.mark.parametrize("name", ["deployment", "kserve"])
 def test_manifests_fit_kubernetes_own_schemas(name):
     validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate").validate
     manifests = documents(f"kubernetes/{name}.yaml")
-    if name == "kserve":
-        predictor = manifests[0]["spec"]["predictor"]
-        pod = {key: value for key, value in predictor.items() if key not in KSERVE_FIELDS}
+    if name == "kserve":  # what its predictor says beside the fields of a pod, which it takes as they are
+        own = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget", "timeout"}
+        pod = {key: value for key, value in manifests[0]["spec"]["predictor"].items() if key not in own}
         manifests = [{"apiVersion": "v1", "kind": "Pod", "metadata": manifests[0]["metadata"], "spec": pod}]
     for manifest in manifests:
         validate(manifest, KUBERNETES, strict=True)
 
 
-def test_prometheus_asks_services_at_ports_where_metrics_are():
-    config = documents("prometheus.yml")[0]
-    targets = {
-        target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]
-    }
-    assert targets == {f"server:{ServeOptions.openai_port}"}
-
-
-def test_dashboard_reads_its_datasource_and_panels_do_not_overlap():
+def test_prometheus_asks_the_server_s_port_and_the_dashboard_its_datasource():
+    [job] = documents("prometheus.yml")[0]["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == [f"server:{ServeOptions.openai_port}"]
     dashboard = json.loads((DOCKER / "grafana/dashboards/echo.json").read_text())
-    source = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"][0]["uid"]
+    [source] = documents("grafana/provisioning/datasources/prometheus.yaml")[0]["datasources"]
     cells = [
-        (x, y)
-        for panel in dashboard["panels"]
-        for grid in [panel["gridPos"]]
-        for x in range(grid["x"], grid["x"] + grid["w"])
-        for y in range(grid["y"], grid["y"] + grid["h"])
+        (grid["x"] + x, grid["y"] + y)
+        for grid in (panel["gridPos"] for panel in dashboard["panels"])
+        for x in range(grid["w"])
+        for y in range(grid["h"])
     ]
-    assert len(cells) == len(set(cells))
-    for panel in dashboard["panels"]:
-        for target in panel.get("targets", []):
-            assert target["datasource"]["uid"] == source
-            assert target["expr"].count("(") == target["expr"].count(")")
+    assert len(cells) == len(set(cells))  # panels do not overlap
+    for target in (target for panel in dashboard["panels"] for target in panel.get("targets", [])):
+        assert target["datasource"]["uid"] == source["uid"]
+        assert target["expr"].count("(") == target["expr"].count(")")
 
 
-class Replying(BaseHTTPRequestHandler):
-    """An HTTP server that says what it is told to, to see what the health check makes of it."""
-
-    status, body = 200, b""
-
-    def _reply(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(self.status)
-        self.end_headers()
-        self.wfile.write(self.body)
-
-    do_GET = do_POST = _reply
-
-    def log_message(self, *words: Any) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("what", "status", "body", "healthy"),
-    [
-        ("gateway", 200, b"{}", True),
-        ("gateway", 503, b"{}", False),
-        ("gateway", None, b"", False),
-    ],
-)
-def test_health_check_wants_a_token(what, status, body, healthy, monkeypatch):
-    handler = type("Handler", (Replying,), {"status": status, "body": body})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    if status is None:
-        server.server_close()  # nobody listens
-    else:
-        thread.start()
-    monkeypatch.setattr("sys.argv", ["healthcheck.py", what, str(port)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(DOCKER / "healthcheck.py"), run_name="__main__")
-    assert (end.value.code == 0) is healthy
-    if status is not None:
-        server.shutdown()
-        server.server_close()
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1), (None, 1)])
+def test_health_check_wants_a_token(status, code):
+    with answering(b"{}", status or 200) as port:
+        address = port if status else free_ports(1)[0]  # where nobody listens
+        words = [sys.executable, DOCKER / "healthcheck.py", "gateway", str(address)]
+        assert subprocess.run(words, capture_output=True).returncode == code

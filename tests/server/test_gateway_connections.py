@@ -5,15 +5,14 @@ from __future__ import annotations
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
+import psutil
 import pytest
-from server.running import NOBODY, running
+from server.running import alone, is_up, running
 
 from echo_trt.server.connections import HttpConnection
 
@@ -130,47 +129,23 @@ def test_where_nobody_owes_a_request_the_newest_is_closed(patient):
 
 
 def test_the_process_survives_more_connections_than_descriptors_and_says_nothing(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "echo_trt.server", "--engine-socket", NOBODY, "--port", str(port)]
-
     def begin() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
 
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, preexec_fn=begin)
-    try:
-        end = time.monotonic() + 180
-        while not is_up(port):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.1)
+    with (tmp_path / "log").open("wb") as log, alone(stdout=log, stderr=log, preexec_fn=begin) as (client, process):
+        port = client.base_url.port
         with ExitStack() as stack:
             crowd = [stack.enter_context(connect(port)) for _ in range(300)]
             time.sleep(1)
-            assert is_up(port)
+            assert is_up(client)
             for connection in crowd[-10:]:
                 connection.sendall(b"nonsense\r\n\r\n")
             assert crowd[-1].recv(100).startswith(b"HTTP/1.1 400")
-            crowd[0].settimeout(60)
             assert is_closed(crowd[0])
         time.sleep(0.5)
-        assert is_up(port)
-        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (128, 128)
+        assert is_up(client)
+        assert process.rlimit(psutil.RLIMIT_NOFILE) == (128, 128)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert (tmp_path / "log").read_text() == ""
-    finally:
-        process.kill()
-        process.wait()
-
-
-def is_up(port: int) -> bool:
-    try:
-        with connect(port) as connection:
-            answers(connection)
-    except OSError:
-        return False
-    return True

@@ -14,8 +14,6 @@ import pytest
 from engine.service.served import Served
 from server.running import client_of, post, refused
 
-from echo_trt.engine.service.grammars import MAX_GRAMMARS
-
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "echo", "messages": [{"role": "user", "content": "the theme"}], "max_tokens": 2}
 ANY_OBJECT = {**ASKED, "response_format": {"type": "json_object"}}
@@ -75,24 +73,6 @@ def test_the_deadline_counts_while_grammars_are_compiled(client, server):
     assert answered(hostile) < 6
     for connection in hostile:
         connection.close()
-
-
-def test_too_many_grammars_are_429(client, server):
-    with ThreadPoolExecutor(MAX_GRAMMARS + 8) as pool:
-        bodies = [slow(i, 49999, deadline_ms=4000) for i in range(MAX_GRAMMARS + 8)]
-        answers = list(pool.map(lambda body: client.post(CHAT, json=body), bodies))
-    full = [answer for answer in answers if answer.status_code == 429]
-    assert len(full) >= 4
-    assert {answer.status_code for answer in answers} <= {200, 429, 504}
-    assert "queue is full" in refused(full[0], 429)
-    assert full[0].headers["retry-after"] == "1"
-
-
-def test_a_schema_that_cannot_be_used_is_400(client):
-    form = {"type": "json_schema", "json_schema": {"name": "odd", "schema": {"type": "strange"}}}
-    for extra in ({}, {"stream": True}, {"n": 3}):
-        answer = client.post(CHAT, json={**ASKED, "response_format": form, **extra})
-        assert "strange" in refused(answer, 400, "response_format.json_schema.schema")
 
 
 def test_a_request_that_waits_for_its_grammar_is_answered_before_the_server_stops(process):

@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 from server.running import CHAT, COMPLETION, KEY, NOBODY, refused, running
+from starlette.routing import Route
 
+from echo_trt import __version__
 from echo_trt.engine.process import client as engine_client
 from echo_trt.errors import UserError
 from echo_trt.server.app import create_app
@@ -108,23 +110,25 @@ def test_a_body_of_another_type_is_400(client):
 def test_unknown_models_paths_and_methods(client):
     refused(client.post("/v1/chat/completions", json=CHAT | {"model": "gpt"}), 404, "model")
     refused(client.get("/v1/models/gpt"), 404, "model")
-    refused(client.get("/v1/models/../../etc/passwd"), 404)
-    refused(client.get("/docs"), 404)
-    assert refused(client.get("/v1/completions"), 405) == "'/v1/completions' does not take this method; use POST."
+    for path in ("/v1/models/../../etc/passwd", "/docs", "/health/", "/metrics/", "/v1/completions/"):
+        refused(client.get(path, headers={"Host": "evil.example"}), 404)
+    assert refused(client.get("/v1/completions"), 405).endswith("use POST.")
     assert client.get("/v1/completions").headers["Allow"] == "POST"
     assert set(client.post("/health").headers["Allow"].split(", ")) == {"GET", "HEAD"}
-    for path in ("/health/", "/metrics/", "/v1/completions/"):
-        refused(client.get(path, headers={"Host": "evil.example"}), 404)
-    assert client.get("/v1/models").json()["data"][0]["id"] == "echo"
-    assert client.get("/v1/models/echo").json()["object"] == "model"
+    for path in ("/v1/embeddings", "/api/chat", "/v1/messages", "/nowhere\u2028" + "x" * 500):
+        sentence = refused(client.get(path), 404)
+        assert path[:20].split("\u2028")[0] in sentence
+        assert len(sentence) < 400
+        known = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/metrics"}
+        assert known <= set(sentence.rstrip(".").replace(",", " ").split())
+        assert "ollama" not in sentence.lower()
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/echo", "/nowhere"])
-def test_head_answers_as_get_does_without_a_body(client, path):
-    got, head = client.get(path), client.head(path)
-    assert head.status_code == got.status_code
-    assert head.headers["Content-Type"] == got.headers["Content-Type"]
-    assert head.content == b""
+def test_head_answers_as_get_does_without_a_body(client):
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/echo", "/nowhere"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        assert head.headers["Content-Type"] == got.headers["Content-Type"]
 
 
 def exchange(client: httpx.Client, request: bytes) -> bytes:
@@ -147,15 +151,16 @@ def test_a_body_of_two_lengths_is_refused_and_ends_the_connection(client, names)
     assert b"Transfer-Encoding; send one." in answer
 
 
-@pytest.mark.parametrize("target", [b"http://x/v1/models", b"HTTP://x:9000/v1/models?a=b"])
-def test_a_target_may_be_a_whole_url(client, target):
-    answer = exchange(client, b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % target)
-    assert answer.startswith(b"HTTP/1.1 200")
-    page = exchange(client, b"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    assert page.startswith(b"HTTP/1.1 200")
-    assert b"<!doctype html>" in page
-    gone = exchange(client, b"GET http://x/v1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    assert gone.startswith(b"HTTP/1.1 404")
+def test_a_target_may_be_a_whole_url(client):
+    for target, status, word in (
+        (b"http://x/v1/models", b"200", b"echo"),
+        (b"HTTP://x:9000/v1/models?a=b", b"200", b"echo"),
+        (b"http://x", b"200", b"<!doctype html>"),
+        (b"http://x/v1", b"404", b"error"),
+    ):
+        answer = exchange(client, b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % target)
+        assert answer.startswith(b"HTTP/1.1 " + status)
+        assert word in answer
 
 
 def test_no_request_names_a_file_that_is_opened(client):
@@ -190,27 +195,21 @@ def test_large_bodies_are_refused_announced_or_not():
         refused(client.post("/v1/completions", json=COMPLETION), 503)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [None, "", KEY, "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer # ours"],
-)
-def test_without_a_right_key_nothing_but_health_and_metrics(keys_file, header):
-    headers = {} if header is None else {"Authorization": header}
+def test_without_a_right_key_nothing_but_health_and_metrics(keys_file):
+    wrong = (None, "", KEY, "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "Bearer # ours")
     with running(api_keys_file=keys_file) as client:
-        for path in ("/v1/chat/completions", "/v1/completions"):
-            response = client.post(path, content=b"{", headers=headers)
-            refused(response, 401)
-            assert response.headers["WWW-Authenticate"] == "Bearer"
-        for path in ("/v1/models", "/v1/models/echo", "/nowhere", "//v1/models", "/metrics/", "/health/x"):
-            refused(client.get(path, headers=headers), 401)
-        assert client.get("/metrics", headers=headers).status_code == 200
-        assert client.get("/health", headers=headers).status_code == 503
-
-
-@pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer  {OTHER_KEY}"])
-def test_a_right_key_is_let_in(keys_file, header):
-    with running(api_keys_file=keys_file) as client:
-        assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
+        for header in wrong:
+            headers = {} if header is None else {"Authorization": header}
+            for path in ("/v1/chat/completions", "/v1/completions"):
+                response = client.post(path, content=b"{", headers=headers)
+                refused(response, 401)
+                assert response.headers["WWW-Authenticate"] == "Bearer"
+            for path in ("/v1/models", "/v1/models/echo", "/nowhere", "//v1/models", "/metrics/", "/health/x"):
+                refused(client.get(path, headers=headers), 401)
+            assert client.get("/metrics", headers=headers).status_code == 200
+            assert client.get("/health", headers=headers).status_code == 503
+        for header in (f"Bearer {KEY}", f"bearer  {OTHER_KEY}"):
+            assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
 def test_keys_are_neither_kept_nor_logged(keys_file, caplog):
@@ -243,3 +242,90 @@ def test_requests_are_counted_by_path_and_status(client):
     assert 'echo_gateway_requests_total{path="/v1/completions",status="400"}' in text
     assert "secret" not in text
     assert "echo_gateway_running 0.0" in text  # this one asks for no text
+
+
+# -- names, versions, origins, and the schema -------------------------------------------------------------------------
+
+
+PAGE = "https://page.example"
+PREFLIGHT = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+def test_the_model_has_all_its_names(tmp_path):
+    with running(names=["a/b", "c", "a/b"]) as client:
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["a/b", "c"]
+        assert client.get("/v1/models/a/b").json()["id"] == "a/b"
+        refused(client.get("/v1/models/echo"), 404, "model")
+        for name in ("a/b", "c"):
+            refused(client.post("/v1/completions", json=COMPLETION | {"model": name}), 503)
+        assert "'a/b' or 'c'" in refused(client.post("/v1/completions", json=COMPLETION), 404, "model")
+
+
+@pytest.mark.parametrize(
+    ("options", "output"),
+    [
+        ({"names": [""]}, "--served-model-name"),
+        ({"names": ["a b"]}, "--served-model-name"),
+        ({"names": ["x" * 300]}, "--served-model-name"),
+        ({"origins": ["page.example"]}, "--allowed-origins"),
+        ({"origins": ["https://page.example/"]}, "--allowed-origins"),
+    ],
+)
+def test_odd_options_are_the_users_mistake(options, output):
+    with pytest.raises(UserError, match=output):
+        create_app(NOBODY, **options)
+
+
+def test_version_and_ping_need_no_key(keys_file):
+    with running(api_keys_file=keys_file) as client:
+        assert client.get("/version").json() == {"version": __version__}
+        for answer in (client.get("/ping"), client.post("/ping"), client.get("/health")):
+            refused(answer, 503)  # as there is no engine
+        for path in ("/tokenize", "/detokenize", "/v1/responses"):
+            refused(client.post(path, json={}), 401)
+
+
+def test_pages_of_allowed_origins_alone_may_ask(keys_file, client):
+    def allowed(answer: httpx.Response) -> str | None:
+        return answer.headers.get("Access-Control-Allow-Origin")
+
+    path = "/v1/chat/completions"
+    with running(api_keys_file=keys_file, origins=[PAGE]) as one:
+        preflight = one.options(path, headers=PREFLIGHT)
+        assert (preflight.status_code, allowed(preflight)) == (200, PAGE)
+        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization"
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert allowed(one.options(path, headers=PREFLIGHT | {"Origin": "https://evil.example"})) is None
+        answer = one.post(path, json=CHAT, headers={"Origin": PAGE})
+        refused(answer, 401)
+        assert allowed(answer) == PAGE
+        assert allowed(one.get("/version", headers={"Origin": "null"})) is None
+    with running(origins=["*"]) as anyone:
+        assert allowed(anyone.get("/version", headers={"Origin": PAGE})) == "*"
+    refused(client.options(path, headers=PREFLIGHT), 405)
+    assert allowed(client.get("/version", headers={"Origin": PAGE})) is None
+
+
+def test_the_schema_has_every_path_and_its_references_resolve(client):
+    document = client.get("/openapi.json").json()
+    assert document["info"]["version"] == __version__
+    app = create_app(NOBODY)
+    methods = {
+        (r.path.replace(":path", ""), method.lower())
+        for r in app.routes
+        if isinstance(r, Route) and r.include_in_schema  # the page's files are no API
+        for method in r.methods
+    }
+    reported = {(path, method) for path, item in document["paths"].items() for method in item if method != "parameters"}
+    assert reported == {(path, method) for path, method in methods if method != "head"}
+    text = json.dumps(document)
+    schemas = document["components"]["schemas"]
+    for reference in {part.partition('"')[0] for part in text.split('"#/components/schemas/')[1:]}:
+        assert reference in schemas
+    assert "shared" not in schemas["ResponsesRequest"]["properties"]
+    assert {"temperature", "input", "stop"} <= schemas["ResponsesRequest"]["properties"].keys()
+    assert len(text) < 40_000
+
+
+def test_metrics_come_without_the_engines_where_it_is_away(client):
+    assert "echo_gateway_engine_metrics_up 0.0" in client.get("/metrics").text

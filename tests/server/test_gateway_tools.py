@@ -82,39 +82,6 @@ def ask(client: openai.OpenAI, stream: bool = False, **changes: Any) -> Any:
 NO_THOUGHT = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_required_calls_have_arguments_that_fit(qwen, stream, seed):
-    requested = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": seed, **NO_THOUGHT}
-    choice = ask(qwen, stream, **requested)
-    assert choice.finish_reason == "tool_calls"
-    assert not choice.message.content
-    [call] = choice.message.tool_calls
-    assert call.id.startswith("call_")
-    assert len(call.id) == len("call_") + 24
-    arguments = json.loads(call.function.arguments)
-    if call.function.name == "add":
-        assert arguments["n"] in range(10)
-    else:
-        assert arguments["city"] in ("Paris", "Rome")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_named_function_is_called_once(qwen, stream):
-    choice = ask(qwen, stream, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "add"}}, **NO_THOUGHT)
-    assert [call.function.name for call in choice.message.tool_calls] == ["add"]
-    assert choice.finish_reason == "tool_calls"
-
-
-def test_whole_and_streamed_calls_are_the_same(qwen):
-    requested = {"tools": TOOLS, "tool_choice": "required", **NO_THOUGHT}
-    whole, streamed = (
-        [(call.function.name, call.function.arguments) for call in ask(qwen, stream, **requested).message.tool_calls]
-        for stream in (False, True)
-    )
-    assert whole == streamed
-
-
 def test_strict_tools_may_be_called_or_not_and_fit(qwen, bundle):
     """A bias makes the random model open a call."""
     token = tool_models.qwen3_tokenizer().convert_tokens_to_ids("<tool_call>")
@@ -204,6 +171,25 @@ def test_what_is_wrong_with_tools_is_said(qwen):
             ask(qwen, **change)
         assert error.value.param == param, error.value
         assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_required_and_named_calls_have_arguments_that_fit_whole_and_streamed(qwen, seed):
+    named = {"type": "function", "function": {"name": "add"}}
+    for requested in ({"tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": named}):
+        calls = []
+        for stream in (False, True):
+            choice = ask(qwen, stream, tools=TOOLS, seed=seed, **requested, **NO_THOUGHT)
+            assert (choice.finish_reason, choice.message.content or "") == ("tool_calls", "")
+            [call] = choice.message.tool_calls
+            assert call.id.startswith("call_")
+            arguments = json.loads(call.function.arguments)
+            assert (
+                arguments["n"] in range(10) if call.function.name == "add" else arguments["city"] in ("Paris", "Rome")
+            )
+            calls.append((call.function.name, arguments))
+        assert calls[0] == calls[1]
+    assert calls[0][0] == "add"
 
 
 @pytest.mark.parametrize("stream", [False, True])

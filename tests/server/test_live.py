@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from server.running import KEY, NOBODY, client_of, refused, running
+from waiting import wait_until
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -103,22 +104,16 @@ def test_snapshots_come_while_an_answer_is_made(client):
 def test_a_viewer_is_no_running_request(client):
     with client.stream("GET", "/live") as viewer:
         assert next(reported(viewer))[0] == "hello"
-        assert running_settles_at(client, 0)
+        wait_until(lambda: running_is(client, 0))  # one that was answered a moment ago may count still
         with client.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True, "n": 64}) as answer:
             lines = answer.iter_lines()  # an iterator that is gone closes the response
             next(lines)  # of 38,400 tokens, which the end of this block cancels
-            assert "echo_gateway_running 1.0" in client.get("/metrics").text.splitlines()
-        assert running_settles_at(client, 0)
+            assert running_is(client, 1)
+        wait_until(lambda: running_is(client, 0))
 
 
-def running_settles_at(client: httpx.Client, number: int) -> bool:
-    """Whether the gateway comes to so many running requests: one that was answered a moment ago may count still."""
-    end = time.monotonic() + 30
-    while f"echo_gateway_running {number:.1f}" not in client.get("/metrics").text.splitlines():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
+def running_is(client: httpx.Client, number: int) -> bool:
+    return f"echo_gateway_running {number:.1f}" in client.get("/metrics").text.splitlines()
 
 
 def test_200_viewers_share_one_watch_and_no_answer_changes(server, client, long_bundle):

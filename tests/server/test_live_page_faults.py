@@ -68,24 +68,15 @@ def test_a_browser_that_denies_storage_asks_for_the_key_again(browser, server, t
         context.close()
 
 
-def test_an_old_page_is_told_that_the_server_has_another(open_page):
-    page = open_page()
-    hello = {"format": 1, "build": "another", "version": "9"}
-    page.route("**/live", lambda route: route.fulfill(body=f"event: hello\ndata: {json.dumps(hello)}\n\n"))
+@pytest.mark.parametrize(("format", "output"), [(1, "newer page"), (2, "another format")])
+def test_a_page_is_told_that_the_server_has_another_or_another_format(format, output, open_page):
+    page, hello = open_page(), {"format": format, "build": "another", "version": "9"}
+    events = f"event: hello\ndata: {json.dumps(hello)}\n\nevent: snapshot\ndata: {{}}\n\n"
+    page.route("**/live", lambda route: route.fulfill(body=events if format == 2 else events.split("event: snap")[0]))
     hide_and_show(page)
     page.wait_for_selector("#banner:not([hidden])")
-    assert "newer page" in page.inner_text("#banner")
+    assert output in page.inner_text("#banner")
     assert page.is_visible("#reload")
-
-
-def test_a_format_that_the_page_does_not_know_is_not_drawn(open_page):
-    page = open_page()
-    other = {"format": 2, "build": "another", "version": "9"}
-    events = f"event: hello\ndata: {json.dumps(other)}\n\nevent: snapshot\ndata: {{}}\n\n"
-    page.route("**/live", lambda route: route.fulfill(body=events))
-    hide_and_show(page)
-    page.wait_for_selector("#banner:not([hidden])")
-    assert "another format" in page.inner_text("#banner")
 
 
 @pytest.mark.parametrize("body", ["event: snapshot\ndata: {", "x" * (5 << 20)], ids=["cut", "endless"])

@@ -50,41 +50,6 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert reported["L4"].split(" | ")[:2] == ["1", "no"]
 
 
-def test_a_block_drafters_needs(inspect):
-    code, out, _ = inspect(BUILD / "qwen3-8b-dspark.yaml")
-    reported = rows(out)
-    assert code == 0
-    assert reported["draft"].startswith(
-        "block deepseek-ai/dspark_qwen3_8b_block7 (2.29 B parameters, 5 layers, vocabulary"
-    )
-    assert reported["weights"] == "target 16.4 GB, draft 4.6 GB"
-    assert reported["KV of a token"] == "target 147,456 bytes, draft 20,480 bytes"
-    assert reported["features"].endswith("9.4 GB")  # 7,168 x 32 x 5 x 4,096 x 2 bytes
-
-
-def test_a_cpu_keeps_features_in_host_memory(inspect, tmp_path):
-    file = tmp_path / "own.yaml"
-    file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", "engine: openvino"))
-    reported = rows(inspect(file)[1])
-    assert reported["host memory"].endswith("12.9 GB")  # 262,144 x 3 x 4,096 x 4 bytes
-    assert "features" not in reported
-
-
-@pytest.mark.parametrize(
-    ("engine", "calls"),
-    [
-        ("tensorrt", "target and draft, for calls of 1 to 1,536 packed tokens of up to 128 requests"),
-        ("tensorrt-rtx", "target and draft, for trees of up to 128 requests x 71 tokens, and chunks of 512"),
-    ],
-)
-def test_engines_and_the_calls_they_are_for(inspect, tmp_path, engine, calls):
-    file = tmp_path / "own.yaml"
-    file.write_text((BUILD / "qwen3-8b.yaml").read_text().replace("engine: tensorrt", f"engine: {engine}"))
-    reported = rows(inspect(file)[1])
-    assert reported["engines"] == calls
-    assert ("a slot's whole context" in reported["KV pool"]) == (engine == "tensorrt-rtx")
-
-
 def test_a_mixture_of_experts_on_8_gpus_has_two_knees(inspect):
     code, out, _ = inspect(BUILD / "qwen3-235b-a22b.yaml", "--fit", "H100-80GB x8")
     reported = rows(out)

@@ -10,7 +10,7 @@ from torch import nn
 
 from echo_trt.bundle.recipe import NETWORKS, load_recipe, parse_recipe
 from echo_trt.models.block import block_network
-from echo_trt.models.block_config import block_config
+from echo_trt.models.block_config import BlockConfig, block_config
 from echo_trt.models.config import decoder_config, eagle3_config, rank_config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
@@ -62,23 +62,26 @@ def test_a_decoders_sizes_are_those_of_the_network_that_is_built(name):
     assert sizes.embedding == counted(network.embed)
 
 
+def built(config) -> nn.Module:
+    with torch.device("meta"):
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        build = block_network if isinstance(config, BlockConfig) else Eagle3Head
+        return build(config, 1, embedding)
+
+
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 640}])
 def test_a_heads_sizes_are_those_of_the_network_that_is_built(name, changes):
     config = eagle3_config(published()[name] | changes, name)
-    with torch.device("meta"):
-        head = Eagle3Head(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
-    assert head_sizes(config).total == counted(head)
+    assert head_sizes(config).total == counted(built(config))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 2, "markov_rank": 8, "markov_head_type": "rnn"}])
 def test_a_block_drafters_sizes_are_those_of_the_network_that_is_built(name, changes):
     config = block_config(published()[name] | changes, name)
-    with torch.device("meta"):
-        drafter = block_network(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
     sizes = block_sizes(config)
-    assert sizes.total == counted(drafter)
+    assert sizes.total == counted(built(config))
     assert sizes.kv_values == 2 * config.num_layers * 8 * 128
 
 
@@ -87,9 +90,7 @@ def test_a_parallel_heads_sizes_are_those_of_the_network_that_is_built(layers):
     raw = published()["AngelSlim/Qwen3-8B_eagle3"] | {"speculators_model_type": "peagle", "mask_token_id": 5}
     config = block_config(raw | {"num_hidden_layers": layers, "fc_norm": True}, "peagle")
     config = replace(config, feature_layers=(2, 18, 33))
-    with torch.device("meta"):
-        drafter = block_network(config, 1, nn.Embedding(config.vocab_size, config.hidden_size))
-    assert block_sizes(config).total == counted(drafter)
+    assert block_sizes(config).total == counted(built(config))
 
 
 def test_mixed_layers_dense_and_of_experts():
@@ -178,12 +179,3 @@ def test_gpus_that_cannot_share():
             shapes(recipe_of(target={"path": "here", "hub": "odd/odd"}, tensor_parallel=8), Path("/nowhere"))
     finally:
         del published()["odd/odd"]
-
-
-def test_recipe_keys():
-    with refused("mine.yaml: tensor_parallel is 3", "1, 2, 4 or 8"):
-        recipe_of(tensor_parallel=3)
-    with refused("mine.yaml: target", "give either path, hub, or wheel and file"):
-        recipe_of(target={"wheel": "a==1", "file": "b", "hub": "c/d"})
-    with refused("mine.yaml: target", "hub is 'c', give OWNER/NAME"):
-        recipe_of(target={"hub": "c"})

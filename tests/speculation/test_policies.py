@@ -9,17 +9,13 @@ from seeded_draft import NoDraft
 
 from echo_trt.errors import UserError
 from echo_trt.speculation import policies
-from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.goodput.model.acceptance import Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
-from echo_trt.speculation.planner import PlainPlanner
 from echo_trt.speculation.policies import BUILT_IN, POLICIES, load_policies, make_planner
 from echo_trt.speculation.policy_names import PLAIN
 
-PAPER = ("static", "dense", "fixed", "echo")
-GOODPUT = ("goodput", "goodput-exact", "goodput-head")
 SETTINGS = {
     "budget": 2,
     "per_request": 9,
@@ -42,23 +38,6 @@ def test_an_unknown_policy_is_named():
         made("eco")
 
 
-def test_plain_decoding_and_the_papers_policies_have_a_planner_of_their_name():
-    assert (PLAIN, *PAPER, *GOODPUT) == BUILT_IN
-    assert {name for name in BUILT_IN if POLICIES[name].shares_budget} == {"dense", "fixed", "echo"}
-    planners = {name: made(name) for name in (PLAIN, *PAPER)}
-    assert {name: planner.name for name, planner in planners.items()} == {name: name for name in planners}
-    plain = planners.pop(PLAIN)
-    assert isinstance(plain, PlainPlanner)
-    assert (plain.budget, plain.totals()) == (0, {})
-    assert all(isinstance(planner, EchoPlanner) for planner in planners.values())
-    assert {name: planner.budget for name, planner in planners.items()} == {
-        "static": 0,
-        "dense": 2,
-        "fixed": 2,
-        "echo": 2,
-    }
-
-
 @pytest.mark.parametrize("name", [PLAIN, "dense", "fixed", "echo"])
 def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
     plan = made(name).plan(np.array([5, 6]), NoDraft(), load_of(2))
@@ -66,16 +45,6 @@ def test_where_nothing_beyond_the_roots_is_verified_no_draft_is_asked(name):
     assert plan.tree.parent.tolist() == [-1, -1]
     assert plan.probability.tolist() == [1, 1]
     assert plan.padded_to == 0
-
-
-def test_the_goodput_policies_differ_in_their_candidates():
-    given = {name: made(name) for name in GOODPUT}
-    assert [name for name, _ in given.values()] == [name for name in BUILT_IN if name.startswith("goodput")]
-    usual, exact, head = (settings for _, settings in given.values())
-    assert (usual.max_depth, usual.beams, usual.width, usual.per_request) == (5, 2, 3, 9)
-    assert (usual.one_path, usual.free_candidates) == (False, True)
-    assert (exact.beams, exact.width, exact.one_path, exact.free_candidates) == (1, 1, True, True)
-    assert (head.beams, head.width, head.one_path, head.free_candidates) == (2, 3, False, False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from forests import nodes_of, path_to, super_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echo_trt.speculation.pack import BLOCK, pack
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 
@@ -31,12 +32,6 @@ def test_mask_of_a_part_stops_where_a_parent_is_left_out(tree, data):
     assert_mask_is_the_walks(part)
 
 
-def test_an_empty_batch():
-    tree = SuperTree.from_roots(np.zeros(0, np.int64))
-    mask, begins = ancestor_mask(tree)
-    assert (len(tree), len(mask), begins.tolist(), tree.sizes.tolist()) == (0, 0, [0], [])
-
-
 @given(super_trees(), st.data())
 def test_sorted_by_request(tree, data):
     chosen = data.draw(some_nodes(tree))
@@ -61,14 +56,74 @@ def test_ancestors_and_self(tree, data):
     assert set(np.flatnonzero(tree.ancestors_and_self(np.array(chosen, np.int64))).tolist()) == want
 
 
-@given(super_trees())
-def test_add_keeps_the_columns_in_step(tree):
-    for node in range(len(tree)):
-        path = path_to(tree, node)
-        assert tree.depth[node] == len(path) - 1
-        assert tree.request[node] == path[0]  # request i's root is node i
-    assert {len(column) for column in (tree.token, tree.parent, tree.request, tree.depth, tree.score)} == {len(tree)}
-
-
 def some_nodes(tree: SuperTree) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, len(tree) - 1), unique=True)
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+INT32 = ("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask_begins")
+
+
+def shuffled_table(requests: int, blocks: int) -> np.ndarray:
+    return np.random.default_rng(5).permutation(requests * blocks).reshape(requests, blocks)
+
+
+@given(super_trees(max_requests=3), st.data())
+def test_trees_and_prompt_chunks(tree, data):
+    tree, _ = tree.sorted_by_request(np.arange(len(tree)))
+    masked = data.draw(st.booleans(), label="with a mask")
+    chunks = data.draw(st.lists(st.integers(1, 3 * BLOCK), max_size=3), label="chunks")
+    counts = [*tree.sizes.tolist(), *chunks]
+    past = data.draw(st.lists(st.integers(0, 3 * BLOCK), min_size=len(counts), max_size=len(counts)), label="past")
+    table = shuffled_table(len(counts), 8)
+
+    inputs, begins, blocks, block_begins = [], [0], [], [0]
+    for request, (count, seen) in enumerate(zip(counts, past, strict=True)):
+        if request < tree.num_requests:
+            of_request = tree.request == request
+            inputs += zip(tree.token[of_request], seen + tree.depth[of_request], strict=True)
+        else:
+            inputs += ((100 + index, seen + index) for index in range(count))
+        begins.append(begins[-1] + count)
+        blocks += [table[request, block] for block in range(table.shape[1]) if block * BLOCK < seen + count]
+        block_begins.append(len(blocks))
+    mask, mask_begins = ancestor_mask(tree) if masked else (np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    tokens, positions = np.array(inputs).T
+
+    call = pack(
+        tokens,
+        positions,
+        np.array(past),
+        np.array(counts),
+        table,
+        np.array([0, len(tokens) - 1]),
+        (mask, mask_begins) if masked else None,
+    )
+
+    assert list(zip(call.token_ids, call.positions, strict=True)) == inputs
+    assert call.past_lens.tolist() == past
+    assert call.seq_begins.tolist() == begins
+    assert call.block_indices.tolist() == blocks
+    assert call.block_begins.tolist() == block_begins
+    assert call.tree_mask.tolist() == mask.tolist()
+    causal = [len(mask)] * (len(counts) + 1 - len(mask_begins))  # empty sections
+    assert call.tree_mask_begins.tolist() == [*mask_begins.tolist(), *causal]
+    assert call.logit_rows.tolist() == [0, len(tokens) - 1]
+
+
+def test_types_are_the_operators():
+    call = pack(np.arange(3), np.arange(3), np.array([BLOCK]), np.array([3]), shuffled_table(1, 2), np.array([2]))
+    arrays = {name: value for name, value in call._asdict().items() if name != "padded_to"}
+    assert call.padded_to == 0
+    assert {name for name, value in arrays.items() if value.dtype == np.int32} == set(INT32)
+    assert call.tree_mask.dtype == np.uint8
+    assert {call.token_ids.dtype, call.positions.dtype, call.logit_rows.dtype} == {np.dtype(np.int64)}
+    assert all(value.flags.c_contiguous for value in arrays.values())
+
+
+def test_an_empty_call():
+    none = np.zeros(0, np.int64)
+    call = pack(none, none, none, none, np.zeros((0, 4), np.int64), none)
+    assert call.seq_begins.tolist() == call.block_begins.tolist() == call.tree_mask_begins.tolist() == [0]

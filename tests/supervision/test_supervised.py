@@ -5,28 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from socket import AF_INET, AF_UNSPEC
+from socket import AF_INET
 
 import pytest
 from refusal import refused
 from served import free_ports
+from waiting import wait_until
 
 from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import Gateway
 from echo_trt.errors import UserError
-from echo_trt.supervision import process, supervised
+from echo_trt.supervision import supervised
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import responds
 from echo_trt.supervision.process import Process, ProcessLog
+from echo_trt.supervision.stopping import stop_signals
 from echo_trt.supervision.supervised import Supervised, Supervisor
 
 LISTENS = "import sys; from http.server import *; HTTPServer(('127.0.0.1', int(sys.argv[1])), SimpleHTTPRequestHandler)"
@@ -72,12 +75,8 @@ class Small(Supervised):
 
     _lives = _ready
 
-    def until(self, fits: Callable[[], object], seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not fits():
-            assert time.monotonic() < end, self._log.lines
-            self.step()
-            time.sleep(0.02)
+    def until(self, fits: Callable[[], object]) -> None:
+        wait_until(lambda: fits() or self.step(), reported=lambda: self.output)
 
     def drain(self) -> None:
         (self.folder / "drain").touch()
@@ -152,8 +151,7 @@ def test_a_log_that_could_not_be_written_for_a_while_goes_on():
     log = ProcessLog(write)
     log.say("lost")
     log.say("lost or not")
-    while log._lines.qsize():  # until the writer is done with the first
-        time.sleep(0.01)
+    wait_until(lambda: not log._lines.qsize())  # the writer is done with the first
     while filled:
         filled -= len(os.read(read, filled))
     log.say("written")
@@ -189,8 +187,7 @@ def test_who_answers_on_its_port_is_not_taken_for_it(small):
     each = small("import time; time.sleep(1); raise SystemExit(1)")
     other = Process("other", [sys.executable, "-c", SERVES, str(each.port)], dict(os.environ), LogLine())
     try:
-        while not responds(f"http://127.0.0.1:{each.port}/", 20):
-            time.sleep(0.02)
+        wait_until(lambda: responds(f"http://127.0.0.1:{each.port}/", 20))
         with refused(f"--small-port {each.port} on 127.0.0.1", "in use", "give another port"):
             each.until(lambda: each.serving)
     finally:
@@ -250,19 +247,12 @@ def test_a_gateway_that_hangs_is_replaced(monkeypatch):
     monkeypatch.setattr(launcher, "ANSWER_SECONDS", 5)  # within which a busy machine answers
     gateway = Gateway(ServeOptions(Path("none"), openai_port=free_ports(1)[0]), LogLine(), Path("none"))
 
-    def until(fits: Callable[[], object]) -> None:
-        end = time.monotonic() + 180
-        while not fits():
-            assert time.monotonic() < end, gateway._log.lines
-            gateway.step()
-            time.sleep(0.05)
-
     try:
-        until(lambda: gateway.serving)
+        wait_until(lambda: gateway.serving or gateway.step())
         hung = gateway.process
         os.kill(hung.pid, signal.SIGSTOP)
-        until(lambda: not gateway.serving)
-        until(lambda: gateway.serving)
+        wait_until(lambda: not gateway.serving or gateway.step())
+        wait_until(lambda: gateway.serving or gateway.step())
         assert not hung.alive
         assert gateway._log.lines[0] == "the gateway does not answer; starting it again"
         assert gateway._log.lines[-1].startswith("serving again after")
@@ -283,12 +273,7 @@ class Pair(Supervisor):
     def when_serving(self, act: Callable[[], None]) -> threading.Thread:
         """Act on a thread of its own once both serve."""
 
-        def wait() -> None:
-            while "serving" not in self.log.lines:
-                time.sleep(0.02)
-            act()
-
-        thread = threading.Thread(target=wait)
+        thread = threading.Thread(target=lambda: (wait_until(lambda: "serving" in self.log.lines), act()))
         thread.start()
         return thread
 
@@ -315,8 +300,7 @@ def test_a_stop_in_the_midst_of_a_restart_is_no_return(pair):
 
     def shoot_and_stop() -> None:
         os.kill(pair.engine.process.pid, signal.SIGKILL)
-        while len(pair.engine.starts) < 2:
-            time.sleep(0.02)
+        wait_until(lambda: len(pair.engine.starts) == 2)
         pair.stop.set()
 
     shooter = pair.when_serving(shoot_and_stop)
@@ -344,33 +328,54 @@ def test_what_another_user_left_is_let_be():
         assert not left.exists()
 
 
-def test_open_files_are_raised_to_what_the_system_allows():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 900), hard))
-    try:
-        process.raise_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_a_name_is_resolved_and_none_is_refused():
-    assert launcher._address("localhost", AF_INET) == "127.0.0.1"
-    assert launcher._address("0.0.0.0", AF_INET) == "0.0.0.0"
-    with refused("--host is 'no.such.host.invalid'", "give one, such as 0.0.0.0"):
-        launcher._address("no.such.host.invalid", AF_INET)
-    with refused(f"--host is '{'a' * 70}'", "give one, such as 0.0.0.0"):
-        launcher._address("a" * 70, AF_INET)
-    with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no IPv4 address"):
-        launcher._address("a..b", AF_INET)
-    assert launcher._address("::1", AF_UNSPEC) == "::1"
-    with pytest.raises(UserError, match="which is no address"):
-        launcher._address("no.such.host.invalid", AF_UNSPEC)
-
-
-def test_the_servers_get_the_address(monkeypatch, bundle_of):
+def test_the_servers_get_an_address_and_a_name_that_has_none_is_refused(monkeypatch, bundle_of):
     jobs: list[ServeOptions] = []
     monkeypatch.setattr(launcher, "service", lambda job, *_: jobs.append(job))
     monkeypatch.setattr(launcher, "supervise", lambda prefix, make: make(Path(), threading.Event(), LogLine()))
-    launcher.run(ServeOptions(bundle_of("lookup"), host="localhost", openai_port=free_ports(1)[0]))
-    assert jobs[0].host in ("127.0.0.1", "::1")
+    options = ServeOptions(bundle_of("lookup"), openai_port=free_ports(1)[0])
+    for host, found in (("localhost", ("127.0.0.1", "::1")), ("0.0.0.0", ("0.0.0.0",)), ("::1", ("::1",))):
+        launcher.run(replace(options, host=host))
+        assert jobs[-1].host in found
+    assert launcher._address("localhost", AF_INET) == "127.0.0.1"  # Triton's
+    for name in ("no.such.host.invalid", "a" * 70):
+        with refused(f"--host is '{name}'", "which is no address", "such as 0.0.0.0"):
+            launcher.run(replace(options, host=name))
+    with pytest.raises(UserError, match=r"--host is 'a\.\.b', which is no address"):
+        launcher.run(replace(options, host="a..b"))
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+STOPPED = """
+import signal
+import echo_trt.cli.app
+from echo_trt.__main__ import main
+
+def run():
+    try:
+        signal.raise_signal(signal.{name})
+    finally:
+        print("cleaned up")
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which these tests may run, ignores it
+echo_trt.cli.app.main = run
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("hangup", "signals"),
+    [(signal.SIG_DFL, (signal.SIGTERM, signal.SIGHUP)), (signal.SIG_IGN, (signal.SIGTERM,))],
+)
+def test_a_closed_terminal_stops_a_command_unless_nohup_has_it_ignored(hangup, signals, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: hangup}.get)
+    assert stop_signals() == signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_command_that_is_stopped_cleans_up(number):
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.format(name=number.name)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.strip()) == (128 + number, "cleaned up"), done.stderr

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from echo_trt.adapters.dynamo.request import WorkerRequest
+from echo_trt.adapters.dynamo.migration import Boundary
 from echo_trt.engine.params import TokenLogprobs
-from echo_trt.engine.process.client import DirectAnswer
-from echo_trt.engine.service.job import FinishInfo
+from echo_trt.engine.process.pending import Pending
+from echo_trt.engine.request import Event
 from echo_trt.engine.service.service import Service
 from echo_trt.models.token_texts import TokenTexts
 
@@ -16,34 +18,52 @@ from echo_trt.models.token_texts import TokenTexts
 REASONS = {"stop": "stop", "length": "length", "deadline": "length", "busy": "stop", "cancelled": "cancelled"}
 
 
-class DynamoAnswer(DirectAnswer):
-    """The answer to one request."""
+@dataclass(eq=False, kw_only=True)
+class DynamoAnswer(Pending):
+    """A request of Dynamo's frontend; ``generated`` are tokens of the answer that another worker has emitted.
 
-    def __init__(self, service: Service, ask: WorkerRequest, texts: TokenTexts):
-        super().__init__(service)
-        self._ask, self._texts = ask, texts
+    boundary  for the worker that may have to go on with this answer
+    """
 
-    def begin(self) -> None:
-        """Queue the request; any thread may. Raises as ``Service.submit``."""
-        ask = self._ask
-        self.submit(ask.prompt, ask.params, ask.priority, ask.seconds, ask.prior_tokens)
+    boundary: Boundary
+    service: Service | None = None
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
 
-    async def chunks(self) -> AsyncIterator[tuple[dict[str, Any], FinishInfo | None]]:
-        """Yield Dynamo's chunks as they come; the last one with how the answer ended."""
-        first = True
-        async for event in self.events():
-            end = event.end
+    def submit(self, service: Service) -> None:
+        """Queue the request; its answer is for the running event loop. Raises as ``Service.submit``."""
+        loop, self.service = asyncio.get_running_loop(), service
+
+        def tell(event: Event) -> None:
+            loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+        self.on_event = tell
+        service.submit(self)
+
+    def cancel(self) -> None:
+        """End the request, if it was queued and has not ended."""
+        if self.service:
+            self.service.cancel(self)
+
+    async def chunks(self, texts: TokenTexts) -> AsyncIterator[tuple[dict[str, Any], Event]]:
+        """Yield Dynamo's chunks as they come, each with its event; events that came meanwhile are one."""
+        first, event = True, Event()
+        while not event.reason:
+            event = await self.events.get()
+            while not self.events.empty():
+                later = self.events.get_nowait()
+                tokens, logprobs = [*event.token_ids, *later.token_ids], [*event.logprobs, *later.logprobs]
+                event = replace(later, token_ids=tokens, logprobs=logprobs)
             chunk: dict[str, Any] = {"token_ids": list(event.token_ids), "index": 0}
             if event.logprobs:
-                chunk |= self._logprobs(event.logprobs)
+                chunk |= _logprobs(event.logprobs, texts)
             if first and event.token_ids:
-                chunk |= self._ask.boundary.link()
+                chunk |= self.boundary.link()
                 first = False
-            if end:
-                chunk |= self._last(end)
-            yield chunk, end
+            if event.reason:
+                chunk |= self._last(event, texts)
+            yield chunk, event
 
-    def _last(self, end: FinishInfo) -> dict[str, Any]:
+    def _last(self, end: Event, texts: TokenTexts) -> dict[str, Any]:
         chunk: dict[str, Any] = {
             "finish_reason": REASONS.get(end.reason, "error"),
             "completion_usage": {
@@ -53,32 +73,35 @@ class DynamoAnswer(DirectAnswer):
                 "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
             },
         }
-        if self.job and self._ask.params.prompt_logprobs is not None:
-            entries = self.job.request.prompt_logprobs
-            chunk["engine_data"] = {"prompt_logprobs": [None, *map(self._prompt_entry, entries)]}
+        if self.params.prompt_logprobs is not None:
+            entries = [_prompt_entry(entry, texts) for entry in self.prompt_logprobs]
+            chunk["engine_data"] = {"prompt_logprobs": [None, *entries]}
         return chunk
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        return {
-            "log_probs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                [
-                    {
-                        "rank": rank,
-                        "token_id": token,
-                        "token": self._text(token),
-                        "logprob": logprob,
-                        "bytes": list(self._texts.raw(token)),
-                    }
-                    for rank, (token, logprob) in enumerate(entry.top, 1)
-                ]
-                for entry in entries
-            ],
-        }
 
-    def _prompt_entry(self, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
-        known = dict(entry.top) | {entry.token: entry.logprob}
-        return {str(t): {"logprob": logprob, "decoded_token": self._text(t)} for t, logprob in known.items()}
+def _logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts) -> dict[str, Any]:
+    return {
+        "log_probs": [entry.logprob for entry in entries],
+        "top_logprobs": [
+            [
+                {
+                    "rank": rank,
+                    "token_id": token,
+                    "token": _text(token, texts),
+                    "logprob": logprob,
+                    "bytes": list(texts.raw(token)),
+                }
+                for rank, (token, logprob) in enumerate(entry.top, 1)
+            ]
+            for entry in entries
+        ],
+    }
 
-    def _text(self, token: int) -> str:
-        return self._texts.raw(token).decode("utf-8", "replace")
+
+def _prompt_entry(entry: TokenLogprobs, texts: TokenTexts) -> dict[str, dict[str, Any]]:
+    known = dict(entry.top) | {entry.token: entry.logprob}
+    return {str(t): {"logprob": logprob, "decoded_token": _text(t, texts)} for t, logprob in known.items()}
+
+
+def _text(token: int, texts: TokenTexts) -> str:
+    return texts.raw(token).decode("utf-8", "replace")

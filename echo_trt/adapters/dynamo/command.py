@@ -86,7 +86,6 @@ def _check(job: WorkerOptions) -> WorkerOptions:
 
 
 def _check_ports(job: WorkerOptions) -> None:
-    """Refuse ports that are taken, or none."""
     requested = [("--system-port", "127.0.0.1", job.system_port)] if job.system_port else []
     for name, host in PORTS.items():
         text = os.environ.get(name, "0")

@@ -29,7 +29,6 @@ LOOK = 1.0  # seconds between two looks; larger: a lost entry is missing longer
 
 
 def folder_of(environment: Mapping[str, str]) -> Path:
-    """Return the folder that Dynamo uses."""
     return Path(environment.get(FOLDER) or Path(tempfile.gettempdir()) / "dynamo_store_kv")
 
 
@@ -48,7 +47,6 @@ def check_folder(folder: Path) -> None:
 
 
 def entries(folder: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield files of one kind and their content."""
     with suppress(OSError):
         for file in sorted((folder / kind).iterdir()):
             with suppress(OSError, ValueError):

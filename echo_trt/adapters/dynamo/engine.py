@@ -9,8 +9,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dynamo.common.backend import EngineConfig, LLMEngine, LlmRegistration
@@ -24,11 +24,10 @@ from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.discovery import Lease
 from echo_trt.adapters.dynamo.events import BlockEvents
 from echo_trt.adapters.dynamo.options import WorkerOptions
-from echo_trt.adapters.dynamo.request import WorkerRequest, read
+from echo_trt.adapters.dynamo.request import read
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.process.metrics import EngineMetrics
 from echo_trt.engine.service.job import Overloaded
-from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.statistics import Statistics
 from echo_trt.errors import UserError
@@ -147,27 +146,23 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
     # -- requests --------------------------------------------------------------------------------------------------
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
-        service, begun, reported = self._service, time.monotonic(), 0.0
+        service, arrived = self._service, time.monotonic()
         if service is None:
             raise EngineShutdown("the worker is shutting down; send the request to another one.")
-        ask = self._read(request, context, service)
-        answer = DynamoAnswer(service, ask, self._texts)
+        with self._refusals():
+            answer = read(request, dict(context.metadata.items()), self._recommended, service.loop.scheduler.eos)
         self._open[answer] = context
-        client = ask.priority != FIRST  # not a probe
+        answer.arrived = arrived
         try:
-            self._submit(answer)
-            async for chunk, end in answer.chunks():
-                now, tokens = time.monotonic(), len(chunk["token_ids"])
-                if client and reported and tokens:
-                    self.metrics.observe("inter_token", (now - reported) / tokens)
-                reported = now if tokens else reported
-                if end and end.reason == "invalid":
-                    raise InvalidArgument(end.message)
-                if client and end:
-                    self.metrics.ended(end, now - begun)
-                if end and end.reason == "failed":
-                    raise Unknown(end.message) if service.alive else EngineShutdown(end.message)
-                if end and end.reason == "cancelled" and self._closing:
+            with self._refusals():
+                answer.submit(service)
+            async for chunk, event in answer.chunks(self._texts):
+                answer.observe(event, self.metrics)
+                if event.reason == "invalid":
+                    raise InvalidArgument(event.message)
+                if event.reason == "failed":
+                    raise Unknown(event.message) if service.alive else EngineShutdown(event.message)
+                if event.reason == "cancelled" and self._closing:
                     chunk.pop("finish_reason")
                     chunk.pop("completion_usage", None)
                     if chunk["token_ids"]:
@@ -178,20 +173,11 @@ class EchoEngine(LLMEngine):  # type: ignore[misc, unused-ignore]
             del self._open[answer]
             answer.cancel()  # nothing happens where it has ended
 
-    def _read(self, request: dict[str, Any], context: Any, service: Service) -> WorkerRequest:
-        """Read a request, with the errors that Dynamo knows: InvalidArgument is the client's mistake."""
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Raise as Dynamo has it: InvalidArgument is the client's mistake, EngineShutdown another worker's turn."""
         try:
-            return read(request, dict(context.metadata.items()), self._recommended, service.loop.scheduler.eos)
-        except UserError as mistake:
-            self.metrics.refuse("invalid")
-            raise InvalidArgument(str(mistake)) from None
-
-    def _submit(self, answer: DynamoAnswer) -> None:
-        """Submit a request, with the errors that Dynamo knows: InvalidArgument is the client's mistake, EngineShutdown
-        another worker's turn.
-        """
-        try:
-            answer.begin()
+            yield
         except UserError as mistake:
             self.metrics.refuse("invalid")
             raise InvalidArgument(str(mistake)) from None

@@ -38,7 +38,6 @@ def grace_of(environment: Mapping[str, str]) -> float:
 
 
 def completed(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a frontend or a worker."""
     backend = backend_of(environment)
     defaults = {
         BACKEND: backend,

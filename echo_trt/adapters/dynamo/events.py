@@ -41,7 +41,6 @@ class BlockEvents:
             )
 
     def removed(self, keys: Sequence[bytes]) -> None:
-        """Do as ``prefix_cache.Listener``."""
         self._publish(self._publisher.publish_removed, [block_hash(key) for key in keys])
 
     def _publish(self, publish: Callable[..., Any], *values: Any, **more: Any) -> None:

@@ -30,5 +30,4 @@ class WorkerOptions(EngineOptions):
     reasoning_parser: Annotated[str | None, Parameter(help="Dynamo's parser of thoughts, such as qwen3.")] = None
 
     def stop(self) -> None:
-        """End the worker as SIGTERM does."""
         os.kill(os.getpid(), signal.SIGTERM)

@@ -25,9 +25,8 @@ from echo_trt.speculation.policies import policy_named
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.probe import METRICS_SECONDS, got, iterations, responds
 from echo_trt.supervision.process import Process, ProcessLog
-from echo_trt.supervision.supervised import Supervised, Supervisor, port_trouble, supervise
+from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
 
-ANSWER_SECONDS = 30.0  # seconds for a busy process to answer; larger: a hang is noticed later
 LOST_SECONDS = 15.0  # seconds that a frontend may list no worker while one serves; larger: requests are refused longer
 QUIET = "warn,tower_http=off"  # DYN_LOG: without the probes that a starting worker answers with 503
 #: Of the frontend, where the user has not set them.
@@ -90,7 +89,7 @@ class Frontend(Supervised):
         self, job: ServeOptions, environment: dict[str, str], log: ProcessLog, workers: Sequence[WorkerProcess]
     ):
         super().__init__(log, job.host, {"--openai-port": job.openai_port}, job.start_seconds)
-        self._job, self._workers = job, workers
+        self._job, self._workers, self.url = job, workers, f"{job.openai_url}/live"
         self._reported: Process | None = None  # which one was told to end
         self._environment = SETTINGS | environment
         self._environment["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"] = str(job.drain_seconds)
@@ -100,13 +99,10 @@ class Frontend(Supervised):
         command = [sys.executable, "-m", "dynamo.frontend", *words]
         return Process("frontend", command, self._environment, self._log)
 
-    def _ready(self) -> bool:
-        return responds(f"{self._job.openai_url}/live", 1)
-
     def _lives(self) -> bool:
         """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
         end = time.monotonic() + LOST_SECONDS
-        while alive := responds(f"{self._job.openai_url}/live", ANSWER_SECONDS):
+        while alive := super()._lives():
             served = any(worker.serving for worker in self._workers)
             if self.lists(self._job.model_name) or not served or self._reported is self.process:
                 break
@@ -136,7 +132,7 @@ class WorkerProcess(Supervised):
         self.name, self._job, self._environment = f"worker {number}", job, environment
         self._port = port
         super().__init__(log, LOOPBACK, {f"system port of worker {number}": self._port}, job.start_seconds)
-        self._url = f"http://{LOOPBACK}:{self._port}"
+        self.url = f"http://{LOOPBACK}:{self._port}/health"
 
     def _spawn(self) -> Process:
         job = self._job
@@ -145,24 +141,20 @@ class WorkerProcess(Supervised):
         command = [sys.executable, "-m", "echo_trt", "worker", *words, *job.words]
         return Process(self.name.replace(" ", "-"), command, self._environment, self._log)
 
-    def _ready(self) -> bool:
-        return responds(f"{self._url}/health", 1)
-
     def _lives(self) -> bool:
         """Return whether a pass was answered, or the engine still iterates: a slow one is not ready, but no failure."""
         end, before = time.monotonic() + ANSWER_SECONDS, self._iterations()
-        while not (responds(f"{self._url}/health", 2) or self._iterations() > before):
+        while not (responds(self.url, 2) or self._iterations() > before):
             if time.monotonic() > end:
                 return False
             time.sleep(1)
         return True
 
     def _iterations(self) -> float:
-        return iterations(got(f"{self._url}/metrics", METRICS_SECONDS) or "")
+        return iterations(got(f"http://{LOOPBACK}:{self._port}/metrics", METRICS_SECONDS) or "")
 
 
 def replicas(job: ServeOptions, environment: dict[str, str], stop: threading.Event, log: ProcessLog) -> Supervisor:
-    """Return the frontend and its workers as one service."""
     manifest = read_manifest(job.bundle)
     devices = divided(visible_devices(manifest.engine, environment), job.replicas, manifest.recipe.tensor_parallel)
     ports = free_ports(job.replicas, job.openai_port)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
 from echo_trt.engine.params import SINGLE, SamplingParams
 from echo_trt.engine.service.protocol import FIRST
@@ -37,30 +39,12 @@ NUMBERS = tuple(name for name, known in SINGLE.items() if known.kind is float or
 KINDS = ("json", "regex", "choice", "grammar")
 
 
-@dataclass(frozen=True)
-class WorkerRequest:
-    """A request, understood.
-
-    prior_tokens  tokens of the answer that another worker has emitted
-    boundary      for the worker that may have to go on with this answer
-    priority      as the service has it: lowest first
-    seconds       until the deadline; None: there is none
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    prior_tokens: list[int]
-    boundary: Boundary
-    priority: int
-    seconds: float | None
-
-
 def read(
     request: Mapping[str, Any],
     metadata: Mapping[str, str],
     recommended: Mapping[str, float],
     eos: Sequence[int],
-) -> WorkerRequest:
+) -> DynamoAnswer:
     """Read a request as Dynamo's ``GenerateRequest`` has it.
 
     metadata     what came in headers x-dynamo-meta-*
@@ -106,13 +90,14 @@ def read(
         thinking_token_budget=stops.get("max_thinking_tokens"),
         **given,
     )
-    return WorkerRequest(
-        prompt,
-        params,
-        prior_tokens,
-        Boundary(length, first),
-        FIRST if request.get(HEALTH_CHECK) else _priority(request.get("routing") or {}),
-        _seconds(metadata.get(DEADLINE)),
+    urgency = int((request.get("routing") or {}).get("priority") or 0)  # higher where Dynamo serves it first
+    return DynamoAnswer(
+        prompt=np.asarray(prompt, np.int64),
+        params=params,
+        generated=prior_tokens,
+        boundary=Boundary(length, first),
+        priority=FIRST if request.get(HEALTH_CHECK) else -max(min(urgency, INT32), -INT32),
+        seconds=_seconds(metadata.get(DEADLINE)),
     )
 
 
@@ -153,11 +138,6 @@ def _structured(guided: Mapping[str, Any] | None) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             raise UserError("guided_json is not JSON; give a schema.") from None
     return {kind: value}
-
-
-def _priority(routing: Mapping[str, Any]) -> int:
-    """Dynamo's is higher where a request is more urgent; the service serves its lowest first."""
-    return -max(min(int(routing.get("priority") or 0), INT32), -INT32)
 
 
 def _seconds(deadline: str | None) -> float | None:

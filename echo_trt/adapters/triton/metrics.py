@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from echo_trt.engine.process.metrics import HISTOGRAMS, SECONDS, EngineMetrics
+from echo_trt.engine.service.metrics import HISTOGRAMS, SECONDS, EngineMetrics
 
 
 class Bridge:
@@ -23,7 +23,6 @@ class Bridge:
         }
 
     def copy(self) -> None:
-        """Bring Triton's series up to date."""
         for metric in self._metrics.collect():
             for name, labels, value, *_ in metric.samples:
                 key = (name, *labels.values())

@@ -12,8 +12,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
@@ -23,9 +21,9 @@ from echo_trt.adapters.triton.tensors import plain_values
 from echo_trt.engine.host_memory import bytes_in
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.metrics import EngineMetrics
+from echo_trt.engine.process.pending import refusal
 from echo_trt.engine.process.request import Reader
-from echo_trt.engine.service.job import Overloaded
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.errors import UserError
 from echo_trt.speculation.policies import load_policies
@@ -85,31 +83,20 @@ class TritonPythonModel:
 
     def _take(self, request: pb_utils.InferenceRequest) -> None:
         reply = Reply(arrived=time.monotonic(), sender=request.get_response_sender(), coded=_wants_codes(request))
-        with self._refusals(reply):
-            _check_id(request)
-            tensors = {t.name(): t.as_numpy() for name in self._inputs if (t := _tensor(request, name)) is not None}
-            ask = self._reader.read(plain_values(tensors))
-            reply.understand(ask, self._reader.texts)
-            reply.job = self._service.submit(
-                ask.prompt, ask.params, lambda event: self._replies.put(reply, event), ask.priority, ask.seconds
-            )
-            self._replies.begin(reply)
 
-    @contextmanager
-    def _refusals(self, reply: Reply) -> Iterator[None]:
-        """Answer a request that cannot be taken with the reason."""
-        try:
-            yield
-            return
-        except UserError as mistake:
-            outcome, code, answer = "invalid", "INVALID_ARGUMENT", str(mistake)
-        except Overloaded as full:
-            outcome, code, answer = "refused", "UNAVAILABLE", str(full)
-        except Exception as failure:  # logged; Triton would fail all requests of the call
-            logging.exception("a request could not be read")
-            outcome, code, answer = "failed", "INTERNAL", f"the request could not be read ({failure})."
-        self._metrics.refuse(outcome)
-        reply.sender.send(failed(code, answer, reply.coded), flags=FINAL)
+        def queue() -> None:
+            _check_id(request)
+            found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
+            tensors = {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+            self._reader.read(plain_values(tensors), reply)
+            reply.on_event = lambda event: self._replies.put(reply, event)
+            self._service.submit(reply)
+            self._replies.put(reply, None)
+
+        if failure := refusal(self._metrics, queue):
+            code, sentence, _ = failure
+            code = code.replace("OUT_OF_RANGE", "INVALID_ARGUMENT")
+            reply.sender.send(failed(code, sentence, reply.coded), flags=FINAL)
 
 
 def _check_id(request: pb_utils.InferenceRequest) -> None:
@@ -127,10 +114,6 @@ def _wants_codes(request: pb_utils.InferenceRequest) -> bool:
     except (ValueError, RecursionError):  # no UTF-8, no JSON, or a nest of lists
         return False
     return bool(parameters.get("error_codes", False))
-
-
-def _tensor(request: pb_utils.InferenceRequest, name: str) -> pb_utils.Tensor | None:
-    return pb_utils.get_input_tensor_by_name(request, name)
 
 
 def _setting(config: dict, name: str) -> str:

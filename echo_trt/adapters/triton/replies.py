@@ -18,9 +18,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from echo_trt.adapters.triton.metrics import Bridge
-from echo_trt.engine.process.metrics import EngineMetrics
 from echo_trt.engine.process.pending import Pending
-from echo_trt.engine.service.job import ERRORS, FinishInfo, RequestOutput, ServiceRequest
+from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import ERRORS
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,11 @@ class Reply(Pending):
 
 
 #: An event of a reply, None with it where the reply begins; None: close.
-Item = tuple[Reply, RequestOutput | None] | None
+Item = tuple[Reply, Event | None] | None
 
 
 class Replies:
-    """Any thread may ``begin`` a reply and ``put`` its events, which may come before it begins.
+    """Any thread may ``put`` the events of replies, which may come before a reply begins.
 
     Once there is a file ``drain`` in the folder ``signals``, nothing new is taken; ``drained`` appears there when the
     last reply has been sent. (A Triton that is told to stop refuses new requests itself, but may abort over it.)
@@ -61,20 +62,16 @@ class Replies:
         """``model``: its name in metrics. ``signals``: see above."""
         self._service, self._metrics, self._model, self._signals = service, metrics, model, signals
         self._events: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        self._open: dict[Reply, ServiceRequest] = {}  # in the order in which their clients are looked at
+        self._open: dict[Reply, None] = {}  # in the order in which their clients are looked at
         self._armed = float("-inf")
         self._thread = threading.Thread(target=self._run, name="replies", daemon=True)
         self._thread.start()
 
-    def begin(self, reply: Reply) -> None:
-        """Watch whether its client is still there; ``reply.job`` is known."""
-        self._events.put((reply, None))
-
-    def put(self, reply: Reply, event: RequestOutput) -> None:
+    def put(self, reply: Reply, event: Event | None) -> None:
+        """``event`` None: the reply has begun, and its client is to be watched."""
         self._events.put((reply, event))
 
     def close(self) -> None:
-        """Send what there is, and stop."""
         self._events.put(None)
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -87,7 +84,7 @@ class Replies:
         while running:
             if os.getppid() != server:  # Triton was killed, and would leave this process behind
                 os._exit(1)
-            changed: dict[Reply, RequestOutput] = {}
+            changed: dict[Reply, Event] = {}
             for item in self._take():
                 if item is None:
                     running = False
@@ -97,11 +94,11 @@ class Replies:
                         self._arm()
                         self._merge(reply, event)
                         changed[reply] = event
-                    elif reply.job and not reply.ended:
-                        self._open[reply] = reply.job
+                    elif not reply.ended:
+                        self._open[reply] = None
             for reply, event in changed.items():
-                if event.end or (reply.ask and reply.ask.stream and reply.text and not reply.broken):
-                    self._send(reply, event.end)
+                if event.reason or (reply.streamed and reply.unsent_text and not reply.broken):
+                    self._send(reply, event)
             now = time.monotonic()
             if now - looked >= LOOK:
                 looked = now
@@ -132,28 +129,27 @@ class Replies:
                 items.append(self._events.get_nowait())
         return items
 
-    def _merge(self, reply: Reply, event: RequestOutput) -> None:
-        """Several events of one reply become one message."""
+    def _merge(self, reply: Reply, event: Event) -> None:
         try:
             if not reply.broken:
-                reply.take(event)
+                reply.add(event)
         except Exception:  # this thread answers all the others, too
             self._break(reply)
         reply.observe(event, self._metrics)
 
-    def _send(self, reply: Reply, end: FinishInfo | None) -> None:
+    def _send(self, reply: Reply, event: Event) -> None:
         try:
-            response = _response(reply, end)
+            response = _response(reply, event)
             self._arm()
-            reply.sender.send(response, flags=FINAL if end else 0)
+            reply.sender.send(response, flags=FINAL if event.reason else 0)
         except Exception:  # as in _merge
             first = not reply.broken
             self._break(reply)
-            if end and first:
-                return self._send(reply, end)  # an error
-        reply.text, reply.token_ids = "", []
+            if event.reason and first:
+                return self._send(reply, event)  # an error
+        reply.unsent_text, reply.unsent_tokens = "", []
         reply.index += 1
-        if end:
+        if event.reason:
             reply.ended = True
             self._open.pop(reply, None)
 
@@ -161,7 +157,7 @@ class Replies:
         """Let a reply end with an error, since a part of it is lost."""
         log.exception("a reply could not be sent; its request is cancelled")
         reply.broken = True
-        reply.cancel(self._service)
+        self._service.cancel(reply)
 
     def _drain_if_asked(self) -> None:
         if not self._signals or not (self._signals / "drain").exists():
@@ -171,9 +167,9 @@ class Replies:
 
     def _cancel_abandoned(self) -> None:
         for reply in list(islice(self._open, LOOKED_AT)):
-            self._open[reply] = job = self._open.pop(reply)  # the last, next time
+            self._open[reply] = self._open.pop(reply)  # the last, next time
             if reply.sender.is_cancelled():
-                self._service.cancel(job)
+                self._service.cancel(reply)
 
 
 def triton_process() -> int:
@@ -191,43 +187,42 @@ def failed(code: str, message: str, coded: bool) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, number))
 
 
-def _response(reply: Reply, end: FinishInfo | None) -> pb_utils.InferenceResponse:
+def _response(reply: Reply, event: Event) -> pb_utils.InferenceResponse:
     if reply.broken:
         return failed("INTERNAL", "the answer could not be sent; the server's log says why.", reply.coded)
-    if end and end.reason in ERRORS:
-        return failed(ERRORS[end.reason], end.message or "the request was cancelled.", reply.coded)
-    assert reply.ask
+    if event.reason in ERRORS:
+        return failed(ERRORS[event.reason], event.message or "the request was cancelled.", reply.coded)
     tensors = [
-        _strings("text_output", reply.text),
-        pb_utils.Tensor("output_ids", np.array([reply.token_ids], np.int32).reshape(1, -1)),
+        _strings("text_output", reply.unsent_text),
+        pb_utils.Tensor("output_ids", np.array([reply.unsent_tokens], np.int32).reshape(1, -1)),
         _numbers("sequence_index", reply.index, np.int32),
-        _numbers("prompt_tokens", len(reply.ask.prompt), np.int32),
+        _numbers("prompt_tokens", len(reply.prompt), np.int32),
     ]
-    if reply.ask.in_thought is not None and reply.index == 0:
-        tensors.append(_numbers("in_thought", reply.ask.in_thought, bool))
-    if reply.logprobs:
-        numbers = np.array([reply.logprobs.numbers], np.float32).reshape(1, -1)
+    if reply.in_thought is not None and reply.index == 0:
+        tensors.append(_numbers("in_thought", reply.in_thought, bool))
+    if reply.unsent_logprobs:
+        numbers = np.array([reply.unsent_logprobs.numbers], np.float32).reshape(1, -1)
         tensors += [
             pb_utils.Tensor("output_log_probs", numbers),
-            _numbers("cum_log_probs", reply.logprobs.total, np.float32),
-            _strings("logprobs", reply.logprobs.clear()),
+            _numbers("cum_log_probs", reply.unsent_logprobs.total, np.float32),
+            _strings("logprobs", reply.unsent_logprobs.clear()),
         ]
-    if reply.sources:
-        tensors.append(_strings("token_sources", reply.sources.clear()))
-    if end:
+    if reply.unsent_sources:
+        tensors.append(_strings("token_sources", reply.unsent_sources.clear()))
+    if event.reason:
         tensors += [
-            _strings("finish_reason", end.reason),
-            _numbers("cached_tokens", end.cached_tokens, np.int32),
-            _numbers("completion_tokens", end.completion_tokens, np.int32),
+            _strings("finish_reason", event.reason),
+            _numbers("cached_tokens", event.cached_tokens, np.int32),
+            _numbers("completion_tokens", event.completion_tokens, np.int32),
         ]
-    if end and reply.ask.statistics:
-        accepted = max(end.completion_tokens - end.verifications, 0)
+    if event.reason and reply.statistics:
+        accepted = max(event.completion_tokens - event.verifications, 0)
         tensors += [
-            _numbers("acceptance_rate", accepted / end.drafted if end.drafted else 0.0, np.float32),
+            _numbers("acceptance_rate", accepted / event.drafted if event.drafted else 0.0, np.float32),
             _numbers("total_accepted_draft_tokens", accepted, np.int32),
-            _numbers("total_draft_tokens", end.drafted, np.int32),
-            _numbers("accepted_length", end.completion_tokens / max(end.verifications, 1), np.float32),
-            _numbers("time_to_first_token_ms", 1000 * (end.first_token_seconds or 0.0), np.float32),
+            _numbers("total_draft_tokens", event.drafted, np.int32),
+            _numbers("accepted_length", event.completion_tokens / max(event.verifications, 1), np.float32),
+            _numbers("time_to_first_token_ms", 1000 * (event.first_token_seconds or 0.0), np.float32),
         ]
     return pb_utils.InferenceResponse(tensors)
 

@@ -32,6 +32,8 @@ class TritonServer:
 
     def command(self, host: str, ports: dict[str, int], work: Path) -> list[str]:
         """Return the command that starts Triton; ``ports`` by option, ``work``: a folder that lives as long as it."""
+        # The APIs of the machine's files and memory want a header of random digits, which no client has.
+        closed = f"model-repository,shared-memory,trace,logging:closed={secrets.token_hex(16)}"
         options = {
             "model-repository": model_repository(),
             "model-control-mode": "none",  # a client's model would be code
@@ -43,7 +45,8 @@ class TritonServer:
             "allow-gpu-metrics": "false",
             "allow-cpu-metrics": "false",
             "backend-config": f"python,shm-region-prefix-name={own_prefix()}",
-            **_closed(),
+            "http-restricted-api": closed,
+            "grpc-restricted-protocol": closed,
         }
         if self.pip:
             options["backend-directory"] = self._backends(work)
@@ -74,13 +77,6 @@ class TritonServer:
 
 def _joined(*paths: str | None) -> str:
     return os.pathsep.join(filter(None, paths))
-
-
-def _closed() -> dict[str, str]:
-    """Return options that close the APIs of the machine's files and memory to clients."""
-    apis = "model-repository,shared-memory,trace,logging"
-    key = f"{apis}:closed={secrets.token_hex(16)}"  # a header of random digits, which no client has
-    return {"http-restricted-api": key, "grpc-restricted-protocol": key}
 
 
 def find_server() -> TritonServer:

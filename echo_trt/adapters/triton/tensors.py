@@ -22,7 +22,7 @@ def plain_values(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _plain(name: str, tensor: np.ndarray) -> Any:
-    values = [_decoded(each, name) if isinstance(each, bytes) else _number(each) for each in tensor.reshape(-1)]
+    values = [_value(each, name) for each in tensor.reshape(-1)]
     if name in _MANY:
         return values
     if len(values) != 1:
@@ -30,13 +30,10 @@ def _plain(name: str, tensor: np.ndarray) -> Any:
     return values[0]
 
 
-def _number(value: Any) -> Any:
-    """Return a Python number or bool. A float32 becomes the number that was written: 0.7, not 0.699999988."""
-    return float(str(value)) if isinstance(value, np.floating) else value.item()
-
-
-def _decoded(raw: bytes, name: str) -> str:
+def _value(each: Any, name: str) -> Any:
+    if isinstance(each, np.floating):
+        return float(str(each))  # the number that was written: 0.7, not 0.699999988
     try:
-        return raw.decode("utf-8")
+        return each.decode("utf-8") if isinstance(each, bytes) else each.item()
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}); send text in UTF-8.") from None

@@ -49,7 +49,6 @@ class LookupDrafter:
         return np.where(inside, tokens, -1).astype(np.int64), matched
 
     def chains(self, slots: np.ndarray, length: int) -> Chains:
-        """Do as ``Copier``."""
         return copied_chains(*self.matches(slots, length), self.log_acceptance)
 
     def observe(self, rows: np.ndarray, outputs: dict[str, np.ndarray], output_rows: np.ndarray) -> None:

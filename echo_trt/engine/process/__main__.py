@@ -18,8 +18,8 @@ from echo_trt.backends import base
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.options import EngineOptions, SpecialTokens, command, run_alone
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.metrics import EngineMetrics
 from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import MODEL
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.policies import policy_named

@@ -1,28 +1,21 @@
-"""Ways to ask an engine from asyncio: over its host's socket, and by calls of a service in this process."""
+"""Questions to an engine from asyncio, over its host's socket."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from echo_trt.engine.process import wire
-from echo_trt.engine.service.protocol import FIRST
-
-if TYPE_CHECKING:  # a door's process needs no engine
-    from echo_trt.engine.params import SamplingParams
-    from echo_trt.engine.service.job import RequestOutput, ServiceRequest
-    from echo_trt.engine.service.service import Service
+from echo_trt.engine.service.protocol import PROBE
 
 WAIT_S = 10.0  # seconds that a probe, or a question which no iteration answers, may take; larger: a hang shows later
 SCRAPE_S = 1.0  # seconds that metrics may take
 FRESH_S = 2.0  # seconds for which text proves the engine alive; larger: fewer probes of a busy engine
-PROBE = {"input_ids": [0], "max_tokens": 1, "ignore_eos": True, "priority": FIRST}
 
 
 #: What has come for open questions, by their numbers; None: the engine has left.
@@ -162,50 +155,3 @@ class Client:
             self._info = None  # another engine may come
             for answers in unanswered.values():
                 answers.put_nowait(None)
-
-
-class DirectAnswer:
-    """The answer to one request of a service in this process, for the event loop that makes this."""
-
-    def __init__(self, service: Service):
-        self._service, self._loop = service, asyncio.get_running_loop()
-        self._events: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self.job: ServiceRequest | None = None
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        priority: int = 0,
-        seconds: float | None = None,
-        prior_tokens: Sequence[int] = (),
-    ) -> None:
-        """Queue the request; any thread may. As ``Service.submit`` has it, whose exceptions it raises."""
-
-        def tell(event: RequestOutput) -> None:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self.job = self._service.submit(prompt, params, tell, priority, seconds, prior_tokens)
-
-    def cancel(self) -> None:
-        """End the request, if it has not ended; its KV blocks are free before the next iteration."""
-        if self.job:
-            self._service.cancel(self.job)
-
-    async def events(self) -> AsyncIterator[RequestOutput]:
-        """Yield the events, those that came meanwhile as one. The last one has an ``end``."""
-        end = None
-        while end is None:
-            event = await self._events.get()
-            while not self._events.empty():
-                later = self._events.get_nowait()
-                event = replace(
-                    later,
-                    text=event.text + later.text,
-                    token_ids=[*event.token_ids, *later.token_ids],
-                    logprobs=[*event.logprobs, *later.logprobs],
-                    offsets=[*event.offsets, *later.offsets],
-                    sources=[*event.sources, *later.sources],
-                )
-            end = event.end
-            yield event

@@ -10,21 +10,23 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import generate_latest
 
 from echo_trt.engine.process import wire
-from echo_trt.engine.process.metrics import EngineMetrics
-from echo_trt.engine.process.pending import Pending
+from echo_trt.engine.process.pending import Pending, refusal
 from echo_trt.engine.process.request import Reader
-from echo_trt.engine.service.job import ERRORS, Overloaded, RequestOutput
+from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import ERRORS, Overloaded
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.snapshots import SnapshotRecorder
-from echo_trt.errors import TooLong, UserError
 
 log = logging.getLogger(__name__)
 BEAT = 0.05  # seconds between two looks at what has changed; larger: a drained engine ends later
@@ -53,28 +55,31 @@ class ClientConnection:
 
 @dataclass(eq=False, kw_only=True)
 class OpenRequest(Pending):
-    """An open answer to a client on the socket. ``gone``: whether nobody wants it any longer."""
+    """An open answer to a client on the socket.
+
+    question  the number of the client's question
+    gone      whether nobody wants the answer any longer
+    """
 
     connection: ClientConnection
-    id: int
+    question: int
     gone: bool = False
 
-    def piece(self, event: RequestOutput) -> wire.TextPiece:
+    def piece(self, event: Event) -> wire.TextPiece:
         """Take out what has not been sent; ``event`` is the latest."""
-        assert self.ask
         piece = wire.TextPiece(
-            self.id,
-            self.text,
-            self.token_ids,
-            self.logprobs.clear() if self.logprobs else "",
-            self.sources.clear() if self.sources else "",
-            bool(self.ask.in_thought),
-            len(self.ask.prompt),
+            self.question,
+            self.unsent_text,
+            self.unsent_tokens,
+            self.unsent_logprobs.clear() if self.unsent_logprobs else "",
+            self.unsent_sources.clear() if self.unsent_sources else "",
+            bool(self.in_thought),
+            len(self.prompt),
         )
-        if event.end:
-            piece.finish_reason, piece.cached_tokens = event.end.reason, event.end.cached_tokens
-            piece.completion_tokens = event.end.completion_tokens
-        self.text, self.token_ids = "", []
+        if event.reason:
+            piece.finish_reason, piece.cached_tokens = event.reason, event.cached_tokens
+            piece.completion_tokens = event.completion_tokens
+        self.unsent_text, self.unsent_tokens = "", []
         return piece
 
 
@@ -86,7 +91,7 @@ class Host:
         self._metrics, self._recorder = metrics, SnapshotRecorder(service)
         self._connections: set[ClientConnection] = set()
         self._reading = ThreadPoolExecutor(1, "requests")
-        self._events: deque[tuple[OpenRequest, RequestOutput]] = deque()
+        self._events: deque[tuple[OpenRequest, Event]] = deque()
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -148,7 +153,11 @@ class Host:
             case wire.Tokenize():
                 self._start(self._tokenize(connection, message))
             case wire.WatchSnapshots():
-                self._watch(connection, message.id)
+                if sum(len(each.watches) for each in self._connections) < MAX_VIEWERS:
+                    connection.watches.add(message.id)
+                else:
+                    sentence = f"{MAX_VIEWERS} clients get snapshots; close one."
+                    connection.send(wire.Failure(message.id, "UNAVAILABLE", sentence))
             case wire.Scrape():
                 connection.send(wire.TextReply(message.id, generate_latest(self._metrics.registry).decode()))
 
@@ -158,9 +167,9 @@ class Host:
         task.add_done_callback(self._tasks.discard)
 
     async def _submit(self, connection: ClientConnection, message: wire.Submit) -> None:
-        answer = OpenRequest(connection=connection, id=message.id, arrived=time.monotonic())
+        answer = OpenRequest(connection=connection, question=message.id, arrived=time.monotonic())
         connection.answers[message.id] = answer
-        failure = await self._loop.run_in_executor(self._reading, self._refusal, self._queue, answer, message.inputs)
+        failure = await self._refusal(partial(self._queue, answer, message.inputs))
         if failure:
             connection.answers.pop(message.id, None)
             connection.send(wire.Failure(message.id, *failure))
@@ -168,64 +177,46 @@ class Host:
             self._cancel(answer)
 
     async def _tokenize(self, connection: ClientConnection, message: wire.Tokenize) -> None:
-        def tokenized() -> None:
-            found.append(self._reader.tokenized(message.inputs))
-
         found: list[tuple[list[int], str | None]] = []
-        failure = await self._loop.run_in_executor(self._reading, self._refusal, tokenized)
+        failure = await self._refusal(lambda: found.append(self._reader.tokenized(message.inputs)))
         connection.send(wire.Failure(message.id, *failure) if failure else wire.TokensReply(message.id, *found[0]))
 
-    def _refusal(self, work: Any, *inputs: Any) -> tuple[str, str, str | None] | None:
-        """Do the work, on the readers' thread; return code, sentence and field where the request cannot be taken."""
-        try:
-            field = None
-            work(*inputs)
-            return None
-        except UserError as mistake:
-            outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
-            if isinstance(mistake, TooLong):
-                code = "OUT_OF_RANGE"
-        except Overloaded as full:
-            outcome, code, sentence = "refused", "UNAVAILABLE", str(full)
-        except Exception as failure:  # logged; others go on
-            log.exception("a request could not be read")
-            outcome, code, sentence = "failed", "INTERNAL", f"the request could not be read ({failure})."
-        self._metrics.refuse(outcome)
-        return code, sentence, field
+    async def _refusal(self, work: Callable[[], None]) -> tuple[str, str, str | None] | None:
+        return await self._loop.run_in_executor(self._reading, refusal, self._metrics, work)
 
     def _queue(self, answer: OpenRequest, inputs: dict[str, Any]) -> None:
         if answer.gone:
             raise Overloaded("the request was cancelled.")
-        ask = self._reader.read(inputs)
-        answer.understand(ask, self._reader.texts)
+        self._reader.read(inputs, answer)
 
-        def tell(event: RequestOutput) -> None:
+        def tell(event: Event) -> None:
             self._events.append((answer, event))
             if not self._woken:
                 self._woken = True
                 self._loop.call_soon_threadsafe(self._send_events)
 
-        answer.job = self._service.submit(ask.prompt, ask.params, tell, ask.priority, ask.seconds)
+        answer.on_event = tell
+        self._service.submit(answer)
 
     def _cancel(self, answer: OpenRequest) -> None:
         answer.gone = True
-        answer.cancel(self._service)
+        self._service.cancel(answer)
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _send_events(self) -> None:
         """Send what the engine has told since the last call, a piece per answer."""
         self._woken = False
-        latest: dict[OpenRequest, RequestOutput] = {}
+        latest: dict[OpenRequest, Event] = {}
         while self._events:
             answer, event = self._events.popleft()
             latest[answer] = event
-            self._try(answer, answer.take, event)
+            self._try(answer, answer.add, event)
             answer.observe(event, self._metrics)
         for answer, event in latest.items():
             self._try(answer, self._send, answer, event)
-            if event.end:
-                answer.connection.answers.pop(answer.id, None)
+            if event.reason:
+                answer.connection.answers.pop(answer.question, None)
 
     def _try(self, answer: OpenRequest, work: Any, *inputs: Any) -> None:
         """Do the work; where it fails, its answer alone ends with an error."""
@@ -238,23 +229,17 @@ class Host:
             answer.broken = True
             self._cancel(answer)
             sentence = "the answer could not be sent; the server's log says why."
-            answer.connection.send(wire.Failure(answer.id, "INTERNAL", sentence))
+            answer.connection.send(wire.Failure(answer.question, "INTERNAL", sentence))
 
-    def _send(self, answer: OpenRequest, event: RequestOutput) -> None:
-        if event.end and event.end.reason in ERRORS:
-            sentence = event.end.message or "the request was cancelled."
-            field = "structured" if event.end.reason == "invalid" else None  # a grammar that was compiled in the queue
-            answer.connection.send(wire.Failure(answer.id, ERRORS[event.end.reason], sentence, field))
-        elif event.end or (answer.ask and answer.ask.stream and answer.text):
+    def _send(self, answer: OpenRequest, event: Event) -> None:
+        if event.reason in ERRORS:
+            sentence = event.message or "the request was cancelled."
+            field = "structured" if event.reason == "invalid" else None  # a grammar that was compiled in the queue
+            answer.connection.send(wire.Failure(answer.question, ERRORS[event.reason], sentence, field))
+        elif event.reason or (answer.streamed and answer.unsent_text):
             answer.connection.send(answer.piece(event))
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
-
-    def _watch(self, connection: ClientConnection, id: int) -> None:
-        if sum(len(each.watches) for each in self._connections) >= MAX_VIEWERS:
-            connection.send(wire.Failure(id, "UNAVAILABLE", f"{MAX_VIEWERS} clients get snapshots; close one."))
-        else:
-            connection.watches.add(id)
 
     def _send_snapshots(self) -> None:
         watched = [(connection, id) for connection in self._connections for id in connection.watches]

@@ -1,73 +1,89 @@
-"""What of an open answer has not been sent yet, whoever sends it."""
+"""A request with what of its answer has not been sent yet, whoever sends it."""
 
 from __future__ import annotations
 
-import time
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from echo_trt.engine.process.logprobs import Outgoing
-from echo_trt.engine.process.metrics import EngineMetrics
-from echo_trt.engine.process.request import ParsedRequest
 from echo_trt.engine.process.sources import OutgoingSources
-from echo_trt.engine.service.job import RequestOutput, ServiceRequest
+from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import Overloaded, ServiceRequest
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.protocol import FIRST
-from echo_trt.engine.service.service import Service
+from echo_trt.errors import TooLong, UserError
 from echo_trt.models.token_texts import TokenTexts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
-class Pending:
+class Pending(ServiceRequest):
     """An open answer.
 
-    arrived            time.monotonic() at which its request came
-    broken             whether a part of it was lost, so that it ends with an error
-    logprobs, sources  None where the request does not ask for them
-    last               time of the last event with tokens; None: none has come
+    arrived                          time.monotonic() at which its request came
+    broken                           whether a part of it was lost, so that it ends with an error
+    streamed                         whether its client gets text as it comes
+    statistics                       whether its client wants them
+    in_thought                       whether the prompt ends inside a thought; None for a model that does not think
+    unsent_logprobs, unsent_sources  None where the request does not ask for them
+    last                             time of the last event with tokens; None: none has come
     """
 
-    arrived: float
+    arrived: float = 0.0
     broken: bool = False
-    ask: ParsedRequest | None = None
-    job: ServiceRequest | None = None
-    logprobs: Outgoing | None = None
-    sources: OutgoingSources | None = None
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    streamed: bool = False
+    statistics: bool = False
+    in_thought: bool | None = None
+    unsent_text: str = ""
+    unsent_tokens: list[int] = field(default_factory=list)
+    unsent_logprobs: Outgoing | None = None
+    unsent_sources: OutgoingSources | None = None
     last: float | None = None
 
-    def understand(self, ask: ParsedRequest, texts: TokenTexts) -> None:
-        """Take what the request asks for."""
-        self.ask, self.text = ask, ask.echoed
-        if ask.params.logprobs is not None or ask.params.prompt_logprobs is not None:
-            self.logprobs = Outgoing(texts, ask.echoed)
-        if ask.params.token_sources:
-            self.sources = OutgoingSources(texts)
+    def begin(self, echoed: str, texts: TokenTexts) -> None:
+        """Begin with ``echoed``, text that precedes the answer in the output; ``params`` are known."""
+        self.unsent_text = echoed
+        if self.params.logprobs is not None or self.params.prompt_logprobs is not None:
+            self.unsent_logprobs = Outgoing(texts, echoed)
+        if self.params.token_sources:
+            self.unsent_sources = OutgoingSources(texts)
 
-    def take(self, event: RequestOutput) -> None:
-        """Add an event to what has not been sent."""
-        assert self.ask
-        self.text += event.text
-        self.token_ids += event.token_ids
-        if self.logprobs and self.last is None and self.ask.params.prompt_logprobs is not None:
-            while self.job is None:  # its first event may come before ``submit`` has returned
-                time.sleep(0.001)
-            self.logprobs.begin(self.ask.prompt, self.job.request.prompt_logprobs)
-        if self.logprobs:
-            self.logprobs.take(event.logprobs, event.offsets)
-        if self.sources:
-            self.sources.take(event.sources, event.offsets)
+    def add(self, event: Event) -> None:
+        self.unsent_text += event.text
+        self.unsent_tokens += event.token_ids
+        if self.unsent_logprobs:
+            if self.last is None and self.params.prompt_logprobs is not None:
+                self.unsent_logprobs.begin(self.prompt.tolist(), self.prompt_logprobs)
+            self.unsent_logprobs.take(event.logprobs, event.offsets)
+        if self.unsent_sources:
+            self.unsent_sources.take(event.sources, event.offsets)
 
-    def observe(self, event: RequestOutput, metrics: EngineMetrics) -> None:
+    def observe(self, event: Event, metrics: EngineMetrics) -> None:
         """Tell the times of an event that was taken; a probe's would hide the clients' on a quiet server."""
-        client = self.ask is not None and self.ask.priority != FIRST
+        client = self.priority != FIRST
         if client and self.last is not None and event.token_ids:
             metrics.observe("inter_token", (event.time - self.last) / len(event.token_ids))
         if event.token_ids:
             self.last = event.time
-        if client and event.end:
-            metrics.ended(event.end, event.time - self.arrived)
+        if client and event.reason:
+            metrics.ended(event, event.time - self.arrived)
 
-    def cancel(self, service: Service) -> None:
-        """End the request, if it was queued and has not ended."""
-        if self.job:
-            service.cancel(self.job)
+
+def refusal(metrics: EngineMetrics, work: Callable[[], None]) -> tuple[str, str, str | None] | None:
+    """Do the work; return code (``ERRORS``), sentence and field where the request cannot be taken."""
+    try:
+        work()
+        return None
+    except UserError as mistake:
+        outcome, code, sentence, field = "invalid", "INVALID_ARGUMENT", str(mistake), mistake.field
+        if isinstance(mistake, TooLong):
+            code = "OUT_OF_RANGE"
+    except Overloaded as full:
+        outcome, code, sentence, field = "refused", "UNAVAILABLE", str(full), None
+    except Exception as failure:  # logged; others go on
+        log.exception("a request could not be read")
+        outcome, code, sentence, field = "failed", "INTERNAL", f"the request could not be read ({failure}).", None
+    metrics.refuse(outcome)
+    return code, sentence, field

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from echo_trt.engine.params import MAX_LOGPROBS, SINGLE, SamplingParams
 from echo_trt.engine.process import wire
 from echo_trt.engine.process.inputs import ALIASES, DEFAULTS, MAX_STOP_WORDS
+from echo_trt.engine.process.pending import Pending
 from echo_trt.errors import TooLong, UserError
 from echo_trt.grammar.state import AT_END
 from echo_trt.models.chat import ChatEncoder
@@ -20,24 +22,6 @@ from echo_trt.models.tokenizer import REASONING, load_tokenizer, think_tokens
 
 PROMPTS = ("input_ids", "chat_messages", "text_input")
 IN_CHATS = ("tools", "chat_template_kwargs")  # inputs that mean nothing without a chat template
-
-
-@dataclass(frozen=True)
-class ParsedRequest:
-    """A request, understood.
-
-    echoed      text that precedes the answer in the output
-    in_thought  whether the prompt ends inside a thought; None for a model that does not think
-    """
-
-    prompt: list[int]
-    params: SamplingParams
-    stream: bool
-    statistics: bool
-    echoed: str
-    priority: int
-    seconds: float | None
-    in_thought: bool | None = None
 
 
 class Reader:
@@ -56,15 +40,16 @@ class Reader:
         self._sampling = dict(sampling or {})
         self._tokenizer = load_tokenizer(bundle)
         self._chat = ChatEncoder(self._tokenizer, special_tokens_in_content)
-        self.texts = TokenTexts(self._tokenizer)
+        self._texts = TokenTexts(self._tokenizer)
         self._marks = think_tokens(self._tokenizer)
         self._context = context
         longest = max(map(len, self._tokenizer.get_vocab()))
         self._max_characters = context * longest  # a longer text cannot have as few tokens as fit
 
-    def read(self, inputs: Mapping[str, Any]) -> ParsedRequest:
-        """Read ``inputs``, plain values by their names in ``INPUTS``; what is absent has its default. Raises
-        UserError.
+    def read(self, inputs: Mapping[str, Any], answer: Pending) -> None:
+        """Put what ``inputs`` ask for into ``answer``. Raises UserError.
+
+        inputs  plain values by their names in ``INPUTS``; what is absent has its default
         """
         inputs = self._sampling | _renamed(inputs)
         prompt, echoed = self._prompt(inputs)
@@ -76,7 +61,7 @@ class Reader:
             raise UserError(
                 f"min_length is {min_tokens}; give a whole number from 0 (off) to max_tokens, {max_tokens}."
             )
-        params = SamplingParams(
+        answer.params = SamplingParams(
             **{name: _value(inputs, known.tensor or name) for name, known in SINGLE.items()}
             | {
                 "top_p": _value(inputs, "top_p") or 1.0,  # clients of TensorRT-LLM send 0 for "off"
@@ -87,16 +72,13 @@ class Reader:
                 "structured": _json(inputs, "structured"),
             }
         )
-        return ParsedRequest(
-            prompt,
-            params,
-            stream=_value(inputs, "stream"),
-            statistics=_value(inputs, "return_perf_metrics"),
-            echoed="" if _value(inputs, "exclude_input_in_output") else echoed,
-            priority=_value(inputs, "priority"),
-            seconds=deadline / 1000 if deadline else None,
-            in_thought=self._in_thought(prompt),
-        )
+        answer.prompt = np.asarray(prompt, np.int64)
+        answer.streamed, answer.statistics = _value(inputs, "stream"), _value(inputs, "return_perf_metrics")
+        answer.priority, answer.seconds = _value(inputs, "priority"), deadline / 1000 if deadline else None
+        if self._marks:
+            last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
+            answer.in_thought = last == self._marks[0]
+        answer.begin("" if _value(inputs, "exclude_input_in_output") else echoed, self._texts)
 
     def tokenized(self, inputs: Mapping[str, Any]) -> tuple[list[int], str | None]:
         """Token ids of a prompt; for ``input_ids`` their text, too. Raises UserError."""
@@ -121,12 +103,6 @@ class Reader:
         chat = self._chat
         known = chat.source, chat.tokens, sorted(chat.variables), chat.takes_tools
         return wire.ModelInfo(id, *known, thinking, self._context, self._sampling)
-
-    def _in_thought(self, prompt: list[int]) -> bool | None:
-        if self._marks is None:
-            return None
-        last = next((token for token in reversed(prompt[-AT_END:]) if token in self._marks), None)
-        return last == self._marks[0]
 
     def _prompt(self, inputs: Mapping[str, Any]) -> tuple[list[int], str]:
         """Token ids, and the text that the caller may want to see before the answer."""
@@ -220,5 +196,4 @@ def _stop_words(inputs: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _value(inputs: Mapping[str, Any], name: str) -> Any:
-    """Return a plain value, the default of an absent input."""
     return inputs.get(name, DEFAULTS[name])

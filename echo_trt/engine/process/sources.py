@@ -36,6 +36,5 @@ class OutgoingSources:
                 self._entries.append({"token": text, "bytes": list(raw), "source": each.source, "probability": chance})
 
     def clear(self) -> str:
-        """Return the entries since the last call as JSON."""
         entries, self._entries = self._entries, []
         return json.dumps(entries, ensure_ascii=False, separators=(",", ":"))

@@ -141,7 +141,6 @@ _encode = msgpack.Encoder().encode
 
 
 def framed(message: ToEngine | FromEngine) -> bytes:
-    """Encode a message behind its length."""
     body = _encode(message)
     return _LENGTH.pack(len(body)) + body
 

@@ -56,7 +56,6 @@ class FaultIsolation:
         return None
 
     def dismiss(self, job: ServiceRequest) -> None:
-        """Forget a request that has ended."""
         if job in self.waiting:
             self.waiting.remove(job)
         if job is self.on_trial:

@@ -59,7 +59,6 @@ class GrammarQueue:
         return False
 
     def close(self) -> None:
-        """Compile nothing more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -86,10 +85,10 @@ class GrammarQueue:
     def _compile(self, job: ServiceRequest) -> str:
         """Set a job's grammar; returns why that cannot be."""
         try:
-            self._llm.set_grammar(job.request)
+            self._llm.set_grammar(job)
         except UserError as mistake:
             return str(mistake)
         except Exception as error:  # one request's grammar is no other's trouble
-            log.exception("the grammar of request %s cannot be set", job.request.id)
+            log.exception("the grammar of request %s cannot be set", job.id)
             return f"structured cannot be used ({type(error).__name__}); mend or simplify it."
         return ""

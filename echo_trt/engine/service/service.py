@@ -11,23 +11,22 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 from echo_trt.backends.base import overlap
+from echo_trt.engine.core import Emitted
 from echo_trt.engine.llm import LLM
-from echo_trt.engine.output import OutputDelta, OutputProcessor
-from echo_trt.engine.params import SamplingParams, check_prompt_logprobs
-from echo_trt.engine.request import Request, StepOutput
+from echo_trt.engine.params import check_prompt_logprobs
+from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.grammars import GrammarQueue
-from echo_trt.engine.service.job import FinishInfo, Overloaded, RequestOutput, ServiceRequest
+from echo_trt.engine.service.job import Overloaded, ServiceRequest
 from echo_trt.engine.service.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
 MANY = 8  # running requests from which on a pass hides the reporting; larger: sooner reports, longer iterations
-NOTHING = OutputDelta("", [])
 
 
 class Service:
@@ -62,20 +61,12 @@ class Service:
 
     # -- for any thread --------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        on_event: Callable[[RequestOutput], None],
-        priority: int = 0,
-        seconds: float | None = None,
-        prior_tokens: Sequence[int] = (),
-    ) -> ServiceRequest:
-        """Queue a prompt; its events begin at once. After ``seconds`` it ends as it is, with the reason deadline.
+    def submit(self, job: ServiceRequest) -> None:
+        """Queue a job; its events begin at once. After ``job.seconds`` it ends as it is, with the reason deadline.
 
-        ``prior_tokens``: the answer's first tokens, which another engine has emitted. The answer goes on behind them as
-        if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and ``FinishInfo``. No
-        event brings them again.
+        ``job.generated``: the answer's first tokens, which another engine has emitted. The answer goes on behind them
+        as if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and
+        ``completion_tokens``. No event brings them again.
 
         A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
 
@@ -83,16 +74,13 @@ class Service:
         iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
         request is taken.
         """
-        epoch, now = next(self._epoch), time.monotonic()
+        job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
         if params.prompt_logprobs is not None:
-            check_prompt_logprobs("prompt_logprobs", len(prompt), 1, params.prompt_logprobs)
+            check_prompt_logprobs("prompt_logprobs", len(job.prompt), 1, params.prompt_logprobs)
         grammar = self.llm.grammars.to_compile(params.structured) if params.structured is not None else None
-        request = self.llm.request(epoch, prompt, params, prior_tokens, compiled=grammar is None)
-        request.priority = priority
-        self.loop.scheduler.check(request)
-        answer = OutputProcessor(request, self.llm.tokenizer.backend_tokenizer)
-        deadline = None if seconds is None else now + seconds
-        job = ServiceRequest(request, answer, on_event, epoch, deadline, now)
+        self.llm.prepare(job, compiled=grammar is None)
+        self.loop.scheduler.check(job)
+        job.deadline = None if job.seconds is None else job.submitted + job.seconds
         with self._changed:
             if self._draining:
                 raise Overloaded("the server is shutting down; send the request to another one.")
@@ -106,21 +94,19 @@ class Service:
                 self._grammars.add(grammar, job)
             else:
                 heapq.heappush(self._pending, job)
-            self._open[request] = job
+            self._open[job] = job
             if job.probe:
-                self._probes[request] = job
+                self._probes[job] = job
             self._changed.notify_all()
-        return job
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._dead
 
     def cancel(self, job: ServiceRequest) -> None:
         """End a job before the next iteration; nothing happens if it has ended."""
         with self._changed:
-            if job.request in self._open:
+            if job in self._open:
                 self._ending.append((job, "cancelled", ""))
                 self._changed.notify_all()
 
@@ -135,23 +121,19 @@ class Service:
     def statistics(self) -> Statistics:
         """Return the current figures. Any thread may ask at any time."""
         loop, batch, planner = self.loop, self.loop.batch, self.loop.planner
-        queued = len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting)
-        counters = loop.counters.copy()
-        ended = dict(self._ended)
-        running = loop.scheduler.running
         return Statistics(
-            queued=queued,
-            running=running,
+            queued=len(self._grammars) + len(self._pending) + len(loop.scheduler.waiting),
+            running=loop.scheduler.running,
             blocks=batch.num_blocks,
             blocks_used=batch.used_blocks,
             blocks_cached=batch.cached_blocks,
             policy=planner.name,
             budget=planner.budget,
-            counters=counters,
+            counters=loop.counters.copy(),
             drafts=planner.totals(),
-            ended=ended,
+            ended=dict(self._ended),
             engine_failures=self._engine_failures,
-            queued_tokens=sum(len(job.request.prompt) for job in list(self._pending)),
+            queued_tokens=sum(len(job.prompt) for job in list(self._pending)),
             gain=planner.gain(),
         )
 
@@ -177,8 +159,7 @@ class Service:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._end_as_requested()
-                self._end_late()
+                self._end_early()
                 self._feed()
                 self._iterate()
         except Exception:  # any error must end all requests: their clients wait
@@ -200,18 +181,14 @@ class Service:
                 self._changed.wait(seconds)
             return bool(self._open) or not self._closed
 
-    def _end_as_requested(self) -> None:
-        with self._changed:
-            ending, self._ending = self._ending, []
-        for job, reason, message in ending:
-            self._end(job, reason, message)
-
-    def _end_late(self) -> None:
+    def _end_early(self) -> None:
+        """End what was cancelled, and what is late."""
         now = time.monotonic()
         with self._changed:
+            ending, self._ending = self._ending, []
             late = [job for job in self._open.values() if job.deadline is not None and job.deadline <= now]
-        for job in late:
-            self._end(job, "deadline")
+        for job, reason, message in [*ending, *((job, "deadline", "") for job in late)]:
+            self._end(job, reason, message)
 
     def _feed(self) -> None:
         """Fill free slots with waiting requests, or run a suspect alone."""
@@ -219,7 +196,7 @@ class Service:
         if self._isolation.on_trial:
             return
         if suspect := self._isolation.next_trial():
-            loop.scheduler.add(suspect.request)
+            loop.scheduler.add(suspect)
             return
         while len(loop.scheduler.waiting) + loop.scheduler.running < loop.batch.count:
             with self._changed:
@@ -227,40 +204,37 @@ class Service:
                     return
                 job = heapq.heappop(self._pending)
             job.taken = job.taken or time.monotonic()
-            loop.scheduler.add(job.request)
+            loop.scheduler.add(job)
 
     def _iterate(self) -> None:
         before = self.loop.counters.iterations
         with self._changed:
             probes = list(self._probes.values())
         try:
-            step_output = self.loop.step()  # an engine that overlaps has the due tokens told meanwhile
+            emitted = self.loop.step()  # an engine that overlaps has the due tokens told meanwhile
         except Exception as error:  # _recover logs it
             self._recover(error)
             return
         self._report_due()
         self._end_broken()
-        self._hand_over(step_output)
+        self._hand_over(emitted)
         if self.loop.counters.iterations > before:
             for job in probes:
                 self._end(job, "busy")  # no effect on a probe that has had its token
-        if len(step_output.requests) and (cleared := self._isolation.cleared()):
+        if emitted and (cleared := self._isolation.cleared()):
             self.loop.scheduler.preempt_all()
             self._requeue([cleared])
 
-    def _hand_over(self, step_output: StepOutput) -> None:
+    def _hand_over(self, emitted: Emitted) -> None:
         """Report an iteration's tokens now, or during the next pass, where reporting takes no extra time.
 
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
         now = time.monotonic()
         waits = (
-            self._overlaps
-            and self.loop.scheduler.busy
-            and self._isolation.on_trial is None
-            and len(step_output.requests) >= MANY
+            self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and len(emitted) >= MANY
         )
-        for request, tokens in step_output:
+        for request, tokens in emitted:
             if (job := self._open.get(request)) is None:
                 continue
             self._due.append((job, tokens, now))
@@ -276,15 +250,16 @@ class Service:
         """Tell a request's new tokens, and its end where they bring it."""
         job.first_token = job.first_token or when
         try:
-            delta = job.answer.take(self.loop, tokens)
+            event = job.take(self.loop.scheduler.cancel, tokens)
         except Exception as error:  # one request's text is no other's trouble
-            log.exception("request %s cannot be put into text", job.request.id)
+            log.exception("request %s cannot be put into text", job.id)
             self._broken[job] = f"its tokens could not be put into text ({_sentence(error)})."
             return
-        if job.request.finish_reason:
-            self._close_job(job, delta, job.request.finish_reason, job.request.failure, when)
-        elif delta.token_ids:
-            self._send(job, RequestOutput(**vars(delta), time=when))
+        event.time = when
+        if job.finish_reason:
+            self._close_job(job, event, job.finish_reason, job.failure)
+        elif event.token_ids:
+            self._send(job, event)
 
     def _end_broken(self) -> None:
         while self._broken:
@@ -295,52 +270,43 @@ class Service:
         self._report_due()
         if job in self._broken:
             reason, message = "failed", self._broken.pop(job)
-        if job.request not in self._open:
+        if job not in self._open:
             return
-        self.loop.scheduler.cancel(job.request)
+        self.loop.scheduler.cancel(job)
         with self._changed:
             if job in self._pending:
                 self._pending.remove(job)
                 heapq.heapify(self._pending)
             self._grammars.remove(job)
         self._isolation.dismiss(job)
-        job.request.finish_reason = reason
-        delta = NOTHING
+        job.finish_reason, event = reason, Event(time=time.monotonic())
         if reason != "failed":
             try:
-                delta = job.answer.take(self.loop, [])  # what was held back
+                event = job.take(self.loop.scheduler.cancel, [])  # what was held back
+                event.time = time.monotonic()
             except Exception:  # as in _tell
-                log.exception("what request %s held back cannot be put into text", job.request.id)
-        self._close_job(job, delta, reason, message)
+                log.exception("what request %s held back cannot be put into text", job.id)
+        self._close_job(job, event, reason, message)
 
-    def _close_job(
-        self, job: ServiceRequest, delta: OutputDelta, reason: str, message: str = "", when: float | None = None
-    ) -> None:
-        request, since = job.request, job.submitted
-        end = FinishInfo(
-            reason=reason,
-            message=message,
-            prompt_tokens=len(request.prompt),
-            cached_tokens=request.cached_tokens or 0,
-            completion_tokens=job.answer.reported,
-            verifications=request.verifications,
-            drafted=request.drafted,
-            queue_seconds=job.taken and job.taken - since,
-            first_token_seconds=job.first_token and job.first_token - since,
-        )
+    def _close_job(self, job: ServiceRequest, event: Event, reason: str, message: str = "") -> None:
+        event.reason, event.message, event.prompt_tokens = reason, message, len(job.prompt)
+        event.cached_tokens, event.completion_tokens = job.cached_tokens or 0, job.reported
+        event.verifications, event.drafted = job.verifications, job.drafted
+        event.queue_seconds = job.taken and job.taken - job.submitted
+        event.first_token_seconds = job.first_token and job.first_token - job.submitted
         self._ended[reason] += 1
-        self._send(job, RequestOutput(**vars(delta), time=when or time.monotonic(), end=end))
+        self._send(job, event)
         with self._changed:
-            del self._open[request]
-            self._probes.pop(request, None)
+            del self._open[job]
+            self._probes.pop(job, None)
             self._changed.notify_all()
 
-    def _send(self, job: ServiceRequest, event: RequestOutput) -> None:
+    def _send(self, job: ServiceRequest, event: Event) -> None:
         try:
             job.on_event(event)
         except Exception:  # a listener's trouble is its own request's alone
-            log.exception("the listener of request %s failed; the request is cancelled", job.request.id)
-            if event.end is None:
+            log.exception("the listener of request %s failed; the request is cancelled", job.id)
+            if not event.reason:
                 self.cancel(job)
 
     # -- when the engine fails -------------------------------------------------------------------------------------
@@ -352,20 +318,18 @@ class Service:
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         with self._changed:  # others submit meanwhile
-            running = [job for job in self._open.values() if job.request.slot >= 0]
+            running = [job for job in self._open.values() if job.slot >= 0]
             known = {*self._pending, *self._isolation.waiting}
             inside = [job for job in self._open.values() if job not in known and job not in self._grammars]
         self.loop.scheduler.preempt_all()
         self.loop.batch.forget_cached()  # nobody knows what the engine has left in its pool
         self._due.clear()  # those tokens are among the untold ones
         for job in (job for job in inside if job not in self._broken):
-            unreported = job.request.generated[
-                job.answer.reported :
-            ]  # the iteration may have failed after it had its tokens
-            if unreported or job.request.finish_reason:
+            unreported = job.generated[job.reported :]  # the iteration may have failed after it had its tokens
+            if unreported or job.finish_reason:
                 self._report(job, unreported, time.monotonic())
         self._end_broken()
-        unended = [job for job in running if job.request in self._open]
+        unended = [job for job in running if job in self._open]
         if faulty := self._isolation.engine_failed(unended, alone=len(running) == 1):
             self._end(faulty, "failed", f"the engine fails on this request ({_sentence(error)}).")
         self._requeue([job for job in inside if job not in running])
@@ -373,7 +337,7 @@ class Service:
     def _requeue(self, jobs: Sequence[ServiceRequest]) -> None:
         with self._changed:
             for job in jobs:
-                if job.request in self._open:
+                if job in self._open:
                     heapq.heappush(self._pending, job)
 
     def _fail_all(self, message: str) -> None:
@@ -385,9 +349,9 @@ class Service:
             log.exception("the tokens of the last iteration could not be told")
         for job in list(self._open.values()):
             try:
-                self._close_job(job, NOTHING, "failed", message)
+                self._close_job(job, Event(time=time.monotonic()), "failed", message)
             except Exception:  # the others must end, too
-                log.exception("request %s could not be ended", job.request.id)
+                log.exception("request %s could not be ended", job.id)
 
 
 def _sentence(error: Exception) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_trt.engine.service.metrics import COUNTERS
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
 from echo_trt.engine.service.service import Service
 from echo_trt.engine.service.statistics import Statistics
@@ -25,19 +26,7 @@ ITERATIONS = 64  # iterations kept between two snapshots; larger: longer lists a
 MAX_REQUESTS = 64  # requests whose trees a snapshot holds; larger: longer snapshots at large loads
 MAX_NODES, MIN_NODES = 1536, 8  # nodes of all trees together, and of one; larger: more nodes that were not verified
 ROOT, ACCEPTED, REJECTED, PRUNED = range(4)  # what became of a node
-COUNTERS = (
-    "iterations",
-    "speculative_iterations",
-    "emitted_tokens",
-    "verifications",
-    "verified_tokens",
-    "drafted_tokens",
-    "accepted_tokens",
-    "prompt_tokens",
-    "asked_tokens",
-    "cached_tokens",
-    "preemptions",
-)
+TOTALS = tuple(name for name in COUNTERS if name != "evicted_blocks")
 
 
 class SnapshotRecorder:
@@ -63,7 +52,6 @@ class SnapshotRecorder:
 
     @property
     def news(self) -> bool:
-        """Whether there were iterations since the last snapshot."""
         return bool(self._seen)
 
     def snapshot(self) -> str:
@@ -81,7 +69,6 @@ class SnapshotRecorder:
 
 
 def figures(now: Statistics, slots: int) -> dict[str, Any]:
-    """Return the service's figures at this moment."""
     counters = now.counters
     return {
         "format": SNAPSHOT_FORMAT,
@@ -92,7 +79,7 @@ def figures(now: Statistics, slots: int) -> dict[str, Any]:
         "queued": now.queued,
         "blocks": {"all": now.blocks, "held": now.blocks_used, "cached": now.blocks_cached},
         "gain": None if now.gain is None else round(now.gain, 3),
-        "totals": {name: getattr(counters, name) for name in COUNTERS},
+        "totals": {name: getattr(counters, name) for name in TOTALS},
         "seconds": {phase: round(seconds, 4) for phase, seconds in counters.seconds.items()},
     }
 

@@ -71,7 +71,6 @@ class Text(Strict):
     verbosity: Literal["medium"] | None = None
 
     def for_chat(self) -> dict[str, Any] | None:
-        """Return the chat's ``response_format``."""
         if self.format is None or self.format.get("type") != "json_schema":
             return self.format
         inner = {name: value for name, value in self.format.items() if name != "type"}

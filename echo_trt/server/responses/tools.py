@@ -82,7 +82,6 @@ Choice = Annotated[Literal["auto", "none", "required"] | FlatChoice, CHOICE]
 
 
 def joined(namespace: str | None, name: str) -> str:
-    """Join namespace and name to a function's name in a chat."""
     return name if namespace is None else f"{namespace}.{name}"
 
 
@@ -104,7 +103,6 @@ class CallableFunction:
 
 
 def functions_of(tools: Sequence[Given]) -> list[CallableFunction]:
-    """Return the functions, with the functions inside namespaces."""
     found = []
     for index, tool in enumerate(tools):
         if isinstance(tool, FlatTool):

@@ -107,14 +107,12 @@ class Parser(ABC):
         self.calls = 0  # so far, those that do not count included
 
     def push(self, text: str) -> list[Event]:
-        """Take new text and return what is certain by now."""
         self._text += text
         while self._state():
             pass
         return self._given_out()
 
     def finish(self) -> list[Event]:
-        """Return the rest, at the end of the text."""
         self._end()
         return self._given_out()
 

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from served import free_ports
+from waiting import wait_until
 
 from echo_trt.supervision.process import listening_ports
 
@@ -107,16 +110,11 @@ class Cluster:
 
     def children(self, mark: str) -> list[tuple[int, list[str]]]:
         """Process ids and words of the launcher's processes that have ``mark`` among their words."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         found = []
-        for pid in [int(pid) for task in tasks for pid in task.read_text().split()]:
-            try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if mark in words:
-                found.append((pid, words))
-        return sorted(found)
+        for process in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):
+                found.append((process.pid, process.cmdline()))
+        return sorted((pid, words) for pid, words in found if mark in words)
 
     @property
     def workers(self) -> list[Worker]:
@@ -137,11 +135,8 @@ class Cluster:
         time.sleep(0.5)  # for the frontend to read what has changed
 
     def wait(self, fits: Callable[[], bool], seconds: float = SECONDS) -> None:
-        end = time.monotonic() + seconds
-        while not fits():
-            assert self.process.poll() is None, self.prior_tokens[-4000:]
-            assert time.monotonic() < end, self.prior_tokens[-4000:]
-            time.sleep(0.1)
+        wait_until(lambda: fits() or self.process.poll() is not None, seconds, lambda: self.prior_tokens[-4000:])
+        assert self.process.poll() is None, self.prior_tokens[-4000:]
 
     def entries(self, kind: str) -> list[Path]:
         index = self.discovery / "v1" / kind
@@ -171,13 +166,9 @@ class Cluster:
         body["nvext"] = {"extra_fields": ["worker_id", "completion_token_ids"], **more.get("nvext", {})}
         yield from self._streamed("completions", body, headers)
 
-    def chat(self, messages: list[dict[str, str]], **more: Any) -> Reply:
+    def chat(self, messages: list[dict[str, Any]]) -> Reply:
         """Return the whole answer to a chat."""
-        body = {"model": NAME, "messages": messages, "stream": True, "stream_options": {"include_usage": True}, **more}
-        body["nvext"] = {"extra_fields": ["worker_id", "completion_token_ids"]}
-        for _reply in self._streamed("chat/completions", body, None):
-            pass
-        return _reply
+        return list(self._streamed("chat/completions", {"model": NAME, "messages": messages, "stream": True}, None))[-1]
 
     def _streamed(self, path: str, body: dict[str, Any], headers: dict[str, str] | None) -> Iterator[Reply]:
         reply = Reply()
@@ -193,9 +184,7 @@ class Cluster:
                 yield reply
 
     def ask(self, prompt: list[int] | str, headers: dict[str, str] | None = None, **more: Any) -> Reply:
-        for _reply in self.stream(prompt, headers, **more):
-            pass
-        return _reply
+        return list(self.stream(prompt, headers, **more))[-1]
 
     @staticmethod
     def _read(chunk: dict[str, Any], reply: Reply) -> None:

@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def worker_bundle(made_once, networks) -> Path:
-    """Return the pair close, with room for answers that take a while; at one path in every process."""
+    """Return the pair close, with room for answers that take a while (tests/server has the same one), at one path."""
     recipe = recipe_of("close", networks, limits=ROOMY)
-    return made_once("worker", lambda out: build(recipe, networks, out))
+    return made_once("long", lambda out: build(recipe, networks, out))
 
 
 @pytest.fixture(scope="module")

@@ -108,32 +108,16 @@ def test_a_parser_that_dynamo_lacks_is_refused(bundle):
         run(WorkerOptions(bundle, tool_call_parser="mine"))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--http-port", "8000"],
-        ["--grpc-port", "8101"],
-        ["--metrics-port", "8102"],
-        ["--no-page"],
-        ["--openai-port", "0"],
-        ["--api-keys-file", "keys"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_options_that_have_no_meaning_with_replicas_are_refused(words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["echo-trt", "serve", "nowhere", "--replicas", "2", *words])
-    with refused(words[0], "--replicas", "leave it out"):
-        app(sys.argv[1:], exit_on_error=False)
+OPTIONS = "--http-port=80 --grpc-port=81 --metrics-port=82 --no-page --openai-port=0 --api-keys-file=keys"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["worker", "nowhere"],
-        ["worker", "nowhere", "--system-port", "40000"],
-        ["serve", "nowhere", "--replicas", "2"],
-    ],
-)
+@pytest.mark.parametrize("option", OPTIONS.split())
+def test_options_that_have_no_meaning_with_replicas_are_refused(option):
+    with refused(option.partition("=")[0], "--replicas", "leave it out"):
+        app(["serve", "nowhere", "--replicas", "2", option], exit_on_error=False)
+
+
+@pytest.mark.parametrize("words", [["worker", "nowhere"], ["serve", "nowhere", "--replicas", "2"]])
 def test_mistakes_end_with_exit_code_2(words):
     done = subprocess.run([sys.executable, "-m", "echo_trt", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from refusal import refused
+from waiting import wait_until
 
-from echo_trt.adapters.dynamo.discovery import Lease, check_folder, check_name, folder_of
+from echo_trt.adapters.dynamo.discovery import Lease, check_name, folder_of
 from echo_trt.adapters.dynamo.environment import completed, grace_of, of_worker
 
 WORKER = 5996717552136530566
@@ -24,13 +23,6 @@ def write(folder: Path, index: str, name: str, **entry: object) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(entry))
     return file
-
-
-def until(fits: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_entries_of_this_process_come_back_and_those_of_others_do_not(tmp_path):
@@ -48,9 +40,9 @@ def test_entries_of_this_process_come_back_and_those_of_others_do_not(tmp_path):
         before = [file.read_bytes() for file in files]
         lease = Lease(tmp_path, 0.2, lost.append)
         lease.keep(WORKER)
-        until(lambda: len(lease._entries) == 3)
+        wait_until(lambda: len(lease._entries) == 3)
         shutil.rmtree(tmp_path / "v1")
-        until(lambda: all(file.exists() for file in files))
+        wait_until(lambda: all(file.exists() for file in files))
         assert [file.read_bytes() for file in files] == before
         assert not any(file.exists() for file in others)
         assert sum(lost) == 3
@@ -67,17 +59,6 @@ def test_a_name_that_another_bundle_has_is_refused(tmp_path):
     check_name(tmp_path, "other", Path("/bundles/two"))
     with refused("/bundles/one", "'echo'", "/bundles/two", "--name"):
         check_name(tmp_path, "echo", Path("/bundles/two"))
-
-
-def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
-    check_folder(tmp_path / "new" / "folder")
-    (tmp_path / "file").write_text("")
-    with refused(tmp_path / "file", "DYN_FILE_KV"):
-        check_folder(tmp_path / "file")
-    if os.getuid():
-        (tmp_path / "closed").mkdir(0o500)
-        with refused(tmp_path / "closed", "DYN_FILE_KV"):
-            check_folder(tmp_path / "closed")
 
 
 def test_a_user_s_settings_come_before_ours(tmp_path):

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import os
-import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from answering import answering
 from engine.service.served import free_ports as others
 
 from echo_trt.adapters.dynamo import replicas
+from echo_trt.adapters.dynamo.devices import VARIABLE, divided, visible_devices
 from echo_trt.supervision.options import ServeOptions
 from echo_trt.supervision.process import ProcessLog
-
-
-class Models(BaseHTTPRequestHandler):
-    """Answers as Dynamo's frontend does at /v1/models, or with another ``body``."""
-
-    body = b'{"data": [{"id": "echo"}]}'
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(self.body)
-
-    def log_message(self, *words: Any) -> None:
-        pass
 
 
 def test_workers_get_ports_of_their_own_and_not_the_frontend_s(monkeypatch):
@@ -40,29 +23,48 @@ def test_workers_get_ports_of_their_own_and_not_the_frontend_s(monkeypatch):
         assert set(replicas.free_ports(3, reserved)) == {*ports} - {reserved}
 
 
-def test_the_frontend_is_asked_without_a_proxy(monkeypatch):
+ODD = [b"", b"{", b"[]", b'{"detail": "starting"}', b'{"data": 1}', b"\xff"]
+
+
+@pytest.mark.parametrize(("body", "names"), [(b'{"data": [{"id": "echo"}]}', ["echo"]), *((body, []) for body in ODD)])
+def test_the_frontend_is_asked_without_a_proxy_and_may_say_anything(body, names, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)
-    with before(Models) as frontend:
-        assert frontend.lists("echo")
-        assert not frontend.lists("another")
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"detail": "starting"}', b'{"data": 1}', b"\xff"])
-def test_a_frontend_that_says_something_else_lists_nothing(body):
-    with before(type("Odd", (Models,), {"body": body})) as frontend:
-        assert not frontend.lists("echo")
-
-
-@contextmanager
-def before(handler: type[Models]) -> Iterator[replicas.Frontend]:
-    """Return what supervises a frontend, where ``handler`` answers in its place."""
     log = ProcessLog(os.open(os.devnull, os.O_WRONLY))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        job = ServeOptions(Path("bundle"), replicas=1, openai_port=server.server_address[1])
-        yield replicas.Frontend(job, {}, log, [])
-        server.shutdown()
+    with answering(body) as port:
+        frontend = replicas.Frontend(ServeOptions(Path("bundle"), replicas=1, openai_port=port), {}, log, [])
+        assert [name for name in ("echo", "another") if frontend.lists(name)] == names
     log.close()
+
+
+# -- GPUs of one machine ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "each", "wanted"),
+    [
+        ("0123", 4, 1, ["0", "1", "2", "3"]),
+        ("0123", 2, 2, ["0,1", "2,3"]),
+        ("0123", 1, 4, ["0,1,2,3"]),
+        ("012", 3, 2, ["0,1", "0,1", "0,1"]),  # the third device cannot hold a worker
+        ("01", 3, 1, ["0", "1", "0"]),
+    ],
+)
+def test_devices_are_divided(devices, workers, each, wanted):
+    assert [own[VARIABLE] for own in divided(list(devices), workers, each)] == wanted
+
+
+def test_a_worker_that_has_too_few_devices_says_so_by_itself():
+    assert divided(["0"], 2, 2) == [{}, {}]
+    assert divided([], 2, 1) == [{}, {}]
+
+
+def test_the_users_choice_of_devices_is_kept(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert visible_devices("torch", {}) == ["0", "1", "2"]
+    assert visible_devices("tensorrt", {VARIABLE: " GPU-8a1, 5"}) == ["GPU-8a1", "5"]
+    assert visible_devices("torch", {VARIABLE: ""}) == []
+    assert visible_devices("openvino", {}) == []

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from refusal import refused
 
+from echo_trt.adapters.dynamo.answers import DynamoAnswer
 from echo_trt.adapters.dynamo.migration import Boundary, boundary_of, migrated
-from echo_trt.adapters.dynamo.request import WorkerRequest, read
+from echo_trt.adapters.dynamo.request import read
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service.protocol import FIRST
 
@@ -17,7 +18,7 @@ EOS = [2]
 
 def ask(
     metadata: dict[str, str] | None = None, recommended: dict[str, float] | None = None, **request: Any
-) -> WorkerRequest:
+) -> DynamoAnswer:
     return read({"token_ids": [5, 6, 7], **request}, metadata or {}, recommended or {}, EOS)
 
 
@@ -52,7 +53,12 @@ def test_every_parameter_arrives():
         structured={"json": {"type": "object"}},
         thinking_token_budget=4,
     )
-    assert (requested.prompt, requested.prior_tokens, requested.priority, requested.seconds) == ([5, 6, 7], [], -5, 1.5)
+    assert (requested.prompt.tolist(), requested.generated, requested.priority, requested.seconds) == (
+        [5, 6, 7],
+        [],
+        -5,
+        1.5,
+    )
 
 
 def test_a_request_that_says_nothing_has_openai_s_defaults_or_the_model_s():
@@ -74,11 +80,11 @@ def test_an_answer_that_moved_counts_from_its_own_beginning():
     link = first.boundary.link()["worker_trace_link"]
     moved = {"token_ids": [5, 6, 7, 11, 12], "migration_link": link, "sampling_options": {"presence_penalty": 1.0}}
     second = read(moved | {"stop_conditions": {"max_tokens": 38, "min_tokens": 28}}, {}, {}, EOS)
-    assert (second.prompt, second.prior_tokens) == ([5, 6, 7], [11, 12])
+    assert (second.prompt.tolist(), second.generated) == ([5, 6, 7], [11, 12])
     assert second.params == first.params  # the seed that was drawn, too
     assert second.boundary == first.boundary == Boundary(3, first.params.seed)
     nothing_left = read(moved | {"stop_conditions": {"max_tokens": 0}}, {}, {}, EOS)
-    assert nothing_left.params.max_tokens == len(nothing_left.prior_tokens)
+    assert nothing_left.params.max_tokens == len(nothing_left.generated)
 
 
 def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
@@ -86,7 +92,7 @@ def test_a_trace_that_took_the_boundary_s_place_is_known_by_its_link():
     assert migrated(moved)
     assert not migrated({})
     assert boundary_of(moved) is boundary_of({}) is None
-    assert ask(**moved).prior_tokens == []
+    assert ask(**moved).generated == []
     for penalty in ("presence_penalty", "frequency_penalty"):
         with refused(penalty, "traces requests"):
             ask(**moved, sampling_options={penalty: 0.1})

@@ -102,17 +102,17 @@ def test_the_documentation_starts_what_is_tested_here(cluster):
 
 
 @pytest.mark.parametrize(
-    ("grammar", "structured"),
+    ("kind", "grammar"),
     [
-        ({"guided_choice": ["the theme", "a thing"]}, {"choice": ["the theme", "a thing"]}),
-        ({"guided_regex": "[a-e]{8}"}, {"regex": "[a-e]{8}"}),
-        ({"guided_grammar": 'start: "a" "b"~3'}, {"grammar": 'start: "a" "b"~3'}),
-        ({"guided_json": {"enum": [1, 2, True]}}, {"json": {"enum": [1, 2, True]}}),
+        ("choice", ["the theme", "a thing"]),
+        ("regex", "[a-e]{8}"),
+        ("grammar", 'start: "a" "b"~3'),
+        ("json", {"enum": [1, 2, True]}),
     ],
 )
-def test_answers_fit_grammars(cluster, offline, grammar, structured):
-    reply = cluster.ask(prompt_ids(20, 1), temperature=0, max_tokens=LENGTH, **grammar)
-    assert_same(reply, offline.generate([prompt_ids(20, 1)], SamplingParams(LENGTH, structured=structured))[0])
+def test_answers_fit_grammars(cluster, offline, kind, grammar):
+    reply = cluster.ask(prompt_ids(20, 1), temperature=0, max_tokens=LENGTH, **{f"guided_{kind}": grammar})
+    assert_same(reply, offline.generate([prompt_ids(20, 1)], SamplingParams(LENGTH, structured={kind: grammar}))[0])
 
 
 def test_an_object_waits_for_no_slow_grammar(cluster):
@@ -146,9 +146,9 @@ def test_what_the_engine_cannot_do_is_refused_by_a_sentence(cluster, requested, 
 def test_images_and_adapters_are_refused_by_name(cluster):
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
     reply = cluster.chat([{"role": "user", "content": [{"type": "text", "text": "a"}, image]}])
-    assert (reply.status, "this engine has no images" in reply.error) == (400, True)
+    assert (reply.status, "no images" in reply.error) == (400, True)
     reply = cluster.ask(prompt_ids(20, 1), model="echo-adapter")
-    assert (reply.status, "Model not found" in reply.error) == (404, True)
+    assert (reply.status, "not found" in reply.error) == (404, True)
 
 
 def test_a_deadline_ends_an_answer_as_it_is(cluster):
@@ -267,7 +267,6 @@ def test_answers_of_a_killed_worker_go_on_at_another_one_and_it_is_started_again
     assert victim.pid not in [worker.pid for worker in cluster.workers]
 
 
-@pytest.mark.slow
 def test_answers_of_a_worker_that_hangs_go_on_at_another_one_and_it_is_replaced(cluster, offline):
     victim = cluster.workers[0]
     all_moved(cluster, offline, victim.pid, signal.SIGSTOP)

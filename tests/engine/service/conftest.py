@@ -41,11 +41,9 @@ def server(roomy_bundle, tmp_path_factory, request) -> Iterator[Served]:
     true.
     """
     options, triton = getattr(request.module, "SERVE", ()), getattr(request.module, "TRITON", False)
-    served = Served(roomy_bundle, tmp_path_factory.mktemp("served") / "log", *options, triton=triton)
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
+    log = tmp_path_factory.mktemp("served") / "log"
+    with Served(roomy_bundle, log, *options, triton=triton).wait_for("serving") as served:
+        yield served
 
 
 @pytest.fixture

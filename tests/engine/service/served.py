@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -13,41 +14,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import psutil
 import pytest
+from waiting import wait_until
 
 from echo_trt.adapters.triton.server import PREFIX
+from echo_trt.engine.process.inputs import INPUTS
 
 needs_triton = pytest.mark.skipif(
     not (find_spec("pytriton") and find_spec("tritonclient")),
     reason="nvidia-pytriton and tritonclient are not installed",
 )
-TYPES = {
-    "input_ids": "INT32",
-    "max_tokens": "INT32",
-    "top_k": "INT32",
-    "priority": "INT32",
-    "deadline_ms": "INT32",
-    "seed": "UINT64",
-    "temperature": "FP32",
-    "top_p": "FP32",
-    "min_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "logit_bias_ids": "INT32",
-    "logit_bias": "FP32",
-    "min_length": "INT32",
-    "top_logprobs": "INT32",
-    "text_input": "BYTES",
-    "chat_messages": "BYTES",
-    "stop_words": "BYTES",
-}
+TYPES = {tensor.name: tensor.datatype for tensor in INPUTS}
 NUMPY = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BYTES": object, "BOOL": bool}
 
 
@@ -88,13 +72,13 @@ class Served:
     def err(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 180) -> Served:
-        end = time.monotonic() + seconds
+    def wait_for(self, text: str, again: int = 1) -> Self:
+        """Return once the launcher has said ``text``, or has said it ``again`` and again."""
         try:
-            while text not in self.err:
-                assert self.process.poll() is None, self.err
-                assert time.monotonic() < end, self.err
-                time.sleep(0.05)
+            wait_until(
+                lambda: self.err.count(text) >= again or self.process.poll() is not None, reported=lambda: self.err
+            )
+            assert self.err.count(text) >= again, self.err
         except AssertionError:
             self.kill()
             raise
@@ -108,17 +92,19 @@ class Served:
         self.process.kill()
         self.process.wait()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
     def children(self, name: str) -> list[int]:
         """List processes below the launcher whose command holds ``name``."""
         found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]
-                ancestors = list(_ancestors(int(folder.name))) if folder.name.isdigit() else []
-            except (OSError, ValueError):
-                continue
-            if name in command and self.process.pid in ancestors:
-                found.append(int(folder.name))
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if name in next(iter(process.cmdline()), ""):
+                    found.append(process.pid)
         return found
 
     def regions(self) -> list[str]:
@@ -151,12 +137,9 @@ class Served:
         lines = text.replace('{model_name="echo"}', "").replace('model_name="echo",', "")
         return {name: float(value) for name, value in re.findall(r"^(echo_\S+) (\S+)$", lines, re.MULTILINE)}
 
-    def wait_metrics(self, fits, seconds: float = 120) -> dict[str, float]:
-        end = time.monotonic() + seconds
-        while not fits(found := self.metrics()):
-            assert time.monotonic() < end, {name: v for name, v in found.items() if "_bucket" not in name}
-            time.sleep(0.05)
-        return found
+    def wait_metrics(self, fits: Callable[[dict[str, float]], bool], seconds: float = 120) -> dict[str, float]:
+        reported = lambda: {name: value for name, value in self.metrics().items() if "_bucket" not in name}  # noqa: E731
+        return wait_until(lambda: (found := self.metrics()) and fits(found) and found, seconds, reported)
 
     def rest(self) -> dict[str, float]:
         """Return the metrics once nothing runs and nothing waits, and all of them from one flush."""
@@ -189,13 +172,6 @@ def _posted(port: int, path: str, body: bytes, seconds: float) -> tuple[int, byt
         return reply.status, reply.read()
     finally:
         connection.close()
-
-
-def _ancestors(pid: int) -> Iterator[int]:
-    while pid > 1:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        pid = int(stat.rsplit(")", 1)[1].split()[1])
-        yield pid
 
 
 class GrpcStream:
@@ -239,7 +215,7 @@ class GrpcStream:
 def grpc_input(name: str, value: Any):
     import tritonclient.grpc as client
 
-    kind = TYPES.get(name, "BOOL")
+    kind = TYPES[name]
     values = value if isinstance(value, list) else [value]
     array = np.array([[v.encode() if isinstance(v, str) else v for v in values]], NUMPY[kind])
     tensor = client.InferInput(name, array.shape, kind)

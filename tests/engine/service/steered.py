@@ -10,7 +10,8 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.params import SamplingParams
-from echo_trt.engine.service.job import RequestOutput, ServiceRequest
+from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import ServiceRequest
 from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
 
@@ -22,20 +23,20 @@ class Listener:
     """What a request was told."""
 
     def __init__(self) -> None:
-        self.events: list[RequestOutput] = []
+        self.events: list[Event] = []
         self.first, self.done = threading.Event(), threading.Event()
 
-    def __call__(self, event: RequestOutput) -> None:
+    def __call__(self, event: Event) -> None:
         assert not self.done.is_set(), "told after its end"
         self.events.append(event)
         self.first.set()
-        if event.end:
+        if event.reason:
             self.done.set()
 
     @property
     def end(self):
         assert self.done.wait(SECONDS)
-        return self.events[-1].end
+        return self.events[-1]
 
     @property
     def text(self) -> str:
@@ -124,7 +125,9 @@ class Steered(Engine):
 
 
 def submit(
-    service: Service, prompt: list[int], params: SamplingParams = LONG, **more
+    service: Service, prompt: list[int], params: SamplingParams = LONG, tell: Callable | None = None, **more
 ) -> tuple[ServiceRequest, Listener]:
     listener = Listener()
-    return service.submit(prompt, params, listener, **more), listener
+    job = ServiceRequest(prompt=np.array(prompt, np.int64), params=params, on_event=tell or listener, **more)
+    service.submit(job)
+    return job, listener

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from served import free_ports
+from waiting import wait_until
 
 DOCKER = Path(__file__).parents[3] / "docker"
 ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
@@ -56,14 +57,9 @@ def ask(server, tmp_path_factory) -> Iterator[Callable[[str], list[float]]]:
         return [float(each["value"][1]) for each in answer["data"]["result"]]
 
     try:
-        end = time.monotonic() + 120
-        while not _is_up(f"http://127.0.0.1:{port}/-/ready"):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < end, (folder / "log").read_text()
-            time.sleep(0.1)
-        while get("sum(up)") != [1]:  # it looks for its targets every five seconds
-            assert time.monotonic() < end, (folder / "log").read_text()
-            time.sleep(0.1)
+        reported = (folder / "log").read_text
+        wait_until(lambda: _is_up(f"http://127.0.0.1:{port}/-/ready") or process.poll() is not None, reported=reported)
+        wait_until(lambda: get("sum(up)") == [1], reported=reported)  # it looks for its targets every five seconds
         yield get
     finally:
         process.kill()

@@ -1,179 +1,145 @@
-"""The server without Triton: an engine's process, and the gateway that asks it on a socket."""
+"""The server without Triton as its processes: an engine, and the gateway that asks it on a socket; and its clients."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from engine.service.served import Served
-from pairs import LIMITS, recipe_of
+from waiting import wait_until
 
 from echo_trt import LLM, SamplingParams
-from echo_trt.cli.build import build
 from echo_trt.engine.process import wire
 from echo_trt.supervision.probe import EngineProbe
 
 
-@pytest.fixture(scope="module")
-def bundle(networks, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("engine") / "close"
-    build(recipe_of("close", networks, limits={**LIMITS, "batch": 4, "context": 1600}), networks, folder)
-    return folder
+def body(**more: object) -> dict[str, object]:
+    return {"model": "echo", "prompt": "the theme", "max_tokens": 12, "ignore_eos": True, "temperature": 0, **more}
 
 
-@pytest.fixture(scope="module")
-def server(bundle, tmp_path_factory) -> Iterator[Served]:
-    served = Served(bundle, tmp_path_factory.mktemp("served") / "log")
-    try:
-        yield served.wait_for("serving")
-    finally:
-        served.kill()
+def engine_of(server: Served) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(process for process in children if "echo_trt.engine.process" in process.cmdline())
 
 
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", timeout=60) as client:
-        yield client
-
-
-def body(prompt: str = "the theme", **more: object) -> dict[str, object]:
-    return {"model": "echo", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "temperature": 0, **more}
-
-
-def metric(client: httpx.Client, name: str) -> float:
-    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
-    return sum(float(line.split()[-1]) for line in lines)
-
-
-def wait_until(fits, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_answers_are_the_engine_s_own_whole_and_streamed(client, bundle):
-    llm = LLM(bundle)
-    ids = llm.tokenizer("the theme")["input_ids"]
-    [expected] = llm.generate([ids], SamplingParams(12, ignore_eos=True))
-    whole = client.post("/v1/completions", json=body()).json()
-    assert whole["choices"][0]["text"] == expected.text != ""
-    assert whole["usage"]["completion_tokens"] == 12
-    with client.stream("POST", "/v1/completions", json=body(stream=True)) as streamed:
-        lines = [line.removeprefix("data: ") for line in streamed.iter_lines() if line]
-    assert lines[-1] == "[DONE]"
-    assert "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1]) == expected.text
-
-
-def test_logprobs_choices_and_refusals_are_told(client):
-    reported = client.post("/v1/completions", json=body(logprobs=2, echo=True, n=2)).json()
-    for choice in reported["choices"]:
-        assert choice["text"].startswith("".join(choice["logprobs"]["tokens"][:-12]))
-        assert choice["logprobs"]["text_offset"] == sorted(choice["logprobs"]["text_offset"])
-        assert len(choice["logprobs"]["top_logprobs"][-1]) >= 2
-    refused = client.post("/v1/completions", json=body(prompt="a " * 4000))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
-    grammar = client.post("/v1/completions", json=body(structured_outputs={"regex": "("}))
-    assert grammar.status_code == 400
-    late = client.post("/v1/completions", json=body(max_tokens=1000, deadline_ms=1))
-    assert late.status_code in (200, 504)
-
-
-def test_tokens_health_metrics_and_the_live_page_are_served(client):
-    ids = client.post("/tokenize", json={"prompt": "the theme"}).json()["tokens"]
-    assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == "the theme"
-    assert client.get("/health").status_code == 200
-    assert metric(client, "echo_emitted_tokens_total") > 0
-    assert metric(client, "echo_gateway_engine_metrics_up") == 1
-    with client.stream("GET", "/live") as live:
-        events = (line for line in live.iter_lines() if line.startswith("event:"))
-        assert [next(events), next(events)] == ["event: hello", "event: snapshot"]
-
-
-def test_a_client_that_leaves_frees_its_place_at_once(client):
-    with client.stream("POST", "/v1/completions", json=body(max_tokens=1500, stream=True)) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        wait_until(lambda: metric(client, "echo_running") == 1)
-    begin = time.monotonic()
-    wait_until(lambda: 'outcome="cancelled"} 1.0' in client.get("/metrics").text)
-    assert time.monotonic() - begin < 2
-    assert metric(client, "echo_running") == 0
+def test_answers_are_the_engine_s_own(server, roomy_bundle):
+    llm = LLM(roomy_bundle)
+    [expected] = llm.generate([llm.tokenizer("the theme")["input_ids"]], SamplingParams(12, ignore_eos=True))
+    assert server.complete("the theme", max_tokens=12) == expected.text != ""
 
 
 def test_the_socket_is_its_user_s_alone_and_takes_probes(server):
-    [engine] = [Path(word) for word in _commands(server) if word.endswith("/engine")][:1]
-    assert engine.stat().st_mode & 0o077 == 0
-    probe = EngineProbe(engine)
+    [path] = [Path(word) for word in engine_of(server).cmdline() if word.endswith("/engine")]
+    assert path.stat().st_mode & 0o077 == 0
+    probe = EngineProbe(path)
     assert probe.answers(10)
     assert probe.progresses()
-    assert isinstance(wire.ask(str(engine), wire.Submit(1, {"input_ids": [10**6]}), 10), wire.Failure)
-    assert wire.ask(str(engine.with_name("nobody")), wire.Scrape(1), 1) is None
+    assert isinstance(wire.ask(str(path), wire.Submit(1, {"input_ids": [10**6]}), 10), wire.Failure)
+    assert wire.ask(str(path.with_name("nobody")), wire.Scrape(1), 1) is None
 
 
-def _commands(server: Served) -> list[str]:
-    words: list[str] = []
-    for pid in server.children("python"):
-        words += Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return words
+TEXTS = ("the theme", "a thing", "what is the name", "so")
 
 
-def test_an_engine_that_is_killed_comes_back_and_open_requests_end_with_an_error(client, server):
+@pytest.fixture(scope="module")
+def answered(server) -> Callable[[], list[str]]:
+    """Ask TEXTS all at once."""
+
+    def get() -> list[str]:
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(lambda text: server.complete(text, max_tokens=24), TEXTS))
+
+    return get
+
+
+def test_a_crowd_that_leaves_takes_nothing_from_others(server, answered):
+    expected = answered()
+
+    def leave(number: int) -> None:
+        sent = body(prompt=TEXTS[number % 4], max_tokens=400, stream=True)
+        with httpx.stream("POST", f"http://127.0.0.1:{server.openai}/v1/completions", json=sent, timeout=60) as answer:
+            next(answer.iter_lines())
+
+    with ThreadPoolExecutor(16) as pool:
+        gone = [pool.submit(leave, number) for number in range(32)]
+        assert answered() == expected
+        assert [one.result() for one in gone] == [None] * 32
+    server.rest()
+    assert answered() == expected
+
+
+def test_clients_that_do_not_read_hold_up_nobody(server, answered):
+    """Twice as many as there are places, each with an answer that its connection cannot hold."""
+    expected = answered()
+    with ExitStack() as stack:
+        for number in range(8):
+            reader = stack.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            reader.connect(("127.0.0.1", server.openai))
+            sent = json.dumps(body(prompt=TEXTS[number % 4], max_tokens=400, stream=True)).encode()
+            head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+            reader.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + sent)
+        assert answered() == expected
+    server.rest()
+
+
+def test_an_engine_that_is_killed_comes_back_and_open_requests_end_with_an_error(server):
     found: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: found.append(client.post("/v1/completions", json=body(max_tokens=1500))))
-    thread.start()
-    wait_until(lambda: metric(client, "echo_running") == 1)
-    [engine] = [pid for pid in server.children("python") if b"echo_trt.engine.process" in _command(pid)]
-    os.kill(engine, signal.SIGKILL)
-    thread.join(30)
-    assert found[0].status_code == 503
-    wait_until(lambda: client.post("/v1/completions", json=body()).status_code == 200, 60)
-    assert client.get("/health").status_code == 200
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.openai}", timeout=60) as client:
+        ask = lambda **more: client.post("/v1/completions", json=body(**more))  # noqa: E731
+        thread = threading.Thread(target=lambda: found.append(ask(max_tokens=400, n=64)))
+        thread.start()
+        server.wait_metrics(lambda metrics: metrics["echo_running"] > 0)
+        os.kill(engine_of(server).pid, signal.SIGKILL)
+        thread.join(30)
+        assert found[0].status_code == 503
+        wait_until(lambda: ask().status_code == 200)
+        assert client.get("/health").status_code == 200
     assert "the engine has died; starting it again" in server.err
 
 
-def _command(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def test_sigterm_lets_open_answers_finish(bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log").wait_for("serving")
-    url = f"http://127.0.0.1:{server.openai}/v1/completions"
-    with httpx.stream("POST", url, json=body(max_tokens=400, stream=True), timeout=60) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        server.process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert server.process.wait(60) == 0
-    assert "Traceback" not in server.err
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (("--http-port", 8000), "--http-port is a port of Triton's, which is not started; add --triton"),
-        (("--openai-port", 0), "nothing would be served"),
-    ],
-)
-def test_options_of_triton_are_refused_without_it(options, sentence, bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log", *options)
-    assert server.process.wait(60) == 2
-    assert sentence in server.err
-
-
-def test_it_listens_on_ipv6(bundle, tmp_path):
-    server = Served(bundle, tmp_path / "log", "--host", "::1").wait_for("serving")
+def test_it_listens_on_ipv6_and_sigterm_lets_open_answers_finish(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--host", "::1").wait_for("serving")
+    url = f"http://[::1]:{server.openai}/v1"
     try:
-        answer = httpx.post(f"http://[::1]:{server.openai}/v1/completions", json=body(), timeout=60)
-        assert answer.status_code == 200
-        assert f"http://[::1]:{server.openai}/v1" in server.err
+        assert url in server.err
+        with httpx.stream("POST", f"{url}/completions", json=body(max_tokens=400, stream=True), timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.err
+    finally:
+        server.kill()
+
+
+def test_a_server_of_nothing_is_refused(roomy_bundle, tmp_path):
+    server = Served(roomy_bundle, tmp_path / "log", "--openai-port", 0)
+    assert server.process.wait(60) == 2
+    assert "nothing would be served" in server.err
+
+
+def test_a_policy_of_a_user_s_own_file(roomy_bundle, tmp_path):
+    options = "--policy-file", Path(__file__).parents[3] / "examples" / "chain_policy.py", "--policy", "chain"
+    server = Served(roomy_bundle, tmp_path / "log", *options).wait_for("serving")
+    try:
+        plain, drafted = (
+            server.complete("the theme", max_tokens=16, speculate=speculate) for speculate in (False, True)
+        )
+        assert drafted == plain != ""
+        metrics = server.wait_metrics(lambda metrics: metrics["echo_drafted_tokens_total"] > 0)
+        assert metrics['echo_policy{policy="chain"}'] == 1
     finally:
         assert server.stop() == 0

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from echo_trt import LLM
 from echo_trt.engine.process import host, wire
 from echo_trt.engine.process.host import Host
-from echo_trt.engine.process.metrics import EngineMetrics
 from echo_trt.engine.process.request import Reader
+from echo_trt.engine.service.metrics import EngineMetrics
 from echo_trt.engine.service.service import Service
 
 
@@ -44,13 +44,6 @@ def path(service, bundle_of, tmp_path_factory) -> Iterator[str]:
     assert served == [True]
 
 
-def wait_until(fits, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not fits():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def request(**more: object) -> dict[str, object]:
     return {"text_input": "the theme", "max_tokens": 8, "ignore_eos": True, **more}
 
@@ -70,10 +63,25 @@ def test_questions_are_answered(path):
     ("inputs", "code", "word"),
     [
         ({}, "INVALID_ARGUMENT", "no prompt"),
+        (request(input_ids=[5]), "INVALID_ARGUMENT", "input_ids and text_input given"),
+        ({"input_ids": [5, 999]}, "INVALID_ARGUMENT", "token id 999"),
+        (request(text_input=""), "INVALID_ARGUMENT", "empty"),
+        (request(text_input="word " * 2000), "OUT_OF_RANGE", "shorten it"),
         (request(temperature=-1.0), "INVALID_ARGUMENT", "temperature is -1.0"),
         (request(structured='{"regex": "("}'), "INVALID_ARGUMENT", "structured.regex"),
         (request(max_tokens=0), "INVALID_ARGUMENT", "max_tokens is 0"),
+        (request(max_tokens=-1, min_length=2), "INVALID_ARGUMENT", "max_tokens is -1"),
+        (request(min_length=300), "INVALID_ARGUMENT", "min_length is 300"),
+        (request(deadline_ms=-4), "INVALID_ARGUMENT", "deadline_ms is -4"),
+        (request(logit_bias_ids=[5, 6], logit_bias=[1.5]), "INVALID_ARGUMENT", "logit_bias_ids has 2 values"),
+        (request(logit_bias_ids=[999], logit_bias=[1.5]), "INVALID_ARGUMENT", "token id 999"),
+        (request(top_logprobs=5), "INVALID_ARGUMENT", "return_log_probs is not true"),
+        (request(return_log_probs=True, top_logprobs=21), "INVALID_ARGUMENT", "top_logprobs is 21"),
+        (request(stop_words=["x"] * 65), "INVALID_ARGUMENT", "stop_words has 65"),
         (request(stop_words=7), "INTERNAL", "could not be read"),
+        ({"chat_messages": "{"}, "INVALID_ARGUMENT", "not JSON"),
+        ({"chat_messages": "[]"}, "INVALID_ARGUMENT", "no list of messages"),
+        ({"chat_messages": '[{"role": "user"}]'}, "INVALID_ARGUMENT", "chat_messages[0]"),
     ],
 )
 def test_a_request_that_cannot_be_taken_is_a_failure(inputs, code, word, path):
@@ -85,7 +93,7 @@ def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
     real = host.OpenRequest.piece
 
     def piece(self, event):
-        if self.id == 13:
+        if self.question == 13:
             raise RuntimeError("a faulty part")
         return real(self, event)
 
@@ -103,16 +111,6 @@ def test_an_answer_that_cannot_be_sent_fails_alone(path, monkeypatch):
     assert isinstance(found[13], wire.Failure)
     assert found[13].code == "INTERNAL"
     assert [len(found[id].token_ids) for id in (12, 14)] == [30, 30]
-
-
-def test_a_client_that_leaves_frees_its_place(path, service):
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        client.sendall(wire.framed(wire.Submit(1, request(max_tokens=400, stream=True))))
-        assert client.recv(1)
-        wait_until(lambda: service.statistics().running == 1)
-    wait_until(lambda: service.statistics().ended.get("cancelled", 0) >= 1)
-    assert service.statistics().running == 0
 
 
 def test_few_clients_get_snapshots_and_a_cancelled_one_leaves_room(path):

@@ -53,15 +53,8 @@ def run(server: Served, words: list[str], text: str) -> str:
 
 def test_there_are_such_lines_for_every_client():
     text = "".join(block for _, block in CURLS + SNIPPETS)
-    for word in (
-        "generate ",
-        "generate_stream",
-        "chat/completions",
-        "tritonclient.grpc",
-        "tritonclient.http",
-        "openai",
-    ):
-        assert word in text
+    words = {"generate ", "generate_stream", "chat/completions", "tritonclient.grpc", "tritonclient.http", "openai"}
+    assert {word for word in words if word in text} == words
     assert {file for file, _ in CURLS + SNIPPETS} == set(DOCS)
 
 

@@ -59,13 +59,10 @@ def test_a_server_is_measured_beside_ours_and_writes_our_texts(roomy_bundle, pro
     for row in rows:
         done, of = row["same_texts"].split(" of ")
         assert done == of == str(2 * max(5, 2 * row["batch"]))
-        assert row["decode_tokens_per_s"] > 0
-        assert row["end_to_end_tokens_per_s"] > 0
-        assert row["prefill_tokens_per_s"] > 0
-        assert 0 < row["ttft_ms"]["p50"] <= row["ttft_ms"]["p99"]
-        assert 0 < row["time_per_token_ms"]["p50"] <= row["time_per_token_ms"]["p99"]
-        assert row["ratio"] > 0
-        assert row["end_to_end_ratio"] > 0
+        for name in ("decode_tokens_per_s", "end_to_end_tokens_per_s", "prefill_tokens_per_s", "ratio"):
+            assert row[name] > 0 < row["end_to_end_ratio"]
+        for name in ("ttft_ms", "time_per_token_ms"):
+            assert 0 < row[name]["p50"] <= row[name]["p99"]
 
 
 def test_the_figures_are_those_of_the_stream(roomy_bundle, url):

@@ -13,8 +13,10 @@ from steered import LONG, SECONDS, Listener, submit
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, SamplingParams
-from echo_trt.engine.service.job import Overloaded, RequestOutput
+from echo_trt.engine.request import Event
+from echo_trt.engine.service.job import Overloaded
 from echo_trt.engine.service.protocol import FIRST
+from echo_trt.engine.service.service import Service
 from echo_trt.speculation.pack import ForwardBatch
 
 PROBE = SamplingParams(1, ignore_eos=True)
@@ -41,46 +43,54 @@ CASES = [
 ]
 
 
-def assert_reported(listener: Listener, expected: Completion) -> None:
-    assert (listener.text, listener.token_ids) == (expected.text, expected.token_ids)
-    assert listener.logprobs == pytest.approx([entry.logprob for entry in expected.logprobs or []], abs=1e-4)
+@pytest.fixture(scope="module")
+def truths(offline) -> list[Completion]:
+    """Return what plain decoding says in CASES."""
+    return [offline.generate([prompt], params)[0] for prompt, params in CASES]
 
 
-def test_text_is_that_of_the_offline_interface(start, offline):
-    service, _ = start()
+def assert_reported(listener: Listener, expected: Completion, reported: int = 0) -> None:
+    """Check a request of which another engine has told ``reported`` tokens."""
+    assert listener.token_ids == expected.token_ids[reported:]
+    assert expected.text.endswith(listener.text)
+    assert reported or expected.text == listener.text
+    rest = [entry.logprob for entry in expected.logprobs or []][reported:]
+    assert listener.logprobs == pytest.approx(rest, abs=1e-4)
+    assert (listener.end.reason, listener.end.completion_tokens) == (expected.finish_reason, len(expected.token_ids))
+
+
+def all_answered(service: Service, truths: list[Completion]) -> None:
+    """Every case gets the text of plain decoding."""
     with ThreadPoolExecutor(6) as pool:  # any thread may submit
         reported = [pair[1] for pair in pool.map(lambda case: submit(service, *case), CASES)]
-    for (prompt, params), listener in zip(CASES, reported, strict=True):
-        expected = offline.generate([prompt], params)[0]
+    for (prompt, _), listener, expected in zip(CASES, reported, truths, strict=True):
         assert_reported(listener, expected)
-        assert (listener.end.reason, listener.end.prompt_tokens) == (expected.finish_reason, len(prompt))
-        assert listener.end.completion_tokens == len(expected.token_ids)
-        assert 0 < listener.end.queue_seconds < listener.end.first_token_seconds
+        assert listener.end.prompt_tokens == len(prompt)
+
+
+def test_text_is_that_of_the_offline_interface(start, truths):
+    service, _ = start()
+    all_answered(service, truths)
     assert sum(service.statistics().ended.values()) == len(CASES)
+    assert 0 < (end := submit(service, [5], PROBE)[1].end).queue_seconds < end.first_token_seconds
 
 
 @pytest.mark.parametrize("reported", [1, 7, 15])
 def test_an_answer_that_another_engine_began_goes_on_as_if_this_one_had(start, offline, reported):
     """Draws, penalties, limits, stop strings that the seam cuts in two, text and counts."""
     service, _ = start()
-    cases = [(prompt, replace(params, min_tokens=12 * (i % 3 == 1))) for i, (prompt, params) in enumerate(CASES)]
-    for prompt, params in cases:
+    for i, (prompt, params) in enumerate(CASES):
+        params = replace(params, min_tokens=12 * (i % 3 == 1))
         expected = offline.generate([prompt], params)[0]
-        output = expected.token_ids[:reported]
-        if len(output) == len(expected.token_ids):
-            continue
-        _, listener = submit(service, prompt, params, prior_tokens=output)
-        assert listener.token_ids == expected.token_ids[reported:]
-        assert expected.text.endswith(listener.text)
-        assert (listener.end.reason, listener.end.prompt_tokens) == (expected.finish_reason, len(prompt))
-        assert listener.end.completion_tokens == len(expected.token_ids)
-        rest = [entry.logprob for entry in expected.logprobs or []][reported:]
-        assert listener.logprobs == pytest.approx(rest, abs=1e-4)
+        if reported < len(expected.token_ids):
+            _, listener = submit(service, prompt, params, generated=expected.token_ids[:reported])
+            assert_reported(listener, expected, reported)
+            assert listener.end.prompt_tokens == len(prompt)
 
 
 def test_an_answer_of_which_nothing_is_left_to_say_ends_at_once(start):
     service, _ = start()
-    _, listener = submit(service, prompt_ids(10, 1), SamplingParams(5, ignore_eos=True), prior_tokens=prompt_ids(5, 2))
+    _, listener = submit(service, prompt_ids(10, 1), SamplingParams(5, ignore_eos=True), generated=prompt_ids(5, 2))
     assert (listener.end.reason, listener.token_ids) == ("length", [])
     assert listener.end.completion_tokens == 5
 
@@ -88,9 +98,9 @@ def test_an_answer_of_which_nothing_is_left_to_say_ends_at_once(start):
 def test_what_another_engine_told_must_fit_the_context(start):
     service, _ = start()
     with refused("maximum context length"):
-        submit(service, prompt_ids(100, 1), prior_tokens=prompt_ids(60, 2))
+        submit(service, prompt_ids(100, 1), generated=prompt_ids(60, 2))
     with refused("token id 100000"):
-        submit(service, prompt_ids(10, 1), prior_tokens=[100_000])
+        submit(service, prompt_ids(10, 1), generated=[100_000])
 
 
 def test_drafted_tokens_are_counted_by_request(start):
@@ -125,18 +135,6 @@ def test_cancelling_frees_blocks_before_the_next_pass(start):
     service.cancel(first)
 
 
-def test_a_full_queue_refuses(start):
-    service, engine = start(batch=1, queue=2)
-    engine.open.clear()
-    reported = [submit(service, prompt_ids(6, 0))[1]]
-    assert engine.entered.wait(SECONDS)
-    reported += [submit(service, prompt_ids(6, i))[1] for i in (1, 2)]
-    with pytest.raises(Overloaded, match="queue is full, 2 requests wait"):
-        submit(service, prompt_ids(6, 3))
-    engine.open.set()
-    assert [listener.end.reason for listener in reported] == ["length"] * 3
-
-
 def test_a_crowd_may_come_while_all_places_are_free(start):
     service, engine = start(batch=3, queue=1)
     engine.open.clear()
@@ -164,7 +162,7 @@ def test_a_probe_finds_no_queue_too_full_and_waits_for_no_place(start):
     assert service.statistics().ended == {"busy": 1, "length": 3}
 
 
-def test_a_probe_takes_nobodys_place_in_the_queue(start):
+def test_a_probe_takes_nobodys_place_in_the_queue_and_gets_its_token_or_fails(start):
     service, engine = start(batch=1, queue=1)
     engine.open.clear()
     _, probe = submit(service, [0], PROBE, priority=FIRST)
@@ -173,18 +171,7 @@ def test_a_probe_takes_nobodys_place_in_the_queue(start):
         submit(service, prompt_ids(6, 2))
     engine.open.set()
     assert [listener.end.reason for listener in (probe, *reported)] == ["length"] * 3
-    assert not service._probes
-
-
-def test_a_probe_that_finds_a_place_gets_its_token(start):
-    service, _ = start(batch=2)
-    for _ in range(3):
-        _, probe = submit(service, [0], PROBE, priority=FIRST)
-        assert (probe.end.reason, probe.end.completion_tokens) == ("length", 1)
-
-
-def test_an_engine_that_fails_is_no_answer_to_a_probe(start):
-    service, engine = start(batch=1)
+    assert probe.end.completion_tokens == 1
     engine.fail = lambda call: True
     assert submit(service, [0], PROBE, priority=FIRST)[1].end.reason == "failed"
 
@@ -199,12 +186,12 @@ def test_priority_comes_before_arrival(start):
     for index, priority in enumerate((0, 5, -1, 0)):
         listener = Listener()
         reported.append(listener)
-        service.submit(
-            prompt_ids(6, index),
-            SamplingParams(2, ignore_eos=True),
-            lambda event, index=index, listener=listener: (event.end and order.append(index), listener(event)),
-            priority,
-        )
+
+        def tell(event: Event, index: int = index, listener: Listener = listener) -> None:
+            order.extend([index] if event.reason else [])
+            listener(event)
+
+        submit(service, prompt_ids(6, index), SamplingParams(2, ignore_eos=True), tell, priority=priority)
     engine.open.set()
     assert all(listener.end for listener in reported)
     assert order == [2, 0, 3, 1]
@@ -226,17 +213,6 @@ def test_deadlines_end_what_runs_and_what_waits(start):
     assert patient.end.reason == "length"
 
 
-def test_bad_requests_are_refused_and_leave_nothing(start):
-    service, _ = start()
-    with refused("empty"):
-        submit(service, [])
-    with refused("token id 999"):
-        submit(service, [999])
-    with refused("shorten it"):
-        submit(service, [5] * 160)
-    assert service.drain(1)
-
-
 def test_after_draining_nothing_is_taken(start):
     service, _ = start(batch=1)
     reported = [submit(service, prompt_ids(6, i))[1] for i in range(3)]
@@ -250,14 +226,36 @@ def test_after_draining_nothing_is_taken(start):
 
 
 @pytest.mark.parametrize("failing", [1, 5, 9])
-def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, offline):
+def test_an_engine_that_fails_once_costs_nobody_their_text(failing, start, truths):
     service, engine = start()
     engine.fail = lambda call: engine.passes == failing
-    reported = [submit(service, *case)[1] for case in CASES]
-    for (prompt, params), listener in zip(CASES, reported, strict=True):
-        expected = offline.generate([prompt], params)[0]
-        assert_reported(listener, expected)
+    all_answered(service, truths)
     assert service.statistics().engine_failures == 1
+
+
+def test_tokens_of_an_iteration_that_fails_at_its_end_are_told_once(start, truths):
+    service, _ = start()
+    step, steps = service.loop.step, []
+
+    def failing():
+        steps.append(step())
+        if len(steps) in (4, 40):
+            raise RuntimeError("after all was done")
+        return steps[-1]
+
+    service.loop.step = failing
+    all_answered(service, truths)
+
+
+def test_what_the_engine_fails_on_fails_alone(start, truths):
+    service, engine = start()
+    bad = 77
+    engine.fail = lambda call: (call.token_ids == bad).sum() > 4
+    reported = [submit(service, *case)[1] for case in CASES]
+    _, listener = submit(service, [bad] * 9)
+    assert listener.end.reason == "failed"
+    assert "the engine is unwell" in listener.end.message
+    assert [listener.text for listener in reported] == [expected.text for expected in truths]
 
 
 def test_a_request_that_has_gone_on_since_is_not_guilty(start, offline):
@@ -289,21 +287,6 @@ def test_nothing_is_found_in_the_pool_of_an_engine_that_failed(start, offline):
     assert submit(service, prompt, params)[1].text == expected
 
 
-def test_what_the_engine_fails_on_fails_alone(start, offline):
-    service, engine = start()
-    bad = 77
-    engine.fail = lambda call: (call.token_ids == bad).sum() > 4
-    reported = []
-    for index, (prompt, params) in enumerate(CASES):
-        reported.append(submit(service, [bad] * 9 if index == 4 else prompt, params)[1])
-    for index, ((prompt, params), listener) in enumerate(zip(CASES, reported, strict=True)):
-        if index == 4:
-            assert listener.end.reason == "failed"
-            assert "the engine is unwell" in listener.end.message
-        else:
-            assert listener.text == offline.generate([prompt], params)[0].text
-
-
 def test_an_engine_that_always_fails_ends_every_request(start):
     service, engine = start()
     engine.fail = lambda call: True
@@ -313,46 +296,17 @@ def test_an_engine_that_always_fails_ends_every_request(start):
     assert submit(service, prompt_ids(6, 1))[1].end.reason == "length"
 
 
-def test_tokens_of_an_iteration_that_fails_at_its_end_are_told_once(start, offline):
-    service, _ = start()
-    step, steps = service.loop.step, []
-
-    def failing():
-        step_output = step()
-        steps.append(step_output)
-        if len(steps) in (4, 40):
-            raise RuntimeError("after all was done")
-        return step_output
-
-    service.loop.step = failing
-    reported = [submit(service, *case)[1] for case in CASES]
-    for (prompt, params), listener in zip(CASES, reported, strict=True):
-        expected = offline.generate([prompt], params)[0]
-        assert_reported(listener, expected)
-
-
 def test_a_listener_that_fails_loses_its_own_request_alone(start):
     service, _ = start()
 
-    def broken(event: RequestOutput) -> None:
+    def broken(event: Event) -> None:
         raise OSError("gone")
 
-    service.submit(prompt_ids(6, 0), LONG, broken)
+    submit(service, prompt_ids(6, 0), LONG, broken)
     _, other = submit(service, prompt_ids(6, 1))
     assert other.end.reason == "length"
     assert service.drain(SECONDS)
     assert service.statistics().ended == {"cancelled": 1, "length": 1}
-
-
-def test_text_that_fails_is_one_requests_own_trouble(start):
-    service, engine = start()
-    engine.open.clear()
-    bad, unlucky = submit(service, prompt_ids(6, 0))
-    bad.answer._text = None
-    _, other = submit(service, prompt_ids(6, 1))
-    engine.open.set()
-    assert unlucky.end.reason == "failed"
-    assert other.end.reason == "length"
 
 
 def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, monkeypatch):
@@ -362,11 +316,11 @@ def test_a_thread_that_dies_fails_every_request_and_is_known_to_be_dead(start, m
     alive, reported = [], [Listener() for _ in range(3)]
     for seed, listener in enumerate(reported):
 
-        def tell(event: RequestOutput, listener: Listener = listener) -> None:
-            alive.append(service.alive) if event.end else None
+        def tell(event: Event, listener: Listener = listener) -> None:
+            alive.append(service.alive) if event.reason else None
             listener(event)
 
-        service.submit(prompt_ids(6, seed), LONG, tell)
+        submit(service, prompt_ids(6, seed), LONG, tell)
     engine.open.let(4)
     monkeypatch.setattr(service.loop.batch, "forget_cached", lambda: 1 / 0)
     engine.fail = lambda call: True

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from driving import prompt_ids
-from steered import LONG, SECONDS, Listener, submit
+from steered import LONG, Listener, submit
 
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
@@ -29,26 +29,6 @@ def ask(service: Service, structured: dict[str, Any], **more: Any) -> tuple[Serv
 def compiled(service: Service, numbers: range) -> list[int]:
     """Those of the slow grammars that have been compiled."""
     return [i for i in numbers if not service.llm.grammars.to_compile(slow(i))]
-
-
-def test_a_deadline_passes_while_grammars_are_compiled(start):
-    service, _ = start()
-    draft_lag = [ask(service, slow(i), seconds=0.1)[1] for i in range(9)]
-    for listener in draft_lag:
-        assert (listener.end.reason, listener.token_ids) == ("deadline", [])
-    assert ask(service, ANY_OBJECT)[1].end.reason == "length"
-    assert len(compiled(service, range(9))) < 5
-    assert service.statistics().queued == 0
-
-
-def test_a_grammar_that_nobody_waits_for_is_not_compiled(start):
-    service, _ = start()
-    left = [ask(service, slow(i)) for i in range(9)]
-    for job, _ in left:
-        service.cancel(job)
-    assert {listener.end.reason for _, listener in left} == {"cancelled"}
-    assert ask(service, ANY_OBJECT)[1].end.reason == "length"
-    assert len(compiled(service, range(9))) < 5
 
 
 def test_what_is_compiled_already_waits_for_no_compiling(start):
@@ -78,16 +58,6 @@ def test_requests_of_one_grammar_wait_for_it_together(start, bundle_of):
         assert (listener.text, listener.end.reason) == (expected.text, expected.finish_reason)
 
 
-@pytest.mark.parametrize("structured", [{"regex": "["}, {"json": {"type": "strange"}}])
-def test_a_grammar_that_cannot_be_used_ends_its_request_alone(structured, start):
-    service, _ = start()
-    [bad, worse], good = [ask(service, structured)[1] for _ in range(2)], ask(service, ANY_OBJECT)[1]
-    for listener in (bad, worse):
-        assert listener.end.reason == "invalid"
-        assert f"structured.{next(iter(structured))}" in listener.end.message
-    assert good.end.reason == "length"
-
-
 def test_too_many_grammars_are_refused_and_plain_requests_are_not(start, monkeypatch):
     monkeypatch.setattr(grammars, "MAX_GRAMMARS", 2)
     service, _ = start(batch=1, queue=2)
@@ -100,14 +70,6 @@ def test_too_many_grammars_are_refused_and_plain_requests_are_not(start, monkeyp
     plain = [submit(service, prompt_ids(6, i), SamplingParams(4))[1] for i in range(3)]
     assert [listener.end.reason for listener in plain] == ["length"] * 3
     assert [listener.end.reason for _, listener in waiting] == ["length"] * 3
-
-
-def test_draining_waits_for_grammars(start):
-    service, _ = start()
-    requested = ask(service, slow(0))[1]
-    assert not service.drain(0)
-    assert service.drain(SECONDS)
-    assert requested.end.reason == "length"
 
 
 def test_an_engine_that_fails_leaves_requests_with_their_grammars(start):

@@ -33,22 +33,7 @@ def test_tokens_are_told_while_the_next_pass_runs(start):
     assert not service._due
 
 
-def test_a_text_that_cannot_be_made_ends_its_request_between_passes(start, monkeypatch):
-    service, engine = start(batch=2)
-    engine.open.clear()
-    bad, listener = submit(service, prompt_ids(6, 0))
-    _, other = submit(service, prompt_ids(6, 1))
-    engine.open.let(3)
-    monkeypatch.setattr(bad.answer, "take", lambda loop, tokens: 1 / 0)
-    engine.open.let(1)
-    assert not listener.done.is_set()  # its pass runs
-    engine.open.set()
-    assert listener.end.reason == "failed"
-    assert "could not be put into text (ZeroDivisionError" in listener.end.message
-    assert len(other.token_ids) == 100
-
-
-@pytest.mark.parametrize("end", ["cancel", "deadline", "pass fails"])
+@pytest.mark.parametrize("end", ["nothing", "cancel", "deadline", "pass fails"])
 def test_a_broken_text_fails_however_its_request_ends(end, start, monkeypatch):
     service, engine = start(batch=2)
     engine.open.clear()
@@ -56,7 +41,7 @@ def test_a_broken_text_fails_however_its_request_ends(end, start, monkeypatch):
     _, other = submit(service, prompt_ids(6, 1))
     engine.open.let(3)
     taken: list[int] = []
-    monkeypatch.setattr(bad.answer, "take", lambda loop, tokens: taken.append(len(tokens)) or 1 / 0)
+    monkeypatch.setattr(bad, "take", lambda cancel, tokens: taken.append(len(tokens)) or 1 / 0)
     engine.fail = lambda call: end == "pass fails" and engine.passes == 5
     if end == "cancel":
         service.cancel(bad)
@@ -64,6 +49,7 @@ def test_a_broken_text_fails_however_its_request_ends(end, start, monkeypatch):
         bad.deadline = bad.submitted
     engine.open.set()
     assert listener.end.reason == "failed"
+    assert "could not be put into text (ZeroDivisionError" in listener.end.message
     assert len(taken) == 1
     assert len(other.token_ids) == 100
 

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 from driving import add, prompt_ids, run
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from steered import submit
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.engine.service.protocol import SNAPSHOT_FORMAT
@@ -49,7 +50,7 @@ def answer(service: Service, prompts: int = 4, tokens: int = 40) -> None:
     ends = [threading.Event() for _ in range(prompts)]
     for i, end in enumerate(ends):
         params = SamplingParams(tokens, ignore_eos=True)
-        service.submit(prompt_ids(9, i), params, lambda event, end=end: end.set() if event.end else None)
+        submit(service, prompt_ids(9, i), params, lambda event, end=end: end.set() if event.reason else None)
     assert all(end.wait(SECONDS) for end in ends)
 
 
@@ -156,6 +157,7 @@ def random_seen(requests: int, size: int, seed: int) -> StepTrace:
 
 
 @given(st.integers(1, 90), st.integers(0, 40), st.integers(0, 2**31))
+@example(64, 200, 2)
 def test_trees_are_bounded_and_have_their_parents(requests, size, seed):
     seen = random_seen(requests, size, seed)
     reported = tree_of(seen, 0)
@@ -180,8 +182,3 @@ def test_what_was_verified_is_told_before_what_was_not():
     reported = np.bincount(request[kept[fate[kept] == REJECTED]], minlength=64)
     assert (reported == np.minimum(verified, MAX_NODES // 64)).all()
     assert len(kept) == np.minimum(np.bincount(request), MAX_NODES // 64).sum()
-
-
-def test_a_large_snapshot_is_far_below_the_limit(service):
-    now = {"last": tree_of(random_seen(64, 200, 2), 0)}
-    assert len(json.dumps(now, separators=(",", ":"))) < LARGEST / 2

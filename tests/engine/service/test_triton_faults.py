@@ -13,19 +13,21 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import served
 from refusal import refused
 from served import Served, free_ports, joined, needs_triton, triton
+from waiting import wait_until
 
 from echo_trt.adapters.triton import server as triton_server
 from echo_trt.cli import serve as launcher
 from echo_trt.cli.serve import run
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
-from echo_trt.supervision import process
 from echo_trt.supervision.options import TRITON_PORTS, ServeOptions
 
 LONG = {"text_input": "the theme of a thing, ", "max_tokens": 440, "ignore_eos": True}
@@ -36,35 +38,22 @@ def attempt(server: Served, **request) -> dict:
     """Return an answer or the kind of its failure, in time."""
     try:
         return server.generate(**request)
-    except OSError as error:
-        return {"error": type(error).__name__}
     except Exception as error:
         return {"error": type(error).__name__}
 
 
-def revived(server: Served, again: int) -> None:
-    end = time.monotonic() + 180
-    while server.err.count("serving again") < again:
-        assert server.process.poll() is None, server.err
-        assert time.monotonic() < end, server.err
-        time.sleep(0.05)
-
-
 @needs_triton
 def test_deaths_and_the_end(roomy_bundle, tmp_path):
-    server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive").wait_for("serving")
-    try:
+    with triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive").wait_for("serving") as server:
         whole = server.generate(**LONG)
         for number, name in enumerate(("triton_python_backend_stub", "tritonserver"), 1):
             _kill_under_load(server, name, whole)
-            revived(server, number)
+            server.wait_for("serving again", again=number)
             assert "does not answer" not in server.err, "it was only noticed by a probe"
             assert server.generate(**LONG)["text_output"] == whole["text_output"]
             assert len(server.children("triton_python_backend_stub")) == 1
             assert len(server.regions()) == 1
         _stop_with_streams(server, whole)
-    finally:
-        server.kill()
 
 
 @needs_triton
@@ -72,24 +61,20 @@ def test_a_divided_target_is_served_and_a_lost_rank_is_replaced(divided_bundle, 
     prompt, params = [5, 6, 7, 8], SamplingParams(20, ignore_eos=True)
     (wanted,) = LLM(roomy_bundle, "autoregressive", 1).generate([prompt], [params])
     requested = {"input_ids": prompt, "max_tokens": 20, "ignore_eos": True}
-    server = triton(divided_bundle, tmp_path / "log").wait_for("serving")
-    try:
+    with triton(divided_bundle, tmp_path / "log").wait_for("serving") as server:
         assert server.generate(**requested)["output_ids"] == wanted.token_ids
         (rank,) = server.children("bin/python")
         os.kill(rank, signal.SIGKILL)
         assert "rank 1 of 2 has ended" in server.generate(**requested)["error"]
-        revived(server, 1)
+        server.wait_for("serving again", again=1)
         assert server.generate(**requested)["output_ids"] == wanted.token_ids
         assert server.stop() == 0
-    finally:
-        server.kill()
 
 
 @needs_triton
 def test_the_gateway_s_answers_finish_before_triton_is_stopped(roomy_bundle, tmp_path):
     """Triton does not count them: they come by the engine's socket."""
-    server = Served(roomy_bundle, tmp_path / "log", triton=True).wait_for("serving")
-    try:
+    with Served(roomy_bundle, tmp_path / "log", triton=True).wait_for("serving") as server:
         whole = server.complete("a thing", max_tokens=440)
         with ThreadPoolExecutor(1) as pool:
             requested = pool.submit(server.complete, "a thing", max_tokens=440, speculate=False)
@@ -97,8 +82,6 @@ def test_the_gateway_s_answers_finish_before_triton_is_stopped(roomy_bundle, tmp
             assert server.stop() == 0, server.err
             assert requested.result(60) == whole
         assert "lost" not in server.err
-    finally:
-        server.kill()
 
 
 def _kill_under_load(server: Served, name: str, whole: dict) -> None:
@@ -129,10 +112,8 @@ def _stop_with_streams(server: Served, whole: dict) -> None:
     assert "finish_reason" not in begun[-1]
     server.process.send_signal(signal.SIGTERM)
     # Short ones, so that one comes while the streams are finished, however fast the engine is.
-    end = time.monotonic() + 180
-    while "error" not in (late := attempt(server, text_input="a thing", max_tokens=1)):
-        assert time.monotonic() < end, "it goes on"
-    assert "shutting down" in late["error"]
+    refusal = wait_until(lambda: attempt(server, text_input="a thing", max_tokens=1).get("error"))
+    assert "shutting down" in refusal
     assert all("error" in attempt(server, **LONG) for _ in range(50))
     for first, stream in zip(begun, streams, strict=True):
         assert joined([first, *stream])[0] == whole["text_output"]
@@ -142,20 +123,13 @@ def _stop_with_streams(server: Served, whole: dict) -> None:
         socket.create_connection(("127.0.0.1", server.http))
 
 
-def wait_for_end(processes: list[int]) -> None:
-    end = time.monotonic() + 120  # a backend that was talking to Triton just then takes a while
-    while any(Path("/proc", str(pid)).exists() for pid in processes):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 @needs_triton
 def test_a_launcher_that_is_killed_takes_everything_along(roomy_bundle, tmp_path):
     server = triton(roomy_bundle, tmp_path / "log").wait_for("serving")
     below = server.children("triton")
     assert len(below) == 2
     server.kill()
-    wait_for_end(below)
+    wait_until(lambda: not any(map(psutil.pid_exists, below)))
     folders = lambda: list(Path(tempfile.gettempdir()).glob(f"{triton_server.PREFIX}{server.process.pid}-*"))  # noqa: E731
     assert len(folders()) == 1
     triton_server.remove_regions()
@@ -175,10 +149,7 @@ def test_of_two_launchers_on_the_same_ports_one_serves(roomy_bundle, tmp_path, m
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
-        end = time.monotonic() + 180
-        while all(server.process.poll() is None for server in both):
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        wait_until(lambda: any(server.process.poll() is not None for server in both))
         loser, winner = sorted(both, key=lambda server: server.process.poll() is None)
         assert loser.process.returncode == 2
         assert "\nserving" not in f"\n{loser.err}"
@@ -200,57 +171,29 @@ def job(bundle_of) -> ServeOptions:
     return ServeOptions(bundle_of("lookup"), openai_port=0, triton=True, **ports)
 
 
-def test_a_port_in_use(job):
-    with socket.socket() as taken:
+def test_what_the_launcher_refuses_before_it_starts_anything(job, tmp_path, monkeypatch):
+    (tmp_path / "short").write_text("abc\n")
+    with socket.socket() as taken, refused("--grpc-port", job.grpc_port, "give another port"):
         taken.bind(("127.0.0.1", job.grpc_port))
         taken.listen()
-        with refused("--grpc-port", job.grpc_port, "give another port"):
-            run(job)
-
-
-def test_the_same_port_twice(job):
-    with refused(job.http_port, "a port of its own"):
-        run(replace(job, grpc_port=job.http_port))
-
-
-@pytest.mark.parametrize(
-    ("changes", "output"),
-    [
-        ({"batch": 99999}, ("--batch is 99999", "from 1 to 4096")),
-        ({"api_keys": "short"}, ("key 1 is shorter", "one longer key per line")),
-    ],
-)
-def test_what_the_model_or_the_gateway_would_refuse(job, changes, output, tmp_path, monkeypatch):
-    (tmp_path / "short").write_text("abc\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launcher, "find_server", None)
-    changes = {key: Path(value) if key == "api_keys" else value for key, value in changes.items()}
-    with refused(*output):
-        run(replace(job, **changes))
-
-
-def test_a_reason_has_no_python_frames():
-    line = r'"ERROR: Failed to create instance: UserError: queue is 0; give 1 or more.\n\nAt:\n  /a/b.py(41): f\n"'
-    assert process.reason([line]) == "queue is 0; give 1 or more"
-
-
-def test_no_bundle(tmp_path):
+        run(job)
     with refused(tmp_path, "not a bundle"):
         run(ServeOptions(tmp_path))
-
-
-def test_no_triton(job, monkeypatch):
+    for changes, output in (
+        ({"grpc_port": job.http_port}, (job.http_port, "a port of its own")),
+        ({"batch": 99999}, ("--batch is 99999", "from 1 to 4096")),
+        ({"api_keys": tmp_path / "short"}, ("key 1 is shorter", "one longer key per line")),
+    ):
+        with monkeypatch.context() as patch, refused(*output):
+            patch.setattr(launcher, "find_server", None)
+            run(replace(job, **changes))
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    if find_spec("pytriton"):
+        with monkeypatch.context() as patch, refused("3.99", "use Python 3.11 or 3.12"):
+            patch.setattr(sys, "version_info", (3, 99))
+            run(job)
     monkeypatch.setattr(triton_server.importlib.util, "find_spec", lambda name: None)
     with refused("Triton Inference Server is not here", "pip install"):
-        run(job)
-
-
-@needs_triton
-def test_a_python_that_pytriton_does_not_know(job, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(sys, "version_info", (3, 99))
-    with refused("3.99", "use Python 3.11 or 3.12"):
         run(job)
 
 
@@ -260,13 +203,11 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
     shutil.copytree(bundle_of("lookup"), folder)
     file = next(folder.glob("target.*"))
     file.write_bytes(file.read_bytes()[:-1])
-    server = triton(folder, tmp_path / "log")
-    try:
+    with triton(folder, tmp_path / "log") as server:
         assert server.process.wait(180) == 2
-    finally:
-        server.kill()
     last = server.err.strip().splitlines()[-1]
     assert "was changed after the build" in last
+    assert ".py" not in last, "frames of Python"
     assert last.startswith("error: ")
     assert not server.regions()
 
@@ -274,49 +215,39 @@ def test_a_bundle_that_does_not_load(bundle_of, tmp_path):
 @needs_triton
 def test_a_launcher_that_is_killed_while_the_bundle_loads_takes_everything_along(roomy_bundle, tmp_path):
     server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
-    end = time.monotonic() + 180
-    while not server.children("triton_python_backend_stub"):
-        assert time.monotonic() < end, server.err
-        time.sleep(0.05)
+    wait_until(lambda: server.children("triton_python_backend_stub"))
     time.sleep(1)
     below = server.children("triton")
     server.kill()
     assert "\nserving" not in server.err
-    wait_for_end(below)
+    wait_until(lambda: not any(map(psutil.pid_exists, below)))
 
 
 @needs_triton
 def test_a_backend_that_dies_while_it_loads_is_noticed(roomy_bundle, tmp_path):
-    server = triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive")
-    try:
-        end, killed = time.monotonic() + 180, False
+    with triton(roomy_bundle, tmp_path / "log", "--policy", "autoregressive") as server:
+        killed = False
         while not killed:
-            assert time.monotonic() < end
-            if loading := server.children("triton_python_backend_stub"):
-                time.sleep(0.5)
-                with contextlib.suppress(ProcessLookupError):  # Triton's first one ends by itself, and another loads
-                    os.kill(loading[0], signal.SIGKILL)
-                    killed = True
+            [loading, *_] = wait_until(lambda: server.children("triton_python_backend_stub"))
+            time.sleep(0.5)
+            with contextlib.suppress(ProcessLookupError):  # Triton's first one ends by itself, and another loads
+                os.kill(loading, signal.SIGKILL)
+                killed = True
         assert server.process.wait(180) == 2
-    finally:
-        server.kill()
     last = server.err.strip().splitlines()[-1]  # Triton notices one that dies before it has said a word by itself
     assert "died while it loaded the bundle" in last or "Triton did not start" in last
     assert not server.regions()
 
 
-def test_only_regions_without_an_owner_are_removed(tmp_path):
+def test_only_regions_and_folders_without_an_owner_are_removed(tmp_path):
     own, other, gone = (f"{triton_server.PREFIX}{pid}-a" for pid in (os.getpid(), 1, 4999999))
     elsewhere = f"echo-trt-1-{os.getpid()}-a"  # of another namespace, where this process id is somebody else's
     for name in (own, other, gone, elsewhere, "triton_python_backend_shm_region_x"):
         (tmp_path / name).touch()
     triton_server.remove_regions(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {other, elsewhere, "triton_python_backend_shm_region_x"}
-
-
-def test_only_folders_without_an_owner_are_removed(tmp_path):
-    own, other, gone = (f"{triton_server.PREFIX}{pid}-a" for pid in (os.getpid(), 1, 4999999))
+    folders = tmp_path / "folders"
     for name in (own, other, gone, "echo-trt-faults-x"):
-        (tmp_path / name / "1").mkdir(parents=True)
-    triton_server.remove_folders(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {own, other, "echo-trt-faults-x"}
+        (folders / name / "1").mkdir(parents=True)
+    triton_server.remove_folders(folders)
+    assert {path.name for path in folders.iterdir()} == {own, other, "echo-trt-faults-x"}

@@ -78,21 +78,8 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
             assert row["phases_ms"]["draft"] > 0
     html = html_file.read_text("utf-8")
     assert html.count("<svg") == html.count("<figcaption>") == 4
-    for table in html.split("<table>")[1:]:
-        assert table.count("<tr") == 1 + len(result["results"])
-    assert "<th" in html
-    assert "first token" in html
+    assert all(table.count("<tr") == 1 + len(result["results"]) for table in html.split("<table>")[1:])
     assert result["machine"] in html
-
-
-def test_a_report_says_once_what_every_row_has_in_common(bundle_of, prompts, tmp_path):
-    html_file = tmp_path / "r.html"
-    bench(job(bundle_of("close"), prompts, html_file=html_file, policies=["static"], batches=[1], rounds=1))
-    html = html_file.read_text("utf-8")
-    assert "<dt>same texts, in every row</dt><dd>4 of 4</dd>" in html
-    assert ">batch</th>" in html  # a row is named by it
-    assert ">prompts</th>" not in html
-    assert ">same texts</th>" not in html
 
 
 def test_every_slot_is_busy_until_the_last_prompt_is_answered(open_llm):

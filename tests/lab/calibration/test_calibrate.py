@@ -85,14 +85,17 @@ def test_without_a_calibration_that_is_said_and_costs_are_measured_once(bundle):
     assert len(notes) == 3  # the costs are known by now
 
 
-def test_costs_of_another_machine_are_measured_again(bundle):
+@pytest.mark.parametrize(
+    ("key", "other"), [("machine", lambda own: "another"), ("sizes", lambda own: own[1:])], ids=["machine", "padding"]
+)
+def test_costs_of_another_machine_or_padding_are_measured_again(key, other, bundle):
     LLM(bundle, "goodput")
     stored = json.loads((bundle / COSTS).read_text("utf-8"))
-    (bundle / COSTS).write_text(json.dumps({**stored, "machine": "another"}), "utf-8")
+    (bundle / COSTS).write_text(json.dumps({**stored, key: other(stored[key])}), "utf-8")
     notes: list[str] = []
     LLM(bundle, "goodput", note=notes.append)
     assert any("measuring" in note for note in notes)
-    assert json.loads((bundle / COSTS).read_text("utf-8"))["machine"] == stored["machine"]
+    assert json.loads((bundle / COSTS).read_text("utf-8"))[key] == stored[key]
 
 
 @pytest.mark.parametrize(("times", "again"), [(100.0, True), (0.01, False)])
@@ -143,25 +146,6 @@ def test_a_calibration_that_other_work_disturbs_is_refused(bundle, prompts, dist
         calibrate(bundle, prompts)
     assert not (bundle / COSTS).exists()
     assert not (bundle / CALIBRATION).exists()
-
-
-def test_costs_of_passes_that_were_padded_otherwise_are_measured_again(bundle):
-    sizes = LLM(bundle, "goodput").loop.target.sizes
-    stored = json.loads((bundle / COSTS).read_text("utf-8"))
-    (bundle / COSTS).write_text(json.dumps({**stored, "sizes": sizes[1:]}), "utf-8")
-    notes: list[str] = []
-    LLM(bundle, "goodput", note=notes.append)
-    assert any("measuring" in note for note in notes)
-    assert json.loads((bundle / COSTS).read_text("utf-8"))["sizes"] == list(sizes)
-
-
-@pytest.mark.parametrize("key", ["target_sha256", "draft_sha256"])
-def test_a_calibration_of_another_pair_is_refused(key, bundle, prompts):
-    calibrate(bundle, prompts)
-    stored = json.loads((bundle / CALIBRATION).read_text("utf-8"))
-    (bundle / CALIBRATION).write_text(json.dumps({**stored, key: "0" * 64}), "utf-8")
-    with refused(CALIBRATION, f"another {key.split('_')[0]}", "000000000000", "echo-trt calibrate"):
-        LLM(bundle, "goodput")
 
 
 def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(bundle, prompts):

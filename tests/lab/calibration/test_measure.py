@@ -1,5 +1,6 @@
 """What passes cost, measured on tiny pairs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from pairs import LIMITS, NATIVE_ROWS, roles_of
 
 from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
-from echo_trt.bundle.manifest import Manifest
+from echo_trt.bundle.costs import CostTable
+from echo_trt.bundle.manifest import read_manifest
 from echo_trt.engine.assemble import Networks
 from echo_trt.engine.batch import InputBatch, blocks_for
 from echo_trt.engine.drafters.eagle3 import EngineDrafter
@@ -93,18 +95,31 @@ class Clocked:
         self.clock.now += self.curve(len(call.token_ids), int(call.past_lens.sum()))
 
 
-def networks_of(target: Clocked, batch: InputBatch, manifest: Manifest) -> Networks:
-    return Networks(manifest, None, batch, target, None, None, None, None)
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Return the seconds that passes of a Clocked engine take, instead of the machine's."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def measured(bundle_of) -> Callable[..., CostTable]:
+    """target, slots, context and reserve -> what is measured of a target without a draft."""
+    manifest = read_manifest(bundle_of("lookup"))
+
+    def get(target: Clocked, *slots: int) -> CostTable:
+        return measure(Networks(manifest, None, InputBatch(*slots, 8192), target, None, None, None, None))
+
+    return get
 
 
 @pytest.mark.parametrize("count", [8, 64, 256])
-def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, open_llm, monkeypatch):
+def test_sizes_go_on_for_as_long_as_passes_hardly_take_longer(count, measured, clock):
     """On an H100 as on two cores: the knee is within the table, and so is enough of what is behind it."""
     truth = h100_qwen3_8b()
-    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(truth.costs().target, clock, 8192)
-    table = measure(networks_of(target, InputBatch(count, 4096, 128, 8192), manifest))
+    table = measured(target, count, 4096, 128)
     curve = table.costs().target
     for tokens in (1, 100, 150, 200, 300, 500, 1000, 2000):
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03 if tokens <= 500 else 0.2)
@@ -129,12 +144,10 @@ class Capturing(Clocked):
 
 @pytest.mark.parametrize("count", [8, 64])
 @pytest.mark.parametrize("capture", [0.05, 0.15, 0.3, 1.0, 5.0])
-def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkeypatch):
+def test_costs_have_no_part_of_a_graphs_capture(count, capture, measured, clock):
     truth = h100_qwen3_8b()
-    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Capturing(truth.costs().target, clock, 8192, capture)
-    table = measure(networks_of(target, InputBatch(count, 4096, 128, 8192), manifest))
+    table = measured(target, count, 4096, 128)
     curve = table.costs().target
     for tokens in (1, 2, 8, 30, 100, 200, 300, 500):
         assert curve(tokens) == pytest.approx(target.curve(tokens), rel=0.03)
@@ -142,22 +155,17 @@ def test_costs_have_no_part_of_a_graphs_capture(count, capture, open_llm, monkey
     assert table.change == 0
 
 
-def test_sizes_end_where_passes_take_long(open_llm, monkeypatch):
-    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
+def test_sizes_end_where_passes_take_long(measured, clock):
     target = Clocked(Curve(SIZES, [0.01 + 6e-4 * n for n in SIZES]), clock, 8192)
-    assert measure(networks_of(target, InputBatch(256, 4096, 128, 8192), manifest)).target.sizes[-1] == SIZES_LIMIT
+    assert measured(target, 256, 4096, 128).target.sizes[-1] == SIZES_LIMIT
 
 
-def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(open_llm, monkeypatch):
+def test_the_knee_is_where_it_was_whatever_the_longest_passes_took(measured, clock):
     """They are measured once, and other work may have run just then. Of a CPU without AVX-512."""
-    clock, manifest = SimpleNamespace(now=0.0), open_llm("lookup", "autoregressive", 1).manifest
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     knees = set()
     for longest in (0.33, 0.7):
         curve = Curve([1, 4, 6, 16, 64, 96, 128], [0.018, 0.021, 0.033, 0.052, 0.14, longest - 0.06, longest])
-        networks = networks_of(Clocked(curve, clock, 8192), InputBatch(64, 2048, 64, 8192), manifest)
-        knees.add(measure(networks).hinge.k_max)
+        knees.add(measured(Clocked(curve, clock, 8192), 64, 2048, 64).hinge.k_max)
     assert len(knees) == 1
     assert knees < {3, 4}
 
@@ -178,28 +186,23 @@ class Restless(Clocked):
         self.clock.now = begin + (self.clock.now - begin) * self.times * self.rng.lognormal(0, 0.05)
 
 
-def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_seconds(open_llm, monkeypatch):
+def test_beside_other_work_few_tokens_are_still_told_from_some_more_within_ten_seconds(measured, clock):
     """What one token takes and what 4, 6 or 8 do decides how much is speculated. Of a CPU without AVX-512."""
-    manifest = open_llm("lookup", "autoregressive", 1).manifest
     truth, small, wrong = Curve([1, 4, 6, 16, 128], [0.018, 0.021, 0.033, 0.052, 0.27]), (1, 2, 3, 4, 6, 8), []
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     for seed in range(20):
         begin = clock.now
         target = Restless(truth, clock, 8192, seed)
-        curve = measure(networks_of(target, InputBatch(64, 2048, 64, 8192), manifest)).costs()
+        curve = measured(target, 64, 2048, 64).costs()
         assert clock.now - begin < 10
         times = np.array([curve.target(n) / truth(n) for n in small])
         wrong.append(times / np.median(times) - 1)
     assert np.sqrt(np.square(wrong).mean()) < 0.1
 
 
-def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(open_llm, monkeypatch):
+def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculation(measured, clock):
     """A pass over one token is timed between the bursts of other work, and all others in them."""
-    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(lambda tokens, _: 0.02 if tokens == 1 else 0.6 + 1e-3 * tokens, clock, 8192)
-    table = measure(networks_of(target, InputBatch(1, 2048, 64, 8192), manifest))
+    table = measured(target, 1, 2048, 64)
     assert disturbance(table) == "a pass over 2 tokens took 30 times as long as one over 1"
     assert table.hinge.k_max == 1
     safe = without_speculation(table)
@@ -215,10 +218,8 @@ def test_a_measurement_that_other_work_disturbs_says_so_and_leaves_no_speculatio
 
 
 @pytest.mark.parametrize("seconds", [[1, 2, 3, 4, 6, 8], [1, 1, 1, 1, 1, 1], [1, 3.9, 5.9, 7.9, 11.9, 15.9]])
-def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, open_llm, monkeypatch):
+def test_what_a_quiet_machine_may_take_is_not_called_disturbed(seconds, measured, clock):
     """A pass over n tokens takes as long as one over 1 up to n times that, or a little more."""
-    manifest, clock = open_llm("lookup", "autoregressive", 1).manifest, SimpleNamespace(now=0.0)
-    monkeypatch.setattr("echo_trt.engine.rounds.time", SimpleNamespace(perf_counter=lambda: clock.now))
     target = Clocked(Curve([1, 2, 3, 4, 6, 8], [0.01 * s for s in seconds]), clock, 8192)
-    table = measure(networks_of(target, InputBatch(1, 2048, 64, 8192), manifest))
+    table = measured(target, 1, 2048, 64)
     assert disturbance(table) == ""

@@ -14,7 +14,6 @@ from refusal import refused
 
 from echo_trt.engine.params import SamplingParams
 from echo_trt.files.prompts import Prompt
-from echo_trt.speculation.echo.grow import grow
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.record import record
@@ -56,25 +55,6 @@ def test_recorded_trees_are_whole(recorded):
             assert each == sorted(each, reverse=True)
             assert len({token for _, token in each}) == len(each)
             assert all(log_q <= 0 for log_q, _ in each)
-
-
-@pytest.mark.parametrize("batch", [1, 7])
-def test_a_recorded_draft_grows_the_recorded_trees_again(batch, recorded):
-    for begin in range(0, len(recorded), batch):
-        positions = np.arange(begin, min(begin + batch, len(recorded)))
-        max_draft_len = INT32 - recorded.index[positions] - 1
-        tree, _ = grow(np.zeros(len(positions)), RecordedDraft(recorded, positions, 3), SHAPE, max_draft_len)
-        again = [dict[tuple[int, ...], float]() for _ in positions]
-        path_of: list[tuple[int, ...]] = []
-        for token, parent, request, score in zip(tree.token, tree.parent, tree.request, tree.score, strict=True):
-            path_of.append((*path_of[parent], int(token)) if parent >= 0 else ())
-            again[request][path_of[-1]] = float(score)
-        for position, got in zip(positions, again, strict=True):
-            children = paths_at(recorded, position)
-            assert got.keys() == children.keys()
-            for path, each in children.items():
-                for log_q, token in each:
-                    assert got[*path, token] - got[path] == pytest.approx(log_q, abs=1e-5)
 
 
 @given(st.data())

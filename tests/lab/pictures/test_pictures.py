@@ -7,15 +7,12 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-from matplotlib.figure import Figure
-
 import echo_trt
 from echo_trt_lab.pictures import palette
 from echo_trt_lab.pictures.by_load import accepted_length, drafted, iteration, speedup
 from echo_trt_lab.pictures.page import Figures, Report
-from echo_trt_lab.pictures.palette import PHASES, SERIES, SOURCES, THEMES, colours_of
-from echo_trt_lab.pictures.style import Picture, doubling_axis, styled
+from echo_trt_lab.pictures.palette import PHASES, SERIES, SOURCES, THEMES
+from echo_trt_lab.pictures.style import Picture
 
 POLICIES = ("autoregressive", "goodput", "goodput-exact", "echo", "static", "dense", "fixed", "openvino-genai-eagle3")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -39,72 +36,6 @@ def rows() -> list[dict]:
 
 def pictures() -> list[Picture]:
     return [speedup(rows()), accepted_length(rows()), drafted(rows()), iteration(rows())]
-
-
-@pytest.fixture(params=pictures(), ids=lambda picture: picture.name)
-def picture(request) -> Picture:
-    return request.param
-
-
-def drawn(picture: Picture) -> Figure:
-    with styled():
-        figure = picture.figure()
-        figure.draw_without_rendering()
-    return figure
-
-
-def test_a_legend_lies_on_nothing_and_is_whole(picture):
-    figure = drawn(picture)
-    (legend,), (axes,) = figure.legends, figure.axes
-    index = legend.get_window_extent()
-    assert index.y0 >= axes.get_window_extent().y1
-    assert index.x0 >= 0
-    assert index.x1 <= figure.bbox.width
-    assert index.y1 <= figure.bbox.height
-
-
-def test_every_load_has_a_plain_tick():
-    for picture in pictures()[:3]:
-        (axes,) = drawn(picture).axes
-        assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(batch) for batch in BATCHES]
-        assert axes.get_xticks(minor=True).size == 0
-
-
-def test_a_single_load_has_its_tick_and_room():
-    (axes,) = drawn(speedup([row for row in rows() if row["batch"] == 4])).axes
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4"]
-    assert axes.get_xlim() == (2, 8)
-
-
-@pytest.mark.parametrize(
-    ("values", "ticks"),
-    [([0.8, 14], ["0.5", "1", "2", "4", "8", "16"]), ([1, 2**16], ["1", "4", "16", "64", "256", "1024"]), ([4], ["4"])],
-)
-def test_powers_are_written_out(values, ticks):
-    axes = Figure().subplots()
-    doubling_axis(axes, "y", values)
-    assert [tick.get_text() for tick in axes.get_yticklabels()][: len(ticks)] == ticks
-    assert axes.get_yscale() == "log"
-
-
-def test_bars_are_of_plain_decoding_and_goodput():
-    figure = drawn(iteration(rows()))
-    names = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
-    assert names == [f"{batch} x {name}" for batch in BATCHES for name in ("plain", "goodput")]
-    assert iteration([{"policy": "peer", "batch": 1}]) is None
-
-
-def test_an_inline_picture_has_the_page_s_ink_and_a_name_of_its_own():
-    one, other = speedup(rows()), accepted_length(rows())
-    assert one.inline() == one.inline()  # the same each time
-    assert 'role="img" aria-label="Speedup by load"' in one.inline()
-    assert THEMES["light"]["ink"] not in one.inline()
-    assert "currentColor" in one.inline()
-    ids = [re.findall(r' id="([^"]*)"', picture.inline()) for picture in (one, other)]
-    assert all(len(found) == len(set(found)) for found in ids)
-    assert not set(ids[0]) & set(ids[1])
-    for target in re.findall(r'(?:xlink:href="|url\()#([^")]+)', one.inline()):
-        assert target in ids[0]
 
 
 def luminance(colour: str) -> float:
@@ -137,23 +68,6 @@ def test_reports_have_the_live_page_s_colours():
         page = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
         assert {name: page[theirs] for name, theirs in named.items()} == THEMES[theme]
         assert {source: page[source] for source in SOURCES} == palette.SOURCE_TEXTS[theme]
-
-
-def test_names_without_a_colour_get_one_that_nobody_has():
-    colours = colours_of(["goodput", "static", "vllm", "llama.cpp"])
-    assert colours["goodput"] == palette.BLUE
-    assert len(set(colours.values())) == 4
-    assert len(colours_of([f"peer {i}" for i in range(20)])) == 20
-
-
-def test_a_column_that_says_the_same_in_every_row_is_said_once():
-    figures = Figures("t", "s", ("prompts", "batch", "policy"), [["all", "1", "a"], ["all", "1", "b"]])
-    left, output = figures.without_constants(frozenset(("batch",)))
-    assert left.columns == ["batch", "policy"]
-    assert left.rows == [["1", "a"], ["1", "b"]]
-    assert output == {"prompts": "all"}
-    one = Figures("t", "s", ("prompts",), [["all"]])
-    assert one.without_constants()[0].rows == [["all"]]  # of one row nothing is the same as in others
 
 
 class Tags(HTMLParser):

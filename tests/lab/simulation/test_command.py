@@ -60,12 +60,6 @@ def test_a_report_has_the_plots_and_all_rows(job, tmp_path):
         simulate(job, html_file=tmp_path / "no" / "r.html")
 
 
-def test_every_policy_runs(job):
-    result, shown = simulate(job, policies=POLICIES, batches=(2,))
-    assert [r["policy"] for r in result["results"]] == list(POLICIES)
-    assert all(name in shown for name in POLICIES)
-
-
 def test_n_grams_of_a_table(job, tmp_path):
     file, answers = tmp_path / "ngrams.npz", recorded([40, 30, 50, 45] * 3, 4, 2, 3).answers.tolist()
     write_ngrams(table({(a,): (b, 0.9) for a, b in pairwise(answers)}, 1), file, "target")

@@ -60,12 +60,6 @@ def test_distinct_experts_against_a_monte_carlo(tokens):
     assert distinct_experts(tokens, 32, 4) == pytest.approx(np.mean(counts), abs=4 * np.std(counts) / 2000**0.5 + 1e-9)
 
 
-def test_a_moe_pass_reads_more_weights_as_tokens_touch_more_experts():
-    few, many, maximum = QWEN3_235B.bytes_read(np.array([1, 16, 4096]))
-    assert many > 5 * few
-    assert maximum == pytest.approx(QWEN3_235B.dense + 128 * QWEN3_235B.expert)
-
-
 def test_curves_of_a_machine_are_not_shared():
     machine = machine_named("h100-qwen3-8b", None)
     machine.costs().target.correct(np.ones(len(machine.target[0])))

@@ -91,8 +91,3 @@ def test_n_grams_go_on_behind_every_level():
             assert ahead[position, level] == max([reached - begin, *ahead[position, :level]])
     assert (ahead[:, 0] > 0).any()
     assert (ahead[:, 2] > alone[:, 2]).any()
-
-
-def test_without_n_grams_that_know_anything_nothing_changes():
-    trees = recorded([40] * 3, levels=4, beams=2, width=3)
-    assert (predict(trees, ORACLE, table({(2000,): (1, 0.5)}, 1)) == predict(trees, ORACLE)).all()

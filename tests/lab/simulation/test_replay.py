@@ -114,13 +114,6 @@ def test_the_oracle_has_n_grams_too(recording, calibration, ngrams, batch):
     assert best.rate > 1.01 * Oracle(recording, KNEE, CANDIDATES, batch, 10).run(1200).rate
 
 
-def test_goodput_head_is_without_n_grams(recording, calibration, ngrams):
-    first, second = (
-        replay(recording, calibration, "goodput-head", 4, ngrams=n).run(400).figures() for n in (ngrams, None)
-    )
-    assert first == second
-
-
 def test_on_a_machine_with_a_knee_the_policies_are_in_order(recording, calibration):
     rate = {name: replay(recording, calibration, name, 16).run(3000).rate for name in POLICIES}
     assert rate["goodput"] > rate["goodput-head"] > rate["autoregressive"] > rate["static"]

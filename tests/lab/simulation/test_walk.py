@@ -58,11 +58,6 @@ def test_more_slots_than_answers_begin_at_different_places():
     assert len(set(zip(walk.answer.tolist(), walk.index.tolist(), strict=True))) == 20
 
 
-def test_the_recorded_shape():
-    recording = Recording(recorded([9, 9], levels=3, beams=2, width=4))
-    assert (recording.levels, recording.beams, recording.width) == (3, 2, 4)
-
-
 def test_recordings_that_cannot_be_walked():
     trees = recorded([5, 5], 2, 1, 1)
     with refused("2 tokens"):

@@ -5,12 +5,9 @@ import pytest
 from forests import nodes_of
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import load_of
 from seeded_draft import NoDraft, PathDraft, SeededDraft, SteadyDraft, drafted
 
 from echo_trt.speculation.echo.grow import grow
-from echo_trt.speculation.echo.pivot import allocate
-from echo_trt.speculation.echo.planner import EchoPlanner
 from echo_trt.speculation.echo.settings import EchoSettings
 from echo_trt.speculation.policies import echo_settings
 from echo_trt.speculation.super_tree import SuperTree
@@ -36,11 +33,6 @@ def settings_of(name: str, budget: int = 16, **changes) -> EchoSettings:
 
 def grown(draft: PathDraft, limits: EchoSettings, max_draft_len: list[int]) -> tuple[SuperTree, np.ndarray]:
     return grow(np.arange(len(max_draft_len)), draft, limits, np.array(max_draft_len))
-
-
-def verified(draft: PathDraft, limits: EchoSettings, max_draft_len: list[int]) -> SuperTree:
-    load = load_of(len(max_draft_len), max_draft_len=np.array(max_draft_len))
-    return EchoPlanner("static", limits).plan(np.arange(len(max_draft_len)), draft, load).tree
 
 
 def paths_by_request(tree: SuperTree) -> list[Paths]:
@@ -107,20 +99,6 @@ def test_growth_is_what_it_promises(case, name, budget):
     assert all(tree.depth[node] <= max_draft_len[tree.request[node]] for node in range(len(tree)))
 
 
-@given(drafts_and_room(), st.sampled_from(PAPER), st.integers(0, 30), st.sampled_from([6, 8, 64]))
-def test_the_budget_and_each_requests_limit_hold(case, name, budget, per_request):
-    draft, max_draft_len = case
-    limits = settings_of(name, budget, per_request=per_request)
-    tree, reach = grown(draft, limits, max_draft_len)
-    sizes = np.bincount(tree.request[allocate(tree, reach, limits)], minlength=len(max_draft_len))
-    assert sizes.min() >= 1
-    assert sizes.max() <= limits.per_request <= limits.rows_per_request
-    if name == "static":
-        assert sizes.tolist() == np.minimum(tree.sizes, limits.per_request).tolist()
-    else:
-        assert sizes.sum() == min(max(budget, len(max_draft_len)), np.minimum(tree.sizes, per_request).sum())
-
-
 @given(drafts_and_room(), st.sampled_from(["static", "echo"]))
 def test_a_request_drafts_no_more_rows_than_the_policy_says(case, name):
     draft, max_draft_len = case
@@ -130,40 +108,10 @@ def test_a_request_drafts_no_more_rows_than_the_policy_says(case, name):
     assert expanded.max() <= 1 + limits.beams * (limits.max_depth - 1)
 
 
-@pytest.mark.parametrize("budget", [0, 3, 4])
-@pytest.mark.parametrize("name", ["dense", "fixed", "echo"])
-def test_a_budget_of_the_roots_alone_asks_no_draft(name, budget):
-    limits = settings_of(name, budget)
-    tree, reach = grow(np.arange(4), NoDraft(), limits, np.full(4, 9))
-    assert allocate(tree, reach, limits).tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("name", PAPER)
 def test_without_room_no_draft_is_asked(name):
     tree, _ = grow(np.arange(3), NoDraft(), settings_of(name, AMPLE), np.array([0, 0, -1]))
     assert len(tree) == 3
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_an_empty_batch(name):
-    limits = settings_of(name)
-    tree, reach = grow(np.zeros(0, np.int64), NoDraft(), limits, np.zeros(0, np.int64))
-    assert len(allocate(tree, reach, limits)) == 0
-
-
-@given(drafts_and_room())
-def test_static_does_not_know_its_batch_mates(case):
-    draft, max_draft_len = case
-    limits = settings_of("static")
-    candidates = paths_by_request(grown(draft, limits, max_draft_len)[0])
-    chosen = paths_by_request(verified(draft, limits, max_draft_len))
-    for request, seed in enumerate(draft.seeds):
-        alone, own_room = (
-            SeededDraft([seed], draft.k, draft.spread, draft.missing),
-            max_draft_len[request : request + 1],
-        )
-        assert paths_by_request(grown(alone, limits, own_room)[0]) == [candidates[request]]
-        assert paths_by_request(verified(alone, limits, own_room)) == [chosen[request]]
 
 
 def test_probabilities_rounded_above_one_do_not_lift_a_child_over_its_parent():

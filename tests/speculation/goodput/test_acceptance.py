@@ -10,10 +10,6 @@ from echo_trt.speculation.goodput.learner.sources import SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED, KNOTS, Acceptance
 from echo_trt.speculation.sources import BOTH, DRAFT, LOOKUP
 
-CHILDREN = np.array([[[0.2, 0.8], [0.1, 0.1]], [[0.5, 0.9], [0.0, 0.1]], [[0.4, 1.0], [0.2, 0.0]]])
-
-HORIZON = TUNING.horizon
-
 
 def read(table: np.ndarray, source: int, depth: int, x: float) -> float:
     """On the straight line in sqrt(x) between the two knots around x; below the last row, the last row."""
@@ -52,7 +48,7 @@ def test_uncalibrated_the_draft_is_trusted_less_than_it_trusts_itself():
     for x in (0.01, 0.25, 1.0):
         for source in range(len(CALIBRATED)):
             assert ask(model, source, 3, x) == pytest.approx(in_odds(min(0.999 * x, 0.999), 0.5, -0.2), rel=0.02)
-    assert model.children.shape[0] == len(model.forecast(9, HORIZON).child_shares) == 4
+    assert model.children.shape[0] == len(model.forecast(9, TUNING.horizon).child_shares) == 4
     assert (np.diff(model.children, axis=2) >= 0).all()
     assert (np.diff(model.children, axis=1) <= 0).all()
 
@@ -85,14 +81,6 @@ def test_a_fit_finds_what_the_table_is_wrong_by(slope, bias):
                 in_odds(ask(table, DRAFT, depth, x), slope, bias), abs=0.1
             )
             assert ask(model, LOOKUP, depth, x) == ask(table, LOOKUP, depth, x)
-
-
-def test_what_changed_is_followed():
-    model, table = random_acceptance(3), random_acceptance(3)
-    learner = SourceLearner(model, TUNING)
-    stream(learner, 1.0, 1.0, BOTH, 200)
-    stream(learner, 1.0, -1.0, BOTH, 100, seed=1)  # as many nodes as a fit knows, and some more
-    assert ask(model, BOTH, 1, 0.5) == pytest.approx(in_odds(ask(table, BOTH, 1, 0.5), 1.0, -1.0), abs=0.1)
 
 
 def test_a_source_that_is_never_right_is_dropped_within_200_tries_and_tried_again_much_later():
@@ -137,27 +125,3 @@ def test_minutes_in_which_nothing_of_a_source_is_accepted_are_counted():
         learner.elapsed(31)
         learner.elapsed(31)
     assert learner.totals()["silent"] == {"head": 3, "lookup": 0, "both": 2, "ngram": 0, "grammar": 0}
-
-
-# -- children --------------------------------------------------------------------------------------------------------
-
-
-def test_below_a_node_stand_its_children_and_those_of_its_best_child():
-    model = Acceptance(random_acceptance(0).table, CHILDREN)
-    assert [len(levels) for levels in model.forecast(9, HORIZON).child_shares] == [
-        min(HORIZON, 3 - depth) for depth in range(3)
-    ]
-    for depth, levels in enumerate(model.forecast(9, HORIZON).child_shares):
-        assert levels.shape == (min(HORIZON, 3 - depth), 2, 2)
-        for quantile in range(2):
-            above = 1.0
-            for level in range(len(levels)):
-                own = CHILDREN[depth + level]
-                assert levels[level, :, quantile] == pytest.approx(above * own[:, quantile])
-                above *= own[0, quantile]
-
-
-def test_no_more_levels_are_foreseen_than_the_horizon():
-    below = Acceptance.uncalibrated(6).forecast(9, HORIZON).child_shares
-    assert [len(levels) for levels in below] == [min(HORIZON, 6 - depth) for depth in range(6)]
-    assert HORIZON > 1

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import Recorded, Server, linear, load_of
+from machines import Recorded, linear, load_of
 from seeded_draft import NoDraft, PathDraft, SteadyDraft, drafted
 
 from echo_trt.speculation.goodput.ladder import Forecast, Ladder
@@ -105,49 +104,3 @@ def test_a_pass_is_weighed_against_all_its_levels(seconds):
     draft = Recorded(SteadyDraft([[0.9, 0.05]]))
     plan = planner.plan(np.zeros(1), draft if seconds < 3 else NoDraft(), load_of(1))
     assert (len(plan.tree) > 1) == (seconds < 3)
-
-
-def test_a_block_that_does_not_pay_is_cut_to_nothing():
-    """Where a further token costs more than it brings only roots are verified, whatever the block says."""
-    planner = planner_of(linear(1.0, 5.0), linear(1e-6, 0.0), 3)
-    planner.ladder = Fixed(40)
-    plan = planner.plan(np.zeros(3), Marginals(np.full((3, ROWS, 2), 0.4)), load_of(3))
-    assert len(plan.tree) == 3
-
-
-def test_a_block_is_cut_where_its_next_token_costs_more_than_it_brings():
-    planner = planner_of(linear(1.0, 0.3), linear(1e-6, 0.0), 1)
-    planner.ladder = Fixed(30)
-    plan = planner.plan(np.zeros(1), Marginals(np.full((1, ROWS, 1), 0.7)), load_of(1))
-    worth = np.array([0.7**d for d in range(1, ROWS + 1)])
-    assert 1 < len(plan.tree) <= 1 + np.count_nonzero(worth > 0.3)
-
-
-@pytest.mark.parametrize("right", [0.85, 0.02])
-def test_it_is_never_much_slower_than_plain_decoding(right):
-    """A machine whose block pass takes a third of the target's: a good drafter gains, a useless one loses nothing."""
-    count, target, draft = 4, linear(1.0, 0.05), linear(0.3, 0.002)
-    planner = planner_of(linear(1.0, 0.05), linear(0.3, 0.002), count)
-    server = BlockServer(planner, target, draft, [0.85, 0.05], count)
-    server.right = [right, 0.01]
-    server.run(1500)
-    plain = count / target(count)
-    rate = server.run(1500).rate
-    assert rate > (1.5 if right > 0.5 else 0.97) * plain
-
-
-class BlockServer(Server):
-    """A server whose draft takes one pass per iteration."""
-
-    def _step(self) -> None:
-        self.levels = itertools.count()
-        super()._step()
-
-    @property
-    def draft(self):
-        """A pass costs what its rows take; further levels cost nothing."""
-        return lambda entries: self._curve(entries + ROWS) if next(self.levels) == 0 else 1e-9
-
-    @draft.setter
-    def draft(self, curve: Curve) -> None:
-        self._curve = curve

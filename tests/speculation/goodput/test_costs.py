@@ -99,17 +99,6 @@ def test_a_pass_corrects_sizes_near_its_own_and_by_a_share_all_others(factor):
     assert curve(64) == pytest.approx((factor if factor < 1 else factor**TUNING.shared_cost) * 0.04, rel=0.05)
 
 
-def test_sizes_between_the_measured_ones_are_learnt_too():
-    curve = Curve([1, 100], [0.01, 0.01])
-    for _ in range(1000):
-        observe(curve, 100, 0, 0.03)
-    assert curve(100) == pytest.approx(0.03, rel=0.02)
-    fine = Curve([1, 8, 16], [0.01, 0.01, 0.01])
-    for _ in range(1000):
-        observe(fine, 11, 0, 0.02)
-    assert fine(11) == pytest.approx(0.02, rel=0.05)
-
-
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_curve_finds_another_machine_and_what_context_costs_is_taken_off(factor):
     curve = Curve(SIZES, TABLE, per_context=1e-6)

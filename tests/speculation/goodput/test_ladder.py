@@ -81,19 +81,6 @@ def test_what_was_foreseen_runs_first():
     assert set(Machine(Ladder()).run(rates_of(1, 1, 1, 1), TRIAL, predicted=predict(0.9, 0.8, 0.9, 0.9))) == {UNDRAFTED}
 
 
-@pytest.mark.parametrize("requests", [1, 4, 32])
-def test_a_rung_that_loses_is_given_up_after_a_window_or_two(requests):
-    machine = Machine(Ladder())
-    verification_sizes = machine.run(rates_of(0.7, 0.7, 0.7, 0.7), 40 * TRIAL, requests, predict(1.2, 1.4, 1.3, 1.1))
-    assert verification_sizes[TRIAL] == 8
-    later = verification_sizes[20 * TRIAL :]
-    assert sum(verification_size != UNDRAFTED for verification_size in later) < (0.35 if requests >= 4 else 0.6) * len(
-        later
-    )  # one text may be hard
-    if requests >= 4:
-        assert sum(verification_size == 8 for verification_size in verification_sizes) <= 5 * (TRIAL + TUNING.warm_up)
-
-
 @pytest.mark.parametrize(("gain", "predicted"), [(0.8, 0.8), (1.35, 1.35), (0.9, 0.8), (1.5, 1.35)])
 @pytest.mark.parametrize("iterations", [40, 120])
 def test_a_short_run_loses_little_where_forecasts_can_be_trusted(gain, predicted, iterations):
@@ -113,21 +100,6 @@ def test_a_forecast_that_was_trusted_in_vain_is_given_up():
     )
 
 
-@pytest.mark.parametrize("requests", [1, 4, 32])
-@pytest.mark.parametrize("gain", [0.3, 0.7, 0.95])
-def test_where_nothing_pays_it_decodes_plainly_and_loses_a_hundredth(gain, requests):
-    machine = Machine(Ladder(), noise=0.05)
-    rate = rates_of(gain, gain, gain, gain)
-    machine.run(rate, 1500, requests, predict(1.2, 1.4, 1.3, 1.1))
-    verification_sizes = machine.run(rate, 6000, requests)
-    assert (
-        0
-        < sum(verification_size != UNDRAFTED for verification_size in verification_sizes)
-        < (0.05 if gain < 0.9 else 0.35) * len(verification_sizes)
-    )  # it goes on looking
-    assert machine.rate > 0.98 * rate(UNDRAFTED)
-
-
 @pytest.mark.parametrize("predicted", [1.2, 0.8])
 def test_trials_lose_about_a_hundredth_of_the_time(predicted):
     machine = Machine(Ladder())
@@ -137,15 +109,6 @@ def test_trials_lose_about_a_hundredth_of_the_time(predicted):
     others = sum(verification_size != 6 for verification_size in verification_sizes)
     assert 0 < others < 0.03 * len(verification_sizes)
     assert machine.rate > (1 - 1.2 * TUNING.trial_cost) * rate(6)
-
-
-def test_plain_decoding_and_the_other_rungs_are_tried():
-    machine = Machine(Ladder())
-    machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 2000, predicted=predict(1.4, 1.5, 1.3, 1.1))
-    tried = Counter(machine.run(rates_of(1.4, 1.5, 1.3, 1.1), 20000))
-    assert {UNDRAFTED, 6, 8} <= set(tried)
-    assert tried[6] > tried[16]  # the more promising the oftener
-    assert tried[8] > 0.95 * 20000
 
 
 def test_it_holds_without_flapping():
@@ -170,17 +133,6 @@ def test_a_machine_that_changes_its_speed_favours_no_rung():
         )
         plain += sum(verification_size != 6 for verification_size in verification_sizes)
     assert plain < 0.1 * 80 * 107
-
-
-@pytest.mark.parametrize(("before", "after"), [((1.5, 1.4, 1.2, 1.0), 0.7), ((0.7, 0.7, 0.7, 0.7), 1.5)])
-def test_texts_that_change_are_followed(before, after):
-    machine = Machine(Ladder())
-    machine.run(rates_of(*before), 3000)
-    rate = rates_of(after, after - 0.2, after - 0.3, after - 0.4)
-    machine.run(rate, 9000)
-    verification_sizes = machine.run(rate, 2000)
-    assert usual(verification_sizes) == (6 if after > 1 else UNDRAFTED)
-    assert machine.rate > 0.98 * max(rate(6), rate(UNDRAFTED))
 
 
 def test_loads_learn_apart_and_a_new_one_begins_with_what_the_last_has_shown():
@@ -212,15 +164,6 @@ def test_a_trial_that_prompts_leave_nothing_of_ends():
 
 #: A change of size costs a third of a pass.
 FEW_SIZES = {"change": 3e-3, "sizes": tuple(range(2, 600, 2))}
-
-
-@pytest.mark.parametrize("count", [1, 4, 16])
-def test_an_uncalibrated_head_that_drafts_badly_is_given_up(count):
-    server = server_of(linear(0.01, 2e-4), linear(1e-3, 1e-5), [0.6, 0.2, 0.1], count, **FEW_SIZES)
-    server.right = [0.05, 0.02, 0.01]
-    server.run(300)
-    server.run(4000)
-    assert server.rate > 0.98 * count / server.target(count)
 
 
 @pytest.mark.parametrize("count", [4, 16, 32])

@@ -14,7 +14,7 @@ from seeded_draft import NoDraft, SteadyDraft
 from echo_trt.speculation.goodput.learner.sources import SourceLearner
 from echo_trt.speculation.goodput.model.acceptance import CALIBRATED_START, Acceptance
 from echo_trt.speculation.goodput.model.costs import Costs, Curve
-from echo_trt.speculation.goodput.model.ngrams import LEAVES, NGrams, context_keys
+from echo_trt.speculation.goodput.model.ngrams import LEAVES, NGrams
 from echo_trt.speculation.goodput.optimiser.candidates import Candidates
 from echo_trt.speculation.goodput.planner import GoodputPlanner
 from echo_trt.speculation.goodput.settings import GoodputSettings
@@ -24,18 +24,6 @@ from echo_trt.speculation.super_tree import SuperTree
 
 LONGEST, FLOOR = 3, TUNING.min_continuation
 TOKENS = st.integers(0, 4)  # few, so that contexts meet
-
-
-def test_a_key_is_of_the_last_tokens_alone():
-    text, other = np.array([7, 1, 2, 3]), np.array([9, 9, 2, 3])
-    keys, others = context_keys(text, 4), context_keys(other, 4)
-    assert keys.shape == (5, 4)
-    assert (keys[0] == 0).all()
-    assert (keys[2, 2:] == 0).all()
-    assert keys[4, :2].tolist() == others[4, :2].tolist()
-    assert (keys[4, 2:] != others[4, 2:]).all()
-    assert len(set(keys[4].tolist())) == 4  # the same token alone and behind others
-    assert keys[3, 1] != context_keys(np.array([2, 1]), 4)[2, 1]  # order counts
 
 
 @st.composite
@@ -99,12 +87,6 @@ def test_a_shift_reaches_what_a_table_is_sure_of():
     ngrams, tree = table({(0,): (1, 1.0)}, 1), SuperTree.from_roots(np.zeros(1))
     chains = ngrams.chains(tree, np.ones(1), np.full((1, 1), -1), np.ones(1, np.int64), -1.5, FLOOR)
     assert np.exp(chains.log_p[0, 0]) < 0.98
-
-
-def test_a_table_without_entries_continues_nothing():
-    ngrams = NGrams(np.zeros(0, np.uint32), np.zeros(0), np.zeros(0), LONGEST)
-    tree = SuperTree.from_roots(np.zeros(2))
-    assert not ngrams.chains(tree, np.ones(2), np.zeros((2, LONGEST)), np.full(2, 4), 0.0, FLOOR).exists.any()
 
 
 @pytest.mark.parametrize("policy", ["goodput", "goodput-exact", "goodput-head"])

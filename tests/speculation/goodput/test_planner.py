@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from forests import nodes_of, super_trees
+from forests import super_trees
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from machines import SHAPE, SIZES, TUNING, Copied, Recorded, copied_chains, linear, load_of, random_acceptance
@@ -103,16 +103,6 @@ def test_no_other_choice_is_worth_more(case):
     assert worth(set(chosen)) == pytest.approx(max(worth(nodes) for nodes in every if allowed(nodes)), abs=1e-9)
 
 
-def test_a_step_in_the_curve_is_crossed_only_if_what_lies_beyond_pays_for_it():
-    tree = SuperTree.from_roots(np.array([1]))
-    tree.add(np.zeros(6, np.int64), np.arange(6), np.zeros(6))
-    value = np.array([1.0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4])
-    seconds = np.array([1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0])
-    assert len(select(value, tree, 64, seconds, time_price=1.0)) == 1 + 2  # four more bring 1.6, which cost 2
-    assert len(select(value, tree, 64, seconds, time_price=0.7)) == 1 + 6
-    assert len(select(value, tree, 6, seconds, time_price=0.7)) == 1 + 2  # three more bring 1.2, which cost 1.4
-
-
 # -- whether to draft ------------------------------------------------------------------------------------------------
 
 
@@ -148,16 +138,6 @@ def test_a_draft_that_costs_more_than_it_can_bring_is_not_asked(count, levels):
         assert requested or len(plan.tree) == count
 
 
-def test_where_all_is_free_all_is_drafted_and_verified():
-    settings = replace(SHAPE, max_depth=4, per_request=64)
-    draft = steady(3, 0.5, 0.2, 0.1)
-    plan = planner_of(flat(0.01), FREE, settings=settings).plan(np.arange(5, 8), draft, load_of(3))
-    assert draft.passes == 4
-    for request in range(3):
-        assert np.bincount(plan.tree.depth[nodes_of(plan.tree, request)]).tolist() == [1, 3, 6, 6, 6]
-    assert plan.tree.token[plan.tree.parent < 0].tolist() == [5, 6, 7]
-
-
 def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified():
     """Neither a free draft nor copied text is worth verifying then."""
     for count in (1, 3):
@@ -171,18 +151,6 @@ def test_where_a_further_token_costs_more_than_it_brings_only_roots_are_verified
             plan = planner.plan(np.zeros(count), NoDraft(), load_of(count))
             assert (plan.tree.source[plan.tree.parent >= 0] == LOOKUP).all()
             assert len(plan.tree) == count * (3 if verified else 1)
-
-
-def test_without_room_nothing_is_drafted():
-    planner = planner_of(flat(0.01), FREE)
-    draft = steady(4, 0.9, 0.05, 0.01)
-    plan = planner.plan(np.zeros(4), draft, load_of(4, max_draft_len=np.array([0, 2, 0, 1])))
-    assert draft.roots == [1, 3]
-    assert plan.tree.depth[np.array(nodes_of(plan.tree, 1))].max() == 2
-    assert plan.tree.depth[np.array(nodes_of(plan.tree, 3))].max() == 1
-    assert [len(nodes_of(plan.tree, request)) for request in (0, 2)] == [1, 1]
-    plan = planner.plan(np.zeros(4), NoDraft(), load_of(4, max_draft_len=np.zeros(4, np.int64)))
-    assert len(plan.tree) == 4
 
 
 def test_one_that_is_far_behind_is_left_where_others_are_not():
@@ -353,19 +321,6 @@ def test_exact_plans_are_one_chain_a_request(case):
     assert (plan.tree.parent[below] == below - 1).all()
     assert (plan.probability[below] > 0).all()
     assert (plan.tree.depth <= load.max_draft_len[plan.tree.request]).all()
-
-
-def test_plans_depend_on_nothing_but_what_they_are_told():
-    for _ in range(2):
-        sizes = [
-            len(
-                planner_of(linear(0.01, 1e-4), linear(1e-4, 1e-5))
-                .plan(np.zeros(4), steady(4, 0.6, 0.2, 0.1), load_of(4))
-                .tree
-            )
-            for _ in range(2)
-        ]
-        assert sizes[0] == sizes[1] > 8
 
 
 def test_who_fell_behind_is_preferred():

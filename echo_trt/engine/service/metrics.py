@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from echo_trt.engine.service.job import FinishInfo
+from echo_trt.engine.request import Event
 from echo_trt.engine.service.statistics import Statistics
 from echo_trt.speculation.sources import SOURCES
 
@@ -77,7 +77,7 @@ class EngineMetrics(Collector):
         if self.observed is not None:
             self.observed.append((name, seconds))
 
-    def ended(self, end: FinishInfo, seconds: float) -> None:
+    def ended(self, end: Event, seconds: float) -> None:
         """Observe a request's seconds in the queue, until its first token, and in all."""
         if end.reason == "invalid":
             return
@@ -92,7 +92,6 @@ class EngineMetrics(Collector):
         self._refused[outcome] += 1
 
     def flush(self, now: Statistics) -> None:
-        """Bring the series up to date."""
         emitted, verifications = self._verified
         self._verified = now.counters.emitted_tokens, now.counters.verifications
         if now.counters.verifications > verifications:
@@ -107,7 +106,6 @@ class EngineMetrics(Collector):
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the series of the latest update."""
         if (now := self._now) is None:
             return
         for name, text in COUNTERS.items():
