@@ -63,7 +63,7 @@ def part_of(network: Decoder, shard: Shard) -> Decoder:
     values = {}
     for name, own in part.state_dict().items():
         pairs = zip(_merged(name, network.get_parameter(name), network.config), _merged(name, own, config), strict=True)
-        values[name] = torch.cat([one[tuple(map(shard.index, one.shape, mine.shape))] for one, mine in pairs])
+        values[name] = torch.cat([one[tuple(map(shard.slice_of, one.shape, mine.shape))] for one, mine in pairs])
     part.load_state_dict(values, assign=True)
     part.rotary = Rotary(config, POSITIONS)
     return part.requires_grad_(False).eval()

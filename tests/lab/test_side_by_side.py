@@ -36,4 +36,4 @@ def test_a_part_of_a_pool_too_small_for_a_request_refuses_it(open_llm):
     llm = open_llm("lookup")
     part = side_by_side(llm, ["autoregressive"] * llm.loop.batch.num_blocks)[0]
     with refused("the request may need", "there are 1", "lower its max_tokens"):
-        part.queue.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))
+        part.scheduler.check(llm.request(0, [5, 6], SamplingParams(max_tokens=64)))

@@ -47,7 +47,7 @@ def quantise(path: Path, precision: str) -> None:
             if found := uses.get(tensor.name):
                 parts, node = _quantised(tensor, found[0], precision, path.parent)
                 for use in found:
-                    use.node.input[use.index] = node.output[0]
+                    use.node.input[use.input_index] = node.output[0]
                 nodes.append(node)
             else:
                 parts = [(tensor, None)]
@@ -144,9 +144,9 @@ def _store(tensor: TensorProto, values: np.ndarray | None, file: BinaryIO, locat
             return
         values = numpy_helper.to_array(tensor, str(folder))
     file.write(bytes(-file.tell() % ALIGNMENT))
-    input_index, length = file.tell(), values.nbytes
+    offset, length = file.tell(), values.nbytes
     file.write(np.ascontiguousarray(values).data if values.dtype.kind in "iuf" else values.tobytes())
     tensor.raw_data = b""  # the helper asks for it
-    set_external_data(tensor, location, input_index, length)
+    set_external_data(tensor, location, offset, length)
     tensor.data_location = TensorProto.EXTERNAL
     tensor.ClearField("raw_data")
