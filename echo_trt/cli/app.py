@@ -114,7 +114,7 @@ def worker(options: WorkerOptions) -> int:
     """Serve a bundle as a worker of NVIDIA Dynamo, whose frontend finds it.
 
     Dynamo's own settings are environment variables: DYN_DISCOVERY_BACKEND (here file by default), DYN_FILE_KV,
-    DYN_NAMESPACE and others. SIGTERM lets open answers finish; what is left goes on at other workers.
+    DYN_NAMESPACE and others. SIGTERM lets open answers finish; unfinished ones continue at other workers.
 
     Example: `echo-trt worker bundles/smollm2-135m --system-port 9191`
     """

@@ -37,8 +37,8 @@ class SamplingParams:
 
     The same seed gives the same text wherever the logits are the same, whichever policy, batch or load. In bf16 their
     rounding depends on those, but for the policies autoregressive and goodput-exact on CPUs (docs/exactness.md says how
-    often texts part). The draws are those of positions in the whole text, so the text so far, as the prompt of another
-    request with the same seed, is continued as it would have been.
+    often texts part). A draw depends on the seed and the token's position in the whole text: a request whose prompt is
+    another's text so far, with the same seed, continues as the other would have.
 
     presence_penalty and frequency_penalty are OpenAI's, over generated tokens; repetition_penalty is Hugging Face's,
     over the prompt too, and comes first (``speculation.sampling.penalties``). They precede temperature, and hold for

@@ -1,7 +1,7 @@
 """KV events: which blocks a worker's prefix cache keeps, so that Dynamo's router knows where a prompt's beginning is.
 
-A block's key depends on the token behind it, too (``engine.prefix_cache``). Dynamo knows such keys, as those of EAGLE
-heads: it hashes windows of 33 tokens, which overlap by one.
+A block's key covers its 32 tokens and the next one (``engine.prefix_cache``), as Dynamo's keys for EAGLE heads do:
+Dynamo hashes windows of 33 tokens, which overlap by one.
 """
 
 from __future__ import annotations

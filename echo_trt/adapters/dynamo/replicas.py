@@ -100,7 +100,7 @@ class Frontend(Supervised):
         return Process("frontend", command, self._environment, self._log)
 
     def _lives(self) -> bool:
-        """Return whether it answers. One that lost its workers, as a removed folder of entries does, is told to end."""
+        """Return whether the frontend answers. Stop one that lists no worker: its folder was removed."""
         end = time.monotonic() + LOST_SECONDS
         while alive := super()._lives():
             served = any(worker.serving for worker in self._workers)

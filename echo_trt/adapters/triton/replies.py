@@ -55,7 +55,7 @@ class Replies:
     """Any thread may ``put`` the events of replies, which may come before a reply begins.
 
     Once there is a file ``drain`` in the folder ``signals``, nothing new is taken; ``drained`` appears there when the
-    last reply has been sent. (A Triton that is told to stop refuses new requests itself, but may abort over it.)
+    last reply has been sent. (Triton itself refuses new requests once it stops, but may abort while it does.)
     """
 
     def __init__(self, service: Service, metrics: EngineMetrics, model: str, signals: Path | None = None):
@@ -173,7 +173,7 @@ class Replies:
 
 
 def triton_process() -> int:
-    """Triton's process id. Its stub is told it, since Triton may have died before the bundle was loaded."""
+    """Return Triton's process id: an argument of the stub, since the parent's id changes where Triton has died."""
     words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
     if words[0].endswith(b"triton_python_backend_stub") and words[5].isdigit():
         return int(words[5])

@@ -116,7 +116,7 @@ class BlockTrees(KnownTrees):
         width = scores.shape[1]
         self.hidden_states = np.asarray(outputs.get("hints", np.zeros((count * rows, 0), np.float32)))
         self._rows, self._first_row, self._width = rows, first, width
-        self._index = np.zeros(batch, np.int64)  # of a request's block among those of the pass
+        self._index = np.zeros(batch, np.int64)  # a request's block in the pass
         self._index[requests] = np.arange(count)
         row = np.repeat(np.arange(count * rows), width)
         children = np.where((row + 1) % rows, width, 0)
