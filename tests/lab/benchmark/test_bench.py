@@ -71,8 +71,8 @@ def test_every_policy_has_a_row_at_every_batch_and_the_texts_of_plain_decoding(b
             assert row["accepted_by_source"] == {}
             assert row["verified_per_iteration"] == row["batch"]
         if row["policy"] == "goodput":
-            tokens = sum(row["accepted_by_source"].values())
-            assert (tokens > 0) == (row["draft_utilisation"] is not None and row["draft_utilisation"] > 0)
+            # Sources are of the whole run, and the utilisation of its iterations with every slot decoding.
+            assert not row["draft_utilisation"] or sum(row["accepted_by_source"].values()) > 0
         if row["policy"] == "static":
             assert row["accepted_length"] > 1.5
             assert row["phases_ms"]["draft"] > 0
