@@ -220,9 +220,9 @@ TOKEN_SOURCES = ("target", "head", "lookup", "both", "ngram", "grammar")
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """An emitted token's natural log-probability, and ``top``, those of the best tokens at its position, best first.
+    """Natural log-probabilities at one position of an answer: the emitted token's and the best tokens'.
 
-    ``top`` holds (token id, logprob); the emitted token need not be among them.
+    ``top`` holds (token id, logprob) of the best tokens, best first; the emitted token need not be among them.
     """
 
     token: int

@@ -152,7 +152,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
-    """Return the ``references`` that have a finite text, beginning with those that need no other reference."""
+    """Return the ``references`` with a finite text; a reference follows the ones that its text needs."""
     ending: set[str] = set()
     waiting: dict[str, list[str]] = {}  # reference -> references to check again once it ends
     whole: set[int] = set()

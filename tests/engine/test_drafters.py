@@ -244,13 +244,19 @@ def test_not_drafting_never_calls_the_draft(pair, open_llm):
     assert draft.calls
 
 
-@pytest.mark.parametrize("pair", BLOCK_PAIRS)
-def test_a_block_costs_one_pass_an_iteration(pair, open_llm):
+def in_step(open_llm, pair: str) -> tuple:
+    """Return the LLM with one running request, its draft's counted engine, and the tokens just emitted."""
     llm = open_llm(pair, "static")
     add(llm.loop, prompt_ids(10, 0), max_tokens=100)
     run(llm.loop, 2)
     llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
     ((_, emitted),) = run(llm.loop, 1)
+    return llm, draft, emitted
+
+
+@pytest.mark.parametrize("pair", BLOCK_PAIRS)
+def test_a_block_costs_one_pass_an_iteration(pair, open_llm):
+    llm, draft, emitted = in_step(open_llm, pair)
     for _ in range(6):
         draft.calls.clear()
         passes, drafted = llm.counters.draft_passes, llm.counters.drafted_tokens
@@ -264,11 +270,7 @@ def test_a_block_costs_one_pass_an_iteration(pair, open_llm):
 
 @pytest.mark.parametrize("pair", LEVEL_PAIRS)
 def test_a_request_in_step_costs_one_pass_a_level_and_reads_no_token_twice(pair, open_llm):
-    llm = open_llm(pair, "static")
-    add(llm.loop, prompt_ids(10, 0), max_tokens=100)
-    run(llm.loop, 2)
-    llm.loop.drafter.engine = draft = Counted(llm.loop.drafter.engine)
-    ((_, emitted),) = run(llm.loop, 1)
+    llm, draft, emitted = in_step(open_llm, pair)
     for _ in range(6):
         draft.calls.clear()
         ((_, next_emitted),) = run(llm.loop, 1)

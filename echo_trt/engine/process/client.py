@@ -23,7 +23,7 @@ Answers = dict[int, "asyncio.Queue[wire.FromEngine | None]"]
 
 
 class EngineError(Exception):
-    """Why the engine does not answer; the fields are those of ``wire.Failure``."""
+    """A request that the engine refused or lost, with the fields of ``wire.Failure``."""
 
     def __init__(self, code: str = "UNAVAILABLE", message: str = "the engine is away.", field: str | None = None):
         super().__init__(message)

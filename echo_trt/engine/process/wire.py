@@ -1,7 +1,7 @@
 """The protocol between an engine process and its clients: msgpack messages with a length prefix on a Unix socket.
 
-A client numbers its requests; every reply has the request's number. ``Submit`` is answered by pieces, of which the last
-has a finish reason, or by a failure. ``WatchSnapshots`` is answered by snapshots until it is cancelled.
+A client numbers its requests; every reply has the request's number. The engine answers ``Submit`` by pieces, the last
+one with a finish reason, or by a failure, and ``WatchSnapshots`` by snapshots until the client cancels it.
 """
 
 from __future__ import annotations

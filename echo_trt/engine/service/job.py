@@ -23,8 +23,8 @@ class Overloaded(Exception):
 class ServiceRequest(Request):
     """A request that the service answers. Jobs are ordered as they are served: by priority, lowest first, then arrival.
 
-    on_event                                 is told the answer; it must not block
-    seconds                                  from submission until it ends as it is; None: there is no deadline
+    on_event                                 takes the answer's events; it must not block
+    seconds                                  from submission to the deadline, which ends the answer; None: no deadline
     deadline, submitted, taken, first_token  time.monotonic(); None: there is none, or it has not come
     failures                                 of the engine while this request was running, in a row
     """

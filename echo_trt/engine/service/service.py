@@ -62,7 +62,7 @@ class Service:
     # -- for any thread --------------------------------------------------------------------------------------------
 
     def submit(self, job: ServiceRequest) -> None:
-        """Queue a job; its events begin at once. After ``job.seconds`` it ends as it is, with the reason deadline.
+        """Queue a job; its events begin at once. After ``job.seconds`` the answer ends with the reason deadline.
 
         ``job.generated``: the answer's first tokens, which another engine has emitted. The answer goes on behind them
         as if this engine had emitted them: they count in ``max_tokens``, ``min_tokens``, penalties and
