@@ -68,7 +68,8 @@ class Session:
         check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
         self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=device)
         self._settings = self._runtime_settings()
-        self._contexts: dict[tuple, Any] = {}
+        self._contexts: dict[Any, Any] = {}
+        self._in_graphs: dict[int, Any] = {}  # contexts of captured graphs, by their identity
 
     def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
         shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}
@@ -125,15 +126,22 @@ class Session:
         return check is None or check(torch.cuda.current_stream(self.device).cuda_stream)
 
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
-        """Return a context of these shapes. A size that ``recurs`` has one, which captured graphs need unchanged.
+        """Return a context of these shapes. A size that ``recurs`` has one, until a CUDA graph is captured with it.
 
-        Other calls share one context a profile, whose shapes are set at every call.
+        TensorRT does not promise that a context serves two graphs, or a graph and launches, so the next one of this
+        size gets another context. Calls that do not recur share one context a profile, whose shapes are set each time.
         """
+        key: Any = tuple(shapes.values())
+        if recurs and key in self._contexts:
+            context = self._contexts[key]
+            capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
+                self._in_graphs[id(context)] = context
+            if capturing or id(context) not in self._in_graphs:
+                return context
         profile = profile_for(self._profiles, shapes)
-        key = tuple(shapes.values()) if recurs else profile
-        context = self._contexts.get(key)
-        if context and recurs:
-            return context
+        key = key if recurs else profile
+        context = None if recurs else self._contexts.get(key)
         new = context is None
         context = self._new_context(profile) if new else context
         for name, shape in shapes.items():
