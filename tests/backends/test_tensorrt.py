@@ -22,6 +22,8 @@ from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import build as tensorrt_build
 from echo_trt.backends.tensorrt import compiler as tensorrt
+from echo_trt.backends.tensorrt import engine as engine_module
+from echo_trt.backends.tensorrt import library
 from echo_trt.backends.tensorrt.compiler import (
     CompileJob,
     check_capabilities,
@@ -363,11 +365,26 @@ def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monk
     def register():
         raise Registered
 
-    monkeypatch.setattr(tensorrt_build, "register", register)
+    monkeypatch.setattr(library, "register", register)
     recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
     with pytest.raises(Registered):
         build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+
+
+def test_an_engine_registers_the_plugin_before_it_is_loaded(tmp_path, monkeypatch):
+    """TensorRT asks Python for the plugin of a compiled network, too."""
+    order = []
+    monkeypatch.setattr(library, "register", lambda: order.append("registered"))
+    monkeypatch.setattr(engine_module, "Session", lambda *_: order.append("loaded"))
+    for name in ("check_version", "check_card", "cuda_device", "compute_capability"):
+        monkeypatch.setattr(engine_module, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    for engine, wanted in (("tensorrt", ["registered", "loaded"]), ("tensorrt-rtx", ["loaded"])):
+        with pytest.raises(AttributeError):  # of an engine that is none
+            TensorRTEngine.open(engine, tmp_path, None, 1, 1, 1)
+        assert order == wanted
+        order.clear()
 
 
 def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
@@ -387,9 +404,8 @@ def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp
     assert gone
 
 
-def test_cards_that_have_kernels_and_cards_that_have_none():
+def test_a_card_that_has_no_kernel():
     for capability in ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "11.0", "12.0", "12.1"):
-        tensorrt_build.check_kernels(capability)
-    for capability in ("7.5", "13.0"):
-        with refused(f"compute capability {capability}", "only for 8.0, 8.9, 9.0, 10.0, 10.3", "--engine torch"):
-            tensorrt_build.check_kernels(capability)
+        tensorrt_build.check_card(capability)
+    with refused("compute capability 7.5", "needs 8.0 or more", "--engine tensorrt-rtx"):
+        tensorrt_build.check_card("7.5")

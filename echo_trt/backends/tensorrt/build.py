@@ -23,16 +23,17 @@ from echo_trt.backends.tensorrt.compiler import (
     load_compiler,
 )
 from echo_trt.backends.tensorrt.graph import name_collectives
+from echo_trt.backends.tensorrt.library import register_plugins
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import SelfCheck, TensorRTFacts
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.roles import Role
-from super_tree_attention.tensorrt_plugin import prepare_graph, register
+from super_tree_attention.tensorrt_plugin import prepare_graph
 
 LOG = "tensorrt.log"
-AMPERE = 8.0  # least compute capability of an engine for all cards; larger: fewer cards run it
+AMPERE = 8.0  # least compute capability of our kernels, and of an engine for all cards; larger: fewer cards run it
 
 
 def check_settings(recipe: Recipe) -> None:
@@ -44,27 +45,16 @@ def check_settings(recipe: Recipe) -> None:
         check_precision(engine, "draft.precision", recipe.draft.precision)
     check_capabilities(engine, recipe.compute_capability)
     if not COMPILERS[engine].builds_anywhere:
-        _register_plugins()
-        check_kernels(compute_capability(cuda_device()))
+        register_plugins(engine)
+        check_card(compute_capability(cuda_device()))
 
 
-def check_kernels(capability: str) -> None:
-    """Refuse a card that no attention kernel is compiled for, or that this Triton's assembler is too old for."""
-    from super_tree_attention.ahead_of_time import card_architecture, ptx_version
-
-    try:
-        ptx_version(card_architecture(capability))
-    except ValueError as error:
-        raise UserError(f"compute capability {capability}: {error}; or use --engine torch or tensorrt-rtx.") from error
-
-
-def _register_plugins() -> None:
-    try:
-        register()
-    except ImportError as error:
+def check_card(capability: str) -> None:
+    """Refuse a card of a compute capability that the attention kernel does not compile for."""
+    if float(capability) < AMPERE:
         raise UserError(
-            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
-        ) from error
+            f"compute capability {capability}: the attention kernel needs {AMPERE} or more; use --engine tensorrt-rtx."
+        )
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,7 @@ class TensorRTBuild:
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
-        if COMPILERS[recipe.engine].plugins:
-            _register_plugins()
+        register_plugins(recipe.engine)
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
         if native:

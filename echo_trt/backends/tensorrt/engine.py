@@ -31,27 +31,12 @@ from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results,
 from echo_trt.backends.padded import ROW_OUTPUTS, SlotLayout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, MicroBatch, in_words, linear_pieces, packed_pieces
-from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler
+from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler, register_plugins
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
-from super_tree_attention.tensorrt_names import WRITTEN
-
-
-def mover_for(pool: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return the function that moves rows of ``pool``: compiled kernels where there are any."""
-    if pool.device.type == "cuda":
-        try:
-            from super_tree_attention import launch
-        except ImportError:  # cuda-python is missing
-            pass
-        else:
-            if launch.can_move(pool):
-                return launch.move_rows
-    from super_tree_attention.triton_attention import move_rows
-
-    return move_rows
+from super_tree_attention.tensorrt_plugin import WRITTEN
 
 
 def check_version(engine: str, facts: TensorRTFacts) -> None:
@@ -128,6 +113,7 @@ class TensorRTEngine:
         check_version(engine, facts)
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
+        register_plugins(engine)
         session = Session(engine, file, device, group and group.communicator)
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
         if group:
@@ -317,7 +303,7 @@ class TensorRTEngine:
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
         with self._own_stream():
-            mover_for(self._pool)(self._pool, *(self._on_device(self._pool_rows(rows)) for rows in (source, target)))
+            move_rows(self._pool, *self._on_device(rows))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

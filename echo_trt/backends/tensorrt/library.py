@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from echo_trt.errors import UserError
+from super_tree_attention.tensorrt_plugin import NAMESPACE, OPERATOR, register
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Compiler:
 
 
 #: Our operators, (domain, name), that are plugins; TensorRT-RTX takes none.
-PLUGINS = frozenset({("echo", "SuperTreeAttention"), ("echo", "SuperTreeCombine")})
+PLUGINS = frozenset({(NAMESPACE, OPERATOR)})
 
 COMPILERS = {
     "tensorrt": Compiler("TensorRT", "tensorrt", 11, "tensorrt", False, PLUGINS),
@@ -47,6 +48,18 @@ def load_compiler(engine: str) -> ModuleType:
     if version.split(".")[0] != str(compiler.major):
         raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
     return module
+
+
+def register_plugins(engine: str) -> None:
+    """Register the plugins of ``engine``, where it takes any, before it reads a graph or a compiled network."""
+    if not COMPILERS[engine].plugins:
+        return
+    try:
+        register()
+    except ImportError as error:
+        raise UserError(
+            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
+        ) from error
 
 
 def first_sentence(messages: Sequence[str]) -> str:
