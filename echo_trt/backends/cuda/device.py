@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from echo_trt.errors import UserError
@@ -33,6 +37,21 @@ def device_count() -> int:
 def device_name() -> str:
     """Return the name of the current CUDA device; empty without one."""
     return torch.cuda.get_device_name() if has_cuda() else ""
+
+
+@contextmanager
+def launching_kernels() -> Iterator[None]:
+    """Say what to install where Triton cannot compile what launches its kernels, as it does at first launches."""
+    try:
+        yield
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+            raise
+        reason = " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")
+        raise UserError(
+            f"Triton cannot compile what launches its kernels ({reason}); install a C compiler and Python's headers, "
+            "such as gcc and python3-dev, or name the compiler in CC."
+        ) from error
 
 
 def compute_capability(device: torch.device) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
-from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device
+from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
     DeviceLogits,
@@ -118,7 +118,8 @@ class TensorRTEngine:
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
         if group:
             group.loaded()
-        opened.capture_all()
+        with launching_kernels():
+            opened.capture_all()
         return opened
 
     @torch.inference_mode()

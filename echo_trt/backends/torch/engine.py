@@ -13,7 +13,7 @@ from torch import Tensor
 
 from echo_trt.backends.base import METADATA
 from echo_trt.backends.cuda.calls import Graphs, Staging
-from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda
+from echo_trt.backends.cuda.device import check_room, cuda_device, has_cuda, launching_kernels
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
     DeviceLogits,
@@ -242,4 +242,5 @@ def open_torch(
     role = load_role(file, str(cuda_device()) if device == "cuda" else device)
     if group:
         group.loaded()
-    return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)
+    with launching_kernels():
+        return TorchEngine(role, num_blocks, device, collectives=group and group.collectives, bounds=bounds)
