@@ -88,7 +88,7 @@ class Staging:
         return self.tensors
 
 
-def unowned(forward: Forward) -> Forward:
+def unowned(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``forward`` as a function that keeps the object of a bound method alive no longer than others do.
 
     An engine owns the graphs of its own method. In a circle of both, its memory would stay until Python's collector
@@ -99,7 +99,7 @@ def unowned(forward: Forward) -> Forward:
         return forward
     method = weakref.WeakMethod(forward)
 
-    def call(*arguments: Any) -> tuple[Tensor, ...]:
+    def call(*arguments: Any) -> Any:
         bound = method()
         assert bound is not None  # whoever calls has the object
         return bound(*arguments)
@@ -138,8 +138,9 @@ class Graphs:
     memory of another engine's along.
     """
 
-    def __init__(self, forward: Forward, device: torch.device):
-        self._forward, self._device = unowned(forward), device
+    def __init__(self, forward: Forward, device: torch.device, capturable: Callable[..., bool] = lambda *_: True):
+        """Take ``capturable``, which gets the arguments of ``run``: whether a call of new sizes can be captured."""
+        self._forward, self._capturable, self._device = unowned(forward), unowned(capturable), device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}
@@ -157,7 +158,8 @@ class Graphs:
             return None
         key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
-            if self.sealed or len(self._captured) >= MAX_GRAPHS:
+            full = self.sealed or len(self._captured) >= MAX_GRAPHS
+            if full or not self._capturable(arrays, capacity, *arguments):
                 return None
             self._captured[key] = self._capture(arrays, capacity, arguments)
         captured = self._captured[key]

@@ -26,7 +26,7 @@ from echo_trt.backends.cuda.device_rows import (
     numbered,
 )
 from echo_trt.backends.cuda.levels import Levels, parts_of_level
-from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, SIZES, Arrays, CallBounds, Capacity, empty_calls, graph_sizes
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results, send
 from echo_trt.backends.padded import ROW_OUTPUTS, SlotLayout
 from echo_trt.backends.parallel.rank_group import RankGroup
@@ -98,7 +98,7 @@ class TensorRTEngine:
             name: DeviceFeatureCache(sizes[name], width, session.types[name], self._device)
             for name, width in self._widths.items()
         }
-        self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
+        self._graphs = Graphs(self._forward, self._device, self._capturable) if graphs and self._stream else None
         self._meanwhile: Callable[[], None] = lambda: None
 
     @classmethod
@@ -138,7 +138,6 @@ class TensorRTEngine:
             for size in reversed(self._sizes):
                 for arrays, capacity in empty_calls(size, self._bounds, self._session.inputs):
                     self._launch(MicroBatch(*in_words(arrays, capacity), none, none, none, padded=True))
-        self._wait()
         self._graphs.sealed = True
 
     def _compile_rest(self) -> None:
@@ -168,9 +167,7 @@ class TensorRTEngine:
                 pieces = packed_pieces(call, inputs, self._limits, self._sizes, self._bounds)
             whole = self._join(call, pieces)
             self._meanwhile()
-            outputs = self._read(whole)
-        self._wait()
-        return outputs
+            return self._read(whole)
 
     def overlap(self, work: Callable[[], None]) -> bool:
         self._meanwhile = work
@@ -207,7 +204,6 @@ class TensorRTEngine:
         if self.drafts_levels:
             with self._own_stream():
                 self._levels.capture(shapes)
-            self._wait()
 
     @torch.inference_mode()
     def run_levels(
@@ -217,24 +213,22 @@ class TensorRTEngine:
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
             states = whole["state"][self._on_device(call.logit_rows)]
-            drafted = self._levels.run(below, shape, max_nodes, (whole["scores"], whole["candidates"]), states)
-        self._wait()
-        return drafted
+            return self._levels.run(below, shape, max_nodes, (whole["scores"], whole["candidates"]), states)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
         """Launch on this engine's stream, behind what was launched on the current one: a bank's rows are written there.
 
-        The engine's stream does not wait for PyTorch's by itself.
+        What is launched on the current one afterwards comes behind: outputs are read there. Neither stream waits for
+        the other by itself.
         """
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        current = torch.cuda.current_stream(self._device) if self._stream is not None else None
+        if current is not None:
+            self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+        if current is not None:
+            current.wait_stream(self._stream)
 
     def _clear(self, call: ForwardBatch) -> None:
         """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
@@ -246,26 +240,36 @@ class TensorRTEngine:
         return send(array, self._device)
 
     def _join(self, call: ForwardBatch, pieces: Iterable[MicroBatch]) -> dict[str, Tensor]:
-        """Launch the pieces and put the packed call's outputs together, on the device."""
+        """Launch the pieces and put the packed call's outputs together, on the device.
+
+        The outputs of a single piece whose rows are in place are its own, without a copy.
+        """
         whole: dict[str, Tensor] = {}
         for piece in pieces:
-            if whole:
-                self._wait()  # the previous piece may use the same staging memory
-            rows, padded_rows, requested = map(self._on_device, (piece.rows, piece.padded_rows, piece.requested))
-            for name, output in self._launch(piece).items():
-                total = len(call.token_ids if name in ROW_OUTPUTS else call.logit_rows)  # packed results have R, too
+            outputs = self._launch(piece)
+            rows, padded_rows, requested = self._indices(piece)
+            for name, output in outputs.items():
+                per_row = name in ROW_OUTPUTS
+                total = len(call.token_ids if per_row else call.logit_rows)  # packed results have R, too
+                target, source = (rows, padded_rows) if per_row else (requested, slice(len(piece.requested)))
+                if isinstance(target, slice) and target == slice(0, total):
+                    whole[name] = output[source]
+                    continue
                 if name not in whole:
                     whole[name] = output.new_empty((total, *output.shape[1:]))
-                if name in ROW_OUTPUTS:
-                    whole[name][rows] = output[padded_rows]
-                else:
-                    whole[name][requested] = output[: len(requested)]
+                whole[name][target] = output[source]
         return whole
 
+    def _indices(self, piece: MicroBatch) -> list[slice | Tensor]:
+        """Return a piece's ``rows``, ``padded_rows`` and ``requested``: slices, or else all of them in one upload."""
+        arrays = piece.rows, piece.padded_rows, piece.requested
+        if all((np.diff(array) == 1).all() for array in arrays):
+            return [slice(int(array[0]), int(array[-1]) + 1) if len(array) else slice(0, 0) for array in arrays]
+        return list(self._on_device(np.concatenate(arrays)).split([len(array) for array in arrays]))
+
     def _launch(self, piece: MicroBatch) -> dict[str, Tensor]:
-        small = piece.padded and piece.tokens <= LARGEST
         outputs = None
-        if self._graphs and small and self._session.capturable(self._shapes(piece)):
+        if self._graphs and piece.padded and piece.tokens <= LARGEST:
             outputs = self._graphs.run(piece.arrays, piece.capacity, piece.first)
         if outputs is None:
             inputs = Staging(piece.arrays, self._device, piece.capacity).upload(piece.arrays)
@@ -284,12 +288,11 @@ class TensorRTEngine:
         part = slice(first, first + batch) if self._layout else slice(None)
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
-    def _shapes(self, piece: MicroBatch) -> dict[str, tuple[int, ...]]:
-        # Every call comes here, and a large network has over a hundred caches: shapes need no views.
-        cache = (len(piece.arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
-        shapes = dict(zip(piece.arrays, shapes_of(piece.arrays, piece.capacity), strict=True))
+    def _capturable(self, arrays: Arrays, capacity: Capacity, _first: int) -> bool:
+        cache = (len(arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
+        shapes = dict(zip(arrays, shapes_of(arrays, capacity), strict=True))
         shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}
-        return {name: shapes.get(name, cache) for name in self._session.inputs}
+        return self._session.capturable({name: shapes.get(name, cache) for name in self._session.inputs})
 
     def _output_names(self) -> Iterator[str]:
         return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
@@ -303,6 +306,9 @@ class TensorRTEngine:
 
     @torch.inference_mode()
     def compact_kv(self, source: np.ndarray, target: np.ndarray) -> None:
+        from super_tree_attention.triton_attention import move_rows
+
+        rows = np.stack([self._pool_rows(rows) for rows in (source, target)])
         with self._own_stream():
             move_rows(self._pool, *self._on_device(rows))
 
