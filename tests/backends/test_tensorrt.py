@@ -18,6 +18,7 @@ from pairs import BLOCK, VOCAB, recipe_of, roles_of
 from refusal import refused
 from stand_ins import built, with_stand_ins
 
+from echo_trt.backends.cuda import device
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.tensorrt import build as tensorrt_build
@@ -370,6 +371,16 @@ def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monk
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
     with pytest.raises(Registered):
         build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+
+
+def test_heads_that_the_kernel_does_not_have_are_refused_before_the_export(networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "register", lambda: None)
+    monkeypatch.setattr(device, "HEAD_DIMS", (64, 128))
+    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
+    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
+    with refused("the network has heads of", "64, 128 and up to 16", "--engine openvino"):
+        build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_engine_registers_the_plugin_before_it_is_loaded(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 from echo_trt.errors import UserError
 
 GIB = 2**30
+#: Of the attention kernel, whose tiles are powers of two, of 16 rows or more.
+HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16
 
 
 def cuda_device() -> torch.device:
@@ -37,6 +39,15 @@ def device_count() -> int:
 def device_name() -> str:
     """Return the name of the current CUDA device; empty without one."""
     return torch.cuda.get_device_name() if has_cuda() else ""
+
+
+def check_heads(head_dim: int, group: int) -> None:
+    """Refuse a network whose heads, or ``group`` query heads per KV head, the attention kernel is not for."""
+    if head_dim not in HEAD_DIMS or group > MAX_GROUP:
+        raise UserError(
+            f"the network has heads of {head_dim} and {group} query heads a KV head, but the kernel for GPUs is for "
+            f"heads of {', '.join(map(str, HEAD_DIMS))} and up to {MAX_GROUP}; build it with --engine openvino."
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from echo_trt.backends.cuda.device import compute_capability, cuda_device, has_cuda
+from echo_trt.backends.cuda.device import check_heads, compute_capability, cuda_device, has_cuda
 from echo_trt.backends.native_export import export_native, in_precision
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.self_check import LINEAR_TABLE, check_engine
@@ -85,6 +85,7 @@ class TensorRTBuild:
         if native:
             export_native(role, graph, precision, sizes.cache_rows)
         else:
+            check_heads(role.network.config.head_dim, role.network.config.num_heads // role.network.config.num_kv_heads)
             export(in_precision(role, precision), graph)
             prepare_graph(graph, graph)
         ranks = role.network.config.ranks
