@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -32,13 +32,17 @@ TABLE_GROUPS = (1, 4, 5, 16)  # query heads of a KV head: the least, Qwen3-8B's,
 
 #: Types of parameters; others point to values of the network's type.
 _TYPES = (
-    dict.fromkeys(("partial", "partial_lse", "logits"), "*fp32")
-    | dict.fromkeys(("top", "inverse", "arrivals"), "*fp64")
+    dict.fromkeys(("partial", "partial_lse"), "*fp32")
     | dict.fromkeys(("past_lens", "seq_begins", "block_indices", "block_begins", "tree_mask_begins"), "*i32")
-    | dict.fromkeys(("source_rows", "target_rows", "seed", "position", "tokens"), "*i64")
+    | dict.fromkeys(("source_rows", "target_rows"), "*i64")
     | dict.fromkeys(("num_requests", "wanted_splits", "num_tokens", "num_blocks", "num_entries"), "i32")
-    | dict.fromkeys(("mask_bytes", "num_splits", "kv_heads", "size", "span"), "i32")
+    | dict.fromkeys(("mask_bytes", "num_splits", "kv_heads"), "i32")
     | {"tree_mask": "*u8"}
+)
+_RACE = (
+    dict.fromkeys(("top", "inverse", "arrivals"), "*fp64")
+    | dict.fromkeys(("seed", "position", "tokens"), "*i64")
+    | {"logits": "*fp32", "size": "i32", "span": "i32"}
 )
 
 
@@ -61,21 +65,32 @@ class CompiledKernel:
     spills: int
 
 
+class Source(NamedTuple):
+    """A kernel before it is compiled; ``types`` of parameters that _TYPES does not know are the network's."""
+
+    function: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+    types: dict[str, str]
+
+
 def kernels(architecture: int, dtype: str, head_dim: int, group: int) -> dict[str, CompiledKernel]:
     """Compile all kernels of a network. dtype: bf16, fp16 or fp32; group: query heads of a KV head."""
-    return {name: compiled(name, architecture, dtype, head_dim, group) for name in _sources("bf16", 64, 1, 80)}
+    names = _sources(dtype, head_dim, group, architecture)
+    return {name: compiled(name, architecture, dtype, head_dim, group) for name in names}
 
 
 @cache
 def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int = 1) -> CompiledKernel:
     """Compile a kernel, such as attention_16, as the engines' launches do."""
-    function, constants, options = _sources(dtype, head_dim, group, architecture)[name]
-    types = {n: "constexpr" if n in constants else _TYPES.get(n, f"*{dtype}") for n in function.arg_names}
+    source = _sources(dtype, head_dim, group, architecture)[name]
+    types = dict.fromkeys(source.function.arg_names, f"*{dtype}") | _TYPES | source.types
+    types = {n: "constexpr" if n in source.constants else types[n] for n in source.function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t in (f"*{dtype}", "*fp32")}
     made = triton.compile(
-        ASTSource(function, types, constants, aligned),
+        ASTSource(source.function, types, source.constants, aligned),
         target=GPUTarget("cuda", architecture, 32),
-        options=options | ROUNDING,
+        options=source.options | ROUNDING,
     )
     registers, spills = _resources(made.asm["cubin"])
     facts = made.metadata
@@ -84,19 +99,17 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
     return CompiledKernel(facts.name, architecture, *asm, threads, facts.shared, registers, spills)
 
 
-def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, tuple[Any, dict, dict]]:
-    """Return function, constants and options of every kernel."""
-    sizes = {"HEAD_DIM": head_dim, "BLOCK": 32}
-    made: dict[str, tuple[Any, dict, dict]] = {}
+def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, Source]:
+    sizes, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {}
     for rows in ROWS:
         steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
         constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys}
         options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
-        made[f"attention_{rows}"] = kernel.attention, constants, options
-    made["combine"] = kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}
+        made[f"attention_{rows}"] = Source(kernel.attention, constants, options, {})
+    made["combine"] = Source(kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
     for name in ("gather_rows", "scatter_rows"):
-        made[name] = kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}
-    made["race"] = race_kernel.race, {"CALLS": CALLS}, {}
+        made[name] = Source(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
+    made["race"] = Source(race_kernel.race, {"CALLS": CALLS}, {}, _RACE)
     return made
 
 
