@@ -48,8 +48,8 @@ from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
+from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes
-from echo_trt.sizing.space import check_space
 from echo_trt.speculation.policies import reserve_for
 
 #: Of the engines that are not TensorRT's.

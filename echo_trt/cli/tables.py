@@ -1,27 +1,19 @@
-"""Tables for a terminal: a bundle, a recipe, a comparison of policies."""
+"""The table of a bundle, for a terminal."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from echo_trt.backends.openvino.cpu import computes_in
 from echo_trt.bundle.manifest import NGRAMS, Manifest, NetworkFacts
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
-from echo_trt.speculation.pack import BLOCK
-
-if TYPE_CHECKING:
-    from echo_trt.sizing.fit import CardFit
-    from echo_trt.sizing.shapes import Shape
 
 
 def manifest_table(manifest: Manifest, folder: Path) -> Table:
-    table = _facts(f"bundle {folder}")
+    table = facts_table(f"bundle {folder}")
     table.add_row("name", manifest.name)
     instead = f", computed in {computes_in(manifest)}: this CPU has no AVX-512"
     table.add_row(
@@ -49,99 +41,9 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
             f"error {max(check.prompt_error, check.tree_error):.1e} of the largest logit (bound {check.bound:g}), "
             f"same best token at {check.same_argmax:.0%}",
         )
-    _add_recipe_rows(table, manifest.recipe)
+    add_recipe_rows(table, manifest.recipe)
     table.add_row("KV pool here", _pool_here(manifest, folder))
     table.add_row("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()))
-    return table
-
-
-def print_recipe(recipe: Recipe, folder: Path, cards: str | None, console: Console) -> bool:
-    """Print a recipe on ``cards``, or on all known cards. Returns whether it fits ``cards``."""
-    from echo_trt.sizing.cards import CARDS, parse_cards
-    from echo_trt.sizing.fit import fit
-
-    gpu = recipe.engine != "openvino"
-    if cards is not None and not gpu:
-        raise UserError("--fit is about GPUs, but the recipe's engine is openvino; use a recipe for tensorrt.")
-    requested = parse_cards(cards) if cards is not None else None
-    verdict = fit(recipe, folder, *requested) if requested else None
-    console.print(recipe_table(recipe, folder))
-    if verdict:
-        console.print(cards_table([verdict]))
-        console.print(f"{recipe.name} on {verdict.count} {verdict.card.name}: {verdict.sentence}", soft_wrap=True)
-        return verdict.fits
-    if gpu:
-        with contextlib.suppress(UserError):  # the recipe's table has said what is not known
-            console.print(cards_table([fit(recipe, folder, card, recipe.tensor_parallel) for card in CARDS.values()]))
-    return True
-
-
-def recipe_table(recipe: Recipe, folder: Path) -> Table:
-    """Return what a recipe would build and need of each GPU; ``folder``: the recipe's. No weights are read."""
-    from echo_trt.sizing.shapes import shapes
-
-    table = _facts(f"recipe {recipe.name}")
-    try:
-        networks = dict(zip(("target", "draft"), shapes(recipe, folder), strict=True))
-    except UserError as error:
-        networks, unknown = {}, str(error)
-    for role, source in (("target", recipe.target), ("draft", recipe.draft.source)):
-        where = source and (source.hub or source.path or f"{source.wheel}, {source.file}")
-        shape = networks.get(role)
-        kind = recipe.draft.kind if role == "draft" else ""
-        known = f"({shape.sizes.summary}; {shape.origin})" if shape else ""
-        table.add_row(role, " ".join(filter(None, (kind, where, known))))
-    table.add_row("engine", f"{recipe.engine}, {recipe.precision}")
-    _add_recipe_rows(table, recipe)
-    if networks:
-        _add_needs(table, recipe, networks["target"], networks["draft"])
-    else:
-        table.add_row("needs", f"not known: {unknown}")
-    return table
-
-
-def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None) -> None:
-    from echo_trt.sizing.fit import gigabytes, needs
-
-    need = needs(recipe, target.sizes, draft and draft.sizes)
-    if recipe.tensor_parallel > 1:
-        table.add_row(
-            "tensor_parallel",
-            f"{recipe.tensor_parallel}: what follows is the first GPU's, which has the draft too",
-        )
-    sizes = need.calls
-    calls = f"calls of 1 to {need.tokens:,} packed tokens of up to {sizes.batch:,} requests"
-    if need.contiguous:
-        calls = f"trees of up to {sizes.batch:,} requests x {sizes.tree} tokens, and chunks of {sizes.chunk:,}"
-    table.add_row("engines", f"{'target and draft' if draft else 'target'}, for {calls}")
-    drafts = f", draft {gigabytes(need.draft_weights)}" if draft else ""
-    table.add_row("weights", f"target {gigabytes(need.target_weights)}{drafts}")
-    drafts = f", draft {need.draft_kv_token:,} bytes" if draft else ""
-    table.add_row("KV of a token", f"target {need.target_kv_token:,} bytes{drafts}")
-    at_most = recipe.engine == "openvino" and not recipe.limits.kv_blocks  # the rest is the memory's to say
-    held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
-    table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.contiguous))
-    table.add_row("working memory", f"about {gigabytes(need.working)}")
-    if need.graphs:
-        table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
-    if need.features:
-        table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
-    table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))
-    if draft and draft.sizes.feature_size and not need.features:
-        features = 4 * draft.sizes.feature_size
-        table.add_row("host memory", f"features of the pool's tokens, {gigabytes(need.blocks * BLOCK * features)}")
-
-
-def cards_table(fits: list[CardFit]) -> Table:
-    table = Table(title="on cards (90 % of their memory)", title_justify="left")
-    for column in ("card", "GPUs", "fits", "left, a GPU", "KV blocks at most", "K_max"):
-        table.add_column(column, justify="left" if column == "card" else "right")
-    if fits[0].k_max_routed:
-        table.add_column("K_max, routed", justify="right")
-    for one in fits:
-        row = [one.card.name, str(one.count), "yes" if one.fits else "no", f"{one.spare / 1e9:,.1f} GB"]
-        row += [f"{max(one.max_blocks, 0):,}", f"{one.k_max:,}"]
-        table.add_row(*row, *([f"{one.k_max_routed:,}"] if one.k_max_routed else []))
     return table
 
 
@@ -156,7 +58,7 @@ def _pool_here(manifest: Manifest, folder: Path) -> str:
     return f"{pool.sentence.removeprefix('KV pool: ')}{'; ' * bool(pool.warning)}{pool.warning}"
 
 
-def _facts(title: str) -> Table:
+def facts_table(title: str) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -167,7 +69,7 @@ def _network(facts: NetworkFacts) -> str:
     return f"{facts.parameters / 1e6:,.1f} M parameters, {facts.num_layers} layers, vocabulary {facts.vocab_size:,}"
 
 
-def _add_recipe_rows(table: Table, recipe: Recipe) -> None:
+def add_recipe_rows(table: Table, recipe: Recipe) -> None:
     limits, decoding = recipe.limits, recipe.decoding
     needed = "as many as the batch needs" + " and memory holds" * (recipe.engine == "openvino")
     blocks = limits.kv_blocks or needed
