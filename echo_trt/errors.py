@@ -59,6 +59,18 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
+def encodable(text: str, name: str) -> str:
+    """Return ``text``, or refuse one that UTF-8 cannot write: half a surrogate pair, from JSON or a command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is {text[:40]!r}, which holds half a surrogate pair or a byte that is not UTF-8; "
+            "give whole characters."
+        ) from error
+    return text
+
+
 def first_mistake(error: ValidationError) -> str:
     """Name the field of a file that is wrong, why it is wrong, and the value where it is a single one."""
     first = error.errors()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -14,14 +15,13 @@ from rich.progress import Progress
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.cli.options import SAMPLED, GenerateOptions
+from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.cli.side import Side
 from echo_trt.cli.sources import SourcedText, legend, wants_colour
-from echo_trt.cli.watch import TreeDisplay
-from echo_trt.engine.llm import LLM, check_lengths
+from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Delta, SamplingParams
-from echo_trt.errors import UserError
-from echo_trt.files.outputs import files_first, json_bytes, output_file
-from echo_trt.files.prompts import Prompt, encodable, read_prompts
+from echo_trt.errors import UserError, encodable, shown
+from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.policies import policy_named
 
 
@@ -63,11 +63,16 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         llm.loop.batch.forget_cached()
         answer = _answer
         if options.compare:
-            (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
-            answer = comparison.load()
+            answer = _from_lab("compare")
         result = answer(work, llm, policy, out, messages)
         write(json_bytes(result))
     return result
+
+
+def _from_lab(name: str) -> Any:
+    """Load what another package (echo_trt_lab) adds to this command."""
+    (entry,) = entry_points(group="echo_trt.generate", name=name)
+    return entry.load()
 
 
 def _prompts(options: GenerateOptions) -> list[Prompt]:
@@ -76,6 +81,18 @@ def _prompts(options: GenerateOptions) -> list[Prompt]:
     if options.prompt == "":
         raise UserError("PROMPT is empty; give at least one character.")
     return read_prompts(options.prompts) if options.prompts else [Prompt("0", encodable(options.prompt, "PROMPT"))]
+
+
+def check_lengths(llm: LLM, prompts: Iterable[Prompt]) -> None:
+    """Refuse, before any is answered, a prompt that leaves no room for an answer in the bundle's context."""
+    context = llm.loop.batch.context
+    for prompt in prompts:
+        count = len(llm.chat_ids(prompt.text))
+        if count >= context:
+            raise UserError(
+                f"prompt {shown(prompt.id)} has {count} tokens, but the context is {context}; shorten it, or raise "
+                "limits.context in the recipe and build again."
+            )
 
 
 def sampling_params(options: GenerateOptions) -> SamplingParams:
@@ -102,7 +119,7 @@ def _answer(job: GenerateRun, llm: LLM, policy: str, out: Console, messages: Con
     texts = [SourcedText() for _ in job.prompts]
     single, watch = len(job.prompts) == 1 and not job.watch, None
     if job.watch:
-        watch = TreeDisplay(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
+        watch = _from_lab("watch")(out, llm.loop, lambda token: llm.tokenizer.decode([token]))
     progress = Progress(console=messages, transient=True, disable=not messages.is_terminal or single or job.watch)
     task = progress.add_task(policy, total=len(job.prompts))
 
