@@ -91,7 +91,7 @@ def _derived(target: dict[str, str], draft: str | None) -> Recipe:
 def _kind(source: dict[str, str], name: str) -> str:
     """Tell a draft's kind from its configuration."""
     from echo_trt.models.block_config import is_block
-    from echo_trt.models.config import is_eagle3
+    from echo_trt.models.read_config import is_eagle3
 
     raw = _config(source)
     if is_block(raw):

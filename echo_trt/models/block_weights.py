@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.block import BlockNetwork, block_network
-from echo_trt.models.block_config import BlockConfig, block_config, fitted
+from echo_trt.models.block_config import block_config, fitted
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.weights import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 
 #: Bytes of a weight and of a KV value, by the recipe's precision. int8 concerns weights alone.
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5625}

@@ -10,10 +10,11 @@ from torch import nn
 
 from echo_trt.bundle.recipe import NETWORKS, load_recipe, parse_recipe
 from echo_trt.models.block import block_network
-from echo_trt.models.block_config import BlockConfig, block_config
-from echo_trt.models.config import decoder_config, eagle3_config, rank_config
+from echo_trt.models.block_config import block_config
+from echo_trt.models.config import BlockConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.read_config import decoder_config, eagle3_config, rank_config
 from echo_trt.sizing.networks import block_sizes, decoder_sizes, head_sizes
 from echo_trt.sizing.shapes import published, shapes
 from echo_trt_lab.sizing.hardware import active_parameters, share_of

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.models.config import decoder_config
+from echo_trt.models.read_config import decoder_config
 from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.sizing.shapes import published
 from echo_trt.speculation.echo.budget import fit_hinge
