@@ -38,15 +38,14 @@ from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
-from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import decoder_config
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
-from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
 from echo_trt.models.weights import load_decoder, load_eagle3, release_weights
 from echo_trt.sizing.needs import check_space
 from echo_trt.sizing.networks import decoder_sizes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from echo_trt.bundle.recipe import Recipe, parse_recipe
+from echo_trt.bundle.read_recipe import parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import OPTION, gigabytes
 from echo_trt.engine.kv_pool import block_bytes, check_memory
 from echo_trt.errors import UserError

@@ -15,7 +15,7 @@ from answering import answering
 from refusal import refused
 
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.bundle.recipe import load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
 from echo_trt.engine.kv_pool import kv_pool
 from echo_trt.sizing.limits import filling, limited

@@ -8,7 +8,8 @@ import torch
 from refusal import refused
 from torch import nn
 
-from echo_trt.bundle.recipe import NETWORKS, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import NETWORKS
 from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config
 from echo_trt.models.config import BlockConfig

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from echo_trt.bundle.manifest import read_manifest, verify_files
-from echo_trt.bundle.recipe import Recipe, load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.cli.tables import add_recipe_rows, facts_table, manifest_table
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError

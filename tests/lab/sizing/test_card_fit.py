@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_trt.bundle.call_sizes import CallSizes
-from echo_trt.bundle.recipe import Recipe, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
