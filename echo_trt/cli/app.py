@@ -92,8 +92,7 @@ def generate(options: GenerateOptions) -> None:
 def serve(options: ServeOptions) -> int:
     """Serve a bundle by OpenAI's API; with Triton Inference Server beside it, or with several workers of Dynamo.
 
-    Prints where it listens once a real answer has come back. What dies is started again. SIGTERM and Ctrl-C let open
-    answers finish.
+    Prints where it listens once a real answer has come. What dies starts again. SIGTERM lets open answers finish.
 
     Example: `echo-trt serve bundles/smollm2-135m`
     """

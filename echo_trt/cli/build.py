@@ -238,9 +238,7 @@ def _calibration(recipe: Recipe, recipe_folder: Path, digest: str, draft_digest:
 
 
 def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str, tokenizer, progress: Progress):
-    """Return the draft's role, if it has a network, the target layers whose inputs it wants as features, its weights'
-    hash.
-    """
+    """Return the draft's role, None without a network; the target's layers whose inputs it reads; its weights' hash."""
     draft = recipe.draft
     if draft.source is None:
         return None, (), ""
@@ -348,9 +346,7 @@ def block_facts(config: BlockConfig) -> BlockFacts:
 
 
 def _eos(checkpoint: Checkpoint, config: DecoderConfig, tokenizer) -> list[int]:
-    """Return the configuration's end tokens and the tokenizer's; instruction-tuned models often name two different
-    ones.
-    """
+    """Return the end tokens of the configuration and of the tokenizer, which may differ."""
     ids = [*config.eos_token_ids, tokenizer.eos_token_id]
     generation = checkpoint.path / "generation_config.json"  # where Qwen3 names its second end token
     if generation.exists():

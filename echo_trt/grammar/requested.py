@@ -1,5 +1,4 @@
-"""What a request asks of its answer, checked before it is compiled: its form, its size, and what no bound of
-llguidance catches."""
+"""What a request asks of its answer, checked before it is compiled: its form, its size, what llguidance misses."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a schema and close its objects: an object that lists ``properties`` and does not mention others allows no
-    others.
+    """Copy a schema and close its objects: where one lists ``properties`` alone, it allows no others.
 
     An object stays open where the schema says so (``additionalProperties``, ``patternProperties``), where it requires a
     property that it does not list, and where another part of the schema may add properties to it: through ``allOf``,
@@ -171,8 +169,7 @@ def _ending(root: Mapping[str, Any], references: set[str]) -> set[str]:
 
 
 def _blocks(schema: Any, ending: set[str], whole: set[int]) -> set[str]:
-    """List references of which at least one must have a finite text before ``schema`` has one; empty: ``schema`` has a
-    finite text.
+    """List references of which one must have a finite text before ``schema`` has one; empty: it has one.
 
     ending  references that are known to have a finite text
     whole   ids of schemas that are known to have a finite text; new ones are added

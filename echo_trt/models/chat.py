@@ -97,8 +97,7 @@ class ChatEncoder:
     def ids(self, messages: Messages, tools: Tools | None = None, kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt, up to where the answer begins. Raises UserError.
 
-        ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text, as
-        contents are.
+        ``tools`` are those of ``checked_tools``; ``kwargs`` set variables of the template. Strings in both are text.
         """
         self._check(kwargs or {})
         try:

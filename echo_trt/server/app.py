@@ -213,9 +213,7 @@ def _pieces(
 
 
 def _params(requested: ChatRequest | CompletionRequest, info: ModelInfo, seed: int) -> dict[str, Any]:
-    """Return sampling parameters as the engine's inputs. Those that a request leaves out and the model recommends stay
-    out.
-    """
+    """Return sampling parameters as the engine's inputs, but those that the engine takes from the model."""
     echoes = isinstance(requested, CompletionRequest) and requested.echo
     optional = {
         "return_log_probs": None if requested.alternatives is None else True,

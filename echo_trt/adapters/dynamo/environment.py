@@ -56,8 +56,7 @@ def completed(environment: Mapping[str, str]) -> dict[str, str]:
 def of_worker(environment: Mapping[str, str], slots: int, system_port: int, drain_seconds: float) -> dict[str, str]:
     """Return the environment of a worker.
 
-    slots          requests that the worker takes; the frontend sends others to another worker at once, and refuses them
-                   where all are full (HTTP 529)
+    slots          requests that the worker takes; the frontend sends others elsewhere, or refuses them (HTTP 529)
     system_port    port of metrics and health; 0: the environment's, else none
     drain_seconds  seconds that open answers have; Dynamo would end the process after 30
     """

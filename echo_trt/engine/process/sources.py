@@ -23,9 +23,7 @@ class OutgoingSources:
         self._entries: list[dict[str, Any]] = []
 
     def take(self, sources: Sequence[TokenSource], offsets: Sequence[int]) -> None:
-        """Take the sources of new tokens, and the offsets of tokens whose text has come
-        (``engine.output.OutputDelta``).
-        """
+        """Take the sources of new tokens, and the offsets of tokens whose text has come (``engine.request.Event``)."""
         self._waiting.extend(sources)
         for _ in offsets:
             each = self._waiting.popleft()

@@ -71,8 +71,7 @@ class Service:
         A grammar is compiled while the job waits; one that cannot be used ends it with the reason invalid.
 
         A probe, of one token and the priority FIRST, is taken however long the queue is, and ends with the first
-        iteration that began after it came. Raises UserError for a prompt that cannot be answered, Overloaded while no
-        request is taken.
+        iteration that began after it came. Raises UserError for a wrong prompt, Overloaded while no request is taken.
         """
         job.id, job.submitted, params = next(self._epoch), time.monotonic(), job.params
         if params.prompt_logprobs is not None:
@@ -312,9 +311,7 @@ class Service:
     # -- when the engine fails -------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Empty the loop. What was running is tried again, one by one (``FaultIsolation``); what waited there waits
-        here.
-        """
+        """Empty the loop. What was running is tried one by one (``FaultIsolation``); what waited there waits here."""
         log.exception("the engine failed; requests that were running are tried one by one")
         self._engine_failures += 1
         with self._changed:  # others submit meanwhile

@@ -1,7 +1,6 @@
 """Snapshots of the engine's latest iterations, for the live page. Fields and units: docs/live-page.md.
 
-A snapshot holds shapes and figures, neither text nor tokens: a viewer of the page may be another person than the client
-whose answer is made.
+A snapshot holds shapes and figures, neither text nor tokens: a viewer need not be the client whose answer is made.
 """
 
 from __future__ import annotations
