@@ -194,22 +194,17 @@ class Recipe(_Section):
         return -(-(self.limits.context + reserve_for(self.decoding.model_dump())) // BLOCK)
 
     @model_validator(mode="after")
-    def _widths_fit(self) -> Recipe:
+    def _sizes_fit(self) -> Recipe:
         width, top_k = self.decoding.width, self.decoding.static.top_k
         if self.draft.kind in NETWORKS and self.draft.top_k < max(width, top_k):
             raise ValueError(
                 f"draft.top_k is {self.draft.top_k}, less than decoding.width {width} or "
                 f"decoding.static.top_k {top_k}; raise it, or lower those"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _pool_holds_one_request(self) -> Recipe:
         blocks, context = self.limits.kv_blocks, self.limits.context
         if blocks is not None and blocks < self.request_blocks:
             raise ValueError(
                 f"limits.kv_blocks is {blocks}, but one request of limits.context {context} needs "
-                f"{self.request_blocks}; "
-                "raise kv_blocks or lower context"
+                f"{self.request_blocks}; raise kv_blocks or lower context"
             )
         return self

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from echo_trt.bundle.hub import CONFIG, from_hub
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import HUB, Recipe
+from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.errors import UserError
 from echo_trt.sizing.limits import filling, limited, with_kv_cache
 

@@ -26,8 +26,7 @@ from echo_trt.server.answers import ApiAnswer, EventStream
 from echo_trt.server.bodies import Bodies
 from echo_trt.server.chats import chat_for
 from echo_trt.server.choices import ClientGone, PieceStream, merged
-from echo_trt.server.cors import Cors
-from echo_trt.server.edge import OPEN, AuthMiddleware
+from echo_trt.server.edge import OPEN, AuthMiddleware, Cors
 from echo_trt.server.errors import ApiError, from_engine, log, shown
 from echo_trt.server.keys import Keys
 from echo_trt.server.live import Live, show_about, show_live

@@ -25,15 +25,15 @@ class Sizes:
     attention: int
     kv_matrices: int  # part of ``attention``
     mlp: int
-    router: int
     norms: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int  # columns of the logits
     hidden_size: int
     intermediate_size: int  # of the widest MLP, with all experts together
+    num_layers: int = 1
+    router: int = 0
     expert: int = 0
     experts: int = 0
     experts_per_token: int = 0
@@ -81,11 +81,8 @@ def decoder_sizes(config: DecoderConfig, gpus: int = 1) -> Sizes:
         router=sparse * hidden * config.num_experts,
         norms=hidden + layers * (2 * hidden + (2 * config.head_dim if config.qk_norm else 0)),
         num_layers=layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.num_experts * config.expert_size if sparse else config.intermediate_size,
         expert=sparse * 3 * hidden * config.expert_size,
         experts=config.num_experts,
@@ -103,14 +100,9 @@ def head_sizes(config: Eagle3Config) -> Sizes:
         attention=features * hidden + _attention(config, 2 * hidden),
         kv_matrices=_kv_matrices(config, 2 * hidden),
         mlp=3 * hidden * config.intermediate_size,
-        router=0,
         norms=4 * hidden + (features if config.fc_norm else 0),
-        num_layers=1,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.draft_vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.intermediate_size,
         feature_size=features,
     )
@@ -132,17 +124,17 @@ def block_sizes(config: BlockConfig) -> Sizes:
         attention=inputs + _attention(config, first) + (layers - 1) * _attention(config, hidden),
         kv_matrices=_kv_matrices(config, first) + (layers - 1) * _kv_matrices(config, hidden),
         mlp=layers * 3 * hidden * config.intermediate_size,
-        router=0,
         norms=norms + hidden_states,
         num_layers=layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        **_heads(config),
         vocab_size=config.draft_vocab_size,
-        hidden_size=hidden,
         intermediate_size=config.intermediate_size,
         feature_size=features,
     )
+
+
+def _heads(config: Config) -> dict[str, int]:
+    return {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "head_dim", "hidden_size")}
 
 
 def _kv_matrices(config: Config, inputs: int) -> int:

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from echo_trt.adapters.dynamo.discovery import BACKEND, Lease, check_folder, check_name, folder_of
-from echo_trt.adapters.dynamo.environment import backend_of, grace_of, of_worker
-from echo_trt.adapters.dynamo.installed import check_installed
+from echo_trt.adapters.dynamo.environment import backend_of, check_installed, grace_of, of_worker
 from echo_trt.adapters.dynamo.options import WorkerOptions
 from echo_trt.bundle.card import check_card, has_template
 from echo_trt.bundle.manifest import read_manifest

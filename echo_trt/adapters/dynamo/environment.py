@@ -1,13 +1,18 @@
-"""Dynamo's settings, which it reads from the environment, where the user has not set them."""
+"""What Dynamo needs to run: its packages, and the settings that it reads from the environment, by default ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 
 from echo_trt.adapters.dynamo.discovery import BACKEND, FOLDER, folder_of
 from echo_trt.errors import UserError
 
+#: The version that this backend was tried with.
+VERSION = "1.6.1"
+PACKAGES = ("ai-dynamo", "ai-dynamo-runtime")
+REMEDY = f"pip install 'echo-trt[dynamo]' && pip install --no-deps ai-dynamo=={VERSION}"
 END_SECONDS = 15  # seconds for a worker's end after its answers; larger: a worker that hangs then is ended later
 PROBE_SECONDS = 20  # seconds for the answer to a probe; larger: a worker that hangs is noticed later
 BACKENDS = ("file", "etcd", "kubernetes", "mem")
@@ -15,6 +20,17 @@ BACKENDS = ("file", "etcd", "kubernetes", "mem")
 LOOPBACK = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST", "DYN_SYSTEM_HOST")
 GRACE_PERIOD = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 GRACE = 0.5  # seconds between the end of a worker's entry and its drain; larger: fewer requests that move at once
+
+
+def check_installed() -> None:
+    """Refuse an environment without Dynamo, or with another version of it."""
+    for package in PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise UserError(f"{package} is not installed; install it: {REMEDY}.") from None
+        if found != VERSION:
+            raise UserError(f"{package} is {found}, but this backend is for {VERSION}; install that: {REMEDY}.")
 
 
 def backend_of(environment: Mapping[str, str]) -> str:

@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from echo_trt.engine.process.wire import TextPiece
-from echo_trt.server.answers import chained
+from echo_trt.server.answers import Entry, chained
 from echo_trt.server.choices import ClientGone, PieceStream
 from echo_trt.server.errors import ApiError
-from echo_trt.server.logprobs import Entry
 from echo_trt.server.metrics import ServerMetrics
 from echo_trt.server.responses.output import Event, Output
 from echo_trt.server.responses.request import ResponsesRequest

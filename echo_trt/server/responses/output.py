@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from echo_trt.server.logprobs import Entry, for_chat
+from echo_trt.server.answers import Entry, chat_logprobs
 from echo_trt.server.turns import Delta
 
 Event = dict[str, Any]
@@ -31,7 +31,7 @@ class Output:
         if text := delta.get("reasoning"):
             yield from self._text("reasoning", text, ())
         if text := delta.get("content"):
-            yield from self._text("message", text, for_chat(logprobs)["content"])
+            yield from self._text("message", text, chat_logprobs(logprobs)["content"])
         for call in delta.get("tool_calls", ()):
             if "id" in call:
                 namespace, name = self._namespaces.get(call["function"]["name"], (None, call["function"]["name"]))
