@@ -10,6 +10,7 @@ from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
+from echo_trt.cli.extras import extra
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
@@ -67,9 +68,7 @@ def build(options: BuildOptions) -> None:
         from echo_trt.cli.build import build as run
 
         manifest = run(settings, path, folder, progress.stage, progress.detail)
-    from echo_trt.cli.tables import manifest_table
-
-    Screen().print(manifest_table(manifest, folder))
+    Screen().print(extra("build", "table")(manifest, folder))
 
 
 @app.command(sort_key=1)
