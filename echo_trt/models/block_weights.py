@@ -133,7 +133,6 @@ def _names(config: BlockConfig, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _head_tensors(config: BlockConfig) -> list[str]:
-    """List the tensors of the heads that the configuration names."""
     names = [f"{MARKOV}markov_w1.weight", f"{MARKOV}markov_w2.weight"] if config.markov else []
     if config.markov in MIXING:
         names += [MIXING[config.markov] + "weight", MIXING[config.markov] + "bias"]

@@ -135,7 +135,6 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
 
 
 def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
-    """Return the sources of a layer's norms and attention."""
     return {
         ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
         ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],

@@ -116,12 +116,10 @@ def create_app(
 
 
 async def chat(request: Request) -> Response:
-    """POST /v1/chat/completions."""
     return await _answer(request, await request.app.state.bodies.read(request, ChatRequest))
 
 
 async def completions(request: Request) -> Response:
-    """POST /v1/completions."""
     return await _answer(request, await request.app.state.bodies.read(request, CompletionRequest))
 
 

@@ -31,7 +31,6 @@ class AuthMiddleware:
         metrics: ServerMetrics,
         without_key: Container[str] = OPEN,
     ):
-        """``without_key``: paths that are served without a key."""
         self._without_key = without_key
         self.app, self.keys, self.largest_body, self.metrics = app, keys, largest_body, metrics
 

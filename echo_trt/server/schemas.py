@@ -294,7 +294,6 @@ class CompletionRequest(Params):
         return self.logprobs
 
     def inputs(self) -> list[dict[str, Any]]:
-        """Return the engine's inputs for the prompts."""
         grammar = {"structured": self.structured.for_engine()} if self.structured else {}
         return [{"text_input" if isinstance(p, str) else "input_ids": p, **grammar} for p in self.prompt]
 

@@ -23,7 +23,6 @@ GRACE = 0.5  # seconds between the end of a worker's entry and its drain; larger
 
 
 def check_installed() -> None:
-    """Refuse an environment without Dynamo, or with another version of it."""
     for package in PACKAGES:
         try:
             found = version(package)

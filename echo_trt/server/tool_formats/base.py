@@ -115,7 +115,6 @@ class Parser(ABC):
         return self._given_out()
 
     def _inside(self) -> bool:
-        """Read within a call's arguments."""
         if not self._arguments():
             return False
         self._state = self._behind
