@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from echo_trt.errors import UserError
-from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint, dequantised
+from echo_trt.models.checkpoint import Checkpoint, SafetensorsCheckpoint
+from echo_trt.models.fp8_checkpoint import dequantised
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
