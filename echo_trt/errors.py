@@ -50,8 +50,8 @@ def shown(value: Any) -> str:
     """Write a value as a refusal names it: a long one is shortened."""
     try:
         text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a number too long to print"
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a nest of lists
+        return "a value too long to print"
     return shortened(text)
 
 

@@ -53,6 +53,7 @@ def build(options: BuildOptions) -> None:
     from echo_trt.cli.progress import BuildProgress
     from echo_trt.cli.recipes import recipe_for, sized
 
+    table = extra("build", "table")  # if it is missing, then before the hours of compiling
     found, path = recipe_for(options.model, options.draft, options.engine)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
     settings = sized(
@@ -68,7 +69,7 @@ def build(options: BuildOptions) -> None:
         from echo_trt.cli.build import build as run
 
         manifest = run(settings, path, folder, progress.stage, progress.detail)
-    Screen().print(extra("build", "table")(manifest, folder))
+    Screen().print(table(manifest, folder))
 
 
 @app.command(sort_key=1)

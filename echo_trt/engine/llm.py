@@ -260,11 +260,9 @@ class LLM:
 
     def _reasoning(self, prompt: np.ndarray, params: SamplingParams) -> ReasoningState | None:
         """Return the thought that a prompt [n] leaves open, or that may begin behind it."""
-        return (
-            ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
-            if self._marks
-            else None
-        )
+        if self._marks is None:
+            return None
+        return ReasoningState.following(prompt.tolist(), *self._marks, params.thinking_token_budget)
 
     def checked(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return token ids as the engine core takes them [n] int64; ids that the target does not have are refused."""

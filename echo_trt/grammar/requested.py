@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from echo_trt.errors import GrammarError
+from echo_trt.errors import GrammarError, shown
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 RULE = (
@@ -34,7 +34,7 @@ _DIVISOR = re.compile(r'"multipleOf"\s*:\s*([0-9]+(?:[.][0-9]+)?(?:[eE][+-]?[0-9
 def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
     """Kind and value of what a request asks of its answer. Raises UserError."""
     if not isinstance(structured, Mapping) or len(structured) != 1 or next(iter(structured)) not in KINDS:
-        raise GrammarError(f"structured is {_short(structured)}; give {RULE}.")
+        raise GrammarError(f"structured is {shown(structured)}; give {RULE}.")
     [(kind, value)] = structured.items()
     fits = {
         "json": lambda: isinstance(value, Mapping | bool),
@@ -42,7 +42,7 @@ def checked(structured: Mapping[str, Any]) -> tuple[str, Any]:
         "choice": lambda: isinstance(value, list | tuple) and value and all(map(_is_text, value)),
     }.get(kind, lambda: _is_text(value))
     if not fits():
-        raise GrammarError(f"structured.{kind} is {_short(value)}; give {RULE}.")
+        raise GrammarError(f"structured.{kind} is {shown(value)}; give {RULE}.")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
@@ -127,7 +127,7 @@ def _check_schema(schema: Any) -> None:
         divides = key == "multipleOf" and isinstance(value, int | float)
         if divides and not SMALLEST_DIVISOR <= abs(value) <= LARGEST_DIVISOR:
             raise GrammarError(
-                f"structured.json has multipleOf {_short(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
+                f"structured.json has multipleOf {shown(value)}; give {SMALLEST_DIVISOR} to {LARGEST_DIVISOR}."
             )
         if key == "$ref" and isinstance(value, str):
             references.append(value)
@@ -216,11 +216,3 @@ def _list(value: Any) -> list[Any]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return "too large to print"
-    return text if len(text) <= 100 else f"{text[:100]}…"

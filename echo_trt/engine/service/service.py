@@ -40,9 +40,8 @@ class Service:
         self._open: dict[Request, ServiceRequest] = {}
         self._probes: dict[Request, ServiceRequest] = {}  # open jobs that only ask if the engine works
         self._pending: list[ServiceRequest] = []  # a heap
-        self._ending: list[
-            tuple[ServiceRequest, str, str]
-        ] = []  # jobs that end before the next iteration, reasons and messages
+        # Jobs that end before the next iteration, with reasons and messages.
+        self._ending: list[tuple[ServiceRequest, str, str]] = []
         self._draining = self._closed = self._dead = False
 
         # The engine thread's own.
@@ -229,10 +228,8 @@ class Service:
 
         A stop string may end a request, which cannot be done during a pass, so tokens of such requests do not wait.
         """
-        now = time.monotonic()
-        waits = (
-            self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and len(emitted) >= MANY
-        )
+        now, many = time.monotonic(), len(emitted) >= MANY
+        waits = self._overlaps and self.loop.scheduler.busy and self._isolation.on_trial is None and many
         for request, tokens in emitted:
             if (job := self._open.get(request)) is None:
                 continue
