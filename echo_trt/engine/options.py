@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
+from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
@@ -80,7 +81,9 @@ def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
 
 
 Bundle = Annotated[Path, Parameter(help="A folder that echo-trt build made.")]
-Batch = Annotated[int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1))]
+Batch = Annotated[
+    int | None, Parameter(help="Requests running at once. Default: the recipe's.", validator=bounds(1, MAX_AT_ONCE))
+]
 Port = Annotated[int, Parameter(validator=bounds(1, 65535))]
 PolicyFile = Annotated[
     Path | None, Parameter(help="A Python file with policies of your own.", converter=_load_policies)
