@@ -22,7 +22,7 @@ from echo_trt.engine.request import Event, Request
 from echo_trt.engine.service.fault_isolation import FaultIsolation
 from echo_trt.engine.service.grammars import GrammarQueue
 from echo_trt.engine.service.job import Overloaded, ServiceRequest
-from echo_trt.engine.service.statistics import Statistics
+from echo_trt.engine.service.metrics import Statistics
 
 log = logging.getLogger(__name__)
 
