@@ -195,9 +195,12 @@ def test_streams_wait_for_each_other_and_the_host_for_results_alone(networks, tm
         "hidden": engine.feature_cache("hidden").read(rows[:0]),
     }
     engine.run(call, **inputs)
-    shape = LevelShape(1, 2, 3)
-    engine.run_levels(call, pack_levels(2 * one, np.arange(4)[None], shape), shape, 4, **inputs)
-    assert order == ["engine", "launch", "PyTorch", "engine", "launch", "launch", "PyTorch"]
+    shape = LevelShape(1, 1, 2, 3)
+    below = pack_levels(2 * one, np.arange(4)[None], shape)
+    engine.start_levels(call, below, shape, 4, **inputs)
+    engine.run_levels(below, 0 * one, shape, 4)
+    levels = ["engine", "launch", "launch", "PyTorch", "engine", "launch", "PyTorch"]
+    assert order == ["engine", "launch", "PyTorch", *levels]
 
 
 @pytest.fixture
