@@ -49,10 +49,6 @@ class OnnxSession:
     def width(self, output):
         return next(o.shape[-1] for o in self._session.get_outputs() if o.name == output)
 
-    def capturable(self, shapes):
-        assert list(shapes) == self.inputs
-        return False
-
     def launch(self, tensors, aliases, recurs=True):
         self._check(tensors, recurs)
         outputs = self._session.run(None, {name: tensors[name].numpy() for name in self.inputs})

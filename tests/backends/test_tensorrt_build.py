@@ -1,60 +1,43 @@
 """A build for TensorRT without its libraries: what it registers, refuses and leaves on the card."""
 
+import importlib
+import sys
 import weakref
 
-import pytest
-import torch
 from pairs import recipe_of, roles_of
 from refusal import refused
 
 from echo_trt.backends.cuda import device
 from echo_trt.backends.tensorrt import build as tensorrt_build
-from echo_trt.backends.tensorrt import engine as engine_module
 from echo_trt.backends.tensorrt import library
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 
 
-def test_a_build_registers_the_plugins_whoever_calls_it(networks, tmp_path, monkeypatch):
-    """The parser finds a plugin only where it was registered before."""
-
-    class Registered(Exception):
-        pass
-
-    def register():
-        raise Registered
-
-    monkeypatch.setattr(library, "register", register)
-    recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
-    build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
-    with pytest.raises(Registered):
-        build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
+def test_who_loads_tensorrt_has_the_plugin_registered(monkeypatch):
+    """The parser of a build asks for it, and so does TensorRT when it loads an engine."""
+    registered = []
+    for compiler in library.COMPILERS.values():
+        module = type(sys)(compiler.module)
+        module.__version__ = f"{compiler.major}.4.0"
+        monkeypatch.setitem(sys.modules, compiler.module, module)
+    monkeypatch.setattr(library, "register", lambda: registered.append(True))
+    for engine, wanted in (("tensorrt-rtx", []), ("tensorrt", [True])):
+        library.load_compiler(engine)
+        assert registered == wanted
+    monkeypatch.setattr(library, "register", lambda: importlib.import_module("what_is_not_there"))
+    with refused("the plugin for TensorRT cannot be loaded (No module named 'what", "pip install -e '.[tensorrt]'"):
+        library.load_compiler("tensorrt")
 
 
 def test_heads_that_the_kernel_does_not_have_are_refused_before_the_export(networks, tmp_path, monkeypatch):
-    monkeypatch.setattr(library, "register", lambda: None)
     monkeypatch.setattr(device, "HEAD_DIMS", (64, 128))
     recipe = recipe_of("lookup", networks, engine="tensorrt", precision="fp16")
     build = tensorrt_build.TensorRTBuild(recipe, tmp_path, tmp_path / "timings", lambda share, phase: None)
     with refused("the network has heads of", "64, 128 and up to 16", "--engine openvino"):
         build.compile(roles_of("lookup", networks)["target"], "target", "fp16")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_engine_registers_the_plugin_before_it_is_loaded(tmp_path, monkeypatch):
-    """TensorRT asks Python for the plugin of a compiled network, too."""
-    order = []
-    monkeypatch.setattr(library, "register", lambda: order.append("registered"))
-    monkeypatch.setattr(engine_module, "Session", lambda *_: order.append("loaded"))
-    for name in ("check_version", "check_card", "cuda_device", "compute_capability"):
-        monkeypatch.setattr(engine_module, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    for engine, wanted in (("tensorrt", ["registered", "loaded"]), ("tensorrt-rtx", ["loaded"])):
-        with pytest.raises(AttributeError):  # of an engine that is none
-            TensorRTEngine.open(engine, tmp_path, None, 1, 1, 1)
-        assert order == wanted
-        order.clear()
 
 
 def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):

@@ -181,11 +181,10 @@ def test_a_gpu_without_its_kernel_is_told_what_to_install(monkeypatch):
         _operator_for(torch.device("cuda"), SimpleNamespace(num_heads=32, num_kv_heads=8, head_dim=128))
 
 
-@pytest.mark.parametrize("compiler", [None, "/bin/false"])
-def test_a_machine_without_a_c_compiler_is_told_what_to_install(compiler, monkeypatch):
+def test_a_machine_without_a_c_compiler_is_told_what_to_install(monkeypatch):
     """Triton compiles a launcher in C at the first launch of a kernel."""
     build = pytest.importorskip("triton.runtime.build")
-    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
     getattr(build, "_find_compiler", SimpleNamespace(cache_clear=lambda: None)).cache_clear()
 
@@ -194,7 +193,7 @@ def test_a_machine_without_a_c_compiler_is_told_what_to_install(compiler, monkey
 
     monkeypatch.setattr(files, "load_role", lambda *_: None)
     monkeypatch.setattr(torch_engine, "TorchEngine", launch)
-    with refused("Triton cannot compile", "install a C compiler and Python's headers", "CC"):
+    with refused("Triton finds no C compiler", "install gcc and python3-dev", "a compiler in CC"):
         open_torch(None, BLOCKS)
 
 

@@ -23,18 +23,8 @@ MAX_GRAPHS = 160  # graphs of an engine; larger: more memory, and more seconds t
 _ALIGNMENT = 256  # bytes, which TensorRT asks of every tensor; smaller: kernels cannot load vectors
 
 
-def dummy_inputs(like: Arrays) -> Arrays:
-    """Return a call of the shapes of ``like`` in which no request has tokens: it reads and writes no KV rows."""
-    return {name: np.zeros_like(array) for name, array in like.items()}
-
-
 def shapes_of(arrays: Arrays, capacity: Capacity) -> tuple[tuple[int, ...], ...]:
     return tuple((capacity.get(name, len(array)), *array.shape[1:]) for name, array in arrays.items())
-
-
-def event_on(device: torch.device) -> Any:
-    """Return an event of the device's stream; None on a CPU, which copies at once."""
-    return torch.cuda.Event() if device.type == "cuda" else None
 
 
 class Staging:
@@ -62,7 +52,8 @@ class Staging:
         pinned = device.type == "cuda"
         hosts = [torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._device = torch.empty_like(hosts[0], device=device)
-        self._turns = [(host, {n: t.numpy() for n, t in views(host).items()}, event_on(device)) for host in hosts]
+        event = torch.cuda.Event if pinned else lambda: None  # a CPU copies at once
+        self._turns = [(host, {n: t.numpy() for n, t in views(host).items()}, event()) for host in hosts]
         self._turn, self.tensors = 0, views(self._device)
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
@@ -88,7 +79,7 @@ class Staging:
         return self.tensors
 
 
-def unowned(forward: Callable[..., Any]) -> Callable[..., Any]:
+def unowned(forward: Forward) -> Forward:
     """Return ``forward`` as a function that keeps the object of a bound method alive no longer than others do.
 
     An engine owns the graphs of its own method. In a circle of both, its memory would stay until Python's collector
@@ -99,7 +90,7 @@ def unowned(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward
     method = weakref.WeakMethod(forward)
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> tuple[Tensor, ...]:
         bound = method()
         assert bound is not None  # whoever calls has the object
         return bound(*arguments)
@@ -138,9 +129,8 @@ class Graphs:
     memory of another engine's along.
     """
 
-    def __init__(self, forward: Forward, device: torch.device, capturable: Callable[..., bool] = lambda *_: True):
-        """Take ``capturable``, which gets the arguments of ``run``: whether a call of new sizes can be captured."""
-        self._forward, self._capturable, self._device = unowned(forward), unowned(capturable), device
+    def __init__(self, forward: Forward, device: torch.device):
+        self._forward, self._device = unowned(forward), device
         self._memory = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self._outputs: list[Tensor] = []  # shared, so that graphs keep no memory apart
         self._captured: dict[tuple, Captured | None] = {}
@@ -158,8 +148,7 @@ class Graphs:
             return None
         key = (*arguments, *sorted(zip(arrays, shapes_of(arrays, capacity), strict=True)))
         if key not in self._captured:
-            full = self.sealed or len(self._captured) >= MAX_GRAPHS
-            if full or not self._capturable(arrays, capacity, *arguments):
+            if self.sealed or len(self._captured) >= MAX_GRAPHS:
                 return None
             self._captured[key] = self._capture(arrays, capacity, arguments)
         captured = self._captured[key]
@@ -172,7 +161,8 @@ class Graphs:
     def _capture(self, arrays: Arrays, capacity: Capacity, arguments: tuple[int, ...]) -> Captured | None:
         """Capture a size; None, with a warning, where that fails."""
         staging = Staging(arrays, self._device, capacity)
-        inputs = staging.upload(dummy_inputs(arrays))
+        # In a call of zeros no request has tokens: it reads and writes no KV rows.
+        inputs = staging.upload({name: np.zeros_like(array) for name, array in arrays.items()})
         # A run before the capture compiles kernels and starts libraries.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)

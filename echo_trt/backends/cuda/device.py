@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,14 +54,11 @@ def launching_kernels() -> Iterator[None]:
     """Say what to install where Triton cannot compile what launches its kernels, as it does at first launches."""
     try:
         yield
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
             raise
-        reason = " ".join(str(error).split()).split(". ")[0][:300].rstrip(".")
-        raise UserError(
-            f"Triton cannot compile what launches its kernels ({reason}); install a C compiler and Python's headers, "
-            "such as gcc and python3-dev, or name the compiler in CC."
-        ) from error
+        remedy = "install gcc and python3-dev, or name a compiler in CC"
+        raise UserError(f"Triton finds no C compiler, by which it launches kernels; {remedy}.") from error
 
 
 def compute_capability(device: torch.device) -> str:

@@ -23,7 +23,6 @@ from echo_trt.backends.tensorrt.compiler import (
     load_compiler,
 )
 from echo_trt.backends.tensorrt.graph import name_collectives
-from echo_trt.backends.tensorrt.library import register_plugins
 from echo_trt.backends.tensorrt.profiles import native_profiles, packed_profiles
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.manifest import SelfCheck, TensorRTFacts
@@ -45,7 +44,6 @@ def check_settings(recipe: Recipe) -> None:
         check_precision(engine, "draft.precision", recipe.draft.precision)
     check_capabilities(engine, recipe.compute_capability)
     if not COMPILERS[engine].builds_anywhere:
-        register_plugins(engine)
         check_card(compute_capability(cuda_device()))
 
 
@@ -79,7 +77,6 @@ class TensorRTBuild:
     def compile(self, role: Role, name: str, precision: str) -> tuple[str, SelfCheck | None]:
         """Write ``name``.engine, and check it where a card can run it, else its graph where a CPU can."""
         recipe, sizes = self.recipe, CallSizes.of(self.recipe)
-        register_plugins(recipe.engine)
         graph, engine = self.folder / f"{name}.onnx", self.folder / f"{name}.engine"
         native = recipe.engine == "tensorrt-rtx"
         if native:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_trt.backends.cuda.calls import Graphs, Staging, shapes_of
+from echo_trt.backends.cuda.calls import Graphs, Staging
 from echo_trt.backends.cuda.device import check_room, compute_capability, cuda_device, launching_kernels
 from echo_trt.backends.cuda.device_rows import (
     DeviceFeatureCache,
@@ -26,12 +26,12 @@ from echo_trt.backends.cuda.device_rows import (
     numbered,
 )
 from echo_trt.backends.cuda.levels import Levels, parts_of_level
-from echo_trt.backends.cuda.sizes import LARGEST, SIZES, Arrays, CallBounds, Capacity, empty_calls, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST, SIZES, CallBounds, empty_calls, graph_sizes
 from echo_trt.backends.cuda.transfers import PACKED, pack_results, read_results, send
 from echo_trt.backends.padded import ROW_OUTPUTS, SlotLayout
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.backends.tensorrt.calls import CallLimits, MicroBatch, in_words, linear_pieces, packed_pieces
-from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler, register_plugins
+from echo_trt.backends.tensorrt.library import COMPILERS, load_compiler
 from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
@@ -98,7 +98,7 @@ class TensorRTEngine:
             name: DeviceFeatureCache(sizes[name], width, session.types[name], self._device)
             for name, width in self._widths.items()
         }
-        self._graphs = Graphs(self._forward, self._device, self._capturable) if graphs and self._stream else None
+        self._graphs = Graphs(self._forward, self._device) if graphs and self._stream else None
         self._meanwhile: Callable[[], None] = lambda: None
 
     @classmethod
@@ -113,7 +113,6 @@ class TensorRTEngine:
         check_version(engine, facts)
         device = cuda_device()
         check_card(engine, facts, compute_capability(device), torch.cuda.get_device_name(device))
-        register_plugins(engine)
         session = Session(engine, file, device, group and group.communicator)
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
         if group:
@@ -213,7 +212,8 @@ class TensorRTEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
-            self._levels.begin(whole["scores"], whole["candidates"], whole["state"][self._on_device(call.logit_rows)])
+            states = whole["state"][send(call.logit_rows, self._device)]
+            self._levels.begin(whole["scores"], whole["candidates"], states)
             rows = np.arange(len(call.logit_rows))
             return self._levels.run(below, rows, shape, max_nodes, whole[PACKED])
 
@@ -224,10 +224,9 @@ class TensorRTEngine:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Launch on this engine's stream, behind what was launched on the current one: a bank's rows are written there.
+        """Launch on this engine's stream, behind what the current one has and before what it gets afterwards.
 
-        What is launched on the current one afterwards comes behind: outputs are read there. Neither stream waits for
-        the other by itself.
+        There banks are written and outputs are read, and neither stream waits for the other by itself.
         """
         current = torch.cuda.current_stream(self._device) if self._stream is not None else None
         if current is not None:
@@ -241,10 +240,7 @@ class TensorRTEngine:
         """Zero the slots of new requests: masked rows must be finite, and previous requests may have left others."""
         starting = np.flatnonzero(call.past_lens == 0)
         if len(starting):
-            self._pool[:, self._on_device(self._layout.slots_of(call)[starting])] = 0
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        return send(array, self._device)
+            self._pool[:, send(self._layout.slots_of(call)[starting], self._device)] = 0
 
     def _join(self, call: ForwardBatch, pieces: Iterable[MicroBatch]) -> dict[str, Tensor]:
         """Launch the pieces and put the packed call's outputs together, on the device.
@@ -272,7 +268,7 @@ class TensorRTEngine:
         arrays = piece.rows, piece.padded_rows, piece.requested
         if all((np.diff(array) == 1).all() for array in arrays):
             return [slice(int(array[0]), int(array[-1]) + 1) if len(array) else slice(0, 0) for array in arrays]
-        return list(self._on_device(np.concatenate(arrays)).split([len(array) for array in arrays]))
+        return list(send(np.concatenate(arrays), self._device).split([len(array) for array in arrays]))
 
     def _launch(self, piece: MicroBatch) -> dict[str, Tensor]:
         outputs = None
@@ -295,12 +291,6 @@ class TensorRTEngine:
         part = slice(first, first + batch) if self._layout else slice(None)
         return {name: cache[part] for name, cache in zip(self._caches, self._pool, strict=True)}
 
-    def _capturable(self, arrays: Arrays, capacity: Capacity, _first: int) -> bool:
-        cache = (len(arrays["past_lens"]) if self._layout else self._pool.shape[1], *self._pool.shape[2:])
-        shapes = dict(zip(arrays, shapes_of(arrays, capacity), strict=True))
-        shapes |= {name: (*shapes[name][:1], width) for name, width in self._widths.items()}
-        return self._session.capturable({name: shapes.get(name, cache) for name in self._session.inputs})
-
     def _output_names(self) -> Iterator[str]:
         return iter([*(name for name in self._session.outputs if name not in self._aliases), PACKED])
 
@@ -317,7 +307,7 @@ class TensorRTEngine:
 
         rows = np.stack([self._pool_rows(rows) for rows in (source, target)])
         with self._own_stream():
-            move_rows(self._pool, *self._on_device(rows))
+            move_rows(self._pool, *send(rows, self._device))
 
     def _pool_rows(self, rows: np.ndarray) -> np.ndarray:
         """Convert pool rows to the rows of move_rows, whose block is a slot's cache here."""

@@ -36,7 +36,7 @@ COMPILERS = {
 
 
 def load_compiler(engine: str) -> ModuleType:
-    """Import the Python module of ``engine``; a missing one or another version is refused."""
+    """Import the Python module of ``engine`` and register our plugins; a missing one or another version is refused."""
     compiler = COMPILERS[engine]
     run = f"run pip install -e '.[{compiler.extra}]' in the repository"
     remedy = f"{run}, or echo-trt build the bundle with --engine openvino."
@@ -47,19 +47,12 @@ def load_compiler(engine: str) -> ModuleType:
         raise UserError(f"{compiler.title} is not installed ({error}); {remedy}") from error
     if version.split(".")[0] != str(compiler.major):
         raise UserError(f"{compiler.title} is version {version}, and echo-trt needs version {compiler.major}; {remedy}")
-    return module
-
-
-def register_plugins(engine: str) -> None:
-    """Register the plugins of ``engine``, where it takes any, before it reads a graph or a compiled network."""
-    if not COMPILERS[engine].plugins:
-        return
     try:
-        register()
+        if compiler.plugins:
+            register()
     except ImportError as error:
-        raise UserError(
-            f"the plugin for TensorRT cannot be loaded ({error}); run pip install -e '.[tensorrt]' in the repository."
-        ) from error
+        raise UserError(f"the plugin for {compiler.title} cannot be loaded ({error}); {run}.") from error
+    return module
 
 
 def first_sentence(messages: Sequence[str]) -> str:

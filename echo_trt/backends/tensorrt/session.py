@@ -63,21 +63,17 @@ class Session:
         kinds = self._api.DataType
         types = {getattr(kinds, name): dtype for name, dtype in TYPES.items()}
         self.types = {name: types[self._engine.get_tensor_dtype(name)] for name in names}
-        self._profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        self.num_profiles, shapes = self._engine.num_optimization_profiles, self._engine.get_tensor_profile_shape
+        self._profiles = [
+            {name: (tuple(shapes(name, i)[0]), tuple(shapes(name, i)[2])) for name in self.inputs}
+            for i in range(self.num_profiles)
+        ]
         scratch = self._engine.device_memory_size_v2
         check_room(device, scratch, f"the scratch memory of {file.name}", "lower limits.batch or limits.prefill_chunk")
         self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=device)
         self._settings = self._runtime_settings()
         self._contexts: dict[Any, Any] = {}
         self._in_graphs: dict[int, Any] = {}  # contexts of captured graphs, by their identity
-
-    def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
-        shapes = {name: self._engine.get_tensor_profile_shape(name, index) for name in self.inputs}
-        return {name: (tuple(minimum), tuple(maximum)) for name, (minimum, _, maximum) in shapes.items()}
-
-    @property
-    def num_profiles(self) -> int:
-        return len(self._profiles)
 
     def largest(self, name: str, axis: int, profile: int = 0) -> int:
         return self._profiles[profile][name][1][axis]
@@ -119,17 +115,11 @@ class Session:
         self._must(context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream), "the launch")
         return outputs
 
-    def capturable(self, shapes: Mapping[str, Shape]) -> bool:
-        """Return whether a launch of these sizes can be captured as a CUDA graph."""
-        context = self._context({name: shapes[name] for name in self.inputs})
-        check = getattr(context, "is_stream_capturable", None)  # only TensorRT-RTX has it
-        return check is None or check(torch.cuda.current_stream(self.device).cuda_stream)
-
     def _context(self, shapes: dict[str, Shape], recurs: bool = True) -> Any:
-        """Return a context of these shapes. A size that ``recurs`` has one, until a CUDA graph is captured with it.
+        """Return a context of these shapes: of a size that ``recurs`` one that no CUDA graph was captured with before.
 
-        TensorRT does not promise that a context serves two graphs, or a graph and launches, so the next one of this
-        size gets another context. Calls that do not recur share one context a profile, whose shapes are set each time.
+        TensorRT does not promise that a context serves two graphs, or a graph and launches. Calls that do not recur
+        share one context a profile, whose shapes are set each time.
         """
         key: Any = tuple(shapes.values())
         if recurs and key in self._contexts:

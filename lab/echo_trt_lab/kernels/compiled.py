@@ -65,7 +65,7 @@ class CompiledKernel:
     spills: int
 
 
-class Source(NamedTuple):
+class KernelSource(NamedTuple):
     """A kernel before it is compiled; ``types`` of parameters that _TYPES does not know are the network's."""
 
     function: Any
@@ -99,17 +99,17 @@ def compiled(name: str, architecture: int, dtype: str, head_dim: int, group: int
     return CompiledKernel(facts.name, architecture, *asm, threads, facts.shared, registers, spills)
 
 
-def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, Source]:
+def _sources(dtype: str, head_dim: int, group: int, architecture: int) -> dict[str, KernelSource]:
     sizes, made = {"HEAD_DIM": head_dim, "BLOCK": 32}, {}
     for rows in ROWS:
         steps = steps_for(rows, architecture, 4 if dtype == "fp32" else 2)
         constants = sizes | {"GROUP": group, "ROWS": rows, "KEYS": steps.keys, "NEW_KEYS": steps.new_keys}
         options = {"num_warps": warps_of(rows), "maxnreg": registers_of(rows), "num_stages": steps.stages}
-        made[f"attention_{rows}"] = Source(kernel.attention, constants, options, {})
-    made["combine"] = Source(kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
+        made[f"attention_{rows}"] = KernelSource(kernel.attention, constants, options, {})
+    made["combine"] = KernelSource(kernel.combine, sizes | {"MAX_SPLITS": MAX_SPLITS}, {}, {})
     for name in ("gather_rows", "scatter_rows"):
-        made[name] = Source(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
-    made["race"] = Source(race_kernel.race, {"CALLS": CALLS}, {}, _RACE)
+        made[name] = KernelSource(kernel.copy_rows, sizes | {"GATHER": name == "gather_rows"}, {}, {})
+    made["race"] = KernelSource(race_kernel.race, {"CALLS": CALLS}, {}, _RACE)
     return made
 
 
