@@ -28,9 +28,7 @@ def grow(
     if spare == 0 or len(requests) == 0:
         return tree, claimed_node
     frontier = requests[:, None]  # int64 [A, w], nodes of a request to expand, -1 where there are fewer than w
-    reached = settings.max_depth
-    if gate_by_gate:
-        reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots))
+    reached = _look_ahead(draft, settings, 0, len(requests), spare, len(roots)) if gate_by_gate else settings.max_depth
     log_q, tokens = draft.expand_roots(requests)
     for depth in range(1, settings.max_depth + 1):
         children, scores = _add_children(tree, frontier, log_q, tokens, settings.width)
@@ -42,9 +40,8 @@ def grow(
             spare -= int(claims.sum())
         claimed_node[requests[claims]] = children[row, best][claims]
         deeper = claims & (max_draft_len[requests] > depth)
-        if depth == settings.max_depth or spare == 0 or not deeper.any():
-            break
-        if depth == reached and depth not in settings.gates:  # what is left of the budget buys width
+        ended = depth == settings.max_depth or (depth == reached and depth not in settings.gates)
+        if ended or spare == 0 or not deeper.any():  # what is left of the budget buys width
             break
         requests = requests[deeper]
         frontier = _best(children[deeper], scores[deeper], settings.beams)
