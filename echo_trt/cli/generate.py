@@ -55,6 +55,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
                 False if options.compare else None,  # of two policies the second would find what the first computed
                 special_tokens_in_content=options.special_tokens_in_content,
                 kv_cache_memory=options.kv_cache_memory,
+                synthetic_text=options.synthetic_text,
             )
         policy = llm.loop.planner.name
         check_lengths(llm, work.prompts)
@@ -66,6 +67,8 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
             (comparison,) = entry_points(group="echo_trt.generate", name="compare")  # echo_trt_lab's
             answer = comparison.load()
         result = answer(work, llm, policy, out, messages)
+        if text := llm.networks.synthetic:
+            result["summary"]["synthetic_text"] = text.rates.text
         write(json_bytes(result))
     return result
 

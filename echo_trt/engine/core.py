@@ -18,6 +18,7 @@ from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
 from echo_trt.engine.drafters.lookup import LookupDrafter
+from echo_trt.engine.drafters.synthetic import SyntheticDraft
 from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
@@ -25,11 +26,12 @@ from echo_trt.engine.scheduler import Scheduler
 from echo_trt.engine.trace import StepTrace
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
-from echo_trt.speculation.drafts import Pass, TimedDraft
+from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
 from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
+from echo_trt.speculation.synthetic import SyntheticText
 
 #: Requests with their new tokens.
 Emitted = list[tuple[Request, list[int]]]
@@ -61,12 +63,14 @@ class EngineCore:
         planner: Planner,
         eos: Iterable[int],
         chunk: int = 256,
+        synthetic: SyntheticText | None = None,
     ):
         """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
 
-        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
+        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most. synthetic: the text that
+        takes the place of the target's and of the draft's choices; None: theirs.
         """
-        self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
+        self.target, self.batch, self.planner, self.chunk, self.synthetic = target, batch, planner, chunk, synthetic
         self.counters = Counters()
         self.scheduler = Scheduler(batch, tuple(eos), self.counters)
         self.drafter = drafter
@@ -172,7 +176,10 @@ class EngineCore:
             plan, seconds = Plan.undrafted(roots), 0.0
         else:
             grammars, begin = batch.grammar[slots], time.perf_counter()
-            plan = self.planner.plan(roots, GuidedDraft(draft, grammars) if grammars.any() else draft, load)
+            guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
+            if self.synthetic:
+                guided = SyntheticDraft(draft, self.synthetic, batch, slots)
+            plan = self.planner.plan(roots, guided, load)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
@@ -207,6 +214,7 @@ class EngineCore:
             batch=batch,
             probability=plan.probability,
             proposer=self.proposer,
+            synthetic=self.synthetic,
         )
         verified.wait()
         seconds = time.perf_counter() - begin

@@ -82,6 +82,12 @@ def _numbers(_: object, tokens: Sequence[Token]) -> tuple[int, ...]:
         raise UserError(f"{option} is {shown(text)}; give whole numbers, separated by commas.") from None
 
 
+def _rates(_: object, tokens: Sequence[Token]) -> str:
+    from echo_trt.speculation.synthetic import Rates
+
+    return Rates.parse(tokens[-1].value).text
+
+
 def _by_commas(values: Sequence[object]) -> str:
     return ",".join(map(str, values))
 
@@ -113,6 +119,15 @@ KVCacheMemory = Annotated[
         "CPU up to half of the free memory.",
     ),
 ]
+SyntheticText = Annotated[
+    str | None,
+    Parameter(
+        metavar="RATES",
+        converter=_rates,
+        help="Measure speed without trained weights: the text is made up, and drafts are accepted at this rate, such "
+        "as 0.75, at rates by depth, as 0.8,0.7,0.6, or by depth and rank, in a JSON file.",
+    ),
+]
 PromptFiles = Annotated[
     list[Path], Parameter("--prompts", help="JSONL: id and prompt, or turns, per line; may be given again.")
 ]
@@ -135,6 +150,7 @@ class EngineOptions:
     policy_file: PolicyFile = None
     batch: Batch = None
     kv_cache_memory: KVCacheMemory = None
+    synthetic_text: SyntheticText = None
 
     @property
     def words(self) -> list[str]:
@@ -142,4 +158,12 @@ class EngineOptions:
         memory = None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B"
         file = self.policy_file and self.policy_file.resolve()
         given = {"policy": self.policy, "policy-file": file, "batch": self.batch, "kv-cache-memory": memory}
+        given["synthetic-text"] = self.synthetic_rates
         return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+    @property
+    def synthetic_rates(self) -> str | None:
+        """The rates of synthetic text, a file's whole content included."""
+        from echo_trt.speculation.synthetic import Rates
+
+        return Rates.parse(self.synthetic_text).words if self.synthetic_text else None

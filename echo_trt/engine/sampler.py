@@ -20,6 +20,7 @@ from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.speculation.sampling.penalties import tokens_above
 from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree
+from echo_trt.speculation.synthetic import SyntheticText, TextPositions
 
 NO_ROWS = np.zeros(0, np.int64)
 Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
@@ -33,6 +34,7 @@ class TargetOutput:
     slots        int64 [B]
     probability  float64 [n], the planner's P(accept) of the nodes of decoding requests
     proposer     source of nodes that name the draft alone (``speculation.sources``: DRAFT or LOOKUP)
+    synthetic    the text that is given in the place of the choices, which are made all the same; None: the choices
     """
 
     tree: SuperTree
@@ -43,6 +45,7 @@ class TargetOutput:
     batch: InputBatch
     probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
     proposer: int = DRAFT
+    synthetic: SyntheticText | None = None
     failures: dict[int, str] = field(default_factory=dict)  # request -> why its grammar cannot go on
     _grammars: dict[int, State] = field(default_factory=dict)  # node -> what may follow its path
 
@@ -77,6 +80,11 @@ class TargetOutput:
             tokens = self._all_tokens[nodes]
         else:
             tokens = self._best(nodes) if self._greedy else self._chosen(nodes)
+        if self.synthetic:
+            slots = self._slots_of(nodes)
+            positions = self.batch.length[slots] + self.tree.depth[nodes]
+            where = TextPositions(self.batch.text_key[slots], self.tree.token[nodes], positions)
+            return np.asarray(self.synthetic.next_token(where))
         return self._allowed(nodes, tokens) if self._constrained else tokens
 
     def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from cyclopts import Parameter
 
 from echo_trt.engine.options import EngineOptions, Flag, Port, SpecialTokens, bounds
 from echo_trt.server.options import ApiOptions
+from echo_trt.speculation.synthetic import Rates
 
+SYNTHETIC = "-synthetic-text"  # behind the name of a model whose text is made up
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
@@ -59,7 +61,12 @@ class ServeOptions(ApiOptions, EngineOptions):
     @property
     def model_name(self) -> str:
         """What clients call the model where it has one name."""
-        return (*self.served_model_names, "echo")[0]
+        return (*self.served_model_names, f"echo{SYNTHETIC * bool(self.synthetic_text)}")[0]
+
+    @property
+    def serving(self) -> str:
+        """What is said once answers come."""
+        return f"serving {Rates.parse(self.synthetic_text).sentence}" if self.synthetic_text else "serving"
 
     @property
     def reached_at(self) -> str:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
-from echo_trt.backends.cuda.transfers import fetch
+from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.speculation.pack import ROOT, ForwardBatch, LevelShape
+from echo_trt.speculation.synthetic import SyntheticText, TextPositions
 
 Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
@@ -34,10 +35,14 @@ class Levels:
     graphs   whether a draft of a shape is captured as a CUDA graph, once for each number of requests
     """
 
+    #: Takes the place of the head's proposals; set before a draft is captured.
+    synthetic: SyntheticText | None = None
+
     def __init__(self, forward: Forward, states: Tensor, top_k: int, bounds: CallBounds, graphs: bool):
         self._forward, self._states, self._bounds, device = unowned(forward), states, bounds, states.device
         self._scores = torch.zeros(bounds.requests, top_k, device=device)  # of the roots' children
         self._candidates = torch.zeros(bounds.requests, top_k, dtype=torch.int64, device=device)
+        self._keys = torch.zeros(bounds.requests, dtype=torch.int64, device=device)  # of synthetic texts
         self._sizes = sorted({min(bucket(n), bounds.requests) for n in range(1, bounds.requests + 1)})
         self._graphs = Graphs(self._draft, device) if graphs else None
 
@@ -66,19 +71,33 @@ class Levels:
         self._graphs.sealed = True
 
     def run(
-        self, below: ForwardBatch, shape: LevelShape, max_nodes: int, roots: tuple[Tensor, Tensor], states: Tensor
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        roots: tuple[Tensor, Tensor],
+        states: Tensor,
+        keys: np.ndarray | None = None,
     ) -> np.ndarray:
         """Draft ``shape.levels`` levels below the roots' children.
 
+        call       the pass over the roots, whose logit rows are theirs
         below      what ``pack_levels`` returns for A requests
         max_nodes  children of a request that are returned, the best ones
         roots      float32 [A, k], log-probabilities of the roots' children, and the children int64 [A, k]
         states     float [A, H], of the roots
+        keys       int64 [A], of the requests' synthetic texts
 
         Returns int32 [A, 4, most]: a child's number, its parent's (ROOT: the root), its token, and the bits of its
         path's log-probability, float32. Numbers count a request's children in the order in which they are drafted.
         """
         requested = len(states)
+        if self.synthetic:
+            entries = np.stack((keys, call.token_ids[call.logit_rows], call.positions[call.logit_rows]))
+            placed = send(entries.astype(np.int64), self._states.device)
+            self._keys[:requested].copy_(placed[0])
+            roots = self._proposed(roots, *placed, 1)
         self._states[:requested].copy_(states)
         self._scores[:requested].copy_(roots[0])
         self._candidates[:requested].copy_(roots[1])
@@ -107,9 +126,30 @@ class Levels:
         }
 
     def _draft(self, call: dict[str, Tensor], *shape: int) -> tuple[Tensor, ...]:
-        requests = len(call["past_lens"])
+        requests, depth = len(call["past_lens"]), itertools.count(2)
         roots = self._scores[:requests], self._candidates[:requests]
-        return draft_levels(self._forward, call, self._states, *roots, LevelShape(*shape))
+
+        def forward(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            scores, candidates, *rest = self._forward(inputs)
+            if self.synthetic:
+                rows = inputs["logit_rows"]
+                keys = self._keys[:requests, None].expand(-1, len(rows) // requests).flatten()
+                beams = inputs["token_ids"][rows], inputs["positions"][rows]
+                scores, candidates = self._proposed((scores, candidates), keys, *beams, next(depth))
+            return scores, candidates, *rest
+
+        return draft_levels(forward, call, self._states, *roots, LevelShape(*shape))
+
+    def _proposed(
+        self, proposals: tuple[Tensor, Tensor], keys: Tensor, tokens: Tensor, entries: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """Replace ``proposals`` at a ``depth``, both [n, k], below ``tokens`` [n] at the head's ``entries`` [n]."""
+        where = TextPositions(
+            keys, tokens.long(), entries.long() + 2
+        )  # an entry is numbered by the token before its own
+        assert self.synthetic
+        log_q, candidates = self.synthetic.propose(where, torch.full_like(keys, depth), proposals[0].shape[1])
+        return log_q.float(), candidates
 
 
 def level_call(level: int, beams: int, call: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
+from echo_trt.speculation.synthetic import SyntheticText
 from super_tree_attention.tensorrt_names import WRITTEN
 
 
@@ -215,22 +216,30 @@ class TensorRTEngine:
         return named["scores"], named["candidates"], named["state"]
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
+    def capture_levels(self, shapes: Iterable[LevelShape], synthetic: SyntheticText | None = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait, where this engine drafts them."""
         if self.drafts_levels:
+            self._levels.synthetic = synthetic and synthetic.placed(torch, self._device)
             with self._own_stream():
                 self._levels.capture(shapes)
             self._wait()
 
     @torch.inference_mode()
     def run_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
             states = whole["state"][self._on_device(call.logit_rows)]
-            drafted = self._levels.run(below, shape, max_nodes, (whole["scores"], whole["candidates"]), states)
+            roots = whole["scores"], whole["candidates"]
+            drafted = self._levels.run(call, below, shape, max_nodes, roots, states, keys)
         self._wait()
         return drafted
 

@@ -33,6 +33,7 @@ from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
+from echo_trt.speculation.synthetic import SyntheticText
 from super_tree_attention import super_tree_attention
 
 HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16  # of the kernel: its tiles are powers of two, of 16 rows at least
@@ -160,20 +161,28 @@ class TorchEngine:
         return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
+    def capture_levels(self, shapes: Iterable[LevelShape], synthetic: SyntheticText | None = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait, where this is a head on a GPU."""
         if self.drafts_levels:
+            self._levels.synthetic = synthetic and synthetic.placed(torch, self.device)
             self._levels.capture(shapes)
 
     @torch.inference_mode()
     def run_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> np.ndarray:
         """Run a head over the roots of ``call`` and the levels of ``below``; see ``Levels.run``."""
         arrays = self._arrays_of(call, inputs)
         scores, candidates, state, *_ = self._launch(arrays)
         rows = send(arrays["logit_rows"], self.device)
-        return self._levels.run(below, shape, max_nodes, (scores[: len(rows)], candidates[: len(rows)]), state[rows])
+        roots = scores[: len(rows)], candidates[: len(rows)]
+        return self._levels.run(call, below, shape, max_nodes, roots, state[rows], keys)
 
     def _on_device(self, arrays: Arrays) -> dict[str, np.ndarray | DeviceRows]:
         """Run on the device. One copy brings small results to the host; other outputs are copied as they are read."""

@@ -17,7 +17,13 @@ class LevelsEngine(Engine, Protocol):
     """An engine of a head that also drafts levels where it computes."""
 
     def run_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> np.ndarray:
         """Run ``call``, whose logit rows are the roots', and the levels of ``below``; see ``Levels.run``."""
 
@@ -35,7 +41,8 @@ class LevelsDrafter(Eagle3Drafter):
 
         def run(slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
             call, inputs = self._packed(slots, start, counts, np.cumsum(counts) - 1)
-            return {"drafted": self.engine.run_levels(call, below, shape, max_nodes, **inputs)}
+            keys = self.batch.text_key[slots]
+            return {"drafted": self.engine.run_levels(call, below, shape, max_nodes, keys, **inputs)}
 
         drafted: np.ndarray = self.prefill_draft(slots, run)[0]["drafted"]
         return drafted

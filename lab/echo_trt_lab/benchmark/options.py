@@ -8,7 +8,18 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import NUMBERS, WORDS, Bundle, Flag, HtmlFile, JsonFile, PolicyFile, PromptFiles, bounds
+from echo_trt.engine.options import (
+    NUMBERS,
+    WORDS,
+    Bundle,
+    Flag,
+    HtmlFile,
+    JsonFile,
+    PolicyFile,
+    PromptFiles,
+    SyntheticText,
+    bounds,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class BenchOptions:
         ),
     ] = ()
     recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
+    synthetic_text: SyntheticText = None
     json_file: JsonFile = None
     html_file: HtmlFile = None
     record_file: Annotated[
