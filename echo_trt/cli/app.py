@@ -55,6 +55,10 @@ def build(options: BuildOptions) -> None:
     from echo_trt.cli.recipes import recipe_for, sized
 
     found, path = recipe_for(options.model, options.draft, options.engine)
+    if options.random_weights:
+        from echo_trt.cli.random_weights import with_random_weights
+
+        found = with_random_weights(found)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
     settings = sized(
         settings,

@@ -33,8 +33,8 @@ from echo_trt.bundle.manifest import (
 )
 from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Recipe
-from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
+from echo_trt.cli.random_weights import open_source
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
 from echo_trt.models.block_config import BlockConfig
@@ -43,7 +43,6 @@ from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import DecoderConfig, decoder_config
 from echo_trt.models.decoder import Decoder
-from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 from echo_trt.models.tokenizer import check_same_tokens, read_tokenizer
@@ -131,7 +130,7 @@ def _check_settings(recipe: Recipe) -> None:
 
 def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
     progress("reading the target")
-    checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
+    checkpoint = open_source(recipe.target, recipe_folder)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
     if recipe.draft.kind == "block":
@@ -198,6 +197,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         sampling=_sampling(checkpoint),
         target_sha256=digest,
         draft_sha256=draft_digest,
+        tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
         tensorrt=tensorrt,
         checks={name: check for name, check in checks.items() if check is not None},
         tools={
@@ -219,7 +219,7 @@ def _loaded_type(recipe: Recipe) -> torch.dtype | None:
 
 def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> None:
     """Refuse a block drafter of another target, or one whose rows have no room, before any weights are read."""
-    checkpoint = open_checkpoint(locate(recipe.draft.source, recipe_folder))
+    checkpoint = open_source(recipe.draft.source, recipe_folder, "block")
     config = check_block(checkpoint, target, recipe.draft.block)
     appended, reserve = block_shape(config).appended, reserve_for(recipe.decoding.model_dump())
     if appended >= reserve:
@@ -246,7 +246,7 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
     if draft.source is None:
         return None, (), ""
     progress("reading the draft")
-    checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
+    checkpoint = open_source(draft.source, recipe_folder, draft.kind)
     positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
     dtype = _loaded_type(recipe)
     if draft.kind == "model":

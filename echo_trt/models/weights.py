@@ -63,7 +63,7 @@ def load_eagle3(
     names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
         model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-    sources = _eagle3_sources(config, names)
+    sources = eagle3_sources(config, names)
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
         if config.hidden_size != target.config.hidden_size:
@@ -143,7 +143,7 @@ def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
     }
 
 
-def _eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
+def eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
     layer = "midlayer."
     sources = {
         "embed.weight": ["embed_tokens.weight"],
@@ -258,6 +258,18 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
         return torch.float32
     types = {filling.checkpoint.dtype(name) for name in names}
     return types.pop() if len(types) == 1 and types <= NARROW else torch.float32
+
+
+def tensor_shapes(model: nn.Module, sources: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that the tensors of ``sources`` have for the undivided ``model``."""
+    shapes = {}
+    for ours, parts in sources.items():
+        shape, nested = model.get_parameter(ours).shape, isinstance(parts[0], list)
+        for names in parts if nested else [parts]:
+            whole = shape[1:] if nested else shape
+            heights = _heights(model.config) if len(names) == 3 else [whole[0] // len(names)] * len(names)
+            shapes |= {name: (height, *whole[1:]) for name, height in zip(names, heights, strict=True)}
+    return shapes
 
 
 def _heights(config: Config) -> list[int]:

@@ -144,10 +144,9 @@ class Levels:
         self, proposals: tuple[Tensor, Tensor], keys: Tensor, tokens: Tensor, entries: Tensor, depth: int
     ) -> tuple[Tensor, Tensor]:
         """Replace ``proposals`` at a ``depth``, both [n, k], below ``tokens`` [n] at the head's ``entries`` [n]."""
-        where = TextPositions(
-            keys, tokens.long(), entries.long() + 2
-        )  # an entry is numbered by the token before its own
         assert self.synthetic
+        # An entry is numbered by the token before its own.
+        where = TextPositions(keys, tokens.long(), entries.long() + 2)
         log_q, candidates = self.synthetic.propose(where, torch.full_like(keys, depth), proposals[0].shape[1])
         return log_q.float(), candidates
 
