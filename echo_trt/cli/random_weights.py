@@ -9,13 +9,14 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from echo_trt.bundle.recipe import NETWORKS, Recipe, Source, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import NETWORKS, Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.cli.recipes import shipped_folder
 from echo_trt.errors import UserError
-from echo_trt.models.chat import read_template
 from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.open_checkpoint import open_checkpoint
+from echo_trt.models.open_tokenizer import read_template
 from echo_trt.models.random_checkpoint import RandomCheckpoint
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.sizing.shapes import config_of

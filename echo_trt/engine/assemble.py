@@ -24,9 +24,8 @@ from echo_trt.engine.drafters.synthetic import synthetic_text
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError
-from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import Planner
-from echo_trt.speculation.policies import POLICIES, reserve_for
+from echo_trt.speculation.policies import reserve_for
 from echo_trt.speculation.synthetic import Rates, SyntheticText
 
 
@@ -50,6 +49,11 @@ class Networks:
     calibration: Calibration | None
     markov: Markov | None = None
     synthetic: SyntheticText | None = None
+
+    def prepare(self, planner: Planner) -> None:
+        """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
+        if isinstance(self.drafter, LevelsDrafter):
+            self.drafter.engine.capture_levels(planner.level_shapes, self.synthetic)
 
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
@@ -92,7 +96,7 @@ def load_networks(
     cached = limits.prefix_cache if prefix_cache is None else prefix_cache
     input_batch = InputBatch(count, limits.context, reserve, None if contiguous else pool.blocks, cached)
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
-    draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks, text) if manifest.draft else None
+    draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
     known = None  # log q of synthetic text says the chance truly
     if path.exists() and not text:
@@ -119,15 +123,8 @@ def _networks(
     return Networks(manifest, pool, batch, target, draft, drafter, copying, calibration, markov, synthetic)
 
 
-def _engine(
-    folder: Path,
-    manifest: Manifest,
-    facts: NetworkFacts,
-    batch: InputBatch,
-    blocks: int,
-    text: SyntheticText | None = None,
-) -> Engine:
-    """Open the network of ``facts``: the manifest's target, or its draft, which drafts for a synthetic ``text``."""
+def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:
+    """Open the network of ``facts``: the manifest's target, or its draft."""
     network = "target" if facts is manifest.target else "draft"
     slots, slot_blocks = batch.block_table.shape
     open_file: Callable[..., Any]
@@ -155,7 +152,6 @@ def _engine(
         files = tuple(folder / file for file in facts.rank_files)
         return RankedEngine(partial(of_rank, files, open_file), len(files))
     opened: Engine = open_file(folder / facts.file)
-    opened.capture_levels(level_shapes(manifest), text)  # type: ignore[attr-defined]
     return opened
 
 
@@ -178,20 +174,6 @@ def _check_network(widths: dict[str, int], path: Path, manifest: Manifest, netwo
             raise UserError(
                 f"{path}: {network}.{field} is {size}, but the network's is {widths[name]}; build the bundle again."
             )
-
-
-def level_shapes(manifest: Manifest) -> list[LevelShape]:
-    """List the shapes of drafts that registered policies may ask a head on a device for."""
-    decoding = manifest.recipe.decoding.model_dump()
-    shapes: dict[LevelShape, None] = {}  # in order
-    for policy in POLICIES.values():
-        if policy.shape is None or not policy.captured:
-            continue
-        largest = policy.shape(decoding)
-        whole = largest.max_depth - 1
-        for levels in (whole,) if policy.drafts_whole else range(1, whole + 1):
-            shapes[LevelShape(levels, min(largest.beams, largest.width), largest.width)] = None
-    return [shape for shape in shapes if shape.levels]
 
 
 def drafter_with(

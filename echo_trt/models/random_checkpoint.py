@@ -15,9 +15,9 @@ from echo_trt.models.block import block_network
 from echo_trt.models.block_config import block_config, is_block
 from echo_trt.models.block_weights import CONFIDENCE, MARKOV, anchored_sources, dflash_sources
 from echo_trt.models.checkpoint import Part
-from echo_trt.models.config import decoder_config, eagle3_config, is_eagle3
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.read_config import decoder_config, eagle3_config, is_eagle3
 from echo_trt.models.weights import decoder_sources, eagle3_sources, tensor_shapes
 
 Shapes = dict[str, tuple[int, ...]]
