@@ -56,9 +56,7 @@ def build(options: BuildOptions) -> None:
     table = extra("build", "table")  # if it is missing, then before the hours of compiling
     found, path = recipe_for(options.model, options.draft, options.engine)
     if options.random_weights:
-        from echo_trt.cli.random_weights import with_random_weights
-
-        found = with_random_weights(found)
+        found = extra("build", "random_weights")(found)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
     settings = sized(
         settings,

@@ -20,7 +20,7 @@ from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.speculation.sampling.penalties import tokens_above
 from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.synthetic import SyntheticText, TextPositions
+from echo_trt.speculation.synthetic import SyntheticText, text_positions
 
 NO_ROWS = np.zeros(0, np.int64)
 Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
@@ -83,7 +83,7 @@ class TargetOutput:
         if self.synthetic:
             slots = self._slots_of(nodes)
             positions = self.batch.length[slots] + self.tree.depth[nodes]
-            where = TextPositions(self.batch.text_key[slots], self.tree.token[nodes], positions)
+            where = text_positions(self.batch.text_key[slots], self.tree.token[nodes], positions)
             return np.asarray(self.synthetic.next_token(where))
         return self._allowed(nodes, tokens) if self._constrained else tokens
 

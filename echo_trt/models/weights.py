@@ -226,7 +226,7 @@ class _Filling:
         """Stack the named tensors, of ``shape`` together, or the shard's parts of them, into ``slot``."""
         filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
         if len(names) == 3:  # a merged qkv
-            filled, stored = (_heights(network.config) for network in (self.model, self.whole))
+            filled, stored = (heights(network.config) for network in (self.model, self.whole))
         for name, part, height in zip(names, slot.split(filled), stored, strict=True):
             self._check(name, (height, *shape[1:]))
             if self.shard.ranks == 1:
@@ -260,19 +260,7 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
     return types.pop() if len(types) == 1 and types <= NARROW else torch.float32
 
 
-def tensor_shapes(model: nn.Module, sources: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the tensors of ``sources`` have for the undivided ``model``."""
-    shapes = {}
-    for ours, parts in sources.items():
-        shape, nested = model.get_parameter(ours).shape, isinstance(parts[0], list)
-        for names in parts if nested else [parts]:
-            whole = shape[1:] if nested else shape
-            heights = _heights(model.config) if len(names) == 3 else [whole[0] // len(names)] * len(names)
-            shapes |= {name: (height, *whole[1:]) for name, height in zip(names, heights, strict=True)}
-    return shapes
-
-
-def _heights(config: Config) -> list[int]:
+def heights(config: Config) -> list[int]:
     return [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
 
 

@@ -82,22 +82,12 @@ def _is_row(row: Any) -> bool:
     return 1 >= row[0] > 0 <= min(row) and sorted(row, reverse=True) == row and sum(row) <= 1 + 1e-9
 
 
-@dataclass(frozen=True)
-class TextPositions:
-    """Where tokens stand, int64 [m] each.
+def text_positions(keys: Any, previous: Any, positions: Any) -> Any:
+    """Return hashes int64 [m] of ``positions`` in texts, the tokens before them and their requests' keys, all [m].
 
-    keys       of their requests (``InputBatch.text_key``)
-    previous   the tokens before them
-    positions  in their texts
+    A request's key is ``InputBatch.text_key``.
     """
-
-    keys: Any
-    previous: Any
-    positions: Any
-
-    @property
-    def hash(self) -> Any:
-        return _mixed(_mixed((self.keys << 24) + self.previous) ^ self.positions)
+    return _mixed(_mixed((keys << 24) + previous) ^ positions)
 
 
 class SyntheticText:
@@ -131,25 +121,25 @@ class SyntheticText:
         """Return the same text on a ``device`` of ``xp``."""
         return SyntheticText(self.rates, self.vocabulary, xp, device=device)
 
-    def next_token(self, where: TextPositions) -> Any:
-        """Return the target's tokens at ``where`` [m]: int64 [m]."""
-        return self._tokens[where.hash % len(self._tokens)]
+    def next_token(self, where: Any) -> Any:
+        """Return the target's tokens at ``where`` int64 [m], ``text_positions``: int64 [m]."""
+        return self._tokens[where % len(self._tokens)]
 
-    def propose(self, where: TextPositions, depth: Any, count: int) -> tuple[Any, Any]:
-        """Return what a draft proposes at ``where`` [m].
+    def propose(self, where: Any, depth: Any, count: int) -> tuple[Any, Any]:
+        """Return what a draft proposes at ``where`` int64 [m].
 
         depth  int64 [m], of the proposals, 1 below a root
 
         Returns log q float [m, count], best first, -inf beyond the table's ranks; and tokens int64 [m, count].
         """
-        xp, key, row = self._xp, where.hash, depth.clip(1, len(self._floor)) - 1
-        difficulty, chance = ((_mixed(key + n) >> (63 - BITS) & 2**BITS - 1) * 2.0**-BITS for n in (1, 2))
+        xp, row = self._xp, depth.clip(1, len(self._floor)) - 1
+        difficulty, chance = ((_mixed(where + n) >> (63 - BITS) & 2**BITS - 1) * 2.0**-BITS for n in (1, 2))
         floor = self._floor[row]
         first = (floor + (1 - floor) * difficulty ** self._exponent[row]).clip(2.0**-BITS, 1 - 2.0**-BITS)[:, None]
         log_q = xp.concatenate((xp.log(first), xp.log(1 - first) + self._shares[row, : count - 1]), 1)
         rank = (xp.exp(log_q).cumsum(1) <= chance[:, None]).sum(1)  # ``count``: none of the candidates
         # The candidates are neighbours in the vocabulary, and the target's token stands among them at its rank.
-        index = (key % len(self._tokens) - rank)[:, None] + self._ranks[:count]
+        index = (where % len(self._tokens) - rank)[:, None] + self._ranks[:count]
         return log_q, self._tokens[index % len(self._tokens)]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.speculation.synthetic import Rates, SyntheticText, TextPositions
+from echo_trt.speculation.synthetic import Rates, SyntheticText, text_positions
 
 PLACES = 60_000
 
@@ -14,7 +14,7 @@ PLACES = 60_000
 def drawn(rates: str, depth: int, count: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return log q, whether a candidate is the target's token, and the candidates: [PLACES, count] each."""
     text, rng = SyntheticText(Rates.parse(rates), np.arange(50, 5000)), np.random.default_rng(depth)
-    places = TextPositions(*(rng.integers(0, high, PLACES) for high in (2**32, 5000, 4000)))
+    places = text_positions(*(rng.integers(0, high, PLACES) for high in (2**32, 5000, 4000)))
     log_q, candidates = text.propose(places, np.full(PLACES, depth), count)
     return log_q, candidates == text.next_token(places)[:, None], candidates
 
@@ -61,7 +61,7 @@ def test_a_device_computes_the_same_text():
     text = SyntheticText(Rates.parse("0.7,0.5"), np.arange(7, 4000))
     there, rng = text.placed(torch, "cpu"), np.random.default_rng(0)
     *inputs, depth = (rng.integers(0, high, 500) for high in (2**32, 4000, 999, 9))
-    here, placed = TextPositions(*inputs), TextPositions(*map(torch.from_numpy, inputs))
+    here, placed = text_positions(*inputs), text_positions(*map(torch.from_numpy, inputs))
     log_q, candidates = text.propose(here, depth, 5)
     device = there.propose(placed, torch.from_numpy(depth), 5)
     assert (device[1].numpy() == candidates).all()

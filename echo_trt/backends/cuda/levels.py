@@ -21,7 +21,7 @@ from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.speculation.pack import ForwardBatch, LevelShape
-from echo_trt.speculation.synthetic import SyntheticText, TextPositions
+from echo_trt.speculation.synthetic import SyntheticText, text_positions
 
 Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
@@ -150,7 +150,7 @@ class Levels:
     def _made(self, keys: Tensor, tokens: Tensor, entries: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
         """Make ``count`` proposals at a ``depth``, below ``tokens`` [n] at the head's ``entries`` [n]."""
         assert self._text
-        where = TextPositions(keys, tokens.long(), entries.long() + 2)  # entries are numbered from the second token on
+        where = text_positions(keys, tokens.long(), entries.long() + 2)  # entries are numbered from the second token on
         log_q, candidates = self._text.propose(where, torch.full_like(keys, depth), count)
         return log_q.float(), candidates
 

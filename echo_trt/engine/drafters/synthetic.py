@@ -14,7 +14,7 @@ from echo_trt.errors import UserError
 from echo_trt.models.tokenizer import load_tokenizer
 from echo_trt.speculation.drafts import Draft, Proposals
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.synthetic import MAX_RANKS, OPTION, Rates, SyntheticText, TextPositions
+from echo_trt.speculation.synthetic import MAX_RANKS, OPTION, Rates, SyntheticText, text_positions
 
 WORD = re.compile(r"[Ġ▁ ]?[A-Za-z]+")  # as a byte-level or a SentencePiece vocabulary spells it
 MIN_WORDS = 1000  # of a vocabulary whose texts are words alone; smaller ones take all ordinary tokens
@@ -65,6 +65,6 @@ class SyntheticDraft(Draft):
 
     def _replaced(self, proposals: Proposals, requests: np.ndarray, tokens: np.ndarray, depth: np.ndarray) -> Proposals:
         """Replace the proposals below ``tokens`` [F] at a ``depth`` [F]."""
-        where = TextPositions(self._keys[requests], tokens, self._lengths[requests] + depth)
+        where = text_positions(self._keys[requests], tokens, self._lengths[requests] + depth)
         log_q, candidates = self._text.propose(where, depth + 1, proposals[0].shape[1])
         return np.where(proposals[0] > -np.inf, log_q, -np.inf).astype(np.float32), candidates

@@ -20,13 +20,13 @@ from rich.console import Console
 from echo_trt.cli.build import build
 from echo_trt.cli.generate import run as generate
 from echo_trt.cli.options import GenerateOptions
-from echo_trt.cli.random_weights import open_source, with_random_weights
 from echo_trt.cli.recipes import RECIPES, recipe_for
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import SamplingParams
 from echo_trt.sizing.shapes import shapes
 from echo_trt_lab.benchmark.command import run as bench
 from echo_trt_lab.benchmark.options import BenchOptions
+from echo_trt_lab.random_weights import random_checkpoint, with_random_weights
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_every_shipped_recipe_has_a_shape(name):
     recipe = with_random_weights(recipe_for(name)[0])
     assert recipe.name == f"{name}-random"
     target, draft = shapes(recipe, RECIPES)
-    assert parameters(open_source(recipe.target, RECIPES)) == target.sizes.total
-    opened = open_source(recipe.draft.source, RECIPES, recipe.draft.kind)
+    assert parameters(random_checkpoint(recipe.target, RECIPES, "")) == target.sizes.total
+    opened = random_checkpoint(recipe.draft.source, RECIPES, recipe.draft.kind)
     shared = draft.sizes.embedding * (recipe.draft.kind in ("eagle3", "block"))
     assert parameters(opened) >= draft.sizes.total - shared - draft.sizes.output * (recipe.draft.kind == "block")
 
