@@ -18,6 +18,7 @@ LAYERS = {
     "lab/test_lossless_script.py": "engine",
     "lab/test_race.py": "engine",
     "lab/test_random_weights.py": "engine",
+    "lab/test_synthetic_text.py": "engine",
     "lab/test_replayed.py": "engine",
     "lab/test_side_by_side.py": "engine",
     "lab/test_train_eagle3.py": "engine",

@@ -35,9 +35,9 @@ from echo_trt.bundle.ngrams import read_ngrams
 from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
-from echo_trt.cli.extras import extra
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.files.extras import extra
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig

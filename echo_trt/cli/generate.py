@@ -14,13 +14,13 @@ from rich.progress import Progress
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.cli.extras import extra
 from echo_trt.cli.options import SAMPLED, GenerateOptions
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.cli.sources import SourcedText, legend, wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
 from echo_trt.errors import UserError, encodable, shown
+from echo_trt.files.extras import extra
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.policies import policy_named
 

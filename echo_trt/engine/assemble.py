@@ -20,13 +20,13 @@ from echo_trt.engine.drafters.eagle3 import Drafter, Eagle3Drafter, EngineDrafte
 from echo_trt.engine.drafters.levels import LevelsDrafter
 from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.drafters.markov import Markov, read_markov
-from echo_trt.engine.drafters.synthetic import synthetic_text
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError
+from echo_trt.files.extras import extra
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
-from echo_trt.speculation.synthetic import Rates, SyntheticText
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_networks(
     batch: int | None = None,
     prefix_cache: bool | None = None,
     kv_cache_memory: int | None = None,
-    synthetic: Rates | None = None,
+    synthetic: Any = None,
 ) -> Networks:
     """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
 
@@ -87,7 +87,7 @@ def load_networks(
             "build the bundle again."
         )
     verify_files(folder, manifest)
-    text = synthetic_text(folder, manifest, synthetic) if synthetic else None
+    text = extra("synthetic_text", "text")(folder, manifest, synthetic) if synthetic else None
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch

@@ -18,11 +18,11 @@ from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.drafters.eagle3 import Drafter
 from echo_trt.engine.drafters.grammars import GuidedDraft
 from echo_trt.engine.drafters.lookup import LookupDrafter
-from echo_trt.engine.drafters.synthetic import SyntheticDraft
 from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.engine.trace import StepTrace
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
@@ -31,7 +31,6 @@ from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT, LOOKUP
 from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
-from echo_trt.speculation.synthetic import SyntheticText
 
 #: Requests with their new tokens.
 Emitted = list[tuple[Request, list[int]]]
@@ -178,7 +177,7 @@ class EngineCore:
             grammars, begin = batch.grammar[slots], time.perf_counter()
             guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
             if self.synthetic:
-                guided = SyntheticDraft(draft, self.synthetic, batch, slots)
+                guided = self.synthetic.draft(draft, batch, slots)
             plan = self.planner.plan(roots, guided, load)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
+from echo_trt.files.extras import extra
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
 DEFAULTS = Parameter(negative=(), allow_repeating=True)
@@ -72,9 +73,7 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
 
 
 def _rates(_: object, tokens: Sequence[Token]) -> str:
-    from echo_trt.speculation.synthetic import Rates
-
-    return Rates.parse(tokens[-1].value).text
+    return str(extra("synthetic_text", "rates")(tokens[-1].value).text)
 
 
 def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
@@ -143,6 +142,4 @@ class EngineOptions:
     @property
     def synthetic_rates(self) -> str | None:
         """The rates of synthetic text, a file's whole content included."""
-        from echo_trt.speculation.synthetic import Rates
-
-        return Rates.parse(self.synthetic_text).words if self.synthetic_text else None
+        return extra("synthetic_text", "rates")(self.synthetic_text).words if self.synthetic_text else None

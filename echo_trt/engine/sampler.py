@@ -12,6 +12,7 @@ import numpy as np
 
 from echo_trt.engine.batch import InputBatch
 from echo_trt.engine.params import TOKEN_SOURCES, TokenLogprobs, TokenSource
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.grammar.state import GrammarFailed, State
 from echo_trt.speculation.arrays import begins, ragged_arange
 from echo_trt.speculation.pack import ForwardBatch
@@ -20,7 +21,6 @@ from echo_trt.speculation.sampling.logprobs import best_tokens, log_normalisers
 from echo_trt.speculation.sampling.penalties import tokens_above
 from echo_trt.speculation.sources import DRAFT
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.synthetic import SyntheticText, text_positions
 
 NO_ROWS = np.zeros(0, np.int64)
 Entry = TypeVar("Entry", TokenLogprobs, TokenSource)
@@ -83,8 +83,7 @@ class TargetOutput:
         if self.synthetic:
             slots = self._slots_of(nodes)
             positions = self.batch.length[slots] + self.tree.depth[nodes]
-            where = text_positions(self.batch.text_key[slots], self.tree.token[nodes], positions)
-            return np.asarray(self.synthetic.next_token(where))
+            return self.synthetic.next_tokens(self.batch.text_key[slots], self.tree.token[nodes], positions)
         return self._allowed(nodes, tokens) if self._constrained else tokens
 
     def _allowed(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:

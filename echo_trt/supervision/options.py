@@ -8,8 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from echo_trt.engine.options import EngineOptions, Flag, Port, SpecialTokens, bounds
+from echo_trt.files.extras import extra
 from echo_trt.server.options import ApiOptions
-from echo_trt.speculation.synthetic import Rates
 
 SYNTHETIC = "-synthetic-text"  # behind the name of a model whose text is made up
 TRITON_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
@@ -66,7 +66,8 @@ class ServeOptions(ApiOptions, EngineOptions):
     @property
     def serving(self) -> str:
         """What is said once answers come."""
-        return f"serving {Rates.parse(self.synthetic_text).sentence}" if self.synthetic_text else "serving"
+        text = self.synthetic_text
+        return f"serving {extra('synthetic_text', 'rates')(text).sentence}" if text else "serving"
 
     @property
     def reached_at(self) -> str:

@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging, unowned
 from echo_trt.backends.cuda.sizes import Arrays, CallBounds, bucket
 from echo_trt.backends.cuda.transfers import fetch, send
 from echo_trt.speculation.pack import ForwardBatch, LevelShape
-from echo_trt.speculation.synthetic import SyntheticText, text_positions
 
 Forward = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]  # to scores, candidates, states
 
@@ -76,7 +75,7 @@ class Levels:
         self._root_tokens = torch.zeros(count, top_k, dtype=torch.int64, device=device)
         self._root_states = states.new_zeros(count, width)
         self._keys = torch.zeros(count, dtype=torch.int64, device=device)  # of synthetic texts
-        self._text: SyntheticText | None = None  # takes the place of the head's proposals
+        self._text: Any = None  # takes the place of the head's proposals
         # The newest beams, flat, since their number differs from policy to policy.
         size = count * top_k
         self._newest = Beams(
@@ -94,7 +93,7 @@ class Levels:
         """Return the number of requests to which a level's call is padded."""
         return next(size for size in self._sizes if size >= requests) if self._graphs else requests
 
-    def capture(self, shapes: Callable[[int], Collection[LevelShape]], text: SyntheticText | None = None) -> None:
+    def capture(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
         """Capture the drafts that are asked for: ``shapes`` tells those of a number of requests.
 
         All others run by plain launches from then on. Beyond the engine's limit of graphs, the smallest batches get
@@ -149,9 +148,8 @@ class Levels:
 
     def _made(self, keys: Tensor, tokens: Tensor, entries: Tensor, depth: int, count: int) -> tuple[Tensor, Tensor]:
         """Make ``count`` proposals at a ``depth``, below ``tokens`` [n] at the head's ``entries`` [n]."""
-        assert self._text
-        where = text_positions(keys, tokens.long(), entries.long() + 2)  # entries are numbered from the second token on
-        log_q, candidates = self._text.propose(where, torch.full_like(keys, depth), count)
+        positions = entries.long() + 2  # entries are numbered from the second token on
+        log_q, candidates = self._text.propose(keys, tokens.long(), positions, torch.full_like(keys, depth), count)
         return log_q.float(), candidates
 
     def run(

@@ -36,7 +36,6 @@ from echo_trt.backends.tensorrt.session import Session
 from echo_trt.bundle.manifest import TensorRTFacts
 from echo_trt.errors import UserError
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
-from echo_trt.speculation.synthetic import SyntheticText
 from super_tree_attention.tensorrt_names import WRITTEN
 
 
@@ -216,9 +215,7 @@ class TensorRTEngine:
         return named["scores"], named["candidates"], named["state"]
 
     @torch.inference_mode()
-    def capture_levels(
-        self, shapes: Callable[[int], Collection[LevelShape]], text: SyntheticText | None = None
-    ) -> None:
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
         with self._own_stream():
             self._levels.capture(shapes, text)

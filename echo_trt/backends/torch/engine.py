@@ -32,7 +32,6 @@ from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
 from echo_trt.speculation.pack import BLOCK, ForwardBatch, LevelShape
-from echo_trt.speculation.synthetic import SyntheticText
 from super_tree_attention import super_tree_attention
 
 HEAD_DIMS, MAX_GROUP = (16, 32, 64, 128), 16  # of the kernel: its tiles are powers of two, of 16 rows at least
@@ -160,9 +159,7 @@ class TorchEngine:
         return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
-    def capture_levels(
-        self, shapes: Callable[[int], Collection[LevelShape]], text: SyntheticText | None = None
-    ) -> None:
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
         self._levels.capture(shapes, text)
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.drafters.eagle3 import Eagle3Drafter, EngineDraft
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.drafts import KnownTrees, Proposals
 from echo_trt.speculation.pack import ForwardBatch, LevelShape, pack_levels
 from echo_trt.speculation.super_tree import SuperTree
-from echo_trt.speculation.synthetic import SyntheticText
 
 
 class LevelsEngine(Engine, Protocol):

@@ -10,13 +10,20 @@ would have.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from echo_trt.bundle.manifest import Manifest
+from echo_trt.bundle.recipe import NETWORKS
+from echo_trt.engine.batch import InputBatch
 from echo_trt.errors import UserError, shown
+from echo_trt.models.tokenizer import load_tokenizer
+from echo_trt.speculation.drafts import Draft, Proposals
+from echo_trt.speculation.super_tree import SuperTree
 
 OPTION = "--synthetic-text"
 #: P(a further candidate is right), of P(the first one is), where the candidates before it are wrong. The default head's
@@ -24,6 +31,8 @@ OPTION = "--synthetic-text"
 FURTHER = 0.28
 MAX_RANKS, MAX_DEPTHS = 64, 64
 BITS = 24  # of a uniform number: float32 holds them all
+WORD = re.compile(r"[Ġ▁ ]?[A-Za-z]+")  # as a byte-level or a SentencePiece vocabulary spells it
+MIN_WORDS = 1000  # of a vocabulary whose texts are words alone; smaller ones take all ordinary tokens
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,12 @@ def _is_row(row: Any) -> bool:
     return 1 >= row[0] > 0 <= min(row) and sorted(row, reverse=True) == row and sum(row) <= 1 + 1e-9
 
 
-def text_positions(keys: Any, previous: Any, positions: Any) -> Any:
-    """Return hashes int64 [m] of ``positions`` in texts, the tokens before them and their requests' keys, all [m].
-
-    A request's key is ``InputBatch.text_key``.
-    """
+def _hashes(keys: Any, previous: Any, positions: Any) -> Any:
+    """Hash ``positions`` in texts, the tokens before them, and their requests' keys, int64 [m] each: int64 [m]."""
     return _mixed(_mixed((keys << 24) + previous) ^ positions)
 
 
-class SyntheticText:
+class HashedText:
     """The text and the proposals for it, on the host or on a ``device`` of ``xp``.
 
     A position has a difficulty, by which the confidence of a draft's first candidate varies about the table's rate, and
@@ -117,22 +123,25 @@ class SyntheticText:
         self._floor, self._exponent = put(floor, np.float32), put(exponent, np.float32)
         self._shares = put(shares, np.float32)
 
-    def placed(self, xp: Any, device: Any) -> SyntheticText:
+    def placed(self, xp: Any, device: Any) -> HashedText:
         """Return the same text on a ``device`` of ``xp``."""
-        return SyntheticText(self.rates, self.vocabulary, xp, device=device)
+        return HashedText(self.rates, self.vocabulary, xp, device=device)
 
-    def next_token(self, where: Any) -> Any:
-        """Return the target's tokens at ``where`` int64 [m], ``text_positions``: int64 [m]."""
-        return self._tokens[where % len(self._tokens)]
+    def next_tokens(self, keys: Any, previous: Any, positions: Any) -> Any:
+        return self._tokens[_hashes(keys, previous, positions) % len(self._tokens)]
 
-    def propose(self, where: Any, depth: Any, count: int) -> tuple[Any, Any]:
-        """Return what a draft proposes at ``where`` int64 [m].
+    def draft(self, draft: Draft, batch: InputBatch, slots: np.ndarray) -> Draft:
+        return SyntheticDraft(draft, self, batch, slots)
+
+    def propose(self, keys: Any, previous: Any, positions: Any, depth: Any, count: int) -> tuple[Any, Any]:
+        """Return what a draft proposes at ``positions``.
 
         depth  int64 [m], of the proposals, 1 below a root
 
         Returns log q float [m, count], best first, -inf beyond the table's ranks; and tokens int64 [m, count].
         """
-        xp, row = self._xp, depth.clip(1, len(self._floor)) - 1
+        xp, where = self._xp, _hashes(keys, previous, positions)
+        row = depth.clip(1, len(self._floor)) - 1
         difficulty, chance = ((_mixed(where + n) >> (63 - BITS) & 2**BITS - 1) * 2.0**-BITS for n in (1, 2))
         floor = self._floor[row]
         first = (floor + (1 - floor) * difficulty ** self._exponent[row]).clip(2.0**-BITS, 1 - 2.0**-BITS)[:, None]
@@ -148,3 +157,53 @@ def _mixed(x: Any) -> Any:
     x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & 2**33 - 1)
+
+
+def synthetic_text(folder: Path, manifest: Manifest, rates: Rates) -> HashedText:
+    """Return the texts of a bundle: of ordinary tokens, so that no end, thought or call is among them.
+
+    Raises UserError for a bundle whose draft has no network to take the place of.
+    """
+    if manifest.recipe.draft.kind not in NETWORKS:
+        raise UserError(
+            f"{OPTION} is {rates.text}, a draft network's acceptance, but the draft of {folder} is "
+            f"{manifest.recipe.draft.kind}; build it with --draft."
+        )
+    tokenizer = load_tokenizer(folder)
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids, *manifest.eos_token_ids}
+    known = {token: id for token, id in tokenizer.get_vocab().items() if id < manifest.target.vocab_size}
+    words = [id for token, id in known.items() if WORD.fullmatch(token)]
+    ordinary = np.array(sorted({*(words if len(words) >= MIN_WORDS else known.values())} - special), np.int64)
+    if len(ordinary) <= MAX_RANKS:
+        raise UserError(f"{folder} has {len(ordinary)} ordinary tokens, and {OPTION} needs more than {MAX_RANKS}.")
+    return HashedText(rates, ordinary)
+
+
+class SyntheticDraft(Draft):
+    """A draft whose proposals are replaced after they were computed; where there were none, there are none."""
+
+    def __init__(self, draft: Draft, text: HashedText, batch: InputBatch, slots: np.ndarray):
+        """``slots`` [B] of ``batch`` are drafted for.
+
+        A draft that looks ahead on a device has the same text there (``Levels``).
+        """
+        self._draft, self._text, self.looks_ahead = draft, text, draft.looks_ahead
+        self._keys, self._lengths = batch.text_key[slots], batch.length[slots]
+        self._roots = batch.tokens[slots, self._lengths - 1].astype(np.int64)
+
+    def look_ahead(self, levels: int, beams: int, width: int, maximum: int) -> None:
+        self._draft.look_ahead(levels, beams, width, maximum)
+
+    def expand_roots(self, requests: np.ndarray) -> Proposals:
+        proposals, depth = self._draft.expand_roots(requests), np.zeros(len(requests), np.int64)
+        return self._replaced(proposals, requests, self._roots[requests], depth)
+
+    def expand(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        proposals = self._draft.expand(tree, nodes)
+        return self._replaced(proposals, tree.request[nodes], tree.token[nodes], tree.depth[nodes])
+
+    def _replaced(self, proposals: Proposals, requests: np.ndarray, tokens: np.ndarray, depth: np.ndarray) -> Proposals:
+        """Replace the proposals below ``tokens`` [F] at a ``depth`` [F]."""
+        keys, positions = self._keys[requests], self._lengths[requests] + depth
+        log_q, candidates = self._text.propose(keys, tokens, positions, depth + 1, proposals[0].shape[1])
+        return np.where(proposals[0] > -np.inf, log_q, -np.inf).astype(np.float32), candidates

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from refusal import refused
 
-from echo_trt.speculation.synthetic import Rates, SyntheticText, text_positions
+from echo_trt_lab.synthetic_text import HashedText, Rates
 
 PLACES = 60_000
 
 
 def drawn(rates: str, depth: int, count: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return log q, whether a candidate is the target's token, and the candidates: [PLACES, count] each."""
-    text, rng = SyntheticText(Rates.parse(rates), np.arange(50, 5000)), np.random.default_rng(depth)
-    places = text_positions(*(rng.integers(0, high, PLACES) for high in (2**32, 5000, 4000)))
-    log_q, candidates = text.propose(places, np.full(PLACES, depth), count)
-    return log_q, candidates == text.next_token(places)[:, None], candidates
+    text, rng = HashedText(Rates.parse(rates), np.arange(50, 5000)), np.random.default_rng(depth)
+    where = [rng.integers(0, high, PLACES) for high in (2**32, 5000, 4000)]
+    log_q, candidates = text.propose(*where, np.full(PLACES, depth), count)
+    return log_q, candidates == text.next_tokens(*where)[:, None], candidates
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def test_further_candidates_hold_what_the_default_heads_do():
 
 def test_a_device_computes_the_same_text():
     torch = pytest.importorskip("torch")
-    text = SyntheticText(Rates.parse("0.7,0.5"), np.arange(7, 4000))
+    text = HashedText(Rates.parse("0.7,0.5"), np.arange(7, 4000))
     there, rng = text.placed(torch, "cpu"), np.random.default_rng(0)
     *inputs, depth = (rng.integers(0, high, 500) for high in (2**32, 4000, 999, 9))
-    here, placed = text_positions(*inputs), text_positions(*map(torch.from_numpy, inputs))
-    log_q, candidates = text.propose(here, depth, 5)
-    device = there.propose(placed, torch.from_numpy(depth), 5)
+    placed = [*map(torch.from_numpy, inputs)]
+    log_q, candidates = text.propose(*inputs, depth, 5)
+    device = there.propose(*placed, torch.from_numpy(depth), 5)
     assert (device[1].numpy() == candidates).all()
     assert device[0].numpy() == pytest.approx(log_q, rel=1e-4, abs=1e-4)
-    assert (there.next_token(placed).numpy() == text.next_token(here)).all()
+    assert (there.next_tokens(*placed).numpy() == text.next_tokens(*inputs)).all()
 
 
 def test_a_file_of_rates_goes_to_another_process_as_text(tmp_path):
