@@ -96,7 +96,8 @@ class RandomCheckpoint:
     def __init__(self, config: dict[str, Any], name: str, tokenizer: Callable[[], Any]):
         """``config`` has the keys of the config.json of the network ``name``. ``tokenizer`` stands in for its own."""
         self.tokenizer = tokenizer
-        self.path, self.config = Path(f"random weights of {name}"), config
+        self.path = Path(f"random weights of {name}")
+        self.config = {**config, "target_sha256": ""}  # of weights that a head was trained for
         self._shapes = _shapes(config, str(self.path))
         layers = config.get("num_hidden_layers", 1)
         self._residual = 1 / math.sqrt(2 * layers)  # of what a layer adds, so that deep networks stay in range

@@ -46,6 +46,7 @@ def test_every_shipped_recipe_has_a_shape(name):
     target, draft = shapes(recipe, RECIPES)
     assert parameters(random_checkpoint(recipe.target, RECIPES, "")) == target.sizes.total
     opened = random_checkpoint(recipe.draft.source, RECIPES, recipe.draft.kind)
+    assert not opened.config["target_sha256"]
     shared = draft.sizes.embedding * (recipe.draft.kind in ("eagle3", "block"))
     assert parameters(opened) >= draft.sizes.total - shared - draft.sizes.output * (recipe.draft.kind == "block")
 
