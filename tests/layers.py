@@ -17,6 +17,8 @@ LAYERS = {
     "lab/test_images.py": "engine",
     "lab/test_lossless_script.py": "engine",
     "lab/test_race.py": "engine",
+    "lab/test_random_weights.py": "engine",
+    "lab/test_synthetic_text.py": "engine",
     "lab/test_replayed.py": "engine",
     "lab/test_side_by_side.py": "engine",
     "lab/test_train_eagle3.py": "engine",

@@ -122,6 +122,7 @@ class Manifest(_Facts):
     checks         network -> self-check; a network that could not be checked where it was built is missing
     files          name -> sha256
     sampling       sampling parameters that the checkpoint recommends: defaults of requests
+    tokenizer      whose it is where the target's weights are random; "": the target's
     """
 
     format: Literal[2] = FORMAT
@@ -139,6 +140,7 @@ class Manifest(_Facts):
     tools: dict[str, str]
     files: dict[FileName, str]
     sampling: Sampling = Sampling()
+    tokenizer: str = ""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Manifest:

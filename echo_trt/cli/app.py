@@ -10,10 +10,10 @@ from cyclopts import App
 
 from echo_trt import __version__
 from echo_trt.adapters.dynamo.options import WorkerOptions
-from echo_trt.cli.extras import extra
 from echo_trt.cli.options import BuildOptions, GenerateOptions
 from echo_trt.cli.terminal import Screen, messages, run_app, screen_of
 from echo_trt.engine.options import DEFAULTS, command
+from echo_trt.files.extras import extra
 from echo_trt.supervision.options import ServeOptions
 
 app = App(
@@ -55,6 +55,8 @@ def build(options: BuildOptions) -> None:
 
     table = extra("build", "table")  # if it is missing, then before the hours of compiling
     found, path = recipe_for(options.model, options.draft, options.engine)
+    if options.random_weights:
+        found = extra("build", "random_weights")(found)
     settings = found.built_as(options.engine, options.precision, list(options.compute_capabilities))
     settings = sized(
         settings,

@@ -32,11 +32,12 @@ from echo_trt.bundle.manifest import (
     sha256,
 )
 from echo_trt.bundle.ngrams import read_ngrams
-from echo_trt.bundle.recipe import Recipe
+from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
 from echo_trt.errors import UserError, first_mistake
+from echo_trt.files.extras import extra
 from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
@@ -130,7 +131,7 @@ def _check_settings(recipe: Recipe) -> None:
 
 def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
     progress("reading the target")
-    checkpoint = open_checkpoint(locate(recipe.target, recipe_folder))
+    checkpoint = _open(recipe.target, recipe_folder)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
     if recipe.draft.kind == "block":
@@ -197,6 +198,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         sampling=_sampling(checkpoint),
         target_sha256=digest,
         draft_sha256=draft_digest,
+        tokenizer=tokenizer.name_or_path if recipe.target.random_weights else "",
         tensorrt=tensorrt,
         checks={name: check for name, check in checks.items() if check is not None},
         tools={
@@ -206,6 +208,14 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         },
         files={name: sha256(work / name) for name in files},
     )
+
+
+def _open(source: Source, recipe_folder: Path, draft: str = "") -> Checkpoint:
+    """Open the checkpoint of a target or of a draft of the kind ``draft``, or one of its shape."""
+    if source.random_weights:
+        checkpoint: Checkpoint = extra("build", "random_checkpoint")(source, recipe_folder, draft)
+        return checkpoint
+    return open_checkpoint(locate(source, recipe_folder))
 
 
 def _loaded_type(recipe: Recipe) -> torch.dtype | None:
@@ -218,7 +228,7 @@ def _loaded_type(recipe: Recipe) -> torch.dtype | None:
 
 def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> None:
     """Refuse a block drafter of another target, or one whose rows have no room, before any weights are read."""
-    checkpoint = open_checkpoint(locate(recipe.draft.source, recipe_folder))
+    checkpoint = _open(recipe.draft.source, recipe_folder, "block")
     config = check_block(checkpoint, target, recipe.draft.block)
     appended, reserve = block_shape(config).appended, reserve_for(recipe.decoding.model_dump())
     if appended >= reserve:
@@ -243,7 +253,7 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
     if draft.source is None:
         return None, (), ""
     progress("reading the draft")
-    checkpoint = open_checkpoint(locate(draft.source, recipe_folder))
+    checkpoint = _open(draft.source, recipe_folder, draft.kind)
     positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
     dtype = _loaded_type(recipe)
     if draft.kind == "model":

@@ -14,13 +14,13 @@ from rich.progress import Progress
 
 from echo_trt.bundle.calibration import own_files
 from echo_trt.bundle.manifest import read_manifest
-from echo_trt.cli.extras import extra
 from echo_trt.cli.options import SAMPLED, GenerateOptions
 from echo_trt.cli.outputs import files_first, json_bytes, output_file
 from echo_trt.cli.sources import SourcedText, legend, wants_colour
 from echo_trt.engine.llm import LLM
 from echo_trt.engine.params import Completion, Delta, SamplingParams
 from echo_trt.errors import UserError, encodable, shown
+from echo_trt.files.extras import extra
 from echo_trt.files.prompts import Prompt, read_prompts
 from echo_trt.speculation.policies import policy_named
 
@@ -55,6 +55,7 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
                 False if options.compare else None,  # of two policies the second would find what the first computed
                 special_tokens_in_content=options.special_tokens_in_content,
                 kv_cache_memory=options.kv_cache_memory,
+                synthetic_text=options.synthetic_text,
             )
         policy = llm.loop.planner.name
         check_lengths(llm, work.prompts)
@@ -63,6 +64,8 @@ def run(options: GenerateOptions, out: Console, messages: Console) -> dict[str, 
         llm.loop.batch.forget_cached()
         answer = extra("generate", "compare") if options.compare else _answer
         result = answer(work, llm, policy, out, messages)
+        if text := llm.networks.synthetic:
+            result["summary"]["synthetic_text"] = text.rates.text
         write(json_bytes(result))
     return result
 

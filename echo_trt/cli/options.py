@@ -21,12 +21,18 @@ class BuildOptions:
 
     model: Annotated[
         str,
-        Parameter(help="A recipe (YAML), a model of the hub such as Qwen/Qwen3-8B, or a checkpoint's folder."),
+        Parameter(
+            help="A recipe (YAML, or a shipped one's name), a model of the hub such as Qwen/Qwen3-8B, or a "
+            "checkpoint's folder."
+        ),
     ]
     _: KW_ONLY
     draft: Annotated[
         str | None, Parameter(help="Draft of the hub, or a checkpoint's folder. Default: the recipe's.")
     ] = None
+    random_weights: Annotated[
+        Flag, Parameter(help="Build the model's shape alone, without a download, to measure speed.")
+    ] = False
     output: Annotated[Path | None, Parameter(alias="-o", help="Bundle folder. Default: bundles/NAME.")] = None
     engine: Annotated[Engine | None, Parameter(help="Compile for this runtime instead of the recipe's.")] = None
     precision: Annotated[Precision | None, Parameter(help="Compute in this precision instead of the recipe's.")] = None

@@ -20,7 +20,7 @@ CONTEXT = 8192  # of a derived recipe, at most; larger: more KV blocks per reque
 def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -> tuple[Recipe, Path]:
     """Return the recipe, and the folder that its paths are relative to.
 
-    what    a recipe's file; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
+    what    a recipe's file, or a shipped one's name; an id of the hub, OWNER/NAME; or a checkpoint, a folder or .gguf
     draft   an id or a checkpoint of the draft, for another one than the recipe's
     engine  that was chosen; None: a shipped recipe for a GPU is for OpenVINO on a machine without one
     """
@@ -28,13 +28,15 @@ def recipe_for(what: str, draft: str | None = None, engine: str | None = None) -
     if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".gguf"):
         recipe, folder = load_recipe(path), path.parent
         return (_with_draft(recipe, draft) if draft else recipe), folder
+    named = shipped_folder() / f"{what}.yaml"
+    if named.is_file() and not path.exists():
+        recipe = _for_this_machine(load_recipe(named), engine)
+        return (_with_draft(recipe, draft) if draft else recipe), named.parent
     target = source_of(what)
     shipped = _shipped(target, draft)
     if shipped is None:
         return _derived(target, draft), Path()
-    recipe = load_recipe(shipped)
-    if engine is None and not _has_gpu():
-        recipe = recipe.built_as("openvino", None, [])
+    recipe = _for_this_machine(load_recipe(shipped), engine)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"hub": None, **target})})
     return (_with_draft(recipe, draft) if draft else recipe), Path()
 
@@ -50,11 +52,19 @@ def source_of(what: str) -> dict[str, str]:
     )
 
 
+def shipped_folder() -> Path:
+    """Return the folder of the shipped recipes."""
+    return RECIPES if RECIPES.is_dir() else PACKAGED
+
+
+def _for_this_machine(recipe: Recipe, engine: str | None) -> Recipe:
+    return recipe.built_as("openvino", None, []) if engine is None and not _has_gpu() else recipe
+
+
 def _shipped(target: dict[str, str], draft: str | None) -> Path | None:
     """Find the shipped recipe of a target, by its name on the hub or its folder's; a draft's own one comes first."""
-    folder = RECIPES if RECIPES.is_dir() else PACKAGED
     found = []
-    for path in sorted(folder.glob("*.yaml"), key=lambda path: len(path.name)):
+    for path in sorted(shipped_folder().glob("*.yaml"), key=lambda path: len(path.name)):
         recipe = load_recipe(path)
         hub = recipe.target.hub
         if hub and (target.get("hub") == hub or Path(target.get("path", "")).name == hub.split("/")[1]):

@@ -17,7 +17,7 @@ from echo_trt.engine.service.protocol import MODEL
 from echo_trt.errors import UserError
 from echo_trt.server.keys import Keys
 from echo_trt.server.options import checked_names, checked_origins
-from echo_trt.supervision.options import ServeOptions
+from echo_trt.supervision.options import SYNTHETIC, ServeOptions
 from echo_trt.supervision.probe import EngineProbe, responds
 from echo_trt.supervision.process import Process, ProcessLog, lives
 from echo_trt.supervision.supervised import ANSWER_SECONDS, Supervised, Supervisor, port_trouble, supervise
@@ -33,7 +33,9 @@ def run(job: ServeOptions) -> int:
     """
     job = replace(job, host=_address(job.host, socket.AF_INET if job.triton else socket.AF_UNSPEC))
     _check(job)
-    job = replace(job, served_model_names=checked_names(job.served_model_names or (MODEL, _name(job.bundle))))
+    names = job.served_model_names or (MODEL, _name(job.bundle))
+    names += (names[-1] + SYNTHETIC,) if job.synthetic_text else ()  # the last one is the live page's
+    job = replace(job, served_model_names=checked_names(names))
     server = find_server() if job.triton else None
     remove_folders(Path(tempfile.gettempdir()))
     try:
@@ -49,7 +51,8 @@ def _name(bundle: Path) -> str:
     """
     try:
         manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
-        return str(manifest["recipe"]["target"].get("hub") or manifest["name"])
+        target = manifest["recipe"]["target"]
+        return str((not target.get("random_weights") and target.get("hub")) or manifest["name"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         from echo_trt.bundle.manifest import read_manifest
 
@@ -146,6 +149,7 @@ class Triton(EngineProcess):
             "POLICY_FILE": job.policy_file and job.policy_file.resolve(),
             "BATCH": job.batch,
             "KV_CACHE_MEMORY": job.kv_cache_memory and f"{job.kv_cache_memory}B",
+            "SYNTHETIC_TEXT": job.synthetic_rates,
             "SPECIAL_TOKENS_IN_CONTENT": str(job.special_tokens_in_content).lower(),
             "SIGNALS": self._signals,
             "SOCKET": self.socket,
@@ -222,7 +226,7 @@ def _urls(job: ServeOptions) -> str:
     def line(name: str, port: int, path: str) -> str:
         return f"{name:8} http://{job.shown_host}:{port}{path}"
 
-    lines = ["serving"]
+    lines = [job.serving]
     if job.triton:
         lines.append(line("HTTP", job.triton_ports["http"], f"/v2/models/{MODEL}/generate_stream"))
         lines.append(f"gRPC     {job.shown_host}:{job.triton_ports['grpc']}")

@@ -22,7 +22,9 @@ from echo_trt.engine.drafters.lookup import LookupDrafter
 from echo_trt.engine.drafters.markov import Markov, read_markov
 from echo_trt.engine.kv_pool import KVPool, kv_pool
 from echo_trt.engine.params import MAX_STOP_TOKENS
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.errors import UserError
+from echo_trt.files.extras import extra
 from echo_trt.speculation.planner import Planner
 from echo_trt.speculation.policies import reserve_for
 
@@ -31,9 +33,10 @@ from echo_trt.speculation.policies import reserve_for
 class Networks:
     """A bundle's engines over one KV pool.
 
-    copier  finds continuations in a request's own text; None: the recipe leaves them out
-    markov  corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
-    pool    the size of the KV pool; of a part, the whole pool's
+    pool       the size of the KV pool; of a part, the whole pool's
+    copier     finds continuations in a request's own text; None: the recipe leaves them out
+    markov     corrects a block drafter's proposals; None: it has neither a Markov nor a confidence head
+    synthetic  the text that takes the place of the networks' choices
     """
 
     manifest: Manifest
@@ -45,29 +48,37 @@ class Networks:
     copier: LookupDrafter | None
     calibration: Calibration | None
     markov: Markov | None = None
+    synthetic: SyntheticText | None = None
 
     def prepare(self, planner: Planner) -> None:
         """Capture the drafts that ``planner`` will ask a device for as CUDA graphs, before requests wait for them."""
         if isinstance(self.drafter, LevelsDrafter):
-            self.drafter.engine.capture_levels(planner.level_shapes)
+            self.drafter.engine.capture_levels(planner.level_shapes, self.synthetic)
 
     def loop(self, planner: Planner) -> EngineCore:
         """Make an engine core over these networks; one core at a time may have running requests."""
         manifest = self.manifest
         chunk = manifest.recipe.limits.prefill_chunk
-        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk)
+        return EngineCore(self.target, self.drafter, self.batch, planner, manifest.eos_token_ids, chunk, self.synthetic)
 
     def over(self, batch: InputBatch) -> Networks:
         """Return the same networks over other slots, such as a part of the KV pool; these must rest meanwhile."""
-        return _networks(self.manifest, self.pool, batch, self.target, self.draft, self.calibration, self.markov)
+        return _networks(
+            self.manifest, self.pool, batch, self.target, self.draft, self.calibration, self.markov, self.synthetic
+        )
 
 
 def load_networks(
-    folder: Path, batch: int | None = None, prefix_cache: bool | None = None, kv_cache_memory: int | None = None
+    folder: Path,
+    batch: int | None = None,
+    prefix_cache: bool | None = None,
+    kv_cache_memory: int | None = None,
+    synthetic: Any = None,
 ) -> Networks:
     """Open a bundle; ``batch`` (running requests) and ``prefix_cache`` override the recipe's.
 
-    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``.
+    ``kv_cache_memory``: bytes of the KV pool; None: see ``kv_pool``. ``synthetic``: acceptance of a text that takes the
+    place of the networks' choices.
     """
     manifest = read_manifest(folder)
     if (ends := len(manifest.eos_token_ids)) > MAX_STOP_TOKENS:
@@ -76,6 +87,7 @@ def load_networks(
             "build the bundle again."
         )
     verify_files(folder, manifest)
+    text = extra("synthetic_text", "text")(folder, manifest, synthetic) if synthetic else None
     recipe = manifest.recipe
     limits, reserve = recipe.limits, reserve_for(recipe.decoding.model_dump())
     count = batch or limits.batch
@@ -86,11 +98,12 @@ def load_networks(
     target = _engine(folder, manifest, manifest.target, input_batch, pool.blocks)
     draft = _engine(folder, manifest, manifest.draft, input_batch, pool.blocks) if manifest.draft else None
     path = folder / CALIBRATION
-    known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256) if path.exists() else None
+    known = None  # log q of synthetic text says the chance truly
+    if path.exists() and not text:
+        known = read_calibration(path, manifest.target_sha256, manifest.draft_sha256)
     heads = bool(manifest.draft and manifest.draft.block and manifest.draft.block.heads)
-    return _networks(
-        manifest, pool, input_batch, target, draft, known, read_markov(folder, manifest) if heads else None
-    )
+    markov = read_markov(folder, manifest) if heads else None
+    return _networks(manifest, pool, input_batch, target, draft, known, markov, text)
 
 
 def _networks(
@@ -101,12 +114,13 @@ def _networks(
     draft: Engine | None,
     calibration: Calibration | None,
     markov: Markov | None,
+    synthetic: SyntheticText | None,
 ) -> Networks:
     settings = manifest.recipe.draft
     copier = LookupDrafter(batch, settings.min_match, calibration.lookup if calibration else settings.acceptance)
     drafter = copier if settings.kind == "lookup" else drafter_with(manifest, batch, draft, markov)
     copying = copier if settings.copy_text else None
-    return Networks(manifest, pool, batch, target, draft, drafter, copying, calibration, markov)
+    return Networks(manifest, pool, batch, target, draft, drafter, copying, calibration, markov, synthetic)
 
 
 def _engine(folder: Path, manifest: Manifest, facts: NetworkFacts, batch: InputBatch, blocks: int) -> Engine:

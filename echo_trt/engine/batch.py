@@ -56,6 +56,7 @@ class InputBatch:
         self.length, self.committed, self.limit, self.prompt_length = ints(count), ints(count), ints(count), ints(count)
         self.admitted = ints(count)  # serial number of the admission: the youngest has the highest
         self.verifications, self.drafted = ints(count), ints(count)  # of tokens, those that were verified
+        self.text_key = ints(count)  # of a synthetic text, by prompt and seed
         self.sampling = np.array([_row(SamplingParams())] * count, SAMPLING)
         self.biased = ints(count)
         self.bias_tokens, self.bias = ints(count, MAX_BIASED), np.zeros((count, MAX_BIASED), np.float32)

@@ -22,10 +22,11 @@ from echo_trt.engine.params import Counters
 from echo_trt.engine.request import Request
 from echo_trt.engine.sampler import TargetOutput, token_logprobs
 from echo_trt.engine.scheduler import Scheduler
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.engine.trace import StepTrace
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.arrays import begins, ragged_arange
-from echo_trt.speculation.drafts import Pass, TimedDraft
+from echo_trt.speculation.drafts import Draft, Pass, TimedDraft
 from echo_trt.speculation.pack import ForwardBatch, pack
 from echo_trt.speculation.planner import RECENT, Iteration, Plan, Planner, StepContext
 from echo_trt.speculation.sources import DRAFT, LOOKUP
@@ -61,12 +62,14 @@ class EngineCore:
         planner: Planner,
         eos: Iterable[int],
         chunk: int = 256,
+        synthetic: SyntheticText | None = None,
     ):
         """Begin without requests. ``planner`` may be replaced between iterations; texts stay the same.
 
-        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most.
+        eos: token ids that end a text. chunk: prompt tokens computed in one iteration at most. synthetic: the text that
+        takes the place of the target's and of the draft's choices; None: theirs.
         """
-        self.target, self.batch, self.planner, self.chunk = target, batch, planner, chunk
+        self.target, self.batch, self.planner, self.chunk, self.synthetic = target, batch, planner, chunk, synthetic
         self.counters = Counters()
         self.scheduler = Scheduler(batch, tuple(eos), self.counters)
         self.drafter = drafter
@@ -172,7 +175,10 @@ class EngineCore:
             plan, seconds = Plan.undrafted(roots), 0.0
         else:
             grammars, begin = batch.grammar[slots], time.perf_counter()
-            plan = self.planner.plan(roots, GuidedDraft(draft, grammars) if grammars.any() else draft, load)
+            guided: Draft = GuidedDraft(draft, grammars) if grammars.any() else draft
+            if self.synthetic:
+                guided = self.synthetic.draft(draft, batch, slots)
+            plan = self.planner.plan(roots, guided, load)
             seconds = time.perf_counter() - begin - draft.seconds
             self.counters.add_seconds("plan", seconds)
             self.counters.add_seconds("draft", draft.seconds)
@@ -207,6 +213,7 @@ class EngineCore:
             batch=batch,
             probability=plan.probability,
             proposer=self.proposer,
+            synthetic=self.synthetic,
         )
         verified.wait()
         seconds = time.perf_counter() - begin

@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from echo_trt.engine.params import MAX_AT_ONCE
 from echo_trt.errors import UserError
+from echo_trt.files.extras import extra
 
 #: Of options: a flag has no opposite of its own, and where an option is repeated its last value counts.
 DEFAULTS = Parameter(negative=(), allow_repeating=True)
@@ -71,6 +72,10 @@ def _bytes(_: object, tokens: Sequence[Token]) -> int:
     return bytes_in(OPTION, tokens[0].value)
 
 
+def _rates(_: object, tokens: Sequence[Token]) -> str:
+    return str(extra("synthetic_text", "rates")(tokens[-1].value).text)
+
+
 def _load_policies(_: object, tokens: Sequence[Token]) -> Path:
     """Register the policies of a file before any command looks for one. Raises UserError."""
     from echo_trt.speculation.policies import load_policies
@@ -97,6 +102,15 @@ KVCacheMemory = Annotated[
         "CPU up to half of the free memory.",
     ),
 ]
+SyntheticText = Annotated[
+    str | None,
+    Parameter(
+        metavar="RATES",
+        converter=_rates,
+        help="Measure speed without trained weights: the text is made up, and drafts are accepted at this rate, such "
+        "as 0.75, at rates by depth, as 0.8,0.7,0.6, or by depth and rank, in a JSON file.",
+    ),
+]
 Flag = Annotated[bool, Parameter(show_default=False)]  # off where it is not given
 SpecialTokens = Annotated[
     Flag,
@@ -114,6 +128,7 @@ class EngineOptions:
     policy_file: PolicyFile = None
     batch: Batch = None
     kv_cache_memory: KVCacheMemory = None
+    synthetic_text: SyntheticText = None
 
     @property
     def words(self) -> list[str]:
@@ -121,4 +136,10 @@ class EngineOptions:
         memory = None if self.kv_cache_memory is None else f"{self.kv_cache_memory}B"
         file = self.policy_file and self.policy_file.resolve()
         given = {"policy": self.policy, "policy-file": file, "batch": self.batch, "kv-cache-memory": memory}
+        given["synthetic-text"] = self.synthetic_rates
         return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+    @property
+    def synthetic_rates(self) -> str | None:
+        """The rates of synthetic text, a file's whole content included."""
+        return extra("synthetic_text", "rates")(self.synthetic_text).words if self.synthetic_text else None

@@ -17,10 +17,10 @@ from echo_trt.models.decoder import Decoder
 from echo_trt.models.layers import Rotary
 from echo_trt.models.weights import (
     _assign,
-    _eagle3_sources,
     _layer_sources,
     _mlp_sources,
     _target_ids,
+    eagle3_sources,
     head_tensor_name,
 )
 
@@ -65,7 +65,7 @@ def load_block(
     names = _names(config, checkpoint)
     with torch.device("meta"):
         model = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-    sources = _anchored_sources(config) if config.anchored else _dflash_sources(config)
+    sources = anchored_sources(config) if config.anchored else dflash_sources(config)
     sources |= {"embed.weight": ["embed_tokens.weight"], "lm_head.weight": ["lm_head.weight"]}
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
@@ -139,7 +139,7 @@ def _head_tensors(config: BlockConfig) -> list[str]:
     return names + ([CONFIDENCE + "weight"] if config.confidence else [])
 
 
-def _dflash_sources(config: BlockConfig) -> dict[str, Any]:
+def dflash_sources(config: BlockConfig) -> dict[str, Any]:
     sources: dict[str, Any] = {f"{name}.weight": [f"{name}.weight"] for name in ("fc", "hidden_norm", "norm")}
     for i in range(config.num_layers):
         sources |= _layer_sources(f"layers.{i}.", f"layers.{i}.", config.qk_norm)
@@ -147,8 +147,8 @@ def _dflash_sources(config: BlockConfig) -> dict[str, Any]:
     return sources
 
 
-def _anchored_sources(config: BlockConfig) -> dict[str, Any]:
-    sources = _eagle3_sources(config, {})
+def anchored_sources(config: BlockConfig) -> dict[str, Any]:
+    sources = eagle3_sources(config, {})
     for i in range(1, config.num_layers):
         sources |= _layer_sources(f"layers.{i - 1}.", f"layers.{i}.", qk_norm=False)
         sources |= _mlp_sources(f"layers.{i - 1}.", f"layers.{i}.")

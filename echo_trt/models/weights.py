@@ -64,7 +64,7 @@ def load_eagle3(
     names = {head_tensor_name(name): name for name in checkpoint.names()}
     with torch.device("meta"):
         model = Eagle3Head(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
-    sources = _eagle3_sources(config, names)
+    sources = eagle3_sources(config, names)
     if "embed_tokens.weight" not in names:
         del sources["embed.weight"]
         if config.hidden_size != target.config.hidden_size:
@@ -143,7 +143,7 @@ def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
     }
 
 
-def _eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
+def eagle3_sources(config: Eagle3Config, names: dict[str, str]) -> dict[str, Any]:
     layer = "midlayer."
     sources = {
         "embed.weight": ["embed_tokens.weight"],
@@ -226,7 +226,7 @@ class _Filling:
         """Stack the named tensors, of ``shape`` together, or the shard's parts of them, into ``slot``."""
         filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
         if len(names) == 3:  # a merged qkv
-            filled, stored = (_heights(network.config) for network in (self.model, self.whole))
+            filled, stored = (heights(network.config) for network in (self.model, self.whole))
         for name, part, height in zip(names, slot.split(filled), stored, strict=True):
             self._check(name, (height, *shape[1:]))
             if self.shard.ranks == 1:
@@ -260,7 +260,7 @@ def _stored_type(filling: _Filling, shape: torch.Size, parts: list) -> torch.dty
     return types.pop() if len(types) == 1 and types <= NARROW else torch.float32
 
 
-def _heights(config: Config) -> list[int]:
+def heights(config: Config) -> list[int]:
     return [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
 
 

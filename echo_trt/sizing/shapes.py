@@ -14,8 +14,10 @@ from echo_trt.bundle.recipe import Recipe, Source
 from echo_trt.bundle.sources import CONFIG, from_hub
 from echo_trt.errors import UserError
 from echo_trt.models.block_config import block_config, fitted
-from echo_trt.models.read_config import check_division, decoder_config, eagle3_config
+from echo_trt.models.read_config import check_division, decoder_config, eagle3_config, is_eagle3
 from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes
+
+HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ def published() -> dict[str, dict[str, Any]]:
 
 def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
     """Return the shapes of the target, on one of ``tensor_parallel`` GPUs, and of a draft network, which is whole."""
-    raw, origin = _config(recipe.target, recipe_folder, "target")
+    raw, origin = config_of(recipe.target, recipe_folder)
     config = decoder_config(raw, origin)
     check_division(config, recipe.tensor_parallel)
     target = Shape(decoder_sizes(config, recipe.tensor_parallel), origin)
     source = recipe.draft.source
     if source is None:
         return target, None
-    raw, origin = _config(source, recipe_folder, "draft.source")
+    raw, origin = config_of(source, recipe_folder, recipe.draft.kind)
     if recipe.draft.kind == "eagle3":
         head = eagle3_config(raw, origin)
         return target, Shape(head_sizes(head), origin)
@@ -49,6 +51,19 @@ def shapes(recipe: Recipe, recipe_folder: Path) -> tuple[Shape, Shape | None]:
         drafter = fitted(block_config(raw, origin, recipe.draft.block), config, origin)
         return target, Shape(block_sizes(drafter), origin)
     return target, Shape(decoder_sizes(decoder_config(raw, origin)), origin)
+
+
+def config_of(source: Source, recipe_folder: Path, draft: str = "") -> tuple[dict[str, Any], str]:
+    """Return the config.json of a target, or of a draft of the kind ``draft``, and its origin. Raises UserError.
+
+    The shape of an EAGLE-3 head may be made from its target's: a layer of the same widths.
+    """
+    raw, origin = _config(source, recipe_folder, "draft.source" if draft else "target")
+    if source.random_weights and draft == "eagle3" and not is_eagle3(raw):
+        vocabulary = min(HEAD_VOCABULARY, raw["vocab_size"])
+        head = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": vocabulary}
+        return {**raw, **head}, f"a head for {origin}"
+    return raw, origin
 
 
 def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, Any], str]:

@@ -58,6 +58,7 @@ class TritonPythonModel:
             batch,
             note=pb_utils.Logger.log_info,
             kv_cache_memory=bytes_in("kv_cache_memory", memory) if memory else None,
+            synthetic_text=_setting(config, "synthetic_text") or None,
         )
         log.info(llm.pool.warning or llm.pool.sentence)
         self._reader = Reader(

@@ -198,24 +198,30 @@ class TensorRTEngine:
         return named["scores"], named["candidates"], named["state"]
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
         with self._own_stream():
-            self._levels.capture(shapes)
+            self._levels.capture(shapes, text)
 
     def padded_requests(self, requests: int) -> int:
         return self._levels.padded(requests)
 
     @torch.inference_mode()
     def start_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         with self._own_stream():
             whole = self._join(call, packed_pieces(call, numbered(inputs), self._limits, self._sizes, self._bounds))
-            states = whole["state"][send(call.logit_rows, self._device)]
-            self._levels.begin(whole["scores"], whole["candidates"], states)
+            roots = self._levels.proposals(call, keys, whole["scores"], whole["candidates"], whole[PACKED])
+            self._levels.begin(*roots[:2], whole["state"][send(call.logit_rows, self._device)])
             rows = np.arange(len(call.logit_rows))
-            return self._levels.run(below, rows, shape, max_nodes, whole[PACKED])
+            return self._levels.run(below, rows, shape, max_nodes, roots[2])
 
     @torch.inference_mode()
     def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:

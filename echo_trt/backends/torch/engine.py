@@ -158,23 +158,30 @@ class TorchEngine:
         return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
+    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]], text: Any = None) -> None:
         """Capture drafts of several levels as CUDA graphs before requests wait; see ``Levels.capture``."""
-        self._levels.capture(shapes)
+        self._levels.capture(shapes, text)
 
     def padded_requests(self, requests: int) -> int:
         return self._levels.padded(requests)
 
     @torch.inference_mode()
     def start_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         arrays = self._arrays_of(call, inputs)
         scores, candidates, state, packed = self._launch(arrays)
         rows = send(arrays["logit_rows"], self.device)
         count = len(rows)
-        self._levels.begin(scores[:count], candidates[:count], state[rows])
-        return self._levels.run(below, np.arange(count), shape, max_nodes, packed[:count])
+        roots = self._levels.proposals(call, keys, scores[:count], candidates[:count], packed[:count])
+        self._levels.begin(*roots[:2], state[rows])
+        return self._levels.run(below, np.arange(count), shape, max_nodes, roots[2])
 
     @torch.inference_mode()
     def run_levels(self, below: ForwardBatch, rows: np.ndarray, shape: LevelShape, max_nodes: int) -> np.ndarray:

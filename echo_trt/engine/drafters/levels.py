@@ -9,6 +9,7 @@ import numpy as np
 
 from echo_trt.backends.base import Engine
 from echo_trt.engine.drafters.eagle3 import Eagle3Drafter, EngineDraft
+from echo_trt.engine.synthetic import SyntheticText
 from echo_trt.speculation.arrays import next_size
 from echo_trt.speculation.drafts import KnownTrees, Proposals
 from echo_trt.speculation.pack import ForwardBatch, LevelShape, pack_levels
@@ -18,16 +19,24 @@ from echo_trt.speculation.super_tree import SuperTree
 class LevelsEngine(Engine, Protocol):
     """An engine of a head that also drafts levels where it computes; ``backends.cuda.levels`` has the arrays."""
 
-    def capture_levels(self, shapes: Callable[[int], Collection[LevelShape]]) -> None:
-        """Prepare the drafts that are asked for, by their number of requests."""
+    def capture_levels(
+        self, shapes: Callable[[int], Collection[LevelShape]], text: SyntheticText | None = None
+    ) -> None:
+        """Prepare the drafts that are asked for, by their number of requests, of a synthetic ``text`` or the head's."""
 
     def padded_requests(self, requests: int) -> int:
         """Return the number of requests to which a level of ``requests`` is padded."""
 
     def start_levels(
-        self, call: ForwardBatch, below: ForwardBatch, shape: LevelShape, max_nodes: int, **inputs: Any
+        self,
+        call: ForwardBatch,
+        below: ForwardBatch,
+        shape: LevelShape,
+        max_nodes: int,
+        keys: np.ndarray | None = None,
+        **inputs: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Run ``call``, whose logit rows are the roots', and the first levels, ``below``.
+        """Run ``call``, whose logit rows are the roots', and the first levels, ``below``; ``keys`` of synthetic texts.
 
         Returns int32 [A, 2k], the bits of the roots' scores and their children, and what ``run_levels`` returns.
         """
@@ -60,7 +69,8 @@ class LevelsDrafter(Eagle3Drafter):
 
         def run(slots: np.ndarray, start: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
             call, inputs = self._packed(slots, start, counts, np.cumsum(counts) - 1)
-            roots, drafted = self.engine.start_levels(call, below, shape, max_nodes, **inputs)
+            keys = self.batch.text_key[slots]
+            roots, drafted = self.engine.start_levels(call, below, shape, max_nodes, keys, **inputs)
             return {"roots": roots, "drafted": drafted}
 
         outputs, _ = self.prefill_draft(slots, run)

@@ -44,7 +44,8 @@ def run(options: HostOptions) -> int:
         policy_named(options.policy, "--policy")
     base.ends_at_once = True
     bundle, memory = options.bundle, options.kv_cache_memory
-    llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory)
+    text = options.synthetic_text
+    llm = LLM(bundle, options.policy, options.batch, note=log.info, kv_cache_memory=memory, synthetic_text=text)
     log.info(llm.pool.warning or llm.pool.sentence)
     context, sampling = llm.loop.batch.context, llm.manifest.sampling.given()
     reader = Reader(bundle, context, options.special_tokens_in_content, sampling)

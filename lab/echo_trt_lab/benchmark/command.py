@@ -49,7 +49,8 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
         stack.enter_context(files_first(out))
         with messages.status("loading the bundle"):
             # No prefix cache: every policy and round has to compute the same prompts.
-            llm = LLM(job.bundle, None, max(job.batches), note=messages.print, prefix_cache=False)
+            batch, text = max(job.batches), job.synthetic_text
+            llm = LLM(job.bundle, None, batch, note=messages.print, prefix_cache=False, synthetic_text=text)
             check_pool(llm, job)
             for rows in sets.values():
                 check_lengths(llm, rows)
@@ -60,6 +61,7 @@ def run(job: BenchOptions, out: Console, messages: Console) -> dict[str, Any]:
             "bundle": llm.manifest.name,
             "precision": computes_in(llm.manifest),
             "max_tokens": job.max_tokens,
+            **({"synthetic_text": made.rates.sentence} if (made := llm.networks.synthetic) else {}),
             "prompts": {name: len(rows) for name, rows in sets.items()},
             "hinge": llm.tuning.costs.hinge.model_dump(),
             "results": [],
@@ -202,6 +204,9 @@ def _check(job: BenchOptions, sets: dict[str, list[Prompt]]) -> None:
     if not job.batches or min(job.batches) < 1 or max(job.batches) > MAX_AT_ONCE:
         raise UserError(f"--batch is {','.join(map(str, job.batches))}; give whole numbers from 1 to {MAX_AT_ONCE}.")
     check_peers(job.peers)
+    if job.synthetic_text and (job.peers or job.record_file):
+        option = "--peers" if job.peers else "--record"
+        raise UserError(f"{option} needs a model's text, and --synthetic-text is given; leave one of them out.")
     named: dict[str, str] = {}
     for option, path in _outputs(job).items():
         if path is not None and (other := named.setdefault(os.path.realpath(path), option)) != option:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from echo_trt.engine.options import Bundle, Flag, PolicyFile, bounds
+from echo_trt.engine.options import Bundle, Flag, PolicyFile, SyntheticText, bounds
 from echo_trt_lab.options import NUMBERS, WORDS, HtmlFile, JsonFile, PromptFiles
 
 
@@ -55,6 +55,7 @@ class BenchOptions:
         ),
     ] = ()
     recipes: Annotated[Path, Parameter(help="The folder of the bundle's recipe, for peers.")] = Path("build")
+    synthetic_text: SyntheticText = None
     json_file: JsonFile = None
     html_file: HtmlFile = None
     record_file: Annotated[

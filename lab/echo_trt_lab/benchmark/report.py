@@ -69,7 +69,8 @@ LATENCY = {
 
 def results_table(result: dict[str, Any]) -> Table:
     """Tabulate the speed of decoding; the HTML report has all columns."""
-    return _table(result, SPEED, f"{result['bundle']} {result['precision']}, greedy, {result['machine']}")
+    stated = f"; {result['synthetic_text']}" if "synthetic_text" in result else ""
+    return _table(result, SPEED, f"{result['bundle']} {result['precision']}, greedy, {result['machine']}{stated}")
 
 
 def latency_table(result: dict[str, Any]) -> Table:
@@ -122,7 +123,9 @@ def _lead(result: dict[str, Any]) -> list[str]:
     turns = "Policies ran side by side, a second each in turn"
     if apart:
         turns += f"; at batch {', '.join(map(str, apart))} one after another, for want of KV blocks"
+    stated = [f"{result['synthetic_text'].capitalize()}."] if "synthetic_text" in result else []
     return [
+        *stated,
         f"Greedy, up to {result['max_tokens']} new tokens per request, every slot kept busy (closed loop). {turns}. "
         "Rates and ratios are of all rounds as one.",
     ]

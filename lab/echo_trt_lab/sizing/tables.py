@@ -29,6 +29,8 @@ def manifest_table(manifest: Manifest, folder: Path) -> Table:
         f"{manifest.engine}, {manifest.precision}{instead * (computes_in(manifest) != manifest.precision)}",
     )
     table.add_row("target", _network(manifest.target))
+    if manifest.recipe.target.random_weights:
+        table.add_row("weights", f"random, of this shape alone, with the tokenizer of {manifest.tokenizer}")
     if manifest.target.rank_files:
         table.add_row("tensor_parallel", f"{len(manifest.target.rank_files)}: a file per rank, on a GPU each")
     table.add_row("draft", f"{manifest.recipe.draft.kind}{', ' + _network(manifest.draft) if manifest.draft else ''}")
