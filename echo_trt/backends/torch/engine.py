@@ -27,8 +27,7 @@ from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of,
 from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.errors import UserError
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig
+from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
 from echo_trt.models.roles import Role
