@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -54,6 +54,29 @@ class Ahead(NamedTuple):
     maximum: int
 
 
+class DeviceWork(NamedTuple):
+    """What a device computes before the host waits for it: ``tokens`` of its passes in order, padding included.
+
+    launches  CUDA graphs: one for the pass over committed tokens, and one for all levels
+    """
+
+    tokens: tuple[int, ...]
+    launches: int
+
+
+def device_work(
+    requests: int, shape: LevelShape, padded: Callable[[int], int], lag: int = 0, sizes: Sequence[int] = ()
+) -> DeviceWork:
+    """Count what a device computes for the levels of ``shape``.
+
+    padded  returns the requests to which a level is padded
+    lag     committed tokens that the draft computes before, in a pass padded to one of ``sizes``; 0: no such pass
+    """
+    caught_up = (next_size(sizes, lag),) if lag else ()
+    levels = (padded(requests) * shape.beams,) * shape.levels
+    return DeviceWork(caught_up + levels, bool(caught_up) + bool(levels))
+
+
 class LevelsDrafter(Eagle3Drafter):
     """An EAGLE-3 head whose engine drafts several levels without a return to the host."""
 
@@ -95,8 +118,7 @@ class LevelsDraft(EngineDraft):
             return super().propose_roots(requests)
         drafter, slots = self._drafter, self._slots[requests]
         lag = int(drafter.draft_lag(slots).sum())
-        self.ran(next_size(drafter.engine.sizes, lag), int(self._past[requests].sum()))
-        width, (below, shape, maximum) = self._ahead.width, self._next_levels(requests)
+        width, (below, shape, maximum) = self._ahead.width, self._next_levels(requests, lag)
         roots, drafted = drafter.start_levels(slots, below, shape, maximum)
         scores, tokens = np.split(roots, 2, axis=1)
         log_q = np.ascontiguousarray(scores[:, :width]).view(np.float32)
@@ -114,15 +136,15 @@ class LevelsDraft(EngineDraft):
             self._trees.add(requests, self._drafter.engine.run_levels(below, rows, shape, maximum))
         return self._trees.expand(tree, nodes)
 
-    def _next_levels(self, requests: np.ndarray) -> tuple[ForwardBatch, LevelShape, int]:
+    def _next_levels(self, requests: np.ndarray, lag: int = 0) -> tuple[ForwardBatch, LevelShape, int]:
         """Return the call and the shape of the levels that ``look_ahead`` asked for, and the nodes to return."""
         assert self._ahead is not None
         drafter, (depth, beams, width, maximum) = self._drafter, self._ahead
         shape = LevelShape(self._depth, depth - self._depth, beams, width)
         self._ahead, self._depth, self._running = None, depth, requests
-        past = self._past[requests]
-        for _ in range(shape.levels):
-            self.ran(drafter.engine.padded_requests(len(requests)) * beams, int(past.sum()))
+        past, engine = self._past[requests], drafter.engine
+        for tokens in device_work(len(requests), shape, engine.padded_requests, lag, engine.sizes).tokens:
+            self.ran(tokens, int(past.sum()))
         return pack_levels(past, drafter.batch.block_table[self._slots[requests]], shape), shape, maximum
 
 

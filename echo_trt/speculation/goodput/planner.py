@@ -197,7 +197,8 @@ class GoodputPlanner:
         log_q, tokens = draft.expand_roots(requests)
         candidates.add(requests, log_q, tokens, settings.width)
         if model.block or levels:
-            self._read_levels(draft, search, settings.level_beams(len(requests)))
+            depth = settings.max_depth if model.block else 1 + levels
+            self._read_levels(draft, search, depth, settings.level_beams(len(requests)))
         else:
             self._draft_levels(draft, search)
 
@@ -227,10 +228,13 @@ class GoodputPlanner:
             candidates.add(nodes, log_q, tokens, settings.width)
             expanded += count
 
-    def _read_levels(self, draft: Draft, search: LevelSearch, beams: int) -> None:
-        """Grow trees from levels that were drafted at once: a device's beams, or of a block what may be verified."""
+    def _read_levels(self, draft: Draft, search: LevelSearch, drafted: int, beams: int) -> None:
+        """Grow trees down to depth ``drafted`` from levels that were drafted at once.
+
+        They are a device's beams, or of a block what may be verified.
+        """
         candidates, settings = search.candidates, search.model.settings
-        for depth in range(1, settings.max_depth):
+        for depth in range(1, drafted):
             if search.model.block:
                 value = candidates.value[candidates.tree.num_requests :]
                 paying = paying_nodes(value, search.verification, search.time_price)

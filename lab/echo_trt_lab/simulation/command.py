@@ -163,8 +163,8 @@ def _budget(job: SimulateOptions, machine: Machine) -> int:
 def _assumptions(job: SimulateOptions, recording: Recording, machine: Machine, ngrams: NGrams | None) -> list[str]:
     facts = [
         f"{1e3 * machine.host_seconds:g} ms an iteration outside passes, for every policy, and "
-        f"{1e3 * machine.level_seconds:g} ms a draft level; goodput {1e6 * machine.candidate_seconds:g} us more for "
-        "each node that it considers",
+        f"{1e3 * machine.level_seconds:g} ms a draft level; {'every policy' if machine.node_seconds else 'goodput'} "
+        f"{1e6 * machine.candidate_seconds:g} us more for each node that it considers",
         f"prompts are computed before the clock starts, and leave {job.prompt} cached tokens per request",
         "acceptance is as recorded: this target, this draft and these texts, whatever the machine",
         "goodput and the oracle are without n-grams"

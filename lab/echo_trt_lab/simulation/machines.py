@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from echo_trt.backends.cuda.sizes import SIZES
 from echo_trt.bundle.costs import CostTable
 from echo_trt.bundle.stored import read_stored
 from echo_trt.errors import UserError
@@ -26,7 +27,28 @@ HOST_SECONDS, LEVEL_SECONDS = 0.5e-3, 0.3e-3
 # Seconds of goodput's search for every node that it considers. Fitted to plans over recorded trees, 1 to 512 requests
 # of both H100s here, on two cores of another EPYC (family 25, model 1), within a third. Larger: goodput gains less.
 CANDIDATE_SECONDS = 0.85e-6
+# The same for a node that any policy considers, where a device drafts and the host reads. Fitted to processor time of
+# the device path's host, 1 to 64 requests (``device_counts``), on two cores of an EPYC (family 26, model 2). Larger:
+# policies that consider many nodes gain less.
+NODE_SECONDS = 0.45e-6
 LARGEST_KNEE = 1024  # tokens up to which the hinge is fitted; larger: the far end of the curve moves K_max
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator that a host drives.
+
+    launch  seconds to start a CUDA graph
+    wait    seconds in which results come to the host, and the host goes on
+    sizes   to which passes of the draft over committed tokens are padded
+    """
+
+    launch: float
+    wait: float
+    sizes: tuple[int, ...] = SIZES
+
+    def seconds(self, launches: int, waits: int = 1) -> float:
+        return self.launch * launches + self.wait * waits
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,8 @@ class Machine:
     padded             sizes of the target's passes, as in ``Costs``
     knee               K_max where it was measured; None: fitted to ``target``
     candidate_seconds  of planning a node that goodput considers
+    node_seconds       of planning a node that another policy considers
+    device             of an accelerator on which a head drafts levels in one go; None: it drafts level by level
     """
 
     name: str
@@ -57,6 +81,8 @@ class Machine:
     padded: tuple[int, ...] = ()
     knee: int | None = None
     candidate_seconds: float = CANDIDATE_SECONDS
+    node_seconds: float = 0.0
+    device: Device | None = None
 
     def costs(self) -> Costs:
         """Make new curves, which a policy may correct."""
@@ -97,8 +123,8 @@ def _table(
 
 
 # H100 SXM5 80 GB, NVIDIA's data sheet: 3.35 TB/s, 989 TFLOP/s in bf16 and 1,979 in fp8, both dense; NVLink 900 GB/s.
-H100 = Chip(bandwidth=3.35e12, flops=989e12, memory=80e9)
-H100_FP8 = Chip(bandwidth=3.35e12, flops=1979e12, memory=80e9, flops_share=0.45)
+H100 = Chip(bandwidth=3.35e12, flops=989e12, memory=80e9, bandwidth_share=0.88)
+H100_FP8 = Chip(bandwidth=3.35e12, flops=1979e12, memory=80e9, bandwidth_share=0.88, flops_share=0.45)
 NVLINK = 450e9  # bytes/s in one direction
 
 # Qwen3-8B's config.json: 36 layers, hidden 4096, 8 KV heads of 128, vocabulary 151,936; 8.2 B parameters.
@@ -124,25 +150,37 @@ QWEN3_235B = NetworkShare(
     experts=128,
     experts_per_token=8,
 )
-_LAUNCH, _DRAFT_LAUNCH, _ALL_REDUCE = 0.3e-3, 0.1e-3, 10e-6
+_SMALL_KERNELS, _DRAFT_SMALL_KERNELS, _ALL_REDUCE = 0.3e-3, 0.1e-3, 10e-6
+_DEVICE = Device(launch=10e-6, wait=30e-6)
+
+_ON_DEVICE = (
+    f"small kernels take {1e3 * _SMALL_KERNELS:g} ms of a target pass and {1e3 * _DRAFT_SMALL_KERNELS:g} ms of a draft "
+    f"pass, starting a CUDA graph {1e6 * _DEVICE.launch:g} us and waiting for results {1e6 * _DEVICE.wait:g} us "
+    "(assumed)",
+    "levels between gates run in one go, and passes are padded, as on a GPU; every recorded child comes to the host",
+)
 
 
 def h100_qwen3_8b() -> Machine:
     free = 0.9 * H100.memory - 2 * 8.2e9 - 2 * _HEAD
     return Machine(
         "h100-qwen3-8b",
-        _table(QWEN3_8B, H100, _LAUNCH),
-        _table(EAGLE3_HEAD, H100, _DRAFT_LAUNCH),
+        _table(QWEN3_8B, H100, _SMALL_KERNELS),
+        _table(EAGLE3_HEAD, H100, _DRAFT_SMALL_KERNELS),
         HOST_SECONDS,
         LEVEL_SECONDS,
         (
-            "H100 SXM, NVIDIA's data sheet: 3.35 TB/s of which kernels reach 80 %, 989 bf16 TFLOP/s of which 60 %",
+            "H100 SXM, NVIDIA's data sheet: 3.35 TB/s of which kernels reach 88 %, 989 bf16 TFLOP/s of which 60 %",
             "Qwen3-8B in bf16: a pass reads and multiplies its 8.2 B parameters but the input embedding's 0.62 B",
             "a cached token is 36 layers x 8 heads x 128 x 2 x 2 bytes; the arithmetic of attention is left out",
             f"EAGLE-3 head of {_HEAD / 1e9:.2f} B parameters in bf16, with 32,000 tokens of vocabulary",
-            f"launching takes {1e3 * _LAUNCH:g} ms a target pass and {1e3 * _DRAFT_LAUNCH:g} ms a draft pass (assumed)",
+            *_ON_DEVICE,
         ),
         int(free / (QWEN3_8B.kv_bytes + EAGLE3_HEAD.kv_bytes)),
+        padded=SIZES,
+        candidate_seconds=NODE_SECONDS,
+        node_seconds=NODE_SECONDS,
+        device=_DEVICE,
     )
 
 
@@ -154,21 +192,25 @@ def h100x8_qwen3_235b() -> Machine:
     free = 0.9 * H100.memory - weights - 2 * _HEAD
     return Machine(
         "8xh100-qwen3-235b",
-        _table(QWEN3_235B, H100_FP8, _LAUNCH + reduces * _ALL_REDUCE, per_token),
-        _table(EAGLE3_HEAD, H100, _DRAFT_LAUNCH),
+        _table(QWEN3_235B, H100_FP8, _SMALL_KERNELS + reduces * _ALL_REDUCE, per_token),
+        _table(EAGLE3_HEAD, H100, _DRAFT_SMALL_KERNELS),
         HOST_SECONDS,
         LEVEL_SECONDS,
         (
-            "8 H100 SXM, NVIDIA's data sheet: 3.35 TB/s each, 80 % of it reached, 1,979 fp8 TFLOP/s, 45 % of it",
+            "8 H100 SXM, NVIDIA's data sheet: 3.35 TB/s each, 88 % of it reached, 1,979 fp8 TFLOP/s, 45 % of it",
             "Qwen3-235B-A22B in fp8, tensor parallel: each GPU reads an eighth of the weights that a pass touches",
             "N tokens touch 128 (1 - (1 - 8/128)^N) experts per layer: routing is taken as uniform and independent, "
             "where real routing is skewed and a tree's tokens alike, so that fewer are touched",
             f"two all-reduces a layer, {1e6 * _ALL_REDUCE:g} us each (assumed) and their bytes at 450 GB/s (NVLink)",
             "the KV cache is bf16, 4 heads stand twice on 8 GPUs; the arithmetic of attention is left out",
             f"EAGLE-3 head of {_HEAD / 1e9:.2f} B parameters in bf16, whole on each GPU: it needs no all-reduce",
-            f"launching takes {1e3 * _LAUNCH:g} ms a target pass and {1e3 * _DRAFT_LAUNCH:g} ms a draft pass (assumed)",
+            *_ON_DEVICE,
         ),
         int(free / (QWEN3_235B.kv_bytes + EAGLE3_HEAD.kv_bytes)),
+        padded=SIZES,
+        candidate_seconds=NODE_SECONDS,
+        node_seconds=NODE_SECONDS,
+        device=_DEVICE,
     )
 
 

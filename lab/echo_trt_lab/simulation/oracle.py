@@ -182,6 +182,9 @@ class Oracle:
         self._recording, self._batch, self._prompt = recording, batch, prompt
         self._costs, self._host, self._level = machine.costs(), machine.host_seconds, machine.level_seconds
         self._costs.change = 0.0  # a change of size is free
+        if device := machine.device:  # a draft is one wait at least
+            self._host += device.seconds(1)
+            self._costs.cold += device.seconds(1)
         self._ahead = predict(recording.trees, settings, ngrams)
 
     def run(self, tokens: int) -> Tally:

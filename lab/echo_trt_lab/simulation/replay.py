@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from echo_trt.backends.cuda.sizes import bucket
+from echo_trt.engine.drafters.levels import device_work
 from echo_trt.speculation.accept import accept
 from echo_trt.speculation.chains import Chains
 from echo_trt.speculation.drafts import Pass, Proposals, TimedDraft
 from echo_trt.speculation.goodput.model.costs import Costs
 from echo_trt.speculation.goodput.planner import GoodputPlanner
+from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.planner import RECENT, Iteration, Planner, StepContext
 from echo_trt.speculation.super_tree import SuperTree
 from echo_trt_lab.calibration.observe import recorded_chains
 from echo_trt_lab.calibration.trees import RecordedDraft
-from echo_trt_lab.simulation.machines import Machine
+from echo_trt_lab.simulation.machines import Device, Machine
 from echo_trt_lab.simulation.walk import BEYOND, Walk
 
 WARM_UP = 40  # iterations before those that count; larger: a policy has learnt more when it is measured
@@ -81,14 +84,13 @@ class ClockedDraft(TimedDraft):
     as in the runtime. A block drafter's first pass also has ``block`` rows per request, and there is no later one.
     """
 
-    def __init__(self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0):
+    def __init__(self, draft: RecordedDraft, walk: Walk, costs: Costs, block: int = 0, device: Device | None = None):
         super().__init__(clock=lambda: self._now)
         self._now, self._draft, self._walk, self._costs, self._block = 0.0, draft, walk, costs, block
-        self._expanded = np.zeros(0, np.int64)
+        self._expanded, self._device = np.zeros(0, np.int64), device
 
     def propose_roots(self, requests: np.ndarray) -> Proposals:
-        self._pass(int(self._walk.draft_lag[requests].clip(1).sum()) + self._block * len(requests))
-        self._walk.draft_lag[requests] = 0
+        self._pass(self._catch_up(requests) + self._block * len(requests))
         return self._draft.expand_roots(requests)
 
     def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
@@ -99,10 +101,57 @@ class ClockedDraft(TimedDraft):
             self._expanded = np.concatenate((self._expanded, nodes))
         return self._draft.expand(tree, nodes)
 
-    def _pass(self, entries: int) -> None:
+    def _catch_up(self, requests: np.ndarray) -> int:
+        """Return the missing entries of ``requests``, which are not missing any more."""
+        lag = int(self._walk.draft_lag[requests].clip(1).sum())
+        self._walk.draft_lag[requests] = 0
+        return lag
+
+    def _pass(self, *tokens: int, launches: int = 1) -> None:
+        """Let passes of so many ``tokens`` run without a wait between them."""
         context = int(self._walk.context.sum())
-        self._now += self._costs.draft(entries, context) + (self._costs.cold if not self.passes else 0.0)
-        self.ran(entries, context)
+        self._now += self._costs.cold if not self.passes else 0.0
+        self._now += self._device.seconds(launches) if self._device else 0.0
+        for entries in tokens:
+            self._now += self._costs.draft(entries, context)
+            self.ran(entries, context)
+
+
+class DeviceDraft(ClockedDraft):
+    """A draft on a device: what it computes, and how often the host waits, are counted as the drafter counts them.
+
+    All recorded children of a node are proposed, though a device returns the best ones of a request alone.
+    """
+
+    looks_ahead = True
+    _ahead: tuple[int, int, int] | None = None  # depth, beams and width that were asked for, and have not run yet
+    _depth = 0  # of the drafted trees; 0: the planner did not look ahead
+
+    def look_ahead(self, depth: int, beams: int, width: int, maximum: int) -> None:
+        self._ahead = depth, min(beams, width), width
+
+    def propose_roots(self, requests: np.ndarray) -> Proposals:
+        if not self._ahead:
+            return super().propose_roots(requests)
+        self._levels(len(requests), self._catch_up(requests))
+        return self._draft.expand_roots(requests)
+
+    def propose(self, tree: SuperTree, nodes: np.ndarray) -> Proposals:
+        if not self._depth:
+            return super().propose(tree, nodes)
+        if self._ahead:
+            self._levels(len(np.unique(tree.request[nodes])))
+        log_q, tokens = self._draft.expand(tree, nodes)
+        log_q[tree.depth[nodes] >= self._depth] = -np.inf  # what was not drafted
+        return log_q, tokens
+
+    def _levels(self, requests: int, lag: int = 0) -> None:
+        assert self._ahead is not None
+        assert self._device is not None
+        first, (depth, beams, width) = max(self._depth, 1), self._ahead
+        work = device_work(requests, LevelShape(first, depth - first, beams, width), bucket, lag, self._device.sizes)
+        self._pass(*work.tokens, launches=work.launches)
+        self._ahead, self._depth = None, depth
 
 
 class RecordedCopier:
@@ -118,7 +167,7 @@ class RecordedCopier:
 
 
 class Replay:
-    """One planner over one walk; ``step`` is the iteration of runtime/loop.py without engines.
+    """One planner over one walk; ``step`` is the iteration of engine/core.py without engines.
 
     block  rows of a block drafter's only pass for a request; 0: the draft takes one pass per level
     """
@@ -126,7 +175,9 @@ class Replay:
     def __init__(self, walk: Walk, machine: Machine, planner: Planner, block: int = 0):
         self.walk, self.planner, self._block = walk, planner, block
         self._machine, self._clock, self._size = machine, machine.costs(), 0
-        self._candidate_seconds = machine.candidate_seconds if isinstance(planner, GoodputPlanner) else 0.0
+        searches = isinstance(planner, GoodputPlanner)
+        self._candidate_seconds = machine.candidate_seconds if searches else machine.node_seconds
+        self._draft = DeviceDraft if machine.device and not block else ClockedDraft
 
     def run(self, tokens: int) -> Tally:
         """Warm up, then iterate from the beginning until ``tokens`` are committed."""
@@ -143,11 +194,12 @@ class Replay:
         positions, context = walk.positions, int(walk.context.sum())
         max_draft_len, draft_lag, recent = walk.max_draft_len.clip(0), walk.draft_lag.clip(1), walk.recent(RECENT)
         load = StepContext(np.arange(batch), max_draft_len, draft_lag, context, recent=recent, epoch=walk.epoch.copy())
-        draft = ClockedDraft(RecordedDraft(trees, positions, walk.recording.width), walk, self._clock, self._block)
+        known, device = RecordedDraft(trees, positions, walk.recording.width), self._machine.device
+        draft = self._draft(known, walk, self._clock, self._block, device)
         plan = self.planner.plan(walk.roots, draft, load)
         tree = plan.tree
         candidates = len(plan.explanation.candidates)
-        levels = len(draft.passes)
+        levels = draft.levels
         planning = levels * self._machine.level_seconds + candidates * self._candidate_seconds
         again = int(((tree.sizes - 1) * walk.context).sum())
         target = self._verification(max(len(tree), plan.padded_to), context, again)
@@ -157,13 +209,14 @@ class Replay:
         passes = tuple(draft.passes)
         self.planner.observe(Iteration(plan, load, path, target, passes, levels, planning, seconds, host))
         kept = walk.advance(np.bincount(tree.request[path], minlength=batch))
-        return Step(kept.tokens, len(tree) - batch, len(path) - batch, levels, seconds)
+        return Step(kept.tokens, len(tree) - batch, len(path) - batch, len(passes), seconds)
 
     def _verification(self, tokens: int, context: int, again: int) -> Pass:
         """Time the target's pass; ``again``: cached tokens that draft nodes attend."""
         clock = self._clock
         padded = clock.padded(tokens) if again else clock.padded_undrafted(tokens)
         seconds = clock.target(padded, context) + clock.target.per_node * again
+        seconds += self._machine.device.seconds(1) if self._machine.device else 0.0
         seconds += clock.change if padded != self._size else 0.0
         self._size = padded
         return Pass(tokens, context, seconds, again)

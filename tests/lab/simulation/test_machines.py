@@ -36,9 +36,9 @@ def test_rooflines_only_rise(name):
 
 def test_one_token_of_an_8b_model_takes_its_weights_over_the_bandwidth():
     costs = machine_named("h100-qwen3-8b", None).costs()
-    weights = 2 * (8.2e9 - 151_936 * 4096) / (0.8 * 3.35e12)
+    weights = 2 * (8.2e9 - 151_936 * 4096) / (0.88 * 3.35e12)
     assert costs.target(1) == pytest.approx(0.3e-3 + weights, rel=1e-3)
-    assert costs.target(1, 1000) - costs.target(1) == pytest.approx(1000 * 147_456 / (0.8 * 3.35e12))
+    assert costs.target(1, 1000) - costs.target(1) == pytest.approx(1000 * 147_456 / (0.88 * 3.35e12))
     # Far above the knee only arithmetic counts.
     assert costs.target(8192) - costs.target(4096) == pytest.approx(
         4096 * 2 * QWEN3_8B.active / (0.6 * 989e12), rel=0.02

@@ -5,11 +5,15 @@ import pytest
 from ngram_tables import table
 from synthetic import recorded
 
+from echo_trt.engine.drafters.levels import device_work
+from echo_trt.speculation.echo.settings import EchoSettings
+from echo_trt.speculation.pack import LevelShape
 from echo_trt.speculation.policies import goodput_settings
 from echo_trt.speculation.policy_names import PLAIN
 from echo_trt_lab.calibration.fit import fit
+from echo_trt_lab.simulation import replay as replay_module
 from echo_trt_lab.simulation.command import planner_for
-from echo_trt_lab.simulation.machines import Machine, machine_named
+from echo_trt_lab.simulation.machines import Device, Machine, machine_named
 from echo_trt_lab.simulation.oracle import Oracle
 from echo_trt_lab.simulation.replay import Replay
 from echo_trt_lab.simulation.walk import Recording, Walk
@@ -190,3 +194,65 @@ def test_one_pass_for_all_levels_is_worth_more_than_a_pass_a_level(recording, ca
     ideal = [Oracle(recording, KNEE, CANDIDATES, 8, 10, block=block).run(2000).rate for block in (0, 5)]
     assert ideal[1] > ideal[0]
     assert at_once.rate <= ideal[1]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Trees as deep as those of Qwen3-8B's recipe, and their calibration."""
+    trees, others = recorded([100] * 12, 8, 4, 4, seed=3), recorded([60] * 12, 8, 4, 4, seed=9)
+    return Recording(trees), fit(others, "target", "draft", 8, 4, 4)
+
+
+def on_device(deep, policy, batch, on=None, prompt=1024) -> Replay:
+    on = on or machine_named("h100-qwen3-8b", None)
+    recording, calibration = deep
+    settings = SETTINGS | {
+        "max_depth": 8,
+        "beams": 4,
+        "width": 4,
+        "budget": on.k_max,
+        "gates": calibration.sparse_gates,
+    }
+    walk = Walk(recording, batch, prompt)
+    return Replay(walk, on, planner_for(policy, settings, calibration, on, walk))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 64, 256])
+def test_on_a_device_echo_never_loses_to_plain_decoding(deep, batch):
+    echo, plain = (on_device(deep, policy, batch).run(max(600, 8 * batch)) for policy in ("echo", PLAIN))
+    assert echo.rate >= 0.999 * plain.rate
+
+
+def test_a_draft_that_gates_do_not_limit_and_that_repeats_levels_loses_on_a_device(deep, monkeypatch):
+    """What the device path did once: all levels before any gate is read, and with each level the levels above it."""
+    plain, before = (on_device(deep, policy, 64).run(600) for policy in (PLAIN, "echo"))
+    monkeypatch.setattr(EchoSettings, "reach", lambda self, depth, requests, spare: self.max_depth)
+    counted = replay_module.device_work
+
+    def repeated(requests, shape, padded, lag=0, sizes=()):
+        work, rows = counted(requests, shape, padded, lag, sizes), padded(requests) * shape.beams
+        levels = tuple(rows * level for level in range(shape.first, shape.first + shape.levels))
+        return work._replace(tokens=work.tokens[: len(work.tokens) - shape.levels] + levels)
+
+    monkeypatch.setattr(replay_module, "device_work", repeated)
+    after = on_device(deep, "echo", 64).run(600)
+    assert after.figures()["iteration_ms"] > 1.25 * before.figures()["iteration_ms"]
+    assert after.rate < 0.8 * plain.rate
+    assert plain.rate < before.rate
+
+
+def test_a_device_runs_the_levels_between_gates_in_one_go():
+    """New beams alone, of the padded requests; a graph for the missing entries, and one for all levels."""
+    first = device_work(5, LevelShape(1, 2, 4, 8), lambda requests: 8, lag=9, sizes=(8, 16, 32))
+    assert (first.tokens, first.launches) == ((16, 32, 32), 2)
+    further = device_work(5, LevelShape(3, 2, 4, 8), lambda requests: 8)
+    assert (further.tokens, further.launches) == ((32, 32), 1)
+    assert device_work(5, LevelShape(1, 0, 4, 8), lambda requests: 8, lag=5).launches == 1
+
+
+def test_waits_and_launches_are_paid_for(deep):
+    machine = machine_named("h100-qwen3-8b", None)
+    free, slow = (replace(machine, device=Device(*seconds)) for seconds in ((0.0, 0.0), (1e-3, 2e-3)))
+    fast_step, slow_step = (on_device(deep, "static", 1, on).step() for on in (free, slow))
+    # A launch and a wait of the target; the roots' pass and the levels: two launches, one wait.
+    assert slow_step.seconds - fast_step.seconds == pytest.approx(3e-3 + 4e-3)

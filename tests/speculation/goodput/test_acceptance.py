@@ -125,3 +125,12 @@ def test_minutes_in_which_nothing_of_a_source_is_accepted_are_counted():
         learner.elapsed(31)
         learner.elapsed(31)
     assert learner.totals()["silent"] == {"head": 3, "lookup": 0, "both": 2, "ngram": 0, "grammar": 0}
+
+
+def test_a_forecast_of_many_levels_does_not_promise_that_sure_texts_stay_sure():
+    """A level adds what it adds below a mean path, times what its parent's certainty says of its children."""
+    children = np.tile([0.1, 0.5, 0.9], (6, 1, 1))
+    model = Acceptance(np.zeros((3, 6, KNOTS)), children)
+    expected = [0.5, np.mean(children[0, 0] ** 2)]
+    expected += [expected[1] * 0.5**level for level in range(1, 5)]
+    assert np.diff(model.forecast(1, 6).added_tokens[0], prepend=0.0) == pytest.approx(expected)

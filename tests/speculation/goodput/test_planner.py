@@ -345,3 +345,31 @@ def test_a_node_that_does_not_pay_never_will(values, time_price, power, data):
     more = np.array(data.draw(st.lists(st.floats(0.0, 1.0), max_size=40)))
     count = paying_nodes(np.concatenate((known, more)), seconds, time_price)
     assert count <= paying + int((more >= minimum).sum())
+
+
+class Ahead(Recorded):
+    """A draft that runs several levels at once, down to ``depth``."""
+
+    looks_ahead, depth = True, 0
+
+    def look_ahead(self, depth: int, beams: int, width: int, maximum: int) -> None:
+        self.depth = depth
+
+
+def looked_ahead(level_seconds: float) -> Ahead:
+    planner = planner_of(linear(1.0, 0.001), flat(0.02), 1, settings=replace(SHAPE, max_depth=8))
+    planner.learner.history.level_seconds = level_seconds
+    draft = Ahead(SteadyDraft([(0.8, 0.1)]))
+    planner.plan(np.zeros(1), draft, load_of(1, max_draft_len=np.full(1, 99)))
+    return draft
+
+
+def test_every_level_of_a_device_is_worth_the_hosts_time_too():
+    depths = [looked_ahead(seconds).depth for seconds in (0.0, 0.05, 0.2)]
+    assert depths == sorted(set(depths), reverse=True)
+    assert depths[-1] > 0
+
+
+def test_no_level_is_read_that_a_device_has_not_drafted():
+    draft = looked_ahead(0.05)
+    assert draft.passes == draft.depth < 8

@@ -107,9 +107,15 @@ def log_odds(probability: np.ndarray) -> np.ndarray:
 
 
 def _as_shares(children: np.ndarray) -> np.ndarray:
-    """Turn shares of a level's parent, [levels, width, quantiles], into shares of the first level's parent."""
-    best = np.cumprod(children[:, 0], axis=0)  # of equal quantiles: a likely node's children are likely
-    above = np.concatenate((np.ones((1, children.shape[-1])), best[:-1]))
+    """Turn shares of a level's parent, [levels, width, quantiles], into shares of the first level's parent.
+
+    A likely node's children are likely, so that two levels in a row have equal quantiles. Further up the mean stands:
+    equal quantiles of many levels would promise that a sure text stays sure.
+    """
+    best = children[:, 0]
+    above = np.ones_like(best)
+    above[1:] = best[:-1]
+    above[2:] *= best.mean(axis=1).cumprod()[:-2, None]
     shares: np.ndarray = above[:, None] * children
     return shares
 

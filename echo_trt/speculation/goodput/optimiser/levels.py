@@ -65,9 +65,9 @@ class LevelSearch:
         forecast = model.forecast(model.settings.max_depth if model.block else model.settings.tuning.horizon)
         if depth >= len(forecast.child_shares):
             return 0
-        passes = model.draft_passes(entries, expansion_sizes(len(frontier)))
+        seconds = model.draft_passes(entries, expansion_sizes(len(frontier))) + model.level_seconds
         levels = forecast.child_shares[depth], forecast.added_tokens[depth]
-        return self._best_expansion(frontier, depth, passes, levels, model.block > 0)[0]
+        return self._best_expansion(frontier, depth, seconds, levels, model.block > 0)[0]
 
     def _worth_looking_ahead(self, frontier: np.ndarray, entries: np.ndarray) -> tuple[int, int]:
         """Return the number of requests to draft for, and levels below the roots' children to draft with them.
@@ -76,12 +76,12 @@ class LevelSearch:
         """
         settings, ends = self.model.settings, expansion_sizes(len(frontier))
         forecast = self.model.forecast(settings.max_depth)
-        passes, best = np.zeros(len(ends)), (0, 0.0, 0)
+        seconds, best = np.zeros(len(ends)), (0, 0.0, 0)
         for level in range(len(forecast.child_shares[0])):
             rows = settings.level_rows(np.arange(1, len(frontier) + 1)).astype(np.float64)
-            passes = passes + self.model.draft_passes(rows if level else entries, ends)
+            seconds = seconds + self.model.draft_passes(rows if level else entries, ends) + self.model.level_seconds
             levels = forecast.child_shares[0][: level + 1], forecast.added_tokens[0][: level + 1]
-            count, net = self._best_expansion(frontier, 0, passes, levels, True)
+            count, net = self._best_expansion(frontier, 0, seconds, levels, True)
             if net > best[1]:
                 best = count, net, level
         return best[0], best[2]
@@ -90,17 +90,17 @@ class LevelSearch:
         self,
         frontier: np.ndarray,
         depth: int,
-        passes: np.ndarray,
+        seconds: np.ndarray,
         levels: tuple[np.ndarray, np.ndarray],
         one_pass: bool,
     ) -> tuple[int, float]:
-        """See ``best_expansion``; ``passes``: seconds of a level, or of all."""
+        """See ``best_expansion``; ``seconds``: of a level, or of all, planning included."""
         candidates, time_price = self.candidates, self.time_price
         continued = candidates.continuations()
         count, net = best_expansion(
             frontier,
             expansion_sizes(len(frontier)),
-            time_price * (passes + self.model.level_seconds),
+            time_price * seconds,
             time_price * self.model.costs.cold if depth == 0 else 0.0,
             *levels,
             candidates.value[candidates.tree.num_requests :],
