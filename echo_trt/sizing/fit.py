@@ -12,7 +12,7 @@ from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
-from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
+from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES
@@ -20,6 +20,7 @@ from super_tree_attention.kernel_plan import split_rows
 
 #: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
 LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
+FP8_FROM = 8.9  # compute capability of the first cards that multiply in FP8: Ada and Hopper
 SLOT_GRAPHS = 64  # graphs of an engine with a cache per slot, which are captured as calls come
 NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 
@@ -78,18 +79,24 @@ class Needs:
         return (card.usable - self.fixed) // self.block
 
 
+def computed_on(recipe: Recipe, capability: str) -> Recipe:
+    """Return the recipe as a card computes it: in bf16 where its matrices in FP8 are dequantised."""
+    fp8 = recipe.precision == "fp8" and float(capability) < FP8_FROM
+    return recipe.model_copy(update={"precision": "bf16"}) if fp8 else recipe
+
+
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, contiguous = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
-    draft_precision = recipe.draft.precision or recipe.precision
+    draft_precision = recipe.draft_precision
     slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
     tokens = max(calls.batch * calls.tree, calls.chunk) if contiguous else max(calls.rows, calls.chunk) + calls.chunk
     rows = max(calls.rows, calls.chunk) if contiguous else tokens
     scratch = 0 if contiguous else split_scratch(target, tokens)
     return Needs(
-        target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
-        draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
+        target_weights=int(target.weight_bytes(recipe.precision)),
+        draft_weights=int(draft.weight_bytes(draft_precision)) if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
         features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
@@ -118,7 +125,7 @@ def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
     """
     if draft is None or recipe.engine != "torch":
         return 0
-    batch, value = recipe.limits.batch, KV_BYTES[recipe.draft.precision or recipe.precision]
+    batch, value = recipe.limits.batch, KV_BYTES[recipe.draft_precision]
     logits = draft.vocab_size * (value + 2 * 4)
     if recipe.draft.kind != "eagle3":
         return LARGEST * logits
@@ -167,6 +174,7 @@ class CardFit:
 
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
+    recipe = computed_on(recipe, card.capability)
     target, draft = shapes(recipe, folder)
     need = needs(recipe, target.sizes, draft and draft.sizes)
     sizes, precision, gpus = target.sizes, recipe.precision, recipe.tensor_parallel
@@ -230,6 +238,7 @@ def _more_cards(recipe: Recipe, folder: Path, card: Card, count: int) -> str:
 
 def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
     """Return whether one request has room; no, where this number of GPUs cannot share the network."""
+    recipe = computed_on(recipe, card.capability)
     try:
         target, draft = shapes(recipe, folder)
     except UserError:

@@ -268,3 +268,14 @@ def test_splits_have_scratch():
     assert 60e6 < maximum < 200e6
     divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads per GPU
     assert split_scratch(divided, 1536) <= maximum
+
+
+def test_fp8_takes_a_byte_per_weight_of_a_layer_where_a_card_computes_it():
+    """Qwen3-8B: 6.95 of its 8.19 billion parameters; an A100 dequantises them, so that it has room for less."""
+    target = shapes(recipe(), BUILD)[0].sizes
+    assert target.weight_bytes("bf16") - target.weight_bytes("fp8") == 6_945_767_424  # as counted by hand
+    changes = {"engine": "torch", "precision": "fp8"}
+    assert on("H100-80GB", **changes).max_blocks > on("H100-80GB", engine="torch").max_blocks
+    assert on("A100-80GB", **changes).max_blocks == on("A100-80GB", engine="torch").max_blocks
+    assert on("H100-80GB", **changes).k_max == on("H100-80GB").k_max
+    assert recipe(**changes).draft_precision == "bf16"
