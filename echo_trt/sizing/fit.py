@@ -6,23 +6,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
+from echo_trt.sizing.graphs import Reserved, reserved
 from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES
 from super_tree_attention.kernel_plan import split_rows
 
-#: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
-LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
 FP8_FROM = 8.9  # compute capability of the first cards that multiply in FP8: Ada and Hopper
-SLOT_GRAPHS = 64  # graphs of an engine with a cache per slot, which are captured as calls come
-NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Needs:
     calls           sizes of the calls for which engines are made
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
-    graphs          bytes of captured CUDA graphs, of target and draft
+    reserved        bytes that CUDA graphs and the like take before requests come
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
     contiguous      whether a running request has a cache for the whole context, whatever limits.kv_blocks is
@@ -46,7 +43,7 @@ class Needs:
     calls: CallSizes
     tokens: int
     working: int
-    graphs: int
+    reserved: Reserved
     blocks: int
     request_blocks: int
     contiguous: bool
@@ -72,7 +69,7 @@ class Needs:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the pool and the features of its tokens."""
-        return self.target_weights + self.draft_weights + self.working + self.graphs
+        return self.target_weights + self.draft_weights + self.working + self.reserved.total
 
     def max_blocks(self, card: Card) -> int:
         """Return how many blocks fit on a card; negative where the memory beside the pool does not fit."""
@@ -103,7 +100,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),
-        graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
+        reserved=reserved(recipe, target, draft, calls),
         blocks=math.ceil(calls.batch * slot_blocks) if contiguous else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         contiguous=contiguous,
@@ -142,20 +139,6 @@ def split_scratch(target: Sizes, tokens: int) -> int:
     """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of ``tokens`` tokens."""
     rows = split_rows(tokens, target.num_heads // target.gpus)
     return rows * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
-
-
-def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
-    """Estimate the bytes of a network's captured graphs: the driver's nodes, and the buffers of their inputs."""
-    if engine not in LAYER_NODES:
-        return 0
-    nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
-    if engine == "tensorrt-rtx":
-        return SLOT_GRAPHS * nodes * NODE_BYTES
-    # A TensorRT engine is not told how large trees are, and captures some sizes more.
-    sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
-    bounds = CallBounds(calls.batch, calls.blocks)
-    buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
-    return len(sizes) * nodes * NODE_BYTES + buffers
 
 
 @dataclass(frozen=True)
