@@ -313,11 +313,16 @@ def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, Self
 
 
 def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
-    from echo_trt.backends.torch.engine import open_torch
+    from echo_trt.backends.torch.engine import TorchEngine, open_torch
     from echo_trt.backends.torch.files import save_role
 
     save_role(role, path, precision)
-    return path.name, check_engine(role, lambda blocks: open_torch(path, blocks), precision)
+
+    def opened(blocks: int) -> TorchEngine:
+        release_weights(role)
+        return open_torch(path, blocks)
+
+    return path.name, check_engine(role, opened, precision)
 
 
 def _facts(role: Role, files: list[str]) -> NetworkFacts:
