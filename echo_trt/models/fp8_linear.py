@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echo_trt.models.layers import Linear
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 SMALLEST = 1e-12  # of a row's largest magnitude; smaller: the scale is no normal float32, which a GPU takes for 0
@@ -89,20 +91,11 @@ def has_row_products(device: torch.device) -> bool:
     return True
 
 
-def replace_linear(network: nn.Module, name: str, weight: Tensor, scale: Tensor) -> None:
-    """Put a matrix in FP8 in the place of the module ``name``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, Fp8Linear(weight, scale))
-
-
 def dequantise(network: nn.Module, dtype: torch.dtype) -> None:
     """Replace the FP8 matrices of ``network`` by matrices of ``dtype``, one by one."""
-    from echo_trt.models.layers import Linear
-
     for name, module in list(network.named_modules()):
         if isinstance(module, Fp8Linear):
-            parent, _, leaf = name.rpartition(".")
             with torch.device("meta"):
-                plain = Linear(module.weight.shape[1], module.weight.shape[0])
+                plain = Linear(*reversed(module.weight.shape))
             plain.weight = nn.Parameter(module.dequantised(dtype), requires_grad=False)
-            setattr(network.get_submodule(parent), leaf, plain)
+            network.set_submodule(name, plain)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.checkpoint import Checkpoint
-from echo_trt.models.config import DecoderConfig, Eagle3Config, check_fits, decoder_config, eagle3_config, rank_config
+from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
 from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
-from echo_trt.models.fp8_linear import E4M3, replace_linear, takes
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
 from echo_trt.models.layers import Config, Linear, Rotary
 from echo_trt.models.ranks import Shard
+from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
 #: our parameter -> the checkpoint's tensors, stacked along axis 0; a list of such lists where experts are stacked too.
 Sources = dict[str, list[str]]
@@ -137,7 +138,6 @@ def decoder_sources(config: DecoderConfig, present: set[str]) -> dict[str, Any]:
 
 
 def _layer_sources(ours: str, theirs: str, qk_norm: bool) -> Sources:
-    """Return the sources of a layer's norms and attention."""
     return {
         ours + "attention_norm.weight": [theirs + "input_layernorm.weight"],
         ours + "mlp_norm.weight": [theirs + "post_attention_layernorm.weight"],
@@ -202,7 +202,7 @@ def _assign(
         if in_rows and isinstance(module, Linear) and ours != "lm_head.weight" and takes(shape):
             found = filling.rows(shape, filling.whole.get_parameter(ours).shape, parts)
             if found is not None:
-                replace_linear(model, module_path, *found)
+                model.set_submodule(module_path, Fp8Linear(*found))
                 read.update(parts)
                 continue
         value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)

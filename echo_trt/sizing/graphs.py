@@ -90,7 +90,6 @@ def _nodes(engine: str, network: Sizes) -> int:
 def _levels(recipe: Recipe, batch: int) -> tuple[int, int]:
     """Return how many levels all graphs of a head's drafts hold together, and the number of these graphs."""
     sizes = len({min(bucket(count), batch) for count in range(1, batch + 1)})
-    decoding = recipe.decoding
-    lengths = [*range(1, decoding.max_depth), decoding.static.depth - 1]
+    lengths = range(1, recipe.decoding.max_depth)  # of goodput, which has the most graphs
     count = min(sizes * len(lengths), MAX_GRAPHS)
-    return count * sum(lengths) // len(lengths), count
+    return count * sum(lengths) // max(len(lengths), 1), count

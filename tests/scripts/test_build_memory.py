@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import load_file
 
-from echo_trt.bundle.recipe import load_recipe
+from echo_trt.bundle.read_recipe import load_recipe
 from echo_trt.cli import build
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "build_memory.py"

@@ -13,11 +13,10 @@ from torch import nn
 
 from echo_trt.errors import UserError
 from echo_trt.models.block import block_network
-from echo_trt.models.block_config import BlockConfig
-from echo_trt.models.config import DecoderConfig, Eagle3Config
+from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.fp8_linear import E4M3, dequantise, has_row_products, replace_linear
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 
@@ -71,7 +70,7 @@ def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Ro
     rows = [name for name in weights if name.endswith(SCALE)]
     for name in rows:
         module = name.removesuffix(SCALE)
-        replace_linear(network, module, weights[f"{module}.weight"], weights[name])
+        network.set_submodule(module, Fp8Linear(weights[f"{module}.weight"], weights[name]))
     network.load_state_dict(weights, assign=True)
     del weights
     if rows and not (has_row_products(torch.device(device)) if in_fp8 is None else in_fp8):

@@ -9,7 +9,7 @@ import pytest
 
 from echo_trt.cli.app import main
 
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = Path(__file__).parents[3] / "build"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_recipe_says_what_it_would_build_and_need(inspect):
     assert reported["KV of a token"] == "target 147,456 bytes, draft 4,096 bytes"
     assert reported["KV pool"] == "8,192 blocks, 262,144 tokens, 39.7 GB"
     assert reported["features"] == "24,576 bytes of a token of the pool, 6.4 GB"  # 262,144 x 3 x 4,096 x 2 bytes
-    assert reported["taken at the start"].startswith("about 1.4 GB: graphs of the target 0.2 GB, graphs of the draft")
+    assert reported["taken at the start"].startswith("about 1.3 GB: graphs of the target 0.2 GB, graphs of the draft")
     assert "host memory" not in reported
     assert reported["H100-80GB"].split(" | ")[:2] == ["1", "yes"]
     assert reported["H100-80GB"].endswith("222")

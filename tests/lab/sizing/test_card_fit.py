@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 
 from echo_trt.backends.cuda.sizes import CallBounds, empty_calls, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
-from echo_trt.bundle.recipe import Recipe, load_recipe, parse_recipe
+from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
+from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
 from echo_trt.models.roles import HeadModule
-from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
-from echo_trt.sizing.fit import CardFit, fit, needs, split_scratch
 from echo_trt.sizing.graphs import CONTEXT_BYTES, GRAPH_NODES, LAYER_NODES, LEVEL_NODES, NODE_BYTES, Reserved
+from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import reserve_for
+from echo_trt_lab.sizing.cards import CARDS, RTX_CAPABILITIES, parse_cards
+from echo_trt_lab.sizing.fit import CardFit, fit
 from super_tree_attention.kernel_plan import plan
 
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = Path(__file__).parents[3] / "build"
 #: The cards that each recipe's comment names.
 MEANT = {
     "qwen3-0.6b": ("L4", "RTX-4090"),
@@ -111,7 +113,7 @@ def test_what_an_8b_model_needs():
 
 @pytest.mark.parametrize("engine", ["torch", "tensorrt"])
 def test_what_is_taken_before_requests_come_has_its_parts(engine):
-    """Qwen3-8B and its head, 128 requests: sets of graphs, drafts of 12 batch sizes and 8 depths, contexts."""
+    """Qwen3-8B and its head, 128 requests: sets of graphs, drafts of 12 batch sizes and 7 depths, contexts."""
     own = recipe(engine=engine)
     sizes = [shape.sizes for shape in shapes(own, BUILD)]
     taken, plain = needs(own, *sizes).reserved, needs(own, sizes[0], None).reserved
@@ -121,7 +123,7 @@ def test_what_is_taken_before_requests_come_has_its_parts(engine):
     assert 0.1e9 < taken.target < 0.5e9
     assert taken.draft < taken.target  # two sets of one layer's graphs
     assert plain.draft == plain.levels == plain.states == 0
-    lengths = [*range(1, own.decoding.max_depth), own.decoding.static.depth - 1]
+    lengths = range(1, own.decoding.max_depth)
     assert taken.levels == 12 * sum(lengths) * LEVEL_NODES * NODE_BYTES > 0.1e9
     assert taken.states == 128 * 72 * 4096 * 2
     assert taken.sampler > 0.5e9
