@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 
@@ -100,3 +101,16 @@ def test_fp8_of_a_checkpoint_without_fp8_is_refused(networks, tmp_path):
         build(recipe_of("lookup", networks, engine="torch", precision="fp8"), networks, tmp_path / "bundle")
     with refused("precision is 'fp8', which openvino does not have"):
         build(recipe_of("lookup", networks, precision="fp8"), networks, tmp_path / "bundle")
+
+
+def test_the_script_prints_the_agreement_of_rows_and_blocks(networks, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(f"name: tiny\ntarget: {{path: {networks / 'target'}}}\n")
+    (tmp_path / "text").write_text("the theme of the thing " * 10)
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "benchmarks" / "fp8_agreement.py"))
+    script["main"](tmp_path / "recipe.yaml", tmp_path / "text", 24)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == [
+        f"{scales}, {kind}" for scales in ("rows", "blocks") for kind in ("bf16", "weights in FP8 rows", "W8A8")
+    ]
+    assert all(0 < float(off) < 0.5 for _, _, off in rows)
+    assert float(rows[1][2]) < float(rows[2][2])  # weights are as stored, and activations are rounded
