@@ -17,7 +17,7 @@ from echo_trt.speculation.super_tree import SuperTree, ancestor_mask
 
 #: Error allowed, as a share of the largest logit; larger: worse engines pass. bf16 in PyTorch is 0.07 off for the
 #: default pair.
-BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "int8": 0.2, "int4": 0.5}
+BOUNDS = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1, "fp8": 0.2, "int8": 0.2, "int4": 0.5}
 PROMPT, BLOCKS = 45, 4
 CONTEXT = 20  # cached context rows of a block; larger: fewer rows of a block fit behind them
 #: The request's KV blocks: scattered over the pool, or those of the first slot in a linear engine.

@@ -12,7 +12,7 @@ from echo_trt.speculation.policies import POLICIES, reserve_for
 from echo_trt.speculation.policy_names import DEFAULT
 
 EngineName = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 HUB = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
 NETWORKS = ("eagle3", "block", "model")  # kinds of a draft that has a network
 Positive = Annotated[int, Field(ge=1)]
@@ -188,6 +188,11 @@ class Recipe(_Section):
         if engine == "openvino" != self.engine:
             changes["limits"] = self.limits.model_copy(update={"kv_blocks": None})
         return self.model_copy(update=changes)
+
+    @property
+    def draft_precision(self) -> Precision:
+        """Return the draft's precision: its own, else the target's, but for FP8, which only some checkpoints have."""
+        return self.draft.precision or ("bf16" if self.precision == "fp8" else self.precision)
 
     @property
     def request_blocks(self) -> int:

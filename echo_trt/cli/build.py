@@ -32,7 +32,7 @@ from echo_trt.bundle.manifest import (
     sha256,
 )
 from echo_trt.bundle.ngrams import read_ngrams
-from echo_trt.bundle.recipe import Recipe, Source
+from echo_trt.bundle.recipe import Precision, Recipe, Source
 from echo_trt.bundle.sources import locate
 from echo_trt.bundle.stored import CALIBRATION, write
 from echo_trt.engine.params import MAX_STOP_TOKENS
@@ -42,6 +42,8 @@ from echo_trt.models.block_weights import check_block, load_block, markov_arrays
 from echo_trt.models.checkpoint import Checkpoint, read_json, weights_sha256
 from echo_trt.models.config import BlockConfig, DecoderConfig
 from echo_trt.models.decoder import Decoder
+from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
+from echo_trt.models.fp8_linear import E4M3
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.open_tokenizer import check_same_tokens, read_template, read_tokenizer
 from echo_trt.models.ranks import Shard
@@ -53,7 +55,7 @@ from echo_trt.sizing.networks import decoder_sizes
 from echo_trt.speculation.policies import reserve_for
 
 #: Of the engines that are not TensorRT's.
-PRECISIONS = {"openvino": ("fp32", "bf16", "int8", "int4"), "torch": ("fp32", "bf16", "fp16")}
+PRECISIONS = {"openvino": ("fp32", "bf16", "int8", "int4"), "torch": ("fp32", "bf16", "fp16", "fp8")}
 #: Those that run a network on several GPUs.
 DIVIDED = ("tensorrt", "torch")
 #: What TensorRT measured while it built, which the next build of the bundle need not measure again.
@@ -132,13 +134,14 @@ def _check_settings(recipe: Recipe) -> None:
 def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progress, detail: Detail) -> Manifest:
     progress("reading the target")
     checkpoint = _open(recipe.target, recipe_folder)
+    _check_fp8("precision", recipe.precision, checkpoint)
     positions = recipe.limits.context + reserve_for(recipe.decoding.model_dump())
     ranks = recipe.tensor_parallel
     if recipe.draft.kind == "block":
         _check_block(recipe, recipe_folder, decoder_config(checkpoint.config, str(checkpoint.path)))
     if ranks > 1:
         check_space(recipe, recipe_folder, work)
-    dtype = _loaded_type(recipe)
+    dtype = _loaded_type(recipe, recipe.precision)
     target = load_decoder(checkpoint, positions, dtype, Shard(0, ranks))
     config = target.config
     if recipe.limits.context > config.max_position:
@@ -178,7 +181,7 @@ def _build_into(recipe: Recipe, recipe_folder: Path, work: Path, progress: Progr
         facts["target"].parameters = decoder_sizes(decoder_config(checkpoint.config, str(checkpoint.path))).total
     if draft is not None:
         progress("compiling the draft")
-        file, checks["draft"] = compile_role(draft, "draft", recipe.draft.precision or recipe.precision)
+        file, checks["draft"] = compile_role(draft, "draft", recipe.draft_precision)
         facts["draft"] = _facts(draft, [file])
     progress("writing the bundle")
     tokenizer.save_pretrained(work)
@@ -218,12 +221,17 @@ def _open(source: Source, recipe_folder: Path, draft: str = "") -> Checkpoint:
     return open_checkpoint(locate(source, recipe_folder))
 
 
-def _loaded_type(recipe: Recipe) -> torch.dtype | None:
+def _loaded_type(recipe: Recipe, precision: Precision) -> torch.dtype | None:
     """Return the dtype in which weights are loaded for a build; None: the checkpoint's own dtype."""
-    if recipe.engine == "openvino":
-        return None
-    # A divided network is too large to be read in more than it is built in.
-    return torch.float32 if recipe.tensor_parallel == 1 else TYPES[recipe.precision]
+    if precision == "fp8":
+        return E4M3
+    # A divided network is too large to be read in more than it is built in, where the checkpoint has more.
+    return None if recipe.tensor_parallel == 1 else TYPES[precision]
+
+
+def _check_fp8(key: str, precision: Precision, checkpoint: Checkpoint) -> None:
+    if precision == "fp8" and not isinstance(checkpoint, Fp8Checkpoint):
+        raise UserError(f"{key} is 'fp8', but {checkpoint.path} has no FP8 weights; use bf16, or an FP8 checkpoint.")
 
 
 def _check_block(recipe: Recipe, recipe_folder: Path, target: DecoderConfig) -> None:
@@ -255,7 +263,8 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
     progress("reading the draft")
     checkpoint = _open(draft.source, recipe_folder, draft.kind)
     positions, own_digest = target.rotary.cos.shape[0], weights_sha256(checkpoint.path)
-    dtype = _loaded_type(recipe)
+    dtype = _loaded_type(recipe, recipe.draft_precision)
+    _check_fp8("draft.precision", recipe.draft_precision, checkpoint)
     if draft.kind == "model":
         where = str(checkpoint.path)
         check_same_tokens(tokenizer, read_tokenizer(checkpoint, _folder(draft.source.tokenizer, recipe_folder)), where)
@@ -270,7 +279,7 @@ def _draft_role(recipe, recipe_folder, work: Path, target: Decoder, digest: str,
         drafter = load_block(checkpoint, positions, target, dtype or torch.float32, draft.block)
         if sum(drafter.config.hint_sizes) or drafter.config.markov:
             tables = markov_arrays(drafter, checkpoint)
-            if (draft.precision or recipe.precision) != "fp32":
+            if recipe.draft_precision != "fp32":
                 tables |= {name: tables[name].astype(np.float16) for name in ("w1", "w2") if name in tables}
             np.savez(work / MARKOV, **tables)
         return BlockModule(drafter, draft.top_k), drafter.config.feature_layers, own_digest
@@ -311,11 +320,16 @@ def _compile_openvino(role: Role, path: Path, precision: str) -> tuple[str, Self
 
 
 def _save_for_torch(role: Role, path: Path, precision: str) -> tuple[str, SelfCheck]:
-    from echo_trt.backends.torch.engine import open_torch
+    from echo_trt.backends.torch.engine import TorchEngine, open_torch
     from echo_trt.backends.torch.files import save_role
 
     save_role(role, path, precision)
-    return path.name, check_engine(role, lambda blocks: open_torch(path, blocks), precision)
+
+    def opened(blocks: int) -> TorchEngine:
+        release_weights(role)
+        return open_torch(path, blocks)
+
+    return path.name, check_engine(role, opened, precision)
 
 
 def _facts(role: Role, files: list[str]) -> NetworkFacts:

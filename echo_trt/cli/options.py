@@ -12,7 +12,7 @@ from echo_trt.engine.options import EngineOptions, Flag, KVCacheMemory, SpecialT
 from echo_trt.engine.params import PARAMETERS
 
 Engine = Literal["openvino", "tensorrt", "tensorrt-rtx", "torch"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ def sized(
         raise UserError("--gpu-memory-utilization is for a GPU, but the engine is openvino; leave it out.")
     import torch
 
-    from echo_trt.backends.cuda.device import cuda_device
+    from echo_trt.backends.cuda.device import compute_capability, cuda_device
 
-    card = torch.cuda.get_device_properties(cuda_device())
-    return filling(recipe, folder, card.total_memory, utilization, card.name)
+    device = cuda_device()
+    card = torch.cuda.get_device_properties(device)
+    return filling(recipe, folder, card.total_memory, utilization, card.name, compute_capability(device))

@@ -70,7 +70,7 @@ def kv_pool(
     Raises UserError where one request of full length does not fit.
     """
     limits = manifest.recipe.limits
-    own = manifest.recipe.draft.precision or manifest.precision
+    own = manifest.recipe.draft_precision
     networks = [(manifest.target, manifest.precision), *([(manifest.draft, own)] if manifest.draft else [])]
     size, needed = block_bytes(manifest.engine, networks), manifest.recipe.request_blocks
     wanted, available = needed * (batch or limits.batch), None

@@ -23,7 +23,7 @@ class Collectives(Protocol):
     """The exchange between ranks; all ranks make the same calls, and get the same tensors."""
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
-        """Add all ranks' parts, in a new tensor."""
+        """Add all ranks' parts; ``part`` may be written, since nobody reads it afterwards."""
 
     def all_gather(self, part: Tensor, ranks: int) -> Tensor:
         """Put all ranks' parts [n, ...] end to end, in the order of the ranks: [ranks * n, ...]."""
@@ -33,7 +33,7 @@ class Alone:
     """The exchange of a rank that is checked by itself: its part stands for those of the other ranks."""
 
     def all_reduce(self, part: Tensor, ranks: int) -> Tensor:
-        return part.clone()
+        return part
 
     def all_gather(self, part: Tensor, ranks: int) -> Tensor:
         return torch.cat([part] * ranks)
@@ -52,13 +52,17 @@ def among(collectives: Collectives) -> Iterator[None]:
         _current.reset(token)
 
 
-@torch.library.custom_op("echo::all_reduce", mutates_args=())
 def all_reduce(part: Tensor, ranks: int) -> Tensor:
-    """Add all ranks' parts; exported as the operator echo::AllReduce."""
-    return _current.get().all_reduce(part, ranks)
+    """Add all ranks' parts of a layer's output, which is nobody else's; exported as the operator echo::AllReduce."""
+    return _all_reduce(part, ranks) if torch.compiler.is_exporting() else _current.get().all_reduce(part, ranks)
 
 
-@all_reduce.register_fake
+@torch.library.custom_op("echo::all_reduce", mutates_args=())
+def _all_reduce(part: Tensor, ranks: int) -> Tensor:
+    return _current.get().all_reduce(part.clone(), ranks)  # an operator may return none of its inputs
+
+
+@_all_reduce.register_fake
 def _(part: Tensor, ranks: int) -> Tensor:
     return torch.empty_like(part)
 

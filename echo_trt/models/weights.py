@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from echo_trt.models.checkpoint import Checkpoint
 from echo_trt.models.config import DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
-from echo_trt.models.layers import Config, Rotary
+from echo_trt.models.fp8_checkpoint import Fp8Checkpoint
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, takes
+from echo_trt.models.layers import Config, Linear, Rotary
 from echo_trt.models.ranks import Shard
 from echo_trt.models.read_config import check_fits, decoder_config, eagle3_config, rank_config
 
@@ -36,7 +38,8 @@ def load_decoder(
     """Load a target or a standalone draft, or the bytes of one rank's ``shard``.
 
     positions  the rotary table's length
-    dtype      of the weights; None: float32, with matrices in their stored type where it is narrower
+    dtype      of the weights; None: float32, with matrices in their stored type where it is narrower; E4M3: as None,
+               and a layer's matrices that are stored in FP8 stay FP8, of rows with a scale each
     """
     whole = decoder_config(checkpoint.config, str(checkpoint.path))
     config = rank_config(whole, shard.ranks)
@@ -191,12 +194,18 @@ def _assign(
     read_apart  tensors of the checkpoint that others read
     """
     filling = _Filling(checkpoint, set(checkpoint.names()), model, whole or model, shard)
-    read = set(read_apart)
+    read, in_rows = set(read_apart), dtype == E4M3
     for ours, parts in sources.items():
         module_path, _, leaf = ours.rpartition(".")
         module = model.get_submodule(module_path)
         shape = getattr(module, leaf).shape
-        value = torch.empty(shape, dtype=dtype or _stored_type(filling, shape, parts))
+        if in_rows and isinstance(module, Linear) and ours != "lm_head.weight" and takes(shape):
+            found = filling.rows(shape, filling.whole.get_parameter(ours).shape, parts)
+            if found is not None:
+                model.set_submodule(module_path, Fp8Linear(*found))
+                read.update(parts)
+                continue
+        value = torch.empty(shape, dtype=_stored_type(filling, shape, parts) if in_rows or dtype is None else dtype)
         stored = filling.whole.get_parameter(ours).shape
         if isinstance(parts[0], list):
             slots = [(slot, stored[1:], names) for slot, names in zip(value, parts, strict=True)]
@@ -224,21 +233,46 @@ class _Filling:
 
     def fill(self, slot: Tensor, shape: torch.Size, names: list[str]) -> None:
         """Stack the named tensors, of ``shape`` together, or the shard's parts of them, into ``slot``."""
-        filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
-        if len(names) == 3:  # a merged qkv
-            filled, stored = (heights(network.config) for network in (self.model, self.whole))
-        for name, part, height in zip(names, slot.split(filled), stored, strict=True):
-            self._check(name, (height, *shape[1:]))
-            if self.shard.ranks == 1:
-                part.copy_(self.checkpoint.get(name))
-            elif name.endswith("experts.gate_up_proj"):  # gate over up, which are divided one by one
+        for name, part, height in self._parts(slot, shape, names):
+            if self.shard.ranks > 1 and name.endswith("experts.gate_up_proj"):  # gate over up, divided one by one
                 for half, begin in zip(part.chunk(2, dim=1), (0, shape[1] // 2), strict=True):
                     rows = self.shard.slice_of(shape[1] // 2, half.shape[1])
                     rows = slice(begin + rows.start, begin + rows.stop)
                     half.copy_(self.checkpoint.get(name, (slice(None), rows, slice(None))))
             else:
-                slices = map(self.shard.slice_of, (height, *shape[1:]), part.shape)
-                part.copy_(self.checkpoint.get(name, tuple(slices)))
+                part.copy_(self.checkpoint.get(name, self._slices((height, *shape[1:]), part.shape)))
+
+    def rows(self, shape: torch.Size, stored: torch.Size, names: list[str]) -> tuple[Tensor, Tensor] | None:
+        """Return a matrix e4m3 of ``shape``, stacked as by ``fill``, and the scales of its rows, float32 [n, 1].
+
+        Returns None where a part is not stored in FP8, or is too far off in FP8 rows.
+        """
+        checkpoint = self.checkpoint
+        weight, scale = torch.empty(shape, dtype=E4M3), torch.empty(shape[0], 1)
+        begin = 0
+        for name, part, height in self._parts(weight, stored, names):
+            if not isinstance(checkpoint, Fp8Checkpoint) or not checkpoint.has_fp8(name):
+                return None
+            found = checkpoint.rows(name, self._slices((height, *stored[1:]), part.shape))
+            if found is None:
+                return None
+            part.copy_(found[0])
+            scale[begin : begin + len(part)] = found[1]
+            begin += len(part)
+        return weight, scale
+
+    def _parts(self, slot: Tensor, shape: torch.Size, names: list[str]) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield the named tensors, which are checked, their parts of ``slot`` and their stored heights."""
+        filled, stored = ([size // len(names)] * len(names) for size in (len(slot), shape[0]))
+        if len(names) == 3:  # a merged qkv
+            filled, stored = (heights(network.config) for network in (self.model, self.whole))
+        for name, part, height in zip(names, slot.split(filled), stored, strict=True):
+            self._check(name, (height, *shape[1:]))
+            yield name, part, height
+
+    def _slices(self, stored: tuple[int, ...], own: torch.Size) -> tuple[slice, ...]:
+        """Return the shard's slices of a tensor of size ``stored``; () for the whole one."""
+        return () if self.shard.ranks == 1 else tuple(map(self.shard.slice_of, stored, own))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         checkpoint = self.checkpoint

@@ -9,7 +9,7 @@ from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import OPTION, gigabytes
 from echo_trt.engine.kv_pool import block_bytes, check_memory
 from echo_trt.errors import UserError
-from echo_trt.sizing.needs import recipe_needs
+from echo_trt.sizing.needs import computed_on, recipe_needs
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 
@@ -40,23 +40,23 @@ def with_kv_cache(recipe: Recipe, folder: Path, memory: int) -> Recipe:
     target, draft = shapes(recipe, folder)
     networks = [(target.sizes, recipe.precision)]
     if draft:
-        networks.append((draft.sizes, recipe.draft.precision or recipe.precision))
+        networks.append((draft.sizes, recipe.draft_precision))
     size = block_bytes(recipe.engine, networks)
     check_memory(memory, recipe.request_blocks * size, recipe.limits.context)
     limits = recipe.limits.model_copy(update={"kv_blocks": memory // size})
     return recipe.model_copy(update={"limits": limits})
 
 
-def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: str) -> Recipe:
+def filling(recipe: Recipe, folder: Path, total: int, utilization: float, name: str, capability: str) -> Recipe:
     """Return the recipe with as many KV blocks as fit into a share of a card's memory.
 
     folder       that the recipe's paths are relative to
-    total        bytes of the card ``name``
+    total        bytes of the card ``name``, of compute capability ``capability``
     utilization  share of them, 0 to 1
 
     Raises UserError where one request of limits.context does not fit.
     """
-    need = recipe_needs(recipe, folder)
+    need = recipe_needs(computed_on(recipe, capability), folder)
     free_tokens = int(total * utilization) - need.fixed
     blocks = free_tokens // need.block
     if blocks < need.request_blocks:

@@ -7,21 +7,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph_sizes
+from echo_trt.backends.cuda.sizes import LARGEST
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
-from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
+from echo_trt.sizing.graphs import Reserved, reserved
+from echo_trt.sizing.networks import KV_BYTES, Sizes
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt.speculation.policies import POLICIES
 from super_tree_attention.kernel_plan import split_rows
 
-#: Kernels of one layer by engine, and of what is around the layers. Estimates: a compiler merges small kernels.
-LAYER_NODES, GRAPH_NODES = {"torch": 26, "tensorrt": 10, "tensorrt-rtx": 10}, 20
-SLOT_GRAPHS = 64  # graphs of an engine with a cache per slot, which are captured as calls come
-NODE_BYTES = 6144  # of device memory, a kernel in a graph; an estimate: larger is safer, and leaves fewer KV blocks
+FP8_FROM = 8.9  # compute capability of the first cards that multiply in FP8: Ada and Hopper
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Needs:
     calls           sizes of the calls for which engines are made
     tokens          of the largest call
     working         bytes of activations, logits and scratch memory
-    graphs          bytes of captured CUDA graphs, of target and draft
+    reserved        bytes that CUDA graphs and the like take before requests come
     features_token  bytes of a token's features, which a draft reads and the card keeps beside the KV pool
     request_blocks  the most blocks of one request
     contiguous      whether a running request has a cache for the whole context, whatever limits.kv_blocks is
@@ -45,7 +43,7 @@ class Needs:
     calls: CallSizes
     tokens: int
     working: int
-    graphs: int
+    reserved: Reserved
     blocks: int
     request_blocks: int
     contiguous: bool
@@ -71,7 +69,7 @@ class Needs:
     @property
     def fixed(self) -> int:
         """Bytes of everything but the pool and the features of its tokens."""
-        return self.target_weights + self.draft_weights + self.working + self.graphs
+        return self.target_weights + self.draft_weights + self.working + self.reserved.total
 
 
 def recipe_needs(recipe: Recipe, folder: Path) -> Needs:
@@ -92,25 +90,31 @@ def check_space(recipe: Recipe, recipe_folder: Path, folder: Path) -> None:
         )
 
 
+def computed_on(recipe: Recipe, capability: str) -> Recipe:
+    """Return the recipe as a card computes it: in bf16 where its matrices in FP8 are dequantised."""
+    fp8 = recipe.precision == "fp8" and float(capability) < FP8_FROM
+    return recipe.model_copy(update={"precision": "bf16"}) if fp8 else recipe
+
+
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
     calls, contiguous = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
-    draft_precision = recipe.draft.precision or recipe.precision
+    draft_precision = recipe.draft_precision
     slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
     tokens = max(calls.batch * calls.tree, calls.chunk) if contiguous else max(calls.rows, calls.chunk) + calls.chunk
     rows = max(calls.rows, calls.chunk) if contiguous else tokens
     scratch = 0 if contiguous else split_scratch(target, tokens)
     return Needs(
-        target_weights=target.stored * WEIGHT_BYTES[recipe.precision],
-        draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
+        target_weights=int(target.weight_bytes(recipe.precision)),
+        draft_weights=int(draft.weight_bytes(draft_precision)) if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
         features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),
-        graphs=sum(graph_bytes(recipe.engine, network, calls) for network in (target, draft) if network),
+        reserved=reserved(recipe, target, draft, calls),
         blocks=math.ceil(calls.batch * slot_blocks) if contiguous else calls.pool,
         request_blocks=math.ceil(slot_blocks),
         contiguous=contiguous,
@@ -132,7 +136,7 @@ def _drafting(recipe: Recipe, draft: Sizes | None) -> int:
     """
     if draft is None or recipe.engine != "torch":
         return 0
-    batch, value = recipe.limits.batch, KV_BYTES[recipe.draft.precision or recipe.precision]
+    batch, value = recipe.limits.batch, KV_BYTES[recipe.draft_precision]
     logits = draft.vocab_size * (value + 2 * 4)
     if recipe.draft.kind != "eagle3":
         return LARGEST * logits
@@ -149,17 +153,3 @@ def split_scratch(target: Sizes, tokens: int) -> int:
     """Compute the bytes that the attention kernel's splits leave for their merge, in one layer of ``tokens`` tokens."""
     rows = split_rows(tokens, target.num_heads // target.gpus)
     return rows * (target.head_dim + 1) * 4  # a mean and the log of its sum, in float32
-
-
-def graph_bytes(engine: str, network: Sizes, calls: CallSizes) -> int:
-    """Estimate the bytes of a network's captured graphs: the driver's nodes, and the buffers of their inputs."""
-    if engine not in LAYER_NODES:
-        return 0
-    nodes = GRAPH_NODES + LAYER_NODES[engine] * network.num_layers
-    if engine == "tensorrt-rtx":
-        return SLOT_GRAPHS * nodes * NODE_BYTES
-    # A TensorRT engine is not told how large trees are, and captures some sizes more.
-    sizes = graph_sizes(calls.batch, calls.tree) if engine == "torch" else graph_sizes(calls.batch)
-    bounds = CallBounds(calls.batch, calls.blocks)
-    buffers = sum(sum(capacity_of(size, bounds).values()) for size in sizes)
-    return len(sizes) * nodes * NODE_BYTES + buffers

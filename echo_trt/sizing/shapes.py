@@ -18,6 +18,7 @@ from echo_trt.models.read_config import check_division, decoder_config, eagle3_c
 from echo_trt.sizing.networks import Sizes, block_sizes, decoder_sizes, head_sizes
 
 HEAD_VOCABULARY = 32000  # of published EAGLE-3 heads for vocabularies of 150,000
+UNQUANTISED = {"quantization_config": None}  # shapes are those of the weights that a quantised checkpoint stands for
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def _config(source: Source, recipe_folder: Path, key: str) -> tuple[dict[str, An
             from echo_trt.models.open_checkpoint import open_checkpoint
 
             raw = open_checkpoint(file).config if file == path else read_json(file)
-            return {**raw, "quantization_config": None}, str(file)  # weights are dequantised as they are read
+            return {**raw, **UNQUANTISED}, str(file)
     name = source.hub or source.wheel
     if name in published():
         return published()[name], f"{name} as published"
     if source.path is None and source.hub:
-        return read_json(from_hub(source.hub, CONFIG) / "config.json"), f"{name} on the hub"
+        return {**read_json(from_hub(source.hub, CONFIG) / "config.json"), **UNQUANTISED}, f"{name} on the hub"
     target_path = source.path or source.file
     named = f", and {key}.hub {name} is not one of the published shapes" if source.hub else ""
     raise UserError(

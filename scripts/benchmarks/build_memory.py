@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/build_memory.py qwen3-0.6b
     python scripts/benchmarks/build_memory.py qwen3-1.7b --precision int8 --draft none
+    python scripts/benchmarks/build_memory.py qwen3-0.6b --engine torch
 
 Writes a random checkpoint in bf16, and a random EAGLE-3 head of the same width, into a temporary folder. Builds them in
 one process, then loads the bundle and generates in another. Memory is what the kernel counts for a process. "Its own"
@@ -89,6 +90,7 @@ class Peaks:
 def main(
     shape: Shape,
     precision: Annotated[str, Parameter(help="of the bundle")] = "bf16",
+    engine: Annotated[str, Parameter(help="of the bundle")] = "openvino",
     draft: Draft = Draft.eagle3,
     tied: Annotated[bool, Parameter(help="output matrix and embedding are one", negative="--no-tied")] = True,
     folder: Annotated[Path | None, Parameter(help="keep the checkpoint and the bundle there")] = None,
@@ -98,14 +100,14 @@ def main(
         index = folder or Path(temporary)
         recipe = write_pair(index, SHAPES[shape], draft, tied)
         stored = sum(file.stat().st_size for file in index.glob("*/*.safetensors"))
-        bundle = index / f"bundle-{precision}"
+        bundle = index / f"bundle-{engine}-{precision}"
         begin = time.perf_counter()
-        peaks = build(recipe, bundle, precision)
+        peaks = build(recipe, bundle, engine, precision)
         seconds = time.perf_counter() - begin
         written = sum(file.stat().st_size for file in bundle.iterdir())
         load = subprocess.run([sys.executable, "-c", LOAD, bundle], check=True, stdout=subprocess.PIPE, text=True)
         loaded = json.loads(load.stdout.splitlines()[-1])
-        print(f"{shape}, {precision}, draft {draft}; weights as stored: {gigabytes(stored)}\n")
+        print(f"{shape}, {engine}, {precision}, draft {draft}; weights as stored: {gigabytes(stored)}\n")
         print("| | | times the weights as stored |")
         print("|---|---|---|")
         print(f"| build | {seconds:.0f} s | |")
@@ -127,9 +129,10 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def build(recipe: Path, bundle: Path, precision: str) -> Peaks:
+def build(recipe: Path, bundle: Path, engine: str, precision: str) -> Peaks:
     """Run ``echo-trt build`` and watch its memory."""
-    command = [sys.executable, "-m", "echo_trt", "build", str(recipe), "-o", str(bundle), "--precision", precision]
+    command = [sys.executable, "-m", "echo_trt", "build", str(recipe), "-o", str(bundle)]
+    command += ["--engine", engine, "--precision", precision]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     resident = own = 0
     while process.poll() is None:

@@ -90,7 +90,7 @@ def in_banks(engine: TorchEngine, inputs: dict[str, np.ndarray]) -> dict[str, An
 
 def with_graphs(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, refused: tuple[int, ...] = ()) -> StandInGraphs:
     """Make a CPU's engine work as a GPU's, with graphs that stand in for CUDA's."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
     for name, value in {
         "graph_pool_handle": lambda: None,
         "CUDAGraph": StandInGraph,

@@ -19,7 +19,7 @@ from test_torch_engine import BLOCKS, NETWORKS, arrays_of, assert_same, calls, i
 
 from echo_trt.backends.cuda import levels as cuda_levels
 from echo_trt.backends.cuda import sizes as cuda_sizes
-from echo_trt.backends.cuda.calls import MAX_GRAPHS, Staging
+from echo_trt.backends.cuda.calls import MAX_GRAPHS, Graphs, Staging
 from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, bucket
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.batch import InputBatch
@@ -167,9 +167,9 @@ class Streams:
                 yield
             self.current = before
 
-        pools = count()
+        pools, handles = count(), count(2000)
         for name, value in {
-            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None, cuda_stream=next(handles)),
             "current_stream": lambda device: self.current,
             "graph_pool_handle": lambda: next(pools),
             "stream": on,
@@ -249,6 +249,18 @@ def test_the_smallest_drafts_keep_their_graphs_where_there_are_too_many(open_llm
     sizes = [len(captured.staging.tensors["past_lens"]) for captured in graphs._captured.values()]
     assert sorted(sizes) == [1, 1, 2, 2, 4, 4, 8]
     assert levels._sizes == [1, 2, 4, 8]
+
+
+def test_no_two_engines_capture_on_one_stream(monkeypatch):
+    """PyTorch hands out 32 streams in turn, so an engine that is opened later would get one that is in use."""
+    numbers = count()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=1000 + next(numbers) % 32))
+    kept = [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(3)]
+    for _ in range(40):  # opened and closed beside them
+        Graphs(lambda inputs: (), torch.device("cpu"))
+    kept += [Graphs(lambda inputs: (), torch.device("cpu")) for _ in range(29)]
+    assert len({graphs._stream.cuda_stream for graphs in kept}) == 32
 
 
 # -- buffers -------------------------------------------------------------------------------------------------------

@@ -15,12 +15,13 @@ from echo_trt.backends.native_export import export_native
 from echo_trt.backends.onnx_export import export
 from echo_trt.backends.onnxruntime import OnnxRuntimeEngine
 from echo_trt.backends.padded import SlotLayout
+from echo_trt.backends.parallel.rank_group import ByNccl
 from echo_trt.backends.tensorrt.engine import TensorRTEngine
 from echo_trt.backends.tensorrt.graph import name_collectives
 from echo_trt.backends.torch.engine import METADATA, TorchEngine
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.models.open_checkpoint import open_checkpoint
-from echo_trt.models.ranks import Shard, among
+from echo_trt.models.ranks import Shard, all_reduce, among
 from echo_trt.models.roles import TargetModule
 from echo_trt.models.weights import load_decoder
 from echo_trt.speculation.pack import BLOCK, ForwardBatch
@@ -88,6 +89,25 @@ def test_ranks_together_are_the_network(name, ranks, checkpoints):
         assert own == max(heads // ranks, 1)
         first = rank * heads // ranks
         torch.testing.assert_close(engine._pool, whole._pool[:, :, first : first + own], atol=1e-4, rtol=0)
+
+
+def test_a_layers_output_is_added_up_where_it_is(checkpoints):
+    """NCCL's calls on gloo's group, which has them, too: a copy would be one more kernel, twice a layer."""
+    table = np.random.default_rng(1).permutation(SLOTS * EACH).reshape(SLOTS, EACH)
+    sequence = calls(2, table, NETWORKS["dense"][1]["vocab_size"])
+    wanted = [TorchEngine(role_of(checkpoints / "dense"), SLOTS * EACH).run(sequence[0])]
+
+    def work(group):
+        collectives = ByNccl(group.collectives.group)
+        part = torch.full((3, 2), 1.0 + group.rank)
+        with among(collectives):
+            assert all_reduce(part, 2) is part
+        assert (part == 3).all()
+        role = role_of(checkpoints / "dense", Shard(group.rank, 2))
+        return TorchEngine(role, SLOTS * EACH, collectives=collectives).run(sequence[0])
+
+    for outputs in on_ranks(2, work):
+        assert_close(outputs, wanted[0])
 
 
 class CutEngine(OnnxRuntimeEngine):

@@ -41,11 +41,13 @@ def test_heads_that_the_kernel_does_not_have_are_refused_before_the_export(netwo
 
 
 def test_a_checked_engine_is_gone_before_the_next_network_is_built(networks, tmp_path, monkeypatch):
-    """Its weights and its pool may be most of the card's memory."""
+    """Its weights may be most of the card's memory. It has the check's few blocks, and graphs of the check's calls."""
     role, gone = roles_of("lookup", networks)["target"], []
 
-    def opened(*_):
-        engine = TorchEngine(role, 4)
+    def opened(engine, file, facts, slots, blocks, num_blocks, prepare=True):
+        assert not prepare
+        assert num_blocks == 4 < CallSizes.of(recipe).pool
+        engine = TorchEngine(role, num_blocks)
         weakref.finalize(engine, gone.append, True)
         return engine
 

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,8 +99,8 @@ def test_parts_of_a_level_are_the_level(requests, live):
 
 def test_an_engine_is_gone_with_its_last_reference(networks, tmp_path, monkeypatch):
     """Its contexts and graphs go with it: a build's next network, or NCCL's communicator, waits for them."""
-    for name in ("graph_pool_handle", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: SimpleNamespace(cuda_stream=0))
     engine = packed("draft", networks, tmp_path)[1]
     engine._graphs = Graphs(engine._forward, torch.device("cpu"))
     levels = engine._levels

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from answering import answering
+from models.fp8_checkpoints import configure, quantise
 from refusal import refused
 
+from echo_trt.backends.self_check import BOUNDS
 from echo_trt.bundle.manifest import read_manifest
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.cli.recipes import RECIPES, recipe_for, sized
@@ -55,6 +57,20 @@ def test_a_name_builds_what_the_hub_has(networks, tmp_path):
     assert pool.sentence.removeprefix("KV pool: ") in done.stdout
     assert (recipe.name, recipe.target.hub, recipe.draft.kind) == ("target-1", "tiny/Target-1", "eagle3")
     assert (recipe.limits.context, recipe.limits.batch) == (64, 3)
+
+
+def test_an_fp8_model_of_the_hub_is_sized_and_built_in_fp8(networks, tmp_path):
+    folder = tmp_path / "fp8"
+    shutil.copytree(networks / "target", folder)
+    quantise(folder, "block", (128, 128))
+    configure(folder, quant_method="fp8", weight_block_size=[128, 128])
+    publish(tmp_path / "home", "tiny/Target-FP8", folder)
+    words = ["tiny/Target-FP8", "-o", tmp_path / "bundle", "--engine", "torch", "--precision", "fp8"]
+    words += ["--max-model-len", 64, "--max-num-seqs", 3, "--kv-cache-memory", "1M"]
+    done = built(*words, HF_HOME=tmp_path / "home", HF_HUB_OFFLINE=1, COLUMNS=200)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "bundle")
+    assert (manifest.precision, manifest.checks["target"].bound) == ("fp8", BOUNDS["fp8"])
 
 
 def test_what_is_not_in_the_cache_says_where_it_was_looked_for(tmp_path):
@@ -152,7 +168,7 @@ def test_memory_is_filled_as_far_as_was_said():
     """The blocks that are left fit, one more would not, and too little is a sentence with a context that fits."""
     recipe, folder = recipe_for("Qwen/Qwen3-8B", engine="tensorrt")
     recipe = limited(recipe, 4096, 16)
-    full = filling(recipe, folder, 80 * 10**9, 0.9, "H100")
+    full = filling(recipe, folder, 80 * 10**9, 0.9, "H100", "9.0")
     target, draft = shapes(full, folder)
     need = needs(full, target.sizes, draft.sizes)
     taken = need.fixed + need.pool + need.features
@@ -160,9 +176,9 @@ def test_memory_is_filled_as_far_as_was_said():
     assert need.features > 5 * 10**9  # of the target's hidden states, which the head reads
     one = need.request_blocks * need.block
     with refused("(H100)", "lower --max-model-len to"):
-        filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100")
+        filling(recipe, folder, 80 * 10**9, (need.fixed + one // 2) / (80 * 10**9), "H100", "9.0")
     with refused("--gpu-memory-utilization is 0.1", "; raise it."):
-        filling(recipe, folder, 80 * 10**9, 0.1, "H100")
+        filling(recipe, folder, 80 * 10**9, 0.1, "H100", "9.0")
 
 
 def test_memory_of_a_gpu_is_nothing_to_a_cpu():
@@ -185,5 +201,5 @@ def test_engines_that_share_a_card_share_its_memory(name):
     assert float(ours[3]) + sum(map(float, theirs)) <= 0.9
     recipe, folder = recipe_for(ours[1], engine=ours[2])
     recipe = recipe.built_as(ours[2], None, [])
-    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100").limits.kv_blocks
+    held = filling(recipe, folder, int(CARDS["H100-80GB"].chip.memory), float(ours[3]), "H100", "9.0").limits.kv_blocks
     assert held >= 4 * recipe.request_blocks

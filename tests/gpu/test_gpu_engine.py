@@ -16,6 +16,7 @@ from echo_trt.backends.cuda.sizes import CallBounds
 from echo_trt.backends.torch.engine import TorchEngine
 from echo_trt.engine.rounds import seconds_again, timed_rounds, typical
 from echo_trt.models.config import DecoderConfig
+from echo_trt.models.fp8_linear import Fp8Linear, has_row_products, quantise_rows
 from echo_trt.models.layers import Experts, has_grouped_products
 from echo_trt.models.roles import DraftModule, HeadModule, TargetModule
 from echo_trt.speculation.pack import BLOCK, LevelShape, pack, pack_levels
@@ -155,3 +156,26 @@ def test_costs_have_no_part_of_a_graphs_capture(card, config, figures):
     figures(measured_ms=(1e3 * measured).tolist(), replayed_ms=(1e3 * again).tolist())
     if card.device.type == "cuda":
         assert np.abs(measured / again - 1).max() <= TIMED
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 500])
+def test_products_of_fp8_rows_are_near_those_of_the_dequantised_matrix(card, figures, tokens):
+    """A card from compute capability 8.9 on has the product, also in a CUDA graph; others dequantise."""
+    inputs, outputs = card.pick((4096, 6144), (256, 384))
+    if not (has := has_row_products(card.device)) and card.device.type == "cuda":
+        assert torch.cuda.get_device_capability(card.device) < (8, 9)
+        pytest.skip("the card has no product of FP8 rows, and dequantises")
+    generator = torch.Generator().manual_seed(tokens)
+    weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, tokens))
+    product = Fp8Linear(*quantise_rows(weight)).to(card.device)
+    x = x.to(card.device, torch.bfloat16)
+    wanted, got = product(x.float()), product(x)
+    off = float((got.float() - wanted).norm() / wanted.norm())
+    figures(fp8_product_off=off)
+    assert off < 0.04
+    if has:
+        stream, graph = torch.cuda.Stream(card.device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            replayed = product(x)
+        graph.replay()
+        assert torch.equal(replayed, got)

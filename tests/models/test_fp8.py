@@ -8,48 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import qwen3, qwen3_moe
+from fp8_checkpoints import BLOCK, configure, quantise
 from refusal import refused
 from safetensors.torch import load_file, save_file
 
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise
+from echo_trt.models.layers import Linear
 from echo_trt.models.open_checkpoint import open_checkpoint
 from echo_trt.models.ranks import Shard
 from echo_trt.models.weights import load_decoder
 
-LARGEST = 448.0  # of e4m3
-BLOCK = (8, 16)
+FP8 = {"qkv", "out", "gate_up", "down"}
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+}
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
-def quantise(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Rewrite a checkpoint's projections in FP8, "tensor", "channel" or "block"; returns what they stand for."""
+def compressed(folder: Path, strategy: str, **weights: object) -> None:
+    """Declare compressed-tensors' scheme: scales of channels are columns, and the names of blocks' have no "inv"."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **weights}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"dynamic": True, "strategy": "token"}}
+    configure(folder, quant_method="compressed-tensors", format="float-quantized", config_groups={"group_0": group})
     held = load_file(folder / "model.safetensors")
-    meant = dict(held)
-    for name in [n for n in held if n.endswith("_proj.weight")]:
-        weight = held[name].float()
-        if kind == "block":
-            rows, columns = BLOCK
-            scale = torch.zeros(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
-            spread = torch.zeros_like(weight)
-            for i in range(scale.shape[0]):
-                for j in range(scale.shape[1]):
-                    part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
-                    scale[i, j] = spread[part] = weight[part].abs().max() / LARGEST
-            held[name + "_scale_inv"] = scale
-        else:
-            spread = weight.abs().amax(*([1, True] if kind == "channel" else [])) / LARGEST
-            held[name + "_scale"] = spread.squeeze()
-            held[name.replace("weight", "input_scale")] = torch.tensor(0.25)
-        held[name] = (weight / spread).to(torch.float8_e4m3fn)
-        meant[name] = held[name].float() * spread
-    held["model.layers.1.self_attn.k_proj.k_scale"] = torch.tensor(0.5)
-    held["model.layers.1.self_attn.v_proj.v_scale"] = torch.tensor(0.5)
-    save_file(held, folder / "model.safetensors")
-    return meant
-
-
-def configure(folder: Path, **scheme: object) -> None:
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": scheme}))
+    scales = {n: s for n, s in held.items() if n.endswith("_scale") and s.ndim < 2 and not n.endswith("input_scale")}
+    inverse = {n: s for n, s in held.items() if n.endswith("_scale_inv")}
+    held |= {name: scale.reshape(-1, 1) for name, scale in scales.items()}
+    held |= {name.removesuffix("_inv"): scale for name, scale in inverse.items()}
+    save_file({name: tensor for name, tensor in held.items() if name not in inverse}, folder / "model.safetensors")
 
 
 def beside(folder: Path, **quantization: object) -> None:
@@ -66,6 +56,9 @@ SCHEMES = {
     "ModelOpt": ("tensor", lambda f: configure(f, quant_method="modelopt", quant_algo="FP8", ignore=["lm_head"])),
     "ModelOpt, by its own file": ("tensor", lambda f: beside(f, quant_algo="FP8", exclude_modules=["lm_head"])),
     "ModelOpt, a channel": ("channel", lambda f: beside(f, quant_algo="FP8_PER_CHANNEL_PER_TOKEN")),
+    "compressed-tensors, a tensor": ("tensor", lambda f: compressed(f, "tensor")),
+    "compressed-tensors, a channel": ("channel", lambda f: compressed(f, "channel")),
+    "compressed-tensors, blocks": ("block", lambda f: compressed(f, "block", block_structure=list(BLOCK))),
     "blocks": ("block", lambda f: configure(f, quant_method="fp8", weight_block_size=list(BLOCK))),
 }
 
@@ -123,12 +116,56 @@ def test_an_unquantised_checkpoint_is_left_alone(folder):
         (lambda f: beside(f), ("hf_quant_config.json", "None")),
         (lambda f: configure(f, quant_method="modelopt", quant_algo="W4A8"), ("quantization_config", "W4A8")),
         (lambda f: configure(f, quant_method="awq", bits=4), ("quantization_config", "quant_method awq")),
+        (
+            lambda f: compressed(f, "group", num_bits=4, type="int"),
+            ("weights of 4 bits (int)",),
+        ),
+        (lambda f: compressed(f, "group"), ("compressed-tensors with weights group",)),
     ],
 )
 def test_other_quantisations_are_refused(declare, words, folder):
     declare(folder)
     with refused(folder, *words):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("kind", "declare"), SCHEMES.values(), ids=SCHEMES.keys())
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_in_fp8_stand_for_the_same_weights(kind, declare, rank, tmp_path):
+    """Rows of stored scales exactly, rows of blocks up to one more rounding; of each rank, its part."""
+    qwen3(**WIDE).save_pretrained(tmp_path, save_original_format=True)
+    quantise(tmp_path, kind)
+    declare(tmp_path)
+    shard = Shard(rank, 2)
+    expected = load_decoder(open_checkpoint(tmp_path), 8, shard=shard).state_dict()
+    network = load_decoder(open_checkpoint(tmp_path), 8, E4M3, shard)
+    assert {n for n, m in network.named_modules() if isinstance(m, Fp8Linear)} == {
+        f"layers.{i}.{part}" for i in range(5) for part in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+    }
+    dequantise(network, torch.float32)
+    for name, tensor in network.state_dict().items():
+        off = (tensor - expected[name]).norm() / expected[name].norm()
+        assert off < (0.03 if kind == "block" and name.split(".")[-2] in FP8 else 1e-6), name
+
+
+@pytest.mark.parametrize("change", ["sizes", "spread"])
+def test_matrices_that_fp8_rows_do_not_suit_are_dequantised(change, tmp_path):
+    """Of sizes that are no multiples of 16, or of blocks so far apart that rows would lose the small ones."""
+    qwen3(**WIDE | ({"intermediate_size": 40} if change == "sizes" else {})).save_pretrained(
+        tmp_path, save_original_format=True
+    )
+    quantise(tmp_path, "block")
+    if change == "spread":
+        held = load_file(tmp_path / "model.safetensors")
+        for i in range(5):
+            held[f"model.layers.{i}.mlp.down_proj.weight_scale_inv"][:, 0] *= 2.0**-16
+        save_file(held, tmp_path / "model.safetensors")
+    configure(tmp_path, quant_method="fp8", weight_block_size=list(BLOCK))
+    network = load_decoder(open_checkpoint(tmp_path), 8, E4M3)
+    plain = {n.split(".", 2)[2] for n, m in network.named_modules() if type(m) is Linear and n.startswith("layers")}
+    assert plain == {"mlp.down"}
+    expected = load_decoder(open_checkpoint(tmp_path), 8).state_dict()
+    assert torch.equal(network.layers[0].mlp.down.weight, expected["layers.0.mlp.down.weight"])
 
 
 def test_scales_that_are_missing_or_of_another_tensor(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ Compose.add_constructor("!override", lambda loader, node: loader.construct_seque
 
 def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.load_all((DOCKER / name).read_text(), Compose))
+
+
+def entrypoint(dockerfile: str) -> list[str]:
+    """Return the words with which an image's command begins; a manifest with a command of its own replaces them."""
+    [line] = [x for x in (DOCKER / dockerfile).read_text().splitlines() if x.startswith("ENTRYPOINT ")]
+    return json.loads(line.removeprefix("ENTRYPOINT "))
 
 
 def pinned(image: str) -> bool:

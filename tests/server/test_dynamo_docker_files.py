@@ -22,6 +22,7 @@ from server.docker_files import (
     check_pod,
     check_services,
     documents,
+    entrypoint,
     options_in,
     requirements,
 )
@@ -67,7 +68,9 @@ class TestGraphs:
             check_pod(pod)
             words = container["command"] + container["args"]
             if component["type"] == "worker":
-                assert words[:2] == ["echo-trt", "worker"]
+                assert words[: words.index("worker")] == entrypoint(
+                    "Dockerfile.gpu" if "gpu" in name else "Dockerfile.cpu"
+                )
                 assert options_in(words) <= options_of("worker")
                 assert int(words[words.index("--drain-timeout") + 1]) < pod["terminationGracePeriodSeconds"]
         assert len(main_of(components(graph)["Worker"])["resources"]["limits"]) == (2 if "gpu" in name else 1)

@@ -105,7 +105,8 @@ class TensorRTBuild:
         from echo_trt.backends.tensorrt.engine import TensorRTEngine
 
         def opened(blocks: int) -> TensorRTEngine:
-            return TensorRTEngine.open(self.recipe.engine, engine, self.facts(), 1, sizes.blocks, sizes.pool)
+            # A check makes two calls: the pool and the graphs of all sizes would take most of its time and memory.
+            return TensorRTEngine.open(self.recipe.engine, engine, self.facts(), 1, sizes.blocks, blocks, prepare=False)
 
         check = check_engine(role, opened, precision, LINEAR_TABLE)
         torch.cuda.empty_cache()  # PyTorch keeps what the engine had, and TensorRT cannot take it

@@ -104,11 +104,11 @@ class TensorRTEngine:
     @classmethod
     def open(
         cls, engine: str, file: Path, facts: TensorRTFacts, slots: int, blocks: int, num_blocks: int,
-        group: RankGroup | None = None, tree: int | None = None,
+        group: RankGroup | None = None, tree: int | None = None, prepare: bool = True,
     ) -> TensorRTEngine:  # fmt: skip
         """Open ``file``, which ``engine``, tensorrt or tensorrt-rtx, built as ``facts`` state.
 
-        With a ``group`` it is a rank of a divided network.
+        With a ``group`` it is a rank of a divided network. Without ``prepare`` a size is captured at its first call.
         """
         check_version(engine, facts)
         device = cuda_device()
@@ -117,8 +117,9 @@ class TensorRTEngine:
         opened = cls(session, slots, blocks, num_blocks, tree=tree)
         if group:
             group.loaded()
-        with launching_kernels():
-            opened.capture_all()
+        if prepare:
+            with launching_kernels():
+                opened.capture_all()
         return opened
 
     @torch.inference_mode()

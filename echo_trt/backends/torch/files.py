@@ -16,16 +16,22 @@ from echo_trt.models.block import block_network
 from echo_trt.models.config import BlockConfig, DecoderConfig, Eagle3Config
 from echo_trt.models.decoder import Decoder
 from echo_trt.models.eagle3 import Eagle3Head
+from echo_trt.models.fp8_linear import E4M3, Fp8Linear, dequantise, has_row_products
 from echo_trt.models.layers import Rotary
 from echo_trt.models.roles import BlockModule, DraftModule, HeadModule, Role, TargetModule
 
 ROLES = {"target": TargetModule, "draft": DraftModule, "head": HeadModule, "block": BlockModule}
 CONFIGS = {"head": Eagle3Config, "block": BlockConfig}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: The type of a recipe's precision, but for the matrices in FP8.
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+SCALE = ".scale"  # ends the name of an FP8 matrix's scales
 
 
 def save_role(role: Role, path: Path, precision: str) -> None:
-    """Write ``role`` in ``precision``, one of TYPES; a head that shares its target's embedding gets a copy of it."""
+    """Write ``role`` in ``precision``, one of TYPES; a head that shares its target's embedding gets a copy of it.
+
+    Matrices in FP8 are written as they are, with their scales.
+    """
     kind = next(name for name, role_class in ROLES.items() if isinstance(role, role_class))
     header = {
         "role": kind,
@@ -33,15 +39,18 @@ def save_role(role: Role, path: Path, precision: str) -> None:
         "positions": role.network.rotary.cos.shape[0],
         "setting": list(role.feature_layers) if kind == "target" else role.top_k,
     }
-    weights = {
-        name: (tensor.to(TYPES[precision]) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in role.network.state_dict().items()
-    }
+    state = role.network.state_dict()
+    kept = {name for name, tensor in state.items() if tensor.dtype == E4M3 or not tensor.is_floating_point()}
+    kept |= {name for name in state if name.endswith(SCALE)}
+    weights = {n: (tensor if n in kept else tensor.to(TYPES[precision])).contiguous() for n, tensor in state.items()}
     save_file(weights, path, {"echo_trt": json.dumps(header)})
 
 
-def load_role(path: Path, device: str = "cpu") -> Role:
-    """Load the role that ``save_role`` wrote, with weights on ``device``."""
+def load_role(path: Path, device: str = "cpu", in_fp8: bool | None = None) -> Role:
+    """Load the role that ``save_role`` wrote, with weights on ``device``.
+
+    in_fp8  whether matrices in FP8 stay so, and are dequantised otherwise; None: where the device multiplies in FP8
+    """
     try:
         with safe_open(path, framework="pt", device=device) as file:
             header = json.loads(file.metadata()["echo_trt"])
@@ -58,7 +67,14 @@ def load_role(path: Path, device: str = "cpu") -> Role:
             network = block_network(config, positions, nn.Embedding(config.vocab_size, config.hidden_size))
         else:
             network = Decoder(config, positions)
+    rows = [name for name in weights if name.endswith(SCALE)]
+    for name in rows:
+        module = name.removesuffix(SCALE)
+        network.set_submodule(module, Fp8Linear(weights[f"{module}.weight"], weights[name]))
     network.load_state_dict(weights, assign=True)
+    del weights
+    if rows and not (has_row_products(torch.device(device)) if in_fp8 is None else in_fp8):
+        dequantise(network, network.norm.weight.dtype)
     network.rotary = Rotary(config, positions).to(device)
     for parameter in network.parameters():
         parameter.requires_grad_(False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
 from echo_trt.errors import UserError
-from echo_trt.sizing.needs import Needs, recipe_needs
+from echo_trt.sizing.needs import Needs, computed_on, recipe_needs
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
 from echo_trt_lab.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
@@ -31,6 +31,7 @@ class CardFit:
 
 def fit(recipe: Recipe, folder: Path, card: Card, count: int) -> CardFit:
     """Fit a recipe, of ``folder``, on cards. UserError where a checkpoint's shape is not known."""
+    recipe = computed_on(recipe, card.capability)
     need, sizes = recipe_needs(recipe, folder), shapes(recipe, folder)[0].sizes
     precision, gpus = recipe.precision, recipe.tensor_parallel
     spare = card.usable - need.fixed - need.pool - need.features
@@ -99,7 +100,7 @@ def _more_cards(recipe: Recipe, folder: Path, card: Card, count: int) -> str:
 def _runs(recipe: Recipe, folder: Path, card: Card) -> bool:
     """Return whether one request has room; no, where this number of GPUs cannot share the network."""
     try:
-        need = recipe_needs(recipe, folder)
+        need = recipe_needs(computed_on(recipe, card.capability), folder)
     except UserError:
         return False
     return max_blocks(need, card) >= need.request_blocks

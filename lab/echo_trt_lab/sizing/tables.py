@@ -132,8 +132,8 @@ def _add_needs(table: Table, recipe: Recipe, target: Shape, draft: Shape | None)
     held = f"{'at maximum ' * at_most}{need.blocks:,} blocks, {need.blocks * BLOCK:,} tokens"
     table.add_row("KV pool", f"{held}, {gigabytes(need.pool)}" + (", a slot's whole context each" * need.contiguous))
     table.add_row("working memory", f"about {gigabytes(need.working)}")
-    if need.graphs:
-        table.add_row("CUDA graphs", f"about {gigabytes(need.graphs)}")
+    if need.reserved.total:
+        table.add_row("taken at the start", f"about {gigabytes(need.reserved.total)}: {need.reserved.sentence}")
     if need.features:
         table.add_row("features", f"{need.features_token:,} bytes of a token of the pool, {gigabytes(need.features)}")
     table.add_row("in all", gigabytes(need.fixed + need.pool + need.features))

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from echo_trt.backends.cuda.sizes import CallBounds, empty_calls, graph_sizes
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.read_recipe import load_recipe, parse_recipe
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.errors import UserError
+from echo_trt.models.roles import HeadModule
+from echo_trt.sizing.graphs import CONTEXT_BYTES, GRAPH_NODES, LAYER_NODES, LEVEL_NODES, NODE_BYTES, Reserved
 from echo_trt.sizing.needs import needs, split_scratch
 from echo_trt.sizing.shapes import shapes
 from echo_trt.speculation.pack import BLOCK
@@ -70,11 +73,12 @@ def test_shipped_recipes_are_all_meant_for_some_card():
     assert {f.stem for f in BUILD.glob("*.yaml")} - {"smollm2-135m"} == set(MEANT)
 
 
+@pytest.mark.parametrize("engine", ["tensorrt", "torch"])
 @pytest.mark.parametrize("name", MEANT)
-def test_shipped_recipes_fit_the_cards_they_are_for(name):
+def test_shipped_recipes_fit_the_cards_they_are_for(name, engine):
     gpus = load_recipe(BUILD / f"{name}.yaml").tensor_parallel
     for card in MEANT[name]:
-        verdict = on(f"{card} x{gpus}", name)
+        verdict = on(f"{card} x{gpus}", name, engine=engine)
         assert verdict.fits, verdict.sentence
         assert verdict.spare >= 0
 
@@ -102,10 +106,43 @@ def test_what_an_8b_model_needs():
     target, draft = (shape.sizes for shape in shapes(recipe(), BUILD))
     need = needs(recipe(), target, draft)
     assert needs(recipe(engine="openvino"), target, draft).features == 0
-    assert need.fixed == need.target_weights + need.draft_weights + need.working + need.graphs
-    assert 0.1e9 < need.graphs < needs(recipe(engine="torch"), target, draft).graphs < 1e9
-    assert needs(recipe(engine="openvino"), target, draft).graphs == 0
+    assert need.fixed == need.target_weights + need.draft_weights + need.working + need.reserved.total
+    assert needs(recipe(engine="openvino"), target, draft).reserved == Reserved()
     assert needs(recipe(precision="int8"), target, draft).target_weights == 8_190_735_360
+
+
+@pytest.mark.parametrize("engine", ["torch", "tensorrt"])
+def test_what_is_taken_before_requests_come_has_its_parts(engine):
+    """Qwen3-8B and its head, 128 requests: sets of graphs, drafts of 12 batch sizes and 7 depths, contexts."""
+    own = recipe(engine=engine)
+    sizes = [shape.sizes for shape in shapes(own, BUILD)]
+    taken, plain = needs(own, *sizes).reserved, needs(own, sizes[0], None).reserved
+    captured = {"torch": 64, "tensorrt": 71}[engine]
+    assert len(graph_sizes(128, 71 if engine == "torch" else 1024)) == captured
+    assert (taken.target, taken.sampler) == (plain.target, plain.sampler)
+    assert 0.1e9 < taken.target < 0.5e9
+    assert taken.draft < taken.target  # two sets of one layer's graphs
+    assert plain.draft == plain.levels == plain.states == 0
+    lengths = range(1, own.decoding.max_depth)
+    assert taken.levels == 12 * sum(lengths) * LEVEL_NODES * NODE_BYTES > 0.1e9
+    assert taken.states == 128 * 72 * 4096 * 2
+    assert taken.sampler > 0.5e9
+    counts = 3 * captured + 12 * len(lengths), captured  # a head has two sets
+    assert [r.contexts // CONTEXT_BYTES for r in (taken, plain)] == (list(counts) if engine == "tensorrt" else [0, 0])
+    assert taken.total == sum((taken.target, taken.draft, taken.levels, taken.contexts, taken.states, taken.sampler))
+
+
+def test_as_many_graphs_are_foreseen_as_are_captured():
+    """Of a head of the engine: one per size and kind of entries."""
+    own = recipe(engine="torch", batch=4)
+    target, draft = (shape.sizes for shape in shapes(own, BUILD))
+    calls = CallSizes.of(own)
+    bounds = CallBounds(calls.batch, calls.blocks, calls.tree)
+    entries = [list(empty_calls(s, bounds, HeadModule.inputs)) for s in graph_sizes(calls.batch, calls.tree)]
+    taken = needs(own, target, draft).reserved
+    nodes = GRAPH_NODES + LAYER_NODES["torch"]
+    inputs = sum(sum(capacity.values()) for calls_of in entries for _, capacity in calls_of)
+    assert taken.draft == sum(map(len, entries)) * nodes * NODE_BYTES + inputs
 
 
 def test_a_call_grows_with_the_trees_and_the_chunk():
@@ -131,7 +168,7 @@ def test_a_pool_without_a_limit_is_what_the_batch_needs():
     assert rtx.contiguous
 
 
-@pytest.mark.parametrize(("card", "kv_blocks"), [("L40S", 8192), ("RTX 4090", 4096), ("A100-80GB", 100_000)])
+@pytest.mark.parametrize(("card", "kv_blocks"), [("L40S", 8192), ("RTX 5090", 4096), ("A100-80GB", 100_000)])
 def test_kv_blocks_to_lower(card, kv_blocks):
     verdict = on(card, kv_blocks=kv_blocks)
     assert not verdict.fits
@@ -186,7 +223,7 @@ def test_gpus_to_add():
     assert verdict.sentence.endswith("of 43.2 GB; set tensor_parallel to 2.")
     assert on("L40S x2", "qwen3-32b", tensor_parallel=2, kv_blocks=260).fits
     alone = on("L4", "qwen3-32b")
-    assert "weights and working memory take 70." in alone.sentence
+    assert "weights and working memory take 71." in alone.sentence
     assert alone.sentence.endswith("of 21.6 GB; set tensor_parallel to 8 and take 8 cards.")
 
 
@@ -270,3 +307,14 @@ def test_splits_have_scratch():
     assert 60e6 < maximum < 200e6
     divided = shapes(recipe("qwen3-235b-a22b"), BUILD)[0].sizes  # 8 query heads per GPU
     assert split_scratch(divided, 1536) <= maximum
+
+
+def test_fp8_takes_a_byte_per_weight_of_a_layer_where_a_card_computes_it():
+    """Qwen3-8B: 6.95 of its 8.19 billion parameters; an A100 dequantises them, so that it has room for less."""
+    target = shapes(recipe(), BUILD)[0].sizes
+    assert target.weight_bytes("bf16") - target.weight_bytes("fp8") == 6_945_767_424  # as counted by hand
+    changes = {"engine": "torch", "precision": "fp8"}
+    assert on("H100-80GB", **changes).max_blocks > on("H100-80GB", engine="torch").max_blocks
+    assert on("A100-80GB", **changes).max_blocks == on("A100-80GB", engine="torch").max_blocks
+    assert on("H100-80GB", **changes).k_max == on("H100-80GB").k_max
+    assert recipe(**changes).draft_precision == "bf16"

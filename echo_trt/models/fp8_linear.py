@@ -1,0 +1,101 @@
+"""Matrices in FP8 with a scale per row, multiplied in FP8 (W8A8) where the device has that product.
+
+A token's activations get a scale of their own as they come, so a token does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echo_trt.models.layers import Linear
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
+SMALLEST = 1e-12  # of a row's largest magnitude; smaller: the scale is no normal float32, which a GPU takes for 0
+MULTIPLE = 16  # of both sizes of a matrix, for PyTorch's product
+#: Error of a block of weights whose rows are quantised again, as a share of its norm. Larger: more matrices are
+#: computed in FP8, and less exactly. Rounding to e4m3 alone is 0.027 off.
+AGREEMENT = 0.04
+
+
+class Fp8Linear(nn.Module):
+    """A matrix product without bias. ``weight`` e4m3 [O, I] times ``scale`` float32 [O, 1] is the matrix."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [N, I]: in FP8 if it is bfloat16, else by the dequantised matrix in the type of x."""
+        if x.dtype != torch.bfloat16:
+            return F.linear(x, self.dequantised(x.dtype))
+        rows, scales = quantise_rows(x)
+        sizes = {"scale_a": scales, "scale_b": self.scale.t(), "out_dtype": x.dtype}
+        return torch._scaled_mm(rows, self.weight.t(), **sizes, use_fast_accum=True)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight.float() * self.scale).to(dtype)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise the rows of x [n, k]: e4m3 [n, k], and their scales float32 [n, 1]."""
+    if x.device.type == "cuda":
+        from echo_trt.models.fp8_kernel import quantise_by_kernel
+
+        return quantise_by_kernel(x)
+    x = x.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    return (x / scale).to(E4M3), scale
+
+
+def requantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Quantise the rows of ``weight`` float32 [O, I], which had a scale per block of ``block`` rows and columns.
+
+    Returns None where a block would be further off than AGREEMENT.
+    """
+    rows, scale = quantise_rows(weight)
+    off = _block_norms(rows.float() * scale - weight, block) / _block_norms(weight, block).clamp(min=1e-30)
+    return (rows, scale) if off.max() <= AGREEMENT else None
+
+
+def _block_norms(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return the norms of the blocks of ``weight`` [O, I], float32; the last blocks may be cut off."""
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % block[1], 0, -rows % block[0]))
+    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).square().sum(dim=(1, 3)).sqrt()
+
+
+def takes(shape: torch.Size) -> bool:
+    """Tell whether PyTorch's product takes a matrix of ``shape``."""
+    return len(shape) == 2 and not any(size % MULTIPLE for size in shape)
+
+
+@cache
+def has_row_products(device: torch.device) -> bool:
+    """Tell whether ``device`` multiplies rows in FP8 (compute capability 8.9 and from 9.0 on), by trying it.
+
+    A CPU has the product, too, but 30 times slower than in bfloat16.
+    """
+    if device.type != "cuda":
+        return False
+    ones = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16, device=device)
+    try:
+        Fp8Linear(*quantise_rows(ones))(ones)
+    except (RuntimeError, ImportError):  # another card, or no Triton
+        return False
+    return True
+
+
+def dequantise(network: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the FP8 matrices of ``network`` by matrices of ``dtype``, one by one."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Fp8Linear):
+            with torch.device("meta"):
+                plain = Linear(*reversed(module.weight.shape))
+            plain.weight = nn.Parameter(module.dequantised(dtype), requires_grad=False)
+            network.set_submodule(name, plain)
