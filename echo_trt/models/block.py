@@ -60,8 +60,8 @@ class DFlash(nn.Module):
         cos, sin = self.rotary(positions)
         for layer in self.layers:
             states = torch.cat((layer.attention_norm(x), context), dim=0)
-            x = x + layer.attention(states, cos, sin, attend, (state_rows, logit_rows))
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x, normed = layer.mlp_norm.add(x, layer.attention(states, cos, sin, attend, (state_rows, logit_rows)))
+            x = x + layer.mlp(normed)
         return self.norm(x)
 
 

@@ -68,8 +68,9 @@ class Eagle3Head(nn.Module):
         """Run the head's layer over entries of ``token_ids`` int [N] and hidden ``state`` [N, H]."""
         normed = self.hidden_norm(state)
         x = torch.cat((self.embed_norm(widened(self.embed(token_ids), self.norm.weight)), normed), dim=-1)
-        state = (normed if self.config.norm_before_residual else state) + self.attention(x, cos, sin, attend)
-        return state + self.mlp(self.mlp_norm(state))
+        state = normed if self.config.norm_before_residual else state
+        state, normed = self.mlp_norm.add(state, self.attention(x, cos, sin, attend))
+        return state + self.mlp(normed)
 
     def logits(self, state: Tensor) -> Tensor:
         """Compute scores over the draft vocabulary [R, draft_vocab_size] from outputs [R, H]."""

@@ -6,13 +6,24 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operators that launch nothing: views, and memory without contents.
 FREE = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "new_empty", "permute", "select",
-    "slice", "split", "split_with_sizes", "t", "transpose", "unsqueeze", "view", "_unsafe_view",
+    "chunk", "flatten", "resolve_conj", "resolve_neg", "slice", "split", "split_with_sizes", "t", "transpose",
+    "unflatten", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
+#: Operators that launch nothing where there is nothing to do.
+MAY_COPY = {"contiguous", "to", "_to_copy"}
+
+
+def same_memory(result: Any, arguments: tuple) -> bool:
+    """Tell whether an operator that may copy, such as a conversion, had nothing to do."""
+    one, other = result, arguments[0] if arguments else None
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.data_ptr() == other.data_ptr() and (one.dtype, one.stride()) == (other.dtype, other.stride())
 
 
 class Launches(TorchDispatchMode):
@@ -29,7 +40,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         result = function(*args, **(kwargs or {}))
-        if name not in FREE and not (name == "_to_copy" and result is args[0]):
+        if name not in FREE and not (name in MAY_COPY and same_memory(result, args)):
             self.counts[name] += 1
         return result
 

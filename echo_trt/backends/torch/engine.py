@@ -134,6 +134,12 @@ class TorchEngine:
 
     def _forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Compute the role's outputs; if they stay on the device, the packed results follow."""
+        outputs = self._compute(tensors)
+        if self._resident:
+            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+        return outputs
+
+    def _compute(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
@@ -144,9 +150,7 @@ class TorchEngine:
             return self._operator(query, key, value, self._pool[2 * layer], self._pool[2 * layer + 1], *metadata)
 
         with among(self._collectives):
-            outputs = self._role(named, tensors["logit_rows"], attend)
-        if self._resident:
-            return *outputs, pack_results(dict(zip(self._role.outputs, outputs, strict=True)))
+            outputs: tuple[Tensor, ...] = self._role(named, tensors["logit_rows"], attend)
         return outputs
 
     @property
@@ -157,7 +161,7 @@ class TorchEngine:
     @cached_property
     def _levels(self) -> Levels:
         states, graphs = self._feature_caches["hidden"].rows, self._graphs is not None
-        return Levels(self._forward, states, self._role.top_k, self._bounds, graphs)
+        return Levels(self._compute, states, self._role.top_k, self._bounds, graphs)
 
     @torch.inference_mode()
     def capture_levels(self, shapes: Iterable[LevelShape]) -> None:
