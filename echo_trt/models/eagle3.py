@@ -42,6 +42,7 @@ class Eagle3Head(nn.Module):
         positions: Tensor,
         attend: Attend,
         state_rows: Tensor | None = None,
+        combined: bool = False,
     ) -> Tensor:
         """Compute the outputs of N = M + P entries: [N, H], read by ``logits`` and by children as their ``hidden``.
 
@@ -50,8 +51,12 @@ class Eagle3Head(nn.Module):
         hidden      float [P, H], this head's outputs for the parents of the other P entries
         positions   int [N]
         state_rows  int [N], an entry's row of features and hidden end to end, where entries come in another order
+        combined    whether ``features`` are what ``combine`` has made of them, which no exported graph reads
         """
-        state = torch.cat((self.combine(features), hidden), dim=0)
+        if combined and not (len(features) and len(hidden)):
+            state = features if len(features) else hidden
+        else:
+            state = torch.cat((features if combined else self.combine(features), hidden), dim=0)
         if state_rows is not None:
             state = state[state_rows]
         state = self.advance(token_ids, state, *self.rotary(positions), attend)

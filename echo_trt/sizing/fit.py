@@ -10,6 +10,7 @@ from echo_trt.backends.cuda.sizes import LARGEST, CallBounds, capacity_of, graph
 from echo_trt.bundle.call_sizes import CallSizes
 from echo_trt.bundle.recipe import Recipe
 from echo_trt.engine.host_memory import gigabytes
+from echo_trt.engine.kv_pool import kept_features
 from echo_trt.errors import UserError
 from echo_trt.sizing.cards import CARDS, RTX_CAPABILITIES, Card, knee
 from echo_trt.sizing.networks import KV_BYTES, WEIGHT_BYTES, Sizes
@@ -80,7 +81,7 @@ class Needs:
 
 def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
     """Compute the needs of one GPU; ``target`` is its share (Sizes.gpus)."""
-    calls, contiguous = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx"
+    calls, contiguous, on_card = CallSizes.of(recipe), recipe.engine == "tensorrt-rtx", recipe.engine != "openvino"
     draft_precision = recipe.draft.precision or recipe.precision
     slot_blocks = calls.cache_rows / BLOCK if contiguous else calls.blocks
     # Linear: the padded trees of all slots. Paged: all rows of logits, and a chunk beside them.
@@ -92,7 +93,7 @@ def needs(recipe: Recipe, target: Sizes, draft: Sizes | None) -> Needs:
         draft_weights=draft.stored * WEIGHT_BYTES[draft_precision] if draft else 0,
         target_kv_token=target.kv_values * KV_BYTES[recipe.precision],
         draft_kv_token=draft.kv_values * KV_BYTES[draft_precision] if draft else 0,
-        features_token=draft.feature_size * KV_BYTES[draft_precision] if draft and recipe.engine != "openvino" else 0,
+        features_token=kept_features(recipe.engine, draft) * KV_BYTES[draft_precision] if draft and on_card else 0,
         calls=calls,
         tokens=tokens,
         working=_working(recipe, target, tokens, rows) + scratch + _drafting(recipe, draft),

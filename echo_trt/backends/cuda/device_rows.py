@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +115,26 @@ def compile_choice(vocab: int, dtype: torch.dtype, device: torch.device) -> None
 
 
 class DeviceFeatureCache:
-    """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them."""
+    """Rows [count, width] on a device. ``read`` sends their numbers alone; the call gathers them.
 
-    def __init__(self, count: int, width: int, dtype: torch.dtype, device: torch.device):
+    project  makes the rows of what is written; by default they are kept as they are
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        project: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ):
         if device.type == "cuda":
             needed = count * width * dtype.itemsize
             check_room(device, needed, f"the draft's memory of {count:,} rows", "lower limits.kv_blocks")
         self.rows = torch.zeros(count, width, dtype=dtype, device=device)
+        self._project = project
 
+    @torch.inference_mode()
     def write(self, handles: np.ndarray, outputs: Any, rows: np.ndarray) -> None:
         """Keep ``outputs[rows]``, rows int64 [m], at ``handles`` int64 [m]. ``outputs`` may be on the device."""
         if len(handles) == 0:
@@ -129,10 +142,10 @@ class DeviceFeatureCache:
         device = self.rows.device
         if isinstance(outputs, DeviceRows):
             both = send(np.stack((handles, rows)).astype(np.int64), device)
-            self.rows[both[0]] = outputs.tensor[both[1]].to(self.rows.dtype)
+            self.rows[both[0]] = self._project(outputs.tensor[both[1]].to(self.rows.dtype))
         else:
             values = send(np.asarray(outputs[rows], np.float32), device)
-            self.rows[send(handles.astype(np.int64), device)] = values.to(self.rows.dtype)
+            self.rows[send(handles.astype(np.int64), device)] = self._project(values.to(self.rows.dtype))
 
     def read(self, handles: np.ndarray) -> FeatureHandles:
         """Return rows ``handles`` int64 [m] as an input of the engine that has this bank."""

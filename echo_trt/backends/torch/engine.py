@@ -27,7 +27,6 @@ from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of,
 from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.errors import UserError
-from echo_trt.models.block_config import BlockConfig
 from echo_trt.models.config import DecoderConfig
 from echo_trt.models.layers import Config
 from echo_trt.models.ranks import Alone, Collectives, among
@@ -83,17 +82,24 @@ class TorchEngine:
             self._capture_all()
 
     def _make_banks(self) -> dict[str, DeviceFeatureCache]:
-        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration."""
-        config, inputs = self._role.network.config, self._role.inputs
+        """Make the banks of a head: features by pool row, and states of nodes that are drafted in one iteration.
+
+        Of features their projection to a hidden state is kept, which has a third of their size or less.
+        """
+        network, inputs = self._role.network, self._role.inputs
+        config, banks = network.config, {}
         if isinstance(config, DecoderConfig):
             return {}
-        features = config.feature_size if isinstance(config, BlockConfig) else 3 * config.target_hidden_size
-        sizes = {"features": (self.num_blocks * BLOCK, features)}
+        kind = self._dtype, self.device
+        if "features" in inputs:
+            size = self.num_blocks * BLOCK, config.hidden_size
+            banks["features"] = DeviceFeatureCache(*size, *kind, network.combine)
         nodes = self._bounds.requests * (self._bounds.tree + 1)
         if self._bounds.table:  # each node has a KV row; padded requests have nodes without one
             nodes = min(nodes, self._bounds.table * BLOCK)
-        sizes["hidden"] = nodes, config.hidden_size
-        return {n: DeviceFeatureCache(*size, self._dtype, self.device) for n, size in sizes.items() if n in inputs}
+        if "hidden" in inputs:
+            banks["hidden"] = DeviceFeatureCache(nodes, config.hidden_size, *kind)
+        return banks
 
     def overlap(self, work: Callable[[], None]) -> bool:
         if self._resident:
@@ -141,6 +147,8 @@ class TorchEngine:
 
     def _compute(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         named = {name: gathered(name, tensors[name], self._feature_caches) for name in self._role.inputs}
+        if "features" in self._feature_caches and tensors["features"].ndim == 1:
+            named["combined"] = named.pop("features")
         named = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in named.items()}
         metadata = [tensors[name] for name in METADATA]
 
