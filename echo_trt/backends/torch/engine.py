@@ -23,7 +23,17 @@ from echo_trt.backends.cuda.device_rows import (
     numbered,
 )
 from echo_trt.backends.cuda.levels import Levels
-from echo_trt.backends.cuda.sizes import SIZES, Arrays, CallBounds, capacity_of, empty_calls, graph_sizes, pad, size_for
+from echo_trt.backends.cuda.sizes import (
+    LARGEST,
+    SIZES,
+    Arrays,
+    CallBounds,
+    capacity_of,
+    empty_calls,
+    graph_sizes,
+    pad,
+    size_for,
+)
 from echo_trt.backends.cuda.transfers import pack_results, read_results, send
 from echo_trt.backends.parallel.rank_group import RankGroup
 from echo_trt.errors import UserError
@@ -61,6 +71,7 @@ class TorchEngine:
         resident: bool | None = None,
     ):
         self.num_blocks, self.sizes = num_blocks, SIZES if device == "cuda" else ()
+        self.prefill_alone = LARGEST if self.sizes else 0  # more run without a graph
         self.device = cuda_device() if device == "cuda" else torch.device(device)
         config = role.network.config
         self._role = role.to(self.device)
